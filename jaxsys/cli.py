@@ -1,0 +1,70 @@
+"""The `jaxsys` command: finds the subcommand, imports only that one, and reports its faults.
+
+A subcommand is a module with `main(argv, prog) -> int | None`. Exit codes: 0 done, 1 the run failed,
+2 the request was wrong, 130 interrupted.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from jaxsys import __version__
+from jaxsys.errors import RunError, UsageError
+
+SUBCOMMANDS: dict[str, tuple[str, str]] = {
+    "plan": ("jaxsys.planner.cli", "compare parallel plans for a model on a cluster"),
+    "train": ("jaxsys.train.cli", "train a model with a schedule"),
+    "serve": ("jaxsys.serve.cli", "serve a model over an OpenAI-compatible API"),
+}
+
+
+def usage() -> str:
+    """The text of `jaxsys --help`."""
+    width = max(len(name) for name in SUBCOMMANDS)
+    rows = [f"  {name:<{width}}  {what}" for name, (_, what) in SUBCOMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: jaxsys COMMAND [options]",
+            "",
+            "commands:",
+            *rows,
+            "",
+            "`jaxsys COMMAND --help` lists a command's options; --debug shows tracebacks.",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand and returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"jaxsys {__version__}")
+        return 0
+    name, *rest = arguments
+    if name not in SUBCOMMANDS:
+        known = ", ".join(SUBCOMMANDS)
+        print(f"jaxsys: {name!r} is not a command; use one of {known}", file=sys.stderr)
+        return 2
+    debug = "--debug" in rest
+    rest = [word for word in rest if word != "--debug"]
+    try:
+        module = importlib.import_module(SUBCOMMANDS[name][0])
+        return int(module.main(rest, prog=f"jaxsys {name}") or 0)
+    except (UsageError, RunError) as error:
+        if debug:
+            raise
+        print(f"jaxsys {name}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of a pipe left; nothing is wrong with us
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

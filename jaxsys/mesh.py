@@ -1,0 +1,52 @@
+"""Mesh axes, named once, and the devices to build them from.
+
+`RING` is the axis along which schedules run (weights, activations or shards move on it);
+`DATA` holds replicas of whole rings.
+"""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from jaxsys.errors import UsageError
+
+RING = "ring"
+DATA = "data"
+
+
+def request_devices(count: int, *, allow_virtual: bool = True) -> list[jax.Device]:
+    """Returns `count` devices of the default backend.
+
+    Where there is no accelerator and JAX has not started yet, the host CPU is divided into
+    `count` virtual devices.
+
+    Raises:
+        UsageError: if `count` is not positive, or more devices are asked for than there are.
+    """
+    if count < 1:
+        raise UsageError(f"devices={count} must be at least 1")
+    if allow_virtual and not _backend_started():
+        # Has no effect on GPU backends: it only sets how many CPU devices there would be.
+        jax.config.update("jax_num_cpu_devices", max(count, jax.config.jax_num_cpu_devices))
+    devices = jax.devices()
+    if len(devices) < count:
+        raise UsageError(
+            f"devices={count} but {len(devices)} {devices[0].platform} device(s) are present; "
+            f"use --devices {len(devices)} or fewer"
+        )
+    return devices[:count]
+
+
+def make_mesh(ring: int, data: int = 1, *, devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh of axes (DATA, RING), sizes (`data`, `ring`), neighbours on the ring adjacent."""
+    chosen = request_devices(ring * data) if devices is None else devices
+    if len(chosen) != ring * data:
+        raise UsageError(f"{len(chosen)} devices cannot form data={data} x ring={ring}")
+    grid = np.array(chosen).reshape(data, ring)
+    return Mesh(grid, (DATA, RING), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def _backend_started() -> bool:
+    from jax._src import xla_bridge
+
+    return xla_bridge.backends_are_initialized()
