@@ -1,0 +1,43 @@
+"""The plan language that training, planning and pictures share."""
+
+from .check import check, peak_live
+from .schedule import (
+    ALL,
+    Block,
+    Data,
+    Move,
+    MoveKind,
+    Placement,
+    Schedule,
+    ScheduleError,
+    Task,
+    TaskKind,
+)
+from .simulate import Costs, Event, Link, Simulation, simulate
+from .trace import Copy, Trace, gradient_block, task_inputs, task_outputs, trace
+
+__all__ = [
+    "ALL",
+    "Block",
+    "Copy",
+    "Costs",
+    "Data",
+    "Event",
+    "Link",
+    "Move",
+    "MoveKind",
+    "Placement",
+    "Schedule",
+    "ScheduleError",
+    "Simulation",
+    "Task",
+    "TaskKind",
+    "Trace",
+    "check",
+    "gradient_block",
+    "peak_live",
+    "simulate",
+    "task_inputs",
+    "task_outputs",
+    "trace",
+]

@@ -1,0 +1,289 @@
+"""Gives a schedule its time, bytes and memory by event simulation.
+
+Every device has one compute stream and one in-order communication stream in each direction. A move
+begins when its source has the data, both ends have reached the head of its tick and both streams are
+free; both ends wait for it where it must have arrived. That is what the compiled step does, so a
+transfer is hidden only where a tick's compute really covers it. No "sum minus overlap".
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from .schedule import ALL, Block, Data, Move, MoveKind, Schedule, Task, TaskKind
+from .trace import Trace, gradient_block, task_inputs, task_outputs, trace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """What joins two neighbours: time of a message of n bytes is `latency_s + n / bytes_per_s`."""
+
+    latency_s: float = 0.0
+    bytes_per_s: float = float("inf")
+
+    def transfer_s(self, size_bytes: float, *, messages: int = 1) -> float:
+        """Seconds for `size_bytes` in `messages` dependent messages."""
+        return messages * self.latency_s + size_bytes / self.bytes_per_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """What one chunk costs. A single number holds for every chunk; a sequence gives one each."""
+
+    forward_s: float | Sequence[float]
+    backward_s: float | Sequence[float]
+    """B: both gradients, with recompute if there is any."""
+    input_gradient_s: float | Sequence[float] = 0.0
+    weight_gradient_s: float | Sequence[float] = 0.0
+    embed_s: float = 0.0
+    """Added to F of the first chunk, and again to its backward pass."""
+    head_s: float = 0.0
+    """Head and loss, forward and backward: added to the backward pass of the last chunk."""
+    update_s: float = 0.0
+    """Optimizer, after everything else."""
+    before_s: float = 0.0
+    """Exposed work before tick 0, such as gathering embedding and head."""
+    after_s: float = 0.0
+    """Exposed work before the update, such as reducing the gradients of embedding and head."""
+    weight_bytes: float | Sequence[float] = 0.0
+    """A chunk's weights in the dtype they travel in."""
+    gradient_bytes: float | Sequence[float] = 0.0
+    activation_bytes: float = 0.0
+    residual_bytes: float | Sequence[float] = 0.0
+    tap_bytes: float | Sequence[float] = 0.0
+    static_bytes: float = 0.0
+    """Per device, all step long: parameters and optimizer state at rest, edge copies, workspace."""
+    other_sent_bytes: float = 0.0
+    """Sent per device and step outside the schedule's moves (embedding, head)."""
+
+    def task_s(self, task: Task, chunks: int) -> float:
+        """Seconds of one task."""
+        by_kind = {
+            TaskKind.FORWARD: self.forward_s,
+            TaskKind.BACKWARD: self.backward_s,
+            TaskKind.INPUT_GRADIENT: self.input_gradient_s,
+            TaskKind.WEIGHT_GRADIENT: self.weight_gradient_s,
+        }
+        time_s = _of(by_kind[task.kind], task.chunk)
+        if task.kind is not TaskKind.WEIGHT_GRADIENT:
+            if task.chunk == 0:
+                time_s += self.embed_s
+            if task.chunk == chunks - 1 and task.kind is not TaskKind.FORWARD:
+                time_s += self.head_s
+        return time_s
+
+    def block_bytes(self, block: Block) -> float:
+        """Bytes of one copy of a block."""
+        sizes = {
+            Data.WEIGHT: self.weight_bytes,
+            Data.GRADIENT: self.gradient_bytes,
+            Data.ACTIVATION: self.activation_bytes,
+            Data.COTANGENT: self.activation_bytes,
+            Data.RESIDUAL: self.residual_bytes,
+            Data.TAP: self.tap_bytes,
+        }
+        return _of(sizes[block.data], block.chunk)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """One bar of the timeline."""
+
+    device: int
+    stream: str
+    """"compute", "send"."""
+    start_s: float
+    end_s: float
+    label: str
+    work: Task | Move | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Simulation:
+    """A simulated step."""
+
+    schedule: Schedule
+    step_s: float
+    busy_s: tuple[float, ...]
+    """Compute seconds of each device."""
+    sent_bytes: tuple[float, ...]
+    """Bytes each device sends."""
+    peak_bytes: tuple[float, ...]
+    """The most memory each device holds at any tick, static bytes included."""
+    memory: tuple[tuple[dict[Data, float], ...], ...] = field(repr=False)
+    """memory[device][tick]: bytes by kind of data, static bytes not included."""
+    events: tuple[Event, ...] = field(repr=False)
+    tick_start_s: tuple[tuple[float, ...], ...] = field(repr=False)
+    """tick_start_s[device][tick]: when the device reaches the head of the tick."""
+
+    @property
+    def bubble(self) -> float:
+        """The share of the step in which the busiest device does not compute."""
+        return 1.0 - max(self.busy_s) / self.step_s if self.step_s else 0.0
+
+
+def simulate(
+    schedule: Schedule, costs: Costs, link: Link, *, known_trace: Trace | None = None
+) -> Simulation:
+    """Runs the schedule against the clock.
+
+    Args:
+        schedule: a legal schedule.
+        costs: times and sizes of its tasks and blocks.
+        link: what joins neighbours; group collectives run as rings over the same link.
+        known_trace: the schedule's trace, where the caller has it already.
+
+    Raises:
+        ScheduleError: if the schedule is not legal.
+    """
+    found = known_trace if known_trace is not None else trace(schedule)
+    run = _Run(schedule, costs, link)
+    run.go()
+    memory = tuple(_memory(schedule, costs, found, d) for d in range(schedule.devices))
+    peaks = tuple(
+        costs.static_bytes + max((sum(tick.values()) for tick in rows), default=0.0)
+        for rows in memory
+    )
+    return Simulation(
+        schedule=schedule,
+        step_s=run.step_s,
+        busy_s=tuple(run.busy_s),
+        sent_bytes=tuple(sent + costs.other_sent_bytes for sent in run.sent_bytes),
+        peak_bytes=peaks,
+        memory=memory,
+        events=tuple(run.events),
+        tick_start_s=tuple(tuple(row) for row in run.tick_start_s),
+    )
+
+
+class _Run:
+    def __init__(self, schedule: Schedule, costs: Costs, link: Link) -> None:
+        p = schedule.devices
+        self.schedule, self.costs, self.link = schedule, costs, link
+        self.head_s = [costs.before_s] * p
+        """When each device has reached the head of the tick at hand."""
+        self.send_free_s = [0.0] * p
+        self.receive_free_s = [0.0] * p
+        self.ready_s: dict[tuple[Block, int], float] = {}
+        self.must_land: dict[int, list[tuple[Move, float]]] = defaultdict(list)
+        self.busy_s = [0.0] * p
+        self.sent_bytes = [0.0] * p
+        self.events: list[Event] = []
+        self.tick_start_s: list[list[float]] = [[] for _ in range(p)]
+        self.step_s = 0.0
+
+    def go(self) -> None:
+        schedule = self.schedule
+        for block, device in schedule.starts:
+            self.ready_s[block, device] = self.costs.before_s
+        for tick in range(schedule.ticks):
+            self.wait_for(self.must_land.pop(tick, []))
+            for device, start in enumerate(self.head_s):
+                self.tick_start_s[device].append(start)
+            for move in schedule.moves_by_start[tick]:
+                end = self.move(move)
+                if move.arrive == tick:
+                    self.wait_for([(move, end)])
+                else:
+                    self.must_land[move.arrive].append((move, end))
+            for task in schedule.tasks_by_tick[tick]:
+                self.task(task)
+        self.wait_for([row for rows in self.must_land.values() for row in rows])
+        self.step_s = max(self.head_s) + self.costs.after_s + self.costs.update_s
+
+    def wait_for(self, landed: list[tuple[Move, float]]) -> None:
+        for move, end in landed:
+            for device in self.ends(move):
+                self.head_s[device] = max(self.head_s[device], end)
+
+    def ends(self, move: Move) -> range | tuple[int, ...]:
+        if move.source == ALL:
+            return range(self.schedule.devices)
+        return (move.source,) if move.source == move.target else (move.source, move.target)
+
+    def move(self, move: Move) -> float:
+        devices = self.ends(move)
+        size = self.costs.block_bytes(move.block)
+        if move.kind is MoveKind.COPY:
+            self.ready_s[move.landed, move.target] = self.head_s[move.source]
+            return self.head_s[move.source]
+        begin = max(self.head_s[device] for device in devices)
+        if move.source == ALL:
+            n = self.schedule.devices
+            rounds = 2 if move.kind is MoveKind.ALL_REDUCE else 1
+            sent = rounds * (n - 1) / n * size
+            duration = self.link.transfer_s(sent, messages=rounds * (n - 1))
+            senders = receivers = devices
+        else:
+            sent = size
+            duration = self.link.transfer_s(size)
+            senders, receivers = (move.source,), (move.target,)
+        for device in devices:
+            begin = max(begin, self.ready_s.get((move.block, device), 0.0))
+        begin = max(
+            begin,
+            *(self.send_free_s[d] for d in senders),
+            *(self.receive_free_s[d] for d in receivers),
+        )
+        end = begin + duration
+        for device in senders:
+            self.send_free_s[device] = end
+            self.sent_bytes[device] += sent
+            self.events.append(
+                Event(
+                    device=device,
+                    stream="send",
+                    start_s=begin,
+                    end_s=end,
+                    label=str(move.block),
+                    work=move,
+                )
+            )
+        for device in receivers:
+            self.receive_free_s[device] = end
+            self.ready_s[move.landed, device] = end
+        return end
+
+    def task(self, task: Task) -> None:
+        device = task.device
+        begin = self.head_s[device]
+        for block in task_inputs(self.schedule, task):
+            begin = max(begin, self.ready_s.get((block, device), 0.0))
+        duration = self.costs.task_s(task, self.schedule.chunks)
+        end = begin + duration
+        for block in task_outputs(self.schedule, task):
+            self.ready_s[block, device] = end
+        if task.kind in (TaskKind.BACKWARD, TaskKind.WEIGHT_GRADIENT):
+            self.ready_s[gradient_block(task.chunk), device] = end
+        self.head_s[device] = end
+        self.busy_s[device] += duration
+        self.events.append(
+            Event(
+                device=device,
+                stream="compute",
+                start_s=begin,
+                end_s=end,
+                label=f"{task.kind}{task.chunk},{task.microbatch}",
+                work=task,
+            )
+        )
+
+
+def _memory(
+    schedule: Schedule, costs: Costs, found: Trace, device: int
+) -> tuple[dict[Data, float], ...]:
+    change: list[Counter[Data]] = [Counter() for _ in range(schedule.ticks + 2)]
+    for copy in found.on_device(device):
+        size = costs.block_bytes(copy.block)
+        change[copy.made_at][copy.block.data] += size
+        change[min(copy.last_use, schedule.ticks) + 1][copy.block.data] -= size
+    live: Counter[Data] = Counter()
+    rows = []
+    for tick in range(schedule.ticks):
+        live.update(change[tick])
+        rows.append({data: float(size) for data, size in live.items() if size})
+    return tuple(rows)
+
+
+def _of(value: float | Sequence[float], chunk: int) -> float:
+    return value if isinstance(value, int | float) else value[chunk]
