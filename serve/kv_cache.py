@@ -1,0 +1,143 @@
+"""Which page of the key-value cache holds what: a reference-counted page allocator.
+
+Pages of `page_size` tokens are shared between requests with a common prefix. A page whose content
+is known carries a key, the hash of every token up to its end; when its last holder lets go it
+stays findable, and is reclaimed, oldest first, only when no free page is left. Keys are 16-byte
+BLAKE2 digests chained over blocks, so that no prompt can be made to collide with another's.
+
+At every moment, each page is in exactly one place: held (count > 0), kept (count 0, keyed) or free.
+"""
+
+import hashlib
+from array import array
+from collections.abc import Iterator, Sequence
+
+BlockKey = bytes | int
+
+
+def block_keys(
+    tokens: Sequence[int], page_size: int, *, salt: bytes = b"", after: BlockKey | None = None
+) -> Iterator[bytes]:
+    """Keys of the full blocks of `tokens`, each standing for the whole prefix to its end.
+
+    Args:
+        salt: separates users who must not see that others share their prefix.
+        after: the key of the block before `tokens`, if they continue one.
+    """
+    parent = salt if after is None else bytes(after)
+    for start in range(0, len(tokens) - page_size + 1, page_size):
+        block = array("i", tokens[start : start + page_size]).tobytes()
+        parent = hashlib.blake2b(block, digest_size=16, key=parent).digest()
+        yield parent
+
+
+class PageAllocator:
+    """Hands out page numbers `0..page_count-1`. Not thread-safe: one scheduler owns it."""
+
+    __slots__ = ("_by_key", "_counts", "_free", "_kept", "_keys", "page_count", "page_size")
+
+    def __init__(self, page_count: int, page_size: int):
+        if page_count < 1 or page_size < 1:
+            raise ValueError(f"page_count={page_count}, page_size={page_size} must be at least 1")
+        self.page_count = page_count
+        self.page_size = page_size
+        self._free = list(range(page_count - 1, -1, -1))
+        self._counts = [0] * page_count
+        self._keys: list[BlockKey | None] = [None] * page_count
+        self._by_key: dict[BlockKey, int] = {}
+        # Insertion order is age: the first entry was let go first.
+        self._kept: dict[int, None] = {}
+
+    @property
+    def available(self) -> int:
+        """Pages that an allocation could take: free ones and kept ones."""
+        return len(self._free) + len(self._kept)
+
+    @property
+    def held(self) -> int:
+        """Pages some request holds."""
+        return self.page_count - self.available
+
+    def allocate(self, count: int) -> list[int] | None:
+        """`count` pages with count 1 and no key, or None (and no change) where too few are left."""
+        free = self._free
+        if count > len(free):
+            if count > len(free) + len(self._kept):
+                return None
+            self._reclaim(count - len(free))
+        if count == 1:
+            pages = [free.pop()]
+        else:
+            pages = free[len(free) - count :]
+            del free[len(free) - count :]
+        counts = self._counts
+        for page in pages:
+            counts[page] = 1
+        return pages
+
+    def share(self, keys: Sequence[BlockKey]) -> list[int]:
+        """The pages of the longest known prefix of `keys`; the caller holds them from now on."""
+        pages = []
+        for key in keys:
+            page = self._by_key.get(key)
+            if page is None:
+                break
+            if self._counts[page] == 0:
+                del self._kept[page]
+            self._counts[page] += 1
+            pages.append(page)
+        return pages
+
+    def is_shared(self, page: int) -> bool:
+        """Whether a write to `page` would be seen by anyone but its one holder."""
+        return self._counts[page] > 1 or self._keys[page] is not None
+
+    def register(self, page: int, key: BlockKey) -> None:
+        """Makes a held page's content findable. A key known already keeps its first page."""
+        if self._counts[page] < 1:
+            raise ValueError(f"page={page} is held by nobody; only held pages can be registered")
+        if self._keys[page] is None and key not in self._by_key:
+            self._keys[page] = key
+            self._by_key[key] = page
+
+    def release(self, pages: Sequence[int]) -> None:
+        """Gives up one hold on each of `pages`."""
+        counts, keys = self._counts, self._keys
+        # Last page first: a prefix is reclaimed from its end, so what is left stays reachable.
+        for page in reversed(pages):
+            count = counts[page] - 1
+            if count < 0:
+                raise ValueError(f"page={page} is released more often than held")
+            counts[page] = count
+            if count == 0:
+                if keys[page] is None:
+                    self._free.append(page)
+                else:
+                    self._kept[page] = None
+
+    def forget(self) -> None:
+        """Drops every kept page, as after the weights changed."""
+        self._reclaim(len(self._kept))
+
+    def check(self) -> None:
+        """Raises AssertionError unless every page is in exactly one place."""
+        free, kept = set(self._free), set(self._kept)
+        held = {page for page, count in enumerate(self._counts) if count > 0}
+        assert len(free) == len(self._free), "a page is free twice"
+        assert not free & kept and not free & held and not kept & held, "a page is in two places"
+        assert len(free) + len(kept) + len(held) == self.page_count, "a page is nowhere"
+        assert all(count >= 0 for count in self._counts), "a count is negative"
+        assert all(self._keys[page] is None for page in free), "a free page has a key"
+        assert all(self._keys[page] is not None for page in kept), "a kept page has no key"
+        keyed = {key: page for page, key in enumerate(self._keys) if key is not None}
+        assert keyed == self._by_key, "keys and pages disagree"
+
+    def _reclaim(self, count: int) -> None:
+        for _ in range(count):
+            page = next(iter(self._kept))
+            del self._kept[page]
+            key = self._keys[page]
+            assert key is not None
+            del self._by_key[key]
+            self._keys[page] = None
+            self._free.append(page)

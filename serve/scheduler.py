@@ -1,0 +1,545 @@
+"""Which request computes what in the next iteration: continuous batching in pure Python.
+
+Each iteration holds one decode step for every running request and pieces of waiting prompts up to
+a token budget (chunked prefill). Iterations may be dispatched before the results of the one before
+are known: `next_iteration` counts what it schedules at once (`computed`, `pending`), `complete`
+brings in sampled tokens, and a result that arrives for a request which ended meanwhile is dropped.
+At most one iteration may be in flight when the next is planned.
+
+When pages run out the youngest running request gives its pages up and is computed again later from
+its prompt and the output so far. Roles: "both" computes everything; "prefill" hands a request over
+after its first token; "decode" receives such requests (and computes preempted ones again itself).
+"""
+
+import dataclasses
+from collections import deque
+from collections.abc import Sequence
+from typing import Literal
+
+from jaxsys.errors import UsageError
+from jaxsys.serve.kv_cache import BlockKey, PageAllocator, block_keys
+from jaxsys.serve.requests import FinishReason, Request, RequestState
+
+Role = Literal["both", "prefill", "decode"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """Bounds of one instance."""
+
+    page_count: int
+    page_size: int = 16
+    max_batch: int = 64
+    """Most requests that hold pages at once (their slots on the device)."""
+    max_prefill_tokens: int = 512
+    """Prompt tokens an iteration may compute."""
+    max_length: int = 2048
+    """Most tokens of one request, prompt and output."""
+    decode_buckets: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    """Batch sizes that steps are compiled for, ascending."""
+    role: Role = "both"
+    prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        if list(self.decode_buckets) != sorted(set(self.decode_buckets)) or (
+            not self.decode_buckets or self.decode_buckets[-1] < self.max_batch
+        ):
+            raise UsageError(
+                f"decode_buckets={self.decode_buckets} must ascend and reach "
+                f"max_batch={self.max_batch}"
+            )
+        for name in ("page_count", "page_size", "max_batch", "max_prefill_tokens", "max_length"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PrefillPiece:
+    """Positions `start..start+length-1` of a request's known tokens."""
+
+    request: Request
+    start: int
+    length: int
+    cached_tokens: int
+    """Positions before `start` that were found in the prefix cache rather than computed."""
+    last: bool
+    """Whether the piece ends the known tokens, and so samples the next one."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Iteration:
+    """What one instance computes next."""
+
+    index: int
+    prefills: tuple[PrefillPiece, ...]
+    decodes: tuple[Request, ...]
+    copies: tuple[tuple[int, int], ...]
+    """Pages (source, target) to copy before anything else: copy on write."""
+    prefill_tokens: int
+    cached_tokens: int
+    """Sum of `cached_tokens` over pieces that are the first of their request."""
+    kv_tokens: int
+    """Tokens the decodes attend to, their own included."""
+    bucket: int
+    """Padded batch of the decode step; 0 without decodes."""
+    steps: int
+    """Decode steps taken in a row; more than 1 only where the caller allowed it."""
+
+    @property
+    def batch(self) -> int:
+        """Requests that decode."""
+        return len(self.decodes)
+
+    @property
+    def sampling(self) -> list[Request]:
+        """The requests that sample a token, in the order of the tokens given to `complete`."""
+        return [*(piece.request for piece in self.prefills if piece.last), *self.decodes]
+
+
+@dataclasses.dataclass(slots=True)
+class Completion:
+    """What `complete` changed."""
+
+    emitted: list[Request]
+    """Requests that gained tokens."""
+    finished: list[Request]
+    handed_over: list[Request]
+    """Prefill role: requests whose pages may go to a decode instance now."""
+
+
+class Scheduler:
+    """Plans iterations over one page pool. Not thread-safe: one loop owns it."""
+
+    def __init__(self, config: SchedulerConfig):
+        self.config = config
+        self.allocator = PageAllocator(config.page_count, config.page_size)
+        self.waiting: deque[Request] = deque()
+        """Requests without pages that wait for prefill, oldest first."""
+        self.incoming: deque[Request] = deque()
+        """Decode role: requests that wait for pages to be received into."""
+        self.prefilling: list[Request] = []
+        self.running: list[Request] = []
+        self.handing_over: dict[str | int, Request] = {}
+        self.receiving: dict[str | int, Request] = {}
+        self.iterations = 0
+        self.preemptions = 0
+        self._in_flight: deque[Iteration] = deque()
+        self._free_slots = list(range(config.max_batch - 1, -1, -1))
+        self._bucket_of = [0]
+        for size in config.decode_buckets:
+            self._bucket_of += [size] * (size + 1 - len(self._bucket_of))
+
+    # --- what a router or a gauge reads -------------------------------------------------------
+
+    @property
+    def requests(self) -> int:
+        """Requests this instance knows that have not ended."""
+        return (
+            len(self.waiting)
+            + len(self.incoming)
+            + len(self.prefilling)
+            + len(self.running)
+            + len(self.handing_over)
+            + len(self.receiving)
+        )
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing could be planned and nothing is in flight."""
+        return not (self.waiting or self.prefilling or self.running or self._in_flight)
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens computed for the requests that decode."""
+        return sum(request.computed for request in self.running)
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Known tokens that wait to be computed or received."""
+        return (
+            sum(request.total_length for request in self.waiting)
+            + sum(request.total_length for request in self.incoming)
+            + sum(request.total_length - request.computed for request in self.prefilling)
+        )
+
+    # --- requests in and out ------------------------------------------------------------------
+
+    def check_fits(self, prompt_length: int, max_tokens: int) -> None:
+        """Raises UsageError where such a request could never be served here."""
+        config = self.config
+        capacity = min(config.max_length, config.page_count * config.page_size)
+        if prompt_length + max_tokens > capacity:
+            raise UsageError(
+                f"prompt of {prompt_length} tokens and max_tokens={max_tokens} need "
+                f"{prompt_length + max_tokens} tokens; at most {capacity} fit. Shorten the prompt "
+                f"or lower max_tokens"
+                + (f" to {capacity - prompt_length}" if prompt_length < capacity else "")
+            )
+
+    def add(self, request: Request) -> None:
+        """Queues a new request for prefill."""
+        self.check_fits(request.prompt_length, request.sampling.max_tokens)
+        request.state = RequestState.WAITING
+        self.waiting.append(request)
+
+    def add_incoming(self, request: Request) -> None:
+        """Decode role: queues a request whose prompt is computed elsewhere."""
+        self.check_fits(request.prompt_length, request.sampling.max_tokens)
+        request.state = RequestState.WAITING
+        self.incoming.append(request)
+
+    def reserve_incoming(self) -> list[Request]:
+        """Gives pages and slots to as many incoming requests as fit; their copies may begin.
+
+        A running request may need a page each in the next step, so that many stay in reserve.
+        """
+        reserved = []
+        page_size = self.config.page_size
+        while self.incoming and self._free_slots and not self.waiting:  # preempted ones go first
+            request = self.incoming[0]
+            count = -(-(request.prompt_length + 1) // page_size)
+            reserve = len(self.running) + len(self.receiving)
+            if self.allocator.available - reserve < count and (reserve or self.prefilling):
+                break
+            pages = self.allocator.allocate(count)
+            if pages is None:
+                break
+            self.incoming.popleft()
+            request.pages = pages
+            request.slot = self._free_slots.pop()
+            request.state = RequestState.RECEIVING
+            self.receiving[request.request_id] = request
+            reserved.append(request)
+        return reserved
+
+    def start_received(self, request: Request) -> None:
+        """The pages of a reserved request are filled (or will be before the next iteration)."""
+        del self.receiving[request.request_id]
+        request.computed = request.prompt_length
+        request.state = RequestState.RUNNING
+        self.running.append(request)
+        if self.config.prefix_caching:
+            self._register(request, request.prompt_length)
+
+    def release_handed_over(self, request: Request) -> None:
+        """Prefill role: the decode side has the pages (or the hand-over was given up)."""
+        if self.handing_over.pop(request.request_id, None) is not None:
+            self._free(request)
+
+    def abort(self, request: Request, now_s: float, reason: FinishReason = "abort") -> None:
+        """Ends a request in whatever state it is. Does nothing to one that has ended."""
+        if request.state is RequestState.FINISHED:
+            return
+        if request.state is RequestState.WAITING:
+            for queue in (self.waiting, self.incoming):
+                if request in queue:
+                    queue.remove(request)
+        elif request.state is RequestState.PREFILLING:
+            self.prefilling.remove(request)
+        elif request.state is RequestState.RUNNING:
+            self.running.remove(request)
+        elif request.state is RequestState.HANDING_OVER:
+            self.handing_over.pop(request.request_id, None)
+        elif request.state is RequestState.RECEIVING:
+            self.receiving.pop(request.request_id, None)
+        self._finish(request, reason, now_s)
+
+    def finish(self, request: Request, now_s: float, reason: FinishReason = "stop") -> None:
+        """Ends a request early by the owner's judgement, as at a stop string."""
+        self.abort(request, now_s, reason)
+
+    # --- iterations ---------------------------------------------------------------------------
+
+    def next_iteration(self, now_s: float, max_steps: int = 1) -> Iteration | None:
+        """Plans one iteration, or None where there is nothing to compute.
+
+        Args:
+            max_steps: allow up to this many decode steps in one iteration, while nothing waits and
+                no request can end or need preemption within them.
+        """
+        if len(self._in_flight) > 1:
+            raise ValueError("two iterations are in flight; complete the older one first")
+        steps = 1
+        if max_steps > 1 and not (self.waiting or self.prefilling or self.incoming):
+            steps = self._steady_steps(max_steps)
+        preempted = self.preemptions
+        decodes, kv_tokens = self._plan_decodes(steps)
+        pieces: list[PrefillPiece] = []
+        copies: list[tuple[int, int]] = []
+        # A request preempted just now must sit one iteration out, so that `complete` can tell the
+        # sample it still has in flight from the one that a fresh prefill would draw.
+        if (self.prefilling or self.waiting) and self.preemptions == preempted:
+            self._plan_prefills(pieces, copies, now_s)
+        if not decodes and not pieces:
+            return None
+        self.iterations += 1
+        prefill_tokens = cached_tokens = 0
+        for piece in pieces:
+            prefill_tokens += piece.length
+            if piece.start == piece.cached_tokens:
+                cached_tokens += piece.cached_tokens
+        iteration = Iteration(
+            self.iterations,
+            tuple(pieces),
+            tuple(decodes),
+            tuple(copies),
+            prefill_tokens,
+            cached_tokens,
+            kv_tokens,
+            self._bucket_of[len(decodes)],
+            steps,
+        )
+        self._in_flight.append(iteration)
+        return iteration
+
+    def complete(
+        self, iteration: Iteration, now_s: float, tokens: Sequence[int] | None = None
+    ) -> Completion:
+        """Takes in an iteration's samples.
+
+        Args:
+            tokens: one token for each of `iteration.sampling`, in that order; None in a replay,
+                where requests end by their `max_tokens` alone.
+        """
+        if not self._in_flight or self._in_flight[0] is not iteration:
+            raise ValueError(f"iteration {iteration.index} is not the oldest one in flight")
+        self._in_flight.popleft()
+        completion = Completion([], [], [])
+        position = 0
+        for piece in iteration.prefills:
+            if not piece.last:
+                continue
+            request = piece.request
+            token = None if tokens is None else int(tokens[position])
+            position += 1
+            if request.pending == 0:  # ended or preempted since
+                continue
+            self._take(request, token, 1, now_s, completion)
+            if request.state is RequestState.HANDING_OVER:
+                completion.handed_over.append(request)
+        steps = iteration.steps
+        for request in iteration.decodes:
+            token = None if tokens is None else int(tokens[position])
+            position += 1
+            if request.pending == 0:
+                continue
+            self._take(request, token, steps, now_s, completion)
+        if completion.finished:
+            gone = {id(request) for request in completion.finished}
+            self.running = [request for request in self.running if id(request) not in gone]
+        return completion
+
+    def check(self) -> None:
+        """Raises AssertionError unless requests and the allocator agree on every page and slot."""
+        self.allocator.check()
+        holders = [
+            *self.prefilling,
+            *self.running,
+            *self.handing_over.values(),
+            *self.receiving.values(),
+        ]
+        holds: dict[int, int] = {}
+        for request in holders:
+            for page in request.pages:
+                holds[page] = holds.get(page, 0) + 1
+        for page, count in enumerate(self.allocator._counts):
+            assert holds.get(page, 0) == count, (
+                f"page {page}: count {count}, held {holds.get(page)}"
+            )
+        slots = [request.slot for request in holders]
+        assert sorted([*slots, *self._free_slots]) == list(range(self.config.max_batch)), "slots"
+        for request in (*self.waiting, *self.incoming):
+            assert not request.pages and request.slot == -1, f"{request} holds pages while waiting"
+        for request in self.running:
+            assert request.computed == request.total_length + request.pending - 1, request
+            assert request.computed <= len(request.pages) * self.config.page_size, request
+
+    # --- inside -------------------------------------------------------------------------------
+
+    def _plan_decodes(self, steps: int) -> tuple[list[Request], int]:
+        page_size = self.config.page_size
+        decodes: list[Request] = []
+        kv_tokens = 0
+        index = 0
+        # Preemption takes from the end of `running`, so the bound is read anew each time.
+        while index < len(self.running):
+            request = self.running[index]
+            index += 1
+            if request.generated + request.pending >= request.sampling.max_tokens:
+                continue  # its last token is in flight
+            computed = request.computed + steps
+            if computed > len(request.pages) * page_size and not self._grow(request, computed):
+                break  # it was preempted itself, and so was everything after it
+            request.computed = computed
+            request.pending += steps
+            kv_tokens += computed
+            decodes.append(request)
+        return decodes, kv_tokens - (steps - 1) * len(decodes)
+
+    def _grow(self, request: Request, computed: int) -> bool:
+        count = -(-computed // self.config.page_size) - len(request.pages)
+        while True:
+            pages = self.allocator.allocate(count)
+            if pages is not None:
+                request.pages += pages
+                return True
+            victim = self.prefilling[-1] if self.prefilling else self.running[-1]
+            self._preempt(victim)
+            if victim is request:
+                return False
+
+    def _preempt(self, request: Request) -> None:
+        (self.prefilling if request.state is RequestState.PREFILLING else self.running).remove(
+            request
+        )
+        self._free(request)
+        request.pending = 0  # samples in flight are dropped and drawn again
+        request.computed = 0
+        request.state = RequestState.WAITING
+        request.timing.preemptions += 1
+        self.preemptions += 1
+        self.waiting.appendleft(request)
+
+    def _plan_prefills(
+        self, pieces: list[PrefillPiece], copies: list[tuple[int, int]], now_s: float
+    ) -> None:
+        budget = self.config.max_prefill_tokens
+        for request in list(self.prefilling):
+            if budget <= 0:
+                return
+            budget -= self._add_piece(request, budget, pieces)
+        while budget > 0 and self.waiting and self._free_slots:
+            request = self.waiting[0]
+            if not self._admit(request, copies):
+                return
+            self.waiting.popleft()
+            if request.timing.scheduled_s is None:
+                request.timing.scheduled_s = now_s
+            self.prefilling.append(request)
+            budget -= self._add_piece(request, budget, pieces)
+
+    def _admit(self, request: Request, copies: list[tuple[int, int]]) -> bool:
+        """Gives a waiting request its pages and slot; False (and no change) where none are left."""
+        config, allocator = self.config, self.allocator
+        page_size = config.page_size
+        length = request.total_length
+        shared: list[int] = []
+        if config.prefix_caching:
+            keys = self._keys(request)
+            if keys:
+                shared = allocator.share(keys[: length // page_size])
+        cached = len(shared) * page_size
+        # One token at least must be computed, for its logits. Where the prompt ends with a shared
+        # page, that token's page is copied first: others still read the original.
+        source = shared[-1] if cached == length else None
+        kept = shared[:-1] if source is not None else shared
+        needed = -(-(length + 1) // page_size) - len(kept)
+        # Each running request may need a page in the next step; admitting into that reserve would
+        # only preempt the newcomer. An empty instance must take whatever fits.
+        reserve = len(self.running) if (self.running or self.prefilling) else 0
+        pages = allocator.allocate(needed) if allocator.available - needed >= reserve else None
+        if pages is None:
+            allocator.release(shared)
+            return False
+        if source is not None:
+            copies.append((source, pages[0]))
+            # Safe at once: the copy is dispatched before anything that could reuse the page.
+            allocator.release([source])
+            cached = length - 1
+        request.pages = kept + pages
+        request.computed = request.cached_tokens = cached
+        request.slot = self._free_slots.pop()
+        request.state = RequestState.PREFILLING
+        return True
+
+    def _add_piece(self, request: Request, budget: int, pieces: list[PrefillPiece]) -> int:
+        start = request.computed
+        length = min(request.total_length - start, budget)
+        last = start + length == request.total_length
+        pieces.append(PrefillPiece(request, start, length, request.cached_tokens, last))
+        request.computed = start + length
+        if self.config.prefix_caching:
+            self._register(request, min(request.computed, request.prompt_length))
+        if last:
+            request.pending = 1
+            self.prefilling.remove(request)
+            if self.config.role == "prefill":
+                request.state = RequestState.HANDING_OVER
+                self.handing_over[request.request_id] = request
+            else:
+                request.state = RequestState.RUNNING
+                self.running.append(request)
+        return length
+
+    def _take(
+        self, request: Request, token: int | None, steps: int, now_s: float, completion: Completion
+    ) -> None:
+        timing, sampling = request.timing, request.sampling
+        request.pending -= steps
+        request.generated += steps
+        if timing.first_token_s is None:
+            timing.first_token_s = now_s
+        timing.last_token_s = now_s
+        completion.emitted.append(request)
+        reason: FinishReason | None = None
+        if request.generated >= sampling.max_tokens:
+            reason = "length"
+        if token is not None:
+            timing.token_times_s.append(now_s)
+            request.output_tokens.append(token)
+            if token in sampling.stop_token_ids:
+                reason = "stop"
+        if reason is not None:
+            self.handing_over.pop(request.request_id, None)
+            self._finish(request, reason, now_s)
+            completion.finished.append(request)
+
+    def _finish(self, request: Request, reason: FinishReason, now_s: float) -> None:
+        if self.config.prefix_caching and request.output_tokens and request.pages:
+            # The last token's keys may never be written; those of the tokens before are dispatched.
+            self._register(request, min(request.computed, request.total_length - 1))
+        self._free(request)
+        request.pending = 0
+        request.state = RequestState.FINISHED
+        request.finish_reason = reason
+        request.timing.finished_s = now_s
+
+    def _free(self, request: Request) -> None:
+        if request.pages:
+            self.allocator.release(request.pages)
+            request.pages = []
+        if request.slot >= 0:
+            self._free_slots.append(request.slot)
+            request.slot = -1
+
+    def _keys(self, request: Request) -> Sequence[BlockKey]:
+        if request.block_hashes is None:
+            if not request.prompt_tokens:
+                return ()
+            request.block_hashes = list(block_keys(request.prompt_tokens, self.config.page_size))
+        return request.block_hashes
+
+    def _register(self, request: Request, length: int) -> None:
+        """Makes the full pages among the first `length` tokens findable."""
+        page_size = self.config.page_size
+        full = length // page_size
+        keys = self._keys(request)
+        if len(keys) < full and request.output_tokens:
+            start = len(keys) * page_size
+            tokens = request.known_tokens()[start : full * page_size]
+            after = keys[-1] if keys else None
+            keys = [*keys, *block_keys(tokens, page_size, after=after)]
+            request.block_hashes = keys
+        for page, key in zip(request.pages[:full], keys, strict=False):
+            self.allocator.register(page, key)
+
+    def _steady_steps(self, max_steps: int) -> int:
+        steps = max_steps
+        for request in self.running:
+            steps = min(steps, request.sampling.max_tokens - request.generated - request.pending)
+        if steps <= 1:
+            return 1
+        per_request = -(-steps // self.config.page_size)
+        if per_request * len(self.running) > self.allocator.available:
+            return 1
+        return steps
