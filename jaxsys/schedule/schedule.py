@@ -8,8 +8,8 @@ Plain frozen data, made and checked without a device. Time is cut into ticks; in
 3. at the end takes in every move with `arrive == tick + 1` and then adds the gradient
    contributions of the tick's tasks to the accumulators it holds.
 
-So a move with `arrive == start + 1` travels while the tick computes. Ticks have no length of their own:
-`simulate` gives them one, `lower` turns them into a jitted step.
+So a move with `arrive == start + 1` travels while the tick computes. Ticks have no length of their
+own: `simulate` gives them one, `jaxsys.lowering` turns them into a jitted step.
 
 Legend: P devices, C chunks (consecutive layers), M microbatches.
 """

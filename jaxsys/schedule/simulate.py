@@ -1,12 +1,12 @@
 """Gives a schedule its time, bytes and memory by event simulation.
 
-Every device has one compute stream and one in-order communication stream in each direction. A move
-begins when its source has the data, both ends have reached the head of its tick and both streams are
-free; both ends wait for it where it must have arrived. That is what the compiled step does, so a
+Every device has one compute stream and one in-order communication stream in each direction. A
+move begins when its source has the data, both ends have reached the head of its tick and both
+streams are free; both ends wait for it where it must have arrived. That is what the compiled step does, so a
 transfer is hidden only where a tick's compute really covers it. No "sum minus overlap".
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -91,7 +91,7 @@ class Event:
 
     device: int
     stream: str
-    """"compute", "send"."""
+    """`compute` or `send`."""
     start_s: float
     end_s: float
     label: str
@@ -123,7 +123,12 @@ class Simulation:
 
 
 def simulate(
-    schedule: Schedule, costs: Costs, link: Link, *, known_trace: Trace | None = None
+    schedule: Schedule,
+    costs: Costs,
+    link: Link,
+    *,
+    lockstep: bool = False,
+    known_trace: Trace | None = None,
 ) -> Simulation:
     """Runs the schedule against the clock.
 
@@ -131,13 +136,15 @@ def simulate(
         schedule: a legal schedule.
         costs: times and sizes of its tasks and blocks.
         link: what joins neighbours; group collectives run as rings over the same link.
+        lockstep: start every tick on all devices together. The closed formulas of pipelines and
+            rings hold exactly then; without it a device waits only for those it exchanges with.
         known_trace: the schedule's trace, where the caller has it already.
 
     Raises:
         ScheduleError: if the schedule is not legal.
     """
     found = known_trace if known_trace is not None else trace(schedule)
-    run = _Run(schedule, costs, link)
+    run = _Run(schedule, costs, link, lockstep)
     run.go()
     memory = tuple(_memory(schedule, costs, found, d) for d in range(schedule.devices))
     peaks = tuple(
@@ -157,9 +164,10 @@ def simulate(
 
 
 class _Run:
-    def __init__(self, schedule: Schedule, costs: Costs, link: Link) -> None:
+    def __init__(self, schedule: Schedule, costs: Costs, link: Link, lockstep: bool) -> None:
         p = schedule.devices
         self.schedule, self.costs, self.link = schedule, costs, link
+        self.lockstep = lockstep
         self.head_s = [costs.before_s] * p
         """When each device has reached the head of the tick at hand."""
         self.send_free_s = [0.0] * p
@@ -178,6 +186,8 @@ class _Run:
             self.ready_s[block, device] = self.costs.before_s
         for tick in range(schedule.ticks):
             self.wait_for(self.must_land.pop(tick, []))
+            if self.lockstep:
+                self.head_s = [max(self.head_s)] * schedule.devices
             for device, start in enumerate(self.head_s):
                 self.tick_start_s[device].append(start)
             for move in schedule.moves_by_start[tick]:
@@ -272,16 +282,17 @@ class _Run:
 def _memory(
     schedule: Schedule, costs: Costs, found: Trace, device: int
 ) -> tuple[dict[Data, float], ...]:
-    change: list[Counter[Data]] = [Counter() for _ in range(schedule.ticks + 2)]
+    change: list[dict[Data, float]] = [defaultdict(float) for _ in range(schedule.ticks + 2)]
     for copy in found.on_device(device):
         size = costs.block_bytes(copy.block)
         change[copy.made_at][copy.block.data] += size
         change[min(copy.last_use, schedule.ticks) + 1][copy.block.data] -= size
-    live: Counter[Data] = Counter()
+    live: dict[Data, float] = defaultdict(float)
     rows = []
     for tick in range(schedule.ticks):
-        live.update(change[tick])
-        rows.append({data: float(size) for data, size in live.items() if size})
+        for data, size in change[tick].items():
+            live[data] += size
+        rows.append({data: size for data, size in live.items() if size})
     return tuple(rows)
 
 

@@ -25,8 +25,8 @@ from .schedule import (
 class Copy:
     """One copy of a block on a device.
 
-    It is readable from the head of tick `born`, and needed until the end of tick `last_use`; what is
-    born at `last_use + 1` or later may take its place in memory.
+    It is readable from the head of tick `born`, and needed until the end of tick `last_use`; what
+    is born at `last_use + 1` or later may take its place in memory.
     """
 
     block: Block

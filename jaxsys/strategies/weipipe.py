@@ -1,11 +1,13 @@
 """WeiPipe: weights and their gradients travel round a ring, data stays where it is.
 
-Worker r computes whole microbatches k*P + r; at tick t it holds, of the forward weight stream, chunk
-(t - r) mod P, and of the backward stream, which starts at tick P with s = t - P, chunk
+Worker r computes whole microbatches k*P + r; at tick t it holds, of the forward weight stream,
+chunk (t - r) mod P, and of the backward stream, which starts at tick P with s = t - P, chunk
 (r - 1 - s) mod P. Gradient sums ride with the backward stream. All three go r -> r + 1.
 
-With A = M / P microbatches a worker the step takes (M + P - 1) (T_F + T_B) of compute where
-M (T_F + T_B) would be ideal: a bubble of (P - 1) / (M + P - 1), as 1F1B has.
+Where every tick lasts as long as its slowest worker, a step takes (M + P - 1) (T_F + T_B) and
+M (T_F + T_B) would be ideal: a bubble of (P - 1) / (M + P - 1), as 1F1B has. Unlike a pipeline's it
+is not forced by the data: weights are there before anything is computed, so a worker that need not
+keep step starts at once, and the bubble is smaller.
 
 Source: WeiPipe (Lin et al., PPoPP 2025) for the idea; the exact ticks, the mirrored start of the
 backward stream and the way home of the gradients are derived here.
