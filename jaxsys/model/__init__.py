@@ -1,0 +1,44 @@
+"""The Llama-family decoder: its configuration, module, plain pytree, files and tokenizers."""
+
+from jaxsys.model.attention import attend, choose_implementation
+from jaxsys.model.config import Llama3RopeScaling, LlamaConfig, preset
+from jaxsys.model.layers import layered
+from jaxsys.model.llama import (
+    Block,
+    Edge,
+    Llama,
+    abstract_parameters,
+    bind_block,
+    bind_edge,
+    build,
+    forward,
+    initial_parameters,
+    parameters,
+)
+from jaxsys.model.load import LoadedModel, default_model_path, load
+from jaxsys.model.tokenizer import ByteTokenizer, StreamDecoder, Tokenizer
+
+__all__ = [
+    "Block",
+    "ByteTokenizer",
+    "Edge",
+    "Llama",
+    "Llama3RopeScaling",
+    "LlamaConfig",
+    "LoadedModel",
+    "StreamDecoder",
+    "Tokenizer",
+    "abstract_parameters",
+    "attend",
+    "bind_block",
+    "bind_edge",
+    "build",
+    "choose_implementation",
+    "default_model_path",
+    "forward",
+    "initial_parameters",
+    "layered",
+    "load",
+    "parameters",
+    "preset",
+]

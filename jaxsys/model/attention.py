@@ -1,0 +1,139 @@
+"""Softmax attention through `jax.nn.dot_product_attention`, by the best kernel that may run it.
+
+cuDNN's fused attention runs on NVIDIA GPUs for 16-bit floats and head widths that are multiples of
+8 (to 256 from Hopper on, to 128 before); it never forms the [T, S] scores. Everything else goes to
+XLA, which does form them: 4 * B * N * T * S bytes. The choice is made while tracing, and
+`choose_implementation` says which and why.
+
+Legend: B batch, T query tokens, S key tokens, N query heads, G key/value heads, K head width.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxsys.errors import UsageError
+
+Implementation = Literal["cudnn", "xla"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """Which kernel runs and the reason in words."""
+
+    implementation: Implementation
+    reason: str
+
+
+def choose_implementation(
+    *, dtype: DTypeLike, head_dim: int, masked: bool = False, device: jax.Device | None = None
+) -> Choice:
+    """The kernel for heads of this dtype and width.
+
+    Args:
+        dtype: of queries, keys and values.
+        head_dim: K.
+        masked: whether an explicit mask is needed besides causality and lengths.
+        device: where it will run; the default device if not given.
+    """
+    device = device or _default_device()
+    if device.platform not in ("gpu", "cuda"):
+        return _xla(f"cuDNN needs an NVIDIA GPU, this is {device.platform}")
+    if "cuda" not in device.client.platform_version.lower():
+        return _xla(f"cuDNN needs CUDA, this is {device.client.platform_version}")
+    if _cudnn_version() is None:
+        return _xla("cuDNN is not installed beside this jaxlib")
+    dtype = jnp.dtype(dtype)
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return _xla(f"cuDNN attends in bfloat16 or float16, not {dtype}")
+    capability = float(device.compute_capability)
+    widest = 256 if capability >= 9.0 else 128
+    if head_dim > widest or head_dim % 8:
+        return _xla(
+            f"cuDNN at compute capability {capability} needs a head width that is a multiple of 8 "
+            f"up to {widest}, not {head_dim}"
+        )
+    if masked:
+        return _xla("an explicit mask would be materialised for cuDNN, at no gain over XLA")
+    return Choice(implementation="cudnn", reason=f"{dtype} heads of width {head_dim} on CUDA")
+
+
+def attend(
+    q: Float[Array, "B T N K"],
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G K"],
+    *,
+    causal: bool = True,
+    key_lengths: Int[Array, " B"] | None = None,
+    query_positions: Int[Array, "B T"] | None = None,
+    mask: Bool[Array, "B #N #T S"] | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "B T N K"]:
+    """softmax(q k^T / sqrt(K)) v, each group of N / G query heads sharing a key/value head.
+
+    Args:
+        q: queries [B, T, N, K].
+        k: keys [B, S, G, K].
+        v: values [B, S, G, K].
+        causal: query t sees keys up to t, counted from the start of both. It needs S == T unless
+            `query_positions` says where the queries stand.
+        key_lengths: int32 [B]; keys at or past this index are padding.
+        query_positions: int32 [B, T], the key index each query stands at: for queries that
+            continue a cached sequence. Materialises a [B, 1, T, S] mask.
+        mask: extra boolean mask, True where attention is allowed.
+        implementation: overrides `choose_implementation`.
+
+    Returns:
+        [B, T, N, K] in the dtype of `q`. The softmax is float32.
+
+    Raises:
+        UsageError: if `causal` meets unequal lengths without `query_positions`.
+    """
+    length, keys = q.shape[1], k.shape[1]
+    if causal and query_positions is None and length != keys:
+        raise UsageError(
+            f"causal attention of {length} queries over {keys} keys is ambiguous; "
+            "give query_positions or pass causal=False"
+        )
+    if causal and query_positions is not None:
+        index = jnp.arange(keys, dtype=query_positions.dtype)[None, None, None, :]
+        behind = index <= query_positions[:, None, :, None]
+        mask = behind if mask is None else behind & mask
+        causal = False
+    if implementation is None:
+        implementation = choose_implementation(
+            dtype=q.dtype, head_dim=q.shape[-1], masked=mask is not None
+        ).implementation
+    return jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        mask=mask,
+        is_causal=causal,
+        key_value_seq_lengths=key_lengths,
+        implementation=implementation,
+    )
+
+
+def _xla(reason: str) -> Choice:
+    return Choice(implementation="xla", reason=reason)
+
+
+def _default_device() -> jax.Device:
+    configured = jax.config.jax_default_device
+    if configured is None:
+        return jax.devices()[0]
+    return jax.devices(configured)[0] if isinstance(configured, str) else configured
+
+
+def _cudnn_version() -> int | None:
+    # JAX has no public way to ask; its own attention code asks this module.
+    try:
+        from jax._src.lib import cuda_versions
+    except ImportError:
+        return None
+    return None if cuda_versions is None else cuda_versions.cudnn_get_version()

@@ -1,0 +1,261 @@
+"""Reads GGUF: llama.cpp's one-file models, quantised or not, with tokenizer and chat template.
+
+Tensors stay memory-mapped and are dequantised one by one through the `gguf` package. llama.cpp
+keeps the rotary pairs of a head side by side, (2i, 2i + 1); the rows of query and key kernels are
+put back to the half-split order (i, i + K/2) here.
+"""
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import tokenizers
+from gguf.quants import dequantize
+from jax.typing import DTypeLike
+from tokenizers import decoders, models, pre_tokenizers
+
+from jaxsys.errors import UsageError
+from jaxsys.layered import Parameters
+from jaxsys.model.assemble import assemble, check_tensors, expected_tensors
+from jaxsys.model.config import Llama3RopeScaling, LlamaConfig
+from jaxsys.model.names import Leaf
+from jaxsys.model.rope import inverse_frequencies
+from jaxsys.model.tokenizer import Tokenizer
+
+KNOWN_ARCHITECTURES = ("llama",)
+ROPE_FACTORS = "rope_freqs.weight"
+"""Divisors of the rotary frequencies [K/2], how llama.cpp stores Llama 3.1's scaling."""
+
+END_OF_GENERATION = (
+    "<|endoftext|>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end_of_text|>",
+    "</s>",
+)
+"""Control tokens that end a turn whatever the file names as its end-of-text."""
+
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""How Llama 3's tokenizer.json splits text before merging."""
+
+CONTROL, USER_DEFINED = 3, 4
+"""`tokenizer.ggml.token_type` of tokens that are matched whole."""
+
+
+class GgufFile:
+    """One open GGUF file.
+
+    Raises:
+        UsageError: on opening, if the file is no GGUF, is cut short, or is of another architecture.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._reader = gguf.GGUFReader(path)
+        except (ValueError, IndexError, KeyError, struct.error, OverflowError) as error:
+            raise UsageError(
+                f"{path} is not a whole GGUF file ({error}); fetch it again or check the name"
+            ) from error
+        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+        architecture = self.field("general.architecture")
+        if architecture not in KNOWN_ARCHITECTURES:
+            raise UsageError(
+                f"{path} is of architecture {architecture!r}; known in GGUF: "
+                f"{', '.join(KNOWN_ARCHITECTURES)}"
+            )
+
+    def field(self, name: str, default: Any = None) -> Any:
+        """A metadata value, or `default` where the file has none."""
+        field = self._reader.get_field(name)
+        return default if field is None else field.contents()
+
+    def config(self) -> LlamaConfig:
+        """The configuration that the metadata describes."""
+        heads = self._need("llama.attention.head_count")
+        width = self._need("llama.embedding_length")
+        head_dim = self.field("llama.attention.key_length", width // heads)
+        positions = self._need("llama.context_length")
+        self._refuse_variants(head_dim, positions)
+        table = self._tensors.get("token_embd.weight")
+        if table is None:
+            raise UsageError(f"{self.path} lacks tensor 'token_embd.weight'")
+        config = LlamaConfig(
+            # ggml lists the fastest-moving dimension first.
+            vocab_size=int(table.shape[1]),
+            hidden_size=width,
+            intermediate_size=self._need("llama.feed_forward_length"),
+            num_layers=self._need("llama.block_count"),
+            num_heads=heads,
+            num_kv_heads=self.field("llama.attention.head_count_kv", heads),
+            head_dim=head_dim,
+            rope_theta=_shortest(self.field("llama.rope.freq_base", 10000.0)),
+            rms_norm_eps=_shortest(self._need("llama.attention.layer_norm_rms_epsilon")),
+            tie_embeddings="output.weight" not in self._tensors,
+            max_positions=positions,
+        )
+        if ROPE_FACTORS not in self._tensors:
+            return config
+        return self._with_rope_scaling(config)
+
+    def parameters(self, config: LlamaConfig, dtype: DTypeLike) -> Parameters:
+        """Dequantises every tensor, cast to `dtype`."""
+        found = {
+            name: tuple(int(size) for size in tensor.shape[::-1])
+            for name, tensor in self._tensors.items()
+        }
+        expected = expected_tensors(config, lambda leaf: leaf.gguf)
+        check_tensors(str(self.path), expected, found, ignored=[ROPE_FACTORS])
+
+        def fetch(leaf: Leaf, name: str) -> np.ndarray:
+            value = self._dequantise(name)
+            if leaf.rotary_heads is None:
+                return value
+            return unpermute_rotary(value, leaf.rotary_heads)
+
+        return assemble(config, fetch, name_of=lambda leaf: leaf.gguf, dtype=dtype)
+
+    def tokenizer(self) -> Tokenizer:
+        """Rebuilds the tokenizer from the metadata.
+
+        Raises:
+            UsageError: if its model or pre-tokenizer is unknown.
+        """
+        model, split = self.field("tokenizer.ggml.model"), self.field("tokenizer.ggml.pre")
+        if model != "gpt2":
+            raise UsageError(
+                f"{self.path}: tokenizer model {model!r} is not supported; known: 'gpt2' "
+                "(byte-level BPE). Load the Hugging Face folder of this model instead"
+            )
+        tokens: list[str] = self._need("tokenizer.ggml.tokens")
+        kinds: list[int] = self.field("tokenizer.ggml.token_type", [1] * len(tokens))
+        merges = [tuple(line.split(" ")) for line in self._need("tokenizer.ggml.merges")]
+        pre_tokenizer, ignore_merges = _pre_tokenizer(str(self.path), split)
+        backend = tokenizers.Tokenizer(
+            models.BPE(
+                vocab={token: index for index, token in enumerate(tokens)},
+                merges=merges,
+                ignore_merges=ignore_merges,
+            )
+        )
+        backend.pre_tokenizer = pre_tokenizer
+        backend.decoder = decoders.ByteLevel()
+        for kind, special in ((CONTROL, True), (USER_DEFINED, False)):
+            added = [token for token, which in zip(tokens, kinds, strict=True) if which == kind]
+            backend.add_tokens(
+                [tokenizers.AddedToken(text, special=special, normalized=False) for text in added]
+            )
+        bos = self.field("tokenizer.ggml.bos_token_id")
+        eos = self.field("tokenizer.ggml.eos_token_id")
+        if self.field("tokenizer.ggml.add_bos_token", False) and bos is not None:
+            backend.post_processor = tokenizers.processors.TemplateProcessing(
+                single=f"{tokens[bos]} $A",
+                pair=f"{tokens[bos]} $A $B",
+                special_tokens=[(tokens[bos], bos)],
+            )
+        ends = [eos, self.field("tokenizer.ggml.eot_token_id")]
+        ends += [i for i, token in enumerate(tokens) if token in END_OF_GENERATION]
+        named = {
+            f"{name}_token": tokens[index]
+            for name, index in (
+                ("bos", bos),
+                ("eos", eos),
+                ("unk", self.field("tokenizer.ggml.unknown_token_id")),
+                ("pad", self.field("tokenizer.ggml.padding_token_id")),
+            )
+            if index is not None
+        }
+        return Tokenizer(
+            backend,
+            bos_id=bos,
+            eos_ids=[index for index in ends if index is not None],
+            chat_template=self.field("tokenizer.chat_template"),
+            special_tokens=named,
+        )
+
+    def _need(self, name: str) -> Any:
+        value = self.field(name)
+        if value is None:
+            raise UsageError(f"{self.path} lacks metadata {name!r}")
+        return value
+
+    def _dequantise(self, name: str) -> np.ndarray:
+        tensor = self._tensors[name]
+        try:
+            return dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError as error:
+            raise UsageError(
+                f"{self.path}: tensor {name!r} is quantised as {tensor.tensor_type.name}, which "
+                "the gguf package cannot expand; use another quantisation of this model"
+            ) from error
+
+    def _refuse_variants(self, head_dim: int, positions: int) -> None:
+        turned = self.field("llama.rope.dimension_count", head_dim)
+        if turned != head_dim:
+            raise UsageError(f"{self.path}: rotary over {turned} of {head_dim} is not supported")
+        if self.field("llama.expert_count", 0):
+            raise UsageError(f"{self.path}: mixtures of experts are not supported")
+        window = self.field("llama.attention.sliding_window", 0)
+        if window and window < positions:
+            raise UsageError(
+                f"{self.path}: sliding_window={window} below context {positions} is not supported"
+            )
+        scaling = self.field("llama.rope.scaling.type", "none")
+        if scaling != "none" and self.field("llama.rope.scaling.factor", 1.0) != 1.0:
+            raise UsageError(f"{self.path}: rope scaling of type {scaling!r} is not supported")
+
+    def _with_rope_scaling(self, config: LlamaConfig) -> LlamaConfig:
+        # The file holds the divisors, not Llama 3.1's four numbers. The largest divisor is the
+        # factor; the others are the same in every published model: so guess, then verify.
+        import dataclasses
+
+        divisors = self._dequantise(ROPE_FACTORS).astype(np.float64).reshape(-1)
+        guess = Llama3RopeScaling(
+            factor=_shortest(divisors.max()),
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_positions=8192,
+        )
+        scaled = dataclasses.replace(config, rope_scaling=guess)
+        wanted = inverse_frequencies(config) / divisors
+        if not np.allclose(inverse_frequencies(scaled), wanted, rtol=1e-4):
+            raise UsageError(
+                f"{self.path}: {ROPE_FACTORS} is not Llama 3's rope scaling, the one supported"
+            )
+        return scaled
+
+
+def unpermute_rotary(kernel: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of an [out, in] kernel from pairs side by side to halves: (2i, 2i+1) -> (i, i+K/2)."""
+    rows, columns = kernel.shape
+    pairs = kernel.reshape(heads, rows // heads // 2, 2, columns)
+    return pairs.swapaxes(1, 2).reshape(rows, columns)
+
+
+def _pre_tokenizer(source: str, name: str | None) -> tuple[pre_tokenizers.PreTokenizer, bool]:
+    """The splitter of a named tokenizer, and whether whole words skip the merges."""
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    if name in ("gpt-2", "default", None):
+        return byte_level, False
+    if name == "smollm":
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        return pre_tokenizers.Sequence([digits, byte_level]), False
+    if name in ("llama-bpe", "llama-v3", "llama3"):
+        split = pre_tokenizers.Split(tokenizers.Regex(LLAMA3_SPLIT), behavior="isolated")
+        plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        return pre_tokenizers.Sequence([split, plain]), True
+    raise UsageError(
+        f"{source}: pre-tokenizer {name!r} is not known; known: gpt-2, smollm, llama-bpe. "
+        "Load the Hugging Face folder of this model instead"
+    )
+
+
+def _shortest(value: float) -> float:
+    # Metadata are float32: 1e-05 comes back as 9.999999747378752e-06.
+    return float(str(np.float32(value)))

