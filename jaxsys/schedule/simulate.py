@@ -2,8 +2,8 @@
 
 Every device has one compute stream and one in-order communication stream in each direction. A
 move begins when its source has the data, both ends have reached the head of its tick and both
-streams are free; both ends wait for it where it must have arrived. That is what the compiled step does, so a
-transfer is hidden only where a tick's compute really covers it. No "sum minus overlap".
+streams are free; both ends wait for it where it must have arrived. That is what the compiled step
+does, so a transfer is hidden only where a tick's compute really covers it. No "sum minus overlap".
 """
 
 from collections import defaultdict
@@ -136,8 +136,8 @@ def simulate(
         schedule: a legal schedule.
         costs: times and sizes of its tasks and blocks.
         link: what joins neighbours; group collectives run as rings over the same link.
-        lockstep: start every tick on all devices together. The closed formulas of pipelines and
-            rings hold exactly then; without it a device waits only for those it exchanges with.
+        lockstep: start every tick on all devices together; without it a device waits only for
+            those it exchanges with.
         known_trace: the schedule's trace, where the caller has it already.
 
     Raises:
