@@ -24,11 +24,8 @@ def make_scheduler(**changes):
 
 
 def make_request(name, prompt, max_tokens=4, **sampling):
-    tokens = (
-        prompt
-        if isinstance(prompt, list)
-        else [1000 * (hash(name) % 97) + i for i in range(prompt)]
-    )
+    if isinstance(prompt, int):
+        prompt = [1000 * (hash(name) % 97) + i for i in range(prompt)]
     return Request(
         name,
         sampling=SamplingParameters(max_tokens=max_tokens, **sampling),
