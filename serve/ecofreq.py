@@ -1,0 +1,437 @@
+"""EcoFreq: before each iteration, the clock of least predicted energy that keeps the SLO.
+
+For every clock f from the sweet spot up, one batched what-if gives time T(f) and power P(f) of the
+iteration about to run and of the queue behind it. A clock is feasible if
+
+    ITL:   T(f) <= planned_itl                         where the iteration decodes
+    TTFT:  wait_r + T(work up to and with r, f) <= planned_ttft   for each prompt r, queued or not
+
+and of the feasible ones that of least T(f) * P(f) is taken; where none is, the highest. Raising is
+immediate; lowering waits for a minimum dwell and must clear the bound by a margin (hysteresis).
+An iteration that overruns its prediction sends the clock to the maximum (watchdog), and an idle
+instance falls to its lowest clock.
+
+The idea is VoltanaLLM's (arXiv 2509.04827); queue-wide deadlines and the watchdog follow DualScale
+(arXiv 2602.18755). What it never does: wait for the clock to change. Setting runs beside the
+critical path, and the clock that really ran is compared with the asked one afterwards.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from jaxsys.clocks import GpuClocks, SimulatedClocks
+from jaxsys.errors import UsageError
+from jaxsys.serve.gpu_model import Load, SimulatedGpu, simulated_gpu
+from jaxsys.serve.slo import SharedSlo, Slo
+
+if TYPE_CHECKING:
+    from jaxsys.serve.requests import Request
+    from jaxsys.serve.scheduler import Iteration
+
+
+class Predictor(Protocol):
+    """Answers what-ifs: how long, and at what power."""
+
+    def what_if(
+        self, loads: Sequence[Load], clocks_mhz: Sequence[int]
+    ) -> tuple[Sequence[Sequence[float]], Sequence[Sequence[float]]]:
+        """Seconds and watts, each indexed [load][clock], from one batched evaluation."""
+        ...
+
+    def observe(self, load: Load, clock_mhz: float, time_s: float, power_w: float | None) -> None:
+        """Learns from what really happened."""
+        ...
+
+
+class ModelPredictor:
+    """A predictor that asks a `SimulatedGpu`: exact in simulation, and free of training.
+
+    `scale` multiplies its times, for studies of prediction error.
+    """
+
+    def __init__(self, gpu: SimulatedGpu, *, scale: float = 1.0) -> None:
+        self.gpu = gpu
+        self.scale = scale
+
+    def what_if(
+        self, loads: Sequence[Load], clocks_mhz: Sequence[int]
+    ) -> tuple[list[list[float]], list[list[float]]]:
+        times: list[list[float]] = []
+        powers: list[list[float]] = []
+        for load in loads:
+            outcomes = [self.gpu.run(load, mhz) for mhz in clocks_mhz]
+            times.append([outcome.time_s * self.scale for outcome in outcomes])
+            powers.append([outcome.power_w for outcome in outcomes])
+        return times, powers
+
+    def observe(self, load: Load, clock_mhz: float, time_s: float, power_w: float | None) -> None:
+        return
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EcoFreqConfig:
+    """How eagerly the clock follows the load."""
+
+    hysteresis: float = 0.03
+    """A lower clock must clear the planned bound by this share."""
+    minimum_dwell_s: float = 0.02
+    """Time at a clock before it may be lowered; raising never waits."""
+    idle_after_s: float = 0.5
+    """Quiet time after which the clock falls to `idle_mhz`."""
+    idle_mhz: int | None = None
+    """Clock while idle; None for the lowest of the governed clocks."""
+    watchdog_s: float = 0.005
+    """Overrun beyond the prediction at which the clock goes to the maximum."""
+    watchdog_hold: int = 4
+    """Iterations that stay at the maximum after an overrun."""
+    prefill_budget: int = 8192
+    """Prompt tokens an iteration computes: how the queue will be cut."""
+    queue_chunks: int = 8
+    """Pieces of the queue looked at; the rest counts as one more."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.hysteresis < 1:
+            raise UsageError(f"hysteresis={self.hysteresis} must be from 0 to below 1")
+        for name in ("minimum_dwell_s", "idle_after_s", "watchdog_s", "watchdog_hold"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name}={getattr(self, name)} must not be negative")
+        for name in ("prefill_budget", "queue_chunks"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass(slots=True)
+class GovernorRecord:
+    """What a governor did, for gauges and reports."""
+
+    decisions: int = 0
+    infeasible: int = 0
+    """Decisions in which no clock met the SLO."""
+    overruns: int = 0
+    clamped: int = 0
+    """Iterations whose real clock lay below the asked one though it had time to change."""
+    busy_s: float = 0.0
+    idle_s: float = 0.0
+    seconds_at_mhz: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
+
+
+def load_of(iteration: "Iteration") -> Load:
+    """The iteration's size as the cost models see it."""
+    return Load(
+        prefill_tokens=iteration.prefill_tokens,
+        prefill_requests=len(iteration.prefills),
+        cached_tokens=sum(piece.start for piece in iteration.prefills),
+        batch=len(iteration.decodes),
+        kv_tokens=iteration.kv_tokens,
+    )
+
+
+class EcoFreq:
+    """A clock governor for one instance. Call it from the instance's loop alone."""
+
+    def __init__(
+        self,
+        clocks: GpuClocks,
+        predictor: Predictor,
+        slo: SharedSlo,
+        *,
+        clocks_mhz: Sequence[int],
+        config: EcoFreqConfig | None = None,
+    ) -> None:
+        """
+        Args:
+            clocks_mhz: the clocks to choose among; the lowest is the floor, which should be the
+                U-curve's sweet spot.
+
+        Raises:
+            UsageError: if a clock is not one of the GPU's.
+        """
+        if not clocks_mhz:
+            raise UsageError("clocks_mhz is empty; give at least the maximum clock")
+        listed = clocks.available_mhz
+        unlisted = [mhz for mhz in clocks_mhz if listed and mhz not in listed]
+        if unlisted:
+            raise UsageError(
+                f"clocks_mhz={unlisted} are not clocks of {clocks.name}; "
+                f"it lists {listed[0]}..{listed[-1]} MHz"
+            )
+        self.clocks = clocks
+        self.predictor = predictor
+        self.slo = slo
+        self.config = config or EcoFreqConfig()
+        self.record = GovernorRecord()
+        self.predicted_s = 0.0
+        """Predicted time of the iteration in flight."""
+        self._clocks_mhz = tuple(sorted(clocks_mhz))
+        self._top = len(self._clocks_mhz) - 1
+        self._level = self._top
+        self._level_since_s = float("-inf")
+        self._hold = 0
+        self._idle = False
+        self._load = Load()
+        self._set(self._top, float("-inf"))
+
+    @property
+    def clock_mhz(self) -> int:
+        """The clock last asked for."""
+        if self._idle:
+            return self._idle_mhz
+        return self._clocks_mhz[self._level]
+
+    @property
+    def _idle_mhz(self) -> int:
+        idle = self.config.idle_mhz
+        return self._clocks_mhz[0] if idle is None else idle
+
+    # --- the Governor protocol ----------------------------------------------------------------
+
+    def before_iteration(
+        self, iteration: "Iteration", waiting: "Collection[Request]", now_s: float
+    ) -> None:
+        """Chooses and asks for the clock of the iteration about to run."""
+        self._load = load_of(iteration)
+        level = self._choose(iteration, waiting, now_s)
+        was_idle, self._idle = self._idle, False
+        if level != self._level or was_idle:
+            self._set(level, now_s)
+
+    def after_iteration(self, iteration: "Iteration", latency_s: float, now_s: float) -> None:
+        """Learns from the iteration, and boosts where it overran its prediction."""
+        record = self.record
+        steps = max(1, iteration.steps)
+        actual_mhz = self.clocks.actual_mhz()
+        asked_mhz = self._clocks_mhz[self._level]
+        record.busy_s += latency_s
+        if actual_mhz is not None:
+            record.seconds_at_mhz[int(actual_mhz)] += latency_s
+            if actual_mhz < asked_mhz and self.clocks.throttle_reasons():
+                record.clamped += 1
+            # The predictor must learn what the clock that ran costs, not the one wished for.
+            self.predictor.observe(self._load, actual_mhz, latency_s / steps, self.clocks.power_w())
+        if self._hold > 0:
+            self._hold -= 1
+        if latency_s > self.predicted_s * steps + self.config.watchdog_s:
+            self.on_overrun(now_s)
+
+    def on_overrun(self, now_s: float) -> None:
+        """The iteration in flight is late: to the maximum clock, for some iterations."""
+        self.record.overruns += 1
+        self._hold = self.config.watchdog_hold
+        if self._level != self._top:
+            self._set(self._top, now_s)
+
+    def on_idle(self, now_s: float, idle_since_s: float) -> None:
+        """Nothing to compute: after a quiet time the clock falls to the idle clock."""
+        if not self._idle and now_s - idle_since_s >= self.config.idle_after_s:
+            self._idle = True
+            self.clocks.set_clock(self._idle_mhz)
+
+    # --- inside -------------------------------------------------------------------------------
+
+    def _choose(self, iteration: "Iteration", waiting: "Collection[Request]", now_s: float) -> int:
+        slo, config = self.slo.current, self.config
+        self.record.decisions += 1
+        loads = [self._load]
+        # budgets_s[k]: time by which all of loads[0..k] must be done.
+        budgets_s = [float("inf")]
+        if iteration.decodes:
+            budgets_s[0] = slo.planned_itl_s
+        if iteration.prefills:
+            oldest_s = min(piece.request.timing.arrival_s for piece in iteration.prefills)
+            budgets_s[0] = min(budgets_s[0], slo.planned_ttft_s - (now_s - oldest_s))
+        if waiting:
+            self._add_queue(loads, budgets_s, waiting, slo.planned_ttft_s, now_s)
+        times, powers = self.predictor.what_if(loads, self._clocks_mhz)
+        best, best_j = -1, float("inf")
+        for level in range(self._top + 1):
+            # Lowering must clear the bound by more, so that the clock does not flutter.
+            share = 1 - config.hysteresis if level < self._level else 1.0
+            done_s, feasible = 0.0, True
+            for row, budget_s in zip(times, budgets_s, strict=True):
+                done_s += row[level]
+                if done_s > budget_s * share:
+                    feasible = False
+                    break
+            energy_j = times[0][level] * powers[0][level]
+            if feasible and energy_j < best_j:
+                best, best_j = level, energy_j
+        if best < 0:
+            self.record.infeasible += 1
+            best = self._top
+        if self._hold > 0:
+            best = self._top
+        elif best < self._level and now_s - self._level_since_s < config.minimum_dwell_s:
+            best = self._level
+        self.predicted_s = times[0][best]
+        return best
+
+    def _add_queue(
+        self,
+        loads: list[Load],
+        budgets_s: list[float],
+        waiting: "Collection[Request]",
+        planned_ttft_s: float,
+        now_s: float,
+    ) -> None:
+        """Cuts the queue as the scheduler will, each piece with its most urgent deadline."""
+        tokens = requests = 0
+        budget_s = float("inf")
+        for request in waiting:
+            tokens += request.total_length
+            requests += 1
+            left_s = planned_ttft_s - (now_s - request.timing.arrival_s)
+            budget_s = min(budget_s, left_s)
+            if tokens >= self.config.prefill_budget and len(loads) <= self.config.queue_chunks:
+                loads.append(Load(prefill_tokens=tokens, prefill_requests=requests))
+                budgets_s.append(budget_s)
+                tokens = requests = 0
+                budget_s = float("inf")
+        if requests:
+            loads.append(Load(prefill_tokens=tokens, prefill_requests=requests))
+            budgets_s.append(budget_s)
+
+    def _set(self, level: int, now_s: float) -> None:
+        self._level = level
+        self._level_since_s = now_s
+        self.clocks.set_clock(self._clocks_mhz[level])
+
+
+class FixedClock:
+    """A governor that locks one clock: the static baselines."""
+
+    def __init__(self, clocks: GpuClocks, clock_mhz: int) -> None:
+        self.clocks = clocks
+        self.clock_mhz = clock_mhz
+        self.record = GovernorRecord()
+        clocks.set_clock(clock_mhz)
+
+    def before_iteration(
+        self, iteration: "Iteration", waiting: "Collection[Request]", now_s: float
+    ) -> None:
+        return
+
+    def after_iteration(self, iteration: "Iteration", latency_s: float, now_s: float) -> None:
+        self.record.busy_s += latency_s
+        self.record.seconds_at_mhz[self.clock_mhz] += latency_s
+
+
+class SimulatedGovernor:
+    """EcoFreq on a simulated GPU, for servers without one that can be governed.
+
+    Each real iteration's batch and tokens are turned into the energy that the modelled GPU would
+    have spent on them at the governed clock, and at its maximum clock for comparison. Gaps between
+    iterations count as idle at the modelled idle power. The figures are modelled, not measured.
+    """
+
+    method = "modelled: simulated GPU at the governed clock, idle between iterations included"
+
+    def __init__(
+        self, gpu: SimulatedGpu, slo: SharedSlo, *, now_s: Callable[[], float] = time.monotonic
+    ) -> None:
+        spec = gpu.spec
+        self.gpu = gpu
+        self.clocks = SimulatedClocks(
+            available_mhz=spec.available_mhz, now_s=now_s, name=f"simulated {spec.name}"
+        )
+        self.inner = EcoFreq(
+            self.clocks,
+            ModelPredictor(gpu),
+            slo,
+            clocks_mhz=spec.control_mhz,
+            # A real iteration's latency on another machine says nothing about the modelled GPU.
+            config=EcoFreqConfig(watchdog_s=float("inf")),
+        )
+        self.slo = slo
+        self.energy_at_max_j = 0.0
+        """What the same iterations and gaps would have cost at the maximum clock."""
+        self._now_s = now_s
+        self._ended_s: float | None = None
+        self._settled_s = 0.0
+
+    @property
+    def record(self) -> GovernorRecord:
+        return self.inner.record
+
+    @property
+    def clock_mhz(self) -> int:
+        return self.inner.clock_mhz
+
+    def energy_j(self) -> float:
+        """Modelled energy so far, the idle time up to now included."""
+        self.settle(self._now_s())
+        return self.clocks.energy_j()
+
+    def before_iteration(
+        self, iteration: "Iteration", waiting: "Collection[Request]", now_s: float
+    ) -> None:
+        self.settle(now_s)
+        self.inner.before_iteration(iteration, waiting, now_s)
+
+    def after_iteration(self, iteration: "Iteration", latency_s: float, now_s: float) -> None:
+        load = load_of(iteration)
+        steps = max(1, iteration.steps)
+        outcome = self.gpu.run(load, self.clocks.actual_mhz())
+        energy_j = outcome.energy_j * steps
+        self.clocks.spend(
+            outcome.time_s * steps, outcome.power_w, power_capped=outcome.power_capped
+        )
+        self.energy_at_max_j += self.gpu.run(load, self.gpu.spec.max_mhz).energy_j * steps
+        share_energy(iteration, energy_j)
+        self.inner.after_iteration(iteration, outcome.time_s * steps, now_s)
+        self._ended_s = self._settled_s = now_s
+
+    def settle(self, now_s: float) -> None:
+        """Counts the idle time since the last iteration, and applies the idle rule."""
+        if self._ended_s is None or now_s <= self._settled_s:
+            return
+        falls_at_s = self._ended_s + self.inner.config.idle_after_s
+        if self._settled_s < falls_at_s < now_s:
+            self._spend_idle(falls_at_s)
+        self.inner.on_idle(now_s, self._ended_s)
+        self._spend_idle(now_s)
+
+    def _spend_idle(self, until_s: float) -> None:
+        gap_s = until_s - self._settled_s
+        self.clocks.spend(gap_s, self.gpu.idle_power_w(self.clocks.actual_mhz()))
+        self.energy_at_max_j += gap_s * self.gpu.idle_power_w(self.gpu.spec.max_mhz)
+        self.record.idle_s += gap_s
+        self._settled_s = until_s
+
+
+def share_energy(iteration: "Iteration", energy_j: float) -> None:
+    """Adds to each request its part of an iteration's energy: by tokens computed for it.
+
+    Batching makes any attribution a convention; this one sums to the whole.
+    """
+    steps = max(1, iteration.steps)
+    tokens = iteration.prefill_tokens + len(iteration.decodes) * steps
+    if not tokens:
+        return
+    per_token_j = energy_j / tokens
+    for piece in iteration.prefills:
+        timing = piece.request.timing
+        timing.energy_j = (timing.energy_j or 0.0) + per_token_j * piece.length
+    for request in iteration.decodes:
+        request.timing.energy_j = (request.timing.energy_j or 0.0) + per_token_j * steps
+
+
+def simulated_governor(
+    gpu: str = "h100",
+    model: str = "llama-3-8b",
+    slo: SharedSlo | Slo | None = None,
+    *,
+    now_s: Callable[[], float] = time.monotonic,
+) -> SimulatedGovernor:
+    """EcoFreq with a simulated GPU's clocks: `jaxsys serve`'s default where no GPU is governed.
+
+    Args:
+        gpu: a preset of `jaxsys.serve.gpu_model.GPUS`.
+        model: a shape of `jaxsys.serve.gpu_model.SHAPES`.
+        slo: shared with the router where given as `SharedSlo`.
+        now_s: the instance's clock.
+    """
+    shared = slo if isinstance(slo, SharedSlo) else SharedSlo(slo)
+    return SimulatedGovernor(simulated_gpu(gpu, model), shared, now_s=now_s)
