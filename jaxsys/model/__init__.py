@@ -16,6 +16,7 @@ from jaxsys.model.llama import (
     parameters,
 )
 from jaxsys.model.load import LoadedModel, default_model_path, load
+from jaxsys.model.save import save_safetensors
 from jaxsys.model.tokenizer import ByteTokenizer, StreamDecoder, Tokenizer
 
 __all__ = [
@@ -41,4 +42,5 @@ __all__ = [
     "load",
     "parameters",
     "preset",
+    "save_safetensors",
 ]

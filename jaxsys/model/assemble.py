@@ -39,8 +39,9 @@ def assemble(
     dtype = jnp.dtype(dtype)
     edge: dict[str, Any] = {}
     for leaf in edge_leaves(config):
+        # A copy: the array on the device must outlive the file behind `value`.
         value = _turn(leaf, fetch(leaf, name_of(leaf)))
-        _put(edge, leaf.path, jax.device_put(np.ascontiguousarray(value, dtype)))
+        _put(edge, leaf.path, jax.device_put(np.array(value, dtype, order="C")))
     blocks: dict[str, Any] = {}
     for leaf in block_leaves(config):
         shape = leaf.shape[::-1] if leaf.transposed else leaf.shape

@@ -9,7 +9,7 @@ Legend: B batch, T query tokens, S key tokens, N query heads, G key/value heads,
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ class Choice:
 
 
 def choose_implementation(
-    *, dtype: DTypeLike, head_dim: int, masked: bool = False, device: jax.Device | None = None
+    *, dtype: DTypeLike, head_dim: int, masked: bool = False, device: Any = None
 ) -> Choice:
     """The kernel for heads of this dtype and width.
 
@@ -38,7 +38,7 @@ def choose_implementation(
         dtype: of queries, keys and values.
         head_dim: K.
         masked: whether an explicit mask is needed besides causality and lengths.
-        device: where it will run; the default device if not given.
+        device: a jax.Device where it will run; the default device if not given.
     """
     device = device or _default_device()
     if device.platform not in ("gpu", "cuda"):
@@ -123,8 +123,9 @@ def _xla(reason: str) -> Choice:
     return Choice(implementation="xla", reason=reason)
 
 
-def _default_device() -> jax.Device:
-    configured = jax.config.jax_default_device
+def _default_device() -> Any:  # jax.Device is no class to type checkers
+    settings: Any = jax.config
+    configured = settings.jax_default_device
     if configured is None:
         return jax.devices()[0]
     return jax.devices(configured)[0] if isinstance(configured, str) else configured

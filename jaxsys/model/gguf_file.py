@@ -5,6 +5,7 @@ keeps the rotary pairs of a head side by side, (2i, 2i + 1); the rows of query a
 put back to the half-split order (i, i + K/2) here.
 """
 
+import dataclasses
 import struct
 from pathlib import Path
 from typing import Any
@@ -213,8 +214,6 @@ class GgufFile:
     def _with_rope_scaling(self, config: LlamaConfig) -> LlamaConfig:
         # The file holds the divisors, not Llama 3.1's four numbers. The largest divisor is the
         # factor; the others are the same in every published model: so guess, then verify.
-        import dataclasses
-
         divisors = self._dequantise(ROPE_FACTORS).astype(np.float64).reshape(-1)
         guess = Llama3RopeScaling(
             factor=_shortest(divisors.max()),

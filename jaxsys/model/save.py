@@ -1,0 +1,192 @@
+"""Writes a model folder that `load` and transformers read, whole or not at all.
+
+Everything is written to a hidden folder beside the target, synced, and renamed into place, so a
+target is never half-written. Replacing a folder takes two renames: a crash between them leaves the
+old one beside the target under a hidden name ending in `.old`.
+"""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxsys.errors import UsageError
+from jaxsys.layered import Parameters, PyTree
+from jaxsys.model import folder as names
+from jaxsys.model.config import LlamaConfig
+from jaxsys.model.llama import abstract_parameters
+from jaxsys.model.names import block_leaves, edge_leaves
+from jaxsys.model.safetensors_file import TensorToWrite, write_safetensors
+from jaxsys.model.tokenizer import Tokenizer
+
+MAX_SHARD_BYTES = 5_000_000_000
+"""The size above which weights are cut into several files, that of transformers."""
+
+
+def save_safetensors(
+    folder: str | Path,
+    config: LlamaConfig,
+    parameters: Parameters,
+    tokenizer: Tokenizer | None = None,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    overwrite: bool = False,
+) -> None:
+    """Saves a model; dtypes are kept, values are exact.
+
+    Args:
+        folder: made by this call; its parent too.
+        config: the model.
+        parameters: as `parameters(model)` returns them.
+        tokenizer: saved along, with its chat template.
+        max_shard_bytes: largest weights file; a larger single tensor gets a file of its own.
+        overwrite: replace a model folder that is there already.
+
+    Raises:
+        UsageError: if the folder is in use, or the parameters are not the configuration's.
+    """
+    target = Path(folder).absolute()
+    _check_target(target, overwrite)
+    _check_parameters(config, parameters)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
+    partial.mkdir()
+    try:
+        _write_weights(partial, list(_tensors(config, parameters)), max_shard_bytes)
+        _write_settings(partial, config, parameters, tokenizer)
+        _sync(partial)
+        _move(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise UsageError(f"{target} is a file; give a folder to save to")
+    if any(target.iterdir()):
+        if not overwrite:
+            raise UsageError(f"{target} is not empty; choose another folder or pass overwrite=True")
+        if not (target / names.CONFIG).is_file():
+            raise UsageError(f"{target} is no model folder, and will not be replaced by one")
+
+
+def _check_parameters(config: LlamaConfig, parameters: Parameters) -> None:
+    wanted = jax.tree_util.tree_flatten_with_path(dict(abstract_parameters(config)))[0]
+    given = dict(jax.tree_util.tree_flatten_with_path(dict(parameters))[0])
+    for path, leaf in wanted:
+        name = jax.tree_util.keystr(path)
+        if path not in given:
+            raise UsageError(f"parameters lack {name}")
+        shape = given.pop(path).shape
+        if shape != leaf.shape:
+            raise UsageError(f"parameters{name} is {shape}, the configuration says {leaf.shape}")
+    if given:
+        raise UsageError(f"parameters hold {jax.tree_util.keystr(next(iter(given)))}, not expected")
+
+
+def _tensors(config: LlamaConfig, parameters: Parameters) -> Iterator[TensorToWrite]:
+    def entry(name: str, array: Any, transposed: bool, layer: int | None) -> TensorToWrite:
+        shape = tuple(array.shape if layer is None else array.shape[1:])
+
+        def values() -> np.ndarray:
+            host = np.asarray(array if layer is None else array[layer])
+            return host.T if transposed else host
+
+        shape = shape[::-1] if transposed else shape
+        return TensorToWrite(name=name, shape=shape, dtype=np.dtype(array.dtype), values=values)
+
+    for leaf in edge_leaves(config):
+        yield entry(leaf.hf, _at(parameters["edge"], leaf.path), leaf.transposed, None)
+    for layer in range(config.num_layers):
+        for leaf in block_leaves(config):
+            array = _at(parameters["blocks"], leaf.path)
+            yield entry(leaf.hf.format(layer=layer), array, leaf.transposed, layer)
+
+
+def _write_weights(folder: Path, tensors: list[TensorToWrite], max_shard_bytes: int) -> None:
+    shards: list[list[TensorToWrite]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if shards[-1] and filled + tensor.size_bytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += tensor.size_bytes
+    if len(shards) == 1:
+        write_safetensors(folder / names.WEIGHTS, shards[0])
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(folder / name, shard)
+        weight_map |= {tensor.name: name for tensor in shard}
+    total = sum(tensor.size_bytes for tensor in tensors)
+    _write_json(folder / names.INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _write_settings(
+    folder: Path, config: LlamaConfig, parameters: Parameters, tokenizer: Tokenizer | None
+) -> None:
+    dtype = str(jax.tree.leaves(parameters["blocks"])[0].dtype)
+    # transformers 5 reads `dtype`, 4 reads `torch_dtype`.
+    settings = config.to_hf() | {"dtype": dtype, "torch_dtype": dtype}
+    if tokenizer is not None:
+        ends = list(tokenizer.eos_ids)
+        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends[0] if ends else None}
+        settings |= ids
+        _write_json(folder / names.GENERATION_CONFIG, ids | {"eos_token_id": ends or None})
+        tokenizer.backend.save(str(folder / names.TOKENIZER))
+        described: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": config.max_positions,
+            **tokenizer.special_tokens,
+        }
+        if tokenizer.chat_template is not None:
+            described["chat_template"] = tokenizer.chat_template
+            # transformers 5 looks here first.
+            (folder / names.CHAT_TEMPLATE).write_text(tokenizer.chat_template, encoding="utf-8")
+        _write_json(folder / names.TOKENIZER_CONFIG, described)
+    _write_json(folder / names.CONFIG, settings)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _sync(folder: Path) -> None:
+    for path in [*folder.iterdir(), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _move(partial: Path, target: Path) -> None:
+    if not target.exists() or not any(target.iterdir()):
+        os.replace(partial, target)
+        return
+    # A folder with content cannot be replaced in one call: step aside, move in, remove.
+    aside = target.parent / f"{partial.name}.old"
+    os.replace(target, aside)
+    try:
+        os.replace(partial, target)
+    except OSError:
+        os.replace(aside, target)
+        raise
+    shutil.rmtree(aside)
+
+
+def _at(tree: PyTree, path: tuple[str, ...]) -> Any:
+    for name in path:
+        tree = tree[name]
+    return tree
