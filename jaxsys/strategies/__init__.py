@@ -1,0 +1,49 @@
+"""Every strategy by name: a function of devices and microbatches that returns a Schedule."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from jaxsys.errors import UsageError
+from jaxsys.schedule import Schedule
+
+from .data_parallel import data_parallel
+from .pipeline import gpipe, one_f_one_b, one_f_one_b_overlap
+from .weipipe import interleave
+
+STRATEGIES: Mapping[str, Callable[..., Schedule]] = MappingProxyType(
+    {
+        "dp": data_parallel,
+        "gpipe": gpipe,
+        "1f1b": one_f_one_b,
+        "1f1b-overlap": one_f_one_b_overlap,
+        "weipipe-interleave": interleave,
+    }
+)
+"""Name -> generator; its first two arguments are devices and microbatches."""
+
+NAMES = tuple(STRATEGIES)
+"""The names `build` knows."""
+
+
+def build(name: str, *, devices: int, microbatches: int, **options: int) -> Schedule:
+    """Makes a schedule by its strategy's name.
+
+    Args:
+        name: one of `NAMES`.
+        devices: P, the devices of the ring or pipeline.
+        microbatches: M, over all of them.
+        **options: what this strategy takes beside these, such as `chunks` for `dp`.
+
+    Raises:
+        UsageError: if the name or an option is unknown, or P or M not legal for the strategy.
+    """
+    if name not in STRATEGIES:
+        raise UsageError(f"unknown strategy {name!r}; use one of {', '.join(NAMES)}")
+    generator = STRATEGIES[name]
+    known = list(inspect.signature(generator).parameters)[2:]
+    for option in options:
+        if option not in known:
+            takes = f"it takes {', '.join(known)}" if known else "it takes none"
+            raise UsageError(f"strategy {name!r} has no option {option!r}; {takes}")
+    return generator(devices, microbatches, **options)

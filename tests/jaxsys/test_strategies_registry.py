@@ -1,0 +1,33 @@
+"""Strategies by name, and what is said of names and options that do not exist."""
+
+import pytest
+
+from jaxsys.errors import UsageError
+from jaxsys.schedule import check
+from jaxsys.strategies import NAMES, build
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_builds_a_legal_schedule_that_knows_its_name(name):
+    schedule = build(name, devices=4, microbatches=8)
+    check(schedule)
+    assert schedule.name == name
+    assert (schedule.devices, schedule.microbatches) == (4, 8)
+
+
+def test_unknown_name_lists_the_names():
+    with pytest.raises(UsageError, match="unknown strategy 'gpip'; use one of .*gpipe.*1f1b"):
+        build("gpip", devices=4, microbatches=8)
+
+
+def test_options_reach_the_generator_and_unknown_ones_are_refused():
+    assert build("dp", devices=2, microbatches=4, chunks=3).chunks == 3
+    with pytest.raises(UsageError, match="'gpipe' has no option 'chunks'; it takes none"):
+        build("gpipe", devices=2, microbatches=4, chunks=3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("devices", "microbatches"), [(0, 4), (4, 0), (-1, 4)])
+def test_impossible_sizes_are_usage_errors(name, devices, microbatches):
+    with pytest.raises(UsageError, match=f"={min(devices, microbatches)}"):
+        build(name, devices=devices, microbatches=microbatches)
