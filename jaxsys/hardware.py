@@ -1,0 +1,235 @@
+"""What devices and links can do, each figure with its source.
+
+Two rates a device: the data sheet's peak, which MFU is counted against, and what products and fused
+attention reach in practice, which times are predicted from. `measured` sources are this project's
+own runs; `assumed` ones say what they were carried over from, and `jaxsys profile` replaces them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from jaxsys.errors import UsageError
+from jaxsys.schedule import Link
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceSpec:
+    """One accelerator."""
+
+    name: str
+    peak_flops_per_s: float
+    """Dense bf16 products, the data sheet's figure."""
+    product_flops_per_s: float
+    """What large bf16 products reach."""
+    attention_flops_per_s: float
+    """What fused causal attention reaches, its masked half not counted."""
+    memory_bytes: float
+    """What a program can allocate."""
+    memory_bytes_per_s: float
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """Field -> where its figure comes from."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "peak_flops_per_s",
+            "product_flops_per_s",
+            "attention_flops_per_s",
+            "memory_bytes",
+            "memory_bytes_per_s",
+        ):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"{self.name}: {name}={getattr(self, name)!r} must be above 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkSpec:
+    """What joins a device to its neighbours: a message of n bytes takes latency + n / rate."""
+
+    name: str
+    bytes_per_s: float
+    """One way, per device, as a program sees it."""
+    latency_s: float
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.bytes_per_s > 0:
+            raise UsageError(f"{self.name}: bytes_per_s={self.bytes_per_s!r} must be above 0")
+        if self.latency_s < 0:
+            raise UsageError(f"{self.name}: latency_s={self.latency_s!r} must not be negative")
+
+    @property
+    def link(self) -> Link:
+        """The link as the schedule simulator takes it."""
+        return Link(latency_s=self.latency_s, bytes_per_s=self.bytes_per_s)
+
+
+_H100_RATES = "measured: large bf16 products on an H100 SXM, 780 to 798 TFLOP/s"
+_H100_ATTENTION = "measured: cuDNN fused attention on an H100 SXM, about 560 TFLOP/s"
+_SHARE = "assumed: the H100's measured share of its peak"
+
+DEVICES: dict[str, DeviceSpec] = {
+    "h100": DeviceSpec(
+        name="h100",
+        peak_flops_per_s=989.4e12,
+        product_flops_per_s=785e12,
+        attention_flops_per_s=560e12,
+        memory_bytes=79.1 * GIB,
+        memory_bytes_per_s=3.35e12,
+        sources={
+            "peak_flops_per_s": "NVIDIA H100 SXM5 data sheet, bf16 without sparsity",
+            "product_flops_per_s": _H100_RATES,
+            "attention_flops_per_s": _H100_ATTENTION,
+            "memory_bytes": "80 GB HBM3 less the driver's share, as nvidia-smi shows it",
+            "memory_bytes_per_s": "NVIDIA H100 SXM5 data sheet",
+        },
+    ),
+    "h200": DeviceSpec(
+        name="h200",
+        peak_flops_per_s=989.4e12,
+        product_flops_per_s=785e12,
+        attention_flops_per_s=560e12,
+        memory_bytes=139.8 * GIB,
+        memory_bytes_per_s=4.8e12,
+        sources={
+            "peak_flops_per_s": "NVIDIA H200 data sheet, bf16 without sparsity",
+            "product_flops_per_s": "assumed: as the H100, whose compute die it shares",
+            "attention_flops_per_s": "assumed: as the H100, whose compute die it shares",
+            "memory_bytes": "141 GB HBM3e less the driver's share, as nvidia-smi shows it",
+            "memory_bytes_per_s": "NVIDIA H200 data sheet",
+        },
+    ),
+    "a100-80g": DeviceSpec(
+        name="a100-80g",
+        peak_flops_per_s=312e12,
+        product_flops_per_s=247e12,
+        attention_flops_per_s=177e12,
+        memory_bytes=79.1 * GIB,
+        memory_bytes_per_s=2.039e12,
+        sources={
+            "peak_flops_per_s": "NVIDIA A100 80GB SXM data sheet, bf16 without sparsity",
+            "product_flops_per_s": _SHARE,
+            "attention_flops_per_s": _SHARE,
+            "memory_bytes": "80 GB HBM2e less the driver's share, as nvidia-smi shows it",
+            "memory_bytes_per_s": "NVIDIA A100 80GB SXM data sheet",
+        },
+    ),
+    "cpu": DeviceSpec(
+        name="cpu",
+        peak_flops_per_s=110e9,
+        product_flops_per_s=50e9,
+        attention_flops_per_s=10e9,
+        memory_bytes=4 * GIB,
+        memory_bytes_per_s=10e9,
+        sources={
+            "peak_flops_per_s": "measured: a float32 product of 1024 x 1024 on two server cores, "
+            "108 GFLOP/s",
+            "product_flops_per_s": "assumed: half of that, two virtual devices sharing the cores",
+            "attention_flops_per_s": "assumed: XLA's unfused attention, bound by memory",
+            "memory_bytes": "assumed: a share of a small machine",
+            "memory_bytes_per_s": "assumed: one DDR4 channel or a share of it",
+        },
+    ),
+}
+
+_NCCL_LATENCY = "assumed: the usual start-up of one NCCL step inside a machine"
+
+LINKS: dict[str, LinkSpec] = {
+    "nvlink": LinkSpec(
+        name="nvlink",
+        bytes_per_s=290e9,
+        latency_s=8e-6,
+        sources={
+            "bytes_per_s": "measured: ppermute of 512 MiB between two H100s, one way; the data "
+            "sheet says 450 GB/s for NVLink 4",
+            "latency_s": _NCCL_LATENCY,
+        },
+    ),
+    "nvlink-a100": LinkSpec(
+        name="nvlink-a100",
+        bytes_per_s=193e9,
+        latency_s=8e-6,
+        sources={
+            "bytes_per_s": "assumed: NVLink 3's 300 GB/s times NVLink 4's measured share",
+            "latency_s": _NCCL_LATENCY,
+        },
+    ),
+    "host-memory": LinkSpec(
+        name="host-memory",
+        bytes_per_s=23e9,
+        latency_s=15e-6,
+        sources={
+            "bytes_per_s": "measured: ppermute between two H100s with peer access off, about "
+            "23 GB/s; as a PCIe 4 x16 slot",
+            "latency_s": "assumed: two copies instead of one",
+        },
+    ),
+    "sockets": LinkSpec(
+        name="sockets",
+        bytes_per_s=2e9,
+        latency_s=50e-6,
+        sources={
+            "bytes_per_s": "measured: ppermute between two H100s over NCCL's sockets, about 2 GB/s",
+            "latency_s": "assumed: a TCP round trip inside a machine",
+        },
+    ),
+    "ib-400": LinkSpec(
+        name="ib-400",
+        bytes_per_s=45e9,
+        latency_s=12e-6,
+        sources={
+            "bytes_per_s": "assumed: 90 % of 400 Gb/s, one adapter a device",
+            "latency_s": "assumed: one NCCL step over InfiniBand",
+        },
+    ),
+    "ib-200": LinkSpec(
+        name="ib-200",
+        bytes_per_s=22.5e9,
+        latency_s=12e-6,
+        sources={
+            "bytes_per_s": "assumed: 90 % of 200 Gb/s, one adapter a device",
+            "latency_s": "assumed: one NCCL step over InfiniBand",
+        },
+    ),
+    "ethernet-100g": LinkSpec(
+        name="ethernet-100g",
+        bytes_per_s=11.7e9,
+        latency_s=30e-6,
+        sources={
+            "bytes_per_s": "assumed: TCP's 94 % of 100 Gb/s",
+            "latency_s": "assumed: a TCP round trip in one rack",
+        },
+    ),
+    "ethernet-10g": LinkSpec(
+        name="ethernet-10g",
+        bytes_per_s=1.17e9,
+        latency_s=50e-6,
+        sources={
+            "bytes_per_s": "assumed: TCP's 94 % of 10 Gb/s",
+            "latency_s": "assumed: a TCP round trip in one rack",
+        },
+    ),
+}
+
+
+def device(name: str) -> DeviceSpec:
+    """The named preset.
+
+    Raises:
+        UsageError: if there is none; lists those there are.
+    """
+    if name not in DEVICES:
+        raise UsageError(f"device {name!r} is not known; known: {', '.join(DEVICES)}")
+    return DEVICES[name]
+
+
+def link(name: str) -> LinkSpec:
+    """The named preset.
+
+    Raises:
+        UsageError: if there is none; lists those there are.
+    """
+    if name not in LINKS:
+        raise UsageError(f"link {name!r} is not known; known: {', '.join(LINKS)}")
+    return LINKS[name]

@@ -1,0 +1,38 @@
+"""Presets are complete, sourced, and refuse what they do not know."""
+
+import dataclasses
+
+import pytest
+
+from jaxsys.errors import UsageError
+from jaxsys.hardware import DEVICES, LINKS, device, link
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_every_device_figure_has_a_source(name: str) -> None:
+    spec = device(name)
+    figures = {f.name for f in dataclasses.fields(spec)} - {"name", "sources"}
+    assert figures == set(spec.sources)
+    assert spec.name == name
+    assert spec.product_flops_per_s <= spec.peak_flops_per_s
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_every_link_figure_has_a_source(name: str) -> None:
+    spec = link(name)
+    assert set(spec.sources) == {"bytes_per_s", "latency_s"}
+    assert spec.link.transfer_s(1e9) == pytest.approx(spec.latency_s + 1e9 / spec.bytes_per_s)
+
+
+def test_unknown_names_list_the_known_ones() -> None:
+    with pytest.raises(UsageError, match="h100, h200"):
+        device("h1000")
+    with pytest.raises(UsageError, match="nvlink, "):
+        link("string")
+
+
+def test_figures_must_be_positive() -> None:
+    with pytest.raises(UsageError, match="bytes_per_s=0"):
+        dataclasses.replace(link("nvlink"), bytes_per_s=0)
+    with pytest.raises(UsageError, match="memory_bytes=-1"):
+        dataclasses.replace(device("h100"), memory_bytes=-1)
