@@ -292,6 +292,27 @@ class Scheduler:
         self._in_flight.append(iteration)
         return iteration
 
+    def shorten(self, iteration: Iteration, steps: int) -> Iteration:
+        """Cuts the newest iteration in flight to `steps` decode steps, and returns what is left.
+
+        A replay plans many steps at once and cuts them when a newcomer arrives.
+
+        Raises:
+            ValueError: if it is not the newest in flight, or has fewer steps.
+        """
+        if not self._in_flight or self._in_flight[-1] is not iteration:
+            raise ValueError(f"iteration {iteration.index} is not the newest one in flight")
+        cut = iteration.steps - steps
+        if steps < 1 or cut < 0:
+            raise ValueError(f"steps={steps} must be from 1 to {iteration.steps}")
+        for request in iteration.decodes:
+            if request.pending:  # it has not ended since
+                request.pending -= cut
+                request.computed -= cut
+        shorter = dataclasses.replace(iteration, steps=steps)
+        self._in_flight[-1] = shorter
+        return shorter
+
     def complete(
         self, iteration: Iteration, now_s: float, tokens: Sequence[int] | None = None
     ) -> Completion:
