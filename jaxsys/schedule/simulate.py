@@ -4,6 +4,11 @@ Every device has one compute stream and one in-order communication stream in eac
 move begins when its source has the data, both ends have reached the head of its tick and both
 streams are free; both ends wait for it where it must have arrived. That is what the compiled step
 does, so a transfer is hidden only where a tick's compute really covers it. No "sum minus overlap".
+
+`lockstep` couples the devices more: every tick starts on all at once, as the turns of a ring are
+counted on paper. `eager_sends` couples them less: a send waits for its data and for nothing of its
+target, and whoever reads a block waits for that block alone, as in a pipeline where every device
+runs a program of its own; the formulas of published pipelines assume this.
 """
 
 from collections import defaultdict
@@ -121,6 +126,30 @@ class Simulation:
         """The share of the step in which the busiest device does not compute."""
         return 1.0 - max(self.busy_s) / self.step_s if self.step_s else 0.0
 
+    @property
+    def spans_s(self) -> tuple[tuple[float, float], ...]:
+        """For each device, when its first task starts and its last one ends."""
+        spans = []
+        for device in range(self.schedule.devices):
+            mine = [e for e in self.events if e.stream == "compute" and e.device == device]
+            first = min((e.start_s for e in mine), default=0.0)
+            spans.append((first, max((e.end_s for e in mine), default=first)))
+        return tuple(spans)
+
+    @property
+    def inner_bubble(self) -> float:
+        """The largest share of its own span in which a device does not compute.
+
+        This is what is left of the bubble where nothing makes all devices end a step together, so
+        that one may begin the next step while others finish this one.
+        """
+        shares = [
+            1.0 - busy / (end - start)
+            for busy, (start, end) in zip(self.busy_s, self.spans_s, strict=True)
+            if end > start
+        ]
+        return max(shares, default=0.0)
+
 
 def simulate(
     schedule: Schedule,
@@ -128,6 +157,7 @@ def simulate(
     link: Link,
     *,
     lockstep: bool = False,
+    eager_sends: bool = False,
     known_trace: Trace | None = None,
 ) -> Simulation:
     """Runs the schedule against the clock.
@@ -138,13 +168,18 @@ def simulate(
         link: what joins neighbours; group collectives run as rings over the same link.
         lockstep: start every tick on all devices together; without it a device waits only for
             those it exchanges with.
+        eager_sends: let no device wait for a transfer but the one that reads what it brings;
+            cannot be combined with `lockstep`.
         known_trace: the schedule's trace, where the caller has it already.
 
     Raises:
         ScheduleError: if the schedule is not legal.
+        ValueError: if both `lockstep` and `eager_sends` are asked for.
     """
+    if lockstep and eager_sends:
+        raise ValueError("lockstep and eager_sends exclude each other: ask for at most one")
     found = known_trace if known_trace is not None else trace(schedule)
-    run = _Run(schedule, costs, link, lockstep)
+    run = _Run(schedule, costs, link, lockstep=lockstep, eager_sends=eager_sends)
     run.go()
     memory = tuple(_memory(schedule, costs, found, d) for d in range(schedule.devices))
     peaks = tuple(
@@ -164,10 +199,12 @@ def simulate(
 
 
 class _Run:
-    def __init__(self, schedule: Schedule, costs: Costs, link: Link, lockstep: bool) -> None:
+    def __init__(
+        self, schedule: Schedule, costs: Costs, link: Link, *, lockstep: bool, eager_sends: bool
+    ) -> None:
         p = schedule.devices
         self.schedule, self.costs, self.link = schedule, costs, link
-        self.lockstep = lockstep
+        self.lockstep, self.eager_sends = lockstep, eager_sends
         self.head_s = [costs.before_s] * p
         """When each device has reached the head of the tick at hand."""
         self.send_free_s = [0.0] * p
@@ -185,14 +222,15 @@ class _Run:
         for block, device in schedule.starts:
             self.ready_s[block, device] = self.costs.before_s
         for tick in range(schedule.ticks):
-            self.wait_for(self.must_land.pop(tick, []))
+            if not self.eager_sends:
+                self.wait_for(self.must_land.pop(tick, []))
             if self.lockstep:
                 self.head_s = [max(self.head_s)] * schedule.devices
             for device, start in enumerate(self.head_s):
                 self.tick_start_s[device].append(start)
             for move in schedule.moves_by_start[tick]:
                 end = self.move(move)
-                if move.arrive == tick:
+                if move.arrive == tick and not self.eager_sends:
                     self.wait_for([(move, end)])
                 else:
                     self.must_land[move.arrive].append((move, end))
@@ -217,7 +255,8 @@ class _Run:
         if move.kind is MoveKind.COPY:
             self.ready_s[move.landed, move.target] = self.head_s[move.source]
             return self.head_s[move.source]
-        begin = max(self.head_s[device] for device in devices)
+        waiting = (move.source,) if self.eager_sends and move.source != ALL else devices
+        begin = max(self.head_s[device] for device in waiting)
         if move.source == ALL:
             n = self.schedule.devices
             rounds = 2 if move.kind is MoveKind.ALL_REDUCE else 1
@@ -228,7 +267,7 @@ class _Run:
             sent = size
             duration = self.link.transfer_s(size)
             senders, receivers = (move.source,), (move.target,)
-        for device in devices:
+        for device in waiting:
             begin = max(begin, self.ready_s.get((move.block, device), 0.0))
         begin = max(
             begin,
@@ -251,8 +290,13 @@ class _Run:
             )
         for device in receivers:
             self.receive_free_s[device] = end
-            self.ready_s[move.landed, device] = end
+            self.block_ready(move.landed, device, end)
         return end
+
+    def block_ready(self, block: Block, device: int, time_s: float) -> None:
+        if block.data is Data.GRADIENT:  # a sum is ready when its last part is
+            time_s = max(time_s, self.ready_s.get((block, device), 0.0))
+        self.ready_s[block, device] = time_s
 
     def task(self, task: Task) -> None:
         device = task.device
@@ -264,7 +308,7 @@ class _Run:
         for block in task_outputs(self.schedule, task):
             self.ready_s[block, device] = end
         if task.kind in (TaskKind.BACKWARD, TaskKind.WEIGHT_GRADIENT):
-            self.ready_s[gradient_block(task.chunk), device] = end
+            self.block_ready(gradient_block(task.chunk), device, end)
         self.head_s[device] = end
         self.busy_s[device] += duration
         self.events.append(
