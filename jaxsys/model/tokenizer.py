@@ -57,7 +57,11 @@ class Tokenizer:
             text: any text.
             add_special: put the beginning-of-text id in front where the model wants one. Pass
                 False for rendered chats, whose template has it already.
+
+        Raises:
+            UsageError: if `text` holds half of a surrogate pair, which no encoding can express.
         """
+        _check_encodable(text)
         return self.backend.encode(text, add_special_tokens=add_special).ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
@@ -171,7 +175,17 @@ class ByteTokenizer(Tokenizer):
 
     def encode_array(self, text: str) -> np.ndarray:
         """The UTF-8 bytes of `text` as ids, uint8 [length]; special tokens are not looked for."""
-        return np.frombuffer(text.encode("utf-8", errors="surrogateescape"), np.uint8)
+        return np.frombuffer(_check_encodable(text), np.uint8)
+
+
+def _check_encodable(text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"the text holds {text[error.start]!r} at {error.start}, half of a surrogate pair; "
+            "remove it or send the whole character"
+        ) from error
 
 
 def byte_characters() -> dict[int, str]:

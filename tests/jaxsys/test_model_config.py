@@ -1,0 +1,111 @@
+"""Configurations: sizes against published counts, the keys of config.json, and refusals."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxsys.errors import UsageError
+from jaxsys.model import LlamaConfig, abstract_parameters, preset
+from jaxsys.model.config import PRESETS, Llama3RopeScaling
+
+# Model cards on the Hugging Face Hub give these totals.
+PUBLISHED = {
+    "llama-3-8b": 8_030_261_248,
+    "llama-3-70b": 70_553_706_496,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-2-7b": 6_738_415_616,
+    "smollm2-135m": 134_515_008,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameter_counts_are_the_published_ones(name):
+    assert preset(name).parameter_count() == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_counts_are_those_of_the_arrays(name):
+    config = preset(name)
+    shapes = abstract_parameters(config, jnp.bfloat16)
+    edge = sum(leaf.size for leaf in jax.tree.leaves(shapes["edge"]))
+    blocks = sum(leaf.size for leaf in jax.tree.leaves(shapes["blocks"]))
+    assert edge == config.edge_parameter_count()
+    assert blocks == config.num_layers * config.block_parameter_count()
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(shapes))
+    assert all(leaf.shape[0] == config.num_layers for leaf in jax.tree.leaves(shapes["blocks"]))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_hf_keys_round_trip(name):
+    config = preset(name)
+    written = json.loads(json.dumps(config.to_hf()))
+    assert LlamaConfig.from_hf(written) == config
+    # transformers 4 wrote no rope_parameters, 5 writes neither rope_theta nor rope_scaling.
+    version_4 = {key: value for key, value in written.items() if key != "rope_parameters"}
+    version_5 = {
+        key: value for key, value in written.items() if key not in ("rope_theta", "rope_scaling")
+    }
+    assert LlamaConfig.from_hf(version_4) == config
+    assert LlamaConfig.from_hf(version_5) == config
+
+
+def test_unknown_preset_lists_the_known():
+    with pytest.raises(UsageError, match="'gpt-5' is not known; known: llama-3-8b, .*tiny"):
+        preset("gpt-5")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "mamba"}, "architecture 'LlamaForCausalLM' .*'mamba'.* known: Llama"),
+        (
+            {"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"]},
+            "architecture 'GPTNeoXForCausalLM'.*known: LlamaForCausalLM .llama., Mistral",
+        ),
+        ({"sliding_window": 16}, "sliding_window=16 is below max_position_embeddings=256"),
+        ({"attention_bias": True}, "attention_bias=True is not supported"),
+        ({"mlp_bias": True}, "mlp_bias=True is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config=.* is not supported"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn' is not supported"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8}}, "lacks low_freq_factor"),
+        ({"hidden_size": None}, "lacks hidden_size"),
+        ({"num_key_value_heads": 3}, "num_kv_heads=3 does not divide num_heads=4"),
+        ({"head_dim": 7}, "head_dim=7 must be even"),
+        ({"vocab_size": "many"}, "vocab_size='many' must be a whole number"),
+        ({"rms_norm_eps": 0.0}, "rms_norm_eps=0.0 must be above 0"),
+    ],
+)
+def test_what_is_not_computed_is_refused(change, message):
+    with pytest.raises(UsageError, match=message):
+        LlamaConfig.from_hf(preset("tiny").to_hf() | change)
+
+
+def test_mistral_without_a_cutting_window_is_the_same_model():
+    settings = preset("tiny").to_hf() | {
+        "model_type": "mistral",
+        "architectures": ["MistralForCausalLM"],
+        "sliding_window": 256,
+    }
+    assert LlamaConfig.from_hf(settings) == preset("tiny")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"factor": 0.5}, "factor=0.5 must be at least 1"),
+        ({"low_freq_factor": 4.0}, "low_freq_factor=4.0 < high_freq_factor=4.0"),
+        ({"original_max_positions": 0}, "original_max_positions=0"),
+    ],
+)
+def test_rope_scaling_bounds(change, message):
+    fields = {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_positions": 8192,
+    }
+    with pytest.raises(UsageError, match=message):
+        Llama3RopeScaling(**(fields | change))
