@@ -1,0 +1,158 @@
+"""A lowered schedule must give the loss and every gradient leaf of a single-device reference."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsys.errors import UsageError
+from jaxsys.layered import LayeredModel, Parameters, reference_loss
+from jaxsys.lowering import RECOMPUTE_POLICIES, lower
+from jaxsys.lowering.programs import block_program
+from jaxsys.mesh import make_mesh
+from jaxsys.schedule import Schedule
+from jaxsys.strategies.data_parallel import data_parallel
+from jaxsys.strategies.weipipe import interleave
+
+WIDTH, VOCABULARY, SEQUENCES, TOKENS = 16, 32, 2, 6
+TOLERANCE = 1e-5
+"""Relative error of each gradient leaf in float32: sums are taken in another order."""
+
+
+def embed(edge, microbatch):
+    return edge["table"][microbatch["inputs"]]
+
+
+def block(weights, x, microbatch):
+    h = jnp.tanh(x @ weights["in"] + weights["bias"][None])
+    scores = jnp.einsum("btd,bsd->bts", h, h) / np.sqrt(WIDTH)
+    mixed = jnp.einsum("bts,bsd->btd", jax.nn.softmax(scores, axis=-1), h)
+    return x + mixed @ weights["out"].T
+
+
+def head_loss(edge, x, microbatch):
+    scores = jax.nn.log_softmax((x * edge["scale"][None, None]) @ edge["head"], axis=-1)
+    targets = microbatch["targets"]
+    known = targets >= 0
+    picked = jnp.take_along_axis(scores, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+    return -jnp.sum(jnp.where(known, picked, 0.0)), jnp.sum(known).astype(jnp.float32)
+
+
+def small_model(layers: int) -> tuple[LayeredModel, Parameters]:
+    keys = jax.random.split(jax.random.key(layers), 5)
+    model = LayeredModel(embed=embed, block=block, head_loss=head_loss, layers=layers)
+    matrix = (layers, WIDTH, WIDTH)
+    parameters = Parameters(
+        edge={
+            "table": jax.random.normal(keys[0], (VOCABULARY, WIDTH)),
+            "scale": jnp.ones((WIDTH,)),
+            "head": 0.3 * jax.random.normal(keys[1], (WIDTH, VOCABULARY)),
+        },
+        blocks={
+            "in": 0.3 * jax.random.normal(keys[2], matrix),
+            "out": 0.3 * jax.random.normal(keys[3], matrix),
+            "bias": 0.1 * jax.random.normal(keys[4], (layers, 1, WIDTH)),
+        },
+    )
+    return model, parameters
+
+
+def random_batch(microbatches: int, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    shape = (microbatches, SEQUENCES, TOKENS)
+    return {
+        "inputs": jnp.asarray(rng.integers(0, VOCABULARY, shape), jnp.int32),
+        "targets": jnp.asarray(rng.integers(-1, VOCABULARY, shape), jnp.int32),  # -1 is masked
+    }
+
+
+@functools.cache
+def reference(layers: int, microbatches: int):
+    model, parameters = small_model(layers)
+    batch = random_batch(microbatches)
+    return jax.jit(jax.value_and_grad(functools.partial(reference_loss, model)))(parameters, batch)
+
+
+def assert_matches_reference(schedule: Schedule, layers: int, *, data: int = 1, **options) -> None:
+    model, parameters = small_model(layers)
+    mesh = make_mesh(schedule.devices, data, devices=jax.devices()[: schedule.devices * data])
+    step = lower(schedule, model, mesh, **options)
+    rest = step.to_rest(parameters)
+    batch = random_batch(schedule.microbatches * data)
+    loss, gradients = jax.jit(step.loss_and_gradients)(rest, batch)
+    wanted_loss, wanted = reference(layers, schedule.microbatches * data)
+    np.testing.assert_allclose(loss, wanted_loss, rtol=1e-6)
+    found = step.from_rest(gradients)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(wanted):
+        got = functools.reduce(lambda tree, key: tree[key.key], path, found)
+        error = np.linalg.norm(got - leaf) / np.linalg.norm(leaf)
+        assert error < TOLERANCE, f"{jax.tree_util.keystr(path)}: relative error {error}"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "layers", "data"),
+    [
+        (interleave(2, 4), 4, 1),
+        (interleave(4, 8), 4, 2),  # a ring in each of two data replicas
+        (interleave(4, 8), 6, 1),  # chunks of two layers, the last two of them empty
+        (interleave(8, 8), 8, 1),
+        (interleave(3, 6), 3, 1),
+        (data_parallel(4, 8, chunks=3), 7, 2),
+        (data_parallel(1, 3, chunks=2), 4, 1),
+    ],
+    ids=lambda value: getattr(value, "name", None) and f"{value.name}-{value.devices}",
+)
+def test_loss_and_gradients(schedule, layers, data):
+    assert_matches_reference(schedule, layers, data=data)
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE_POLICIES)
+def test_recompute_policies_change_no_value(recompute):
+    assert_matches_reference(interleave(2, 4), 6, recompute=recompute, unroll=recompute == "chunk")
+
+
+def test_rest_order_round_trips():
+    model, parameters = small_model(6)
+    step = lower(interleave(4, 4), model, make_mesh(4, devices=jax.devices()[:4]))
+    back = step.from_rest(step.to_rest(parameters))
+    jax.tree.map(np.testing.assert_array_equal, back, parameters)
+
+
+def test_weights_are_not_kept_with_residuals():
+    """Without recompute only what depends on the data is kept, never a copy of the weights."""
+    model, parameters = small_model(2)
+    one = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape[1:], p.dtype), parameters["blocks"])
+    x = jax.ShapeDtypeStruct((SEQUENCES, TOKENS, WIDTH), jnp.float32)
+    microbatch = jax.tree.map(lambda b: jax.ShapeDtypeStruct(b.shape[1:], b.dtype), random_batch(1))
+    program = block_program(model, one, x, microbatch, "none")
+    assert program.residuals
+    assert all(r.shape[0] == SEQUENCES for r in program.residuals)
+
+
+def test_steady_ticks_are_one_loop():
+    model, _ = small_model(2)
+    step = lower(interleave(2, 32), model, make_mesh(2, devices=jax.devices()[:2]))
+    longest = max(step.tables.segments, key=lambda s: s.repeats * len(s.period))
+    assert longest.repeats * len(longest.period) >= 29
+    assert len(longest.period) == 1
+
+
+def test_refuses_what_does_not_fit():
+    model, parameters = small_model(4)
+    mesh = make_mesh(4, devices=jax.devices()[:4])
+    with pytest.raises(UsageError, match="has 4 devices but schedule weipipe-interleave has 2"):
+        lower(interleave(2, 4), model, mesh)
+    with pytest.raises(UsageError, match="recompute='all' is not a policy; use one of none"):
+        lower(interleave(4, 4), model, mesh, recompute="all")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UsageError, match="layers=2 cannot fill chunks=4"):
+        lower(interleave(4, 4), small_model(2)[0], mesh)
+    plain = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("x",))
+    with pytest.raises(UsageError, match=r"mesh axes are \('x',\)"):
+        lower(interleave(4, 4), model, plain)
+    step = lower(interleave(4, 4), model, mesh)
+    with pytest.raises(UsageError, match="batch has 3 microbatches"):
+        jax.eval_shape(step.loss_and_gradients, step.to_rest(parameters), random_batch(3))
+    with pytest.raises(UsageError, match=r"expected \[4, ...\]"):
+        step.to_rest(small_model(2)[1])
