@@ -1,0 +1,470 @@
+"""Runs planned iterations on a device: compiled steps over a few bucket sizes, dispatched ahead.
+
+`dispatch` returns as soon as the work is queued; sampled tokens stay on the device, in `last`
+[slots], as the next step's input, and travel to the host meanwhile; `collect` waits for them. Every
+step's arguments have one of a few shapes (batch and table buckets, piece buckets), each compiled
+before it is needed.
+"""
+
+import dataclasses
+import functools
+import itertools
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from jaxsys.errors import UsageError
+from jaxsys.model import LlamaConfig
+from jaxsys.serve import paged_model
+from jaxsys.serve.paged_model import Cache, ServingParameters
+from jaxsys.serve.requests import Request, SamplingParameters
+from jaxsys.serve.sampling import (
+    MAX_BIASED,
+    History,
+    Rules,
+    Sample,
+    SamplingNeeds,
+    empty_history,
+    pack_rules,
+    sample,
+    set_history,
+)
+from jaxsys.serve.scheduler import Iteration, SchedulerConfig
+
+
+class TokenLogprobs(NamedTuple):
+    """Log-probabilities beside one chosen token."""
+
+    logprob: float
+    top_tokens: list[int]
+    top_logprobs: list[float]
+
+
+class Outcome(NamedTuple):
+    """What one iteration sampled, in the order of `Iteration.sampling`."""
+
+    tokens: list[int]
+    logprobs: list[TokenLogprobs | None] | None
+    """None where no request of the iteration asked."""
+
+
+class Executor(Protocol):
+    """Something that runs iterations: on a device, or in virtual time."""
+
+    def dispatch(self, iteration: Iteration) -> Any:
+        """Queues an iteration; the handle is for `collect`."""
+        ...
+
+    def collect(self, handle: Any) -> Outcome:
+        """Waits for a dispatched iteration."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ExecutorConfig:
+    """The shapes that steps are compiled for, all ascending."""
+
+    decode_buckets: tuple[int, ...]
+    piece_buckets: tuple[int, ...]
+    """Tokens of a prompt piece."""
+    table_buckets: tuple[int, ...]
+    """Pages of a block table; the last one bounds a request's length."""
+
+    @classmethod
+    def for_scheduler(cls, scheduler: SchedulerConfig) -> "ExecutorConfig":
+        """Pieces in steps of 4x up to the token budget, tables in steps of 4x up to the length."""
+        longest = -(-scheduler.max_length // scheduler.page_size)
+        return cls(
+            decode_buckets=scheduler.decode_buckets,
+            piece_buckets=_geometric(scheduler.max_prefill_tokens, 4, least=32),
+            table_buckets=_geometric(longest, 4, least=min(longest, 16)),
+        )
+
+
+class _Pending(NamedTuple):
+    """One sampling call in flight."""
+
+    sample: Sample
+    requests: Sequence[Request]
+
+
+class JaxExecutor:
+    """Runs iterations of one instance on one device or, with sharded parameters, on a mesh."""
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        parameters: ServingParameters,
+        scheduler: SchedulerConfig,
+        *,
+        placement: jax.sharding.Sharding,
+        cache_placement: jax.sharding.Sharding | None = None,
+        shapes: ExecutorConfig | None = None,
+    ):
+        """Takes parameters that lie on their devices already.
+
+        Args:
+            placement: where step inputs and sampling state lie, whole on every device.
+            cache_placement: of the page pools [P, S, G, K]; `placement` if not given.
+        """
+        self.config = config
+        self.parameters = parameters
+        self.shapes = ExecutorConfig.for_scheduler(scheduler) if shapes is None else shapes
+        self.page_count, self.page_size = scheduler.page_count, scheduler.page_size
+        self.slots = scheduler.max_batch
+        self.compiled_steps = 0
+        self._placement = placement
+        self._cache_placement = cache_placement or placement
+        dtype = jax.tree.leaves(parameters.layers[0])[0].dtype
+        self._cache = paged_model.empty_cache(
+            config, self.page_count, self.page_size, dtype, self._cache_placement
+        )
+        self._last = jax.device_put(np.zeros(self.slots, np.int32), placement)
+        self._history: History | None = None
+        self._steps: dict[tuple, Callable] = {}
+        width = self.shapes.table_buckets[-1]
+        self._tables = np.full((self.slots, width), self.page_count, np.int32)
+        self._table_owners: list[list[int] | None] = [None] * self.slots
+        self._table_lengths = np.zeros(self.slots, np.int32)
+        self._batch: tuple[Request, ...] = ()
+        self._batch_rules: tuple[Rules, SamplingNeeds] = (pack_rules([], [], 1), SamplingNeeds())
+
+    # --- running ------------------------------------------------------------------------------
+
+    def dispatch(self, iteration: Iteration) -> list[_Pending]:
+        """Queues an iteration's steps; returns at once."""
+        if iteration.copies:
+            self._copy(iteration.copies)
+        pending = []
+        for piece in iteration.prefills:
+            request = piece.request
+            logits = self._prefill(request, piece.start, piece.length)
+            if piece.last:
+                self._begin_slot(request)
+                rules, needs = self._rules([request], 1)
+                where = np.array([[request.slot, piece.start + piece.length - 1]], np.int32)
+                pending.append(_Pending(self._sample(needs, logits, where, rules), [request]))
+        if iteration.decodes:
+            pending.append(self._decode(iteration.decodes, iteration.bucket))
+        for sampled, _ in pending:
+            for array in sampled:
+                if array is not None:
+                    array.copy_to_host_async()
+        return pending
+
+    def collect(self, handle: list[_Pending]) -> Outcome:
+        """Waits for the samples of a dispatched iteration."""
+        tokens: list[int] = []
+        logprobs: list[TokenLogprobs | None] = []
+        asked = False
+        for sampled, requests in handle:
+            tokens += np.asarray(sampled.tokens)[: len(requests)].tolist()
+            if sampled.logprobs is None:
+                logprobs += [None] * len(requests)
+                continue
+            asked = True
+            columns = [np.asarray(column) for column in sampled[1:]]
+            for row, request in enumerate(requests):
+                count = request.sampling.logprobs
+                logprobs.append(
+                    None
+                    if count is None
+                    else TokenLogprobs(
+                        float(columns[0][row]),
+                        columns[1][row, :count].tolist(),
+                        columns[2][row, :count].tolist(),
+                    )
+                )
+        return Outcome(tokens, logprobs if asked else None)
+
+    # --- hand-over ----------------------------------------------------------------------------
+
+    def extract(self, pages: Sequence[int]) -> Cache:
+        """The contents of `pages`, padded to a table bucket, as arrays apart from the cache.
+
+        The pages may be given to others at once: the device works in order.
+        """
+        index = self._padded(pages, fill=pages[-1])
+        return self._step("extract", len(index))(self._cache, index)
+
+    def insert(self, contents: Cache, pages: Sequence[int]) -> None:
+        """Writes extracted contents, from whatever device, into `pages`."""
+        contents = jax.device_put(contents, self._cache_placement)
+        index = self._padded(pages, fill=self.page_count)
+        width = jax.tree.leaves(contents)[0].shape[0]
+        if len(index) < width:
+            padding = np.full(width - len(index), self.page_count, np.int32)
+            index = np.concatenate([index, padding])
+        self._cache = self._step("insert", width)(self._cache, contents, index[:width])
+
+    def resume(self, request: Request) -> None:
+        """Prepares the slot of a request whose pages were inserted: its last token is known."""
+        step = self._step("set_last")
+        self._last = step(self._last, np.int32(request.slot), np.int32(request.output_tokens[-1]))
+        self._begin_slot(request)
+
+    # --- compilation --------------------------------------------------------------------------
+
+    def essential_steps(self) -> list[tuple]:
+        """Keys of the steps without which nothing can be served: the largest of each kind."""
+        shapes = self.shapes
+        batch, table = shapes.decode_buckets[-1], shapes.table_buckets[-1]
+        keys: list[tuple] = [
+            ("decode", batch, table),
+            ("prefill", shapes.piece_buckets[-1], table),
+            ("set_last",),
+        ]
+        for needs in (SamplingNeeds(), SamplingNeeds(random=True, cut=True)):
+            keys += [("sample", batch, needs), ("sample", 1, needs)]
+        return keys
+
+    def other_steps(self) -> list[tuple]:
+        """Keys of the steps that make serving faster, the most used first."""
+        shapes = self.shapes
+        keys: list[tuple] = []
+        for table in shapes.table_buckets:
+            keys += [("prefill", piece, table) for piece in shapes.piece_buckets]
+            keys += [("decode", batch, table) for batch in shapes.decode_buckets]
+        kinds = (
+            SamplingNeeds(),
+            SamplingNeeds(random=True, cut=True),
+            SamplingNeeds(random=True),
+        )
+        for batch in shapes.decode_buckets:
+            keys += [("sample", batch, needs) for needs in kinds]
+        for table in shapes.table_buckets:
+            keys += [("extract", table), ("insert", table)]
+        keys.append(("copy", 8))
+        essential = self.essential_steps()
+        return [key for key in keys if key not in essential]
+
+    def compile(self, key: tuple) -> None:
+        """Compiles one step ahead of its use; safe from another thread."""
+        if key not in self._steps:
+            self._steps[key] = self._build(*key)
+            self.compiled_steps += 1
+
+    def _step(self, kind: str, *shape: Any) -> Callable:
+        key = (kind, *shape)
+        if key not in self._steps:
+            self.compile(key)
+        return self._steps[key]
+
+    def _fitting(self, kind: str, *sizes: tuple[int, tuple[int, ...]]) -> tuple[int, ...]:
+        """The least compiled buckets that hold `sizes`, or the least of all if none is compiled."""
+        choices = [[bucket for bucket in buckets if bucket >= size] for size, buckets in sizes]
+        for shape in itertools.product(*choices):
+            if (kind, *shape) in self._steps:
+                return shape
+        return tuple(choice[0] for choice in choices)
+
+    def _build(self, kind: str, *shape: Any) -> Callable:
+        def like(size: tuple[int, ...], dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(size, dtype, sharding=self._placement)
+
+        cache = jax.tree.map(
+            lambda pool: jax.ShapeDtypeStruct(pool.shape, pool.dtype, sharding=pool.sharding),
+            self._cache,
+        )
+        last = like((self.slots,))
+        if kind == "decode":
+            batch, table = shape
+            function = jax.jit(functools.partial(_decode, self.config), donate_argnums=1)
+            arguments = (self.parameters, cache, last, like((batch, 2 + table)))
+        elif kind == "prefill":
+            piece, table = shape
+            function = jax.jit(functools.partial(_prefill, self.config, piece), donate_argnums=1)
+            arguments = (self.parameters, cache, like((2 + piece + table,)))
+        elif kind == "sample":
+            batch, needs = shape
+            function = jax.jit(functools.partial(_sample, needs), donate_argnums=(1, 4))
+            rules = jax.tree.map(
+                lambda leaf: like(leaf.shape, leaf.dtype), pack_rules([], [], batch)
+            )
+            history = None
+            if needs.adjusted:
+                history = jax.eval_shape(
+                    functools.partial(empty_history, self.slots, self.config.vocab_size)
+                )
+                history = jax.tree.map(lambda leaf: like(leaf.shape, leaf.dtype), history)
+            logits = like((batch, self.config.vocab_size), np.float32)
+            arguments = (logits, last, like((batch, 2)), rules, history)
+        elif kind == "copy":
+            (count,) = shape
+            function = jax.jit(paged_model.copy_pages, donate_argnums=0)
+            arguments = (cache, like((count,)), like((count,)))
+        elif kind == "extract":
+            (count,) = shape
+            function = jax.jit(paged_model.extract_pages)
+            arguments = (cache, like((count,)))
+        elif kind == "insert":
+            (count,) = shape
+            contents = jax.tree.map(
+                lambda pool: jax.ShapeDtypeStruct(
+                    (count, *pool.shape[1:]), pool.dtype, sharding=pool.sharding
+                ),
+                self._cache,
+            )
+            function = jax.jit(paged_model.insert_pages, donate_argnums=0)
+            arguments = (cache, contents, like((count,)))
+        elif kind == "set_last":
+            function = jax.jit(_set_last, donate_argnums=0)
+            arguments = (last, like(()), like(()))
+        else:
+            raise ValueError(f"no step is called {kind!r}")
+        return function.lower(*arguments).compile()
+
+    # --- inside -------------------------------------------------------------------------------
+
+    def _prefill(self, request: Request, start: int, length: int) -> jax.Array:
+        shapes = self.shapes
+        pages = request.pages
+        needed = -(-(start + length) // self.page_size)
+        piece, table = self._fitting(
+            "prefill", (length, shapes.piece_buckets), (needed, shapes.table_buckets)
+        )
+        packed = np.full(2 + piece + table, self.page_count, np.int32)
+        packed[:2] = start, length
+        packed[2 : 2 + piece] = 0
+        packed[2 : 2 + length] = _tokens(request, start, length)
+        packed[2 + piece : 2 + piece + needed] = pages[:needed]
+        logits, self._cache = self._step("prefill", piece, table)(
+            self.parameters, self._cache, packed
+        )
+        return logits
+
+    def _decode(self, requests: tuple[Request, ...], bucket: int) -> _Pending:
+        shapes = self.shapes
+        count = len(requests)
+        for request in requests:
+            slot, pages = request.slot, request.pages
+            if self._table_owners[slot] is not pages or self._table_lengths[slot] != len(pages):
+                self._table_owners[slot] = pages
+                self._table_lengths[slot] = len(pages)
+                self._tables[slot, : len(pages)] = pages
+        slots = np.fromiter((request.slot for request in requests), np.int32, count)
+        positions = np.fromiter((request.computed for request in requests), np.int32, count) - 1
+        needed = int(positions.max()) // self.page_size + 1
+        batch, table = self._fitting(
+            "decode", (bucket, shapes.decode_buckets), (needed, shapes.table_buckets)
+        )
+        packed = np.full((batch, 2 + table), self.page_count, np.int32)
+        packed[:, 0] = self.slots
+        packed[:, 1] = 0
+        packed[:count, 0] = slots
+        packed[:count, 1] = positions
+        packed[:count, 2:] = self._tables[slots, :table]
+        logits, self._cache = self._step("decode", batch, table)(
+            self.parameters, self._cache, self._last, packed
+        )
+        if self._batch != requests or len(self._batch_rules[0].seed) != batch:
+            self._batch, self._batch_rules = requests, self._rules(requests, batch)
+        rules, needs = self._batch_rules
+        return _Pending(self._sample(needs, logits, packed[:, :2], rules), requests)
+
+    def _sample(
+        self, needs: SamplingNeeds, logits: jax.Array, where: np.ndarray, rules: Rules
+    ) -> Sample:
+        history = self._history if needs.adjusted else None
+        step = self._step("sample", logits.shape[0], needs)
+        sampled, self._last, history = step(logits, self._last, where, rules, history)
+        if needs.adjusted:
+            self._history = history
+        return sampled
+
+    def _rules(self, requests: Sequence[Request], rows: int) -> tuple[Rules, SamplingNeeds]:
+        parameters = [request.sampling for request in requests]
+        needs = SamplingNeeds()
+        for rule in parameters:
+            needs |= SamplingNeeds.of(rule)
+        rules = pack_rules(parameters, [_seed(request) for request in requests], rows)
+        return rules, needs
+
+    def _begin_slot(self, request: Request) -> None:
+        """Loads what adjusting remembers of a request: prompt, output so far, bias."""
+        sampling = request.sampling
+        if not SamplingNeeds.of(sampling).adjusted:
+            return
+        vocabulary = self.config.vocab_size
+        if self._history is None:
+            self._history = jax.device_put(empty_history(self.slots, vocabulary), self._placement)
+        prompt = np.zeros(vocabulary, bool)
+        prompt[np.asarray(request.prompt_tokens, np.int64)] = True
+        counts = np.bincount(request.output_tokens, minlength=vocabulary).astype(np.int32)
+        bias_tokens = np.full(MAX_BIASED, vocabulary, np.int32)
+        bias_values = np.zeros(MAX_BIASED, np.float32)
+        for entry, (token, value) in enumerate(sampling.logit_bias.items()):
+            bias_tokens[entry], bias_values[entry] = token, value
+        self._history = jax.jit(set_history, donate_argnums=0)(
+            self._history, np.int32(request.slot), prompt, counts, bias_tokens, bias_values
+        )
+
+    def _copy(self, copies: Sequence[tuple[int, int]]) -> None:
+        for start in range(0, len(copies), 8):
+            part = copies[start : start + 8]
+            sources, targets = np.zeros(8, np.int32), np.full(8, self.page_count, np.int32)
+            sources[: len(part)] = [source for source, _ in part]
+            targets[: len(part)] = [target for _, target in part]
+            self._cache = self._step("copy", 8)(self._cache, sources, targets)
+
+    def _padded(self, pages: Sequence[int], *, fill: int) -> np.ndarray:
+        size = next(size for size in self.shapes.table_buckets if size >= len(pages))
+        index = np.full(size, fill, np.int32)
+        index[: len(pages)] = pages
+        return index
+
+
+def check_sampling(parameters: SamplingParameters, vocabulary: int) -> None:
+    """Raises UsageError for what the device cannot take: too many biases, unknown tokens."""
+    if len(parameters.logit_bias) > MAX_BIASED:
+        raise UsageError(
+            f"logit_bias has {len(parameters.logit_bias)} entries; at most {MAX_BIASED} are taken"
+        )
+    for token in parameters.logit_bias:
+        if not 0 <= token < vocabulary:
+            raise UsageError(f"logit_bias token {token} is none of 0..{vocabulary - 1}")
+
+
+def _decode(config, parameters, cache, last, packed):
+    slots, positions, tables = packed[:, 0], packed[:, 1], packed[:, 2:]
+    tokens = last.at[slots].get(mode="fill", fill_value=0)
+    return paged_model.decode_pass(config, parameters, cache, tokens, positions, tables)
+
+
+def _prefill(config, piece, parameters, cache, packed):
+    tokens, table = packed[2 : 2 + piece], packed[2 + piece :]
+    return paged_model.prefill_pass(config, parameters, cache, tokens, packed[0], packed[1], table)
+
+
+def _sample(needs, logits, last, where, rules, history):
+    slots, positions = where[:, 0], where[:, 1] + 1
+    sampled, history = sample(needs, logits, rules, positions, slots, history)
+    return sampled, last.at[slots].set(sampled.tokens, mode="drop"), history
+
+
+def _set_last(last, slot, token):
+    return last.at[slot].set(token)
+
+
+def _seed(request: Request) -> int:
+    """The request's seed; without one, a hash of its identity, which differs between requests."""
+    if request.sampling.seed is not None:
+        return request.sampling.seed
+    return zlib.crc32(repr((request.request_id, request.timing.arrival_s)).encode())
+
+
+def _tokens(request: Request, start: int, length: int) -> Sequence[int]:
+    prompt = request.prompt_length
+    if start + length <= prompt:
+        return request.prompt_tokens[start : start + length]
+    return request.known_tokens()[start : start + length]
+
+
+def _geometric(most: int, factor: int, *, least: int) -> tuple[int, ...]:
+    sizes = [most]
+    while sizes[-1] // factor >= least:
+        sizes.append(-(-sizes[-1] // factor))
+    return tuple(reversed(sizes))

@@ -1,0 +1,246 @@
+"""Choosing the next token on the device, each row by its own rule.
+
+    l  = adjusted logits: repetition, presence and frequency penalties, bias
+    p  = softmax(l / temperature), cut to the top k, the top p and those over min_p * max(p)
+    token = argmax(l) at temperature 0, else argmax(l / temperature + g), g ~ Gumbel(0, 1)
+
+The cuts are thresholds found by bisection over the bit patterns of floats, 32 passes over the
+logits in place of a sort (tokens tied with the threshold stay in). Randomness is a function of the
+row's seed and the token's position alone, so that batch, bucket and preemption cannot change it.
+The rule follows the order of penalties, temperature, cuts that Hugging Face's processors have.
+
+Legend: B rows, V vocabulary, R slots, M biased tokens a slot.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxsys.serve.requests import SamplingParameters
+
+MAX_BIASED = 300
+"""Most entries of a logit bias, as in the OpenAI API."""
+TOP_LOGPROBS = 20
+"""Alternatives computed where any row asks for them."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingNeeds:
+    """What a batch needs computed; each combination is compiled apart."""
+
+    random: bool = False
+    cut: bool = False
+    adjusted: bool = False
+    logprobs: bool = False
+
+    @classmethod
+    def of(cls, parameters: SamplingParameters) -> "SamplingNeeds":
+        """The needs of one request."""
+        random = parameters.temperature > 0
+        return cls(
+            random=random,
+            cut=random and bool(parameters.top_k or parameters.top_p < 1 or parameters.min_p),
+            adjusted=bool(
+                parameters.repetition_penalty != 1
+                or parameters.presence_penalty
+                or parameters.frequency_penalty
+                or parameters.logit_bias
+            ),
+            logprobs=parameters.logprobs is not None,
+        )
+
+    def __or__(self, other: "SamplingNeeds") -> "SamplingNeeds":
+        return SamplingNeeds(
+            random=self.random or other.random,
+            cut=self.cut or other.cut,
+            adjusted=self.adjusted or other.adjusted,
+            logprobs=self.logprobs or other.logprobs,
+        )
+
+
+class Rules(NamedTuple):
+    """Per-row sampling rules: arrays [B]."""
+
+    temperature: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    top_k: jax.Array
+    seed: jax.Array
+    repetition: jax.Array
+    presence: jax.Array
+    frequency: jax.Array
+
+
+class History(NamedTuple):
+    """What adjusting needs to remember, per slot."""
+
+    prompt: jax.Array
+    """bool [R, V]: tokens of the prompt."""
+    counts: jax.Array
+    """int32 [R, V]: how often each token was put out."""
+    bias_tokens: jax.Array
+    """int32 [R, M]; V where unused."""
+    bias_values: jax.Array
+    """float32 [R, M]."""
+
+
+class Sample(NamedTuple):
+    """One chosen token a row and, where asked for, log-probabilities (before any cut)."""
+
+    tokens: jax.Array
+    """int32 [B]."""
+    logprobs: jax.Array | None
+    """float32 [B]."""
+    top_tokens: jax.Array | None
+    """int32 [B, TOP_LOGPROBS]."""
+    top_logprobs: jax.Array | None
+
+
+def pack_rules(parameters: list[SamplingParameters], seeds: list[int], rows: int) -> Rules:
+    """Host arrays of `rows` rows; those past the requests are greedy."""
+    floats = np.zeros((6, rows), np.float32)
+    floats[1] = floats[3] = 1
+    integers = np.zeros((2, rows), np.int32)
+    for row, (rule, seed) in enumerate(zip(parameters, seeds, strict=True)):
+        floats[:, row] = (
+            rule.temperature,
+            rule.top_p,
+            rule.min_p,
+            rule.repetition_penalty,
+            rule.presence_penalty,
+            rule.frequency_penalty,
+        )
+        integers[:, row] = rule.top_k, np.uint32(seed & 0xFFFFFFFF).astype(np.int32)
+    # Host rows, which become device arrays at the call that uses them.
+    fields: Any = (*floats[:3], *integers, *floats[3:])
+    return Rules(*fields)
+
+
+def empty_history(slots: int, vocabulary: int) -> History:
+    """No prompt, no output, no bias."""
+    return History(
+        jnp.zeros((slots, vocabulary), bool),
+        jnp.zeros((slots, vocabulary), jnp.int32),
+        jnp.full((slots, MAX_BIASED), vocabulary, jnp.int32),
+        jnp.zeros((slots, MAX_BIASED), jnp.float32),
+    )
+
+
+def set_history(
+    history: History,
+    slot: Int[Array, ""],
+    prompt: Bool[Array, " V"],
+    counts: Int[Array, " V"],
+    bias_tokens: Int[Array, " M"],
+    bias_values: Float[Array, " M"],
+) -> History:
+    """Starts a slot anew."""
+    return History(
+        history.prompt.at[slot].set(prompt),
+        history.counts.at[slot].set(counts),
+        history.bias_tokens.at[slot].set(bias_tokens),
+        history.bias_values.at[slot].set(bias_values),
+    )
+
+
+def sample(
+    needs: SamplingNeeds,
+    logits: Float[Array, "B V"],
+    rules: Rules,
+    positions: Int[Array, " B"],
+    slots: Int[Array, " B"],
+    history: History | None,
+) -> tuple[Sample, History | None]:
+    """Chooses a token for every row.
+
+    Args:
+        needs: static: what must be computed.
+        positions: of the tokens to be chosen; with the seed they fix the randomness.
+        slots: rows of `history`; one past the end for padding.
+    """
+    if needs.adjusted:
+        assert history is not None
+        logits = _adjust(logits, rules, slots, history)
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    tokens = greedy
+    if needs.random:
+        temperature = jnp.where(rules.temperature > 0, rules.temperature, 1.0)
+        scaled = logits / temperature[:, None]
+        if needs.cut:
+            scaled = jnp.where(_kept(scaled, rules), scaled, -jnp.inf)
+        drawn = jnp.argmax(scaled + _gumbel(rules.seed, positions, logits.shape[1]), axis=-1)
+        tokens = jnp.where(rules.temperature > 0, drawn.astype(jnp.int32), greedy)
+    chosen = top_tokens = top_logprobs = None
+    if needs.logprobs:
+        logprobs = jax.nn.log_softmax(logits, axis=-1)
+        chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=1)[:, 0]
+        top_logprobs, top_tokens = jax.lax.top_k(logprobs, min(TOP_LOGPROBS, logits.shape[1]))
+    if needs.adjusted:
+        assert history is not None
+        counts = history.counts.at[slots, tokens].add(1, mode="drop")
+        history = history._replace(counts=counts)
+    return Sample(tokens, chosen, top_tokens, top_logprobs), history
+
+
+def _adjust(logits: jax.Array, rules: Rules, slots: jax.Array, history: History) -> jax.Array:
+    counts = history.counts.at[slots].get(mode="fill", fill_value=0)
+    seen = history.prompt.at[slots].get(mode="fill", fill_value=False) | (counts > 0)
+    repetition = rules.repetition[:, None]
+    repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
+    logits = jnp.where(seen, repeated, logits)
+    logits = logits - rules.frequency[:, None] * counts.astype(logits.dtype)
+    logits = logits - rules.presence[:, None] * (counts > 0).astype(logits.dtype)
+    rows = jnp.arange(logits.shape[0])[:, None]
+    tokens = history.bias_tokens.at[slots].get(mode="fill", fill_value=logits.shape[1])
+    values = history.bias_values.at[slots].get(mode="fill", fill_value=0)
+    return logits.at[rows, tokens].add(values, mode="drop")
+
+
+def _kept(scaled: jax.Array, rules: Rules) -> jax.Array:
+    """Which tokens survive top-k, then top-p and min-p among those left; bool [B, V]."""
+    vocabulary = scaled.shape[1]
+    keys = _ordered(scaled)
+    limit = jnp.where(rules.top_k > 0, jnp.minimum(rules.top_k, vocabulary), vocabulary)
+
+    def enough_tokens(threshold: jax.Array) -> jax.Array:
+        return jnp.sum(keys >= threshold[:, None], axis=1) >= limit
+
+    kept = keys >= _highest(enough_tokens, scaled.shape[0])[:, None]
+    probabilities = jax.nn.softmax(jnp.where(kept, scaled, -jnp.inf), axis=-1)
+
+    def enough_mass(threshold: jax.Array) -> jax.Array:
+        mass = jnp.sum(jnp.where(keys >= threshold[:, None], probabilities, 0), axis=1)
+        return mass >= rules.top_p
+
+    # Rounding can leave the whole sum below top_p = 1; then the search ends at "keep all".
+    kept &= keys >= _highest(enough_mass, scaled.shape[0])[:, None]
+    floor = rules.min_p[:, None] * jnp.max(probabilities, axis=1, keepdims=True)
+    return kept & (probabilities >= floor)
+
+
+def _ordered(values: jax.Array) -> jax.Array:
+    """uint32 keys in the order of float32 `values`."""
+    bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _highest(enough, rows: int) -> jax.Array:
+    """The highest uint32 threshold per row for which `enough` holds, bit by bit from the top."""
+
+    def narrow(step: jax.Array, threshold: jax.Array) -> jax.Array:
+        raised = threshold | (jnp.uint32(1 << 31) >> step.astype(jnp.uint32))
+        return jnp.where(enough(raised), raised, threshold)
+
+    return jax.lax.fori_loop(0, 32, narrow, jnp.zeros(rows, jnp.uint32))
+
+
+def _gumbel(seeds: jax.Array, positions: jax.Array, vocabulary: int) -> jax.Array:
+    def row(seed: jax.Array, position: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(seed), position)
+        return jax.random.gumbel(key, (vocabulary,), jnp.float32)
+
+    return jax.vmap(row)(seeds, positions)

@@ -1,0 +1,237 @@
+"""The paged passes give the same logits and tokens as the whole model computed at once."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsys.model import forward, initial_parameters, preset
+from jaxsys.serve import paged_model
+from jaxsys.serve.executor import ExecutorConfig, JaxExecutor
+from jaxsys.serve.requests import Request, SamplingParameters
+from jaxsys.serve.scheduler import Scheduler, SchedulerConfig
+
+CONFIG = preset("tiny")
+whole_model = jax.jit(functools.partial(forward, CONFIG))
+
+
+@pytest.fixture(scope="module")
+def parameters():
+    # Wider kernels than the initial ones, so that logits differ by more than rounding.
+    return jax.tree.map(lambda leaf: leaf * 4, initial_parameters(CONFIG, seed=1))
+
+
+def reference(parameters, prompt, count):
+    """Greedy continuation by computing the whole sequence again for each token."""
+    tokens = list(prompt)
+    padded = np.zeros((1, 128), np.int32)
+    for _ in range(count):
+        padded[0, : len(tokens)] = tokens
+        tokens.append(int(whole_model(parameters, padded)[0, len(tokens) - 1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def make(parameters, **changes):
+    values = {
+        "page_count": 40,
+        "page_size": 4,
+        "max_batch": 4,
+        "max_prefill_tokens": 16,
+        "max_length": 64,
+        "decode_buckets": (1, 2, 4),
+    }
+    scheduler = SchedulerConfig(**(values | changes))
+    executor = JaxExecutor(
+        CONFIG,
+        paged_model.split_layers(parameters),
+        scheduler,
+        placement=jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+        shapes=ExecutorConfig(
+            decode_buckets=(1, 2, 4), piece_buckets=(8, 16), table_buckets=(4, 16)
+        ),
+    )
+    return Scheduler(scheduler), executor
+
+
+def run(scheduler, executor, depth=2):
+    in_flight, now_s = [], 0.0
+    while True:
+        iteration = scheduler.next_iteration(now_s)
+        if iteration is not None:
+            in_flight.append((iteration, executor.dispatch(iteration)))
+        if not in_flight:
+            return
+        if iteration is None or len(in_flight) >= depth:
+            oldest, handle = in_flight.pop(0)
+            now_s += 1
+            scheduler.complete(oldest, now_s, executor.collect(handle).tokens)
+
+
+def request(name, prompt, max_tokens=10, **sampling):
+    rule = SamplingParameters(max_tokens=max_tokens, **({"temperature": 0} | sampling))
+    return Request(name, sampling=rule, arrival_s=0.0, prompt_tokens=prompt)
+
+
+def test_passes_match_the_whole_model(parameters):
+    """Logits of a prompt in pieces and of single steps equal the forward pass's to 1e-4."""
+    tokens = np.random.default_rng(0).integers(0, 264, 30)
+    whole = np.asarray(forward(CONFIG, parameters, jnp.asarray(tokens[None])))[0]
+    split = paged_model.split_layers(parameters)
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    cache = paged_model.empty_cache(CONFIG, 12, 4, jnp.float32, place)
+    table = np.array([5, 2, 9, 0, 7, 3, 11, 8], np.int32)
+    for start, length in ((0, 10), (10, 13), (23, 3)):
+        piece = np.zeros(16, np.int32)
+        piece[:length] = tokens[start : start + length]
+        logits, cache = paged_model.prefill_pass(
+            CONFIG,
+            split,
+            cache,
+            jnp.asarray(piece),
+            jnp.int32(start),
+            jnp.int32(length),
+            jnp.asarray(table),
+        )
+        np.testing.assert_allclose(logits[0], whole[start + length - 1], atol=1e-4)
+    for position in range(26, 30):
+        logits, cache = paged_model.decode_pass(
+            CONFIG,
+            split,
+            cache,
+            jnp.asarray([0, tokens[position]], jnp.int32),
+            jnp.asarray([0, position], jnp.int32),
+            jnp.asarray(np.stack([np.full(8, 12), table]), jnp.int32),
+        )
+        np.testing.assert_allclose(logits[1], whole[position], atol=1e-4)
+
+
+@pytest.mark.parametrize("page_count", [40, 14])
+def test_batched_requests_match_the_reference(parameters, page_count):
+    scheduler, executor = make(parameters, page_count=page_count)
+    generator = np.random.default_rng(4)
+    common = generator.integers(0, 264, 8).tolist()
+    requests = [
+        request(i, common[: 4 * (i % 3)] + generator.integers(0, 264, 5 + 4 * i).tolist(), 12)
+        for i in range(6)
+    ]
+    for one in requests:
+        scheduler.add(one)
+    run(scheduler, executor)
+    if page_count == 14:
+        assert scheduler.preemptions > 0
+    for one in requests:
+        assert one.output_tokens == reference(parameters, one.prompt_tokens, 12), one
+    assert scheduler.allocator.held == 0
+
+
+def test_a_shared_page_is_copied_before_it_is_written(parameters):
+    scheduler, executor = make(parameters)
+    prompt = list(range(8))
+    expected = reference(parameters, prompt, 10)
+    first, second = request("a", prompt), request("b", prompt)
+    scheduler.add(first)
+    run(scheduler, executor)
+    scheduler.add(second)
+    run(scheduler, executor)
+    assert first.output_tokens == second.output_tokens == expected
+    assert second.cached_tokens == 7
+
+
+def test_seeded_sampling_survives_batching_and_preemption(parameters):
+    prompts = [[7 * i + 1, 5, 3 * i] for i in range(4)]
+    outputs = []
+    for page_count, together in ((40, True), (10, True), (40, False)):
+        scheduler, executor = make(parameters, page_count=page_count, max_length=40)
+        requests = [
+            request(i, prompt, 20, temperature=1.2, top_p=0.9, seed=i)
+            for i, prompt in enumerate(prompts)
+        ]
+        for one in requests:
+            scheduler.add(one)
+            if not together:
+                run(scheduler, executor)
+        run(scheduler, executor)
+        if page_count == 10:
+            assert scheduler.preemptions > 0
+        outputs.append([one.output_tokens for one in requests])
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
+def test_penalised_output_matches_after_preemption(parameters):
+    outputs = []
+    for page_count in (40, 12):
+        scheduler, executor = make(parameters, page_count=page_count, max_length=40)
+        requests = [
+            request(i, [i, 9, 4, 4], 24, frequency_penalty=1.5, repetition_penalty=1.3)
+            for i in range(3)
+        ]
+        for one in requests:
+            scheduler.add(one)
+        run(scheduler, executor)
+        outputs.append([one.output_tokens for one in requests])
+        plain = reference(parameters, [0, 9, 4, 4], 24)
+        assert requests[0].output_tokens != plain
+    assert scheduler.preemptions > 0 and outputs[0] == outputs[1]
+
+
+def test_pages_travel_between_devices(parameters):
+    scheduler, executor = make(parameters, role="prefill")
+    device = jax.devices()[1]
+    place = jax.sharding.SingleDeviceSharding(device)
+    other_scheduler, _ = make(parameters, role="decode")
+    other = JaxExecutor(
+        CONFIG,
+        jax.device_put(paged_model.split_layers(parameters), place),
+        other_scheduler.config,
+        placement=place,
+        shapes=executor.shapes,
+    )
+    prompt = list(range(40, 61))
+    one = request("a", prompt)
+    scheduler.add(one)
+    while True:
+        iteration = scheduler.next_iteration(0.0)
+        handle = executor.dispatch(iteration)
+        completion = scheduler.complete(iteration, 1.0, executor.collect(handle).tokens)
+        if completion.handed_over:
+            break
+    twin = one.handed_over()
+    other_scheduler.add_incoming(twin)
+    other_scheduler.reserve_incoming()
+    contents = executor.extract(one.pages)
+    scheduler.release_handed_over(one)
+    other.insert(contents, twin.pages)
+    other_scheduler.start_received(twin)
+    other.resume(twin)
+    run(other_scheduler, other)
+    assert twin.output_tokens == reference(parameters, prompt, 10)
+    assert other._last.devices() == {device}
+
+
+def test_steps_compiled_ahead_are_not_compiled_again(parameters):
+    scheduler, executor = make(parameters)
+    for key in (*executor.essential_steps(), *executor.other_steps()):
+        executor.compile(key)
+    compiled = executor.compiled_steps
+    for i in range(6):
+        scheduler.add(request(i, list(range(i + 1)), 12, temperature=i % 2, top_p=0.9))
+    run(scheduler, executor)
+    assert executor.compiled_steps == compiled
+
+
+def test_logprobs_of_the_chosen_and_the_best(parameters):
+    scheduler, executor = make(parameters)
+    one, other = request("a", [1, 2, 3], 2, logprobs=3), request("b", [4, 5], 2)
+    for item in (one, other):
+        scheduler.add(item)
+    iteration = scheduler.next_iteration(0.0)
+    outcome = executor.collect(executor.dispatch(iteration))
+    chosen, nothing = outcome.logprobs
+    whole = forward(CONFIG, parameters, jnp.asarray([[1, 2, 3]]))[0, -1]
+    logprobs = jax.nn.log_softmax(whole)
+    assert nothing is None
+    assert chosen.top_tokens[0] == outcome.tokens[0] == int(whole.argmax())
+    assert chosen.logprob == pytest.approx(float(logprobs.max()), abs=1e-4)
+    assert len(chosen.top_logprobs) == 3
