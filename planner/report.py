@@ -1,0 +1,129 @@
+"""A comparison as people read it: a table, a verdict with its reason, and versioned JSON."""
+
+from typing import Any
+
+import jaxsys
+from jaxsys.planner.named import Comparison, Row
+
+FORMAT = "jaxsys-comparison"
+FORMAT_VERSION = 1
+GIB = 2**30
+
+
+def table(comparison: Comparison) -> str:
+    """The rows, fastest first, those that do not fit last."""
+    best = comparison.best
+    head = ("", "strategy", "recompute", "step", "MFU", "memory", "sent", "tokens/s", "fits")
+    lines: list[tuple[str, ...]] = [head]
+    for row in sorted(comparison.rows, key=lambda r: (not r.fits, r.step_s)):
+        lines.append(
+            (
+                "*" if row is best else "",
+                row.strategy,
+                row.recompute,
+                seconds(row.step_s),
+                f"{100 * row.mfu:.1f} %",
+                f"{row.memory_bytes / GIB:.1f} GiB",
+                f"{row.sent_bytes / 1e9:.2f} GB",
+                f"{row.tokens_per_s:,.0f}",
+                "yes" if row.fits else f"no, +{_over(row, comparison):.1f} GiB",
+            )
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    left = {0, 1, 2, 8}
+    text = [
+        "  ".join(
+            cell.ljust(w) if i in left else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+    text += [f"   {name}: not legal here: {why}" for name, why in comparison.refused]
+    return "\n".join(text)
+
+
+def verdict(comparison: Comparison) -> str:
+    """One sentence: which to take and why, or what memory it would need."""
+    best = comparison.best
+    if best is None:
+        lean = min(comparison.rows, key=lambda row: row.memory_bytes)
+        return (
+            f"Nothing fits {comparison.memory_bytes / GIB:.1f} GiB per device: the leanest, "
+            f"{lean.strategy} with recompute {lean.recompute}, needs "
+            f"{lean.memory_bytes / GIB:.1f} GiB."
+        )
+    others = sorted(
+        (row for row in comparison.rows if row.fits and row is not best), key=lambda r: r.step_s
+    )
+    waits = max(0.0, best.step_s - best.compute_s)
+    text = (
+        f"Take {best.strategy} (recompute {best.recompute}): {seconds(best.step_s)} a step, of "
+        f"which its busiest device waits {100 * waits / best.step_s:.1f} %"
+    )
+    if others:
+        second = others[0]
+        lag = second.step_s / best.step_s - 1
+        text += f"; next is {second.strategy}, {100 * lag:.1f} % slower, {_reason(second, best)}"
+    faster = [row for row in comparison.rows if not row.fits and row.step_s < best.step_s]
+    if faster:
+        row = min(faster, key=lambda r: r.step_s)
+        text += (
+            f"; {row.strategy} would take {seconds(row.step_s)} but needs "
+            f"{row.memory_bytes / GIB:.1f} GiB"
+        )
+    return text + "."
+
+
+def as_json(comparison: Comparison, *, request: dict[str, Any]) -> dict[str, Any]:
+    """The comparison as a JSON value, with the request that led to it."""
+    best = comparison.best
+    return {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "jaxsys": jaxsys.__version__,
+        "kind": "simulated",
+        "request": request,
+        "memory_limit_gib": comparison.memory_bytes / GIB,
+        "best": best.strategy if best else None,
+        "verdict": verdict(comparison),
+        "rows": [row_json(row) for row in comparison.rows],
+        "refused": [{"strategy": name, "reason": why} for name, why in comparison.refused],
+    }
+
+
+def row_json(row: Row) -> dict[str, Any]:
+    """One row, flat."""
+    return {
+        "strategy": row.strategy,
+        "recompute": row.recompute,
+        "chunks": row.chunks,
+        "step_s": row.step_s,
+        "compute_s": row.compute_s,
+        "mfu": row.mfu,
+        "memory_gib": row.memory_bytes / GIB,
+        "sent_gb": row.sent_bytes / 1e9,
+        "tokens_per_s": row.tokens_per_s,
+        "fits": row.fits,
+    }
+
+
+def seconds(time_s: float) -> str:
+    """A time in the unit that suits it."""
+    if time_s >= 1:
+        return f"{time_s:.3f} s"
+    return f"{1e3 * time_s:.2f} ms" if time_s >= 1e-3 else f"{1e6 * time_s:.1f} us"
+
+
+def _reason(second: Row, best: Row) -> str:
+    """Where the runner-up loses its time."""
+    more_compute = second.compute_s - best.compute_s
+    if more_compute >= 0.5 * (second.step_s - best.step_s):
+        if second.recompute != best.recompute:
+            return f"because fitting it costs recompute {second.recompute}"
+        return "because its busiest device computes more"
+    sent = f"{second.sent_bytes / 1e9:.1f} GB sent against {best.sent_bytes / 1e9:.1f} GB"
+    return f"because it waits more for its link and its neighbours ({sent})"
+
+
+def _over(row: Row, comparison: Comparison) -> float:
+    return (row.memory_bytes - comparison.memory_bytes) / GIB

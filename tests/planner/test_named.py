@@ -1,0 +1,180 @@
+"""The comparison of known strategies, against the papers' formulas and on the command line."""
+
+import dataclasses
+import json
+
+import pytest
+
+from jaxsys.cli import main
+from jaxsys.errors import UsageError
+from jaxsys.hardware import LinkSpec, device, link
+from jaxsys.model.config import preset
+from jaxsys.planner.costs import Precision, cut, schedule_costs
+from jaxsys.planner.named import compare, strategies
+from jaxsys.planner.workload import BlockWork, EdgeWork, Workload, llama_workload
+from jaxsys.schedule import simulate
+
+PAPER = Precision(weight_bytes=2, gradient_bytes=2, rest_bytes=12)
+
+
+def bare_workload(layers: int, parameters: float) -> Workload:
+    """Weights and time only: no residuals, no edge."""
+    block = BlockWork(parameters=parameters / layers, product_flops=1e9)
+    return Workload(
+        name="bare",
+        blocks=(block,) * layers,
+        edge=EdgeWork(parameters=0),
+        activation_bytes=0,
+        tokens=1,
+        model_flops=3e9 * layers,
+    )
+
+
+def bare_simulation(name: str, *, devices: int, microbatches: int, layers: int, parameters: float):
+    workload = bare_workload(layers, parameters)
+    schedule = strategies(workload, devices, microbatches)[name]()
+    fast = LinkSpec(name="fast", bytes_per_s=1e18, latency_s=0).link
+    costs = schedule_costs(
+        workload, device("h100"), fast, schedule=schedule, precision=PAPER, recompute="none"
+    )
+    return simulate(schedule, costs, fast)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected_gb", "in_flight_chunks"),
+    # ZeRO paper, figure 1: 7.5 B parameters on 64 devices. In flight at the peak: ZeRO-2 holds one
+    # chunk's whole gradient, two while one is being reduced; ZeRO-3 also its weights and the next.
+    [("dp", 120.0, 0), ("zero-1", 31.4, 0), ("zero-2", 16.6, 2), ("zero-3", 1.875, 4)],
+)
+def test_memory_of_the_zero_paper(name, expected_gb, in_flight_chunks):
+    devices, layers, parameters = 64, 20, 7.5e9
+    result = bare_simulation(
+        name, devices=devices, microbatches=2 * devices, layers=layers, parameters=parameters
+    )
+    exact = {
+        "dp": 16 * parameters,
+        "zero-1": 4 * parameters + 12 * parameters / devices,
+        "zero-2": 2 * parameters + 14 * parameters / devices,
+        "zero-3": 16 * parameters / devices,
+    }[name]
+    assert exact / 1e9 == pytest.approx(expected_gb, rel=3e-3)
+    chunk = 2 * parameters / layers
+    assert max(result.peak_bytes) == pytest.approx(exact + in_flight_chunks * chunk, rel=1e-9)
+
+
+@pytest.mark.parametrize("turns", [1, 2, 5])
+def test_bytes_of_the_zero_paper(turns):
+    """Per device and step, in units of 2 Psi (N-1)/N, with K microbatches a device."""
+    devices, parameters = 8, 8e9
+    unit = 2 * parameters * (devices - 1) / devices
+    volumes = {
+        "dp": 2,
+        "zero-1": 2,
+        "zero-2": 1 + turns,
+        "zero-3": 3 * turns,
+        "zero-3.5": (turns + 1) + turns,
+        "zero-4": (turns + 1) + turns,
+    }
+    for name, volume in volumes.items():
+        result = bare_simulation(
+            name, devices=devices, microbatches=devices * turns, layers=8, parameters=parameters
+        )
+        assert result.sent_bytes[0] == pytest.approx(volume * unit, rel=1e-12)
+
+
+def test_parameter_and_flop_counts_of_llama():
+    config = preset("llama-3-8b")
+    workload = llama_workload("l", config, sequence_length=4096, microbatch_size=2)
+    assert workload.parameters == config.parameter_count() == 8_030_261_248
+    tokens = 2 * 4096
+    norms = (2 * config.num_layers + 1) * config.hidden_size
+    embedding = config.vocab_size * config.hidden_size
+    multiplied = config.parameter_count() - norms - embedding
+    attention = 6 * 4096 * config.hidden_size * config.num_layers
+    assert workload.model_flops == pytest.approx(tokens * (6 * multiplied + attention), rel=1e-12)
+
+
+def test_a_slower_link_never_speeds_up_and_bytes_do_not_change():
+    workload = llama_workload("t", preset("tiny"), sequence_length=64, microbatch_size=1)
+    fast = compare(workload, device("h100"), link("nvlink"), devices=4, microbatches=8)
+    slow = compare(workload, device("h100"), link("sockets"), devices=4, microbatches=8)
+    for a, b in zip(fast.rows, slow.rows, strict=True):
+        assert b.step_s >= a.step_s
+        assert b.sent_bytes == a.sent_bytes
+
+
+def test_recompute_is_taken_only_where_memory_asks_for_it():
+    workload = llama_workload("l", preset("llama-3-8b"), sequence_length=8192, microbatch_size=1)
+    h100, nvlink = device("h100"), link("nvlink")
+    roomy, tight = (
+        compare(workload, h100, nvlink, devices=8, microbatches=16, memory_bytes=limit)
+        for limit in (1e12, 50 * 2**30)
+    )
+    assert {row.recompute for row in roomy.rows} == {"none"}
+    zero_3 = next(row for row in tight.rows if row.strategy == "zero-3")
+    assert zero_3.recompute == "block"
+    assert zero_3.fits
+
+
+def test_cut_covers_the_layers_in_order():
+    assert [list(part) for part in cut(7, 3)] == [[0, 1, 2], [3, 4], [5, 6]]
+    with pytest.raises(UsageError, match="chunks=8"):
+        cut(7, 8)
+
+
+def test_command_prints_all_strategies_and_a_verdict(capsys, tmp_path):
+    target = tmp_path / "plan.json"
+    arguments = ["plan", "--model", "tiny", "--devices", "4", "--microbatches", "8"]
+    assert main([*arguments, "--json", str(target)]) == 0
+    text = capsys.readouterr().out
+    for name in ("dp", "zero-1", "zero-2", "zero-3", "1f1b", "weipipe-interleave"):
+        assert name in text
+    assert "Take " in text
+    saved = json.loads(target.read_text())
+    assert saved["version"] == 1
+    assert saved["best"] in {row["strategy"] for row in saved["rows"]}
+    before = target.read_text()
+    assert main([*arguments, "--json", str(target)]) == 2
+    assert "not overwritten" in capsys.readouterr().err
+    assert target.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--model", "llama-9"], 2, "known: llama-3-8b"),
+        (["--model", "tiny", "--link", "wire"], 2, "known: nvlink"),
+        (["--model", "tiny", "--device", "abacus"], 2, "known: h100"),
+        (["--model", "tiny", "--microbatches", "0"], 2, "microbatches=0"),
+        (["--model", "llama-3-8b", "--memory-gib", "3"], 1, "smallest limit that would do is"),
+    ],
+)
+def test_bad_requests_are_one_line(arguments, code, message, capsys):
+    assert main(["plan", "--devices", "4", *arguments]) == code
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_the_smallest_limit_named_really_fits():
+    workload = llama_workload("l", preset("llama-3.2-1b"), sequence_length=8192, microbatch_size=1)
+    h100, nvlink = device("h100"), link("nvlink")
+
+    def under(memory_bytes):
+        return compare(workload, h100, nvlink, devices=4, microbatches=8, memory_bytes=memory_bytes)
+
+    none = under(1e9)
+    assert none.best is None
+    least = none.smallest_memory_bytes
+    assert under(least).best is not None
+    assert under(least * 0.999).best is None
+
+
+def test_a_folder_is_read_as_a_model(tmp_path, capsys):
+    config = dataclasses.replace(preset("tiny"), num_layers=8)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
+    assert main(["plan", "--model", str(tmp_path), "--devices", "2", "--microbatches", "4"]) == 0
+    assert "8 layers" in capsys.readouterr().out
+    (tmp_path / "config.json").write_text("{")
+    assert main(["plan", "--model", str(tmp_path), "--devices", "2"]) == 2
+    assert "is not JSON" in capsys.readouterr().err
