@@ -128,23 +128,24 @@ class GgufFile:
         Raises:
             UsageError: if its model or pre-tokenizer is unknown.
         """
-        model, split = self.field("tokenizer.ggml.model"), self.field("tokenizer.ggml.pre")
-        if model != "gpt2":
+        kind, split = self.field("tokenizer.ggml.model"), self.field("tokenizer.ggml.pre")
+        if kind != "gpt2":
             raise UsageError(
-                f"{self.path}: tokenizer model {model!r} is not supported; known: 'gpt2' "
+                f"{self.path}: tokenizer model {kind!r} is not supported; known: 'gpt2' "
                 "(byte-level BPE). Load the Hugging Face folder of this model instead"
             )
         tokens: list[str] = self._need("tokenizer.ggml.tokens")
         kinds: list[int] = self.field("tokenizer.ggml.token_type", [1] * len(tokens))
         merges = [tuple(line.split(" ")) for line in self._need("tokenizer.ggml.merges")]
         pre_tokenizer, ignore_merges = _pre_tokenizer(str(self.path), split)
-        backend = tokenizers.Tokenizer(
-            models.BPE(
-                vocab={token: index for index, token in enumerate(tokens)},
-                merges=merges,
-                ignore_merges=ignore_merges,
-            )
-        )
+        vocabulary = {token: index for index, token in enumerate(tokens)}
+        try:
+            model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=ignore_merges)
+        except Exception as error:  # the library raises bare Exception for every fault
+            raise UsageError(
+                f"{self.path}: the tokenizer metadata do not fit together ({error})"
+            ) from error
+        backend = tokenizers.Tokenizer(model)
         backend.pre_tokenizer = pre_tokenizer
         backend.decoder = decoders.ByteLevel()
         for kind, special in ((CONTROL, True), (USER_DEFINED, False)):

