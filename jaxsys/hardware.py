@@ -51,18 +51,22 @@ class LinkSpec:
     bytes_per_s: float
     """One way, per device, as a program sees it."""
     latency_s: float
+    """Of one message."""
+    launch_s: float = 7e-6
+    """Of starting one collective: kernel launch and synchronisation, whatever the link is."""
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.bytes_per_s > 0:
             raise UsageError(f"{self.name}: bytes_per_s={self.bytes_per_s!r} must be above 0")
-        if self.latency_s < 0:
-            raise UsageError(f"{self.name}: latency_s={self.latency_s!r} must not be negative")
+        for name in ("latency_s", "launch_s"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{self.name}: {name}={getattr(self, name)!r} must not be below 0")
 
     @property
     def link(self) -> Link:
         """The link as the schedule simulator takes it."""
-        return Link(latency_s=self.latency_s, bytes_per_s=self.bytes_per_s)
+        return Link(latency_s=self.latency_s, bytes_per_s=self.bytes_per_s, launch_s=self.launch_s)
 
 
 _H100_RATES = "measured: large bf16 products on an H100 SXM, 780 to 798 TFLOP/s"
@@ -132,6 +136,8 @@ DEVICES: dict[str, DeviceSpec] = {
         },
     ),
 }
+
+# Every link's launch_s: PyTorch's AutoParallel takes 7 us as the floor of a kernel launch.
 
 _NCCL_LATENCY = "assumed: the usual start-up of one NCCL step inside a machine"
 

@@ -26,9 +26,20 @@ class Link:
     latency_s: float = 0.0
     bytes_per_s: float = float("inf")
 
+    launch_s: float = 0.0
+    """Fixed cost of starting one transfer or collective, however many messages it takes."""
+
     def transfer_s(self, size_bytes: float, *, messages: int = 1) -> float:
         """Seconds for `size_bytes` in `messages` dependent messages."""
-        return messages * self.latency_s + size_bytes / self.bytes_per_s
+        return self.launch_s + messages * self.latency_s + size_bytes / self.bytes_per_s
+
+    def collective_s(self, size_bytes: float, *, devices: int, rounds: int = 1) -> float:
+        """Seconds of a ring collective over a block of `size_bytes` on each of `devices`.
+
+        One round for an all_gather or reduce_scatter, two for an all_reduce.
+        """
+        sent = rounds * (devices - 1) / devices * size_bytes
+        return self.transfer_s(sent, messages=rounds * (devices - 1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,7 +272,7 @@ class _Run:
             n = self.schedule.devices
             rounds = 2 if move.kind is MoveKind.ALL_REDUCE else 1
             sent = rounds * (n - 1) / n * size
-            duration = self.link.transfer_s(sent, messages=rounds * (n - 1))
+            duration = self.link.collective_s(size, devices=n, rounds=rounds)
             senders = receivers = devices
         else:
             sent = size

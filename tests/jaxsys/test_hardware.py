@@ -21,7 +21,8 @@ def test_every_device_figure_has_a_source(name: str) -> None:
 def test_every_link_figure_has_a_source(name: str) -> None:
     spec = link(name)
     assert set(spec.sources) == {"bytes_per_s", "latency_s"}
-    assert spec.link.transfer_s(1e9) == pytest.approx(spec.latency_s + 1e9 / spec.bytes_per_s)
+    fixed = spec.launch_s + spec.latency_s
+    assert spec.link.transfer_s(1e9) == pytest.approx(fixed + 1e9 / spec.bytes_per_s)
 
 
 def test_unknown_names_list_the_known_ones() -> None:
@@ -36,3 +37,10 @@ def test_figures_must_be_positive() -> None:
         dataclasses.replace(link("nvlink"), bytes_per_s=0)
     with pytest.raises(UsageError, match="memory_bytes=-1"):
         dataclasses.replace(device("h100"), memory_bytes=-1)
+
+
+def test_ring_collectives_take_their_steps_and_their_share_of_bytes() -> None:
+    spec = dataclasses.replace(link("nvlink"), bytes_per_s=1e9, latency_s=1e-6, launch_s=1e-5)
+    once = spec.link.collective_s(8e9, devices=8)
+    assert once == pytest.approx(1e-5 + 7e-6 + 7.0)
+    assert spec.link.collective_s(8e9, devices=8, rounds=2) == pytest.approx(2 * once - 1e-5)
