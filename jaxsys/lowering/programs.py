@@ -9,7 +9,7 @@ Legend: K blocks in a chunk, x [B, T, D] or any array that blocks map to its own
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -18,6 +18,8 @@ from jax import lax
 
 from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel, PyTree
+
+from .split import split_backward
 
 Recompute = Literal["none", "dots", "block", "chunk"]
 """What backward computes again. `none`: nothing. `dots`: all but matrix products and attention.
@@ -46,6 +48,20 @@ class ChunkProgram:
     backward: Callable[..., tuple[PyTree, jax.Array]]
     """(weights, buffer, slot, dy, microbatch, first_layer) -> (dweights, dx)."""
     residuals: list[jax.ShapeDtypeStruct]
+    """One slot's leaves, [K, ...] each."""
+    split: "SplitChunkProgram | None"
+    """The two halves of backward, where they were asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitChunkProgram:
+    """Backward in two halves, I and W, over a tap buffer with leaves [slots, K, ...]."""
+
+    input_gradient: Callable[..., tuple[jax.Array, PyTree]]
+    """(weights, buffer, slot, dy, microbatch, first_layer, taps, tap_slot) -> (dx, taps)."""
+    weight_gradient: Callable[..., PyTree]
+    """(taps, tap_slot, first_layer) -> dweights."""
+    taps: list[jax.ShapeDtypeStruct]
     """One slot's leaves, [K, ...] each."""
 
 
@@ -104,7 +120,7 @@ def _saving_block(
 
     closed = jax.make_jaxpr(run)(weights, x, microbatch)
     outputs = closed.jaxpr.outvars[1:]
-    needs_x = _depends_on(closed.jaxpr, _positions(weights, x, microbatch))
+    needs_x = _depends_on(closed.jaxpr, {len(jax.tree.leaves(weights))})
     kept: list[int] = []  # the first leaf of each distinct residual that depends on x
     position: dict[Any, int] = {}
     for index, variable in enumerate(outputs):
@@ -130,11 +146,6 @@ def _saving_block(
     return BlockProgram(forward=forward, backward=backward, residuals=specs)
 
 
-def _positions(weights: PyTree, x: Any, microbatch: PyTree) -> set[int]:
-    before = len(jax.tree.leaves(weights))
-    return {before}
-
-
 def _depends_on(jaxpr: Any, inputs: set[int]) -> list[bool]:
     """For each output but the first, whether it depends on the inputs at these positions."""
     reached = {jaxpr.invars[i] for i in inputs}
@@ -157,6 +168,7 @@ def chunk_program(
     recompute: Recompute,
     padded: bool,
     unroll: bool,
+    split: bool,
 ) -> ChunkProgram:
     """Makes a chunk's programs from its block's.
 
@@ -168,6 +180,7 @@ def chunk_program(
         recompute: what backward computes again.
         padded: whether the last chunks hold layers that are not there (K C > L); those pass x on.
         unroll: write the K layers out instead of looping over them.
+        split: also make the two halves of backward, I and W.
     """
     layers = jax.tree.leaves(weights)[0].shape[0]
     one = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape[1:], w.dtype), weights)
@@ -217,26 +230,94 @@ def chunk_program(
         dx, dw = lax.scan(layer, dy, (jnp.arange(layers), weights), reverse=True, unroll=steps)
         return dw, dx
 
-    stacked = [jax.ShapeDtypeStruct((layers, *r.shape), r.dtype) for r in inner.residuals]
-    if recompute != "chunk":
-        return ChunkProgram(forward=forward, backward=backward, residuals=stacked)
+    def stack(specs: list[jax.ShapeDtypeStruct]) -> list[jax.ShapeDtypeStruct]:
+        return [jax.ShapeDtypeStruct((layers, *s.shape), s.dtype) for s in specs]
+
+    def split_program() -> SplitChunkProgram:
+        halves = split_backward(inner.backward, one, inner.residuals, x, microbatch)
+
+        def block_input_gradient(w, residuals, dy, microbatch, first_layer, index):
+            if not padded:
+                return halves.input_gradient(w, residuals, dy, microbatch)
+            nothing = [jnp.zeros(t.shape, t.dtype) for t in halves.taps]
+            return lax.cond(
+                present(first_layer, index),
+                lambda: halves.input_gradient(w, residuals, dy, microbatch),
+                lambda: (dy, nothing),
+            )
+
+        def input_gradient(weights, buffer, slot, dy, microbatch, first_layer, taps, tap_slot):
+            def layer(carry, scanned):
+                dx, taps = carry
+                index, w = scanned
+                residuals = [_get(b, slot, index) for b in buffer]
+                dx, kept = block_input_gradient(w, residuals, dx, microbatch, first_layer, index)
+                taps = [_put(t, k, tap_slot, index) for t, k in zip(taps, kept, strict=True)]
+                return (dx, taps), None
+
+            scanned = (jnp.arange(layers), weights)
+            return lax.scan(layer, (dy, taps), scanned, reverse=True, unroll=steps)[0]
+
+        def weight_gradient(taps, tap_slot, first_layer):
+            def layer(_, index):
+                kept = [_get(t, tap_slot, index) for t in taps]
+                dw = halves.weight_gradient(kept)
+                if padded:
+                    there = present(first_layer, index)
+                    dw = jax.tree.map(lambda g: jnp.where(there, g, jnp.zeros_like(g)), dw)
+                return None, dw
+
+            return lax.scan(layer, None, jnp.arange(layers), unroll=steps)[1]
+
+        return SplitChunkProgram(
+            input_gradient=input_gradient,
+            weight_gradient=weight_gradient,
+            taps=stack(halves.taps),
+        )
+
+    whole = ChunkProgram(
+        forward=forward,
+        backward=backward,
+        residuals=stack(inner.residuals),
+        split=split_program() if split else None,
+    )
+    return _from_input(whole, x) if recompute == "chunk" else whole
+
+
+def _from_input(inner: ChunkProgram, x: jax.ShapeDtypeStruct) -> ChunkProgram:
+    """The same programs with a chunk's input as the only residual."""
 
     def scratch():
-        return [jnp.zeros((1, *r.shape), r.dtype) for r in stacked]
+        return [jnp.zeros((1, *r.shape), r.dtype) for r in inner.residuals]
 
-    def forward_from_input(weights, x, microbatch, buffer, slot, first_layer):
-        y, _ = forward(weights, x, microbatch, scratch(), 0, first_layer)
+    def again(weights, buffer, slot, microbatch, first_layer):
+        x = lax.dynamic_index_in_dim(buffer[0], slot, 0, keepdims=False)[0]
+        return inner.forward(weights, x, microbatch, scratch(), 0, first_layer)[1]
+
+    def forward(weights, x, microbatch, buffer, slot, first_layer):
+        y, _ = inner.forward(weights, x, microbatch, scratch(), 0, first_layer)
         return y, [lax.dynamic_update_index_in_dim(buffer[0], x[None], slot, 0)]
 
-    def backward_from_input(weights, buffer, slot, dy, microbatch, first_layer):
-        x = lax.dynamic_index_in_dim(buffer[0], slot, 0, keepdims=False)[0]
-        _, residuals = forward(weights, x, microbatch, scratch(), 0, first_layer)
-        return backward(weights, residuals, 0, dy, microbatch, first_layer)
+    def backward(weights, buffer, slot, dy, microbatch, first_layer):
+        residuals = again(weights, buffer, slot, microbatch, first_layer)
+        return inner.backward(weights, residuals, 0, dy, microbatch, first_layer)
 
+    split = inner.split
+    if split is not None:
+        halves = split
+
+        def input_gradient(weights, buffer, slot, dy, microbatch, first_layer, taps, tap_slot):
+            residuals = again(weights, buffer, slot, microbatch, first_layer)
+            return halves.input_gradient(
+                weights, residuals, 0, dy, microbatch, first_layer, taps, tap_slot
+            )
+
+        split = replace(split, input_gradient=input_gradient)
     return ChunkProgram(
-        forward=forward_from_input,
-        backward=backward_from_input,
+        forward=forward,
+        backward=backward,
         residuals=[jax.ShapeDtypeStruct((1, *x.shape), x.dtype)],
+        split=split,
     )
 
 

@@ -25,7 +25,13 @@ from jaxsys.layered import LayeredModel, Parameters, PyTree
 from jaxsys.mesh import DATA, RING
 from jaxsys.schedule import Data, MoveKind, Placement, Schedule, TaskKind, check
 
-from .programs import RECOMPUTE_POLICIES, ChunkProgram, Recompute, chunk_program
+from .programs import (
+    RECOMPUTE_POLICIES,
+    ChunkProgram,
+    Recompute,
+    SplitChunkProgram,
+    chunk_program,
+)
 from .tables import BufferKey, GroupSignature, Segment, Tables, TaskSignature, build_tables
 
 Buffer = Any
@@ -268,6 +274,7 @@ class _Run:
             recompute=lowered.recompute,
             padded=lowered.chunk_layers * self.schedule.chunks != self.model.layers,
             unroll=lowered.unroll,
+            split=any(t.kind is TaskKind.INPUT_GRADIENT for t in self.schedule.tasks),
         )
         state = self.initial_state(own, chunk, x)
         for segment in self.tables.segments:
@@ -294,10 +301,9 @@ class _Run:
         buffers: dict[BufferKey, Buffer] = {}
         for key, count in slots.items():
             data, _ = key
-            if data is Data.RESIDUAL:
-                buffers[key] = [
-                    jnp.zeros((count, *r.shape), r.dtype) for r in self.program.residuals
-                ]
+            if data in (Data.RESIDUAL, Data.TAP):
+                leaves = self.program.residuals if data is Data.RESIDUAL else self.halves.taps
+                buffers[key] = [jnp.zeros((count, *leaf.shape), leaf.dtype) for leaf in leaves]
             elif key in self.tables.start_slots:
                 buffers[key] = self.starting_weights(key, count, own)
             else:
@@ -363,9 +369,11 @@ class _Run:
                 flights.append((group, index, pairs, self.depart(group, index, pairs, cell, state)))
         contributions = []
         tasks = {task.kind: task for task in signature.tasks}
-        for kind in (TaskKind.WEIGHT_GRADIENT, TaskKind.INPUT_GRADIENT):
-            if kind in tasks:
-                raise UsageError(f"{self.schedule.name}: {kind} tasks are not lowered yet")
+        if TaskKind.WEIGHT_GRADIENT in tasks:
+            state, gradient = self.weight_gradient(tasks[TaskKind.WEIGHT_GRADIENT], cell, state)
+            contributions.append((TaskKind.WEIGHT_GRADIENT, gradient))
+        if TaskKind.INPUT_GRADIENT in tasks:
+            state, _ = self.backward(tasks[TaskKind.INPUT_GRADIENT], cell, state)
         if TaskKind.BACKWARD in tasks:
             state, gradient = self.backward(tasks[TaskKind.BACKWARD], cell, state)
             contributions.append((TaskKind.BACKWARD, gradient))
@@ -446,17 +454,20 @@ class _Run:
         return _replace(state, buffers={**state.buffers, **mine})
 
     def backward(self, task: TaskSignature, cell: "_Cells", state: _State):
-        lane = (Data.WEIGHT, self.schedule.backward_lane)
+        """B, or I: both start at the head or at a cotangent and end at the embedding or at one.
+
+        Returns the state and, of B, the weight gradient.
+        """
         kind = task.kind
-        activation, cotangent, residual = (
-            (Data.ACTIVATION, ""),
-            (Data.COTANGENT, ""),
-            (Data.RESIDUAL, ""),
+        whole = kind is TaskKind.BACKWARD
+        lane = (Data.WEIGHT, self.schedule.backward_lane)
+        activation, cotangent, residual, tap = (
+            (data, "") for data in (Data.ACTIVATION, Data.COTANGENT, Data.RESIDUAL, Data.TAP)
         )
         slots = self.tables.slots
-        has_cotangent = cotangent in slots
 
-        def run(edge_gradient: PyTree, loss: jax.Array, weight: jax.Array, cotangents: Buffer):
+        def run(edge_gradient: PyTree, loss: jax.Array, weight: jax.Array, made: PyTree):
+            cotangents, taps = made
             weights = _read(state.buffers[lane], slots[lane], cell[f"{kind}.in.weight"])
             microbatch = self.microbatch(cell[f"{kind}.microbatch"])
             chunk = cell[f"{kind}.chunk"]
@@ -477,7 +488,7 @@ class _Run:
             dy, edge_gradient, loss, weight = _choose(
                 task.last, chunk == self.schedule.chunks - 1, head, carried
             )
-            gradient, dx = self.program.backward(
+            arguments = (
                 weights,
                 state.buffers[residual],
                 cell[f"{kind}.in.residual"],
@@ -485,39 +496,71 @@ class _Run:
                 microbatch,
                 chunk * self.lowered.chunk_layers,
             )
+            gradient = None
+            if whole:
+                gradient, dx = self.program.backward(*arguments)
+            else:
+                slot = cell[f"{kind}.out.tap"]
+                dx, taps = self.halves.input_gradient(*arguments, taps, slot)
 
             def embed():
                 _, vjp = jax.vjp(lambda e: self.model.embed(e, microbatch), self.edge)
                 return _accumulate(edge_gradient, vjp(dx)[0])
 
             edge_gradient = _choose(task.first, chunk == 0, embed, lambda: edge_gradient)
-            if has_cotangent and task.first != "always":
+            if task.first != "always":
                 slot = cell[f"{kind}.out.cotangent"]
                 valid = None if task.first == "never" else chunk != 0
                 cotangents = _write(cotangents, slots[cotangent], slot, dx, valid)
-            return edge_gradient, loss, weight, cotangents, gradient
+            return edge_gradient, loss, weight, (cotangents, taps), gradient
 
-        cotangents = state.buffers[cotangent] if has_cotangent else None
-        carried = (state.edge_gradient, state.loss, state.weight, cotangents)
+        made = (state.buffers.get(cotangent), state.buffers.get(tap))
+        carried = (state.edge_gradient, state.loss, state.weight, made)
         if task.everyone:
             outcome = run(*carried)
         else:
             weights = _read(state.buffers[lane], slots[lane], cell[f"{kind}.in.weight"])
 
             def skip(*carried):
-                return (*carried, jax.tree.map(jnp.zeros_like, weights))
+                return (*carried, jax.tree.map(jnp.zeros_like, weights) if whole else None)
 
             outcome = lax.cond(cell[f"{kind}.valid"] == 1, run, skip, *carried)
         # The residuals are read by now: forward may write the slot that this frees.
         kept, outcome = lax.optimization_barrier((state.buffers[residual], outcome))
-        edge_gradient, loss, weight, cotangents, gradient = outcome
-        buffers = {**state.buffers, residual: kept}
-        if has_cotangent:
-            buffers[cotangent] = cotangents
+        edge_gradient, loss, weight, (cotangents, taps), gradient = outcome
+        written = {residual: kept, cotangent: cotangents, tap: taps}
+        buffers = {**state.buffers, **{k: v for k, v in written.items() if v is not None}}
         state = _replace(
             state, buffers=buffers, edge_gradient=edge_gradient, loss=loss, weight=weight
         )
         return state, gradient
+
+    @property
+    def halves(self) -> SplitChunkProgram:
+        assert self.program.split is not None, "the schedule has I and W tasks"
+        return self.program.split
+
+    def weight_gradient(self, task: TaskSignature, cell: "_Cells", state: _State):
+        """W: the weight gradient from what I kept."""
+        kind, key = task.kind, (Data.TAP, "")
+
+        def run(taps: Buffer) -> PyTree:
+            first_layer = cell[f"{kind}.chunk"] * self.lowered.chunk_layers
+            return self.halves.weight_gradient(taps, cell[f"{kind}.in.tap"], first_layer)
+
+        taps = state.buffers[key]
+        if task.everyone:
+            gradient = run(taps)
+        else:
+            shapes = jax.eval_shape(run, taps)
+
+            def skip(_: Buffer) -> PyTree:
+                return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+            gradient = lax.cond(cell[f"{kind}.valid"] == 1, run, skip, taps)
+        # The taps are read by now: I may write the slot that this frees.
+        taps, gradient = lax.optimization_barrier((taps, gradient))
+        return _replace(state, buffers={**state.buffers, key: taps}), gradient
 
     def contribute(self, kind: TaskKind, gradient: PyTree, cell: "_Cells", state: _State) -> _State:
         """Adds a task's weight gradient to the accumulator that is here at the end of the tick."""

@@ -1,5 +1,7 @@
 """A lowered schedule must give the loss and every gradient leaf of a single-device reference."""
 
+import collections
+import dataclasses
 import functools
 
 import jax
@@ -11,9 +13,11 @@ from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel, Parameters, reference_loss
 from jaxsys.lowering import RECOMPUTE_POLICIES, lower
 from jaxsys.lowering.programs import block_program
+from jaxsys.lowering.split import split_backward
 from jaxsys.mesh import make_mesh
-from jaxsys.schedule import Schedule
+from jaxsys.schedule import Schedule, TaskKind
 from jaxsys.strategies.data_parallel import data_parallel
+from jaxsys.strategies.pipeline import one_f_one_b
 from jaxsys.strategies.weipipe import interleave
 
 WIDTH, VOCABULARY, SEQUENCES, TOKENS = 16, 32, 2, 6
@@ -95,11 +99,11 @@ def assert_matches_reference(schedule: Schedule, layers: int, *, data: int = 1, 
     ("schedule", "layers", "data"),
     [
         (interleave(2, 4), 4, 1),
-        (interleave(4, 8), 4, 2),  # a ring in each of two data replicas
-        (interleave(4, 8), 6, 1),  # chunks of two layers, the last two of them empty
-        (interleave(8, 8), 8, 1),
-        (interleave(3, 6), 3, 1),
-        (data_parallel(4, 8, chunks=3), 7, 2),
+        (interleave(4, 4), 4, 2),  # a ring in each of two data replicas
+        (interleave(4, 4), 6, 1),  # chunks of two layers, the last two of them empty
+        (interleave(3, 3), 3, 1),
+        (one_f_one_b(4, 6), 4, 1),
+        (data_parallel(2, 4, chunks=3), 7, 2),
         (data_parallel(1, 3, chunks=2), 4, 1),
     ],
     ids=lambda value: getattr(value, "name", None) and f"{value.name}-{value.devices}",
@@ -110,7 +114,38 @@ def test_loss_and_gradients(schedule, layers, data):
 
 @pytest.mark.parametrize("recompute", RECOMPUTE_POLICIES)
 def test_recompute_policies_change_no_value(recompute):
-    assert_matches_reference(interleave(2, 4), 6, recompute=recompute, unroll=recompute == "chunk")
+    assert_matches_reference(interleave(2, 2), 4, recompute=recompute, unroll=recompute == "chunk")
+
+
+def with_late_weight_gradients(schedule: Schedule) -> Schedule:
+    """Every B as I where it was, and W after everything else."""
+    tasks, late = [], collections.Counter()
+    for task in schedule.tasks:
+        if task.kind is not TaskKind.BACKWARD:
+            tasks.append(task)
+            continue
+        tasks.append(dataclasses.replace(task, kind=TaskKind.INPUT_GRADIENT))
+        tick = schedule.ticks + late[task.device]
+        tasks.append(dataclasses.replace(task, kind=TaskKind.WEIGHT_GRADIENT, tick=tick))
+        late[task.device] += 1
+    return dataclasses.replace(schedule, name="split", tasks=tuple(tasks))
+
+
+@pytest.mark.parametrize(("layers", "recompute"), [(3, "none"), (4, "chunk")])
+def test_split_backward_changes_no_value(layers, recompute):
+    schedule = with_late_weight_gradients(one_f_one_b(2, 4))
+    assert_matches_reference(schedule, layers, recompute=recompute)
+
+
+def test_taps_hold_no_weights():
+    model, parameters = small_model(2)
+    one = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape[1:], p.dtype), parameters["blocks"])
+    x = jax.ShapeDtypeStruct((SEQUENCES, TOKENS, WIDTH), jnp.float32)
+    microbatch = jax.tree.map(lambda b: jax.ShapeDtypeStruct(b.shape[1:], b.dtype), random_batch(1))
+    program = block_program(model, one, x, microbatch, "none")
+    halves = split_backward(program.backward, one, program.residuals, x, microbatch)
+    assert halves.taps
+    assert all(tap.shape[0] == SEQUENCES for tap in halves.taps)
 
 
 def test_rest_order_round_trips():
