@@ -2,3 +2,23 @@
 
 if __name__ != "jaxsys.train":
     raise ImportError(f"import jaxsys.train, not {__name__}")
+
+from jaxsys.train.checkpoint import CheckpointStore
+from jaxsys.train.corpus import Corpus
+from jaxsys.train.loader import Batches
+from jaxsys.train.loop import Report, fit
+from jaxsys.train.recipe import Recipe
+from jaxsys.train.samples import whole_documents, windows
+from jaxsys.train.trainer import Trainer
+
+__all__ = [
+    "Batches",
+    "CheckpointStore",
+    "Corpus",
+    "Recipe",
+    "Report",
+    "Trainer",
+    "fit",
+    "whole_documents",
+    "windows",
+]

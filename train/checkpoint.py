@@ -1,0 +1,242 @@
+"""Checkpoints that any schedule on any number of devices can go on from, and that cannot be half.
+
+Arrays are stored in layer order, through Orbax, in the background. A step's folder appears by one
+rename when all of it is written, so a kill at any moment leaves the steps before it whole. With
+each leaf goes a 32-bit sum of its bits weighted by position, computed on the devices before and
+after: what is read back is what was saved, or it is not used. Beside the arrays lies a JSON record:
+step, data position, settings, model shape.
+"""
+
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from jaxsys.errors import RunError, UsageError
+from jaxsys.layered import PyTree
+from jaxsys.train.state import path_names
+
+FORMAT_VERSION = 1
+_BROKEN = "broken-"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """What a checkpoint says of itself, beside its arrays."""
+
+    step: int
+    """Batches taken."""
+    position: int
+    """The next sample's global index."""
+    settings: Mapping[str, Any]
+    """What the trajectory depends on: optimizer, batch, data, seed."""
+    shapes: Mapping[str, str]
+    """Parameter name -> dtype and shape, layer order."""
+    checksums: Mapping[str, int]
+    """Leaf name -> `checksum`."""
+    made_with: Mapping[str, Any]
+    """Schedule, devices and versions; for people, nothing depends on it."""
+    format: int = FORMAT_VERSION
+
+
+class CheckpointStore:
+    """The checkpoints of one run, in one folder; every process of the run opens it.
+
+    Args:
+        folder: made if missing.
+        keep: how many of the latest checkpoints stay.
+        notice: told, in one line, what the user should know.
+    """
+
+    def __init__(
+        self, folder: str | Path, *, keep: int = 3, notice: Callable[[str], None] = print
+    ) -> None:
+        if keep < 1:
+            raise UsageError(f"keep={keep} checkpoints must be at least 1")
+        # Orbax narrates every save; what matters here is said by `notice`.
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self.folder = Path(folder).absolute()
+        self._notice = notice
+        try:
+            self._manager = ocp.CheckpointManager(
+                self.folder,
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=keep,
+                    cleanup_tmp_directories=True,
+                    enable_async_checkpointing=True,
+                    lightweight_initialize=True,
+                ),
+                item_names=("state", "run"),
+            )
+        except OSError as error:
+            raise UsageError(f"{self.folder} cannot hold checkpoints: {error}") from None
+
+    def steps(self) -> list[int]:
+        """The steps that are there, ascending."""
+        return sorted(self._manager.all_steps(read=True))
+
+    def save(self, tree: PyTree, record: Record) -> None:
+        """Starts a save; the arrays may be donated once this returns.
+
+        Raises:
+            RunError: if the save before it failed.
+        """
+        self._guard(
+            record.step,
+            lambda: self._manager.save(
+                record.step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(tree),
+                    run=ocp.args.JsonSave(asdict(record)),
+                ),
+                force=True,
+            ),
+        )
+
+    def wait(self) -> None:
+        """Returns when the last save is on disk.
+
+        Raises:
+            RunError: if it failed; names the last good step.
+        """
+        self._guard(None, self._manager.wait_until_finished)
+
+    def close(self) -> None:
+        """Waits for the last save and lets go of the folder."""
+        self.wait()
+        self._manager.close()
+
+    def release(self) -> None:
+        """Lets go of the folder, whatever became of the last save; for clean-up after a fault."""
+        try:
+            self._manager.close()
+        except (OSError, ValueError, RuntimeError) as error:
+            self._notice(f"closing {self.folder}: {_first_line(error)}")
+
+    def record(self, step: int) -> Record:
+        """The record of a step.
+
+        Raises:
+            RunError: if it cannot be read.
+        """
+        try:
+            raw = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))
+            fields = dict(raw["run"])
+            version = fields.get("format")
+            if version != FORMAT_VERSION:
+                raise UsageError(
+                    f"{self.folder / str(step)} has checkpoint format {version}; "
+                    f"this version reads {FORMAT_VERSION}"
+                )
+            return Record(**fields)
+        except UsageError:
+            raise
+        except Exception as error:  # Orbax raises as many kinds as files can be broken in ways
+            raise RunError(f"step {step}: {_first_line(error)}") from error
+
+    def arrays(self, step: int, target: PyTree, checksums: Mapping[str, int]) -> PyTree:
+        """The arrays of a step, each where `target`'s ShapeDtypeStruct leaf says.
+
+        Raises:
+            RunError: if they cannot be read, or are not what was saved.
+        """
+        try:
+            raw = self._manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))
+            )
+            tree = raw["state"]
+        except Exception as error:
+            raise RunError(f"step {step}: {_first_line(error)}") from error
+        found = checksums_of(tree)
+        wrong = [name for name, value in checksums.items() if found.get(name) != value]
+        if wrong or len(found) != len(checksums):
+            first = wrong[0] if wrong else "their number"
+            raise RunError(f"step {step}: {len(wrong)} arrays differ from what was saved ({first})")
+        return tree
+
+    def set_aside(self, step: int) -> Path:
+        """Renames an unreadable step, so that the run can write that step anew."""
+        path = self.folder / str(step)
+        aside = self.folder / f"{_BROKEN}{step}"
+        if jax.process_index() == 0 and path.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+        self._manager.reload()
+        return aside
+
+    def _guard(self, step: int | None, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except Exception as error:
+            good = [s for s in self.steps() if step is None or s != step]
+            left = f"the last good one is step {good[-1]}" if good else "there is none before it"
+            raise RunError(
+                f"a checkpoint could not be written to {self.folder}: {_first_line(error)}; {left}"
+            ) from error
+
+
+def checksums_of(tree: PyTree) -> dict[str, int]:
+    """Leaf name -> sum of its 32-bit words times odd numbers that depend on position, mod 2^32."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    sums = jax.device_get(_checksums([leaf for _, leaf in flat]))
+    names = ("/".join(path_names(path)) for path, _ in flat)
+    return {name: int(value) for name, value in zip(names, sums, strict=True)}
+
+
+@jax.jit
+def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [_checksum(leaf) for leaf in leaves]
+
+
+def _checksum(leaf: jax.Array) -> jax.Array:
+    if leaf.dtype == jnp.bool_:
+        leaf = leaf.astype(jnp.uint8)
+    width = leaf.dtype.itemsize * 8
+    if width == 64:
+        bits = jax.lax.bitcast_convert_type(leaf, jnp.uint32)
+    else:
+        bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{width}")).astype(jnp.uint32)
+    # Integer sums do not depend on their order, so neither does this on the sharding.
+    for axis in range(bits.ndim):
+        place = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        bits = bits * (place * jnp.uint32(2654435761) * 2 + 1)
+    return jnp.sum(bits, dtype=jnp.uint32)
+
+
+def shapes_of(parameters: PyTree) -> dict[str, str]:
+    """Parameter name -> dtype and shape, of arrays or shapes."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(parameters)
+    return {
+        "/".join(path_names(path)): f"{leaf.dtype.name}{list(leaf.shape)}" for path, leaf in flat
+    }
+
+
+def check_same_model(record: Record, shapes: Mapping[str, str], where: Path) -> None:
+    """Raises UsageError, naming the first difference, unless the checkpoint fits the model."""
+    for name in [*shapes, *record.shapes]:
+        have, want = record.shapes.get(name, "absent"), shapes.get(name, "absent")
+        if have != want:
+            raise UsageError(
+                f"{where} step {record.step} is of another model: {name} is {have} there and "
+                f"{want} here; give the model it was made with, or another folder"
+            )
+
+
+def changed_settings(record: Record, settings: Mapping[str, Any]) -> list[str]:
+    """One line for each setting that differs: "name: there -> here"."""
+    return [
+        f"{name}: {record.settings.get(name)} -> {settings.get(name)}"
+        for name in sorted({*record.settings, *settings})
+        if record.settings.get(name) != settings.get(name)
+    ]
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:300] if text else ''}".rstrip(": ")

@@ -1,0 +1,235 @@
+"""`jaxsys train`: trains a byte-level Llama on text, by default the standard library's sources."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import jax
+
+from jaxsys.errors import RunError, UsageError
+from jaxsys.mesh import make_mesh
+from jaxsys.model import ByteTokenizer, Tokenizer, initial_parameters, layered, preset
+from jaxsys.model.save import save_safetensors
+from jaxsys.strategies import NAMES
+from jaxsys.train import corpus, samples
+from jaxsys.train.hosts import Hosts, choose_devices, join
+from jaxsys.train.loader import Batches
+from jaxsys.train.loop import Report
+from jaxsys.train.recipe import Recipe, llama_flops_per_token
+from jaxsys.train.trainer import Trainer
+
+HELD_OUT_BATCHES = 4
+
+
+def parser(prog: str) -> argparse.ArgumentParser:
+    """The options of `jaxsys train`."""
+    result = argparse.ArgumentParser(prog=prog, description=__doc__)
+    add = result.add_argument
+    add("--model", default="byte-llama", help="preset to train (default %(default)s)")
+    add("--data", help="text, .jsonl, .npy tokens or a folder (default: the standard library)")
+    add("--steps", type=int, default=100, help="batches in all (default %(default)s)")
+    add("--out", type=Path, help="folder for checkpoints and metrics.jsonl")
+    add("--resume", action="store_true", help="go on from the last good checkpoint in --out")
+    add("--export", type=Path, help="write the trained model here, for `jaxsys serve`")
+    how = result.add_argument_group("how it is run")
+    how.add_argument(
+        "--schedule",
+        help=f"{', '.join(NAMES)}, or a plan.json (default weipipe-interleave; dp on one device)",
+    )
+    how.add_argument("--devices", type=int, help="default: all GPUs, else 4 virtual CPU devices")
+    how.add_argument("--replicas", type=int, default=1, help="rings side by side (default 1)")
+    how.add_argument("--microbatches", type=int, help="of one ring and step (default 2 a device)")
+    how.add_argument("--dtype", default="float32", help="of compute: float32 or bfloat16")
+    how.add_argument(
+        "--recompute",
+        default="block",
+        choices=("none", "dots", "block", "chunk"),
+        help="what the backward pass computes again (default %(default)s)",
+    )
+    what = result.add_argument_group("what the result depends on")
+    what.add_argument("--microbatch-size", type=int, default=4, help="sequences (default 4)")
+    what.add_argument("--sequence-length", type=int, default=128, help="tokens (default 128)")
+    what.add_argument("--packing", default="windows", choices=("windows", "documents"))
+    what.add_argument("--learning-rate", type=float, default=3e-3, help="peak (default 3e-3)")
+    what.add_argument("--clip-norm", type=float, default=1.0, help="of gradients (default 1.0)")
+    what.add_argument("--seed", type=int, default=0)
+    keep = result.add_argument_group("checkpoints and reports")
+    keep.add_argument("--save-every", type=int, help="steps (default: a fifth of --steps)")
+    keep.add_argument("--stop-at", type=int, help="stop after this step, with a checkpoint")
+    keep.add_argument(
+        "--accept-changes", action="store_true", help="resume although settings differ"
+    )
+    keep.add_argument(
+        "--non-finite",
+        default="stop",
+        choices=("stop", "skip"),
+        help="what a loss that is not finite does (default %(default)s)",
+    )
+    keep.add_argument("--tensorboard", action="store_true", help="event files in --out")
+    keep.add_argument("--profile", action="store_true", help="xprof trace of 3 steps in --out")
+    keep.add_argument("--quiet", action="store_true", help="print errors only")
+    many = result.add_argument_group("many processes")
+    many.add_argument(
+        "--distributed", action="store_true", help="join as Slurm, MPI or Kubernetes say"
+    )
+    many.add_argument("--coordinator", help="host:port of process 0")
+    many.add_argument("--processes", type=int)
+    many.add_argument("--process", type=int)
+    many.add_argument(
+        "--hang-timeout", type=float, metavar="S", help="leave when a step takes longer"
+    )
+    many.add_argument(
+        "--lost-after", type=float, default=15.0, metavar="S", help="of silence (default 15)"
+    )
+    return result
+
+
+def main(argv: list[str], prog: str) -> int:
+    """Runs the command; returns its exit code, 128 + n where signal n ended the run."""
+    arguments = parser(prog).parse_args(argv)
+    hosts = Hosts(
+        automatic=arguments.distributed,
+        coordinator=arguments.coordinator,
+        processes=arguments.processes,
+        process=arguments.process,
+    )
+    join(hosts, devices=arguments.devices)
+    try:
+        report = train(arguments, hosts)
+    except (UsageError, RunError) as error:
+        if not hosts.many:
+            raise
+        # The orderly way out waits for all peers, some of which may be gone.
+        print(f"{prog}: process {jax.process_index()}: {error}", file=sys.stderr, flush=True)
+        os._exit(2 if isinstance(error, UsageError) else 1)
+    return 0 if report.signal is None else 128 + report.signal
+
+
+def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
+    """Trains as the options say, exports if asked, and says how it ended."""
+    # Asking JAX which process this is starts it: not before the devices are chosen.
+    say = _silent if arguments.quiet or (hosts.many and jax.process_index()) else _print
+    if arguments.resume and arguments.out is None:
+        raise UsageError("--resume needs --out, the folder of the run to go on with")
+    if arguments.stop_at is not None and arguments.stop_at < 1:
+        raise UsageError(f"--stop-at {arguments.stop_at} must be at least 1")
+    config = preset(arguments.model)
+    tokenizer = ByteTokenizer()
+    if arguments.sequence_length > config.max_positions:
+        raise UsageError(
+            f"sequence_length={arguments.sequence_length} is past the model's "
+            f"max_positions={config.max_positions}"
+        )
+    devices = choose_devices(arguments.devices, hosts)
+    if arguments.replicas < 1 or len(devices) % arguments.replicas:
+        raise UsageError(f"replicas={arguments.replicas} does not divide devices={len(devices)}")
+    mesh = make_mesh(len(devices) // arguments.replicas, arguments.replicas, devices=devices)
+    ring = len(devices) // arguments.replicas
+    schedule = arguments.schedule or ("weipipe-interleave" if ring > 1 else "dp")
+    rows = arguments.replicas * (arguments.microbatches or 2 * ring)
+    recipe = Recipe(
+        model=arguments.model,
+        steps=arguments.steps,
+        batch_sequences=rows * arguments.microbatch_size,
+        sequence_length=arguments.sequence_length,
+        learning_rate=arguments.learning_rate,
+        warm_up_steps=max(1, arguments.steps // 20),
+        compute_dtype=arguments.dtype,
+        packing=arguments.packing,
+        seed=arguments.seed,
+    )
+    training, held_out = corpus.split(_read(arguments.data, tokenizer))
+    samples.check_vocabulary(training, config.vocab_size)
+    data = Batches(
+        _cut(training, recipe, tokenizer),
+        rows=rows,
+        microbatch_size=arguments.microbatch_size,
+        seed=recipe.seed,
+    )
+    say(
+        f"{training.source}: {len(training.tokens):,} tokens in {training.documents} documents to "
+        f"train on, {len(held_out.tokens):,} held out; {data.samples_per_epoch:,} samples"
+    )
+    trainer = Trainer(
+        layered(config),
+        lambda: initial_parameters(config, seed=recipe.seed),
+        recipe.optimizer(),
+        schedule=schedule,
+        mesh=mesh,
+        microbatches=arguments.microbatches,
+        compute_dtype=recipe.compute_dtype,
+        recompute=arguments.recompute,
+        clip_norm=arguments.clip_norm,
+        non_finite=arguments.non_finite,
+        settings=recipe.settings(data=training.fingerprint()),
+        flops_per_token=llama_flops_per_token(config, recipe.sequence_length),
+    )
+    report = trainer.fit(
+        data,
+        steps=recipe.steps,
+        folder=arguments.out,
+        resume=arguments.resume,
+        accept_changes=arguments.accept_changes,
+        save_every=arguments.save_every or max(1, recipe.steps // 5),
+        held_out=_held_out(held_out, recipe, data, tokenizer),
+        stop_at=arguments.stop_at,
+        progress=not arguments.quiet,
+        tensorboard=arguments.tensorboard,
+        profile=arguments.profile,
+        hang_timeout_s=arguments.hang_timeout,
+        lost_after_s=arguments.lost_after,
+    )
+    if report.loss is not None:
+        say(_ending(report))
+    if arguments.export is not None and report.signal is None:
+        parameters = trainer.host_parameters()
+        if jax.process_index() == 0:
+            save_safetensors(arguments.export, config, parameters, tokenizer, overwrite=True)
+        say(f"exported to {arguments.export}; try: jaxsys serve --model {arguments.export}")
+    return report
+
+
+def _read(path: str | None, tokenizer: ByteTokenizer) -> corpus.Corpus:
+    separator = tokenizer.eos_ids[0]
+    if path is None:
+        return corpus.standard_library(tokenizer.encode_array, separator=separator)
+    return corpus.read(path, tokenizer.encode_array, separator=separator)
+
+
+def _cut(text: corpus.Corpus, recipe: Recipe, tokenizer: Tokenizer) -> samples.Cut:
+    if recipe.packing == "documents":
+        return samples.whole_documents(text, recipe.sequence_length, padding=tokenizer.eos_ids[0])
+    return samples.windows(text, recipe.sequence_length)
+
+
+def _held_out(text: corpus.Corpus, recipe: Recipe, data: Batches, tokenizer: Tokenizer) -> list:
+    """A few batches of held-out samples, spread over the text; fewer if it is short."""
+    if len(text.tokens) <= recipe.sequence_length:
+        return []
+    cut = _cut(text, recipe, tokenizer)
+    batches = Batches(cut, rows=data.rows, microbatch_size=data.microbatch_size, seed=1)
+    count = min(HELD_OUT_BATCHES, max(1, len(cut) // batches.batch_samples))
+    stream = batches.read(0)
+    return [next(stream) for _ in range(count)]
+
+
+def _ending(report: Report) -> str:
+    parts = [f"step {report.step}: loss {report.loss:.4f}"]
+    if report.held_out_loss is not None:
+        parts.append(f"held-out loss {report.held_out_loss:.4f}")
+    if report.tokens_per_s is not None:
+        parts.append(f"{report.tokens_per_s:,.0f} tokens/s")
+    if report.mfu is not None:
+        parts.append(f"MFU {report.mfu:.1%}")
+    if report.skipped:
+        parts.append(f"{report.skipped} batches skipped")
+    return ", ".join(parts)
+
+
+def _print(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _silent(text: str) -> None:
+    del text

@@ -1,0 +1,65 @@
+"""How many floating-point operations a trained token costs, counted in one way everywhere.
+
+    FLOP / token = 6 N + L * 6 S H        S tokens a sequence, H = heads * head width
+
+6 N: two per parameter forward, four backward, over all N parameters (the embedding too, as in
+PaLM's and Chinchilla's count). Attention over the full square would be 12 S H per layer and token,
+forward and backward; a causal mask halves it. Recomputation is not counted, so that
+MFU = FLOP / token * tokens / s / peak FLOP/s says what reached the model, not how busy a chip was.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from jaxsys.hardware import DEVICES
+from jaxsys.layered import Parameters
+
+CONVENTION = "6 x parameters + 6 x sequence x heads x head width per layer (causal), a token"
+
+
+def training_flops_per_token(
+    *, parameters: int, layers: int = 0, sequence_length: int = 0, attention_width: int = 0
+) -> float:
+    """FLOP to train on one token; see the module's text.
+
+    Args:
+        parameters: N.
+        layers: L, of causal attention.
+        sequence_length: S.
+        attention_width: H, heads times head width; 0 leaves attention out.
+    """
+    return 6.0 * parameters + 6.0 * layers * sequence_length * attention_width
+
+
+def count_parameters(parameters: Parameters) -> int:
+    """N, over all leaves (arrays or shapes)."""
+    return sum(leaf.size for leaf in jax.tree.leaves(parameters))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peak:
+    """A device's peak rate, or why there is none to compare with."""
+
+    flops_per_s: float | None
+    """Dense peak of one device in the compute dtype."""
+    reason: str
+    """Where the number is from, or why it is missing."""
+
+
+def device_peak(device: Any, compute_dtype: str) -> Peak:
+    """The peak of a device, from `jaxsys.hardware`'s presets (which are for 16-bit products)."""
+    if device.platform == "cpu":
+        return Peak(flops_per_s=None, reason="n/a, a CPU's peak is not stated")
+    kind = device.device_kind.lower()
+    for name, spec in DEVICES.items():
+        model, _, _ = name.partition("-")
+        if model in kind:
+            if compute_dtype not in ("bfloat16", "float16"):
+                return Peak(flops_per_s=None, reason=f"n/a, no {compute_dtype} peak for {name}")
+            return Peak(
+                flops_per_s=spec.peak_flops_per_s,
+                reason=f"of {spec.peak_flops_per_s / 1e12:.0f} TFLOP/s ({name})",
+            )
+    return Peak(flops_per_s=None, reason=f"n/a, no preset for {device.device_kind}")

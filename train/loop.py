@@ -1,0 +1,414 @@
+"""The training loop: steps, checkpoints, held-out losses and reports, until done or told to stop.
+
+The loop reads each step's result one step late, so that the devices never wait for the host.
+"""
+
+import contextlib
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxsys.errors import RunError, UsageError
+from jaxsys.layered import PyTree
+from jaxsys.train.checkpoint import CheckpointStore
+from jaxsys.train.flops import CONVENTION, device_peak
+from jaxsys.train.interrupt import StopRequest, Watchdog
+from jaxsys.train.loader import Batches
+from jaxsys.train.metrics import Meter, MetricsLog, peak_memory_bytes
+from jaxsys.train.peers import PeerMonitor
+from jaxsys.train.progress import Progress
+from jaxsys.train.step import StepResult
+from jaxsys.train.trainer import Trainer
+
+MOST_SKIPPED_IN_A_ROW = 25
+"""Under the policy "skip", this many batches in a row without a finite loss stop the run."""
+SAVE_ALLOWANCE_S = 1800.0
+PROFILED_STEPS = 3
+
+Data = Batches | Callable[[int], PyTree] | Iterable[PyTree]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """How a run ended."""
+
+    step: int
+    """Batches taken, over all of the run's lives."""
+    loss: float | None
+    """Of the last step; None if no step was taken."""
+    held_out_loss: float | None
+    tokens_per_s: float | None
+    mfu: float | None
+    skipped: int
+    signal: int | None
+    """The signal that ended it early, or None."""
+    losses: tuple[float, ...] = field(repr=False, default=())
+    """Of the steps taken now."""
+
+
+def fit(
+    trainer: Trainer,
+    data: Data,
+    *,
+    steps: int,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    accept_changes: bool = False,
+    save_every: int | None = None,
+    keep: int = 3,
+    held_out: list[PyTree] | None = None,
+    held_out_every: int | None = None,
+    stop_at: int | None = None,
+    tokens_per_step: int | None = None,
+    progress: bool = True,
+    tensorboard: bool = False,
+    profile: bool = False,
+    hang_timeout_s: float | None = None,
+    lost_after_s: float = 15.0,
+) -> Report:
+    """Trains until `steps` batches are taken in all.
+
+    Args:
+        trainer: holds the state; it is changed.
+        data: `Batches`; or a function from the step's number (from 0) to its batch; or an iterable
+            of batches, which a resumed run reads from its start and skips through.
+        steps: batches in all, those before a resume included.
+        folder: for checkpoints, metrics.jsonl, event and profile files; None keeps nothing.
+        resume: go on from the last good checkpoint in `folder`, if there is one.
+        accept_changes: resume although settings differ.
+        save_every: steps between checkpoints; one is made at the end in any case.
+        keep: how many checkpoints stay.
+        held_out: batches whose mean loss is reported.
+        held_out_every: steps between such reports; once at the end if not given.
+        stop_at: stop after this step, before `steps`, with a checkpoint.
+        tokens_per_step: for rates; the size of `inputs` if not given.
+        progress: whether anything is printed.
+        tensorboard: write event files too (needs tensorboardX).
+        profile: write an xprof trace of a few steps into `folder`/profile.
+        hang_timeout_s: leave the process when a step takes longer.
+        lost_after_s: in a run of many processes, how long one may be silent.
+
+    Returns:
+        How it ended.
+
+    Raises:
+        UsageError: if the folder holds another run, or the data does not fit.
+        RunError: if the loss is not finite under the policy "stop", a checkpoint cannot be
+            written, or a peer is lost.
+    """
+    if steps < 1:
+        raise UsageError(f"steps={steps} must be at least 1")
+    if (resume or profile or tensorboard) and folder is None:
+        raise UsageError("resume, profile and tensorboard need a folder")
+    loop = _Loop(
+        trainer=trainer,
+        steps=steps if stop_at is None else min(steps, stop_at),
+        planned=steps,
+        folder=None if folder is None else Path(folder).absolute(),
+        save_every=save_every,
+        held_out=held_out or [],
+        held_out_every=held_out_every,
+        tokens_per_step=tokens_per_step,
+        shown=progress and jax.process_index() == 0,
+        profile=profile,
+    )
+    with contextlib.ExitStack() as stack:
+        loop.open(
+            stack, keep=keep, resume=resume, accept_changes=accept_changes, tensorboard=tensorboard
+        )
+        peers = stack.enter_context(
+            PeerMonitor(lost_after_s=lost_after_s, last_word=loop.last_checkpoint)
+        )
+        watchdog = stack.enter_context(Watchdog(hang_timeout_s, explain=peers.explain))
+        stop = stack.enter_context(StopRequest())
+        try:
+            return loop.run(data, stop, watchdog)
+        except (UsageError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            # A dead peer shows as some error of the collective that waited for it.
+            lost = peers.explain(peers.lost_after_s + 5) if jax.process_count() > 1 else ""
+            if not lost:
+                raise
+            raise RunError(f"{lost}; {loop.last_checkpoint()}") from error
+
+
+@dataclass(slots=True, kw_only=True)
+class _Loop:
+    trainer: Trainer
+    steps: int
+    planned: int
+    folder: Path | None
+    save_every: int | None
+    held_out: list[PyTree]
+    held_out_every: int | None
+    tokens_per_step: int | None
+    shown: bool
+    profile: bool
+    store: CheckpointStore | None = None
+    log: MetricsLog | None = None
+    progress: Progress | None = None
+    meter: Meter | None = None
+    losses: list[float] = field(default_factory=list)
+    saved: int | None = None
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    held_out_loss: float | None = None
+    started_s: float = field(default_factory=time.monotonic)
+
+    def open(
+        self,
+        stack: contextlib.ExitStack,
+        *,
+        keep: int,
+        resume: bool,
+        accept_changes: bool,
+        tensorboard: bool,
+    ) -> None:
+        trainer, start = self.trainer, None
+        if self.folder is not None:
+            self.store = CheckpointStore(self.folder / "checkpoints", keep=keep, notice=self.say)
+            stack.callback(self.store.release)
+            there = self.store.steps()
+            if resume:
+                start = trainer.restore(self.store, accept_changes=accept_changes, notice=self.say)
+                if start is None:
+                    self.say(f"no checkpoint in {self.folder} yet: starting from step 0")
+                self.saved = start
+            elif there:
+                raise UsageError(
+                    f"{self.folder} holds a run at step {there[-1]}; resume it "
+                    "(--resume, resume=True) or choose another folder"
+                )
+            if jax.process_index() == 0:
+                self.log = MetricsLog(
+                    self.folder / "metrics.jsonl",
+                    resume_step=start,
+                    tensorboard=self.folder / "tensorboard" if tensorboard else None,
+                )
+                stack.callback(self.log.close)
+        self.progress = Progress(start=trainer.step_number, steps=self.steps, shown=self.shown)
+        stack.callback(self.progress.close)
+
+    def run(self, data: Data, stop: StopRequest, watchdog: Watchdog) -> Report:
+        trainer = self.trainer
+        start = step = trainer.step_number
+        signal_number: int | None = None
+        pending: tuple[int, StepResult] | None = None
+        profiler = _Profiler(self.folder, start + 1 if self.profile else None)
+        if step >= self.steps:
+            self.say(f"step {step} is reached already; steps={self.planned} leaves nothing to do")
+        for batch in self.batches(data, step):
+            if step >= self.steps:
+                break
+            if self.meter is None:
+                self.begin(batch, step)
+            profiler.before(step)
+            result = trainer.step(batch)
+            step += 1
+            trainer.position += data.batch_samples if isinstance(data, Batches) else 1
+            if pending is not None:
+                self.finish(*pending)
+                watchdog.beat(pending[0])
+            pending = (step, result)
+            last = step >= self.steps
+            if stop.after(step):
+                signal_number = int(stop.signal or 15)
+                last = True
+            saves = self.folder is not None and (
+                last or bool(self.save_every and step % self.save_every == 0)
+            )
+            evaluates = bool(self.held_out) and (
+                last or bool(self.held_out_every and step % self.held_out_every == 0)
+            )
+            if saves or evaluates or last or profiler.ends(step):
+                self.finish(*pending)
+                watchdog.beat(step, extra_s=SAVE_ALLOWANCE_S)
+                pending = None
+                profiler.after(step)
+                # Told to stop: there may be seconds left, so nothing comes before the save.
+                if evaluates and signal_number is None:
+                    self.evaluate(step)
+                if saves:
+                    self.save(step)
+                self.meter.restart()  # type: ignore[union-attr]
+                watchdog.beat(step)
+            if last:
+                break
+        profiler.stop()
+        if self.store is not None:
+            if step < self.steps and signal_number is None and step > start:
+                self.say(f"the data ended at step {step}")
+                if self.saved != step:
+                    self.save(step)
+            watchdog.beat(step, extra_s=SAVE_ALLOWANCE_S)
+            self.store.wait()
+        if signal_number is not None:
+            self.say(f"stopped by signal {signal_number} at step {step}; {self.last_checkpoint()}")
+        rates = self.meter.overall() if self.meter else None
+        return Report(
+            step=step,
+            loss=self.losses[-1] if self.losses else None,
+            held_out_loss=self.held_out_loss,
+            tokens_per_s=rates.tokens_per_s if rates else None,
+            mfu=rates.mfu if rates else None,
+            skipped=self.skipped,
+            signal=signal_number,
+            losses=tuple(self.losses),
+        )
+
+    def batches(self, data: Data, step: int) -> Iterator[PyTree]:
+        trainer = self.trainer
+        if isinstance(data, Batches):
+            return trainer.batches(data)
+        if callable(data):
+            return (trainer.place(data(index)) for index in itertools.count(step))
+        if step and isinstance(data, Iterator):
+            self.say(f"skipping the {step} batches that were taken before")
+        return (trainer.place(batch) for batch in itertools.islice(data, step, None))
+
+    def begin(self, batch: PyTree, step: int) -> None:
+        trainer = self.trainer
+        device = trainer.mesh.devices.flat[0]
+        peak = device_peak(device, trainer.compute_dtype.name)
+        tokens = self.tokens_per_step
+        if tokens is None:
+            inputs = batch.get("inputs") if isinstance(batch, dict) else None
+            leaf = jax.tree.leaves(batch)[0] if inputs is None else inputs
+            tokens = math.prod(leaf.shape if inputs is not None else leaf.shape[:2])
+        self.meter = Meter(
+            tokens_per_step=tokens,
+            devices=trainer.mesh.size,
+            flops_per_token=trainer.flops_per_token,
+            peak_flops_per_s=peak.flops_per_s,
+        )
+        mfu = peak.reason if trainer.flops_per_token else "the model's FLOP per token are not given"
+        self.say(
+            f"{trainer.parameter_count:,} parameters, schedule {trainer.schedule.name} on "
+            f"{trainer.mesh.size} {device.device_kind} device(s), {trainer.rows} microbatches, "
+            f"{tokens:,} tokens a step; MFU: {mfu}; compiling"
+        )
+        self.write(
+            "run",
+            step,
+            {
+                "parameters": trainer.parameter_count,
+                "schedule": trainer.schedule.name,
+                "mesh": dict(trainer.mesh.shape),
+                "device": device.device_kind,
+                "processes": jax.process_count(),
+                "microbatches": trainer.rows,
+                "tokens_per_step": tokens,
+                "compute_dtype": trainer.compute_dtype.name,
+                "recompute": trainer.recompute,
+                "flops_per_token": trainer.flops_per_token,
+                "flops_convention": CONVENTION,
+                "peak_flops_per_s": peak.flops_per_s,
+                "mfu_is": mfu,
+            },
+        )
+
+    def finish(self, step: int, result: StepResult) -> None:
+        """Reads a step's result, reports it and applies the policy for losses not finite."""
+        loss, norm, skipped = (float(v) for v in jax.device_get(tuple(result)))
+        rates = self.meter.step()  # type: ignore[union-attr]
+        self.losses.append(loss)
+        bad = int(skipped) > self.skipped
+        self.skipped = int(skipped)
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if bad else 0
+        memory = peak_memory_bytes()
+        self.write(
+            "step",
+            step,
+            {
+                "loss": loss,
+                "gradient_norm": norm,
+                "step_time_s": rates.step_time_s if rates else None,
+                "tokens_per_s": rates.tokens_per_s if rates else None,
+                "tokens_per_s_per_device": rates.tokens_per_s_per_device if rates else None,
+                "mfu": rates.mfu if rates else None,
+                "peak_memory_bytes": memory,
+                "skipped": self.skipped,
+                "elapsed_s": time.monotonic() - self.started_s,
+            },
+        )
+        text = [f"loss {loss:.4f}"]
+        if rates:
+            text.append(f"{rates.tokens_per_s:,.0f} tokens/s")
+            text.append("MFU n/a" if rates.mfu is None else f"MFU {rates.mfu:.1%}")
+        if memory is not None:
+            text.append(f"peak {memory / 2**30:.1f} GiB")
+        if self.skipped:
+            text.append(f"{self.skipped} skipped")
+        self.progress.step(step, "  ".join(text))  # type: ignore[union-attr]
+        if bad and self.trainer.non_finite == "stop":
+            raise RunError(
+                f"step {step}: loss {loss}, gradient norm {norm}; nothing was updated since step "
+                f"{step - 1}; {self.last_checkpoint()}; lower the learning rate, or go on without "
+                "such batches (--non-finite skip, non_finite='skip')"
+            )
+        if self.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
+            raise RunError(
+                f"step {step}: {self.skipped_in_a_row} batches in a row had no finite loss; "
+                f"{self.last_checkpoint()}"
+            )
+
+    def evaluate(self, step: int) -> None:
+        self.held_out_loss = self.trainer.evaluate(self.held_out)
+        self.write("held_out", step, {"loss": self.held_out_loss})
+        self.say(f"step {step}  held-out loss {self.held_out_loss:.4f}")
+
+    def save(self, step: int) -> None:
+        begun = time.monotonic()
+        self.trainer.save(self.store)  # type: ignore[arg-type]
+        self.saved = step
+        self.write("checkpoint", step, {"blocked_s": time.monotonic() - begun})
+
+    def last_checkpoint(self) -> str:
+        """The last checkpoint, in words."""
+        if self.store is None:
+            return "no checkpoints were asked for"
+        steps = [path.name for path in self.store.folder.glob("[0-9]*") if path.name.isdigit()]
+        if not steps:
+            return f"there is no checkpoint in {self.store.folder} yet"
+        return f"the last checkpoint is step {max(map(int, steps))} in {self.store.folder}"
+
+    def say(self, text: str) -> None:
+        if self.progress is not None:
+            self.progress.say(text)
+        elif self.shown:
+            Progress(start=0, steps=0).say(text)
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        if self.log is not None:
+            self.log.write(kind, step, values)
+
+
+class _Profiler:
+    """Traces a few steps, the first one (which compiles) left out."""
+
+    def __init__(self, folder: Path | None, first: int | None) -> None:
+        self._folder, self._first, self._running = folder, first, False
+
+    def before(self, step: int) -> None:
+        if self._first is not None and step == self._first:
+            jax.profiler.start_trace(str(self._folder / "profile"))  # type: ignore[operator]
+            self._running = True
+
+    def ends(self, step: int) -> bool:
+        return self._running and step >= (self._first or 0) + PROFILED_STEPS
+
+    def after(self, step: int) -> None:
+        if self.ends(step):
+            self.stop()
+
+    def stop(self) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+        self._running = False

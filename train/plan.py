@@ -1,0 +1,55 @@
+"""What `schedule=` may be: a strategy's name, a Schedule, or a file that holds one."""
+
+from pathlib import Path
+
+from jaxsys import strategies
+from jaxsys.errors import UsageError
+from jaxsys.schedule import Schedule
+
+
+def resolve(
+    schedule: str | Path | Schedule, *, devices: int, microbatches: int | None = None
+) -> Schedule:
+    """Makes or reads the schedule of one ring.
+
+    Args:
+        schedule: a name of `jaxsys.strategies.NAMES`, a Schedule, or the path of a `.json` file
+            written by `Schedule.to_json`.
+        devices: P, how many devices the ring has.
+        microbatches: M over the ring; 2 P unless the schedule says.
+
+    Raises:
+        UsageError: if there is no such name or file, or the schedule is for other sizes.
+    """
+    if isinstance(schedule, str) and schedule in strategies.NAMES:
+        return strategies.build(
+            schedule,
+            devices=devices,
+            microbatches=2 * devices if microbatches is None else microbatches,
+        )
+    if not isinstance(schedule, Schedule):
+        schedule = _read(schedule)
+    if schedule.devices != devices:
+        raise UsageError(
+            f"schedule {schedule.name} is for {schedule.devices} devices, the ring has {devices}; "
+            f"use devices={schedule.devices}"
+        )
+    if microbatches not in (None, schedule.microbatches):
+        raise UsageError(
+            f"schedule {schedule.name} takes {schedule.microbatches} microbatches, "
+            f"not {microbatches}"
+        )
+    return schedule
+
+
+def _read(path: str | Path) -> Schedule:
+    file = Path(path)
+    if file.suffix != ".json":
+        names = ", ".join(strategies.NAMES)
+        raise UsageError(f"schedule {str(path)!r} is not known; use {names}, or a plan.json")
+    try:
+        return Schedule.from_json(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"plan {path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UsageError(f"plan {path}: {error}") from None

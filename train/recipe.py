@@ -1,0 +1,81 @@
+"""A language-model run in numbers: what `jaxsys train` is asked for, checked before JAX starts.
+
+AdamW with a warm-up and a cosine down to a tenth; weights but not norms decay.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+import optax
+
+from jaxsys.errors import UsageError
+from jaxsys.layered import PyTree
+from jaxsys.model import LlamaConfig
+from jaxsys.train.flops import training_flops_per_token
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """What the trajectory of a run depends on; how it is run (schedule, devices) is not here."""
+
+    model: str
+    steps: int
+    """The length of the learning-rate schedule."""
+    batch_sequences: int
+    """G, sequences in a step."""
+    sequence_length: int
+    learning_rate: float
+    warm_up_steps: int
+    weight_decay: float = 0.1
+    compute_dtype: str = "float32"
+    packing: str = "windows"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_sequences", "sequence_length"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name}={getattr(self, name)} must be at least 1")
+        if not self.learning_rate > 0:
+            raise UsageError(f"learning_rate={self.learning_rate} must be above 0")
+        if self.compute_dtype not in ("float32", "bfloat16"):
+            raise UsageError(f"dtype={self.compute_dtype!r} must be float32 or bfloat16")
+
+    def settings(self, *, data: str) -> dict[str, Any]:
+        """What a checkpoint remembers and a resumed run must not change unasked.
+
+        Args:
+            data: the fingerprint of the data.
+        """
+        return {**asdict(self), "data": data}
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """AdamW over the recipe's learning rates."""
+        rates = optax.warmup_cosine_decay_schedule(
+            init_value=0.0,
+            peak_value=self.learning_rate,
+            warmup_steps=min(self.warm_up_steps, self.steps),
+            decay_steps=max(self.steps, self.warm_up_steps + 1),
+            end_value=self.learning_rate / 10,
+        )
+        return optax.adamw(rates, b1=0.9, b2=0.95, weight_decay=self.weight_decay, mask=decays)
+
+
+def decays(parameters: PyTree) -> PyTree:
+    """Which leaves decay: matrices do, norm scales (vectors, stacked or not) do not."""
+
+    def is_matrix(path: tuple[Any, ...], leaf: jax.Array) -> bool:
+        stacked = jax.tree_util.keystr(path[:1], simple=True) == "blocks"
+        return leaf.ndim - stacked >= 2
+
+    return jax.tree_util.tree_map_with_path(is_matrix, parameters)
+
+
+def llama_flops_per_token(config: LlamaConfig, sequence_length: int) -> float:
+    """FLOP to train a decoder on one token, see `jaxsys.train.flops`."""
+    return training_flops_per_token(
+        parameters=config.parameter_count(),
+        layers=config.num_layers,
+        sequence_length=sequence_length,
+        attention_width=config.num_heads * config.head_dim,
+    )

@@ -1,0 +1,73 @@
+"""One jitted training step: gradients by the schedule, clipping, the optimizer, all in place.
+
+The state is donated. A batch whose loss or gradient norm is not finite leaves parameters and
+optimizer as they were and is counted; under the policy "stop" nothing is updated after it either,
+so that the loop, which reads results one step late, can stop with the last good state.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxsys.layered import PyTree
+from jaxsys.train.state import LoweredStep, TrainState
+
+NonFinite = Literal["stop", "skip"]
+
+
+class StepResult(NamedTuple):
+    """What one step reports; float32 and int32 scalars, still on the devices."""
+
+    loss: jax.Array
+    gradient_norm: jax.Array
+    skipped: jax.Array
+    """Batches skipped so far, this one included."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOptions:
+    """How gradients become updates."""
+
+    clip_norm: float | None = None
+    """Gradients are scaled down to this global norm; None leaves them."""
+    non_finite: NonFinite = "stop"
+
+
+def make_step(
+    lowered: LoweredStep,
+    optimizer: optax.GradientTransformation,
+    shardings: TrainState,
+    options: StepOptions,
+) -> Callable[[TrainState, PyTree], tuple[TrainState, StepResult]]:
+    """The jitted step (state, batch) -> (state, result); the state is donated."""
+
+    def step(state: TrainState, batch: PyTree) -> tuple[TrainState, StepResult]:
+        loss, gradients = lowered.loss_and_gradients(state.parameters, batch)
+        norm = optax.global_norm(gradients)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        if options.clip_norm is not None:
+            scale = jnp.minimum(1.0, options.clip_norm / jnp.maximum(norm, 1e-30))
+            gradients = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients)
+        masters: Any = state.parameters
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, masters)
+        parameters = optax.apply_updates(masters, updates)
+        apply = finite if options.non_finite == "skip" else finite & (state.skipped == 0)
+
+        def choose(new: Any, old: Any) -> Any:
+            return jnp.where(apply, new, old)
+
+        skipped = state.skipped + (~finite).astype(jnp.int32)
+        new = TrainState(
+            parameters=jax.tree.map(choose, parameters, state.parameters),
+            optimizer=jax.tree.map(choose, optimizer_state, state.optimizer),
+            step=state.step + 1,
+            skipped=skipped,
+        )
+        new = jax.lax.with_sharding_constraint(new, shardings)
+        return new, StepResult(loss=loss, gradient_norm=norm, skipped=skipped)
+
+    return jax.jit(step, donate_argnums=0)

@@ -1,0 +1,388 @@
+"""The trainer: a layered model, an optax optimizer and a schedule become a state and a step.
+
+    trainer = Trainer(model, parameters, optax.adamw(3e-4), schedule="weipipe-interleave")
+    trainer.fit(batches, steps=1000, folder="runs/first")
+
+Masters are float32 and rest where the schedule keeps them; optimizer state rests beside them.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+
+import jaxsys
+from jaxsys.errors import RunError, UsageError
+from jaxsys.layered import LayeredModel, Parameters, PyTree
+from jaxsys.lowering import Recompute, lower
+from jaxsys.mesh import DATA, RING, make_mesh, request_devices
+from jaxsys.schedule import Schedule
+from jaxsys.train import checkpoint, plan
+from jaxsys.train.flops import count_parameters
+from jaxsys.train.loader import Batches
+from jaxsys.train.state import (
+    TrainState,
+    layer_shardings,
+    reorder,
+    state_shapes,
+    state_shardings,
+)
+from jaxsys.train.step import NonFinite, StepOptions, StepResult, make_step
+
+if TYPE_CHECKING:
+    from jaxsys.train.loop import Report
+
+
+class Trainer:
+    """Trains one model.
+
+    Attributes:
+        mesh: axes (DATA, RING).
+        schedule: of one ring.
+        state: the arrays; parameters in the order at rest.
+        position: the global index of the next sample, where batches count them.
+    """
+
+    def __init__(
+        self,
+        model: LayeredModel,
+        parameters: Parameters | Callable[[], Parameters],
+        optimizer: optax.GradientTransformation,
+        *,
+        schedule: str | Path | Schedule = "weipipe-interleave",
+        mesh: Mesh | None = None,
+        devices: int | None = None,
+        microbatches: int | None = None,
+        compute_dtype: DTypeLike = jnp.float32,
+        gradient_dtype: DTypeLike = jnp.float32,
+        recompute: Recompute = "block",
+        clip_norm: float | None = None,
+        non_finite: NonFinite = "stop",
+        settings: Mapping[str, Any] | None = None,
+        flops_per_token: float | None = None,
+    ) -> None:
+        """Places the parameters and prepares the step; nothing is compiled yet.
+
+        Args:
+            model: the layered model.
+            parameters: in layer order, or a function that makes them, which is then traced so that
+                no device ever holds all of them.
+            optimizer: any optax transformation; sees blocks stacked [L, ...].
+            schedule: a strategy's name, a Schedule, or a plan file.
+            mesh: of `jaxsys.mesh.make_mesh`; one ring over `devices` if not given.
+            devices: how many form the ring; all of them if neither this nor `mesh` is given.
+            microbatches: of one ring and step; twice the ring's devices if not given.
+            compute_dtype: of weights in use and activations.
+            gradient_dtype: of gradient sums on their way.
+            recompute: what the backward pass computes again.
+            clip_norm: the largest global gradient norm.
+            non_finite: "stop" at a loss or gradient that is not finite, or "skip" that batch.
+            settings: what else the trajectory depends on; compared when a run is resumed.
+            flops_per_token: for MFU, see `jaxsys.train.flops`.
+
+        Raises:
+            UsageError: if schedule, devices, microbatches and model do not fit together.
+        """
+        if non_finite not in ("stop", "skip"):
+            raise UsageError(f"non_finite={non_finite!r} must be 'stop' or 'skip'")
+        if clip_norm is not None and not clip_norm > 0:
+            raise UsageError(f"clip_norm={clip_norm} must be above 0")
+        if mesh is None:
+            ring = len(jax.devices()) if devices is None else devices
+            if isinstance(schedule, Schedule) and devices is None:
+                ring = schedule.devices
+            mesh = make_mesh(ring, devices=request_devices(ring))
+        elif devices is not None and devices != mesh.shape[RING]:
+            raise UsageError(f"devices={devices} but the mesh's ring has {mesh.shape[RING]}")
+        self.mesh = mesh
+        self.model = model
+        self.optimizer = optimizer
+        self.schedule = plan.resolve(schedule, devices=mesh.shape[RING], microbatches=microbatches)
+        self.compute_dtype = jnp.dtype(compute_dtype)
+        self.recompute = recompute
+        self.flops_per_token = flops_per_token
+        self.non_finite: NonFinite = non_finite
+        self.position = 0
+        self._settings = {"clip_norm": clip_norm, **(settings or {})}
+        self._lowered = lower(
+            self.schedule,
+            model,
+            mesh,
+            compute_dtype=compute_dtype,
+            gradient_dtype=gradient_dtype,
+            recompute=recompute,
+        )
+        self.state = self._initial_state(parameters)
+        self._step = make_step(
+            self._lowered,
+            optimizer,
+            jax.tree.map(lambda leaf: leaf.sharding, self.state),
+            StepOptions(clip_norm=clip_norm, non_finite=non_finite),
+        )
+
+    @property
+    def rows(self) -> int:
+        """Microbatches in a batch, over all replicas of the ring."""
+        return self.mesh.shape[DATA] * self.schedule.microbatches
+
+    @property
+    def step_number(self) -> int:
+        """Batches taken so far; waits for the last one."""
+        return int(self.state.step)
+
+    @cached_property
+    def parameter_count(self) -> int:
+        """N, padding at rest not counted."""
+        return count_parameters(self._layer_shapes.parameters)
+
+    def step(self, batch: PyTree) -> StepResult:
+        """Takes one step; returns at once, the result still being computed.
+
+        Args:
+            batch: leaves [rows, B, ...], numpy or already placed by `place`.
+        """
+        if not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(batch)):
+            batch = self.place(batch)
+        self.state, result = self._step(self.state, batch)
+        return result
+
+    def place(self, batch: PyTree, *, rows: list[int] | None = None) -> PyTree:
+        """Puts a batch on the devices.
+
+        Args:
+            batch: leaves [rows, B, ...] on the host.
+            rows: which rows of the whole batch these are, ascending; all if not given.
+        """
+        shardings = self._lowered.batch_shardings(batch)
+        where = None if rows is None else {row: index for index, row in enumerate(rows)}
+
+        def put(leaf: Any, sharding: Any) -> jax.Array:
+            leaf = np.asarray(leaf)
+            shape = (self.rows, *leaf.shape[1:])
+            if rows is None and leaf.shape[:1] != (self.rows,):
+                raise UsageError(
+                    f"a batch leaf has shape {list(leaf.shape)}; its first axis must be the "
+                    f"{self.rows} microbatches of the step (schedule {self.schedule.name}: "
+                    f"{self.schedule.microbatches} on {self.mesh.shape[DATA]} ring(s))"
+                )
+
+            def part(index: Any) -> np.ndarray:
+                if where is None:
+                    return leaf[index]
+                first = [where[row] for row in range(*index[0].indices(self.rows))]
+                return leaf[first][(slice(None), *index[1:])]
+
+            return jax.make_array_from_callback(shape, sharding, part)
+
+        return jax.tree.map(put, batch, shardings)
+
+    def local_rows(self) -> list[int]:
+        """The rows of a batch that this process's devices need."""
+        shape = (self.rows,)
+        sharding = jax.tree.leaves(
+            self._lowered.batch_shardings({"row": jax.ShapeDtypeStruct(shape, jnp.int32)})
+        )[0]
+        indices = sharding.addressable_devices_indices_map(shape).values()
+        return sorted({row for (index,) in indices for row in range(*index.indices(self.rows))})
+
+    def batches(self, data: Batches) -> Iterator[PyTree]:
+        """The run's next batches, placed; only this process's rows are read."""
+        if data.rows != self.rows:
+            raise UsageError(
+                f"the data makes {data.rows} microbatches a batch, the schedule takes {self.rows}"
+            )
+        rows = self.local_rows()
+        for batch in data.read(self.position, rows):
+            yield self.place(batch, rows=rows)
+
+    def evaluate(self, batches: Iterator[PyTree] | list[PyTree]) -> float:
+        """The mean loss over batches, by the same schedule, nothing updated."""
+        losses = [self._loss(self.state.parameters, self._placed(batch)) for batch in batches]
+        if not losses:
+            raise UsageError("there are no batches to evaluate on")
+        return float(np.mean(jax.device_get(losses)))
+
+    def parameters(self) -> Parameters:
+        """The parameters in layer order, float32."""
+        return self._layer_order_state.parameters
+
+    def host_parameters(self) -> Parameters:
+        """The parameters in layer order on this host, numpy float32; every process must call it."""
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        spread = jax.jit(lambda leaf: leaf, out_shardings=everywhere)
+        # One leaf at a time: only that one is ever whole on a device.
+        return jax.tree.map(lambda leaf: np.asarray(spread(leaf)), self.parameters())
+
+    def fit(self, data: Any, *, steps: int, **options: Any) -> "Report":
+        """Trains until `steps` batches are taken; see `jaxsys.train.loop.fit` for the options."""
+        from jaxsys.train.loop import fit  # which needs this module
+
+        trainer: Any = self
+        return fit(trainer, data, steps=steps, **options)
+
+    def save(self, store: checkpoint.CheckpointStore) -> int:
+        """Starts a checkpoint of the state as it is; returns its step."""
+        tree = self._layer_order_state
+        step = int(tree.step)
+        record = checkpoint.Record(
+            step=step,
+            position=self.position,
+            settings=self._settings,
+            shapes=checkpoint.shapes_of(tree.parameters),
+            checksums=checkpoint.checksums_of(tree),
+            made_with={
+                "schedule": self.schedule.name,
+                "ring": self.mesh.shape[RING],
+                "data": self.mesh.shape[DATA],
+                "jaxsys": jaxsys.__version__,
+                "jax": jax.__version__,
+            },
+        )
+        store.save(tree, record)
+        return step
+
+    def restore(
+        self,
+        store: checkpoint.CheckpointStore,
+        *,
+        accept_changes: bool = False,
+        notice: Callable[[str], None] = print,
+    ) -> int | None:
+        """Goes on from the last checkpoint that can be read whole.
+
+        Args:
+            store: the run's checkpoints.
+            accept_changes: go on though settings differ from those it was made with.
+            notice: told which step is loaded and which ones could not be.
+
+        Returns:
+            The step, or None if there is no checkpoint.
+
+        Raises:
+            UsageError: if the checkpoint is of another model, or settings changed unaccepted.
+            RunError: if there are checkpoints but none can be read.
+        """
+        steps = store.steps()
+        broken: list[int] = []
+        for step in reversed(steps):
+            try:
+                record = store.record(step)
+                self._check(record, store, accept_changes, notice)
+                shapes = self._layer_shapes
+                shardings = self._layer_shardings
+                target = jax.tree.map(
+                    lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at),
+                    shapes,
+                    shardings,
+                )
+                tree = store.arrays(step, target, record.checksums)
+            except RunError as error:
+                notice(f"checkpoint of {error}; trying the one before")
+                broken.append(step)
+                continue
+            self.state = self._to_rest(tree)
+            self.position = record.position
+            for bad in broken:
+                notice(f"step {bad} was put aside as {store.set_aside(bad)}")
+            made = record.made_with
+            notice(
+                f"resumed from step {step} in {store.folder} (saved under {made.get('schedule')} "
+                f"on {made.get('ring')} x {made.get('data')} devices)"
+            )
+            return step
+        if steps:
+            raise RunError(f"none of the checkpoints {steps} in {store.folder} can be read")
+        return None
+
+    def _check(
+        self,
+        record: checkpoint.Record,
+        store: checkpoint.CheckpointStore,
+        accept_changes: bool,
+        notice: Callable[[str], None],
+    ) -> None:
+        shapes = checkpoint.shapes_of(self._layer_shapes.parameters)
+        checkpoint.check_same_model(record, shapes, store.folder)
+        changed = checkpoint.changed_settings(record, self._settings)
+        if changed and not accept_changes:
+            raise UsageError(
+                f"{store.folder} step {record.step} was made with other settings: "
+                f"{'; '.join(changed)}; give the old ones, or accept the change "
+                "(--accept-changes, accept_changes=True)"
+            )
+        if changed:
+            notice(f"accepted changed settings: {'; '.join(changed)}")
+
+    def _initial_state(self, parameters: Parameters | Callable[[], Parameters]) -> TrainState:
+        def masters(values: Parameters) -> Parameters:
+            def widen(leaf: Any) -> jax.Array:
+                leaf = jnp.asarray(leaf)
+                return (
+                    leaf.astype(jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+                )
+
+            return jax.tree.map(widen, values)
+
+        if callable(parameters):
+            make = parameters
+            layer_shapes = jax.eval_shape(lambda: masters(make()))
+            rest_shapes = jax.eval_shape(lambda: self._lowered.to_rest(masters(make())))
+            placed = jax.jit(
+                lambda: self._lowered.to_rest(masters(make())),
+                out_shardings=self._lowered.rest_shardings(rest_shapes),
+            )()
+        else:
+            given = jax.device_get(parameters) if jax.process_count() > 1 else parameters
+            layer_shapes = jax.eval_shape(masters, given)
+            placed = self._lowered.to_rest(masters(given))
+        self._layer_shapes = state_shapes(self.optimizer, layer_shapes)
+        self._layer_shardings = state_shardings(
+            self.mesh, self._layer_shapes, layer_shardings(self.mesh, self._lowered)
+        )
+        rest_shapes = state_shapes(self.optimizer, placed)
+        self._rest_shardings = state_shardings(self.mesh, rest_shapes, self._lowered.rest_shardings)
+
+        def start(parameters: Any) -> TrainState:
+            return TrainState(
+                parameters=parameters,
+                optimizer=self.optimizer.init(parameters),
+                step=jnp.int32(0),
+                skipped=jnp.int32(0),
+            )
+
+        return jax.jit(start, out_shardings=self._rest_shardings, donate_argnums=0)(placed)
+
+    @property
+    def _layer_order_state(self) -> TrainState:
+        return self._from_rest(self.state)
+
+    @cached_property
+    def _from_rest(self) -> Callable[[TrainState], TrainState]:
+        return jax.jit(
+            lambda state: reorder(state, self._lowered.from_rest),
+            out_shardings=self._layer_shardings,
+        )
+
+    @cached_property
+    def _to_rest(self) -> Callable[[TrainState], TrainState]:
+        return jax.jit(
+            lambda state: reorder(state, self._lowered.to_rest),
+            out_shardings=self._rest_shardings,
+            donate_argnums=0,
+        )
+
+    @cached_property
+    def _loss(self) -> Callable[[Parameters, PyTree], jax.Array]:
+        # The gradients are dropped; what only they need, the compiler drops too.
+        return jax.jit(lambda p, batch: self._lowered.loss_and_gradients(p, batch)[0])
+
+    def _placed(self, batch: PyTree) -> PyTree:
+        placed = all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(batch))
+        return batch if placed else self.place(batch)
