@@ -277,6 +277,13 @@ class SimulatedClocks:
     def close(self) -> None:
         self.reset()
 
+    def next_change(self) -> tuple[float, int] | None:
+        """When the clock will change and to what, or None if nothing is under way."""
+        self._settle()
+        if self._moving_to_mhz is None:
+            return None
+        return self._moved_at_s, self._moving_to_mhz
+
     def spend(self, duration_s: float, power_w: float, *, power_capped: bool = False) -> None:
         """Records that the GPU drew `power_w` for `duration_s`."""
         self._energy_j += duration_s * power_w

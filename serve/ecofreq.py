@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from jaxsys.clocks import GpuClocks, SimulatedClocks
 from jaxsys.errors import UsageError
-from jaxsys.serve.gpu_model import Load, SimulatedGpu, simulated_gpu
+from jaxsys.serve.gpu_model import Load, SimulatedGpu, run_many, simulated_gpu
 from jaxsys.serve.slo import SharedSlo, Slo
 
 if TYPE_CHECKING:
@@ -59,6 +59,9 @@ class ModelPredictor:
     def what_if(
         self, loads: Sequence[Load], clocks_mhz: Sequence[int]
     ) -> tuple[list[list[float]], list[list[float]]]:
+        if len(loads) * len(clocks_mhz) > 12:  # where arrays begin to pay
+            time_s, power_w = run_many(self.gpu, loads, clocks_mhz)
+            return (time_s * self.scale).tolist(), power_w.tolist()
         times: list[list[float]] = []
         powers: list[list[float]] = []
         for load in loads:
@@ -297,25 +300,6 @@ class EcoFreq:
         self._level = level
         self._level_since_s = now_s
         self.clocks.set_clock(self._clocks_mhz[level])
-
-
-class FixedClock:
-    """A governor that locks one clock: the static baselines."""
-
-    def __init__(self, clocks: GpuClocks, clock_mhz: int) -> None:
-        self.clocks = clocks
-        self.clock_mhz = clock_mhz
-        self.record = GovernorRecord()
-        clocks.set_clock(clock_mhz)
-
-    def before_iteration(
-        self, iteration: "Iteration", waiting: "Collection[Request]", now_s: float
-    ) -> None:
-        return
-
-    def after_iteration(self, iteration: "Iteration", latency_s: float, now_s: float) -> None:
-        self.record.busy_s += latency_s
-        self.record.seconds_at_mhz[self.clock_mhz] += latency_s
 
 
 class SimulatedGovernor:

@@ -2,7 +2,7 @@
 
 Time of one iteration at clock f (memory does not follow the SM clock until it starves):
 
-    t = t_host + t_request * requests + t_sequence * batch
+    t = t_host + t_sequence * batch + (t_turn + t_request * prompts, where there are prompts)
         + hypot(weight_bytes / bandwidth(f), flops / rate(f)) + kv_bytes / bandwidth(f)
 
 `hypot` joins the two limits of the roofline without a corner. Decode batches are padded, in part,
@@ -20,7 +20,10 @@ from is said beside it, and measured against published points in docs/energy.md.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from jaxsys.errors import UsageError
 
@@ -62,8 +65,10 @@ class GpuSpec:
     """Per iteration, whatever the clock: launches and the host's share that is not hidden."""
     sequence_s: float = 25e-6
     """Per sequence in a decode batch: sampling and bookkeeping. Fit to ML.ENERGY's H100 ITL."""
+    turn_s: float = 0.0
+    """Per batch of prompts: what the engine does between one and the next."""
     request_s: float = 0.001
-    """Per prompt in a prefill batch: tokens in, KV hand-over, first sample."""
+    """Per prompt: tokens in, KV hand-over, first sample."""
     extrapolated: bool = False
     """No published clock or power point stands behind this preset."""
 
@@ -151,9 +156,9 @@ SHAPES: dict[str, ServedShape] = {
 GIB = 2.0**30
 
 GPUS: dict[str, GpuSpec] = {
-    # Clocks 210..1410 step 15 and sweet spot 1005: VoltanaLLM. Idle 62 W loaded at low clock:
-    # inference-energy. Power exponent as H100's. The other power and host constants are fitted to
-    # VoltanaLLM's static-clock energy and attainment (serve/calibration.py).
+    # Clocks 210..1410 step 15: VoltanaLLM. Efficiency, host, turn, request and sequence times and
+    # the power constants: fitted to VoltanaLLM's published energy and attainment at static clocks
+    # (serve/calibration.py says how well they meet it). Power exponent as the H100's.
     "a100-80g": GpuSpec(
         name="A100-SXM4-80GB",
         min_mhz=210,
@@ -165,14 +170,18 @@ GPUS: dict[str, GpuSpec] = {
         memory_knee_mhz=700.0,
         flops_per_cycle=221_184 * 0.72,  # 108 SMs x 2048, datasheet 312 TFLOP/s at 1410 MHz
         power_cap_w=400.0,
-        active_w=82.0,
-        memory_w=20.0,
-        base_w=50.0,
-        compute_w=130.0,
+        active_w=77.7,
+        memory_w=19.8,
+        base_w=85.5,
+        compute_w=73.0,
         power_exponent=2.28,
         voltage_floor_mhz=1005.0,  # the published sweet spot (VoltanaLLM; throttLL'eM says ~1050)
-        idle_w=52.0,
+        idle_w=40.0,
         idle_clock_w=11.0,
+        host_s=0.0031,
+        sequence_s=9.7e-6,
+        turn_s=0.1234,
+        request_s=0.0068,
     ),
     # Power: fits to DualScale's H100 table (Llama-3-70B prefill, TP2 rows: A=216 B=210 g=2.28 at
     # 2048 tokens, A=215 B=75 at 32), idle 82 + 10.8 x**3.17 likewise. Sweet spot: its minimum of
@@ -319,7 +328,7 @@ class SimulatedGpu:
         self._flops_per_token = 2.0 * shape.parameters / self.gpus
         self._attention_flops = 4.0 * shape.layers * shape.hidden / self.gpus
         # Two all-reduces a layer; about 8 us each at small sizes over NVLink (assumption).
-        self._collective_s = 2 * shape.layers * 8e-6 if self.gpus > 1 else 0.0
+        self.collective_s = 2 * shape.layers * 8e-6 if self.gpus > 1 else 0.0
         if self.kv_capacity_tokens < 1:
             raise UsageError(
                 f"{shape.name} ({shape.weight_bytes / 1e9:.0f} GB) does not fit {self.gpus} x "
@@ -340,9 +349,9 @@ class SimulatedGpu:
         time_s, compute, memory = self._time(load, clock_mhz)
         steady = spec.active_w + spec.memory_w * memory
         per_cycle = spec.base_w + spec.compute_w * compute
-        power = steady + per_cycle * self._dynamic(clock_mhz)
-        if power <= spec.power_cap_w:
-            return Outcome(time_s, power * self.gpus, clock_mhz, False)
+        power_w = steady + per_cycle * self._dynamic(clock_mhz)
+        if power_w <= spec.power_cap_w:
+            return Outcome(time_s, power_w * self.gpus, clock_mhz, False)
         # The driver lowers the clock until the cap holds; the busy shares rise a little as it
         # does, so this is the first step of a fixed point, and power is then the cap itself.
         real_mhz = self._clock_of((spec.power_cap_w - steady) / per_cycle)
@@ -389,15 +398,94 @@ class SimulatedGpu:
         weight_s = self._weight_share_bytes / bandwidth
         kv_s = kv_tokens * self._kv_share_bytes / bandwidth
         matrix_s = flops / rate
+        prompts_s = 0.0
+        if load.prefill_requests:
+            prompts_s = spec.turn_s + spec.request_s * load.prefill_requests
         time_s = (
             spec.host_s
-            + self._collective_s
-            + spec.request_s * load.prefill_requests
+            + self.collective_s
+            + prompts_s
             + spec.sequence_s * load.batch
             + math.hypot(weight_s, matrix_s)
             + kv_s
         )
         return time_s, matrix_s / time_s, (weight_s + kv_s) / time_s
+
+
+def run_many(
+    gpu: SimulatedGpu, loads: Sequence[Load], clocks_mhz: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """`SimulatedGpu.run` for every load at every clock at once.
+
+    Returns:
+        Seconds and watts, each of shape [len(loads), len(clocks_mhz)].
+    """
+    spec, shape = gpu.spec, gpu.shape
+    columns = np.array(
+        [
+            (
+                load.prefill_tokens,
+                load.prefill_requests,
+                load.cached_tokens,
+                load.batch,
+                load.kv_tokens,
+                load.bucket,
+            )
+            for load in loads
+        ],
+        dtype=float,
+    ).reshape(-1, 6)[:, :, None]
+    prompt, prompts, cached, batch, kv, bucket = (columns[:, k] for k in range(6))
+    mhz = np.asarray(clocks_mhz, dtype=float)[None, :]
+    small = np.maximum(16.0, 2.0 ** np.ceil(np.log2(np.maximum(batch, 1.0))))
+    padded = np.where(batch <= TILE, np.where(batch > 0, small, 0.0), TILE * np.ceil(batch / TILE))
+    rows = np.where(bucket > 0, bucket, batch + gpu.STAIR_SHARE * (padded - batch))
+    per_prompt = np.maximum(prompts, 1.0)
+    attention = prompt * (prompt / per_prompt / 2 + cached / per_prompt)
+    flops = (
+        2.0 * shape.parameters * (rows + prompt) + 4.0 * shape.layers * shape.hidden * attention
+    ) / gpu.gpus
+    weight_bytes = shape.weight_bytes / gpu.gpus
+    kv_bytes = (kv + cached) * shape.kv_bytes_per_token / gpu.gpus
+    fixed_s = (
+        spec.host_s
+        + gpu.collective_s
+        + np.where(prompts > 0, spec.turn_s + spec.request_s * prompts, 0.0)
+        + spec.sequence_s * batch
+    )
+
+    def times(clock: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        bandwidth = spec.hbm_bytes_per_s * np.minimum(1.0, clock / spec.memory_knee_mhz)
+        matrix_s = flops / (spec.flops_per_cycle * clock * 1e6)
+        weight_s, kv_s = weight_bytes / bandwidth, kv_bytes / bandwidth
+        time_s = fixed_s + np.hypot(weight_s, matrix_s) + kv_s
+        return time_s, matrix_s / time_s, (weight_s + kv_s) / time_s
+
+    time_s, compute, memory = times(mhz)
+    floor = spec.voltage_floor_mhz
+    at_floor = (floor / 1000.0) ** spec.power_exponent
+    dynamic = np.where(
+        mhz >= floor, (mhz / 1000.0) ** spec.power_exponent, at_floor * mhz / max(floor, 1.0)
+    )
+    steady = spec.active_w + spec.memory_w * memory
+    per_cycle = spec.base_w + spec.compute_w * compute
+    power_w = steady + per_cycle * dynamic
+    capped = power_w > spec.power_cap_w
+    if capped.any():
+        room = (spec.power_cap_w - steady) / per_cycle
+        real = np.where(
+            room >= at_floor,
+            1000.0 * room ** (1 / spec.power_exponent),
+            floor * room / max(at_floor, 1e-12),
+        )
+        real = np.minimum(mhz, np.maximum(real, spec.min_mhz))
+        time_s = np.where(capped, times(real)[0], time_s)
+        power_w = np.where(capped, spec.power_cap_w, power_w)
+    empty = (prompt == 0) & (batch == 0)
+    if empty.any():
+        idle = spec.idle_w + spec.idle_clock_w * (mhz / 1000.0) ** IDLE_EXPONENT
+        time_s, power_w = np.where(empty, 0.0, time_s), np.where(empty, idle, power_w)
+    return time_s, power_w * gpu.gpus
 
 
 def simulated_gpu(gpu: str, model: str) -> SimulatedGpu:

@@ -38,10 +38,12 @@ def test_an_ask_takes_effect_after_the_latency():
     clocks, time = simulated(set_latency_s=0.02)
     clocks.set_clock(1005)
     assert (clocks.asked_mhz(), clocks.actual_mhz()) == (1005, 1410)
+    assert clocks.next_change() == (0.02, 1005)
     time.now = 0.019
     assert clocks.actual_mhz() == 1410
     time.now = 0.02
     assert clocks.actual_mhz() == 1005
+    assert clocks.next_change() is None
 
 
 def test_of_waiting_commands_only_the_newest_counts():

@@ -9,7 +9,6 @@ from jaxsys.errors import UsageError
 from jaxsys.serve.ecofreq import (
     EcoFreq,
     EcoFreqConfig,
-    FixedClock,
     ModelPredictor,
     simulated_governor,
 )
@@ -181,13 +180,6 @@ def test_unlisted_clocks_are_refused():
         EcoFreq(clocks, ModelPredictor(GPU), SharedSlo(), clocks_mhz=(1005, 1200))
     with pytest.raises(UsageError, match="empty"):
         EcoFreq(clocks, ModelPredictor(GPU), SharedSlo(), clocks_mhz=())
-
-
-def test_fixed_clock_stays():
-    clocks = SimulatedClocks(available_mhz=(1005, 1410), now_s=lambda: 0.0, set_latency_s=0.0)
-    fixed = FixedClock(clocks, 1005)
-    fixed.before_iteration(iteration(batch=500, kv_tokens=10**6), (), 0.0)
-    assert clocks.actual_mhz() == 1005
 
 
 def test_simulated_governor_accounts_for_work_and_idleness():

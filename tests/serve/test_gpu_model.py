@@ -16,6 +16,7 @@ from jaxsys.serve.gpu_model import (
     SimulatedGpu,
     gpu_spec,
     padded_batch,
+    run_many,
     served_shape,
     simulated_gpu,
 )
@@ -56,6 +57,18 @@ def test_more_load_is_never_faster(load, more, field, mhz):
     values[field] += more
     # Power caps lower the clock in one step of a fixed point, hence the small allowance.
     assert H100.run(Load(**values), mhz).time_s >= H100.run(base, mhz).time_s * 0.995
+
+
+@given(batch=st.lists(loads, min_size=1, max_size=6), name=st.sampled_from(sorted(GPUS)))
+def test_many_at_once_equal_one_by_one(batch, name):
+    gpu = SimulatedGpu(GPUS[name], SHAPES["llama-3-8b"])
+    clocks = gpu.spec.control_mhz
+    times, powers = run_many(gpu, batch, clocks)
+    for row, load in enumerate(batch):
+        for column, mhz in enumerate(clocks):
+            outcome = gpu.run(load, mhz)
+            assert times[row, column] == pytest.approx(outcome.time_s, rel=1e-12)
+            assert powers[row, column] == pytest.approx(outcome.power_w, rel=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,302 @@
+"""Request traces: when each request arrives and how long its prompt and output are.
+
+Readers: the Azure 2023 form (TIMESTAMP, ContextTokens, GeneratedTokens), Mooncake's (timestamp_ms,
+input_length, output_length) and a plain one (arrival_s, prompt_tokens, output_tokens), told apart
+by their header. Generators make the same record from rates and length distributions.
+"""
+
+import csv
+import datetime
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from jaxsys.errors import UsageError
+
+_Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trace:
+    """Requests in order of arrival."""
+
+    name: str
+    arrival_s: np.ndarray
+    prompt_tokens: np.ndarray
+    output_tokens: np.ndarray
+
+    def __post_init__(self) -> None:
+        sizes = {len(self.arrival_s), len(self.prompt_tokens), len(self.output_tokens)}
+        if len(sizes) != 1:
+            raise UsageError(f"trace {self.name}: columns differ in length: {sorted(sizes)}")
+        if len(self.arrival_s) == 0:
+            raise UsageError(f"trace {self.name} holds no requests")
+
+    def __len__(self) -> int:
+        return len(self.arrival_s)
+
+    @property
+    def duration_s(self) -> float:
+        """From time zero to the last arrival."""
+        return float(self.arrival_s[-1])
+
+    @property
+    def rate_per_s(self) -> float:
+        """Mean arrivals a second."""
+        return len(self) / self.duration_s if self.duration_s > 0 else math.inf
+
+    def head(self, count: int) -> "Trace":
+        """The first `count` requests."""
+        return self._take(slice(0, count))
+
+    def between(self, start_s: float, end_s: float) -> "Trace":
+        """The requests that arrive in [start_s, end_s), with time counted from `start_s`."""
+        kept = (self.arrival_s >= start_s) & (self.arrival_s < end_s)
+        if not kept.any():
+            raise UsageError(
+                f"trace {self.name} has no arrivals from {start_s} s to {end_s} s; "
+                f"it lasts {self.duration_s:.0f} s"
+            )
+        taken = self._take(kept)
+        return Trace(
+            name=self.name,
+            arrival_s=taken.arrival_s - start_s,
+            prompt_tokens=taken.prompt_tokens,
+            output_tokens=taken.output_tokens,
+        )
+
+    def at_rate(self, rate_per_s: float) -> "Trace":
+        """The same requests with time stretched or squeezed to a mean rate: burstiness is kept."""
+        if not rate_per_s > 0:
+            raise UsageError(f"rate={rate_per_s} must be positive")
+        return Trace(
+            name=self.name,
+            arrival_s=self.arrival_s * (self.rate_per_s / rate_per_s),
+            prompt_tokens=self.prompt_tokens,
+            output_tokens=self.output_tokens,
+        )
+
+    def repeated(self, duration_s: float, *, daily_swing: float = 0.0) -> "Trace":
+        """Tiled to `duration_s`; with `daily_swing` s, the rate follows 1 + s * sin over 24 h.
+
+        Arrivals are thinned to follow the swing, so at the peak the trace's own rate holds.
+        """
+        times = math.ceil(duration_s / max(self.duration_s, 1e-9))
+        step_s = self.duration_s + 1.0 / self.rate_per_s
+        arrival_s = np.concatenate([self.arrival_s + k * step_s for k in range(times)])
+        prompts = np.tile(self.prompt_tokens, times)
+        outputs = np.tile(self.output_tokens, times)
+        kept = arrival_s < duration_s
+        if daily_swing:
+            if not 0 <= daily_swing < 1:
+                raise UsageError(f"daily_swing={daily_swing} must be from 0 to below 1")
+            share = (1 + daily_swing * np.sin(2 * np.pi * arrival_s / 86_400)) / (1 + daily_swing)
+            kept &= np.random.default_rng(0).random(len(arrival_s)) < share
+        return Trace(
+            name=self.name,
+            arrival_s=arrival_s[kept],
+            prompt_tokens=prompts[kept],
+            output_tokens=outputs[kept],
+        )
+
+    def clipped(self, max_total_tokens: int) -> "Trace":
+        """Without the requests longer than `max_total_tokens`, as an engine would refuse them."""
+        kept = self.prompt_tokens + self.output_tokens <= max_total_tokens
+        if not kept.any():
+            raise UsageError(f"trace {self.name}: no request fits {max_total_tokens} tokens")
+        return self._take(kept)
+
+    def _take(self, which: slice | np.ndarray) -> "Trace":
+        return Trace(
+            name=self.name,
+            arrival_s=self.arrival_s[which],
+            prompt_tokens=self.prompt_tokens[which],
+            output_tokens=self.output_tokens[which],
+        )
+
+
+# --- readers ----------------------------------------------------------------------------------
+
+
+def _timestamp(text: str) -> float:
+    """Seconds of "2023-11-16 18:17:03.9799600" (seven digits) or any ISO form."""
+    head, dot, rest = text.strip().partition(".")
+    digits = rest[: len(rest) - len(rest.lstrip("0123456789"))]
+    zone = rest[len(digits) :] if dot else ""
+    moment = datetime.datetime.fromisoformat(head + zone)
+    fraction = float(f"0.{digits}") if digits else 0.0
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=datetime.UTC)
+    return moment.timestamp() + fraction
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    columns: tuple[str, str, str]
+    arrival: Callable[[str], float]
+
+
+_FORMS = (
+    _Form(("TIMESTAMP", "ContextTokens", "GeneratedTokens"), _timestamp),
+    _Form(("timestamp_ms", "input_length", "output_length"), lambda text: float(text) / 1e3),
+    _Form(("arrival_s", "prompt_tokens", "output_tokens"), float),
+)
+
+
+def read_trace(path: str | Path) -> Trace:
+    """Reads a CSV trace of any known form; time starts at its first arrival.
+
+    Raises:
+        UsageError: naming row and column where a value is malformed.
+    """
+    path = Path(path)
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            return _read(csv.reader(file), path)
+    except FileNotFoundError:
+        raise UsageError(f"trace {path} does not exist") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"trace {path} is not CSV text: {error}") from None
+
+
+def _read(rows: Iterator[list[str]], path: Path) -> Trace:
+    header = [name.strip() for name in next(rows, [])]
+    form = next((form for form in _FORMS if set(form.columns) <= set(header)), None)
+    if form is None:
+        known = "; ".join(", ".join(form.columns) for form in _FORMS)
+        raise UsageError(f"trace {path}: columns {header} are not known; use one of: {known}")
+    places = [header.index(column) for column in form.columns]
+    arrivals: list[float] = []
+    sizes: tuple[list[int], list[int]] = ([], [])
+    previous_s = -math.inf
+    for number, row in enumerate(rows, start=2):
+        if not row:
+            continue
+        where = f"trace {path}, row {number}"
+        if len(row) < len(header):
+            raise UsageError(f"{where}: {len(row)} values for {len(header)} columns")
+        arrival_s = _parse(form.arrival, row[places[0]], where, form.columns[0])
+        if not math.isfinite(arrival_s) or arrival_s < previous_s:
+            raise UsageError(
+                f"{where}, column {form.columns[0]}: {row[places[0]]!r} lies before the row "
+                f"above; sort the trace by arrival"
+            )
+        previous_s = arrival_s
+        arrivals.append(arrival_s)
+        for values, place, column in zip(sizes, places[1:], form.columns[1:], strict=True):
+            count = _parse(int, row[place], where, column)
+            if count < (1 if values is sizes[0] else 0):
+                raise UsageError(f"{where}, column {column}: {count} tokens; a count is needed")
+            values.append(count)
+    if not arrivals:
+        raise UsageError(f"trace {path} holds no requests")
+    return Trace(
+        name=path.stem,
+        arrival_s=np.array(arrivals) - arrivals[0],
+        prompt_tokens=np.array(sizes[0]),
+        # A request that yields nothing still yields its first token.
+        output_tokens=np.maximum(1, np.array(sizes[1])),
+    )
+
+
+def _parse(convert: Callable[[str], _Value], text: str, where: str, column: str) -> _Value:
+    try:
+        return convert(text)
+    except ValueError:
+        raise UsageError(f"{where}, column {column}: {text!r} is not a value") from None
+
+
+# --- generators -------------------------------------------------------------------------------
+
+
+def poisson_arrivals(count: int, rate_per_s: float, seed: int, *, cv: float = 1.0) -> np.ndarray:
+    """Arrival times of a renewal process whose gaps are gamma with coefficient of variation `cv`;
+    1 is Poisson."""
+    if not (rate_per_s > 0 and cv > 0):
+        raise UsageError(f"rate={rate_per_s} and cv={cv} must be positive")
+    shape = 1.0 / cv**2
+    gaps = np.random.default_rng(seed).gamma(shape, 1.0 / (rate_per_s * shape), count)
+    return np.cumsum(gaps)
+
+
+def lognormal_lengths(
+    count: int, mean: float, sigma: float, seed: int, *, most: int = 3000
+) -> np.ndarray:
+    """Token counts, lognormal with the given mean and log-space deviation, from 1 to `most`."""
+    draw = np.random.default_rng(seed).lognormal(math.log(mean) - sigma**2 / 2, sigma, count)
+    return np.clip(np.rint(draw), 1, most).astype(int)
+
+
+def synthetic_trace(
+    *,
+    rate_per_s: float,
+    duration_s: float,
+    seed: int = 0,
+    prompt_mean: float = 250.0,
+    prompt_sigma: float = 1.0,
+    output_mean: float = 215.0,
+    output_sigma: float = 0.8,
+    cv: float = 1.0,
+    most_tokens: int = 3000,
+    name: str = "synthetic",
+) -> Trace:
+    """Lognormal lengths and Poisson (or burstier) arrivals for `duration_s`."""
+    if duration_s <= 0:
+        raise UsageError(f"duration_s={duration_s} must be positive")
+    count = int(rate_per_s * duration_s + 6 * math.sqrt(rate_per_s * duration_s) * cv + 10)
+    arrival_s = poisson_arrivals(count, rate_per_s, seed, cv=cv)
+    kept = arrival_s < duration_s
+    if not kept.any():
+        kept[0] = True
+    prompts = lognormal_lengths(count, prompt_mean, prompt_sigma, seed + 1, most=most_tokens)
+    outputs = lognormal_lengths(count, output_mean, output_sigma, seed + 2, most=most_tokens)
+    return Trace(
+        name=name,
+        arrival_s=arrival_s[kept],
+        prompt_tokens=prompts[kept],
+        output_tokens=outputs[kept],
+    )
+
+
+def lengths_from_csv(
+    path: str | Path, columns: Sequence[str] = ("num_prefill_tokens", "num_decode_tokens")
+) -> tuple[np.ndarray, np.ndarray]:
+    """Prompt and output lengths of a CSV without arrivals."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            missing = set(columns) - set(reader.fieldnames or ())
+            if missing:
+                raise UsageError(f"{path}: columns {sorted(missing)} are missing")
+            rows = [
+                [_parse(int, row[column], f"{path}, row {n}", column) for column in columns]
+                for n, row in enumerate(reader, start=2)
+            ]
+    except FileNotFoundError:
+        raise UsageError(f"lengths file {path} does not exist") from None
+    prompts, outputs = np.array(rows).T
+    return prompts, outputs
+
+
+def trace_of_lengths(
+    prompts: np.ndarray,
+    outputs: np.ndarray,
+    *,
+    rate_per_s: float,
+    duration_s: float,
+    seed: int = 0,
+    name: str = "lengths",
+) -> Trace:
+    """Poisson arrivals whose lengths are drawn, in pairs, from a given set."""
+    count = max(1, int(rate_per_s * duration_s))
+    picks = np.random.default_rng(seed + 1).integers(0, len(prompts), count)
+    return Trace(
+        name=name,
+        arrival_s=poisson_arrivals(count, rate_per_s, seed),
+        prompt_tokens=prompts[picks],
+        output_tokens=np.maximum(1, outputs[picks]),
+    )
