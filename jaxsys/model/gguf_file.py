@@ -48,6 +48,9 @@ LLAMA3_SPLIT = (
 CONTROL, USER_DEFINED = 3, 4
 """`tokenizer.ggml.token_type` of tokens that are matched whole."""
 
+FAULTS = (ValueError, IndexError, KeyError, TypeError, OverflowError, struct.error)
+"""What the `gguf` package raises for a file that is damaged or something else."""
+
 
 class GgufFile:
     """One open GGUF file.
@@ -60,7 +63,7 @@ class GgufFile:
         self.path = path
         try:
             self._reader = gguf.GGUFReader(path)
-        except (ValueError, IndexError, KeyError, struct.error, OverflowError) as error:
+        except FAULTS as error:
             raise UsageError(
                 f"{path} is not a whole GGUF file ({error}); fetch it again or check the name"
             ) from error
@@ -75,7 +78,12 @@ class GgufFile:
     def field(self, name: str, default: Any = None) -> Any:
         """A metadata value, or `default` where the file has none."""
         field = self._reader.get_field(name)
-        return default if field is None else field.contents()
+        try:
+            return default if field is None else field.contents()
+        except FAULTS as error:
+            raise UsageError(
+                f"{self.path}: metadata {name!r} cannot be read ({error}); fetch the file again"
+            ) from error
 
     def config(self) -> LlamaConfig:
         """The configuration that the metadata describes."""
@@ -153,24 +161,21 @@ class GgufFile:
             backend.add_tokens(
                 [tokenizers.AddedToken(text, special=special, normalized=False) for text in added]
             )
-        bos = self.field("tokenizer.ggml.bos_token_id")
-        eos = self.field("tokenizer.ggml.eos_token_id")
+        bos, eos, eot, unknown, padding = (
+            self._token_id(name, len(tokens))
+            for name in ("bos", "eos", "eot", "unknown", "padding")
+        )
         if self.field("tokenizer.ggml.add_bos_token", False) and bos is not None:
             backend.post_processor = tokenizers.processors.TemplateProcessing(
                 single=f"{tokens[bos]} $A",
                 pair=f"{tokens[bos]} $A $B",
                 special_tokens=[(tokens[bos], bos)],
             )
-        ends = [eos, self.field("tokenizer.ggml.eot_token_id")]
+        ends = [eos, eot]
         ends += [i for i, token in enumerate(tokens) if token in END_OF_GENERATION]
         named = {
             f"{name}_token": tokens[index]
-            for name, index in (
-                ("bos", bos),
-                ("eos", eos),
-                ("unk", self.field("tokenizer.ggml.unknown_token_id")),
-                ("pad", self.field("tokenizer.ggml.padding_token_id")),
-            )
+            for name, index in (("bos", bos), ("eos", eos), ("unk", unknown), ("pad", padding))
             if index is not None
         }
         return Tokenizer(
@@ -180,6 +185,14 @@ class GgufFile:
             chat_template=self.field("tokenizer.chat_template"),
             special_tokens=named,
         )
+
+    def _token_id(self, name: str, count: int) -> int | None:
+        index = self.field(f"tokenizer.ggml.{name}_token_id")
+        if index is not None and not 0 <= index < count:
+            raise UsageError(
+                f"{self.path}: {name}_token_id={index} is outside the vocabulary of {count}"
+            )
+        return index
 
     def _need(self, name: str) -> Any:
         value = self.field(name)

@@ -30,12 +30,21 @@ MAX_HEADER_BYTES = 100_000_000
 """The format's own bound."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Entry:
+    """One tensor of a header: bytes [begin, end) after the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
 class SafetensorsFile:
     """One open file, its tensors read on demand from a memory map.
 
     Attributes:
         shapes: of every tensor, by name.
-        metadata: the free-form strings of the header.
 
     Raises:
         UsageError: on opening, if the file is cut short or its header makes no sense.
@@ -53,20 +62,17 @@ class SafetensorsFile:
                     "fetch it again"
                 )
             try:
-                header: dict[str, Any] = json.loads(file.read(length))
-                self.metadata: dict[str, str] = header.pop("__metadata__", {})
-                ends = [int(entry["data_offsets"][1]) for entry in header.values()]
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UsageError(f"{path} has no valid safetensors header ({error})") from error
+                self._entries = _parse_header(file.read(length))
+            except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+                raise UsageError(f"{path} has no valid safetensors header ({error!r})") from error
         self._start = 8 + length
-        needed = self._start + max(ends, default=0)
+        needed = self._start + max((entry.end for entry in self._entries.values()), default=0)
         if size < needed:
             raise UsageError(
                 f"{path} is cut short: {size} bytes where its header needs {needed}; fetch it again"
             )
-        self._header = header
-        self.shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
-        self._bytes = np.memmap(path, np.uint8, mode="r") if size else np.empty(0, np.uint8)
+        self.shapes = {name: entry.shape for name, entry in self._entries.items()}
+        self._bytes = np.memmap(path, np.uint8, mode="r")
 
     def read(self, name: str) -> np.ndarray:
         """A view of one tensor's bytes in the file; valid while it is held.
@@ -74,19 +80,34 @@ class SafetensorsFile:
         Raises:
             UsageError: if its dtype is no float type known here, or its size is not its shape's.
         """
-        entry = self._header[name]
-        if entry["dtype"] not in DTYPES:
+        entry = self._entries[name]
+        if entry.dtype not in DTYPES:
             raise UsageError(
-                f"{self.path}: tensor {name!r} is {entry['dtype']}; known: {', '.join(DTYPES)}"
+                f"{self.path}: tensor {name!r} is {entry.dtype}; known: {', '.join(DTYPES)}"
             )
-        dtype = DTYPES[entry["dtype"]]
-        begin, end = (self._start + int(offset) for offset in entry["data_offsets"])
-        if end - begin != math.prod(self.shapes[name]) * dtype.itemsize:
+        dtype = DTYPES[entry.dtype]
+        if entry.end - entry.begin != math.prod(entry.shape) * dtype.itemsize:
             raise UsageError(
-                f"{self.path}: tensor {name!r} has {end - begin} bytes, not those of "
-                f"{self.shapes[name]} {entry['dtype']}"
+                f"{self.path}: tensor {name!r} has {entry.end - entry.begin} bytes, not those of "
+                f"{entry.shape} {entry.dtype}"
             )
-        return self._bytes[begin:end].view(dtype).reshape(self.shapes[name])
+        # The format does not align tensors to their element size, so a view could be misaligned;
+        # numpy reads those rightly.
+        raw = self._bytes[self._start + entry.begin : self._start + entry.end]
+        return raw.view(dtype).reshape(entry.shape)
+
+
+def _parse_header(text: bytes) -> dict[str, _Entry]:
+    entries: dict[str, _Entry] = {}
+    for name, fields in json.loads(text).items():
+        if name == "__metadata__":
+            continue
+        begin, end = fields["data_offsets"]
+        shape = tuple(fields["shape"])
+        if not all(isinstance(number, int) and number >= 0 for number in (begin, end, *shape)):
+            raise ValueError(f"tensor {name!r} has shape {shape} at {begin}:{end}")
+        entries[name] = _Entry(dtype=str(fields["dtype"]), shape=shape, begin=begin, end=end)
+    return entries
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

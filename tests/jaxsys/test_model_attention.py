@@ -1,6 +1,7 @@
 """Attention against plain numpy, and the choice of kernel on devices this machine lacks."""
 
 import types
+from typing import Any
 
 import beartype
 import jax
@@ -72,7 +73,7 @@ def plain(q, k, v, allowed):
     return out
 
 
-def random_heads(length, keys, seed=0):
+def random_heads(length, keys, seed=0) -> Any:  # numpy here, a jax.Array to attend
     generator = np.random.default_rng(seed)
     return (
         generator.normal(size=(2, length, 4, 8)).astype(np.float32),

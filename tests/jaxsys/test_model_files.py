@@ -52,6 +52,7 @@ def test_round_trip_is_exact(tmp_path, config, dtype, max_shard_bytes):
     assert loaded.config == config
     assert_equal_bits(loaded.parameters, weights)
     assert loaded.source == str(tmp_path / "model")
+    assert loaded.tokenizer is not None
     assert loaded.tokenizer.encode("é<|im_end|>") == [0xC3, 0xA9, 258]
     assert loaded.tokenizer.eos_ids == (256, 258)
     assert loaded.chat_template == ByteTokenizer().chat_template
@@ -164,7 +165,15 @@ def test_truncated_weights(folder, kept):
 
 def test_header_of_nonsense(folder):
     path = folder / "model.safetensors"
-    for header in (b"[1, 2]", b"{]", b'{"a": {"dtype": "F32"}}', b"\xff" * 10):
+    for header in (
+        b"[1, 2]",
+        b"{]",
+        b"\xff" * 10,
+        b'{"a": {"dtype": "F32", "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}',
+        b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}',
+        b'{"a": {"shape": [1], "data_offsets": [0, 4]}}',
+    ):
         path.write_bytes(struct.pack("<Q", len(header)) + header)
         with pytest.raises(UsageError, match="model.safetensors has no valid safetensors header"):
             load(folder)
@@ -297,7 +306,7 @@ def write_gguf(path, config, weights, quantisation=gguf.GGMLQuantizationType.F32
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     tokenizer = ByteTokenizer()
-    tokens = [tokenizer.backend.id_to_token(index) for index in range(tokenizer.vocab_size)]
+    tokens = [str(tokenizer.backend.id_to_token(i)) for i in range(tokenizer.vocab_size)]
     tokens[260] = "ab"
     writer.add_tokenizer_model(changes.pop("tokenizer_model", "gpt2"))
     writer.add_tokenizer_pre(changes.pop("tokenizer_pre", "smollm"))
@@ -344,6 +353,7 @@ def test_gguf_is_read_exactly(tmp_path, config):
     loaded = load(write_gguf(tmp_path / "m.gguf", config, weights))
     assert loaded.config == config
     assert_equal_bits(loaded.parameters, weights)
+    assert loaded.tokenizer is not None
     assert loaded.tokenizer.encode("hi<|im_end|>") == [256, 104, 105, 258]
     assert loaded.tokenizer.encode("cab", add_special=False) == [99, 260]
     assert loaded.tokenizer.encode("hi", add_special=False) == [104, 105]
@@ -427,6 +437,21 @@ def test_truncated_gguf(tmp_path):
             load(path)
     path.write_bytes(b"PK" + content[2:])
     with pytest.raises(UsageError, match="m.gguf is not a whole GGUF file"):
+        load(path)
+
+
+def test_damaged_gguf_metadata(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", UNTIED, initial_parameters(UNTIED))
+    content = path.read_bytes()
+    assert content.count(b"gpt2") == 1
+    path.write_bytes(content.replace(b"gpt2", b"gp\xff2"))
+    with pytest.raises(UsageError, match="metadata 'tokenizer.ggml.model' cannot be read"):
+        load(path)
+    bos = b"tokenizer.ggml.bos_token_id" + struct.pack("<I", 4)
+    assert content.count(bos) == 1
+    at = content.index(bos) + len(bos)
+    path.write_bytes(content[:at] + struct.pack("<I", 999) + content[at + 4 :])
+    with pytest.raises(UsageError, match="bos_token_id=999 is outside the vocabulary of 264"):
         load(path)
 
 

@@ -81,7 +81,7 @@ def test_compiled_step_never_holds_all_logits():
             lambda edge, x: head_loss(config, edge, x, targets, chunk_tokens=chunk)[0],
             argnums=(0, 1),
         )
-        return jax.jit(step).lower(edge, x).compile().as_text()
+        return str(jax.jit(step).lower(edge, x).compile().as_text())
 
     assert "[256,1000]" in compiled(256)
     text = compiled(32)
