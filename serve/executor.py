@@ -34,6 +34,9 @@ from jaxsys.serve.sampling import (
 )
 from jaxsys.serve.scheduler import Iteration, SchedulerConfig
 
+COPIES = 8
+"""Pages copied in one call."""
+
 
 class TokenLogprobs(NamedTuple):
     """Log-probabilities beside one chosen token."""
@@ -115,6 +118,7 @@ class JaxExecutor:
         self.shapes = ExecutorConfig.for_scheduler(scheduler) if shapes is None else shapes
         self.page_count, self.page_size = scheduler.page_count, scheduler.page_size
         self.slots = scheduler.max_batch
+        self.role = scheduler.role
         self.compiled_steps = 0
         self._placement = placement
         self._cache_placement = cache_placement or placement
@@ -209,35 +213,40 @@ class JaxExecutor:
     # --- compilation --------------------------------------------------------------------------
 
     def essential_steps(self) -> list[tuple]:
-        """Keys of the steps without which nothing can be served: the largest of each kind."""
+        """Keys of the steps without which the role cannot serve: the largest of each kind."""
         shapes = self.shapes
         batch, table = shapes.decode_buckets[-1], shapes.table_buckets[-1]
-        keys: list[tuple] = [
-            ("decode", batch, table),
-            ("prefill", shapes.piece_buckets[-1], table),
-            ("set_last",),
-        ]
-        for needs in (SamplingNeeds(), SamplingNeeds(random=True, cut=True)):
-            keys += [("sample", batch, needs), ("sample", 1, needs)]
+        keys: list[tuple] = []
+        kinds = (SamplingNeeds(), SamplingNeeds(random=True, cut=True))
+        if self.role != "decode":
+            keys.append(("prefill", shapes.piece_buckets[-1], table))
+            keys += [("sample", 1, needs) for needs in kinds]
+        if self.role != "prefill":
+            keys.append(("decode", batch, table))
+            keys += [("sample", batch, needs) for needs in kinds]
         return keys
 
     def other_steps(self) -> list[tuple]:
         """Keys of the steps that make serving faster, the most used first."""
         shapes = self.shapes
-        keys: list[tuple] = []
-        for table in shapes.table_buckets:
-            keys += [("prefill", piece, table) for piece in shapes.piece_buckets]
-            keys += [("decode", batch, table) for batch in shapes.decode_buckets]
+        pieces = [("prefill", p, t) for t in shapes.table_buckets for p in shapes.piece_buckets]
+        batches = [("decode", b, t) for t in shapes.table_buckets for b in shapes.decode_buckets]
+        hand_over = [("extract", table) for table in shapes.table_buckets]
+        take_up = [("insert", table) for table in shapes.table_buckets]
         kinds = (
             SamplingNeeds(),
             SamplingNeeds(random=True, cut=True),
             SamplingNeeds(random=True),
         )
-        for batch in shapes.decode_buckets:
-            keys += [("sample", batch, needs) for needs in kinds]
-        for table in shapes.table_buckets:
-            keys += [("extract", table), ("insert", table)]
-        keys.append(("copy", 8))
+        keys: list[tuple] = []
+        if self.role == "prefill":
+            keys += [*hand_over, *pieces, ("copy", COPIES)]
+            rows: tuple[int, ...] = (1,)
+        else:
+            keys += [*batches, *(take_up if self.role == "decode" else ()), ("set_last",)]
+            keys += [*pieces, ("copy", COPIES)]
+            rows = shapes.decode_buckets
+        keys = [*(("sample", batch, needs) for needs in kinds for batch in rows), *keys]
         essential = self.essential_steps()
         return [key for key in keys if key not in essential]
 
@@ -403,12 +412,13 @@ class JaxExecutor:
         )
 
     def _copy(self, copies: Sequence[tuple[int, int]]) -> None:
-        for start in range(0, len(copies), 8):
-            part = copies[start : start + 8]
-            sources, targets = np.zeros(8, np.int32), np.full(8, self.page_count, np.int32)
+        for start in range(0, len(copies), COPIES):
+            part = copies[start : start + COPIES]
+            sources = np.zeros(COPIES, np.int32)
+            targets = np.full(COPIES, self.page_count, np.int32)
             sources[: len(part)] = [source for source, _ in part]
             targets[: len(part)] = [target for _, target in part]
-            self._cache = self._step("copy", 8)(self._cache, sources, targets)
+            self._cache = self._step("copy", COPIES)(self._cache, sources, targets)
 
     def _padded(self, pages: Sequence[int], *, fill: int) -> np.ndarray:
         size = next(size for size in self.shapes.table_buckets if size >= len(pages))

@@ -1,0 +1,260 @@
+"""`jaxsys serve`: a model behind an OpenAI-compatible API."""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import logging
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+import fastapi
+import jax
+import jax.numpy as jnp
+import uvicorn
+
+from jaxsys.errors import UsageError
+from jaxsys.model import LlamaConfig, LoadedModel, default_model_path, load
+from jaxsys.serve.api import ApiConfig, create_app
+from jaxsys.serve.deployment import (
+    DeploymentConfig,
+    build_engine,
+    choose_devices,
+    compile_ahead,
+    compile_rest,
+)
+from jaxsys.serve.ecofreq import SimulatedGovernor
+from jaxsys.serve.engine import Engine
+from jaxsys.serve.gpu_model import GPUS, ServedShape, SimulatedGpu, gpu_spec, shape_from_sizes
+from jaxsys.serve.hooks import Governor, NoGovernor
+from jaxsys.serve.metrics import Metrics
+from jaxsys.serve.slo import SharedSlo, Slo
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def main(argv: Sequence[str], prog: str) -> int:
+    """Serves until SIGTERM or SIGINT."""
+    arguments = _parser(prog).parse_args(argv)
+    config = DeploymentConfig(
+        prefill=arguments.prefill,
+        decode=arguments.decode,
+        max_batch=arguments.max_batch,
+        max_length=arguments.max_length,
+        max_prefill_tokens=arguments.max_prefill_tokens,
+        page_size=arguments.page_size,
+        page_count=arguments.pages,
+        max_requests=arguments.max_requests,
+    )
+    slo = SharedSlo(Slo(ttft_s=arguments.ttft_slo, itl_s=arguments.itl_slo))
+    api_keys = _read_keys(arguments.api_key_file)
+    listener = _bind(arguments.host, arguments.port)
+    with contextlib.closing(listener):
+        _log_to_stderr(as_json=arguments.log == "json")
+        if arguments.compilation_cache is not None:
+            jax.config.update("jax_compilation_cache_dir", str(arguments.compilation_cache))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        # Before anything starts JAX: a host without accelerator is divided.
+        devices = choose_devices(len(config.roles))
+        on_cpu = devices[0].platform == "cpu"
+        dtype = arguments.dtype or ("float32" if on_cpu else "bfloat16")
+        path = default_model_path() if arguments.model is None else arguments.model
+        started_s = time.monotonic()
+        model = load(path, DTYPES[dtype])
+        if model.tokenizer is None:
+            raise UsageError(f"{path} has no tokenizer.json; add the one the model came with")
+        engine = build_engine(
+            model,
+            config,
+            devices=devices,
+            governors=lambda name: _governor(arguments.gpu, model, slo),
+        )
+        compile_ahead(engine)
+        name = arguments.model_name or _name(path)
+        print(
+            f"{name} ({model.config.parameter_count() / 1e6:.0f}M, {dtype}) on "
+            f"{devices[0].device_kind}: {_describe(config)}; "
+            f"ready in {time.monotonic() - started_s:.1f} s",
+            file=sys.stderr,
+        )
+        metrics = Metrics(engine)
+        engine.on_token = metrics.on_token
+        metrics.watch()
+        app = create_app(
+            engine,
+            model.tokenizer,
+            ApiConfig(model_name=name, max_length=config.max_length, api_keys=api_keys),
+            metrics,
+        )
+        host, port = listener.getsockname()[:2]
+        print(
+            f"serving on http://{host}:{port}/v1 (also /health, /metrics, /docs); "
+            f"energy is {engine.instances[0].energy_method}",
+            file=sys.stderr,
+            flush=True,
+        )
+        _serve(app, engine, listener, drain_s=arguments.drain)
+    return 0
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Serve a model over an OpenAI-compatible API.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", type=Path, help="folder or .gguf file; SmolLM2-135M-Instruct if not given")
+    add("--model-name", help="name in the API; the file's or folder's if not given")
+    add("--dtype", choices=DTYPES, help="of the weights; float32 on CPU, else bfloat16")
+    add("--host", default="127.0.0.1", help="address to listen on")
+    add("--port", type=int, default=8000, help="port to listen on; 0 takes a free one")
+    add("--prefill", type=int, default=1, help="prefill instances")
+    add("--decode", type=int, default=1, help="decode instances; 0: the prefill ones do both")
+    add("--max-batch", type=int, default=16, help="requests an instance works on at once")
+    add("--max-length", type=int, default=2048, help="tokens of a request, prompt and output")
+    add("--max-prefill-tokens", type=int, default=256, help="prompt tokens an iteration computes")
+    add("--page-size", type=int, default=16, help="tokens a page of the cache holds")
+    add("--pages", type=int, help="pages of each instance; what the device has if not given")
+    add("--max-requests", type=int, default=256, help="requests taken before answering 429")
+    add("--gpu", choices=[*GPUS, "none"], default="h100", help="GPU to model clock and energy of")
+    add("--ttft-slo", type=float, default=0.6, help="seconds to the first token to aim for")
+    add("--itl-slo", type=float, default=0.06, help="seconds between tokens to aim for")
+    add("--api-key-file", type=Path, help="file with one key a line; without it all are let in")
+    add("--drain", type=float, default=30.0, help="seconds to finish requests after SIGTERM")
+    add("--log", choices=("text", "json"), default="text", help="form of the log on stderr")
+    add("--compilation-cache", type=Path, help="folder that keeps compiled steps between runs")
+    return parser
+
+
+def _governor(gpu: str, model: LoadedModel, slo: SharedSlo) -> Governor:
+    if gpu == "none":
+        return NoGovernor()
+    return SimulatedGovernor(SimulatedGpu(gpu_spec(gpu), _shape(model.config)), slo)
+
+
+def _shape(config: LlamaConfig) -> ServedShape:
+    return shape_from_sizes(
+        name="served model",
+        parameters=config.parameter_count(),
+        layers=config.num_layers,
+        hidden=config.hidden_size,
+        kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+    )
+
+
+def _serve(app: fastapi.FastAPI, engine: Engine, listener: socket.socket, drain_s: float) -> None:
+    @contextlib.asynccontextmanager
+    async def lifespan(_: fastapi.FastAPI) -> AsyncIterator[None]:
+        await engine.start()
+        compile_rest(engine)
+        yield
+        ended = await engine.drain(0.0)
+        if ended:
+            logging.getLogger(__name__).warning("ended unfinished requests: %d", ended)
+
+    app.router.lifespan_context = lifespan
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="on",
+            # uvicorn stops listening at SIGTERM and waits this long for open requests.
+            timeout_graceful_shutdown=max(1, round(drain_s)),
+        )
+    )
+    asyncio.run(server.serve(sockets=[listener]))
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    if not 0 <= port <= 65535:
+        raise UsageError(f"port={port} must be from 0 (any free one) to 65535")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise UsageError(f"host={host!r} is no address of this machine: {error.strerror}") from None
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise UsageError(
+            f"cannot listen on {host}:{port}: {error.strerror}; stop what uses it or choose "
+            f"another --port (0 takes a free one)"
+        ) from None
+    return listener
+
+
+def _read_keys(path: Path | None) -> frozenset[str]:
+    if path is None:
+        return frozenset()
+    try:
+        keys = frozenset(line.strip() for line in path.read_text().splitlines() if line.strip())
+    except OSError as error:
+        raise UsageError(f"--api-key-file {path}: {error.strerror}") from None
+    if not keys:
+        raise UsageError(f"--api-key-file {path} holds no key; write one a line")
+    return keys
+
+
+def _name(path: Path) -> str:
+    return path.stem if path.suffix == ".gguf" else path.name
+
+
+def _describe(config: DeploymentConfig) -> str:
+    if config.decode == 0:
+        return f"{config.prefill} instance(s) for prefill and decode"
+    return f"{config.prefill} prefill and {config.decode} decode instance(s)"
+
+
+class _JsonFormatter(logging.Formatter):
+    """One JSON object a line, with the record's extra fields."""
+
+    _usual = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
+
+    def format(self, record: logging.LogRecord) -> str:
+        body = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+            + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        body |= {k: v for k, v in vars(record).items() if k not in self._usual}
+        if record.exc_info:
+            body["exception"] = self.formatException(record.exc_info)
+        return json.dumps(body, default=str)
+
+
+class _TextFormatter(logging.Formatter):
+    """Time, level, message, then extra fields as name=value."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = (
+            f"{time.strftime('%H:%M:%S', time.localtime(record.created))} "
+            f"{record.levelname.lower()} {record.getMessage()}"
+        )
+        extra = {k: v for k, v in vars(record).items() if k not in _JsonFormatter._usual}
+        if extra:
+            line += " " + " ".join(f"{k}={v}" for k, v in extra.items())
+        if record.exc_info:
+            line += "\n" + self.formatException(record.exc_info)
+        return line
+
+
+def _log_to_stderr(*, as_json: bool) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(_JsonFormatter() if as_json else _TextFormatter())
+    for name in ("jaxsys", "uvicorn"):
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.setLevel(logging.INFO if name == "jaxsys" else logging.WARNING)
+        logger.propagate = False

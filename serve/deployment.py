@@ -1,0 +1,203 @@
+"""From a loaded model and a few numbers to an engine: devices, page pools, instances, governors."""
+
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from jaxsys.errors import UsageError
+from jaxsys.mesh import request_devices
+from jaxsys.model import LoadedModel
+from jaxsys.serve import paged_model
+from jaxsys.serve.clock import WallClock
+from jaxsys.serve.engine import Engine
+from jaxsys.serve.executor import JaxExecutor
+from jaxsys.serve.hooks import Governor, NoGovernor, Router
+from jaxsys.serve.instance import Instance
+from jaxsys.serve.scheduler import Role, Scheduler, SchedulerConfig
+
+logger = logging.getLogger(__name__)
+
+CACHE_SHARE = 0.85
+"""Share of an accelerator's memory left after the weights that pages may take; the rest is for
+the steps' own buffers."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DeploymentConfig:
+    """What runs where."""
+
+    prefill: int = 1
+    decode: int = 1
+    """Decode instances; with 0 the `prefill` ones do both."""
+    max_batch: int = 16
+    max_length: int = 2048
+    max_prefill_tokens: int = 256
+    page_size: int = 16
+    page_count: int | None = None
+    """Pages of each instance; None takes what the device has, on CPU four times `max_length`."""
+    prefix_caching: bool = True
+    max_requests: int = 256
+
+    def __post_init__(self) -> None:
+        if self.prefill < 1:
+            raise UsageError(f"prefill={self.prefill} must be at least 1")
+        if self.decode < 0:
+            raise UsageError(f"decode={self.decode} must be 0 (instances do both) or more")
+        if self.max_requests < 1:
+            raise UsageError(f"max_requests={self.max_requests} must be at least 1")
+
+    @property
+    def roles(self) -> list[Role]:
+        """Roles of the instances in order."""
+        if self.decode == 0:
+            return ["both" for _ in range(self.prefill)]
+        return [
+            *("prefill" for _ in range(self.prefill)),
+            *("decode" for _ in range(self.decode)),
+        ]
+
+
+def build_engine(
+    model: LoadedModel,
+    config: DeploymentConfig,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    governors: Callable[[str], Governor] | None = None,
+    prefill_router: Router | None = None,
+    decode_router: Router | None = None,
+) -> Engine:
+    """An engine over as many devices as there are instances (or as exist), not yet started.
+
+    Args:
+        devices: one an instance, as `choose_devices` gives them.
+        governors: makes the governor of the instance with a given name.
+    """
+    roles = config.roles
+    if devices is None:
+        devices = choose_devices(len(roles))
+    weights: dict[jax.Device, paged_model.ServingParameters] = {}
+    engine = Engine(
+        clock=WallClock(),
+        max_requests=config.max_requests,
+        prefill_router=prefill_router,
+        decode_router=decode_router,
+    )
+    split = paged_model.split_layers(model.parameters)
+    instances: list[Instance] = []
+    numbers: dict[Role, int] = {}
+    for role, device in zip(roles, devices, strict=True):
+        place = jax.sharding.SingleDeviceSharding(device)
+        if device not in weights:
+            weights[device] = jax.device_put(split, place)
+        number = numbers[role] = numbers.get(role, -1) + 1
+        name = f"{'instance' if role == 'both' else role}-{number}"
+        sharing = sum(other == device for other in devices)
+        scheduler = _scheduler_config(model, config, role, device, sharing)
+        executor = JaxExecutor(model.config, weights[device], scheduler, placement=place)
+        instances.append(
+            Instance(
+                name,
+                Scheduler(scheduler),
+                executor,
+                governor=NoGovernor() if governors is None else governors(name),
+                clock=engine.clock,
+                sink=engine.sink(name),
+            )
+        )
+    entries = [one for one, role in zip(instances, roles, strict=True) if role != "decode"]
+    engine.add_instances(entries, instances[len(entries) :])
+    return engine
+
+
+def choose_devices(count: int) -> list[jax.Device]:
+    """A device for each instance; GPUs are shared in turn where there are too few.
+
+    On CPU every instance gets a virtual device of its own, if JAX has not started yet.
+    """
+    try:
+        return request_devices(count)
+    except UsageError:
+        present = jax.devices()
+        if present[0].platform == "cpu":
+            raise
+    return [present[index % len(present)] for index in range(count)]
+
+
+def compile_ahead(engine: Engine, *, everything: bool = False) -> None:
+    """Compiles what serving cannot do without, or every step there is; instances in parallel."""
+    work = [
+        (instance, [*executor.essential_steps(), *(executor.other_steps() if everything else ())])
+        for instance in engine.instances
+        if isinstance(executor := instance.executor, JaxExecutor)
+    ]
+    threads = [threading.Thread(target=_compile, args=item) for item in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def compile_rest(engine: Engine) -> threading.Thread:
+    """Compiles the other steps in the background, while the server already serves."""
+
+    def run() -> None:
+        started_s = time.monotonic()
+        for instance in engine.instances:
+            if isinstance(instance.executor, JaxExecutor):
+                _compile(instance, instance.executor.other_steps())
+        logger.info("compiled", extra={"seconds": round(time.monotonic() - started_s, 1)})
+
+    thread = threading.Thread(target=run, name="compile", daemon=True)
+    thread.start()
+    return thread
+
+
+def _compile(instance: Instance, keys: Sequence[tuple]) -> None:
+    executor = instance.executor
+    assert isinstance(executor, JaxExecutor)
+    for key in keys:
+        executor.compile(key)
+
+
+def _scheduler_config(
+    model: LoadedModel, config: DeploymentConfig, role: Role, device: jax.Device, sharing: int
+) -> SchedulerConfig:
+    shape = model.config
+    if config.max_length > shape.max_positions:
+        raise UsageError(
+            f"max_length={config.max_length} exceeds the model's {shape.max_positions} positions; "
+            f"use {shape.max_positions} or less"
+        )
+    page_count = config.page_count
+    if page_count is None:
+        page_count = 4 * -(-config.max_length // config.page_size)
+        stats = device.memory_stats() if device.platform != "cpu" else None
+        if stats:
+            itemsize = np.dtype(jax.tree.leaves(model.parameters)[0].dtype).itemsize
+            token_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * itemsize
+            free_bytes = (stats["bytes_limit"] - stats["bytes_in_use"]) * CACHE_SHARE / sharing
+            page_count = int(free_bytes) // (token_bytes * config.page_size)
+            if page_count * config.page_size < config.max_length:
+                raise UsageError(
+                    f"{free_bytes / 2**30:.1f} GiB for pages hold "
+                    f"{page_count * config.page_size} tokens, below max_length="
+                    f"{config.max_length}; lower it or use fewer instances a device"
+                )
+    buckets = [1]
+    while buckets[-1] < config.max_batch:
+        buckets.append(min(2 * buckets[-1], config.max_batch))
+    return SchedulerConfig(
+        page_count=page_count,
+        page_size=config.page_size,
+        max_batch=config.max_batch,
+        max_prefill_tokens=config.max_prefill_tokens,
+        max_length=config.max_length,
+        decode_buckets=tuple(buckets),
+        role=role,
+        prefix_caching=config.prefix_caching,
+    )

@@ -1,0 +1,299 @@
+"""One serving instance: a thread that plans, dispatches and completes iterations in turn.
+
+While iteration n runs on the device, the loop plans and dispatches n+1; only then does it wait for
+n's tokens. Everything an instance owns (scheduler, executor, governor) is touched by its thread
+alone: others `post` a function to be called there between iterations.
+"""
+
+import collections
+import dataclasses
+import logging
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from jaxsys.serve.clock import Clock
+from jaxsys.serve.executor import Executor, TokenLogprobs
+from jaxsys.serve.hooks import Governor
+from jaxsys.serve.requests import FinishReason, Request
+from jaxsys.serve.scheduler import Completion, Iteration, Scheduler
+
+logger = logging.getLogger(__name__)
+
+IDLE_LOOK_S = 0.25
+"""How often an idle instance looks up, so that idle energy and the idle clock are kept current."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One more token of a request, or its end, or both."""
+
+    request: Request
+    token: int | None
+    logprobs: TokenLogprobs | None
+    finish_reason: FinishReason | None
+    time_s: float
+    message: str = ""
+    """What went wrong, where `finish_reason` is "error"."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceLoad:
+    """What an instance last said of itself; read by routers and gauges on other threads."""
+
+    batch: int = 0
+    kv_tokens: int = 0
+    waiting: int = 0
+    waiting_tokens: int = 0
+    pages_held: int = 0
+    preemptions: int = 0
+    iterations: int = 0
+    energy_j: float | None = None
+    """As the governor reads it; None where nothing does."""
+    energy_at_max_j: float | None = None
+    """What the same work would have taken at the maximum clock, where the governor models it."""
+
+
+class Transfer(Protocol):
+    """An instance's part in handing requests over; called on the instance's thread."""
+
+    def planned(self, iteration: Iteration) -> None:
+        """An iteration was dispatched."""
+        ...
+
+    def completed(self, completion: Completion) -> None:
+        """An iteration's tokens are known."""
+        ...
+
+    def between(self) -> None:
+        """Between iterations."""
+        ...
+
+    def aborted(self, request: Request) -> None:
+        """A request of this instance is about to be ended from outside."""
+        ...
+
+
+class Instance:
+    """A scheduler, an executor and a governor on a thread of their own."""
+
+    def __init__(
+        self,
+        name: str,
+        scheduler: Scheduler,
+        executor: Executor,
+        *,
+        governor: Governor,
+        clock: Clock,
+        sink: Callable[[Sequence[TokenEvent]], None],
+    ):
+        """
+        Args:
+            sink: receives the events of each iteration, on the instance's thread.
+        """
+        self.name = name
+        self.scheduler = scheduler
+        self.executor = executor
+        self.governor = governor
+        self.clock = clock
+        self.sink = sink
+        self.transfer: Transfer | None = None
+        self.requests: dict[str | int, Request] = {}
+        """Requests known here that have not ended."""
+        self.load = InstanceLoad()
+        self.in_flight = 0
+        """Requests a router has sent here that have not ended; counted by the router's owner."""
+        self.failure: BaseException | None = None
+        self.on_iteration: Callable[[Iteration, float], None] | None = None
+        """Told of each completed iteration and its latency in seconds, for gauges."""
+        self.energy_method: str = getattr(governor, "method", "none: nothing reads energy")
+        self._energy_j: Callable[[], float | None] = getattr(governor, "energy_j", lambda: None)
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._main, name=name, daemon=True)
+
+    # --- from any thread ----------------------------------------------------------------------
+
+    @property
+    def batch(self) -> int:
+        return self.load.batch
+
+    @property
+    def kv_tokens(self) -> int:
+        return self.load.kv_tokens
+
+    @property
+    def waiting_tokens(self) -> int:
+        return self.load.waiting_tokens
+
+    @property
+    def clock_mhz(self) -> float | None:
+        """The clock the governor last asked for; None where none is governed."""
+        return getattr(self.governor, "clock_mhz", None)
+
+    def adjust_in_flight(self, change: int) -> None:
+        """Adds to `in_flight`; several threads do."""
+        with self._lock:
+            self.in_flight += change
+
+    def start(self) -> None:
+        """Starts the loop."""
+        self._thread.start()
+
+    def post(self, function: Callable[[], None]) -> None:
+        """Has `function` called on the instance's thread."""
+        self._inbox.put(function)
+
+    def submit(self, request: Request) -> None:
+        """Takes up a new request."""
+        self.post(lambda: self._add(request))
+
+    def abort(self, request_id: str | int, reason: FinishReason = "abort") -> None:
+        """Ends a request in whatever state it is; nothing happens if it is not here (any more)."""
+        self.post(lambda: self.abort_now(request_id, reason))
+
+    def stop(self, timeout_s: float | None = None) -> bool:
+        """Ends the loop after the iterations in flight; True once the thread is gone."""
+        self.post(self._stop_now)
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    # --- on the instance's thread -------------------------------------------------------------
+
+    def abort_now(
+        self, request_id: str | int, reason: FinishReason = "abort", message: str = ""
+    ) -> None:
+        """`abort`, for callers on the instance's thread."""
+        request = self.requests.pop(request_id, None)
+        if request is None:
+            return
+        if self.transfer is not None:
+            self.transfer.aborted(request)
+        now_s = self.clock.now_s()
+        self.scheduler.abort(request, now_s, reason)
+        self.sink([TokenEvent(request, None, None, reason, now_s, message)])
+
+    def _add(self, request: Request) -> None:
+        try:
+            self.scheduler.add(request)
+        except ValueError as error:
+            now_s = self.clock.now_s()
+            self.sink([TokenEvent(request, None, None, "error", now_s, str(error))])
+            return
+        self.requests[request.request_id] = request
+
+    def _stop_now(self) -> None:
+        self._stopping = True
+
+    def _main(self) -> None:
+        try:
+            self._loop()
+        except BaseException as error:
+            self.failure = error
+            logger.exception("instance failed", extra={"instance": self.name})
+            self._fail_everything(f"instance {self.name} failed: {error}")
+
+    def _loop(self) -> None:
+        scheduler, executor, clock = self.scheduler, self.executor, self.clock
+        in_flight: collections.deque[tuple[Iteration, Any, float]] = collections.deque()
+        self._ended_s = clock.now_s()
+        while True:
+            self._read_inbox(wait=not in_flight and scheduler.idle)
+            if self._stopping and not in_flight:
+                return
+            if self.transfer is not None:
+                self.transfer.between()
+            now_s = clock.now_s()
+            iteration = None if self._stopping else scheduler.next_iteration(now_s)
+            if iteration is not None:
+                queued = scheduler.waiting or scheduler.incoming
+                self.governor.before_iteration(iteration, queued, now_s)
+                in_flight.append((iteration, executor.dispatch(iteration), clock.now_s()))
+                if self.transfer is not None:
+                    self.transfer.planned(iteration)
+            if in_flight and (iteration is None or len(in_flight) == 2):
+                self._complete(*in_flight.popleft())
+            self._publish(iteration)
+
+    def _complete(self, iteration: Iteration, handle: Any, dispatched_s: float) -> None:
+        outcome = self.executor.collect(handle)
+        now_s = self.clock.now_s()
+        # The device works in order: it could start when the iteration before had ended.
+        latency_s = now_s - max(dispatched_s, self._ended_s)
+        self._ended_s = now_s
+        completion = self.scheduler.complete(iteration, now_s, outcome.tokens)
+        self.governor.after_iteration(iteration, latency_s, now_s)
+        if self.on_iteration is not None:
+            self.on_iteration(iteration, latency_s)
+        if completion.emitted:
+            self._emit(iteration, outcome.logprobs, completion, now_s)
+        if self.transfer is not None:
+            self.transfer.completed(completion)
+
+    def _emit(
+        self,
+        iteration: Iteration,
+        logprobs: list[TokenLogprobs | None] | None,
+        completion: Completion,
+        now_s: float,
+    ) -> None:
+        beside: dict[int, TokenLogprobs | None] = {}
+        if logprobs is not None:
+            for request, entry in zip(iteration.sampling, logprobs, strict=True):
+                beside[id(request)] = entry
+        events = [
+            TokenEvent(
+                request,
+                request.output_tokens[-1],
+                beside.get(id(request)),
+                request.finish_reason,
+                now_s,
+            )
+            for request in completion.emitted
+        ]
+        for request in completion.finished:
+            self.requests.pop(request.request_id, None)
+        self.sink(events)
+
+    def _read_inbox(self, *, wait: bool) -> None:
+        inbox = self._inbox
+        if wait:
+            while True:
+                self._publish(None)
+                try:
+                    inbox.get(timeout=IDLE_LOOK_S)()
+                    break
+                except queue.Empty:
+                    continue
+        while not inbox.empty():
+            inbox.get()()
+
+    def _publish(self, iteration: Iteration | None) -> None:
+        scheduler = self.scheduler
+        self.load = InstanceLoad(
+            batch=len(scheduler.running),
+            kv_tokens=scheduler.kv_tokens if iteration is None else iteration.kv_tokens,
+            waiting=len(scheduler.waiting) + len(scheduler.incoming),
+            waiting_tokens=scheduler.waiting_tokens,
+            pages_held=scheduler.allocator.held,
+            preemptions=scheduler.preemptions,
+            iterations=scheduler.iterations,
+            energy_j=self._energy_j(),
+            energy_at_max_j=getattr(self.governor, "energy_at_max_j", None),
+        )
+
+    def _fail_everything(self, message: str) -> None:
+        now_s = self.clock.now_s()
+        # The loop is gone: whatever arrives later is answered with the failure too.
+        while True:
+            for request in list(self.requests.values()):
+                if self.transfer is not None:
+                    self.transfer.aborted(request)
+                self.scheduler.abort(request, now_s, "error")
+                self.sink([TokenEvent(request, None, None, "error", now_s, message)])
+            self.requests.clear()
+            if self._stopping:
+                return
+            self._inbox.get()()

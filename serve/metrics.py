@@ -1,0 +1,159 @@
+"""What the server counts, in Prometheus form.
+
+Latencies are taken where tokens reach the host: TTFT from arrival at the server to the first token,
+ITL between consecutive tokens of a request. Energy is what each instance's governor reads, by the
+method it states; a request's share of an iteration is by the tokens computed for it, and is absent
+where nothing reads energy.
+"""
+
+from collections.abc import Iterable
+
+import prometheus_client
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector, CollectorRegistry
+
+from jaxsys.serve.engine import Engine
+from jaxsys.serve.instance import TokenEvent
+from jaxsys.serve.requests import Request
+from jaxsys.serve.scheduler import Iteration
+
+# Seconds: fine around the 10-60 ms that decode SLOs ask for and the 0.2-2 s of TTFT.
+ITL_BUCKETS = (0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.045, 0.06, 0.08, 0.1, 0.15, 0.25, 0.5, 1, 2)
+TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1, 1.5, 2, 3, 5, 10, 30)
+REQUEST_BUCKETS = (0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300)
+ENERGY_BUCKETS = (0.01, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)
+
+
+class Metrics:
+    """Counters of one server, in a registry of their own."""
+
+    def __init__(self, engine: Engine):
+        self.registry = CollectorRegistry()
+        self.engine = engine
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...], labels: tuple = ()):
+            return prometheus_client.Histogram(
+                name, text, labels, buckets=buckets, registry=self.registry
+            )
+
+        def counter(name: str, text: str, labels: tuple = ()):
+            return prometheus_client.Counter(name, text, labels, registry=self.registry)
+
+        self.ttft = histogram("jaxsys_ttft_seconds", "Arrival to first token.", TTFT_BUCKETS)
+        self.itl = histogram("jaxsys_itl_seconds", "Between tokens of a request.", ITL_BUCKETS)
+        self.latency = histogram(
+            "jaxsys_request_seconds", "Arrival to last token.", REQUEST_BUCKETS
+        )
+        self.iteration = histogram(
+            "jaxsys_iteration_seconds", "One iteration on the device.", ITL_BUCKETS, ("instance",)
+        )
+        self.request_energy = histogram(
+            "jaxsys_request_energy_joules", "Energy attributed to a request.", ENERGY_BUCKETS
+        )
+        self.token_energy = histogram(
+            "jaxsys_output_token_energy_joules",
+            "A request's energy over its output tokens.",
+            tuple(value / 100 for value in ENERGY_BUCKETS),
+        )
+        self.requests = counter("jaxsys_requests", "Requests that ended.", ("finish_reason",))
+        self.refused = counter("jaxsys_requests_refused", "Requests refused.", ("status",))
+        self.prompt_tokens = counter("jaxsys_prompt_tokens", "Prompt tokens of ended requests.")
+        self.cached_tokens = counter("jaxsys_cached_tokens", "Of these, found in the prefix cache.")
+        self.output_tokens = counter("jaxsys_output_tokens", "Tokens generated.")
+        self.registry.register(_EngineCollector(engine))
+
+    def on_token(self, request: Request, event: TokenEvent) -> None:
+        """Counts one event of `Engine`."""
+        timing = request.timing
+        if event.token is not None:
+            self.output_tokens.inc()
+            times = timing.token_times_s
+            if len(times) <= 1 or event.time_s <= times[0]:
+                self.ttft.observe(event.time_s - timing.arrival_s)
+            else:
+                # Later tokens may be in the record already: look for this event's own.
+                index = times.index(event.time_s) if event.time_s in times else len(times) - 1
+                self.itl.observe(event.time_s - times[index - 1])
+        if event.finish_reason is None:
+            return
+        ended = event.request
+        self.requests.labels(event.finish_reason).inc()
+        self.prompt_tokens.inc(ended.prompt_length)
+        self.cached_tokens.inc(ended.cached_tokens)
+        self.latency.observe(event.time_s - timing.arrival_s)
+        if timing.energy_j is not None:
+            self.request_energy.observe(timing.energy_j)
+            if ended.generated:
+                self.token_energy.observe(timing.energy_j / ended.generated)
+
+    def watch(self) -> None:
+        """Has every instance report its iterations."""
+        for instance in self.engine.instances:
+            observe = self.iteration.labels(instance.name).observe
+
+            def report(iteration: Iteration, latency_s: float, observe=observe) -> None:
+                observe(latency_s)
+
+            instance.on_iteration = report
+
+    def text(self) -> bytes:
+        """The exposition format."""
+        return prometheus_client.generate_latest(self.registry)
+
+
+class _EngineCollector(Collector):
+    """Reads the instances when asked."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+
+    def collect(self) -> Iterable[Metric]:
+        gauges = {
+            name: GaugeMetricFamily(f"jaxsys_{name}", text, labels=("instance",))
+            for name, text in (
+                ("batch", "Requests that decode."),
+                ("waiting_requests", "Requests that wait for pages or prefill."),
+                ("waiting_tokens", "Prompt tokens that wait."),
+                ("kv_tokens", "Tokens attended to by the last iteration."),
+                ("kv_pages_used", "Pages held by requests."),
+                ("kv_pages", "Pages there are."),
+                ("clock_mhz", "Clock last asked for by the governor."),
+            )
+        }
+        counters = {
+            name: CounterMetricFamily(f"jaxsys_{name}", text, labels=("instance",))
+            for name, text in (
+                ("iterations", "Iterations planned."),
+                ("preemptions", "Requests whose pages were taken back."),
+                ("energy_joules", "Energy of the instance, by the method stated."),
+                ("energy_at_max_clock_joules", "What the same work would take ungoverned."),
+            )
+        }
+        method = InfoMetricFamily(
+            "jaxsys_energy_method", "How energy is known.", labels=("instance",)
+        )
+        for instance in self.engine.instances:
+            label, load = [instance.name], instance.load
+            gauges["batch"].add_metric(label, load.batch)
+            gauges["waiting_requests"].add_metric(label, load.waiting)
+            gauges["waiting_tokens"].add_metric(label, load.waiting_tokens)
+            gauges["kv_tokens"].add_metric(label, load.kv_tokens)
+            gauges["kv_pages_used"].add_metric(label, load.pages_held)
+            gauges["kv_pages"].add_metric(label, instance.scheduler.config.page_count)
+            counters["iterations"].add_metric(label, load.iterations)
+            counters["preemptions"].add_metric(label, load.preemptions)
+            if instance.clock_mhz is not None:
+                gauges["clock_mhz"].add_metric(label, instance.clock_mhz)
+            if load.energy_j is not None:
+                counters["energy_joules"].add_metric(label, load.energy_j)
+            if load.energy_at_max_j is not None:
+                counters["energy_at_max_clock_joules"].add_metric(label, load.energy_at_max_j)
+            method.add_metric(label, {"method": instance.energy_method})
+        total = GaugeMetricFamily("jaxsys_requests_unfinished", "Requests in the engine.")
+        total.add_metric([], self.engine.unfinished)
+        return [*gauges.values(), *counters.values(), method, total]
