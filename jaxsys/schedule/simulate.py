@@ -233,16 +233,20 @@ class _Run:
         for block, device in schedule.starts:
             self.ready_s[block, device] = self.costs.before_s
         for tick in range(schedule.ticks):
+            arrived = self.must_land.pop(tick, [])
+            self.land(arrived)
             if not self.eager_sends:
-                self.wait_for(self.must_land.pop(tick, []))
+                self.wait_for(arrived)
             if self.lockstep:
                 self.head_s = [max(self.head_s)] * schedule.devices
             for device, start in enumerate(self.head_s):
                 self.tick_start_s[device].append(start)
             for move in schedule.moves_by_start[tick]:
                 end = self.move(move)
-                if move.arrive == tick and not self.eager_sends:
-                    self.wait_for([(move, end)])
+                if move.arrive == tick:
+                    self.land([(move, end)])
+                    if not self.eager_sends:
+                        self.wait_for([(move, end)])
                 else:
                     self.must_land[move.arrive].append((move, end))
             for task in schedule.tasks_by_tick[tick]:
@@ -301,8 +305,14 @@ class _Run:
             )
         for device in receivers:
             self.receive_free_s[device] = end
-            self.block_ready(move.landed, device, end)
         return end
+
+    def land(self, landed: list[tuple[Move, float]]) -> None:
+        """Makes what has arrived the copy that is read; until then an older one may be."""
+        for move, end in landed:
+            for device in self.ends(move):
+                if move.source == ALL or device == move.target:
+                    self.block_ready(move.landed, device, end)
 
     def block_ready(self, block: Block, device: int, time_s: float) -> None:
         if block.data is Data.GRADIENT:  # a sum is ready when its last part is
