@@ -24,6 +24,8 @@ UPDATE_PASSES = 7
 """float32 values moved per parameter by Adam: four read (weight, both moments, gradient), three
 written."""
 
+NO_LINK = Link()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Precision:
@@ -50,6 +52,38 @@ class BlockCost:
     """Kept from F to B."""
     work_bytes: float
     """Held only while the block's B runs: what recompute brings back."""
+    sent_bytes: float
+    """Sent by F and B together to join split features."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """How a schedule's devices stand in the cluster: what is around them and inside each."""
+
+    features: int = 1
+    """Devices that share every block's features, and the sequence between blocks."""
+    feature_link: Link = NO_LINK
+    replicas: int = 1
+    """Copies of the schedule on other parts of the batch."""
+    replica_link: Link = NO_LINK
+    replicas_share_state: bool = False
+    """Whether state rests in parts over the replicas as well."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frame:
+    """What a step costs outside the tasks and moves of its blocks."""
+
+    embed_s: float
+    head_s: float
+    before_s: float
+    after_s: float
+    update_s: float
+    edge_bytes: float
+    """Copies and workspace of embedding and head, all step long."""
+    rest_bytes: float
+    """Master weights and moments."""
+    sent_bytes: float
 
 
 def block_cost(
@@ -59,9 +93,12 @@ def block_cost(
     activation_bytes: float,
     precision: Precision,
     recompute: str,
-    feature_ways: int = 1,
+    split: Split | None = None,
 ) -> BlockCost:
-    """Time and bytes of a block whose features are split over `feature_ways` devices.
+    """Time and bytes of a block, a part of whose features each of a group of devices computes.
+
+    Split features are joined twice a pass, around attention and around the feed-forward part: an
+    all_gather before and a reduce_scatter after, of activations, nothing hidden.
 
     Raises:
         UsageError: if the recompute policy is unknown.
@@ -69,21 +106,85 @@ def block_cost(
     if recompute not in RECOMPUTE_POLICIES:
         legal = ", ".join(RECOMPUTE_POLICIES)
         raise UsageError(f"recompute={recompute!r} is not a policy; use one of {legal}")
-    products = block.product_flops / device.product_flops_per_s / feature_ways
-    attention = block.attention_flops / device.attention_flops_per_s / feature_ways
-    passes = block.elementwise_bytes / device.memory_bytes_per_s / feature_ways
-    forward = products + attention + passes
-    backward = 2 * products + ATTENTION_BACKWARD * attention + 2 * passes
+    split = split or Split()
+    ways = split.features
+    join = sent = 0.0
+    if ways > 1:
+        join = 4 * split.feature_link.collective_s(activation_bytes, devices=ways)
+        sent = 4 * (ways - 1) / ways * activation_bytes
+    products = block.product_flops / device.product_flops_per_s / ways
+    attention = block.attention_flops / device.attention_flops_per_s / ways
+    passes = block.elementwise_bytes / device.memory_bytes_per_s / ways
+    forward = products + attention + passes + join
+    backward = 2 * products + ATTENTION_BACKWARD * attention + 2 * passes + join
     again = recompute == "block"
-    parameters = block.parameters / feature_ways
-    residual = block.residual_bytes / feature_ways
+    parameters = block.parameters / ways
+    residual = block.residual_bytes / ways
     return BlockCost(
         forward_s=forward,
         backward_s=backward + (forward if again else 0.0),
         weight_bytes=parameters * precision.weight_bytes,
         gradient_bytes=parameters * precision.gradient_bytes,
-        residual_bytes=activation_bytes / feature_ways if again else residual,
+        residual_bytes=activation_bytes / ways if again else residual,
         work_bytes=residual if again else 0.0,
+        sent_bytes=sent * (3 if again else 2),
+    )
+
+
+def frame(
+    workload: Workload,
+    device: DeviceSpec,
+    link: Link,
+    *,
+    devices: int,
+    placement: Placement,
+    precision: Precision,
+    split: Split | None = None,
+) -> Frame:
+    """What a schedule over `devices` costs outside its blocks.
+
+    Embedding and head rest in shards over the devices unless everything is replicated; they are
+    gathered before the first task, and their gradient is reduced before the update. Replicas add
+    their gradients up after that.
+    """
+    split = split or Split()
+    edge_parameters = workload.edge.parameters / split.features
+    parameters = workload.parameters / split.features
+    replicated = placement is Placement.REPLICATED
+    share = 1 if replicated else devices
+    weight, gradient = precision.weight_bytes, precision.gradient_bytes
+    before = after = sent = 0.0
+    if devices > 1 and edge_parameters:
+        rounds = 2 if replicated else 1
+        after += link.collective_s(edge_parameters * gradient, devices=devices, rounds=rounds)
+        sent += rounds * edge_parameters * gradient * (devices - 1) / devices
+        if not replicated:
+            before += link.collective_s(edge_parameters * weight, devices=devices)
+            sent += edge_parameters * weight * (devices - 1) / devices
+    state_share = share
+    if split.replicas > 1:
+        ring = (split.replicas - 1) / split.replicas
+        owned = parameters / share
+        if split.replicas_share_state:
+            state_share *= split.replicas
+            after += split.replica_link.collective_s(owned * gradient, devices=split.replicas)
+            before += split.replica_link.collective_s(owned * weight, devices=split.replicas)
+            sent += ring * owned * (gradient + weight)
+        else:
+            after += split.replica_link.collective_s(
+                owned * gradient, devices=split.replicas, rounds=2
+            )
+            sent += 2 * ring * owned * gradient
+    flops_per_s = device.product_flops_per_s * split.features
+    return Frame(
+        embed_s=workload.edge.forward_flops / flops_per_s,
+        head_s=workload.edge.backward_flops / flops_per_s,
+        before_s=before,
+        after_s=after,
+        update_s=UPDATE_PASSES * 4 * parameters / state_share / device.memory_bytes_per_s,
+        edge_bytes=edge_parameters * (weight + gradient),
+        rest_bytes=precision.rest_bytes * parameters / state_share,
+        sent_bytes=sent,
     )
 
 
@@ -94,74 +195,105 @@ def schedule_costs(
     *,
     schedule: Schedule,
     precision: Precision,
-    recompute: str,
+    recompute: str | Sequence[str],
+    split: Split | None = None,
 ) -> Costs:
     """What a schedule needs for `simulate`.
 
-    Embedding and head rest in shards over all devices unless everything is replicated; they are
-    gathered before the first task, and their gradient is reduced before the update.
+    Args:
+        workload: the model and its microbatch.
+        device: what runs it.
+        link: what joins the schedule's devices.
+        schedule: the schedule.
+        precision: bytes per parameter.
+        recompute: one policy for all layers, or one for each.
+        split: what stands around the schedule's devices and inside each.
 
     Raises:
-        UsageError: if there are more chunks than layers, or the policy is unknown.
+        UsageError: if there are more chunks than layers, or a policy is unknown.
     """
+    split = split or Split()
     devices, placement = schedule.devices, schedule.placement
+    policies = [recompute] * workload.layers if isinstance(recompute, str) else recompute
     costs = [
         block_cost(
             block,
             device,
             activation_bytes=workload.activation_bytes,
             precision=precision,
-            recompute=recompute,
+            recompute=policy,
+            split=split,
         )
-        for block in workload.blocks
+        for block, policy in zip(workload.blocks, policies, strict=True)
     ]
     parts = cut(workload.layers, schedule.chunks)
 
     def total(field: str) -> tuple[float, ...]:
         return tuple(sum(getattr(costs[i], field) for i in part) for part in parts)
 
-    edge = workload.edge
-    parameters = workload.parameters
-    share = 1 if placement is Placement.REPLICATED else devices
-    static = precision.rest_bytes * parameters / share
+    around = frame(
+        workload,
+        device,
+        link,
+        devices=devices,
+        placement=placement,
+        precision=precision,
+        split=split,
+    )
+    static = around.rest_bytes + around.edge_bytes
     if placement is Placement.SHARDED:
-        reductions = Counter(
-            move.block.chunk for move in schedule.moves if move.kind is MoveKind.REDUCE_SCATTER
-        )
-        gathers = Counter(
-            move.block.chunk for move in schedule.moves if move.kind is MoveKind.ALL_GATHER
-        )
-        for chunk, size in enumerate(total("weight_bytes")):
-            # Gathered again and again from a shard cast once; a single gather casts as it goes.
-            if gathers[chunk] > 1:
-                static += size / share
-        for chunk, size in enumerate(total("gradient_bytes")):
-            # Reduced sums, which no copy of the trace stands for. A gradient that is summed locally
-            # all step long gives its room to its shard when it is reduced.
-            if reductions[chunk] == schedule.microbatches // devices:
-                static += size / share
-    static += edge.parameters * (precision.weight_bytes + precision.gradient_bytes)
-    static += max(edge.workspace_bytes, max(cost.work_bytes for cost in costs))
-    ring = (devices - 1) / devices
-    gathered = ring * edge.parameters * precision.weight_bytes
-    reduced = ring * edge.parameters * precision.gradient_bytes
-    if placement is Placement.REPLICATED:
-        gathered, reduced = 0.0, 2 * reduced
+        turns = schedule.microbatches // devices
+        counts = Counter((move.kind, move.block.chunk) for move in schedule.moves)
+        for chunk, (weight, gradient) in enumerate(
+            zip(total("weight_bytes"), total("gradient_bytes"), strict=True)
+        ):
+            static += shard_bytes(
+                weight,
+                gradient,
+                gathers=counts[MoveKind.ALL_GATHER, chunk],
+                reductions=counts[MoveKind.REDUCE_SCATTER, chunk],
+                turns=turns,
+                devices=devices,
+            )
+    workspace = workload.edge.workspace_bytes / split.features
+    static += max(workspace, max(cost.work_bytes for cost in costs))
+    # Every device runs F and B of as many layers, whichever they are.
+    passes = schedule.microbatches * workload.layers / devices
+    joined = sum(cost.sent_bytes for cost in costs) / workload.layers * passes
     return Costs(
         forward_s=total("forward_s"),
         backward_s=total("backward_s"),
-        embed_s=edge.forward_flops / device.product_flops_per_s,
-        head_s=edge.backward_flops / device.product_flops_per_s,
-        update_s=UPDATE_PASSES * 4 * parameters / share / device.memory_bytes_per_s,
-        before_s=link.transfer_s(gathered, messages=devices - 1) if gathered else 0.0,
-        after_s=link.transfer_s(reduced, messages=devices - 1) if reduced else 0.0,
+        embed_s=around.embed_s,
+        head_s=around.head_s,
+        update_s=around.update_s,
+        before_s=around.before_s,
+        after_s=around.after_s,
         weight_bytes=total("weight_bytes"),
         gradient_bytes=total("gradient_bytes"),
-        activation_bytes=workload.activation_bytes,
+        activation_bytes=workload.activation_bytes / split.features,
         residual_bytes=total("residual_bytes"),
         static_bytes=static,
-        other_sent_bytes=gathered + reduced,
+        other_sent_bytes=around.sent_bytes + joined,
     )
+
+
+def shard_bytes(
+    weight_bytes: float,
+    gradient_bytes: float,
+    *,
+    gathers: int,
+    reductions: int,
+    turns: int,
+    devices: int,
+) -> float:
+    """What a sharded chunk holds all step long beside its state, which no copy stands for.
+
+    Weights that are gathered again and again come from a shard cast once; a single gather casts as
+    it goes. Reduced sums need a shard, but a gradient that is summed locally all step long gives
+    its room to its shard when it is reduced.
+    """
+    held = weight_bytes / devices if gathers > 1 else 0.0
+    return held + (gradient_bytes / devices if reductions == turns else 0.0)
 
 
 def cut(layers: int, chunks: int) -> list[Sequence[int]]:

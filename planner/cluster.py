@@ -1,0 +1,92 @@
+"""Devices and the links between them, in one or two levels.
+
+Devices are numbered node by node. A group of w devices, s apart, that spans nodes runs a collective
+in two levels, first inside the node and then, with what is left for each device to move, between
+nodes:  t = ring(w_in, size) + ring(w_out, size / w_in).
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+from jaxsys.errors import UsageError
+from jaxsys.hardware import DeviceSpec, LinkSpec
+from jaxsys.schedule import Link
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupLink(Link):
+    """What joins a group's neighbours, and how its collectives run.
+
+    Latency and rate are those of the slowest hop between neighbours.
+    """
+
+    inside: Link
+    inside_devices: int
+    between: Link
+    between_devices: int
+
+    def collective_s(self, size_bytes: float, *, devices: int, rounds: int = 1) -> float:
+        """Seconds of a two-level ring collective over the group."""
+        if devices != self.inside_devices * self.between_devices:
+            raise ValueError(
+                f"a group of {self.inside_devices} x {self.between_devices} devices cannot run a "
+                f"collective over {devices}"
+            )
+        time_s = self.launch_s
+        for link, ways, size in (
+            (self.inside, self.inside_devices, size_bytes),
+            (self.between, self.between_devices, size_bytes / self.inside_devices),
+        ):
+            steps = rounds * (ways - 1)
+            time_s += steps * link.latency_s + steps / ways * size / link.bytes_per_s
+        return time_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """N equal devices."""
+
+    device: DeviceSpec
+    devices: int
+    link: LinkSpec
+    """Inside a node."""
+    node_devices: int | None = None
+    """Devices of a node; all of them, if not given."""
+    node_link: LinkSpec | None = None
+    """Between nodes, per device."""
+
+    def __post_init__(self) -> None:
+        if self.devices < 1:
+            raise UsageError(f"devices={self.devices} must be at least 1")
+        if (self.node_devices is None) != (self.node_link is None):
+            raise UsageError("a cluster of nodes needs both node_devices and node_link")
+        if self.node_devices is not None and self.devices % self.node_devices:
+            raise UsageError(
+                f"node_devices={self.node_devices} does not divide devices={self.devices}"
+            )
+
+    def group(self, ways: int, stride: int = 1) -> GroupLink:
+        """The link of groups of `ways` devices, `stride` apart."""
+        inside = self.link.link
+        node = self.node_devices or self.devices
+        within = max(1, min(ways, node // stride))
+        while ways % within:  # a group that nodes cut unevenly uses a common divisor of both
+            within -= 1
+        between = self.node_link.link if self.node_link is not None else inside
+        spans = ways > within
+        slow = between if spans else inside
+        return GroupLink(
+            latency_s=slow.latency_s,
+            bytes_per_s=slow.bytes_per_s,
+            launch_s=slow.launch_s,
+            inside=inside,
+            inside_devices=within,
+            between=between,
+            between_devices=ways // within,
+        )
+
+    def scaled(self, *, link_bytes_per_s: float) -> "Cluster":
+        """The same cluster with another rate inside its nodes."""
+        return dataclasses.replace(
+            self, link=dataclasses.replace(self.link, bytes_per_s=link_bytes_per_s)
+        )

@@ -1,0 +1,451 @@
+"""Step time and memory of many plans at once: the simulator's recursion, vectorised over plans.
+
+All devices of a sharded plan do the same, so that one stands for all; a batch of plans that differ
+in their layers' paths runs through one pass over the ticks. It is the same max-plus recursion as
+`jaxsys.schedule.simulate`, and a test holds the two equal. A steady period is run a few times and
+then multiplied. Pipelines and rings have few plans each and are simulated as schedules.
+
+Legend: B plans, L layers, K microbatches a device, T ticks.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from jaxsys.errors import UsageError
+from jaxsys.planner.costs import NO_LINK, BlockCost, Split, block_cost, frame, schedule_costs
+from jaxsys.planner.plan import PATHS, Gradient, Order, Plan, Residual, State, Weights
+from jaxsys.planner.problem import Problem
+from jaxsys.schedule import Link, Placement, Schedule, Trace, simulate, trace
+from jaxsys.strategies.pipeline import gpipe, one_f_one_b, one_f_one_b_overlap
+from jaxsys.strategies.weipipe import interleave
+
+STEADY_TURNS = 4
+"""Microbatches that are followed one by one; what lies between is multiplied."""
+POLICY = {Residual.KEEP: "none", Residual.RECOMPUTE: "block"}
+
+_WEIGHTS = list(Weights)
+_GRADIENTS = list(Gradient)
+_RESIDUALS = list(Residual)
+_PATH_WEIGHTS = np.array([_WEIGHTS.index(p.weights) for p in PATHS])
+_PATH_GRADIENTS = np.array([_GRADIENTS.index(p.gradient) for p in PATHS])
+_PATH_RESIDUALS = np.array([_RESIDUALS.index(p.residual) for p in PATHS])
+_STAY, _WITHIN, _BETWEEN, _REFETCH = range(4)
+_ONCE, _EACH, _DEFERRED = range(3)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimates:
+    """What B plans cost, each array [B]."""
+
+    step_s: np.ndarray
+    peak_bytes: np.ndarray
+    sent_bytes: np.ndarray
+    compute_s: np.ndarray
+
+    def potential(self, memory_bytes: float, *, pressure: float = 10.0) -> np.ndarray:
+        """Step time, raised where memory overflows: T (1 + pressure * overflow / limit)."""
+        overflow = np.maximum(0.0, self.peak_bytes - memory_bytes) / memory_bytes
+        return self.step_s * (1.0 + pressure * overflow)
+
+
+class Evaluator:
+    """Evaluates plans of one problem; what plans share is prepared once."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.evaluated = 0
+        """How many plans have been evaluated."""
+        self._sharded: dict[Plan, ShardedEvaluator] = {}
+        self._staged: dict[tuple[Plan, tuple[int, ...]], Estimates] = {}
+        self._traces: dict[tuple[str, int, int], tuple[Schedule, Trace]] = {}
+
+    def evaluate(self, base: Plan, codes: np.ndarray) -> Estimates:
+        """Estimates plans that share everything of `base` but their layers.
+
+        Args:
+            base: the plans' common part; its own layers are not looked at.
+            codes: int [B, L], indices into `PATHS`.
+
+        Raises:
+            UsageError: if the plan does not fit batch or layers.
+        """
+        self.evaluated += len(codes)
+        if base.stages * base.ring > 1:
+            rows = [self._staged_plan(base, tuple(int(c) for c in row)) for row in codes]
+            return Estimates(
+                **{
+                    name: np.concatenate([getattr(row, name) for row in rows])
+                    for name in ("step_s", "peak_bytes", "sent_bytes", "compute_s")
+                }
+            )
+        key = replace(base, layers=())
+        if key not in self._sharded:
+            self._sharded[key] = ShardedEvaluator(self.problem, base)
+        return self._sharded[key].evaluate(codes)
+
+    def plan(self, plan: Plan) -> Estimates:
+        """Estimates one plan, arrays [1]."""
+        return self.evaluate(plan, np.array([plan.codes]))
+
+    def _staged_plan(self, base: Plan, codes: tuple[int, ...]) -> Estimates:
+        plan = replace(base, layers=tuple(PATHS[c] for c in codes))
+        residuals = tuple(int(_PATH_RESIDUALS[c]) for c in codes)
+        key = (replace(base, layers=()), residuals)
+        if key not in self._staged:
+            self._staged[key] = self._simulate_staged(plan)
+        return self._staged[key]
+
+    def _simulate_staged(self, plan: Plan) -> Estimates:
+        """A few microbatches simulated, the steady part multiplied."""
+        ways = plan.stages * plan.ring
+        total = microbatches(self.problem, plan)
+        period = plan.ring
+        few = min(total, (3 if plan.ring > 1 else 2) * ways + 2 * period)
+        if plan.ring > 1:
+            few -= few % plan.ring
+        results = []
+        for count in sorted({few, max(few - period, period)}):
+            schedule, found = self._schedule(plan, count)
+            link = schedule_link(self.problem, plan)
+            costs = plan_costs(self.problem, plan, schedule)
+            results.append(simulate(schedule, costs, link, known_trace=found))
+        last = results[-1]
+        step, sent, busy = last.step_s, max(last.sent_bytes), max(last.busy_s)
+        if total > few:
+            before = results[0]
+            periods = (total - few) / period
+            step += periods * (last.step_s - before.step_s)
+            sent += periods * (max(last.sent_bytes) - max(before.sent_bytes))
+            busy += periods * (max(last.busy_s) - max(before.busy_s))
+        return Estimates(
+            step_s=np.array([step]),
+            peak_bytes=np.array([max(last.peak_bytes)]),
+            sent_bytes=np.array([sent]),
+            compute_s=np.array([busy]),
+        )
+
+    def _schedule(self, plan: Plan, count: int) -> tuple[Schedule, Trace]:
+        make, ways = staged_generator(plan)
+        key = (make.__name__, ways, count)
+        if key not in self._traces:
+            schedule = make(ways, count)
+            self._traces[key] = (schedule, trace(schedule))
+        return self._traces[key]
+
+
+def staged_generator(plan: Plan) -> tuple[Callable[[int, int], Schedule], int]:
+    """How a plan whose layers rest on owners orders its tasks, and over how many owners."""
+    if plan.ring > 1:
+        return interleave, plan.ring
+    orders = {
+        Order.EARLIEST_BACKWARD: one_f_one_b,
+        Order.SPACED: one_f_one_b_overlap,
+        Order.ALL_FORWARD: gpipe,
+    }
+    if plan.order not in orders:
+        raise UsageError(f"order={plan.order} does not run {plan.stages} stages")
+    return orders[plan.order], plan.stages
+
+
+def microbatches(problem: Problem, plan: Plan) -> int:
+    """M of the plan's schedule: what one replica computes in a step.
+
+    Raises:
+        UsageError: if the batch cannot be cut so.
+    """
+    unit = plan.replicas * plan.shard * plan.microbatch_size
+    if problem.batch % unit:
+        raise UsageError(
+            f"batch={problem.batch} must be a multiple of replicas x shard x microbatch_size = "
+            f"{unit}"
+        )
+    total = problem.batch // (plan.replicas * plan.microbatch_size)
+    if total % plan.ring:
+        raise UsageError(f"ring={plan.ring} does not divide {total} microbatches")
+    return total
+
+
+def schedule_devices(plan: Plan) -> int:
+    """The devices of the plan's schedule, around which replicas and in which features stand."""
+    return plan.shard * plan.stages * plan.ring
+
+
+def schedule_link(problem: Problem, plan: Plan) -> Link:
+    """What joins the schedule's devices; features are nearest, then these, then replicas."""
+    return problem.cluster.group(schedule_devices(plan), plan.features)
+
+
+def plan_split(problem: Problem, plan: Plan) -> Split:
+    """What stands around and inside each of the schedule's devices."""
+    inner = plan.features * schedule_devices(plan)
+    cluster = problem.cluster
+    return Split(
+        features=plan.features,
+        feature_link=cluster.group(plan.features) if plan.features > 1 else NO_LINK,
+        replicas=plan.replicas,
+        replica_link=cluster.group(plan.replicas, inner) if plan.replicas > 1 else NO_LINK,
+        replicas_share_state=plan.state is State.SPLIT and plan.shard == 1,
+    )
+
+
+def plan_costs(problem: Problem, plan: Plan, schedule: Schedule):
+    """The plan's costs for `simulate`."""
+    return schedule_costs(
+        problem.workload(plan.microbatch_size),
+        problem.cluster.device,
+        schedule_link(problem, plan),
+        schedule=schedule,
+        precision=problem.precision,
+        recompute=[POLICY[path.residual] for path in plan.layers],
+        split=plan_split(problem, plan),
+    )
+
+
+class ShardedEvaluator:
+    """Plans whose devices all do the same: one schedule of `trajectory` or `data_parallel` each."""
+
+    def __init__(self, problem: Problem, base: Plan) -> None:
+        workload = problem.workload(base.microbatch_size)
+        self.layers = workload.layers
+        self.devices = base.shard
+        self.whole = base.state is State.WHOLE
+        self.lookahead = base.lookahead
+        self.turns = microbatches(problem, base) // base.shard
+        split = plan_split(problem, base)
+        link = schedule_link(problem, base)
+        costs = [self._block_costs(problem, base, split, residual) for residual in _RESIDUALS]
+        keep = costs[0]
+        self.forward_s = np.array([c.forward_s for c in keep])
+        self.backward_s = np.array([[c.backward_s for c in row] for row in costs])  # [2, L]
+        self.weight_bytes = np.array([c.weight_bytes for c in keep])
+        self.gradient_bytes = np.array([c.gradient_bytes for c in keep])
+        self.residual_bytes = np.array([[c.residual_bytes for c in row] for row in costs])
+        self.work_bytes = np.array([c.work_bytes for c in costs[1]])
+        self.joined_bytes = np.array([[c.sent_bytes for c in row] for row in costs])
+        self.activation_bytes = workload.activation_bytes / base.features
+        alone = base.shard == 1
+        rounds = 2 if self.whole else 1
+        self.gather_s = np.array(
+            [0.0 if alone else link.collective_s(b, devices=base.shard) for b in self.weight_bytes]
+        )
+        self.reduce_s = np.array(
+            [
+                0.0 if alone else link.collective_s(b, devices=base.shard, rounds=rounds)
+                for b in self.gradient_bytes
+            ]
+        )
+        self.frame = frame(
+            workload,
+            problem.cluster.device,
+            link,
+            devices=base.shard,
+            placement=Placement.REPLICATED if self.whole else Placement.SHARDED,
+            precision=problem.precision,
+            split=split,
+        )
+        self.workspace_bytes = workload.edge.workspace_bytes / base.features
+        self.occupancy = self._occupancy()
+
+    @staticmethod
+    def _block_costs(
+        problem: Problem, base: Plan, split: Split, residual: Residual
+    ) -> list[BlockCost]:
+        workload = problem.workload(base.microbatch_size)
+        return [
+            block_cost(
+                block,
+                problem.cluster.device,
+                activation_bytes=workload.activation_bytes,
+                precision=problem.precision,
+                recompute=POLICY[residual],
+                split=split,
+            )
+            for block in workload.blocks
+        ]
+
+    def evaluate(self, codes: np.ndarray) -> Estimates:
+        """codes int [B, L] -> estimates [B]."""
+        weights = _PATH_WEIGHTS[codes]
+        gradients = _PATH_GRADIENTS[codes]
+        residuals = _PATH_RESIDUALS[codes]
+        index = np.arange(self.layers)
+        backward = self.backward_s[residuals, index]
+        step = self._time(weights, gradients, backward)
+        compute = self.turns * (
+            self.forward_s.sum() + backward.sum(1) + 2 * self.frame.embed_s + self.frame.head_s
+        )
+        return Estimates(
+            step_s=step,
+            peak_bytes=self._peak(weights, gradients, residuals),
+            sent_bytes=self._sent(weights, gradients, residuals),
+            compute_s=compute,
+        )
+
+    def _time(self, weights: np.ndarray, gradients: np.ndarray, backward: np.ndarray) -> np.ndarray:
+        layers, ahead = self.layers, self.lookahead
+        turns = min(self.turns, STEADY_TURNS)
+        plans = len(weights)
+        # Columns are read once a tick: layer-major and contiguous.
+        refetch_forward = np.ascontiguousarray(((weights == _REFETCH) | (weights == _WITHIN)).T)
+        refetch_backward = np.ascontiguousarray(((weights == _REFETCH) | (weights == _BETWEEN)).T)
+        every_turn = np.ascontiguousarray((gradients == _EACH).T)
+        deferred = np.ascontiguousarray((gradients == _DEFERRED).T)
+        backward = np.ascontiguousarray(backward.T)
+        some = np.stack([refetch_forward, refetch_backward, every_turn, deferred]).any(
+            axis=2
+        )  # [4, L]
+        always = np.ones(plans, bool)
+        head = np.full(plans, self.frame.before_s)
+        free = np.zeros(plans)
+        landing: dict[int, list[np.ndarray]] = defaultdict(list)
+        # Tick -> (use, layer, mask) in the order in which a schedule lists its moves.
+        gathers: dict[int, list[tuple[int, int, np.ndarray]]] = defaultdict(list)
+        sums: dict[int, list[tuple[int, np.ndarray]]] = defaultdict(list)
+        for turn in range(turns):
+            base = 2 * layers * turn
+            for layer in range(layers):
+                use = base + layer
+                if turn == 0 and not self.whole:
+                    gathers[max(0, use - ahead)].append((use, layer, always))
+                elif turn and some[0][layer]:
+                    gathers[max(0, use - ahead)].append((use, layer, refetch_forward[layer]))
+            for layer in reversed(range(layers)):
+                use = base + 2 * layers - 1 - layer
+                if some[1][layer]:
+                    gathers[max(0, use - ahead)].append((use, layer, refetch_backward[layer]))
+                if turn == turns - 1:
+                    sums[use + 1].append((layer, always))
+                    continue
+                if some[2][layer]:
+                    sums[use + 1].append((layer, every_turn[layer]))
+                if some[3][layer]:
+                    sums[base + 2 * layers + layer].append((layer, deferred[layer]))
+        starts = []
+        for tick in range(2 * layers * turns + 1):
+            if tick % (2 * layers) == 0:
+                starts.append(head)
+            for end in landing.pop(tick, ()):
+                head = np.maximum(head, end)
+            for use, layer, mask in gathers.get(tick, ()):
+                end, free = _transfer(head, free, mask, always, self.gather_s[layer])
+                if use == tick:
+                    head = np.maximum(head, end)
+                else:
+                    landing[use].append(end)
+            for layer, mask in sums.get(tick, ()):
+                end, free = _transfer(head, free, mask, always, self.reduce_s[layer])
+                landing[tick + ahead].append(end)
+            if tick == 2 * layers * turns:
+                break
+            position = tick % (2 * layers)
+            if position < layers:
+                head = head + self.forward_s[position]
+                if position == 0:
+                    head = head + self.frame.embed_s
+            else:
+                layer = 2 * layers - 1 - position
+                head = head + backward[layer]
+                if layer == 0:
+                    head = head + self.frame.embed_s
+                if layer == layers - 1:
+                    head = head + self.frame.head_s
+        for ends in landing.values():
+            for end in ends:
+                head = np.maximum(head, end)
+        if self.turns > turns:
+            head = head + (self.turns - turns) * (starts[turns - 1] - starts[turns - 2])
+        return head + self.frame.after_s + self.frame.update_s
+
+    def _sent(
+        self, weights: np.ndarray, gradients: np.ndarray, residuals: np.ndarray
+    ) -> np.ndarray:
+        turns, ring = self.turns, (self.devices - 1) / self.devices
+        index = np.arange(self.layers)
+        joined = turns * self.joined_bytes[residuals, index].sum(1)
+        if self.whole:
+            blocks = np.full(len(weights), 2 * ring * self.gradient_bytes.sum())
+            return blocks + joined + self.frame.sent_bytes
+        forward = np.where((weights == _REFETCH) | (weights == _WITHIN), turns, 1)
+        backward = np.where((weights == _REFETCH) | (weights == _BETWEEN), turns, 0)
+        reductions = np.where(gradients == _ONCE, 1, turns)
+        gathered = ((forward + backward) * self.weight_bytes).sum(1)
+        reduced = (reductions * self.gradient_bytes).sum(1)
+        return ring * (gathered + reduced) + joined + self.frame.sent_bytes
+
+    def _peak(
+        self, weights: np.ndarray, gradients: np.ndarray, residuals: np.ndarray
+    ) -> np.ndarray:
+        plans, layers = weights.shape
+        choices = np.zeros((plans, layers, 9), np.float32)
+        rows, columns = np.ogrid[:plans, :layers]
+        choices[rows, columns, weights] = 1
+        choices[rows, columns, 4 + gradients] = 1
+        choices[rows, columns, 7 + residuals] = 1
+        # One product gives the live bytes of every plan at every tick, in units of 2**20.
+        live = choices.reshape(plans, -1) @ self.occupancy
+        moving = live.max(1).astype(np.float64) * 2**20
+        static = self.frame.rest_bytes + self.frame.edge_bytes
+        held = np.zeros(plans)
+        if not self.whole:
+            again = (weights != _STAY) & ((self.turns > 1) | (weights != _WITHIN))
+            held += (again * self.weight_bytes).sum(1) / self.devices
+            every = (gradients != _ONCE) | (self.turns == 1)
+            held += (every * self.gradient_bytes).sum(1) / self.devices
+        work = (np.where(residuals == 1, self.work_bytes, 0.0)).max(1)
+        return static + held + np.maximum(self.workspace_bytes, work) + moving
+
+    def _occupancy(self) -> np.ndarray:
+        """float32 [L * 9, T]: MiB that each choice of each layer holds in each tick.
+
+        Memory repeats itself from the second microbatch on, so three stand for all.
+        """
+        layers, ahead = self.layers, self.lookahead
+        turns = min(self.turns, 3)
+        ticks = 2 * layers * turns + ahead
+        live = np.zeros((layers, 9, ticks + 2))
+
+        def hold(layer: int, choice: int | slice, first: int, last: int, size: float) -> None:
+            live[layer, choice, max(0, first) : min(last, ticks) + 1] += size
+
+        for layer in range(layers):
+            weight, gradient = self.weight_bytes[layer], self.gradient_bytes[layer]
+            first_forward = layer
+            last_backward = 2 * layers * turns - 1 - layer
+            start = 0 if self.whole else first_forward - ahead
+            hold(layer, _STAY, start, last_backward, weight)
+            hold(layer, 4 + _ONCE, 2 * layers - 1 - layer, last_backward + ahead, gradient)
+            for turn in range(turns):
+                forward = 2 * layers * turn + layer
+                backward = 2 * layers * (turn + 1) - 1 - layer
+                following = 2 * layers * (turn + 1) + layer
+                last = turn == turns - 1
+                hold(layer, _WITHIN, forward - ahead, backward, weight)
+                hold(layer, _REFETCH, forward - ahead, forward, weight)
+                hold(layer, _REFETCH, backward - ahead, backward, weight)
+                if turn == 0:
+                    hold(layer, _BETWEEN, forward - ahead, forward, weight)
+                hold(layer, _BETWEEN, backward - ahead, backward if last else following, weight)
+                hold(layer, 4 + _EACH, backward, backward + ahead, gradient)
+                until = backward + ahead if last else following + ahead - 1
+                hold(layer, 4 + _DEFERRED, backward, until, gradient)
+                for choice in range(2):
+                    size = self.residual_bytes[choice, layer]
+                    hold(layer, 7 + choice, forward, backward, size)
+                    # What passes on to the next layer and back, whatever is chosen.
+                    hold(layer, 7 + choice, forward, forward + 1, self.activation_bytes)
+                    if layer:
+                        hold(layer, 7 + choice, backward, backward + 1, self.activation_bytes)
+        return (live[:, :, :ticks] / 2**20).reshape(layers * 9, ticks).astype(np.float32)
+
+
+def _transfer(
+    head: np.ndarray, free: np.ndarray, mask: np.ndarray, always: np.ndarray, time_s: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Runs a transfer on the one communication stream, in the plans where there is one."""
+    end = np.maximum(head, free) + time_s
+    if mask is always:
+        return end, end
+    return np.where(mask, end, -np.inf), np.where(mask, end, free)

@@ -1,0 +1,42 @@
+"""From a plan to the schedule that runs it."""
+
+from jaxsys.errors import UsageError
+from jaxsys.planner.evaluate import microbatches, staged_generator
+from jaxsys.planner.plan import Gradient, Plan, State, Weights
+from jaxsys.planner.problem import Problem
+from jaxsys.schedule import Schedule
+from jaxsys.strategies.data_parallel import data_parallel
+from jaxsys.strategies.zero import trajectory
+
+
+def to_schedule(problem: Problem, plan: Plan) -> Schedule:
+    """The schedule of one replica; features are inside its tasks, replicas around it.
+
+    Raises:
+        UsageError: if the plan does not fit the problem.
+    """
+    if len(plan.layers) != problem.layers:
+        raise UsageError(
+            f"the plan is for {len(plan.layers)} layers, the model has {problem.layers}"
+        )
+    total = microbatches(problem, plan)
+    if plan.stages * plan.ring > 1:
+        make, ways = staged_generator(plan)
+        return make(ways, total)
+    layers = range(len(plan.layers))
+    if plan.state is State.WHOLE:
+        return data_parallel(plan.shard, total, chunks=len(plan.layers))
+
+    def where(field: str, *values: object) -> list[int]:
+        return [i for i in layers if getattr(plan.layers[i], field) in values]
+
+    return trajectory(
+        plan.shard,
+        total,
+        chunks=len(plan.layers),
+        keep_within=where("weights", Weights.STAY, Weights.WITHIN),
+        keep_between=where("weights", Weights.STAY, Weights.BETWEEN),
+        defer=where("gradient", Gradient.DEFERRED),
+        accumulate=where("gradient", Gradient.ONCE),
+        lookahead=plan.lookahead,
+    )

@@ -1,0 +1,176 @@
+"""A plan: how each block of data goes through devices and time, as a point of a finite space.
+
+Data parallelism is one point. The others differ from it by how batch, features and layers are
+split over devices, where state rests, and, layer by layer, how long a copy of the weights lives,
+when the gradient is summed over devices and whether residuals are kept:
+
+| weights | live | gradient | summed | residual | lives |
+|---|---|---|---|---|---|
+| stay | the whole step | once | after the last microbatch | keep | from F to B |
+| within | from F to B | each | after every B | recompute | in B alone |
+| between | from B to the next F | deferred | during the next microbatch's F | | |
+| refetch | for one use | | | | |
+
+Nothing here is a strategy's name; `recognise` finds names for plans.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from itertools import product
+from typing import Any
+
+from jaxsys.errors import UsageError
+
+FORMAT = "jaxsys-plan"
+FORMAT_VERSION = 1
+
+
+class Weights(StrEnum):
+    """How long a copy of a layer's weights lives."""
+
+    STAY = "stay"
+    WITHIN = "within"
+    BETWEEN = "between"
+    REFETCH = "refetch"
+
+
+class Gradient(StrEnum):
+    """When a layer's gradient is summed over devices."""
+
+    ONCE = "once"
+    EACH = "each"
+    DEFERRED = "deferred"
+
+
+class Residual(StrEnum):
+    """What the backward pass finds of the forward pass."""
+
+    KEEP = "keep"
+    RECOMPUTE = "recompute"
+
+
+class State(StrEnum):
+    """Where master weights and optimizer state rest."""
+
+    WHOLE = "whole"
+    SPLIT = "split"
+
+
+class Order(StrEnum):
+    """In which order a device runs its tasks."""
+
+    DEPTH_FIRST = "depth-first"
+    """A microbatch forward and back, then the next."""
+    EARLIEST_BACKWARD = "earliest-backward"
+    """A backward pass as soon as one can run."""
+    SPACED = "spaced"
+    """Likewise, but a tick late, so that every hop travels under compute."""
+    ALL_FORWARD = "all-forward"
+    """Every forward pass first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerPath:
+    """The way of one layer's data."""
+
+    weights: Weights
+    gradient: Gradient
+    residual: Residual
+
+    def __str__(self) -> str:
+        return f"{self.weights}/{self.gradient}/{self.residual}"
+
+
+PATHS: tuple[LayerPath, ...] = tuple(
+    LayerPath(weights=w, gradient=g, residual=r) for w, g, r in product(Weights, Gradient, Residual)
+)
+"""Every way a layer can go; plans are searched over indices into this."""
+CODES: Mapping[LayerPath, int] = {path: code for code, path in enumerate(PATHS)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A point of the space. The product of the five ways is the number of devices."""
+
+    replicas: int = 1
+    """Copies of everything else, each on its part of the batch."""
+    shard: int = 1
+    """Devices that split a batch, and over which state, weights and gradients may be split."""
+    features: int = 1
+    """Parts of every block's features; the sequence is split alike between blocks."""
+    stages: int = 1
+    """Parts of the layers, each resting on its devices; activations travel."""
+    ring: int = 1
+    """Parts of the layers, each resting on its devices; weights travel."""
+    microbatch_size: int = 1
+    lookahead: int = 1
+    """Ticks that a gather starts before its use and a sum may lag behind."""
+    state: State = State.WHOLE
+    order: Order = Order.DEPTH_FIRST
+    layers: tuple[LayerPath, ...]
+
+    @property
+    def devices(self) -> int:
+        """N."""
+        return self.replicas * self.shard * self.features * self.stages * self.ring
+
+    @property
+    def codes(self) -> tuple[int, ...]:
+        """The layers as indices into `PATHS`."""
+        return tuple(CODES[path] for path in self.layers)
+
+    def to_json(self) -> dict[str, Any]:
+        """A versioned JSON value; equal neighbouring layers are written as runs."""
+        value = asdict(self)
+        runs: list[dict[str, Any]] = []
+        for path in self.layers:
+            row = {k: str(v) for k, v in asdict(path).items()}
+            if runs and runs[-1]["path"] == row:
+                runs[-1]["count"] += 1
+            else:
+                runs.append({"count": 1, "path": row})
+        value["layers"] = runs
+        value["state"], value["order"] = str(self.state), str(self.order)
+        return {"format": FORMAT, "version": FORMAT_VERSION, **value}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any] | str) -> "Plan":
+        """Reads `to_json`'s value or its text.
+
+        Raises:
+            UsageError: if it is no plan, or of another version.
+        """
+        try:
+            raw = dict(json.loads(value) if isinstance(value, str) else value)
+        except (json.JSONDecodeError, TypeError) as error:
+            raise UsageError(f"not a plan in JSON: {error}") from None
+        if raw.pop("format", None) != FORMAT:
+            raise UsageError(f"not a plan: its format must be {FORMAT!r}")
+        version = raw.pop("version", None)
+        if version != FORMAT_VERSION:
+            raise UsageError(
+                f"plan version {version!r} cannot be read; this jaxsys reads version "
+                f"{FORMAT_VERSION}: make the plan again"
+            )
+        try:
+            layers = tuple(
+                LayerPath(
+                    weights=Weights(run["path"]["weights"]),
+                    gradient=Gradient(run["path"]["gradient"]),
+                    residual=Residual(run["path"]["residual"]),
+                )
+                for run in raw.pop("layers")
+                for _ in range(run["count"])
+            )
+            state, order = State(raw.pop("state")), Order(raw.pop("order"))
+            return cls(layers=layers, state=state, order=order, **raw)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"the plan is incomplete or misspelt: {error}") from None
+
+
+def data_parallel_plan(devices: int, layers: int) -> Plan:
+    """Plain data parallelism, where every search starts."""
+    path = LayerPath(weights=Weights.STAY, gradient=Gradient.ONCE, residual=Residual.KEEP)
+    return Plan(shard=devices, layers=(path,) * layers)

@@ -1,0 +1,40 @@
+"""What is asked of a planner: a model's work, a cluster, a batch and a memory limit."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from jaxsys.errors import UsageError
+from jaxsys.planner.cluster import Cluster
+from jaxsys.planner.costs import Precision
+from jaxsys.planner.workload import Workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One planning problem."""
+
+    workload_of: Callable[[int], Workload] = field(repr=False)
+    """Microbatch size -> its workload. Layers and parameters must not depend on the size."""
+    cluster: Cluster
+    batch: int
+    """Sequences (or examples) of a step."""
+    memory_bytes: float
+    """The limit per device."""
+    precision: Precision = field(default_factory=Precision)
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise UsageError(f"batch={self.batch} must be at least 1")
+        if not self.memory_bytes > 0:
+            raise UsageError(f"a memory limit of {self.memory_bytes} bytes must be above 0")
+        # Bound to the instance, so that it goes with it.
+        object.__setattr__(self, "workload", lru_cache(maxsize=None)(self.workload_of))
+
+    workload: Callable[[int], Workload] = field(init=False, repr=False, compare=False)
+    """`workload_of`, remembered."""
+
+    @property
+    def layers(self) -> int:
+        """L."""
+        return self.workload(1).layers

@@ -1,0 +1,155 @@
+"""The vectorised evaluator equals the schedule simulator, plan by plan."""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from jaxsys.hardware import device, link
+from jaxsys.planner.cluster import Cluster
+from jaxsys.planner.evaluate import Evaluator, plan_costs, schedule_link
+from jaxsys.planner.lower import to_schedule
+from jaxsys.planner.plan import PATHS, Order, Plan, State
+from jaxsys.planner.problem import Problem
+from jaxsys.planner.workload import BlockWork, EdgeWork, Workload
+from jaxsys.schedule import simulate
+
+
+def uneven_workload(seed: int, layers: int):
+    """Blocks of all sizes, so that nothing cancels."""
+    rng = random.Random(seed)
+    blocks = tuple(
+        BlockWork(
+            parameters=rng.uniform(0.5, 2) * 1e8,
+            product_flops=rng.uniform(0.5, 2) * 1e12,
+            attention_flops=rng.uniform(0, 1) * 1e11,
+            elementwise_bytes=rng.uniform(0, 1) * 1e9,
+            residual_bytes=rng.uniform(0.2, 3) * 2e8,
+        )
+        for _ in range(layers)
+    )
+
+    def workload(size: int) -> Workload:
+        return Workload(
+            name="uneven",
+            blocks=tuple(
+                replace(
+                    b,
+                    product_flops=b.product_flops * size,
+                    residual_bytes=b.residual_bytes * size,
+                )
+                for b in blocks
+            ),
+            edge=EdgeWork(
+                parameters=3e8, forward_flops=1e11, backward_flops=3e12, workspace_bytes=1e9
+            ),
+            activation_bytes=3e7 * size,
+            tokens=1024 * size,
+            model_flops=1e13 * size,
+            feature_ways=(1, 2, 4),
+        )
+
+    return workload
+
+
+def problem_of(seed: int, *, layers: int = 5, batch: int = 32, name: str = "ib-400") -> Problem:
+    cluster = Cluster(
+        device=device("h100"),
+        devices=8,
+        link=link(name),
+        node_devices=4,
+        node_link=link("ethernet-100g"),
+    )
+    return Problem(
+        workload_of=uneven_workload(seed, layers), cluster=cluster, batch=batch, memory_bytes=8e10
+    )
+
+
+def exact(problem: Problem, plan: Plan):
+    schedule = to_schedule(problem, plan)
+    return simulate(schedule, plan_costs(problem, plan, schedule), schedule_link(problem, plan))
+
+
+def assert_equal(problem: Problem, plan: Plan, *, rel: float = 1e-9) -> None:
+    found, wanted = Evaluator(problem).plan(plan), exact(problem, plan)
+    assert found.step_s[0] == pytest.approx(wanted.step_s, rel=rel)
+    assert found.sent_bytes[0] == pytest.approx(max(wanted.sent_bytes), rel=1e-9)
+    assert found.compute_s[0] == pytest.approx(max(wanted.busy_s), rel=1e-9)
+    # Live bytes are summed in float32.
+    assert found.peak_bytes[0] == pytest.approx(max(wanted.peak_bytes), rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_sharded_plans(seed):
+    rng = random.Random(seed)
+    shard, features = rng.choice([(8, 1), (4, 2), (2, 1), (2, 4)])
+    turns = rng.choice([1, 2, 3, 4])
+    replicas = 8 // (shard * features)
+    problem = problem_of(
+        seed, batch=2 * shard * replicas * turns, name=rng.choice(["nvlink", "sockets"])
+    )
+    plan = Plan(
+        replicas=replicas,
+        shard=shard,
+        features=features,
+        microbatch_size=2,
+        lookahead=rng.choice([1, 2, 3]),
+        state=State.SPLIT,
+        layers=tuple(rng.choice(PATHS) for _ in range(5)),
+    )
+    assert_equal(problem, plan)
+
+
+@pytest.mark.parametrize("turns", [1, 3])
+@pytest.mark.parametrize("code", [0, 1])
+def test_data_parallel_plans(turns, code):
+    problem = problem_of(7, batch=8 * turns)
+    assert_equal(problem, Plan(shard=8, layers=(PATHS[code],) * 5))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_many_microbatches_are_multiplied_from_few(seed):
+    rng = random.Random(seed)
+    problem = problem_of(seed, batch=8 * 12)
+    layers = tuple(rng.choice(PATHS) for _ in range(5))
+    plan = Plan(shard=8, state=State.SPLIT, lookahead=rng.choice([1, 2]), layers=layers)
+    assert_equal(problem, plan, rel=2e-3)
+
+
+@pytest.mark.parametrize("order", [Order.EARLIEST_BACKWARD, Order.SPACED, Order.ALL_FORWARD])
+@pytest.mark.parametrize("batch", [4, 48])
+def test_stages(order, batch):
+    problem = problem_of(3, layers=8, batch=batch)
+    plan = Plan(replicas=2, stages=4, order=order, layers=(PATHS[0],) * 8)
+    found, wanted = Evaluator(problem).plan(plan), exact(problem, plan)
+    assert found.step_s[0] == pytest.approx(wanted.step_s, rel=2e-3)
+    if order is not Order.ALL_FORWARD:
+        assert found.peak_bytes[0] == pytest.approx(max(wanted.peak_bytes), rel=1e-6)
+
+
+@pytest.mark.parametrize("batch", [8, 96])
+def test_rings(batch):
+    problem = problem_of(4, layers=8, batch=batch)
+    plan = Plan(features=2, ring=4, layers=(PATHS[1],) * 8)
+    found, wanted = Evaluator(problem).plan(plan), exact(problem, plan)
+    assert found.step_s[0] == pytest.approx(wanted.step_s, rel=5e-3)
+    assert found.peak_bytes[0] == pytest.approx(max(wanted.peak_bytes), rel=1e-6)
+
+
+def test_a_batch_of_plans_equals_its_members():
+    problem = problem_of(5)
+    base = Plan(shard=8, state=State.SPLIT, layers=(PATHS[0],) * 5)
+    codes = np.random.default_rng(0).integers(0, len(PATHS), (40, 5))
+    together = Evaluator(problem).evaluate(base, codes)
+    for row, code in enumerate(codes):
+        alone = Evaluator(problem).evaluate(base, code[None])
+        assert together.step_s[row] == alone.step_s[0]
+        assert together.peak_bytes[row] == pytest.approx(alone.peak_bytes[0], rel=1e-6)
+
+
+def test_potential_is_time_with_overflow_as_pressure():
+    estimates = Evaluator(problem_of(1)).plan(Plan(shard=8, layers=(PATHS[0],) * 5))
+    peak, step = estimates.peak_bytes[0], estimates.step_s[0]
+    assert estimates.potential(peak)[0] == step
+    assert estimates.potential(peak / 2, pressure=10)[0] == pytest.approx(11 * step)
