@@ -1,0 +1,442 @@
+"""EcoPred: learned latency and power of an iteration, for what-ifs before it runs.
+
+Gradient-boosted trees (XGBoost) on the profile, one set for prefill (tokens, requests, cached
+tokens, clock), one for decode (batch, KV tokens, bucket, clock), each for log time and for power.
+Constraints make time never fall with load nor rise with the clock, and power never fall with the
+clock. The trees are tabulated once on a grid and read by multilinear interpolation, which keeps
+monotonicity, is smooth where trees are steps, and answers all what-ifs of a decision in one call.
+
+An iteration that mixes both phases takes T_prefill + T_decode - T_floor: what both pay once (the
+weights' reading and the launches) is counted once.
+
+Online: each phase has a factor that follows the sliding window of observed / predicted ratios; it
+is in force only while drift is significant and only while it would have predicted the window
+better than no factor. What a factor cannot mend (drift that depends on load or clock) is mended by
+continued boosting on the window (`refit`), adopted only if held-out observations are predicted
+better.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import xgboost
+
+from jaxsys.errors import UsageError
+from jaxsys.serve.gpu_model import Load
+from jaxsys.serve.profile import Fingerprint, Profile, Sample
+
+_PREFILL_AXES = (
+    np.array([1, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096,
+              6144, 8192, 12288, 16384], float),
+    np.array([1, 2, 4, 8, 16, 32, 64, 128, 256], float),
+    np.array([0, 512, 2048, 8192, 32768], float),
+)  # fmt: skip
+_KV_AXIS = np.array(
+    [0, 256, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 98304, 131072, 196608, 262144, 393216,
+     524288], float,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EcoPredConfig:
+    """Training and adaptation."""
+
+    rounds: int = 400
+    depth: int = 5
+    learning_rate: float = 0.1
+    window: int = 256
+    """Observations kept per phase."""
+    significance: float = 3.0
+    """Drift counts once the window's mean log ratio exceeds this many standard errors."""
+    least_drift: float = 0.01
+    """... and this much in size: smaller corrections are not worth their noise."""
+    refit_every: int = 64
+    """Observations between attempts at continued boosting while drift stands; 0 for never."""
+    refit_above: float = 0.02
+    """Window error below which no refit is tried."""
+    refit_rounds: int = 40
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "depth", "window", "refit_rounds"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+def _prefill_row(load: Load, clock_mhz: float) -> tuple[float, ...]:
+    return load.prefill_tokens, load.prefill_requests, load.cached_tokens, clock_mhz
+
+
+def _decode_row(load: Load, clock_mhz: float) -> tuple[float, ...]:
+    return load.batch, load.kv_tokens, load.bucket or load.batch, clock_mhz
+
+
+def _interpolate(
+    table: np.ndarray, axes: Sequence[np.ndarray], points: Sequence[np.ndarray]
+) -> np.ndarray:
+    """Multilinear interpolation in `table` (axes..., clock); the last axis is kept whole.
+
+    Points beyond an axis go on along its last segment, so load beyond the profile still costs.
+    """
+    index: list[np.ndarray] = []
+    share: list[np.ndarray] = []
+    for axis, value in zip(axes, points, strict=True):
+        at = np.clip(np.searchsorted(axis, value, side="right") - 1, 0, len(axis) - 2)
+        index.append(at)
+        share.append(np.maximum(0.0, (value - axis[at]) / (axis[at + 1] - axis[at])))
+    result = 0.0
+    for corner in range(1 << len(axes)):
+        weight: np.ndarray | float = 1.0
+        place = []
+        for dimension in range(len(axes)):
+            high = corner >> dimension & 1
+            weight = weight * (share[dimension] if high else 1.0 - share[dimension])
+            place.append(index[dimension] + high)
+        result = result + np.asarray(weight)[:, None] * table[tuple(place)]
+    return np.asarray(result)
+
+
+@dataclass(slots=True)
+class _Phase:
+    """One phase's trees, tables and adaptation."""
+
+    axes: tuple[np.ndarray, ...]
+    trees: xgboost.Booster
+    power_trees: xgboost.Booster | None
+    grid: np.ndarray
+    """Feature rows of the whole grid."""
+    table_s: np.ndarray
+    table_w: np.ndarray | None
+    floor_s: np.ndarray
+    """Time of the smallest load at each clock."""
+    log_factor: float = 0.0
+    """Correction in force, as a logarithm."""
+    ratios: deque[float] = field(default_factory=deque)
+    """Log of observed over uncorrected prediction, newest last."""
+    seen: deque[tuple[tuple[float, ...], float]] = field(default_factory=deque)
+    """Feature row and observed seconds."""
+    since_refit: int = 0
+    refits: int = 0
+    boosting: "Future[xgboost.Booster | None] | None" = None
+
+
+class EcoPred:
+    """A predictor trained on a profile and kept right by what it observes. Not thread-safe."""
+
+    def __init__(
+        self,
+        profile: Profile,
+        *,
+        expected: Fingerprint | None = None,
+        clocks_mhz: Sequence[int] | None = None,
+        config: EcoPredConfig | None = None,
+        background: bool = False,
+    ) -> None:
+        """
+        Args:
+            background: boost in a thread of its own, as a live server must; in virtual time the
+                result would depend on the machine.
+            expected: what the predictor is for; a profile of other origin is refused.
+            clocks_mhz: the clocks to tabulate; those of the profile where None.
+        """
+        if expected is not None:
+            expected.check(profile.fingerprint)
+        self.config = config or EcoPredConfig()
+        self.profile = profile
+        self._threads = ThreadPoolExecutor(1, "ecopred") if background else None
+        clocks = sorted(clocks_mhz or profile.clocks_mhz)
+        if not clocks:
+            raise UsageError("the profile holds no samples; take a new one with `jaxsys profile`")
+        self._clocks = np.array(clocks, float)
+        self._column = {mhz: column for column, mhz in enumerate(clocks)}
+        prefill = [s for s in profile.samples if s.load.prefill_tokens and not s.load.batch]
+        decode = [s for s in profile.samples if s.load.batch and not s.load.prefill_tokens]
+        if len(prefill) < 8 or len(decode) < 8:
+            raise UsageError(
+                f"the profile holds {len(prefill)} prefill and {len(decode)} decode samples; "
+                f"8 of each are the least"
+            )
+        batches = sorted({s.load.batch for s in decode})
+        self._bucket_of = _bucket_table(profile.buckets, max(batches))
+        edges = sorted(set(batches) | {b + 1 for b in profile.buckets if b < max(batches)})
+        batch_axis = np.array(edges, float)
+        if len(batch_axis) < 2:
+            raise UsageError("the profile holds one decode batch size; two are the least")
+        self._prefill = self._fit(prefill, _prefill_row, _PREFILL_AXES, self._prefill_grid())
+        self._decode = self._fit(
+            decode, _decode_row, (batch_axis, _KV_AXIS), self._decode_grid(batch_axis)
+        )
+
+    # --- predictions --------------------------------------------------------------------------
+
+    def what_if(
+        self, loads: Sequence[Load], clocks_mhz: Sequence[int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Seconds and watts of every load at every clock, [load, clock], in one evaluation."""
+        columns = self._columns(clocks_mhz)
+        values = np.array(
+            [(x.prefill_tokens, x.prefill_requests, x.cached_tokens, x.batch, x.kv_tokens)
+             for x in loads], float
+        ).reshape(-1, 5)  # fmt: skip
+        has_prefill, has_decode = values[:, 0] > 0, values[:, 3] > 0
+        if has_prefill.all() and not has_decode.any():
+            return self._phase(self._prefill, values[:, :3].T, columns)
+        if has_decode.all() and not has_prefill.any():
+            return self._phase(self._decode, values[:, 3:].T, columns)
+        time_p, power_p = self._phase(self._prefill, values[:, :3].T, columns)
+        time_d, power_d = self._phase(self._decode, values[:, 3:].T, columns)
+        p, d = has_prefill[:, None], has_decode[:, None]
+        floor_s = np.minimum(self._prefill.floor_s, self._decode.floor_s)[columns]
+        both_s = np.maximum(time_p + time_d - floor_s, np.maximum(time_p, time_d))
+        both_w = (time_p * power_p + time_d * power_d) / (time_p + time_d)
+        time_s = np.where(p & d, both_s, np.where(p, time_p, np.where(d, time_d, 0.0)))
+        power_w = np.where(p & d, both_w, np.where(p, power_p, power_d))
+        return time_s, power_w
+
+    def energy_j(self, loads: Sequence[Load], clocks_mhz: Sequence[int]) -> np.ndarray:
+        """Predicted joules of one iteration, [load, clock]."""
+        time_s, power_w = self.what_if(loads, clocks_mhz)
+        return time_s * power_w
+
+    def _columns(self, clocks_mhz: Sequence[int]) -> np.ndarray:
+        try:
+            return np.array([self._column[mhz] for mhz in clocks_mhz])
+        except KeyError as missing:
+            known = ", ".join(str(int(mhz)) for mhz in self._clocks)
+            raise UsageError(
+                f"clock_mhz={missing} is not tabulated; this predictor knows {known}"
+            ) from None
+
+    def _phase(
+        self, phase: _Phase, points: np.ndarray, columns: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        time_s = _interpolate(phase.table_s, phase.axes, tuple(points))
+        # Within the table a no-op; beyond it, extrapolated slopes of two clocks may cross.
+        time_s = np.minimum.accumulate(time_s, axis=1)[:, columns] * math.exp(phase.log_factor)
+        if phase.table_w is None:
+            return time_s, np.full_like(time_s, np.nan)
+        # Power does not go on rising beyond the profile as time does.
+        within = tuple(np.minimum(p, a[-1]) for p, a in zip(points, phase.axes, strict=True))
+        return time_s, _interpolate(phase.table_w, phase.axes, within)[:, columns]
+
+    # --- learning online ----------------------------------------------------------------------
+
+    def observe(self, load: Load, clock_mhz: float, time_s: float, power_w: float | None) -> None:
+        """Takes in what an iteration really took. Mixed iterations teach nothing separable."""
+        if time_s <= 0 or (load.prefill_tokens > 0) == (load.batch > 0):
+            return
+        if load.prefill_tokens:
+            phase, row = self._prefill, _prefill_row(load, clock_mhz)
+        else:
+            phase, row = self._decode, _decode_row(load, clock_mhz)
+        predicted_s = self._at_clock(phase, row, clock_mhz)
+        config = self.config
+        phase.ratios.append(math.log(time_s / predicted_s))
+        phase.seen.append((row, time_s))
+        if len(phase.ratios) > config.window:
+            phase.ratios.popleft()
+            phase.seen.popleft()
+        phase.log_factor = self._correction(phase)
+        phase.since_refit += 1
+        if phase.boosting is not None:
+            if phase.boosting.done():
+                self._install(phase, phase.boosting.result())
+                phase.boosting = None
+        elif config.refit_every and phase.since_refit >= config.refit_every:
+            phase.since_refit = 0
+            if _window_error(phase) <= config.refit_above:
+                return
+            if self._threads is None:
+                self.refit(load.prefill_tokens > 0)
+            else:
+                phase.boosting = self._threads.submit(
+                    self._boost, phase.trees, *self._snapshot(phase)
+                )
+
+    def residual_error(self, prefill: bool) -> float:
+        """Mean absolute relative error over the window, the correction in force included."""
+        return _window_error(self._prefill if prefill else self._decode)
+
+    def correction(self, prefill: bool) -> float:
+        """The factor in force for a phase; 1 where no drift stands."""
+        return math.exp((self._prefill if prefill else self._decode).log_factor)
+
+    def refits(self, prefill: bool) -> int:
+        """How often boosted trees were adopted for a phase."""
+        return (self._prefill if prefill else self._decode).refits
+
+    def _at_clock(self, phase: _Phase, row: tuple[float, ...], clock_mhz: float) -> float:
+        """Uncorrected prediction at any clock: linear between the tabulated ones."""
+        points = [np.array([value]) for value in row[: len(phase.axes)]]
+        times = _interpolate(phase.table_s, phase.axes, points)[0]
+        return float(np.interp(clock_mhz, self._clocks, times))
+
+    def _correction(self, phase: _Phase) -> float:
+        """The factor that the newer half of the window asks for, if it is real and helps."""
+        ratios = np.array(phase.ratios)
+        recent = ratios[-max(16, len(ratios) // 4) :]
+        if len(recent) < 8:
+            return 0.0
+        # The median: single stalls must not move the predictor.
+        drift = float(np.median(recent))
+        # Spread without the drift itself; 1.4826 makes the deviation a normal's sigma.
+        spread = 1.4826 * float(np.median(np.abs(recent - drift)))
+        error = max(spread, 1e-4) / math.sqrt(len(recent))
+        if abs(drift) < max(self.config.significance * error, self.config.least_drift):
+            return 0.0
+        with_it = float(np.mean(np.abs(recent - drift)))
+        without = float(np.mean(np.abs(recent)))
+        return drift if with_it < without else 0.0
+
+    def refit(self, prefill: bool) -> bool:
+        """Boosts on the window, and adopts the result if it predicts better; True if it did.
+
+        Tens of milliseconds. `observe` asks for it by itself, in a thread where `background`.
+        """
+        phase = self._prefill if prefill else self._decode
+        return self._install(phase, self._boost(phase.trees, *self._snapshot(phase)))
+
+    @staticmethod
+    def _snapshot(phase: _Phase) -> tuple[np.ndarray, np.ndarray, float]:
+        rows = np.array([row for row, _ in phase.seen])
+        return rows, np.log([seconds for _, seconds in phase.seen]), phase.log_factor
+
+    def _boost(
+        self, trees: xgboost.Booster, rows: np.ndarray, logs: np.ndarray, drift: float
+    ) -> xgboost.Booster | None:
+        """More rounds on the window less its drift; None unless a held-out quarter gains."""
+        if len(rows) < 32:
+            return None
+        # Every fourth observation judges, so that both parts see the same traffic.
+        held = np.arange(len(rows)) % 4 == 3
+        boosted = xgboost.train(
+            self._parameters() | {"eta": 0.3},
+            xgboost.DMatrix(rows[~held], label=logs[~held] - drift),
+            num_boost_round=self.config.refit_rounds,
+            xgb_model=trees,
+        )
+        truth = logs[held] - drift
+        before = np.mean(np.abs(trees.inplace_predict(rows[held]) - truth))
+        after = np.mean(np.abs(boosted.inplace_predict(rows[held]) - truth))
+        return boosted if after < 0.9 * before else None
+
+    def _install(self, phase: _Phase, trees: xgboost.Booster | None) -> bool:
+        """Puts boosted trees in force if the whole window is predicted better with them."""
+        if trees is None:
+            return False
+        old_table, old_trees, old_error = phase.table_s, phase.trees, _window_error(phase)
+        phase.trees = trees
+        phase.table_s = self._tabulate(trees, phase.grid, old_table.shape, True)
+        self._restate(phase)
+        if _window_error(phase) >= old_error:
+            phase.trees, phase.table_s = old_trees, old_table
+            self._restate(phase)
+            return False
+        phase.floor_s = phase.table_s.reshape(-1, len(self._clocks))[0]
+        phase.refits += 1
+        return True
+
+    def _restate(self, phase: _Phase) -> None:
+        """Recomputes the window's ratios against the present table."""
+        phase.ratios = deque(
+            math.log(seconds / self._at_clock(phase, row, row[-1])) for row, seconds in phase.seen
+        )
+        phase.log_factor = self._correction(phase)
+
+    # --- training -----------------------------------------------------------------------------
+
+    def _parameters(self, power: bool = False) -> dict[str, object]:
+        clock = 1 if power else -1
+        load = 0 if power else 1
+        return {
+            "max_depth": self.config.depth,
+            "eta": self.config.learning_rate,
+            "min_child_weight": 1,
+            "lambda": 0.1,
+            "tree_method": "hist",
+            "max_bin": 512,
+            "nthread": 1,
+            "seed": self.config.seed,
+            "monotone_constraints": (load, load, load, clock),
+        }
+
+    def _fit(
+        self,
+        samples: Sequence[Sample],
+        row_of: Callable[[Load, float], tuple[float, ...]],
+        axes: tuple[np.ndarray, ...],
+        grid: np.ndarray,
+    ) -> _Phase:
+        rows = np.array([row_of(s.load, s.clock_mhz) for s in samples], float)
+        logs = np.log([s.time_s for s in samples])
+        rounds = self.config.rounds
+        trees = xgboost.train(
+            self._parameters(), xgboost.DMatrix(rows, label=logs), num_boost_round=rounds
+        )
+        shape = (*(len(axis) for axis in axes), len(self._clocks))
+        powered = [i for i, s in enumerate(samples) if s.power_w is not None]
+        power_trees = table_w = None
+        if len(powered) >= 8:
+            watts = np.array([samples[i].power_w for i in powered], float)
+            power_trees = xgboost.train(
+                self._parameters(power=True),
+                xgboost.DMatrix(rows[powered], label=watts),
+                num_boost_round=rounds // 2,
+            )
+            table_w = self._tabulate(power_trees, grid, shape, False)
+        table_s = self._tabulate(trees, grid, shape, True)
+        return _Phase(
+            axes=axes,
+            trees=trees,
+            power_trees=power_trees,
+            grid=grid,
+            table_s=table_s,
+            table_w=table_w,
+            floor_s=table_s.reshape(-1, len(self._clocks))[0],
+        )
+
+    @staticmethod
+    def _tabulate(
+        trees: xgboost.Booster, grid: np.ndarray, shape: tuple[int, ...], logarithmic: bool
+    ) -> np.ndarray:
+        values = np.asarray(trees.inplace_predict(grid), float)
+        return (np.exp(values) if logarithmic else values).reshape(shape)
+
+    def _prefill_grid(self) -> np.ndarray:
+        mesh = np.meshgrid(*_PREFILL_AXES, self._clocks, indexing="ij")
+        return np.stack([axis.ravel() for axis in mesh], axis=1)
+
+    def _decode_grid(self, batch_axis: np.ndarray) -> np.ndarray:
+        batch, kv, clock = np.meshgrid(batch_axis, _KV_AXIS, self._clocks, indexing="ij")
+        bucket = self._bucket_of[batch.astype(int)]
+        return np.stack([axis.ravel() for axis in (batch, kv, bucket, clock)], axis=1)
+
+
+def _window_error(phase: _Phase) -> float:
+    """Mean absolute relative error over the window, the correction in force included."""
+    if not phase.ratios:
+        return 0.0
+    return float(np.mean(np.abs(np.expm1(phase.log_factor - np.array(phase.ratios)))))
+
+
+def _bucket_table(buckets: Sequence[int], largest: int) -> np.ndarray:
+    """Bucket of each batch size 0..largest; the batch itself where steps are not padded."""
+    table = np.arange(largest + 2)
+    for size in sorted(buckets, reverse=True):
+        table[: min(size, largest + 1) + 1] = size
+    return table
+
+
+def prediction_error(predictor: EcoPred, samples: Sequence[Sample]) -> float:
+    """Mean absolute relative error of predicted times over `samples`."""
+    errors = []
+    for mhz in {sample.clock_mhz for sample in samples}:
+        of_clock = [sample for sample in samples if sample.clock_mhz == mhz]
+        times, _ = predictor.what_if([sample.load for sample in of_clock], (mhz,))
+        truth = np.array([sample.time_s for sample in of_clock])
+        errors.append(np.abs(times[:, 0] / truth - 1))
+    return float(np.mean(np.concatenate(errors)))
