@@ -44,7 +44,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     how.add_argument(
         "--recompute",
         default="block",
-        choices=("none", "dots", "block", "chunk"),
+        choices=RECOMPUTE_POLICIES,
         help="what the backward pass computes again (default %(default)s)",
     )
     what = result.add_argument_group("what the result depends on")

@@ -37,6 +37,12 @@ class StepOptions:
     non_finite: NonFinite = "stop"
 
 
+def global_norm(tree: PyTree) -> jax.Array:
+    """The root of the sum of squares of all leaves, float32."""
+    squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum(squares, jnp.float32(0)))
+
+
 def make_step(
     lowered: LoweredStep,
     optimizer: optax.GradientTransformation,
@@ -47,7 +53,7 @@ def make_step(
 
     def step(state: TrainState, batch: PyTree) -> tuple[TrainState, StepResult]:
         loss, gradients = lowered.loss_and_gradients(state.parameters, batch)
-        norm = optax.global_norm(gradients)
+        norm = global_norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         if options.clip_norm is not None:
             scale = jnp.minimum(1.0, options.clip_norm / jnp.maximum(norm, 1e-30))

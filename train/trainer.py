@@ -202,6 +202,13 @@ class Trainer:
         for batch in data.read(self.position, rows):
             yield self.place(batch, rows=rows)
 
+    def loss_and_gradients(self, batch: PyTree) -> tuple[float, Parameters]:
+        """A batch's loss and its gradients in layer order; nothing is updated. For inspection."""
+        loss, gradients = jax.jit(self._lowered.loss_and_gradients)(
+            self.state.parameters, self._placed(batch)
+        )
+        return float(loss), self._lowered.from_rest(gradients)
+
     def evaluate(self, batches: Iterator[PyTree] | list[PyTree]) -> float:
         """The mean loss over batches, by the same schedule, nothing updated."""
         losses = [self._loss(self.state.parameters, self._placed(batch)) for batch in batches]

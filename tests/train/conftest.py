@@ -34,7 +34,7 @@ def small_model() -> LayeredModel:
     return LayeredModel(embed=_embed, block=_block, head_loss=_head_loss, layers=LAYERS)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small_parameters() -> Parameters:
     """Fresh parameters of `small_model`, numpy float32."""
     rng = np.random.default_rng(0)
@@ -66,7 +66,7 @@ class CountedSamples:
         }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def counted_samples() -> CountedSamples:
     """Forty numbered samples."""
     return CountedSamples(40)

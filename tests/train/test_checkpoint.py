@@ -1,0 +1,275 @@
+"""Checkpoints: the same trajectory under any schedule, and nothing broken is ever trusted."""
+
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+from jaxsys.errors import RunError, UsageError
+from jaxsys.layered import LayeredModel
+from jaxsys.mesh import make_mesh
+from jaxsys.train import Batches, CheckpointStore, Trainer
+from jaxsys.train.checkpoint import checksums_of
+
+G = 8
+"""Samples in a batch, however it is cut."""
+
+
+@pytest.fixture(scope="module")
+def make(small_model, small_parameters):
+    """Makes a trainer of the small model."""
+
+    def trainer(schedule="dp", ring=1, data=1, *, settings=None, model=None, parameters=None):
+        return Trainer(
+            model or small_model,
+            parameters or small_parameters,
+            optax.adamw(1e-2),
+            schedule=schedule,
+            mesh=make_mesh(ring, data, devices=jax.devices()[: ring * data]),
+            microbatches=G // data,
+            clip_norm=1.0,
+            settings=settings,
+        )
+
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def data(counted_samples):
+    return Batches(counted_samples, rows=G, microbatch_size=1, seed=4)
+
+
+@pytest.fixture(scope="module")
+def finished(make, data, tmp_path_factory):
+    """A finished run of 4 steps with checkpoints of steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("finished")
+    trainer = make(settings={"learning_rate": 0.01})
+    trainer.fit(data, steps=4, folder=folder, save_every=2, progress=False)
+    return folder
+
+
+@pytest.fixture
+def saved(finished, tmp_path):
+    """A copy of `finished` to spoil."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def errors_between(found, wanted) -> float:
+    return max(
+        jax.tree.leaves(jax.tree.map(lambda a, b: float(np.max(np.abs(a - b))), found, wanted))
+    )
+
+
+def test_save_under_weipipe_resume_under_others_as_if_never_stopped(make, data, tmp_path):
+    whole = make("dp", 2)
+    wanted = whole.fit(data, steps=6, progress=False)
+    first = make("weipipe-interleave", 4)
+    part = first.fit(data, steps=6, stop_at=2, folder=tmp_path / "run", progress=False)
+    second = make("dp", 2, 4)
+    middle = second.fit(
+        data, steps=6, stop_at=4, folder=tmp_path / "run", resume=True, progress=False
+    )
+    third = make("1f1b", 2)
+    last = third.fit(data, steps=6, folder=tmp_path / "run", resume=True, progress=False)
+    assert (part.step, middle.step, last.step) == (2, 4, 6)
+    losses = part.losses + middle.losses + last.losses
+    np.testing.assert_allclose(losses, wanted.losses, rtol=1e-5)
+    # Sums in another order differ in the last bit, and Adam magnifies that for small gradients.
+    assert errors_between(third.host_parameters(), whole.host_parameters()) < 1e-5
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "step"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_same_layout_goes_on_bit_for_bit(make, data, saved, tmp_path):
+    folder = saved
+    whole = make(settings={"learning_rate": 0.01})
+    whole.fit(data, steps=6, progress=False)
+    resumed = make(settings={"learning_rate": 0.01})
+    resumed.fit(data, steps=6, folder=folder, resume=True, progress=False)
+    assert errors_between(resumed.host_parameters(), whole.host_parameters()) == 0.0
+    assert resumed.position == whole.position == 6 * G
+
+
+def biggest_file(folder):
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+# Orbax leaves the readers of other arrays behind when one fails.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_any_truncated_file_is_noticed_and_the_step_before_loads(make, saved, capsys):
+    folder = saved
+    trainer = make(settings={"learning_rate": 0.01})
+    step = folder / "checkpoints/4"
+    files = sorted(p for p in step.rglob("*") if p.is_file() and p.stat().st_size)
+    noticed = 0
+    for file in files:
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        said: list[str] = []
+        store = CheckpointStore(folder / "checkpoints", notice=said.append)
+        loaded = trainer.restore(store, notice=said.append)
+        store.close()
+        # Orbax keeps some files for people only: losing those loses nothing.
+        assert loaded in (2, 4), file
+        if loaded == 2:
+            noticed += 1
+            assert any("checkpoint of step 4" in line for line in said), said
+            assert any("resumed from step 2" in line for line in said), said
+            aside = folder / "checkpoints/broken-4"
+            assert aside.is_dir() and not step.exists()
+            aside.rename(step)
+        file.write_bytes(whole)
+    assert noticed >= 3
+    store = CheckpointStore(folder / "checkpoints")
+    assert trainer.restore(store) == 4
+    store.close()
+
+
+def test_wrong_values_are_noticed_by_their_checksum(make, saved):
+    folder = saved
+    trainer = make(settings={"learning_rate": 0.01})
+    store = CheckpointStore(folder / "checkpoints")
+    record = store.record(4)
+    name = next(iter(record.checksums))
+    target = jax.tree.map(
+        lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at),
+        trainer._layer_shapes,
+        trainer._layer_shardings,
+    )
+    with pytest.raises(RunError, match="1 arrays differ from what was saved"):
+        store.arrays(4, target, {**record.checksums, name: record.checksums[name] ^ 1})
+    store.close()
+
+
+def test_checksums_see_values_and_places_but_not_shardings():
+    values = np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32)
+    mesh = make_mesh(4, devices=jax.devices()[:4])
+    sharded = jax.device_put(
+        values, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("ring"))
+    )
+    plain = checksums_of({"a": values})
+    assert checksums_of({"a": sharded}) == plain
+    assert checksums_of({"a": values[::-1]}) != plain
+    assert checksums_of({"a": values[:, ::-1]}) != plain
+    changed = values.copy()
+    changed[0, 0] = np.nextafter(changed[0, 0], 10)
+    assert checksums_of({"a": changed}) != plain
+
+
+def test_a_save_cut_short_leaves_the_one_before(make, data, saved):
+    folder = saved
+    # What a kill during a save leaves: a temporary folder, under Orbax's own name for it.
+    shutil.copytree(folder / "checkpoints/4", folder / "checkpoints/6.orbax-checkpoint-tmp")
+    biggest_file(folder / "checkpoints/6.orbax-checkpoint-tmp").write_bytes(b"")
+    trainer = make(settings={"learning_rate": 0.01})
+    report = trainer.fit(data, steps=5, folder=folder, resume=True, progress=False)
+    assert report.step == 5
+    assert not list((folder / "checkpoints").glob("*tmp*"))
+
+
+def test_nothing_readable_is_an_error(make, data, saved):
+    folder = saved
+    for step in (2, 4):
+        shutil.rmtree(folder / f"checkpoints/{step}/state/d", ignore_errors=True)
+        biggest_file(folder / f"checkpoints/{step}/state").write_bytes(b"")
+        for file in (folder / f"checkpoints/{step}/run").rglob("*"):
+            if file.is_file():
+                file.write_bytes(b"")
+    with pytest.raises(RunError, match=r"none of the checkpoints \[2, 4\]"):
+        make().fit(data, steps=5, folder=folder, resume=True, progress=False)
+
+
+def test_full_disk_names_the_last_good_step(make, data, saved, monkeypatch):
+    folder = saved
+
+    def full(self, *_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    trainer = make(settings={"learning_rate": 0.01})
+    monkeypatch.setattr(ocp.CheckpointManager, "save", full)
+    with pytest.raises(RunError, match=r"No space left on device; the last good one is step 4"):
+        trainer.fit(data, steps=5, folder=folder, resume=True, progress=False)
+
+
+def test_changed_settings_are_listed_and_refused_or_accepted(make, data, saved, capsys):
+    folder = saved
+    changed = {"learning_rate": 0.1, "warm_up": 3}
+    with pytest.raises(UsageError, match=r"learning_rate: 0.01 -> 0.1; warm_up: None -> 3"):
+        make(settings=changed).fit(data, steps=5, folder=folder, resume=True, progress=False)
+    report = make(settings=changed).fit(
+        data, steps=5, folder=folder, resume=True, accept_changes=True
+    )
+    assert report.step == 5
+    assert "accepted changed settings: learning_rate: 0.01 -> 0.1" in capsys.readouterr().err
+
+
+def test_another_model_is_refused(make, data, saved, small_model, small_parameters):
+    folder = saved
+    shallow = LayeredModel(
+        embed=small_model.embed, block=small_model.block, head_loss=small_model.head_loss, layers=2
+    )
+    parameters = {
+        "edge": small_parameters["edge"],
+        "blocks": jax.tree.map(lambda leaf: leaf[:2], small_parameters["blocks"]),
+    }
+    with pytest.raises(UsageError, match=r"another model: blocks/bias is float32\[4, 8\] there"):
+        make(model=shallow, parameters=parameters).fit(
+            data, steps=5, folder=folder, resume=True, progress=False
+        )
+
+
+def test_a_used_folder_is_not_overwritten_unasked(make, data, saved):
+    folder = saved
+    with pytest.raises(UsageError, match=r"holds a run at step 4; resume it"):
+        make().fit(data, steps=5, folder=folder, progress=False)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.sgd(0.1, momentum=0.9),
+        optax.adafactor(0.01, min_dim_size_to_factor=4),
+        optax.chain(optax.clip(1.0), optax.lion(1e-3)),
+        optax.MultiSteps(optax.adam(1e-2), 2),
+        optax.masked(optax.adam(1e-2), lambda p: jax.tree.map(lambda leaf: leaf.ndim > 2, p)),
+    ],
+    ids=["momentum", "adafactor", "lion", "accumulation", "masked"],
+)
+def test_any_optimizer_state_follows_its_parameters(
+    small_model, small_parameters, optimizer, tmp_path
+):
+    """Two rings of unlike order at rest hold the same optimizer state in layer order."""
+
+    def trainer(ring):
+        return Trainer(small_model, small_parameters, optimizer, devices=ring, microbatches=4)
+
+    four, two = trainer(4), trainer(2)
+    # No step is compiled here: numbers that tell leaves and layers apart are put in their place.
+    flat, structure = jax.tree.flatten(four._layer_shapes)
+    marked = jax.tree.unflatten(
+        structure,
+        [
+            (np.arange(leaf.size).reshape(leaf.shape) + 1000 * index).astype(leaf.dtype)
+            for index, leaf in enumerate(flat)
+        ],
+    )
+    four.state = four._to_rest(jax.device_put(marked, four._layer_shardings))
+    store = CheckpointStore(tmp_path)
+    step = four.save(store)
+    store.wait()
+    assert two.restore(store) == step
+    store.close()
+    for found, wanted in zip(
+        jax.tree.leaves(two._layer_order_state), jax.tree.leaves(marked), strict=True
+    ):
+        np.testing.assert_array_equal(found, wanted)
+    # The moments rest beside their parameters: as much is cut over the ring.
+    for leaf in jax.tree.leaves(two.state.optimizer):
+        if leaf.ndim and leaf.shape[0] == small_model.layers:
+            assert leaf.sharding.shard_shape(leaf.shape)[0] == small_model.layers // 2

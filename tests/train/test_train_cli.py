@@ -1,0 +1,77 @@
+"""`jaxsys train` as a user calls it."""
+
+import json
+
+import pytest
+
+from jaxsys.cli import main
+from jaxsys.model import load
+
+TEXT = "def add(a, b):\n    return a + b\n\n\n" * 120
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.py"
+    path.write_text(TEXT)
+    return path
+
+
+def options(text, *more: str) -> list[str]:
+    return [
+        *("train", "--model", "tiny", "--data", str(text), "--sequence-length", "16"),
+        *("--microbatch-size", "2", "--learning-rate", "0.01", *more),
+    ]
+
+
+def test_trains_stops_resumes_and_exports(text, tmp_path, capsys):
+    out, exported = tmp_path / "run", tmp_path / "model"
+    more = ("--devices", "2", "--steps", "6", "--out", str(out))
+    assert main(options(text, *more, "--stop-at", "3")) == 0
+    first = capsys.readouterr().err
+    assert "schedule weipipe-interleave on 2" in first and "step 3/3  loss" in first
+    assert main(options(text, *more, "--resume", "--export", str(exported))) == 0
+    second = capsys.readouterr().err
+    assert "resumed from step 3" in second and "held-out loss" in second
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in records if record["kind"] == "step"]
+    assert len(losses) == 6 and losses[-1] < losses[0]
+    model = load(exported)
+    assert model.config.num_layers == 4
+    assert main(options(text, *more)) == 2
+    assert "holds a run at step 6; resume it (--resume" in capsys.readouterr().err
+    assert main(options(text, *more, "--resume", "--seed", "7")) == 2
+    assert "seed: 0 -> 7" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (("--devices", "64"), "devices=64 but 8 cpu device(s) are present"),
+        (("--devices", "4", "--microbatches", "6"), "microbatches=6 must be a positive multiple"),
+        (("--model", "huge"), "model 'huge' is not known"),
+        (("--schedule", "magic", "--devices", "2"), "schedule 'magic' is not known"),
+        (("--steps", "0"), "steps=0 must be at least 1"),
+        (("--sequence-length", "512"), "past the model's max_positions=256"),
+        (("--resume",), "--resume needs --out"),
+        (("--data", "/nowhere/at/all"), "does not exist"),
+        (("--dtype", "float8"), "must be float32 or bfloat16"),
+        (("--devices", "4", "--replicas", "3"), "replicas=3 does not divide devices=4"),
+        (("--coordinator", "a:1"), "go together"),
+        (("--learning-rate", "0"), "learning_rate=0.0 must be above 0"),
+    ],
+)
+def test_faults_are_one_line_and_exit_2(text, capsys, more, says):
+    assert main(options(text, *more)) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("jaxsys train: ") and says in last
+
+
+def test_empty_and_short_text(tmp_path, capsys):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    assert main(options(empty)) == 2
+    assert "holds no text" in capsys.readouterr().err
+    empty.write_text("short")
+    assert main(options(empty, "--devices", "2")) == 2
+    assert "one sample of sequence_length=16 needs 17" in capsys.readouterr().err

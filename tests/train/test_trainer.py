@@ -1,0 +1,210 @@
+"""The trainer against one device without a schedule, under several schedules and faults."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxsys import strategies
+from jaxsys.errors import RunError, UsageError
+from jaxsys.layered import reference_loss
+from jaxsys.mesh import make_mesh
+from jaxsys.model import initial_parameters, layered, preset
+from jaxsys.train import Trainer
+
+ROWS, SIZE, TOKENS = 4, 2, 6
+
+
+def batch_of(seed: int, *, rows: int = ROWS, vocabulary: int = 16) -> dict[str, np.ndarray]:
+    """A random batch in which a fifth of the targets do not count."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, vocabulary, (rows, SIZE, TOKENS + 1)).astype(np.int32)
+    targets = np.where(rng.random((rows, SIZE, TOKENS)) < 0.2, -1, tokens[..., 1:])
+    return {"inputs": tokens[..., :-1], "targets": targets.astype(np.int32)}
+
+
+def plain_steps(model, parameters, optimizer, batches, *, clip_norm):
+    """The reference: value_and_grad and optax on one device."""
+    parameters = jax.tree.map(jnp.asarray, parameters)
+    chain = optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
+    state = chain.init(parameters)
+    losses = []
+
+    @jax.jit
+    def step(parameters, state, batch):
+        loss, gradients = jax.value_and_grad(lambda p: reference_loss(model, p, batch))(parameters)
+        updates, state = chain.update(gradients, state, parameters)
+        return optax.apply_updates(parameters, updates), state, loss
+
+    for batch in batches:
+        parameters, state, loss = step(parameters, state, batch)
+        losses.append(float(loss))
+    return parameters, losses
+
+
+def relative_error(found, wanted) -> float:
+    """Largest difference of a leaf, relative to the leaf's largest value."""
+    return float(np.max(np.abs(np.asarray(found) - np.asarray(wanted)))) / (
+        float(np.max(np.abs(np.asarray(wanted)))) + 1e-30
+    )
+
+
+@pytest.mark.parametrize(
+    ("schedule", "ring", "data"),
+    [("weipipe-interleave", 4, 1), ("weipipe-interleave", 2, 2), ("dp", 4, 1), ("1f1b", 2, 1)],
+)
+def test_three_steps_equal_one_device(small_model, small_parameters, schedule, ring, data):
+    batches = [batch_of(i) for i in range(3)]
+    wanted, losses = plain_steps(
+        small_model, small_parameters, optax.adamw(1e-2), batches, clip_norm=0.05
+    )
+    trainer = Trainer(
+        small_model,
+        small_parameters,
+        optax.adamw(1e-2),
+        schedule=schedule,
+        mesh=make_mesh(ring, data, devices=jax.devices()[: ring * data]),
+        microbatches=ROWS // data,
+        clip_norm=0.05,
+    )
+    found = [float(trainer.step(batch).loss) for batch in batches]
+    np.testing.assert_allclose(found, losses, rtol=1e-5)
+    # Adam divides by the root of the second moment: rounding of small gradients is magnified.
+    errors = jax.tree.map(relative_error, trainer.parameters(), wanted)
+    assert max(jax.tree.leaves(errors)) < 1e-4, errors
+    assert trainer.step_number == 3
+
+
+def test_every_gradient_leaf_of_the_decoder_equals_one_device():
+    config = preset("tiny")
+    model = layered(config, loss_chunk_tokens=8)
+    parameters = initial_parameters(config)
+    batch = batch_of(0, vocabulary=256)
+    wanted_loss, wanted = jax.jit(jax.value_and_grad(lambda p: reference_loss(model, p, batch)))(
+        parameters
+    )
+    trainer = Trainer(model, parameters, optax.sgd(1.0), devices=4, microbatches=ROWS)
+    loss, gradients = trainer.loss_and_gradients(batch)
+    assert loss == pytest.approx(float(wanted_loss), rel=1e-5)
+    assert jax.tree.structure(gradients) == jax.tree.structure(wanted)
+    errors = jax.tree.map(relative_error, gradients, wanted)
+    assert max(jax.tree.leaves(errors)) < 1e-5, errors
+
+
+def test_layers_that_do_not_fill_the_last_chunk(small_model, small_parameters):
+    batches = [batch_of(i, rows=6) for i in range(2)]
+    wanted, losses = plain_steps(
+        small_model, small_parameters, optax.adam(1e-2), batches, clip_norm=1e9
+    )
+    trainer = Trainer(
+        small_model, small_parameters, optax.adam(1e-2), devices=3, microbatches=6
+    )  # 4 layers on 3 devices: 2 + 2 + 0, padded at rest
+    found = [float(trainer.step(batch).loss) for batch in batches]
+    np.testing.assert_allclose(found, losses, rtol=1e-5)
+    errors = jax.tree.map(relative_error, trainer.parameters(), wanted)
+    assert max(jax.tree.leaves(errors)) < 1e-4, errors
+
+
+def test_evaluate_is_the_mean_loss_and_changes_nothing(small_model, small_parameters):
+    trainer = Trainer(small_model, small_parameters, optax.sgd(0.1), devices=2, microbatches=4)
+    batches = [batch_of(i) for i in range(2)]
+    wanted = np.mean([reference_loss(small_model, small_parameters, b) for b in batches])
+    assert trainer.evaluate(batches) == pytest.approx(float(wanted), rel=1e-5)
+    assert trainer.step_number == 0
+
+
+def test_parameters_may_be_made_on_the_devices(small_model, small_parameters):
+    trainer = Trainer(
+        small_model,
+        lambda: jax.tree.map(jnp.asarray, small_parameters),
+        optax.sgd(0.1),
+        devices=2,
+        microbatches=4,
+    )
+    for found, wanted in zip(
+        jax.tree.leaves(trainer.parameters()), jax.tree.leaves(small_parameters), strict=True
+    ):
+        np.testing.assert_array_equal(found, wanted)
+
+
+def poisoned(model):
+    """The model, with a loss that is not a number where a batch says so."""
+
+    def head_loss(edge, x, microbatch):
+        loss, weight = model.head_loss(edge, x, microbatch)
+        return loss + jnp.where(jnp.any(microbatch["inputs"] == 15), jnp.nan, 0.0), weight
+
+    return type(model)(
+        embed=model.embed, block=model.block, head_loss=head_loss, layers=model.layers
+    )
+
+
+@pytest.fixture
+def clean_and_bad():
+    clean = batch_of(0)
+    clean["inputs"] %= 15
+    bad = {**clean, "inputs": clean["inputs"].copy()}
+    bad["inputs"][1, 0, 0] = 15
+    return clean, bad
+
+
+def test_non_finite_loss_skips_with_a_count(small_model, small_parameters, clean_and_bad):
+    clean, bad = clean_and_bad
+    trainer = Trainer(
+        poisoned(small_model), small_parameters, optax.adam(0.1), devices=2, microbatches=4,
+        non_finite="skip",
+    )  # fmt: skip
+    report = trainer.fit([clean, bad, clean], steps=3, progress=False)
+    wanted, losses = plain_steps(
+        small_model, small_parameters, optax.adam(0.1), [clean, clean], clip_norm=1e9
+    )
+    assert (report.step, report.skipped) == (3, 1)
+    np.testing.assert_allclose([report.losses[0], report.losses[2]], losses, rtol=1e-5)
+    errors = jax.tree.map(relative_error, trainer.parameters(), wanted)
+    assert max(jax.tree.leaves(errors)) < 1e-4, errors
+
+
+def test_non_finite_loss_stops_with_the_state_before_it(
+    small_model, small_parameters, clean_and_bad
+):
+    clean, bad = clean_and_bad
+    trainer = Trainer(
+        poisoned(small_model), small_parameters, optax.sgd(0.1), devices=2, microbatches=4
+    )
+    with pytest.raises(RunError, match=r"step 2: loss nan.*nothing was updated since step 1"):
+        trainer.fit([clean, bad, clean, clean], steps=4, progress=False)
+    wanted, _ = plain_steps(small_model, small_parameters, optax.sgd(0.1), [clean], clip_norm=1e9)
+    errors = jax.tree.map(relative_error, trainer.parameters(), wanted)
+    assert max(jax.tree.leaves(errors)) < 1e-5, errors
+
+
+def test_schedule_may_be_a_schedule_or_a_file(small_model, small_parameters, tmp_path):
+    schedule = strategies.build("dp", devices=2, microbatches=4)
+    path = tmp_path / "plan.json"
+    path.write_text(schedule.to_json())
+    for given in (schedule, path, str(path)):
+        trainer = Trainer(small_model, small_parameters, optax.sgd(0.1), schedule=given, devices=2)
+        assert trainer.schedule == schedule
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"schedule": "magic", "devices": 2}, "schedule 'magic' is not known; use dp"),
+        ({"schedule": "none.json", "devices": 2}, "none.json cannot be read"),
+        ({"devices": 64}, "devices=64 but 8 cpu"),
+        ({"devices": 4, "microbatches": 6}, "microbatches=6 must be a positive multiple of"),
+        ({"devices": 2, "clip_norm": 0.0}, "clip_norm=0.0 must be above 0"),
+        ({"devices": 2, "non_finite": "hope"}, "'stop' or 'skip'"),
+    ],
+)
+def test_bad_requests(small_model, small_parameters, options, says):
+    with pytest.raises(UsageError, match=says):
+        Trainer(small_model, small_parameters, optax.sgd(0.1), **options)
+
+
+def test_a_batch_of_other_length(small_model, small_parameters):
+    trainer = Trainer(small_model, small_parameters, optax.sgd(0.1), devices=2, microbatches=4)
+    with pytest.raises(UsageError, match=r"first axis must be the 4 microbatches"):
+        trainer.step(batch_of(0, rows=3))
