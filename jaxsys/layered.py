@@ -63,7 +63,9 @@ def reference_loss(model: LayeredModel, parameters: Parameters, batch: PyTree) -
         microbatch = jax.tree.map(lambda leaf, i=index: leaf[i], batch)
         x = model.embed(parameters["edge"], microbatch)
         for layer in range(model.layers):
-            x = model.block(jax.tree.map(lambda p, i=layer: p[i], parameters["blocks"]), x, microbatch)
+            x = model.block(
+                jax.tree.map(lambda p, i=layer: p[i], parameters["blocks"]), x, microbatch
+            )
         loss, count = model.head_loss(parameters["edge"], x, microbatch)
         total, weight = total + loss, weight + count
     return total / weight

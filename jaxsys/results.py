@@ -1,6 +1,7 @@
 """Result files: one JSON a benchmark, which tables and plots read and nothing else.
 
-    {"benchmark", "kind": "measured" | "simulated", "date", "hardware", "versions", "config", "rows"}
+    {"benchmark", "kind": "measured" or "simulated", "date", "hardware", "versions", "config",
+     "rows"}
 
 `rows` are flat records of named figures with their units in the names.
 """

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 
 from jaxsys.errors import RunError, UsageError
+from jaxsys.lowering import RECOMPUTE_POLICIES
 from jaxsys.mesh import make_mesh
 from jaxsys.model import ByteTokenizer, Tokenizer, initial_parameters, layered, preset
 from jaxsys.model.save import save_safetensors

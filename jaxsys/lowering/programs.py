@@ -21,11 +21,12 @@ from jaxsys.layered import LayeredModel, PyTree
 
 from .split import split_backward
 
-Recompute = Literal["none", "dots", "block", "chunk"]
-"""What backward computes again. `none`: nothing. `dots`: all but matrix products and attention.
-`block`: each block from its input. `chunk`: the chunk from its input."""
+Recompute = Literal["none", "selective", "block", "chunk"]
+"""What backward computes again. `none`: nothing. `selective`: all but products with weights and
+fused attention, that is norms, rotations and gates. `block`: each block from its input. `chunk`:
+the chunk from its input."""
 
-RECOMPUTE_POLICIES: tuple[Recompute, ...] = ("none", "dots", "block", "chunk")
+RECOMPUTE_POLICIES: tuple[Recompute, ...] = ("none", "selective", "block", "chunk")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +80,7 @@ def block_program(
         weights: shapes and dtypes of one block's parameters.
         x: shape and dtype of the block's input.
         microbatch: shapes and dtypes of one microbatch.
-        recompute: `none`, `dots` or `block`.
+        recompute: `none`, `selective` or `block`.
 
     Raises:
         UsageError: if the block does not map x to its own shape and dtype.
@@ -90,10 +91,15 @@ def block_program(
     if recompute == "block":
         return _recomputing_block(model, x)
     block = model.block
-    if recompute == "dots":
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        block = jax.checkpoint(model.block, policy=policy)
+    if recompute == "selective":
+        block = jax.checkpoint(model.block, policy=_save_products_and_attention)
     return _saving_block(block, weights, x, microbatch)
+
+
+def _save_products_and_attention(primitive: Any, *avals: Any, **parameters: Any) -> Any:
+    if primitive.name.startswith("dot_product_attention_fwd"):  # cuDNN's kernel
+        return True
+    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *avals, **parameters)
 
 
 def _recomputing_block(model: LayeredModel, x: jax.ShapeDtypeStruct) -> BlockProgram:
