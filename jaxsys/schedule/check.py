@@ -33,13 +33,13 @@ def check(schedule: Schedule, *, max_live: Mapping[Data, int] | None = None) -> 
     return result
 
 
-def peak_live(schedule: Schedule, result: Trace, data: Data) -> list[int]:
-    """The most copies of a kind of data that each device holds at once."""
+def peak_live(schedule: Schedule, result: Trace, *data: Data) -> list[int]:
+    """The most copies of some kinds of data, counted together, that each device holds at once."""
     peaks = []
     for device in range(schedule.devices):
         change: Counter[int] = Counter()
         for copy in result.on_device(device):
-            if copy.block.data is data:
+            if copy.block.data in data:
                 change[copy.born] += 1
                 change[copy.last_use + 1] -= 1
         live = peak = 0

@@ -140,12 +140,12 @@ class Simulation:
     @property
     def spans_s(self) -> tuple[tuple[float, float], ...]:
         """For each device, when its first task starts and its last one ends."""
-        spans = []
-        for device in range(self.schedule.devices):
-            mine = [e for e in self.events if e.stream == "compute" and e.device == device]
-            first = min((e.start_s for e in mine), default=0.0)
-            spans.append((first, max((e.end_s for e in mine), default=first)))
-        return tuple(spans)
+        spans: list[tuple[float, float] | None] = [None] * self.schedule.devices
+        for event in self.events:
+            if event.stream == "compute":
+                start, end = spans[event.device] or (event.start_s, event.end_s)
+                spans[event.device] = min(start, event.start_s), max(end, event.end_s)
+        return tuple(span or (0.0, 0.0) for span in spans)
 
     @property
     def inner_bubble(self) -> float:
@@ -287,7 +287,8 @@ class _Run:
         begin = max(
             begin,
             *(self.send_free_s[d] for d in senders),
-            *(self.receive_free_s[d] for d in receivers),
+            # Eager receives from different neighbours do not queue behind each other.
+            *(self.receive_free_s[d] for d in receivers if not self.eager_sends),
         )
         end = begin + duration
         for device in senders:

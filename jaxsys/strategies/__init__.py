@@ -8,8 +8,9 @@ from jaxsys.errors import UsageError
 from jaxsys.schedule import Schedule
 
 from .data_parallel import data_parallel
-from .pipeline import gpipe, one_f_one_b, one_f_one_b_overlap
+from .pipeline import gpipe, interleaved_one_f_one_b, one_f_one_b, one_f_one_b_overlap
 from .weipipe import interleave
+from .zero_bubble import zero_bubble_h1, zero_bubble_h2
 
 STRATEGIES: Mapping[str, Callable[..., Schedule]] = MappingProxyType(
     {
@@ -17,6 +18,9 @@ STRATEGIES: Mapping[str, Callable[..., Schedule]] = MappingProxyType(
         "gpipe": gpipe,
         "1f1b": one_f_one_b,
         "1f1b-overlap": one_f_one_b_overlap,
+        "1f1b-interleaved": interleaved_one_f_one_b,
+        "zb-h1": zero_bubble_h1,
+        "zb-h2": zero_bubble_h2,
         "weipipe-interleave": interleave,
     }
 )

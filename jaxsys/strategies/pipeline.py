@@ -1,16 +1,19 @@
-"""Pipelines with a whole backward pass: GPipe and 1F1B.
+"""Pipelines with a whole backward pass: GPipe, 1F1B and interleaved 1F1B.
 
 Stage i of P keeps its layers; microbatches pass down and their cotangents back up. With T_F and T_B
 the times of a stage, a step takes (M + P - 1) (T_F + T_B) where M (T_F + T_B) would be ideal: a
 bubble of (P - 1) / (M + P - 1). GPipe holds M residuals on every stage, 1F1B min(M, P - i) on
 stage i.
 
-Sources: GPipe (Huang et al., 2019); 1F1B (Narayanan et al., PipeDream-Flush, 2021).
+Sources: GPipe (Huang et al., 2019); 1F1B (PipeDream-Flush, Narayanan et al., 2021); interleaved
+(Narayanan et al., SC 2021).
 """
 
+from jaxsys.errors import UsageError
 from jaxsys.schedule import Schedule, Task, TaskKind
 
-from .stages import check_stages, pipeline_schedule
+from .data_parallel import check_microbatches
+from .stages import check_stages, earliest_ticks, pipeline_schedule
 
 
 def gpipe(devices: int, microbatches: int) -> Schedule:
@@ -43,9 +46,9 @@ def one_f_one_b(devices: int, microbatches: int) -> Schedule:
     Stage i runs P - i forwards, then one backward and one forward in turn. On a grid where F and B
     take a tick each, B of microbatch m on stage i is at tick 2P - 1 - i + 2m; F is at i + m while
     m < P - i and at i + 2m afterwards. Stage i holds min(M, P - i) residuals. In a steady tick half
-    of the devices run F and the other half B, and every hop is needed at once: with devices that
-    wait for each other at every hop a tick takes max(T_F, T_B). The total (M + P - 1) (T_F + T_B)
-    is reached where sends do not block (`simulate(..., eager_sends=True)`) or T_F = T_B.
+    of the devices run F and the other half B, and every hop is needed at once, so it is exposed. If
+    all devices keep step a tick takes max(T_F, T_B); the total (M + P - 1) (T_F + T_B) is reached
+    for any times where sends do not block (`simulate(..., eager_sends=True)`).
 
     Args:
         devices: P, the number of stages; also the number of chunks.
@@ -91,6 +94,58 @@ def one_f_one_b_overlap(devices: int, microbatches: int) -> Schedule:
             tick = 2 * (2 * p - 2 - stage + index) + 1
             tasks.append(_task(tick, TaskKind.BACKWARD, stage, index))
     return pipeline_schedule("1f1b-overlap", devices=p, chunks=p, microbatches=m, tasks=tasks)
+
+
+def interleaved_one_f_one_b(
+    devices: int, microbatches: int, *, chunks_per_device: int = 2
+) -> Schedule:
+    """Interleaved 1F1B: v chunks on each device, so that the pipeline fills in steps of 1/v.
+
+    Chunk c lives on device c mod P. Microbatches go in groups of P: a group passes a device's first
+    chunk, then its second, and so on, and backwards in the opposite order. Device i runs
+    2 (P - 1 - i) + (v - 1) P + 1 forwards, then one backward and one forward in turn. With t_F and
+    t_B the times of a chunk, a step takes (v M + P - 1) (t_F + t_B): a bubble of
+    (P - 1) / (v M + P - 1), for v times the transfers. As in `one_f_one_b` half of the devices run
+    F while the others run B, and hops are exposed.
+
+    Args:
+        devices: P; there are v P chunks.
+        microbatches: M, a multiple of P.
+        chunks_per_device: v.
+
+    Raises:
+        UsageError: if P does not divide M, or v is not positive.
+    """
+    p, m, v = devices, microbatches, chunks_per_device
+    check_microbatches(p, m)
+    if v < 1:
+        raise UsageError(f"chunks_per_device={v} must be at least 1")
+    orders = []
+    for device in range(p):
+        forward = [
+            (TaskKind.FORWARD, turn // p % v * p + device, turn // (v * p) * p + turn % p)
+            for turn in range(v * m)
+        ]
+        backward = [
+            (
+                TaskKind.BACKWARD,
+                (v - 1 - turn // p % v) * p + device,
+                turn // (v * p) * p + turn % p,
+            )
+            for turn in range(v * m)
+        ]
+        ahead = min(v * m, 2 * (p - 1 - device) + (v - 1) * p + 1)
+        order = forward[:ahead]
+        for turn, task in enumerate(backward):
+            order += [task, *forward[ahead + turn : ahead + turn + 1]]
+        orders.append(order)
+    return pipeline_schedule(
+        "1f1b-interleaved",
+        devices=p,
+        chunks=v * p,
+        microbatches=m,
+        tasks=earliest_ticks(orders, chunks=v * p),
+    )
 
 
 def _task(tick: int, kind: TaskKind, stage: int, microbatch: int) -> Task:

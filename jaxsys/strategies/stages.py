@@ -6,7 +6,7 @@ that made it. Where its reader runs in that same tick the hop is exposed (`arriv
 otherwise it travels under that tick's compute and lands in the next.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from jaxsys.errors import UsageError
 from jaxsys.schedule import Block, Data, Move, MoveKind, Placement, Schedule, Task, TaskKind
@@ -85,3 +85,55 @@ def check_stages(devices: int, microbatches: int) -> None:
         raise UsageError(
             f"microbatches={microbatches} must be at least 1 (best several times devices={devices})"
         )
+
+
+def earliest_ticks(
+    orders: Sequence[Sequence[tuple[TaskKind, int, int]]], *, chunks: int
+) -> tuple[Task, ...]:
+    """Puts each device's tasks, one a tick and in the order given, into the earliest ticks.
+
+    A task waits for the one before it on its device, and until the tick after that of the tasks
+    whose output it reads.
+
+    Args:
+        orders: for each device its tasks as (kind, chunk, microbatch).
+        chunks: C.
+
+    Raises:
+        ValueError: if the orders wait for each other in a circle.
+    """
+    done: dict[tuple[TaskKind, int, int], int] = {}
+    ahead = [0] * len(orders)
+    free = [0] * len(orders)
+    tasks: list[Task] = []
+    progress = True
+    while progress:
+        progress = False
+        for device, order in enumerate(orders):
+            while ahead[device] < len(order):
+                kind, chunk, microbatch = order[ahead[device]]
+                needs = _reads(kind, chunk, microbatch, chunks)
+                if any(need not in done for need in needs):
+                    break
+                tick = max([free[device], *(done[need] + 1 for need in needs)])
+                done[kind, chunk, microbatch] = tick
+                free[device] = tick + 1
+                ahead[device] += 1
+                tasks.append(
+                    Task(tick=tick, device=device, kind=kind, chunk=chunk, microbatch=microbatch)
+                )
+                progress = True
+    if any(at < len(order) for at, order in zip(ahead, orders, strict=True)):
+        raise ValueError("the devices' orders wait for each other in a circle")
+    return tuple(tasks)
+
+
+def _reads(
+    kind: TaskKind, chunk: int, microbatch: int, chunks: int
+) -> list[tuple[TaskKind, int, int]]:
+    if kind is TaskKind.WEIGHT_GRADIENT:
+        return [(TaskKind.INPUT_GRADIENT, chunk, microbatch)]
+    if kind is TaskKind.FORWARD:
+        return [(kind, chunk - 1, microbatch)] if chunk else []
+    above = [(kind, chunk + 1, microbatch)] if chunk + 1 < chunks else []
+    return [(TaskKind.FORWARD, chunk, microbatch), *above]
