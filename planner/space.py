@@ -1,0 +1,395 @@
+"""The space of plans, by subtraction: all that data dependencies allow, less what is excluded.
+
+A `Space` starts with every split, placement, lifetime and order that the model's shapes and the
+batch permit. Primitives take away from it:
+
+    space = (
+        Space.of(problem)
+        .split("features", 2)                       # every block's features in two
+        .copy("between", layers=range(16))          # lower layers keep their weights for the next F
+        .not_("order", "all-forward")
+    )
+
+Memory is no constraint: it is pressure in the search. What must be where and when it is used is
+one, and is not for the user to state: no point of the space breaks it.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from jaxsys.errors import UsageError
+from jaxsys.planner.constraints import (
+    Conflict,
+    Domains,
+    Relation,
+    culprits,
+    propagate,
+    relation,
+    satisfiable,
+    solutions,
+)
+from jaxsys.planner.plan import PATHS, Gradient, Order, Plan, Residual, State, Weights
+from jaxsys.planner.problem import Problem
+
+WAYS = ("replicas", "shard", "features", "stages", "ring")
+COMMON = (*WAYS, "microbatch_size", "turns", "lookahead", "state", "order")
+LAYERED = ("weights", "gradient", "residual")
+LOOKAHEADS = (1, 2, 4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """All plans of a problem that no constraint excludes. Make one with `Space.of`."""
+
+    problem: Problem
+    domains: Domains = field(repr=False)
+    rules: tuple[Relation, ...] = field(repr=False)
+    """What shapes, batch and data dependencies ask for."""
+    user: tuple[Relation, ...] = ()
+    """What has been taken away by primitives."""
+
+    @classmethod
+    def of(cls, problem: Problem, *, microbatch_sizes: Collection[int] | None = None) -> "Space":
+        """Everything that shapes, batch and data dependencies allow.
+
+        Args:
+            problem: the problem.
+            microbatch_sizes: the sizes to consider; powers of two that divide the batch, up to 8,
+                if not given.
+        """
+        ways = tuple(_divisors(problem.cluster.devices))
+        sizes = microbatch_sizes or [b for b in (1, 2, 4, 8) if problem.batch % b == 0]
+        domains: Domains = {name: ways for name in WAYS}
+        domains["microbatch_size"] = tuple(sizes)
+        domains["turns"] = tuple(_divisors(problem.batch))
+        domains["lookahead"] = LOOKAHEADS
+        domains["state"] = tuple(State)
+        domains["order"] = tuple(Order)
+        for layer in range(problem.layers):
+            domains[f"weights[{layer}]"] = tuple(Weights)
+            domains[f"gradient[{layer}]"] = tuple(Gradient)
+            domains[f"residual[{layer}]"] = tuple(Residual)
+        return cls(problem=problem, domains=domains, rules=tuple(_rules(problem, domains)))
+
+    # Primitives. Each returns a narrower space.
+
+    def domain(self, what: str, *values: Any, layers: Iterable[int] | None = None) -> "Space":
+        """Allows only these values of `what`."""
+        return self._narrow("domain", what, layers, lambda v: v in values, values)
+
+    def not_(self, what: str, *values: Any, layers: Iterable[int] | None = None) -> "Space":
+        """Excludes these values of `what`."""
+        return self._narrow("not", what, layers, lambda v: v not in values, values)
+
+    def split(self, what: str, ways: int) -> "Space":
+        """Cuts `batch`, `features` or `state` into `ways` parts on as many devices."""
+        label = f"split {what} into {ways}"
+        if what == "features":
+            return self.require(label, ("features",), lambda f: f == ways)
+        if what == "batch":
+            return self.require(label, ("replicas", "shard"), lambda r, s: r * s == ways)
+        if what == "state":
+            return self.require(
+                label, ("state", "shard"), lambda t, s: t == State.SPLIT and s == ways
+            )
+        raise UsageError(f"cannot split {what!r}; split batch, features or state")
+
+    def assign(self, what: str, ways: int, *, travels: str) -> "Space":
+        """Gives each of `ways` devices its own layers; `activations` or `weights` travel."""
+        if what != "layers":
+            raise UsageError(f"cannot assign {what!r}; assign layers")
+        names = {"activations": "stages", "weights": "ring"}
+        if travels not in names:
+            raise UsageError(f"travels={travels!r} must be activations or weights")
+        label = f"assign layers to {ways} devices while {travels} travel"
+        return self.require(label, (names[travels],), lambda n: n == ways)
+
+    def copy(self, until: str, *, layers: Iterable[int] | None = None) -> "Space":
+        """How long copies of weights live: stay, within, between or refetch."""
+        return self._narrow("copy", "weights", layers, lambda v: v == until, (until,))
+
+    def reduce(self, when: str, *, layers: Iterable[int] | None = None) -> "Space":
+        """When gradients are summed over devices: once, each or deferred."""
+        return self._narrow("reduce", "gradient", layers, lambda v: v == when, (when,))
+
+    def order(self, order: str) -> "Space":
+        """In which order devices run their tasks."""
+        return self._narrow("order", "order", None, lambda v: v == order, (order,))
+
+    def redirect(self, *, layers: Iterable[int] | None = None) -> "Space":
+        """Takes residuals from computing the forward pass again instead of from memory."""
+        wanted = Residual.RECOMPUTE
+        return self._narrow("redirect", "residual", layers, lambda v: v == wanted, (wanted,))
+
+    def require(self, label: str, variables: Iterable[str], allows: Callable[..., bool]) -> "Space":
+        """Allows only what a predicate over the variables' values is true for."""
+        names = tuple(variables)
+        for name in names:
+            if name not in self.domains:
+                known = ", ".join([*COMMON, *(f"{w}[layer]" for w in LAYERED)])
+                raise UsageError(f"{name!r} is not a variable of the space; there are {known}")
+        return replace(self, user=(*self.user, relation(label, names, self.domains, allows)))
+
+    def _narrow(
+        self,
+        verb: str,
+        what: str,
+        layers: Iterable[int] | None,
+        allows: Callable[[Any], bool],
+        values: tuple[Any, ...],
+    ) -> "Space":
+        shown = ", ".join(str(v) for v in values)
+        if what in LAYERED:
+            every = range(self.problem.layers)
+            chosen = list(every if layers is None else layers)
+            wrong = [layer for layer in chosen if layer not in every]
+            if wrong:
+                raise UsageError(f"layers={wrong} are not among layers 0 to {len(every) - 1}")
+            where = "" if layers is None else f" of layers {_runs(chosen)}"
+            names = [f"{what}[{layer}]" for layer in chosen]
+        elif layers is not None:
+            raise UsageError(f"{what!r} is not told apart by layers; {', '.join(LAYERED)} are")
+        else:
+            where, names = "", [what]
+        for name in names:
+            if name in self.domains:
+                legal = self.domains[name]
+                odd = [v for v in values if v not in legal]
+                if odd:
+                    raise UsageError(
+                        f"{what}={odd[0]!r} is not a value of the space; use one of "
+                        f"{', '.join(str(v) for v in legal)}"
+                    )
+        label = f"{verb} {what}{where}: {shown}"
+        space = self
+        for name in names:
+            space = space.require(label, (name,), allows)
+        return space
+
+    # Readers.
+
+    @property
+    def relations(self) -> tuple[Relation, ...]:
+        """Rules and user constraints."""
+        return (*self.rules, *self.user)
+
+    @cached_property
+    def left(self) -> Domains:
+        """The domains after propagation.
+
+        Raises:
+            Conflict: if no plan is left; names the constraints that conflict.
+        """
+        found = propagate(self.domains, self.relations)
+        if found is None or not satisfiable(found, self.relations):
+            raise Conflict(culprits(self.domains, self.relations))
+        return found
+
+    def bases(self) -> Iterator[Plan]:
+        """Every legal common part, with the first legal path in all layers."""
+        for values in solutions(self.left, self.relations, COMMON):
+            codes = self.codes(values)
+            if codes is not None:
+                layers = tuple(PATHS[options[0]] for options in codes)
+                common = {k: v for k, v in values.items() if k != "turns"}
+                yield Plan(layers=layers, **common)
+
+    def codes(self, common: dict[str, Any]) -> list[np.ndarray] | None:
+        """For each layer the codes that are legal beside a common part; None if one has none."""
+        if any(value not in self.left[name] for name, value in common.items()):
+            return None
+        if self._across_layers:
+            fixed = {name: (value,) for name, value in common.items()}
+            domains = propagate({**self.left, **fixed}, self.relations)
+            if domains is None:
+                return None
+            found = [self._codes_of_layer(layer, domains) for layer in range(self.problem.layers)]
+        else:
+            # Nothing ties layers together: like layers have like codes, found one by one.
+            cache = self._codes_by_kind
+            found = []
+            for layer, (kind, needs) in enumerate(self._layer_kinds):
+                key = (kind, tuple(common[name] for name in needs))
+                if key not in cache:
+                    cache[key] = self._codes_of_layer(layer, self._beside(layer, common))
+                found.append(cache[key])
+        return None if any(len(options) == 0 for options in found) else found
+
+    def _beside(self, layer: int, common: dict[str, Any]) -> Domains:
+        """A layer's domains beside a common part."""
+        mine = {f"{what}[{layer}]" for what in LAYERED}
+        fixed: Domains = {name: (value,) for name, value in common.items()}
+        scope = {**fixed, **{name: self.left[name] for name in mine}}
+        near = [one for one in self.relations if mine.intersection(one.variables)]
+        return propagate(scope, near) or {name: () for name in mine}
+
+    def _codes_of_layer(self, layer: int, domains: Domains) -> np.ndarray:
+        weights, gradient, residual = (domains[f"{what}[{layer}]"] for what in LAYERED)
+        return np.array(
+            [
+                code
+                for code, path in enumerate(PATHS)
+                if path.weights in weights
+                and path.gradient in gradient
+                and path.residual in residual
+            ],
+            int,
+        )
+
+    @cached_property
+    def _codes_by_kind(self) -> dict[Any, np.ndarray]:
+        return {}
+
+    @cached_property
+    def _across_layers(self) -> bool:
+        """Whether any relation ties layers to each other."""
+        return any(
+            len({name[name.index("[") :] for name in one.variables if "[" in name}) > 1
+            for one in self.relations
+        )
+
+    @cached_property
+    def _layer_kinds(self) -> list[tuple[Any, tuple[str, ...]]]:
+        """For each layer what its codes depend on: its relations, and the common names in them."""
+        by_layer: list[list[Relation]] = [[] for _ in range(self.problem.layers)]
+        for one in self.relations:
+            for layer in {int(n[n.index("[") + 1 : -1]) for n in one.variables if "[" in n}:
+                by_layer[layer].append(one)
+        kinds = []
+        for layer, relations in enumerate(by_layer):
+            names = sorted({n for one in relations for n in one.variables if "[" not in n})
+            shape = tuple(
+                (tuple(n.split("[")[0] for n in one.variables), one.allowed) for one in relations
+            )
+            own = tuple(self.left[f"{what}[{layer}]"] for what in LAYERED)
+            kinds.append(((shape, own), tuple(names)))
+        numbers: dict[Any, int] = {}
+        return [(numbers.setdefault(kind, len(numbers)), names) for kind, names in kinds]
+
+    def codes_of(self, plan: Plan) -> list[np.ndarray] | None:
+        """The legal codes beside a plan's common part, or None if that is not in the space."""
+        turns = self._turns(plan)
+        if turns is None:
+            return None
+        common = {name: getattr(plan, name) for name in COMMON if name != "turns"}
+        common["turns"] = turns
+        if any(value not in self.left[name] for name, value in common.items()):
+            return None
+        return self.codes(common)
+
+    def contains(self, plan: Plan) -> bool:
+        """Whether no constraint excludes the plan."""
+        options = self.codes_of(plan)
+        if options is None:
+            return False
+        if plan.stages * plan.ring > 1 and len({path.residual for path in plan.layers}) > 1:
+            return False
+        return all(code in legal for code, legal in zip(plan.codes, options, strict=True))
+
+    def groups(self) -> list[list[int]]:
+        """Layers that are alike in cost and in what they may do, together."""
+        blocks = self.problem.workload(1).blocks
+        found: dict[Any, list[int]] = {}
+        for layer, block in enumerate(blocks):
+            key = (block, *(self.left[f"{what}[{layer}]"] for what in LAYERED))
+            found.setdefault(key, []).append(layer)
+        return list(found.values())
+
+    def _turns(self, plan: Plan) -> int | None:
+        unit = plan.replicas * plan.shard * plan.microbatch_size
+        return None if self.problem.batch % unit else self.problem.batch // unit
+
+
+def _rules(problem: Problem, domains: Domains) -> Iterator[Relation]:
+    """Yields the built-in rules, each with its reason as label."""
+    devices, layers, batch = problem.cluster.devices, problem.layers, problem.batch
+    ways = problem.workload(1).feature_ways
+
+    def rule(label: str, names: tuple[str, ...], allows: Callable[..., bool]) -> Relation:
+        return relation(f"rule: {label}", names, domains, allows)
+
+    yield rule(
+        f"replicas x shard x features x stages x ring = {devices} devices",
+        WAYS,
+        lambda r, s, f, p, w: r * s * f * p * w == devices,
+    )
+    yield rule(
+        f"features split in {', '.join(map(str, ways))} parts only",
+        ("features",),
+        ways.__contains__,
+    )
+    for name in ("stages", "ring"):
+        yield rule(
+            f"{name} must divide {layers} layers",
+            (name,),
+            lambda n: layers % n == 0,
+        )
+    yield rule(
+        f"replicas x shard x microbatch size x turns = {batch} sequences of a step",
+        ("replicas", "shard", "microbatch_size", "turns"),
+        lambda r, s, b, k: r * s * b * k == batch,
+    )
+    yield rule("the ring divides the microbatches", ("ring", "turns"), lambda w, k: k % w == 0)
+    yield rule(
+        "at most one of shard, stages and ring splits the schedule's devices",
+        ("shard", "stages", "ring"),
+        lambda s, p, w: (s > 1) + (p > 1) + (w > 1) <= 1,
+    )
+    yield rule(
+        "replicas stand around a shard group, stages or a ring",
+        ("replicas", "shard", "stages", "ring"),
+        lambda r, s, p, w: r == 1 or s * p * w > 1,
+    )
+    yield rule(
+        "state is split over a shard group or over replicas",
+        ("state", "shard", "replicas"),
+        lambda t, s, r: (
+            t == State.WHOLE and (s == 1 or r == 1) or t == State.SPLIT and (s > 1 or r > 1)
+        ),
+    )
+    yield rule(
+        "stages need an order of their own, and nothing else has one",
+        ("order", "stages"),
+        lambda o, p: (o == Order.DEPTH_FIRST) == (p == 1),
+    )
+    yield rule(
+        "only split state is gathered ahead",
+        ("lookahead", "shard", "state"),
+        lambda a, s, t: a == 1 or (s > 1 and t == State.SPLIT),
+    )
+    # With one microbatch `between` is `refetch`, `within` is `stay`, and there is no later forward
+    # pass to sum in: nothing may be kept or put off across the update.
+    whole = "weights and gradients that rest whole stay and are summed once"
+    alone = "without a shard group weights stay and gradients are summed once"
+    single = "with one microbatch nothing is kept for or put off to a next one"
+    stay, refetch, once = Weights.STAY, Weights.REFETCH, Gradient.ONCE
+    for label, what, other, allows in (
+        (whole, "weights", "state", lambda w, t: w == stay or t == State.SPLIT),
+        (whole, "gradient", "state", lambda g, t: g == once or t == State.SPLIT),
+        (alone, "weights", "shard", lambda w, s: w == stay or s > 1),
+        (alone, "gradient", "shard", lambda g, s: g == once or s > 1),
+        (single, "weights", "turns", lambda w, k: k > 1 or w in (stay, refetch)),
+        (single, "gradient", "turns", lambda g, k: k > 1 or g == once),
+    ):
+        first = rule(label, (f"{what}[0]", other), allows)
+        for layer in range(layers):
+            yield replace(first, variables=(f"{what}[{layer}]", other))
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _runs(numbers: list[int]) -> str:
+    """0, 1, 2, 5 -> "0-2, 5"."""
+    parts: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in parts)
