@@ -54,9 +54,8 @@ def main(argv: Sequence[str], prog: str) -> int:
     listener = _bind(arguments.host, arguments.port)
     with contextlib.closing(listener):
         _log_to_stderr(as_json=arguments.log == "json")
-        if arguments.compilation_cache is not None:
-            jax.config.update("jax_compilation_cache_dir", str(arguments.compilation_cache))
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        jax.config.update("jax_compilation_cache_dir", str(arguments.compilation_cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
         # Before anything starts JAX: a host without accelerator is divided.
         devices = choose_devices(len(config.roles))
         on_cpu = devices[0].platform == "cpu"
@@ -126,7 +125,12 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add("--api-key-file", type=Path, help="file with one key a line; without it all are let in")
     add("--drain", type=float, default=30.0, help="seconds to finish requests after SIGTERM")
     add("--log", choices=("text", "json"), default="text", help="form of the log on stderr")
-    add("--compilation-cache", type=Path, help="folder that keeps compiled steps between runs")
+    add(
+        "--compilation-cache",
+        type=Path,
+        default=Path.home() / ".cache" / "jaxsys" / "compiled",
+        help="folder that keeps compiled steps between runs",
+    )
     return parser
 
 

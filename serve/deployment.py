@@ -188,9 +188,11 @@ def _scheduler_config(
                     f"{page_count * config.page_size} tokens, below max_length="
                     f"{config.max_length}; lower it or use fewer instances a device"
                 )
+    # Compiled steps are dear to make on CPU and padding is cheap; on accelerators the reverse.
+    factor = 4 if device.platform == "cpu" else 2
     buckets = [1]
     while buckets[-1] < config.max_batch:
-        buckets.append(min(2 * buckets[-1], config.max_batch))
+        buckets.append(min(factor * buckets[-1], config.max_batch))
     return SchedulerConfig(
         page_count=page_count,
         page_size=config.page_size,

@@ -75,15 +75,21 @@ class ExecutorConfig:
     """Tokens of a prompt piece."""
     table_buckets: tuple[int, ...]
     """Pages of a block table; the last one bounds a request's length."""
+    transfer_buckets: tuple[int, ...]
+    """Pages that change hands at once."""
 
     @classmethod
     def for_scheduler(cls, scheduler: SchedulerConfig) -> "ExecutorConfig":
-        """Pieces in steps of 4x up to the token budget, tables in steps of 4x up to the length."""
+        """Pieces in steps of 4x up to the token budget, one table for every length.
+
+        The portable attention looks only at chunks that hold tokens, so a wide table costs nothing.
+        """
         longest = -(-scheduler.max_length // scheduler.page_size)
         return cls(
             decode_buckets=scheduler.decode_buckets,
             piece_buckets=_geometric(scheduler.max_prefill_tokens, 4, least=32),
-            table_buckets=_geometric(longest, 4, least=min(longest, 16)),
+            table_buckets=(longest,),
+            transfer_buckets=_geometric(longest, 4, least=min(longest, 16)),
         )
 
 
@@ -187,7 +193,7 @@ class JaxExecutor:
     # --- hand-over ----------------------------------------------------------------------------
 
     def extract(self, pages: Sequence[int]) -> Cache:
-        """The contents of `pages`, padded to a table bucket, as arrays apart from the cache.
+        """The contents of `pages`, padded to a transfer bucket, as arrays apart from the cache.
 
         The pages may be given to others at once: the device works in order.
         """
@@ -224,15 +230,18 @@ class JaxExecutor:
         if self.role != "prefill":
             keys.append(("decode", batch, table))
             keys += [("sample", batch, needs) for needs in kinds]
-        return keys
+            # A lone request is the first thing most servers see.
+            keys.append(("decode", shapes.decode_buckets[0], table))
+            keys += [("sample", shapes.decode_buckets[0], needs) for needs in kinds]
+        return list(dict.fromkeys(keys))
 
     def other_steps(self) -> list[tuple]:
         """Keys of the steps that make serving faster, the most used first."""
         shapes = self.shapes
         pieces = [("prefill", p, t) for t in shapes.table_buckets for p in shapes.piece_buckets]
         batches = [("decode", b, t) for t in shapes.table_buckets for b in shapes.decode_buckets]
-        hand_over = [("extract", table) for table in shapes.table_buckets]
-        take_up = [("insert", table) for table in shapes.table_buckets]
+        hand_over = [("extract", count) for count in shapes.transfer_buckets]
+        take_up = [("insert", count) for count in shapes.transfer_buckets]
         kinds = (
             SamplingNeeds(),
             SamplingNeeds(random=True, cut=True),
@@ -421,7 +430,7 @@ class JaxExecutor:
             self._cache = self._step("copy", COPIES)(self._cache, sources, targets)
 
     def _padded(self, pages: Sequence[int], *, fill: int) -> np.ndarray:
-        size = next(size for size in self.shapes.table_buckets if size >= len(pages))
+        size = next(size for size in self.shapes.transfer_buckets if size >= len(pages))
         index = np.full(size, fill, np.int32)
         index[: len(pages)] = pages
         return index

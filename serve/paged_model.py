@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxsys.layered import Parameters, PyTree
-from jaxsys.model import LlamaConfig, attend, bind_block, bind_edge
+from jaxsys.model import LlamaConfig, bind_block, bind_edge
+from jaxsys.serve.paged_attention import attend_pages
 
 
 class LayerCache(NamedTuple):
@@ -92,13 +93,7 @@ def decode_pass(
         keys = keys.at[pages, offsets].set(k[:, 0], mode="drop")
         values = values.at[pages, offsets].set(v[:, 0], mode="drop")
         written.append(LayerCache(keys, values))
-        o = attend(
-            q,
-            _gather(keys, tables),
-            _gather(values, tables),
-            causal=False,
-            key_lengths=positions + 1,
-        )
+        o = attend_pages(q, keys, values, tables, positions[:, None])
         x = x + block.attention.output(o)
         x = x + block.mlp(block.mlp_norm(x))
     return edge.logits(x)[:, 0], tuple(written)
@@ -139,12 +134,7 @@ def prefill_pass(
         keys = keys.at[pages, offsets].set(k[0], mode="drop")
         values = values.at[pages, offsets].set(v[0], mode="drop")
         written.append(LayerCache(keys, values))
-        o = attend(
-            q,
-            _gather(keys, table[None]),
-            _gather(values, table[None]),
-            query_positions=positions[None],
-        )
+        o = attend_pages(q, keys, values, table[None], positions[None])
         x = x + block.attention.output(o)
         x = x + block.mlp(block.mlp_norm(x))
     last = jax.lax.dynamic_slice_in_dim(x, length - 1, 1, axis=1)
@@ -166,8 +156,3 @@ def insert_pages(cache: Cache, contents: Cache, pages: Int[Array, " W"]) -> Cach
     return jax.tree.map(
         lambda pool, content: pool.at[pages].set(content, mode="drop"), cache, contents
     )
-
-
-def _gather(pool: Float[Array, "P S G K"], tables: Int[Array, "B W"]) -> Float[Array, "B WS G K"]:
-    gathered = pool.at[tables].get(mode="clip")
-    return gathered.reshape(tables.shape[0], -1, *pool.shape[2:])

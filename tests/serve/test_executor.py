@@ -15,6 +15,8 @@ from jaxsys.serve.scheduler import Scheduler, SchedulerConfig
 
 CONFIG = preset("tiny")
 whole_model = jax.jit(functools.partial(forward, CONFIG))
+prefill = jax.jit(functools.partial(paged_model.prefill_pass, CONFIG))
+decode = jax.jit(functools.partial(paged_model.decode_pass, CONFIG))
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,29 @@ def reference(parameters, prompt, count):
     return tokens[len(prompt) :]
 
 
-def make(parameters, **changes):
+@pytest.fixture(scope="module")
+def executor(parameters):
+    """One set of compiled steps; each test brings a scheduler over some of its pages."""
+    return make_executor(parameters, jax.devices()[0])
+
+
+def make_executor(parameters, device, role="both"):
+    place = jax.sharding.SingleDeviceSharding(device)
+    return JaxExecutor(
+        CONFIG,
+        jax.device_put(paged_model.split_layers(parameters), place),
+        make(role=role).config,
+        placement=place,
+        shapes=ExecutorConfig(
+            decode_buckets=(1, 2, 4),
+            piece_buckets=(8, 16),
+            table_buckets=(4, 16),
+            transfer_buckets=(4, 16),
+        ),
+    )
+
+
+def make(**changes):
     values = {
         "page_count": 40,
         "page_size": 4,
@@ -42,17 +66,7 @@ def make(parameters, **changes):
         "max_length": 64,
         "decode_buckets": (1, 2, 4),
     }
-    scheduler = SchedulerConfig(**(values | changes))
-    executor = JaxExecutor(
-        CONFIG,
-        paged_model.split_layers(parameters),
-        scheduler,
-        placement=jax.sharding.SingleDeviceSharding(jax.devices()[0]),
-        shapes=ExecutorConfig(
-            decode_buckets=(1, 2, 4), piece_buckets=(8, 16), table_buckets=(4, 16)
-        ),
-    )
-    return Scheduler(scheduler), executor
+    return Scheduler(SchedulerConfig(**(values | changes)))
 
 
 def run(scheduler, executor, depth=2):
@@ -77,7 +91,7 @@ def request(name, prompt, max_tokens=10, **sampling):
 def test_passes_match_the_whole_model(parameters):
     """Logits of a prompt in pieces and of single steps equal the forward pass's to 1e-4."""
     tokens = np.random.default_rng(0).integers(0, 264, 30)
-    whole = np.asarray(forward(CONFIG, parameters, jnp.asarray(tokens[None])))[0]
+    whole = np.asarray(whole_model(parameters, tokens[None]))[0]
     split = paged_model.split_layers(parameters)
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     cache = paged_model.empty_cache(CONFIG, 12, 4, jnp.float32, place)
@@ -85,8 +99,7 @@ def test_passes_match_the_whole_model(parameters):
     for start, length in ((0, 10), (10, 13), (23, 3)):
         piece = np.zeros(16, np.int32)
         piece[:length] = tokens[start : start + length]
-        logits, cache = paged_model.prefill_pass(
-            CONFIG,
+        logits, cache = prefill(
             split,
             cache,
             jnp.asarray(piece),
@@ -96,8 +109,7 @@ def test_passes_match_the_whole_model(parameters):
         )
         np.testing.assert_allclose(logits[0], whole[start + length - 1], atol=1e-4)
     for position in range(26, 30):
-        logits, cache = paged_model.decode_pass(
-            CONFIG,
+        logits, cache = decode(
             split,
             cache,
             jnp.asarray([0, tokens[position]], jnp.int32),
@@ -108,8 +120,8 @@ def test_passes_match_the_whole_model(parameters):
 
 
 @pytest.mark.parametrize("page_count", [40, 14])
-def test_batched_requests_match_the_reference(parameters, page_count):
-    scheduler, executor = make(parameters, page_count=page_count)
+def test_batched_requests_match_the_reference(parameters, executor, page_count):
+    scheduler = make(page_count=page_count)
     generator = np.random.default_rng(4)
     common = generator.integers(0, 264, 8).tolist()
     requests = [
@@ -126,8 +138,8 @@ def test_batched_requests_match_the_reference(parameters, page_count):
     assert scheduler.allocator.held == 0
 
 
-def test_a_shared_page_is_copied_before_it_is_written(parameters):
-    scheduler, executor = make(parameters)
+def test_a_shared_page_is_copied_before_it_is_written(parameters, executor):
+    scheduler = make()
     prompt = list(range(8))
     expected = reference(parameters, prompt, 10)
     first, second = request("a", prompt), request("b", prompt)
@@ -139,11 +151,11 @@ def test_a_shared_page_is_copied_before_it_is_written(parameters):
     assert second.cached_tokens == 7
 
 
-def test_seeded_sampling_survives_batching_and_preemption(parameters):
+def test_seeded_sampling_survives_batching_and_preemption(executor):
     prompts = [[7 * i + 1, 5, 3 * i] for i in range(4)]
     outputs = []
     for page_count, together in ((40, True), (10, True), (40, False)):
-        scheduler, executor = make(parameters, page_count=page_count, max_length=40)
+        scheduler = make(page_count=page_count, max_length=40)
         requests = [
             request(i, prompt, 20, temperature=1.2, top_p=0.9, seed=i)
             for i, prompt in enumerate(prompts)
@@ -159,10 +171,10 @@ def test_seeded_sampling_survives_batching_and_preemption(parameters):
     assert outputs[0] == outputs[1] == outputs[2]
 
 
-def test_penalised_output_matches_after_preemption(parameters):
+def test_penalised_output_matches_after_preemption(parameters, executor):
     outputs = []
     for page_count in (40, 12):
-        scheduler, executor = make(parameters, page_count=page_count, max_length=40)
+        scheduler = make(page_count=page_count, max_length=40)
         requests = [
             request(i, [i, 9, 4, 4], 24, frequency_penalty=1.5, repetition_penalty=1.3)
             for i in range(3)
@@ -176,18 +188,10 @@ def test_penalised_output_matches_after_preemption(parameters):
     assert scheduler.preemptions > 0 and outputs[0] == outputs[1]
 
 
-def test_pages_travel_between_devices(parameters):
-    scheduler, executor = make(parameters, role="prefill")
+def test_pages_travel_between_devices(parameters, executor):
+    scheduler, other_scheduler = make(role="prefill"), make(role="decode")
     device = jax.devices()[1]
-    place = jax.sharding.SingleDeviceSharding(device)
-    other_scheduler, _ = make(parameters, role="decode")
-    other = JaxExecutor(
-        CONFIG,
-        jax.device_put(paged_model.split_layers(parameters), place),
-        other_scheduler.config,
-        placement=place,
-        shapes=executor.shapes,
-    )
+    other = make_executor(parameters, device, role="decode")
     prompt = list(range(40, 61))
     one = request("a", prompt)
     scheduler.add(one)
@@ -210,8 +214,8 @@ def test_pages_travel_between_devices(parameters):
     assert other._last.devices() == {device}
 
 
-def test_steps_compiled_ahead_are_not_compiled_again(parameters):
-    scheduler, executor = make(parameters)
+def test_steps_compiled_ahead_are_not_compiled_again(executor):
+    scheduler = make()
     for key in (*executor.essential_steps(), *executor.other_steps()):
         executor.compile(key)
     compiled = executor.compiled_steps
@@ -221,8 +225,8 @@ def test_steps_compiled_ahead_are_not_compiled_again(parameters):
     assert executor.compiled_steps == compiled
 
 
-def test_logprobs_of_the_chosen_and_the_best(parameters):
-    scheduler, executor = make(parameters)
+def test_logprobs_of_the_chosen_and_the_best(parameters, executor):
+    scheduler = make()
     one, other = request("a", [1, 2, 3], 2, logprobs=3), request("b", [4, 5], 2)
     for item in (one, other):
         scheduler.add(item)
