@@ -117,37 +117,12 @@ class LlamaConfig:
             UsageError: if the architecture is unknown, a key is missing, or a feature is asked for
                 that this model does not compute.
         """
-        _check_family(config)
-        missing = [
-            key
-            for key in (
-                "vocab_size",
-                "hidden_size",
-                "intermediate_size",
-                "num_hidden_layers",
-                "num_attention_heads",
-            )
-            if config.get(key) is None
-        ]
-        if missing:
-            raise UsageError(f"config.json lacks {', '.join(missing)}")
-        heads = config["num_attention_heads"]
-        theta, scaling = _read_rope(config)
-        # Absent keys mean the defaults of transformers' LlamaConfig.
-        return cls(
-            vocab_size=config["vocab_size"],
-            hidden_size=config["hidden_size"],
-            intermediate_size=config["intermediate_size"],
-            num_layers=config["num_hidden_layers"],
-            num_heads=heads,
-            num_kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            rope_theta=theta,
-            rope_scaling=scaling,
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-            max_positions=config.get("max_position_embeddings", 2048),
-        )
+        try:
+            return _from_hf(config)
+        except UsageError:
+            raise
+        except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            raise UsageError(f"a value in config.json is of the wrong kind ({error})") from error
 
     def to_hf(self) -> dict[str, Any]:
         """The keys of a `config.json` that transformers 4 and 5 both read."""
@@ -183,6 +158,40 @@ class LlamaConfig:
         }
 
 
+def _from_hf(config: Mapping[str, Any]) -> LlamaConfig:
+    _check_family(config)
+    missing = [
+        key
+        for key in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+        )
+        if config.get(key) is None
+    ]
+    if missing:
+        raise UsageError(f"config.json lacks {', '.join(missing)}")
+    heads = config["num_attention_heads"]
+    theta, scaling = _read_rope(config)
+    # Absent keys mean the defaults of transformers' LlamaConfig.
+    return LlamaConfig(
+        vocab_size=config["vocab_size"],
+        hidden_size=config["hidden_size"],
+        intermediate_size=config["intermediate_size"],
+        num_layers=config["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        rope_theta=theta,
+        rope_scaling=scaling,
+        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        max_positions=config.get("max_position_embeddings", 2048),
+    )
+
+
 def _check_family(config: Mapping[str, Any]) -> None:
     kind = config.get("model_type")
     named = (config.get("architectures") or [None])[0]
@@ -215,6 +224,11 @@ def _read_rope(config: Mapping[str, Any]) -> tuple[float, Llama3RopeScaling | No
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UsageError(
+            f"partial_rotary_factor={rope['partial_rotary_factor']} is not supported; whole heads "
+            "are turned"
+        )
     if kind == "default":
         return theta, None
     if kind != "llama3":

@@ -38,7 +38,7 @@ def plain_loss(config, edge, x, targets):
 
 
 @pytest.mark.parametrize("tied", CONFIGS)
-@pytest.mark.parametrize("chunk", [1, 4, 22, 4096])
+@pytest.mark.parametrize("chunk", [1, 4, 4096])
 def test_chunks_change_nothing(tied, chunk):
     config = CONFIGS[tied]
     edge = initial_parameters(config, seed=1)["edge"]
@@ -114,12 +114,12 @@ def test_head_gradients_of_bfloat16_add_up_in_float32():
 
 
 def test_inside_shard_map_as_a_schedule_would_run_it():
-    config = preset("tiny")
+    config = dataclasses.replace(preset("tiny"), num_layers=2)
     weights = initial_parameters(config)
     generator = np.random.default_rng(0)
     batch = {
-        "inputs": jnp.asarray(generator.integers(0, 264, (4, 2, 10)), jnp.int32),
-        "targets": jnp.asarray(generator.integers(-1, 264, (4, 2, 10)), jnp.int32),
+        "inputs": jnp.asarray(generator.integers(0, 264, (2, 2, 10)), jnp.int32),
+        "targets": jnp.asarray(generator.integers(-1, 264, (2, 2, 10)), jnp.int32),
     }
     model = layered(config, loss_chunk_tokens=7)
 
@@ -134,7 +134,7 @@ def test_inside_shard_map_as_a_schedule_would_run_it():
 
     mapped = jax.shard_map(
         local,
-        mesh=make_mesh(4),
+        mesh=make_mesh(2),
         in_specs=(PartitionSpec(), PartitionSpec(RING)),
         out_specs=PartitionSpec(),
     )
