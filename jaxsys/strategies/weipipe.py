@@ -1,17 +1,26 @@
 """WeiPipe: weights and their gradients travel round a ring, data stays where it is.
 
-Worker r computes whole microbatches k*P + r; at tick t it holds, of the forward weight stream,
-chunk (t - r) mod P, and of the backward stream, which starts at tick P with s = t - P, chunk
-(r - 1 - s) mod P. Gradient sums ride with the backward stream. All three go r -> r + 1.
+Worker r computes whole microbatches k*P + r. At tick t it holds, of the forward weight stream,
+chunk (t - r) mod P; a second weight stream brings the chunks in backward order, and the sums of
+their gradients ride along with it or follow it. All three go r -> r + 1. Four turn plans, with the
+length of a step where every tick lasts as long as its busiest worker:
 
-Where every tick lasts as long as its slowest worker, a step takes (M + P - 1) (T_F + T_B) and
-M (T_F + T_B) would be ideal: a bubble of (P - 1) / (M + P - 1), as 1F1B has. Unlike a pipeline's it
-is not forced by the data: weights are there before anything is computed, so a worker that need not
-keep step starts at once, and the bubble is smaller.
+    naive        each microbatch F on P ticks, then B on P ticks     see `naive`
+    interleave   every steady tick one F and one B                  (M + P - 1) (T_F + T_B)
+    wzb1         every steady tick one F, one I and one W           (M + P - 1) (T_F + T_I) + M T_W
+    wzb2         F, I and W in waves of P ticks each                (3 M + P - 1) T, of equal T
 
-Source: WeiPipe (Lin et al., PPoPP 2025) for the idea; the exact ticks, the mirrored start of the
-backward stream and the way home of the gradients are derived here.
+Interleave has 1F1B's bubble, (P - 1) / (M + P - 1). Unlike a pipeline's it is not forced by the
+data: weights are there before anything is computed, so a worker that need not keep step starts at
+once, and all four bubbles are smaller. What cannot be avoided in step is that each worker begins
+its first microbatch in a tick of its own, since only one of them can hold chunk 0.
+
+Source: WeiPipe (Lin et al., PPoPP 2025) for the idea of the ring and of its four variants; the
+exact ticks of all four, the mirrored start of the backward stream and the way home of the gradients
+are derived here. `scripts/search_wzb` searches small rings for better plans.
 """
+
+from collections.abc import Sequence
 
 from jaxsys.errors import UsageError
 from jaxsys.schedule import (
@@ -32,8 +41,31 @@ FORWARD_LANE = "F"
 BACKWARD_LANE = "B"
 
 
+def naive(devices: int, microbatches: int) -> Schedule:
+    """WeiPipe-Naive: a worker runs a microbatch's F on P ticks, then its B on P ticks.
+
+    In all but one tick of every 2P some worker runs a B, so that in step a tick lasts T_B, where
+    T_B >= T_F: with A = M / P the step takes (P + A - 1) T_F + A (2P - 1) T_B, nearly 2 M T_B.
+    A worker holds P residuals.
+
+    Args:
+        devices: P, at least 2; also the number of chunks.
+        microbatches: M over the whole ring, a multiple of P.
+
+    Raises:
+        UsageError: if P or M is not legal.
+    """
+    kinds = (TaskKind.FORWARD, TaskKind.BACKWARD)
+    return _waves("weipipe-naive", devices, microbatches, kinds)
+
+
 def interleave(devices: int, microbatches: int) -> Schedule:
     """WeiPipe-Interleave: every steady tick runs one F and one B on every worker.
+
+    Worker r runs its n-th F at tick r + n and its n-th B at r + P + n, and holds P residuals, one
+    microbatch of the whole model. Each stream moves one chunk a tick, so a worker sends three
+    chunks for each F and B. With M = P no worker ever runs both in one tick, and a step is
+    (P - 1) min(T_F, T_B) shorter than the formula.
 
     Args:
         devices: P, at least 2; also the number of chunks.
@@ -43,34 +75,110 @@ def interleave(devices: int, microbatches: int) -> Schedule:
         UsageError: if P or M is not legal.
     """
     p, m = devices, microbatches
-    if p < 2:
-        raise UsageError(f"devices={p}: a weight ring needs at least 2")
-    check_microbatches(p, m)
-    first_backward, last_backward = p, p + m + p - 2
-    tasks, moves = [], []
+    _check(p, m)
+    tasks = [*_forwards(p, m), *_backwards(p, m, TaskKind.BACKWARD)]
+    # A sum starts on worker 0 at its first B, which comes later for earlier chunks.
+    starts = [(2 * p - 1 - chunk, 0) for chunk in range(p)]
+    moves = [*_weight_streams(p, m), *_gradient_stream(p, starts, last=m + 2 * p - 2)]
+    return _schedule("weipipe-interleave", p, m, tasks, moves)
+
+
+def wzb1(devices: int, microbatches: int) -> Schedule:
+    """WZB1: Interleave with the weight gradients put off until all workers can run them together.
+
+    F and I run as Interleave's F and B. W waits for tick 2P, when even the last worker has run an
+    I, and then runs on all workers in the same M ticks: worker r takes chunk (r - n) mod P at tick
+    2P + n. So the gradient sums have a ring phase of their own, in which a chunk's sum starts on
+    worker c and ends on worker c - 1.
+
+    No tick of the P - 1 in which the ring fills contains a W: the bubble is (P - 1) (T_F + T_I) for
+    any three times, two thirds of Interleave's where they are equal, with Interleave's traffic.
+    (With M = P a step is (P - 1) min(T_F, T_I) shorter still.) Where all workers run a kind of task
+    in the same ticks no plan does better: at least M + P - 1 ticks must have an F, as many an I, and
+    M a W. The price is memory: worker r holds up to P - r taps beside its P residuals.
+
+    Args:
+        devices: P, at least 2; also the number of chunks.
+        microbatches: M over the whole ring, a multiple of P.
+
+    Raises:
+        UsageError: if P or M is not legal.
+    """
+    p, m = devices, microbatches
+    _check(p, m)
+    tasks = [*_forwards(p, m), *_backwards(p, m, TaskKind.INPUT_GRADIENT)]
     for worker in range(p):
         for turn in range(m):
-            tick = worker + turn
             tasks.append(
                 Task(
-                    tick=tick,
+                    tick=2 * p + turn,
                     device=worker,
-                    kind=TaskKind.FORWARD,
-                    chunk=turn % p,
+                    kind=TaskKind.WEIGHT_GRADIENT,
+                    chunk=(worker - turn) % p,
                     microbatch=turn // p * p + worker,
                 )
             )
-            tasks.append(
-                Task(
-                    tick=tick + p,
-                    device=worker,
-                    kind=TaskKind.BACKWARD,
-                    chunk=p - 1 - turn % p,
-                    microbatch=turn // p * p + worker,
-                )
-            )
-    last_forward = m + p - 2
-    for tick in range(last_forward):
+    starts = [(2 * p, chunk) for chunk in range(p)]
+    moves = [*_weight_streams(p, m), *_gradient_stream(p, starts, last=m + 2 * p - 1)]
+    return _schedule("weipipe-wzb1", p, m, tasks, moves)
+
+
+def wzb2(devices: int, microbatches: int) -> Schedule:
+    """WZB2: F, I and W of a microbatch in three waves, so that a worker once started never idles.
+
+    Worker r runs, for its k-th microbatch, F on P ticks from 3Pk + r on, I on the P ticks after, W
+    on the P ticks after these: one task in every tick from r to r + 3M - 1. With equal times T the
+    bubble is (P - 1) T, a third of Interleave's, and all of it is that workers start one after
+    another; nothing is idle where a worker may begin its next step while others finish this one.
+    No plan whose workers keep step does better, nor with fewer than P residuals and taps held.
+
+    The price is that a tick has different kinds of tasks on different workers, and lasts as long as
+    the longest; and traffic: a chunk returns to its owner between waves, so that it takes up to
+    1.5 (P - 1) hops for each microbatch of a worker, where Interleave takes P.
+
+    Args:
+        devices: P, at least 2; also the number of chunks.
+        microbatches: M over the whole ring, a multiple of P.
+
+    Raises:
+        UsageError: if P or M is not legal.
+    """
+    kinds = (TaskKind.FORWARD, TaskKind.INPUT_GRADIENT, TaskKind.WEIGHT_GRADIENT)
+    return _waves("weipipe-wzb2", devices, microbatches, kinds)
+
+
+def _forwards(p: int, m: int) -> list[Task]:
+    return [
+        Task(
+            tick=worker + turn,
+            device=worker,
+            kind=TaskKind.FORWARD,
+            chunk=turn % p,
+            microbatch=turn // p * p + worker,
+        )
+        for worker in range(p)
+        for turn in range(m)
+    ]
+
+
+def _backwards(p: int, m: int, kind: TaskKind) -> list[Task]:
+    return [
+        Task(
+            tick=worker + p + turn,
+            device=worker,
+            kind=kind,
+            chunk=p - 1 - turn % p,
+            microbatch=turn // p * p + worker,
+        )
+        for worker in range(p)
+        for turn in range(m)
+    ]
+
+
+def _weight_streams(p: int, m: int) -> list[Move]:
+    """The two weight streams of a plan whose F and B or I run on M ticks without a pause."""
+    moves = []
+    for tick in range(m + p - 2):
         for worker in range(p):
             target = (worker + 1) % p
             if tick + 1 <= target + m - 1:  # not past the target's last F
@@ -88,17 +196,21 @@ def interleave(devices: int, microbatches: int) -> Schedule:
                 to_lane=BACKWARD_LANE,
             )
         )
-    for tick in range(first_backward, last_backward):
+    for tick in range(p, p + m + p - 2):
         for worker in range(p):
             chunk = (worker - 1 - (tick - p)) % p
             moves.append(_hop(Data.WEIGHT, chunk, worker, p, tick, BACKWARD_LANE))
-    for chunk in range(p):
-        # The sum starts on worker 0 at its first B of the chunk and hops until the last tick ends.
-        start = first_backward + p - 1 - chunk
-        for tick in range(start + 1, last_backward + 1):
-            worker = (tick - 1 - start) % p
+    return moves
+
+
+def _gradient_stream(p: int, starts: Sequence[tuple[int, int]], *, last: int) -> list[Move]:
+    """Each chunk's sum hops from its (tick, worker) in `starts` until tick `last`, then home."""
+    moves = []
+    for chunk, (start, first) in enumerate(starts):
+        for tick in range(start + 1, last + 1):
+            worker = (first + tick - 1 - start) % p
             moves.append(_hop(Data.GRADIENT, chunk, worker, p, tick, ""))
-        at_end = (last_backward - start) % p
+        at_end = (first + last - start) % p
         home = -chunk % p
         if at_end != home:
             moves.append(
@@ -107,19 +219,70 @@ def interleave(devices: int, microbatches: int) -> Schedule:
                     block=gradient_block(chunk),
                     source=at_end,
                     target=home,
-                    start=last_backward + 1,
-                    arrive=last_backward + 2,
+                    start=last + 1,
+                    arrive=last + 2,
                 )
             )
+    return moves
+
+
+def _waves(name: str, p: int, m: int, kinds: Sequence[TaskKind]) -> Schedule:
+    """A plan in which every worker runs all of one kind on P ticks, then all of the next kind.
+
+    A chunk leaves its owner so that it reaches worker 0 when it is due, and follows the wave to
+    worker P - 1; a sum follows the last wave from worker 0, takes along what rests with its owner
+    as it passes, and goes back there.
+    """
+    _check(p, m)
+    tasks, moves = [], []
+    period = len(kinds) * p
+    sums_at = period - p
+    for base in range(0, m // p * period, period):
+        for worker in range(p):
+            for phase, kind in enumerate(kinds):
+                for turn in range(p):
+                    tasks.append(
+                        Task(
+                            tick=base + phase * p + worker + turn,
+                            device=worker,
+                            kind=kind,
+                            chunk=turn if kind is TaskKind.FORWARD else p - 1 - turn,
+                            microbatch=base // period * p + worker,
+                        )
+                    )
+        for chunk in range(p):
+            # Owner, then chunk hops to worker 0, then P - 1 more to follow the wave.
+            for hop in range(chunk + p - 1):
+                worker = (hop - chunk) % p
+                moves.append(_hop(Data.WEIGHT, chunk, worker, p, base + hop, FORWARD_LANE))
+                tick = base + 2 * p - 1 - 2 * chunk + hop
+                moves.append(_hop(Data.WEIGHT, chunk, worker, p, tick, BACKWARD_LANE))
+            start = base + sums_at + p - 1 - chunk
+            for hop in range(p - 1 + (1 - chunk) % p):
+                moves.append(_hop(Data.GRADIENT, chunk, hop % p, p, start + 1 + hop, ""))
+    return _schedule(name, p, m, tasks, moves, lanes=(FORWARD_LANE, BACKWARD_LANE))
+
+
+def _schedule(
+    name: str,
+    p: int,
+    m: int,
+    tasks: Sequence[Task],
+    moves: Sequence[Move],
+    *,
+    lanes: Sequence[str] = (FORWARD_LANE,),
+) -> Schedule:
+    """Puts a ring's schedule together; `lanes` are those that start from the weights at rest."""
     return Schedule(
-        name="weipipe-interleave",
+        name=name,
         devices=p,
         chunks=p,
         microbatches=m,
         placement=Placement.OWNER,
         owners=tuple(-chunk % p for chunk in range(p)),
         starts=tuple(
-            (Block(data=Data.WEIGHT, chunk=chunk, lane=FORWARD_LANE), -chunk % p)
+            (Block(data=Data.WEIGHT, chunk=chunk, lane=lane), -chunk % p)
+            for lane in lanes
             for chunk in range(p)
         ),
         tasks=tuple(tasks),
@@ -138,3 +301,9 @@ def _hop(data: Data, chunk: int, worker: int, devices: int, tick: int, lane: str
         start=tick,
         arrive=tick + 1,
     )
+
+
+def _check(devices: int, microbatches: int) -> None:
+    if devices < 2:
+        raise UsageError(f"devices={devices}: a weight ring needs at least 2")
+    check_microbatches(devices, microbatches)
