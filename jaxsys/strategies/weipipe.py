@@ -94,8 +94,8 @@ def wzb1(devices: int, microbatches: int) -> Schedule:
     No tick of the P - 1 in which the ring fills contains a W: the bubble is (P - 1) (T_F + T_I) for
     any three times, two thirds of Interleave's where they are equal, with Interleave's traffic.
     (With M = P a step is (P - 1) min(T_F, T_I) shorter still.) Where all workers run a kind of task
-    in the same ticks no plan does better: at least M + P - 1 ticks must have an F, as many an I, and
-    M a W. The price is memory: worker r holds up to P - r taps beside its P residuals.
+    in the same ticks no plan does better: at least M + P - 1 ticks must have an F, as many an I,
+    and M a W. The price is memory: worker r holds up to P - r taps beside its P residuals.
 
     Args:
         devices: P, at least 2; also the number of chunks.
