@@ -16,6 +16,7 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("jaxsys.planner.cli", "compare parallel plans for a model on a cluster"),
     "train": ("jaxsys.train.cli", "train a model with a schedule"),
     "serve": ("jaxsys.serve.cli", "serve a model over an OpenAI-compatible API"),
+    "clocks": ("jaxsys.nvml", "read or reset GPU clocks"),
 }
 
 

@@ -180,8 +180,8 @@ GPUS: dict[str, GpuSpec] = {
         idle_clock_w=11.0,
         host_s=0.0031,
         sequence_s=9.7e-6,
-        turn_s=0.158,
-        request_s=0.00515,
+        turn_s=0.1625,
+        request_s=0.0052,
     ),
     # Power: fits to DualScale's H100 table (Llama-3-70B prefill, TP2 rows: A=216 B=210 g=2.28 at
     # 2048 tokens, A=215 B=75 at 32), idle 82 + 10.8 x**3.17 likewise. Sweet spot: its minimum of
