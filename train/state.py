@@ -14,6 +14,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsys.layered import Parameters, PyTree
+from jaxsys.mesh import RING
 
 
 class TrainState(NamedTuple):
@@ -118,21 +119,24 @@ def state_shardings(
     )
 
 
-def layer_shardings(mesh: Mesh, step: LoweredStep) -> Callable[[Parameters], Parameters]:
-    """Shardings of parameters in layer order: as at rest where the layers divide, else everywhere.
+def layer_shardings(mesh: Mesh) -> Callable[[Parameters], Parameters]:
+    """Shardings of parameters in layer order: cut over the ring along an axis of the layer's own.
 
-    Layer order need not divide over the ring: a schedule's last chunk may be padded at rest.
+    So layers can be put in another order, or read one at a time, without moving anything, and any
+    number of layers will do. A leaf without an axis that divides is whole everywhere.
     """
+    ring = mesh.shape[RING]
+
+    def spec(leaf: Any, first: int) -> NamedSharding:
+        axes = [a for a in range(first, leaf.ndim) if leaf.shape[a] and leaf.shape[a] % ring == 0]
+        cut = [None] * axes[0] + [RING] if axes and ring > 1 else []
+        return NamedSharding(mesh, PartitionSpec(*cut))
 
     def shardings(shapes: Parameters) -> Parameters:
-        def choose(leaf: Any, sharding: NamedSharding) -> NamedSharding:
-            try:
-                sharding.shard_shape(leaf.shape)
-            except ValueError:
-                return NamedSharding(mesh, PartitionSpec())
-            return sharding
-
-        return jax.tree.map(choose, shapes, step.rest_shardings(shapes))
+        return {
+            "edge": jax.tree.map(lambda leaf: spec(leaf, 0), shapes["edge"]),
+            "blocks": jax.tree.map(lambda leaf: spec(leaf, 1), shapes["blocks"]),
+        }
 
     return shardings
 

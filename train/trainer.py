@@ -25,6 +25,7 @@ from jaxsys.lowering import Recompute, lower
 from jaxsys.mesh import DATA, RING, make_mesh, request_devices
 from jaxsys.schedule import Schedule
 from jaxsys.train import checkpoint, plan
+from jaxsys.train.evaluate import make_loss
 from jaxsys.train.flops import count_parameters
 from jaxsys.train.loader import Batches
 from jaxsys.train.state import (
@@ -210,15 +211,17 @@ class Trainer:
         return float(loss), self._lowered.from_rest(gradients)
 
     def evaluate(self, batches: Iterator[PyTree] | list[PyTree]) -> float:
-        """The mean loss over batches, by the same schedule, nothing updated."""
-        losses = [self._loss(self.state.parameters, self._placed(batch)) for batch in batches]
-        if not losses:
+        """The mean loss over all that counts in the batches; nothing is updated."""
+        parameters = self.parameters()
+        sums = [self._loss(parameters, self._placed(batch)) for batch in batches]
+        if not sums:
             raise UsageError("there are no batches to evaluate on")
-        return float(np.mean(jax.device_get(losses)))
+        losses, weights = zip(*jax.device_get(sums), strict=True)
+        return float(np.sum(losses) / np.sum(weights))
 
     def parameters(self) -> Parameters:
         """The parameters in layer order, float32."""
-        return self._layer_order_state.parameters
+        return self._parameters_from_rest(self.state.parameters)
 
     def host_parameters(self) -> Parameters:
         """The parameters in layer order on this host, numpy float32; every process must call it."""
@@ -351,7 +354,7 @@ class Trainer:
             placed = self._lowered.to_rest(masters(given))
         self._layer_shapes = state_shapes(self.optimizer, layer_shapes)
         self._layer_shardings = state_shardings(
-            self.mesh, self._layer_shapes, layer_shardings(self.mesh, self._lowered)
+            self.mesh, self._layer_shapes, layer_shardings(self.mesh)
         )
         rest_shapes = state_shapes(self.optimizer, placed)
         self._rest_shardings = state_shardings(self.mesh, rest_shapes, self._lowered.rest_shardings)
@@ -373,22 +376,33 @@ class Trainer:
     @cached_property
     def _from_rest(self) -> Callable[[TrainState], TrainState]:
         return jax.jit(
-            lambda state: reorder(state, self._lowered.from_rest),
-            out_shardings=self._layer_shardings,
+            lambda state: reorder(state, self._layer_order), out_shardings=self._layer_shardings
         )
+
+    @cached_property
+    def _parameters_from_rest(self) -> Callable[[Parameters], Parameters]:
+        return jax.jit(self._layer_order, out_shardings=self._layer_shardings.parameters)
+
+    def _layer_order(self, parameters: Parameters) -> Parameters:
+        # Cut along another axis first: the layers' order then changes within each device.
+        cut = layer_shardings(self.mesh)(parameters)
+        return self._lowered.from_rest(jax.lax.with_sharding_constraint(parameters, cut))
 
     @cached_property
     def _to_rest(self) -> Callable[[TrainState], TrainState]:
         return jax.jit(
             lambda state: reorder(state, self._lowered.to_rest),
             out_shardings=self._rest_shardings,
-            donate_argnums=0,
         )
 
     @cached_property
-    def _loss(self) -> Callable[[Parameters, PyTree], jax.Array]:
-        # The gradients are dropped; what only they need, the compiler drops too.
-        return jax.jit(lambda p, batch: self._lowered.loss_and_gradients(p, batch)[0])
+    def _loss(self) -> Callable[[Parameters, PyTree], tuple[jax.Array, jax.Array]]:
+        return make_loss(
+            self.model,
+            self.mesh,
+            self._layer_shardings.parameters,
+            compute_dtype=self.compute_dtype,
+        )
 
     def _placed(self, batch: PyTree) -> PyTree:
         placed = all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(batch))

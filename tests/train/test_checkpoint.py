@@ -1,6 +1,7 @@
 """Checkpoints: the same trajectory under any schedule, and nothing broken is ever trusted."""
 
 import errno
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -129,6 +130,7 @@ def test_any_truncated_file_is_noticed_and_the_step_before_loads(make, saved, ca
     store = CheckpointStore(folder / "checkpoints")
     assert trainer.restore(store) == 4
     store.close()
+    gc.collect()
 
 
 def test_wrong_values_are_noticed_by_their_checksum(make, saved):

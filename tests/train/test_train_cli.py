@@ -26,10 +26,10 @@ def options(text, *more: str) -> list[str]:
 
 def test_trains_stops_resumes_and_exports(text, tmp_path, capsys):
     out, exported = tmp_path / "run", tmp_path / "model"
-    more = ("--devices", "2", "--steps", "6", "--out", str(out))
+    more = ("--devices", "1", "--steps", "6", "--out", str(out))
     assert main(options(text, *more, "--stop-at", "3")) == 0
     first = capsys.readouterr().err
-    assert "schedule weipipe-interleave on 2" in first and "step 3/3  loss" in first
+    assert "schedule dp on 1" in first and "step 3/3  loss" in first
     assert main(options(text, *more, "--resume", "--export", str(exported))) == 0
     second = capsys.readouterr().err
     assert "resumed from step 3" in second and "held-out loss" in second

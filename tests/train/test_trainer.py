@@ -106,10 +106,17 @@ def test_layers_that_do_not_fill_the_last_chunk(small_model, small_parameters):
     assert max(jax.tree.leaves(errors)) < 1e-4, errors
 
 
-def test_evaluate_is_the_mean_loss_and_changes_nothing(small_model, small_parameters):
-    trainer = Trainer(small_model, small_parameters, optax.sgd(0.1), devices=2, microbatches=4)
+@pytest.mark.parametrize(("ring", "data"), [(4, 1), (4, 2), (1, 1), (3, 1)])
+def test_evaluate_is_the_mean_loss_and_changes_nothing(small_model, small_parameters, ring, data):
+    mesh = make_mesh(ring, data, devices=jax.devices()[: ring * data])
+    # 4 rows on 8 or 3 devices: some are padded.
+    trainer = Trainer(
+        small_model, small_parameters, optax.sgd(0.1), schedule="gpipe" if ring > 1 else "dp",
+        mesh=mesh, microbatches=4 // data,
+    )  # fmt: skip
     batches = [batch_of(i) for i in range(2)]
-    wanted = np.mean([reference_loss(small_model, small_parameters, b) for b in batches])
+    both = jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches)
+    wanted = reference_loss(small_model, small_parameters, both)
     assert trainer.evaluate(batches) == pytest.approx(float(wanted), rel=1e-5)
     assert trainer.step_number == 0
 

@@ -1,0 +1,85 @@
+"""The loss of a batch without a schedule: weights cut over the ring, gathered one layer at a time.
+
+Forward only, so it compiles in a fraction of a training step's time and holds, besides its share
+of the parameters, one layer and one microbatch. It takes parameters in layer order, cut along an
+axis of their own (`state.layer_shardings`), and every device runs its share of the rows.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxsys.layered import LayeredModel, Parameters, PyTree
+from jaxsys.mesh import DATA, RING
+
+Sums = tuple[jax.Array, jax.Array]
+"""(summed loss, weight)."""
+
+
+def make_loss(
+    model: LayeredModel, mesh: Mesh, shardings: Parameters, *, compute_dtype: Any
+) -> Callable[[Parameters, PyTree], Sums]:
+    """A jitted (parameters in layer order, batch [R, B, ...]) -> (summed loss, weight).
+
+    Args:
+        model: the layered model.
+        mesh: axes (DATA, RING).
+        shardings: where the parameters lie.
+        compute_dtype: of weights in use and activations.
+    """
+    specs = jax.tree.map(lambda sharding: sharding.spec, shardings)
+    devices = mesh.shape[DATA] * mesh.shape[RING]
+
+    def gather(leaf: jax.Array, spec: PartitionSpec, lead: int) -> jax.Array:
+        leaf = leaf.astype(compute_dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+        if RING not in spec:
+            return leaf
+        return lax.all_gather(leaf, RING, axis=spec.index(RING) - lead, tiled=True)
+
+    def local(parameters: Parameters, batch: PyTree, counted: jax.Array) -> Sums:
+        edge = jax.tree.map(lambda p, s: gather(p, s, 0), parameters["edge"], specs["edge"])
+
+        def row(carry: Sums, item: tuple[PyTree, jax.Array]) -> tuple[Sums, None]:
+            microbatch, counts = item
+
+            def layer(x: jax.Array, shard: PyTree) -> tuple[jax.Array, None]:
+                whole = jax.tree.map(lambda p, s: gather(p, s, 1), shard, specs["blocks"])
+                return model.block(whole, x, microbatch), None
+
+            x, _ = lax.scan(layer, model.embed(edge, microbatch), parameters["blocks"])
+            loss, weight = model.head_loss(edge, x, microbatch)
+            # A padded row may hold anything: zero times a NaN would not be zero.
+            zero = jnp.float32(0)
+            loss, weight = jnp.where(counts, loss, zero), jnp.where(counts, weight, zero)
+            return (carry[0] + loss, carry[1] + weight), None
+
+        sums, _ = lax.scan(row, (jnp.float32(0), jnp.float32(0)), (batch, counted))
+        return lax.psum(sums, (DATA, RING))
+
+    rows_over_all = PartitionSpec((DATA, RING))
+    whole = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(specs, rows_over_all, rows_over_all),
+        out_specs=(PartitionSpec(), PartitionSpec()),
+        check_vma=False,
+    )
+
+    @jax.jit
+    def loss(parameters: Parameters, batch: PyTree) -> Sums:
+        rows = jax.tree.leaves(batch)[0].shape[0]
+        spare = -rows % devices
+        counted = jnp.arange(rows + spare) < rows
+        padded = jax.tree.map(
+            lambda leaf: (
+                jnp.concatenate([leaf, jnp.repeat(leaf[:1], spare, axis=0)]) if spare else leaf
+            ),
+            batch,
+        )
+        return whole(parameters, padded, counted)
+
+    return loss
