@@ -47,7 +47,8 @@ class Estimates:
 
     def potential(self, memory_bytes: float, *, pressure: float = 10.0) -> np.ndarray:
         """Step time, raised where memory overflows: T (1 + pressure * overflow / limit)."""
-        overflow = np.maximum(0.0, self.peak_bytes - memory_bytes) / memory_bytes
+        overflow = np.maximum(0.0, self.peak_bytes / memory_bytes - 1.0)
+        overflow[overflow < 1e-9] = 0.0  # sums taken in another order
         return self.step_s * (1.0 + pressure * overflow)
 
 
@@ -81,10 +82,14 @@ class Evaluator:
                     for name in ("step_s", "peak_bytes", "sent_bytes", "compute_s")
                 }
             )
+        return self.sharded(base).evaluate(codes)
+
+    def sharded(self, base: Plan) -> "ShardedEvaluator":
+        """What evaluates the plans that share a common part without stages and ring."""
         key = replace(base, layers=())
         if key not in self._sharded:
             self._sharded[key] = ShardedEvaluator(self.problem, base)
-        return self._sharded[key].evaluate(codes)
+        return self._sharded[key]
 
     def plan(self, plan: Plan) -> Estimates:
         """Estimates one plan, arrays [1]."""
@@ -279,7 +284,7 @@ class ShardedEvaluator:
         )
         return Estimates(
             step_s=step,
-            peak_bytes=self._peak(weights, gradients, residuals),
+            peak_bytes=self._peak(codes),
             sent_bytes=self._sent(weights, gradients, residuals),
             compute_s=compute,
         )
@@ -289,14 +294,15 @@ class ShardedEvaluator:
         turns = min(self.turns, STEADY_TURNS)
         plans = len(weights)
         # Columns are read once a tick: layer-major and contiguous.
-        refetch_forward = np.ascontiguousarray(((weights == _REFETCH) | (weights == _WITHIN)).T)
+        refetch_forward: np.ndarray = np.ascontiguousarray(
+            ((weights == _REFETCH) | (weights == _WITHIN)).T
+        )
         refetch_backward = np.ascontiguousarray(((weights == _REFETCH) | (weights == _BETWEEN)).T)
         every_turn = np.ascontiguousarray((gradients == _EACH).T)
         deferred = np.ascontiguousarray((gradients == _DEFERRED).T)
         backward = np.ascontiguousarray(backward.T)
-        some = np.stack([refetch_forward, refetch_backward, every_turn, deferred]).any(
-            axis=2
-        )  # [4, L]
+        masks = np.stack([refetch_forward, refetch_backward, every_turn, deferred])
+        some = np.any(masks, axis=2).tolist()  # [4][L]
         always = np.ones(plans, bool)
         head = np.full(plans, self.frame.before_s)
         free = np.zeros(plans)
@@ -375,18 +381,42 @@ class ShardedEvaluator:
         reduced = (reductions * self.gradient_bytes).sum(1)
         return ring * (gathered + reduced) + joined + self.frame.sent_bytes
 
-    def _peak(
-        self, weights: np.ndarray, gradients: np.ndarray, residuals: np.ndarray
-    ) -> np.ndarray:
-        plans, layers = weights.shape
-        choices = np.zeros((plans, layers, 9), np.float32)
-        rows, columns = np.ogrid[:plans, :layers]
-        choices[rows, columns, weights] = 1
-        choices[rows, columns, 4 + gradients] = 1
-        choices[rows, columns, 7 + residuals] = 1
+    def peak_tick(self, codes: np.ndarray, memory_bytes: float) -> tuple[int, float]:
+        """The tick at which one plan, codes [L], holds most, and by how much it overflows."""
+        row = codes[None]
+        peak = self.evaluate(row).peak_bytes[0]
+        return int((self._choices(row) @ self.occupancy)[0].argmax()), peak - memory_bytes
+
+    def live_at(self, codes: np.ndarray, tick: int) -> np.ndarray:
+        """MiB [B] that plans' layers hold in one tick."""
+        return self._choices(codes) @ self.occupancy[:, tick]
+
+    def busy_s(self, codes: np.ndarray) -> np.ndarray:
+        """Seconds [B] of a microbatch's transfers and compute, none of it hidden."""
+        weights, gradients = _PATH_WEIGHTS[codes], _PATH_GRADIENTS[codes]
+        index = np.arange(self.layers)
+        gathers = np.array([0, 1, 1, 2])[weights]
+        sums = np.array([0, 1, 1])[gradients]
+        backward = self.backward_s[_PATH_RESIDUALS[codes], index]
+        return (gathers * self.gather_s + sums * self.reduce_s + backward).sum(1)
+
+    def _choices(self, codes: np.ndarray) -> np.ndarray:
+        """float64 [B, L * 9]: one for what each layer chooses."""
+        plans, layers = codes.shape
+        choices = np.zeros((plans, layers, 9), np.float64)
+        rows, columns = np.arange(plans)[:, None], np.arange(layers)[None, :]
+        choices[rows, columns, _PATH_WEIGHTS[codes]] = 1
+        choices[rows, columns, 4 + _PATH_GRADIENTS[codes]] = 1
+        choices[rows, columns, 7 + _PATH_RESIDUALS[codes]] = 1
+        return choices.reshape(plans, -1)
+
+    def _peak(self, codes: np.ndarray) -> np.ndarray:
+        plans = len(codes)
+        weights, gradients = _PATH_WEIGHTS[codes], _PATH_GRADIENTS[codes]
+        residuals = _PATH_RESIDUALS[codes]
         # One product gives the live bytes of every plan at every tick, in units of 2**20.
-        live = choices.reshape(plans, -1) @ self.occupancy
-        moving = live.max(1).astype(np.float64) * 2**20
+        live = self._choices(codes) @ self.occupancy
+        moving = live.max(1) * 2**20
         static = self.frame.rest_bytes + self.frame.edge_bytes
         held = np.zeros(plans)
         if not self.whole:
@@ -398,7 +428,7 @@ class ShardedEvaluator:
         return static + held + np.maximum(self.workspace_bytes, work) + moving
 
     def _occupancy(self) -> np.ndarray:
-        """float32 [L * 9, T]: MiB that each choice of each layer holds in each tick.
+        """float64 [L * 9, T]: MiB that each choice of each layer holds in each tick.
 
         Memory repeats itself from the second microbatch on, so three stand for all.
         """
@@ -438,7 +468,7 @@ class ShardedEvaluator:
                     hold(layer, 7 + choice, forward, forward + 1, self.activation_bytes)
                     if layer:
                         hold(layer, 7 + choice, backward, backward + 1, self.activation_bytes)
-        return (live[:, :, :ticks] / 2**20).reshape(layers * 9, ticks).astype(np.float32)
+        return (live[:, :, :ticks] / 2**20).reshape(layers * 9, ticks)
 
 
 def _transfer(

@@ -1,0 +1,159 @@
+"""The search finds what looking at every plan finds, fast, from data parallelism alone."""
+
+import random
+import time
+from dataclasses import replace
+
+import pytest
+
+from jaxsys.hardware import LinkSpec, device, link
+from jaxsys.model.config import preset
+from jaxsys.planner.cluster import Cluster
+from jaxsys.planner.constraints import Conflict
+from jaxsys.planner.costs import Precision
+from jaxsys.planner.evaluate import Evaluator
+from jaxsys.planner.plan import Plan, data_parallel_plan
+from jaxsys.planner.problem import Problem
+from jaxsys.planner.search import Effort, exhaustive, search
+from jaxsys.planner.space import Space
+from jaxsys.planner.workload import BlockWork, EdgeWork, Workload, llama_workload
+
+
+def random_problem(seed: int, layers: int) -> Problem:
+    """Uneven layers, a link near the point where transfers just hide, memory near the peak."""
+    rng = random.Random(seed)
+    blocks = tuple(
+        BlockWork(
+            parameters=rng.uniform(0.5, 2) * 1e8,
+            product_flops=rng.uniform(0.5, 2) * 1e12,
+            residual_bytes=rng.choice([0.3, 1.0, 2.0]) * rng.uniform(0.5, 1.5) * 2e8,
+        )
+        for _ in range(layers)
+    )
+    workload = Workload(
+        name=f"random {seed}",
+        blocks=blocks,
+        edge=EdgeWork(parameters=1e7, backward_flops=1e11),
+        activation_bytes=1e7,
+        tokens=1,
+        model_flops=1,
+    )
+    forward_s = sum(b.product_flops for b in blocks) / device("h100").product_flops_per_s
+    weight_bytes = sum(b.parameters for b in blocks) * 2
+    # Gathering a layer takes from 0.3 to 3 times its forward pass.
+    rate = 0.875 * weight_bytes / (forward_s * rng.uniform(0.3, 3.0))
+    wire = LinkSpec(name="wire", bytes_per_s=rate, latency_s=rng.choice([0, 1e-5]))
+    cluster = Cluster(device=device("h100"), devices=8, link=wire)
+    problem = Problem(
+        workload_of=lambda size: workload,
+        cluster=cluster,
+        batch=8 * rng.choice([2, 3, 8]),
+        memory_bytes=1e12,
+        precision=Precision(gradient_bytes=rng.choice([2.0, 4.0])),
+    )
+    lean = Space.of(problem, microbatch_sizes=[1]).domain("shard", 8).copy("refetch").reduce("each")
+    peak = Evaluator(problem).plan(next(lean.bases())).peak_bytes[0]
+    return replace(problem, memory_bytes=peak * rng.choice([0.97, 1.0, 1.05, 1.3]))
+
+
+def narrowed(problem: Problem, size: str) -> Space:
+    """Spaces that can be looked through in about a second."""
+    space = Space.of(problem, microbatch_sizes=[1]).domain("shard", 8).domain("lookahead", 1)
+    space = space.domain("state", "split")
+    if size == "two of two":  # 4 ** 8 plans
+        space = space.domain("weights", "refetch", "between").domain("gradient", "each", "deferred")
+        return space.domain("residual", "keep")
+    if size == "four of three":  # 12 ** 5
+        return space.domain("residual", "keep")
+    return space  # 24 ** 4
+
+
+SETTINGS = (
+    [("two of two", 8, seed) for seed in range(26)]
+    + [("four of three", 5, seed) for seed in range(26, 40)]
+    + [("all", 4, seed) for seed in range(40, 50)]
+)
+
+
+@pytest.mark.parametrize(("size", "layers", "seed"), SETTINGS)
+def test_search_equals_exhaustive_search(size, layers, seed):
+    space = narrowed(random_problem(seed, layers), size)
+    start = time.monotonic()
+    found = search(space, seed=seed, effort=Effort(chains=24, steps=80))
+    assert time.monotonic() - start < 5
+    best = exhaustive(space)
+    assert found.best.potential == pytest.approx(best.potential, rel=1e-9)
+
+
+def llama_problem(model: str = "llama-3-8b", *, devices: int = 8, sequences: int = 4) -> Problem:
+    config = preset(model)
+    nodes = {"node_devices": 8, "node_link": link("ib-400")} if devices > 8 else {}
+    return Problem(
+        workload_of=lambda size: llama_workload(
+            model, config, sequence_length=8192, microbatch_size=size
+        ),
+        cluster=Cluster(device=device("h100"), devices=devices, link=link("nvlink"), **nodes),
+        batch=devices * sequences,
+        memory_bytes=72 * 2**30,
+    )
+
+
+def test_common_parts_equal_exhaustive_search():
+    """All ways, orders and sizes at once, with every uniform path, on a small model."""
+    for name in ("nvlink", "ethernet-10g"):
+        problem = replace(
+            llama_problem("tiny", devices=4),
+            cluster=Cluster(device=device("h100"), devices=4, link=link(name)),
+            memory_bytes=1e9,
+        )
+        space = Space.of(problem, microbatch_sizes=[1, 2]).domain("lookahead", 1)
+        space = space.domain("weights", "stay", "refetch").domain("residual", "keep")
+        space = space.domain("gradient", "once", "each")
+        found, best = search(space), exhaustive(space)
+        assert found.best.potential == pytest.approx(best.potential, rel=1e-9)
+
+
+def test_search_starts_from_data_parallelism_and_only_improves():
+    problem = llama_problem()
+    result = search(Space.of(problem), effort=Effort(refine=1, restarts=1, tolerance=1e-2))
+    first = result.history[0].best.plan
+    assert replace(first, layers=()) == replace(data_parallel_plan(8, 32), layers=())
+    potentials = [moment.best.potential for moment in result.history]
+    assert potentials == sorted(potentials, reverse=True)
+    assert result.fits
+    assert result.best.potential <= potentials[-1]
+
+
+def test_deep_models_within_a_minute():
+    problem = llama_problem("llama-3-70b", devices=64, sequences=2)
+    start = time.monotonic()
+    result = search(Space.of(problem), effort=Effort(refine=1, chains=16, steps=40, restarts=1))
+    assert time.monotonic() - start < 60
+    assert result.fits
+    assert Space.of(problem).contains(result.best.plan)
+
+
+def test_time_limit_returns_the_best_so_far():
+    start = time.monotonic()
+    seen = []
+    result = search(
+        Space.of(llama_problem(devices=64)), effort=Effort(time_s=1.0), progress=seen.append
+    )
+    assert time.monotonic() - start < 6
+    assert seen
+    assert result.best.potential == min(moment.best.potential for moment in seen)
+
+
+def test_constraints_bind_the_search():
+    problem = llama_problem()
+    space = Space.of(problem).assign("layers", 4, travels="activations").redirect()
+    result = search(space, effort=Effort(refine=0))
+    assert result.best.plan.stages == 4
+    assert {str(p.residual) for p in result.best.plan.layers} == {"recompute"}
+    with pytest.raises(Conflict):
+        search(space.split("features", 64))
+
+
+def test_plans_survive_json():
+    plan = search(Space.of(llama_problem("tiny")), effort=Effort(refine=1)).best.plan
+    assert Plan.from_json(plan.to_json()) == plan
