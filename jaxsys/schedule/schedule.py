@@ -233,7 +233,7 @@ class Schedule:
         try:
             raw: dict[str, Any] = json.loads(text)
             version = raw.pop("format")
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ScheduleError(f"not a schedule in JSON: {error}") from error
         if version != FORMAT_VERSION:
             raise ScheduleError(

@@ -251,8 +251,11 @@ def _waves(name: str, p: int, m: int, kinds: Sequence[TaskKind]) -> Schedule:
                         )
                     )
         for chunk in range(p):
-            # Owner, then chunk hops to worker 0, then P - 1 more to follow the wave.
+            # From its owner `chunk` hops to worker 0, then P - 1 with the wave, less the one that
+            # would bring it to its owner, where it still is.
             for hop in range(chunk + p - 1):
+                if hop == p - 1:
+                    continue
                 worker = (hop - chunk) % p
                 moves.append(_hop(Data.WEIGHT, chunk, worker, p, base + hop, FORWARD_LANE))
                 tick = base + 2 * p - 1 - 2 * chunk + hop
