@@ -3,6 +3,7 @@
 if __name__ != "jaxsys.train":
     raise ImportError(f"import jaxsys.train, not {__name__}")
 
+from jaxsys.train.adapt import Adapted, from_linen, from_nnx, next_token_loss
 from jaxsys.train.checkpoint import CheckpointStore
 from jaxsys.train.corpus import Corpus
 from jaxsys.train.loader import Batches
@@ -12,6 +13,7 @@ from jaxsys.train.samples import whole_documents, windows
 from jaxsys.train.trainer import Trainer
 
 __all__ = [
+    "Adapted",
     "Batches",
     "CheckpointStore",
     "Corpus",
@@ -19,6 +21,9 @@ __all__ = [
     "Report",
     "Trainer",
     "fit",
+    "from_linen",
+    "from_nnx",
+    "next_token_loss",
     "whole_documents",
     "windows",
 ]
