@@ -53,8 +53,6 @@ class GroupSignature:
     exposed: bool
     merge: bool
     """The gradients it brings are added to what is there."""
-    offset: int | None
-    """(target - source) mod P where it is the same for all; None for collectives and copies."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,7 +234,7 @@ class _Builder:
                     break
             else:
                 groups.append((signature, [move]))
-        groups.sort(key=lambda g: (not g[0].exposed, g[0].source, g[0].kind, g[0].offset or 0))
+        groups.sort(key=lambda g: (not g[0].exposed, g[0].source, g[0].kind))
         for index, (_, moves) in enumerate(groups):
             for move in moves:
                 everyone = range(self.schedule.devices)
@@ -260,14 +258,12 @@ class _Builder:
         )
 
     def group_signature(self, move: Move) -> GroupSignature:
-        permute = move.kind is MoveKind.PERMUTE
         return GroupSignature(
             kind=move.kind,
             source=(move.block.data, move.block.lane),
             target=(move.landed.data, move.landed.lane),
             exposed=move.arrive == move.start,
             merge=move in self.found.merges,
-            offset=(move.target - move.source) % self.schedule.devices if permute else None,
         )
 
     def local_chunks(self) -> np.ndarray:

@@ -16,6 +16,7 @@ from jaxsys.lowering.programs import block_program
 from jaxsys.lowering.split import split_backward
 from jaxsys.mesh import make_mesh
 from jaxsys.schedule import Schedule, TaskKind
+from jaxsys.strategies import NAMES, build
 from jaxsys.strategies.data_parallel import data_parallel
 from jaxsys.strategies.pipeline import one_f_one_b
 from jaxsys.strategies.weipipe import interleave
@@ -102,7 +103,6 @@ def assert_matches_reference(schedule: Schedule, layers: int, *, data: int = 1, 
         (interleave(4, 4), 4, 2),  # a ring in each of two data replicas
         (interleave(4, 4), 6, 1),  # chunks of two layers, the last two of them empty
         (interleave(3, 3), 3, 1),
-        (one_f_one_b(4, 6), 4, 1),
         (data_parallel(2, 4, chunks=3), 7, 2),
         (data_parallel(1, 3, chunks=2), 4, 1),
     ],
@@ -110,6 +110,22 @@ def assert_matches_reference(schedule: Schedule, layers: int, *, data: int = 1, 
 )
 def test_loss_and_gradients(schedule, layers, data):
     assert_matches_reference(schedule, layers, data=data)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_named_schedule(name):
+    schedule = build(name, devices=2, microbatches=4)
+    assert_matches_reference(schedule, schedule.chunks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("recompute", ["none", "selective", "block"])
+@pytest.mark.parametrize("devices", [2, 4, 8])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_named_schedule_in_depth(name, devices, recompute, accumulation):
+    schedule = build(name, devices=devices, microbatches=2 * devices * accumulation)
+    assert_matches_reference(schedule, schedule.chunks, recompute=recompute)
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE_POLICIES)

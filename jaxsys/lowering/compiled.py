@@ -1,0 +1,167 @@
+"""Reads a compiled program's text: which collectives it really holds, and what they wait for.
+
+What XLA was asked for and what it made are two things (it merges, hoists and reorders), so claims
+about a step are checked on `compiled.as_text()`.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+COLLECTIVES = (
+    "collective-permute",
+    "all-gather",
+    "reduce-scatter",
+    "all-reduce",
+    "all-to-all",
+)
+
+MOVES_ONLY = frozenset(
+    {
+        "parameter",
+        "get-tuple-element",
+        "tuple",
+        "copy",
+        "bitcast",
+        "reshape",
+        "dynamic-slice",
+        "slice",
+        "constant",
+        "partition-id",
+        "opt-barrier",
+    }
+)
+"""Operations that only pass values on: what depends on nothing else can start at once."""
+
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
+_BYTES |= {"f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
+_SHAPE = re.compile(r"([a-z]+[0-9]*)\[([0-9,]*)\]")
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (.*?) ([\w-]+)\((.*)$")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\) -> .*\{$")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Instruction:
+    """One line of a computation."""
+
+    name: str
+    operation: str
+    shape: str
+    operands: tuple[str, ...]
+    text: str
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its result; of a started collective, of what it will bring."""
+        shapes = _SHAPE.findall(self.shape)
+        if self.operation.endswith("-start"):  # (operands..., results..., flags)
+            shapes = [s for s in shapes if s[1]]
+            shapes = shapes[len(shapes) // 2 :]
+        return sum(
+            math.prod(int(n) for n in dims.split(",") if n) * _BYTES[kind]
+            for kind, dims in shapes
+            if kind in _BYTES
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Computation:
+    """A computation, its instructions in the order of the text (the schedule, once scheduled)."""
+
+    name: str
+    entry: bool
+    instructions: tuple[Instruction, ...]
+
+    def find(self, name: str) -> Instruction:
+        """The instruction of this name."""
+        return next(i for i in self.instructions if i.name == name)
+
+    def collectives(self) -> Iterator[Instruction]:
+        """Its collectives; of an asynchronous pair, the start."""
+        for instruction in self.instructions:
+            if instruction.operation.removesuffix("-start") in COLLECTIVES:
+                yield instruction
+
+    def waits_for(self, instruction: Instruction) -> set[str]:
+        """The operations, moves of values aside, that an instruction depends on in here."""
+        by_name = {i.name: i for i in self.instructions}
+        seen: set[str] = set()
+        todo, found = list(instruction.operands), set()
+        while todo:
+            name = todo.pop()
+            if name in seen or name not in by_name:
+                continue
+            seen.add(name)
+            source = by_name[name]
+            if source.operation not in MOVES_ONLY:
+                found.add(source.operation)
+            todo.extend(source.operands)
+        return found
+
+
+def parse(text: str) -> dict[str, Computation]:
+    """Computation name -> computation, of `compiled.as_text()`."""
+    found: dict[str, Computation] = {}
+    name, entry, lines = "", False, []
+    for line in text.splitlines():
+        header = _COMPUTATION.match(line)
+        if header:
+            name, entry, lines = header.group(2), bool(header.group(1)), []
+        elif line.startswith("}"):
+            found[name] = Computation(name=name, entry=entry, instructions=tuple(lines))
+        else:
+            match = _INSTRUCTION.match(line)
+            if match:
+                label, shape, operation, rest = match.groups()
+                operands = re.findall(r"%([\w.-]+)", rest.split("), ")[0])
+                lines.append(
+                    Instruction(
+                        name=label,
+                        operation=operation,
+                        shape=shape,
+                        operands=tuple(operands),
+                        text=line,
+                    )
+                )
+    return found
+
+
+def executions(computations: dict[str, Computation]) -> dict[str, int]:
+    """How often each computation runs, while loops multiplied by their known trip count.
+
+    Branches of a conditional count as run each time it is reached.
+    """
+    counts: dict[str, int] = {}
+
+    def visit(name: str, times: int) -> None:
+        counts[name] = counts.get(name, 0) + times
+        for instruction in computations[name].instructions:
+            repeats = times
+            if instruction.operation == "while":
+                trip = re.search(r'known_trip_count[^0-9]*"?n"?:"?(\d+)', instruction.text)
+                repeats *= int(trip.group(1)) if trip else 1
+            called = re.findall(
+                r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.-]+)",
+                instruction.text,
+            )
+            branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.text)
+            if branches:
+                called += re.findall(r"%?([\w.-]+)", branches.group(1))
+            for inner in called:
+                if inner in computations:
+                    visit(inner, repeats)
+
+    visit(next(c.name for c in computations.values() if c.entry), 1)
+    return counts
+
+
+def collective_counts(text: str) -> dict[str, int]:
+    """Collective -> how often a run of the program executes it."""
+    computations = parse(text)
+    counts: dict[str, int] = {}
+    for name, times in executions(computations).items():
+        for instruction in computations[name].collectives():
+            kind = instruction.operation.removesuffix("-start")
+            counts[kind] = counts.get(kind, 0) + times
+    return counts

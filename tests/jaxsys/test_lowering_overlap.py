@@ -1,0 +1,100 @@
+"""What the compiled step really sends, and that sending waits for no compute of its tick."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxsys.layered import LayeredModel, Parameters
+from jaxsys.lowering import lower
+from jaxsys.lowering.compiled import executions, parse
+from jaxsys.mesh import make_mesh
+from jaxsys.schedule import Data
+from jaxsys.strategies import build
+
+WIDTH, TOKENS, RING, MICROBATCHES = 8, 4, 4, 16
+
+
+def prepared(name: str, gradient_dtype=jnp.float32):
+    model = LayeredModel(
+        embed=lambda edge, microbatch: microbatch @ edge,
+        block=lambda w, x, microbatch: x + jnp.tanh(x @ w),
+        head_loss=lambda edge, x, microbatch: (jnp.sum(x * x), jnp.float32(x.size)),
+        layers=2 * RING,
+    )
+    parameters = Parameters(edge=jnp.eye(WIDTH), blocks=jnp.ones((2 * RING, WIDTH, WIDTH)) / WIDTH)
+    mesh = make_mesh(RING, devices=jax.devices()[:RING])
+    schedule = build(name, devices=RING, microbatches=MICROBATCHES)
+    step = lower(schedule, model, mesh, gradient_dtype=gradient_dtype)
+    batch = jnp.ones((MICROBATCHES, TOKENS, WIDTH))
+    return step, step.to_rest(parameters), batch
+
+
+@pytest.fixture(scope="module")
+def weipipe():
+    step, rest, batch = prepared("weipipe-interleave")
+    return parse(jax.jit(step.loss_and_gradients).lower(rest, batch).compile().as_text())
+
+
+def steady_body(computations):
+    """The loop that runs most often among those with permutes."""
+    counts = executions(computations)
+    bodies = [c for c in computations.values() if any(c.collectives())]
+    return max(bodies, key=lambda c: counts.get(c.name, 0)), counts
+
+
+def test_steady_tick_sends_three_streams_of_one_chunk_each(weipipe):
+    body, counts = steady_body(weipipe)
+    # Every worker has both kinds of task in M - 2 P + 1 ticks; the loop may leave one of them out.
+    assert counts[body.name] >= MICROBATCHES - 2 * RING
+    chunk_bytes = 2 * WIDTH * WIDTH * 4
+    sent = [i for i in body.collectives()]
+    assert {i.operation.removesuffix("-start") for i in sent} == {"collective-permute"}
+    assert sum(i.bytes for i in sent) == 3 * chunk_bytes
+
+
+def test_whole_step_sends_what_its_moves_say(weipipe):
+    """One permute a tick and stream, from the first hop to the last, and none twice."""
+    schedule = build("weipipe-interleave", devices=RING, microbatches=MICROBATCHES)
+    counts = executions(weipipe)
+    chunk_bytes = 2 * WIDTH * WIDTH * 4
+    sent = sum(
+        counts.get(c.name, 0) * i.bytes
+        for c in weipipe.values()
+        for i in c.collectives()
+        if i.operation.startswith("collective-permute")
+    )
+    streams = {
+        (move.start, move.block.data, move.block.lane)
+        for move in schedule.moves
+        if move.kind == "permute"
+    }
+    assert sent == len(streams) * chunk_bytes
+
+
+def test_permutes_wait_for_no_compute_of_their_tick(weipipe):
+    body, _ = steady_body(weipipe)
+    for instruction in body.collectives():
+        assert body.waits_for(instruction) == set(), instruction.text
+
+
+def test_compute_of_a_tick_waits_for_no_permute_of_it(weipipe):
+    """Only what takes an arrival in at the end of the tick may depend on one."""
+    body, _ = steady_body(weipipe)
+    working = [i for i in body.instructions if i.operation in ("while", "dot", "conditional")]
+    assert working
+    for instruction in working:
+        assert "collective-permute" not in body.waits_for(instruction), instruction.text
+
+
+def test_gradient_stream_takes_its_own_dtype():
+    """Read before XLA's CPU backend widens bfloat16."""
+    step, rest, batch = prepared("weipipe-interleave", gradient_dtype=jnp.bfloat16)
+    text = jax.jit(step.loss_and_gradients).lower(rest, batch).as_text()
+    sent = re.findall(r"collective_permute.*-> tensor<[0-9x]*(f32|bf16)>", text)
+    segments = step.tables.segments
+    groups = [group for segment in segments for tick in segment.period for group in tick.groups]
+    streams = [g.source[0] for g in groups if g.kind == "permute"]
+    assert sent.count("bf16") == streams.count(Data.GRADIENT) > 0
+    assert sent.count("f32") == streams.count(Data.WEIGHT) > 0
