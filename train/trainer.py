@@ -154,6 +154,19 @@ class Trainer:
         self.state, result = self._step(self.state, batch)
         return result
 
+    def split(self, batch: PyTree) -> PyTree:
+        """A batch [G, ...] cut into the step's microbatches, [rows, G / rows, ...]."""
+
+        def cut(leaf: Any) -> Any:
+            if not leaf.ndim or leaf.shape[0] % self.rows:
+                raise UsageError(
+                    f"a batch leaf of shape {list(leaf.shape)} cannot be cut into "
+                    f"{self.rows} microbatches; its first axis must be a multiple of {self.rows}"
+                )
+            return leaf.reshape(self.rows, -1, *leaf.shape[1:])
+
+        return jax.tree.map(cut, batch)
+
     def place(self, batch: PyTree, *, rows: list[int] | None = None) -> PyTree:
         """Puts a batch on the devices.
 
