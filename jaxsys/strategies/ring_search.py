@@ -34,7 +34,7 @@ Counts = tuple[int, int, int]
 """How many F, I and W a worker has done."""
 State = tuple[Counts, ...]
 TickCost = Literal["busiest", "together"]
-NOTHING = (0, 0, 0)
+NOTHING: Counts = (0, 0, 0)
 
 
 def shortest_step(
@@ -71,8 +71,8 @@ def shortest_step(
 
     step = _together if tick_cost == "together" else _busiest
     start: State = (NOTHING,) * p
-    known = {start: 0}
-    queue = [(left(start), 0, start)]
+    known: dict[State, int] = {start: 0}
+    queue: list[tuple[int, int, State]] = [(left(start), 0, start)]
     while queue:
         _, cost, state = heapq.heappop(queue)
         if cost > known[state]:
