@@ -12,13 +12,13 @@ import numpy as np
 from jaxsys.errors import UsageError
 from jaxsys.mesh import request_devices
 from jaxsys.model import LoadedModel
-from jaxsys.serve import paged_model
 from jaxsys.serve.clock import WallClock
 from jaxsys.serve.engine import Engine
 from jaxsys.serve.executor import JaxExecutor
 from jaxsys.serve.hooks import Governor, NoGovernor, Router
 from jaxsys.serve.instance import Instance
 from jaxsys.serve.scheduler import Role, Scheduler, SchedulerConfig
+from jaxsys.serve.weights import Quantisation, ServingWeights, serving_weights
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,8 @@ class DeploymentConfig:
     """Pages of each instance; None takes what the device has, on CPU four times `max_length`."""
     prefix_caching: bool = True
     max_requests: int = 256
+    quantisation: Quantisation | None = None
+    """Form of the matrices; None keeps the model's dtype."""
 
     def __post_init__(self) -> None:
         if self.prefill < 1:
@@ -80,20 +82,21 @@ def build_engine(
     roles = config.roles
     if devices is None:
         devices = choose_devices(len(roles))
-    weights: dict[jax.Device, paged_model.ServingParameters] = {}
+    weights: dict[jax.Device, ServingWeights] = {}
     engine = Engine(
         clock=WallClock(),
         max_requests=config.max_requests,
         prefill_router=prefill_router,
         decode_router=decode_router,
     )
-    split = paged_model.split_layers(model.parameters)
     instances: list[Instance] = []
     numbers: dict[Role, int] = {}
     for role, device in zip(roles, devices, strict=True):
         place = jax.sharding.SingleDeviceSharding(device)
         if device not in weights:
-            weights[device] = jax.device_put(split, place)
+            weights[device] = serving_weights(
+                model.config, model.parameters, quantisation=config.quantisation, placement=place
+            )
         number = numbers[role] = numbers.get(role, -1) + 1
         name = f"{'instance' if role == 'both' else role}-{number}"
         sharing = sum(other == device for other in devices)

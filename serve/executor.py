@@ -15,11 +15,13 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jaxsys.errors import UsageError
 from jaxsys.model import LlamaConfig
 from jaxsys.serve import paged_model
-from jaxsys.serve.paged_model import Cache, ServingParameters
+from jaxsys.serve.paged_attention import choose_kernels
+from jaxsys.serve.paged_model import Cache
 from jaxsys.serve.requests import Request, SamplingParameters
 from jaxsys.serve.sampling import (
     MAX_BIASED,
@@ -33,6 +35,7 @@ from jaxsys.serve.sampling import (
     set_history,
 )
 from jaxsys.serve.scheduler import Iteration, SchedulerConfig
+from jaxsys.serve.weights import TENSOR, ServingWeights
 
 COPIES = 8
 """Pages copied in one call."""
@@ -77,6 +80,8 @@ class ExecutorConfig:
     """Pages of a block table; the last one bounds a request's length."""
     transfer_buckets: tuple[int, ...]
     """Pages that change hands at once."""
+    distinguish_first: bool = False
+    """Whether a prompt's first piece has a step of its own, which need not look at pages."""
 
     @classmethod
     def for_scheduler(cls, scheduler: SchedulerConfig) -> "ExecutorConfig":
@@ -101,36 +106,44 @@ class _Pending(NamedTuple):
 
 
 class JaxExecutor:
-    """Runs iterations of one instance on one device or, with sharded parameters, on a mesh."""
+    """Runs iterations of one instance on one device or, with split weights, on a mesh."""
 
     def __init__(
         self,
         config: LlamaConfig,
-        parameters: ServingParameters,
+        weights: ServingWeights,
         scheduler: SchedulerConfig,
         *,
-        placement: jax.sharding.Sharding,
-        cache_placement: jax.sharding.Sharding | None = None,
+        placement: Sharding,
         shapes: ExecutorConfig | None = None,
     ):
-        """Takes parameters that lie on their devices already.
+        """Takes weights that lie on their devices already.
 
         Args:
-            placement: where step inputs and sampling state lie, whole on every device.
-            cache_placement: of the page pools [P, S, G, K]; `placement` if not given.
+            placement: one device's sharding, or a `NamedSharding` that spells out nothing over the
+                mesh whose axis `TENSOR` splits the weights; step inputs are whole on every device.
         """
         self.config = config
-        self.parameters = parameters
+        self.weights = weights
         self.shapes = ExecutorConfig.for_scheduler(scheduler) if shapes is None else shapes
         self.page_count, self.page_size = scheduler.page_count, scheduler.page_size
         self.slots = scheduler.max_batch
         self.role = scheduler.role
         self.compiled_steps = 0
         self._placement = placement
-        self._cache_placement = cache_placement or placement
-        dtype = jax.tree.leaves(parameters.layers[0])[0].dtype
+        mesh = placement.mesh if isinstance(placement, NamedSharding) else None
+        self._cache_placement: Sharding = placement
+        if isinstance(mesh, Mesh):
+            self._cache_placement = NamedSharding(mesh, PartitionSpec(None, None, TENSOR))
+        self.kernels = choose_kernels(
+            dtype=weights.dtype,
+            head_dim=config.head_dim,
+            device=next(iter(placement.device_set)),
+            mesh=mesh if isinstance(mesh, Mesh) else None,
+            axis=TENSOR,
+        )
         self._cache = paged_model.empty_cache(
-            config, self.page_count, self.page_size, dtype, self._cache_placement
+            config, self.page_count, self.page_size, weights.dtype, self._cache_placement
         )
         self._last = jax.device_put(np.zeros(self.slots, np.int32), placement)
         self._history: History | None = None
@@ -225,7 +238,9 @@ class JaxExecutor:
         keys: list[tuple] = []
         kinds = (SamplingNeeds(), SamplingNeeds(random=True, cut=True))
         if self.role != "decode":
-            keys.append(("prefill", shapes.piece_buckets[-1], table))
+            keys.append(("prefill", shapes.piece_buckets[-1], table, False))
+            if shapes.distinguish_first:
+                keys.append(("prefill", shapes.piece_buckets[-1], table, True))
             keys += [("sample", 1, needs) for needs in kinds]
         if self.role != "prefill":
             keys.append(("decode", batch, table))
@@ -238,7 +253,13 @@ class JaxExecutor:
     def other_steps(self) -> list[tuple]:
         """Keys of the steps that make serving faster, the most used first."""
         shapes = self.shapes
-        pieces = [("prefill", p, t) for t in shapes.table_buckets for p in shapes.piece_buckets]
+        kinds_of_piece = (False, True) if shapes.distinguish_first else (False,)
+        pieces = [
+            ("prefill", piece, table, continued)
+            for table in shapes.table_buckets
+            for piece in shapes.piece_buckets
+            for continued in kinds_of_piece
+        ]
         batches = [("decode", b, t) for t in shapes.table_buckets for b in shapes.decode_buckets]
         hand_over = [("extract", count) for count in shapes.transfer_buckets]
         take_up = [("insert", count) for count in shapes.transfer_buckets]
@@ -271,11 +292,13 @@ class JaxExecutor:
             self.compile(key)
         return self._steps[key]
 
-    def _fitting(self, kind: str, *sizes: tuple[int, tuple[int, ...]]) -> tuple[int, ...]:
+    def _fitting(
+        self, kind: str, *sizes: tuple[int, tuple[int, ...]], rest: tuple = ()
+    ) -> tuple[int, ...]:
         """The least compiled buckets that hold `sizes`, or the least of all if none is compiled."""
         choices = [[bucket for bucket in buckets if bucket >= size] for size, buckets in sizes]
         for shape in itertools.product(*choices):
-            if (kind, *shape) in self._steps:
+            if (kind, *shape, *rest) in self._steps:
                 return shape
         return tuple(choice[0] for choice in choices)
 
@@ -290,12 +313,14 @@ class JaxExecutor:
         last = like((self.slots,))
         if kind == "decode":
             batch, table = shape
-            function = jax.jit(functools.partial(_decode, self.config), donate_argnums=1)
-            arguments = (self.parameters, cache, last, like((batch, 2 + table)))
+            step = functools.partial(_decode, self.config, self.kernels)
+            function = jax.jit(step, donate_argnums=1)
+            arguments = (self.weights, cache, last, like((batch, 2 + table)))
         elif kind == "prefill":
-            piece, table = shape
-            function = jax.jit(functools.partial(_prefill, self.config, piece), donate_argnums=1)
-            arguments = (self.parameters, cache, like((2 + piece + table,)))
+            piece, table, continued = shape
+            step = functools.partial(_prefill, self.config, self.kernels, piece, continued)
+            function = jax.jit(step, donate_argnums=1)
+            arguments = (self.weights, cache, like((2 + piece + table,)))
         elif kind == "sample":
             batch, needs = shape
             function = jax.jit(functools.partial(_sample, needs), donate_argnums=(1, 4))
@@ -341,16 +366,20 @@ class JaxExecutor:
         shapes = self.shapes
         pages = request.pages
         needed = -(-(start + length) // self.page_size)
+        continued = self.shapes.distinguish_first and start > 0
         piece, table = self._fitting(
-            "prefill", (length, shapes.piece_buckets), (needed, shapes.table_buckets)
+            "prefill",
+            (length, shapes.piece_buckets),
+            (needed, shapes.table_buckets),
+            rest=(continued,),
         )
         packed = np.full(2 + piece + table, self.page_count, np.int32)
         packed[:2] = start, length
         packed[2 : 2 + piece] = 0
         packed[2 : 2 + length] = _tokens(request, start, length)
         packed[2 + piece : 2 + piece + needed] = pages[:needed]
-        logits, self._cache = self._step("prefill", piece, table)(
-            self.parameters, self._cache, packed
+        logits, self._cache = self._step("prefill", piece, table, continued)(
+            self.weights, self._cache, packed
         )
         return logits
 
@@ -376,7 +405,7 @@ class JaxExecutor:
         packed[:count, 1] = positions
         packed[:count, 2:] = self._tables[slots, :table]
         logits, self._cache = self._step("decode", batch, table)(
-            self.parameters, self._cache, self._last, packed
+            self.weights, self._cache, self._last, packed
         )
         if self._batch != requests or len(self._batch_rules[0].seed) != batch:
             self._batch, self._batch_rules = requests, self._rules(requests, batch)
@@ -447,15 +476,17 @@ def check_sampling(parameters: SamplingParameters, vocabulary: int) -> None:
             raise UsageError(f"logit_bias token {token} is none of 0..{vocabulary - 1}")
 
 
-def _decode(config, parameters, cache, last, packed):
+def _decode(config, kernels, weights, cache, last, packed):
     slots, positions, tables = packed[:, 0], packed[:, 1], packed[:, 2:]
     tokens = last.at[slots].get(mode="fill", fill_value=0)
-    return paged_model.decode_pass(config, parameters, cache, tokens, positions, tables)
+    return paged_model.decode_pass(config, kernels, weights, cache, tokens, positions, tables)
 
 
-def _prefill(config, piece, parameters, cache, packed):
+def _prefill(config, kernels, piece, continued, weights, cache, packed):
     tokens, table = packed[2 : 2 + piece], packed[2 + piece :]
-    return paged_model.prefill_pass(config, parameters, cache, tokens, packed[0], packed[1], table)
+    return paged_model.prefill_pass(
+        config, kernels, continued, weights, cache, tokens, packed[0], packed[1], table
+    )
 
 
 def _sample(needs, logits, last, where, rules, history):

@@ -1,47 +1,117 @@
-"""Attention of few queries over keys and values that lie in pages.
+"""Attention over keys and values that lie in pages, by the fastest correct kernel at hand.
 
     o = softmax(q k^T / sqrt(K)) v  over the positions a request's block table lists
 
-The portable form walks the table in chunks with a running maximum and sum (the online softmax of
+Portable kernels walk the table in chunks with a running maximum and sum (the online softmax of
 Milakov & Gimelshein, 1805.02867), for as many chunks as the longest request of the call has: one
 compiled step serves every context length, and a chunk's pages stay in the CPU's cache.
 
-Legend: B requests, T query tokens each, W pages of a block table, P pages, S tokens a page, N query
-heads, G key/value heads, R = N / G, K head width, C tokens of a chunk.
+On NVIDIA GPUs cuDNN attends in place of them: its paged kernel for decoding, its fused attention
+for prompts, where a piece that continues a prompt joins two attentions (earlier tokens; its own) by
+their log-sum-exp. On an H100 (32 query heads, 8 key/value heads of 128, 1024 tokens, bfloat16) the
+paged kernel took 1.02x the time of copying the keys and values at batch 128; JAX's Pallas kernel
+1.28x, gathering pages for cuDNN 3.0x, for XLA 3.3x, the portable walk 4.7x.
+
+Legend: B requests, T tokens of a prompt piece, W pages of a block table, P pages, S tokens a page,
+G key/value heads, R query heads for each, K head width, C tokens of a chunk.
 """
 
+import dataclasses
 import math
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from jaxsys.model import choose_implementation
+
 CHUNK_TOKENS = 128
-"""Tokens looked at in one turn of the loop."""
+"""Tokens looked at in one turn of the portable walk."""
+
+
+class DecodeAttention(Protocol):
+    """One query token a request."""
+
+    def __call__(
+        self,
+        q: Float[Array, "B G R K"],
+        keys: Float[Array, "P S G K"],
+        values: Float[Array, "P S G K"],
+        tables: Int[Array, "B W"],
+        positions: Int[Array, " B"],
+    ) -> Float[Array, "B G R K"]: ...
+
+
+class PrefillAttention(Protocol):
+    """A piece of one prompt, whose own keys and values are given apart and lie in pages too."""
+
+    def __call__(
+        self,
+        q: Float[Array, "1 T G R K"],
+        k: Float[Array, "1 T G K"],
+        v: Float[Array, "1 T G K"],
+        keys: Float[Array, "P S G K"],
+        values: Float[Array, "P S G K"],
+        table: Int[Array, " W"],
+        start: Int[Array, ""],
+        continued: bool,
+    ) -> Float[Array, "1 T G R K"]: ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionKernels:
+    """The two attentions of a server, and in words why these."""
+
+    decode: DecodeAttention
+    prefill: PrefillAttention
+    reason: str
+
+
+def choose_kernels(
+    *, dtype: jnp.dtype, head_dim: int, device: jax.Device, mesh: Mesh | None = None, axis: str = ""
+) -> AttentionKernels:
+    """The kernels for heads of this dtype and width on `device`.
+
+    Args:
+        mesh: where key/value heads are split over the mesh's `axis`: each device attends with its
+            own heads.
+    """
+    choice = choose_implementation(dtype=dtype, head_dim=head_dim, device=device)
+    if choice.implementation == "cudnn":
+        kernels = AttentionKernels(
+            decode=_cudnn_decode, prefill=_cudnn_prefill, reason=f"cuDNN: {choice.reason}"
+        )
+    else:
+        kernels = AttentionKernels(
+            decode=portable_decode, prefill=portable_prefill, reason=f"portable: {choice.reason}"
+        )
+    return kernels if mesh is None else _split_heads(kernels, mesh, axis)
 
 
 def attend_pages(
-    q: Float[Array, "B T N K"],
+    q: Float[Array, "B T G R K"],
     keys: Float[Array, "P S G K"],
     values: Float[Array, "P S G K"],
     tables: Int[Array, "B W"],
     positions: Int[Array, "B T"],
-) -> Float[Array, "B T N K"]:
-    """Each query sees the positions up to its own.
+) -> Float[Array, "B T G R K"]:
+    """The portable walk: each query sees the positions up to its own.
 
     Args:
         tables: page numbers; entries past a request's last page may be anything.
         positions: int32 [B, T], where each query stands.
 
     Returns:
-        [B, T, N, K] in the dtype of `q`; softmax in float32.
+        [B, T, G, R, K] in the dtype of `q`; softmax in float32.
     """
-    batch, steps, heads, width = q.shape
-    page_size, groups = keys.shape[1:3]
+    batch, steps, groups, rows, width = q.shape
+    page_size = keys.shape[1]
     pages = max(1, min(CHUNK_TOKENS // page_size, tables.shape[1]))
     tables = jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % pages)))
     length = pages * page_size
-    split = (q * (1 / math.sqrt(width))).reshape(batch, steps, groups, heads // groups, width)
+    split = q * (1 / math.sqrt(width))
     offsets = jnp.arange(length, dtype=positions.dtype)
 
     def turn(chunk: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]):
@@ -62,13 +132,124 @@ def attend_pages(
         )
         return raised, total, output * fade + fresh
 
-    rows = (batch, groups, heads // groups, steps)
+    shape = (batch, groups, rows, steps)
     start = (
-        jnp.full((*rows, 1), -jnp.inf, jnp.float32),
-        jnp.zeros((*rows, 1), jnp.float32),
-        jnp.zeros((*rows, width), jnp.float32),
+        jnp.full((*shape, 1), -jnp.inf, jnp.float32),
+        jnp.zeros((*shape, 1), jnp.float32),
+        jnp.zeros((*shape, width), jnp.float32),
     )
     turns = jnp.max(positions) // length + 1
     _, total, output = jax.lax.fori_loop(0, turns, turn, start)
-    joined = (output / total).transpose(0, 3, 1, 2, 4).reshape(q.shape)
-    return joined.astype(q.dtype)
+    return (output / total).transpose(0, 3, 1, 2, 4).astype(q.dtype)
+
+
+def portable_decode(q, keys, values, tables, positions):
+    """`DecodeAttention` by the portable walk."""
+    return attend_pages(q[:, None], keys, values, tables, positions[:, None])[:, 0]
+
+
+def portable_prefill(q, k, v, keys, values, table, start, continued):
+    """`PrefillAttention` by the portable walk: the piece's own tokens are read from their pages."""
+    positions = start + jnp.arange(q.shape[1], dtype=jnp.int32)
+    return attend_pages(q, keys, values, table[None], positions[None])
+
+
+def _cudnn_decode(q, keys, values, tables, positions):
+    # The only door to cuDNN's paged attention that JAX has. Its public wrapper demands a pool of
+    # exactly B * W pages; the primitive under it does not.
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    batch, groups, rows, width = q.shape
+    ones = jnp.ones(batch, jnp.int32)
+    nothing = jnp.zeros(0, q.dtype)
+    # Entries past a request's pages may be anything; cuDNN wants page numbers.
+    pages = jnp.clip(tables, 0, keys.shape[0] - 1)[:, None, :, None]
+    output: Any = cudnn._dot_product_attention(
+        q.reshape(batch, 1, groups * rows, width),
+        keys,
+        values,
+        nothing,
+        ones,
+        positions + 1,
+        nothing,
+        nothing,
+        pages,
+        pages,
+        1 / math.sqrt(width),
+        42,
+        0.0,
+        (False, False),
+        cudnn.MaskType.PADDING,
+        cudnn.AttentionLayout.BTNH.value,
+        None,
+        cudnn.check_cudnn_version(),
+        False,
+    )
+    if isinstance(output, tuple | list):
+        output = output[0]
+    return output.reshape(q.shape)
+
+
+def _cudnn_prefill(q, k, v, keys, values, table, start, continued):
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    one, steps, groups, rows, width = q.shape
+    flat = q.reshape(one, steps, groups * rows, width)
+
+    def fused(k, v, mask_type, **lengths) -> Any:
+        # JAX's public function rounds the log-sum-exp to bfloat16, too coarse to join by.
+        return cudnn.dot_product_attention(
+            flat,
+            k,
+            v,
+            scale=1 / math.sqrt(width),
+            mask_type=mask_type,
+            qkv_layout="BTNH",
+            return_residual=True,
+            **lengths,
+        )
+
+    own, own_sum = fused(k, v, cudnn.MaskType.CAUSAL)
+    if not continued:
+        return own.reshape(q.shape)
+    pages = jnp.clip(table, 0, keys.shape[0] - 1)
+    earlier, earlier_sum = fused(
+        keys[pages].reshape(1, -1, groups, width),
+        values[pages].reshape(1, -1, groups, width),
+        cudnn.MaskType.PADDING,
+        q_seqlen=jnp.full(1, steps, jnp.int32),
+        # cuDNN wants at least one key; where there is none its weight is put to zero below.
+        kv_seqlen=jnp.maximum(start, 1)[None],
+    )
+    earlier_sum = jnp.where(start > 0, earlier_sum, -jnp.inf)
+    # Sums are [1, N, T], outputs [1, T, N, K].
+    share = jax.nn.sigmoid(own_sum - earlier_sum).transpose(0, 2, 1)[..., None]
+    joined = own.astype(jnp.float32) * share + earlier.astype(jnp.float32) * (1 - share)
+    return joined.astype(q.dtype).reshape(q.shape)
+
+
+def _split_heads(kernels: AttentionKernels, mesh: Mesh, axis: str) -> AttentionKernels:
+    """Each device of the mesh's `axis` attends with its own key/value heads."""
+    spec = PartitionSpec
+    pool = spec(None, None, axis, None)
+
+    def decode(q, keys, values, tables, positions):
+        return jax.shard_map(
+            kernels.decode,
+            mesh=mesh,
+            in_specs=(spec(None, axis), pool, pool, spec(), spec()),
+            out_specs=spec(None, axis),
+        )(q, keys, values, tables, positions)
+
+    def prefill(q, k, v, keys, values, table, start, continued):
+        own = spec(None, None, axis)
+        return jax.shard_map(
+            lambda *arrays: kernels.prefill(*arrays, continued=continued),  # pyright: ignore
+            mesh=mesh,
+            in_specs=(own, own, own, pool, pool, spec(), spec()),
+            out_specs=own,
+        )(q, k, v, keys, values, table, start)
+
+    return AttentionKernels(
+        decode=decode, prefill=prefill, reason=f"{kernels.reason}; heads split over {axis!r}"
+    )

@@ -5,11 +5,12 @@ lists its pages in order, so position p lies in page `table[p // S]` at offset `
 in and go out of every pass, so that a caller who donates them has pages written in place. Rows that
 pad a bucket carry page P, one past the end: their writes are dropped.
 
-Layers are unrolled over separate arrays: a scan over stacked weights would copy each layer's slice
-before use on CPU, and a stacked cache could not be handed to attention kernels without a copy.
+The mathematics are those of `jaxsys.model`, over the fused weights of `weights`. Layers are
+unrolled over separate arrays: a scan over stacked weights would copy each layer's slice before use
+on CPU, and a stacked cache could not be handed to attention kernels without a copy.
 
 Legend: B requests, T tokens of a prompt piece, W pages of a block table, P pages, S tokens a page,
-D width, N query heads, G key/value heads, K head width, V vocabulary.
+D width, G key/value heads, R query heads for each, K head width, V vocabulary.
 """
 
 from typing import NamedTuple
@@ -18,9 +19,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxsys.layered import Parameters, PyTree
-from jaxsys.model import LlamaConfig, bind_block, bind_edge
-from jaxsys.serve.paged_attention import attend_pages
+from jaxsys.model import LlamaConfig
+from jaxsys.model.rope import rotary_tables, rotate
+from jaxsys.serve.paged_attention import AttentionKernels
+from jaxsys.serve.weights import LayerWeights, ServingWeights, matmul
 
 
 class LayerCache(NamedTuple):
@@ -31,21 +33,6 @@ class LayerCache(NamedTuple):
 
 
 Cache = tuple[LayerCache, ...]
-
-
-class ServingParameters(NamedTuple):
-    """Weights as the passes take them: one pytree a layer."""
-
-    edge: PyTree
-    layers: tuple[PyTree, ...]
-
-
-def split_layers(parameters: Parameters) -> ServingParameters:
-    """Takes stacked blocks [L, ...] apart; the edge is kept as it is."""
-    leaves, tree = jax.tree.flatten(parameters["blocks"])
-    count = leaves[0].shape[0]
-    layers = tuple(tree.unflatten([leaf[index] for leaf in leaves]) for index in range(count))
-    return ServingParameters(parameters["edge"], layers)
 
 
 def empty_cache(
@@ -66,7 +53,8 @@ def empty_cache(
 
 def decode_pass(
     config: LlamaConfig,
-    parameters: ServingParameters,
+    kernels: AttentionKernels,
+    weights: ServingWeights,
     cache: Cache,
     tokens: Int[Array, " B"],
     positions: Int[Array, " B"],
@@ -82,26 +70,26 @@ def decode_pass(
         float32 logits [B, V] of the next token and the cache.
     """
     page_size = cache[0].keys.shape[1]
-    edge = bind_edge(config, parameters.edge)
-    x = edge.embed(tokens[:, None])
+    x = weights.embedding[tokens[:, None]]
+    turn = rotary_tables(positions[:, None], config)
     pages = jnp.take_along_axis(tables, (positions // page_size)[:, None], axis=1)[:, 0]
     offsets = positions % page_size
     written = []
-    for layer, (keys, values) in zip(parameters.layers, cache, strict=True):
-        block = bind_block(config, layer)
-        q, k, v = block.attention.project(block.attention_norm(x), positions[:, None])
+    for layer, (keys, values) in zip(weights.layers, cache, strict=True):
+        q, k, v = _project(config, layer, x, turn)
         keys = keys.at[pages, offsets].set(k[:, 0], mode="drop")
         values = values.at[pages, offsets].set(v[:, 0], mode="drop")
         written.append(LayerCache(keys, values))
-        o = attend_pages(q, keys, values, tables, positions[:, None])
-        x = x + block.attention.output(o)
-        x = x + block.mlp(block.mlp_norm(x))
-    return edge.logits(x)[:, 0], tuple(written)
+        o = kernels.decode(q[:, 0], keys, values, tables, positions)
+        x = _finish(config, layer, x, o[:, None])
+    return _logits(config, weights, x)[:, 0], tuple(written)
 
 
 def prefill_pass(
     config: LlamaConfig,
-    parameters: ServingParameters,
+    kernels: AttentionKernels,
+    continued: bool,
+    weights: ServingWeights,
     cache: Cache,
     tokens: Int[Array, " T"],
     start: Int[Array, ""],
@@ -111,6 +99,7 @@ def prefill_pass(
     """A piece of one request's prompt.
 
     Args:
+        continued: static: whether `start` may be over 0.
         tokens: the piece, padded to T.
         start: position of its first token; the positions before are in the cache.
         length: tokens of the piece that count.
@@ -120,25 +109,23 @@ def prefill_pass(
         float32 logits [1, V] after the piece's last token and the cache.
     """
     page_count, page_size = cache[0].keys.shape[:2]
-    edge = bind_edge(config, parameters.edge)
-    x = edge.embed(tokens[None])
+    x = weights.embedding[tokens[None]]
     steps = jnp.arange(tokens.shape[0], dtype=jnp.int32)
     positions = start + steps
+    turn = rotary_tables(positions[None], config)
     pages = table.at[positions // page_size].get(mode="fill", fill_value=page_count)
     pages = jnp.where(steps < length, pages, page_count)
     offsets = positions % page_size
     written = []
-    for layer, (keys, values) in zip(parameters.layers, cache, strict=True):
-        block = bind_block(config, layer)
-        q, k, v = block.attention.project(block.attention_norm(x), positions[None])
+    for layer, (keys, values) in zip(weights.layers, cache, strict=True):
+        q, k, v = _project(config, layer, x, turn)
         keys = keys.at[pages, offsets].set(k[0], mode="drop")
         values = values.at[pages, offsets].set(v[0], mode="drop")
         written.append(LayerCache(keys, values))
-        o = attend_pages(q, keys, values, table[None], positions[None])
-        x = x + block.attention.output(o)
-        x = x + block.mlp(block.mlp_norm(x))
+        o = kernels.prefill(q, k, v, keys, values, table, start, continued)
+        x = _finish(config, layer, x, o)
     last = jax.lax.dynamic_slice_in_dim(x, length - 1, 1, axis=1)
-    return edge.logits(last)[:, 0], tuple(written)
+    return _logits(config, weights, last)[:, 0], tuple(written)
 
 
 def copy_pages(cache: Cache, sources: Int[Array, " C"], targets: Int[Array, " C"]) -> Cache:
@@ -155,4 +142,51 @@ def insert_pages(cache: Cache, contents: Cache, pages: Int[Array, " W"]) -> Cach
     """Writes extracted contents into `pages`; those past the end are dropped."""
     return jax.tree.map(
         lambda pool, content: pool.at[pages].set(content, mode="drop"), cache, contents
+    )
+
+
+def _normal(config: LlamaConfig, x: jax.Array, scale: jax.Array) -> jax.Array:
+    """RMS normalisation of the last axis, statistics in float32."""
+    wide = x.astype(jnp.float32)
+    mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+    normal = (wide * jax.lax.rsqrt(mean_square + config.rms_norm_eps)).astype(x.dtype)
+    return normal * scale[None, None, :]
+
+
+def _project(
+    config: LlamaConfig,
+    layer: LayerWeights,
+    x: Float[Array, "B T D"],
+    turn: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """x [B, T, D] -> q [B, T, G, R, K], k and v [B, T, G, K]; q and k turned by position."""
+    fused = matmul(_normal(config, x, layer.attention_norm), layer.qkv)
+    rows = fused.shape[3] - 2
+    cosines, sines = (table[:, :, None] for table in turn)
+    turned = rotate(fused[:, :, :, : rows + 1], cosines, sines)
+    return turned[:, :, :, :rows], turned[:, :, :, rows], fused[:, :, :, rows + 1]
+
+
+def _finish(
+    config: LlamaConfig,
+    layer: LayerWeights,
+    x: Float[Array, "B T D"],
+    o: Float[Array, "B T G R K"],
+) -> Float[Array, "B T D"]:
+    """Adds the attention's output and the feed-forward to the residual."""
+    x = x + matmul(o, layer.out, inputs=3)
+    inner = matmul(_normal(config, x, layer.mlp_norm), layer.gate_up)
+    return x + matmul(jax.nn.silu(inner[:, :, 0]) * inner[:, :, 1], layer.down)
+
+
+def _logits(
+    config: LlamaConfig, weights: ServingWeights, x: Float[Array, "B T D"]
+) -> Float[Array, "B T V"]:
+    """float32 logits of the residual, the final norm included."""
+    x = _normal(config, x, weights.norm)
+    if weights.head is not None:
+        return matmul(x, weights.head, dtype=jnp.dtype(jnp.float32))
+    table = weights.embedding
+    return jax.lax.dot_general(
+        x, table, (((2,), (1,)), ((), ())), preferred_element_type=jnp.float32
     )

@@ -4,10 +4,14 @@
     p  = softmax(l / temperature), cut to the top k, the top p and those over min_p * max(p)
     token = argmax(l) at temperature 0, else argmax(l / temperature + g), g ~ Gumbel(0, 1)
 
-The cuts are thresholds found by bisection over the bit patterns of floats, 32 passes over the
-logits in place of a sort (tokens tied with the threshold stay in). Randomness is a function of the
-row's seed and the token's position alone, so that batch, bucket and preemption cannot change it.
-The rule follows the order of penalties, temperature, cuts that Hugging Face's processors have.
+A token survives the cuts if fewer than k tokens are likelier, the likelier ones weigh less than
+top_p together, and it is at least min_p times as likely as the likeliest; all three look at the
+whole distribution. No sort: the highest candidate under the noise is tried, and where it does not
+survive, everything no likelier than it is put aside and the next tried. Survivors are an upper set,
+so the first that survives is the argmax over all that do, after a few passes over the logits.
+
+Randomness is a function of the row's seed and the token's position alone, so that batch, bucket and
+preemption cannot change it.
 
 Legend: B rows, V vocabulary, R slots, M biased tokens a slot.
 """
@@ -170,9 +174,8 @@ def sample(
     if needs.random:
         temperature = jnp.where(rules.temperature > 0, rules.temperature, 1.0)
         scaled = logits / temperature[:, None]
-        if needs.cut:
-            scaled = jnp.where(_kept(scaled, rules), scaled, -jnp.inf)
-        drawn = jnp.argmax(scaled + _gumbel(rules.seed, positions, logits.shape[1]), axis=-1)
+        noisy = scaled + _gumbel(rules.seed, positions, logits.shape[1])
+        drawn = _first_survivor(scaled, noisy, rules) if needs.cut else jnp.argmax(noisy, axis=-1)
         tokens = jnp.where(rules.temperature > 0, drawn.astype(jnp.int32), greedy)
     chosen = top_tokens = top_logprobs = None
     if needs.logprobs:
@@ -200,42 +203,43 @@ def _adjust(logits: jax.Array, rules: Rules, slots: jax.Array, history: History)
     return logits.at[rows, tokens].add(values, mode="drop")
 
 
-def _kept(scaled: jax.Array, rules: Rules) -> jax.Array:
-    """Which tokens survive top-k, then top-p and min-p among those left; bool [B, V]."""
-    vocabulary = scaled.shape[1]
-    keys = _ordered(scaled)
-    limit = jnp.where(rules.top_k > 0, jnp.minimum(rules.top_k, vocabulary), vocabulary)
+def _first_survivor(scaled: jax.Array, noisy: jax.Array, rules: Rules) -> jax.Array:
+    """The survivor of the cuts that is highest in `noisy`; int32 [B]."""
+    limit = jnp.where(rules.top_k > 0, rules.top_k, scaled.shape[1])
+    highest = jnp.max(scaled, axis=1)
+    weights = jnp.exp(scaled - highest[:, None])
+    mass = rules.top_p * jnp.sum(weights, axis=1)
+    # The row's likeliest token survives whatever the rules, rounding included.
+    floor = jnp.minimum(highest + jnp.log(rules.min_p), highest)
 
-    def enough_tokens(threshold: jax.Array) -> jax.Array:
-        return jnp.sum(keys >= threshold[:, None], axis=1) >= limit
+    def unfinished(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        return ~jnp.all(state[2])
 
-    kept = keys >= _highest(enough_tokens, scaled.shape[0])[:, None]
-    probabilities = jax.nn.softmax(jnp.where(kept, scaled, -jnp.inf), axis=-1)
+    def attempt(state: tuple[jax.Array, jax.Array, jax.Array]):
+        token, put_aside, done = state
+        candidate = jnp.argmax(
+            jnp.where(scaled > put_aside[:, None], noisy, -jnp.inf), axis=1
+        ).astype(jnp.int32)
+        level = jnp.take_along_axis(scaled, candidate[:, None], axis=1)
+        likelier = scaled > level
+        level = level[:, 0]
+        survives = (
+            (jnp.sum(likelier, axis=1) < limit)
+            & (jnp.sum(jnp.where(likelier, weights, 0), axis=1) < mass)
+            & (level >= floor)
+        ) | (level >= highest)
+        token = jnp.where(done, token, candidate)
+        return token, jnp.where(survives, put_aside, level), done | survives
 
-    def enough_mass(threshold: jax.Array) -> jax.Array:
-        mass = jnp.sum(jnp.where(keys >= threshold[:, None], probabilities, 0), axis=1)
-        return mass >= rules.top_p
-
-    # Rounding can leave the whole sum below top_p = 1; then the search ends at "keep all".
-    kept &= keys >= _highest(enough_mass, scaled.shape[0])[:, None]
-    floor = rules.min_p[:, None] * jnp.max(probabilities, axis=1, keepdims=True)
-    return kept & (probabilities >= floor)
-
-
-def _ordered(values: jax.Array) -> jax.Array:
-    """uint32 keys in the order of float32 `values`."""
-    bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.uint32)
-    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
-
-
-def _highest(enough, rows: int) -> jax.Array:
-    """The highest uint32 threshold per row for which `enough` holds, bit by bit from the top."""
-
-    def narrow(step: jax.Array, threshold: jax.Array) -> jax.Array:
-        raised = threshold | (jnp.uint32(1 << 31) >> step.astype(jnp.uint32))
-        return jnp.where(enough(raised), raised, threshold)
-
-    return jax.lax.fori_loop(0, 32, narrow, jnp.zeros(rows, jnp.uint32))
+    rows = scaled.shape[0]
+    start = (
+        jnp.zeros(rows, jnp.int32),
+        jnp.full(rows, -jnp.inf, scaled.dtype),
+        # Greedy rows have nothing to look for; broken logits would never find anything.
+        ~((rules.temperature > 0) & jnp.isfinite(highest)),
+    )
+    token, _, _ = jax.lax.while_loop(unfinished, attempt, start)
+    return token
 
 
 def _gumbel(seeds: jax.Array, positions: jax.Array, vocabulary: int) -> jax.Array:

@@ -10,13 +10,16 @@ import pytest
 from jaxsys.model import forward, initial_parameters, preset
 from jaxsys.serve import paged_model
 from jaxsys.serve.executor import ExecutorConfig, JaxExecutor
+from jaxsys.serve.paged_attention import choose_kernels
 from jaxsys.serve.requests import Request, SamplingParameters
 from jaxsys.serve.scheduler import Scheduler, SchedulerConfig
+from jaxsys.serve.weights import serving_weights
 
 CONFIG = preset("tiny")
 whole_model = jax.jit(functools.partial(forward, CONFIG))
-prefill = jax.jit(functools.partial(paged_model.prefill_pass, CONFIG))
-decode = jax.jit(functools.partial(paged_model.decode_pass, CONFIG))
+KERNELS = choose_kernels(dtype=jnp.dtype("float32"), head_dim=8, device=jax.devices()[0])
+prefill = jax.jit(functools.partial(paged_model.prefill_pass, CONFIG, KERNELS, True))
+decode = jax.jit(functools.partial(paged_model.decode_pass, CONFIG, KERNELS))
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +48,7 @@ def make_executor(parameters, device, role="both"):
     place = jax.sharding.SingleDeviceSharding(device)
     return JaxExecutor(
         CONFIG,
-        jax.device_put(paged_model.split_layers(parameters), place),
+        serving_weights(CONFIG, parameters, placement=place),
         make(role=role).config,
         placement=place,
         shapes=ExecutorConfig(
@@ -92,7 +95,7 @@ def test_passes_match_the_whole_model(parameters):
     """Logits of a prompt in pieces and of single steps equal the forward pass's to 1e-4."""
     tokens = np.random.default_rng(0).integers(0, 264, 30)
     whole = np.asarray(whole_model(parameters, tokens[None]))[0]
-    split = paged_model.split_layers(parameters)
+    weights = serving_weights(CONFIG, parameters)
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     cache = paged_model.empty_cache(CONFIG, 12, 4, jnp.float32, place)
     table = np.array([5, 2, 9, 0, 7, 3, 11, 8], np.int32)
@@ -100,7 +103,7 @@ def test_passes_match_the_whole_model(parameters):
         piece = np.zeros(16, np.int32)
         piece[:length] = tokens[start : start + length]
         logits, cache = prefill(
-            split,
+            weights,
             cache,
             jnp.asarray(piece),
             jnp.int32(start),
@@ -110,7 +113,7 @@ def test_passes_match_the_whole_model(parameters):
         np.testing.assert_allclose(logits[0], whole[start + length - 1], atol=1e-4)
     for position in range(26, 30):
         logits, cache = decode(
-            split,
+            weights,
             cache,
             jnp.asarray([0, tokens[position]], jnp.int32),
             jnp.asarray([0, position], jnp.int32),

@@ -31,7 +31,7 @@ def test_against_the_plain_softmax(page_size, width, steps):
     pages = 3 * width + 1
     pool = (pages, page_size, 2, 8)
     keys, values = generator.normal(size=(2, *pool)).astype(np.float32)
-    q = generator.normal(size=(3, steps, 6, 8)).astype(np.float32)
+    q = generator.normal(size=(3, steps, 2, 3, 8)).astype(np.float32)
     tables = generator.permutation(pages)[: 3 * width].reshape(3, width).astype(np.int32)
     longest = page_size * width
     starts = np.array([0, longest // 2 - 3, longest - steps])
@@ -42,6 +42,8 @@ def test_against_the_plain_softmax(page_size, width, steps):
     found = jax.jit(attend_pages)(*(jnp.asarray(a) for a in (q, keys, values, tables, positions)))
     for row in range(3):
         for step in range(steps):
-            wanted = plain(q[row, step], keys, values, tables[row], positions[row, step])
+            wanted = plain(
+                q[row, step].reshape(6, 8), keys, values, tables[row], positions[row, step]
+            )
             # float32 sums of some 500 terms.
-            np.testing.assert_allclose(found[row, step], wanted, atol=3e-5)
+            np.testing.assert_allclose(found[row, step].reshape(6, 8), wanted, atol=3e-5)
