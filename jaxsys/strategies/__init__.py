@@ -10,7 +10,7 @@ from jaxsys.schedule import Schedule
 from .data_parallel import data_parallel
 from .pipeline import gpipe, interleaved_one_f_one_b, one_f_one_b, one_f_one_b_overlap
 from .weipipe import interleave, naive, wzb1, wzb2
-from .zero_bubble import zero_bubble_h1, zero_bubble_h2
+from .zero_bubble import zero_bubble_h1, zero_bubble_h2, zero_bubble_overlap
 
 STRATEGIES: Mapping[str, Callable[..., Schedule]] = MappingProxyType(
     {
@@ -21,6 +21,7 @@ STRATEGIES: Mapping[str, Callable[..., Schedule]] = MappingProxyType(
         "1f1b-interleaved": interleaved_one_f_one_b,
         "zb-h1": zero_bubble_h1,
         "zb-h2": zero_bubble_h2,
+        "zb-overlap": zero_bubble_overlap,
         "weipipe-naive": naive,
         "weipipe-interleave": interleave,
         "weipipe-wzb1": wzb1,

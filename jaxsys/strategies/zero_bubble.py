@@ -14,14 +14,15 @@ the (P - 1) T_F by which the last stage starts later, so that with three equal t
 (3 M + P - 1) T, which no pipeline of P stages can beat. H2 gains where stages pass from one step to
 the next without waiting for each other.
 
-Ticks are those of three equal times; with others, these totals hold where sends do not block
-(`simulate(..., eager_sends=True)`).
+Their ticks are those of three equal times; with others, these totals hold where sends do not block
+(`simulate(..., eager_sends=True)`), and devices that keep step lose much of the gain.
+`zero_bubble_overlap` gains less, but for any three times and in step.
 
 Source: Zero Bubble Pipeline Parallelism (Qi et al., ICLR 2024) for the idea and the formulas. The
 lags are derived here.
 """
 
-from jaxsys.schedule import Schedule, TaskKind
+from jaxsys.schedule import Schedule, Task, TaskKind
 
 from .stages import check_stages, earliest_ticks, pipeline_schedule
 
@@ -70,6 +71,37 @@ def zero_bubble_h2(devices: int, microbatches: int) -> Schedule:
     return pipeline_schedule(
         "zb-h2", devices=p, chunks=p, microbatches=m, tasks=earliest_ticks(orders, chunks=p)
     )
+
+
+def zero_bubble_overlap(devices: int, microbatches: int) -> Schedule:
+    """Every hop hidden, and all devices run the same kind of task: two thirds of 1F1B's bubble.
+
+    Ticks are F, I and W in turn on all devices. In period k (ticks 3k, 3k + 1, 3k + 2) stage i runs
+    F of microbatch k - i, I of microbatch k - (2P - 2 - i), and, as all stages do, W of microbatch
+    k - (2P - 2). So W is in M ticks only, which the P - 1 periods of filling and draining lack: a
+    step takes (M + P - 1) (T_F + T_I) + M T_W even if devices keep step, whatever the three times
+    are. Stage i holds min(M, 2 (P - 1 - i) + 1) residuals and up to min(M, i + 1) taps.
+
+    Args:
+        devices: P, the number of stages; also the number of chunks.
+        microbatches: M, any positive number.
+
+    Raises:
+        UsageError: if P or M is not positive.
+    """
+    p, m = devices, microbatches
+    check_stages(p, m)
+    tasks = [
+        Task(tick=3 * period + place, device=stage, kind=kind, chunk=stage, microbatch=index)
+        for stage in range(p)
+        for index in range(m)
+        for place, kind, period in (
+            (0, TaskKind.FORWARD, stage + index),
+            (1, TaskKind.INPUT_GRADIENT, 2 * p - 2 - stage + index),
+            (2, TaskKind.WEIGHT_GRADIENT, 2 * p - 2 + index),
+        )
+    ]
+    return pipeline_schedule("zb-overlap", devices=p, chunks=p, microbatches=m, tasks=tasks)
 
 
 def _order(

@@ -7,7 +7,11 @@ from hypothesis import strategies as st
 from jaxsys.errors import UsageError
 from jaxsys.schedule import Costs, Data, Link, TaskKind, check, peak_live, simulate
 from jaxsys.strategies.pipeline import one_f_one_b
-from jaxsys.strategies.zero_bubble import zero_bubble_h1, zero_bubble_h2
+from jaxsys.strategies.zero_bubble import (
+    zero_bubble_h1,
+    zero_bubble_h2,
+    zero_bubble_overlap,
+)
 
 FEW = settings(max_examples=20, deadline=None)
 DEVICES = st.sampled_from([1, 2, 3, 4, 8, 16])
@@ -105,7 +109,39 @@ def test_weight_gradients_wait(generator):
     assert tasks[TaskKind.WEIGHT_GRADIENT, 0, 0] == tasks[TaskKind.INPUT_GRADIENT, 0, 0] + 1
 
 
-@pytest.mark.parametrize("generator", BOTH)
+@FEW
+@given(
+    p=DEVICES,
+    m=st.integers(1, 24),
+    f=st.integers(1, 5),
+    i=st.integers(1, 5),
+    w=st.integers(1, 5),
+)
+def test_overlap_in_lockstep_whatever_the_times(p, m, f, i, w):
+    schedule = zero_bubble_overlap(p, m)
+    found = check(schedule)
+    result = simulate(schedule, costs_of(f, i, w), Link(), lockstep=True, known_trace=found)
+    assert result.step_s == (m + p - 1) * (f + i) + m * w
+    residuals = peak_live(schedule, found, Data.RESIDUAL)
+    assert residuals == [min(m, 2 * (p - 1 - stage) + 1) for stage in range(p)]
+    assert peak_live(schedule, found, Data.TAP) == [min(m, stage + 1) for stage in range(p)]
+    assert max(peak_live(schedule, found, Data.RESIDUAL, Data.TAP)) == min(m, 2 * p - 1)
+    # Every hop leaves under one kind of task and lands before its reader's.
+    assert all(move.arrive == move.start + 1 for move in schedule.moves)
+
+
+def test_overlap_hides_hops_under_one_task():
+    schedule, slow = (
+        zero_bubble_overlap(4, 12),
+        Link(bytes_per_s=1),
+    )  # a hop takes as long as a task
+    free = simulate(schedule, costs_of(), Link(), lockstep=True)
+    result = simulate(schedule, costs_of(), slow, lockstep=True)
+    # What is exposed are the P - 1 hops each of an empty pipeline filling and draining.
+    assert result.step_s - free.step_s == 2 * (4 - 1)
+
+
+@pytest.mark.parametrize("generator", [*BOTH, zero_bubble_overlap])
 @pytest.mark.parametrize(("p", "m", "value"), [(0, 4, "devices=0"), (4, 0, "microbatches=0")])
 def test_nothing_to_pipeline(generator, p, m, value):
     with pytest.raises(UsageError, match=f"{value} must be at least 1"):
