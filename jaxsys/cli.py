@@ -17,6 +17,7 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "train": ("jaxsys.train.cli", "train a model with a schedule"),
     "serve": ("jaxsys.serve.cli", "serve a model over an OpenAI-compatible API"),
     "clocks": ("jaxsys.nvml", "read or reset GPU clocks"),
+    "replay": ("jaxsys.serve.replay", "replay a request trace on simulated GPUs"),
 }
 
 

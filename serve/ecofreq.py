@@ -6,10 +6,11 @@ iteration about to run and of the queue behind it. A clock is feasible if
     ITL:   T(f) <= planned_itl                         where the iteration decodes
     TTFT:  wait_r + T(work up to and with r, f) <= planned_ttft   for each prompt r, queued or not
 
-and of the feasible ones that of least T(f) * P(f) is taken; where none is, the highest. Raising is
-immediate; lowering waits for a minimum dwell and must clear the bound by a margin (hysteresis).
-An iteration that overruns its prediction sends the clock to the maximum (watchdog), and an idle
-instance falls to its lowest clock.
+and of the feasible ones that of least T(f) * P(f) is taken; where none is, the highest. A prompt
+beyond saving at any clock binds nothing, unless such are many: then the queue is drained at the
+maximum. Raising is immediate; lowering waits for a minimum dwell and must clear the bound by a
+margin (hysteresis). An iteration that overruns its prediction sends the clock to the maximum
+(watchdog), and an idle instance falls to its lowest clock.
 
 The idea is VoltanaLLM's (arXiv 2509.04827); queue-wide deadlines and the watchdog follow DualScale
 (arXiv 2602.18755). What it never does: wait for the clock to change. Setting runs beside the
@@ -22,6 +23,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
 from jaxsys.clocks import GpuClocks, SimulatedClocks
 from jaxsys.errors import UsageError
 from jaxsys.serve.gpu_model import Load, SimulatedGpu, run_many, simulated_gpu
@@ -32,12 +35,14 @@ if TYPE_CHECKING:
     from jaxsys.serve.scheduler import Iteration
 
 
+Answers = Sequence[Sequence[float]] | np.ndarray
+"""Numbers indexed [load][clock]."""
+
+
 class Predictor(Protocol):
     """Answers what-ifs: how long, and at what power."""
 
-    def what_if(
-        self, loads: Sequence[Load], clocks_mhz: Sequence[int]
-    ) -> tuple[Sequence[Sequence[float]], Sequence[Sequence[float]]]:
+    def what_if(self, loads: Sequence[Load], clocks_mhz: Sequence[int]) -> tuple[Answers, Answers]:
         """Seconds and watts, each indexed [load][clock], from one batched evaluation."""
         ...
 
@@ -87,9 +92,17 @@ class EcoFreqConfig:
     idle_mhz: int | None = None
     """Clock while idle; None for the lowest of the governed clocks."""
     watchdog_s: float = 0.005
-    """Overrun beyond the prediction at which the clock goes to the maximum."""
+    """Overrun beyond the prediction at which the clock goes to the maximum ..."""
+    watchdog_share: float = 0.1
+    """... and this share of the prediction on top, so that its usual error is no alarm."""
     watchdog_hold: int = 4
     """Iterations that stay at the maximum after an overrun."""
+    growth_guard: float = 0.3
+    """Decode goes to the maximum clock once a batch larger by this share could not keep the ITL
+    even there: near saturation a slower clock lets the batch grow beyond what any can serve."""
+    lost_share: float = 0.1
+    """Share of the prompts at hand that may be beyond saving before all is run at the maximum
+    clock; up to that share they are let go late, and the clock serves those who can be saved."""
     prefill_budget: int = 8192
     """Prompt tokens an iteration computes: how the queue will be cut."""
     queue_chunks: int = 8
@@ -98,7 +111,13 @@ class EcoFreqConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.hysteresis < 1:
             raise UsageError(f"hysteresis={self.hysteresis} must be from 0 to below 1")
-        for name in ("minimum_dwell_s", "idle_after_s", "watchdog_s", "watchdog_hold"):
+        for name in (
+            "minimum_dwell_s",
+            "idle_after_s",
+            "watchdog_s",
+            "watchdog_share",
+            "watchdog_hold",
+        ):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name}={getattr(self, name)} must not be negative")
         for name in ("prefill_budget", "queue_chunks"):
@@ -119,6 +138,17 @@ class GovernorRecord:
     busy_s: float = 0.0
     idle_s: float = 0.0
     seconds_at_mhz: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
+
+
+def _grown(load: Load, factor: float) -> Load:
+    """The same iteration with a larger decode batch."""
+    return Load(
+        load.prefill_tokens,
+        load.prefill_requests,
+        load.cached_tokens,
+        int(load.batch * factor) + 1,
+        int(load.kv_tokens * factor),
+    )
 
 
 def load_of(iteration: "Iteration") -> Load:
@@ -169,6 +199,7 @@ class EcoFreq:
         self.predicted_s = 0.0
         """Predicted time of the iteration in flight."""
         self._clocks_mhz = tuple(sorted(clocks_mhz))
+        self._clock_squares = np.array(self._clocks_mhz, float) ** 2
         self._top = len(self._clocks_mhz) - 1
         self._level = self._top
         self._level_since_s = float("-inf")
@@ -216,8 +247,13 @@ class EcoFreq:
             self.predictor.observe(self._load, actual_mhz, latency_s / steps, self.clocks.power_w())
         if self._hold > 0:
             self._hold -= 1
-        if latency_s > self.predicted_s * steps + self.config.watchdog_s:
+        if latency_s > self.patience_s(steps):
             self.on_overrun(now_s)
+
+    def patience_s(self, steps: int) -> float:
+        """How long the iteration in flight may take before the watchdog boosts."""
+        config = self.config
+        return self.predicted_s * steps * (1 + config.watchdog_share) + config.watchdog_s
 
     def on_overrun(self, now_s: float) -> None:
         """The iteration in flight is late: to the maximum clock, for some iterations."""
@@ -238,22 +274,35 @@ class EcoFreq:
         slo, config = self.slo.current, self.config
         self.record.decisions += 1
         loads = [self._load]
-        # budgets_s[k]: time by which all of loads[0..k] must be done.
-        budgets_s = [float("inf")]
-        if iteration.decodes:
-            budgets_s[0] = slo.planned_itl_s
+        # deadlines_s[k]: times from now by which loads[0..k] should be done, one per prompt.
+        deadlines_s: list[list[float]] = [[]]
         if iteration.prefills:
-            oldest_s = min(piece.request.timing.arrival_s for piece in iteration.prefills)
-            budgets_s[0] = min(budgets_s[0], slo.planned_ttft_s - (now_s - oldest_s))
+            left_s = slo.planned_ttft_s - now_s
+            deadlines_s[0] = [
+                left_s + piece.request.timing.arrival_s for piece in iteration.prefills
+            ]
         if waiting:
-            self._add_queue(loads, budgets_s, waiting, slo.planned_ttft_s, now_s)
+            self._add_queue(loads, deadlines_s, waiting, slo.planned_ttft_s, now_s)
+        guarded = bool(iteration.decodes) and config.growth_guard > 0
+        if guarded:
+            loads.append(_grown(self._load, 1 + config.growth_guard))
         times, powers = self.predictor.what_if(loads, self._clocks_mhz)
+        if isinstance(times, np.ndarray):
+            times = times.tolist()
+        if isinstance(powers, np.ndarray):
+            # Where no power was ever read, the lowest feasible clock stands for the thriftiest:
+            # above the sweet spot energy rises with the clock.
+            powers = np.where(np.isnan(powers), self._clock_squares, powers).tolist()
+        budgets_s = self._budgets(times, deadlines_s)
+        if iteration.decodes:
+            budgets_s[0] = min(budgets_s[0], slo.planned_itl_s)
         best, best_j = -1, float("inf")
-        for level in range(self._top + 1):
+        saturated = guarded and times[-1][self._top] > slo.itl_s
+        for level in range(self._top if saturated else 0, self._top + 1):
             # Lowering must clear the bound by more, so that the clock does not flutter.
             share = 1 - config.hysteresis if level < self._level else 1.0
             done_s, feasible = 0.0, True
-            for row, budget_s in zip(times, budgets_s, strict=True):
+            for row, budget_s in zip(times, budgets_s, strict=False):  # the guard's row is left
                 done_s += row[level]
                 if done_s > budget_s * share:
                     feasible = False
@@ -271,30 +320,50 @@ class EcoFreq:
         self.predicted_s = times[0][best]
         return best
 
+    def _budgets(
+        self, times: Sequence[Sequence[float]], deadlines_s: list[list[float]]
+    ) -> list[float]:
+        """Time by which each piece of work must be done, for the sake of those who can be served.
+
+        A prompt that even the maximum clock cannot serve in time binds nothing by itself; where
+        more than `lost_share` of all prompts are lost the queue must be drained, and every one
+        counts: then no clock is feasible and the maximum is taken.
+        """
+        done_s = 0.0
+        budgets_s, lost, total = [], 0, 0
+        for row, deadlines in zip(times, deadlines_s, strict=False):
+            done_s += row[self._top]
+            kept = [deadline for deadline in deadlines if deadline >= done_s]
+            lost += len(deadlines) - len(kept)
+            total += len(deadlines)
+            budgets_s.append(min(kept, default=float("inf")))
+        if lost > self.config.lost_share * total:
+            budgets_s[0] = -1.0
+        return budgets_s
+
     def _add_queue(
         self,
         loads: list[Load],
-        budgets_s: list[float],
+        deadlines_s: list[list[float]],
         waiting: "Collection[Request]",
         planned_ttft_s: float,
         now_s: float,
     ) -> None:
-        """Cuts the queue as the scheduler will, each piece with its most urgent deadline."""
+        """Cuts the queue as the scheduler will, each piece with its prompts' deadlines."""
         tokens = requests = 0
-        budget_s = float("inf")
+        deadlines: list[float] = []
         for request in waiting:
             tokens += request.total_length
             requests += 1
-            left_s = planned_ttft_s - (now_s - request.timing.arrival_s)
-            budget_s = min(budget_s, left_s)
+            deadlines.append(planned_ttft_s - (now_s - request.timing.arrival_s))
             if tokens >= self.config.prefill_budget and len(loads) <= self.config.queue_chunks:
                 loads.append(Load(prefill_tokens=tokens, prefill_requests=requests))
-                budgets_s.append(budget_s)
+                deadlines_s.append(deadlines)
                 tokens = requests = 0
-                budget_s = float("inf")
+                deadlines = []
         if requests:
             loads.append(Load(prefill_tokens=tokens, prefill_requests=requests))
-            budgets_s.append(budget_s)
+            deadlines_s.append(deadlines)
 
     def _set(self, level: int, now_s: float) -> None:
         self._level = level

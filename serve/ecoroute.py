@@ -202,32 +202,36 @@ class EnergyRouter:
 class QueueRouter:
     """Prefill: the instance whose first token for this prompt is predicted earliest.
 
-    Ties, and near-ties within `tie_s`, go to the instance with the most work already, so that
-    others stay idle at the lower clock.
+    A prompt waits for the iteration in flight and is then computed with all that wait before it.
+    Where an instance says when its iteration ends (`busy_until_s`) and how many prompts wait
+    (`waiting_requests`), both are used; else every request in flight counts as waiting. Ties within
+    `tie_s` go to the instance with the longer wait, so that others may idle.
     """
 
-    def __init__(
-        self, predictor: Predictor, *, clock_mhz: int, tie_s: float = 0.0, chunk_tokens: int = 8192
-    ) -> None:
+    def __init__(self, predictor: Predictor, *, clock_mhz: int, tie_s: float = 0.0) -> None:
         """
         Args:
-            clock_mhz: the clock at which queues are judged (the sweet spot, or the maximum).
+            clock_mhz: the clock at which queues are judged.
         """
         self.predictor = predictor
         self.tie_s = tie_s
-        self.chunk_tokens = chunk_tokens
         self._clock_mhz = clock_mhz
 
     def choose(self, instances: Sequence[InstanceView], request: "Request") -> int:
-        loads = [
-            Load(
-                prefill_tokens=instance.waiting_tokens + request.prompt_length,
-                prefill_requests=max(1, instance.in_flight + 1),
+        now_s = request.timing.arrival_s
+        loads, residual_s = [], []
+        for instance in instances:
+            waiting = getattr(instance, "waiting_requests", instance.in_flight)
+            loads.append(
+                Load(
+                    prefill_tokens=instance.waiting_tokens + request.prompt_length,
+                    prefill_requests=waiting + 1,
+                )
             )
-            for instance in instances
-        ]
+            ends_s = getattr(instance, "busy_until_s", None)
+            residual_s.append(0.0 if ends_s is None else max(0.0, ends_s - now_s))
         times, _ = self.predictor.what_if(loads, (self._clock_mhz,))
-        waits = [row[0] for row in times]
+        waits = [float(row[0]) + left for row, left in zip(times, residual_s, strict=True)]
         least = min(waits)
         near = [i for i, wait in enumerate(waits) if wait <= least + self.tie_s]
         return max(near, key=lambda i: (waits[i], -i))

@@ -109,6 +109,11 @@ class SimInstance:
         return self.scheduler.waiting_tokens
 
     @property
+    def waiting_requests(self) -> int:
+        """Prompts that wait or are partly computed."""
+        return len(self.scheduler.waiting) + len(self.scheduler.prefilling)
+
+    @property
     def clock_mhz(self) -> float | None:
         return getattr(self.governor, "clock_mhz", None)
 
@@ -249,6 +254,8 @@ class Simulator:
         self._prompts = trace.prompt_tokens.tolist()
         self._outputs = trace.output_tokens.tolist()
         self._push(self._arrivals[0], self._arrive)
+        for instance in self.instances:  # those that never get work must fall idle too
+            self._await_idle(instance, 0.0)
         if self._sample_every_s:
             self._push(self._sample_every_s, self._sample)
         events, clock = self._events, self.clock
@@ -295,10 +302,7 @@ class Simulator:
         limit = self.config.max_steps if instance.role == "decode" else 1
         iteration = instance.scheduler.next_iteration(now_s, limit)
         if iteration is None:
-            instance.version += 1
-            wait_s = getattr(getattr(instance.governor, "config", None), "idle_after_s", None)
-            if wait_s is not None:
-                self._push(now_s + wait_s, self._idle, instance, instance.version, now_s)
+            self._await_idle(instance, now_s)
             return
         instance.executor.idle_until(now_s)
         instance.governor.before_iteration(iteration, instance.scheduler.waiting, now_s)
@@ -316,11 +320,17 @@ class Simulator:
         instance.started_s = now_s
         instance.version += 1
         self._push(end_s, self._end, instance, instance.version)
-        predicted_s = getattr(instance.governor, "predicted_s", None)
-        if predicted_s is not None:
-            patience_s = predicted_s * steps + instance.governor.config.watchdog_s  # type: ignore[attr-defined]
-            if now_s + patience_s < end_s:
-                self._push(now_s + patience_s, self._overrun, instance, instance.version)
+        patience = getattr(instance.governor, "patience_s", None)
+        if patience is not None:
+            alarm_s = now_s + patience(steps)
+            if alarm_s < end_s:
+                self._push(alarm_s, self._overrun, instance, instance.version)
+
+    def _await_idle(self, instance: SimInstance, now_s: float) -> None:
+        instance.version += 1
+        wait_s = getattr(getattr(instance.governor, "config", None), "idle_after_s", None)
+        if wait_s is not None:
+            self._push(now_s + wait_s, self._idle, instance, instance.version, now_s)
 
     def _overrun(self, now_s: float, instance: SimInstance, version: int) -> None:
         if version != instance.version or instance.iteration is None:

@@ -245,8 +245,12 @@ def synthetic_trace(
     name: str = "synthetic",
 ) -> Trace:
     """Lognormal lengths and Poisson (or burstier) arrivals for `duration_s`."""
-    if duration_s <= 0:
-        raise UsageError(f"duration_s={duration_s} must be positive")
+    for what, value in (("rate", rate_per_s), ("duration_s", duration_s), ("cv", cv)):
+        if not (math.isfinite(value) and value > 0):
+            raise UsageError(f"{what}={value} must be positive")
+    for what, value in (("prompt_mean", prompt_mean), ("output_mean", output_mean)):
+        if not (math.isfinite(value) and value >= 1):
+            raise UsageError(f"{what}={value} must be at least one token")
     count = int(rate_per_s * duration_s + 6 * math.sqrt(rate_per_s * duration_s) * cv + 10)
     arrival_s = poisson_arrivals(count, rate_per_s, seed, cv=cv)
     kept = arrival_s < duration_s

@@ -46,7 +46,7 @@ class Bench:
         self.clocks = SimulatedClocks(
             available_mhz=GPU.spec.available_mhz, now_s=lambda: self.now, set_latency_s=latency_s
         )
-        defaults = {"minimum_dwell_s": 0.0, "hysteresis": 0.0}
+        defaults = {"minimum_dwell_s": 0.0, "hysteresis": 0.0, "growth_guard": 0.0}
         self.governor = EcoFreq(
             self.clocks,
             ModelPredictor(GPU),
@@ -102,6 +102,25 @@ def test_prefill_counts_every_queued_request():
     assert Bench(slo).decide(work) == CLOCKS[0]
     queue = [request(1000) for _ in range(6)]
     assert Bench(slo, prefill_budget=1000).decide(work, queue) > CLOCKS[0]
+
+
+def test_one_prompt_beyond_saving_does_not_bind_but_many_do():
+    fresh = [request(50, arrival_s=1.0) for _ in range(19)]
+    late = request(50, arrival_s=0.0)
+    bench = Bench(Slo(ttft_s=0.6, reserve=0.0), lost_share=0.1)
+    bench.now = 1.0  # the late one is over its bound already
+    assert bench.decide(iteration([late, *fresh])) == CLOCKS[0]
+    assert bench.decide(iteration([late, late, late, *fresh])) == CLOCKS[-1]
+    assert bench.governor.record.infeasible == 1
+
+
+def test_near_saturation_the_batch_is_not_let_grow():
+    # Just servable at the maximum clock with 30 % more: at a lower one it would grow further.
+    bound_s = decode_s(391, 117_001, CLOCKS[-1])
+    calm = Bench(Slo(itl_s=bound_s * 1.01, reserve=0.0), growth_guard=0.3)
+    assert calm.decide(iteration(batch=300, kv_tokens=90_000)) < CLOCKS[-1]
+    tense = Bench(Slo(itl_s=bound_s * 0.99, reserve=0.0), growth_guard=0.3)
+    assert tense.decide(iteration(batch=300, kv_tokens=90_000)) == CLOCKS[-1]
 
 
 def test_raising_is_immediate_and_lowering_waits_for_the_dwell():

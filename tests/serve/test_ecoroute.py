@@ -136,7 +136,17 @@ def test_energy_router_never_breaks_the_slo_while_another_can_keep_it():
 def test_queue_router_takes_the_earliest_first_token():
     router = QueueRouter(ModelPredictor(GPU), clock_mhz=1005)
     views = [View(4, waiting_tokens=9000), View(9, waiting_tokens=500), View(6, waiting_tokens=700)]
+    assert router.choose(views, request()) == 1  # nine waiting prompts cost less than 9000 tokens
+
+    @dataclass
+    class Telling(View):
+        busy_until_s: float | None = None
+        waiting_requests: int = 0
+
+    # An idle instance against one that ends its iteration soon and one that does late.
+    views = [Telling(1, busy_until_s=0.5), Telling(1, busy_until_s=0.1), Telling(0)]
     assert router.choose(views, request()) == 2
+    assert router.choose(views[:2], request()) == 1
     # Within the tie the busier one is taken, so that others may idle.
     lazy = QueueRouter(ModelPredictor(GPU), clock_mhz=1005, tie_s=1.0)
     assert lazy.choose([View(0), View(1, waiting_tokens=500)], request()) == 1
