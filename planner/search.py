@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from jaxsys.errors import UsageError
-from jaxsys.planner.costs import block_cost, frame
+from jaxsys.planner.costs import block_cost, cut, frame
 from jaxsys.planner.evaluate import (
     Estimates,
     Evaluator,
@@ -95,7 +95,8 @@ class Effort:
     chains: int = 48
     steps: int = 150
     """Annealing steps of each chain."""
-    restarts: int = 3
+    restarts: int = 2
+    """Annealings in a row that must find nothing before a common part is left."""
     time_s: float = float("inf")
     """Stop improving after this long; the best plan so far is returned."""
     tolerance: float = 0.0
@@ -274,7 +275,8 @@ class _Search:
             for block in dict.fromkeys(workload.blocks)
         ]
         times = dict(zip(dict.fromkeys(workload.blocks), costs, strict=True))
-        once = sum(times[b].forward_s + times[b].backward_s for b in workload.blocks)
+        both = [times[b].forward_s + times[b].backward_s for b in workload.blocks]
+        once = sum(both)
         devices = schedule_devices(base)
         if base.stages * base.ring > 1:
             placement = Placement.OWNER
@@ -292,6 +294,12 @@ class _Search:
         per_device = microbatches(problem, base) / devices
         fixed = around.before_s + around.after_s + around.update_s
         time_s = per_device * (once + around.head_s + 2 * around.embed_s) + fixed
+        if base.stages > 1:
+            # The last stage's work, after the first microbatch has come down to it and before the
+            # last one has gone back up.
+            below = sum(both[i] for part in cut(len(both), base.stages)[:-1] for i in part)
+            total = microbatches(problem, base)
+            time_s = below + total * (once - below + around.head_s) + fixed
         held = np.array([around.rest_bytes + around.edge_bytes])
         bound = Estimates(
             step_s=np.array([time_s]), peak_bytes=held, sent_bytes=held, compute_s=held
@@ -326,6 +334,9 @@ class _LayerSearch:
         self.start = np.array(start.plan.codes)
         self.layers = len(options)
         self.widest = max(len(o) for o in options)
+        self.legal = np.zeros((self.layers, len(PATHS)), bool)
+        for layer, codes in enumerate(options):
+            self.legal[layer, codes] = True
 
     def run(self) -> Iterator[Found]:
         if self.widest == 1:
@@ -339,17 +350,16 @@ class _LayerSearch:
             if self.potential(code[None])[0] < self.potential(best[None])[0]:
                 best = code
                 yield self.found(best)
-        for _ in range(self.outer.effort.restarts):
-            if self.outer.late:
-                return
+        fruitless = 0
+        while fruitless < self.outer.effort.restarts and not self.outer.late:
             before = self.potential(best[None])[0]
             for code in self.anneal(best):
                 code = self.pairs(self.descend(code))
                 if self.potential(code[None])[0] < self.potential(best[None])[0] * (1 - 1e-12):
                     best = code
                     yield self.found(best)
-            if self.potential(best[None])[0] >= before * (1 - 1e-12):
-                return
+            gained = self.potential(best[None])[0] < before * (1 - 1e-12)
+            fruitless = 0 if gained else fruitless + 1
 
     def found(self, codes: np.ndarray) -> Found:
         return _best_of(self.outer.space, self.outer.evaluator, self.base, codes[None])
@@ -391,8 +401,8 @@ class _LayerSearch:
                     rows.append(codes.copy())
                     rows[-1][layer] = code
                 for part in (slice(0, layer + 1), slice(layer, None)):
-                    members = range(self.layers)[part]
-                    if len(members) > 1 and all(code in self.options[i] for i in members):
+                    legal = self.legal[part, code]
+                    if len(legal) > 1 and legal.all():
                         rows.append(codes.copy())
                         rows[-1][part] = code
         return np.unique(np.array(rows), axis=0) if rows else np.empty((0, self.layers), int)
@@ -425,9 +435,8 @@ class _LayerSearch:
                 layer = int(random.integers(self.layers))
                 code = random.choice(self.options[layer])
                 length = 1 if random.random() < 0.6 else int(random.integers(1, self.layers + 1))
-                for member in range(layer, min(self.layers, layer + length)):
-                    if code in self.options[member]:
-                        chain[member] = code
+                part = chain[layer : layer + length]
+                part[self.legal[layer : layer + length, code]] = code
             new = self.potential(tried)
             climb = (new - values) / np.maximum(values, 1e-300)
             take = random.random(len(new)) < np.exp(-np.maximum(climb, 0) / heat)
