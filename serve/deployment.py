@@ -14,7 +14,7 @@ from jaxsys.mesh import request_devices
 from jaxsys.model import LoadedModel
 from jaxsys.serve.clock import WallClock
 from jaxsys.serve.engine import Engine
-from jaxsys.serve.executor import JaxExecutor
+from jaxsys.serve.executor import ExecutorConfig, JaxExecutor
 from jaxsys.serve.hooks import Governor, NoGovernor, Router
 from jaxsys.serve.instance import Instance
 from jaxsys.serve.scheduler import Role, Scheduler, SchedulerConfig
@@ -101,7 +101,16 @@ def build_engine(
         name = f"{'instance' if role == 'both' else role}-{number}"
         sharing = sum(other == device for other in devices)
         scheduler = _scheduler_config(model, config, role, device, sharing)
-        executor = JaxExecutor(model.config, weights[device], scheduler, placement=place)
+        executor = JaxExecutor(
+            model.config,
+            weights[device],
+            scheduler,
+            placement=place,
+            # The portable attention reads a piece's own tokens from pages as it does earlier ones.
+            shapes=ExecutorConfig.for_scheduler(
+                scheduler, distinguish_first=device.platform != "cpu"
+            ),
+        )
         instances.append(
             Instance(
                 name,

@@ -84,7 +84,9 @@ class ExecutorConfig:
     """Whether a prompt's first piece has a step of its own, which need not look at pages."""
 
     @classmethod
-    def for_scheduler(cls, scheduler: SchedulerConfig) -> "ExecutorConfig":
+    def for_scheduler(
+        cls, scheduler: SchedulerConfig, *, distinguish_first: bool = False
+    ) -> "ExecutorConfig":
         """Pieces in steps of 4x up to the token budget, one table for every length.
 
         The portable attention looks only at chunks that hold tokens, so a wide table costs nothing.
@@ -95,6 +97,7 @@ class ExecutorConfig:
             piece_buckets=_geometric(scheduler.max_prefill_tokens, 4, least=32),
             table_buckets=(longest,),
             transfer_buckets=_geometric(longest, 4, least=min(longest, 16)),
+            distinguish_first=distinguish_first,
         )
 
 
@@ -147,6 +150,7 @@ class JaxExecutor:
         )
         self._last = jax.device_put(np.zeros(self.slots, np.int32), placement)
         self._history: History | None = None
+        self._decode_buffers: dict[tuple[int, int], tuple[jax.Array, jax.Array]] = {}
         self._steps: dict[tuple, Callable] = {}
         width = self.shapes.table_buckets[-1]
         self._tables = np.full((self.slots, width), self.page_count, np.int32)
@@ -243,10 +247,10 @@ class JaxExecutor:
                 keys.append(("prefill", shapes.piece_buckets[-1], table, True))
             keys += [("sample", 1, needs) for needs in kinds]
         if self.role != "prefill":
-            keys.append(("decode", batch, table))
+            keys += [("decode", batch, table), ("inputs", batch, table)]
             keys += [("sample", batch, needs) for needs in kinds]
             # A lone request is the first thing most servers see.
-            keys.append(("decode", shapes.decode_buckets[0], table))
+            keys += [(kind, shapes.decode_buckets[0], table) for kind in ("decode", "inputs")]
             keys += [("sample", shapes.decode_buckets[0], needs) for needs in kinds]
         return list(dict.fromkeys(keys))
 
@@ -260,7 +264,12 @@ class JaxExecutor:
             for piece in shapes.piece_buckets
             for continued in kinds_of_piece
         ]
-        batches = [("decode", b, t) for t in shapes.table_buckets for b in shapes.decode_buckets]
+        batches = [
+            (kind, batch, table)
+            for table in shapes.table_buckets
+            for batch in shapes.decode_buckets
+            for kind in ("decode", "inputs")
+        ]
         hand_over = [("extract", count) for count in shapes.transfer_buckets]
         take_up = [("insert", count) for count in shapes.transfer_buckets]
         kinds = (
@@ -314,8 +323,15 @@ class JaxExecutor:
         if kind == "decode":
             batch, table = shape
             step = functools.partial(_decode, self.config, self.kernels)
-            function = jax.jit(step, donate_argnums=1)
-            arguments = (self.weights, cache, last, like((batch, 2 + table)))
+            # Results go where the last ones were: with all addresses the same from step to step,
+            # a captured CUDA graph can be launched again as it is.
+            function = jax.jit(step, donate_argnums=(1, 4), keep_unused=True)
+            logits = like((batch, self.config.vocab_size), np.float32)
+            arguments = (self.weights, cache, last, like((batch, 2 + table)), logits)
+        elif kind == "inputs":
+            batch, table = shape
+            function = jax.jit(_set_inputs, donate_argnums=0, keep_unused=True)
+            arguments = (like((batch, 2 + table)), like((batch, 2 + table)))
         elif kind == "prefill":
             piece, table, continued = shape
             step = functools.partial(_prefill, self.config, self.kernels, piece, continued)
@@ -404,13 +420,27 @@ class JaxExecutor:
         packed[:count, 0] = slots
         packed[:count, 1] = positions
         packed[:count, 2:] = self._tables[slots, :table]
+        inputs, logits = self._buffers(batch, table)
+        inputs = self._step("inputs", batch, table)(inputs, packed)
         logits, self._cache = self._step("decode", batch, table)(
-            self.weights, self._cache, self._last, packed
+            self.weights, self._cache, self._last, inputs, logits
         )
+        self._decode_buffers[batch, table] = inputs, logits
         if self._batch != requests or len(self._batch_rules[0].seed) != batch:
             self._batch, self._batch_rules = requests, self._rules(requests, batch)
         rules, needs = self._batch_rules
         return _Pending(self._sample(needs, logits, packed[:, :2], rules), requests)
+
+    def _buffers(self, batch: int, table: int) -> tuple[jax.Array, jax.Array]:
+        """The arrays that hold a decode step's inputs and logits, at the same place every time."""
+        if (batch, table) not in self._decode_buffers:
+            inputs = np.zeros((batch, 2 + table), np.int32)
+            logits = np.zeros((batch, self.config.vocab_size), np.float32)
+            self._decode_buffers[batch, table] = (
+                jax.device_put(inputs, self._placement),
+                jax.device_put(logits, self._placement),
+            )
+        return self._decode_buffers[batch, table]
 
     def _sample(
         self, needs: SamplingNeeds, logits: jax.Array, where: np.ndarray, rules: Rules
@@ -476,7 +506,11 @@ def check_sampling(parameters: SamplingParameters, vocabulary: int) -> None:
             raise UsageError(f"logit_bias token {token} is none of 0..{vocabulary - 1}")
 
 
-def _decode(config, kernels, weights, cache, last, packed):
+def _set_inputs(old, packed):
+    return packed
+
+
+def _decode(config, kernels, weights, cache, last, packed, old_logits):
     slots, positions, tables = packed[:, 0], packed[:, 1], packed[:, 2:]
     tokens = last.at[slots].get(mode="fill", fill_value=0)
     return paged_model.decode_pass(config, kernels, weights, cache, tokens, positions, tables)

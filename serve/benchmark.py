@@ -1,0 +1,455 @@
+"""Measures the engine's loop on one device: the same scheduler and executor that serve, no HTTP.
+
+Decode: a batch of requests with full contexts runs through scheduler and executor as an instance's
+loop does, one iteration ahead. Latency between tokens is compared with the floor
+
+    (weights a step reads + keys and values it attends to) / measured copy bandwidth
+
+and the host's own work is timed apart. Prefill is compared with the measured rate of a large matrix
+product. Energy is the device's own counter over the run, where there is one.
+"""
+
+import collections
+import dataclasses
+import gc
+import statistics
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsys.model import (
+    LlamaConfig,
+    abstract_parameters,
+    default_model_path,
+    load,
+    preset,
+)
+from jaxsys.serve.executor import ExecutorConfig, JaxExecutor
+from jaxsys.serve.requests import Request, SamplingParameters
+from jaxsys.serve.sampling import SamplingNeeds
+from jaxsys.serve.scheduler import Scheduler, SchedulerConfig
+from jaxsys.serve.weights import Quantisation, serving_weights
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Study:
+    """What to measure."""
+
+    model: str
+    """A preset with random weights, or "default" for the packaged model."""
+    dtype: str
+    page_size: int
+    pool_tokens: int
+    """Tokens the page pool holds."""
+    buckets: tuple[int, ...]
+    batches: tuple[int, ...]
+    """Batches to measure, in buckets or between them."""
+    context: int
+    """Tokens of each request, where the pool holds them; fewer for the largest batches."""
+    prompts: tuple[int, ...]
+    piece: int
+    """Most prompt tokens an iteration computes, where a prompt is longer."""
+    quantised_batches: tuple[int, ...] = ()
+    seconds: float = 1.5
+    """Least time of one measurement."""
+
+
+STUDIES = {
+    "gpu": Study(
+        model="llama-3-8b",
+        dtype="bfloat16",
+        page_size=64,
+        pool_tokens=300_032,
+        buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
+        batches=(1, 2, 4, 8, 16, 32, 48, 64, 65, 96, 128, 129, 192, 256, 257, 384, 512),
+        context=1024,
+        prompts=(512, 2048, 8192),
+        piece=8192,
+        quantised_batches=(1, 64),
+    ),
+    "cpu": Study(
+        model="default",
+        dtype="float32",
+        page_size=16,
+        pool_tokens=8192,
+        buckets=(1, 4, 16),
+        batches=(1, 4, 16),
+        context=256,
+        prompts=(64, 256),
+        piece=256,
+        seconds=4.0,
+    ),
+    "tiny": Study(
+        model="tiny",
+        dtype="float32",
+        page_size=8,
+        pool_tokens=2048,
+        buckets=(1, 4),
+        batches=(1, 3, 4),
+        context=64,
+        prompts=(16, 64),
+        piece=32,
+        quantised_batches=(1,),
+        seconds=0.2,
+    ),
+}
+
+Row = dict[str, Any]
+
+
+def run(
+    study: Study, *, progress: Callable[[str], None] = print
+) -> tuple[dict[str, Any], list[Row], dict[str, Any]]:
+    """Measures a study.
+
+    Returns:
+        its configuration, one row a measurement, and the machine's figures they are compared with.
+    """
+    device = jax.devices()[0]
+    figures: dict[str, Any] = {"device": device.device_kind}
+    figures["copy_bytes_per_s"] = copy_bandwidth(device)
+    figures["matmul_flops_per_s"] = matmul_rate(device, jnp.dtype(study.dtype))
+    progress(
+        f"{device.device_kind}: copies {figures['copy_bytes_per_s'] / 1e9:.0f} GB/s, "
+        f"multiplies {figures['matmul_flops_per_s'] / 1e12:.2f} TFLOP/s"
+    )
+    rows: list[Row] = []
+    config, parameters = _model(study)
+    executor = _executor(study, config, parameters, None)
+    del parameters  # the fused weights are a copy
+    figures["attention"] = executor.kernels.reason
+    figures["compile_s"] = _compile(study, executor, study.batches, study.prompts)
+    progress(f"compiled in {figures['compile_s']:.1f} s; attention: {figures['attention']}")
+    for batch in study.batches:
+        rows.append(measure_decode(study, executor, batch, figures["copy_bytes_per_s"]))
+        progress(_line(rows[-1]))
+    for prompt in study.prompts:
+        pieces = {min(prompt, study.piece), min(prompt, max(study.piece // 4, 1))}
+        for piece in sorted(pieces, reverse=True):
+            rate = figures["matmul_flops_per_s"]
+            rows.append(measure_prefill(study, executor, prompt, piece, rate))
+            progress(_line(rows[-1]))
+    if study.quantised_batches:
+        del executor
+        gc.collect()
+        small = dataclasses.replace(
+            study, pool_tokens=max(study.quantised_batches) * 2 * study.context
+        )
+        config, parameters = _model(study)
+        executor = _executor(small, config, parameters, "int8")
+        del parameters
+        _compile(small, executor, study.quantised_batches, ())
+        for batch in study.quantised_batches:
+            row = measure_decode(small, executor, batch, figures["copy_bytes_per_s"])
+            rows.append(row | {"weights": "int8"})
+            progress(_line(rows[-1]))
+    return dataclasses.asdict(study), rows, figures
+
+
+def measure_decode(study: Study, executor: JaxExecutor, batch: int, copy_bytes_per_s: float) -> Row:
+    """Inter-token latency, host time and energy of one batch."""
+    context = min(study.context, study.pool_tokens // batch - 2 * study.page_size)
+    scheduler = _scheduler(study, executor, role="decode")
+    generator = np.random.default_rng(batch)
+    vocabulary = executor.config.vocab_size
+    # The run passes over the context asked for in its middle.
+    before = max(1, context - 3 * study.page_size // 2)
+    for index in range(batch):
+        request = Request(
+            index,
+            sampling=SamplingParameters(max_tokens=3 * study.page_size, temperature=0),
+            arrival_s=0.0,
+            prompt_tokens=generator.integers(0, vocabulary, before).tolist(),
+        )
+        request.output_tokens, request.generated = [1], 1
+        scheduler.add_incoming(request)
+    for request in scheduler.reserve_incoming():
+        scheduler.start_received(request)
+        executor.resume(request)
+    if len(scheduler.running) != batch:
+        raise RuntimeError(f"only {len(scheduler.running)} of {batch} requests fit the pool")
+    loop = _Loop(scheduler, executor)
+    loop.run(8)  # warm-up
+    meter = _EnergyMeter()
+    most = 3 * study.page_size - 12
+    started_s = time.perf_counter()
+    loop.reset()
+    for _ in range(most):
+        loop.turn()
+        if time.perf_counter() - started_s >= study.seconds and len(loop.latencies_s) >= 20:
+            break
+    elapsed_s = time.perf_counter() - started_s
+    steps = len(loop.latencies_s)
+    energy_j = meter.energy_j(elapsed_s)
+    loop.finish()
+    config = executor.config
+    itemsize = executor.weights.dtype.itemsize
+    token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
+    kv_tokens = statistics.mean(loop.kv_tokens)
+    floor_s = (executor.weights.step_bytes + kv_tokens * token_bytes) / copy_bytes_per_s
+    itl_s = statistics.median(loop.latencies_s)
+    return {
+        "study": "decode",
+        "weights": study.dtype,
+        "batch": batch,
+        "bucket": loop.bucket,
+        "context": round(kv_tokens / batch),
+        "itl_ms": _round(itl_s * 1e3),
+        "itl_p99_ms": _round(float(np.quantile(loop.latencies_s, 0.99)) * 1e3),
+        "itl_floor_ms": _round(floor_s * 1e3),
+        "itl_floor_ratio": _round(itl_s / floor_s),
+        "tokens_per_s": _round(batch / itl_s),
+        "plan_ms": _round(statistics.median(loop.plan_s) * 1e3),
+        "dispatch_ms": _round(statistics.median(loop.dispatch_s) * 1e3),
+        "complete_ms": _round(statistics.median(loop.complete_s) * 1e3),
+        "energy_j_per_token": None if energy_j is None else _round(energy_j / (steps * batch)),
+        "power_w": None if energy_j is None else _round(energy_j / elapsed_s),
+    }
+
+
+def measure_prefill(
+    study: Study, executor: JaxExecutor, prompt: int, piece: int, matmul_flops_per_s: float
+) -> Row:
+    """Prompt tokens a second, for prompts cut into pieces."""
+    scheduler = _scheduler(study, executor, max_prefill_tokens=piece)
+    generator = np.random.default_rng(prompt)
+    vocabulary = executor.config.vocab_size
+    repeats = max(3, min(12, 32768 // prompt))
+    for index in range(repeats + 1):
+        scheduler.add(
+            Request(
+                index,
+                sampling=SamplingParameters(max_tokens=1, temperature=0),
+                arrival_s=0.0,
+                prompt_tokens=generator.integers(0, vocabulary, prompt).tolist(),
+            )
+        )
+    loop = _Loop(scheduler, executor)
+    loop.run(-(-prompt // piece))  # warm-up: the first prompt
+    started_s = time.perf_counter()
+    loop.reset()
+    while loop.turn():
+        pass
+    elapsed_s = (time.perf_counter() - started_s) / repeats
+    config = executor.config
+    per_token = 2 * config.num_layers * config.block_parameter_count()
+    # Scores and sums over the lower triangle: 4 N K operations a pair and layer.
+    attention = 2 * config.num_layers * config.num_heads * config.head_dim * prompt**2
+    flops = per_token * prompt + attention + 2 * config.vocab_size * config.hidden_size
+    return {
+        "study": "prefill",
+        "weights": study.dtype,
+        "prompt": prompt,
+        "piece": piece,
+        "prefill_ms": _round(elapsed_s * 1e3),
+        "tokens_per_s": _round(prompt / elapsed_s),
+        "tflops": _round(flops / elapsed_s / 1e12),
+        "matmul_rate_share": _round(flops / elapsed_s / matmul_flops_per_s),
+    }
+
+
+def copy_bandwidth(device: jax.Device) -> float:
+    """Bytes a second, read and written, of a large copy."""
+    count = (1 << 30) if device.platform != "cpu" else (1 << 26)
+    x = jax.random.normal(jax.random.key(0), (count,), jnp.bfloat16)
+    return 2 * x.nbytes / _seconds(jax.jit(lambda x: x + 1), x)
+
+
+def matmul_rate(device: jax.Device, dtype: jnp.dtype) -> float:
+    """FLOP a second of a large matrix product."""
+    size = 8192 if device.platform != "cpu" else 1024
+    left, right = jax.random.normal(jax.random.key(0), (2, size, size), jnp.float32).astype(dtype)
+    return 2 * size**3 / _seconds(jax.jit(jnp.dot), left, right)
+
+
+class _Loop:
+    """An instance's loop, one iteration ahead, with its parts timed."""
+
+    def __init__(self, scheduler: Scheduler, executor: JaxExecutor):
+        self.scheduler = scheduler
+        self.executor = executor
+        self.bucket = 0
+        self._in_flight: collections.deque = collections.deque()
+        self.reset()
+
+    def reset(self) -> None:
+        self.latencies_s: list[float] = []
+        self.plan_s: list[float] = []
+        self.dispatch_s: list[float] = []
+        self.complete_s: list[float] = []
+        self.kv_tokens: list[int] = []
+        self._ended_s = time.perf_counter()
+
+    def turn(self) -> bool:
+        """Plans and dispatches one iteration, completes the one before; False when idle."""
+        clock = time.perf_counter
+        start_s = clock()
+        iteration = self.scheduler.next_iteration(start_s)
+        planned_s = clock()
+        if iteration is not None:
+            handle = self.executor.dispatch(iteration)
+            self.plan_s.append(planned_s - start_s)
+            self.dispatch_s.append(clock() - planned_s)
+            self.kv_tokens.append(iteration.kv_tokens)
+            self.bucket = iteration.bucket or self.bucket
+            self._in_flight.append((iteration, handle))
+        if self._in_flight and (iteration is None or len(self._in_flight) == 2):
+            done, handle = self._in_flight.popleft()
+            tokens = self.executor.collect(handle).tokens
+            now_s = clock()
+            self.latencies_s.append(now_s - self._ended_s)
+            self._ended_s = now_s
+            self.scheduler.complete(done, now_s, tokens)
+            self.complete_s.append(clock() - now_s)
+        return iteration is not None or bool(self._in_flight)
+
+    def run(self, turns: int) -> None:
+        for _ in range(turns):
+            self.turn()
+
+    def finish(self) -> None:
+        """Takes in what is in flight."""
+        while self._in_flight:
+            done, handle = self._in_flight.popleft()
+            self.scheduler.complete(done, 0.0, self.executor.collect(handle).tokens)
+
+
+class _EnergyMeter:
+    """The first GPU's energy counter; it steps about every 0.1 s, so runs must be longer."""
+
+    def __init__(self) -> None:
+        self._start_mj = self._read_mj()
+
+    def energy_j(self, elapsed_s: float) -> float | None:
+        """Joules since the start; None without a counter, or for a run too short for it."""
+        now_mj = self._read_mj()
+        if now_mj is None or self._start_mj is None or elapsed_s < 0.5:
+            return None
+        return (now_mj - self._start_mj) / 1e3
+
+    @staticmethod
+    def _read_mj() -> int | None:
+        if jax.default_backend() == "cpu":
+            return None
+        import pynvml
+
+        try:
+            pynvml.nvmlInit()
+            return pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByIndex(0))
+        except pynvml.NVMLError:
+            return None
+
+
+def _model(study: Study) -> tuple[LlamaConfig, Any]:
+    dtype = jnp.dtype(study.dtype)
+    if study.model == "default":
+        model = load(default_model_path(), dtype)
+        return model.config, model.parameters
+    config = preset(study.model)
+
+    def fill(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if "norm" in jax.tree_util.keystr(path):
+            return jnp.ones(leaf.shape, dtype)
+        key = jax.random.key(zlib.crc32(jax.tree_util.keystr(path).encode()))
+        # Layer by layer: the generator's own buffers stay small beside the weights.
+        layers = [
+            0.02 * jax.random.normal(jax.random.fold_in(key, index), leaf.shape[1:], dtype)
+            for index in range(leaf.shape[0] if len(leaf.shape) > 2 else 1)
+        ]
+        if len(leaf.shape) > 2:
+            return jnp.stack(layers)
+        return 0.02 * jax.random.normal(key, leaf.shape, dtype)
+
+    return config, jax.tree_util.tree_map_with_path(fill, abstract_parameters(config))
+
+
+def _scheduler(study: Study, executor: JaxExecutor, **changes: Any) -> Scheduler:
+    values: dict[str, Any] = {
+        "page_count": executor.page_count,
+        "page_size": study.page_size,
+        "max_batch": study.buckets[-1],
+        "max_prefill_tokens": study.piece,
+        "max_length": executor.shapes.table_buckets[-1] * study.page_size,
+        "decode_buckets": study.buckets,
+        "prefix_caching": False,
+    }
+    return Scheduler(SchedulerConfig(**(values | changes)))
+
+
+def _executor(
+    study: Study, config: LlamaConfig, parameters: Any, quantisation: Quantisation | None
+) -> JaxExecutor:
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    weights = serving_weights(config, parameters, quantisation=quantisation, placement=place)
+    size = study.page_size
+    longest = max(*study.prompts, study.context) + 4 * size
+    pieces = {min(p, piece) for p in study.prompts for piece in (study.piece, study.piece // 4)}
+    scheduler = SchedulerConfig(
+        page_count=study.pool_tokens // size,
+        page_size=size,
+        max_batch=study.buckets[-1],
+        max_prefill_tokens=study.piece,
+        max_length=longest,
+        decode_buckets=study.buckets,
+        prefix_caching=False,
+    )
+    shapes = ExecutorConfig(
+        decode_buckets=study.buckets,
+        piece_buckets=tuple(sorted(pieces)),
+        table_buckets=tuple(sorted({2 * study.context // size, -(-longest // size)})),
+        transfer_buckets=(1,),
+        distinguish_first=jax.default_backend() != "cpu",
+    )
+    return JaxExecutor(config, weights, scheduler, placement=place, shapes=shapes)
+
+
+def _compile(
+    study: Study, executor: JaxExecutor, batches: Sequence[int], prompts: Sequence[int]
+) -> float:
+    """Compiles what the measurements use, several steps at once; returns the seconds it took."""
+    started_s = time.perf_counter()
+    shapes = executor.shapes
+    keys: list[tuple] = [("set_last",), ("sample", 1, SamplingNeeds())]
+    for bucket in study.buckets:
+        if any(bucket >= batch > bucket // 2 for batch in batches):
+            for kind in ("decode", "inputs"):
+                keys.append((kind, bucket, shapes.table_buckets[0]))
+            keys.append(("sample", bucket, SamplingNeeds()))
+    for prompt in prompts:
+        table = next(t for t in shapes.table_buckets if t * study.page_size >= prompt)
+        for piece in {min(prompt, study.piece), min(prompt, study.piece // 4)}:
+            keys.append(("prefill", piece, table, False))
+            if piece < prompt and shapes.distinguish_first:
+                keys += [
+                    ("prefill", piece, t, c) for t in shapes.table_buckets for c in (False, True)
+                ]
+    workers = 4 if jax.default_backend() != "cpu" else 1
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(executor.compile, dict.fromkeys(keys)))
+    return time.perf_counter() - started_s
+
+
+def _seconds(function: Callable, *arguments: Any) -> float:
+    """Median seconds a call of ten, in rounds of five."""
+    jax.block_until_ready(function(*arguments))
+    samples = []
+    for _ in range(5):
+        start_s = time.perf_counter()
+        results = [function(*arguments) for _ in range(2)]
+        jax.block_until_ready(results)
+        samples.append((time.perf_counter() - start_s) / 2)
+    return statistics.median(samples)
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def _line(row: Row) -> str:
+    return "  ".join(f"{name}={value}" for name, value in row.items())
