@@ -9,7 +9,7 @@ from jaxsys.schedule import Schedule
 
 from .data_parallel import data_parallel
 from .pipeline import gpipe, interleaved_one_f_one_b, one_f_one_b, one_f_one_b_overlap
-from .weipipe import interleave, naive, wzb1, wzb2
+from .weipipe import interleave, naive, wzb1, wzb2, wzb2_paired
 from .zero_bubble import zero_bubble_h1, zero_bubble_h2, zero_bubble_overlap
 
 STRATEGIES: Mapping[str, Callable[..., Schedule]] = MappingProxyType(
@@ -26,6 +26,7 @@ STRATEGIES: Mapping[str, Callable[..., Schedule]] = MappingProxyType(
         "weipipe-interleave": interleave,
         "weipipe-wzb1": wzb1,
         "weipipe-wzb2": wzb2,
+        "weipipe-wzb2-paired": wzb2_paired,
     }
 )
 """Name -> generator; its first two arguments are devices and microbatches."""

@@ -2,22 +2,23 @@
 
 Worker r computes whole microbatches k*P + r. At tick t it holds, of the forward weight stream,
 chunk (t - r) mod P; a second weight stream brings the chunks in backward order, and the sums of
-their gradients ride along with it or follow it. All three go r -> r + 1. Four turn plans, with the
+their gradients ride along with it or follow it. All three go r -> r + 1. The turn plans, with the
 length of a step where every tick lasts as long as its busiest worker:
 
-    naive        each microbatch F on P ticks, then B on P ticks     see `naive`
-    interleave   every steady tick one F and one B                  (M + P - 1) (T_F + T_B)
-    wzb1         every steady tick one F, one I and one W           (M + P - 1) (T_F + T_I) + M T_W
-    wzb2         F, I and W in waves of P ticks each                (3 M + P - 1) T, of equal T
+    naive        each microbatch F on P ticks, then B on P ticks   see `naive`
+    interleave   every steady tick one F and one B                (M + P - 1) (T_F + T_B)
+    wzb1         every steady tick one F, one I and one W         (M + P - 1) (T_F + T_I) + M T_W
+    wzb2         F, I and W in waves of P ticks each              (3 M + P - 1) T, all times T
+    wzb2_paired  waves of I, and of W beside the next F           (2 M + P - 1) T_I, as T_F + T_W
 
 Interleave has 1F1B's bubble, (P - 1) / (M + P - 1). Unlike a pipeline's it is not forced by the
 data: weights are there before anything is computed, so a worker that need not keep step starts at
-once, and all four bubbles are smaller. What cannot be avoided in step is that each worker begins
+once, and all these bubbles are smaller. What cannot be avoided in step is that each worker begins
 its first microbatch in a tick of its own, since only one of them can hold chunk 0.
 
 Source: WeiPipe (Lin et al., PPoPP 2025) for the idea of the ring and of its four variants; the
-exact ticks of all four, the mirrored start of the backward stream and the way home of the gradients
-are derived here. `scripts/search_wzb` searches small rings for better plans.
+exact ticks of all plans, the mirrored start of the backward stream and the way home of the
+gradients are derived here. `scripts/search_wzb` searches small rings for better plans.
 """
 
 from collections.abc import Sequence
@@ -56,7 +57,7 @@ def naive(devices: int, microbatches: int) -> Schedule:
         UsageError: if P or M is not legal.
     """
     kinds = (TaskKind.FORWARD, TaskKind.BACKWARD)
-    return _waves("weipipe-naive", devices, microbatches, kinds)
+    return _waves("weipipe-naive", devices, microbatches, kinds, every=2)
 
 
 def interleave(devices: int, microbatches: int) -> Schedule:
@@ -146,7 +147,28 @@ def wzb2(devices: int, microbatches: int) -> Schedule:
         UsageError: if P or M is not legal.
     """
     kinds = (TaskKind.FORWARD, TaskKind.INPUT_GRADIENT, TaskKind.WEIGHT_GRADIENT)
-    return _waves("weipipe-wzb2", devices, microbatches, kinds)
+    return _waves("weipipe-wzb2", devices, microbatches, kinds, every=3)
+
+
+def wzb2_paired(devices: int, microbatches: int) -> Schedule:
+    """WZB2 for long attention or recompute: W of a microbatch runs beside F of the next.
+
+    As `wzb2`, but a microbatch follows the last after 2P ticks, so that a worker runs I on P ticks,
+    then W and the next F on P ticks, and so on. With T_I = T_F + T_W all its steady ticks are as
+    long as each other and the bubble is (P - 1) T_I, half of Interleave's; where they differ,
+    steady ticks take the longer of the two. They are equal without recompute where attention takes
+    two thirds of the time that F's products of weights take, and with full recompute where it takes
+    none. A worker holds P residuals and taps, and a microbatch has `wzb2`'s traffic.
+
+    Args:
+        devices: P, at least 2; also the number of chunks.
+        microbatches: M over the whole ring, a multiple of P.
+
+    Raises:
+        UsageError: if P or M is not legal.
+    """
+    kinds = (TaskKind.FORWARD, TaskKind.INPUT_GRADIENT, TaskKind.WEIGHT_GRADIENT)
+    return _waves("weipipe-wzb2-paired", devices, microbatches, kinds, every=2)
 
 
 def _forwards(p: int, m: int) -> list[Task]:
@@ -228,17 +250,18 @@ def _gradient_stream(p: int, starts: Sequence[tuple[int, int]], *, last: int) ->
     return moves
 
 
-def _waves(name: str, p: int, m: int, kinds: Sequence[TaskKind]) -> Schedule:
-    """A plan in which every worker runs all of one kind on P ticks, then all of the next kind.
+def _waves(name: str, p: int, m: int, kinds: Sequence[TaskKind], *, every: int) -> Schedule:
+    """A plan in which every worker runs one kind of task on P ticks, then the next kind on P ticks.
 
-    A chunk leaves its owner so that it reaches worker 0 when it is due, and follows the wave to
-    worker P - 1; a sum follows the last wave from worker 0, takes along what rests with its owner
-    as it passes, and goes back there.
+    A worker's next microbatch starts `every` times P ticks after the last. A chunk leaves its owner
+    so that it reaches worker 0 when it is due, and follows the wave to worker P - 1; a sum follows
+    the last wave from worker 0, takes along what rests with its owner as it passes, and goes back
+    there.
     """
     _check(p, m)
     tasks, moves = [], []
-    period = len(kinds) * p
-    sums_at = period - p
+    period = every * p
+    sums_at = (len(kinds) - 1) * p
     for base in range(0, m // p * period, period):
         for worker in range(p):
             for phase, kind in enumerate(kinds):

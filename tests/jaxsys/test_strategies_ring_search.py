@@ -8,7 +8,13 @@ from jaxsys.strategies import build
 from jaxsys.strategies.ring_search import plan_cost, shortest_step
 
 TIMES = [(1, 1, 1), (2, 3, 1), (2, 5, 2), (2, 2, 3)]
-PLANS = ["weipipe-naive", "weipipe-interleave", "weipipe-wzb1", "weipipe-wzb2"]
+PLANS = [
+    "weipipe-naive",
+    "weipipe-interleave",
+    "weipipe-wzb1",
+    "weipipe-wzb2",
+    "weipipe-wzb2-paired",
+]
 
 
 def test_one_worker_has_nothing_to_wait_for():
@@ -70,12 +76,24 @@ def test_wzb1_is_shortest_where_workers_run_together(p, m, times):
     assert plan_cost(interleave, times=times, tick_cost="together") == best + (p - 1) * w
 
 
+@pytest.mark.parametrize(("p", "m"), [(2, 4), (2, 6), (3, 6)])
+def test_paired_wzb2_is_shortest_where_i_takes_as_long_as_f_and_w(p, m):
+    times = (2, 3, 1)
+    paired = build("weipipe-wzb2-paired", devices=p, microbatches=m)
+    assert plan_cost(paired, times=times) == (2 * m + p - 1) * 3
+    assert shortest_step(p, m, held=p, times=times) == (2 * m + p - 1) * 3
+    if p == 2:  # and more room does not help
+        assert shortest_step(p, m, held=3 * p, times=times) == (2 * m + p - 1) * 3
+
+
 def test_how_far_from_the_shortest_with_unequal_times():
     # Two workers that run what they like, where I takes longer than F and W: best, WZB1, WZB2.
     times = (2, 5, 2)
     cost = {name: plan_cost(build(name, devices=2, microbatches=6), times=times) for name in PLANS}
     assert shortest_step(2, 6, held=4, times=times) == 59
+    assert shortest_step(2, 6, held=2, times=times) == 61
     assert cost["weipipe-wzb1"] == 61
+    assert cost["weipipe-wzb2-paired"] == 61
     assert cost["weipipe-interleave"] == 63
     assert cost["weipipe-wzb2"] == 65
 

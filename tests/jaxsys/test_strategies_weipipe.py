@@ -1,4 +1,4 @@
-"""WeiPipe's four turn plans: legal for every size, and as long and heavy as their formulas say."""
+"""WeiPipe's turn plans: legal for every size, and as long and heavy as their formulas say."""
 
 import pytest
 from hypothesis import given, settings
@@ -6,10 +6,10 @@ from hypothesis import strategies as st
 
 from jaxsys.errors import UsageError
 from jaxsys.schedule import Costs, Data, Link, TaskKind, check, peak_live, simulate
-from jaxsys.strategies.weipipe import interleave, naive, wzb1, wzb2
+from jaxsys.strategies.weipipe import interleave, naive, wzb1, wzb2, wzb2_paired
 
 FEW = settings(max_examples=12, deadline=None)
-ALL_FOUR = [naive, interleave, wzb1, wzb2]
+PLANS = [naive, interleave, wzb1, wzb2, wzb2_paired]
 SIZES = {"p": st.sampled_from([2, 3, 4, 8, 16]), "rounds": st.integers(1, 3)}
 TIMES = {"f": st.integers(1, 4), "i": st.integers(1, 4), "w": st.integers(1, 4)}
 
@@ -29,12 +29,15 @@ def step_in_lockstep(generator, p, a, f, i, w):
     if generator is wzb2:
         one = (p - 1) * (max(f, i) + max(i, w)) + f + i + w
         return a * one + (a - 1) * (p - 1) * max(f, w) + (p - 1) * (f + w)
+    if generator is wzb2_paired:
+        mixed = (p - 1) * (max(f, i) + max(i, w) + 2 * (a - 1) * max(i, f + w))
+        return p * f + a * i + (a - 1) * (f + w) + p * w + mixed
     second = i + w if generator is interleave else i
     overlap = (p - 1) * min(f, second) if a == 1 else 0
     return (m + p - 1) * (f + second) + (m * w if generator is wzb1 else 0) - overlap
 
 
-@pytest.mark.parametrize("generator", ALL_FOUR)
+@pytest.mark.parametrize("generator", PLANS)
 @FEW
 @given(**SIZES, **TIMES)
 def test_legal_and_as_long_in_lockstep_as_the_formula(generator, p, rounds, f, i, w):
@@ -57,12 +60,20 @@ def test_bubbles_with_equal_times(p, rounds):
     bubble_s = {
         generator: simulate(generator(p, m), costs_of(1, 1, 1), Link(), lockstep=True).step_s
         - 3 * m
-        for generator in ALL_FOUR
+        for generator in PLANS
     }
     assert bubble_s[interleave] == 3 * (p - 1)
     assert bubble_s[wzb1] == 2 * (p - 1)
     assert bubble_s[wzb2] == p - 1
     assert bubble_s[naive] == (rounds + 2) * (p - 1)
+
+
+@FEW
+@given(**SIZES, f=st.integers(1, 4), w=st.integers(1, 4))
+def test_paired_waves_where_i_takes_as_long_as_f_and_w(p, rounds, f, w):
+    m = p * rounds
+    result = simulate(wzb2_paired(p, m), costs_of(f, f + w, w), Link(), lockstep=True)
+    assert result.step_s == (2 * m + p - 1) * (f + w)
 
 
 def test_naive_reaches_at_most_three_quarters_where_a_backward_takes_two_forwards():
@@ -74,14 +85,14 @@ def test_naive_reaches_at_most_three_quarters_where_a_backward_takes_two_forward
 
 @FEW
 @given(**SIZES)
-def test_only_wzb2_keeps_every_worker_busy_from_its_first_task_to_its_last(p, rounds):
+def test_with_equal_times_only_wzb2_keeps_every_worker_busy_inside_its_span(p, rounds):
     m = p * (rounds + 1)
-    for generator in ALL_FOUR:
+    for generator in PLANS:
         result = simulate(generator(p, m), costs_of(1, 1, 1), Link(), lockstep=True)
         assert (result.inner_bubble == 0) == (generator is wzb2)
 
 
-@pytest.mark.parametrize("generator", ALL_FOUR)
+@pytest.mark.parametrize("generator", PLANS)
 @FEW
 @given(**SIZES)
 def test_held(generator, p, rounds):
@@ -116,7 +127,7 @@ def test_chunks_sent(p, rounds):
 
     hops = p * (p - 1) + p * (p - 1) // 2  # with the wave, and between owner and wave
     want = (2 * (hops - (p - 1)) * rounds, hops * rounds)  # weights skip the hop to their owner
-    assert sent(naive) == sent(wzb2) == want
+    assert sent(naive) == sent(wzb2) == sent(wzb2_paired) == want
     # M + P - 2 hops of P chunks in each weight stream, but the last ones of F have no reader.
     weights = 2 * p * (m + p - 2) - p * (p - 1) // 2
     # M - 1 hops of P sums and, where P is even, another for each of them to go home.
@@ -126,7 +137,7 @@ def test_chunks_sent(p, rounds):
     assert sent(interleave) == (weights, sums + p * (p - 1) // 2)
 
 
-@pytest.mark.parametrize("generator", ALL_FOUR)
+@pytest.mark.parametrize("generator", PLANS)
 def test_weights_and_sums_only_go_to_the_next_worker_but_for_the_last_hop(generator):
     schedule = generator(4, 12)
     for move in schedule.moves:
@@ -144,7 +155,7 @@ def test_weight_gradients_of_wzb1_wait_and_run_together():
     assert ticks == {tick: set(range(p)) for tick in range(2 * p, 2 * p + m)}
 
 
-@pytest.mark.parametrize("generator", ALL_FOUR)
+@pytest.mark.parametrize("generator", PLANS)
 def test_sizes_that_the_ring_cannot_divide(generator):
     with pytest.raises(UsageError, match="devices=1: a weight ring needs at least 2"):
         generator(1, 4)
