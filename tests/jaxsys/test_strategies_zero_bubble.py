@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from jaxsys.errors import UsageError
 from jaxsys.schedule import Costs, Data, Link, TaskKind, check, peak_live, simulate
 from jaxsys.strategies.pipeline import one_f_one_b
+from jaxsys.strategies.stages import earliest_ticks
 from jaxsys.strategies.zero_bubble import (
     zero_bubble_h1,
     zero_bubble_h2,
@@ -146,3 +147,22 @@ def test_overlap_hides_hops_under_one_task():
 def test_nothing_to_pipeline(generator, p, m, value):
     with pytest.raises(UsageError, match=f"{value} must be at least 1"):
         generator(p, m)
+
+
+def ticks_of_two_steps(generator, p, m):
+    """Two steps one after the other on each stage, which waits for no other stage in between."""
+    schedule = generator(p, m)
+    orders = []
+    for device in range(p):
+        mine = sorted((t for t in schedule.tasks if t.device == device), key=lambda t: t.tick)
+        orders.append(
+            [(t.kind, t.chunk, t.microbatch + step * m) for step in range(2) for t in mine]
+        )
+    return 1 + max(task.tick for task in earliest_ticks(orders, chunks=p))
+
+
+@pytest.mark.parametrize("p", [2, 3, 4, 8])
+def test_h2_gains_where_stages_need_not_end_a_step_together(p):
+    m = 2 * p
+    assert ticks_of_two_steps(zero_bubble_h2, p, m) == 2 * 3 * m + (p - 1)
+    assert ticks_of_two_steps(zero_bubble_h1, p, m) == 2 * (3 * m + (p - 1))
