@@ -10,6 +10,7 @@ from jaxsys.strategies import NAMES
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/schedules.md").read_text()
+RESULT = json.loads((ROOT / "results/schedules.json").read_text())
 
 
 def test_every_picture_exists_and_is_a_png():
@@ -20,9 +21,7 @@ def test_every_picture_exists_and_is_a_png():
         assert (ROOT / f"docs/schedules/{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(
-    "row", json.loads((ROOT / "results/schedules.json").read_text())["rows"], ids=str
-)
+@pytest.mark.parametrize("row", RESULT["rows"], ids=lambda row: row["schedule"])
 def test_the_table_shows_the_result_file(row):
     line = next(
         line
@@ -33,3 +32,11 @@ def test_the_table_shows_the_result_file(row):
     want = [value for key, value in row.items() if key.endswith("_pct")]
     assert figures[:-1] == [pytest.approx(value, abs=0.051) for value in want]
     assert figures[-1] == row["held_stages"]
+
+
+def test_the_table_of_links_shows_the_result_file():
+    start = PAGE.index("## What a link must carry")
+    lines = [line for line in PAGE[start:].split("\n## ")[0].splitlines() if line.startswith("|")]
+    shown = [[float(cell) for cell in line.split("|")[3:-1]] for line in lines[2:]]
+    want = [[v for key, v in row.items() if key.startswith("hop_")] for row in RESULT["links"]]
+    assert shown == [[pytest.approx(value, abs=0.0051) for value in row] for row in want]
