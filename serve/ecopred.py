@@ -16,6 +16,8 @@ continued boosting on the window (`refit`), adopted only if held-out observation
 better.
 """
 
+import bisect
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -56,8 +58,8 @@ class EcoPredConfig:
     """... and this much in size: smaller corrections are not worth their noise."""
     refit_every: int = 64
     """Observations between attempts at continued boosting while drift stands; 0 for never."""
-    refit_above: float = 0.02
-    """Window error below which no refit is tried."""
+    refit_above: float = 0.03
+    """Window error below which no refit is tried. A try that gains nothing doubles the wait."""
     refit_rounds: int = 40
     seed: int = 0
 
@@ -75,36 +77,65 @@ def _decode_row(load: Load, clock_mhz: float) -> tuple[float, ...]:
     return load.batch, load.kv_tokens, load.bucket or load.batch, clock_mhz
 
 
-def _interpolate(
-    table: np.ndarray, axes: Sequence[np.ndarray], points: Sequence[np.ndarray]
-) -> np.ndarray:
-    """Multilinear interpolation in `table` (axes..., clock); the last axis is kept whole.
+class _Grid:
+    """Where points lie among the nodes of a grid; tables over it are [node, clock].
 
     Points beyond an axis go on along its last segment, so load beyond the profile still costs.
     """
-    index: list[np.ndarray] = []
-    share: list[np.ndarray] = []
-    for axis, value in zip(axes, points, strict=True):
-        at = np.clip(np.searchsorted(axis, value, side="right") - 1, 0, len(axis) - 2)
-        index.append(at)
-        share.append(np.maximum(0.0, (value - axis[at]) / (axis[at + 1] - axis[at])))
-    result = 0.0
-    for corner in range(1 << len(axes)):
-        weight: np.ndarray | float = 1.0
-        place = []
-        for dimension in range(len(axes)):
-            high = corner >> dimension & 1
-            weight = weight * (share[dimension] if high else 1.0 - share[dimension])
-            place.append(index[dimension] + high)
-        result = result + np.asarray(weight)[:, None] * table[tuple(place)]
-    return np.asarray(result)
+
+    def __init__(self, axes: Sequence[np.ndarray]) -> None:
+        self.axes = tuple(axes)
+        self.shape = tuple(len(axis) for axis in axes)
+        self._inner = [axis[1:-1].copy() for axis in axes]
+        self._per_width = [1.0 / np.diff(axis) for axis in axes]
+        strides = np.cumprod([1, *self.shape[:0:-1]])[::-1]
+        self._strides = [int(stride) for stride in strides]
+        self._corners = [
+            sum(stride * (corner >> k & 1) for k, stride in enumerate(self._strides))
+            for corner in range(1 << len(axes))
+        ]
+        self._nodes = [axis.tolist() for axis in axes]
+
+    def place(self, points: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
+        """First node of the cell each point is in, and its place within along each axis."""
+        first: np.ndarray | int = 0
+        shares = []
+        for value, axis, inner, per_width, stride in zip(
+            points, self.axes, self._inner, self._per_width, self._strides, strict=True
+        ):
+            at = inner.searchsorted(value, side="right")
+            shares.append(np.maximum((value - axis[at]) * per_width[at], 0.0))
+            first = first + at * stride
+        return np.asarray(first), shares
+
+    def read(self, table: np.ndarray, first: np.ndarray, shares: list[np.ndarray]) -> np.ndarray:
+        """The table's rows at placed points."""
+        weights = [1.0 - shares[0], shares[0]]
+        for share in shares[1:]:
+            rest = 1.0 - share
+            weights = [w * rest for w in weights] + [w * share for w in weights]
+        result = weights[0][:, None] * table[first]
+        for weight, offset in zip(weights[1:], self._corners[1:], strict=True):
+            result += weight[:, None] * table[first + offset]
+        return result
+
+    def read_one(self, table: np.ndarray, point: Sequence[float]) -> np.ndarray:
+        """`read` for one point, without arrays' overhead."""
+        first, weights = 0, [1.0]
+        for value, nodes, stride in zip(point, self._nodes, self._strides, strict=False):
+            at = min(max(bisect.bisect_right(nodes, value) - 1, 0), len(nodes) - 2)
+            share = max(0.0, (value - nodes[at]) / (nodes[at + 1] - nodes[at]))
+            weights = [w * (1.0 - share) for w in weights] + [w * share for w in weights]
+            first += at * stride
+        rows = table[[first + offset for offset in self._corners]]
+        return np.array(weights) @ rows
 
 
 @dataclass(slots=True)
 class _Phase:
     """One phase's trees, tables and adaptation."""
 
-    axes: tuple[np.ndarray, ...]
+    cells: _Grid
     trees: xgboost.Booster
     power_trees: xgboost.Booster | None
     grid: np.ndarray
@@ -120,6 +151,8 @@ class _Phase:
     seen: deque[tuple[tuple[float, ...], float]] = field(default_factory=deque)
     """Feature row and observed seconds."""
     since_refit: int = 0
+    waits: int = 1
+    """Multiple of `refit_every` to wait before the next try."""
     refits: int = 0
     boosting: "Future[xgboost.Booster | None] | None" = None
 
@@ -214,14 +247,16 @@ class EcoPred:
     def _phase(
         self, phase: _Phase, points: np.ndarray, columns: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        time_s = _interpolate(phase.table_s, phase.axes, tuple(points))
+        cells = phase.cells
+        first, shares = cells.place(tuple(points))
+        time_s = cells.read(phase.table_s, first, shares)
         # Within the table a no-op; beyond it, extrapolated slopes of two clocks may cross.
         time_s = np.minimum.accumulate(time_s, axis=1)[:, columns] * math.exp(phase.log_factor)
         if phase.table_w is None:
             return time_s, np.full_like(time_s, np.nan)
         # Power does not go on rising beyond the profile as time does.
-        within = tuple(np.minimum(p, a[-1]) for p, a in zip(points, phase.axes, strict=True))
-        return time_s, _interpolate(phase.table_w, phase.axes, within)[:, columns]
+        within = [np.minimum(share, 1.0) for share in shares]
+        return time_s, cells.read(phase.table_w, first, within)[:, columns]
 
     # --- learning online ----------------------------------------------------------------------
 
@@ -240,13 +275,14 @@ class EcoPred:
         if len(phase.ratios) > config.window:
             phase.ratios.popleft()
             phase.seen.popleft()
-        phase.log_factor = self._correction(phase)
         phase.since_refit += 1
+        if phase.since_refit % 4 == 0:
+            phase.log_factor = self._correction(phase)
         if phase.boosting is not None:
             if phase.boosting.done():
                 self._install(phase, phase.boosting.result())
                 phase.boosting = None
-        elif config.refit_every and phase.since_refit >= config.refit_every:
+        elif config.refit_every and phase.since_refit >= config.refit_every * phase.waits:
             phase.since_refit = 0
             if _window_error(phase) <= config.refit_above:
                 return
@@ -271,14 +307,13 @@ class EcoPred:
 
     def _at_clock(self, phase: _Phase, row: tuple[float, ...], clock_mhz: float) -> float:
         """Uncorrected prediction at any clock: linear between the tabulated ones."""
-        points = [np.array([value]) for value in row[: len(phase.axes)]]
-        times = _interpolate(phase.table_s, phase.axes, points)[0]
+        times = phase.cells.read_one(phase.table_s, row)
         return float(np.interp(clock_mhz, self._clocks, times))
 
     def _correction(self, phase: _Phase) -> float:
         """The factor that the newer half of the window asks for, if it is real and helps."""
-        ratios = np.array(phase.ratios)
-        recent = ratios[-max(16, len(ratios) // 4) :]
+        count = max(16, len(phase.ratios) // 4)
+        recent = np.array(list(itertools.islice(reversed(phase.ratios), count)))
         if len(recent) < 8:
             return 0.0
         # The median: single stalls must not move the predictor.
@@ -327,6 +362,7 @@ class EcoPred:
     def _install(self, phase: _Phase, trees: xgboost.Booster | None) -> bool:
         """Puts boosted trees in force if the whole window is predicted better with them."""
         if trees is None:
+            phase.waits = min(2 * phase.waits, 32)
             return False
         old_table, old_trees, old_error = phase.table_s, phase.trees, _window_error(phase)
         phase.trees = trees
@@ -335,8 +371,10 @@ class EcoPred:
         if _window_error(phase) >= old_error:
             phase.trees, phase.table_s = old_trees, old_table
             self._restate(phase)
+            phase.waits = min(2 * phase.waits, 32)
             return False
-        phase.floor_s = phase.table_s.reshape(-1, len(self._clocks))[0]
+        phase.waits = 1
+        phase.floor_s = phase.table_s[0]
         phase.refits += 1
         return True
 
@@ -377,7 +415,7 @@ class EcoPred:
         trees = xgboost.train(
             self._parameters(), xgboost.DMatrix(rows, label=logs), num_boost_round=rounds
         )
-        shape = (*(len(axis) for axis in axes), len(self._clocks))
+        shape = (-1, len(self._clocks))
         powered = [i for i, s in enumerate(samples) if s.power_w is not None]
         power_trees = table_w = None
         if len(powered) >= 8:
@@ -390,13 +428,13 @@ class EcoPred:
             table_w = self._tabulate(power_trees, grid, shape, False)
         table_s = self._tabulate(trees, grid, shape, True)
         return _Phase(
-            axes=axes,
+            cells=_Grid(axes),
             trees=trees,
             power_trees=power_trees,
             grid=grid,
             table_s=table_s,
             table_w=table_w,
-            floor_s=table_s.reshape(-1, len(self._clocks))[0],
+            floor_s=table_s[0],
         )
 
     @staticmethod

@@ -66,6 +66,16 @@ class RoundRobinRouter:
         return chosen
 
 
+def _what_if(
+    predictor: Predictor, loads: Sequence[Load], clocks_mhz: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """One batched call in which equal loads (idle instances, mostly) are asked once."""
+    places: dict[Load, int] = {}
+    index = [places.setdefault(load, len(places)) for load in loads]
+    times, powers = predictor.what_if(list(places), clocks_mhz)
+    return np.asarray(times)[index], np.asarray(powers)[index]
+
+
 def _sequences(instance: InstanceView) -> int:
     """Sequences the instance decodes or has been promised."""
     return max(instance.in_flight, instance.batch)
@@ -112,10 +122,10 @@ class StateSpaceRouter:
                     kv_tokens=kv + request.prompt_length + config.next_tokens * (count + 1),
                 )
             )
-        times, _ = self.predictor.what_if(loads, self._clocks_mhz)
+        times, _ = _what_if(self.predictor, loads, self._clocks_mhz)
         bound_s = self.slo.current.planned_itl_s * (1 - config.headroom)
         # argmax finds the first clock that keeps the bound; the top where none does.
-        keeps = np.asarray(times) <= bound_s
+        keeps = times <= bound_s
         keeps[:, -1] = True
         levels = np.argmax(keeps, axis=1)
         return levels[0::2].tolist(), levels[1::2].tolist()
@@ -179,7 +189,7 @@ class EnergyRouter:
                     kv_tokens=kv + request.prompt_length + config.next_tokens * (count + 1),
                 )
             )
-        times, powers = (np.asarray(a) for a in self.predictor.what_if(loads, self._clocks_mhz))
+        times, powers = _what_if(self.predictor, loads, self._clocks_mhz)
         bound_s = self.slo.current.planned_itl_s * (1 - config.headroom)
         keeps = times <= bound_s
         feasible = keeps[1::2].any(axis=1)
@@ -230,7 +240,7 @@ class QueueRouter:
             )
             ends_s = getattr(instance, "busy_until_s", None)
             residual_s.append(0.0 if ends_s is None else max(0.0, ends_s - now_s))
-        times, _ = self.predictor.what_if(loads, (self._clock_mhz,))
+        times, _ = _what_if(self.predictor, loads, (self._clock_mhz,))
         waits = [float(row[0]) + left for row, left in zip(times, residual_s, strict=True)]
         least = min(waits)
         near = [i for i, wait in enumerate(waits) if wait <= least + self.tie_s]

@@ -66,7 +66,7 @@ class Setting:
     """The governed clocks; the lowest is the sweet spot."""
     predictor: Literal["model", "ecopred"] = "ecopred"
     predictor_scale: float = 1.0
-    """Multiplies predicted times: an error put in on purpose. Applies to "model"."""
+    """Multiplies predicted times: an error put in on purpose. "ecopred" may learn it away."""
     governor: EcoFreqConfig = field(default_factory=EcoFreqConfig)
     quick_prefill: bool = True
     """Route prompts to the earliest predicted first token instead of in turn (governed policies
@@ -97,22 +97,16 @@ def setting(
     )
 
 
-class Predictors:
-    """Makes predictors; training on the simulated profile happens once."""
-
-    def __init__(self, setting: Setting) -> None:
-        self._setting = setting
-        self._profile = None
-
-    def make(self) -> Predictor:
-        """A fresh one, so that no instance learns from another's iterations."""
-        s = self._setting
-        if s.predictor == "model":
-            return ModelPredictor(s.gpu, scale=s.predictor_scale)
-        if self._profile is None:
-            clocks = sorted({*s.clocks_mhz, s.gpu.spec.max_mhz})
-            self._profile = simulated_profile(s.gpu, clocks_mhz=clocks, noise=0.02)
-        return EcoPred(self._profile)
+def make_predictor(setting: Setting) -> Predictor:
+    """The setting's predictor: exact, or trained on a noisy sweep of the simulated GPU."""
+    if setting.predictor == "model":
+        return ModelPredictor(setting.gpu, scale=setting.predictor_scale)
+    clocks = sorted({*setting.clocks_mhz, setting.gpu.spec.max_mhz})
+    profile = simulated_profile(setting.gpu, clocks_mhz=clocks, noise=0.02)
+    if setting.predictor_scale != 1.0:
+        samples = [replace(s, time_s=s.time_s * setting.predictor_scale) for s in profile.samples]
+        profile = replace(profile, samples=samples)
+    return EcoPred(profile)
 
 
 def simulate(
@@ -120,7 +114,9 @@ def simulate(
 ) -> ReplayResult:
     """Replays `trace` under one policy."""
     slo = SharedSlo(setting.slo)
-    predictors = Predictors(setting)
+    governed = policy.control in ("window", "ecofreq") or policy.routing != "plain"
+    # One for all: the instances are alike, and each learns from the others' iterations.
+    predictor = make_predictor(setting) if governed else ModelPredictor(setting.gpu)
     spec = setting.gpu.spec
     top, floor = spec.max_mhz, setting.clocks_mhz[0]
 
@@ -130,14 +126,13 @@ def simulate(
         if policy.control == "sweet-spot":
             return FixedClock(clocks, floor)
         if policy.control == "window":
-            return WindowControl(clocks, predictors.make(), slo, clocks_mhz=setting.clocks_mhz)
+            return WindowControl(clocks, predictor, slo, clocks_mhz=setting.clocks_mhz)
         config = replace(setting.governor, prefill_budget=setting.cluster.max_prefill_tokens)
-        return EcoFreq(clocks, predictors.make(), slo, clocks_mhz=setting.clocks_mhz, config=config)
+        return EcoFreq(clocks, predictor, slo, clocks_mhz=setting.clocks_mhz, config=config)
 
     prefill_router: Router = RoundRobinRouter()
     decode_router: Router = FewestRequestsRouter()
     if policy.routing != "plain":
-        predictor = predictors.make()
         if setting.quick_prefill:
             prefill_router = QueueRouter(predictor, clock_mhz=floor)
         if policy.routing == "ecoroute":

@@ -5,8 +5,10 @@ watchdog boosts), so an iteration is a row of segments, each at one clock; the w
 goes on at the new pace. All time is virtual.
 """
 
+import math
+import random
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxsys.clocks import SimulatedClocks
 from jaxsys.serve.gpu_model import Load, Outcome, SimulatedGpu
@@ -23,7 +25,16 @@ class _Segment:
 class SimExecutor:
     """Runs one iteration at a time on a `SimulatedGpu` whose clock is a `SimulatedClocks`."""
 
-    def __init__(self, gpu: SimulatedGpu, clocks: SimulatedClocks) -> None:
+    def __init__(
+        self, gpu: SimulatedGpu, clocks: SimulatedClocks, *, time_noise: float = 0.0, seed: int = 0
+    ) -> None:
+        """
+        Args:
+            time_noise: relative deviation (log-normal) of each step's time from the model's.
+        """
+        self._noise = time_noise
+        self._random = random.Random(seed)
+        self._slowness = 1.0
         self.gpu = gpu
         self.clocks = clocks
         self.busy_s = 0.0
@@ -47,6 +58,9 @@ class SimExecutor:
         """Starts `steps` repetitions of `load`; returns when they end."""
         self.idle_until(now_s)
         self._load = load
+        if self._noise:
+            # The mean of `steps` independent deviations.
+            self._slowness = math.exp(self._random.gauss(0.0, self._noise / math.sqrt(steps)))
         self._segments = []
         return self._plan(float(steps), now_s)
 
@@ -95,6 +109,12 @@ class SimExecutor:
         self.idle_j += gap_s * power_w
         self._idle_from_s = now_s
 
+    def _run(self, clock_mhz: float) -> Outcome:
+        outcome = self.gpu.run(self._load, clock_mhz)
+        if self._noise:
+            outcome = replace(outcome, time_s=outcome.time_s * self._slowness)
+        return outcome
+
     def _steps_left(self, now_s: float) -> float:
         return sum(
             (s.end_s - max(now_s, s.start_s)) / s.outcome.time_s
@@ -109,7 +129,7 @@ class SimExecutor:
             kept[-1].end_s = min(kept[-1].end_s, now_s)
         self._segments = kept
         mhz = self.clocks.actual_mhz()
-        outcome = self.gpu.run(self._load, mhz)
+        outcome = self._run(mhz)
         end_s = now_s + steps * outcome.time_s
         change = self.clocks.next_change()
         if change is not None and now_s < change[0] < end_s:
@@ -117,7 +137,7 @@ class SimExecutor:
             kept.append(_Segment(now_s, change_s, mhz, outcome))
             mhz = next_mhz
             steps -= (change_s - now_s) / outcome.time_s
-            outcome = self.gpu.run(self._load, mhz)
+            outcome = self._run(mhz)
             now_s, end_s = change_s, change_s + steps * outcome.time_s
         kept.append(_Segment(now_s, end_s, mhz, outcome))
         self._end_s = end_s

@@ -10,6 +10,7 @@ that iteration at the next step's end, so times come out as if each step had bee
 
 import heapq
 import time
+import zlib
 from array import array
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -45,6 +46,8 @@ class ClusterConfig:
     """Latency of moving a prompt's pages, besides their bytes."""
     link_bytes_per_s: float = 50e9
     """Page transfer between instances: a 400 Gb/s NIC or one NVLink pair's share."""
+    time_noise: float = 0.0
+    """Relative deviation of each step's time from the model, so that no predictor is exact."""
     max_batch: int = 1024
     max_prefill_tokens: int = 8192
     page_size: int = 64
@@ -77,7 +80,12 @@ class SimInstance:
             name=f"{spec.name} {name}",
             set_latency_s=config.set_latency_s,
         )
-        self.executor = SimExecutor(config.gpu, self.clocks)
+        self.executor = SimExecutor(
+            config.gpu,
+            self.clocks,
+            time_noise=config.time_noise,
+            seed=zlib.crc32(name.encode()),
+        )
         self.governor = make_governor(self.clocks, role)
         capacity = config.gpu.kv_capacity_tokens
         self.scheduler = Scheduler(

@@ -181,6 +181,16 @@ def test_executor_splits_an_iteration_where_the_clock_changes():
     assert executor.seconds_at_mhz[1980] == pytest.approx(0.01)
 
 
+def test_noise_changes_times_but_not_the_work():
+    exact, _ = simulate()
+    noisy, _ = simulate(time_noise=0.05)
+    assert noisy.output_tokens == exact.output_tokens
+    assert noisy.energy_j != exact.energy_j
+    assert noisy.energy_j == pytest.approx(exact.energy_j, rel=0.02)
+    again, _ = simulate(time_noise=0.05)
+    assert again.energy_j == noisy.energy_j  # the same every time
+
+
 def test_what_cannot_be_replayed_is_refused():
     long = Trace(
         name="long",
