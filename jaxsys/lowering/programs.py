@@ -1,8 +1,8 @@
 """What runs on one chunk: forward that keeps residuals, backward that uses them.
 
-A chunk is a stack of blocks [K, ...]. Residuals live in a ring buffer with leaves [slots, K, ...];
-forward writes one slot layer by layer and backward reads it layer by layer, so that no second copy
-of a chunk's residuals is ever made. Weights are never kept: backward gets the copy that has
+A chunk is a stack of blocks [K, ...]. Residuals live in a buffer with some slots; forward writes
+one slot layer by layer and backward reads it layer by layer, so that no second copy of a chunk's
+residuals is ever made. Weights are never kept: backward gets the copy that has
 travelled to it, and a residual that depends on weights alone is computed again from that copy.
 
 Legend: K blocks in a chunk, x [B, T, D] or any array that blocks map to its own shape.
@@ -42,28 +42,30 @@ class BlockProgram:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkProgram:
-    """Forward and backward of one chunk over a residual buffer with leaves [slots, K, ...]."""
+    """Forward and backward of one chunk over a buffer of residuals."""
 
     forward: Callable[..., tuple[jax.Array, PyTree]]
     """(weights, x, microbatch, buffer, slot, first_layer) -> (y, buffer)."""
     backward: Callable[..., tuple[PyTree, jax.Array]]
     """(weights, buffer, slot, dy, microbatch, first_layer) -> (dweights, dx)."""
     residuals: list[jax.ShapeDtypeStruct]
-    """One slot's leaves, [K, ...] each."""
+    """What one slot holds, [K, ...] each."""
+    empty_residuals: Callable[[int], PyTree]
+    """slots -> a buffer of residuals, zero."""
     split: "SplitChunkProgram | None"
     """The two halves of backward, where they were asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitChunkProgram:
-    """Backward in two halves, I and W, over a tap buffer with leaves [slots, K, ...]."""
+    """Backward in two halves, I and W, over a buffer of taps."""
 
     input_gradient: Callable[..., tuple[jax.Array, PyTree]]
     """(weights, buffer, slot, dy, microbatch, first_layer, taps, tap_slot) -> (dx, taps)."""
     weight_gradient: Callable[..., PyTree]
     """(taps, tap_slot, first_layer) -> dweights."""
-    taps: list[jax.ShapeDtypeStruct]
-    """One slot's leaves, [K, ...] each."""
+    empty_taps: Callable[[int], PyTree]
+    """slots -> a buffer of taps, zero."""
 
 
 def block_program(
@@ -107,7 +109,10 @@ def _recomputing_block(model: LayeredModel, x: jax.ShapeDtypeStruct) -> BlockPro
         return model.block(weights, x, microbatch), [x]
 
     def backward(weights, residuals, dy, microbatch):
-        _, vjp = jax.vjp(lambda w, v: model.block(w, v, microbatch), weights, residuals[0])
+        # Nothing but this ties the recomputation to its turn: layers that are written out would
+        # otherwise all be recomputed at once, and held.
+        x, dy = lax.optimization_barrier((residuals[0], dy))
+        _, vjp = jax.vjp(lambda w, v: model.block(w, v, microbatch), weights, x)
         return vjp(dy)
 
     return BlockProgram(forward=forward, backward=backward, residuals=[x])
@@ -165,6 +170,46 @@ def _is_literal(variable: Any) -> bool:
     return hasattr(variable, "val")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Store:
+    """Slots of a chunk's residuals or taps, one entry for each of its K layers.
+
+    Looped layers share leaves [slots, K, ...] that are updated in place. Written-out layers have
+    leaves of their own, [slots, ...] or, with one slot, the bare value: then nothing is copied into
+    a buffer and out again.
+    """
+
+    specs: list[jax.ShapeDtypeStruct]
+    layers: int
+    unroll: bool
+
+    def empty(self, slots: int) -> PyTree:
+        """All slots, zero."""
+        if not self.unroll:
+            return [jnp.zeros((slots, self.layers, *s.shape), s.dtype) for s in self.specs]
+        lead = () if slots == 1 else (slots,)
+        return [
+            [jnp.zeros((*lead, *s.shape), s.dtype) for s in self.specs] for _ in range(self.layers)
+        ]
+
+    def put(self, buffer: PyTree, values: list[jax.Array], slot: Any, layer: Any) -> PyTree:
+        """The buffer with one layer's values in one slot."""
+        if not self.unroll:
+            return [_put(b, v, (slot, layer)) for b, v in zip(buffer, values, strict=True)]
+        row = [
+            v if b.ndim == v.ndim else _put(b, v, (slot,))
+            for b, v in zip(buffer[layer], values, strict=True)
+        ]
+        return [*buffer[:layer], row, *buffer[layer + 1 :]]
+
+    def get(self, buffer: PyTree, slot: Any, layer: Any) -> list[jax.Array]:
+        """One layer's values in one slot."""
+        if not self.unroll:
+            return [_get(b, (slot, layer)) for b in buffer]
+        pairs = zip(buffer[layer], self.specs, strict=True)
+        return [b if b.ndim == len(s.shape) else _get(b, (slot,)) for b, s in pairs]
+
+
 def chunk_program(
     model: LayeredModel,
     weights: PyTree,
@@ -191,100 +236,89 @@ def chunk_program(
     layers = jax.tree.leaves(weights)[0].shape[0]
     one = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape[1:], w.dtype), weights)
     inner = block_program(model, one, x, microbatch, "none" if recompute == "chunk" else recompute)
-    steps = layers if unroll else 1
+    kept = _Store(specs=inner.residuals, layers=layers, unroll=unroll)
 
-    def present(first_layer, index):
-        return first_layer + index < model.layers
+    def if_present(first_layer, index, run, skip):
+        return lax.cond(first_layer + index < model.layers, run, skip) if padded else run()
 
-    def block_forward(w, x, microbatch, first_layer, index):
-        if not padded:
-            return inner.forward(w, x, microbatch)
-        nothing = [jnp.zeros(r.shape, r.dtype) for r in inner.residuals]
-        return lax.cond(
-            present(first_layer, index),
-            lambda: inner.forward(w, x, microbatch),
-            lambda: (x, nothing),
-        )
-
-    def block_backward(w, residuals, dy, microbatch, first_layer, index):
-        if not padded:
-            return inner.backward(w, residuals, dy, microbatch)
-        return lax.cond(
-            present(first_layer, index),
-            lambda: inner.backward(w, residuals, dy, microbatch),
-            lambda: (jax.tree.map(jnp.zeros_like, w), dy),
-        )
+    def loop(body, carry, weights, *, reverse=False):
+        """`body(carry, layer index, weights) -> (carry, output)` over the layers."""
+        if not unroll:
+            scanned = (jnp.arange(layers), weights)
+            return lax.scan(lambda c, s: body(c, *s), carry, scanned, reverse=reverse)
+        outputs: list[Any] = [None] * layers
+        for index in reversed(range(layers)) if reverse else range(layers):
+            w = jax.tree.map(lambda p, i=index: p[i], weights)
+            carry, outputs[index] = body(carry, index, w)
+        return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
     def forward(weights, x, microbatch, buffer, slot, first_layer):
-        def layer(carry, scanned):
+        def layer(carry, index, w):
             x, buffer = carry
-            index, w = scanned
-            y, residuals = block_forward(w, x, microbatch, first_layer, index)
-            buffer = [_put(b, r, slot, index) for b, r in zip(buffer, residuals, strict=True)]
-            return (y, buffer), None
+            y, residuals = if_present(
+                first_layer,
+                index,
+                lambda: inner.forward(w, x, microbatch),
+                lambda: (x, [jnp.zeros(r.shape, r.dtype) for r in inner.residuals]),
+            )
+            return (y, kept.put(buffer, residuals, slot, index)), None
 
-        (y, buffer), _ = lax.scan(layer, (x, buffer), (jnp.arange(layers), weights), unroll=steps)
-        return y, buffer
+        return loop(layer, (x, buffer), weights)[0]
 
     def backward(weights, buffer, slot, dy, microbatch, first_layer):
-        def layer(dx, scanned):
-            index, w = scanned
-            residuals = [_get(b, slot, index) for b in buffer]
-            dw, dx = block_backward(w, residuals, dx, microbatch, first_layer, index)
+        def layer(dx, index, w):
+            residuals = kept.get(buffer, slot, index)
+            dw, dx = if_present(
+                first_layer,
+                index,
+                lambda: inner.backward(w, residuals, dx, microbatch),
+                lambda: (jax.tree.map(jnp.zeros_like, w), dx),
+            )
             return dx, dw
 
-        dx, dw = lax.scan(layer, dy, (jnp.arange(layers), weights), reverse=True, unroll=steps)
+        dx, dw = loop(layer, dy, weights, reverse=True)
         return dw, dx
-
-    def stack(specs: list[jax.ShapeDtypeStruct]) -> list[jax.ShapeDtypeStruct]:
-        return [jax.ShapeDtypeStruct((layers, *s.shape), s.dtype) for s in specs]
 
     def split_program() -> SplitChunkProgram:
         halves = split_backward(inner.backward, one, inner.residuals, x, microbatch)
-
-        def block_input_gradient(w, residuals, dy, microbatch, first_layer, index):
-            if not padded:
-                return halves.input_gradient(w, residuals, dy, microbatch)
-            nothing = [jnp.zeros(t.shape, t.dtype) for t in halves.taps]
-            return lax.cond(
-                present(first_layer, index),
-                lambda: halves.input_gradient(w, residuals, dy, microbatch),
-                lambda: (dy, nothing),
-            )
+        tapped = _Store(specs=halves.taps, layers=layers, unroll=unroll)
 
         def input_gradient(weights, buffer, slot, dy, microbatch, first_layer, taps, tap_slot):
-            def layer(carry, scanned):
+            def layer(carry, index, w):
                 dx, taps = carry
-                index, w = scanned
-                residuals = [_get(b, slot, index) for b in buffer]
-                dx, kept = block_input_gradient(w, residuals, dx, microbatch, first_layer, index)
-                taps = [_put(t, k, tap_slot, index) for t, k in zip(taps, kept, strict=True)]
-                return (dx, taps), None
+                residuals = kept.get(buffer, slot, index)
+                dx, values = if_present(
+                    first_layer,
+                    index,
+                    lambda: halves.input_gradient(w, residuals, dx, microbatch),
+                    lambda: (dx, [jnp.zeros(t.shape, t.dtype) for t in halves.taps]),
+                )
+                return (dx, tapped.put(taps, values, tap_slot, index)), None
 
-            scanned = (jnp.arange(layers), weights)
-            return lax.scan(layer, (dy, taps), scanned, reverse=True, unroll=steps)[0]
+            return loop(layer, (dy, taps), weights, reverse=True)[0]
 
         def weight_gradient(taps, tap_slot, first_layer):
-            def layer(_, index):
-                kept = [_get(t, tap_slot, index) for t in taps]
-                dw = halves.weight_gradient(kept)
-                if padded:
-                    there = present(first_layer, index)
-                    dw = jax.tree.map(lambda g: jnp.where(there, g, jnp.zeros_like(g)), dw)
-                return None, dw
+            def layer(carry, index, _):
+                values = tapped.get(taps, tap_slot, index)
+                nothing = jax.tree.map(lambda w: jnp.zeros(w.shape, w.dtype), one)
+                dw = if_present(
+                    first_layer, index, lambda: halves.weight_gradient(values), lambda: nothing
+                )
+                return carry, dw
 
-            return lax.scan(layer, None, jnp.arange(layers), unroll=steps)[1]
+            return loop(layer, None, None)[1]
 
         return SplitChunkProgram(
             input_gradient=input_gradient,
             weight_gradient=weight_gradient,
-            taps=stack(halves.taps),
+            empty_taps=tapped.empty,
         )
 
     whole = ChunkProgram(
         forward=forward,
         backward=backward,
-        residuals=stack(inner.residuals),
+        residuals=[jax.ShapeDtypeStruct((layers, *r.shape), r.dtype) for r in inner.residuals],
+        empty_residuals=kept.empty,
         split=split_program() if split else None,
     )
     return _from_input(whole, x) if recompute == "chunk" else whole
@@ -292,17 +326,15 @@ def chunk_program(
 
 def _from_input(inner: ChunkProgram, x: jax.ShapeDtypeStruct) -> ChunkProgram:
     """The same programs with a chunk's input as the only residual."""
-
-    def scratch():
-        return [jnp.zeros((1, *r.shape), r.dtype) for r in inner.residuals]
+    kept = _Store(specs=[x], layers=1, unroll=False)
 
     def again(weights, buffer, slot, microbatch, first_layer):
-        x = lax.dynamic_index_in_dim(buffer[0], slot, 0, keepdims=False)[0]
-        return inner.forward(weights, x, microbatch, scratch(), 0, first_layer)[1]
+        x = kept.get(buffer, slot, 0)[0]
+        return inner.forward(weights, x, microbatch, inner.empty_residuals(1), 0, first_layer)[1]
 
     def forward(weights, x, microbatch, buffer, slot, first_layer):
-        y, _ = inner.forward(weights, x, microbatch, scratch(), 0, first_layer)
-        return y, [lax.dynamic_update_index_in_dim(buffer[0], x[None], slot, 0)]
+        y, _ = inner.forward(weights, x, microbatch, inner.empty_residuals(1), 0, first_layer)
+        return y, kept.put(buffer, [x], slot, 0)
 
     def backward(weights, buffer, slot, dy, microbatch, first_layer):
         residuals = again(weights, buffer, slot, microbatch, first_layer)
@@ -323,18 +355,23 @@ def _from_input(inner: ChunkProgram, x: jax.ShapeDtypeStruct) -> ChunkProgram:
         forward=forward,
         backward=backward,
         residuals=[jax.ShapeDtypeStruct((1, *x.shape), x.dtype)],
+        empty_residuals=kept.empty,
         split=split,
     )
 
 
-def _put(buffer: jax.Array, value: jax.Array, slot: Any, index: Any) -> jax.Array:
-    starts = (slot, index) + (0,) * value.ndim
-    return lax.dynamic_update_slice(buffer, value[None, None], starts)
+def _put(buffer: jax.Array, value: jax.Array, index: tuple[Any, ...]) -> jax.Array:
+    """`buffer` with `value` at the leading indices."""
+    starts = (*index, *(0,) * value.ndim)
+    lead = (1,) * len(index)
+    return lax.dynamic_update_slice(buffer, value.reshape(*lead, *value.shape), starts)
 
 
-def _get(buffer: jax.Array, slot: Any, index: Any) -> jax.Array:
-    starts = (slot, index) + (0,) * (buffer.ndim - 2)
-    return lax.dynamic_slice(buffer, starts, (1, 1, *buffer.shape[2:]))[0, 0]
+def _get(buffer: jax.Array, index: tuple[Any, ...]) -> jax.Array:
+    """What `buffer` holds at the leading indices."""
+    shape = buffer.shape[len(index) :]
+    starts = (*index, *(0,) * len(shape))
+    return lax.dynamic_slice(buffer, starts, ((1,) * len(index)) + shape).reshape(shape)
 
 
 def _show(value: Any) -> str:

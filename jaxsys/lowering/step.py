@@ -9,6 +9,7 @@ tick, so that a residual slot it frees can be written again at once.
 Legend: P devices, C chunks, K = ceil(L / C) layers a chunk, V = C / P chunks at rest on a device.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,7 @@ from jaxsys.layered import LayeredModel, Parameters, PyTree
 from jaxsys.mesh import DATA, RING
 from jaxsys.schedule import Data, MoveKind, Placement, Schedule, TaskKind, check
 
+from .packing import Packing
 from .programs import (
     RECOMPUTE_POLICIES,
     ChunkProgram,
@@ -108,6 +110,20 @@ class LoweredStep:
     def chunk_layers(self) -> int:
         """K, the layers of a chunk; the last chunk may hold fewer and is padded."""
         return -(-self.model.layers // self.schedule.chunks)
+
+    @property
+    def compiler_options(self) -> dict[str, Any]:
+        """XLA options for the jit around `loss_and_gradients`.
+
+        On a GPU XLA keeps one collective in flight unless told otherwise, so that of a ring's three
+        streams only one would travel under the tick's compute.
+        """
+        if self.mesh.devices.flat[0].platform == "cpu":
+            return {}
+        return {
+            "xla_gpu_enable_latency_hiding_scheduler": True,
+            "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
+        }
 
     @cached_property
     def rest_chunks(self) -> np.ndarray:
@@ -251,23 +267,30 @@ class _Run:
         self.edge: PyTree
         self.batch: PyTree
         self.program: ChunkProgram
+        self.packing: Packing | None = None
 
     def step(self, rows: jax.Array, parameters: Parameters, batch: PyTree):
         """rows [1, T, columns], blocks [V K, ...], batch [M or M / P, B, ...]."""
-        lowered = self.lowered
+        lowered, moves = self.lowered, self.schedule.moves
         self.batch = batch
         self.edge = jax.tree.map(self.gather_edge, parameters["edge"], self.specs["edge"])
+        model = self.model
         own = jax.tree.map(
             lambda p: p.astype(lowered.compute_dtype).reshape(
                 -1, lowered.chunk_layers, *p.shape[1:]
             ),
             parameters["blocks"],
         )
+        if any(m.kind is MoveKind.PERMUTE and m.block.data is Data.WEIGHT for m in moves):
+            layer = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape[2:], p.dtype), own)
+            self.packing = Packing(layer)
+            model = dataclasses.replace(model, block=self.packing.packed_block(model.block))
+            own = self.packing.pack(own)
         chunk = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape[1:], p.dtype), own)
         microbatch = jax.tree.map(lambda b: jax.ShapeDtypeStruct(b.shape[1:], b.dtype), batch)
         x = jax.eval_shape(self.model.embed, self.edge, microbatch)
         self.program = chunk_program(
-            self.model,
+            model,
             chunk,
             x,
             microbatch,
@@ -301,9 +324,10 @@ class _Run:
         buffers: dict[BufferKey, Buffer] = {}
         for key, count in slots.items():
             data, _ = key
-            if data in (Data.RESIDUAL, Data.TAP):
-                leaves = self.program.residuals if data is Data.RESIDUAL else self.halves.taps
-                buffers[key] = [jnp.zeros((count, *leaf.shape), leaf.dtype) for leaf in leaves]
+            if data is Data.RESIDUAL:
+                buffers[key] = self.program.empty_residuals(count)
+            elif data is Data.TAP:
+                buffers[key] = self.halves.empty_taps(count)
             elif key in self.tables.start_slots:
                 buffers[key] = self.starting_weights(key, count, own)
             else:
@@ -596,6 +620,8 @@ class _Run:
                 for place in range(table.shape[1])
             ]
             sums = jax.tree.map(lambda *p: jnp.stack(p), *parts)
+        if self.packing is not None:
+            sums = self.packing.unpack(sums)
 
         def block_gradient(total: jax.Array, at_rest: jax.Array) -> jax.Array:
             total = total.reshape(at_rest.shape).astype(at_rest.dtype)
