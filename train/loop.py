@@ -17,6 +17,7 @@ import jax
 from jaxsys.errors import RunError, UsageError
 from jaxsys.layered import PyTree
 from jaxsys.train.checkpoint import CheckpointStore
+from jaxsys.train.energy import EnergyMeter
 from jaxsys.train.flops import CONVENTION, device_peak
 from jaxsys.train.interrupt import StopRequest, Watchdog
 from jaxsys.train.loader import Batches
@@ -155,6 +156,10 @@ class _Loop:
     log: MetricsLog | None = None
     progress: Progress | None = None
     meter: Meter | None = None
+    energy: EnergyMeter | None = None
+    tokens: int = 0
+    """Trained on since energy is counted, by this process's share of the devices."""
+    tokens_of_step: int = 0
     losses: list[float] = field(default_factory=list)
     saved: int | None = None
     skipped: int = 0
@@ -172,6 +177,9 @@ class _Loop:
         tensorboard: bool,
     ) -> None:
         trainer, start = self.trainer, None
+        local = [d for d in trainer.mesh.devices.flat if d.process_index == jax.process_index()]
+        self.energy = EnergyMeter(local)
+        stack.callback(self.energy.close)
         if self.folder is not None:
             self.store = CheckpointStore(self.folder / "checkpoints", keep=keep, notice=self.say)
             stack.callback(self.store.release)
@@ -282,6 +290,7 @@ class _Loop:
             inputs = batch.get("inputs") if isinstance(batch, dict) else None
             leaf = jax.tree.leaves(batch)[0] if inputs is None else inputs
             tokens = math.prod(leaf.shape if inputs is not None else leaf.shape[:2])
+        self.tokens_of_step = tokens
         self.meter = Meter(
             tokens_per_step=tokens,
             devices=trainer.mesh.size,
@@ -311,6 +320,7 @@ class _Loop:
                 "flops_convention": CONVENTION,
                 "peak_flops_per_s": peak.flops_per_s,
                 "mfu_is": mfu,
+                "energy_is": self.energy.reason or "of process 0's GPUs",  # type: ignore[union-attr]
             },
         )
 
@@ -323,6 +333,7 @@ class _Loop:
         self.skipped = int(skipped)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if bad else 0
         memory = peak_memory_bytes()
+        energy_j = self.energy_per_token(first=rates is None)
         self.write(
             "step",
             step,
@@ -334,6 +345,7 @@ class _Loop:
                 "tokens_per_s_per_device": rates.tokens_per_s_per_device if rates else None,
                 "mfu": rates.mfu if rates else None,
                 "peak_memory_bytes": memory,
+                "energy_per_token_j": energy_j,
                 "skipped": self.skipped,
                 "elapsed_s": time.monotonic() - self.started_s,
             },
@@ -344,6 +356,8 @@ class _Loop:
             text.append("MFU n/a" if rates.mfu is None else f"MFU {rates.mfu:.1%}")
         if memory is not None:
             text.append(f"peak {memory / 2**30:.1f} GiB")
+        if energy_j is not None:
+            text.append(f"{energy_j * 1e3:.3g} mJ/token")
         if self.skipped:
             text.append(f"{self.skipped} skipped")
         self.progress.step(step, "  ".join(text))  # type: ignore[union-attr]
@@ -358,6 +372,19 @@ class _Loop:
                 f"step {step}: {self.skipped_in_a_row} batches in a row had no finite loss; "
                 f"{self.last_checkpoint()}"
             )
+
+    def energy_per_token(self, *, first: bool) -> float | None:
+        """Joules a token since the first step, checkpoints and evaluation included."""
+        if self.energy is None:
+            return None
+        if first:
+            self.energy.restart()
+            return None
+        mesh = self.trainer.mesh
+        local = sum(d.process_index == jax.process_index() for d in mesh.devices.flat)
+        self.tokens += self.tokens_of_step * local // mesh.size
+        used_j = self.energy.read_j()
+        return None if used_j is None else used_j / self.tokens
 
     def evaluate(self, step: int) -> None:
         self.held_out_loss = self.trainer.evaluate(self.held_out)

@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import optax
 import pytest
 
 from jaxsys.errors import UsageError
-from jaxsys.train import Batches, Trainer
+from jaxsys.train import Batches, Trainer, energy
 from jaxsys.train.flops import training_flops_per_token
 from jaxsys.train.interrupt import Watchdog
 from jaxsys.train.metrics import Meter, MetricsLog
@@ -167,3 +168,33 @@ def test_losses_fall(trainer, data):
     start = trainer.step_number
     report = trainer.fit(lambda _: next(data.read(0)), steps=start + 30, progress=False)
     assert np.mean(report.losses[-5:]) < np.mean(report.losses[:5]) - 0.05
+
+
+class CountingGpu:
+    """An NVML GPU whose counter rises by 40 J a reading."""
+
+    name = "counting"
+
+    def __init__(self, gpu) -> None:
+        self.gpu, self.total_j = gpu, 1000.0
+
+    def energy_j(self) -> float:
+        self.total_j += 40.0
+        return self.total_j
+
+    def close(self) -> None:
+        pass
+
+
+def test_energy_of_the_visible_gpus(monkeypatch):
+    monkeypatch.setattr(energy, "NvmlGpu", CountingGpu)
+    monkeypatch.setattr(energy, "LEAST_INTERVAL_S", 0.0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-abc")
+    gpus = [SimpleNamespace(platform="gpu", local_hardware_id=n) for n in (0, 1)]
+    meter = energy.EnergyMeter(gpus)
+    assert [gpu.gpu for gpu in meter._gpus] == [3, "GPU-abc"]
+    assert (meter.reason, meter.read_j(), meter.read_j()) == ("", 80.0, 160.0)
+    meter.restart()
+    assert meter.read_j() == 80.0
+    none = energy.EnergyMeter([SimpleNamespace(platform="cpu", local_hardware_id=0)])
+    assert none.read_j() is None and "no GPU" in none.reason
