@@ -436,14 +436,15 @@ def _compile(
 
 
 def _seconds(function: Callable, *arguments: Any) -> float:
-    """Median seconds a call of ten, in rounds of five."""
+    """Median over five rounds of the seconds a call of ten in a row takes."""
     jax.block_until_ready(function(*arguments))
     samples = []
     for _ in range(5):
         start_s = time.perf_counter()
-        results = [function(*arguments) for _ in range(2)]
-        jax.block_until_ready(results)
-        samples.append((time.perf_counter() - start_s) / 2)
+        for _ in range(10):
+            result = function(*arguments)
+        jax.block_until_ready(result)
+        samples.append((time.perf_counter() - start_s) / 10)
     return statistics.median(samples)
 
 

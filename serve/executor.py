@@ -150,7 +150,7 @@ class JaxExecutor:
         )
         self._last = jax.device_put(np.zeros(self.slots, np.int32), placement)
         self._history: History | None = None
-        self._decode_buffers: dict[tuple[int, int], tuple[jax.Array, jax.Array]] = {}
+        self._decode_buffers: dict[tuple[int, int], tuple[jax.Array, jax.Array, jax.Array]] = {}
         self._steps: dict[tuple, Callable] = {}
         width = self.shapes.table_buckets[-1]
         self._tables = np.full((self.slots, width), self.page_count, np.int32)
@@ -330,8 +330,9 @@ class JaxExecutor:
             arguments = (self.weights, cache, last, like((batch, 2 + table)), logits)
         elif kind == "inputs":
             batch, table = shape
-            function = jax.jit(_set_inputs, donate_argnums=0, keep_unused=True)
-            arguments = (like((batch, 2 + table)), like((batch, 2 + table)))
+            function = jax.jit(_set_inputs, donate_argnums=(0, 1), keep_unused=True)
+            packed = like((batch, 2 + table))
+            arguments = (packed, like((batch, 2)), packed)
         elif kind == "prefill":
             piece, table, continued = shape
             step = functools.partial(_prefill, self.config, self.kernels, piece, continued)
@@ -420,30 +421,33 @@ class JaxExecutor:
         packed[:count, 0] = slots
         packed[:count, 1] = positions
         packed[:count, 2:] = self._tables[slots, :table]
-        inputs, logits = self._buffers(batch, table)
-        inputs = self._step("inputs", batch, table)(inputs, packed)
+        inputs, where, logits = self._buffers(batch, table)
+        inputs, where = self._step("inputs", batch, table)(inputs, where, packed)
         logits, self._cache = self._step("decode", batch, table)(
             self.weights, self._cache, self._last, inputs, logits
         )
-        self._decode_buffers[batch, table] = inputs, logits
+        self._decode_buffers[batch, table] = inputs, where, logits
         if self._batch != requests or len(self._batch_rules[0].seed) != batch:
-            self._batch, self._batch_rules = requests, self._rules(requests, batch)
+            rules, needs = self._rules(requests, batch)
+            # The same requests run for many steps: their rules stay on the device.
+            self._batch = requests
+            self._batch_rules = jax.device_put(rules, self._placement), needs
         rules, needs = self._batch_rules
-        return _Pending(self._sample(needs, logits, packed[:, :2], rules), requests)
+        return _Pending(self._sample(needs, logits, where, rules), requests)
 
-    def _buffers(self, batch: int, table: int) -> tuple[jax.Array, jax.Array]:
-        """The arrays that hold a decode step's inputs and logits, at the same place every time."""
+    def _buffers(self, batch: int, table: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """What holds a decode step's inputs, its slots and positions, and its logits."""
         if (batch, table) not in self._decode_buffers:
             inputs = np.zeros((batch, 2 + table), np.int32)
+            where = np.zeros((batch, 2), np.int32)
             logits = np.zeros((batch, self.config.vocab_size), np.float32)
-            self._decode_buffers[batch, table] = (
-                jax.device_put(inputs, self._placement),
-                jax.device_put(logits, self._placement),
+            self._decode_buffers[batch, table] = jax.device_put(
+                (inputs, where, logits), self._placement
             )
         return self._decode_buffers[batch, table]
 
     def _sample(
-        self, needs: SamplingNeeds, logits: jax.Array, where: np.ndarray, rules: Rules
+        self, needs: SamplingNeeds, logits: jax.Array, where: jax.Array | np.ndarray, rules: Rules
     ) -> Sample:
         history = self._history if needs.adjusted else None
         step = self._step("sample", logits.shape[0], needs)
@@ -506,8 +510,8 @@ def check_sampling(parameters: SamplingParameters, vocabulary: int) -> None:
             raise UsageError(f"logit_bias token {token} is none of 0..{vocabulary - 1}")
 
 
-def _set_inputs(old, packed):
-    return packed
+def _set_inputs(old, old_where, packed):
+    return packed, packed[:, :2]
 
 
 def _decode(config, kernels, weights, cache, last, packed, old_logits):

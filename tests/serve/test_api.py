@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 
 import httpx
@@ -13,7 +14,7 @@ from jaxsys.serve.api import ApiConfig, create_app
 from jaxsys.serve.deployment import DeploymentConfig, build_engine
 from jaxsys.serve.metrics import Metrics
 
-CONFIG = preset("tiny")
+CONFIG = dataclasses.replace(preset("tiny"), num_layers=2)
 JSON = {"Content-Type": "application/json"}
 
 

@@ -1,5 +1,6 @@
 """The paged passes give the same logits and tokens as the whole model computed at once."""
 
+import dataclasses
 import functools
 
 import jax
@@ -15,7 +16,7 @@ from jaxsys.serve.requests import Request, SamplingParameters
 from jaxsys.serve.scheduler import Scheduler, SchedulerConfig
 from jaxsys.serve.weights import serving_weights
 
-CONFIG = preset("tiny")
+CONFIG = dataclasses.replace(preset("tiny"), num_layers=2)
 whole_model = jax.jit(functools.partial(forward, CONFIG))
 KERNELS = choose_kernels(dtype=jnp.dtype("float32"), head_dim=8, device=jax.devices()[0])
 prefill = jax.jit(functools.partial(paged_model.prefill_pass, CONFIG, KERNELS, True))

@@ -36,6 +36,13 @@ def test_cudnn_passes_match_the_whole_model():
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), exact)
     with jax.default_matmul_precision("highest"):
         whole = np.asarray(forward(CONFIG, wide, jnp.asarray(tokens[None])))[0]
+    # How far the model itself strays in bfloat16 is the measure of how far the passes may.
+    plain = np.asarray(forward(CONFIG, exact, jnp.asarray(tokens[None])))[0]
+
+    def strays(logits, position):
+        return np.linalg.norm(logits - whole[position]) / np.linalg.norm(whole[position])
+
+    allowed = 1.5 * max(strays(plain[position], position) for position in range(340))
     weights = serving_weights(CONFIG, exact)
     kernels = choose_kernels(dtype=jnp.dtype("bfloat16"), head_dim=128, device=device)
     assert kernels.reason.startswith("cuDNN")
@@ -48,9 +55,7 @@ def test_cudnn_passes_match_the_whole_model():
     }
 
     def check(logits, position):
-        error = np.linalg.norm(logits - whole[position]) / np.linalg.norm(whole[position])
-        # bfloat16 has 8 bits: a relative error of 0.4 % an operation, over three layers.
-        assert error < 0.03, (position, error)
+        assert strays(logits, position) < allowed, (position, allowed)
 
     for start, length in ((0, 100), (100, 128), (228, 80)):
         piece = np.zeros(128, np.int32)

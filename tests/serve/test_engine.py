@@ -1,0 +1,228 @@
+"""Whole engines over a tiny random model: apart equals together, and nothing is left behind."""
+
+import asyncio
+import dataclasses
+import random
+
+import jax
+import numpy as np
+import pytest
+
+from jaxsys.errors import RunError, UsageError
+from jaxsys.model import ByteTokenizer, LoadedModel, initial_parameters, preset
+from jaxsys.serve.deployment import DeploymentConfig, build_engine, compile_ahead
+from jaxsys.serve.engine import Overloaded
+from jaxsys.serve.requests import SamplingParameters
+
+CONFIG = dataclasses.replace(preset("tiny"), num_layers=2)
+SMALL = {
+    "max_batch": 4,
+    "max_length": 96,
+    "max_prefill_tokens": 16,
+    "page_size": 4,
+    "page_count": 40,
+    "max_requests": 1000,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Engines of one shape share their compiled steps through JAX's persistent cache."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def model():
+    tokenizer = ByteTokenizer()
+    return LoadedModel(
+        config=CONFIG,
+        parameters=jax.tree.map(lambda leaf: leaf * 4, initial_parameters(CONFIG, seed=1)),
+        tokenizer=tokenizer,
+        chat_template=tokenizer.chat_template,
+        source="tiny",
+    )
+
+
+async def collect(engine, prompt, **sampling):
+    """All tokens of one request and why it ended."""
+    rule = SamplingParameters(**({"temperature": 0} | sampling))
+    tokens, reason = [], None
+    async for event in engine.generate(prompt, rule):
+        if event.token is not None:
+            tokens.append(event.token)
+        reason = event.finish_reason
+    return tokens, reason
+
+
+async def settled(engine):
+    """Waits until every instance is empty, then checks pages, slots and counts."""
+    for _ in range(1000):
+        if not engine.unfinished and not any(
+            one.scheduler.requests or one.requests or one.in_flight for one in engine.instances
+        ):
+            break
+        await asyncio.sleep(0.01)
+    for one in engine.instances:
+        one.scheduler.check()
+        assert one.scheduler.requests == 0 and not one.requests, one.name
+        assert one.scheduler.allocator.available == one.scheduler.config.page_count, one.name
+        assert one.in_flight == 0, one.name
+        if one.transfer is not None:
+            assert not getattr(one.transfer, "_offers", {}), one.name
+            assert not getattr(one.transfer, "_senders", {}), one.name
+
+
+def run(engine, coroutine):
+    async def whole():
+        await engine.start()
+        try:
+            result = await coroutine
+            await settled(engine)
+            return result
+        finally:
+            await engine.drain(10)
+
+    return asyncio.run(whole())
+
+
+def prompts(count):
+    generator = np.random.default_rng(7)
+    common = generator.integers(0, 264, 12).tolist()
+    return [
+        common[: 4 * (i % 4)] + generator.integers(0, 264, 1 + 5 * (i % 7)).tolist()
+        for i in range(count)
+    ]
+
+
+def test_apart_gives_the_tokens_of_together(model):
+    """Greedy, token for token; pages are so few that requests wait and are preempted."""
+
+    async def everything(engine):
+        return await asyncio.gather(*[collect(engine, p, max_tokens=25) for p in prompts(10)])
+
+    outputs = {}
+    for prefill, decode in ((1, 0), (1, 1)):
+        config = DeploymentConfig(prefill=prefill, decode=decode, **(SMALL | {"page_count": 26}))
+        engine = build_engine(model, config)
+        outputs[prefill, decode] = run(engine, everything(engine))
+        if decode:
+            assert engine.decoders[0].scheduler.iterations >= 25
+        assert sum(one.scheduler.preemptions for one in engine.instances) > 0
+    assert outputs[1, 0] == outputs[1, 1]
+
+
+def soak(model, prefill, decode, count):
+    """Requests of all kinds, a third of them left at a random moment, few pages."""
+    rng = random.Random(prefill + decode)
+    config = DeploymentConfig(
+        prefill=prefill,
+        decode=decode,
+        **(SMALL | {"page_count": 26, "max_requests": count}),
+    )
+    engine = build_engine(model, config)
+    ends = []
+
+    async def one(prompt):
+        await asyncio.sleep(rng.random() * count / 100)
+        penalised = rng.random() < 0.2
+        rule = {
+            "max_tokens": rng.randint(1, 40),
+            "temperature": 1.0 if penalised else 0,
+            "top_p": 0.9,
+            "frequency_penalty": 1.0 if penalised else 0,
+            "stop_token_ids": frozenset([rng.randrange(264)]),
+            "seed": 1,
+        }
+        task = asyncio.create_task(collect(engine, prompt, **rule))
+        if rng.random() < 0.35:
+            await asyncio.sleep(rng.expovariate(8))
+            task.cancel()
+        try:
+            ends.append((await task)[1])
+        except asyncio.CancelledError:
+            ends.append("left")
+
+    async def everything():
+        await asyncio.gather(*[one(prompt) for prompt in prompts(count)])
+
+    compile_ahead(engine)
+    run(engine, everything())
+    assert len(ends) == count
+    assert set(ends) == {"left", "stop", "length"}
+
+
+@pytest.mark.parametrize(("prefill", "decode"), [(1, 0), (1, 1)])
+def test_a_soak_with_aborts_leaves_nothing(model, prefill, decode):
+    soak(model, prefill, decode, 80)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_ten_thousand_requests_leave_nothing(model):
+    soak(model, 1, 2, 10_000)
+
+
+def test_several_requests_end_with_their_first_token(model):
+    engine = build_engine(model, DeploymentConfig(prefill=1, decode=1, **SMALL))
+
+    async def everything():
+        return await asyncio.gather(*[collect(engine, p, max_tokens=1) for p in prompts(9)])
+
+    for tokens, reason in run(engine, everything()):
+        assert len(tokens) == 1 and reason == "length"
+
+
+def test_a_failing_instance_ends_its_requests_with_an_error(model):
+    engine = build_engine(model, DeploymentConfig(prefill=1, decode=1, **SMALL))
+    decode = engine.decoders[0]
+    broken = decode.executor.dispatch
+    calls = []
+
+    def dispatch(iteration):
+        calls.append(iteration)
+        if len(calls) > 3:
+            raise RuntimeError("the device is gone")
+        return broken(iteration)
+
+    decode.executor.dispatch = dispatch
+
+    async def everything():
+        ended = await asyncio.gather(*[collect(engine, p, max_tokens=20) for p in prompts(6)])
+        assert engine.failure is not None and "the device is gone" in engine.failure
+        with pytest.raises(RunError, match="the device is gone"):
+            await collect(engine, [1, 2], max_tokens=2)
+        return ended
+
+    for _, reason in run(engine, everything()):
+        assert reason == "error"
+
+
+def test_refusals(model):
+    config = DeploymentConfig(prefill=1, decode=1, **(SMALL | {"max_requests": 2}))
+    engine = build_engine(model, config)
+
+    async def everything():
+        with pytest.raises(UsageError, match="at most 96 fit"):
+            await collect(engine, [1] * 90, max_tokens=7)
+        tasks = [asyncio.create_task(collect(engine, [1, 2], max_tokens=30)) for _ in range(2)]
+        await asyncio.sleep(0.01)
+        with pytest.raises(Overloaded, match="at most 2") as caught:
+            await collect(engine, [1], max_tokens=1)
+        assert caught.value.retry_after_s >= 1
+        await asyncio.gather(*tasks)
+
+    run(engine, everything())
+    with pytest.raises(UsageError, match="decode=-1"):
+        DeploymentConfig(decode=-1)
+    with pytest.raises(UsageError, match="max_length=9000 exceeds the model's 256"):
+        build_engine(model, DeploymentConfig(max_length=9000))
