@@ -165,3 +165,14 @@ def collective_counts(text: str) -> dict[str, int]:
             kind = instruction.operation.removesuffix("-start")
             counts[kind] = counts.get(kind, 0) + times
     return counts
+
+
+def spans(computation: Computation) -> dict[str, tuple[int, int]]:
+    """Started collective -> positions of its start and its done in the scheduled text."""
+    place = {i.name: index for index, i in enumerate(computation.instructions)}
+    found = {}
+    for instruction in computation.instructions:
+        if instruction.operation.endswith("-done"):
+            start = instruction.operands[0]
+            found[start] = (place[start], place[instruction.name])
+    return found

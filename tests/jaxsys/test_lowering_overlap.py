@@ -8,8 +8,9 @@ import pytest
 
 from jaxsys.layered import LayeredModel, Parameters
 from jaxsys.lowering import lower
-from jaxsys.lowering.compiled import executions, parse
+from jaxsys.lowering.compiled import executions, parse, spans
 from jaxsys.mesh import make_mesh
+from jaxsys.model import LlamaConfig, abstract_parameters, layered
 from jaxsys.schedule import Data
 from jaxsys.strategies import build
 
@@ -98,3 +99,46 @@ def test_gradient_stream_takes_its_own_dtype():
     streams = [g.source[0] for g in groups if g.kind == "permute"]
     assert sent.count("bf16") == streams.count(Data.GRADIENT) > 0
     assert sent.count("f32") == streams.count(Data.WEIGHT) > 0
+
+
+@pytest.mark.gpu
+def test_gpu_schedule_holds_all_streams_open_over_the_compute():
+    """Compiled ahead for two GPUs, of which one need be here: XLA's schedule, not a promise."""
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc("two", "cuda", topology="1x1x2").devices
+    mesh = make_mesh(2, devices=list(devices))
+    config = LlamaConfig(
+        vocab_size=1024,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_layers=8,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=128,
+        max_positions=4096,
+    )
+    schedule = build("weipipe-interleave", devices=2, microbatches=16)
+    step = lower(
+        schedule,
+        layered(config, implementation="cudnn"),
+        mesh,
+        compute_dtype=jnp.bfloat16,
+        recompute="selective",
+    )
+    shapes = abstract_parameters(config)
+    rest = jax.tree.map(_placed, shapes, step.rest_shardings(shapes))
+    tokens = jax.ShapeDtypeStruct((16, 1, 2048), jnp.int32)
+    batch = {"inputs": tokens, "targets": tokens}
+    batch = jax.tree.map(_placed, batch, step.batch_shardings(batch))
+    run = jax.jit(step.loss_and_gradients, compiler_options=step.compiler_options)
+    body, _ = steady_body(parse(run.lower(rest, batch).compile().as_text()))
+    flights = spans(body)
+    assert len(flights) == 3
+    for index, instruction in enumerate(body.instructions):
+        if instruction.operation in ("while", "conditional"):
+            assert all(start < index < done for start, done in flights.values())
+
+
+def _placed(shape, sharding):
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
