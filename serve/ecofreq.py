@@ -197,7 +197,7 @@ class EcoFreq:
         self.config = config or EcoFreqConfig()
         self.record = GovernorRecord()
         self.predicted_s = 0.0
-        """Predicted time of the iteration in flight."""
+        """Predicted time of the iteration last planned."""
         self._clocks_mhz = tuple(sorted(clocks_mhz))
         self._clock_squares = np.array(self._clocks_mhz, float) ** 2
         self._top = len(self._clocks_mhz) - 1
@@ -206,6 +206,7 @@ class EcoFreq:
         self._hold = 0
         self._idle = False
         self._load = Load()
+        self._predicted_s: dict[int, float] = {}
         self._set(self._top, float("-inf"))
 
     @property
@@ -214,6 +215,11 @@ class EcoFreq:
         if self._idle:
             return self._idle_mhz
         return self._clocks_mhz[self._level]
+
+    @property
+    def top_mhz(self) -> int:
+        """The highest clock it may ask for."""
+        return self._clocks_mhz[self._top]
 
     @property
     def _idle_mhz(self) -> int:
@@ -228,6 +234,8 @@ class EcoFreq:
         """Chooses and asks for the clock of the iteration about to run."""
         self._load = load_of(iteration)
         level = self._choose(iteration, waiting, now_s)
+        # A server plans the next iteration while this one runs, so more than one may be open.
+        self._predicted_s[iteration.index] = self.predicted_s
         was_idle, self._idle = self._idle, False
         if level != self._level or was_idle:
             self._set(level, now_s)
@@ -239,21 +247,26 @@ class EcoFreq:
         actual_mhz = self.clocks.actual_mhz()
         asked_mhz = self._clocks_mhz[self._level]
         record.busy_s += latency_s
+        predicted_s = self._predicted_s.pop(iteration.index, self.predicted_s)
         if actual_mhz is not None:
             record.seconds_at_mhz[int(actual_mhz)] += latency_s
             if actual_mhz < asked_mhz and self.clocks.throttle_reasons():
                 record.clamped += 1
             # The predictor must learn what the clock that ran costs, not the one wished for.
-            self.predictor.observe(self._load, actual_mhz, latency_s / steps, self.clocks.power_w())
+            self.predictor.observe(
+                load_of(iteration), actual_mhz, latency_s / steps, self.clocks.power_w()
+            )
         if self._hold > 0:
             self._hold -= 1
-        if latency_s > self.patience_s(steps):
+        if latency_s > self._patience_s(predicted_s * steps):
             self.on_overrun(now_s)
 
     def patience_s(self, steps: int) -> float:
-        """How long the iteration in flight may take before the watchdog boosts."""
-        config = self.config
-        return self.predicted_s * steps * (1 + config.watchdog_share) + config.watchdog_s
+        """How long the iteration just planned may take before the watchdog boosts."""
+        return self._patience_s(self.predicted_s * steps)
+
+    def _patience_s(self, predicted_s: float) -> float:
+        return predicted_s * (1 + self.config.watchdog_share) + self.config.watchdog_s
 
     def on_overrun(self, now_s: float) -> None:
         """The iteration in flight is late: to the maximum clock, for some iterations."""
