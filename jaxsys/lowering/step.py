@@ -34,6 +34,7 @@ from .programs import (
     SplitChunkProgram,
     chunk_program,
 )
+from .sharded import ShardedStep, lower_sharded
 from .tables import BufferKey, GroupSignature, Segment, Tables, TaskSignature, build_tables
 
 Buffer = Any
@@ -49,7 +50,7 @@ def lower(
     gradient_dtype: Any = jnp.float32,
     recompute: Recompute = "block",
     unroll: bool = False,
-) -> "LoweredStep":
+) -> "LoweredStep | ShardedStep":
     """Checks a schedule and prepares its step.
 
     Args:
@@ -59,12 +60,22 @@ def lower(
         compute_dtype: dtype of the travelling weights and of all compute.
         gradient_dtype: dtype in which gradients are summed and travel.
         recompute: what backward computes again, see `programs.Recompute`.
-        unroll: write a chunk's layers out instead of looping over them.
+        unroll: write a chunk's layers out instead of looping over them; sharded schedules always
+            are.
 
     Raises:
         ScheduleError: if the schedule is not legal.
         UsageError: if the mesh, the layers or the options do not fit it.
     """
+    if schedule.placement is Placement.SHARDED:
+        return lower_sharded(
+            schedule,
+            model,
+            mesh,
+            compute_dtype=compute_dtype,
+            gradient_dtype=gradient_dtype,
+            recompute=recompute,
+        )
     for axis in (DATA, RING):
         if axis not in mesh.axis_names:
             raise UsageError(f"mesh axes are {mesh.axis_names}; a step needs {(DATA, RING)}")
@@ -386,11 +397,11 @@ class _Run:
             pairs = segment.pairs[position][index]
             if group.exposed:
                 arrived = self.depart(group, index, pairs, cell, state)
-                state = self.land(group, index, len(pairs), arrived, cell, state)
+                state = self.land(group, index, arrived, cell, state)
         for index, group in enumerate(signature.groups):
             pairs = segment.pairs[position][index]
             if not group.exposed:
-                flights.append((group, index, pairs, self.depart(group, index, pairs, cell, state)))
+                flights.append((group, index, self.depart(group, index, pairs, cell, state)))
         contributions = []
         tasks = {task.kind: task for task in signature.tasks}
         if TaskKind.WEIGHT_GRADIENT in tasks:
@@ -403,8 +414,8 @@ class _Run:
             contributions.append((TaskKind.BACKWARD, gradient))
         if TaskKind.FORWARD in tasks:
             state = self.forward(tasks[TaskKind.FORWARD], cell, state)
-        for group, index, pairs, arrived in flights:
-            state = self.land(group, index, len(pairs), arrived, cell, state)
+        for group, index, arrived in flights:
+            state = self.land(group, index, arrived, cell, state)
         for kind, gradient in contributions:
             state = self.contribute(kind, gradient, cell, state)
         return state
@@ -421,7 +432,7 @@ class _Run:
         return value
 
     def land(
-        self, group: GroupSignature, index: int, pairs: int, arrived, cell: "_Cells", state: _State
+        self, group: GroupSignature, index: int, arrived: PyTree, cell: "_Cells", state: _State
     ) -> _State:
         slot = cell[f"{index}.receive"]
         if group.kind is MoveKind.ALL_REDUCE:
@@ -432,11 +443,10 @@ class _Run:
         key = group.target
         count = self.tables.slots[key]
         valid = cell[f"{index}.valid"] == 1
-        everyone = pairs == self.schedule.devices
         if group.merge:
             there = _read(state.buffers[key], count, slot)
             arrived = jax.tree.map(jnp.add, there, arrived)
-        landed = _write(state.buffers[key], count, slot, arrived, None if everyone else valid)
+        landed = _write(state.buffers[key], count, slot, arrived, None if group.everyone else valid)
         return _replace(state, buffers={**state.buffers, key: landed})
 
     def forward(self, task: TaskSignature, cell: "_Cells", state: _State) -> _State:

@@ -6,7 +6,7 @@ which to write, which chunk and microbatch. What all devices share about a tick,
 static; ticks whose signatures repeat are folded into one scan.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -53,6 +53,8 @@ class GroupSignature:
     exposed: bool
     merge: bool
     """The gradients it brings are added to what is there."""
+    everyone: bool = False
+    """Every device receives in this very tick, so that nothing has to be masked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,8 +251,12 @@ class _Builder:
                     else:
                         slot = self.slot(device, move.landed, move.arrive)
                         self.set(tick, device, f"{index}.receive", slot)
+        everyone = self.schedule.devices
         return (
-            tuple(signature for signature, _ in groups),
+            tuple(
+                replace(signature, everyone=moves[0].source == ALL or len(moves) == everyone)
+                for signature, moves in groups
+            ),
             tuple(
                 tuple(sorted((m.source, m.target) for m in moves if m.source != ALL))
                 for _, moves in groups

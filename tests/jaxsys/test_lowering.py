@@ -14,8 +14,9 @@ from jaxsys.layered import LayeredModel, Parameters, reference_loss
 from jaxsys.lowering import RECOMPUTE_POLICIES, lower
 from jaxsys.lowering.programs import block_program
 from jaxsys.lowering.split import split_backward
+from jaxsys.lowering.tables import build_tables
 from jaxsys.mesh import make_mesh
-from jaxsys.schedule import Schedule, TaskKind
+from jaxsys.schedule import Schedule, TaskKind, check
 from jaxsys.strategies import NAMES, build
 from jaxsys.strategies.data_parallel import data_parallel
 from jaxsys.strategies.pipeline import one_f_one_b
@@ -116,6 +117,23 @@ def test_loss_and_gradients(schedule, layers, data):
 def test_every_named_schedule(name):
     schedule = build(name, devices=2, microbatches=4)
     assert_matches_reference(schedule, schedule.chunks)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_not_masked_happens_on_every_device(name):
+    """Ticks fold together; one in which only some devices receive must keep its mask."""
+    schedule = build(name, devices=8, microbatches=16)
+    tables = build_tables(schedule, check(schedule))
+    for segment in tables.segments:
+        for tick in range(segment.start, segment.start + segment.repeats * len(segment.period)):
+            signature = segment.period[(tick - segment.start) % len(segment.period)]
+            row = tables.rows[:, tick]
+            for index, group in enumerate(signature.groups):
+                valid = row[:, tables.columns[f"{index}.valid"]]
+                assert group.everyone == bool(valid.all()), f"tick {tick} group {index}"
+            for task in signature.tasks:
+                valid = row[:, tables.columns[f"{task.kind}.valid"]]
+                assert task.everyone == bool(valid.all()), f"tick {tick} {task.kind}"
 
 
 @pytest.mark.slow
