@@ -289,13 +289,19 @@ class EcoFreq:
         loads = [self._load]
         # deadlines_s[k]: times from now by which loads[0..k] should be done, one per prompt.
         deadlines_s: list[list[float]] = [[]]
-        if iteration.prefills:
-            left_s = slo.planned_ttft_s - now_s
-            deadlines_s[0] = [
-                left_s + piece.request.timing.arrival_s for piece in iteration.prefills
-            ]
-        if waiting:
-            self._add_queue(loads, deadlines_s, waiting, slo.planned_ttft_s, now_s)
+        left_s = slo.planned_ttft_s - now_s
+        queue: list[tuple[int, float]] = []
+        for piece in iteration.prefills:
+            request = piece.request
+            deadline_s = left_s + request.timing.arrival_s
+            if piece.last:
+                deadlines_s[0].append(deadline_s)
+            else:  # the rest of a long prompt comes first of all that waits
+                rest = request.total_length - piece.start - piece.length
+                queue.append((rest, deadline_s))
+        queue += [(r.total_length, left_s + r.timing.arrival_s) for r in waiting]
+        if queue:
+            self._add_queue(loads, deadlines_s, queue)
         guarded = bool(iteration.decodes) and config.growth_guard > 0
         if guarded:
             loads.append(_grown(self._load, 1 + config.growth_guard))
@@ -358,18 +364,17 @@ class EcoFreq:
         self,
         loads: list[Load],
         deadlines_s: list[list[float]],
-        waiting: "Collection[Request]",
-        planned_ttft_s: float,
-        now_s: float,
+        queue: "Sequence[tuple[int, float]]",
     ) -> None:
-        """Cuts the queue as the scheduler will, each piece with its prompts' deadlines."""
+        """Cuts the queue as the scheduler will; each entry is tokens and the time left for them."""
+        budget, chunks = self.config.prefill_budget, self.config.queue_chunks
         tokens = requests = 0
         deadlines: list[float] = []
-        for request in waiting:
-            tokens += request.total_length
+        for length, deadline_s in queue:
+            tokens += length
             requests += 1
-            deadlines.append(planned_ttft_s - (now_s - request.timing.arrival_s))
-            if tokens >= self.config.prefill_budget and len(loads) <= self.config.queue_chunks:
+            deadlines.append(deadline_s)
+            if tokens >= budget and len(loads) <= chunks:
                 loads.append(Load(prefill_tokens=tokens, prefill_requests=requests))
                 deadlines_s.append(deadlines)
                 tokens = requests = 0

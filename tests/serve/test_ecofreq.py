@@ -104,6 +104,16 @@ def test_prefill_counts_every_queued_request():
     assert Bench(slo, prefill_budget=1000).decide(work, queue) > CLOCKS[0]
 
 
+def test_the_rest_of_a_long_prompt_counts():
+    long = request(16_000)
+    first = PrefillPiece(long, 0, 4000, 0, last=False)
+    work = Iteration(1, (first,), (), (), 4000, 0, 0, 0, 1)
+    whole_s = GPU.run(Load(prefill_tokens=4000, prefill_requests=1), CLOCKS[0]).time_s
+    whole_s += GPU.run(Load(prefill_tokens=12_000, prefill_requests=1), CLOCKS[0]).time_s
+    assert Bench(Slo(ttft_s=1.01 * whole_s, reserve=0.0)).decide(work) == CLOCKS[0]
+    assert Bench(Slo(ttft_s=0.9 * whole_s, reserve=0.0)).decide(work) > CLOCKS[0]
+
+
 def test_one_prompt_beyond_saving_does_not_bind_but_many_do():
     fresh = [request(50, arrival_s=1.0) for _ in range(19)]
     late = request(50, arrival_s=0.0)
