@@ -1,6 +1,14 @@
 """From a Schedule to one jitted `shard_map` step."""
 
 from .programs import RECOMPUTE_POLICIES, Recompute
+from .sharded import ShardedStep, lower_sharded
 from .step import LoweredStep, lower
 
-__all__ = ["RECOMPUTE_POLICIES", "LoweredStep", "Recompute", "lower"]
+__all__ = [
+    "RECOMPUTE_POLICIES",
+    "LoweredStep",
+    "Recompute",
+    "ShardedStep",
+    "lower",
+    "lower_sharded",
+]

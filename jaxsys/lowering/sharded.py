@@ -1,0 +1,519 @@
+"""Lowers a schedule of the ZeRO family to one step of explicit collectives.
+
+All devices do the same, so that there is nothing to select: ticks, layers and microbatches are
+written out, each gather one `all_gather` of a chunk's packed shards, each reduction one
+`psum_scatter`. What keeps them where the schedule has them is `optimization_barrier`:
+
+* a gather's shards pass a barrier together with the activation (or cotangent) of the tick it starts
+  in. So it cannot start earlier, and two gathers of one chunk are not the same expression, which
+  XLA would merge into one whose result it keeps: the merge that silently turns ZeRO-3 into ZeRO-2;
+* a reduction starts behind such a barrier too, and its result passes one in the tick by which it
+  must have arrived, so that a deferred one does not drift on to the end of the step;
+* the next microbatch's input waits for the last one's cotangent: independent microbatches would all
+  be alive at once.
+
+XLA:CPU drops barriers before it merges expressions; `CPU_COMPILER_OPTIONS` leaves them in. Weights
+never outlive their copy: residuals that hold weights alone are made again from the copy that B
+has (see `programs`).
+
+Legend: P devices, C chunks, L layers, n elements of a chunk's shard.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxsys.errors import UsageError
+from jaxsys.layered import LayeredModel, Parameters, PyTree
+from jaxsys.mesh import DATA, RING
+from jaxsys.schedule import Move, MoveKind, Placement, Schedule, Task, TaskKind, check
+
+from .programs import BlockProgram, Recompute, block_program
+
+CPU_COMPILER_OPTIONS = {
+    "xla_disable_hlo_passes": "cse_barrier_expander,optimization-barrier-expander,"
+    "optimization_barrier_expander"
+}
+"""For `lowered.compile(compiler_options=...)` on CPU: barriers stay until the program is merged."""
+
+SHARDED_RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "block")
+
+
+def lower_sharded(
+    schedule: Schedule,
+    model: LayeredModel,
+    mesh: Mesh,
+    *,
+    compute_dtype: Any = jnp.float32,
+    gradient_dtype: Any = jnp.float32,
+    recompute: Recompute | tuple[Recompute, ...] = "block",
+) -> "ShardedStep":
+    """Checks a schedule whose parameters rest in shards and prepares its step.
+
+    Args:
+        schedule: of `Placement.SHARDED`, all devices alike, as `jaxsys.strategies.zero` makes them.
+        model: the layered model it runs.
+        mesh: axes `DATA` and `RING`, the ring as long as the schedule's devices.
+        compute_dtype: dtype of gathered weights and of all compute.
+        gradient_dtype: dtype in which gradients are reduced and locally summed.
+        recompute: what backward computes again, for all layers or one each.
+
+    Raises:
+        ScheduleError: if the schedule is not legal.
+        UsageError: if the mesh, the layers or the options do not fit it.
+    """
+    if schedule.placement is not Placement.SHARDED:
+        raise UsageError(
+            f"schedule {schedule.name} rests {schedule.placement}; this lowers sharded ones"
+        )
+    for axis in (DATA, RING):
+        if axis not in mesh.axis_names:
+            raise UsageError(f"mesh axes are {mesh.axis_names}; a step needs {(DATA, RING)}")
+    if mesh.shape[RING] != schedule.devices:
+        raise UsageError(
+            f"mesh axis {RING!r} has {mesh.shape[RING]} devices but schedule {schedule.name} "
+            f"has {schedule.devices}"
+        )
+    if not 1 <= schedule.chunks <= model.layers:
+        raise UsageError(
+            f"layers={model.layers} cannot fill chunks={schedule.chunks}; "
+            f"use at most {model.layers} chunks"
+        )
+    policies = (recompute,) * model.layers if isinstance(recompute, str) else tuple(recompute)
+    if len(policies) != model.layers:
+        raise UsageError(f"{len(policies)} recompute policies for layers={model.layers}")
+    for policy in policies:
+        if policy not in SHARDED_RECOMPUTE:
+            legal = ", ".join(SHARDED_RECOMPUTE)
+            raise UsageError(f"recompute={policy!r} is not a policy here; use one of {legal}")
+    check(schedule)
+    tasks = [[_relative(t, schedule, d) for t in _of_device(schedule, d)] for d in (0, -1)]
+    if tasks[0] != tasks[1]:
+        raise UsageError(f"schedule {schedule.name} gives its devices different tasks")
+    return ShardedStep(
+        schedule=schedule,
+        model=model,
+        mesh=mesh,
+        compute_dtype=jnp.dtype(compute_dtype),
+        gradient_dtype=jnp.dtype(gradient_dtype),
+        recompute=policies,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardedStep:
+    """A sharded schedule ready to run; the same surface as `LoweredStep`."""
+
+    schedule: Schedule
+    model: LayeredModel
+    mesh: Mesh
+    compute_dtype: Any
+    gradient_dtype: Any
+    recompute: tuple[Recompute, ...]
+
+    @cached_property
+    def chunk_layers(self) -> tuple[range, ...]:
+        """The layers of each chunk, as even as possible."""
+        small, extra = divmod(self.model.layers, self.schedule.chunks)
+        ends = np.cumsum([small + (c < extra) for c in range(self.schedule.chunks)])
+        return tuple(range(int(e) - small - (c < extra), int(e)) for c, e in enumerate(ends))
+
+    def rest_shardings(self, parameters: Parameters) -> Parameters:
+        """NamedShardings of parameters at rest; leaves may be arrays or ShapeDtypeStructs."""
+        specs = self._rest_specs(parameters)
+        return jax.tree.map(lambda s: NamedSharding(self.mesh, s), specs, is_leaf=_is_spec)
+
+    def batch_shardings(self, batch: PyTree) -> PyTree:
+        """NamedShardings of a batch with leaves [D M, B, ...]; D data replicas."""
+        sharding = NamedSharding(self.mesh, PartitionSpec(DATA))
+        return jax.tree.map(lambda _: sharding, batch)
+
+    def to_rest(self, parameters: Parameters) -> Parameters:
+        """Places parameters on the mesh; layers keep their order."""
+        for leaf in jax.tree.leaves(parameters["blocks"]):
+            if leaf.shape[:1] != (self.model.layers,):
+                raise UsageError(
+                    f"a block parameter has shape {leaf.shape}; expected [{self.model.layers}, ...]"
+                )
+        return jax.device_put(parameters, self.rest_shardings(parameters))
+
+    def from_rest(self, parameters: Parameters) -> Parameters:
+        """The parameters in layer order, which is the order they rest in."""
+        return parameters
+
+    def loss_and_gradients(
+        self, parameters: Parameters, batch: PyTree
+    ) -> tuple[jax.Array, Parameters]:
+        """The step's loss and gradients; trace it inside a jit of your own.
+
+        Args:
+            parameters: at rest, see `to_rest`.
+            batch: leaves [D M, B, ...].
+
+        Returns:
+            The float32 loss, sum of losses over sum of weights, and gradients like `parameters`.
+
+        Raises:
+            UsageError: if the batch does not hold D M microbatches.
+        """
+        replicas, total = self.mesh.shape[DATA], self.schedule.microbatches
+        for leaf in jax.tree.leaves(batch):
+            if leaf.shape[0] != replicas * total:
+                raise UsageError(
+                    f"batch has {leaf.shape[0]} microbatches but schedule {self.schedule.name} "
+                    f"takes {total} on each of {replicas} data replicas: {replicas * total} in all"
+                )
+        # Device d of a replica computes microbatches d, d + P, ...: bring them side by side.
+        order = np.arange(replicas * total).reshape(replicas, -1, self.schedule.devices)
+        order = order.transpose(0, 2, 1).reshape(-1)
+        batch = jax.tree.map(lambda leaf: jnp.take(leaf, order, axis=0), batch)
+        specs = self._rest_specs(parameters)
+        step = jax.shard_map(
+            _Run(self, specs).step,
+            mesh=self.mesh,
+            in_specs=(specs, PartitionSpec((DATA, RING))),
+            out_specs=(PartitionSpec(), specs),
+            # Third-party kernels and split residuals carry no varying-axes types.
+            check_vma=False,
+        )
+        return step(parameters, batch)
+
+    def _rest_specs(self, parameters: Parameters) -> Parameters:
+        ring = self.schedule.devices
+
+        def spec(leaf: Any, first: int) -> PartitionSpec:
+            for axis in range(first, len(leaf.shape)):
+                if leaf.shape[axis] and leaf.shape[axis] % ring == 0:
+                    return PartitionSpec(*[None] * axis, RING)
+            return PartitionSpec()
+
+        return Parameters(
+            edge=jax.tree.map(lambda leaf: spec(leaf, 0), parameters["edge"]),
+            blocks=jax.tree.map(lambda leaf: spec(leaf, 1), parameters["blocks"]),
+        )
+
+
+class _ChunkLayout:
+    """How a chunk's shards lie in one row, and how whole leaves come back from P rows.
+
+    Leaves that no axis divides rest whole: they are not sent, and their gradient is summed over the
+    ring once, at the end.
+    """
+
+    def __init__(self, shards: PyTree, specs: PyTree, devices: int) -> None:
+        leaves, self.structure = jax.tree.flatten(shards)
+        self.axes = [s.index(RING) if RING in s else None for s in _spec_leaves(specs)]
+        self.devices = devices
+        self.shapes = [leaf.shape for leaf in leaves]  # [K, ...] of one device
+
+    def pack(self, shards: PyTree) -> jax.Array:
+        """Shards of the chunk -> [n]."""
+        leaves = jax.tree.leaves(shards)
+        parts = [
+            leaf.reshape(-1)
+            for leaf, axis in zip(leaves, self.axes, strict=True)
+            if axis is not None
+        ]
+        return jnp.concatenate(parts) if parts else jnp.zeros((0,), leaves[0].dtype)
+
+    def unpack(self, rows: jax.Array, own: PyTree) -> PyTree:
+        """[P, n] and the chunk's own shards -> whole leaves [K, ...]."""
+        found, start = [], 0
+        for leaf, shape, axis in zip(jax.tree.leaves(own), self.shapes, self.axes, strict=True):
+            if axis is None:
+                found.append(leaf)
+                continue
+            size = math.prod(shape)
+            part = rows[:, start : start + size].reshape(self.devices, *shape)
+            start += size
+            merged = (*shape[:axis], self.devices * shape[axis], *shape[axis + 1 :])
+            found.append(jnp.moveaxis(part, 0, axis).reshape(merged))
+        return jax.tree.unflatten(self.structure, found)
+
+    def pack_whole(self, whole: PyTree) -> jax.Array:
+        """Whole leaves [K, ...] -> [P, n]: row p is what belongs to device p."""
+        parts = []
+        for leaf, shape, axis in zip(jax.tree.leaves(whole), self.shapes, self.axes, strict=True):
+            if axis is not None:
+                cut = (*shape[:axis], self.devices, shape[axis], *shape[axis + 1 :])
+                rows = jnp.moveaxis(leaf.reshape(cut), axis, 0)
+                parts.append(rows.reshape(self.devices, -1))
+        return jnp.concatenate(parts, axis=1)
+
+    def split(self, row: jax.Array, whole: PyTree) -> PyTree:
+        """[n] -> shards [K, ...]; leaves that rest whole are taken from `whole`."""
+        found, start = [], 0
+        for leaf, shape, axis in zip(jax.tree.leaves(whole), self.shapes, self.axes, strict=True):
+            if axis is None:
+                found.append(leaf)
+                continue
+            size = math.prod(shape)
+            found.append(row[start : start + size].reshape(shape))
+            start += size
+        return jax.tree.unflatten(self.structure, found)
+
+
+class _Run:
+    """One trace of the step, inside shard_map: shapes are per device."""
+
+    def __init__(self, lowered: ShardedStep, specs: Parameters) -> None:
+        self.lowered, self.schedule, self.model = lowered, lowered.schedule, lowered.model
+        self.specs = specs
+
+    def step(self, parameters: Parameters, batch: PyTree) -> tuple[jax.Array, Parameters]:
+        """blocks [L, ...] in shards, batch leaves [M / P, B, ...]."""
+        lowered, schedule = self.lowered, self.schedule
+        self.batch = batch
+        self.edge = jax.tree.map(self.gather_edge, parameters["edge"], self.specs["edge"])
+        own = jax.tree.map(lambda p: p.astype(lowered.compute_dtype), parameters["blocks"])
+        self.shards = [
+            jax.tree.map(lambda p, part=part: p[part.start : part.stop], own)
+            for part in lowered.chunk_layers
+        ]
+        self.layouts = [
+            _ChunkLayout(shards, self.specs["blocks"], schedule.devices) for shards in self.shards
+        ]
+        microbatch = jax.tree.map(lambda b: jax.ShapeDtypeStruct(b.shape[1:], b.dtype), batch)
+        self.programs = self.block_programs(microbatch)
+        self.edge_gradient = jax.tree.map(
+            lambda e: jnp.zeros(e.shape, lowered.gradient_dtype), self.edge
+        )
+        self.loss = self.weight = jnp.float32(0)
+        self.embedded: PyTree | None = None
+        """The microbatch whose cotangent has come down to the embedding, not yet read there."""
+        # The value that everything in flight is tied to: the running activation or cotangent.
+        self.carrier: jax.Array = jnp.zeros((), lowered.compute_dtype)
+        self.weights: dict[int, PyTree] = {}
+        self.residuals: dict[tuple[int, int], list[list[jax.Array]]] = {}
+        self.gradients: dict[int, PyTree] = {}
+        self.reduced: dict[int, PyTree] = {}
+        landing: dict[int, list[tuple[Move, PyTree]]] = {}
+        for tick in range(schedule.ticks):
+            for move, value in landing.pop(tick, ()):
+                self.land(move, value)
+            for move in schedule.moves_by_start[tick]:
+                value = self.depart(move)
+                if move.arrive == tick:
+                    self.land(move, value)
+                else:
+                    landing.setdefault(move.arrive, []).append((move, value))
+            for task in schedule.tasks_by_tick[tick]:
+                if task.device == 0:
+                    self.run(task)
+            self.drop(tick)
+        for moves in landing.values():
+            for move, value in moves:
+                self.land(move, value)
+        self.embed_backward()
+        return self.finish(parameters)
+
+    def block_programs(self, microbatch: PyTree) -> list[BlockProgram]:
+        layer = jax.tree.map(
+            lambda w: jax.ShapeDtypeStruct(w.shape[1:], w.dtype), self.whole_shapes(0)
+        )
+        x = jax.eval_shape(self.model.embed, self.edge, microbatch)
+        made = {
+            policy: block_program(self.model, layer, x, microbatch, policy)
+            for policy in dict.fromkeys(self.lowered.recompute)
+        }
+        return [made[policy] for policy in self.lowered.recompute]
+
+    def whole_shapes(self, chunk: int) -> PyTree:
+        rows = jax.eval_shape(
+            lambda row: jnp.broadcast_to(row, (self.schedule.devices, *row.shape)),
+            jax.eval_shape(self.layouts[chunk].pack, self.shards[chunk]),
+        )
+        return jax.eval_shape(self.layouts[chunk].unpack, rows, self.shards[chunk])
+
+    @cached_property
+    def last_uses(self) -> dict[tuple[int, int], bool]:
+        """(tick, chunk) -> whether the copy of the weights read there is not read again."""
+        events: dict[int, list[tuple[int, int, str]]] = {}
+        for task in self.schedule.tasks:
+            if task.device == 0:
+                events.setdefault(task.chunk, []).append((task.tick, 1, "use"))
+        for move in self.schedule.moves:
+            if move.kind is MoveKind.ALL_GATHER:
+                events.setdefault(move.block.chunk, []).append((move.arrive, 0, "new"))
+        last: dict[tuple[int, int], bool] = {}
+        for chunk, rows in events.items():
+            rows.sort()
+            for index, (tick, _, kind) in enumerate(rows):
+                if kind == "use":
+                    last[tick, chunk] = index + 1 == len(rows) or rows[index + 1][2] == "new"
+        return last
+
+    def drop(self, tick: int) -> None:
+        for chunk in list(self.weights):
+            if self.last_uses.get((tick, chunk)):
+                del self.weights[chunk]
+
+    # Moves.
+
+    def tie(self, value: PyTree) -> PyTree:
+        """The value, but not before the carrier; what follows on the carrier comes after it."""
+        value, self.carrier = lax.optimization_barrier((value, self.carrier))
+        return value
+
+    def depart(self, move: Move) -> PyTree:
+        chunk = move.block.chunk
+        layout = self.layouts[chunk]
+        if move.kind is MoveKind.ALL_GATHER:
+            shards = self.tie(self.shards[chunk])
+            with jax.named_scope(f"gather_{chunk}_for_tick_{move.arrive}"):
+                rows = lax.all_gather(layout.pack(shards), RING)
+            return rows, shards
+        gradient = self.tie(self.gradients.pop(chunk))
+        with jax.named_scope(f"reduce_{chunk}_in_tick_{move.start}"):
+            row = lax.psum_scatter(layout.pack_whole(gradient), RING, scatter_dimension=0)
+        return layout.split(row, gradient)
+
+    def land(self, move: Move, value: PyTree) -> None:
+        chunk = move.block.chunk
+        if move.kind is MoveKind.ALL_GATHER:
+            rows, shards = value
+            self.weights[chunk] = self.layouts[chunk].unpack(rows, shards)
+            return
+        value = self.tie(value)
+        value = jax.tree.map(lambda v: v.astype(jnp.float32), value)
+        there = self.reduced.get(chunk)
+        self.reduced[chunk] = value if there is None else jax.tree.map(jnp.add, there, value)
+
+    # Tasks.
+
+    def run(self, task: Task) -> None:
+        turn = task.microbatch // self.schedule.devices
+        microbatch = jax.tree.map(lambda leaf: leaf[turn], self.batch)
+        if task.kind is TaskKind.FORWARD:
+            self.forward(task.chunk, turn, microbatch)
+        else:
+            self.backward(task.chunk, turn, microbatch)
+
+    def forward(self, chunk: int, turn: int, microbatch: PyTree) -> None:
+        if chunk == 0:
+            # The last microbatch is done with before this one begins.
+            microbatch = self.tie(microbatch)
+            self.embed_backward()
+            self.carrier = self.model.embed(self.edge, microbatch)
+        x, weights, kept = self.carrier, self.weights[chunk], []
+        for index, layer in enumerate(self.lowered.chunk_layers[chunk]):
+            own = jax.tree.map(lambda w, i=index: w[i], weights)
+            x, residuals = self.programs[layer].forward(own, x, microbatch)
+            kept.append(residuals)
+        self.residuals[chunk, turn] = kept
+        self.carrier = x
+
+    def backward(self, chunk: int, turn: int, microbatch: PyTree) -> None:
+        dy = self.carrier
+        if chunk == self.schedule.chunks - 1:
+            (part, count), vjp = jax.vjp(
+                lambda e, v: self.model.head_loss(e, v, microbatch), self.edge, self.carrier
+            )
+            d_edge, dy = vjp((jnp.ones_like(part), jnp.zeros_like(count)))
+            self.add_to_edge(d_edge)
+            self.loss, self.weight = self.loss + part, self.weight + count
+        kept, weights = self.residuals.pop((chunk, turn)), self.weights[chunk]
+        parts = []
+        for index, layer in reversed(list(enumerate(self.lowered.chunk_layers[chunk]))):
+            own = jax.tree.map(lambda w, i=index: w[i], weights)
+            # Recompute must not begin before the cotangent is there.
+            residuals, dy = lax.optimization_barrier((kept[index], dy))
+            dw, dy = self.programs[layer].backward(own, residuals, dy, microbatch)
+            parts.append(dw)
+        gradient = jax.tree.map(
+            lambda *leaves: jnp.stack(leaves).astype(self.lowered.gradient_dtype), *parts[::-1]
+        )
+        there = self.gradients.get(chunk)
+        if there is not None:
+            gradient = jax.tree.map(jnp.add, there, gradient)
+        # The sum is made in its own tick, so that residuals are gone after it.
+        gradient, dy = lax.optimization_barrier((gradient, dy))
+        self.gradients[chunk] = gradient
+        self.carrier = dy
+        if chunk == 0:
+            self.embedded = microbatch
+
+    def embed_backward(self) -> None:
+        """The embedding's gradient, put off until what is tied to its cotangent has started.
+
+        XLA drops what nobody reads from a barrier, and with it the order that it gave.
+        """
+        if self.embedded is None:
+            return
+        microbatch, self.embedded = self.embedded, None
+        _, vjp = jax.vjp(lambda e: self.model.embed(e, microbatch), self.edge)
+        self.add_to_edge(vjp(self.carrier)[0])
+
+    # Embedding and head, and the end.
+
+    def gather_edge(self, leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
+        leaf = leaf.astype(self.lowered.compute_dtype) if _is_float(leaf) else leaf
+        if RING not in spec:
+            return leaf
+        return lax.all_gather(leaf, RING, axis=spec.index(RING), tiled=True)
+
+    def add_to_edge(self, part: PyTree) -> None:
+        self.edge_gradient = jax.tree.map(
+            lambda t, p: t + p.astype(t.dtype) if _is_float(p) else t, self.edge_gradient, part
+        )
+
+    def finish(self, parameters: Parameters) -> tuple[jax.Array, Parameters]:
+        loss, weight = lax.psum((self.loss, self.weight), (DATA, RING))
+        replicated = self.lowered.mesh.shape[DATA] > 1
+        blocks = jax.tree.map(
+            lambda *parts: jnp.concatenate(parts),
+            *[self.reduced[chunk] for chunk in range(self.schedule.chunks)],
+        )
+
+        def at_rest(total: jax.Array, like: jax.Array, summed: Callable) -> jax.Array:
+            total = total.astype(like.dtype)
+            if replicated:
+                total = lax.psum(total, DATA)
+            return summed(total) / weight
+
+        def block(total: jax.Array, like: jax.Array, spec: PartitionSpec) -> jax.Array:
+            whole = RING not in spec
+            return at_rest(total, like, lambda t: lax.psum(t, RING) if whole else t)
+
+        def edge(total: jax.Array, like: jax.Array, spec: PartitionSpec) -> jax.Array:
+            def summed(t: jax.Array) -> jax.Array:
+                if RING not in spec:
+                    return lax.psum(t, RING)
+                axis = spec.index(RING)
+                return lax.psum_scatter(t, RING, scatter_dimension=axis, tiled=True)
+
+            return at_rest(total, like, summed)
+
+        return loss / weight, Parameters(
+            edge=jax.tree.map(edge, self.edge_gradient, parameters["edge"], self.specs["edge"]),
+            blocks=jax.tree.map(block, blocks, parameters["blocks"], self.specs["blocks"]),
+        )
+
+
+def _of_device(schedule: Schedule, device: int) -> list[Task]:
+    device %= schedule.devices
+    return [task for tick in schedule.tasks_by_tick for task in tick if task.device == device]
+
+
+def _relative(task: Task, schedule: Schedule, device: int) -> tuple[int, TaskKind, int, int]:
+    return task.tick, task.kind, task.chunk, task.microbatch - device % schedule.devices
+
+
+def _is_float(leaf: jax.Array) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def _is_spec(value: Any) -> bool:
+    return isinstance(value, PartitionSpec)
+
+
+def _spec_leaves(specs: PyTree) -> list[PartitionSpec]:
+    return jax.tree.leaves(specs, is_leaf=_is_spec)

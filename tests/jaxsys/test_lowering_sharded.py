@@ -1,0 +1,253 @@
+"""The ZeRO family's compiled steps: what they compute, send and hold."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxsys.errors import UsageError
+from jaxsys.layered import LayeredModel, Parameters, reference_loss
+from jaxsys.lowering.compiled import collective_counts
+from jaxsys.lowering.sharded import CPU_COMPILER_OPTIONS, lower_sharded
+from jaxsys.mesh import make_mesh
+from jaxsys.strategies import zero
+from jaxsys.strategies.data_parallel import data_parallel
+
+DEVICES, TURNS, LAYERS, WIDTH = 4, 2, 3, 16
+EDGES = 2  # leaves of embedding and head, each gathered once
+STAGES = {
+    "zero-1": zero.zero_1,
+    "zero-2": zero.zero_2,
+    "zero-3": zero.zero_3,
+    "zero-3.5": zero.zero_3_5,
+    "zero-4": zero.zero_4,
+}
+
+
+def small_model(layers: int = LAYERS) -> LayeredModel:
+    """A residual MLP with a nonlinearity that needs its input, and a leaf that nothing divides."""
+
+    def block(weights, x, microbatch):
+        h = jnp.tanh(x @ weights["up"] + weights["shift"][None, :].sum(-1, keepdims=True))
+        return x + h @ weights["down"]
+
+    def head_loss(edge, x, microbatch):
+        error = (x @ edge["head"]).astype(jnp.float32) - microbatch["targets"]
+        return jnp.sum(error**2), jnp.float32(error.size)
+
+    return LayeredModel(
+        embed=lambda edge, microbatch: (
+            microbatch["inputs"].astype(edge["embed"].dtype) @ edge["embed"]
+        ),
+        block=block,
+        head_loss=head_loss,
+        layers=layers,
+    )
+
+
+def small_parameters(layers: int = LAYERS, width: int = WIDTH) -> Parameters:
+    keys = iter(jax.random.split(jax.random.key(0), 8))
+
+    def normal(*shape):
+        return jax.random.normal(next(keys), shape) / np.sqrt(shape[-2] if len(shape) > 1 else 1)
+
+    return Parameters(
+        edge={"embed": normal(8, width), "head": normal(width, 8)},
+        blocks={
+            "up": normal(layers, width, 2 * width),
+            "down": normal(layers, 2 * width, width),
+            "shift": normal(layers, 3),
+        },
+    )
+
+
+def small_batch(count: int, rows: int = 2):
+    a, b = jax.random.split(jax.random.key(1))
+    return {
+        "inputs": jax.random.normal(a, (count, rows, 8)),
+        "targets": jax.random.normal(b, (count, rows, 8)),
+    }
+
+
+def compiled_step(step, parameters, batch):
+    lowered = jax.jit(step.loss_and_gradients).lower(parameters, batch)
+    options: Any = CPU_COMPILER_OPTIONS
+    return lowered.compile(compiler_options=options)
+
+
+def text_of(name: str, turns: int = TURNS) -> str:
+    text = stage_step(name, turns)[1].as_text()
+    assert text is not None
+    return text
+
+
+@functools.cache
+def stage_step(name: str, turns: int = TURNS):
+    """(step, its compiled program, loss, gradients) on four devices."""
+    schedule = STAGES[name](DEVICES, DEVICES * turns, chunks=LAYERS)
+    step = lower_sharded(schedule, small_model(), make_mesh(DEVICES), recompute="none")
+    parameters, batch = step.to_rest(small_parameters()), small_batch(DEVICES * turns)
+    program = compiled_step(step, parameters, batch)
+    return step, program, *program(parameters, batch)
+
+
+def assert_gradients(found, wanted) -> None:
+    for path, leaf in jax.tree.leaves_with_path(wanted):
+        other = functools.reduce(lambda tree, key: tree[key.key], path, found)
+        scale = float(jnp.abs(leaf).max())
+        np.testing.assert_allclose(other, leaf, atol=1e-5 * scale, rtol=0, err_msg=str(path))
+
+
+def reference(batch, layers: int = LAYERS):
+    model = small_model(layers)
+    run = jax.value_and_grad(lambda p: reference_loss(model, p, batch))
+    return jax.jit(run)(small_parameters(layers))
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_loss_and_gradients_equal_the_reference(name):
+    _, _, loss, gradients = stage_step(name)
+    wanted_loss, wanted = reference(small_batch(DEVICES * TURNS))
+    np.testing.assert_allclose(loss, wanted_loss, rtol=1e-5)
+    assert_gradients(gradients, wanted)
+
+
+@pytest.mark.parametrize(
+    "recompute",
+    [
+        "none",
+        pytest.param("selective", marks=pytest.mark.slow),
+        pytest.param("block", marks=pytest.mark.slow),
+    ],
+)
+def test_uneven_chunks_replicas_and_recompute(recompute):
+    """Two replicas of two devices; three chunks of five layers; a mixture of lifetimes."""
+    layers = 5
+    schedule = zero.trajectory(
+        2, 4, chunks=3, keep_within=[0], keep_between=[0, 1], defer=[2], lookahead=2
+    )
+    step = lower_sharded(schedule, small_model(layers), make_mesh(2, 2), recompute=recompute)
+    parameters, batch = step.to_rest(small_parameters(layers)), small_batch(8)
+    loss, gradients = jax.jit(step.loss_and_gradients)(parameters, batch)
+    wanted_loss, wanted = reference(batch, layers)
+    np.testing.assert_allclose(loss, wanted_loss, rtol=1e-5)
+    assert_gradients(step.from_rest(gradients), wanted)
+
+
+def test_compiled_programs_gather_and_reduce_as_often_as_the_schedule():
+    """2 M L gathers for ZeRO-3 and (M + 1) L for 3.5 and 4, none merged, none hoisted."""
+    gathers = {
+        "zero-1": LAYERS,
+        "zero-2": LAYERS,
+        "zero-3": 2 * TURNS * LAYERS,
+        "zero-3.5": (TURNS + 1) * LAYERS,
+        "zero-4": (TURNS + 1) * LAYERS,
+    }
+    for name, count in gathers.items():
+        counts = collective_counts(text_of(name))
+        assert counts["all-gather"] == count + EDGES, name
+        reductions = LAYERS if name == "zero-1" else TURNS * LAYERS
+        assert counts["reduce-scatter"] == reductions + EDGES, name
+
+
+def test_deferred_reductions_are_issued_in_the_forward_pass():
+    """In the compiled order a deferred sum comes after the next microbatch has been embedded."""
+    text = text_of("zero-4")
+    chunk = LAYERS - 1
+    start = zero.forward_tick(LAYERS, 1, chunk)
+    lines = [line for line in text.splitlines() if f"reduce_{chunk}_in_tick_{start}/" in line]
+    assert any(" reduce-scatter" in line for line in lines)
+    # And ZeRO-3.5 has it right after the backward pass instead.
+    early = zero.backward_tick(LAYERS, 0, chunk) + 1
+    assert f"reduce_{chunk}_in_tick_{early}/" in text_of("zero-3.5")
+    assert f"reduce_{chunk}_in_tick_{early}/" not in text
+
+
+def train(name: str, *, stale: bool = False, steps: int = 5):
+    """Parameters after some steps of Adam, clipped by the global norm."""
+    step, program, *_ = stage_step(name)
+    parameters, batch = step.to_rest(small_parameters()), small_batch(DEVICES * TURNS)
+    optimizer = optax.chain(optax.clip_by_global_norm(0.05), optax.adam(1e-2))
+    state = optimizer.init(parameters)
+
+    @jax.jit
+    def update(gradients, state, parameters: Any):
+        updates, state = optimizer.update(gradients, state)
+        return optax.apply_updates(parameters, updates), state
+
+    read = parameters
+    for _ in range(steps):
+        _, gradients = program(read, batch)
+        if stale:  # the copy that was kept is from before this update
+            read = parameters
+        parameters, state = update(gradients, state, parameters)
+        if not stale:
+            read = parameters
+    return parameters
+
+
+def test_five_clipped_adam_steps_are_bit_equal():
+    expected = train("zero-3")
+    for name in ("zero-3.5", "zero-4"):
+        found = train(name)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_array_equal(a, b, err_msg=name)
+    stale = train("zero-3", stale=True)
+    assert not np.array_equal(stale["blocks"]["up"], expected["blocks"]["up"])
+
+
+def test_one_microbatch_falls_back_to_zero_3():
+    plain = collective_counts(text_of("zero-3", 1))
+    for name in ("zero-3.5", "zero-4"):
+        _, _, loss, gradients = stage_step(name, 1)
+        assert collective_counts(text_of(name, 1)) == plain
+        assert plain["all-gather"] == 2 * LAYERS + EDGES
+        wanted = stage_step("zero-3", 1)
+        np.testing.assert_array_equal(loss, wanted[2])
+        for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted[3]), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def temporary_bytes(stage, *, keep=None, rows: int, turns: int) -> int:
+    layers, width = 4, 256
+    options = {} if keep is None else {"keep": keep}
+    schedule = stage(2, 2 * turns, chunks=layers, **options)
+    step = lower_sharded(schedule, small_model(layers), make_mesh(2), recompute="none")
+    parameters = step.to_rest(small_parameters(layers, width))
+    program = compiled_step(step, parameters, small_batch(2 * turns, rows))
+    analysis = program.memory_analysis()
+    assert analysis is not None
+    return analysis.temp_size_in_bytes
+
+
+def test_keeping_weights_makes_no_new_peak_where_the_condition_holds():
+    """A >= W: residuals of 3 x 256 floats a row against weights of 2 x 2 x 256 x 256."""
+    rows = 512  # A = 512 * 4 * 256 * 4 bytes = 2 MiB, W = 1 MiB
+    plain = temporary_bytes(zero.zero_3, rows=rows, turns=2)
+    kept = temporary_bytes(zero.zero_3_5, rows=rows, turns=2)
+    assert kept <= plain * 1.02
+
+
+@pytest.mark.slow
+def test_kept_weights_show_where_there_are_no_residuals_to_hide_behind():
+    plain, kept = (temporary_bytes(s, rows=8, turns=2) for s in (zero.zero_3, zero.zero_3_5))
+    assert kept - plain > 1.2 * 2**20
+
+
+def test_refusals():
+    mesh = make_mesh(DEVICES)
+    with pytest.raises(UsageError, match="rests replicated"):
+        lower_sharded(data_parallel(4, 4), small_model(), mesh)
+    with pytest.raises(UsageError, match="has 4 devices but schedule zero-3 has 2"):
+        lower_sharded(zero.zero_3(2, 2, chunks=2), small_model(), mesh)
+    with pytest.raises(UsageError, match="at most 3 chunks"):
+        lower_sharded(zero.zero_3(4, 4, chunks=9), small_model(), mesh)
+    with pytest.raises(UsageError, match="recompute='chunk'"):
+        lower_sharded(zero.zero_3(4, 4, chunks=2), small_model(), mesh, recompute="chunk")
+    step = lower_sharded(zero.zero_3(4, 8, chunks=2), small_model(), mesh)
+    with pytest.raises(UsageError, match="8 on each of 1 data replicas"):
+        step.loss_and_gradients(step.to_rest(small_parameters()), small_batch(4))
