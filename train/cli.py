@@ -12,8 +12,9 @@ from jaxsys.lowering import RECOMPUTE_POLICIES
 from jaxsys.mesh import make_mesh
 from jaxsys.model import ByteTokenizer, Tokenizer, initial_parameters, layered, preset
 from jaxsys.model.save import save_safetensors
+from jaxsys.planner.workload import llama_workload
 from jaxsys.strategies import NAMES
-from jaxsys.train import corpus, samples
+from jaxsys.train import auto, corpus, samples
 from jaxsys.train.hosts import Hosts, choose_devices, join
 from jaxsys.train.loader import Batches
 from jaxsys.train.loop import Report
@@ -36,7 +37,8 @@ def parser(prog: str) -> argparse.ArgumentParser:
     how = result.add_argument_group("how it is run")
     how.add_argument(
         "--schedule",
-        help=f"{', '.join(NAMES)}, or a plan.json (default weipipe-interleave; dp on one device)",
+        help=f"{', '.join(NAMES)}, a schedule's .json, or auto: ask the planner "
+        "(default weipipe-interleave; dp on one device)",
     )
     how.add_argument("--devices", type=int, help="default: all GPUs, else 4 virtual CPU devices")
     how.add_argument("--replicas", type=int, default=1, help="rings side by side (default 1)")
@@ -127,8 +129,20 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
         raise UsageError(f"replicas={arguments.replicas} does not divide devices={len(devices)}")
     mesh = make_mesh(len(devices) // arguments.replicas, arguments.replicas, devices=devices)
     ring = len(devices) // arguments.replicas
+    microbatches = arguments.microbatches or 2 * ring
+    rows = arguments.replicas * microbatches
     schedule = arguments.schedule or ("weipipe-interleave" if ring > 1 else "dp")
-    rows = arguments.replicas * (arguments.microbatches or 2 * ring)
+    recompute = arguments.recompute
+    if schedule == "auto":
+        workload = llama_workload(
+            arguments.model,
+            config,
+            sequence_length=arguments.sequence_length,
+            microbatch_size=arguments.microbatch_size,
+        )
+        choice = auto.choose(workload, devices[:ring], microbatches=microbatches)
+        schedule, recompute = choice.schedule, choice.recompute
+        say(choice.reason)
     recipe = Recipe(
         model=arguments.model,
         steps=arguments.steps,
@@ -160,7 +174,7 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
         mesh=mesh,
         microbatches=arguments.microbatches,
         compute_dtype=recipe.compute_dtype,
-        recompute=arguments.recompute,
+        recompute=recompute,
         clip_norm=arguments.clip_norm,
         non_finite=arguments.non_finite,
         settings=recipe.settings(data=training.fingerprint()),

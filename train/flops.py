@@ -52,14 +52,18 @@ def device_peak(device: Any, compute_dtype: str) -> Peak:
     """The peak of a device, from `jaxsys.hardware`'s presets (which are for 16-bit products)."""
     if device.platform == "cpu":
         return Peak(flops_per_s=None, reason="n/a, a CPU's peak is not stated")
+    name = preset_of(device)
+    if name is None:
+        return Peak(flops_per_s=None, reason=f"n/a, no preset for {device.device_kind}")
+    if compute_dtype not in ("bfloat16", "float16"):
+        return Peak(flops_per_s=None, reason=f"n/a, no {compute_dtype} peak for {name}")
+    peak = DEVICES[name].peak_flops_per_s
+    return Peak(flops_per_s=peak, reason=f"of {peak / 1e12:.0f} TFLOP/s ({name})")
+
+
+def preset_of(device: Any) -> str | None:
+    """The name in `jaxsys.hardware.DEVICES` of a JAX device, or None."""
+    if device.platform == "cpu":
+        return "cpu" if "cpu" in DEVICES else None
     kind = device.device_kind.lower()
-    for name, spec in DEVICES.items():
-        model, _, _ = name.partition("-")
-        if model in kind:
-            if compute_dtype not in ("bfloat16", "float16"):
-                return Peak(flops_per_s=None, reason=f"n/a, no {compute_dtype} peak for {name}")
-            return Peak(
-                flops_per_s=spec.peak_flops_per_s,
-                reason=f"of {spec.peak_flops_per_s / 1e12:.0f} TFLOP/s ({name})",
-            )
-    return Peak(flops_per_s=None, reason=f"n/a, no preset for {device.device_kind}")
+    return next((name for name in DEVICES if name.partition("-")[0] in kind), None)

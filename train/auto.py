@@ -1,0 +1,81 @@
+"""`schedule="auto"`: asks the planner, and takes the fastest strategy that fits and can be run."""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+from jaxsys import hardware, strategies
+from jaxsys.errors import UsageError
+from jaxsys.lowering import RECOMPUTE_POLICIES, Recompute
+from jaxsys.planner.named import compare
+from jaxsys.planner.workload import Workload
+from jaxsys.schedule import Schedule
+from jaxsys.train.flops import preset_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """What the planner would take."""
+
+    schedule: Schedule
+    recompute: Recompute
+    reason: str
+    """In words: what was predicted, and what would be faster but cannot be run."""
+
+
+def choose(
+    workload: Workload, devices: list[Any], *, microbatches: int, link: str | None = None
+) -> Choice:
+    """Compares all known strategies for a ring of these devices.
+
+    Args:
+        workload: the model and its microbatch; `jaxsys.planner.workload` makes a decoder's.
+        devices: of one ring, all alike.
+        microbatches: of one ring and step.
+        link: between neighbours, a name of `jaxsys.hardware.LINKS`; NVLink between GPUs and the
+            host's memory between CPU devices if not given.
+
+    Raises:
+        UsageError: if the devices have no preset, or nothing fits.
+    """
+    name = preset_of(devices[0])
+    if name is None:
+        raise UsageError(
+            f"schedule 'auto' has no preset for {devices[0].device_kind}; name a schedule, "
+            f"or plan for another device with `jaxsys plan` ({', '.join(hardware.DEVICES)})"
+        )
+    between = link or ("host-memory" if devices[0].platform == "cpu" else "nvlink")
+    found = compare(
+        workload,
+        hardware.device(name),
+        hardware.link(between),
+        devices=len(devices),
+        microbatches=microbatches,
+    )
+    fitting = sorted((row for row in found.rows if row.fits), key=lambda row: row.step_s)
+    runnable = [
+        row
+        for row in fitting
+        if row.strategy in strategies.NAMES and row.recompute in RECOMPUTE_POLICIES
+    ]
+    if not runnable:
+        raise UsageError(
+            f"no strategy fits {found.memory_bytes / 2**30:.1f} GiB a device; the least that any "
+            f"needs is {found.smallest_memory_bytes / 2**30:.1f} GiB: use more devices or shorter "
+            "sequences"
+        )
+    best = runnable[0]
+    options = {"chunks": best.chunks} if best.strategy == "dp" else {}
+    reason = (
+        f"auto took {best.strategy}, recompute {best.recompute}: predicted "
+        f"{best.step_s:.3g} s a step and {best.memory_bytes / 2**30:.2f} GiB a device "
+        f"({name} over {between})"
+    )
+    if fitting[0] is not best:
+        reason += f"; {fitting[0].strategy} would take {fitting[0].step_s:.3g} s but is not lowered"
+    return Choice(
+        schedule=strategies.build(
+            best.strategy, devices=len(devices), microbatches=microbatches, **options
+        ),
+        recompute=cast(Recompute, best.recompute),
+        reason=reason,
+    )
