@@ -441,6 +441,7 @@ def _seconds(function: Callable, *arguments: Any) -> float:
     samples = []
     for _ in range(5):
         start_s = time.perf_counter()
+        result = None
         for _ in range(10):
             result = function(*arguments)
         jax.block_until_ready(result)

@@ -26,10 +26,12 @@ from jaxsys.serve.deployment import (
     compile_ahead,
     compile_rest,
 )
-from jaxsys.serve.ecofreq import SimulatedGovernor
+from jaxsys.serve.ecofreq import ModelPredictor, SimulatedGovernor
+from jaxsys.serve.ecoroute import EnergyRouter
 from jaxsys.serve.engine import Engine
 from jaxsys.serve.gpu_model import GPUS, ServedShape, SimulatedGpu, gpu_spec, shape_from_sizes
-from jaxsys.serve.hooks import Governor, NoGovernor
+from jaxsys.serve.hooks import Governor, NoGovernor, Router
+from jaxsys.serve.measured_governor import MeasuredGovernor
 from jaxsys.serve.metrics import Metrics
 from jaxsys.serve.slo import SharedSlo, Slo
 
@@ -48,6 +50,8 @@ def main(argv: Sequence[str], prog: str) -> int:
         page_size=arguments.page_size,
         page_count=arguments.pages,
         max_requests=arguments.max_requests,
+        quantisation=arguments.quantise,
+        tensor_parallel=arguments.tensor_parallel,
     )
     slo = SharedSlo(Slo(ttft_s=arguments.ttft_slo, itl_s=arguments.itl_slo))
     api_keys = _read_keys(arguments.api_key_file)
@@ -57,7 +61,7 @@ def main(argv: Sequence[str], prog: str) -> int:
         jax.config.update("jax_compilation_cache_dir", str(arguments.compilation_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
         # Before anything starts JAX: a host without accelerator is divided.
-        devices = choose_devices(len(config.roles))
+        devices = choose_devices(len(config.roles) * config.tensor_parallel)
         on_cpu = devices[0].platform == "cpu"
         dtype = arguments.dtype or ("float32" if on_cpu else "bfloat16")
         path = default_model_path() if arguments.model is None else arguments.model
@@ -69,7 +73,8 @@ def main(argv: Sequence[str], prog: str) -> int:
             model,
             config,
             devices=devices,
-            governors=lambda name: _governor(arguments.gpu, model, slo),
+            governors=lambda _, device: _governor(arguments, model, slo, device),
+            decode_router=_router(arguments, model, slo),
         )
         compile_ahead(engine)
         name = arguments.model_name or _name(path)
@@ -116,10 +121,24 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add("--max-batch", type=int, default=16, help="requests an instance works on at once")
     add("--max-length", type=int, default=2048, help="tokens of a request, prompt and output")
     add("--max-prefill-tokens", type=int, default=256, help="prompt tokens an iteration computes")
-    add("--page-size", type=int, default=16, help="tokens a page of the cache holds")
+    add("--page-size", type=int, help="tokens a page of the cache holds; 16 on CPU, else 64")
     add("--pages", type=int, help="pages of each instance; what the device has if not given")
     add("--max-requests", type=int, default=256, help="requests taken before answering 429")
     add("--gpu", choices=[*GPUS, "none"], default="h100", help="GPU to model clock and energy of")
+    add(
+        "--clocks",
+        choices=("observe", "control"),
+        default="observe",
+        help="whether a real GPU's clock may be set; it is given back at the end, come what may",
+    )
+    add(
+        "--route",
+        choices=("fewest", "energy"),
+        default="fewest",
+        help="which decode instance gets a request: of the fewest, or of the least energy",
+    )
+    add("--quantise", choices=("int8",), help="form of the matrices; the dtype's if not given")
+    add("--tensor-parallel", type=int, default=1, help="GPUs that share one instance")
     add("--ttft-slo", type=float, default=0.6, help="seconds to the first token to aim for")
     add("--itl-slo", type=float, default=0.06, help="seconds between tokens to aim for")
     add("--api-key-file", type=Path, help="file with one key a line; without it all are let in")
@@ -134,10 +153,33 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _governor(gpu: str, model: LoadedModel, slo: SharedSlo) -> Governor:
-    if gpu == "none":
+def _governor(
+    arguments: argparse.Namespace, model: LoadedModel, slo: SharedSlo, device: jax.Device
+) -> Governor:
+    if arguments.gpu == "none":
         return NoGovernor()
-    return SimulatedGovernor(SimulatedGpu(gpu_spec(gpu), _shape(model.config)), slo)
+    if device.platform == "cpu":
+        return SimulatedGovernor(SimulatedGpu(gpu_spec(arguments.gpu), _shape(model.config)), slo)
+    # Imported here: a machine without a driver has no use for it.
+    from jaxsys.nvml import open_clocks
+
+    clocks = open_clocks(device.local_hardware_id or 0, control=arguments.clocks == "control")
+    return MeasuredGovernor(clocks, _shape(model.config), slo)
+
+
+def _router(arguments: argparse.Namespace, model: LoadedModel, slo: SharedSlo) -> Router | None:
+    if arguments.route == "fewest":
+        return None
+    if arguments.gpu == "none":
+        raise UsageError("--route energy needs a model of the GPU; name one with --gpu")
+    gpu = SimulatedGpu(gpu_spec(arguments.gpu), _shape(model.config))
+    clocks_mhz = gpu.spec.control_mhz
+    return EnergyRouter(
+        ModelPredictor(gpu),
+        slo,
+        clocks_mhz=clocks_mhz,
+        idle_power_w=gpu.idle_power_w(clocks_mhz[0]),
+    )
 
 
 def _shape(config: LlamaConfig) -> ServedShape:

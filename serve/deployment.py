@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxsys.errors import UsageError
 from jaxsys.mesh import request_devices
@@ -18,7 +19,7 @@ from jaxsys.serve.executor import ExecutorConfig, JaxExecutor
 from jaxsys.serve.hooks import Governor, NoGovernor, Router
 from jaxsys.serve.instance import Instance
 from jaxsys.serve.scheduler import Role, Scheduler, SchedulerConfig
-from jaxsys.serve.weights import Quantisation, ServingWeights, serving_weights
+from jaxsys.serve.weights import TENSOR, Quantisation, ServingWeights, serving_weights
 
 logger = logging.getLogger(__name__)
 
@@ -37,19 +38,24 @@ class DeploymentConfig:
     max_batch: int = 16
     max_length: int = 2048
     max_prefill_tokens: int = 256
-    page_size: int = 16
+    page_size: int | None = None
+    """Tokens a page holds; None takes 16 on CPU, and 64 for the kernels of accelerators."""
     page_count: int | None = None
     """Pages of each instance; None takes what the device has, on CPU four times `max_length`."""
     prefix_caching: bool = True
     max_requests: int = 256
     quantisation: Quantisation | None = None
     """Form of the matrices; None keeps the model's dtype."""
+    tensor_parallel: int = 1
+    """Devices that share one instance, each with its part of the heads and the feed-forward."""
 
     def __post_init__(self) -> None:
         if self.prefill < 1:
             raise UsageError(f"prefill={self.prefill} must be at least 1")
         if self.decode < 0:
             raise UsageError(f"decode={self.decode} must be 0 (instances do both) or more")
+        if self.tensor_parallel < 1:
+            raise UsageError(f"tensor_parallel={self.tensor_parallel} must be at least 1")
         if self.max_requests < 1:
             raise UsageError(f"max_requests={self.max_requests} must be at least 1")
 
@@ -69,20 +75,22 @@ def build_engine(
     config: DeploymentConfig,
     *,
     devices: Sequence[jax.Device] | None = None,
-    governors: Callable[[str], Governor] | None = None,
+    governors: Callable[[str, jax.Device], Governor] | None = None,
     prefill_router: Router | None = None,
     decode_router: Router | None = None,
 ) -> Engine:
     """An engine over as many devices as there are instances (or as exist), not yet started.
 
     Args:
-        devices: one an instance, as `choose_devices` gives them.
-        governors: makes the governor of the instance with a given name.
+        devices: `tensor_parallel` for each instance in turn, as `choose_devices` gives them.
+        governors: makes the governor of the instance with a given name and first device.
     """
     roles = config.roles
     if devices is None:
-        devices = choose_devices(len(roles))
-    weights: dict[jax.Device, ServingWeights] = {}
+        devices = choose_devices(len(roles) * config.tensor_parallel)
+    ways = config.tensor_parallel
+    groups = [tuple(devices[at * ways : (at + 1) * ways]) for at in range(len(roles))]
+    weights: dict[tuple[jax.Device, ...], ServingWeights] = {}
     engine = Engine(
         clock=WallClock(),
         max_requests=config.max_requests,
@@ -91,24 +99,24 @@ def build_engine(
     )
     instances: list[Instance] = []
     numbers: dict[Role, int] = {}
-    for role, device in zip(roles, devices, strict=True):
-        place = jax.sharding.SingleDeviceSharding(device)
-        if device not in weights:
-            weights[device] = serving_weights(
+    for role, group in zip(roles, groups, strict=True):
+        place = _placement(group)
+        if group not in weights:
+            weights[group] = serving_weights(
                 model.config, model.parameters, quantisation=config.quantisation, placement=place
             )
         number = numbers[role] = numbers.get(role, -1) + 1
         name = f"{'instance' if role == 'both' else role}-{number}"
-        sharing = sum(other == device for other in devices)
-        scheduler = _scheduler_config(model, config, role, device, sharing)
+        sharing = sum(other == group for other in groups)
+        scheduler = _scheduler_config(model, config, role, group, sharing)
         executor = JaxExecutor(
             model.config,
-            weights[device],
+            weights[group],
             scheduler,
             placement=place,
             # The portable attention reads a piece's own tokens from pages as it does earlier ones.
             shapes=ExecutorConfig.for_scheduler(
-                scheduler, distinguish_first=device.platform != "cpu"
+                scheduler, distinguish_first=group[0].platform != "cpu"
             ),
         )
         instances.append(
@@ -116,7 +124,7 @@ def build_engine(
                 name,
                 Scheduler(scheduler),
                 executor,
-                governor=NoGovernor() if governors is None else governors(name),
+                governor=NoGovernor() if governors is None else governors(name, group[0]),
                 clock=engine.clock,
                 sink=engine.sink(name),
             )
@@ -124,6 +132,18 @@ def build_engine(
     entries = [one for one, role in zip(instances, roles, strict=True) if role != "decode"]
     engine.add_instances(entries, instances[len(entries) :])
     return engine
+
+
+def _placement(group: tuple[jax.Device, ...]) -> jax.sharding.Sharding:
+    if len(group) == 1:
+        return jax.sharding.SingleDeviceSharding(group[0])
+    if len(set(group)) < len(group):
+        raise UsageError(
+            f"tensor_parallel={len(group)} needs as many devices for each instance; "
+            f"{len(set(group))} are left for one: use fewer instances or a lower value"
+        )
+    mesh = Mesh(np.array(group), (TENSOR,), axis_types=(AxisType.Auto,))
+    return NamedSharding(mesh, PartitionSpec())
 
 
 def choose_devices(count: int) -> list[jax.Device]:
@@ -177,9 +197,14 @@ def _compile(instance: Instance, keys: Sequence[tuple]) -> None:
 
 
 def _scheduler_config(
-    model: LoadedModel, config: DeploymentConfig, role: Role, device: jax.Device, sharing: int
+    model: LoadedModel,
+    config: DeploymentConfig,
+    role: Role,
+    group: tuple[jax.Device, ...],
+    sharing: int,
 ) -> SchedulerConfig:
-    shape = model.config
+    shape, device = model.config, group[0]
+    page_size = config.page_size or (16 if device.platform == "cpu" else 64)
     if config.max_length > shape.max_positions:
         raise UsageError(
             f"max_length={config.max_length} exceeds the model's {shape.max_positions} positions; "
@@ -187,17 +212,19 @@ def _scheduler_config(
         )
     page_count = config.page_count
     if page_count is None:
-        page_count = 4 * -(-config.max_length // config.page_size)
+        page_count = 4 * -(-config.max_length // page_size)
         stats = device.memory_stats() if device.platform != "cpu" else None
         if stats:
             itemsize = np.dtype(jax.tree.leaves(model.parameters)[0].dtype).itemsize
             token_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * itemsize
-            free_bytes = (stats["bytes_limit"] - stats["bytes_in_use"]) * CACHE_SHARE / sharing
-            page_count = int(free_bytes) // (token_bytes * config.page_size)
-            if page_count * config.page_size < config.max_length:
+            free_bytes = (
+                (stats["bytes_limit"] - stats["bytes_in_use"]) * CACHE_SHARE / sharing * len(group)
+            )
+            page_count = int(free_bytes) // (token_bytes * page_size)
+            if page_count * page_size < config.max_length:
                 raise UsageError(
                     f"{free_bytes / 2**30:.1f} GiB for pages hold "
-                    f"{page_count * config.page_size} tokens, below max_length="
+                    f"{page_count * page_size} tokens, below max_length="
                     f"{config.max_length}; lower it or use fewer instances a device"
                 )
     # Compiled steps are dear to make on CPU and padding is cheap; on accelerators the reverse.
@@ -207,7 +234,7 @@ def _scheduler_config(
         buckets.append(min(factor * buckets[-1], config.max_batch))
     return SchedulerConfig(
         page_count=page_count,
-        page_size=config.page_size,
+        page_size=page_size,
         max_batch=config.max_batch,
         max_prefill_tokens=config.max_prefill_tokens,
         max_length=config.max_length,

@@ -315,6 +315,7 @@ class JaxExecutor:
         def like(size: tuple[int, ...], dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(size, dtype, sharding=self._placement)
 
+        whole, split = self._placement, self._cache_placement
         cache = jax.tree.map(
             lambda pool: jax.ShapeDtypeStruct(pool.shape, pool.dtype, sharding=pool.sharding),
             self._cache,
@@ -325,22 +326,28 @@ class JaxExecutor:
             step = functools.partial(_decode, self.config, self.kernels)
             # Results go where the last ones were: with all addresses the same from step to step,
             # a captured CUDA graph can be launched again as it is.
-            function = jax.jit(step, donate_argnums=(1, 4), keep_unused=True)
+            function = jax.jit(
+                step, donate_argnums=(1, 4), keep_unused=True, out_shardings=(whole, split)
+            )
             logits = like((batch, self.config.vocab_size), np.float32)
             arguments = (self.weights, cache, last, like((batch, 2 + table)), logits)
         elif kind == "inputs":
             batch, table = shape
-            function = jax.jit(_set_inputs, donate_argnums=(0, 1), keep_unused=True)
+            function = jax.jit(
+                _set_inputs, donate_argnums=(0, 1), keep_unused=True, out_shardings=whole
+            )
             packed = like((batch, 2 + table))
             arguments = (packed, like((batch, 2)), packed)
         elif kind == "prefill":
             piece, table, continued = shape
             step = functools.partial(_prefill, self.config, self.kernels, piece, continued)
-            function = jax.jit(step, donate_argnums=1)
+            function = jax.jit(step, donate_argnums=1, out_shardings=(whole, split))
             arguments = (self.weights, cache, like((2 + piece + table,)))
         elif kind == "sample":
             batch, needs = shape
-            function = jax.jit(functools.partial(_sample, needs), donate_argnums=(1, 4))
+            function = jax.jit(
+                functools.partial(_sample, needs), donate_argnums=(1, 4), out_shardings=whole
+            )
             rules = jax.tree.map(
                 lambda leaf: like(leaf.shape, leaf.dtype), pack_rules([], [], batch)
             )
@@ -354,11 +361,11 @@ class JaxExecutor:
             arguments = (logits, last, like((batch, 2)), rules, history)
         elif kind == "copy":
             (count,) = shape
-            function = jax.jit(paged_model.copy_pages, donate_argnums=0)
+            function = jax.jit(paged_model.copy_pages, donate_argnums=0, out_shardings=split)
             arguments = (cache, like((count,)), like((count,)))
         elif kind == "extract":
             (count,) = shape
-            function = jax.jit(paged_model.extract_pages)
+            function = jax.jit(paged_model.extract_pages, out_shardings=split)
             arguments = (cache, like((count,)))
         elif kind == "insert":
             (count,) = shape
@@ -368,10 +375,10 @@ class JaxExecutor:
                 ),
                 self._cache,
             )
-            function = jax.jit(paged_model.insert_pages, donate_argnums=0)
+            function = jax.jit(paged_model.insert_pages, donate_argnums=0, out_shardings=split)
             arguments = (cache, contents, like((count,)))
         elif kind == "set_last":
-            function = jax.jit(_set_last, donate_argnums=0)
+            function = jax.jit(_set_last, donate_argnums=0, out_shardings=whole)
             arguments = (last, like(()), like(()))
         else:
             raise ValueError(f"no step is called {kind!r}")
@@ -479,7 +486,7 @@ class JaxExecutor:
         bias_values = np.zeros(MAX_BIASED, np.float32)
         for entry, (token, value) in enumerate(sampling.logit_bias.items()):
             bias_tokens[entry], bias_values[entry] = token, value
-        self._history = jax.jit(set_history, donate_argnums=0)(
+        self._history = jax.jit(set_history, donate_argnums=0, out_shardings=self._placement)(
             self._history, np.int32(request.slot), prompt, counts, bias_tokens, bias_values
         )
 

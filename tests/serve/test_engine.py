@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import random
+import re
 
 import jax
 import numpy as np
@@ -226,3 +227,23 @@ def test_refusals(model):
         DeploymentConfig(decode=-1)
     with pytest.raises(UsageError, match="max_length=9000 exceeds the model's 256"):
         build_engine(model, DeploymentConfig(max_length=9000))
+
+
+def test_two_devices_an_instance_give_the_same_tokens(model):
+    """Tensor parallel: the same greedy tokens, and two all-reduces a layer in the compiled step."""
+
+    async def everything(engine):
+        return await asyncio.gather(*[collect(engine, p, max_tokens=12) for p in prompts(4)])
+
+    outputs = []
+    for ways in (1, 2):
+        config = DeploymentConfig(prefill=1, decode=1, tensor_parallel=ways, **SMALL)
+        engine = build_engine(model, config)
+        outputs.append(run(engine, everything(engine)))
+    assert outputs[0] == outputs[1]
+    executor = engine.decoders[0].executor
+    compiled = next(step for key, step in executor._steps.items() if key[0] == "decode")
+    # One after the attention's output, one after the feed-forward, in each of two layers.
+    assert len(re.findall(r"all-reduce(?:-start)?\(", compiled.as_text())) == 4
+    with pytest.raises(UsageError, match="tensor_parallel=3 does not divide num_kv_heads=2"):
+        build_engine(model, DeploymentConfig(prefill=1, decode=0, tensor_parallel=3, **SMALL))
