@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,20 @@ from typing import Any
 from jaxsys import hardware
 from jaxsys.errors import RunError, UsageError
 from jaxsys.model.config import LlamaConfig, preset
-from jaxsys.planner import report
+from jaxsys.planner import explain, report
+from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.costs import Precision
+from jaxsys.planner.evaluate import plan_costs, schedule_link
+from jaxsys.planner.files import plan_file
+from jaxsys.planner.lower import to_schedule
 from jaxsys.planner.named import compare
-from jaxsys.planner.workload import llama_workload
+from jaxsys.planner.problem import Problem
+from jaxsys.planner.recognise import describe
+from jaxsys.planner.search import Effort, Found, Progress, search
+from jaxsys.planner.space import Space
+from jaxsys.planner.workload import Workload, llama_workload
+from jaxsys.schedule import Simulation, simulate
+from jaxsys.schedule.render import draw, write_chrome_trace
 
 GIB = 2**30
 
@@ -22,60 +33,131 @@ def main(argv: Sequence[str], prog: str) -> int:
     """Runs the command; returns 0, or raises UsageError or RunError."""
     options = _parser(prog).parse_args(argv)
     config = read_model(options.model)
-    device = hardware.device(options.device)
-    link = hardware.link(options.link)
+    cluster = Cluster(
+        device=hardware.device(options.device),
+        devices=options.devices,
+        link=hardware.link(options.link),
+        node_devices=options.node_devices,
+        node_link=None if options.node_link is None else hardware.link(options.node_link),
+    )
     sequence_length = options.sequence_length or min(8192, config.max_positions)
-    if options.devices < 1:
-        raise UsageError(f"--devices {options.devices} must be at least 1")
     microbatches = options.microbatches
     if microbatches is None:
         microbatches = 8 * options.devices
-    workload = llama_workload(
-        options.model,
-        config,
-        sequence_length=sequence_length,
-        microbatch_size=options.microbatch_size,
-    )
-    if options.json is not None:
-        refuse_to_overwrite(options.json)
+    for path in (options.json, options.plan, options.schedule, options.trace, options.png):
+        if path is not None:
+            refuse_to_overwrite(path)
+    precision = Precision(gradient_bytes={"float32": 4.0, "bfloat16": 2.0}[options.gradients])
+    memory_bytes = None if options.memory_gib is None else options.memory_gib * GIB
+
+    def workload_of(size: int) -> Workload:
+        return llama_workload(
+            options.model, config, sequence_length=sequence_length, microbatch_size=size
+        )
+
+    workload = workload_of(options.microbatch_size)
     comparison = compare(
         workload,
-        device,
-        link,
-        devices=options.devices,
+        cluster,
         microbatches=microbatches,
-        memory_bytes=None if options.memory_gib is None else options.memory_gib * GIB,
-        precision=Precision(gradient_bytes={"float32": 4.0, "bfloat16": 2.0}[options.gradients]),
+        memory_bytes=memory_bytes,
+        precision=precision,
     )
     print(
         f"{options.model}: {workload.parameters / 1e9:.2f} B parameters, {workload.layers} layers; "
-        f"{options.devices} x {device.name} over {link.name}; a step is {microbatches} "
-        f"microbatches of {options.microbatch_size} x {sequence_length} tokens; limit "
-        f"{comparison.memory_bytes / GIB:.1f} GiB per device\n"
+        f"{cluster}; a step is {microbatches} microbatches of {options.microbatch_size} x "
+        f"{sequence_length} tokens; limit {comparison.memory_bytes / GIB:.1f} GiB per device\n"
     )
     print(report.table(comparison))
     print()
     print(report.verdict(comparison))
+    request = {
+        "model": options.model,
+        "devices": options.devices,
+        "device": options.device,
+        "link": options.link,
+        "node_devices": options.node_devices,
+        "node_link": options.node_link,
+        "sequence_length": sequence_length,
+        "microbatch_size": options.microbatch_size,
+        "microbatches": microbatches,
+        "gradients": options.gradients,
+    }
     if options.json is not None:
-        request = {
-            "model": options.model,
-            "devices": options.devices,
-            "device": device.name,
-            "link": link.name,
-            "sequence_length": sequence_length,
-            "microbatch_size": options.microbatch_size,
-            "microbatches": microbatches,
-            "gradients": options.gradients,
-        }
         write_json(options.json, report.as_json(comparison, request=request))
         print(f"wrote {options.json}")
-    if comparison.best is None:
+    if options.search or options.plan is not None:
+        problem = Problem(
+            workload_of=workload_of,
+            cluster=cluster,
+            batch=microbatches * options.microbatch_size,
+            memory_bytes=comparison.memory_bytes,
+            precision=precision,
+        )
+        found = _search(problem, options.search_seconds)
+        if options.plan is not None:
+            write_json(options.plan, plan_file(problem, found, request=request))
+            print(f"wrote {options.plan}")
+        schedule = to_schedule(problem, found.plan)
+        simulation = simulate(
+            schedule, plan_costs(problem, found.plan, schedule), schedule_link(problem, found.plan)
+        )
+        fits = found.peak_bytes <= comparison.memory_bytes * (1 + 1e-9)
+    elif comparison.best is not None:
+        simulation = comparison.best.simulation
+        fits = True
+    else:
+        simulation, fits = None, False
+    if simulation is not None and fits:
+        _write_pictures(simulation, options)
+    if not fits:
         raise RunError(
             f"no plan fits {comparison.memory_bytes / GIB:.1f} GiB per device; the smallest limit "
             f"that would do is {comparison.smallest_memory_bytes / GIB:.1f} GiB: raise "
             "--memory-gib or --devices, or shorten --sequence-length"
         )
     return 0
+
+
+def _search(problem: Problem, time_s: float) -> Found:
+    """Searches with a line of progress, and prints what is found and why."""
+    shown = sys.stderr.isatty()
+
+    def progress(moment: Progress) -> None:
+        if shown:
+            line = (
+                f"{moment.elapsed_s:5.1f} s  {moment.phase} {moment.done}/{moment.total}  "
+                f"{moment.evaluated} plans  best {report.seconds(moment.best.step_s)}  "
+                f"{describe(moment.best.plan)}"
+            )
+            print(f"\r{line[:118]:<118}", end="", file=sys.stderr, flush=True)
+
+    effort = Effort(refine=4, chains=24, steps=60, restarts=1, time_s=time_s, tolerance=1e-3)
+    result = search(Space.of(problem), effort=effort, progress=progress)
+    if shown:
+        print(file=sys.stderr)
+    print(
+        f"\nsearched {result.evaluated} plans in {result.elapsed_s:.1f} s from data parallelism; "
+        "the best of each name:"
+    )
+    print(explain.table(result, problem.memory_bytes))
+    print()
+    print(explain.reasons(problem, result))
+    return result.best
+
+
+def _write_pictures(simulation: Simulation, options: argparse.Namespace) -> None:
+    if options.schedule is not None:
+        part = options.schedule.with_name(options.schedule.name + ".part")
+        part.write_text(simulation.schedule.to_json() + "\n")
+        os.replace(part, options.schedule)
+        print(f"wrote {options.schedule}")
+    if options.trace is not None:
+        write_chrome_trace(simulation, options.trace)
+        print(f"wrote {options.trace}: open it at https://ui.perfetto.dev")
+    if options.png is not None:
+        draw(simulation, options.png)
+        print(f"wrote {options.png}")
 
 
 def read_model(name: str) -> LlamaConfig:
@@ -131,5 +213,13 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         default="float32",
         help="dtype in which gradients are summed and sent (default: float32)",
     )
+    add("--node-devices", type=int, help="devices of a node (default: all in one)")
+    add("--node-link", help="link between nodes, per device")
+    add("--search", action="store_true", help="search all plans, not the known strategies alone")
+    add("--search-seconds", type=float, default=600.0, help="stop the search then (default: 600)")
     add("--json", type=Path, help="write the comparison to this file")
+    add("--plan", type=Path, help="search, and write the plan found to this file")
+    add("--schedule", type=Path, help="write the winner's schedule, for `jaxsys train`")
+    add("--trace", type=Path, help="write the winner's timeline as a Perfetto trace")
+    add("--png", type=Path, help="draw the winner's timeline and memory")
     return parser

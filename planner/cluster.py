@@ -65,6 +65,12 @@ class Cluster:
                 f"node_devices={self.node_devices} does not divide devices={self.devices}"
             )
 
+    def __str__(self) -> str:
+        text = f"{self.devices} x {self.device.name} over {self.link.name}"
+        if self.node_link is None:
+            return text
+        return f"{text}, {self.node_link.name} between nodes of {self.node_devices}"
+
     def group(self, ways: int, stride: int = 1) -> GroupLink:
         """The link of groups of `ways` devices, `stride` apart."""
         inside = self.link.link

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from jaxsys.errors import UsageError
-from jaxsys.hardware import DeviceSpec, LinkSpec
+from jaxsys.hardware import DeviceSpec
+from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.costs import RECOMPUTE_POLICIES, Precision, block_cost, schedule_costs
 from jaxsys.planner.workload import Workload
-from jaxsys.schedule import Schedule, ScheduleError, Simulation, simulate, trace
+from jaxsys.schedule import Link, Schedule, ScheduleError, Simulation, simulate, trace
 from jaxsys.strategies import zero
 from jaxsys.strategies.data_parallel import data_parallel
 from jaxsys.strategies.pipeline import one_f_one_b, one_f_one_b_overlap
@@ -103,10 +104,8 @@ def strategies(workload: Workload, devices: int, microbatches: int) -> dict[str,
 
 def compare(
     workload: Workload,
-    device: DeviceSpec,
-    link: LinkSpec,
+    cluster: Cluster,
     *,
-    devices: int,
     microbatches: int,
     memory_bytes: float | None = None,
     precision: Precision | None = None,
@@ -115,19 +114,18 @@ def compare(
 
     Args:
         workload: the model and its microbatch.
-        device: what runs it.
-        link: what joins the devices.
-        devices: how many there are.
+        cluster: what runs it.
         microbatches: M of a step, over all devices.
         memory_bytes: the limit per device; `USABLE_MEMORY` of the device's if not given.
         precision: bytes per parameter.
 
     Raises:
-        UsageError: if devices or microbatches are not positive, or no strategy is legal.
+        UsageError: if microbatches are not positive, or no strategy is legal.
     """
-    for name, value in (("devices", devices), ("microbatches", microbatches)):
-        if value < 1:
-            raise UsageError(f"{name}={value} must be at least 1")
+    if microbatches < 1:
+        raise UsageError(f"microbatches={microbatches} must be at least 1")
+    device, devices = cluster.device, cluster.devices
+    link = cluster.group(devices)
     if memory_bytes is None:
         memory_bytes = USABLE_MEMORY * device.memory_bytes
     if memory_bytes <= 0:
@@ -151,7 +149,7 @@ def _best_policy(
     schedule: Schedule,
     workload: Workload,
     device: DeviceSpec,
-    link: LinkSpec,
+    link: Link,
     memory_bytes: float,
     precision: Precision,
 ) -> Row:
@@ -161,12 +159,12 @@ def _best_policy(
         costs = schedule_costs(
             workload,
             device,
-            link.link,
+            link,
             schedule=schedule,
             precision=precision,
             recompute=recompute,
         )
-        result = simulate(schedule, costs, link.link, known_trace=found)
+        result = simulate(schedule, costs, link, known_trace=found)
         flops = workload.model_flops * schedule.microbatches
         peak = max(result.peak_bytes)
         rows.append(

@@ -9,12 +9,21 @@ from jaxsys.cli import main
 from jaxsys.errors import UsageError
 from jaxsys.hardware import LinkSpec, device, link
 from jaxsys.model.config import preset
+from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.costs import Precision, cut, schedule_costs
+from jaxsys.planner.files import load_plan, plan_file
 from jaxsys.planner.named import compare, strategies
+from jaxsys.planner.problem import Problem
+from jaxsys.planner.search import Effort, search
+from jaxsys.planner.space import Space
 from jaxsys.planner.workload import BlockWork, EdgeWork, Workload, llama_workload
-from jaxsys.schedule import simulate
+from jaxsys.schedule import Schedule, check, simulate
 
 PAPER = Precision(weight_bytes=2, gradient_bytes=2, rest_bytes=12)
+
+
+def cluster(name: str, devices: int = 4) -> Cluster:
+    return Cluster(device=device("h100"), devices=devices, link=link(name))
 
 
 def bare_workload(layers: int, parameters: float) -> Workload:
@@ -96,8 +105,8 @@ def test_parameter_and_flop_counts_of_llama():
 
 def test_a_slower_link_never_speeds_up_and_bytes_do_not_change():
     workload = llama_workload("t", preset("tiny"), sequence_length=64, microbatch_size=1)
-    fast = compare(workload, device("h100"), link("nvlink"), devices=4, microbatches=8)
-    slow = compare(workload, device("h100"), link("sockets"), devices=4, microbatches=8)
+    fast = compare(workload, cluster("nvlink"), microbatches=8)
+    slow = compare(workload, cluster("sockets"), microbatches=8)
     for a, b in zip(fast.rows, slow.rows, strict=True):
         assert b.step_s >= a.step_s
         assert b.sent_bytes == a.sent_bytes
@@ -105,9 +114,8 @@ def test_a_slower_link_never_speeds_up_and_bytes_do_not_change():
 
 def test_recompute_is_taken_only_where_memory_asks_for_it():
     workload = llama_workload("l", preset("llama-3-8b"), sequence_length=8192, microbatch_size=1)
-    h100, nvlink = device("h100"), link("nvlink")
     roomy, tight = (
-        compare(workload, h100, nvlink, devices=8, microbatches=16, memory_bytes=limit)
+        compare(workload, cluster("nvlink", 8), microbatches=16, memory_bytes=limit)
         for limit in (1e12, 50 * 2**30)
     )
     assert {row.recompute for row in roomy.rows} == {"none"}
@@ -158,10 +166,9 @@ def test_bad_requests_are_one_line(arguments, code, message, capsys):
 
 def test_the_smallest_limit_named_really_fits():
     workload = llama_workload("l", preset("llama-3.2-1b"), sequence_length=8192, microbatch_size=1)
-    h100, nvlink = device("h100"), link("nvlink")
 
     def under(memory_bytes):
-        return compare(workload, h100, nvlink, devices=4, microbatches=8, memory_bytes=memory_bytes)
+        return compare(workload, cluster("nvlink"), microbatches=8, memory_bytes=memory_bytes)
 
     none = under(1e9)
     assert none.best is None
@@ -178,3 +185,44 @@ def test_a_folder_is_read_as_a_model(tmp_path, capsys):
     (tmp_path / "config.json").write_text("{")
     assert main(["plan", "--model", str(tmp_path), "--devices", "2"]) == 2
     assert "is not JSON" in capsys.readouterr().err
+
+
+def test_search_on_the_command_line_writes_all_its_files(tmp_path, capsys):
+    files = {name: tmp_path / f"out.{name}" for name in ("plan", "schedule", "trace", "png")}
+    arguments = ["plan", "--model", "byte-llama", "--devices", "4", "--microbatches", "16"]
+    for name, path in files.items():
+        arguments += [f"--{name}", str(path)]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "from data parallelism" in text
+    problem_free = load_plan(files["plan"])
+    assert problem_free.devices == 4
+    schedule = Schedule.from_json(files["schedule"].read_text())
+    check(schedule)
+    assert json.loads(files["trace"].read_text())["otherData"]["schedule"] == schedule.name
+    assert files["png"].stat().st_size > 5000
+    assert main(arguments) == 2  # nothing is overwritten
+    assert "not overwritten" in capsys.readouterr().err
+
+
+def test_plan_files_of_another_version_or_cluster_are_refused(tmp_path):
+    workload = llama_workload("t", preset("tiny"), sequence_length=64, microbatch_size=1)
+    problem = Problem(
+        workload_of=lambda size: workload, cluster=cluster("nvlink"), batch=8, memory_bytes=1e9
+    )
+    found = search(Space.of(problem, microbatch_sizes=[1]), effort=Effort(refine=0)).best
+    value = plan_file(problem, found, request={})
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(value))
+    assert load_plan(path, problem) == found.plan
+    other = dataclasses.replace(problem, cluster=cluster("sockets"))
+    with pytest.raises(UsageError, match="is for link='nvlink', not 'sockets'"):
+        load_plan(path, other)
+    path.write_text(json.dumps({**value, "version": 0}))
+    with pytest.raises(UsageError, match="has version 0"):
+        load_plan(path)
+    path.write_text("{}")
+    with pytest.raises(UsageError, match="is not a plan file"):
+        load_plan(path)
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_plan(tmp_path / "none.json")

@@ -1,0 +1,88 @@
+"""Plan files: a found plan, what was asked, and what is predicted; versioned, never overwritten."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jaxsys
+from jaxsys.errors import UsageError
+from jaxsys.planner.plan import Plan
+from jaxsys.planner.problem import Problem
+from jaxsys.planner.recognise import describe, recognise
+from jaxsys.planner.search import Found
+
+FORMAT = "jaxsys-plan-file"
+FORMAT_VERSION = 1
+GIB = 2**30
+
+
+def fingerprint(problem: Problem) -> dict[str, Any]:
+    """What a plan must agree with to be used: model sizes, cluster, batch."""
+    cluster, workload = problem.cluster, problem.workload(1)
+    return {
+        "layers": workload.layers,
+        "parameters": float(workload.parameters),
+        "device": cluster.device.name,
+        "devices": cluster.devices,
+        "link": cluster.link.name,
+        "node_devices": cluster.node_devices,
+        "node_link": None if cluster.node_link is None else cluster.node_link.name,
+        "batch": problem.batch,
+    }
+
+
+def plan_file(problem: Problem, found: Found, *, request: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON value of a plan file."""
+    return {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "jaxsys": jaxsys.__version__,
+        "kind": "simulated",
+        "name": recognise(found.plan),
+        "description": describe(found.plan),
+        "for": fingerprint(problem),
+        "request": dict(request),
+        "predicted": {
+            "step_s": found.step_s,
+            "compute_s": found.compute_s,
+            "peak_gib": found.peak_bytes / GIB,
+            "sent_gb": found.sent_bytes / 1e9,
+            "memory_limit_gib": problem.memory_bytes / GIB,
+        },
+        "plan": found.plan.to_json(),
+    }
+
+
+def load_plan(path: str | Path, problem: Problem | None = None) -> Plan:
+    """Reads a plan file.
+
+    Args:
+        path: the file.
+        problem: if given, the plan must have been made for its model, cluster and batch.
+
+    Raises:
+        UsageError: if the file cannot be read, is of another version, or is for something else.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"plan {path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UsageError(f"plan {path} is not JSON: {error}") from None
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        raise UsageError(f"{path} is not a plan file: its format must be {FORMAT!r}")
+    if value.get("version") != FORMAT_VERSION:
+        raise UsageError(
+            f"plan {path} has version {value.get('version')!r}; this jaxsys reads version "
+            f"{FORMAT_VERSION}: make the plan again"
+        )
+    if problem is not None:
+        made_for = value.get("for", {})
+        for key, wanted in fingerprint(problem).items():
+            if made_for.get(key) != wanted:
+                raise UsageError(
+                    f"plan {path} is for {key}={made_for.get(key)!r}, not {wanted!r}: make the "
+                    "plan again"
+                )
+    return Plan.from_json(value.get("plan", {}))
