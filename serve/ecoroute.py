@@ -218,11 +218,21 @@ class QueueRouter:
     `tie_s` go to the instance with the longer wait, so that others may idle.
     """
 
-    def __init__(self, predictor: Predictor, *, clock_mhz: int, tie_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        predictor: Predictor,
+        *,
+        clock_mhz: int,
+        tie_s: float = 0.0,
+        slo: SharedSlo | None = None,
+    ) -> None:
         """
         Args:
             clock_mhz: the clock at which queues are judged.
+            slo: where given, a prompt that no instance can serve in time goes to the longest queue:
+                it is late anyway, and must not make others late too.
         """
+        self.slo = slo
         self.predictor = predictor
         self.tie_s = tie_s
         self._clock_mhz = clock_mhz
@@ -243,5 +253,7 @@ class QueueRouter:
         times, _ = _what_if(self.predictor, loads, (self._clock_mhz,))
         waits = [float(row[0]) + left for row, left in zip(times, residual_s, strict=True)]
         least = min(waits)
+        if self.slo is not None and least > self.slo.current.ttft_s:
+            return max(range(len(waits)), key=lambda i: (waits[i], -i))
         near = [i for i, wait in enumerate(waits) if wait <= least + self.tie_s]
         return max(near, key=lambda i: (waits[i], -i))

@@ -134,7 +134,7 @@ def simulate(
     decode_router: Router = FewestRequestsRouter()
     if policy.routing != "plain":
         if setting.quick_prefill:
-            prefill_router = QueueRouter(predictor, clock_mhz=floor)
+            prefill_router = QueueRouter(predictor, clock_mhz=top, slo=slo)
         if policy.routing == "ecoroute":
             decode_router = StateSpaceRouter(predictor, slo, clocks_mhz=setting.clocks_mhz)
         else:
