@@ -76,4 +76,4 @@ def make_step(
         new = jax.lax.with_sharding_constraint(new, shardings)
         return new, StepResult(loss=loss, gradient_norm=norm, skipped=skipped)
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=lowered.compiler_options)

@@ -121,11 +121,12 @@ def test_processes_together_do_what_one_does_and_resume_alone(start, tmp_path, c
 @pytest.mark.slow
 def test_a_killed_process_is_named_and_the_rest_stop_and_resume(start, tmp_path):
     folder = tmp_path / "run"
-    more = ("--steps", "100000", "--save-every", "20", "--lost-after", "5")
+    more = ("--steps", "100000", "--save-every", "2", "--lost-after", "5")
     runs = start(2, folder, *more)
     wait_for(runs[0], "step 1/")
-    until = time.monotonic() + 100
-    while not list((folder / "checkpoints").glob("[0-9]*")) and time.monotonic() < until:
+    until = time.monotonic() + 200
+    while not any(p.name.isdigit() for p in (folder / "checkpoints").glob("*")):
+        assert time.monotonic() < until, runs[0].said()
         time.sleep(0.2)
     runs[1].process.send_signal(signal.SIGKILL)
     killed = time.monotonic()
