@@ -6,6 +6,7 @@ from typing import Any, cast
 from jaxsys import hardware, strategies
 from jaxsys.errors import UsageError
 from jaxsys.lowering import RECOMPUTE_POLICIES, Recompute
+from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.named import compare
 from jaxsys.planner.workload import Workload
 from jaxsys.schedule import Schedule
@@ -44,13 +45,10 @@ def choose(
             f"or plan for another device with `jaxsys plan` ({', '.join(hardware.DEVICES)})"
         )
     between = link or ("host-memory" if devices[0].platform == "cpu" else "nvlink")
-    found = compare(
-        workload,
-        hardware.device(name),
-        hardware.link(between),
-        devices=len(devices),
-        microbatches=microbatches,
+    cluster = Cluster(
+        device=hardware.device(name), devices=len(devices), link=hardware.link(between)
     )
+    found = compare(workload, cluster, microbatches=microbatches)
     fitting = sorted((row for row in found.rows if row.fits), key=lambda row: row.step_s)
     runnable = [
         row
@@ -64,7 +62,7 @@ def choose(
             "sequences"
         )
     best = runnable[0]
-    options = {"chunks": best.chunks} if best.strategy == "dp" else {}
+    options = {"chunks": best.chunks} if best.strategy.startswith(("dp", "zero-")) else {}
     reason = (
         f"auto took {best.strategy}, recompute {best.recompute}: predicted "
         f"{best.step_s:.3g} s a step and {best.memory_bytes / 2**30:.2f} GiB a device "

@@ -10,6 +10,7 @@ from jaxsys.schedule import Schedule
 from .data_parallel import data_parallel
 from .pipeline import gpipe, interleaved_one_f_one_b, one_f_one_b, one_f_one_b_overlap
 from .weipipe import interleave, naive, wzb1, wzb2, wzb2_paired
+from .zero import zero_1, zero_2, zero_3, zero_3_5, zero_4
 from .zero_bubble import zero_bubble_h1, zero_bubble_h2, zero_bubble_overlap
 
 STRATEGIES: Mapping[str, Callable[..., Schedule]] = MappingProxyType(
@@ -22,6 +23,11 @@ STRATEGIES: Mapping[str, Callable[..., Schedule]] = MappingProxyType(
         "zb-h1": zero_bubble_h1,
         "zb-h2": zero_bubble_h2,
         "zb-overlap": zero_bubble_overlap,
+        "zero-1": zero_1,
+        "zero-2": zero_2,
+        "zero-3": zero_3,
+        "zero-3.5": zero_3_5,
+        "zero-4": zero_4,
         "weipipe-naive": naive,
         "weipipe-interleave": interleave,
         "weipipe-wzb1": wzb1,

@@ -41,7 +41,7 @@ from jaxsys.schedule import (
 from .data_parallel import check_microbatches, local_tasks
 
 
-def zero_1(devices: int, microbatches: int, *, chunks: int, lookahead: int = 1) -> Schedule:
+def zero_1(devices: int, microbatches: int, *, chunks: int = 1, lookahead: int = 1) -> Schedule:
     """Sharded optimizer: weights gathered once a step, gradients summed locally, reduced once."""
     everything = range(chunks)
     return trajectory(
@@ -56,7 +56,7 @@ def zero_1(devices: int, microbatches: int, *, chunks: int, lookahead: int = 1) 
     )
 
 
-def zero_2(devices: int, microbatches: int, *, chunks: int, lookahead: int = 1) -> Schedule:
+def zero_2(devices: int, microbatches: int, *, chunks: int = 1, lookahead: int = 1) -> Schedule:
     """Sharded optimizer and gradients: weights gathered once, gradients reduced every time."""
     everything = range(chunks)
     return trajectory(
@@ -70,7 +70,7 @@ def zero_2(devices: int, microbatches: int, *, chunks: int, lookahead: int = 1) 
     )
 
 
-def zero_3(devices: int, microbatches: int, *, chunks: int, lookahead: int = 1) -> Schedule:
+def zero_3(devices: int, microbatches: int, *, chunks: int = 1, lookahead: int = 1) -> Schedule:
     """Everything sharded: weights gathered before every use and dropped after it."""
     return trajectory(devices, microbatches, chunks=chunks, lookahead=lookahead, name="zero-3")
 
@@ -79,7 +79,7 @@ def zero_3_5(
     devices: int,
     microbatches: int,
     *,
-    chunks: int,
+    chunks: int = 1,
     keep: Collection[int] | None = None,
     lookahead: int = 1,
 ) -> Schedule:
@@ -98,7 +98,7 @@ def zero_4(
     devices: int,
     microbatches: int,
     *,
-    chunks: int,
+    chunks: int = 1,
     keep: Collection[int] | None = None,
     defer: Collection[int] | None = None,
     lookahead: int = 1,

@@ -7,6 +7,7 @@ import pytest
 from jaxsys import hardware, strategies
 from jaxsys.errors import UsageError
 from jaxsys.model import preset
+from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.named import compare
 from jaxsys.planner.workload import llama_workload
 from jaxsys.train import auto
@@ -19,9 +20,8 @@ H100 = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3")
 
 def test_takes_the_fastest_that_fits_and_runs():
     choice = auto.choose(WORKLOAD, [H100] * 8, microbatches=64)
-    rows = compare(
-        WORKLOAD, hardware.device("h100"), hardware.link("nvlink"), devices=8, microbatches=64
-    ).rows
+    cluster = Cluster(device=hardware.device("h100"), devices=8, link=hardware.link("nvlink"))
+    rows = compare(WORKLOAD, cluster, microbatches=64).rows
     able = [row for row in rows if row.fits and row.strategy in strategies.NAMES]
     best = min(able, key=lambda row: row.step_s)
     assert choice.schedule.name == best.strategy and choice.recompute == best.recompute
