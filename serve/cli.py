@@ -5,10 +5,11 @@ import asyncio
 import contextlib
 import json
 import logging
+import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
 import fastapi
@@ -20,11 +21,11 @@ from jaxsys.errors import UsageError
 from jaxsys.model import LlamaConfig, LoadedModel, default_model_path, load
 from jaxsys.serve.api import ApiConfig, create_app
 from jaxsys.serve.deployment import (
+    BackgroundCompilation,
     DeploymentConfig,
     build_engine,
     choose_devices,
     compile_ahead,
-    compile_rest,
 )
 from jaxsys.serve.ecofreq import ModelPredictor, SimulatedGovernor
 from jaxsys.serve.ecoroute import EnergyRouter
@@ -197,14 +198,15 @@ def _serve(app: fastapi.FastAPI, engine: Engine, listener: socket.socket, drain_
     @contextlib.asynccontextmanager
     async def lifespan(_: fastapi.FastAPI) -> AsyncIterator[None]:
         await engine.start()
-        compile_rest(engine)
+        compilation = BackgroundCompilation(engine)
         yield
         ended = await engine.drain(0.0)
+        await asyncio.to_thread(compilation.stop)
         if ended:
             logging.getLogger(__name__).warning("ended unfinished requests: %d", ended)
 
     app.router.lifespan_context = lifespan
-    server = uvicorn.Server(
+    server = _Server(
         uvicorn.Config(
             app,
             log_config=None,
@@ -215,6 +217,17 @@ def _serve(app: fastapi.FastAPI, engine: Engine, listener: socket.socket, drain_
         )
     )
     asyncio.run(server.serve(sockets=[listener]))
+
+
+class _Server(uvicorn.Server):
+    """A server for which a signal is the ordinary end: it does not die of it afterwards."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        yield
 
 
 def _bind(host: str, port: int) -> socket.socket:

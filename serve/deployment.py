@@ -174,19 +174,29 @@ def compile_ahead(engine: Engine, *, everything: bool = False) -> None:
         thread.join()
 
 
-def compile_rest(engine: Engine) -> threading.Thread:
-    """Compiles the other steps in the background, while the server already serves."""
+class BackgroundCompilation:
+    """Compiles the other steps while the server already serves."""
 
-    def run() -> None:
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="compile", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends after the step at work: a process must not exit while XLA compiles."""
+        self._stopping.set()
+        self._thread.join()
+
+    def _run(self) -> None:
         started_s = time.monotonic()
-        for instance in engine.instances:
+        for instance in self._engine.instances:
             if isinstance(instance.executor, JaxExecutor):
-                _compile(instance, instance.executor.other_steps())
+                for key in instance.executor.other_steps():
+                    if self._stopping.is_set():
+                        return
+                    instance.executor.compile(key)
         logger.info("compiled", extra={"seconds": round(time.monotonic() - started_s, 1)})
-
-    thread = threading.Thread(target=run, name="compile", daemon=True)
-    thread.start()
-    return thread
 
 
 def _compile(instance: Instance, keys: Sequence[tuple]) -> None:

@@ -1,0 +1,119 @@
+"""`jaxsys serve` as a process: the openai client against it, SIGTERM, and what it refuses."""
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+import jax
+import openai
+import pytest
+
+from jaxsys.cli import main
+from jaxsys.model import ByteTokenizer, initial_parameters, preset
+from jaxsys.model.save import save_safetensors
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    config = preset("tiny")
+    path = tmp_path_factory.mktemp("model") / "tiny-bytes"
+    parameters = jax.tree.map(lambda leaf: leaf * 4, initial_parameters(config, seed=1))
+    save_safetensors(path, config, parameters, tokenizer=ByteTokenizer())
+    return path
+
+
+@pytest.fixture
+def server(folder, tmp_path):
+    """A running server and its address."""
+    keys = tmp_path / "keys"
+    keys.write_text("sesame\n")
+    command = [sys.executable, "-m", "jaxsys.cli", "serve", "--model", str(folder)]
+    command += ["--port", "0", "--max-length", "200", "--max-batch", "4", "--log", "json"]
+    command += ["--api-key-file", str(keys), "--compilation-cache", str(tmp_path / "compiled")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        found = re.search(r"serving on (http://\S+/v1)", line)
+        if found:
+            break
+    else:
+        pytest.fail("".join(lines))
+    reader = threading.Thread(target=lambda: lines.extend(process.stderr), daemon=True)
+    reader.start()
+    yield process, found.group(1), lines, reader
+    process.kill()
+    process.wait()
+
+
+def test_the_openai_client_and_a_graceful_end(server):
+    process, address, lines, reader = server
+    client = openai.OpenAI(base_url=address, api_key="sesame", timeout=120, max_retries=0)
+    model = client.models.list().data[0].id
+    assert model == "tiny-bytes"
+    messages = [{"role": "user", "content": "hello"}]
+    extra = {"ignore_eos": True}
+    answer = client.chat.completions.create(
+        model=model, messages=messages, max_tokens=8, temperature=0, extra_body=extra
+    )
+    assert answer.usage.completion_tokens == 8
+    assert answer.usage.energy_j > 0 and answer.usage.energy_method.startswith("modelled")
+    with pytest.raises(openai.BadRequestError, match="at most 200 fit"):
+        client.completions.create(model=model, prompt="a" * 300)
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=address, api_key="x", max_retries=0).models.list()
+    stream = client.chat.completions.create(
+        model=model,
+        messages=messages,
+        max_tokens=120,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body=extra,
+    )
+    usage = None
+    for number, chunk in enumerate(stream):
+        if number == 2:
+            process.send_signal(signal.SIGTERM)  # the stream must still come to its end
+        usage = chunk.usage or usage
+    assert usage.completion_tokens == 120
+    stream.close()
+    client.close()
+    assert process.wait(60) == 0
+    reader.join(10)
+    log = "".join(lines)
+    assert '"message": "request"' in log and '"finish_reason": "length"' in log
+    assert "Traceback" not in log
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "/nowhere/model"], "/nowhere/model does not exist"),
+        (["--port", "99999"], "port=99999 must be from 0"),
+        (["--host", "no.such.host.invalid"], "is no address of this machine"),
+        (["--prefill", "0"], "prefill=0 must be at least 1"),
+        (["--max-batch", "0"], "max_batch=0 must be at least 1"),
+        (["--ttft-slo", "-1"], "ttft_s=-1.0 must be a positive"),
+        (["--api-key-file", "/nowhere/keys"], "/nowhere/keys: No such file"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_in_one_line(arguments, words, capsys, tmp_path):
+    given = ["serve", "--port", "0", "--compilation-cache", str(tmp_path), *arguments]
+    assert main(given) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
+def test_a_taken_port_is_named(capsys, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        given = ["serve", "--port", str(port), "--compilation-cache", str(tmp_path)]
+        assert main(given) == 2
+    error = capsys.readouterr().err
+    assert f"cannot listen on 127.0.0.1:{port}" in error and error.count("\n") == 1
