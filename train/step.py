@@ -76,4 +76,6 @@ def make_step(
         new = jax.lax.with_sharding_constraint(new, shardings)
         return new, StepResult(loss=loss, gradient_norm=norm, skipped=skipped)
 
-    return jax.jit(step, donate_argnums=0, compiler_options=lowered.compiler_options)
+    # Only steps whose streams must travel at once ask for more than XLA's defaults.
+    compiler_options = getattr(lowered, "compiler_options", None)
+    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options)
