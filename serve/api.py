@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import fastapi
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -104,11 +104,15 @@ def create_app(
     created_s = int(time.time())
     face = _Face(engine, tokenizer, config, metrics)
 
-    @app.post("/v1/completions")
+    streams: dict[int | str, dict[str, Any]] = {
+        200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+    }
+
+    @app.post("/v1/completions", responses=streams)
     async def completions(body: CompletionRequest, request: fastapi.Request) -> Response:
         return await face.completions(body, request)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=streams)
     async def chat(body: ChatRequest, request: fastapi.Request) -> Response:
         return await face.chat(body, request)
 
@@ -127,7 +131,7 @@ def create_app(
             return JSONResponse({"status": "unhealthy", "reason": failure}, 503)
         return JSONResponse({"status": "ok", "unfinished": engine.unfinished})
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def show_metrics() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 

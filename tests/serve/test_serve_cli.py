@@ -89,6 +89,20 @@ def test_the_openai_client_and_a_graceful_end(server):
     assert "Traceback" not in log
 
 
+@pytest.mark.slow
+def test_fuzzing_by_the_description_finds_no_server_error(server):
+    """schemathesis against every endpoint: no 5xx, no undocumented status or form of answer."""
+    pytest.importorskip("schemathesis")
+    process, address, lines, _ = server
+    checks = ("not_a_server_error", "status_code_conformance", "response_schema_conformance")
+    command = [sys.executable, "-m", "schemathesis.cli", "run"]
+    command += [address.removesuffix("/v1") + "/openapi.json", "--checks", ",".join(checks)]
+    command += ["--header", "Authorization: Bearer sesame", "--max-examples", "80"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert process.poll() is None and "Traceback" not in "".join(lines)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
