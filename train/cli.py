@@ -1,6 +1,7 @@
 """`jaxsys train`: trains a byte-level Llama on text, by default the standard library's sources."""
 
 import argparse
+import logging
 import os
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from jaxsys.train.recipe import Recipe, llama_flops_per_token
 from jaxsys.train.trainer import Trainer
 
 HELD_OUT_BATCHES = 4
+logger = logging.getLogger(__name__)
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
@@ -106,6 +108,11 @@ def main(argv: list[str], prog: str) -> int:
         # The orderly way out waits for all peers, some of which may be gone.
         print(f"{prog}: process {jax.process_index()}: {error}", file=sys.stderr, flush=True)
         os._exit(2 if isinstance(error, UsageError) else 1)
+    except Exception:
+        if not hosts.many:
+            raise
+        logger.exception("%s: process %d failed", prog, jax.process_index())
+        os._exit(1)
     return 0 if report.signal is None else 128 + report.signal
 
 

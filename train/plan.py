@@ -8,7 +8,11 @@ from jaxsys.schedule import Schedule
 
 
 def resolve(
-    schedule: str | Path | Schedule, *, devices: int, microbatches: int | None = None
+    schedule: str | Path | Schedule,
+    *,
+    devices: int,
+    layers: int,
+    microbatches: int | None = None,
 ) -> Schedule:
     """Makes or reads the schedule of one ring.
 
@@ -16,16 +20,20 @@ def resolve(
         schedule: a name of `jaxsys.strategies.NAMES`, a Schedule, or the path of a `.json` file
             written by `Schedule.to_json`.
         devices: P, how many devices the ring has.
+        layers: L, of the model.
         microbatches: M over the ring; 2 P unless the schedule says.
 
     Raises:
         UsageError: if there is no such name or file, or the schedule is for other sizes.
     """
     if isinstance(schedule, str) and schedule in strategies.NAMES:
+        # Sharded weights are gathered chunk by chunk: one chunk would be the whole model at once.
+        options = {"chunks": layers} if schedule.startswith("zero-") else {}
         return strategies.build(
             schedule,
             devices=devices,
             microbatches=2 * devices if microbatches is None else microbatches,
+            **options,
         )
     if not isinstance(schedule, Schedule):
         schedule = _read(schedule)

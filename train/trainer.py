@@ -105,7 +105,9 @@ class Trainer:
         self.mesh = mesh
         self.model = model
         self.optimizer = optimizer
-        self.schedule = plan.resolve(schedule, devices=mesh.shape[RING], microbatches=microbatches)
+        self.schedule = plan.resolve(
+            schedule, devices=mesh.shape[RING], layers=model.layers, microbatches=microbatches
+        )
         self.compute_dtype = jnp.dtype(compute_dtype)
         self.recompute = recompute
         self.flops_per_token = flops_per_token

@@ -72,7 +72,7 @@ def test_save_under_weipipe_resume_under_others_as_if_never_stopped(make, data, 
     wanted = whole.fit(data, steps=6, progress=False)
     first = make("weipipe-interleave", 4)
     part = first.fit(data, steps=6, stop_at=2, folder=tmp_path / "run", progress=False)
-    second = make("dp", 2, 4)
+    second = make("zero-3", 8)
     middle = second.fit(
         data, steps=6, stop_at=4, folder=tmp_path / "run", resume=True, progress=False
     )

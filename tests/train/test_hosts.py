@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -169,8 +170,12 @@ def test_across_network_namespaces(start, tmp_path):
     def ip(*words: str, check: bool = True) -> None:
         subprocess.run(["ip", *words], check=check, capture_output=True)
 
+    # Gloo listens where the host's name points, which must be the address the others can reach.
+    tables = [Path("/etc/netns") / name for name in names]
     try:
-        for name in names:
+        for index, (name, table) in enumerate(zip(names, tables, strict=True)):
+            table.mkdir(parents=True)
+            (table / "hosts").write_text(f"10.77.0.{index + 1} {socket.gethostname()}\n")
             ip("netns", "add", name)
         ip("link", "add", "jx0", "netns", names[0], "type", "veth",
            "peer", "name", "jx1", "netns", names[1])  # fmt: skip
@@ -185,5 +190,6 @@ def test_across_network_namespaces(start, tmp_path):
             assert run.wait(250) == 0, run.said()
         assert len(losses(folder)) == 3
     finally:
-        for name in names:
+        for name, table in zip(names, tables, strict=True):
             ip("netns", "delete", name, check=False)
+            shutil.rmtree(table, ignore_errors=True)
