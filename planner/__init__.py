@@ -2,3 +2,27 @@
 
 if __name__ != "jaxsys.planner":
     raise ImportError(f"import jaxsys.planner, not {__name__}")
+
+from jaxsys.planner.api import Planned, plan
+from jaxsys.planner.cluster import Cluster
+from jaxsys.planner.constraints import Conflict
+from jaxsys.planner.costs import Precision
+from jaxsys.planner.files import load_plan
+from jaxsys.planner.plans import Plan
+from jaxsys.planner.problem import Problem
+from jaxsys.planner.search import Effort, search
+from jaxsys.planner.space import Space
+
+__all__ = [
+    "Cluster",
+    "Conflict",
+    "Effort",
+    "Plan",
+    "Planned",
+    "Precision",
+    "Problem",
+    "Space",
+    "load_plan",
+    "plan",
+    "search",
+]

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxsys.errors import UsageError
 from jaxsys.planner.costs import NO_LINK, BlockCost, Split, block_cost, frame, schedule_costs
-from jaxsys.planner.plan import PATHS, Gradient, Order, Plan, Residual, State, Weights
+from jaxsys.planner.plans import PATHS, Gradient, Order, Plan, Residual, State, Weights
 from jaxsys.planner.problem import Problem
 from jaxsys.schedule import Link, Placement, Schedule, Trace, simulate, trace
 from jaxsys.strategies.pipeline import gpipe, one_f_one_b, one_f_one_b_overlap

@@ -7,7 +7,7 @@ from typing import Any
 
 import jaxsys
 from jaxsys.errors import UsageError
-from jaxsys.planner.plan import Plan
+from jaxsys.planner.plans import Plan
 from jaxsys.planner.problem import Problem
 from jaxsys.planner.recognise import describe, recognise
 from jaxsys.planner.search import Found

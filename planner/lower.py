@@ -2,7 +2,7 @@
 
 from jaxsys.errors import UsageError
 from jaxsys.planner.evaluate import microbatches, staged_generator
-from jaxsys.planner.plan import Gradient, Plan, State, Weights
+from jaxsys.planner.plans import Gradient, Plan, State, Weights
 from jaxsys.planner.problem import Problem
 from jaxsys.schedule import Schedule
 from jaxsys.strategies.data_parallel import data_parallel

@@ -7,7 +7,7 @@ plan's fields, and so also sees split features and replicas around the schedule.
 from collections import Counter, defaultdict
 
 from jaxsys.planner.cats import cats, is_sharded, residents, travels
-from jaxsys.planner.plan import Gradient, Order, Plan, Residual, State, Weights
+from jaxsys.planner.plans import Gradient, Order, Plan, Residual, State, Weights
 from jaxsys.schedule import Data, MoveKind, Placement, Schedule, TaskKind, check
 
 STAGED = {

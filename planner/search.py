@@ -30,7 +30,7 @@ from jaxsys.planner.evaluate import (
     schedule_devices,
     schedule_link,
 )
-from jaxsys.planner.plan import PATHS, Plan, Residual, State, data_parallel_plan
+from jaxsys.planner.plans import PATHS, Plan, Residual, State, data_parallel_plan
 from jaxsys.planner.space import WAYS, Space
 from jaxsys.schedule import Placement
 

@@ -32,7 +32,7 @@ from jaxsys.planner.constraints import (
     satisfiable,
     solutions,
 )
-from jaxsys.planner.plan import PATHS, Gradient, Order, Plan, Residual, State, Weights
+from jaxsys.planner.plans import PATHS, Gradient, Order, Plan, Residual, State, Weights
 from jaxsys.planner.problem import Problem
 
 WAYS = ("replicas", "shard", "features", "stages", "ring")

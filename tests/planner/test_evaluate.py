@@ -10,7 +10,7 @@ from jaxsys.hardware import device, link
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.evaluate import Evaluator, plan_costs, schedule_link
 from jaxsys.planner.lower import to_schedule
-from jaxsys.planner.plan import PATHS, Order, Plan, State
+from jaxsys.planner.plans import PATHS, Order, Plan, State
 from jaxsys.planner.problem import Problem
 from jaxsys.planner.workload import BlockWork, EdgeWork, Workload
 from jaxsys.schedule import simulate

@@ -5,7 +5,7 @@ import pytest
 from jaxsys.errors import UsageError
 from jaxsys.planner.cats import cats, grouped
 from jaxsys.planner.lower import to_schedule
-from jaxsys.planner.plan import PATHS, Order, Plan, State
+from jaxsys.planner.plans import PATHS, Order, Plan, State
 from jaxsys.planner.recognise import describe, recognise, recognise_schedule
 from jaxsys.planner.regimes import ratio_problem, regimes
 from jaxsys.planner.search import Effort, search

@@ -12,7 +12,7 @@ from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.constraints import Conflict
 from jaxsys.planner.costs import Precision
 from jaxsys.planner.evaluate import Evaluator
-from jaxsys.planner.plan import Plan, data_parallel_plan
+from jaxsys.planner.plans import Plan, data_parallel_plan
 from jaxsys.planner.problem import Problem
 from jaxsys.planner.search import Effort, exhaustive, search
 from jaxsys.planner.space import Space

@@ -12,7 +12,7 @@ from jaxsys.model.config import preset
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.constraints import Conflict, Relation, culprits, propagate, satisfiable
 from jaxsys.planner.lower import to_schedule
-from jaxsys.planner.plan import (
+from jaxsys.planner.plans import (
     PATHS,
     Gradient,
     Order,

@@ -1,0 +1,400 @@
+"""`plan`: how to spread any JAX training step over a cluster.
+
+    found = jaxsys.planner.plan(loss_fn, params, batch, cluster=cluster, memory_gib=70)
+    mesh = found.mesh()
+    params = jax.device_put(params, found.parameter_shardings(mesh))
+    batch = jax.device_put(batch, found.batch_shardings(mesh))
+    step = jax.jit(train_step)          # XLA puts in the collectives that the shardings ask for
+
+`loss_fn(params, batch)` is traced, never run: its products, bytes and residuals are read from the
+jaxpr, its repeated layers found where a scan takes stacked parameters apart, or where a subtree of
+the parameters is there several times. For a `LayeredModel` the search has every trajectory to
+choose from, and the plan comes with the `Schedule` that `jaxsys.train` runs. Plain `jax.jit` keeps
+no copy from one microbatch to the next, so there the whole batch is one microbatch a device.
+"""
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxsys.errors import UsageError
+from jaxsys.layered import LayeredModel
+from jaxsys.planner import explain
+from jaxsys.planner.cluster import Cluster
+from jaxsys.planner.costs import Precision
+from jaxsys.planner.evaluate import Evaluator
+from jaxsys.planner.jaxpr_costs import (
+    FunctionCost,
+    function_cost,
+    residual_bytes,
+    shapes_of,
+    trace_loss,
+)
+from jaxsys.planner.lower import to_schedule
+from jaxsys.planner.named import USABLE_MEMORY
+from jaxsys.planner.plans import PATHS, Plan, State, Weights
+from jaxsys.planner.problem import Problem
+from jaxsys.planner.recognise import describe, recognise
+from jaxsys.planner.search import Effort, Found, Progress, Result, search
+from jaxsys.planner.space import Space
+from jaxsys.planner.workload import BlockWork, EdgeWork, Workload
+from jaxsys.schedule import Schedule
+
+PyTree = Any
+GIB = 2**30
+REPLICA, SHARD, FEATURES = "replica", "shard", "features"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layers:
+    """The repeated part of a model's parameters."""
+
+    count: int
+    leaves: tuple[int, ...]
+    """Which leaves of the parameters belong to layers, counted in flattening order."""
+    stacked: bool
+    """Whether each of them holds all layers along its leading axis."""
+    where: str
+    """In words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A plan for a JAX function."""
+
+    plan: Plan
+    found: Found
+    problem: Problem = field(repr=False)
+    result: Result = field(repr=False)
+    layers: Layers
+    parameter_specs: PyTree = field(repr=False)
+    optimizer_specs: PyTree = field(repr=False)
+    """For state that is shaped like the parameters, such as Adam's moments."""
+    batch_specs: PyTree = field(repr=False)
+    schedule: Schedule | None = field(repr=False)
+    """What `jaxsys.train` runs; None for functions that are no `LayeredModel`."""
+
+    @property
+    def name(self) -> str:
+        """The strategy the plan amounts to."""
+        return recognise(self.plan)
+
+    def mesh(self, devices: Sequence[Any] | None = None) -> Mesh:
+        """A mesh of axes replica, shard and features, neighbours in features nearest."""
+        chosen = jax.devices() if devices is None else devices
+        sizes = _axis_sizes(self.plan)
+        wanted = math.prod(sizes.values())
+        if len(chosen) < wanted:
+            raise UsageError(f"the plan is for {wanted} devices; {len(chosen)} are present")
+        grid = np.array(chosen[:wanted]).reshape(tuple(sizes.values()))
+        return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * 3)
+
+    def parameter_shardings(self, mesh: Mesh) -> PyTree:
+        """NamedShardings of the parameters."""
+        return _shardings(mesh, self.parameter_specs)
+
+    def optimizer_shardings(self, mesh: Mesh) -> PyTree:
+        """NamedShardings of one parameter-shaped part of the optimizer's state."""
+        return _shardings(mesh, self.optimizer_specs)
+
+    def batch_shardings(self, mesh: Mesh) -> PyTree:
+        """NamedShardings of a batch."""
+        return _shardings(mesh, self.batch_specs)
+
+    def __str__(self) -> str:
+        return (
+            f"{describe(self.plan)}; layers: {self.layers.where}\n"
+            f"{explain.table(self.result, self.problem.memory_bytes)}\n"
+            f"{explain.reasons(self.problem, self.result)}"
+        )
+
+
+def plan(
+    loss_fn: Callable[..., Any] | LayeredModel,
+    params: PyTree,
+    batch: PyTree,
+    *,
+    cluster: Cluster,
+    memory_gib: float | None = None,
+    precision: Precision | None = None,
+    narrow: Callable[[Space], Space] | None = None,
+    effort: Effort | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Planned:
+    """Plans a training step for a cluster.
+
+    Args:
+        loss_fn: `loss_fn(params, batch)` -> scalar loss or (loss, auxiliary); or a `LayeredModel`.
+        params: its parameters, as arrays or shapes.
+        batch: one step's batch as arrays or shapes, examples along every leaf's leading axis; for a
+            `LayeredModel` one example a microbatch, [M, B, ...].
+        cluster: the devices and links.
+        memory_gib: the limit per device; most of the device's memory, if not given.
+        precision: bytes per parameter of weights, gradients and state.
+        narrow: takes plans away from the space before it is searched.
+        effort: how hard to search.
+        progress: called as the search goes on.
+
+    Raises:
+        UsageError: if the function does not trace, no split of its shapes is legal, or nothing fits
+            the memory limit (says the smallest that something would).
+        Conflict: if `narrow` leaves nothing; says what conflicts.
+    """
+    layered = isinstance(loss_fn, LayeredModel)
+    function = _layered_loss(loss_fn) if isinstance(loss_fn, LayeredModel) else loss_fn
+    examples = _examples(batch)
+    closed = trace_loss(function, params, batch)
+    count = len(jax.tree.leaves(params))
+    layers = _find_layers(params, function_cost(closed), count)
+    limit = USABLE_MEMORY * cluster.device.memory_bytes if memory_gib is None else memory_gib * GIB
+
+    def workload_of(size: int) -> Workload:
+        return _workload(function, params, _rows(batch, size), size, layers, cluster)
+
+    problem = Problem(
+        workload_of=workload_of,
+        cluster=cluster,
+        batch=examples,
+        memory_bytes=limit,
+        precision=precision or Precision(),
+    )
+    sizes = [1] if layered else [n for n in range(1, examples + 1) if examples % n == 0]
+    space = Space.of(problem, microbatch_sizes=sizes)
+    if not layered:
+        space = space.domain("turns", 1).domain("stages", 1).domain("ring", 1)
+        space = space.domain("lookahead", 1)
+    if narrow is not None:
+        space = narrow(space)
+    result = search(
+        space,
+        effort=effort or Effort(refine=2, chains=16, steps=40, restarts=1, tolerance=1e-3),
+        progress=progress,
+    )
+    if not result.fits:
+        least = _smallest(space)
+        raise UsageError(
+            f"nothing fits {limit / GIB:.3g} GiB per device; the smallest limit that would do is "
+            f"{least / GIB:.3g} GiB: raise memory_gib, add devices or shrink the batch"
+        )
+    best = result.best.plan
+    specs, state_specs = _specs(params, layers, best)
+    return Planned(
+        plan=best,
+        found=result.best,
+        problem=problem,
+        result=result,
+        layers=layers,
+        parameter_specs=specs,
+        optimizer_specs=state_specs,
+        batch_specs=jax.tree.map(
+            lambda leaf: PartitionSpec((REPLICA, SHARD)) if np.ndim(leaf) or leaf.shape else None,
+            shapes_of(batch),
+        ),
+        schedule=to_schedule(problem, best) if layered else None,
+    )
+
+
+def _layered_loss(model: LayeredModel) -> Callable[[PyTree, PyTree], jax.Array]:
+    def loss(params: PyTree, batch: PyTree) -> jax.Array:
+        def one(microbatch: PyTree) -> tuple[jax.Array, jax.Array]:
+            x = model.embed(params["edge"], microbatch)
+            step = lambda x, layer: (model.block(layer, x, microbatch), None)  # noqa: E731
+            x, _ = jax.lax.scan(step, x, params["blocks"])
+            return model.head_loss(params["edge"], x, microbatch)
+
+        losses, weights = jax.lax.map(one, batch)
+        return losses.sum() / weights.sum()
+
+    return loss
+
+
+def _examples(batch: PyTree) -> int:
+    sizes = {leaf.shape[0] for leaf in jax.tree.leaves(shapes_of(batch)) if leaf.shape}
+    if len(sizes) != 1:
+        shown = ", ".join(map(str, sorted(sizes))) or "none"
+        raise UsageError(f"leading axes of the batch are {shown}; all must be the same, examples")
+    return sizes.pop()
+
+
+def _rows(batch: PyTree, size: int) -> PyTree:
+    return jax.tree.map(
+        lambda leaf: (
+            jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype) if leaf.shape else leaf
+        ),
+        shapes_of(batch),
+    )
+
+
+def _find_layers(params: PyTree, cost: FunctionCost, count: int) -> Layers:
+    """Stacked parameters that a scan takes apart, else the largest family of like subtrees."""
+    leaves = jax.tree.leaves(shapes_of(params))
+    by_length: dict[int, list[int]] = defaultdict(list)
+    for index, length in cost.scanned.items():
+        if index < count and length > 1:
+            by_length[length].append(index)
+    if by_length:
+        weigh = lambda n: sum(leaves[i].size for i in by_length[n])  # noqa: E731
+        length = max(by_length, key=weigh)
+        return Layers(
+            count=length,
+            leaves=tuple(sorted(by_length[length])),
+            stacked=True,
+            where=f"{length}, stacked, taken apart by a scan",
+        )
+    family = _family(params)
+    if family is not None:
+        return family
+    return Layers(
+        count=1, leaves=tuple(range(count)), stacked=False, where="1: no part is there twice"
+    )
+
+
+def _family(params: PyTree) -> Layers | None:
+    """The most of the parameters that sibling subtrees of one structure and shapes make up."""
+    paths = jax.tree_util.tree_leaves_with_path(shapes_of(params))
+    groups: dict[Any, list[list[int]]] = defaultdict(list)
+    depth = max((len(path) for path, _ in paths), default=0)
+    for level in range(1, depth):
+        subtrees: dict[Any, list[int]] = defaultdict(list)
+        for index, (path, _) in enumerate(paths):
+            if len(path) > level:
+                subtrees[path[:level]].append(index)
+        for prefix, members in subtrees.items():
+            shape = tuple(
+                (str(paths[i][0][level:]), paths[i][1].shape, str(paths[i][1].dtype))
+                for i in members
+            )
+            groups[prefix[:-1], shape].append(members)
+    best: Layers | None = None
+    most = 0
+    for (prefix, _), families in groups.items():
+        size = sum(paths[i][1].size for members in families for i in members)
+        if len(families) > 1 and size > most:
+            most = size
+            parent = jax.tree_util.keystr(prefix) or "the parameters"
+            best = Layers(
+                count=len(families),
+                leaves=tuple(i for members in families for i in members),
+                stacked=False,
+                where=f"{len(families)} like subtrees of {parent}",
+            )
+    return best
+
+
+def _workload(
+    function: Callable[..., Any],
+    params: PyTree,
+    batch: PyTree,
+    size: int,
+    layers: Layers,
+    cluster: Cluster,
+) -> Workload:
+    leaves = jax.tree.leaves(shapes_of(params))
+    cost = function_cost(trace_loss(function, params, batch))
+    kept = residual_bytes(function, params, batch)
+    inside = set(layers.leaves)
+    in_blocks = float(sum(leaves[i].size for i in inside))
+    in_edge = float(sum(leaf.size for i, leaf in enumerate(leaves) if i not in inside))
+    edge_flops = sum(
+        f for i, f in cost.flops_by_input.items() if i < len(leaves) and i not in inside
+    )
+    block_flops = max(0.0, cost.product_flops - edge_flops) / layers.count
+    # Memory traffic and residuals go with the products, for want of a better key.
+    share = 1.0 - edge_flops / cost.product_flops if cost.product_flops else 1.0
+    passed = cost.carry_bytes.get(layers.count, 0.0) if layers.stacked else 0.0
+    block = BlockWork(
+        parameters=in_blocks / layers.count,
+        product_flops=block_flops,
+        elementwise_bytes=share * cost.elementwise_bytes / layers.count,
+        residual_bytes=share * kept / layers.count,
+    )
+    return Workload(
+        name=getattr(function, "__name__", "loss"),
+        blocks=(block,) * layers.count,
+        edge=EdgeWork(
+            parameters=in_edge,
+            forward_flops=0.0,
+            backward_flops=3 * edge_flops,
+            workspace_bytes=(1.0 - share) * kept,
+        ),
+        activation_bytes=passed or block.residual_bytes / 10,
+        tokens=size,
+        model_flops=3 * cost.product_flops,
+        feature_ways=_feature_ways([leaves[i] for i in layers.leaves], layers, cluster.devices),
+    )
+
+
+def _feature_ways(leaves: list[Any], layers: Layers, devices: int) -> tuple[int, ...]:
+    """Counts that divide some axis of every matrix of a layer."""
+    first = 1 if layers.stacked else 0
+    matrices = [leaf.shape[first:] for leaf in leaves if len(leaf.shape) - first >= 2]
+    return tuple(
+        ways
+        for ways in range(1, devices + 1)
+        if devices % ways == 0
+        and (ways == 1 or matrices)
+        and all(any(n % ways == 0 for n in shape[-2:]) for shape in matrices)
+    )
+
+
+def _axis_sizes(plan: Plan) -> dict[str, int]:
+    owners = plan.stages * plan.ring
+    return {REPLICA: plan.replicas, SHARD: plan.shard * owners, FEATURES: plan.features}
+
+
+def _specs(params: PyTree, layers: Layers, plan: Plan) -> tuple[PyTree, PyTree]:
+    """PartitionSpecs of parameters and of optimizer state."""
+    split_weights = any(path.weights is not Weights.STAY for path in plan.layers)
+    split_state = plan.state is State.SPLIT and plan.shard > 1
+    inside = set(layers.leaves)
+    leaves, structure = jax.tree.flatten(shapes_of(params))
+
+    def spec(index: int, leaf: Any, sharded: bool) -> PartitionSpec:
+        names: list[Any] = [None] * len(leaf.shape)
+        first = 1 if layers.stacked and index in inside else 0
+        axes = sorted(range(first, len(leaf.shape)), key=lambda a: -leaf.shape[a])
+        if plan.features > 1 and index in inside and len(leaf.shape) - first >= 2:
+            axis = next((a for a in reversed(axes) if leaf.shape[a] % plan.features == 0), None)
+            if axis is not None:
+                names[axis] = FEATURES
+        if sharded:
+            axis = next((a for a in axes if not names[a] and leaf.shape[a] % plan.shard == 0), None)
+            if axis is not None:
+                names[axis] = SHARD
+        return PartitionSpec(*names)
+
+    def tree(sharded: bool) -> PyTree:
+        return structure.unflatten([spec(i, leaf, sharded) for i, leaf in enumerate(leaves)])
+
+    return tree(split_weights and split_state), tree(split_state)
+
+
+def _shardings(mesh: Mesh, specs: PyTree) -> PyTree:
+    return jax.tree.map(
+        lambda s: NamedSharding(mesh, s if s is not None else PartitionSpec()),
+        specs,
+        is_leaf=lambda s: s is None or isinstance(s, PartitionSpec),
+    )
+
+
+def _smallest(space: Space) -> float:
+    """The least memory of any plan whose layers all go one way."""
+    evaluator = Evaluator(space.problem)
+    least = float("inf")
+    for base in space.bases():
+        options = space.codes_of(base)
+        if options is None:
+            continue
+        shared = set.intersection(*(set(map(int, layer)) for layer in options))
+        rows = np.array([[code] * len(options) for code in sorted(shared)])
+        if len(rows):
+            base = dataclasses.replace(base, layers=(PATHS[rows[0][0]],) * len(options))
+            least = min(least, float(evaluator.evaluate(base, rows).peak_bytes.min()))
+    return least
