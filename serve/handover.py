@@ -2,9 +2,10 @@
 
     prefill                                   decode
     last piece dispatched   -- offer -->      queue; reserve pages and a slot when there is room
-                            <-- grant --
+                            <-- grant --      which pages of the prompt it holds already
     first token known and granted:
-      gather pages, free them -- deliver -->  write them into the reserved pages, decode on
+      gather the others,
+      free all                -- deliver -->  write them into the reserved pages, decode on
 
 The offer goes out before the prompt is computed, so a reservation usually waits for the pages and
 not the other way round. Pages are gathered into arrays of their own, [W, S, G, K] a layer, and
@@ -34,6 +35,8 @@ class _Offer:
     request: Request
     target: "Receiver"
     granted: bool = False
+    skip: int = 0
+    """Pages, from the first, that the decode side holds already."""
     computed: bool = False
 
 
@@ -83,11 +86,11 @@ class Sender:
     def between(self) -> None:
         return
 
-    def granted(self, request_id: str | int) -> None:
-        """The decode side has reserved pages."""
+    def granted(self, request_id: str | int, skip: int) -> None:
+        """The decode side has reserved pages, and has the contents of the first `skip`."""
         offer = self._offers.get(request_id)
         if offer is not None:
-            offer.granted = True
+            offer.granted, offer.skip = True, skip
             if offer.computed:
                 self._deliver(offer)
 
@@ -110,8 +113,8 @@ class Sender:
         executor = self.instance.executor
         assert isinstance(executor, JaxExecutor)
         size = self.instance.scheduler.config.page_size
-        pages = request.pages[: -(-request.prompt_length // size)]
-        contents = executor.extract(pages)
+        pages = request.pages[offer.skip : -(-request.prompt_length // size)]
+        contents = executor.extract(pages) if pages else None
         self.instance.scheduler.release_handed_over(request)
         self.instance.requests.pop(request.request_id, None)
         self.moved(request, self.instance, target.instance)
@@ -135,7 +138,8 @@ class Receiver:
     def between(self) -> None:
         for twin in self.instance.scheduler.reserve_incoming():
             sender = self._senders[twin.request_id]
-            sender.instance.post(lambda s=sender, i=twin.request_id: s.granted(i))
+            name, skip = twin.request_id, twin.shared_pages
+            sender.instance.post(lambda s=sender, n=name, k=skip: s.granted(n, k))
 
     def offered(self, twin: Request, sender: Sender) -> None:
         """A prefill instance computes a request that is to decode here."""
@@ -155,7 +159,7 @@ class Receiver:
         if twin is not None:
             self.instance.scheduler.abort(twin, self.instance.clock.now_s())
 
-    def delivered(self, request_id: str | int, contents: Cache, outputs: list[int]) -> None:
+    def delivered(self, request_id: str | int, contents: Cache | None, outputs: list[int]) -> None:
         """The pages and the first token have come."""
         self._senders.pop(request_id, None)
         twin = self.instance.requests.get(request_id)
@@ -164,7 +168,8 @@ class Receiver:
         executor = self.instance.executor
         assert isinstance(executor, JaxExecutor)
         twin.output_tokens, twin.generated = outputs, len(outputs)
-        executor.insert(contents, twin.pages)
+        if contents is not None:
+            executor.insert(contents, twin.pages[twin.shared_pages :])
         self.instance.scheduler.start_received(twin)
         executor.resume(twin)
 

@@ -125,6 +125,7 @@ class Request:
         "prompt_tokens",
         "request_id",
         "sampling",
+        "shared_pages",
         "slot",
         "state",
         "timing",
@@ -168,6 +169,8 @@ class Request:
         self.computed = 0
         self.cached_tokens = 0
         self.pages: list[int] = []
+        self.shared_pages = 0
+        """Receiving: how many of `pages`, from the first, hold their contents already."""
         self.slot = -1
         self.finish_reason: FinishReason | None = None
         self.note: object = None

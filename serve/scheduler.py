@@ -191,21 +191,31 @@ class Scheduler:
     def reserve_incoming(self) -> list[Request]:
         """Gives pages and slots to as many incoming requests as fit; their copies may begin.
 
+        The first `shared_pages` of a request's pages hold their contents already.
+
         A running request may need a page each in the next step, so that many stay in reserve.
         """
         reserved = []
-        page_size = self.config.page_size
-        while self.incoming and self._free_slots and not self.waiting:  # preempted ones go first
+        allocator, page_size = self.allocator, self.config.page_size
+        # Preempted requests go first.
+        while self.incoming and self._free_slots and not self.waiting:
             request = self.incoming[0]
-            count = -(-(request.prompt_length + 1) // page_size)
+            shared: list[int] = []
+            if self.config.prefix_caching:
+                # Full pages of the prompt only: decoding writes behind them, never into them.
+                full = request.prompt_length // page_size
+                shared = allocator.share(self._keys(request)[:full])
+            count = -(-(request.prompt_length + 1) // page_size) - len(shared)
             reserve = len(self.running) + len(self.receiving)
-            if self.allocator.available - reserve < count and (reserve or self.prefilling):
-                break
-            pages = self.allocator.allocate(count)
+            pages = None
+            if allocator.available - reserve >= count or not (reserve or self.prefilling):
+                pages = allocator.allocate(count)
             if pages is None:
+                allocator.release(shared)
                 break
             self.incoming.popleft()
-            request.pages = pages
+            request.pages = shared + pages
+            request.shared_pages = len(shared)
             request.slot = self._free_slots.pop()
             request.state = RequestState.RECEIVING
             self.receiving[request.request_id] = request

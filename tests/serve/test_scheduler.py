@@ -199,6 +199,24 @@ def test_incoming_requests_wait_for_pages():
     assert decode.reserve_incoming() == [twins[1]]
 
 
+def test_incoming_requests_share_a_known_prefix():
+    decode = make_scheduler(role="decode")
+    prompt = list(range(11))
+    twins = [make_request(name, prompt, max_tokens=4) for name in "ab"]
+    for twin in twins:
+        twin.generated, twin.output_tokens = 1, [next_token(twin)]
+        decode.add_incoming(twin)
+        assert decode.reserve_incoming() == [twin]
+        decode.start_received(twin)
+        decode.check()
+    first, second = twins
+    assert (first.shared_pages, second.shared_pages) == (0, 2)
+    assert second.pages[:2] == first.pages[:2] and second.pages[2] != first.pages[2]
+    run(decode)
+    assert first.output_tokens == second.output_tokens == expected_output(first)
+    assert decode.allocator.held == 0
+
+
 @pytest.mark.parametrize("role", ["both", "prefill", "decode"])
 def test_abort_in_every_state_frees_everything(role):
     def fresh():
