@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import json
 import logging
 import signal
@@ -45,9 +46,7 @@ def main(argv: Sequence[str], prog: str) -> int:
     config = DeploymentConfig(
         prefill=arguments.prefill,
         decode=arguments.decode,
-        max_batch=arguments.max_batch,
         max_length=arguments.max_length,
-        max_prefill_tokens=arguments.max_prefill_tokens,
         page_size=arguments.page_size,
         page_count=arguments.pages,
         max_requests=arguments.max_requests,
@@ -64,10 +63,14 @@ def main(argv: Sequence[str], prog: str) -> int:
         # Before anything starts JAX: a host without accelerator is divided.
         devices = choose_devices(len(config.roles) * config.tensor_parallel)
         on_cpu = devices[0].platform == "cpu"
+        config = _with_defaults(arguments, config, on_cpu=on_cpu)
         dtype = arguments.dtype or ("float32" if on_cpu else "bfloat16")
         path = default_model_path() if arguments.model is None else arguments.model
         started_s = time.monotonic()
-        model = load(path, DTYPES[dtype])
+        # What is loaded is fused, quantised and placed later: until then it lies in the host's
+        # memory, so that the accelerator's is left to weights and pages.
+        with jax.default_device(jax.devices("cpu")[0]):
+            model = load(path, DTYPES[dtype])
         if model.tokenizer is None:
             raise UsageError(f"{path} has no tokenizer.json; add the one the model came with")
         engine = build_engine(
@@ -77,6 +80,7 @@ def main(argv: Sequence[str], prog: str) -> int:
             governors=lambda _, device: _governor(arguments, model, slo, device),
             decode_router=_router(arguments, model, slo),
         )
+        model = dataclasses.replace(model, parameters={})  # the engine holds its own
         compile_ahead(engine)
         name = arguments.model_name or _name(path)
         print(
@@ -119,9 +123,13 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add("--port", type=int, default=8000, help="port to listen on; 0 takes a free one")
     add("--prefill", type=int, default=1, help="prefill instances")
     add("--decode", type=int, default=1, help="decode instances; 0: the prefill ones do both")
-    add("--max-batch", type=int, default=16, help="requests an instance works on at once")
+    add("--max-batch", type=int, help="requests an instance works on at once; 16 on CPU, else 128")
     add("--max-length", type=int, default=2048, help="tokens of a request, prompt and output")
-    add("--max-prefill-tokens", type=int, default=256, help="prompt tokens an iteration computes")
+    add(
+        "--max-prefill-tokens",
+        type=int,
+        help="prompt tokens an iteration computes; 256 on CPU, else 2048",
+    )
     add("--page-size", type=int, help="tokens a page of the cache holds; 16 on CPU, else 64")
     add("--pages", type=int, help="pages of each instance; what the device has if not given")
     add("--max-requests", type=int, default=256, help="requests taken before answering 429")
@@ -152,6 +160,18 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         help="folder that keeps compiled steps between runs",
     )
     return parser
+
+
+def _with_defaults(
+    arguments: argparse.Namespace, config: DeploymentConfig, *, on_cpu: bool
+) -> DeploymentConfig:
+    """Sizes that suit the device, where none were given."""
+    batch, tokens = arguments.max_batch, arguments.max_prefill_tokens
+    return dataclasses.replace(
+        config,
+        max_batch=(16 if on_cpu else 128) if batch is None else batch,
+        max_prefill_tokens=(256 if on_cpu else 2048) if tokens is None else tokens,
+    )
 
 
 def _governor(

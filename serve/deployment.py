@@ -56,6 +56,9 @@ class DeploymentConfig:
             raise UsageError(f"decode={self.decode} must be 0 (instances do both) or more")
         if self.tensor_parallel < 1:
             raise UsageError(f"tensor_parallel={self.tensor_parallel} must be at least 1")
+        for name in ("max_batch", "max_length", "max_prefill_tokens"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name}={getattr(self, name)} must be at least 1")
         if self.max_requests < 1:
             raise UsageError(f"max_requests={self.max_requests} must be at least 1")
 
