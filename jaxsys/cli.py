@@ -14,10 +14,12 @@ from jaxsys.errors import RunError, UsageError
 
 SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("jaxsys.planner.cli", "compare parallel plans for a model on a cluster"),
+    "profile-cluster": ("jaxsys.planner.profile", "measure links and devices for `plan`"),
     "train": ("jaxsys.train.cli", "train a model with a schedule"),
     "serve": ("jaxsys.serve.cli", "serve a model over an OpenAI-compatible API"),
     "clocks": ("jaxsys.nvml", "read or reset GPU clocks"),
     "replay": ("jaxsys.serve.replay", "replay a request trace on simulated GPUs"),
+    "profile": ("jaxsys.serve.profile_cli", "measure latency and power for the predictor"),
 }
 
 

@@ -1,7 +1,8 @@
 """EcoPred: learned latency and power of an iteration, for what-ifs before it runs.
 
-Gradient-boosted trees (XGBoost) on the profile, one set for prefill (tokens, requests, cached
-tokens, clock), one for decode (batch, KV tokens, bucket, clock), each for log time and for power.
+Gradient-boosted trees (XGBoost) on the profile, one set for prefill (tokens, requests, pairs of
+new and earlier or cached tokens, clock), one for decode (batch, KV tokens, bucket, clock), each
+for log time and for power.
 Constraints make time never fall with load nor rise with the clock, and power never fall with the
 clock. The trees are tabulated once on a grid and read by multilinear interpolation, which keeps
 monotonicity, is smooth where trees are steps, and answers all what-ifs of a decision in one call.
@@ -35,7 +36,7 @@ _PREFILL_AXES = (
     np.array([1, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096,
               6144, 8192, 12288, 16384], float),
     np.array([1, 2, 4, 8, 16, 32, 64, 128, 256], float),
-    np.array([0, 512, 2048, 8192, 32768], float),
+    np.array([0, 1e4, 1e5, 4e5, 1e6, 4e6, 1.6e7, 3.3e7, 6.7e7, 1.4e8, 2.8e8, 8e8, 3e9]),
 )  # fmt: skip
 _KV_AXIS = np.array(
     [0, 256, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 98304, 131072, 196608, 262144, 393216,
@@ -70,7 +71,12 @@ class EcoPredConfig:
 
 
 def _prefill_row(load: Load, clock_mhz: float) -> tuple[float, ...]:
-    return load.prefill_tokens, load.prefill_requests, load.cached_tokens, clock_mhz
+    # Cached tokens cost by what attends to them: the third feature counts pairs of new and earlier
+    # tokens. Time rises with each feature, which it does not with requests at a given sum of
+    # cached tokens.
+    requests = max(1, load.prefill_requests)
+    pairs = load.prefill_tokens * (load.prefill_tokens / 2 + load.cached_tokens) / requests
+    return load.prefill_tokens, load.prefill_requests, pairs, clock_mhz
 
 
 def _decode_row(load: Load, clock_mhz: float) -> tuple[float, ...]:
@@ -199,9 +205,14 @@ class EcoPred:
         batch_axis = np.array(edges, float)
         if len(batch_axis) < 2:
             raise UsageError("the profile holds one decode batch size; two are the least")
-        self._prefill = self._fit(prefill, _prefill_row, _PREFILL_AXES, self._prefill_grid())
+        rows = np.array([_prefill_row(s.load, 0)[:3] for s in prefill])
+        prefill_axes = tuple(_axis_within(axis, rows[:, k]) for k, axis in enumerate(_PREFILL_AXES))
+        kv_axis = _axis_within(_KV_AXIS, np.array([s.load.kv_tokens for s in decode]))
+        self._prefill = self._fit(
+            prefill, _prefill_row, prefill_axes, self._prefill_grid(prefill_axes)
+        )
         self._decode = self._fit(
-            decode, _decode_row, (batch_axis, _KV_AXIS), self._decode_grid(batch_axis)
+            decode, _decode_row, (batch_axis, kv_axis), self._decode_grid(batch_axis, kv_axis)
         )
 
     # --- predictions --------------------------------------------------------------------------
@@ -216,6 +227,9 @@ class EcoPred:
              for x in loads], float
         ).reshape(-1, 5)  # fmt: skip
         has_prefill, has_decode = values[:, 0] > 0, values[:, 3] > 0
+        values[:, 2] = (
+            values[:, 0] * (values[:, 0] / 2 + values[:, 2]) / np.maximum(values[:, 1], 1.0)
+        )
         if has_prefill.all() and not has_decode.any():
             return self._phase(self._prefill, values[:, :3].T, columns)
         if has_decode.all() and not has_prefill.any():
@@ -444,14 +458,25 @@ class EcoPred:
         values = np.asarray(trees.inplace_predict(grid), float)
         return (np.exp(values) if logarithmic else values).reshape(shape)
 
-    def _prefill_grid(self) -> np.ndarray:
-        mesh = np.meshgrid(*_PREFILL_AXES, self._clocks, indexing="ij")
+    def _prefill_grid(self, axes: tuple[np.ndarray, ...]) -> np.ndarray:
+        mesh = np.meshgrid(*axes, self._clocks, indexing="ij")
         return np.stack([axis.ravel() for axis in mesh], axis=1)
 
-    def _decode_grid(self, batch_axis: np.ndarray) -> np.ndarray:
-        batch, kv, clock = np.meshgrid(batch_axis, _KV_AXIS, self._clocks, indexing="ij")
+    def _decode_grid(self, batch_axis: np.ndarray, kv_axis: np.ndarray) -> np.ndarray:
+        batch, kv, clock = np.meshgrid(batch_axis, kv_axis, self._clocks, indexing="ij")
         bucket = self._bucket_of[batch.astype(int)]
         return np.stack([axis.ravel() for axis in (batch, kv, bucket, clock)], axis=1)
+
+
+def _axis_within(axis: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """The axis up to the largest value profiled: beyond it trees are flat, and the grid's last
+    segment, along which load is extrapolated, must not be."""
+    top = max(float(seen.max()), float(axis[1]))
+    kept = axis[axis < top]
+    # A sliver of a last segment would extrapolate the trees' noise.
+    if len(kept) > 2 and top - kept[-1] < 0.2 * top:
+        kept = kept[:-1]
+    return np.append(kept, top)
 
 
 def _window_error(phase: _Phase) -> float:

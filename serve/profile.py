@@ -147,7 +147,7 @@ def sweep_plan(
     for count in (t for t in tokens if t <= max_prefill_tokens):
         for requests in (1, 2, 4, 8, 16, 32, 64, 128):
             if requests <= count // 8 or requests == 1:
-                for cached in (0, 512, 2048, 8192):
+                for cached in (0, 512, 2048, 8192, 32768, 98304):
                     loads.append(
                         Load(prefill_tokens=count, prefill_requests=requests, cached_tokens=cached)
                     )
