@@ -19,6 +19,7 @@ from jaxsys.planner.files import plan_file
 from jaxsys.planner.lower import to_schedule
 from jaxsys.planner.named import compare
 from jaxsys.planner.problem import Problem
+from jaxsys.planner.profile import load_profile
 from jaxsys.planner.recognise import describe
 from jaxsys.planner.search import Effort, Found, Progress, search
 from jaxsys.planner.space import Space
@@ -33,10 +34,16 @@ def main(argv: Sequence[str], prog: str) -> int:
     """Runs the command; returns 0, or raises UsageError or RunError."""
     options = _parser(prog).parse_args(argv)
     config = read_model(options.model)
+    measured = None if options.profile is None else load_profile(options.profile)
+    if measured is not None and measured.link is None and options.devices > 1:
+        raise UsageError(
+            f"profile {options.profile} was measured on one device and holds no link; measure "
+            "with --devices 2 or more"
+        )
     cluster = Cluster(
-        device=hardware.device(options.device),
+        device=measured.device if measured else hardware.device(options.device),
         devices=options.devices,
-        link=hardware.link(options.link),
+        link=measured.link if measured and measured.link else hardware.link(options.link),
         node_devices=options.node_devices,
         node_link=None if options.node_link is None else hardware.link(options.node_link),
     )
@@ -74,8 +81,8 @@ def main(argv: Sequence[str], prog: str) -> int:
     request = {
         "model": options.model,
         "devices": options.devices,
-        "device": options.device,
-        "link": options.link,
+        "device": cluster.device.name,
+        "link": cluster.link.name,
         "node_devices": options.node_devices,
         "node_link": options.node_link,
         "sequence_length": sequence_length,
@@ -213,6 +220,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         default="float32",
         help="dtype in which gradients are summed and sent (default: float32)",
     )
+    add("--profile", type=Path, help="device and link measured by `jaxsys profile-cluster`")
     add("--node-devices", type=int, help="devices of a node (default: all in one)")
     add("--node-link", help="link between nodes, per device")
     add("--search", action="store_true", help="search all plans, not the known strategies alone")

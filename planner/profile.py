@@ -1,0 +1,304 @@
+"""`jaxsys profile-cluster`: measures what the planner otherwise takes from presets.
+
+Links: every collective at several sizes, fitted to t = alpha + beta * bytes sent. Device: products
+and attention at the model's own shapes, an elementwise pass over memory, and the block itself,
+forward and with its backward pass, beside what the fitted rates predict for it.
+"""
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import jaxsys
+from jaxsys.errors import UsageError
+from jaxsys.hardware import DEVICES, DeviceSpec, LinkSpec
+from jaxsys.mesh import RING, make_mesh, request_devices
+from jaxsys.model.attention import attend
+from jaxsys.model.config import LlamaConfig, preset
+from jaxsys.model.llama import bind_block, initial_parameters
+from jaxsys.planner.costs import Precision, block_cost
+from jaxsys.planner.workload import llama_workload
+
+FORMAT = "jaxsys-profile-cluster"
+FORMAT_VERSION = 1
+COLLECTIVES = ("ppermute", "all_gather", "psum_scatter", "psum")
+SIZES_BYTES = tuple(2**n for n in (12, 14, 16, 18, 20, 22, 24, 26, 28))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """Measured specifications, ready for a `Cluster`."""
+
+    device: DeviceSpec
+    link: LinkSpec | None
+    """None where there was only one device."""
+    devices: int
+
+
+def fit_line(sent_bytes: Sequence[float], times_s: Sequence[float]) -> tuple[float, float]:
+    """(alpha seconds, beta seconds per byte) of t = alpha + beta * bytes, neither below zero.
+
+    Relative errors are minimised: microseconds of a small message count as much as milliseconds of
+    a large one.
+    """
+    sent, times = np.asarray(sent_bytes, float), np.asarray(times_s, float)
+    columns = np.stack([1 / times, sent / times], axis=1)
+    for active in ([0, 1], [1], [0]):
+        found = np.linalg.lstsq(columns[:, active], np.ones(len(times)), rcond=None)[0]
+        if (found >= 0).all():
+            whole = dict(zip(active, found, strict=True))
+            return float(whole.get(0, 0.0)), float(whole.get(1, 0.0))
+    return 0.0, 0.0
+
+
+def sent_share(kind: str, devices: int) -> float:
+    """What a device sends for a block of one byte."""
+    return {
+        "ppermute": 1.0,
+        "all_gather": (devices - 1) / devices,
+        "psum_scatter": (devices - 1) / devices,
+        "psum": 2 * (devices - 1) / devices,
+    }[kind]
+
+
+def measure_collectives(
+    mesh: Mesh, *, sizes_bytes: Sequence[int] = SIZES_BYTES, repeats: int = 10
+) -> dict[str, list[tuple[int, float]]]:
+    """Collective -> (bytes of the block, median seconds), over the mesh's ring."""
+    devices = mesh.shape[RING]
+    found: dict[str, list[tuple[int, float]]] = {}
+    for kind in COLLECTIVES:
+        rows = []
+        for size in sizes_bytes:
+            elements = max(devices, size // 4 // devices * devices)
+            rows.append((4 * elements, _time_collective(mesh, kind, elements, repeats)))
+        found[kind] = rows
+    return found
+
+
+def _time_collective(mesh: Mesh, kind: str, elements: int, repeats: int) -> float:
+    """Median seconds of one collective over a float32 block of this many elements."""
+    devices = mesh.shape[RING]
+    pairs = [(i, (i + 1) % devices) for i in range(devices)]
+    bodies: dict[str, Callable[[jax.Array], jax.Array]] = {
+        "ppermute": lambda x: lax.ppermute(x, RING, pairs),
+        "all_gather": lambda x: lax.all_gather(x, RING, tiled=True),
+        "psum_scatter": lambda x: lax.psum_scatter(x, RING, tiled=True),
+        "psum": lambda x: lax.psum(x, RING),
+    }
+    local = elements // devices if kind == "all_gather" else elements
+    out = PartitionSpec() if kind in ("all_gather", "psum") else PartitionSpec(RING)
+    run = jax.jit(
+        jax.shard_map(
+            bodies[kind], mesh=mesh, in_specs=PartitionSpec(RING), out_specs=out, check_vma=False
+        )
+    )
+    value = jax.device_put(
+        jnp.ones((local * devices,), jnp.float32), NamedSharding(mesh, PartitionSpec(RING))
+    )
+    return median_seconds(run, value, repeats=repeats)
+
+
+def median_seconds(run: Callable[..., Any], *arguments: Any, repeats: int) -> float:
+    """Median wall seconds of a compiled function, after one run to compile it."""
+    jax.block_until_ready(run(*arguments))
+    samples = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(run(*arguments))
+        samples.append(time.perf_counter() - start)
+    return statistics.median(samples)
+
+
+def measure_device(
+    config: LlamaConfig, *, tokens: int, repeats: int = 5, dtype: Any = jnp.bfloat16
+) -> dict[str, float]:
+    """Rates of the default device at a model's shapes, and its block's own times."""
+    device = jax.devices()[0]
+    width, inner = config.hidden_size, config.intermediate_size
+    heads, shared, head = config.num_heads, config.num_kv_heads, config.head_dim
+    one = functools.partial(jnp.ones, dtype=dtype, device=device)
+    multiply = jax.jit(jnp.matmul)
+    product_s = median_seconds(multiply, one((tokens, width)), one((width, inner)), repeats=repeats)
+    q, kv = one((1, tokens, heads, head)), one((1, tokens, shared, head))
+    attention_s = median_seconds(jax.jit(attend), q, kv, kv, repeats=repeats)
+    passed = one((tokens, inner))
+    add_s = median_seconds(jax.jit(lambda x: x + 1), passed, repeats=repeats)
+    small = replace(config, num_layers=1, vocab_size=8)
+    layer = jax.tree.map(lambda p: p[0], initial_parameters(small, dtype=dtype)["blocks"])
+
+    def block(layer: Any, x: jax.Array) -> jax.Array:
+        return bind_block(small, layer)(x)
+
+    def both(layer: Any, x: jax.Array) -> Any:
+        y, vjp = jax.vjp(block, layer, x)
+        return vjp(y)
+
+    x = one((1, tokens, width))
+    return {
+        "product_flops_per_s": 2.0 * tokens * width * inner / product_s,
+        "attention_flops_per_s": 2.0 * tokens * tokens * heads * head / attention_s,
+        "memory_bytes_per_s": 2.0 * passed.nbytes / add_s,
+        "block_forward_s": median_seconds(jax.jit(block), layer, x, repeats=repeats),
+        "block_both_s": median_seconds(jax.jit(both), layer, x, repeats=repeats),
+        "tokens": float(tokens),
+    }
+
+
+def build_profile(
+    model: str, config: LlamaConfig, *, devices: int, tokens: int, repeats: int, largest_bytes: int
+) -> dict[str, Any]:
+    """Measures everything and returns the profile's JSON value."""
+    chosen = request_devices(devices)
+    kind = chosen[0].device_kind
+    rates = measure_device(config, tokens=tokens, repeats=repeats)
+    near = min(
+        DEVICES.values(),
+        key=lambda spec: abs(np.log(spec.product_flops_per_s / rates["product_flops_per_s"])),
+    )
+    stats = chosen[0].memory_stats() or {}
+    spec = {
+        "name": f"measured {kind}",
+        "peak_flops_per_s": max(near.peak_flops_per_s, rates["product_flops_per_s"]),
+        "product_flops_per_s": rates["product_flops_per_s"],
+        "attention_flops_per_s": rates["attention_flops_per_s"],
+        "memory_bytes": float(stats.get("bytes_limit") or near.memory_bytes),
+        "memory_bytes_per_s": rates["memory_bytes_per_s"],
+    }
+    links: dict[str, Any] = {}
+    link = None
+    if devices > 1:
+        sizes = [size for size in SIZES_BYTES if size <= largest_bytes]
+        for name, rows in measure_collectives(
+            make_mesh(devices, devices=chosen), sizes_bytes=sizes, repeats=repeats
+        ).items():
+            sent = [size * sent_share(name, devices) for size, _ in rows]
+            alpha, beta = fit_line(sent, [seconds for _, seconds in rows])
+            links[name] = {"alpha_s": alpha, "beta_s_per_byte": beta, "samples": rows}
+        gather = links["all_gather"]
+        link = {
+            "name": f"measured {kind} ring of {devices}",
+            "bytes_per_s": 1 / max(gather["beta_s_per_byte"], 1e-15),
+            "latency_s": gather["alpha_s"] / (devices - 1),
+            "launch_s": 0.0,
+        }
+    workload = llama_workload(model, config, sequence_length=tokens, microbatch_size=1)
+    predicted = block_cost(
+        workload.blocks[0],
+        DeviceSpec(**spec),
+        activation_bytes=workload.activation_bytes,
+        precision=Precision(),
+        recompute="none",
+    )
+    both_s = predicted.forward_s + predicted.backward_s
+    return {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "kind": "measured",
+        "hardware": kind,
+        "devices": devices,
+        "versions": {"jaxsys": jaxsys.__version__, "jax": jax.__version__},
+        "config": {"model": model, "tokens": tokens, "repeats": repeats},
+        "device": spec,
+        "link": link,
+        "collectives": links,
+        "block_forward_s": rates["block_forward_s"],
+        "block_both_s": rates["block_both_s"],
+        "block_forward_predicted_s": predicted.forward_s,
+        "block_both_predicted_s": both_s,
+        "prediction_error_pct": 100 * abs(both_s / rates["block_both_s"] - 1),
+    }
+
+
+def load_profile(path: str | Path) -> Profile:
+    """Reads a profile.
+
+    Raises:
+        UsageError: if it cannot be read or is of another version.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"profile {path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UsageError(f"profile {path} is not JSON: {error}") from None
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        raise UsageError(f"{path} is not a profile: its format must be {FORMAT!r}")
+    if value.get("version") != FORMAT_VERSION:
+        raise UsageError(
+            f"profile {path} has version {value.get('version')!r}; this jaxsys reads version "
+            f"{FORMAT_VERSION}: measure again"
+        )
+    source = f"measured: {path}"
+    try:
+        device = DeviceSpec(
+            **value["device"], sources={name: source for name in value["device"] if name != "name"}
+        )
+        link = value["link"]
+        return Profile(
+            device=device,
+            link=None if link is None else LinkSpec(**link, sources={"bytes_per_s": source}),
+            devices=value["devices"],
+        )
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"profile {path} is incomplete: {error}") from None
+
+
+def main(argv: Sequence[str], prog: str) -> int:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description="Measure links and devices for `jaxsys plan --profile`."
+    )
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="the profile to write")
+    add("--devices", type=int, default=1, help="how many devices to measure between (default: 1)")
+    add("--model", default="llama-3-8b", help="the preset whose shapes are measured")
+    add("--tokens", type=int, default=8192, help="tokens of a microbatch (default: 8192)")
+    add("--repeats", type=int, default=10, help="runs of each (default: 10)")
+    add("--largest-mib", type=int, default=256, help="largest block sent (default: 256)")
+    options = parser.parse_args(argv)
+    for name in ("devices", "tokens", "repeats", "largest_mib"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"{name}={getattr(options, name)} must be at least 1")
+    if options.out.exists():
+        raise UsageError(f"{options.out} exists and is not overwritten; name another file")
+    value = build_profile(
+        options.model,
+        preset(options.model),
+        devices=options.devices,
+        tokens=options.tokens,
+        repeats=options.repeats,
+        largest_bytes=options.largest_mib * 2**20,
+    )
+    part = options.out.with_name(options.out.name + ".part")
+    part.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(part, options.out)
+    device = value["device"]
+    print(
+        f"{value['hardware']}: products {device['product_flops_per_s'] / 1e12:.3g} TFLOP/s, "
+        f"attention {device['attention_flops_per_s'] / 1e12:.3g} TFLOP/s, memory "
+        f"{device['memory_bytes_per_s'] / 1e9:.4g} GB/s"
+    )
+    print(
+        f"block of {options.model} at {options.tokens} tokens, forward and backward: "
+        f"{1e3 * value['block_both_s']:.3g} ms, "
+        f"predicted {1e3 * value['block_both_predicted_s']:.3g} ms"
+    )
+    for name, fit in value["collectives"].items():
+        rate = 1 / fit["beta_s_per_byte"] if fit["beta_s_per_byte"] else float("inf")
+        print(f"{name:>12}: alpha {1e6 * fit['alpha_s']:.3g} us, {rate / 1e9:.4g} GB/s sent")
+    print(f"wrote {options.out}")
+    return 0

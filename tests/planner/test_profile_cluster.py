@@ -1,0 +1,56 @@
+"""Measured links and devices: fits, files, and their way into a plan."""
+
+import json
+
+import pytest
+
+from jaxsys.cli import main
+from jaxsys.errors import UsageError
+from jaxsys.planner.profile import COLLECTIVES, fit_line, load_profile
+
+
+def test_fit_recovers_alpha_and_beta():
+    sent = [2.0**n for n in range(10, 28)]
+    alpha, beta = fit_line(sent, [3e-5 + 4e-11 * n for n in sent])
+    assert alpha == pytest.approx(3e-5)
+    assert beta == pytest.approx(4e-11)
+    alpha, beta = fit_line(sent, [1e-11 * n for n in sent])
+    assert alpha == pytest.approx(0, abs=1e-9)
+    assert beta == pytest.approx(1e-11)
+
+
+def test_fit_is_never_negative():
+    alpha, beta = fit_line([1, 2, 4], [3.0, 2.0, 1.0])
+    assert alpha >= 0
+    assert beta >= 0
+
+
+def test_command_measures_and_plan_uses_it(tmp_path, capsys):
+    path = tmp_path / "profile.json"
+    command = ["profile-cluster", "--devices", "4", "--model", "tiny", "--tokens", "64"]
+    command += ["--repeats", "2", "--largest-mib", "1", "--out", str(path)]
+    assert main(command) == 0
+    value = json.loads(path.read_text())
+    assert set(value["collectives"]) == set(COLLECTIVES)
+    for fit in value["collectives"].values():
+        assert fit["alpha_s"] >= 0
+        assert len(fit["samples"]) >= 3
+    profile = load_profile(path)
+    assert profile.device.product_flops_per_s > 0
+    assert profile.link is not None
+    assert main(command) == 2  # not overwritten
+    plan = ["plan", "--model", "tiny", "--devices", "4", "--profile", str(path)]
+    assert main(plan) == 0
+    assert "measured" in capsys.readouterr().out
+
+
+def test_other_files_are_refused(tmp_path):
+    path = tmp_path / "profile.json"
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_profile(path)
+    path.write_text("{}")
+    with pytest.raises(UsageError, match="is not a profile"):
+        load_profile(path)
+    path.write_text(json.dumps({"format": "jaxsys-profile-cluster", "version": 7}))
+    with pytest.raises(UsageError, match="has version 7"):
+        load_profile(path)
