@@ -7,7 +7,9 @@ after: what is read back is what was saved, or it is not used. Beside the arrays
 step, data position, settings, model shape.
 """
 
+import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -24,6 +26,8 @@ from jaxsys.train.state import path_names
 
 FORMAT_VERSION = 1
 _BROKEN = "broken-"
+_SIZES = ".sizes.json"
+"""In a finished step's folder: the size of every file, so that one cut short is named."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +67,7 @@ class CheckpointStore:
         logging.getLogger("absl").setLevel(logging.ERROR)
         self.folder = Path(folder).absolute()
         self._notice = notice
+        self._unsettled = False
         try:
             self._manager = ocp.CheckpointManager(
                 self.folder,
@@ -77,6 +82,33 @@ class CheckpointStore:
         except OSError as error:
             raise UsageError(f"{self.folder} cannot hold checkpoints: {error}") from None
 
+    def settle(self) -> None:
+        """Writes down the file sizes of a save that has just finished; cheap, call it often."""
+        if jax.process_index() or not self._unsettled or self._manager.is_saving_in_progress():
+            return
+        self._unsettled = False
+        for step in (p for p in self.folder.glob("*") if p.name.isdigit()):
+            if not (step / _SIZES).exists():
+                partial = step / f"{_SIZES}.partial"
+                partial.write_text(json.dumps(_sizes(step)), encoding="utf-8")
+                os.replace(partial, step / _SIZES)
+
+    def check_sizes(self, step: int) -> None:
+        """Raises RunError if a file of a step is missing or not as long as it was.
+
+        A step whose sizes a kill left unwritten passes: its arrays are checked when they are read.
+        """
+        folder = self.folder / str(step)
+        try:
+            wanted = json.loads((folder / _SIZES).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return
+        found = _sizes(folder)
+        for name, size in wanted.items():
+            if found.get(name) != size:
+                have = f"has {found[name]} bytes" if name in found else "is missing"
+                raise RunError(f"step {step}: {name} {have}, {size} bytes were written")
+
     def steps(self) -> list[int]:
         """The steps that are there, ascending."""
         return sorted(self._manager.all_steps(read=True))
@@ -87,6 +119,9 @@ class CheckpointStore:
         Raises:
             RunError: if the save before it failed.
         """
+        if self._unsettled:
+            self.wait()
+        self._unsettled = True
         self._guard(
             record.step,
             lambda: self._manager.save(
@@ -106,6 +141,7 @@ class CheckpointStore:
             RunError: if it failed; names the last good step.
         """
         self._guard(None, self._manager.wait_until_finished)
+        self.settle()
 
     def close(self) -> None:
         """Waits for the last save and lets go of the folder."""
@@ -179,6 +215,11 @@ class CheckpointStore:
             raise RunError(
                 f"a checkpoint could not be written to {self.folder}: {_first_line(error)}; {left}"
             ) from error
+
+
+def _sizes(step: Path) -> dict[str, int]:
+    files = [path for path in step.rglob("*") if path.is_file() and _SIZES not in path.name]
+    return {str(path.relative_to(step)): path.stat().st_size for path in files}
 
 
 def checksums_of(tree: PyTree) -> dict[str, int]:

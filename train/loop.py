@@ -327,6 +327,8 @@ class _Loop:
     def finish(self, step: int, result: StepResult) -> None:
         """Reads a step's result, reports it and applies the policy for losses not finite."""
         loss, norm, skipped = (float(v) for v in jax.device_get(tuple(result)))
+        if self.store is not None:
+            self.store.settle()
         rates = self.meter.step()  # type: ignore[union-attr]
         self.losses.append(loss)
         bad = int(skipped) > self.skipped

@@ -298,6 +298,7 @@ class Trainer:
         broken: list[int] = []
         for step in reversed(steps):
             try:
+                store.check_sizes(step)
                 record = store.record(step)
                 self._check(record, store, accept_changes, notice)
                 shapes = self._layer_shapes
