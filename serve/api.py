@@ -129,7 +129,10 @@ def create_app(
             failure = "shutting down"
         if failure is not None:
             return JSONResponse({"status": "unhealthy", "reason": failure}, 503)
-        return JSONResponse({"status": "ok", "unfinished": engine.unfinished})
+        status = "degraded" if engine.failed else "ok"
+        return JSONResponse(
+            {"status": status, "failed": engine.failed, "unfinished": engine.unfinished}
+        )
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def show_metrics() -> Response:

@@ -256,8 +256,9 @@ def measure_prefill(
 
 def copy_bandwidth(device: jax.Device) -> float:
     """Bytes a second, read and written, of a large copy."""
-    count = (1 << 30) if device.platform != "cpu" else (1 << 26)
-    x = jax.random.normal(jax.random.key(0), (count,), jnp.bfloat16)
+    on_cpu = device.platform == "cpu"
+    count, dtype = (1 << 26, jnp.float32) if on_cpu else (1 << 30, jnp.bfloat16)
+    x = jax.random.normal(jax.random.key(0), (count,), dtype)
     return 2 * x.nbytes / _seconds(jax.jit(lambda x: x + 1), x)
 
 

@@ -71,7 +71,8 @@ def main(argv: Sequence[str], prog: str) -> int:
         # memory, so that the accelerator's is left to weights and pages.
         with jax.default_device(jax.devices("cpu")[0]):
             model = load(path, DTYPES[dtype])
-        if model.tokenizer is None:
+        tokenizer = model.tokenizer
+        if tokenizer is None:
             raise UsageError(f"{path} has no tokenizer.json; add the one the model came with")
         engine = build_engine(
             model,
@@ -94,7 +95,7 @@ def main(argv: Sequence[str], prog: str) -> int:
         metrics.watch()
         app = create_app(
             engine,
-            model.tokenizer,
+            tokenizer,
             ApiConfig(model_name=name, max_length=config.max_length, api_keys=api_keys),
             metrics,
         )

@@ -20,6 +20,9 @@ from jaxsys.serve.requests import FinishReason, Request, SamplingParameters
 
 logger = logging.getLogger(__name__)
 
+MAX_ATTEMPTS = 3
+"""How often a request is begun whose instances fail."""
+
 
 class Overloaded(RunError):
     """Too many requests are in the engine."""
@@ -32,14 +35,18 @@ class Overloaded(RunError):
 class Generation:
     """A request as its caller's task sees it."""
 
-    __slots__ = ("ended", "events", "home", "request")
+    __slots__ = ("attempts", "ended", "events", "home", "request", "tokens")
 
     def __init__(self, request: Request, home: Instance):
         self.request = request
+        """As it was last submitted: an attempt to go on after a failure is a request of its own."""
         self.home = home
         """The instance it was last known to be on."""
         self.events: asyncio.Queue[TokenEvent] = asyncio.Queue()
         self.ended = False
+        self.tokens: list[int] = []
+        """Tokens that have reached the caller."""
+        self.attempts = 1
 
 
 class Engine:
@@ -111,11 +118,20 @@ class Engine:
         return len(self._generations)
 
     @property
+    def failed(self) -> list[str]:
+        """The instances that have failed, and why."""
+        return [
+            f"instance {one.name} failed: {one.failure}"
+            for one in self.instances
+            if one.failure is not None
+        ]
+
+    @property
     def failure(self) -> str | None:
-        """Why the engine cannot serve; None where all instances live."""
-        for instance in self.instances:
-            if instance.failure is not None:
-                return f"instance {instance.name} failed: {instance.failure}"
+        """Why the engine cannot serve; None where a way through living instances is left."""
+        for group in (self.entries, self.decoders):
+            if group and all(one.failure is not None for one in group):
+                return "; ".join(self.failed)
         return None
 
     async def start(self) -> None:
@@ -189,17 +205,14 @@ class Engine:
             arrival_s=self.clock.now_s(),
             prompt_tokens=prompt_tokens,
         )
-        home = self.entries[self.prefill_router.choose(self.entries, request)]
-        generation = Generation(request, home)
-        self._generations[request.request_id] = generation
-        home.adjust_in_flight(1)
-        home.submit(request)
+        generation = Generation(request, self._choose_entry(request))
+        self._submit(generation)
         try:
             while not generation.ended or not generation.events.empty():
                 yield await generation.events.get()
         finally:
             if not generation.ended:
-                self.abort(request.request_id)
+                self.abort(generation.request.request_id)
 
     def abort(self, request_id: str | int, reason: FinishReason = "abort") -> None:
         """Ends a request wherever it is; to be called on the event loop's thread."""
@@ -227,8 +240,12 @@ class Engine:
             generation = self._generations.get(event.request.request_id)
             if generation is None or generation.ended:
                 continue
+            if event.finish_reason == "error" and self._retry(generation, name):
+                continue
             if self.on_token is not None:
                 self.on_token(generation.request, event)
+            if event.token is not None:
+                generation.tokens.append(event.token)
             if event.finish_reason is not None:
                 generation.ended = True
                 with self._homes:
@@ -248,6 +265,45 @@ class Engine:
                         instance.abort(event.request.request_id)
                 self._recent_s = [*self._recent_s[-31:], event.time_s]
             generation.events.put_nowait(event)
+
+    def _choose_entry(self, request: Request) -> Instance:
+        living = [one for one in self.entries if one.failure is None]
+        return living[self.prefill_router.choose(living, request)]
+
+    def _submit(self, generation: Generation) -> None:
+        self._generations[generation.request.request_id] = generation
+        generation.home.adjust_in_flight(1)
+        generation.home.submit(generation.request)
+
+    def _retry(self, generation: Generation, name: str) -> bool:
+        """Starts a request again whose instance has failed, from its tokens so far.
+
+        A draw depends on seed and position alone, so the text goes on as it would have.
+        """
+        old = generation.request
+        dead = any(one.name == name and one.failure is not None for one in self.instances)
+        if not dead or self.failure or self.draining or generation.attempts >= MAX_ATTEMPTS:
+            return False
+        # A name of its own: whatever the other side still says of the old attempt is passed over.
+        request = Request(
+            f"{str(old.request_id).partition('~')[0]}~{generation.attempts}",
+            sampling=old.sampling,
+            arrival_s=old.arrival_s,
+            prompt_tokens=old.prompt_tokens,
+            timing=old.timing,
+        )
+        request.output_tokens = list(generation.tokens)
+        request.generated = len(generation.tokens)
+        with self._homes:
+            del self._generations[old.request_id]
+            generation.home.adjust_in_flight(-1)
+        for instance in self.instances:
+            instance.abort(old.request_id)
+        generation.attempts += 1
+        generation.request, generation.home = request, self._choose_entry(request)
+        self._submit(generation)
+        logger.warning("retrying", extra={"request_id": request.request_id, "instance": name})
+        return True
 
     def _retry_after_s(self, count: int) -> int:
         """Seconds in which `count` requests end at the pace of late; between 1 and 60."""

@@ -545,10 +545,14 @@ def _set_last(last, slot, token):
 
 
 def _seed(request: Request) -> int:
-    """The request's seed; without one, a hash of its identity, which differs between requests."""
+    """The request's seed; without one, a hash of what differs between requests.
+
+    Not of its whole name: after `~` that counts attempts, which must draw the same.
+    """
     if request.sampling.seed is not None:
         return request.sampling.seed
-    return zlib.crc32(repr((request.request_id, request.timing.arrival_s)).encode())
+    name = str(request.request_id).partition("~")[0]
+    return zlib.crc32(repr((name, request.timing.arrival_s)).encode())
 
 
 def _tokens(request: Request, start: int, length: int) -> Sequence[int]:

@@ -67,8 +67,12 @@ class Sender:
             if not piece.last:
                 continue
             request = piece.request
-            views = [target.instance for target in self.targets]
-            target = self.targets[self.router.choose(views, request)]
+            living = [target for target in self.targets if target.instance.failure is None]
+            if not living:
+                self.instance.abort_now(request.request_id, "error", "no decode instance is left")
+                continue
+            views = [target.instance for target in living]
+            target = living[self.router.choose(views, request)]
             target.instance.adjust_in_flight(1)
             self._offers[request.request_id] = _Offer(request, target)
             twin = request.handed_over()
@@ -113,7 +117,7 @@ class Sender:
         executor = self.instance.executor
         assert isinstance(executor, JaxExecutor)
         size = self.instance.scheduler.config.page_size
-        pages = request.pages[offer.skip : -(-request.prompt_length // size)]
+        pages = request.pages[offer.skip : -(-request.computed // size)]
         contents = executor.extract(pages) if pages else None
         self.instance.scheduler.release_handed_over(request)
         self.instance.requests.pop(request.request_id, None)

@@ -205,7 +205,8 @@ class Scheduler:
                 # Full pages of the prompt only: decoding writes behind them, never into them.
                 full = request.prompt_length // page_size
                 shared = allocator.share(self._keys(request)[:full])
-            count = -(-(request.prompt_length + 1) // page_size) - len(shared)
+            tokens = max(request.total_length, request.prompt_length + 1)
+            count = -(-tokens // page_size) - len(shared)
             reserve = len(self.running) + len(self.receiving)
             pages = None
             if allocator.available - reserve >= count or not (reserve or self.prefilling):
@@ -225,7 +226,7 @@ class Scheduler:
     def start_received(self, request: Request) -> None:
         """The pages of a reserved request are filled (or will be before the next iteration)."""
         del self.receiving[request.request_id]
-        request.computed = request.prompt_length
+        request.computed = max(request.total_length - 1, request.prompt_length)
         request.state = RequestState.RUNNING
         self.running.append(request)
         if self.config.prefix_caching:

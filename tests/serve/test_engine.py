@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import random
 import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ from jaxsys.serve.engine import Overloaded
 from jaxsys.serve.requests import SamplingParameters
 
 CONFIG = dataclasses.replace(preset("tiny"), num_layers=2)
-SMALL = {
+SMALL: dict[str, Any] = {
     "max_batch": 4,
     "max_length": 96,
     "max_prefill_tokens": 16,
@@ -56,7 +57,8 @@ def model():
 
 async def collect(engine, prompt, **sampling):
     """All tokens of one request and why it ended."""
-    rule = SamplingParameters(**({"temperature": 0} | sampling))
+    settings: dict[str, Any] = {"temperature": 0} | sampling
+    rule = SamplingParameters(**settings)
     tokens, reason = [], None
     async for event in engine.generate(prompt, rule):
         if event.token is not None:
@@ -136,7 +138,7 @@ def soak(model, prefill, decode, count):
     async def one(prompt):
         await asyncio.sleep(rng.random() * count / 100)
         penalised = rng.random() < 0.2
-        rule = {
+        rule: dict[str, Any] = {
             "max_tokens": rng.randint(1, 40),
             "temperature": 1.0 if penalised else 0,
             "top_p": 0.9,
@@ -208,6 +210,55 @@ def test_a_failing_instance_ends_its_requests_with_an_error(model):
         assert reason == "error"
 
 
+@pytest.mark.parametrize("dies", ["decode-0", pytest.param("prefill-1", marks=pytest.mark.slow)])
+def test_requests_of_a_dead_instance_go_on_elsewhere(model, dies):
+    """Same tokens as without the failure, greedy and drawn; only the dead instance is lost."""
+
+    async def everything(engine):
+        return await asyncio.gather(
+            *[
+                collect(engine, p, max_tokens=20, temperature=i % 2, seed=i)
+                for i, p in enumerate(prompts(8))
+            ]
+        )
+
+    config = DeploymentConfig(prefill=2, decode=2, **SMALL)
+    expected = run(engine := build_engine(model, config), everything(engine))
+    engine = build_engine(model, config)
+    victim = next(one for one in engine.instances if one.name == dies)
+    dispatch, calls = victim.executor.dispatch, []
+
+    def broken(iteration):
+        calls.append(iteration)
+        if len(calls) > 2:
+            raise RuntimeError("the device is gone")
+        return dispatch(iteration)
+
+    victim.executor.dispatch = broken
+
+    async def whole():
+        await engine.start()
+        try:
+            found = await everything(engine)
+            assert len(engine.failed) == 1 and engine.failure is None
+            again = await collect(engine, [1, 2, 3], max_tokens=3)
+            assert len(again[0]) == 3
+            for _ in range(200):
+                await asyncio.sleep(0.01)
+                if all(one.in_flight == 0 for one in engine.instances):
+                    break
+            for one in engine.instances:
+                assert one.in_flight == 0, one.name
+                if one is not victim:
+                    one.scheduler.check()
+                    assert one.scheduler.allocator.held == 0, one.name
+            return found
+        finally:
+            await engine.drain(10)
+
+    assert asyncio.run(whole()) == expected
+
+
 def test_refusals(model):
     config = DeploymentConfig(prefill=1, decode=1, **(SMALL | {"max_requests": 2}))
     engine = build_engine(model, config)
@@ -241,7 +292,7 @@ def test_two_devices_an_instance_give_the_same_tokens(model):
         engine = build_engine(model, config)
         outputs.append(run(engine, everything(engine)))
     assert outputs[0] == outputs[1]
-    executor = engine.decoders[0].executor
+    executor: Any = engine.decoders[0].executor
     compiled = next(step for key, step in executor._steps.items() if key[0] == "decode")
     # One after the attention's output, one after the feed-forward, in each of two layers.
     assert len(re.findall(r"all-reduce(?:-start)?\(", compiled.as_text())) == 4
