@@ -20,7 +20,6 @@ Legend: P devices, C chunks, L layers, n elements of a chunk's shard.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -29,20 +28,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel, Parameters, PyTree
 from jaxsys.mesh import DATA, RING
 from jaxsys.schedule import Move, MoveKind, Placement, Schedule, Task, TaskKind, check
 
+from .base import Step, add_to, check_fit, is_spec, sharded_spec
 from .programs import BlockProgram, Recompute, block_program
 
 CPU_COMPILER_OPTIONS = {
     "xla_disable_hlo_passes": "cse_barrier_expander,optimization-barrier-expander,"
     "optimization_barrier_expander"
 }
-"""For `lowered.compile(compiler_options=...)` on CPU: barriers stay until the program is merged."""
+"""On CPU: barriers stay until the program is merged."""
 
 SHARDED_RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "block")
 
@@ -74,19 +74,7 @@ def lower_sharded(
         raise UsageError(
             f"schedule {schedule.name} rests {schedule.placement}; this lowers sharded ones"
         )
-    for axis in (DATA, RING):
-        if axis not in mesh.axis_names:
-            raise UsageError(f"mesh axes are {mesh.axis_names}; a step needs {(DATA, RING)}")
-    if mesh.shape[RING] != schedule.devices:
-        raise UsageError(
-            f"mesh axis {RING!r} has {mesh.shape[RING]} devices but schedule {schedule.name} "
-            f"has {schedule.devices}"
-        )
-    if not 1 <= schedule.chunks <= model.layers:
-        raise UsageError(
-            f"layers={model.layers} cannot fill chunks={schedule.chunks}; "
-            f"use at most {model.layers} chunks"
-        )
+    check_fit(schedule, model, mesh)
     policies = (recompute,) * model.layers if isinstance(recompute, str) else tuple(recompute)
     if len(policies) != model.layers:
         raise UsageError(f"{len(policies)} recompute policies for layers={model.layers}")
@@ -109,14 +97,9 @@ def lower_sharded(
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardedStep:
+class ShardedStep(Step):
     """A sharded schedule ready to run; the same surface as `LoweredStep`."""
 
-    schedule: Schedule
-    model: LayeredModel
-    mesh: Mesh
-    compute_dtype: Any
-    gradient_dtype: Any
     recompute: tuple[Recompute, ...]
 
     @cached_property
@@ -126,23 +109,14 @@ class ShardedStep:
         ends = np.cumsum([small + (c < extra) for c in range(self.schedule.chunks)])
         return tuple(range(int(e) - small - (c < extra), int(e)) for c, e in enumerate(ends))
 
-    def rest_shardings(self, parameters: Parameters) -> Parameters:
-        """NamedShardings of parameters at rest; leaves may be arrays or ShapeDtypeStructs."""
-        specs = self._rest_specs(parameters)
-        return jax.tree.map(lambda s: NamedSharding(self.mesh, s), specs, is_leaf=_is_spec)
-
-    def batch_shardings(self, batch: PyTree) -> PyTree:
-        """NamedShardings of a batch with leaves [D M, B, ...]; D data replicas."""
-        sharding = NamedSharding(self.mesh, PartitionSpec(DATA))
-        return jax.tree.map(lambda _: sharding, batch)
+    @property
+    def compiler_options(self) -> dict[str, Any]:
+        """XLA options for the jit around `loss_and_gradients`."""
+        return dict(CPU_COMPILER_OPTIONS) if self.platform == "cpu" else super().compiler_options
 
     def to_rest(self, parameters: Parameters) -> Parameters:
         """Places parameters on the mesh; layers keep their order."""
-        for leaf in jax.tree.leaves(parameters["blocks"]):
-            if leaf.shape[:1] != (self.model.layers,):
-                raise UsageError(
-                    f"a block parameter has shape {leaf.shape}; expected [{self.model.layers}, ...]"
-                )
+        self.check_layers(parameters)
         return jax.device_put(parameters, self.rest_shardings(parameters))
 
     def from_rest(self, parameters: Parameters) -> Parameters:
@@ -164,18 +138,13 @@ class ShardedStep:
         Raises:
             UsageError: if the batch does not hold D M microbatches.
         """
-        replicas, total = self.mesh.shape[DATA], self.schedule.microbatches
-        for leaf in jax.tree.leaves(batch):
-            if leaf.shape[0] != replicas * total:
-                raise UsageError(
-                    f"batch has {leaf.shape[0]} microbatches but schedule {self.schedule.name} "
-                    f"takes {total} on each of {replicas} data replicas: {replicas * total} in all"
-                )
+        self.check_batch(batch)
+        total = self.replicas * self.schedule.microbatches
         # Device d of a replica computes microbatches d, d + P, ...: bring them side by side.
-        order = np.arange(replicas * total).reshape(replicas, -1, self.schedule.devices)
+        order = np.arange(total).reshape(self.replicas, -1, self.schedule.devices)
         order = order.transpose(0, 2, 1).reshape(-1)
         batch = jax.tree.map(lambda leaf: jnp.take(leaf, order, axis=0), batch)
-        specs = self._rest_specs(parameters)
+        specs = self.rest_specs(parameters)
         step = jax.shard_map(
             _Run(self, specs).step,
             mesh=self.mesh,
@@ -186,18 +155,14 @@ class ShardedStep:
         )
         return step(parameters, batch)
 
-    def _rest_specs(self, parameters: Parameters) -> Parameters:
+    def rest_specs(self, parameters: Parameters) -> Parameters:
+        """PartitionSpecs: every leaf over the ring, blocks along an axis behind their layers'."""
         ring = self.schedule.devices
-
-        def spec(leaf: Any, first: int) -> PartitionSpec:
-            for axis in range(first, len(leaf.shape)):
-                if leaf.shape[axis] and leaf.shape[axis] % ring == 0:
-                    return PartitionSpec(*[None] * axis, RING)
-            return PartitionSpec()
-
         return Parameters(
-            edge=jax.tree.map(lambda leaf: spec(leaf, 0), parameters["edge"]),
-            blocks=jax.tree.map(lambda leaf: spec(leaf, 1), parameters["blocks"]),
+            edge=jax.tree.map(lambda p: sharded_spec(p.shape, ring), parameters["edge"]),
+            blocks=jax.tree.map(
+                lambda p: sharded_spec(p.shape, ring, first_axis=1), parameters["blocks"]
+            ),
         )
 
 
@@ -272,7 +237,7 @@ class _Run:
         """blocks [L, ...] in shards, batch leaves [M / P, B, ...]."""
         lowered, schedule = self.lowered, self.schedule
         self.batch = batch
-        self.edge = jax.tree.map(self.gather_edge, parameters["edge"], self.specs["edge"])
+        self.edge = lowered.gather_edge(parameters["edge"], self.specs["edge"])
         own = jax.tree.map(lambda p: p.astype(lowered.compute_dtype), parameters["blocks"])
         self.shards = [
             jax.tree.map(lambda p, part=part: p[part.start : part.stop], own)
@@ -283,9 +248,7 @@ class _Run:
         ]
         microbatch = jax.tree.map(lambda b: jax.ShapeDtypeStruct(b.shape[1:], b.dtype), batch)
         self.programs = self.block_programs(microbatch)
-        self.edge_gradient = jax.tree.map(
-            lambda e: jnp.zeros(e.shape, lowered.gradient_dtype), self.edge
-        )
+        self.edge_gradient = lowered.empty_edge_gradient(self.edge)
         self.loss = self.weight = jnp.float32(0)
         self.embedded: PyTree | None = None
         """The microbatch whose cotangent has come down to the embedding, not yet read there."""
@@ -452,48 +415,24 @@ class _Run:
         _, vjp = jax.vjp(lambda e: self.model.embed(e, microbatch), self.edge)
         self.add_to_edge(vjp(self.carrier)[0])
 
-    # Embedding and head, and the end.
-
-    def gather_edge(self, leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
-        leaf = leaf.astype(self.lowered.compute_dtype) if _is_float(leaf) else leaf
-        if RING not in spec:
-            return leaf
-        return lax.all_gather(leaf, RING, axis=spec.index(RING), tiled=True)
-
     def add_to_edge(self, part: PyTree) -> None:
-        self.edge_gradient = jax.tree.map(
-            lambda t, p: t + p.astype(t.dtype) if _is_float(p) else t, self.edge_gradient, part
-        )
+        self.edge_gradient = add_to(self.edge_gradient, part)
 
     def finish(self, parameters: Parameters) -> tuple[jax.Array, Parameters]:
         loss, weight = lax.psum((self.loss, self.weight), (DATA, RING))
-        replicated = self.lowered.mesh.shape[DATA] > 1
         blocks = jax.tree.map(
             lambda *parts: jnp.concatenate(parts),
             *[self.reduced[chunk] for chunk in range(self.schedule.chunks)],
         )
 
-        def at_rest(total: jax.Array, like: jax.Array, summed: Callable) -> jax.Array:
-            total = total.astype(like.dtype)
-            if replicated:
-                total = lax.psum(total, DATA)
-            return summed(total) / weight
-
-        def block(total: jax.Array, like: jax.Array, spec: PartitionSpec) -> jax.Array:
-            whole = RING not in spec
-            return at_rest(total, like, lambda t: lax.psum(t, RING) if whole else t)
-
-        def edge(total: jax.Array, like: jax.Array, spec: PartitionSpec) -> jax.Array:
-            def summed(t: jax.Array) -> jax.Array:
-                if RING not in spec:
-                    return lax.psum(t, RING)
-                axis = spec.index(RING)
-                return lax.psum_scatter(t, RING, scatter_dimension=axis, tiled=True)
-
-            return at_rest(total, like, summed)
+        def block(total: jax.Array, at_rest: jax.Array, spec: PartitionSpec) -> jax.Array:
+            total = self.lowered.over_replicas(total.astype(at_rest.dtype))
+            return (total if RING in spec else lax.psum(total, RING)) / weight
 
         return loss / weight, Parameters(
-            edge=jax.tree.map(edge, self.edge_gradient, parameters["edge"], self.specs["edge"]),
+            edge=self.lowered.reduce_edge(
+                self.edge_gradient, parameters["edge"], self.specs["edge"], weight
+            ),
             blocks=jax.tree.map(block, blocks, parameters["blocks"], self.specs["blocks"]),
         )
 
@@ -507,13 +446,5 @@ def _relative(task: Task, schedule: Schedule, device: int) -> tuple[int, TaskKin
     return task.tick, task.kind, task.chunk, task.microbatch - device % schedule.devices
 
 
-def _is_float(leaf: jax.Array) -> bool:
-    return jnp.issubdtype(leaf.dtype, jnp.floating)
-
-
-def _is_spec(value: Any) -> bool:
-    return isinstance(value, PartitionSpec)
-
-
 def _spec_leaves(specs: PyTree) -> list[PartitionSpec]:
-    return jax.tree.leaves(specs, is_leaf=_is_spec)
+    return jax.tree.leaves(specs, is_leaf=is_spec)

@@ -1,16 +1,12 @@
 """Lowers a schedule to one `jax.shard_map` that returns loss and gradients.
 
-Inside, each device carries its buffers (weight copies, gradient sums, activations, cotangents,
-residuals) through the ticks. A tick starts the permutes of what it holds, runs its tasks from table
-rows, and takes the arrivals in at its end: the transfer has no other dependency, so XLA's scheduler
-can start it before and finish it after the tick's compute. Backward runs before forward within a
-tick, so that a residual slot it frees can be written again at once.
+`lower` checks schedule, model and mesh against each other; the `LoweredStep` it returns says how
+parameters rest (whole chunks on their owners, in owner order), puts them there and back into layer
+order, and runs the step. What happens inside is in `run`.
 
-Legend: P devices, C chunks, K = ceil(L / C) layers a chunk, V = C / P chunks at rest on a device.
+Legend: P devices, C chunks, K = ceil(L / C) layers a chunk.
 """
 
-import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,27 +14,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel, Parameters, PyTree
 from jaxsys.mesh import DATA, RING
-from jaxsys.schedule import Data, MoveKind, Placement, Schedule, TaskKind, check
+from jaxsys.schedule import Placement, Schedule, check
 
-from .packing import Packing
-from .programs import (
-    RECOMPUTE_POLICIES,
-    ChunkProgram,
-    Recompute,
-    SplitChunkProgram,
-    chunk_program,
-)
+from .base import Step, check_fit, sharded_spec
+from .programs import RECOMPUTE_POLICIES, Recompute
+from .run import Run
 from .sharded import ShardedStep, lower_sharded
-from .tables import BufferKey, GroupSignature, Segment, Tables, TaskSignature, build_tables
-
-Buffer = Any
-"""A buffer's value: a pytree; with more than one slot its leaves have a leading slot axis."""
+from .tables import Tables, build_tables
 
 
 def lower(
@@ -76,22 +63,10 @@ def lower(
             gradient_dtype=gradient_dtype,
             recompute=recompute,
         )
-    for axis in (DATA, RING):
-        if axis not in mesh.axis_names:
-            raise UsageError(f"mesh axes are {mesh.axis_names}; a step needs {(DATA, RING)}")
-    if mesh.shape[RING] != schedule.devices:
-        raise UsageError(
-            f"mesh axis {RING!r} has {mesh.shape[RING]} devices but schedule {schedule.name} "
-            f"has {schedule.devices}"
-        )
+    check_fit(schedule, model, mesh)
     if recompute not in RECOMPUTE_POLICIES:
         legal = ", ".join(RECOMPUTE_POLICIES)
         raise UsageError(f"recompute={recompute!r} is not a policy; use one of {legal}")
-    if model.layers < schedule.chunks:
-        raise UsageError(
-            f"layers={model.layers} cannot fill chunks={schedule.chunks}; "
-            f"use at most {model.layers} chunks"
-        )
     return LoweredStep(
         schedule=schedule,
         model=model,
@@ -105,14 +80,9 @@ def lower(
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoweredStep:
+class LoweredStep(Step):
     """A schedule ready to run. Made by `lower`."""
 
-    schedule: Schedule
-    model: LayeredModel
-    mesh: Mesh
-    compute_dtype: Any
-    gradient_dtype: Any
     recompute: Recompute
     unroll: bool
     tables: Tables
@@ -122,20 +92,6 @@ class LoweredStep:
         """K, the layers of a chunk; the last chunk may hold fewer and is padded."""
         return -(-self.model.layers // self.schedule.chunks)
 
-    @property
-    def compiler_options(self) -> dict[str, Any]:
-        """XLA options for the jit around `loss_and_gradients`.
-
-        On a GPU XLA keeps one collective in flight unless told otherwise, so that of a ring's three
-        streams only one would travel under the tick's compute.
-        """
-        if self.mesh.devices.flat[0].platform == "cpu":
-            return {}
-        return {
-            "xla_gpu_enable_latency_hiding_scheduler": True,
-            "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
-        }
-
     @cached_property
     def rest_chunks(self) -> np.ndarray:
         """The chunks in the order they rest: position -> chunk."""
@@ -143,24 +99,10 @@ class LoweredStep:
             return self.tables.local_chunks.reshape(-1)
         return np.arange(self.schedule.chunks)
 
-    def rest_shardings(self, parameters: Parameters) -> Parameters:
-        """NamedShardings of parameters at rest; leaves may be arrays or ShapeDtypeStructs."""
-        specs = self._rest_specs(parameters)
-        return jax.tree.map(lambda s: NamedSharding(self.mesh, s), specs, is_leaf=_is_spec)
-
-    def batch_shardings(self, batch: PyTree) -> PyTree:
-        """NamedShardings of a batch with leaves [D M, B, ...]; D data replicas."""
-        sharding = NamedSharding(self.mesh, PartitionSpec(DATA))
-        return jax.tree.map(lambda _: sharding, batch)
-
     def to_rest(self, parameters: Parameters) -> Parameters:
         """Layer order [L, ...] -> order at rest [C K, ...], placed on the mesh."""
+        self.check_layers(parameters)
         layers = self.model.layers
-        for leaf in jax.tree.leaves(parameters["blocks"]):
-            if leaf.shape[:1] != (layers,):
-                raise UsageError(
-                    f"a block parameter has shape {leaf.shape}; expected [{layers}, ...]"
-                )
         order = self._layer_order()
 
         def place(parameters: Parameters) -> Parameters:
@@ -201,26 +143,18 @@ class LoweredStep:
         Raises:
             UsageError: if the batch does not hold D M microbatches.
         """
-        replicas = self.mesh.shape[DATA]
-        wanted = replicas * self.schedule.microbatches
-        for leaf in jax.tree.leaves(batch):
-            if leaf.shape[0] != wanted:
-                raise UsageError(
-                    f"batch has {leaf.shape[0]} microbatches but schedule {self.schedule.name} "
-                    f"takes {self.schedule.microbatches} on each of {replicas} data replicas: "
-                    f"{wanted} in all"
-                )
+        self.check_batch(batch)
         order = self.tables.microbatch_order
         if order is not None:
             everywhere = np.concatenate(
-                [order + r * self.schedule.microbatches for r in range(replicas)]
+                [order + r * self.schedule.microbatches for r in range(self.replicas)]
             )
             batch = jax.tree.map(lambda leaf: jnp.take(leaf, everywhere, axis=0), batch)
             batch_spec = PartitionSpec((DATA, RING))
         else:
             batch_spec = PartitionSpec(DATA)
-        specs = self._rest_specs(parameters)
-        run = _Run(self, specs)
+        specs = self.rest_specs(parameters)
+        run = Run(self, specs)
         step = jax.shard_map(
             run.step,
             mesh=self.mesh,
@@ -235,487 +169,16 @@ class LoweredStep:
         k = self.chunk_layers
         return (self.rest_chunks[:, None] * k + np.arange(k)[None, :]).reshape(-1)
 
-    def _rest_specs(self, parameters: Parameters) -> Parameters:
+    def rest_specs(self, parameters: Parameters) -> Parameters:
+        """PartitionSpecs: blocks by owner along their stacked axis, or whole on every device."""
         ring = self.schedule.devices
         replicated = self.schedule.placement is Placement.REPLICATED
+        blocks = PartitionSpec() if replicated else PartitionSpec(RING)
 
         def edge(leaf: Any) -> PartitionSpec:
-            axis = None if replicated else _divisible_axis(leaf.shape, ring)
-            return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, RING)
+            return PartitionSpec() if replicated else sharded_spec(leaf.shape, ring)
 
-        blocks = PartitionSpec() if replicated else PartitionSpec(RING)
         return Parameters(
             edge=jax.tree.map(edge, parameters["edge"]),
             blocks=jax.tree.map(lambda _: blocks, parameters["blocks"]),
         )
-
-
-@dataclass(slots=True, kw_only=True)
-class _State:
-    """What a device carries from tick to tick."""
-
-    buffers: dict[BufferKey, Buffer]
-    edge_gradient: PyTree
-    reduced: PyTree
-    """Sums over all devices, leaves [C, K, ...] (Placement.REPLICATED)."""
-    loss: jax.Array
-    weight: jax.Array
-
-
-jax.tree_util.register_dataclass(
-    _State,
-    data_fields=["buffers", "edge_gradient", "reduced", "loss", "weight"],
-    meta_fields=[],
-)
-
-
-class _Run:
-    """One trace of the step, inside shard_map: shapes below are per device."""
-
-    def __init__(self, lowered: LoweredStep, specs: Parameters) -> None:
-        self.lowered, self.specs = lowered, specs
-        self.schedule, self.model, self.tables = lowered.schedule, lowered.model, lowered.tables
-        self.edge: PyTree
-        self.batch: PyTree
-        self.program: ChunkProgram
-        self.packing: Packing | None = None
-
-    def step(self, rows: jax.Array, parameters: Parameters, batch: PyTree):
-        """rows [1, T, columns], blocks [V K, ...], batch [M or M / P, B, ...]."""
-        lowered, moves = self.lowered, self.schedule.moves
-        self.batch = batch
-        self.edge = jax.tree.map(self.gather_edge, parameters["edge"], self.specs["edge"])
-        model = self.model
-        own = jax.tree.map(
-            lambda p: p.astype(lowered.compute_dtype).reshape(
-                -1, lowered.chunk_layers, *p.shape[1:]
-            ),
-            parameters["blocks"],
-        )
-        if any(m.kind is MoveKind.PERMUTE and m.block.data is Data.WEIGHT for m in moves):
-            layer = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape[2:], p.dtype), own)
-            self.packing = Packing(layer)
-            model = dataclasses.replace(model, block=self.packing.packed_block(model.block))
-            own = self.packing.pack(own)
-        chunk = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape[1:], p.dtype), own)
-        microbatch = jax.tree.map(lambda b: jax.ShapeDtypeStruct(b.shape[1:], b.dtype), batch)
-        x = jax.eval_shape(self.model.embed, self.edge, microbatch)
-        self.program = chunk_program(
-            model,
-            chunk,
-            x,
-            microbatch,
-            recompute=lowered.recompute,
-            padded=lowered.chunk_layers * self.schedule.chunks != self.model.layers,
-            unroll=lowered.unroll,
-            split=any(t.kind is TaskKind.INPUT_GRADIENT for t in self.schedule.tasks),
-        )
-        state = self.initial_state(own, chunk, x)
-        for segment in self.tables.segments:
-            state = self.run_segment(segment, rows[0], state)
-        return self.finish(state, parameters)
-
-    def gather_edge(self, leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
-        leaf = leaf.astype(self.lowered.compute_dtype) if _is_float(leaf) else leaf
-        if RING not in spec:
-            return leaf
-        return lax.all_gather(leaf, RING, axis=spec.index(RING), tiled=True)
-
-    def initial_state(self, own: PyTree, chunk: PyTree, x: jax.ShapeDtypeStruct) -> _State:
-        lowered, slots = self.lowered, self.tables.slots
-        gradient = jax.tree.map(
-            lambda w: jax.ShapeDtypeStruct(w.shape, lowered.gradient_dtype), chunk
-        )
-        shapes: dict[Data, PyTree] = {
-            Data.WEIGHT: chunk,
-            Data.GRADIENT: gradient,
-            Data.ACTIVATION: x,
-            Data.COTANGENT: x,
-        }
-        buffers: dict[BufferKey, Buffer] = {}
-        for key, count in slots.items():
-            data, _ = key
-            if data is Data.RESIDUAL:
-                buffers[key] = self.program.empty_residuals(count)
-            elif data is Data.TAP:
-                buffers[key] = self.halves.empty_taps(count)
-            elif key in self.tables.start_slots:
-                buffers[key] = self.starting_weights(key, count, own)
-            else:
-                lead = () if count == 1 else (count,)
-                buffers[key] = jax.tree.map(
-                    lambda s, lead=lead: jnp.zeros((*lead, *s.shape), s.dtype), shapes[data]
-                )
-        reduced: PyTree = None
-        if self.schedule.placement is Placement.REPLICATED:
-            reduced = jax.tree.map(
-                lambda g: jnp.zeros((self.schedule.chunks, *g.shape), jnp.float32), gradient
-            )
-        return _State(
-            buffers=buffers,
-            edge_gradient=jax.tree.map(
-                lambda e: jnp.zeros(e.shape, lowered.gradient_dtype), self.edge
-            ),
-            reduced=reduced,
-            loss=jnp.float32(0),
-            weight=jnp.float32(0),
-        )
-
-    def starting_weights(self, key: BufferKey, count: int, own: PyTree) -> Buffer:
-        """The chunks at rest, put into the slots in which they start."""
-        table = self.tables.start_slots[key]
-        places = table.shape[1]
-        if count == places and (table == np.arange(places)).all():
-            return own if count > 1 else jax.tree.map(lambda p: p[0], own)
-        device = lax.axis_index(RING)
-        buffer = jax.tree.map(lambda p: jnp.zeros((count, *p.shape[1:]), p.dtype), own)
-        for place in range(places):
-            slot = jnp.asarray(table[:, place])[device]
-            value = jax.tree.map(lambda p, i=place: p[i], own)
-            buffer = _write(buffer, max(count, 2), jnp.maximum(slot, 0), value, slot >= 0)
-        return buffer if count > 1 else jax.tree.map(lambda b: b[0], buffer)
-
-    def run_segment(self, segment: Segment, rows: jax.Array, state: _State) -> _State:
-        length = len(segment.period)
-        stop = segment.start + length * segment.repeats
-        chosen = rows[segment.start : stop].reshape(segment.repeats, length, -1)
-
-        def period(state: _State, rows: jax.Array):
-            for position in range(length):
-                state = self.tick(segment, position, rows[position], state)
-            return state, None
-
-        if segment.repeats == 1:
-            return period(state, chosen[0])[0]
-        return lax.scan(period, state, chosen)[0]
-
-    def tick(self, segment: Segment, position: int, row: jax.Array, state: _State) -> _State:
-        signature = segment.period[position]
-        cell = _Cells(self.tables.columns, row)
-        flights = []
-        for index, group in enumerate(signature.groups):
-            pairs = segment.pairs[position][index]
-            if group.exposed:
-                arrived = self.depart(group, index, pairs, cell, state)
-                state = self.land(group, index, arrived, cell, state)
-        for index, group in enumerate(signature.groups):
-            pairs = segment.pairs[position][index]
-            if not group.exposed:
-                flights.append((group, index, self.depart(group, index, pairs, cell, state)))
-        contributions = []
-        tasks = {task.kind: task for task in signature.tasks}
-        if TaskKind.WEIGHT_GRADIENT in tasks:
-            state, gradient = self.weight_gradient(tasks[TaskKind.WEIGHT_GRADIENT], cell, state)
-            contributions.append((TaskKind.WEIGHT_GRADIENT, gradient))
-        if TaskKind.INPUT_GRADIENT in tasks:
-            state, _ = self.backward(tasks[TaskKind.INPUT_GRADIENT], cell, state)
-        if TaskKind.BACKWARD in tasks:
-            state, gradient = self.backward(tasks[TaskKind.BACKWARD], cell, state)
-            contributions.append((TaskKind.BACKWARD, gradient))
-        if TaskKind.FORWARD in tasks:
-            state = self.forward(tasks[TaskKind.FORWARD], cell, state)
-        for group, index, arrived in flights:
-            state = self.land(group, index, arrived, cell, state)
-        for kind, gradient in contributions:
-            state = self.contribute(kind, gradient, cell, state)
-        return state
-
-    def depart(
-        self, group: GroupSignature, index: int, pairs, cell: "_Cells", state: _State
-    ) -> PyTree:
-        key = group.source
-        value = _read(state.buffers[key], self.tables.slots[key], cell[f"{index}.send"])
-        if group.kind is MoveKind.PERMUTE:
-            return jax.tree.map(lambda v: lax.ppermute(v, RING, list(pairs)), value)
-        if group.kind is MoveKind.ALL_REDUCE:
-            return jax.tree.map(lambda v: lax.psum(v.astype(jnp.float32), RING), value)
-        return value
-
-    def land(
-        self, group: GroupSignature, index: int, arrived: PyTree, cell: "_Cells", state: _State
-    ) -> _State:
-        slot = cell[f"{index}.receive"]
-        if group.kind is MoveKind.ALL_REDUCE:
-            count = self.schedule.chunks
-            there = _read(state.reduced, max(count, 2), slot)
-            total = jax.tree.map(jnp.add, there, arrived)
-            return _replace(state, reduced=_write(state.reduced, max(count, 2), slot, total, None))
-        key = group.target
-        count = self.tables.slots[key]
-        valid = cell[f"{index}.valid"] == 1
-        if group.merge:
-            there = _read(state.buffers[key], count, slot)
-            arrived = jax.tree.map(jnp.add, there, arrived)
-        landed = _write(state.buffers[key], count, slot, arrived, None if group.everyone else valid)
-        return _replace(state, buffers={**state.buffers, key: landed})
-
-    def forward(self, task: TaskSignature, cell: "_Cells", state: _State) -> _State:
-        lane = (Data.WEIGHT, self.schedule.forward_lane)
-        kind = task.kind
-        activation, residual = (Data.ACTIVATION, ""), (Data.RESIDUAL, "")
-        slots = self.tables.slots
-
-        def run(buffers: dict[BufferKey, Buffer]) -> dict[BufferKey, Buffer]:
-            weights = _read(state.buffers[lane], slots[lane], cell[f"{kind}.in.weight"])
-            microbatch = self.microbatch(cell[f"{kind}.microbatch"])
-            chunk = cell[f"{kind}.chunk"]
-
-            def embed():
-                return self.model.embed(self.edge, microbatch)
-
-            def carried():
-                slot = cell[f"{kind}.in.activation"]
-                return _read(buffers[activation], slots[activation], slot)
-
-            x = _choose(task.first, chunk == 0, embed, carried)
-            y, kept = self.program.forward(
-                weights,
-                x,
-                microbatch,
-                buffers[residual],
-                cell[f"{kind}.out.residual"],
-                chunk * self.lowered.chunk_layers,
-            )
-            slot = cell[f"{kind}.out.activation"]
-            made = _write(buffers[activation], slots[activation], slot, y, None)
-            return {activation: made, residual: kept}
-
-        mine = {key: state.buffers[key] for key in (activation, residual)}
-        if not task.everyone:
-            mine = lax.cond(cell[f"{kind}.valid"] == 1, run, lambda buffers: buffers, mine)
-        else:
-            mine = run(mine)
-        return _replace(state, buffers={**state.buffers, **mine})
-
-    def backward(self, task: TaskSignature, cell: "_Cells", state: _State):
-        """B, or I: both start at the head or at a cotangent and end at the embedding or at one.
-
-        Returns the state and, of B, the weight gradient.
-        """
-        kind = task.kind
-        whole = kind is TaskKind.BACKWARD
-        lane = (Data.WEIGHT, self.schedule.backward_lane)
-        activation, cotangent, residual, tap = (
-            (data, "") for data in (Data.ACTIVATION, Data.COTANGENT, Data.RESIDUAL, Data.TAP)
-        )
-        slots = self.tables.slots
-
-        def run(edge_gradient: PyTree, loss: jax.Array, weight: jax.Array, made: PyTree):
-            cotangents, taps = made
-            weights = _read(state.buffers[lane], slots[lane], cell[f"{kind}.in.weight"])
-            microbatch = self.microbatch(cell[f"{kind}.microbatch"])
-            chunk = cell[f"{kind}.chunk"]
-
-            def head():
-                slot = cell[f"{kind}.in.activation"]
-                x = _read(state.buffers[activation], slots[activation], slot)
-                (part, count), vjp = jax.vjp(
-                    lambda e, v: self.model.head_loss(e, v, microbatch), self.edge, x
-                )
-                d_edge, dx = vjp((jnp.ones_like(part), jnp.zeros_like(count)))
-                return dx, _accumulate(edge_gradient, d_edge), loss + part, weight + count
-
-            def carried():
-                dy = _read(cotangents, slots[cotangent], cell[f"{kind}.in.cotangent"])
-                return dy, edge_gradient, loss, weight
-
-            dy, edge_gradient, loss, weight = _choose(
-                task.last, chunk == self.schedule.chunks - 1, head, carried
-            )
-            arguments = (
-                weights,
-                state.buffers[residual],
-                cell[f"{kind}.in.residual"],
-                dy,
-                microbatch,
-                chunk * self.lowered.chunk_layers,
-            )
-            gradient = None
-            if whole:
-                gradient, dx = self.program.backward(*arguments)
-            else:
-                slot = cell[f"{kind}.out.tap"]
-                dx, taps = self.halves.input_gradient(*arguments, taps, slot)
-
-            def embed():
-                _, vjp = jax.vjp(lambda e: self.model.embed(e, microbatch), self.edge)
-                return _accumulate(edge_gradient, vjp(dx)[0])
-
-            edge_gradient = _choose(task.first, chunk == 0, embed, lambda: edge_gradient)
-            if task.first != "always":
-                slot = cell[f"{kind}.out.cotangent"]
-                valid = None if task.first == "never" else chunk != 0
-                cotangents = _write(cotangents, slots[cotangent], slot, dx, valid)
-            return edge_gradient, loss, weight, (cotangents, taps), gradient
-
-        made = (state.buffers.get(cotangent), state.buffers.get(tap))
-        carried = (state.edge_gradient, state.loss, state.weight, made)
-        if task.everyone:
-            outcome = run(*carried)
-        else:
-            weights = _read(state.buffers[lane], slots[lane], cell[f"{kind}.in.weight"])
-
-            def skip(*carried):
-                return (*carried, jax.tree.map(jnp.zeros_like, weights) if whole else None)
-
-            outcome = lax.cond(cell[f"{kind}.valid"] == 1, run, skip, *carried)
-        # The residuals are read by now: forward may write the slot that this frees.
-        kept, outcome = lax.optimization_barrier((state.buffers[residual], outcome))
-        edge_gradient, loss, weight, (cotangents, taps), gradient = outcome
-        written = {residual: kept, cotangent: cotangents, tap: taps}
-        buffers = {**state.buffers, **{k: v for k, v in written.items() if v is not None}}
-        state = _replace(
-            state, buffers=buffers, edge_gradient=edge_gradient, loss=loss, weight=weight
-        )
-        return state, gradient
-
-    @property
-    def halves(self) -> SplitChunkProgram:
-        assert self.program.split is not None, "the schedule has I and W tasks"
-        return self.program.split
-
-    def weight_gradient(self, task: TaskSignature, cell: "_Cells", state: _State):
-        """W: the weight gradient from what I kept."""
-        kind, key = task.kind, (Data.TAP, "")
-
-        def run(taps: Buffer) -> PyTree:
-            first_layer = cell[f"{kind}.chunk"] * self.lowered.chunk_layers
-            return self.halves.weight_gradient(taps, cell[f"{kind}.in.tap"], first_layer)
-
-        taps = state.buffers[key]
-        if task.everyone:
-            gradient = run(taps)
-        else:
-            shapes = jax.eval_shape(run, taps)
-
-            def skip(_: Buffer) -> PyTree:
-                return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-
-            gradient = lax.cond(cell[f"{kind}.valid"] == 1, run, skip, taps)
-        # The taps are read by now: I may write the slot that this frees.
-        taps, gradient = lax.optimization_barrier((taps, gradient))
-        return _replace(state, buffers={**state.buffers, key: taps}), gradient
-
-    def contribute(self, kind: TaskKind, gradient: PyTree, cell: "_Cells", state: _State) -> _State:
-        """Adds a task's weight gradient to the accumulator that is here at the end of the tick."""
-        key = (Data.GRADIENT, "")
-        count = self.tables.slots[key]
-        slot = cell[f"{kind}.out.gradient"]
-        fresh = cell[f"{kind}.fresh"] == 1
-        there = _read(state.buffers[key], count, slot)
-        total = jax.tree.map(
-            lambda old, new: jnp.where(fresh, jnp.zeros_like(old), old) + new.astype(old.dtype),
-            there,
-            gradient,
-        )
-        buffers = {**state.buffers, key: _write(state.buffers[key], count, slot, total, None)}
-        return _replace(state, buffers=buffers)
-
-    def microbatch(self, index: jax.Array) -> PyTree:
-        return jax.tree.map(
-            lambda leaf: lax.dynamic_index_in_dim(leaf, index, 0, keepdims=False), self.batch
-        )
-
-    def finish(self, state: _State, parameters: Parameters) -> tuple[jax.Array, Parameters]:
-        axes = (DATA, RING)
-        loss, weight = lax.psum((state.loss, state.weight), axes)
-        if self.schedule.placement is Placement.REPLICATED:
-            sums = state.reduced
-        else:
-            key = (Data.GRADIENT, "")
-            count, table = self.tables.slots[key], self.tables.final_slots
-            device = lax.axis_index(RING)
-            parts = [
-                _read(state.buffers[key], count, jnp.asarray(table[:, place])[device])
-                for place in range(table.shape[1])
-            ]
-            sums = jax.tree.map(lambda *p: jnp.stack(p), *parts)
-        if self.packing is not None:
-            sums = self.packing.unpack(sums)
-
-        def block_gradient(total: jax.Array, at_rest: jax.Array) -> jax.Array:
-            total = total.reshape(at_rest.shape).astype(at_rest.dtype)
-            if self.lowered.mesh.shape[DATA] > 1:
-                total = lax.psum(total, DATA)
-            return total / weight
-
-        def edge_gradient(total: jax.Array, at_rest: jax.Array, spec: PartitionSpec) -> jax.Array:
-            total = total.astype(at_rest.dtype)
-            if self.lowered.mesh.shape[DATA] > 1:
-                total = lax.psum(total, DATA)
-            if RING in spec:
-                axis = spec.index(RING)
-                total = lax.psum_scatter(total, RING, scatter_dimension=axis, tiled=True)
-            else:
-                total = lax.psum(total, RING)
-            return total / weight
-
-        return loss / weight, Parameters(
-            edge=jax.tree.map(
-                edge_gradient, state.edge_gradient, parameters["edge"], self.specs["edge"]
-            ),
-            blocks=jax.tree.map(block_gradient, sums, parameters["blocks"]),
-        )
-
-
-class _Cells:
-    """A device's table row by column name; what a device has no entry for reads as 0."""
-
-    def __init__(self, columns: dict[str, int], row: jax.Array) -> None:
-        self.columns, self.row = columns, row
-
-    def __getitem__(self, name: str) -> jax.Array:
-        return self.row[self.columns[name]] if name in self.columns else jnp.int32(0)
-
-
-def _choose(share: str, condition: jax.Array, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
-    """`yes` or `no` by a condition that may be known for all devices."""
-    if share == "always":
-        return yes()
-    if share == "never":
-        return no()
-    return lax.cond(condition, yes, no)
-
-
-def _read(buffer: Buffer, slots: int, slot: jax.Array) -> PyTree:
-    if slots == 1:
-        return buffer
-    return jax.tree.map(lambda b: lax.dynamic_index_in_dim(b, slot, 0, keepdims=False), buffer)
-
-
-def _write(
-    buffer: Buffer, slots: int, slot: jax.Array, value: PyTree, valid: jax.Array | None
-) -> Buffer:
-    if valid is not None:
-        there = _read(buffer, slots, slot)
-        value = jax.tree.map(lambda new, old: jnp.where(valid, new, old), value, there)
-    if slots == 1:
-        return value
-    return jax.tree.map(
-        lambda b, v: lax.dynamic_update_index_in_dim(b, v.astype(b.dtype), slot, 0), buffer, value
-    )
-
-
-def _accumulate(total: PyTree, part: PyTree) -> PyTree:
-    return jax.tree.map(lambda t, p: t + p.astype(t.dtype) if _is_float(p) else t, total, part)
-
-
-def _replace(state: _State, **changes: Any) -> _State:
-    fields = {name: getattr(state, name) for name in _State.__slots__}
-    return _State(**{**fields, **changes})
-
-
-def _is_float(leaf: jax.Array) -> bool:
-    return jnp.issubdtype(leaf.dtype, jnp.floating)
-
-
-def _is_spec(value: Any) -> bool:
-    return isinstance(value, PartitionSpec)
-
-
-def _divisible_axis(shape: tuple[int, ...], parts: int) -> int | None:
-    """The first axis that `parts` divides, or None."""
-    for axis, size in enumerate(shape):
-        if size and size % parts == 0:
-            return axis
-    return None

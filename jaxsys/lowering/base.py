@@ -1,0 +1,160 @@
+"""What every lowered step shares: the mesh it fits, its shardings, and the parameters at its edge.
+
+Embedding, final norm and head rest in shards over the ring where an axis divides, are gathered once
+a step in the compute dtype, and their gradients are reduced back to the shards once.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxsys.errors import UsageError
+from jaxsys.layered import LayeredModel, Parameters, PyTree
+from jaxsys.mesh import DATA, RING
+from jaxsys.schedule import Schedule
+
+GPU_COMPILER_OPTIONS: dict[str, Any] = {
+    # XLA keeps one collective in flight unless told otherwise, so that of a ring's three streams
+    # only one would travel under a tick's compute.
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+    "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A schedule ready to run on a mesh."""
+
+    schedule: Schedule
+    model: LayeredModel
+    mesh: Mesh
+    compute_dtype: Any
+    """Of gathered or travelling weights and of all compute."""
+    gradient_dtype: Any
+    """In which gradients are summed and travel."""
+
+    @property
+    def compiler_options(self) -> dict[str, Any]:
+        """XLA options for the jit around `loss_and_gradients`."""
+        return {} if self.platform == "cpu" else dict(GPU_COMPILER_OPTIONS)
+
+    @property
+    def platform(self) -> str:
+        """What the mesh is made of: "cpu", "gpu"."""
+        return self.mesh.devices.flat[0].platform
+
+    @property
+    def replicas(self) -> int:
+        """D, the data replicas beside each other."""
+        return self.mesh.shape[DATA]
+
+    def rest_specs(self, parameters: Parameters) -> Parameters:
+        """PartitionSpecs of parameters at rest."""
+        raise NotImplementedError
+
+    def rest_shardings(self, parameters: Parameters) -> Parameters:
+        """NamedShardings of parameters at rest; leaves may be arrays or ShapeDtypeStructs."""
+        specs = self.rest_specs(parameters)
+        return jax.tree.map(lambda s: NamedSharding(self.mesh, s), specs, is_leaf=is_spec)
+
+    def batch_shardings(self, batch: PyTree) -> PyTree:
+        """NamedShardings of a batch with leaves [D M, B, ...]."""
+        sharding = NamedSharding(self.mesh, PartitionSpec(DATA))
+        return jax.tree.map(lambda _: sharding, batch)
+
+    def check_layers(self, parameters: Parameters) -> None:
+        """Raises UsageError unless all blocks are stacked [L, ...]."""
+        layers = self.model.layers
+        for leaf in jax.tree.leaves(parameters["blocks"]):
+            if leaf.shape[:1] != (layers,):
+                raise UsageError(
+                    f"a block parameter has shape {leaf.shape}; expected [{layers}, ...]"
+                )
+
+    def check_batch(self, batch: PyTree) -> None:
+        """Raises UsageError unless the batch holds D M microbatches."""
+        each, replicas = self.schedule.microbatches, self.replicas
+        for leaf in jax.tree.leaves(batch):
+            if leaf.shape[0] != replicas * each:
+                raise UsageError(
+                    f"batch has {leaf.shape[0]} microbatches but schedule {self.schedule.name} "
+                    f"takes {each} on each of {replicas} data replicas: {replicas * each} in all"
+                )
+
+    # Inside shard_map, where shapes are per device.
+
+    def gather_edge(self, edge: PyTree, specs: PyTree) -> PyTree:
+        """The edge's parameters at rest -> whole, in the compute dtype."""
+
+        def gather(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
+            leaf = leaf.astype(self.compute_dtype) if is_float(leaf) else leaf
+            if RING not in spec:
+                return leaf
+            return lax.all_gather(leaf, RING, axis=spec.index(RING), tiled=True)
+
+        return jax.tree.map(gather, edge, specs)
+
+    def empty_edge_gradient(self, edge: PyTree) -> PyTree:
+        """Zeros for the sum of a whole edge's gradients."""
+        return jax.tree.map(lambda e: jnp.zeros(e.shape, self.gradient_dtype), edge)
+
+    def reduce_edge(self, sums: PyTree, edge: PyTree, specs: PyTree, weight: jax.Array) -> PyTree:
+        """Each device's sums over whole parameters -> mean gradients like `edge` at rest."""
+
+        def reduce(total: jax.Array, at_rest: jax.Array, spec: PartitionSpec) -> jax.Array:
+            total = self.over_replicas(total.astype(at_rest.dtype))
+            if RING not in spec:
+                return lax.psum(total, RING) / weight
+            axis = spec.index(RING)
+            total = lax.psum_scatter(total, RING, scatter_dimension=axis, tiled=True)
+            return total / weight
+
+        return jax.tree.map(reduce, sums, edge, specs)
+
+    def over_replicas(self, total: jax.Array) -> jax.Array:
+        """The sum over data replicas."""
+        return lax.psum(total, DATA) if self.replicas > 1 else total
+
+
+def check_fit(schedule: Schedule, model: LayeredModel, mesh: Mesh) -> None:
+    """Raises UsageError unless mesh and layers fit the schedule."""
+    for axis in (DATA, RING):
+        if axis not in mesh.axis_names:
+            raise UsageError(f"mesh axes are {mesh.axis_names}; a step needs {(DATA, RING)}")
+    if mesh.shape[RING] != schedule.devices:
+        raise UsageError(
+            f"mesh axis {RING!r} has {mesh.shape[RING]} devices but schedule {schedule.name} "
+            f"has {schedule.devices}"
+        )
+    if model.layers < schedule.chunks:
+        raise UsageError(
+            f"layers={model.layers} cannot fill chunks={schedule.chunks}; "
+            f"use at most {model.layers} chunks"
+        )
+
+
+def sharded_spec(shape: tuple[int, ...], parts: int, *, first_axis: int = 0) -> PartitionSpec:
+    """Over the ring along the first axis that `parts` divides, or along none."""
+    for axis in range(first_axis, len(shape)):
+        if shape[axis] and shape[axis] % parts == 0:
+            return PartitionSpec(*[None] * axis, RING)
+    return PartitionSpec()
+
+
+def add_to(total: PyTree, part: PyTree) -> PyTree:
+    """`total` + `part` in the dtype of `total`; leaves that have no gradient stay."""
+    return jax.tree.map(lambda t, p: t + p.astype(t.dtype) if is_float(p) else t, total, part)
+
+
+def is_float(leaf: jax.Array) -> bool:
+    """Whether a leaf holds floating-point numbers."""
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def is_spec(value: Any) -> bool:
+    """For `jax.tree.map(..., is_leaf=is_spec)`."""
+    return isinstance(value, PartitionSpec)
