@@ -1,0 +1,77 @@
+"""The command's own behaviour: finding subcommands, exit codes, one line for a fault."""
+
+import pytest
+
+from jaxsys import cli
+from jaxsys.errors import RunError, UsageError
+
+
+class Subcommand:
+    def __init__(self, outcome):
+        self.outcome = outcome
+
+    def main(self, argv, prog):
+        self.seen = (list(argv), prog)
+        if isinstance(self.outcome, BaseException):
+            raise self.outcome
+        return self.outcome
+
+
+@pytest.fixture
+def subcommand(monkeypatch):
+    def install(outcome):
+        made = Subcommand(outcome)
+        monkeypatch.setattr(cli.importlib, "import_module", lambda name: made)
+        return made
+
+    return install
+
+
+def test_help_lists_every_command(capsys):
+    assert cli.main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in cli.SUBCOMMANDS)
+
+
+def test_no_command_is_a_usage_fault(capsys):
+    assert cli.main([]) == 2
+    assert "usage: jaxsys" in capsys.readouterr().out
+
+
+def test_unknown_command_is_named(capsys):
+    assert cli.main(["fly"]) == 2
+    assert "'fly' is not a command; use one of plan" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code", "line"),
+    [
+        (None, 0, ""),
+        (3, 3, ""),
+        (
+            UsageError("devices=0 must be at least 1"),
+            2,
+            "jaxsys plan: devices=0 must be at least 1\n",
+        ),
+        (RunError("link is down"), 1, "jaxsys plan: link is down\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_exit_codes(subcommand, capsys, outcome, code, line):
+    made = subcommand(outcome)
+    assert cli.main(["plan", "--model", "x"]) == code
+    assert made.seen == (["--model", "x"], "jaxsys plan")
+    assert capsys.readouterr().err == line
+
+
+def test_debug_shows_the_traceback(subcommand):
+    subcommand(UsageError("no"))
+    with pytest.raises(UsageError, match="no"):
+        cli.main(["plan", "--debug"])
+
+
+def test_every_subcommand_can_be_imported():
+    import importlib
+
+    for module, _ in cli.SUBCOMMANDS.values():
+        assert callable(importlib.import_module(module).main)
