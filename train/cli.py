@@ -10,13 +10,12 @@ import jax
 
 from jaxsys.errors import RunError, UsageError
 from jaxsys.lowering import RECOMPUTE_POLICIES
-from jaxsys.mesh import make_mesh
 from jaxsys.model import ByteTokenizer, Tokenizer, initial_parameters, layered, preset
 from jaxsys.model.save import save_safetensors
-from jaxsys.planner.workload import llama_workload
 from jaxsys.strategies import NAMES
-from jaxsys.train import auto, corpus, samples
+from jaxsys.train import corpus, samples
 from jaxsys.train.hosts import Hosts, choose_devices, join
+from jaxsys.train.layout import lay_out
 from jaxsys.train.loader import Batches
 from jaxsys.train.loop import Report
 from jaxsys.train.recipe import Recipe, llama_flops_per_token
@@ -39,21 +38,20 @@ def parser(prog: str) -> argparse.ArgumentParser:
     how = result.add_argument_group("how it is run")
     how.add_argument(
         "--schedule",
-        help=f"{', '.join(NAMES)}, a schedule's .json, or auto: ask the planner "
+        help=f"{', '.join(NAMES)}, a plan's or schedule's .json, or auto: ask the planner "
         "(default weipipe-interleave; dp on one device)",
     )
     how.add_argument("--devices", type=int, help="default: all GPUs, else 4 virtual CPU devices")
-    how.add_argument("--replicas", type=int, default=1, help="rings side by side (default 1)")
+    how.add_argument("--replicas", type=int, help="rings side by side (default 1)")
     how.add_argument("--microbatches", type=int, help="of one ring and step (default 2 a device)")
     how.add_argument("--dtype", default="float32", help="of compute: float32 or bfloat16")
     how.add_argument(
         "--recompute",
-        default="block",
         choices=RECOMPUTE_POLICIES,
-        help="what the backward pass computes again (default %(default)s)",
+        help="what the backward pass computes again (default block, or as a plan says)",
     )
     what = result.add_argument_group("what the result depends on")
-    what.add_argument("--microbatch-size", type=int, default=4, help="sequences (default 4)")
+    what.add_argument("--microbatch-size", type=int, help="sequences (default 4)")
     what.add_argument("--sequence-length", type=int, default=128, help="tokens (default 128)")
     what.add_argument("--packing", default="windows", choices=("windows", "documents"))
     what.add_argument("--learning-rate", type=float, default=3e-3, help="peak (default 3e-3)")
@@ -132,28 +130,21 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
             f"max_positions={config.max_positions}"
         )
     devices = choose_devices(arguments.devices, hosts)
-    if arguments.replicas < 1 or len(devices) % arguments.replicas:
-        raise UsageError(f"replicas={arguments.replicas} does not divide devices={len(devices)}")
-    mesh = make_mesh(len(devices) // arguments.replicas, arguments.replicas, devices=devices)
-    ring = len(devices) // arguments.replicas
-    microbatches = arguments.microbatches or 2 * ring
-    rows = arguments.replicas * microbatches
-    schedule = arguments.schedule or ("weipipe-interleave" if ring > 1 else "dp")
-    recompute = arguments.recompute
-    if schedule == "auto":
-        workload = llama_workload(
-            arguments.model,
-            config,
-            sequence_length=arguments.sequence_length,
-            microbatch_size=arguments.microbatch_size,
-        )
-        choice = auto.choose(workload, devices[:ring], microbatches=microbatches)
-        schedule, recompute = choice.schedule, choice.recompute
-        say(choice.reason)
+    layout = lay_out(
+        config=config,
+        devices=devices,
+        sequence_length=arguments.sequence_length,
+        schedule=arguments.schedule,
+        replicas=arguments.replicas,
+        microbatches=arguments.microbatches,
+        microbatch_size=arguments.microbatch_size,
+        recompute=arguments.recompute,
+        say=say,
+    )
     recipe = Recipe(
         model=arguments.model,
         steps=arguments.steps,
-        batch_sequences=rows * arguments.microbatch_size,
+        batch_sequences=layout.rows * layout.microbatch_size,
         sequence_length=arguments.sequence_length,
         learning_rate=arguments.learning_rate,
         warm_up_steps=max(1, arguments.steps // 20),
@@ -165,8 +156,8 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
     samples.check_vocabulary(training, config.vocab_size)
     data = Batches(
         _cut(training, recipe, tokenizer),
-        rows=rows,
-        microbatch_size=arguments.microbatch_size,
+        rows=layout.rows,
+        microbatch_size=layout.microbatch_size,
         seed=recipe.seed,
     )
     say(
@@ -177,11 +168,10 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
         layered(config),
         lambda: initial_parameters(config, seed=recipe.seed),
         recipe.optimizer(),
-        schedule=schedule,
-        mesh=mesh,
-        microbatches=arguments.microbatches,
+        schedule=layout.schedule,
+        mesh=layout.mesh,
         compute_dtype=recipe.compute_dtype,
-        recompute=recompute,
+        recompute=layout.recompute,
         clip_norm=arguments.clip_norm,
         non_finite=arguments.non_finite,
         settings=recipe.settings(data=training.fingerprint()),

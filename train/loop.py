@@ -315,7 +315,7 @@ class _Loop:
                 "microbatches": trainer.rows,
                 "tokens_per_step": tokens,
                 "compute_dtype": trainer.compute_dtype.name,
-                "recompute": trainer.recompute,
+                "recompute": str(trainer.recompute),
                 "flops_per_token": trainer.flops_per_token,
                 "flops_convention": CONVENTION,
                 "peak_flops_per_s": peak.flops_per_s,

@@ -1,10 +1,11 @@
-"""What `schedule=` may be: a strategy's name, a Schedule, or a file that holds one."""
+"""What `schedule=` may be: a strategy's name, a Schedule, or a file that holds one or a plan."""
 
 from pathlib import Path
 
 from jaxsys import strategies
 from jaxsys.errors import UsageError
 from jaxsys.schedule import Schedule
+from jaxsys.train.plan_file import is_plan_file, read_plan
 
 
 def resolve(
@@ -17,8 +18,8 @@ def resolve(
     """Makes or reads the schedule of one ring.
 
     Args:
-        schedule: a name of `jaxsys.strategies.NAMES`, a Schedule, or the path of a `.json` file
-            written by `Schedule.to_json`.
+        schedule: a name of `jaxsys.strategies.NAMES`, a Schedule, or the path of a `.json` file:
+            a plan from `jaxsys plan`, or what `Schedule.to_json` returned.
         devices: P, how many devices the ring has.
         layers: L, of the model.
         microbatches: M over the ring; 2 P unless the schedule says.
@@ -36,7 +37,10 @@ def resolve(
             **options,
         )
     if not isinstance(schedule, Schedule):
-        schedule = _read(schedule)
+        if is_plan_file(schedule):
+            schedule = read_plan(schedule, layers=layers).schedule
+        else:
+            schedule = _read(schedule)
     if schedule.devices != devices:
         raise UsageError(
             f"schedule {schedule.name} is for {schedule.devices} devices, the ring has {devices}; "

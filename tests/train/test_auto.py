@@ -1,7 +1,9 @@
-"""`schedule="auto"` takes the planner's fastest strategy that fits and can be run."""
+"""`schedule="auto"` takes the planner's fastest runnable strategy; plan files run as they say."""
 
+import json
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 from jaxsys import hardware, strategies
@@ -9,8 +11,11 @@ from jaxsys.errors import UsageError
 from jaxsys.model import preset
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.named import compare
+from jaxsys.planner.plans import Gradient, LayerPath, Plan, Residual, State, Weights
 from jaxsys.planner.workload import llama_workload
-from jaxsys.train import auto
+from jaxsys.schedule import Placement
+from jaxsys.train import auto, plan_file
+from jaxsys.train.layout import lay_out
 
 WORKLOAD = llama_workload(
     "llama-3-8b", preset("llama-3-8b"), sequence_length=8192, microbatch_size=1
@@ -35,3 +40,51 @@ def test_says_so_when_nothing_fits_or_the_device_is_unknown():
     other = SimpleNamespace(platform="gpu", device_kind="AMD Instinct MI300X")
     with pytest.raises(UsageError, match="no preset for AMD Instinct MI300X; name a schedule"):
         auto.choose(WORKLOAD, [other] * 8, microbatches=64)
+
+
+def plan_path(tmp_path, **changes):
+    """A plan file for 4 layers on 4 devices, as `jaxsys plan` writes them."""
+    keep = LayerPath(weights=Weights.REFETCH, gradient=Gradient.EACH, residual=Residual.RECOMPUTE)
+    plan = Plan(**{"shard": 4, "microbatch_size": 2, "state": State.SPLIT,
+                   "layers": (keep,) * 4, **changes})  # fmt: skip
+    value = {
+        "format": "jaxsys-plan-file",
+        "version": 1,
+        "for": {"layers": 4, "devices": 4, "batch": 32},
+        "plan": plan.to_json(),
+    }
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(value))
+    return path
+
+
+def lay_out_plan(path, **asked):
+    options = {
+        "replicas": None, "microbatches": None, "microbatch_size": None, "recompute": None, **asked
+    }  # fmt: skip
+    return lay_out(
+        config=preset("tiny"), devices=jax.devices()[:4], sequence_length=16,
+        schedule=str(path), say=lambda _: None, **options,
+    )  # fmt: skip
+
+
+def test_a_plan_file_is_run_as_it_says(tmp_path):
+    found = lay_out_plan(plan_path(tmp_path))
+    assert (found.microbatch_size, found.rows, found.recompute) == (2, 16, "block")
+    assert found.schedule.placement is Placement.SHARDED
+    ring = lay_out_plan(plan_path(tmp_path, shard=1, ring=2, replicas=2))
+    assert ring.schedule.name == "weipipe-interleave"
+    assert (dict(ring.mesh.shape), ring.rows) == ({"data": 2, "ring": 2}, 16)
+
+
+def test_a_plan_file_that_does_not_fit(tmp_path):
+    with pytest.raises(UsageError, match="microbatch_size=3, but the plan"):
+        lay_out_plan(plan_path(tmp_path), microbatch_size=3)
+    with pytest.raises(UsageError, match="splits features over 2 devices"):
+        lay_out_plan(plan_path(tmp_path, shard=2, features=2))
+    path = plan_path(tmp_path, shard=2)
+    with pytest.raises(UsageError, match="for 2 devices, the ring has 4"):
+        lay_out_plan(path)
+    three = tuple(plan_file.load_plan(path).layers[:3])
+    with pytest.raises(UsageError, match="the plan is for 3 layers, the model has 4"):
+        lay_out_plan(plan_path(tmp_path, layers=three))

@@ -1,0 +1,93 @@
+"""How `jaxsys train` lays a run out: ring and replicas, schedule, microbatches, recompute."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from jax.sharding import Mesh
+
+from jaxsys.errors import UsageError
+from jaxsys.lowering import Recompute
+from jaxsys.mesh import make_mesh
+from jaxsys.model import LlamaConfig
+from jaxsys.planner.workload import llama_workload
+from jaxsys.schedule import Schedule
+from jaxsys.train import auto, plan, plan_file
+
+MICROBATCH_SIZE = 4
+"""Sequences, where neither the user nor a plan says."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Where and in what pieces a step runs."""
+
+    mesh: Mesh
+    schedule: Schedule
+    recompute: Recompute
+    microbatch_size: int
+    rows: int
+    """Microbatches of a step, over all replicas."""
+
+
+def lay_out(
+    *,
+    config: LlamaConfig,
+    devices: list[Any],
+    sequence_length: int,
+    schedule: str | None,
+    replicas: int | None,
+    microbatches: int | None,
+    microbatch_size: int | None,
+    recompute: Recompute | None,
+    say: Callable[[str], None],
+) -> Layout:
+    """Fills in what was not asked for; a plan file's own sizes win over defaults, never over asks.
+
+    Args:
+        config: the model.
+        devices: all of the run.
+        sequence_length: tokens.
+        schedule: a name, "auto", a file, or None for the usual one.
+        replicas: rings side by side.
+        microbatches: of one ring and step.
+        microbatch_size: sequences.
+        recompute: what backward computes again.
+        say: told what the planner chose.
+
+    Raises:
+        UsageError: if the devices, the batch and the schedule do not fit together.
+    """
+    if schedule is not None and plan_file.is_plan_file(schedule):
+        planned = plan_file.read_plan(schedule, layers=config.num_layers)
+        for name, asked, has in (
+            ("replicas", replicas, planned.replicas),
+            ("microbatch_size", microbatch_size, planned.microbatch_size),
+        ):
+            if asked not in (None, has):
+                raise UsageError(f"{name}={asked}, but the plan {schedule} has {name}={has}")
+        replicas, microbatch_size = planned.replicas, planned.microbatch_size
+        recompute = recompute or planned.recompute
+    replicas = 1 if replicas is None else replicas
+    size = MICROBATCH_SIZE if microbatch_size is None else microbatch_size
+    if replicas < 1 or len(devices) % replicas:
+        raise UsageError(f"replicas={replicas} does not divide devices={len(devices)}")
+    ring = len(devices) // replicas
+    chosen: str | Schedule = schedule or ("weipipe-interleave" if ring > 1 else "dp")
+    if chosen == "auto":
+        workload = llama_workload(
+            "the model", config, sequence_length=sequence_length, microbatch_size=size
+        )
+        choice = auto.choose(workload, devices[:ring], microbatches=microbatches or 2 * ring)
+        chosen, recompute = choice.schedule, recompute or choice.recompute
+        say(choice.reason)
+    resolved = plan.resolve(
+        chosen, devices=ring, layers=config.num_layers, microbatches=microbatches
+    )
+    return Layout(
+        mesh=make_mesh(ring, replicas, devices=devices),
+        schedule=resolved,
+        recompute=recompute or "block",
+        microbatch_size=size,
+        rows=replicas * resolved.microbatches,
+    )

@@ -1,0 +1,73 @@
+"""Runs a plan that `jaxsys plan` wrote: what of it is a schedule, and what stands around it."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from jaxsys.errors import UsageError
+from jaxsys.lowering import Recompute
+from jaxsys.planner.files import FORMAT, load_plan
+from jaxsys.planner.lower import to_schedule
+from jaxsys.planner.plans import Residual
+from jaxsys.schedule import Placement, Schedule
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedRun:
+    """What a plan file says of a run."""
+
+    schedule: Schedule
+    """Of one replica."""
+    recompute: Recompute
+    """One policy for all layers; a schedule that shards takes a tuple, one a layer."""
+    replicas: int
+    microbatch_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """All that `to_schedule` reads of a planning problem."""
+
+    layers: int
+    batch: int
+
+
+def is_plan_file(path: str | Path) -> bool:
+    """Whether the file holds a plan, rather than a schedule or something else."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(value, dict) and value.get("format") == FORMAT
+
+
+def read_plan(path: str | Path, *, layers: int) -> PlannedRun:
+    """Reads a plan file for a model of L layers.
+
+    Raises:
+        UsageError: if it is for another number of layers, or holds what is not run: features split
+            over devices, or layers of unlike recompute policies in a schedule that does not shard.
+    """
+    plan = load_plan(path)
+    made_for = json.loads(Path(path).read_text(encoding="utf-8")).get("for", {})
+    if plan.features > 1:
+        raise UsageError(
+            f"plan {path} splits features over {plan.features} devices, which no schedule runs; "
+            "plan again with features=1"
+        )
+    asked: Any = _Asked(layers=layers, batch=int(made_for.get("batch", 0)))
+    schedule = to_schedule(asked, plan)
+    policies = tuple("block" if p.residual is Residual.RECOMPUTE else "none" for p in plan.layers)
+    recompute: Any = policies[0] if len(set(policies)) == 1 else policies
+    if not isinstance(recompute, str) and schedule.placement is not Placement.SHARDED:
+        raise UsageError(
+            f"plan {path} recomputes some layers and keeps others, which only sharded schedules "
+            "run; plan again with one policy"
+        )
+    return PlannedRun(
+        schedule=schedule,
+        recompute=cast(Recompute, recompute),
+        replicas=plan.replicas,
+        microbatch_size=plan.microbatch_size,
+    )
