@@ -21,6 +21,7 @@ import uvicorn
 from jaxsys.errors import UsageError
 from jaxsys.model import LlamaConfig, LoadedModel, default_model_path, load
 from jaxsys.serve.api import ApiConfig, create_app
+from jaxsys.serve.dashboard import Dashboard
 from jaxsys.serve.deployment import (
     BackgroundCompilation,
     DeploymentConfig,
@@ -33,8 +34,11 @@ from jaxsys.serve.ecoroute import EnergyRouter
 from jaxsys.serve.engine import Engine
 from jaxsys.serve.gpu_model import GPUS, ServedShape, SimulatedGpu, gpu_spec, shape_from_sizes
 from jaxsys.serve.hooks import Governor, NoGovernor, Router
-from jaxsys.serve.measured_governor import MeasuredGovernor
+from jaxsys.serve.instance import TokenEvent
+from jaxsys.serve.live_governor import LiveGovernor
+from jaxsys.serve.measured_governor import MeasuredGovernor, spec_of
 from jaxsys.serve.metrics import Metrics
+from jaxsys.serve.requests import Request
 from jaxsys.serve.slo import SharedSlo, Slo
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -91,7 +95,13 @@ def main(argv: Sequence[str], prog: str) -> int:
             file=sys.stderr,
         )
         metrics = Metrics(engine)
-        engine.on_token = metrics.on_token
+        dashboard = Dashboard(engine, slo)
+
+        def on_token(request: Request, event: TokenEvent) -> None:
+            metrics.on_token(request, event)
+            dashboard.on_token(request, event)
+
+        engine.on_token = on_token
         metrics.watch()
         app = create_app(
             engine,
@@ -99,9 +109,10 @@ def main(argv: Sequence[str], prog: str) -> int:
             ApiConfig(model_name=name, max_length=config.max_length, api_keys=api_keys),
             metrics,
         )
+        dashboard.add_to(app)
         host, port = listener.getsockname()[:2]
         print(
-            f"serving on http://{host}:{port}/v1 (also /health, /metrics, /docs); "
+            f"serving on http://{host}:{port}/v1 (also /health, /metrics, /dashboard, /docs); "
             f"energy is {engine.instances[0].energy_method}",
             file=sys.stderr,
             flush=True,
@@ -186,7 +197,10 @@ def _governor(
     from jaxsys.nvml import open_clocks
 
     clocks = open_clocks(device.local_hardware_id or 0, control=arguments.clocks == "control")
-    return MeasuredGovernor(clocks, _shape(model.config), slo)
+    spec = spec_of(clocks.name)
+    if spec is None:  # its costs are not known: energy is read, no clock is chosen
+        return MeasuredGovernor(clocks, _shape(model.config), slo)
+    return LiveGovernor(clocks, SimulatedGpu(spec, _shape(model.config)), slo)
 
 
 def _router(arguments: argparse.Namespace, model: LoadedModel, slo: SharedSlo) -> Router | None:

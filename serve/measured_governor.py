@@ -23,7 +23,7 @@ class MeasuredGovernor:
 
     def __init__(self, clocks: GpuClocks, shape: ServedShape, slo: SharedSlo) -> None:
         self.clocks = clocks
-        spec = _spec_of(clocks.name)
+        spec = spec_of(clocks.name)
         self.inner: EcoFreq | None = None
         if spec is not None and all(mhz in clocks.available_mhz for mhz in spec.control_mhz):
             predictor = ModelPredictor(SimulatedGpu(spec, shape))
@@ -62,7 +62,7 @@ class MeasuredGovernor:
             self.inner.after_iteration(iteration, latency_s, now_s)
 
 
-def _spec_of(name: str) -> GpuSpec | None:
+def spec_of(name: str) -> GpuSpec | None:
     """The preset for what a GPU calls itself, e.g. "NVIDIA H100 80GB HBM3"."""
     for key, spec in GPUS.items():
         if key.partition("-")[0].upper() in name.upper().replace("-", " ").split():
