@@ -139,7 +139,9 @@ def _search(problem: Problem, time_s: float) -> Found:
             )
             print(f"\r{line[:118]:<118}", end="", file=sys.stderr, flush=True)
 
-    effort = Effort(refine=4, chains=24, steps=60, restarts=1, time_s=time_s, tolerance=1e-3)
+    effort = Effort(
+        refine=4, chains=24, steps=60, pairs=8000, restarts=1, time_s=time_s, tolerance=1e-3
+    )
     result = search(Space.of(problem), effort=effort, progress=progress)
     if shown:
         print(file=sys.stderr)

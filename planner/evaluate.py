@@ -46,10 +46,13 @@ class Estimates:
     compute_s: np.ndarray
 
     def potential(self, memory_bytes: float, *, pressure: float = 10.0) -> np.ndarray:
-        """Step time, raised where memory overflows: T (1 + pressure * overflow / limit)."""
+        """Step time T, raised where memory overflows: T (2 + pressure * overflow / limit).
+
+        The step from 1 to 2 keeps a small overflow from being traded for a small gain.
+        """
         overflow = np.maximum(0.0, self.peak_bytes / memory_bytes - 1.0)
         overflow[overflow < 1e-9] = 0.0  # sums taken in another order
-        return self.step_s * (1.0 + pressure * overflow)
+        return self.step_s * (1.0 + (overflow > 0) + pressure * overflow)
 
 
 class Evaluator:

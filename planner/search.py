@@ -36,8 +36,6 @@ from jaxsys.schedule import Placement
 
 AIMED = 128
 """Moves tried first, those that relieve the problem most."""
-PAIRS = 40_000
-"""The most pairs of moves that are all tried; beyond it a sample of this size is."""
 BATCH = 16_384
 """Plans evaluated at once; bounds the search's own memory."""
 
@@ -95,6 +93,8 @@ class Effort:
     chains: int = 48
     steps: int = 150
     """Annealing steps of each chain."""
+    pairs: int = 40_000
+    """The most pairs of moves that are all tried; beyond it a sample of this size is."""
     restarts: int = 2
     """Annealings in a row that must find nothing before a common part is left."""
     time_s: float = float("inf")
@@ -458,8 +458,9 @@ class _LayerSearch:
                 if code != codes[layer]
             ]
             first, second = np.triu_indices(len(single), 1)
-            if len(first) > PAIRS:
-                chosen = self.outer.random.choice(len(first), PAIRS, replace=False)
+            limit = self.outer.effort.pairs
+            if len(first) > limit:
+                chosen = self.outer.random.choice(len(first), limit, replace=False)
                 first, second = first[chosen], second[chosen]
             table = np.array(single)
             rows = np.repeat(codes[None], len(first), axis=0)
