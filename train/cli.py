@@ -183,7 +183,9 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
         folder=arguments.out,
         resume=arguments.resume,
         accept_changes=arguments.accept_changes,
-        save_every=arguments.save_every or max(1, recipe.steps // 5),
+        save_every=max(1, recipe.steps // 5)
+        if arguments.save_every is None
+        else arguments.save_every,
         held_out=_held_out(held_out, recipe, data, tokenizer),
         stop_at=arguments.stop_at,
         progress=not arguments.quiet,

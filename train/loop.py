@@ -105,6 +105,15 @@ def fit(
     """
     if steps < 1:
         raise UsageError(f"steps={steps} must be at least 1")
+    for name, value in (
+        ("save_every", save_every),
+        ("held_out_every", held_out_every),
+        ("stop_at", stop_at),
+        ("hang_timeout_s", hang_timeout_s),
+        ("lost_after_s", lost_after_s),
+    ):
+        if value is not None and not value > 0:
+            raise UsageError(f"{name}={value} must be above 0")
     if (resume or profile or tensorboard) and folder is None:
         raise UsageError("resume, profile and tensorboard need a folder")
     loop = _Loop(

@@ -83,6 +83,8 @@ def test_data_that_ends_is_said_and_saved(trainer, data, tmp_path, capsys):
 def test_a_batch_for_another_schedule_is_refused(trainer, counted_samples):
     with pytest.raises(UsageError, match="makes 3 microbatches a batch, the schedule takes 2"):
         trainer.fit(Batches(counted_samples, rows=3, microbatch_size=1), steps=99, progress=False)
+    with pytest.raises(UsageError, match="save_every=-2 must be above 0"):
+        trainer.fit([], steps=1, save_every=-2)
     with pytest.raises(UsageError, match="steps=0"):
         trainer.fit([], steps=0)
     with pytest.raises(UsageError, match="need a folder"):
