@@ -115,7 +115,8 @@ def test_apart_gives_the_tokens_of_together(model):
 
     outputs = {}
     for prefill, decode in ((1, 0), (1, 1)):
-        config = DeploymentConfig(prefill=prefill, decode=decode, **(SMALL | {"page_count": 26}))
+        settings: dict[str, Any] = SMALL | {"page_count": 26}
+        config = DeploymentConfig(prefill=prefill, decode=decode, **settings)
         engine = build_engine(model, config)
         outputs[prefill, decode] = run(engine, everything(engine))
         if decode:
@@ -127,10 +128,11 @@ def test_apart_gives_the_tokens_of_together(model):
 def soak(model, prefill, decode, count):
     """Requests of all kinds, a third of them left at a random moment, few pages."""
     rng = random.Random(prefill + decode)
+    settings: dict[str, Any] = SMALL | {"page_count": 26, "max_requests": count}
     config = DeploymentConfig(
         prefill=prefill,
         decode=decode,
-        **(SMALL | {"page_count": 26, "max_requests": count}),
+        **settings,
     )
     engine = build_engine(model, config)
     ends = []
@@ -260,7 +262,8 @@ def test_requests_of_a_dead_instance_go_on_elsewhere(model, dies):
 
 
 def test_refusals(model):
-    config = DeploymentConfig(prefill=1, decode=1, **(SMALL | {"max_requests": 2}))
+    settings: dict[str, Any] = SMALL | {"max_requests": 2}
+    config = DeploymentConfig(prefill=1, decode=1, **settings)
     engine = build_engine(model, config)
 
     async def everything():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ def executor(parameters):
     return make_executor(parameters, jax.devices()[0])
 
 
-def make_executor(parameters, device, role="both"):
+def make_executor(parameters, device, role="both") -> Any:
     place = jax.sharding.SingleDeviceSharding(device)
     return JaxExecutor(
         CONFIG,
@@ -61,8 +62,8 @@ def make_executor(parameters, device, role="both"):
     )
 
 
-def make(**changes):
-    values = {
+def make(**changes) -> Any:
+    values: dict[str, Any] = {
         "page_count": 40,
         "page_size": 4,
         "max_batch": 4,
@@ -88,7 +89,8 @@ def run(scheduler, executor, depth=2):
 
 
 def request(name, prompt, max_tokens=10, **sampling):
-    rule = SamplingParameters(max_tokens=max_tokens, **({"temperature": 0} | sampling))
+    settings: dict[str, Any] = {"temperature": 0} | sampling
+    rule = SamplingParameters(max_tokens=max_tokens, **settings)
     return Request(name, sampling=rule, arrival_s=0.0, prompt_tokens=prompt)
 
 

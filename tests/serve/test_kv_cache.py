@@ -1,5 +1,7 @@
 """The page allocator keeps every page in exactly one place, whatever is asked of it."""
 
+from typing import Any
+
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
@@ -63,7 +65,7 @@ TestMachine = Machine.TestCase
 
 
 def test_shared_pages_are_found_again_after_their_holder_left():
-    allocator = PageAllocator(4, 2)
+    allocator: Any = PageAllocator(4, 2)
     pages = allocator.allocate(2)
     keys = list(block_keys([1, 2, 3, 4], 2))
     for page, key in zip(pages, keys, strict=True):
@@ -75,7 +77,7 @@ def test_shared_pages_are_found_again_after_their_holder_left():
 
 
 def test_the_end_of_a_prefix_is_reclaimed_before_its_start():
-    allocator = PageAllocator(3, 1)
+    allocator: Any = PageAllocator(3, 1)
     pages = allocator.allocate(3)
     for page in pages:
         allocator.register(page, page)
@@ -93,7 +95,7 @@ def test_keys_depend_on_everything_before_and_on_the_salt():
 
 
 def test_releasing_twice_is_refused():
-    allocator = PageAllocator(2, 1)
+    allocator: Any = PageAllocator(2, 1)
     pages = allocator.allocate(1)
     allocator.release(pages)
     with pytest.raises(ValueError, match="released more often than held"):

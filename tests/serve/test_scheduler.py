@@ -1,6 +1,7 @@
 """The scheduler serves every request, loses no page, and keeps results apart from late ones."""
 
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -11,8 +12,8 @@ from jaxsys.serve.requests import Request, RequestState, SamplingParameters
 from jaxsys.serve.scheduler import Scheduler, SchedulerConfig
 
 
-def make_scheduler(**changes):
-    values = {
+def make_scheduler(**changes) -> Any:
+    values: dict[str, Any] = {
         "page_count": 32,
         "page_size": 4,
         "max_batch": 4,

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+from typing import Any
 
 import jax
 import openai
@@ -33,8 +34,9 @@ def server(folder, tmp_path):
     command = [sys.executable, "-m", "jaxsys.cli", "serve", "--model", str(folder)]
     command += ["--port", "0", "--max-length", "200", "--max-batch", "4", "--log", "json"]
     command += ["--api-key-file", str(keys), "--compilation-cache", str(tmp_path / "compiled")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    lines = []
+    process: Any = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    lines: list[str] = []
+    found = None
     for line in process.stderr:
         lines.append(line)
         found = re.search(r"serving on (http://\S+/v1)", line)
@@ -51,7 +53,7 @@ def server(folder, tmp_path):
 
 def test_the_openai_client_and_a_graceful_end(server):
     process, address, lines, reader = server
-    client = openai.OpenAI(base_url=address, api_key="sesame", timeout=120, max_retries=0)
+    client: Any = openai.OpenAI(base_url=address, api_key="sesame", timeout=120, max_retries=0)
     model = client.models.list().data[0].id
     assert model == "tiny-bytes"
     messages = [{"role": "user", "content": "hello"}]
@@ -74,7 +76,7 @@ def test_the_openai_client_and_a_graceful_end(server):
         stream_options={"include_usage": True},
         extra_body=extra,
     )
-    usage = None
+    usage: Any = None
     for number, chunk in enumerate(stream):
         if number == 2:
             process.send_signal(signal.SIGTERM)  # the stream must still come to its end
