@@ -25,8 +25,8 @@ from jax.extend import core as jax_core
 from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel, Parameters, PyTree
 
-Loss = Callable[[Any, PyTree], tuple[jax.Array, jax.Array]]
-"""(the model's output, microbatch) -> (summed loss, weight), float32 scalars."""
+Loss = Callable[[Any, PyTree], tuple[Any, Any]]
+"""(the model's output, microbatch) -> (summed loss, weight), scalars."""
 
 Inputs = Callable[[PyTree], tuple[Any, ...]]
 """Microbatch -> the model's positional arguments."""
@@ -250,7 +250,7 @@ def _cut(
     def head_loss(edge: PyTree, x: jax.Array, microbatch: PyTree) -> tuple[jax.Array, jax.Array]:
         output = run(edge, microbatch, lambda *_, **__: x)
         total, weight = loss(output, microbatch)
-        return total.astype(jnp.float32), jnp.asarray(weight, jnp.float32)
+        return jnp.asarray(total, jnp.float32), jnp.asarray(weight, jnp.float32)
 
     _check_order(run, shapes, example, layers)
     _check_extras(reach, shapes, example)

@@ -71,7 +71,7 @@ def mean_loss(logits_of, batch) -> jax.Array:
         next_token_loss(logits_of(batch["inputs"][i]), {"targets": batch["targets"][i]})
         for i in range(2)
     ]
-    return sum(s[0] for s in sums) / sum(s[1] for s in sums)
+    return jnp.sum(jnp.stack([s[0] for s in sums])) / jnp.sum(jnp.stack([s[1] for s in sums]))
 
 
 def first(batch):
@@ -116,7 +116,7 @@ def test_what_precedes_the_blocks_is_not_run_for_the_head():
         first(data),
     )
     # The embedding's gather is traced to find the mask, and must be gone after compilation.
-    assert "gather" not in compiled.compile().as_text()
+    assert "gather" not in (compiled.compile().as_text() or "gather")
 
 
 def between(between_blocks=False, unlike=False, from_parameters=False):
@@ -161,7 +161,9 @@ def test_names_state_and_unlike_blocks_are_refused():
     model = NnxModel(nnx.Rngs(0))
     with pytest.raises(UsageError, match="no list of blocks 'stages'"):
         from_nnx(model, first(data), blocks="stages")
-    model.dropout = nnx.Dropout(0.1, rngs=nnx.Rngs(1))
+    model.dropout = nnx.Dropout(  # type: ignore[attr-defined]
+        0.1, rngs=nnx.Rngs(1)
+    )
     with pytest.raises(UsageError, match="beside its parameters"):
         from_nnx(model, first(data), blocks="layers")
     model = NnxModel(nnx.Rngs(0))
