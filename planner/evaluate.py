@@ -46,13 +46,14 @@ class Estimates:
     compute_s: np.ndarray
 
     def potential(self, memory_bytes: float, *, pressure: float = 10.0) -> np.ndarray:
-        """Step time T, raised where memory overflows: T (2 + pressure * overflow / limit).
+        """Step time T, or 1000 T (1 + pressure * overflow / limit) where memory overflows.
 
-        The step from 1 to 2 keeps a small overflow from being traded for a small gain.
+        So every plan that fits is below every plan that does not, and of those that do not, less
+        overflow counts as time does.
         """
         overflow = np.maximum(0.0, self.peak_bytes / memory_bytes - 1.0)
-        overflow[overflow < 1e-9] = 0.0  # sums taken in another order
-        return self.step_s * (1.0 + (overflow > 0) + pressure * overflow)
+        fits = overflow < 1e-9  # sums taken in another order
+        return self.step_s * np.where(fits, 1.0, 1000.0 * (1.0 + pressure * overflow))
 
 
 class Evaluator:
