@@ -166,7 +166,9 @@ def soak(model, prefill, decode, count):
     assert set(ends) == {"left", "stop", "length"}
 
 
-@pytest.mark.parametrize(("prefill", "decode"), [(1, 0), (1, 1)])
+@pytest.mark.parametrize(
+    ("prefill", "decode"), [pytest.param(1, 0, marks=pytest.mark.slow), (1, 1)]
+)
 def test_a_soak_with_aborts_leaves_nothing(model, prefill, decode):
     soak(model, prefill, decode, 80)
 
