@@ -1,7 +1,7 @@
 """The `jaxsys` command: finds the subcommand, imports only that one, and reports its faults.
 
-A subcommand is a module with `main(argv, prog) -> int | None`. Exit codes: 0 done, 1 the run failed,
-2 the request was wrong, 130 interrupted.
+A subcommand is a module with `main(argv, prog) -> int | None`. Exit codes: 0 done, 1 the run
+failed, 2 the request was wrong, 130 interrupted.
 """
 
 import importlib

@@ -1,8 +1,8 @@
 """What a schedule needs to know of a model: how to embed, run one block, and score.
 
-Every schedule runs a model as `head_loss(block(...block(embed(batch))))`. `blocks` are stacked along
-a leading layer axis and cut into chunks; `edge` holds what the first and last step need (embedding,
-final norm, head). The three functions are pure and see one microbatch at a time.
+Every schedule runs a model as `head_loss(block(...block(embed(batch))))`. `blocks` are stacked
+along a leading layer axis and cut into chunks; `edge` holds what the first and last step need
+(embedding, final norm, head). The three functions are pure and see one microbatch at a time.
 """
 
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import jax
+import jax.numpy as jnp
 
 PyTree = Any
 """A pytree of arrays; the model's own structure."""
@@ -68,4 +69,4 @@ def reference_loss(model: LayeredModel, parameters: Parameters, batch: PyTree) -
             )
         loss, count = model.head_loss(parameters["edge"], x, microbatch)
         total, weight = total + loss, weight + count
-    return total / weight
+    return jnp.asarray(total / weight)

@@ -4,6 +4,8 @@
 `DATA` holds replicas of whole rings.
 """
 
+from typing import Any
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
@@ -13,8 +15,11 @@ from jaxsys.errors import UsageError
 RING = "ring"
 DATA = "data"
 
+Device = Any
+"""A jax.Device, which type checkers take for a variable."""
 
-def request_devices(count: int, *, allow_virtual: bool = True) -> list[jax.Device]:
+
+def request_devices(count: int, *, allow_virtual: bool = True) -> list[Device]:
     """Returns `count` devices of the default backend.
 
     Where there is no accelerator and JAX has not started yet, the host CPU is divided into
@@ -27,7 +32,7 @@ def request_devices(count: int, *, allow_virtual: bool = True) -> list[jax.Devic
         raise UsageError(f"devices={count} must be at least 1")
     if allow_virtual and not _backend_started():
         # Has no effect on GPU backends: it only sets how many CPU devices there would be.
-        jax.config.update("jax_num_cpu_devices", max(count, jax.config.jax_num_cpu_devices))
+        jax.config.update("jax_num_cpu_devices", max(count, _virtual_devices()))
     devices = jax.devices()
     if len(devices) < count:
         raise UsageError(
@@ -37,13 +42,17 @@ def request_devices(count: int, *, allow_virtual: bool = True) -> list[jax.Devic
     return devices[:count]
 
 
-def make_mesh(ring: int, data: int = 1, *, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(ring: int, data: int = 1, *, devices: list[Device] | None = None) -> Mesh:
     """A mesh of axes (DATA, RING), sizes (`data`, `ring`), neighbours on the ring adjacent."""
     chosen = request_devices(ring * data) if devices is None else devices
     if len(chosen) != ring * data:
         raise UsageError(f"{len(chosen)} devices cannot form data={data} x ring={ring}")
     grid = np.array(chosen).reshape(data, ring)
     return Mesh(grid, (DATA, RING), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def _virtual_devices() -> int:
+    return int(getattr(jax.config, "jax_num_cpu_devices", 1))
 
 
 def _backend_started() -> bool:

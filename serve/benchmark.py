@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsys.mesh import Device
 from jaxsys.model import (
     LlamaConfig,
     abstract_parameters,
@@ -254,7 +255,7 @@ def measure_prefill(
     }
 
 
-def copy_bandwidth(device: jax.Device) -> float:
+def copy_bandwidth(device: Device) -> float:
     """Bytes a second, read and written, of a large copy."""
     on_cpu = device.platform == "cpu"
     count, dtype = (1 << 26, jnp.float32) if on_cpu else (1 << 30, jnp.bfloat16)
@@ -262,7 +263,7 @@ def copy_bandwidth(device: jax.Device) -> float:
     return 2 * x.nbytes / _seconds(jax.jit(lambda x: x + 1), x)
 
 
-def matmul_rate(device: jax.Device, dtype: jnp.dtype) -> float:
+def matmul_rate(device: Device, dtype: jnp.dtype) -> float:
     """FLOP a second of a large matrix product."""
     size = 8192 if device.platform != "cpu" else 1024
     left, right = jax.random.normal(jax.random.key(0), (2, size, size), jnp.float32).astype(dtype)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import uvicorn
 
 from jaxsys.errors import UsageError
+from jaxsys.mesh import Device
 from jaxsys.model import LlamaConfig, LoadedModel, default_model_path, load
 from jaxsys.serve.api import ApiConfig, create_app
 from jaxsys.serve.dashboard import Dashboard
@@ -187,7 +188,7 @@ def _with_defaults(
 
 
 def _governor(
-    arguments: argparse.Namespace, model: LoadedModel, slo: SharedSlo, device: jax.Device
+    arguments: argparse.Namespace, model: LoadedModel, slo: SharedSlo, device: Device
 ) -> Governor:
     if arguments.gpu == "none":
         return NoGovernor()

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxsys.errors import UsageError
-from jaxsys.mesh import request_devices
+from jaxsys.mesh import Device, request_devices
 from jaxsys.model import LoadedModel
 from jaxsys.serve.clock import WallClock
 from jaxsys.serve.engine import Engine
@@ -77,8 +77,8 @@ def build_engine(
     model: LoadedModel,
     config: DeploymentConfig,
     *,
-    devices: Sequence[jax.Device] | None = None,
-    governors: Callable[[str, jax.Device], Governor] | None = None,
+    devices: Sequence[Device] | None = None,
+    governors: Callable[[str, Device], Governor] | None = None,
     prefill_router: Router | None = None,
     decode_router: Router | None = None,
 ) -> Engine:
@@ -93,7 +93,7 @@ def build_engine(
         devices = choose_devices(len(roles) * config.tensor_parallel)
     ways = config.tensor_parallel
     groups = [tuple(devices[at * ways : (at + 1) * ways]) for at in range(len(roles))]
-    weights: dict[tuple[jax.Device, ...], ServingWeights] = {}
+    weights: dict[tuple[Device, ...], ServingWeights] = {}
     engine = Engine(
         clock=WallClock(),
         max_requests=config.max_requests,
@@ -137,7 +137,7 @@ def build_engine(
     return engine
 
 
-def _placement(group: tuple[jax.Device, ...]) -> jax.sharding.Sharding:
+def _placement(group: tuple[Device, ...]) -> jax.sharding.Sharding:
     if len(group) == 1:
         return jax.sharding.SingleDeviceSharding(group[0])
     if len(set(group)) < len(group):
@@ -149,7 +149,7 @@ def _placement(group: tuple[jax.Device, ...]) -> jax.sharding.Sharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def choose_devices(count: int) -> list[jax.Device]:
+def choose_devices(count: int) -> list[Device]:
     """A device for each instance; GPUs are shared in turn where there are too few.
 
     On CPU every instance gets a virtual device of its own, if JAX has not started yet.
@@ -213,7 +213,7 @@ def _scheduler_config(
     model: LoadedModel,
     config: DeploymentConfig,
     role: Role,
-    group: tuple[jax.Device, ...],
+    group: tuple[Device, ...],
     sharing: int,
 ) -> SchedulerConfig:
     shape, device = model.config, group[0]

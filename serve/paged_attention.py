@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from jaxsys.mesh import Device
 from jaxsys.model import choose_implementation
 
 CHUNK_TOKENS = 128
@@ -70,7 +71,7 @@ class AttentionKernels:
 
 
 def choose_kernels(
-    *, dtype: jnp.dtype, head_dim: int, device: jax.Device, mesh: Mesh | None = None, axis: str = ""
+    *, dtype: jnp.dtype, head_dim: int, device: Device, mesh: Mesh | None = None, axis: str = ""
 ) -> AttentionKernels:
     """The kernels for heads of this dtype and width on `device`.
 

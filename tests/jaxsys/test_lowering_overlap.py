@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxsys.layered import LayeredModel, Parameters
-from jaxsys.lowering import lower
+from jaxsys.lowering import LoweredStep, lower
 from jaxsys.lowering.compiled import executions, parse, spans
 from jaxsys.mesh import make_mesh
 from jaxsys.model import LlamaConfig, abstract_parameters, layered
@@ -35,7 +35,13 @@ def prepared(name: str, gradient_dtype=jnp.float32):
 @pytest.fixture(scope="module")
 def weipipe():
     step, rest, batch = prepared("weipipe-interleave")
-    return parse(jax.jit(step.loss_and_gradients).lower(rest, batch).compile().as_text())
+    return parse(compiled_text(jax.jit(step.loss_and_gradients), rest, batch))
+
+
+def compiled_text(run, *arguments) -> str:
+    text = run.lower(*arguments).compile().as_text()
+    assert text is not None
+    return text
 
 
 def steady_body(computations):
@@ -95,6 +101,7 @@ def test_gradient_stream_takes_its_own_dtype():
     step, rest, batch = prepared("weipipe-interleave", gradient_dtype=jnp.bfloat16)
     text = jax.jit(step.loss_and_gradients).lower(rest, batch).as_text()
     sent = re.findall(r"collective_permute.*-> tensor<[0-9x]*(f32|bf16)>", text)
+    assert isinstance(step, LoweredStep)
     segments = step.tables.segments
     groups = [group for segment in segments for tick in segment.period for group in tick.groups]
     streams = [g.source[0] for g in groups if g.kind == "permute"]
@@ -133,7 +140,7 @@ def test_gpu_schedule_holds_all_streams_open_over_the_compute():
     batch = {"inputs": tokens, "targets": tokens}
     batch = jax.tree.map(_placed, batch, step.batch_shardings(batch))
     run = jax.jit(step.loss_and_gradients, compiler_options=step.compiler_options)
-    body, _ = steady_body(parse(run.lower(rest, batch).compile().as_text()))
+    body, _ = steady_body(parse(compiled_text(run, rest, batch)))
     flights = spans(body)
     assert len(flights) == 3
     for index, instruction in enumerate(body.instructions):

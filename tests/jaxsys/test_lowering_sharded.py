@@ -170,7 +170,8 @@ def test_deferred_reductions_are_issued_in_the_forward_pass():
 def train(name: str, *, stale: bool = False, steps: int = 5):
     """Parameters after some steps of Adam, clipped by the global norm."""
     step, program, *_ = stage_step(name)
-    parameters, batch = step.to_rest(small_parameters()), small_batch(DEVICES * TURNS)
+    parameters: Any = step.to_rest(small_parameters())
+    batch = small_batch(DEVICES * TURNS)
     optimizer = optax.chain(optax.clip_by_global_norm(0.05), optax.adam(1e-2))
     state = optimizer.init(parameters)
 
