@@ -116,6 +116,8 @@ def seconds(time_s: float) -> str:
 
 def _reason(second: Row, best: Row) -> str:
     """Where the runner-up loses its time."""
+    if second.step_s - best.step_s < 5e-4 * best.step_s:
+        return "which is as good as equal"
     more_compute = second.compute_s - best.compute_s
     if more_compute >= 0.5 * (second.step_s - best.step_s):
         if second.recompute != best.recompute:

@@ -111,6 +111,7 @@ def main(argv: Sequence[str], prog: str) -> int:
             metrics,
         )
         dashboard.add_to(app)
+        listener.listen(128)  # before anyone is told that they may connect
         host, port = listener.getsockname()[:2]
         print(
             f"serving on http://{host}:{port}/v1 (also /health, /metrics, /dashboard, /docs); "

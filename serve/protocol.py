@@ -41,9 +41,9 @@ class _Sampled(pydantic.BaseModel):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     # Beyond OpenAI's fields, as vLLM and SGLang name them.
-    top_k: Annotated[int, Field(ge=-1)] | None = 0
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = 0
     min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = 1.0
     ignore_eos: bool | None = False
     # Not implemented: refused where they ask for anything.
     tools: list[Any] | None = None

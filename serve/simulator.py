@@ -174,6 +174,8 @@ class ReplayResult:
 
     def itl_percentile(self, percent: float) -> float:
         """Token-weighted percentile of the gaps."""
+        if not len(self.itl_s):  # every answer was one token
+            return 0.0
         order = np.argsort(self.itl_s)
         share = np.cumsum(self.itl_weight[order])
         at = np.searchsorted(share, share[-1] * percent / 100.0)

@@ -216,6 +216,8 @@ def _parse(convert: Callable[[str], _Value], text: str, where: str, column: str)
 def poisson_arrivals(count: int, rate_per_s: float, seed: int, *, cv: float = 1.0) -> np.ndarray:
     """Arrival times of a renewal process whose gaps are gamma with coefficient of variation `cv`;
     1 is Poisson."""
+    if seed < 0:
+        raise UsageError(f"seed={seed} must be at least 0")
     if not (rate_per_s > 0 and cv > 0):
         raise UsageError(f"rate={rate_per_s} and cv={cv} must be positive")
     shape = 1.0 / cv**2

@@ -11,7 +11,7 @@ import jax
 from jaxsys.errors import RunError, UsageError
 from jaxsys.lowering import RECOMPUTE_POLICIES
 from jaxsys.model import ByteTokenizer, Tokenizer, initial_parameters, layered, preset
-from jaxsys.model.save import save_safetensors
+from jaxsys.model.save import check_target, save_safetensors
 from jaxsys.strategies import NAMES
 from jaxsys.train import corpus, samples
 from jaxsys.train.hosts import Hosts, choose_devices, join
@@ -116,6 +116,8 @@ def main(argv: list[str], prog: str) -> int:
 
 def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
     """Trains as the options say, exports if asked, and says how it ended."""
+    if arguments.export is not None:  # before anything is computed for it
+        check_target(arguments.export, overwrite=True)
     # Asking JAX which process this is starts it: not before the devices are chosen.
     say = _silent if arguments.quiet or (hosts.many and jax.process_index()) else _print
     if arguments.resume and arguments.out is None:
@@ -200,7 +202,8 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
         parameters = trainer.host_parameters()
         if jax.process_index() == 0:
             save_safetensors(arguments.export, config, parameters, tokenizer, overwrite=True)
-        say(f"exported to {arguments.export}; try: jaxsys serve --model {arguments.export}")
+        fits = f" --max-length {config.max_positions}" if config.max_positions < 2048 else ""
+        say(f"exported to {arguments.export}; try: jaxsys serve --model {arguments.export}{fits}")
     return report
 
 

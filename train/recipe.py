@@ -36,6 +36,8 @@ class Recipe:
         for name in ("steps", "batch_sequences", "sequence_length"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.seed < 0:
+            raise UsageError(f"seed={self.seed} must be at least 0")
         if not self.learning_rate > 0:
             raise UsageError(f"learning_rate={self.learning_rate} must be above 0")
         if self.compute_dtype not in ("float32", "bfloat16"):

@@ -52,7 +52,7 @@ def save_safetensors(
         UsageError: if the folder is in use, or the parameters are not the configuration's.
     """
     target = Path(folder).absolute()
-    _check_target(target, overwrite)
+    check_target(target, overwrite=overwrite)
     _check_parameters(config, parameters)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
@@ -66,7 +66,8 @@ def save_safetensors(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, *, overwrite: bool) -> None:
+    """Raises UsageError if a model folder may not be written there."""
     if not target.exists():
         return
     if not target.is_dir():
