@@ -92,8 +92,8 @@ def test_more_load_is_never_faster(load, name, more):
         return
     more_load = replace(load, **{name: getattr(load, name) + more})
     before, after = FRESH.what_if([load, more_load], CLOCKS)[0]
-    # Interpolation rounds: equal predictions may differ in their last digits.
-    assert (after >= before * (1 - 1e-6)).all()
+    # The trees are monotone, their float32 sums only to rounding: seen up to 4e-6.
+    assert (after >= before * (1 - 1e-5)).all()
 
 
 def test_mixed_iterations_cost_at_least_either_part():
