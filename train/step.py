@@ -77,5 +77,4 @@ def make_step(
         return new, StepResult(loss=loss, gradient_norm=norm, skipped=skipped)
 
     # Only steps whose streams must travel at once ask for more than XLA's defaults.
-    compiler_options = getattr(lowered, "compiler_options", None)
-    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options)
+    return jax.jit(step, donate_argnums=0, compiler_options=lowered.compiler_options)

@@ -73,10 +73,6 @@ class Computation:
     entry: bool
     instructions: tuple[Instruction, ...]
 
-    def find(self, name: str) -> Instruction:
-        """The instruction of this name."""
-        return next(i for i in self.instructions if i.name == name)
-
     def collectives(self) -> Iterator[Instruction]:
         """Its collectives; of an asynchronous pair, the start."""
         for instruction in self.instructions:
