@@ -199,13 +199,16 @@ class Instance:
         scheduler, executor, clock = self.scheduler, self.executor, self.clock
         in_flight: collections.deque[tuple[Iteration, Any, float]] = collections.deque()
         self._ended_s = clock.now_s()
+        # Only a message can change anything after a turn that did nothing and left nothing behind.
+        stuck = True
         while True:
-            self._read_inbox(wait=not in_flight and scheduler.idle)
+            self._read_inbox(wait=stuck)
             if self._stopping and not in_flight:
                 return
             if self.transfer is not None:
                 self.transfer.between()
             now_s = clock.now_s()
+            preemptions = scheduler.preemptions
             iteration = None if self._stopping else scheduler.next_iteration(now_s)
             if iteration is not None:
                 queued = scheduler.waiting or scheduler.incoming
@@ -213,6 +216,7 @@ class Instance:
                 in_flight.append((iteration, executor.dispatch(iteration), clock.now_s()))
                 if self.transfer is not None:
                     self.transfer.planned(iteration)
+            stuck = not in_flight and scheduler.preemptions == preemptions
             if in_flight and (iteration is None or len(in_flight) == 2):
                 self._complete(*in_flight.popleft())
             self._publish(iteration)

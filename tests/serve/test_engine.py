@@ -125,6 +125,29 @@ def test_apart_gives_the_tokens_of_together(model):
     assert outputs[1, 0] == outputs[1, 1]
 
 
+@pytest.mark.parametrize("max_batch", [1, 2])
+def test_room_made_by_a_whole_batch_ending_is_given_on(model, max_batch):
+    """The decode batch ends at once; what waits for it goes on, and nobody turns in circles."""
+    settings: dict[str, Any] = SMALL | {"max_batch": max_batch}
+    engine = build_engine(model, DeploymentConfig(prefill=1, decode=1, **settings))
+    scheduler = engine.entries[0].scheduler
+    plan, planned = scheduler.next_iteration, []
+
+    def counted(now_s, max_steps=1):
+        planned.append(now_s)
+        return plan(now_s, max_steps)
+
+    scheduler.next_iteration = counted
+
+    async def everything():
+        requests = [collect(engine, prompt, max_tokens=20) for prompt in prompts(5)]
+        return await asyncio.wait_for(asyncio.gather(*requests), 60)
+
+    outputs = run(engine, everything())
+    assert [reason for _, reason in outputs] == ["length"] * 5
+    assert len(planned) < 100
+
+
 def soak(model, prefill, decode, count):
     """Requests of all kinds, a third of them left at a random moment, few pages."""
     rng = random.Random(prefill + decode)
