@@ -26,7 +26,7 @@ from jaxsys.errors import RunError, UsageError
 from jaxsys.model import Tokenizer
 from jaxsys.serve.engine import Engine, Overloaded
 from jaxsys.serve.executor import TokenLogprobs, check_sampling
-from jaxsys.serve.instance import TokenEvent
+from jaxsys.serve.member import TokenEvent
 from jaxsys.serve.metrics import Metrics
 from jaxsys.serve.protocol import (
     ChatRequest,

@@ -35,9 +35,9 @@ from jaxsys.serve.ecoroute import EnergyRouter
 from jaxsys.serve.engine import Engine
 from jaxsys.serve.gpu_model import GPUS, ServedShape, SimulatedGpu, gpu_spec, shape_from_sizes
 from jaxsys.serve.hooks import Governor, NoGovernor, Router
-from jaxsys.serve.instance import TokenEvent
 from jaxsys.serve.live_governor import LiveGovernor
 from jaxsys.serve.measured_governor import MeasuredGovernor, spec_of
+from jaxsys.serve.member import TokenEvent
 from jaxsys.serve.metrics import Metrics
 from jaxsys.serve.requests import Request
 from jaxsys.serve.slo import SharedSlo, Slo
@@ -87,7 +87,7 @@ def main(argv: Sequence[str], prog: str) -> int:
             decode_router=_router(arguments, model, slo),
         )
         model = dataclasses.replace(model, parameters={})  # the engine holds its own
-        compile_ahead(engine)
+        compile_ahead(engine.instances)
         name = arguments.model_name or _name(path)
         print(
             f"{name} ({model.config.parameter_count() / 1e6:.0f}M, {dtype}) on "
@@ -235,7 +235,7 @@ def _serve(app: fastapi.FastAPI, engine: Engine, listener: socket.socket, drain_
     @contextlib.asynccontextmanager
     async def lifespan(_: fastapi.FastAPI) -> AsyncIterator[None]:
         await engine.start()
-        compilation = BackgroundCompilation(engine)
+        compilation = BackgroundCompilation(engine.instances)
         yield
         ended = await engine.drain(0.0)
         await asyncio.to_thread(compilation.stop)

@@ -1,10 +1,11 @@
 """From a loaded model and a few numbers to an engine: devices, page pools, instances, governors."""
 
 import dataclasses
+import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import numpy as np
@@ -16,8 +17,10 @@ from jaxsys.model import LoadedModel
 from jaxsys.serve.clock import WallClock
 from jaxsys.serve.engine import Engine
 from jaxsys.serve.executor import ExecutorConfig, JaxExecutor
+from jaxsys.serve.handover import Message, PageTransfer, Receiver, Sender
 from jaxsys.serve.hooks import Governor, NoGovernor, Router
 from jaxsys.serve.instance import Instance
+from jaxsys.serve.member import Member
 from jaxsys.serve.scheduler import Role, Scheduler, SchedulerConfig
 from jaxsys.serve.weights import TENSOR, Quantisation, ServingWeights, serving_weights
 
@@ -132,9 +135,19 @@ def build_engine(
                 sink=engine.sink(name),
             )
         )
-    entries = [one for one, role in zip(instances, roles, strict=True) if role != "decode"]
-    engine.add_instances(entries, instances[len(entries) :])
+    for instance, role in zip(instances, roles, strict=True):
+        connect(instance, functools.partial(engine.exchange.forward, instance))
+        engine.add(instance, decodes=role == "decode")
     return engine
+
+
+def connect(
+    instance: Instance, send: Callable[[Message], None], pages: PageTransfer | None = None
+) -> None:
+    """Gives an instance its part in hand-overs, if its role has one."""
+    role = instance.scheduler.config.role
+    if role != "both":
+        instance.transfer = (Sender if role == "prefill" else Receiver)(instance, send, pages)
 
 
 def _placement(group: tuple[Device, ...]) -> jax.sharding.Sharding:
@@ -163,12 +176,11 @@ def choose_devices(count: int) -> list[Device]:
     return [present[index % len(present)] for index in range(count)]
 
 
-def compile_ahead(engine: Engine, *, everything: bool = False) -> None:
+def compile_ahead(instances: Iterable[Member], *, everything: bool = False) -> None:
     """Compiles what serving cannot do without, or every step there is; instances in parallel."""
     work = [
-        (instance, [*executor.essential_steps(), *(executor.other_steps() if everything else ())])
-        for instance in engine.instances
-        if isinstance(executor := instance.executor, JaxExecutor)
+        (executor, [*executor.essential_steps(), *(executor.other_steps() if everything else ())])
+        for executor in _executors(instances)
     ]
     threads = [threading.Thread(target=_compile, args=item) for item in work]
     for thread in threads:
@@ -180,8 +192,8 @@ def compile_ahead(engine: Engine, *, everything: bool = False) -> None:
 class BackgroundCompilation:
     """Compiles the other steps while the server already serves."""
 
-    def __init__(self, engine: Engine):
-        self._engine = engine
+    def __init__(self, instances: Iterable[Member]):
+        self._executors = _executors(instances)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="compile", daemon=True)
         self._thread.start()
@@ -193,18 +205,21 @@ class BackgroundCompilation:
 
     def _run(self) -> None:
         started_s = time.monotonic()
-        for instance in self._engine.instances:
-            if isinstance(instance.executor, JaxExecutor):
-                for key in instance.executor.other_steps():
-                    if self._stopping.is_set():
-                        return
-                    instance.executor.compile(key)
+        for executor in self._executors:
+            for key in executor.other_steps():
+                if self._stopping.is_set():
+                    return
+                executor.compile(key)
         logger.info("compiled", extra={"seconds": round(time.monotonic() - started_s, 1)})
 
 
-def _compile(instance: Instance, keys: Sequence[tuple]) -> None:
-    executor = instance.executor
-    assert isinstance(executor, JaxExecutor)
+def _executors(instances: Iterable[Member]) -> list[JaxExecutor]:
+    """Those of the instances of this process that compile."""
+    local = (one.executor for one in instances if isinstance(one, Instance))
+    return [executor for executor in local if isinstance(executor, JaxExecutor)]
+
+
+def _compile(executor: JaxExecutor, keys: Sequence[tuple]) -> None:
     for key in keys:
         executor.compile(key)
 

@@ -2,26 +2,30 @@
 
 Requests enter by `generate`, an asynchronous iterator of tokens; leaving it early, for whatever
 reason, ends the request everywhere. The engine itself computes nothing: it counts what is where.
+Instances may come and go while it serves, and may be threads of this process or processes.
 """
 
 import asyncio
 import itertools
 import logging
 import math
-import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
 
 from jaxsys.errors import RunError
 from jaxsys.serve.clock import Clock
-from jaxsys.serve.handover import Receiver, Sender
+from jaxsys.serve.exchange import Exchange, HandoverLimits
+from jaxsys.serve.handover import RequestId
 from jaxsys.serve.hooks import FewestRequestsRouter, Router
-from jaxsys.serve.instance import Instance, TokenEvent
+from jaxsys.serve.member import Member, TokenEvent
 from jaxsys.serve.requests import FinishReason, Request, SamplingParameters
 
 logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
 """How often a request is begun whose instances fail."""
+
+WATCH_S = 0.5
+"""How often the engine looks for hand-overs that take too long."""
 
 
 class Overloaded(RunError):
@@ -37,11 +41,11 @@ class Generation:
 
     __slots__ = ("attempts", "ended", "events", "home", "request", "tokens")
 
-    def __init__(self, request: Request, home: Instance):
+    def __init__(self, request: Request):
         self.request = request
         """As it was last submitted: an attempt to go on after a failure is a request of its own."""
-        self.home = home
-        """The instance it was last known to be on."""
+        self.home: Member | None = None
+        """The instance it was last known to be on; None while it waits for one to come up."""
         self.events: asyncio.Queue[TokenEvent] = asyncio.Queue()
         self.ended = False
         self.tokens: list[int] = []
@@ -59,6 +63,7 @@ class Engine:
         max_requests: int,
         prefill_router: Router | None = None,
         decode_router: Router | None = None,
+        limits: HandoverLimits | None = None,
         on_token: Callable[[Request, TokenEvent], None] | None = None,
     ):
         """
@@ -69,47 +74,88 @@ class Engine:
         self.clock = clock
         self.max_requests = max_requests
         self.prefill_router = prefill_router or FewestRequestsRouter()
-        self.decode_router = decode_router or FewestRequestsRouter()
         self.on_token = on_token
-        self.entries: list[Instance] = []
+        self.on_join: Callable[[Member], None] | None = None
+        """Told of each instance that is added."""
+        self.entries: list[Member] = []
         """Instances that take new requests: prefill ones, or those that do both."""
-        self.decoders: list[Instance] = []
+        self.decoders: list[Member] = []
         """Decode instances, where they are apart."""
+        self.apart = False
+        """Whether decode instances are apart, even if none is up at present."""
+        self.exchange = Exchange(
+            decode_router or FewestRequestsRouter(), clock=clock, moved=self._moved, limits=limits
+        )
         self.draining = False
-        self._generations: dict[str | int, Generation] = {}
-        self._homes = threading.Lock()
+        self.healing = False
+        """Whether failed instances are replaced: then requests wait for that, if they must."""
+        self._generations: dict[RequestId, Generation] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._watcher: asyncio.Task[None] | None = None
         self._numbers = itertools.count()
         self._recent_s: list[float] = []
 
-    # --- construction -------------------------------------------------------------------------
+    # --- instances ----------------------------------------------------------------------------
 
-    def add_instances(self, entries: Sequence[Instance], decoders: Sequence[Instance]) -> None:
-        """Sets the instances, before `start`; decoders receive what entries prefill."""
-        self.entries, self.decoders = list(entries), list(decoders)
-        receivers = []
-        for instance in self.decoders:
-            receiver = Receiver(instance)
-            instance.transfer = receiver
-            receivers.append(receiver)
-        if receivers:
-            for instance in self.entries:
-                instance.transfer = Sender(
-                    instance, receivers, self.decode_router, moved=self._moved
-                )
+    def add(self, instance: Member, *, decodes: bool) -> None:
+        """Adds an instance: one that takes new requests, or one that decodes those of others."""
+        # New lists, since other threads may be reading the old ones.
+        if decodes:
+            self.apart = True
+            self.exchange.decoders = self.decoders = [*self.decoders, instance]
+        else:
+            self.entries = [*self.entries, instance]
+        if self.on_join is not None:
+            self.on_join(instance)
+        if self._loop is not None:
+            instance.start()
+            self._place_waiting()
+
+    def remove(self, instance: Member) -> None:
+        """Forgets an instance that has failed or was emptied by `retire`."""
+        self.entries = [one for one in self.entries if one is not instance]
+        self.exchange.decoders = self.decoders = [
+            one for one in self.decoders if one is not instance
+        ]
+
+    async def retire(self, instance: Member, timeout_s: float) -> bool:
+        """Gives an instance no more requests, waits for those it has, stops it, forgets it.
+
+        Returns:
+            Whether it was empty in time; what was left is begun again elsewhere.
+        """
+        instance.retiring = True
+        deadline_s = self.clock.now_s() + timeout_s
+        while instance.in_flight and instance.failure is None and self.clock.now_s() < deadline_s:
+            await asyncio.sleep(0.02)
+        emptied = not instance.in_flight
+        if not emptied:
+            self.lose(instance, f"instance {instance.name} was to go before it was empty")
+        await asyncio.to_thread(instance.stop, 10)
+        self.remove(instance)
+        return emptied
+
+    def lose(self, instance: Member, message: str) -> None:
+        """Begins again elsewhere whatever is on an instance; on the event loop's thread."""
+        self.exchange.gone(instance)
+        now_s = self.clock.now_s()
+        for generation in list(self._generations.values()):
+            if generation.home is instance:
+                event = TokenEvent(generation.request, None, None, "error", now_s, message, True)
+                self.receive(instance, [event])
 
     def sink(self, name: str) -> Callable[[Sequence[TokenEvent]], None]:
-        """Where the instance called `name` puts its events; usable before `start`."""
+        """Where the thread of the instance called `name` puts its events."""
 
         def deliver(events: Sequence[TokenEvent]) -> None:
             loop = self._loop
             if loop is not None and not loop.is_closed():
-                loop.call_soon_threadsafe(self._deliver, name, events)
+                loop.call_soon_threadsafe(self.receive, name, events)
 
         return deliver
 
     @property
-    def instances(self) -> list[Instance]:
+    def instances(self) -> list[Member]:
         return [*self.entries, *self.decoders]
 
     @property
@@ -129,6 +175,8 @@ class Engine:
     @property
     def failure(self) -> str | None:
         """Why the engine cannot serve; None where a way through living instances is left."""
+        if self.healing:
+            return None
         for group in (self.entries, self.decoders):
             if group and all(one.failure is not None for one in group):
                 return "; ".join(self.failed)
@@ -139,6 +187,7 @@ class Engine:
         self._loop = asyncio.get_running_loop()
         for instance in self.instances:
             instance.start()
+        self._watcher = asyncio.create_task(self._watch())
 
     async def drain(self, timeout_s: float) -> int:
         """Refuses new requests, waits for those in the engine, ends what is left, stops.
@@ -156,6 +205,8 @@ class Engine:
         grace_s = self.clock.now_s() + 5
         while self._generations and self.clock.now_s() < grace_s:
             await asyncio.sleep(0.01)
+        if self._watcher is not None:
+            self._watcher.cancel()
         await asyncio.to_thread(lambda: [instance.stop(10) for instance in self.instances])
         return len(left)
 
@@ -163,8 +214,8 @@ class Engine:
 
     def check(self, prompt_length: int, max_tokens: int) -> None:
         """Raises UsageError for what no instance can serve."""
-        for instance in (self.entries[0], *self.decoders[:1]):
-            instance.scheduler.check_fits(prompt_length, max_tokens)
+        for instance in (*self.entries[:1], *self.decoders[:1]):
+            instance.check_fits(prompt_length, max_tokens)
 
     def admit(self, count: int = 1) -> None:
         """Raises where `count` more requests cannot be taken up now.
@@ -205,7 +256,7 @@ class Engine:
             arrival_s=self.clock.now_s(),
             prompt_tokens=prompt_tokens,
         )
-        generation = Generation(request, self._choose_entry(request))
+        generation = Generation(request)
         self._submit(generation)
         try:
             while not generation.ended or not generation.events.empty():
@@ -219,70 +270,109 @@ class Engine:
         generation = self._generations.get(request_id)
         if generation is None:
             return
-        # The prefill side first: it knows whether the request has been offered onward.
-        for instance in self.instances:
+        for instance in self._holders(generation):
             instance.abort(request_id, reason)
+        if generation.home is None:
+            now_s = self.clock.now_s()
+            self.receive("", [TokenEvent(generation.request, None, None, reason, now_s)])
 
     # --- inside -------------------------------------------------------------------------------
 
-    def _moved(self, request: Request, source: Instance, target: Instance) -> None:
-        """Called on the source's thread."""
-        with self._homes:
-            generation = self._generations.get(request.request_id)
-            if generation is None:  # it has ended meanwhile, and was taken off the source's count
-                target.adjust_in_flight(-1)
-            else:
-                generation.home = target
-                source.adjust_in_flight(-1)
+    def _moved(self, request_id: RequestId, source: Member, target: Member) -> None:
+        """A request has changed hands; called under the exchange's lock, on whatever thread."""
+        generation = self._generations.get(request_id)
+        if generation is None:  # it has ended meanwhile, and was taken off the source's count
+            target.adjust_in_flight(-1)
+        else:
+            generation.home = target
+            source.adjust_in_flight(-1)
 
-    def _deliver(self, name: str, events: Sequence[TokenEvent]) -> None:
+    def _holders(self, generation: Generation) -> list[Member]:
+        """The instances that hold a part of a request, the prefill side first.
+
+        It knows whether the request has been offered onward.
+        """
+        with self.exchange.lock:
+            passage = self.exchange.passage(generation.request.request_id)
+            found = [generation.home]
+            if passage is not None:
+                found += [passage.source, passage.target]
+        return list(dict.fromkeys(one for one in found if one is not None))
+
+    def receive(self, source: Member | str, events: Sequence[TokenEvent]) -> None:
+        """Takes an instance's events in; on the event loop's thread."""
         for event in events:
             generation = self._generations.get(event.request.request_id)
             if generation is None or generation.ended:
                 continue
-            if event.finish_reason == "error" and self._retry(generation, name):
+            if event.finish_reason == "error" and event.lost and self._retry(generation):
                 continue
             if self.on_token is not None:
                 self.on_token(generation.request, event)
             if event.token is not None:
                 generation.tokens.append(event.token)
             if event.finish_reason is not None:
-                generation.ended = True
-                with self._homes:
-                    del self._generations[event.request.request_id]
-                    generation.home.adjust_in_flight(-1)
+                # After an error the other side may still hold its part.
+                self._end(generation, everywhere=event.finish_reason == "error")
                 if event.finish_reason == "error":
                     logger.error(
                         "request failed",
                         extra={
                             "request_id": event.request.request_id,
-                            "instance": name,
+                            "instance": source if isinstance(source, str) else source.name,
                             "reason": event.message,
                         },
                     )
-                    # The other side may still hold its part.
-                    for instance in self.instances:
-                        instance.abort(event.request.request_id)
                 self._recent_s = [*self._recent_s[-31:], event.time_s]
             generation.events.put_nowait(event)
 
-    def _choose_entry(self, request: Request) -> Instance:
-        living = [one for one in self.entries if one.failure is None]
-        return living[self.prefill_router.choose(living, request)]
+    def _end(self, generation: Generation, *, everywhere: bool) -> None:
+        """Takes a request, or one attempt at it, off the books, and out of the instances too."""
+        request_id = generation.request.request_id
+        with self.exchange.lock:
+            holders = self._holders(generation)
+            del self._generations[request_id]
+            if generation.home is not None:
+                generation.home.adjust_in_flight(-1)
+        if everywhere:
+            for instance in holders:
+                instance.abort(request_id)
+        generation.ended = True
+
+    def _choose_entry(self, request: Request) -> Member | None:
+        living = [one for one in self.entries if one.open]
+        return living[self.prefill_router.choose(living, request)] if living else None
 
     def _submit(self, generation: Generation) -> None:
         self._generations[generation.request.request_id] = generation
-        generation.home.adjust_in_flight(1)
-        generation.home.submit(generation.request)
+        if self.apart and not any(one.open for one in self.decoders):
+            return  # placed when one comes up
+        generation.home = home = self._choose_entry(generation.request)
+        if home is not None:
+            home.adjust_in_flight(1)
+            home.submit(generation.request)
 
-    def _retry(self, generation: Generation, name: str) -> bool:
+    def stop_healing(self, message: str) -> None:
+        """Failed instances are no longer replaced: whoever waits for that is told."""
+        self.healing = False
+        for generation in list(self._generations.values()):
+            if generation.home is None:
+                now_s = self.clock.now_s()
+                event = TokenEvent(generation.request, None, None, "error", now_s, message)
+                self.receive("", [event])
+
+    def _place_waiting(self) -> None:
+        """An instance has come up: whoever waits for one is placed."""
+        for generation in [one for one in self._generations.values() if one.home is None]:
+            self._submit(generation)
+
+    def _retry(self, generation: Generation) -> bool:
         """Starts a request again whose instance has failed, from its tokens so far.
 
         A draw depends on seed and position alone, so the text goes on as it would have.
         """
         old = generation.request
-        dead = any(one.name == name and one.failure is not None for one in self.instances)
-        if not dead or self.failure or self.draining or generation.attempts >= MAX_ATTEMPTS:
+        if self.failure or self.draining or generation.attempts >= MAX_ATTEMPTS:
             return False
         # A name of its own: whatever the other side still says of the old attempt is passed over.
         request = Request(
@@ -294,16 +384,26 @@ class Engine:
         )
         request.output_tokens = list(generation.tokens)
         request.generated = len(generation.tokens)
-        with self._homes:
-            del self._generations[old.request_id]
-            generation.home.adjust_in_flight(-1)
-        for instance in self.instances:
-            instance.abort(old.request_id)
+        self._end(generation, everywhere=True)
+        generation.ended = False
         generation.attempts += 1
-        generation.request, generation.home = request, self._choose_entry(request)
+        generation.request, generation.home = request, None
         self._submit(generation)
-        logger.warning("retrying", extra={"request_id": request.request_id, "instance": name})
+        logger.warning("retrying", extra={"request_id": request.request_id})
         return True
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(WATCH_S)
+            for request_id, message in self.exchange.late():
+                generation = self._generations.get(request_id)
+                if generation is not None:
+                    now_s = self.clock.now_s()
+                    event = TokenEvent(
+                        generation.request, None, None, "error", now_s, message, True
+                    )
+                    self.receive("", [event])
+                self.exchange.give_up(request_id)
 
     def _retry_after_s(self, count: int) -> int:
         """Seconds in which `count` requests end at the pace of late; between 1 and 60."""

@@ -227,6 +227,15 @@ class JaxExecutor:
             index = np.concatenate([index, padding])
         self._cache = self._step("insert", width)(self._cache, contents, index[:width])
 
+    def contents_like(self, width: int) -> Cache:
+        """The form of `width` extracted pages, as shapes."""
+        return jax.tree.map(
+            lambda pool: jax.ShapeDtypeStruct(
+                (width, *pool.shape[1:]), pool.dtype, sharding=pool.sharding
+            ),
+            self._cache,
+        )
+
     def resume(self, request: Request) -> None:
         """Prepares the slot of a request whose pages were inserted: its last token is known."""
         step = self._step("set_last")
@@ -369,12 +378,7 @@ class JaxExecutor:
             arguments = (cache, like((count,)))
         elif kind == "insert":
             (count,) = shape
-            contents = jax.tree.map(
-                lambda pool: jax.ShapeDtypeStruct(
-                    (count, *pool.shape[1:]), pool.dtype, sharding=pool.sharding
-                ),
-                self._cache,
-            )
+            contents = self.contents_like(count)
             function = jax.jit(paged_model.insert_pages, donate_argnums=0, out_shardings=split)
             arguments = (cache, contents, like((count,)))
         elif kind == "set_last":

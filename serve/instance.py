@@ -6,53 +6,26 @@ alone: others `post` a function to be called there between iterations.
 """
 
 import collections
-import dataclasses
 import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from jaxsys.serve.clock import Clock
 from jaxsys.serve.executor import Executor, TokenLogprobs
 from jaxsys.serve.hooks import Governor
+from jaxsys.serve.member import InstanceLoad, Member, TokenEvent
 from jaxsys.serve.requests import FinishReason, Request
 from jaxsys.serve.scheduler import Completion, Iteration, Scheduler
+
+if TYPE_CHECKING:
+    from jaxsys.serve.handover import Message
 
 logger = logging.getLogger(__name__)
 
 IDLE_LOOK_S = 0.25
 """How often an idle instance looks up, so that idle energy and the idle clock are kept current."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class TokenEvent:
-    """One more token of a request, or its end, or both."""
-
-    request: Request
-    token: int | None
-    logprobs: TokenLogprobs | None
-    finish_reason: FinishReason | None
-    time_s: float
-    message: str = ""
-    """What went wrong, where `finish_reason` is "error"."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class InstanceLoad:
-    """What an instance last said of itself; read by routers and gauges on other threads."""
-
-    batch: int = 0
-    kv_tokens: int = 0
-    waiting: int = 0
-    waiting_tokens: int = 0
-    pages_held: int = 0
-    preemptions: int = 0
-    iterations: int = 0
-    energy_j: float | None = None
-    """As the governor reads it; None where nothing does."""
-    energy_at_max_j: float | None = None
-    """What the same work would have taken at the maximum clock, where the governor models it."""
 
 
 class Transfer(Protocol):
@@ -74,8 +47,12 @@ class Transfer(Protocol):
         """A request of this instance is about to be ended from outside."""
         ...
 
+    def take(self, message: "Message") -> None:
+        """The other side has something to say."""
+        ...
 
-class Instance:
+
+class Instance(Member):
     """A scheduler, an executor and a governor on a thread of their own."""
 
     def __init__(
@@ -92,7 +69,11 @@ class Instance:
         Args:
             sink: receives the events of each iteration, on the instance's thread.
         """
-        self.name = name
+        super().__init__(
+            name,
+            page_count=scheduler.config.page_count,
+            energy_method=getattr(governor, "method", "none: nothing reads energy"),
+        )
         self.scheduler = scheduler
         self.executor = executor
         self.governor = governor
@@ -101,42 +82,12 @@ class Instance:
         self.transfer: Transfer | None = None
         self.requests: dict[str | int, Request] = {}
         """Requests known here that have not ended."""
-        self.load = InstanceLoad()
-        self.in_flight = 0
-        """Requests a router has sent here that have not ended; counted by the router's owner."""
-        self.failure: BaseException | None = None
-        self.on_iteration: Callable[[Iteration, float], None] | None = None
-        """Told of each completed iteration and its latency in seconds, for gauges."""
-        self.energy_method: str = getattr(governor, "method", "none: nothing reads energy")
         self._energy_j: Callable[[], float | None] = getattr(governor, "energy_j", lambda: None)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._lock = threading.Lock()
         self._stopping = False
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
 
     # --- from any thread ----------------------------------------------------------------------
-
-    @property
-    def batch(self) -> int:
-        return self.load.batch
-
-    @property
-    def kv_tokens(self) -> int:
-        return self.load.kv_tokens
-
-    @property
-    def waiting_tokens(self) -> int:
-        return self.load.waiting_tokens
-
-    @property
-    def clock_mhz(self) -> float | None:
-        """The clock the governor last asked for; None where none is governed."""
-        return getattr(self.governor, "clock_mhz", None)
-
-    def adjust_in_flight(self, change: int) -> None:
-        """Adds to `in_flight`; several threads do."""
-        with self._lock:
-            self.in_flight += change
 
     def start(self) -> None:
         """Starts the loop."""
@@ -146,13 +97,19 @@ class Instance:
         """Has `function` called on the instance's thread."""
         self._inbox.put(function)
 
+    def check_fits(self, prompt_length: int, max_tokens: int) -> None:
+        self.scheduler.check_fits(prompt_length, max_tokens)
+
     def submit(self, request: Request) -> None:
-        """Takes up a new request."""
         self.post(lambda: self._add(request))
 
     def abort(self, request_id: str | int, reason: FinishReason = "abort") -> None:
-        """Ends a request in whatever state it is; nothing happens if it is not here (any more)."""
         self.post(lambda: self.abort_now(request_id, reason))
+
+    def take(self, message: "Message") -> None:
+        transfer = self.transfer
+        if transfer is not None:
+            self.post(lambda: transfer.take(message))
 
     def stop(self, timeout_s: float | None = None) -> bool:
         """Ends the loop after the iterations in flight; True once the thread is gone."""
@@ -163,7 +120,12 @@ class Instance:
     # --- on the instance's thread -------------------------------------------------------------
 
     def abort_now(
-        self, request_id: str | int, reason: FinishReason = "abort", message: str = ""
+        self,
+        request_id: str | int,
+        reason: FinishReason = "abort",
+        message: str = "",
+        *,
+        lost: bool = False,
     ) -> None:
         """`abort`, for callers on the instance's thread."""
         request = self.requests.pop(request_id, None)
@@ -173,7 +135,7 @@ class Instance:
             self.transfer.aborted(request)
         now_s = self.clock.now_s()
         self.scheduler.abort(request, now_s, reason)
-        self.sink([TokenEvent(request, None, None, reason, now_s, message)])
+        self.sink([TokenEvent(request, None, None, reason, now_s, message, lost)])
 
     def _add(self, request: Request) -> None:
         try:
@@ -229,8 +191,8 @@ class Instance:
         self._ended_s = now_s
         completion = self.scheduler.complete(iteration, now_s, outcome.tokens)
         self.governor.after_iteration(iteration, latency_s, now_s)
-        if self.on_iteration is not None:
-            self.on_iteration(iteration, latency_s)
+        if self.on_latency is not None:
+            self.on_latency(latency_s)
         if completion.emitted:
             self._emit(iteration, outcome.logprobs, completion, now_s)
         if self.transfer is not None:
@@ -286,6 +248,7 @@ class Instance:
             iterations=scheduler.iterations,
             energy_j=self._energy_j(),
             energy_at_max_j=getattr(self.governor, "energy_at_max_j", None),
+            clock_mhz=getattr(self.governor, "clock_mhz", None),
         )
 
     def _fail_everything(self, message: str) -> None:
@@ -296,7 +259,7 @@ class Instance:
                 if self.transfer is not None:
                     self.transfer.aborted(request)
                 self.scheduler.abort(request, now_s, "error")
-                self.sink([TokenEvent(request, None, None, "error", now_s, message)])
+                self.sink([TokenEvent(request, None, None, "error", now_s, message, True)])
             self.requests.clear()
             if self._stopping:
                 return

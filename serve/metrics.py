@@ -18,9 +18,8 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from jaxsys.serve.engine import Engine
-from jaxsys.serve.instance import TokenEvent
+from jaxsys.serve.member import Member, TokenEvent
 from jaxsys.serve.requests import Request
-from jaxsys.serve.scheduler import Iteration
 
 # Seconds: fine around the 10-60 ms that decode SLOs ask for and the 0.2-2 s of TTFT.
 ITL_BUCKETS = (0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.045, 0.06, 0.08, 0.1, 0.15, 0.25, 0.5, 1, 2)
@@ -92,14 +91,13 @@ class Metrics:
                 self.token_energy.observe(timing.energy_j / ended.generated)
 
     def watch(self) -> None:
-        """Has every instance report its iterations."""
+        """Has every instance, and each that joins later, report its iterations."""
         for instance in self.engine.instances:
-            observe = self.iteration.labels(instance.name).observe
+            self._watch(instance)
+        self.engine.on_join = self._watch
 
-            def report(iteration: Iteration, latency_s: float, observe=observe) -> None:
-                observe(latency_s)
-
-            instance.on_iteration = report
+    def _watch(self, instance: Member) -> None:
+        instance.on_latency = self.iteration.labels(instance.name).observe
 
     def text(self) -> bytes:
         """The exposition format."""
@@ -144,7 +142,7 @@ class _EngineCollector(Collector):
             gauges["waiting_tokens"].add_metric(label, load.waiting_tokens)
             gauges["kv_tokens"].add_metric(label, load.kv_tokens)
             gauges["kv_pages_used"].add_metric(label, load.pages_held)
-            gauges["kv_pages"].add_metric(label, instance.scheduler.config.page_count)
+            gauges["kv_pages"].add_metric(label, instance.page_count)
             counters["iterations"].add_metric(label, load.iterations)
             counters["preemptions"].add_metric(label, load.preemptions)
             if instance.clock_mhz is not None:

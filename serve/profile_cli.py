@@ -83,6 +83,7 @@ def measure(
     import jax
 
     from jaxsys.serve.deployment import DeploymentConfig, build_engine, compile_ahead
+    from jaxsys.serve.instance import Instance
 
     if repeats < 1:
         raise UsageError(f"repeats={repeats} must be at least 1")
@@ -90,8 +91,9 @@ def measure(
         prefill=1, decode=0, max_batch=max_batch, max_length=max_length, prefix_caching=False
     )
     engine = build_engine(model, config)
-    compile_ahead(engine)
+    compile_ahead(engine.instances)
     instance = engine.instances[0]
+    assert isinstance(instance, Instance)
     device = jax.devices()[0]
     clocks, notes = _clocks(device, control)
     runner = _Runner(instance, model.config.vocab_size, repeats)

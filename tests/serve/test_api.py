@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+from typing import Any
 
 import httpx
 import jax
@@ -36,7 +37,7 @@ class Server:
 
     def __init__(self, model, config, **api):
         self.loop = asyncio.new_event_loop()
-        self.engine = build_engine(model, config)
+        self.engine: Any = build_engine(model, config)
         metrics = Metrics(self.engine)
         self.engine.on_token = metrics.on_token
         metrics.watch()

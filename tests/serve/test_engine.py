@@ -81,8 +81,8 @@ async def settled(engine):
         assert one.scheduler.allocator.available == one.scheduler.config.page_count, one.name
         assert one.in_flight == 0, one.name
         if one.transfer is not None:
-            assert not getattr(one.transfer, "_offers", {}), one.name
-            assert not getattr(one.transfer, "_senders", {}), one.name
+            assert not getattr(one.transfer, "_outgoing", {}), one.name
+    assert len(engine.exchange) == 0
 
 
 def run(engine, coroutine):
@@ -117,7 +117,7 @@ def test_apart_gives_the_tokens_of_together(model):
     for prefill, decode in ((1, 0), (1, 1)):
         settings: dict[str, Any] = SMALL | {"page_count": 26}
         config = DeploymentConfig(prefill=prefill, decode=decode, **settings)
-        engine = build_engine(model, config)
+        engine: Any = build_engine(model, config)
         outputs[prefill, decode] = run(engine, everything(engine))
         if decode:
             assert engine.decoders[0].scheduler.iterations >= 25
@@ -129,7 +129,7 @@ def test_apart_gives_the_tokens_of_together(model):
 def test_room_made_by_a_whole_batch_ending_is_given_on(model, max_batch):
     """The decode batch ends at once; what waits for it goes on, and nobody turns in circles."""
     settings: dict[str, Any] = SMALL | {"max_batch": max_batch}
-    engine = build_engine(model, DeploymentConfig(prefill=1, decode=1, **settings))
+    engine: Any = build_engine(model, DeploymentConfig(prefill=1, decode=1, **settings))
     scheduler = engine.entries[0].scheduler
     plan, planned = scheduler.next_iteration, []
 
@@ -157,7 +157,7 @@ def soak(model, prefill, decode, count):
         decode=decode,
         **settings,
     )
-    engine = build_engine(model, config)
+    engine: Any = build_engine(model, config)
     ends = []
 
     async def one(prompt):
@@ -183,7 +183,7 @@ def soak(model, prefill, decode, count):
     async def everything():
         await asyncio.gather(*[one(prompt) for prompt in prompts(count)])
 
-    compile_ahead(engine)
+    compile_ahead(engine.instances)
     run(engine, everything())
     assert len(ends) == count
     assert set(ends) == {"left", "stop", "length"}
@@ -203,7 +203,7 @@ def test_ten_thousand_requests_leave_nothing(model):
 
 
 def test_several_requests_end_with_their_first_token(model):
-    engine = build_engine(model, DeploymentConfig(prefill=1, decode=1, **SMALL))
+    engine: Any = build_engine(model, DeploymentConfig(prefill=1, decode=1, **SMALL))
 
     async def everything():
         return await asyncio.gather(*[collect(engine, p, max_tokens=1) for p in prompts(9)])
@@ -213,7 +213,7 @@ def test_several_requests_end_with_their_first_token(model):
 
 
 def test_a_failing_instance_ends_its_requests_with_an_error(model):
-    engine = build_engine(model, DeploymentConfig(prefill=1, decode=1, **SMALL))
+    engine: Any = build_engine(model, DeploymentConfig(prefill=1, decode=1, **SMALL))
     decode = engine.decoders[0]
     broken = decode.executor.dispatch
     calls = []
@@ -251,7 +251,7 @@ def test_requests_of_a_dead_instance_go_on_elsewhere(model, dies):
 
     config = DeploymentConfig(prefill=2, decode=2, **SMALL)
     expected = run(engine := build_engine(model, config), everything(engine))
-    engine = build_engine(model, config)
+    engine: Any = build_engine(model, config)
     victim = next(one for one in engine.instances if one.name == dies)
     dispatch, calls = victim.executor.dispatch, []
 
@@ -289,7 +289,7 @@ def test_requests_of_a_dead_instance_go_on_elsewhere(model, dies):
 def test_refusals(model):
     settings: dict[str, Any] = SMALL | {"max_requests": 2}
     config = DeploymentConfig(prefill=1, decode=1, **settings)
-    engine = build_engine(model, config)
+    engine: Any = build_engine(model, config)
 
     async def everything():
         with pytest.raises(UsageError, match="at most 96 fit"):
@@ -317,7 +317,7 @@ def test_two_devices_an_instance_give_the_same_tokens(model):
     outputs = []
     for ways in (1, 2):
         config = DeploymentConfig(prefill=1, decode=1, tensor_parallel=ways, **SMALL)
-        engine = build_engine(model, config)
+        engine: Any = build_engine(model, config)
         outputs.append(run(engine, everything(engine)))
     assert outputs[0] == outputs[1]
     executor: Any = engine.decoders[0].executor

@@ -1,0 +1,118 @@
+"""An instance as the engine, the router and the gauges see it, wherever it runs.
+
+`Instance` is one on a thread of this process, `RemoteInstance` one in a process of its own.
+"""
+
+import abc
+import dataclasses
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+from jaxsys.serve.executor import TokenLogprobs
+from jaxsys.serve.requests import FinishReason, Request
+
+if TYPE_CHECKING:
+    from jaxsys.serve.handover import Message
+
+
+class TokenEvent(NamedTuple):
+    """One more token of a request, or its end, or both."""
+
+    request: Request
+    token: int | None
+    logprobs: TokenLogprobs | None
+    finish_reason: FinishReason | None
+    time_s: float
+    message: str = ""
+    """What went wrong, where `finish_reason` is "error"."""
+    lost: bool = False
+    """An instance or the way to it failed, not the request: it may be begun again elsewhere."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceLoad:
+    """What an instance last said of itself; read by routers and gauges on other threads."""
+
+    batch: int = 0
+    kv_tokens: int = 0
+    waiting: int = 0
+    waiting_tokens: int = 0
+    pages_held: int = 0
+    preemptions: int = 0
+    iterations: int = 0
+    energy_j: float | None = None
+    """As the governor reads it; None where nothing does."""
+    energy_at_max_j: float | None = None
+    """What the same work would have taken at the maximum clock, where the governor models it."""
+    clock_mhz: float | None = None
+    """The clock the governor last asked for; None where none is governed."""
+
+
+class Member(abc.ABC):
+    """What is common to instances near and far; every method may be called from any thread."""
+
+    def __init__(self, name: str, *, page_count: int, energy_method: str):
+        self.name = name
+        self.page_count = page_count
+        self.energy_method = energy_method
+        self.load = InstanceLoad()
+        self.in_flight = 0
+        """Requests a router has sent here that have not ended; counted by the router's owner."""
+        self.failure: BaseException | None = None
+        self.retiring = False
+        """Whether it gets no more requests because it is to go."""
+        self.on_latency: Callable[[float], None] | None = None
+        """Told the latency of each completed iteration in seconds, for gauges."""
+        self._lock = threading.Lock()
+
+    @property
+    def batch(self) -> int:
+        return self.load.batch
+
+    @property
+    def kv_tokens(self) -> int:
+        return self.load.kv_tokens
+
+    @property
+    def waiting_tokens(self) -> int:
+        return self.load.waiting_tokens
+
+    @property
+    def clock_mhz(self) -> float | None:
+        """The clock the governor last asked for; None where none is governed."""
+        return self.load.clock_mhz
+
+    @property
+    def open(self) -> bool:
+        """Whether a router may choose it."""
+        return self.failure is None and not self.retiring
+
+    def adjust_in_flight(self, change: int) -> None:
+        """Adds to `in_flight`; several threads do."""
+        with self._lock:
+            self.in_flight += change
+
+    @abc.abstractmethod
+    def start(self) -> None:
+        """Starts the loop, where it does not run yet."""
+
+    @abc.abstractmethod
+    def check_fits(self, prompt_length: int, max_tokens: int) -> None:
+        """Raises UsageError where such a request could never be served here."""
+
+    @abc.abstractmethod
+    def submit(self, request: Request) -> None:
+        """Takes up a new request."""
+
+    @abc.abstractmethod
+    def abort(self, request_id: str | int, reason: FinishReason = "abort") -> None:
+        """Ends a request in whatever state it is; nothing happens if it is not here (any more)."""
+
+    @abc.abstractmethod
+    def take(self, message: "Message") -> None:
+        """Passes on a message about a hand-over."""
+
+    @abc.abstractmethod
+    def stop(self, timeout_s: float | None = None) -> bool:
+        """Ends the loop after the iterations in flight; True once it has ended."""
