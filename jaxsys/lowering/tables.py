@@ -305,7 +305,8 @@ def fold(signatures: list[TickSignature], pairs: list, *, longest: int = 64) -> 
     """Cuts a run of ticks into repeated periods, so that the least is written out.
 
     Dynamic programming over the first tick: the cost of a segment is the length of its period.
-    Ticks fall together only where the union of their (source, target) pairs is still a permutation.
+    Ticks fall together only where one signature serves them all (see `join`) and the union of their
+    (source, target) pairs is still a permutation.
     """
     ticks = len(signatures)
     best: list[tuple[int, int, int]] = [(0, 0, 0)] * (ticks + 1)
@@ -315,10 +316,7 @@ def fold(signatures: list[TickSignature], pairs: list, *, longest: int = 64) -> 
             if period > 1 and start + 2 * period > ticks:
                 break
             repeats = 1
-            while start + (repeats + 1) * period <= ticks and all(
-                signatures[start + k] == signatures[start + repeats * period + k]
-                for k in range(period)
-            ):
+            while _period(signatures, start, period, repeats + 1) is not None:
                 repeats += 1
             while repeats > 1 and not all(
                 _is_permutation(_union(pairs, start + k, period, repeats)) for k in range(period)
@@ -332,10 +330,12 @@ def fold(signatures: list[TickSignature], pairs: list, *, longest: int = 64) -> 
     segments, tick = [], 0
     while tick < ticks:
         _, period, repeats = best[tick]
+        common = _period(signatures, tick, period, repeats)
+        assert common is not None
         segments.append(
             Segment(
                 start=tick,
-                period=tuple(signatures[tick : tick + period]),
+                period=common,
                 repeats=repeats,
                 pairs=tuple(
                     tuple(
@@ -347,6 +347,60 @@ def fold(signatures: list[TickSignature], pairs: list, *, longest: int = 64) -> 
         )
         tick += period * repeats
     return tuple(segments)
+
+
+def join(one: TickSignature, other: TickSignature) -> TickSignature | None:
+    """The signature that serves both ticks, or None.
+
+    It masks what only some devices do in either. A tick in which every device runs every task is
+    joined with its like alone: it would pay for masks that it does not need.
+    """
+    if one == other:
+        return one
+    if _busy(one) or _busy(other) or len(one.tasks) != len(other.tasks):
+        return None
+    if [replace(group, everyone=True) for group in one.groups] != [
+        replace(group, everyone=True) for group in other.groups
+    ]:
+        return None
+    tasks = []
+    for a, b in zip(one.tasks, other.tasks, strict=True):
+        if a.kind is not b.kind:
+            return None
+        tasks.append(
+            TaskSignature(
+                kind=a.kind,
+                everyone=a.everyone and b.everyone,
+                first=a.first if a.first == b.first else "some",
+                last=a.last if a.last == b.last else "some",
+            )
+        )
+    groups = [
+        replace(a, everyone=a.everyone and b.everyone)
+        for a, b in zip(one.groups, other.groups, strict=True)
+    ]
+    return TickSignature(tasks=tuple(tasks), groups=tuple(groups))
+
+
+def _busy(tick: TickSignature) -> bool:
+    return all(task.everyone for task in tick.tasks)
+
+
+def _period(
+    signatures: list[TickSignature], start: int, period: int, repeats: int
+) -> tuple[TickSignature, ...] | None:
+    """What serves `repeats` periods from `start` on; None where nothing does."""
+    if start + repeats * period > len(signatures):
+        return None
+    common = []
+    for k in range(period):
+        joined: TickSignature | None = signatures[start + k]
+        for r in range(1, repeats):
+            joined = join(joined, signatures[start + r * period + k])
+            if joined is None:
+                return None
+        common.append(joined)
+    return tuple(common)
 
 
 def _union(pairs: list, tick: int, period: int, repeats: int) -> list[set[tuple[int, int]]]:
