@@ -54,19 +54,26 @@ class LinkSpec:
     """Of one message."""
     launch_s: float = 7e-6
     """Of starting one collective: kernel launch and synchronisation, whatever the link is."""
+    contention: float = 0.0
+    """By what share compute takes longer while transfers run. Of presets it is 0: not measured."""
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.bytes_per_s > 0:
             raise UsageError(f"{self.name}: bytes_per_s={self.bytes_per_s!r} must be above 0")
-        for name in ("latency_s", "launch_s"):
+        for name in ("latency_s", "launch_s", "contention"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{self.name}: {name}={getattr(self, name)!r} must not be below 0")
 
     @property
     def link(self) -> Link:
         """The link as the schedule simulator takes it."""
-        return Link(latency_s=self.latency_s, bytes_per_s=self.bytes_per_s, launch_s=self.launch_s)
+        return Link(
+            latency_s=self.latency_s,
+            bytes_per_s=self.bytes_per_s,
+            launch_s=self.launch_s,
+            contention=self.contention,
+        )
 
 
 _H100_RATES = "measured: large bf16 products on an H100 SXM, 780 to 798 TFLOP/s"

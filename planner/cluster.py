@@ -85,6 +85,7 @@ class Cluster:
             latency_s=slow.latency_s,
             bytes_per_s=slow.bytes_per_s,
             launch_s=slow.launch_s,
+            contention=max(inside.contention if within > 1 else 0.0, slow.contention),
             inside=inside,
             inside_devices=within,
             between=between,

@@ -2,9 +2,10 @@
 
 Products run at the device's achievable rate, fused attention at its own, everything else at memory
 speed. With recompute `block` only a block's input is kept and the backward pass runs the block's
-forward again. Memory at rest is master weights and Adam's two moments in float32, 12 bytes per
-parameter, as owned, sharded or replicated; copies in motion, gradients and residuals are counted
-where and while the schedule's trace has them.
+forward again; with `selective` it makes again what is neither a product nor attention. Memory at
+rest is master weights and Adam's two moments in float32, 12 bytes per parameter, as owned, sharded
+or replicated; copies in motion, gradients and residuals are counted where and while the schedule's
+trace has them.
 """
 
 from collections import Counter
@@ -17,7 +18,7 @@ from jaxsys.hardware import DeviceSpec
 from jaxsys.planner.workload import BlockWork, Workload
 from jaxsys.schedule import Costs, Link, MoveKind, Placement, Schedule
 
-RECOMPUTE_POLICIES = ("none", "block")
+RECOMPUTE_POLICIES = ("none", "selective", "block")
 ATTENTION_BACKWARD = 2.5
 """Products of the fused attention's backward pass over those of its forward pass: 5 to 2."""
 UPDATE_PASSES = 7
@@ -44,16 +45,24 @@ class BlockCost:
     """One block on one device."""
 
     forward_s: float
-    backward_s: float
-    """Recompute included."""
+    input_gradient_s: float
+    """I, recompute included."""
+    weight_gradient_s: float
     weight_bytes: float
     gradient_bytes: float
     residual_bytes: float
-    """Kept from F to B."""
+    """Kept from F to B or I."""
+    tap_bytes: float
+    """Kept from I to W."""
     work_bytes: float
     """Held only while the block's B runs: what recompute brings back."""
     sent_bytes: float
     """Sent by F and B together to join split features."""
+
+    @property
+    def backward_s(self) -> float:
+        """B, which is I and W in one."""
+        return self.input_gradient_s + self.weight_gradient_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,11 +110,13 @@ def block_cost(
     all_gather before and a reduce_scatter after, of activations, nothing hidden.
 
     Raises:
-        UsageError: if the recompute policy is unknown.
+        UsageError: if the recompute policy is unknown, or what it keeps of this block is.
     """
     if recompute not in RECOMPUTE_POLICIES:
         legal = ", ".join(RECOMPUTE_POLICIES)
         raise UsageError(f"recompute={recompute!r} is not a policy; use one of {legal}")
+    if recompute == "selective" and block.selective_bytes is None:
+        raise UsageError("what selective recompute keeps of this block is not known")
     split = split or Split()
     ways = split.features
     join = sent = 0.0
@@ -116,18 +127,25 @@ def block_cost(
     attention = block.attention_flops / device.attention_flops_per_s / ways
     passes = block.elementwise_bytes / device.memory_bytes_per_s / ways
     forward = products + attention + passes + join
-    backward = 2 * products + ATTENTION_BACKWARD * attention + 2 * passes + join
-    again = recompute == "block"
-    parameters = block.parameters / ways
+    again = {"none": 0.0, "selective": passes, "block": forward}[recompute]
     residual = block.residual_bytes / ways
+    kept = {
+        "none": residual,
+        "selective": (block.selective_bytes or 0.0) / ways,
+        "block": activation_bytes / ways,
+    }[recompute]
+    taps = block.residual_bytes if block.tap_bytes is None else block.tap_bytes
+    parameters = block.parameters / ways
     return BlockCost(
         forward_s=forward,
-        backward_s=backward + (forward if again else 0.0),
+        input_gradient_s=products + ATTENTION_BACKWARD * attention + 2 * passes + join + again,
+        weight_gradient_s=products,
         weight_bytes=parameters * precision.weight_bytes,
         gradient_bytes=parameters * precision.gradient_bytes,
-        residual_bytes=activation_bytes / ways if again else residual,
-        work_bytes=residual if again else 0.0,
-        sent_bytes=sent * (3 if again else 2),
+        residual_bytes=kept,
+        tap_bytes=taps / ways,
+        work_bytes=0.0 if recompute == "none" else residual,
+        sent_bytes=sent * (3 if recompute == "block" else 2),
     )
 
 
@@ -263,6 +281,8 @@ def schedule_costs(
     return Costs(
         forward_s=total("forward_s"),
         backward_s=total("backward_s"),
+        input_gradient_s=total("input_gradient_s"),
+        weight_gradient_s=total("weight_gradient_s"),
         embed_s=around.embed_s,
         head_s=around.head_s,
         update_s=around.update_s,
@@ -272,6 +292,7 @@ def schedule_costs(
         gradient_bytes=total("gradient_bytes"),
         activation_bytes=workload.activation_bytes / split.features,
         residual_bytes=total("residual_bytes"),
+        tap_bytes=total("tap_bytes"),
         static_bytes=static,
         other_sent_bytes=around.sent_bytes + joined,
     )

@@ -9,22 +9,26 @@ Legend: B plans, L layers, K microbatches a device, T ticks.
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from jaxsys.errors import UsageError
+from jaxsys.lowering import Recompute
 from jaxsys.planner.costs import NO_LINK, BlockCost, Split, block_cost, frame, schedule_costs
-from jaxsys.planner.plans import PATHS, Gradient, Order, Plan, Residual, State, Weights
+from jaxsys.planner.orders import staged_schedule
+from jaxsys.planner.plans import PATHS, Gradient, Plan, Residual, State, Weights
 from jaxsys.planner.problem import Problem
 from jaxsys.schedule import Link, Placement, Schedule, Trace, simulate, trace
-from jaxsys.strategies.pipeline import gpipe, one_f_one_b, one_f_one_b_overlap
-from jaxsys.strategies.weipipe import interleave
 
 STEADY_TURNS = 4
 """Microbatches that are followed one by one; what lies between is multiplied."""
-POLICY = {Residual.KEEP: "none", Residual.RECOMPUTE: "block"}
+POLICY: Mapping[Residual, Recompute] = {
+    Residual.KEEP: "none",
+    Residual.SELECTIVE: "selective",
+    Residual.RECOMPUTE: "block",
+}
 
 _WEIGHTS = list(Weights)
 _GRADIENTS = list(Gradient)
@@ -65,7 +69,7 @@ class Evaluator:
         """How many plans have been evaluated."""
         self._sharded: dict[Plan, ShardedEvaluator] = {}
         self._staged: dict[tuple[Plan, tuple[int, ...]], Estimates] = {}
-        self._traces: dict[tuple[str, int, int], tuple[Schedule, Trace]] = {}
+        self._traces: dict[tuple[Plan, int], tuple[Schedule, Trace]] = {}
 
     def evaluate(self, base: Plan, codes: np.ndarray) -> Estimates:
         """Estimates plans that share everything of `base` but their layers.
@@ -111,12 +115,11 @@ class Evaluator:
         """A few microbatches simulated, the steady part multiplied."""
         ways = plan.stages * plan.ring
         total = microbatches(self.problem, plan)
-        period = plan.ring
-        few = min(total, (3 if plan.ring > 1 else 2) * ways + 2 * period)
-        if plan.ring > 1:
-            few -= few % plan.ring
+        period = plan.ring if plan.ring > 1 else ways if plan.chunks > 1 else 1
+        few = min(total, 3 * ways + 2 * period)
+        few -= few % period
         results = []
-        for count in sorted({few, max(few - period, period)}):
+        for count in [few - period, few] if total > few else [few]:
             schedule, found = self._schedule(plan, count)
             link = schedule_link(self.problem, plan)
             costs = plan_costs(self.problem, plan, schedule)
@@ -137,26 +140,13 @@ class Evaluator:
         )
 
     def _schedule(self, plan: Plan, count: int) -> tuple[Schedule, Trace]:
-        make, ways = staged_generator(plan)
-        key = (make.__name__, ways, count)
-        if key not in self._traces:
-            schedule = make(ways, count)
-            self._traces[key] = (schedule, trace(schedule))
-        return self._traces[key]
-
-
-def staged_generator(plan: Plan) -> tuple[Callable[[int, int], Schedule], int]:
-    """How a plan whose layers rest on owners orders its tasks, and over how many owners."""
-    if plan.ring > 1:
-        return interleave, plan.ring
-    orders = {
-        Order.EARLIEST_BACKWARD: one_f_one_b,
-        Order.SPACED: one_f_one_b_overlap,
-        Order.ALL_FORWARD: gpipe,
-    }
-    if plan.order not in orders:
-        raise UsageError(f"order={plan.order} does not run {plan.stages} stages")
-    return orders[plan.order], plan.stages
+        ordered = replace(
+            plan, layers=(), replicas=1, features=1, microbatch_size=1, state=State.WHOLE
+        )
+        if (ordered, count) not in self._traces:
+            schedule = staged_schedule(plan, count)
+            self._traces[ordered, count] = (schedule, trace(schedule))
+        return self._traces[ordered, count]
 
 
 def microbatches(problem: Problem, plan: Plan) -> int:
@@ -225,16 +215,20 @@ class ShardedEvaluator:
         self.turns = microbatches(problem, base) // base.shard
         split = plan_split(problem, base)
         link = schedule_link(problem, base)
-        costs = [self._block_costs(problem, base, split, residual) for residual in _RESIDUALS]
-        keep = costs[0]
+        # Of a policy that the workload knows nothing of the space holds no plan.
+        known = [r for r in _RESIDUALS if POLICY[r] in workload.recompute_policies]
+        by_residual = {r: self._block_costs(problem, base, split, r) for r in known}
+        keep = by_residual[Residual.KEEP]
+        costs = [by_residual.get(residual, keep) for residual in _RESIDUALS]
         self.forward_s = np.array([c.forward_s for c in keep])
-        self.backward_s = np.array([[c.backward_s for c in row] for row in costs])  # [2, L]
+        self.backward_s = np.array([[c.backward_s for c in row] for row in costs])  # [3, L]
         self.weight_bytes = np.array([c.weight_bytes for c in keep])
         self.gradient_bytes = np.array([c.gradient_bytes for c in keep])
         self.residual_bytes = np.array([[c.residual_bytes for c in row] for row in costs])
-        self.work_bytes = np.array([c.work_bytes for c in costs[1]])
+        self.work_bytes = np.array([[c.work_bytes for c in row] for row in costs])
         self.joined_bytes = np.array([[c.sent_bytes for c in row] for row in costs])
         self.activation_bytes = workload.activation_bytes / base.features
+        self.contention = link.contention
         alone = base.shard == 1
         rounds = 2 if self.whole else 1
         self.gather_s = np.array(
@@ -351,17 +345,17 @@ class ShardedEvaluator:
             if tick == 2 * layers * turns:
                 break
             position = tick % (2 * layers)
-            if position < layers:
-                head = head + self.forward_s[position]
-                if position == 0:
-                    head = head + self.frame.embed_s
-            else:
-                layer = 2 * layers - 1 - position
-                head = head + backward[layer]
-                if layer == 0:
-                    head = head + self.frame.embed_s
-                if layer == layers - 1:
-                    head = head + self.frame.head_s
+            layer = position if position < layers else 2 * layers - 1 - position
+            work = self.forward_s[layer] if position < layers else backward[layer]
+            if layer == 0:
+                work = work + self.frame.embed_s
+            if layer == layers - 1 and position >= layers:
+                work = work + self.frame.head_s
+            if self.contention:
+                sending = np.maximum(0.0, free - head)  # one stream, in order, without a pause
+                share = self.contention
+                work = work + np.minimum(share * work, sending * share / (1.0 + share))
+            head = head + work
         for ends in landing.values():
             for end in ends:
                 head = np.maximum(head, end)
@@ -405,9 +399,9 @@ class ShardedEvaluator:
         return (gathers * self.gather_s + sums * self.reduce_s + backward).sum(1)
 
     def _choices(self, codes: np.ndarray) -> np.ndarray:
-        """float64 [B, L * 9]: one for what each layer chooses."""
+        """float64 [B, L * 10]: one for what each layer chooses."""
         plans, layers = codes.shape
-        choices = np.zeros((plans, layers, 9), np.float64)
+        choices = np.zeros((plans, layers, 10), np.float64)
         rows, columns = np.arange(plans)[:, None], np.arange(layers)[None, :]
         choices[rows, columns, _PATH_WEIGHTS[codes]] = 1
         choices[rows, columns, 4 + _PATH_GRADIENTS[codes]] = 1
@@ -428,18 +422,18 @@ class ShardedEvaluator:
             held += (again * self.weight_bytes).sum(1) / self.devices
             every = (gradients != _ONCE) | (self.turns == 1)
             held += (every * self.gradient_bytes).sum(1) / self.devices
-        work = (np.where(residuals == 1, self.work_bytes, 0.0)).max(1)
+        work = self.work_bytes[residuals, np.arange(self.layers)].max(1)
         return static + held + np.maximum(self.workspace_bytes, work) + moving
 
     def _occupancy(self) -> np.ndarray:
-        """float64 [L * 9, T]: MiB that each choice of each layer holds in each tick.
+        """float64 [L * 10, T]: MiB that each choice of each layer holds in each tick.
 
         Memory repeats itself from the second microbatch on, so three stand for all.
         """
         layers, ahead = self.layers, self.lookahead
         turns = min(self.turns, 3)
         ticks = 2 * layers * turns + ahead
-        live = np.zeros((layers, 9, ticks + 2))
+        live = np.zeros((layers, 10, ticks + 2))
 
         def hold(layer: int, choice: int | slice, first: int, last: int, size: float) -> None:
             live[layer, choice, max(0, first) : min(last, ticks) + 1] += size
@@ -465,14 +459,14 @@ class ShardedEvaluator:
                 hold(layer, 4 + _EACH, backward, backward + ahead, gradient)
                 until = backward + ahead if last else following + ahead - 1
                 hold(layer, 4 + _DEFERRED, backward, until, gradient)
-                for choice in range(2):
+                for choice in range(3):
                     size = self.residual_bytes[choice, layer]
                     hold(layer, 7 + choice, forward, backward, size)
                     # What passes on to the next layer and back, whatever is chosen.
                     hold(layer, 7 + choice, forward, forward + 1, self.activation_bytes)
                     if layer:
                         hold(layer, 7 + choice, backward, backward + 1, self.activation_bytes)
-        return (live[:, :, :ticks] / 2**20).reshape(layers * 9, ticks)
+        return (live[:, :, :ticks] / 2**20).reshape(layers * 10, ticks)
 
 
 def _transfer(

@@ -1,7 +1,8 @@
 """From a plan to the schedule that runs it."""
 
 from jaxsys.errors import UsageError
-from jaxsys.planner.evaluate import microbatches, staged_generator
+from jaxsys.planner.evaluate import microbatches
+from jaxsys.planner.orders import staged_schedule
 from jaxsys.planner.plans import Gradient, Plan, State, Weights
 from jaxsys.planner.problem import Problem
 from jaxsys.schedule import Schedule
@@ -21,8 +22,7 @@ def to_schedule(problem: Problem, plan: Plan) -> Schedule:
         )
     total = microbatches(problem, plan)
     if plan.stages * plan.ring > 1:
-        make, ways = staged_generator(plan)
-        return make(ways, total)
+        return staged_schedule(plan, total)
     layers = range(len(plan.layers))
     if plan.state is State.WHOLE:
         return data_parallel(plan.shard, total, chunks=len(plan.layers))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from jaxsys.errors import UsageError
 from jaxsys.hardware import DeviceSpec
 from jaxsys.planner.cluster import Cluster
-from jaxsys.planner.costs import RECOMPUTE_POLICIES, Precision, block_cost, schedule_costs
+from jaxsys.planner.costs import Precision, block_cost, schedule_costs
 from jaxsys.planner.workload import Workload
 from jaxsys.schedule import Link, Schedule, ScheduleError, Simulation, simulate, trace
 from jaxsys.strategies import zero
@@ -155,7 +155,7 @@ def _best_policy(
 ) -> Row:
     found = trace(schedule)
     rows = []
-    for recompute in RECOMPUTE_POLICIES:
+    for recompute in workload.recompute_policies:
         costs = schedule_costs(
             workload,
             device,

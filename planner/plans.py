@@ -7,11 +7,12 @@ when the gradient is summed over devices and whether residuals are kept:
 | weights | live | gradient | summed | residual | lives |
 |---|---|---|---|---|---|
 | stay | the whole step | once | after the last microbatch | keep | from F to B |
-| within | from F to B | each | after every B | recompute | in B alone |
-| between | from B to the next F | deferred | during the next microbatch's F | | |
+| within | from F to B | each | after every B | selective | what products made, likewise |
+| between | from B to the next F | deferred | during the next F | recompute | in B alone |
 | refetch | for one use | | | | |
 
-Nothing here is a strategy's name; `recognise` finds names for plans.
+Where layers rest on owners, B may be split into I (dL/dx) and W (dL/dw), and W put off. Nothing
+here is a strategy's name; `recognise` finds names for plans.
 """
 
 import json
@@ -24,7 +25,7 @@ from typing import Any
 from jaxsys.errors import UsageError
 
 FORMAT = "jaxsys-plan"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class Weights(StrEnum):
@@ -48,7 +49,10 @@ class Residual(StrEnum):
     """What the backward pass finds of the forward pass."""
 
     KEEP = "keep"
+    SELECTIVE = "selective"
+    """What products and attention made; norms, rotations and gates are computed again."""
     RECOMPUTE = "recompute"
+    """The layer's input alone."""
 
 
 class State(StrEnum):
@@ -63,12 +67,24 @@ class Order(StrEnum):
 
     DEPTH_FIRST = "depth-first"
     """A microbatch forward and back, then the next."""
+    SIDE_BY_SIDE = "side-by-side"
+    """One microbatch forward beside another's way back."""
     EARLIEST_BACKWARD = "earliest-backward"
     """A backward pass as soon as one can run."""
+    EAGER_FORWARD = "eager-forward"
+    """Likewise, after nearly twice as many forward passes."""
     SPACED = "spaced"
-    """Likewise, but a tick late, so that every hop travels under compute."""
+    """A backward pass a tick late, so that every hop travels under compute."""
     ALL_FORWARD = "all-forward"
     """Every forward pass first."""
+
+
+class Backward(StrEnum):
+    """Whether a backward pass is one task."""
+
+    WHOLE = "whole"
+    SPLIT = "split"
+    """Two: I makes dL/dx, and W makes dL/dw of what I left, now or later."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +125,11 @@ class Plan:
     """Ticks that a gather starts before its use and a sum may lag behind."""
     state: State = State.WHOLE
     order: Order = Order.DEPTH_FIRST
+    chunks: int = 1
+    """Runs of layers that each stage owns, apart from each other."""
+    backward: Backward = Backward.WHOLE
+    delay: int = 0
+    """How far W is put off: in a pipeline microbatches per stage above, in a ring passes."""
     layers: tuple[LayerPath, ...]
 
     @property
@@ -132,7 +153,8 @@ class Plan:
             else:
                 runs.append({"count": 1, "path": row})
         value["layers"] = runs
-        value["state"], value["order"] = str(self.state), str(self.order)
+        for name in ("state", "order", "backward"):
+            value[name] = str(value[name])
         return {"format": FORMAT, "version": FORMAT_VERSION, **value}
 
     @classmethod
@@ -164,8 +186,12 @@ class Plan:
                 for run in raw.pop("layers")
                 for _ in range(run["count"])
             )
-            state, order = State(raw.pop("state")), Order(raw.pop("order"))
-            return cls(layers=layers, state=state, order=order, **raw)
+            chosen = {
+                "state": State(raw.pop("state")),
+                "order": Order(raw.pop("order")),
+                "backward": Backward(raw.pop("backward")),
+            }
+            return cls(layers=layers, **chosen, **raw)
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"the plan is incomplete or misspelt: {error}") from None
 

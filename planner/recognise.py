@@ -6,14 +6,27 @@ plan's fields, and so also sees split features and replicas around the schedule.
 
 from collections import Counter, defaultdict
 
-from jaxsys.planner.cats import cats, is_sharded, residents, travels
-from jaxsys.planner.plans import Gradient, Order, Plan, Residual, State, Weights
+from jaxsys.planner.cats import Cat, cats, is_sharded, residents, travels
+from jaxsys.planner.plans import Backward, Gradient, Order, Plan, Residual, State, Weights
 from jaxsys.schedule import Data, MoveKind, Placement, Schedule, TaskKind, check
 
-STAGED = {
+WHOLE_BACKWARD = {
     Order.EARLIEST_BACKWARD: "1f1b",
+    Order.EAGER_FORWARD: "1f1b-eager",
     Order.SPACED: "1f1b-overlap",
     Order.ALL_FORWARD: "gpipe",
+}
+SPLIT_BACKWARD = {
+    (Order.EARLIEST_BACKWARD, 1): "zb-h1",
+    (Order.EAGER_FORWARD, 2): "zb-h2",
+    (Order.SPACED, 0): "zb-overlap",
+}
+RING = {
+    (Order.DEPTH_FIRST, Backward.WHOLE, 0): "weipipe-naive",
+    (Order.DEPTH_FIRST, Backward.SPLIT, 0): "weipipe-wzb2",
+    (Order.DEPTH_FIRST, Backward.SPLIT, 1): "weipipe-wzb2-paired",
+    (Order.SIDE_BY_SIDE, Backward.WHOLE, 0): "weipipe-interleave",
+    (Order.SIDE_BY_SIDE, Backward.SPLIT, 0): "weipipe-wzb1",
 }
 
 
@@ -23,9 +36,13 @@ def recognise(plan: Plan) -> str:
     Features, replicas and recompute are told by `describe`.
     """
     if plan.ring > 1:
-        return "weipipe-interleave"
+        return RING[plan.order, plan.backward, plan.delay]
+    if plan.stages > 1 and plan.backward is Backward.WHOLE:
+        return WHOLE_BACKWARD[plan.order] + ("-interleaved" if plan.chunks > 1 else "")
     if plan.stages > 1:
-        return STAGED.get(plan.order, "pipeline")
+        if plan.chunks > 1:
+            return "zero-bubble-interleaved"
+        return SPLIT_BACKWARD.get((plan.order, plan.delay), "zero-bubble")
     if plan.shard == 1:
         return "tp-sp" if plan.features > 1 else "single"
     if plan.state is State.WHOLE:
@@ -46,11 +63,19 @@ def describe(plan: Plan) -> str:
         )
     if plan.replicas > 1:
         parts.append(f"{plan.replicas} times")
-    again = sum(path.residual is Residual.RECOMPUTE for path in plan.layers)
-    if again == len(plan.layers):
-        parts.append("recompute")
-    elif again:
-        parts.append(f"recompute in {again} of {len(plan.layers)} layers")
+    if name.startswith("zero-bubble"):
+        parts.append(f"{plan.order}, delay {plan.delay}")
+    if plan.chunks > 1:
+        parts.append(f"{plan.chunks} chunks a stage")
+    for residual, words in (
+        (Residual.RECOMPUTE, "recompute"),
+        (Residual.SELECTIVE, "selective recompute"),
+    ):
+        again = sum(path.residual is residual for path in plan.layers)
+        if again == len(plan.layers):
+            parts.append(words)
+        elif again:
+            parts.append(f"{words} in {again} of {len(plan.layers)} layers")
     if len(set(plan.layers)) > 1 and plan.stages * plan.ring == 1:
         kept = sum(path.weights is Weights.BETWEEN for path in plan.layers)
         late = sum(path.gradient is Gradient.DEFERRED for path in plan.layers)
@@ -68,17 +93,8 @@ def recognise_schedule(schedule: Schedule) -> str:
     found = cats(schedule, known_trace=check(schedule))
     if schedule.devices == 1:
         return "single"
-    if travels(found, Data.WEIGHT) and schedule.placement is Placement.OWNER:
-        kinds = {task.kind for task in schedule.tasks}
-        if TaskKind.INPUT_GRADIENT in kinds:
-            return "weipipe-zero-bubble"
-        both = Counter((task.tick, task.device) for task in schedule.tasks)
-        return "weipipe-interleave" if max(both.values()) > 1 else "weipipe-naive"
     if schedule.placement is Placement.OWNER:
-        held, p, m = residents(found, Data.RESIDUAL, 0), schedule.devices, schedule.microbatches
-        if held <= min(p, m):
-            return "1f1b"
-        return "1f1b-overlap" if held < m else "gpipe"
+        return _owned_name(schedule, found)
     if not is_sharded(schedule):
         return "dp"
     turns = schedule.microbatches // schedule.devices
@@ -122,6 +138,39 @@ def recognise_schedule(schedule: Schedule) -> str:
             else:
                 gradients[Gradient.EACH if turns > 1 else Gradient.ONCE] += 1
     return _sharded_name(weights, gradients)
+
+
+def _owned_name(schedule: Schedule, found: tuple[Cat, ...]) -> str:
+    """Of layers that rest on owners: by what travels, runs in one tick, and waits where."""
+    p, m = schedule.devices, schedule.microbatches
+    split = any(task.kind is TaskKind.INPUT_GRADIENT for task in schedule.tasks)
+    held = residents(found, Data.RESIDUAL, 0)
+    if travels(found, Data.WEIGHT):
+        beside: dict[tuple[int, int], set[TaskKind]] = defaultdict(set)
+        for task in schedule.tasks:
+            beside[task.tick, task.device].add(task.kind)
+        pairs = [kinds for kinds in beside.values() if TaskKind.FORWARD in kinds and len(kinds) > 1]
+        if not split:
+            return "weipipe-interleave" if pairs else "weipipe-naive"
+        if any(TaskKind.INPUT_GRADIENT in kinds for kinds in pairs):
+            return "weipipe-wzb1"
+        return "weipipe-wzb2-paired" if pairs else "weipipe-wzb2"
+    if schedule.chunks > p:
+        return "zero-bubble-interleaved" if split else "1f1b-interleaved"
+    if split:
+        taps = residents(found, Data.TAP, p - 1)  # the last stage's lag, and the one at hand
+        if held <= min(p, m):
+            return "zb-h1" if taps == min(p, m) else "zero-bubble"
+        if held == min(2 * p - 1, m):
+            return {2 * p - 1: "zb-h2", p: "zb-overlap"}.get(taps, "zero-bubble")
+        return "zero-bubble"
+    if held <= min(p, m):
+        return "1f1b"
+    if held == m:
+        return "gpipe"
+    first = {task.tick for task in schedule.tasks if task.kind is TaskKind.FORWARD}
+    back = {task.tick for task in schedule.tasks if task.kind is TaskKind.BACKWARD}
+    return "1f1b-eager" if first & back else "1f1b-overlap"
 
 
 def _sharded_name(weights: Counter[Weights], gradients: Counter[Gradient]) -> str:

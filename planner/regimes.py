@@ -98,6 +98,15 @@ def regimes() -> tuple[Regime, ...]:
             .domain("residual", "keep")
         )
 
+    def pipeline(backward: str, order: str, *, delay: int = 0) -> Callable[[Space], Space]:
+        return lambda s: (
+            s.assign("layers", s.problem.cluster.devices, travels="activations")
+            .domain("backward", backward)
+            .order(order, delay=delay)
+            .domain("residual", "keep")
+        )
+
+    slow = ratio_problem(ratio=1.3, residuals=0.5, turns=16)
     llama = replace(preset("llama-3-8b"), num_layers=8)
     few = Problem(
         workload_of=lambda size: llama_workload(
@@ -107,7 +116,7 @@ def regimes() -> tuple[Regime, ...]:
         batch=1,
         memory_bytes=72 * 2**30,
     )
-    many = ratio_problem(ratio=0.5, residuals=34, turns=8, devices=16, latency_s=4e-4)
+    many = ratio_problem(ratio=0.5, residuals=34, turns=8, latency_s=1.2e-3)
     return (
         Regime(
             name="dp",
@@ -164,17 +173,36 @@ def regimes() -> tuple[Regime, ...]:
         ),
         Regime(
             name="1f1b",
-            reason="activations much lighter than weights, a slow link, many microbatches",
+            reason="activations much lighter than weights, a slow link, and no more memory than "
+            "one backward task at a time needs",
+            problem=limited(slow, pipeline("whole", "earliest-backward")),
+        ),
+        Regime(
+            name="zb-h1",
+            reason="likewise, with room for what dL/dx leaves for dL/dw",
+            problem=limited(slow, pipeline("split", "earliest-backward", delay=1)),
+        ),
+        Regime(
+            name="zb-overlap",
+            reason="likewise, with few microbatches and room to hide the hops as well",
             problem=limited(
-                ratio_problem(ratio=1.3, residuals=0.5, turns=16), sharded("refetch", "each")
+                ratio_problem(ratio=2, residuals=0.5, turns=2), pipeline("split", "spaced")
             ),
+        ),
+        Regime(
+            name="weipipe-wzb2-paired",
+            reason="a latency that a collective pays P - 1 times, activations heavier than "
+            "weights, and few microbatches, so that the bubble counts",
+            problem=ratio_problem(ratio=0.3, residuals=34, turns=2, latency_s=4e-3),
         ),
         Regime(
             name="weipipe-interleave",
             reason="activations heavier than weights, and latency that a collective pays P - 1 "
             "times and a hop once",
             problem=limited(
-                many, lambda s: s.assign("layers", 16, travels="weights").redirect(), 1.01
+                many,
+                lambda s: s.assign("layers", 8, travels="weights").order("side-by-side").redirect(),
+                1.01,
             ),
         ),
     )

@@ -31,7 +31,7 @@ from jaxsys.planner.evaluate import (
     schedule_link,
 )
 from jaxsys.planner.plans import PATHS, Plan, Residual, State, data_parallel_plan
-from jaxsys.planner.space import WAYS, Space
+from jaxsys.planner.space import ORDER, WAYS, Space
 from jaxsys.schedule import Placement
 
 AIMED = 128
@@ -253,10 +253,30 @@ class _Search:
         """The best plan of a common part with all layers on one path."""
         options = self.space.codes_of(base)
         assert options is not None
-        found = _best_of(self.space, self.evaluator, base, _uniform(base, options))
+        rows = _uniform(base, options)
+        if base.stages * base.ring > 1:
+            found = self.least_recompute(base, rows)
+        else:
+            found = _best_of(self.space, self.evaluator, base, rows)
         self.seen[replace(base, layers=())] = found
         self.note(found, phase, done, total)
         return found
+
+    def least_recompute(self, base: Plan, rows: np.ndarray) -> Found:
+        """The best of plans that differ in recompute alone, each of which is simulated on its own.
+
+        What keeps more takes no longer: once one fits, or is too slow, the others are not looked
+        at.
+        """
+        best: Found | None = None
+        for row in rows:  # in the order of `Residual`: what keeps most first
+            found = _best_of(self.space, self.evaluator, base, row[None])
+            best = _better(best, found)
+            slow = self.best is not None and found.step_s >= self.best.potential
+            if slow or found.peak_bytes <= self.memory_bytes:
+                break
+        assert best is not None
+        return best
 
     def bound(self, base: Plan) -> float:
         """No plan with this common part has a lower potential."""
@@ -512,7 +532,7 @@ def _distance(a: Plan, b: Plan) -> int:
         return (1 if one_factor else 2 + len(changed)) + size
     others = sum(
         getattr(a, name) != getattr(b, name)
-        for name in ("microbatch_size", "lookahead", "state", "order")
+        for name in ("microbatch_size", "lookahead", "state", *ORDER)
     )
     return others
 

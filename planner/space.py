@@ -32,13 +32,18 @@ from jaxsys.planner.constraints import (
     satisfiable,
     solutions,
 )
-from jaxsys.planner.plans import PATHS, Gradient, Order, Plan, Residual, State, Weights
+from jaxsys.planner.evaluate import POLICY
+from jaxsys.planner.orders import legal_order
+from jaxsys.planner.plans import PATHS, Backward, Gradient, Order, Plan, Residual, State, Weights
 from jaxsys.planner.problem import Problem
 
 WAYS = ("replicas", "shard", "features", "stages", "ring")
-COMMON = (*WAYS, "microbatch_size", "turns", "lookahead", "state", "order")
+ORDER = ("order", "backward", "delay", "chunks")
+COMMON = (*WAYS, "microbatch_size", "turns", "lookahead", "state", *ORDER)
 LAYERED = ("weights", "gradient", "residual")
 LOOKAHEADS = (1, 2, 4)
+DELAYS = (0, 1, 2)
+CHUNKS = (1, 2, 4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +73,14 @@ class Space:
         domains["turns"] = tuple(_divisors(problem.batch))
         domains["lookahead"] = LOOKAHEADS
         domains["state"] = tuple(State)
-        domains["order"] = tuple(Order)
+        domains |= {"order": tuple(Order), "backward": tuple(Backward)}
+        domains |= {"delay": DELAYS, "chunks": CHUNKS}
+        known = problem.workload(1).recompute_policies
+        residuals = tuple(residual for residual in Residual if POLICY[residual] in known)
         for layer in range(problem.layers):
             domains[f"weights[{layer}]"] = tuple(Weights)
             domains[f"gradient[{layer}]"] = tuple(Gradient)
-            domains[f"residual[{layer}]"] = tuple(Residual)
+            domains[f"residual[{layer}]"] = residuals
         return cls(problem=problem, domains=domains, rules=tuple(_rules(problem, domains)))
 
     # Primitives. Each returns a narrower space.
@@ -86,8 +94,15 @@ class Space:
         return self._narrow("not", what, layers, lambda v: v not in values, values)
 
     def split(self, what: str, ways: int) -> "Space":
-        """Cuts `batch`, `features` or `state` into `ways` parts on as many devices."""
+        """Cuts `batch`, `features` or `state` into `ways` parts on as many devices.
+
+        `backward` is cut in two tasks, dL/dx and dL/dw, on the same device.
+        """
         label = f"split {what} into {ways}"
+        if what == "backward":
+            if ways != 2:
+                raise UsageError(f"a backward pass splits in 2, not in {ways}")
+            return self.require(label, ("backward",), lambda b: b == Backward.SPLIT)
         if what == "features":
             return self.require(label, ("features",), lambda f: f == ways)
         if what == "batch":
@@ -96,7 +111,7 @@ class Space:
             return self.require(
                 label, ("state", "shard"), lambda t, s: t == State.SPLIT and s == ways
             )
-        raise UsageError(f"cannot split {what!r}; split batch, features or state")
+        raise UsageError(f"cannot split {what!r}; split batch, features, state or backward")
 
     def assign(self, what: str, ways: int, *, travels: str) -> "Space":
         """Gives each of `ways` devices its own layers; `activations` or `weights` travel."""
@@ -116,9 +131,10 @@ class Space:
         """When gradients are summed over devices: once, each or deferred."""
         return self._narrow("reduce", "gradient", layers, lambda v: v == when, (when,))
 
-    def order(self, order: str) -> "Space":
-        """In which order devices run their tasks."""
-        return self._narrow("order", "order", None, lambda v: v == order, (order,))
+    def order(self, order: str, *, delay: int | None = None) -> "Space":
+        """In which order devices run their tasks, and how far dL/dw is put off."""
+        space = self._narrow("order", "order", None, lambda v: v == order, (order,))
+        return space if delay is None else space.domain("delay", delay)
 
     def redirect(self, *, layers: Iterable[int] | None = None) -> "Space":
         """Takes residuals from computing the forward pass again instead of from memory."""
@@ -279,6 +295,10 @@ class Space:
         common["turns"] = turns
         if any(value not in self.left[name] for name, value in common.items()):
             return None
+        for one in self.relations:
+            values = tuple(common.get(name) for name in one.variables)
+            if None not in values and values not in one.allowed:
+                return None
         return self.codes(common)
 
     def contains(self, plan: Plan) -> bool:
@@ -352,9 +372,19 @@ def _rules(problem: Problem, domains: Domains) -> Iterator[Relation]:
         ),
     )
     yield rule(
-        "stages need an order of their own, and nothing else has one",
-        ("order", "stages"),
-        lambda o, p: (o == Order.DEPTH_FIRST) == (p == 1),
+        "order, backward pass, its delay and chunks must suit stages or ring",
+        ("stages", "ring", *ORDER),
+        legal_order,
+    )
+    yield rule(
+        f"stages x chunks must divide {layers} layers",
+        ("stages", "chunks"),
+        lambda p, c: layers % (p * c) == 0,
+    )
+    yield rule(
+        "stages of several chunks divide the microbatches",
+        ("stages", "chunks", "turns"),
+        lambda p, c, k: c == 1 or k % p == 0,
     )
     yield rule(
         "only split state is gathered ahead",

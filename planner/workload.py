@@ -7,7 +7,10 @@ backward pass needs when attention is fused (no scores kept):
     residual = 2 bytes x tokens x (4 D + (2 N + 2 G) K + 3 F) + 4 N tokens
 
 for a SwiGLU decoder: input and output of both norms, q, k, v, the attention's output and its
-log-sum-exp, gate, up and their product.
+log-sum-exp, gate, up and their product. Selective recompute keeps its input and what products and
+attention made: 2 bytes x tokens x (2 D + (2 N + 2 G) K + 2 F) + 4 N tokens. What dL/dx leaves for
+dL/dw is the input of every product and norm and the cotangent of its output, the residual's values
+and 4 D.
 
 Legend: S sequence length, D width, F feed-forward width, N query heads, G key/value heads, K head
 width, V vocabulary.
@@ -16,6 +19,7 @@ width, V vocabulary.
 from dataclasses import dataclass
 
 from jaxsys.errors import UsageError
+from jaxsys.lowering import Recompute
 from jaxsys.model.config import LlamaConfig
 
 COMPUTE_BYTES = 2
@@ -35,6 +39,10 @@ class BlockWork:
     """Forward, read and written by what is not a product. The backward pass moves twice as many."""
     residual_bytes: float = 0.0
     """What backward needs when nothing is computed again, the block's input included."""
+    selective_bytes: float | None = None
+    """What it needs when all but products and attention is computed again; None: not known."""
+    tap_bytes: float | None = None
+    """What dL/dx leaves for dL/dw; as much as the residual if not given."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +83,13 @@ class Workload:
     def layers(self) -> int:
         """L."""
         return len(self.blocks)
+
+    @property
+    def recompute_policies(self) -> tuple[Recompute, ...]:
+        """What backward may compute again: the policies whose residuals are known."""
+        if any(block.selective_bytes is None for block in self.blocks):
+            return ("none", "block")
+        return ("none", "selective", "block")
 
     @property
     def parameters(self) -> float:
@@ -121,12 +136,15 @@ def llama_workload(
         + 3 * c.intermediate_size  # silu(gate) * up
     )
     residual = 4 * c.hidden_size + 2 * (heads + shared) + 3 * c.intermediate_size
+    selective = 2 * c.hidden_size + 2 * (heads + shared) + 2 * c.intermediate_size
     block = BlockWork(
         parameters=c.block_parameter_count(),
         product_flops=2.0 * matrices * tokens,
         attention_flops=attention,
         elementwise_bytes=float(COMPUTE_BYTES * passes * tokens),
         residual_bytes=float((COMPUTE_BYTES * residual + 4 * c.num_heads) * tokens),
+        selective_bytes=float((COMPUTE_BYTES * selective + 4 * c.num_heads) * tokens),
+        tap_bytes=float(COMPUTE_BYTES * (residual + 4 * c.hidden_size) * tokens),
     )
     head = 2.0 * c.vocab_size * c.hidden_size * tokens
     products = c.num_layers * block.product_flops + head

@@ -7,9 +7,9 @@ from typing import Any, cast
 
 from jaxsys.errors import UsageError
 from jaxsys.lowering import Recompute
+from jaxsys.planner.evaluate import POLICY
 from jaxsys.planner.files import FORMAT, load_plan
 from jaxsys.planner.lower import to_schedule
-from jaxsys.planner.plans import Residual
 from jaxsys.schedule import Placement, Schedule
 
 
@@ -58,7 +58,7 @@ def read_plan(path: str | Path, *, layers: int) -> PlannedRun:
         )
     asked: Any = _Asked(layers=layers, batch=int(made_for.get("batch", 0)))
     schedule = to_schedule(asked, plan)
-    policies = tuple("block" if p.residual is Residual.RECOMPUTE else "none" for p in plan.layers)
+    policies = tuple(POLICY[path.residual] for path in plan.layers)
     recompute: Any = policies[0] if len(set(policies)) == 1 else policies
     if not isinstance(recompute, str) and schedule.placement is not Placement.SHARDED:
         raise UsageError(

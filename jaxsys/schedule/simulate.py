@@ -4,6 +4,7 @@ Every device has one compute stream and one in-order communication stream in eac
 move begins when its source has the data, both ends have reached the head of its tick and both
 streams are free; both ends wait for it where it must have arrived. That is what the compiled step
 does, so a transfer is hidden only where a tick's compute really covers it. No "sum minus overlap".
+Where the link has a `contention`, compute beside transfers takes that much longer.
 
 `lockstep` couples the devices more: every tick starts on all at once, as the turns of a ring are
 counted on paper. `eager_sends` couples them less: a send waits for its data and for nothing of its
@@ -11,7 +12,7 @@ target, and whoever reads a block waits for that block alone, as in a pipeline w
 runs a program of its own; the formulas of published pipelines assume this.
 """
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -28,10 +29,17 @@ class Link:
 
     launch_s: float = 0.0
     """Fixed cost of starting one transfer or collective, however many messages it takes."""
+    contention: float = 0.0
+    """By what share compute takes longer while its device sends."""
 
     def transfer_s(self, size_bytes: float, *, messages: int = 1) -> float:
         """Seconds for `size_bytes` in `messages` dependent messages."""
         return self.launch_s + messages * self.latency_s + size_bytes / self.bytes_per_s
+
+    def slowed_s(self, compute_s: float, sending_s: float) -> float:
+        """Seconds of compute that starts while `sending_s` of transfers are left to run."""
+        share = self.contention
+        return compute_s + min(share * compute_s, sending_s * share / (1.0 + share))
 
     def collective_s(self, size_bytes: float, *, devices: int, rounds: int = 1) -> float:
         """Seconds of a ring collective over a block of `size_bytes` on each of `devices`.
@@ -110,8 +118,14 @@ class Event:
     """`compute` or `send`."""
     start_s: float
     end_s: float
-    label: str
-    work: Task | Move | None
+    work: Task | Move
+
+    @property
+    def label(self) -> str:
+        """What it is, in short."""
+        if isinstance(self.work, Task):
+            return f"{self.work.kind}{self.work.chunk},{self.work.microbatch}"
+        return str(self.work.block)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +135,7 @@ class Simulation:
     schedule: Schedule
     step_s: float
     busy_s: tuple[float, ...]
-    """Compute seconds of each device."""
+    """Compute seconds of each device, as they would be with nothing beside it."""
     sent_bytes: tuple[float, ...]
     """Bytes each device sends."""
     peak_bytes: tuple[float, ...]
@@ -220,6 +234,8 @@ class _Run:
         """When each device has reached the head of the tick at hand."""
         self.send_free_s = [0.0] * p
         self.receive_free_s = [0.0] * p
+        self.sends: list[deque[tuple[float, float]]] = [deque() for _ in range(p)]
+        """(start, end) of each device's transfers that a task may still run beside."""
         self.ready_s: dict[tuple[Block, int], float] = {}
         self.must_land: dict[int, list[tuple[Move, float]]] = defaultdict(list)
         self.busy_s = [0.0] * p
@@ -293,6 +309,7 @@ class _Run:
         end = begin + duration
         for device in senders:
             self.send_free_s[device] = end
+            self.sends[device].append((begin, end))
             self.sent_bytes[device] += sent
             self.events.append(
                 Event(
@@ -300,13 +317,20 @@ class _Run:
                     stream="send",
                     start_s=begin,
                     end_s=end,
-                    label=str(move.block),
                     work=move,
                 )
             )
         for device in receivers:
             self.receive_free_s[device] = end
         return end
+
+    def sending_s(self, device: int, begin: float) -> float:
+        """For how long after `begin` a device sends what has left by the tick at hand."""
+        sends = self.sends[device]
+        while sends and sends[0][1] <= begin:
+            sends.popleft()
+        # A pause before a send that waits for its other end is not told apart.
+        return sum(end - max(begin, start) for start, end in sends)
 
     def land(self, landed: list[tuple[Move, float]]) -> None:
         """Makes what has arrived the copy that is read; until then an older one may be."""
@@ -327,6 +351,8 @@ class _Run:
             begin = max(begin, self.ready_s.get((block, device), 0.0))
         duration = self.costs.task_s(task, self.schedule.chunks)
         end = begin + duration
+        if self.link.contention:
+            end = begin + self.link.slowed_s(duration, self.sending_s(device, begin))
         for block in task_outputs(self.schedule, task):
             self.ready_s[block, device] = end
         if task.kind in (TaskKind.BACKWARD, TaskKind.WEIGHT_GRADIENT):
@@ -339,7 +365,6 @@ class _Run:
                 stream="compute",
                 start_s=begin,
                 end_s=end,
-                label=f"{task.kind}{task.chunk},{task.microbatch}",
                 work=task,
             )
         )

@@ -155,7 +155,7 @@ def test_layered_models_get_a_schedule():
         cluster=cluster(4),
         narrow=lambda space: space.assign("layers", 4, travels="weights"),
     )
-    assert staged.name == "weipipe-interleave"
+    assert staged.name.startswith("weipipe-")
 
 
 def test_an_mlp_is_planned_and_its_shardings_train_alike():

@@ -10,7 +10,8 @@ from jaxsys.hardware import device, link
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.evaluate import Evaluator, plan_costs, schedule_link
 from jaxsys.planner.lower import to_schedule
-from jaxsys.planner.plans import PATHS, Order, Plan, State
+from jaxsys.planner.orders import RINGS, legal_order
+from jaxsys.planner.plans import PATHS, Backward, Order, Plan, State
 from jaxsys.planner.problem import Problem
 from jaxsys.planner.workload import BlockWork, EdgeWork, Workload
 from jaxsys.schedule import simulate
@@ -26,6 +27,7 @@ def uneven_workload(seed: int, layers: int):
             attention_flops=rng.uniform(0, 1) * 1e11,
             elementwise_bytes=rng.uniform(0, 1) * 1e9,
             residual_bytes=rng.uniform(0.2, 3) * 2e8,
+            selective_bytes=rng.uniform(0.1, 0.2) * 2e8,
         )
         for _ in range(layers)
     )
@@ -100,8 +102,30 @@ def test_random_sharded_plans(seed):
     assert_equal(problem, plan)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_compute_beside_transfers_is_slowed_alike(seed):
+    rng = random.Random(seed)
+    problem = problem_of(seed, batch=8 * rng.choice([1, 2, 4]))
+    wire = replace(problem.cluster.link, contention=0.3)
+    problem = replace(problem, cluster=replace(problem.cluster, link=wire))
+    layers = tuple(rng.choice(PATHS) for _ in range(5))
+    plan = Plan(shard=8, state=State.SPLIT, lookahead=rng.choice([1, 2]), layers=layers)
+    assert_equal(problem, plan)
+    free = replace(wire, contention=0.0)
+    without = replace(problem, cluster=replace(problem.cluster, link=free))
+    assert Evaluator(problem).plan(plan).step_s >= Evaluator(without).plan(plan).step_s
+
+
+def test_compute_is_slowed_for_as_long_as_transfers_run():
+    wire = replace(link("nvlink"), contention=0.25).link
+    assert wire.slowed_s(4.0, 0.0) == 4.0
+    assert wire.slowed_s(4.0, 100.0) == pytest.approx(5.0)
+    # In 2.5 s beside the transfer 2 s of the work get done.
+    assert wire.slowed_s(4.0, 2.5) == pytest.approx(4.5)
+
+
 @pytest.mark.parametrize("turns", [1, 3])
-@pytest.mark.parametrize("code", [0, 1])
+@pytest.mark.parametrize("code", [0, 1, 2])
 def test_data_parallel_plans(turns, code):
     problem = problem_of(7, batch=8 * turns)
     assert_equal(problem, Plan(shard=8, layers=(PATHS[code],) * 5))
@@ -116,21 +140,47 @@ def test_many_microbatches_are_multiplied_from_few(seed):
     assert_equal(problem, plan, rel=2e-3)
 
 
-@pytest.mark.parametrize("order", [Order.EARLIEST_BACKWARD, Order.SPACED, Order.ALL_FORWARD])
-@pytest.mark.parametrize("batch", [4, 48])
-def test_stages(order, batch):
+PIPELINES = [
+    (order, backward, delay, chunks)
+    for order in Order
+    for backward in Backward
+    for delay in (0, 1, 2)
+    for chunks in (1, 2)
+    if legal_order(4, 1, order, backward, delay, chunks)
+]
+
+
+@pytest.mark.parametrize(("order", "backward", "delay", "chunks"), PIPELINES)
+@pytest.mark.parametrize("batch", [8, 48])
+def test_stages(order, backward, delay, chunks, batch):
     problem = problem_of(3, layers=8, batch=batch)
-    plan = Plan(replicas=2, stages=4, order=order, layers=(PATHS[0],) * 8)
+    plan = Plan(
+        replicas=2,
+        stages=4,
+        order=order,
+        backward=backward,
+        delay=delay,
+        chunks=chunks,
+        layers=(PATHS[0],) * 8,
+    )
     found, wanted = Evaluator(problem).plan(plan), exact(problem, plan)
     assert found.step_s[0] == pytest.approx(wanted.step_s, rel=2e-3)
     if order is not Order.ALL_FORWARD:
         assert found.peak_bytes[0] == pytest.approx(max(wanted.peak_bytes), rel=1e-9)
 
 
+@pytest.mark.parametrize(("order", "backward", "delay"), RINGS)
 @pytest.mark.parametrize("batch", [8, 96])
-def test_rings(batch):
+def test_rings(order, backward, delay, batch):
     problem = problem_of(4, layers=8, batch=batch)
-    plan = Plan(features=2, ring=4, layers=(PATHS[1],) * 8)
+    plan = Plan(
+        features=2,
+        ring=4,
+        order=order,
+        backward=backward,
+        delay=delay,
+        layers=(PATHS[1],) * 8,
+    )
     found, wanted = Evaluator(problem).plan(plan), exact(problem, plan)
     assert found.step_s[0] == pytest.approx(wanted.step_s, rel=5e-3)
     assert found.peak_bytes[0] == pytest.approx(max(wanted.peak_bytes), rel=1e-9)

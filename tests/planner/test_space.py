@@ -3,6 +3,7 @@
 import itertools
 import random
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -14,6 +15,7 @@ from jaxsys.planner.constraints import Conflict, Relation, culprits, propagate, 
 from jaxsys.planner.lower import to_schedule
 from jaxsys.planner.plans import (
     PATHS,
+    Backward,
     Gradient,
     Order,
     Plan,
@@ -69,15 +71,20 @@ def test_bases_equal_brute_force():
     space = Space.of(problem, microbatch_sizes=[1, 2])
     brute = set()
     ways = (1, 2, 4)
+    orders = list(itertools.product(Order, Backward, (0, 1, 2), (1, 2, 4)))
     for r, s, f, p, w in itertools.product(ways, repeat=5):
-        for b, a, t, o in itertools.product((1, 2), (1, 2, 4), State, Order):
-            for code in range(len(PATHS)):
+        if r * s * f * p * w != 4:
+            continue
+        for b, a, t in itertools.product((1, 2), (1, 2, 4), State):
+            for o, k, d, c in orders:
                 plan = Plan(
                     replicas=r, shard=s, features=f, stages=p, ring=w, microbatch_size=b,
-                    lookahead=a, state=t, order=o, layers=(PATHS[code],) * 8,
+                    lookahead=a, state=t, order=o, backward=k, delay=d, chunks=c, layers=(),
                 )  # fmt: skip
-                if plan.devices == 4 and problem.batch % (r * s * b) == 0 and _legal(plan, problem):
-                    brute.add(Plan(**{**_fields(plan), "layers": ()}))
+                if problem.batch % (r * s * b) == 0 and any(
+                    _legal(replace(plan, layers=(path,) * 8), problem) for path in PATHS
+                ):
+                    brute.add(plan)
     assert {Plan(**{**_fields(plan), "layers": ()}) for plan in found} == brute
     assert all(space.contains(plan) for plan in found)
 
@@ -97,7 +104,7 @@ def _legal(plan: Plan, problem: Problem) -> bool:
             (plan.state is State.WHOLE and (plan.shard == 1 or plan.replicas == 1))
             or (plan.state is State.SPLIT and (plan.shard > 1 or plan.replicas > 1))
         )
-        and (plan.order is Order.DEPTH_FIRST) == (plan.stages == 1)
+        and _runs(plan, turns)
         and (plan.lookahead == 1 or (plan.shard > 1 and plan.state is State.SPLIT))
         and (plain or (plan.state is State.SPLIT and plan.shard > 1))
         and (
@@ -105,6 +112,28 @@ def _legal(plan: Plan, problem: Problem) -> bool:
             or (path.weights in (Weights.STAY, Weights.REFETCH) and path.gradient == Gradient.ONCE)
         )
     )
+
+
+def _runs(plan: Plan, turns: int) -> bool:
+    """Whether the order suits what it orders."""
+    order, whole = plan.order, plan.backward is Backward.WHOLE
+    if plan.stages > 1:
+        if order in (Order.DEPTH_FIRST, Order.SIDE_BY_SIDE):
+            return False
+        late = not whole and order in (Order.EARLIEST_BACKWARD, Order.EAGER_FORWARD)
+        cut = plan.chunks == 1 or (
+            order is Order.EARLIEST_BACKWARD
+            and 8 % (plan.stages * plan.chunks) == 0
+            and turns % plan.stages == 0
+        )
+        return cut and (late or plan.delay == 0)
+    if plan.chunks > 1:
+        return False
+    if plan.ring == 1:
+        return order is Order.DEPTH_FIRST and whole and plan.delay == 0
+    if order is Order.SIDE_BY_SIDE:
+        return plan.delay == 0
+    return order is Order.DEPTH_FIRST and plan.delay <= (0 if whole else 1)
 
 
 def _fields(plan: Plan) -> dict:
@@ -136,6 +165,8 @@ def test_primitives_narrow():
     assert {b.ring for b in ring.bases()} == {8}
     without = space.not_("order", *[o for o in Order if o is not Order.DEPTH_FIRST])
     assert {b.stages for b in without.bases()} == {1}
+    late = space.split("backward", 2).order("eager-forward", delay=2)
+    assert {(b.backward, b.delay, b.ring) for b in late.bases()} == {(Backward.SPLIT, 2, 1)}
     linked = space.require("twice", ("shard", "features"), lambda s, f: s == 2 * f)
     assert all(b.shard == 2 * b.features for b in linked.bases())
 
@@ -195,7 +226,7 @@ def test_misspelt_primitives_list_what_there_is():
         space.copy("forever")
     with pytest.raises(UsageError, match="is not a variable"):
         space.domain("colour", 1)
-    with pytest.raises(UsageError, match="split batch, features or state"):
+    with pytest.raises(UsageError, match="split batch, features, state or backward"):
         space.split("heads", 2)
     with pytest.raises(UsageError, match="layers=\\[99\\]"):
         space.redirect(layers=[99])
