@@ -282,7 +282,7 @@ class _Face:
 
     @property
     def _method(self) -> str:
-        return self.engine.instances[0].energy_method
+        return self.engine.energy_method
 
     async def _run(
         self,

@@ -4,7 +4,6 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
-import json
 import logging
 import signal
 import socket
@@ -19,8 +18,7 @@ import jax.numpy as jnp
 import uvicorn
 
 from jaxsys.errors import UsageError
-from jaxsys.mesh import Device
-from jaxsys.model import LlamaConfig, LoadedModel, default_model_path, load
+from jaxsys.model import default_model_path, load
 from jaxsys.serve.api import ApiConfig, create_app
 from jaxsys.serve.dashboard import Dashboard
 from jaxsys.serve.deployment import (
@@ -29,14 +27,12 @@ from jaxsys.serve.deployment import (
     build_engine,
     choose_devices,
     compile_ahead,
+    default_dtype,
 )
-from jaxsys.serve.ecofreq import ModelPredictor, SimulatedGovernor
-from jaxsys.serve.ecoroute import EnergyRouter
 from jaxsys.serve.engine import Engine
-from jaxsys.serve.gpu_model import GPUS, ServedShape, SimulatedGpu, gpu_spec, shape_from_sizes
-from jaxsys.serve.hooks import Governor, NoGovernor, Router
-from jaxsys.serve.live_governor import LiveGovernor
-from jaxsys.serve.measured_governor import MeasuredGovernor, spec_of
+from jaxsys.serve.governors import GovernorChoice, make_decode_router, make_governor
+from jaxsys.serve.gpu_model import GPUS
+from jaxsys.serve.logs import log_to_stderr
 from jaxsys.serve.member import TokenEvent
 from jaxsys.serve.metrics import Metrics
 from jaxsys.serve.requests import Request
@@ -51,6 +47,8 @@ def main(argv: Sequence[str], prog: str) -> int:
     config = DeploymentConfig(
         prefill=arguments.prefill,
         decode=arguments.decode,
+        max_batch=arguments.max_batch,
+        max_prefill_tokens=arguments.max_prefill_tokens,
         max_length=arguments.max_length,
         page_size=arguments.page_size,
         page_count=arguments.pages,
@@ -59,17 +57,16 @@ def main(argv: Sequence[str], prog: str) -> int:
         tensor_parallel=arguments.tensor_parallel,
     )
     slo = SharedSlo(Slo(ttft_s=arguments.ttft_slo, itl_s=arguments.itl_slo))
+    governor = GovernorChoice(gpu=arguments.gpu, clocks=arguments.clocks)
     api_keys = _read_keys(arguments.api_key_file)
     listener = _bind(arguments.host, arguments.port)
     with contextlib.closing(listener):
-        _log_to_stderr(as_json=arguments.log == "json")
+        log_to_stderr(as_json=arguments.log == "json")
         jax.config.update("jax_compilation_cache_dir", str(arguments.compilation_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
         # Before anything starts JAX: a host without accelerator is divided.
         devices = choose_devices(len(config.roles) * config.tensor_parallel)
-        on_cpu = devices[0].platform == "cpu"
-        config = _with_defaults(arguments, config, on_cpu=on_cpu)
-        dtype = arguments.dtype or ("float32" if on_cpu else "bfloat16")
+        dtype = arguments.dtype or default_dtype(devices[0])
         path = default_model_path() if arguments.model is None else arguments.model
         started_s = time.monotonic()
         # What is loaded is fused, quantised and placed later: until then it lies in the host's
@@ -83,8 +80,8 @@ def main(argv: Sequence[str], prog: str) -> int:
             model,
             config,
             devices=devices,
-            governors=lambda _, device: _governor(arguments, model, slo, device),
-            decode_router=_router(arguments, model, slo),
+            governors=lambda device: make_governor(governor, model.config, slo, device),
+            decode_router=make_decode_router(arguments.route, arguments.gpu, model.config, slo),
         )
         model = dataclasses.replace(model, parameters={})  # the engine holds its own
         compile_ahead(engine.instances)
@@ -115,7 +112,7 @@ def main(argv: Sequence[str], prog: str) -> int:
         host, port = listener.getsockname()[:2]
         print(
             f"serving on http://{host}:{port}/v1 (also /health, /metrics, /dashboard, /docs); "
-            f"energy is {engine.instances[0].energy_method}",
+            f"energy is {engine.energy_method}",
             file=sys.stderr,
             flush=True,
         )
@@ -174,61 +171,6 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         help="folder that keeps compiled steps between runs",
     )
     return parser
-
-
-def _with_defaults(
-    arguments: argparse.Namespace, config: DeploymentConfig, *, on_cpu: bool
-) -> DeploymentConfig:
-    """Sizes that suit the device, where none were given."""
-    batch, tokens = arguments.max_batch, arguments.max_prefill_tokens
-    return dataclasses.replace(
-        config,
-        max_batch=(16 if on_cpu else 128) if batch is None else batch,
-        max_prefill_tokens=(256 if on_cpu else 2048) if tokens is None else tokens,
-    )
-
-
-def _governor(
-    arguments: argparse.Namespace, model: LoadedModel, slo: SharedSlo, device: Device
-) -> Governor:
-    if arguments.gpu == "none":
-        return NoGovernor()
-    if device.platform == "cpu":
-        return SimulatedGovernor(SimulatedGpu(gpu_spec(arguments.gpu), _shape(model.config)), slo)
-    # Imported here: a machine without a driver has no use for it.
-    from jaxsys.nvml import open_clocks
-
-    clocks = open_clocks(device.local_hardware_id or 0, control=arguments.clocks == "control")
-    spec = spec_of(clocks.name)
-    if spec is None:  # its costs are not known: energy is read, no clock is chosen
-        return MeasuredGovernor(clocks, _shape(model.config), slo)
-    return LiveGovernor(clocks, SimulatedGpu(spec, _shape(model.config)), slo)
-
-
-def _router(arguments: argparse.Namespace, model: LoadedModel, slo: SharedSlo) -> Router | None:
-    if arguments.route == "fewest":
-        return None
-    if arguments.gpu == "none":
-        raise UsageError("--route energy needs a model of the GPU; name one with --gpu")
-    gpu = SimulatedGpu(gpu_spec(arguments.gpu), _shape(model.config))
-    clocks_mhz = gpu.spec.control_mhz
-    return EnergyRouter(
-        ModelPredictor(gpu),
-        slo,
-        clocks_mhz=clocks_mhz,
-        idle_power_w=gpu.idle_power_w(clocks_mhz[0]),
-    )
-
-
-def _shape(config: LlamaConfig) -> ServedShape:
-    return shape_from_sizes(
-        name="served model",
-        parameters=config.parameter_count(),
-        layers=config.num_layers,
-        hidden=config.hidden_size,
-        kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-    )
 
 
 def _serve(app: fastapi.FastAPI, engine: Engine, listener: socket.socket, drain_s: float) -> None:
@@ -309,48 +251,3 @@ def _describe(config: DeploymentConfig) -> str:
     if config.decode == 0:
         return f"{config.prefill} instance(s) for prefill and decode"
     return f"{config.prefill} prefill and {config.decode} decode instance(s)"
-
-
-class _JsonFormatter(logging.Formatter):
-    """One JSON object a line, with the record's extra fields."""
-
-    _usual = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
-
-    def format(self, record: logging.LogRecord) -> str:
-        body = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-            + f".{int(record.msecs):03d}Z",
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        body |= {k: v for k, v in vars(record).items() if k not in self._usual}
-        if record.exc_info:
-            body["exception"] = self.formatException(record.exc_info)
-        return json.dumps(body, default=str)
-
-
-class _TextFormatter(logging.Formatter):
-    """Time, level, message, then extra fields as name=value."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        line = (
-            f"{time.strftime('%H:%M:%S', time.localtime(record.created))} "
-            f"{record.levelname.lower()} {record.getMessage()}"
-        )
-        extra = {k: v for k, v in vars(record).items() if k not in _JsonFormatter._usual}
-        if extra:
-            line += " " + " ".join(f"{k}={v}" for k, v in extra.items())
-        if record.exc_info:
-            line += "\n" + self.formatException(record.exc_info)
-        return line
-
-
-def _log_to_stderr(*, as_json: bool) -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(_JsonFormatter() if as_json else _TextFormatter())
-    for name in ("jaxsys", "uvicorn"):
-        logger = logging.getLogger(name)
-        logger.handlers[:] = [handler]
-        logger.setLevel(logging.INFO if name == "jaxsys" else logging.WARNING)
-        logger.propagate = False

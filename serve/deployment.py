@@ -10,17 +10,18 @@ from collections.abc import Callable, Iterable, Sequence
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from jaxsys.errors import UsageError
 from jaxsys.mesh import Device, request_devices
-from jaxsys.model import LoadedModel
+from jaxsys.model import LlamaConfig, LoadedModel
 from jaxsys.serve.clock import WallClock
 from jaxsys.serve.engine import Engine
 from jaxsys.serve.executor import ExecutorConfig, JaxExecutor
 from jaxsys.serve.handover import Message, PageTransfer, Receiver, Sender
 from jaxsys.serve.hooks import Governor, NoGovernor, Router
 from jaxsys.serve.instance import Instance
-from jaxsys.serve.member import Member
+from jaxsys.serve.member import Member, TokenEvent
 from jaxsys.serve.scheduler import Role, Scheduler, SchedulerConfig
 from jaxsys.serve.weights import TENSOR, Quantisation, ServingWeights, serving_weights
 
@@ -38,9 +39,11 @@ class DeploymentConfig:
     prefill: int = 1
     decode: int = 1
     """Decode instances; with 0 the `prefill` ones do both."""
-    max_batch: int = 16
+    max_batch: int | None = None
+    """Requests an instance works on at once; None takes 16 on CPU, else 128."""
     max_length: int = 2048
-    max_prefill_tokens: int = 256
+    max_prefill_tokens: int | None = None
+    """Prompt tokens an iteration computes; None takes 256 on CPU, else 2048."""
     page_size: int | None = None
     """Tokens a page holds; None takes 16 on CPU, and 64 for the kernels of accelerators."""
     page_count: int | None = None
@@ -57,13 +60,20 @@ class DeploymentConfig:
             raise UsageError(f"prefill={self.prefill} must be at least 1")
         if self.decode < 0:
             raise UsageError(f"decode={self.decode} must be 0 (instances do both) or more")
-        if self.tensor_parallel < 1:
-            raise UsageError(f"tensor_parallel={self.tensor_parallel} must be at least 1")
-        for name in ("max_batch", "max_length", "max_prefill_tokens"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.max_requests < 1:
-            raise UsageError(f"max_requests={self.max_requests} must be at least 1")
+        for name in (
+            "tensor_parallel",
+            "max_batch",
+            "max_length",
+            "max_prefill_tokens",
+            "page_size",
+            "page_count",
+            "max_requests",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name}={value} must be at least 1")
+        if self.page_count is not None and self.page_size is not None:
+            _check_room(self.page_count, self.page_size, self.max_length)
 
     @property
     def roles(self) -> list[Role]:
@@ -81,7 +91,7 @@ def build_engine(
     config: DeploymentConfig,
     *,
     devices: Sequence[Device] | None = None,
-    governors: Callable[[str, Device], Governor] | None = None,
+    governors: Callable[[Device], Governor] | None = None,
     prefill_router: Router | None = None,
     decode_router: Router | None = None,
 ) -> Engine:
@@ -89,7 +99,7 @@ def build_engine(
 
     Args:
         devices: `tensor_parallel` for each instance in turn, as `choose_devices` gives them.
-        governors: makes the governor of the instance with a given name and first device.
+        governors: makes the governor of the instance with a given first device.
     """
     roles = config.roles
     if devices is None:
@@ -103,42 +113,88 @@ def build_engine(
         prefill_router=prefill_router,
         decode_router=decode_router,
     )
-    instances: list[Instance] = []
     numbers: dict[Role, int] = {}
     for role, group in zip(roles, groups, strict=True):
-        place = _placement(group)
         if group not in weights:
-            weights[group] = serving_weights(
-                model.config, model.parameters, quantisation=config.quantisation, placement=place
-            )
+            weights[group] = place_weights(model, config, group)
         number = numbers[role] = numbers.get(role, -1) + 1
-        name = f"{'instance' if role == 'both' else role}-{number}"
-        sharing = sum(other == group for other in groups)
-        scheduler = _scheduler_config(model, config, role, group, sharing)
-        executor = JaxExecutor(
+        name = instance_name(role, number)
+        instance = build_instance(
             model.config,
             weights[group],
-            scheduler,
-            placement=place,
-            # The portable attention reads a piece's own tokens from pages as it does earlier ones.
-            shapes=ExecutorConfig.for_scheduler(
-                scheduler, distinguish_first=group[0].platform != "cpu"
-            ),
+            config,
+            name=name,
+            role=role,
+            group=group,
+            sharing=sum(other == group for other in groups),
+            governor=None if governors is None else governors(group[0]),
+            sink=engine.sink(name),
         )
-        instances.append(
-            Instance(
-                name,
-                Scheduler(scheduler),
-                executor,
-                governor=NoGovernor() if governors is None else governors(name, group[0]),
-                clock=engine.clock,
-                sink=engine.sink(name),
-            )
-        )
-    for instance, role in zip(instances, roles, strict=True):
         connect(instance, functools.partial(engine.exchange.forward, instance))
         engine.add(instance, decodes=role == "decode")
     return engine
+
+
+def instance_name(role: Role, number: int) -> str:
+    """What the instance of a role with this number is called."""
+    return f"{'instance' if role == 'both' else role}-{number}"
+
+
+def default_dtype(device: Device) -> str:
+    """The dtype that a device is fastest with: CPUs compute bfloat16 slowly."""
+    return "float32" if device.platform == "cpu" else "bfloat16"
+
+
+def place_weights(
+    model: LoadedModel, config: DeploymentConfig, group: tuple[Device, ...]
+) -> ServingWeights:
+    """The model's weights as `group` serves them."""
+    return serving_weights(
+        model.config,
+        model.parameters,
+        quantisation=config.quantisation,
+        placement=_placement(group),
+    )
+
+
+def build_instance(
+    shape: LlamaConfig,
+    weights: ServingWeights,
+    config: DeploymentConfig,
+    *,
+    name: str,
+    role: Role,
+    group: tuple[Device, ...],
+    sink: Callable[[Sequence[TokenEvent]], None],
+    governor: Governor | None = None,
+    sharing: int = 1,
+) -> Instance:
+    """One instance, not yet started.
+
+    Args:
+        group: its devices, where `weights` lie.
+        sink: receives its events, on its thread.
+        sharing: how many instances these devices have.
+    """
+    scheduler = _scheduler_config(shape, config, role, group, sharing, weights.dtype)
+    executor = JaxExecutor(
+        shape,
+        weights,
+        scheduler,
+        placement=_placement(group),
+        # The portable attention reads a piece's own tokens from pages as it does earlier ones.
+        shapes=ExecutorConfig.for_scheduler(
+            scheduler, distinguish_first=group[0].platform != "cpu"
+        ),
+    )
+    return Instance(
+        name,
+        Scheduler(scheduler),
+        executor,
+        governor=governor or NoGovernor(),
+        clock=WallClock(),
+        sink=sink,
+    )
 
 
 def connect(
@@ -225,14 +281,17 @@ def _compile(executor: JaxExecutor, keys: Sequence[tuple]) -> None:
 
 
 def _scheduler_config(
-    model: LoadedModel,
+    shape: LlamaConfig,
     config: DeploymentConfig,
     role: Role,
     group: tuple[Device, ...],
     sharing: int,
+    dtype: DTypeLike,
 ) -> SchedulerConfig:
-    shape, device = model.config, group[0]
-    page_size = config.page_size or (16 if device.platform == "cpu" else 64)
+    device = group[0]
+    on_cpu = device.platform == "cpu"
+    page_size = config.page_size or (16 if on_cpu else 64)
+    max_batch = config.max_batch or (16 if on_cpu else 128)
     if config.max_length > shape.max_positions:
         raise UsageError(
             f"max_length={config.max_length} exceeds the model's {shape.max_positions} positions; "
@@ -241,9 +300,9 @@ def _scheduler_config(
     page_count = config.page_count
     if page_count is None:
         page_count = 4 * -(-config.max_length // page_size)
-        stats = device.memory_stats() if device.platform != "cpu" else None
+        stats = None if on_cpu else device.memory_stats()
         if stats:
-            itemsize = np.dtype(jax.tree.leaves(model.parameters)[0].dtype).itemsize
+            itemsize = np.dtype(dtype).itemsize
             token_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * itemsize
             free_bytes = (
                 (stats["bytes_limit"] - stats["bytes_in_use"]) * CACHE_SHARE / sharing * len(group)
@@ -255,18 +314,28 @@ def _scheduler_config(
                     f"{page_count * page_size} tokens, below max_length="
                     f"{config.max_length}; lower it or use fewer instances a device"
                 )
+    _check_room(page_count, page_size, config.max_length)
     # Compiled steps are dear to make on CPU and padding is cheap; on accelerators the reverse.
-    factor = 4 if device.platform == "cpu" else 2
+    factor = 4 if on_cpu else 2
     buckets = [1]
-    while buckets[-1] < config.max_batch:
-        buckets.append(min(factor * buckets[-1], config.max_batch))
+    while buckets[-1] < max_batch:
+        buckets.append(min(factor * buckets[-1], max_batch))
     return SchedulerConfig(
         page_count=page_count,
         page_size=page_size,
-        max_batch=config.max_batch,
-        max_prefill_tokens=config.max_prefill_tokens,
+        max_batch=max_batch,
+        max_prefill_tokens=config.max_prefill_tokens or (256 if on_cpu else 2048),
         max_length=config.max_length,
         decode_buckets=tuple(buckets),
         role=role,
         prefix_caching=config.prefix_caching,
     )
+
+
+def _check_room(page_count: int, page_size: int, max_length: int) -> None:
+    if page_count * page_size < max_length:
+        raise UsageError(
+            f"page_count={page_count} pages of page_size={page_size} tokens hold "
+            f"{page_count * page_size} tokens, below max_length={max_length}; use "
+            f"{-(-max_length // page_size)} pages or more, or lower max_length"
+        )

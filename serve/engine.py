@@ -137,10 +137,10 @@ class Engine:
 
     def lose(self, instance: Member, message: str) -> None:
         """Begins again elsewhere whatever is on an instance; on the event loop's thread."""
-        self.exchange.gone(instance)
+        undecided = self.exchange.gone(instance)
         now_s = self.clock.now_s()
-        for generation in list(self._generations.values()):
-            if generation.home is instance:
+        for name, generation in list(self._generations.items()):
+            if generation.home is instance or name in undecided:
                 event = TokenEvent(generation.request, None, None, "error", now_s, message, True)
                 self.receive(instance, [event])
 
@@ -162,6 +162,11 @@ class Engine:
     def unfinished(self) -> int:
         """Requests in the engine."""
         return len(self._generations)
+
+    @property
+    def energy_method(self) -> str:
+        """How energy is known."""
+        return self.instances[0].energy_method if self.instances else "none: no instance is up"
 
     @property
     def failed(self) -> list[str]:

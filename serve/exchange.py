@@ -147,12 +147,20 @@ class Exchange:
                 passage.target.adjust_in_flight(-1)
                 passage.target.take(Withdrawal(request_id))
 
-    def gone(self, member: Member) -> None:
-        """An instance has failed: nothing will come from it any more."""
+    def gone(self, member: Member) -> list[RequestId]:
+        """An instance has failed: nothing will come from it any more.
+
+        Returns:
+            The requests that it leaves undecided, which must be begun again.
+        """
+        undecided = []
         with self.lock:
             for name, passage in list(self._passages.items()):
                 if member in (passage.source, passage.target):
+                    if passage.stage != "delivered":
+                        undecided.append(name)
                     self.give_up(name)
+        return undecided
 
     def _offer(self, source: Member, message: Offer) -> None:
         living = [one for one in self.decoders if one.open]

@@ -472,7 +472,7 @@ class JaxExecutor:
         needs = SamplingNeeds()
         for rule in parameters:
             needs |= SamplingNeeds.of(rule)
-        rules = pack_rules(parameters, [_seed(request) for request in requests], rows)
+        rules = pack_rules(parameters, [seed_of(request) for request in requests], rows)
         return rules, needs
 
     def _begin_slot(self, request: Request) -> None:
@@ -548,7 +548,7 @@ def _set_last(last, slot, token):
     return last.at[slot].set(token)
 
 
-def _seed(request: Request) -> int:
+def seed_of(request: Request) -> int:
     """The request's seed; without one, a hash of what differs between requests.
 
     Not of its whole name: after `~` that counts attempts, which must draw the same.

@@ -52,6 +52,17 @@ class SchedulerConfig:
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}={getattr(self, name)} must be at least 1")
 
+    def check_fits(self, prompt_length: int, max_tokens: int) -> None:
+        """Raises UsageError where such a request could never be served by such an instance."""
+        capacity = min(self.max_length, self.page_count * self.page_size)
+        if prompt_length + max_tokens > capacity:
+            raise UsageError(
+                f"prompt of {prompt_length} tokens and max_tokens={max_tokens} need "
+                f"{prompt_length + max_tokens} tokens; at most {capacity} fit. Shorten the prompt "
+                f"or lower max_tokens"
+                + (f" to {capacity - prompt_length}" if prompt_length < capacity else "")
+            )
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PrefillPiece:
@@ -166,15 +177,7 @@ class Scheduler:
 
     def check_fits(self, prompt_length: int, max_tokens: int) -> None:
         """Raises UsageError where such a request could never be served here."""
-        config = self.config
-        capacity = min(config.max_length, config.page_count * config.page_size)
-        if prompt_length + max_tokens > capacity:
-            raise UsageError(
-                f"prompt of {prompt_length} tokens and max_tokens={max_tokens} need "
-                f"{prompt_length + max_tokens} tokens; at most {capacity} fit. Shorten the prompt "
-                f"or lower max_tokens"
-                + (f" to {capacity - prompt_length}" if prompt_length < capacity else "")
-            )
+        self.config.check_fits(prompt_length, max_tokens)
 
     def add(self, request: Request) -> None:
         """Queues a new request for prefill."""

@@ -1,0 +1,75 @@
+"""Which governor and which decode router a server's options ask for."""
+
+import dataclasses
+from typing import Literal
+
+from jaxsys.errors import UsageError
+from jaxsys.mesh import Device
+from jaxsys.model import LlamaConfig
+from jaxsys.serve.ecofreq import ModelPredictor, SimulatedGovernor
+from jaxsys.serve.ecoroute import EnergyRouter
+from jaxsys.serve.gpu_model import ServedShape, SimulatedGpu, gpu_spec, shape_from_sizes
+from jaxsys.serve.hooks import Governor, NoGovernor, Router
+from jaxsys.serve.live_governor import LiveGovernor
+from jaxsys.serve.measured_governor import MeasuredGovernor, spec_of
+from jaxsys.serve.slo import SharedSlo
+
+Route = Literal["fewest", "energy"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class GovernorChoice:
+    """How an instance's clock and energy are dealt with."""
+
+    gpu: str = "h100"
+    """The GPU to model where there is none; "none" leaves clock and energy alone."""
+    clocks: Literal["observe", "control"] = "observe"
+    """Whether a real GPU's clock may be set."""
+
+
+def make_governor(
+    choice: GovernorChoice, model: LlamaConfig, slo: SharedSlo, device: Device
+) -> Governor:
+    """The governor of an instance on `device`."""
+    if choice.gpu == "none":
+        return NoGovernor()
+    shape = _shape(model)
+    if device.platform == "cpu":
+        return SimulatedGovernor(SimulatedGpu(gpu_spec(choice.gpu), shape), slo)
+    # Imported here: a machine without a driver has no use for it.
+    from jaxsys.nvml import open_clocks
+
+    clocks = open_clocks(device.local_hardware_id or 0, control=choice.clocks == "control")
+    spec = spec_of(clocks.name)
+    if spec is None:  # its costs are not known: energy is read, no clock is chosen
+        return MeasuredGovernor(clocks, shape, slo)
+    return LiveGovernor(clocks, SimulatedGpu(spec, shape), slo)
+
+
+def make_decode_router(
+    route: Route, gpu_name: str, model: LlamaConfig, slo: SharedSlo
+) -> Router | None:
+    """The router before decode instances; None where the fewest requests decide."""
+    if route == "fewest":
+        return None
+    if gpu_name == "none":
+        raise UsageError("--route energy needs a model of the GPU; name one with --gpu")
+    gpu = SimulatedGpu(gpu_spec(gpu_name), _shape(model))
+    clocks_mhz = gpu.spec.control_mhz
+    return EnergyRouter(
+        ModelPredictor(gpu),
+        slo,
+        clocks_mhz=clocks_mhz,
+        idle_power_w=gpu.idle_power_w(clocks_mhz[0]),
+    )
+
+
+def _shape(config: LlamaConfig) -> ServedShape:
+    return shape_from_sizes(
+        name="served model",
+        parameters=config.parameter_count(),
+        layers=config.num_layers,
+        hidden=config.hidden_size,
+        kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+    )

@@ -1,0 +1,131 @@
+"""What the processes of a server say to each other, as plain data.
+
+A connection carries msgpack values back to back; each is a list whose first entry is its kind. An
+instance's process and the front speak these kinds:
+
+    front -> instance  submit, abort, offer, withdrawal, grant, refusal, delivery, receipt, stop
+    instance -> front  hello, events, pulse, offer, withdrawal, grant, refusal, delivery, receipt,
+                       failed, stopped
+
+An offer that goes to the front names the request only, since the front has it.
+"""
+
+import dataclasses
+from array import array
+from collections.abc import Iterator
+from typing import Any
+
+import msgpack
+
+from jaxsys.serve.handover import (
+    Delivery,
+    Grant,
+    Message,
+    Offer,
+    Receipt,
+    Refusal,
+    Ticket,
+    Withdrawal,
+)
+from jaxsys.serve.requests import Request, SamplingParameters
+
+Frame = list[Any]
+
+MAX_BYTES = 64 << 20
+"""Most bytes a connection may hold unread; a request's prompt is a few hundred thousand."""
+
+_DEFAULT_SAMPLING = SamplingParameters()
+
+
+def pack(frame: Frame) -> bytes:
+    """One frame's bytes."""
+    packed = msgpack.packb(frame)
+    assert packed is not None
+    return packed
+
+
+class Frames:
+    """Cuts what arrives into frames."""
+
+    def __init__(self) -> None:
+        self._unpacker = msgpack.Unpacker(max_buffer_size=MAX_BYTES, strict_map_key=False)
+
+    def feed(self, data: bytes) -> Iterator[Frame]:
+        """The frames that `data` completes.
+
+        Raises:
+            ValueError: if it is none of ours.
+        """
+        self._unpacker.feed(data)
+        for frame in self._unpacker:
+            if not (isinstance(frame, list) and frame and isinstance(frame[0], str)):
+                raise ValueError("what arrived is no frame")
+            yield frame
+
+
+def request_data(request: Request, now_s: float, seed: int) -> dict[str, Any]:
+    """A request without its pages.
+
+    Args:
+        now_s: this side's time, by which its age is given: clocks differ between machines.
+        seed: replaces an absent one, so that every instance draws alike.
+    """
+    sampling = {
+        field.name: value
+        for field in dataclasses.fields(SamplingParameters)
+        if (value := getattr(request.sampling, field.name))
+        != getattr(_DEFAULT_SAMPLING, field.name)
+    }
+    if "stop_token_ids" in sampling:
+        sampling["stop_token_ids"] = sorted(sampling["stop_token_ids"])
+    return {
+        "id": request.request_id,
+        "prompt": array("i", request.prompt_tokens).tobytes(),
+        "output": list(request.output_tokens),
+        "sampling": sampling | {"seed": seed},
+        "cached": request.cached_tokens,
+        "age_s": now_s - request.arrival_s,
+    }
+
+
+def request_of(data: dict[str, Any], now_s: float) -> Request:
+    """The inverse of `request_data`."""
+    sampling = dict(data["sampling"])
+    if "stop_token_ids" in sampling:
+        sampling["stop_token_ids"] = frozenset(sampling["stop_token_ids"])
+    if "stop" in sampling:
+        sampling["stop"] = tuple(sampling["stop"])
+    request = Request(
+        data["id"],
+        sampling=SamplingParameters(**sampling),
+        arrival_s=now_s - data["age_s"],
+        prompt_tokens=array("i", data["prompt"]).tolist(),
+    )
+    request.output_tokens = list(data["output"])
+    request.generated = len(request.output_tokens)
+    request.cached_tokens = data["cached"]
+    return request
+
+
+def message_frame(message: Message) -> Frame:
+    """A hand-over message; an offer only names the request and says what was cached of it."""
+    if isinstance(message, Delivery):
+        contents = message.contents
+        if contents is not None and not isinstance(contents, Ticket):
+            raise TypeError("arrays do not travel in messages; publish them and send the ticket")
+        ticket = None if contents is None else [contents.address, contents.number, contents.width]
+        return ["delivery", message.request_id, ticket, message.outputs]
+    kind = type(message).__name__.lower()
+    if isinstance(message, Offer):
+        return [kind, message.request_id, message.request.cached_tokens]
+    return [kind, *(getattr(message, field.name) for field in dataclasses.fields(message))]
+
+
+def message_of(frame: Frame) -> Message | None:
+    """The message in a frame; None where it is something else, or an offer."""
+    kind, *fields = frame
+    if kind == "delivery":
+        name, ticket, outputs = fields
+        return Delivery(name, None if ticket is None else Ticket(*ticket), outputs)
+    made = {"withdrawal": Withdrawal, "grant": Grant, "refusal": Refusal, "receipt": Receipt}
+    return made[kind](*fields) if kind in made else None
