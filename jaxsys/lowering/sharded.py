@@ -1,8 +1,9 @@
 """Lowers a schedule of the ZeRO family to one step of explicit collectives.
 
-All devices do the same, so that there is nothing to select: ticks, layers and microbatches are
-written out, each gather one `all_gather` of a chunk's packed shards, each reduction one
-`psum_scatter`. What keeps them where the schedule has them is `optimization_barrier`:
+All devices do the same, so that there is nothing to select: ticks and layers are written out, and
+turns that are alike are one loop over microbatches. Each gather is one `all_gather` of a chunk's
+packed shards, each reduction one `psum_scatter`. What keeps them where the schedule has them is
+`optimization_barrier`:
 
 * a gather's shards pass a barrier together with the activation (or cotangent) of the tick it starts
   in. So it cannot start earlier, and two gathers of one chunk are not the same expression, which
@@ -20,7 +21,7 @@ Legend: P devices, C chunks, L layers, n elements of a chunk's shard.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -34,6 +35,7 @@ from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel, Parameters, PyTree
 from jaxsys.mesh import DATA, RING
 from jaxsys.schedule import Move, MoveKind, Placement, Schedule, Task, TaskKind, check
+from jaxsys.strategies.data_parallel import local_tasks
 
 from .base import Step, add_to, check_fit, is_spec, sharded_spec
 from .programs import BlockProgram, Recompute, block_program
@@ -83,9 +85,12 @@ def lower_sharded(
             legal = ", ".join(SHARDED_RECOMPUTE)
             raise UsageError(f"recompute={policy!r} is not a policy here; use one of {legal}")
     check(schedule)
-    tasks = [[_relative(t, schedule, d) for t in _of_device(schedule, d)] for d in (0, -1)]
-    if tasks[0] != tasks[1]:
-        raise UsageError(f"schedule {schedule.name} gives its devices different tasks")
+    if set(schedule.tasks) != set(
+        local_tasks(schedule.devices, schedule.microbatches, schedule.chunks)
+    ):
+        raise UsageError(
+            f"schedule {schedule.name} does not take one microbatch after another on every device"
+        )
     return ShardedStep(
         schedule=schedule,
         model=model,
@@ -226,12 +231,34 @@ class _ChunkLayout:
         return jax.tree.unflatten(self.structure, found)
 
 
+@dataclass(slots=True, kw_only=True)
+class _State:
+    """What lives from tick to tick."""
+
+    carrier: jax.Array
+    """What everything in flight is tied to: the running activation or cotangent."""
+    loss: jax.Array
+    weight: jax.Array
+    edge_gradient: PyTree
+    embedded: PyTree | None = None
+    """The microbatch whose cotangent has come down to the embedding, not yet read there."""
+    weights: dict[int, PyTree] = field(default_factory=dict)
+    residuals: dict[int, list[list[jax.Array]]] = field(default_factory=dict)
+    gradients: dict[int, PyTree] = field(default_factory=dict)
+    reduced: dict[int, PyTree] = field(default_factory=dict)
+    landing: list[tuple[int, Move, PyTree]] = field(default_factory=list)
+    """What is in flight: ticks until it must have arrived, counted from the turn's first."""
+
+
 class _Run:
     """One trace of the step, inside shard_map: shapes are per device."""
 
     def __init__(self, lowered: ShardedStep, specs: Parameters) -> None:
         self.lowered, self.schedule, self.model = lowered, lowered.schedule, lowered.model
         self.specs = specs
+        self.turns = self.schedule.microbatches // self.schedule.devices
+        self.period = 2 * self.schedule.chunks
+        """Ticks of a turn, in which a device takes one microbatch forward and back."""
 
     def step(self, parameters: Parameters, batch: PyTree) -> tuple[jax.Array, Parameters]:
         """blocks [L, ...] in shards, batch leaves [M / P, B, ...]."""
@@ -248,35 +275,100 @@ class _Run:
         ]
         microbatch = jax.tree.map(lambda b: jax.ShapeDtypeStruct(b.shape[1:], b.dtype), batch)
         self.programs = self.block_programs(microbatch)
-        self.edge_gradient = lowered.empty_edge_gradient(self.edge)
-        self.loss = self.weight = jnp.float32(0)
-        self.embedded: PyTree | None = None
-        """The microbatch whose cotangent has come down to the embedding, not yet read there."""
-        # The value that everything in flight is tied to: the running activation or cotangent.
-        self.carrier: jax.Array = jnp.zeros((), lowered.compute_dtype)
-        self.weights: dict[int, PyTree] = {}
-        self.residuals: dict[tuple[int, int], list[list[jax.Array]]] = {}
-        self.gradients: dict[int, PyTree] = {}
-        self.reduced: dict[int, PyTree] = {}
-        landing: dict[int, list[tuple[Move, PyTree]]] = {}
-        for tick in range(schedule.ticks):
-            for move, value in landing.pop(tick, ()):
+        self.state = _State(
+            edge_gradient=lowered.empty_edge_gradient(self.edge),
+            loss=jnp.float32(0),
+            weight=jnp.float32(0),
+            carrier=jnp.zeros((), lowered.compute_dtype),
+        )
+        steady = self.steady_turns
+        for turn in range(self.turns):
+            if len(steady) > 1 and turn in steady:
+                if turn == steady.start:
+                    # What is carried must be there from the first turn on.
+                    self.state.reduced = self.nothing_reduced() | self.state.reduced
+                    self.loop(steady)
+                continue
+            self.run_ticks(range(turn * self.period, (turn + 1) * self.period), turn)
+        # Sums of the last turn.
+        self.run_ticks(range(self.turns * self.period, schedule.ticks), self.turns)
+        for _, move, value in self.state.landing:
+            self.land(move, value)
+        self.embed_backward()
+        return self.finish(parameters)
+
+    @cached_property
+    def steady_turns(self) -> range:
+        """The longest run of turns that gather, use and reduce alike."""
+        events = [self.events(turn) for turn in range(self.turns)]
+        best = range(0)
+        for start in range(self.turns):
+            stop = start + 1
+            while stop < self.turns and events[stop] == events[start]:
+                stop += 1
+            best = max(best, range(start, stop), key=len)
+        return best
+
+    def events(self, turn: int) -> list[tuple[Any, ...]]:
+        """A turn's moves, and the last uses of copies of weights; tasks are alike in all turns."""
+        base = turn * self.period
+        ticks = range(base, min(base + self.period, self.schedule.ticks))
+        moves = [
+            (move.kind, move.block.chunk, move.start - base, move.arrive - base)
+            for tick in ticks
+            for move in self.schedule.moves_by_start[tick]
+        ]
+        last = [(tick - base, chunk) for (tick, chunk), is_last in self.last_uses.items()
+                if is_last and tick in ticks]  # fmt: skip
+        return [*moves, *sorted(last)]
+
+    def loop(self, turns: range) -> None:
+        """Runs turns that are alike as a loop: what is compiled does not grow with their number.
+
+        Chunks stay written out: what lives on from turn to turn is a value of its own for each, and
+        while nothing lives in it XLA gives its room to others.
+        """
+        state = self.state
+        landing = [(due, move) for due, move, _ in state.landing]
+        template = range(turns.start * self.period, (turns.start + 1) * self.period)
+
+        def load(carry: dict[str, Any]) -> None:
+            for name, value in carry.items():
+                setattr(state, name, value)
+            state.landing = [(*row, v) for row, v in zip(landing, carry["landing"], strict=True)]
+
+        def save() -> dict[str, Any]:
+            values = {field.name: getattr(state, field.name) for field in fields(state)}
+            return {**values, "landing": [value for _, _, value in state.landing]}
+
+        def body(carry: dict[str, Any], turn: jax.Array) -> tuple[dict[str, Any], None]:
+            load(carry)
+            self.run_ticks(template, turn)
+            return save(), None
+
+        carry, _ = lax.scan(body, save(), jnp.arange(turns.start, turns.stop))
+        load(carry)
+
+    def run_ticks(self, ticks: range, turn: int | jax.Array) -> None:
+        """Ticks of the schedule, on the device's microbatch number `turn`."""
+        state = self.state
+        for tick in ticks:
+            offset = tick - ticks.start
+            due = [row for row in state.landing if row[0] == offset]
+            state.landing = [row for row in state.landing if row[0] != offset]
+            for _, move, value in due:
                 self.land(move, value)
-            for move in schedule.moves_by_start[tick]:
+            for move in self.schedule.moves_by_start[tick]:
                 value = self.depart(move)
                 if move.arrive == tick:
                     self.land(move, value)
                 else:
-                    landing.setdefault(move.arrive, []).append((move, value))
-            for task in schedule.tasks_by_tick[tick]:
+                    state.landing.append((move.arrive - ticks.start, move, value))
+            for task in self.schedule.tasks_by_tick[tick]:
                 if task.device == 0:
-                    self.run(task)
+                    self.run(task, turn)
             self.drop(tick)
-        for moves in landing.values():
-            for move, value in moves:
-                self.land(move, value)
-        self.embed_backward()
-        return self.finish(parameters)
+        state.landing = [(due - len(ticks), move, value) for due, move, value in state.landing]
 
     def block_programs(self, microbatch: PyTree) -> list[BlockProgram]:
         layer = jax.tree.map(
@@ -315,15 +407,15 @@ class _Run:
         return last
 
     def drop(self, tick: int) -> None:
-        for chunk in list(self.weights):
+        for chunk in list(self.state.weights):
             if self.last_uses.get((tick, chunk)):
-                del self.weights[chunk]
+                del self.state.weights[chunk]
 
     # Moves.
 
     def tie(self, value: PyTree) -> PyTree:
         """The value, but not before the carrier; what follows on the carrier comes after it."""
-        value, self.carrier = lax.optimization_barrier((value, self.carrier))
+        value, self.state.carrier = lax.optimization_barrier((value, self.state.carrier))
         return value
 
     def depart(self, move: Move) -> PyTree:
@@ -334,7 +426,7 @@ class _Run:
             with jax.named_scope(f"gather_{chunk}_for_tick_{move.arrive}"):
                 rows = lax.all_gather(layout.pack(shards), RING)
             return rows, shards
-        gradient = self.tie(self.gradients.pop(chunk))
+        gradient = self.tie(self.state.gradients.pop(chunk))
         with jax.named_scope(f"reduce_{chunk}_in_tick_{move.start}"):
             row = lax.psum_scatter(layout.pack_whole(gradient), RING, scatter_dimension=0)
         return layout.split(row, gradient)
@@ -343,47 +435,60 @@ class _Run:
         chunk = move.block.chunk
         if move.kind is MoveKind.ALL_GATHER:
             rows, shards = value
-            self.weights[chunk] = self.layouts[chunk].unpack(rows, shards)
+            self.state.weights[chunk] = self.layouts[chunk].unpack(rows, shards)
             return
         value = self.tie(value)
         value = jax.tree.map(lambda v: v.astype(jnp.float32), value)
-        there = self.reduced.get(chunk)
-        self.reduced[chunk] = value if there is None else jax.tree.map(jnp.add, there, value)
+        reduced = self.state.reduced
+        there = reduced.get(chunk)
+        reduced[chunk] = value if there is None else jax.tree.map(jnp.add, there, value)
+
+    def nothing_reduced(self) -> dict[int, PyTree]:
+        """Zeros in the place of every chunk's reduced sum."""
+
+        def shard(chunk: int) -> PyTree:
+            whole = self.whole_shapes(chunk)
+            row = jax.eval_shape(self.layouts[chunk].pack, self.shards[chunk])
+            shapes = jax.eval_shape(self.layouts[chunk].split, row, whole)
+            return jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
+
+        return {chunk: shard(chunk) for chunk in range(self.schedule.chunks)}
 
     # Tasks.
 
-    def run(self, task: Task) -> None:
-        turn = task.microbatch // self.schedule.devices
+    def run(self, task: Task, turn: int | jax.Array) -> None:
         microbatch = jax.tree.map(lambda leaf: leaf[turn], self.batch)
         if task.kind is TaskKind.FORWARD:
-            self.forward(task.chunk, turn, microbatch)
+            self.forward(task.chunk, microbatch)
         else:
-            self.backward(task.chunk, turn, microbatch)
+            self.backward(task.chunk, microbatch)
 
-    def forward(self, chunk: int, turn: int, microbatch: PyTree) -> None:
+    def forward(self, chunk: int, microbatch: PyTree) -> None:
+        state = self.state
         if chunk == 0:
             # The last microbatch is done with before this one begins.
             microbatch = self.tie(microbatch)
             self.embed_backward()
-            self.carrier = self.model.embed(self.edge, microbatch)
-        x, weights, kept = self.carrier, self.weights[chunk], []
+            state.carrier = self.model.embed(self.edge, microbatch)
+        x, weights, kept = state.carrier, state.weights[chunk], []
         for index, layer in enumerate(self.lowered.chunk_layers[chunk]):
             own = jax.tree.map(lambda w, i=index: w[i], weights)
             x, residuals = self.programs[layer].forward(own, x, microbatch)
             kept.append(residuals)
-        self.residuals[chunk, turn] = kept
-        self.carrier = x
+        state.residuals[chunk] = kept
+        state.carrier = x
 
-    def backward(self, chunk: int, turn: int, microbatch: PyTree) -> None:
-        dy = self.carrier
+    def backward(self, chunk: int, microbatch: PyTree) -> None:
+        state = self.state
+        dy = state.carrier
         if chunk == self.schedule.chunks - 1:
             (part, count), vjp = jax.vjp(
-                lambda e, v: self.model.head_loss(e, v, microbatch), self.edge, self.carrier
+                lambda e, v: self.model.head_loss(e, v, microbatch), self.edge, dy
             )
             d_edge, dy = vjp((jnp.ones_like(part), jnp.zeros_like(count)))
             self.add_to_edge(d_edge)
-            self.loss, self.weight = self.loss + part, self.weight + count
-        kept, weights = self.residuals.pop((chunk, turn)), self.weights[chunk]
+            state.loss, state.weight = state.loss + part, state.weight + count
+        kept, weights = state.residuals.pop(chunk), state.weights[chunk]
         parts = []
         for index, layer in reversed(list(enumerate(self.lowered.chunk_layers[chunk]))):
             own = jax.tree.map(lambda w, i=index: w[i], weights)
@@ -394,35 +499,35 @@ class _Run:
         gradient = jax.tree.map(
             lambda *leaves: jnp.stack(leaves).astype(self.lowered.gradient_dtype), *parts[::-1]
         )
-        there = self.gradients.get(chunk)
+        there = state.gradients.get(chunk)
         if there is not None:
             gradient = jax.tree.map(jnp.add, there, gradient)
         # The sum is made in its own tick, so that residuals are gone after it.
         gradient, dy = lax.optimization_barrier((gradient, dy))
-        self.gradients[chunk] = gradient
-        self.carrier = dy
+        state.gradients[chunk] = gradient
+        state.carrier = dy
         if chunk == 0:
-            self.embedded = microbatch
+            state.embedded = microbatch
 
     def embed_backward(self) -> None:
         """The embedding's gradient, put off until what is tied to its cotangent has started.
 
         XLA drops what nobody reads from a barrier, and with it the order that it gave.
         """
-        if self.embedded is None:
+        microbatch, self.state.embedded = self.state.embedded, None
+        if microbatch is None:
             return
-        microbatch, self.embedded = self.embedded, None
         _, vjp = jax.vjp(lambda e: self.model.embed(e, microbatch), self.edge)
-        self.add_to_edge(vjp(self.carrier)[0])
+        self.add_to_edge(vjp(self.state.carrier)[0])
 
     def add_to_edge(self, part: PyTree) -> None:
-        self.edge_gradient = add_to(self.edge_gradient, part)
+        self.state.edge_gradient = add_to(self.state.edge_gradient, part)
 
     def finish(self, parameters: Parameters) -> tuple[jax.Array, Parameters]:
-        loss, weight = lax.psum((self.loss, self.weight), (DATA, RING))
+        loss, weight = lax.psum((self.state.loss, self.state.weight), (DATA, RING))
         blocks = jax.tree.map(
             lambda *parts: jnp.concatenate(parts),
-            *[self.reduced[chunk] for chunk in range(self.schedule.chunks)],
+            *[self.state.reduced[chunk] for chunk in range(self.schedule.chunks)],
         )
 
         def block(total: jax.Array, at_rest: jax.Array, spec: PartitionSpec) -> jax.Array:
@@ -431,19 +536,10 @@ class _Run:
 
         return loss / weight, Parameters(
             edge=self.lowered.reduce_edge(
-                self.edge_gradient, parameters["edge"], self.specs["edge"], weight
+                self.state.edge_gradient, parameters["edge"], self.specs["edge"], weight
             ),
             blocks=jax.tree.map(block, blocks, parameters["blocks"], self.specs["blocks"]),
         )
-
-
-def _of_device(schedule: Schedule, device: int) -> list[Task]:
-    device %= schedule.devices
-    return [task for tick in schedule.tasks_by_tick for task in tick if task.device == device]
-
-
-def _relative(task: Task, schedule: Schedule, device: int) -> tuple[int, TaskKind, int, int]:
-    return task.tick, task.kind, task.chunk, task.microbatch - device % schedule.devices
 
 
 def _spec_leaves(specs: PyTree) -> list[PartitionSpec]:
