@@ -50,12 +50,13 @@ def relative_error(found, wanted) -> float:
     )
 
 
-@pytest.mark.parametrize(
-    ("schedule", "ring", "data"),
-    [("weipipe-interleave", 4, 1), ("weipipe-interleave", 2, 2), ("dp", 4, 1), ("1f1b", 2, 1)],
-)
-def test_three_steps_equal_one_device(small_model, small_parameters, schedule, ring, data):
-    batches = [batch_of(i) for i in range(3)]
+QUICK = [("weipipe-interleave", 4, 1), ("weipipe-interleave", 2, 2), ("dp", 4, 1), ("1f1b", 2, 1)]
+EVERY = [pytest.param(name, 2, 1, marks=pytest.mark.slow) for name in strategies.NAMES]
+
+
+@pytest.mark.parametrize(("schedule", "ring", "data"), [*QUICK, *EVERY])
+def test_fifty_steps_follow_one_device(small_model, small_parameters, schedule, ring, data):
+    batches = [batch_of(i % 2) for i in range(50)]  # so that there is something to learn
     wanted, losses = plain_steps(
         small_model, small_parameters, optax.adamw(1e-2), batches, clip_norm=0.05
     )
@@ -69,11 +70,13 @@ def test_three_steps_equal_one_device(small_model, small_parameters, schedule, r
         clip_norm=0.05,
     )
     found = [float(trainer.step(batch).loss) for batch in batches]
-    np.testing.assert_allclose(found, losses, rtol=1e-5)
+    assert losses[-1] < 0.9 * losses[0]
+    np.testing.assert_allclose(found[:3], losses[:3], rtol=1e-5)
     # Adam divides by the root of the second moment: rounding of small gradients is magnified.
+    np.testing.assert_allclose(found, losses, rtol=1e-4)
     errors = jax.tree.map(relative_error, trainer.parameters(), wanted)
-    assert max(jax.tree.leaves(errors)) < 1e-4, errors
-    assert trainer.step_number == 3
+    assert max(jax.tree.leaves(errors)) < 1e-3, errors
+    assert trainer.step_number == 50
 
 
 def test_every_gradient_leaf_of_the_decoder_equals_one_device():
