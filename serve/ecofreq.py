@@ -1,22 +1,20 @@
-"""EcoFreq: before each iteration, the clock of least predicted energy that keeps the SLO.
+"""EcoFreq: before each iteration, the clock of least cost that keeps the SLO.
 
 For every clock f from the sweet spot up, one batched what-if gives time T(f) and power P(f) of the
-iteration about to run and of the queue behind it. A clock is feasible if
-
-    ITL:   T(f) <= planned_itl                         where the iteration decodes
-    TTFT:  wait_r + T(work up to and with r, f) <= planned_ttft   for each prompt r, queued or not
-
-and of the feasible ones that of least T(f) * P(f) is taken; where none is, the highest. A prompt
-beyond saving at any clock binds nothing, unless such are many: then the queue is drained at the
-maximum. Raising is immediate; lowering waits for a minimum dwell and must clear the bound by a
-margin (hysteresis). An iteration that overruns its prediction sends the clock to the maximum
-(watchdog), and an idle instance falls to its lowest clock.
+iteration about to run and of the queue behind it. Where the iteration decodes, a clock is feasible
+if T(f) keeps the ITL, for the batch as it is and for the one it is growing into. Of the feasible
+ones the cheapest is taken: energy T(f) * P(f), and prompts whose first token would come too late at
+what they are worth (`jaxsys.serve.eco_prompts`); where none is feasible, the highest. Raising is
+immediate; lowering waits for a minimum dwell and must clear the bound by a margin (hysteresis). An
+iteration that overruns its prediction sends the clock to the maximum (watchdog), and an idle
+instance falls to its lowest clock.
 
 The idea is VoltanaLLM's (arXiv 2509.04827); queue-wide deadlines and the watchdog follow DualScale
 (arXiv 2602.18755). What it never does: wait for the clock to change. Setting runs beside the
 critical path, and the clock that really ran is compared with the asked one afterwards.
 """
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
@@ -27,6 +25,7 @@ import numpy as np
 
 from jaxsys.clocks import GpuClocks, SimulatedClocks
 from jaxsys.errors import UsageError
+from jaxsys.serve.eco_prompts import batches_at_hand, prompt_costs_j
 from jaxsys.serve.gpu_model import Load, SimulatedGpu, run_many, simulated_gpu
 from jaxsys.serve.slo import SharedSlo, Slo
 
@@ -83,7 +82,7 @@ class ModelPredictor:
 class EcoFreqConfig:
     """How eagerly the clock follows the load."""
 
-    hysteresis: float = 0.03
+    hysteresis: float = 0.01
     """A lower clock must clear the planned bound by this share."""
     minimum_dwell_s: float = 0.02
     """Time at a clock before it may be lowered; raising never waits."""
@@ -97,12 +96,15 @@ class EcoFreqConfig:
     """... and this share of the prediction on top, so that its usual error is no alarm."""
     watchdog_hold: int = 4
     """Iterations that stay at the maximum after an overrun."""
-    growth_guard: float = 0.3
-    """Decode goes to the maximum clock once a batch larger by this share could not keep the ITL
-    even there: near saturation a slower clock lets the batch grow beyond what any can serve."""
-    lost_share: float = 0.1
-    """Share of the prompts at hand that may be beyond saving before all is run at the maximum
-    clock; up to that share they are let go late, and the clock serves those who can be saved."""
+    growth_guard: float = 0.1
+    """A decode clock must keep the ITL for a batch larger by this share too, and ..."""
+    growth_s: float = 5.0
+    """... by what it grew over about this time: a slower clock lets the batch grow, in the end
+    beyond what any can serve. 0 to look at no growth."""
+    worth: float = 18.0
+    """Worth of a first token in time, in energies that its prompt takes at the lowest clock."""
+    broken_worth: float = 2.75
+    """What remains of `worth` where a large share of the prompts is late at every clock."""
     prefill_budget: int = 8192
     """Prompt tokens an iteration computes: how the queue will be cut."""
     queue_chunks: int = 8
@@ -117,6 +119,10 @@ class EcoFreqConfig:
             "watchdog_s",
             "watchdog_share",
             "watchdog_hold",
+            "growth_guard",
+            "growth_s",
+            "worth",
+            "broken_worth",
         ):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name}={getattr(self, name)} must not be negative")
@@ -131,7 +137,7 @@ class GovernorRecord:
 
     decisions: int = 0
     infeasible: int = 0
-    """Decisions in which no clock met the SLO."""
+    """Decisions in which no clock met the SLO for all at hand."""
     overruns: int = 0
     clamped: int = 0
     """Iterations whose real clock lay below the asked one though it had time to change."""
@@ -200,12 +206,15 @@ class EcoFreq:
         """Predicted time of the iteration last planned."""
         self._clocks_mhz = tuple(sorted(clocks_mhz))
         self._clock_squares = np.array(self._clocks_mhz, float) ** 2
+        self._levels = np.arange(len(self._clocks_mhz))
         self._top = len(self._clocks_mhz) - 1
         self._level = self._top
         self._level_since_s = float("-inf")
         self._hold = 0
         self._idle = False
         self._load = Load()
+        self._usual_batch = 0.0
+        self._batch_seen_s = float("-inf")
         self._predicted_s: dict[int, float] = {}
         self._set(self._top, float("-inf"))
 
@@ -286,102 +295,57 @@ class EcoFreq:
     def _choose(self, iteration: "Iteration", waiting: "Collection[Request]", now_s: float) -> int:
         slo, config = self.slo.current, self.config
         self.record.decisions += 1
-        loads = [self._load]
-        # deadlines_s[k]: times from now by which loads[0..k] should be done, one per prompt.
-        deadlines_s: list[list[float]] = [[]]
-        left_s = slo.planned_ttft_s - now_s
-        queue: list[tuple[int, float]] = []
-        for piece in iteration.prefills:
-            request = piece.request
-            deadline_s = left_s + request.timing.arrival_s
-            if piece.last:
-                deadlines_s[0].append(deadline_s)
-            else:  # the rest of a long prompt comes first of all that waits
-                rest = request.total_length - piece.start - piece.length
-                queue.append((rest, deadline_s))
-        queue += [(r.total_length, left_s + r.timing.arrival_s) for r in waiting]
-        if queue:
-            self._add_queue(loads, deadlines_s, queue)
-        guarded = bool(iteration.decodes) and config.growth_guard > 0
-        if guarded:
-            loads.append(_grown(self._load, 1 + config.growth_guard))
-        times, powers = self.predictor.what_if(loads, self._clocks_mhz)
-        if isinstance(times, np.ndarray):
-            times = times.tolist()
-        if isinstance(powers, np.ndarray):
-            # Where no power was ever read, the lowest feasible clock stands for the thriftiest:
-            # above the sweet spot energy rises with the clock.
-            powers = np.where(np.isnan(powers), self._clock_squares, powers).tolist()
-        budgets_s = self._budgets(times, deadlines_s)
+        loads, deadlines_s = batches_at_hand(
+            self._load,
+            iteration,
+            waiting,
+            left_s=slo.planned_ttft_s - now_s,
+            budget=config.prefill_budget,
+            most=config.queue_chunks,
+        )
+        batches = len(loads)
         if iteration.decodes:
-            budgets_s[0] = min(budgets_s[0], slo.planned_itl_s)
-        best, best_j = -1, float("inf")
-        saturated = guarded and times[-1][self._top] > slo.itl_s
-        for level in range(self._top if saturated else 0, self._top + 1):
-            # Lowering must clear the bound by more, so that the clock does not flutter.
-            share = 1 - config.hysteresis if level < self._level else 1.0
-            done_s, feasible = 0.0, True
-            for row, budget_s in zip(times, budgets_s, strict=False):  # the guard's row is left
-                done_s += row[level]
-                if done_s > budget_s * share:
-                    feasible = False
-                    break
-            energy_j = times[0][level] * powers[0][level]
-            if feasible and energy_j < best_j:
-                best, best_j = level, energy_j
-        if best < 0:
+            loads.append(_grown(self._load, 1 + config.growth_guard + self._growth(now_s)))
+        answers = self.predictor.what_if(loads, self._clocks_mhz)
+        times_s, powers_w = (np.asarray(answer, float) for answer in answers)
+        # Where no power was ever read, the lowest feasible clock stands for the thriftiest: above
+        # the sweet spot energy rises with the clock.
+        powers_w = np.where(np.isnan(powers_w), self._clock_squares, powers_w)
+        # Lowering must clear the bounds by more, so that the clock does not flutter.
+        clearance = np.where(self._levels < self._level, 1 - config.hysteresis, 1.0)
+        costs_j, lost = prompt_costs_j(
+            times_s[:batches],
+            powers_w[:batches],
+            deadlines_s,
+            bound_s=slo.planned_ttft_s,
+            clearance=clearance,
+            worth=config.worth,
+            broken_worth=config.broken_worth,
+        )
+        itl_kept = True
+        if iteration.decodes:
+            bound_s = slo.planned_itl_s * clearance
+            feasible = (times_s[0] <= bound_s) & (times_s[-1] <= slo.itl_s)
+            costs_j[~feasible] = np.inf
+            itl_kept = times_s[0, -1] <= slo.planned_itl_s
+        best = int(np.argmin(costs_j)) if np.isfinite(costs_j).any() else self._top
+        if lost or not itl_kept:
             self.record.infeasible += 1
-            best = self._top
         if self._hold > 0:
             best = self._top
         elif best < self._level and now_s - self._level_since_s < config.minimum_dwell_s:
             best = self._level
-        self.predicted_s = times[0][best]
+        self.predicted_s = float(times_s[0, best])
         return best
 
-    def _budgets(
-        self, times: Sequence[Sequence[float]], deadlines_s: list[list[float]]
-    ) -> list[float]:
-        """Time by which each piece of work must be done, for the sake of those who can be served.
-
-        A prompt that even the maximum clock cannot serve in time binds nothing by itself; where
-        more than `lost_share` of all prompts are lost the queue must be drained, and every one
-        counts: then no clock is feasible and the maximum is taken.
-        """
-        done_s = 0.0
-        budgets_s, lost, total = [], 0, 0
-        for row, deadlines in zip(times, deadlines_s, strict=False):
-            done_s += row[self._top]
-            kept = [deadline for deadline in deadlines if deadline >= done_s]
-            lost += len(deadlines) - len(kept)
-            total += len(deadlines)
-            budgets_s.append(min(kept, default=float("inf")))
-        if lost > self.config.lost_share * total:
-            budgets_s[0] = -1.0
-        return budgets_s
-
-    def _add_queue(
-        self,
-        loads: list[Load],
-        deadlines_s: list[list[float]],
-        queue: "Sequence[tuple[int, float]]",
-    ) -> None:
-        """Cuts the queue as the scheduler will; each entry is tokens and the time left for them."""
-        budget, chunks = self.config.prefill_budget, self.config.queue_chunks
-        tokens = requests = 0
-        deadlines: list[float] = []
-        for length, deadline_s in queue:
-            tokens += length
-            requests += 1
-            deadlines.append(deadline_s)
-            if tokens >= budget and len(loads) <= chunks:
-                loads.append(Load(prefill_tokens=tokens, prefill_requests=requests))
-                deadlines_s.append(deadlines)
-                tokens = requests = 0
-                deadlines = []
-        if requests:
-            loads.append(Load(prefill_tokens=tokens, prefill_requests=requests))
-            deadlines_s.append(deadlines)
+    def _growth(self, now_s: float) -> float:
+        """Share by which the batch lies above its exponential mean over `growth_s`: what it grew
+        by in that time, where it grows steadily."""
+        batch, memory_s = self._load.batch, self.config.growth_s
+        kept = math.exp((self._batch_seen_s - now_s) / memory_s) if memory_s else 0.0
+        self._usual_batch = batch + (self._usual_batch - batch) * kept
+        self._batch_seen_s = now_s
+        return max(0.0, batch - self._usual_batch) / batch
 
     def _set(self, level: int, now_s: float) -> None:
         self._level = level

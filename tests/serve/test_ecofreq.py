@@ -98,9 +98,10 @@ def test_prefill_counts_the_time_already_waited():
 
 def test_prefill_counts_every_queued_request():
     work = iteration([request(1000)])
-    slo = Slo(ttft_s=0.6, reserve=0.0)
+    batch_s = GPU.run(Load(prefill_tokens=1000, prefill_requests=1), CLOCKS[0]).time_s
+    slo = Slo(ttft_s=6.9 * batch_s, reserve=0.0)
     assert Bench(slo).decide(work) == CLOCKS[0]
-    queue = [request(1000) for _ in range(6)]
+    queue = [request(1000) for _ in range(6)]  # seven batches: the last would come too late
     assert Bench(slo, prefill_budget=1000).decide(work, queue) > CLOCKS[0]
 
 
@@ -114,23 +115,57 @@ def test_the_rest_of_a_long_prompt_counts():
     assert Bench(Slo(ttft_s=0.9 * whole_s, reserve=0.0)).decide(work) > CLOCKS[0]
 
 
-def test_one_prompt_beyond_saving_does_not_bind_but_many_do():
+def test_prompts_beyond_saving_do_not_bind():
     fresh = [request(50, arrival_s=1.0) for _ in range(19)]
     late = request(50, arrival_s=0.0)
-    bench = Bench(Slo(ttft_s=0.6, reserve=0.0), lost_share=0.1)
+    bench = Bench(Slo(ttft_s=0.6, reserve=0.0))
     bench.now = 1.0  # the late one is over its bound already
     assert bench.decide(iteration([late, *fresh])) == CLOCKS[0]
-    assert bench.decide(iteration([late, late, late, *fresh])) == CLOCKS[-1]
     assert bench.governor.record.infeasible == 1
 
 
-def test_near_saturation_the_batch_is_not_let_grow():
-    # Just servable at the maximum clock with 30 % more: at a lower one it would grow further.
-    bound_s = decode_s(391, 117_001, CLOCKS[-1])
-    calm = Bench(Slo(itl_s=bound_s * 1.01, reserve=0.0), growth_guard=0.3)
-    assert calm.decide(iteration(batch=300, kv_tokens=90_000)) < CLOCKS[-1]
-    tense = Bench(Slo(itl_s=bound_s * 0.99, reserve=0.0), growth_guard=0.3)
-    assert tense.decide(iteration(batch=300, kv_tokens=90_000)) == CLOCKS[-1]
+def test_a_first_token_in_time_is_bought_at_what_it_is_worth():
+    work = iteration([request(50) for _ in range(20)])
+    load = Load(prefill_tokens=1000, prefill_requests=20)
+    # In time only at the highest clock, whose iteration takes 1.5 times the lowest's energy.
+    bound_s = (GPU.run(load, CLOCKS[-1]).time_s + GPU.run(load, CLOCKS[-2]).time_s) / 2
+    slo = Slo(ttft_s=bound_s, reserve=0.0)
+    low_j, high_j = (GPU.run(load, mhz).energy_j for mhz in (CLOCKS[0], CLOCKS[-1]))
+    fair = (high_j - low_j) / low_j  # of all twenty together
+    assert Bench(slo, worth=1.01 * fair, broken_worth=1.01 * fair).decide(work) == CLOCKS[-1]
+    assert Bench(slo, worth=0.99 * fair, broken_worth=0.99 * fair).decide(work) < CLOCKS[-1]
+
+
+def test_a_backlog_is_drained_as_far_as_those_to_come_are_worth_it():
+    now = 10.0
+    # Prompts come as fast as they can be served, and all at hand are late whatever is done.
+    queue = [request(4000, arrival_s=7.0 + 0.2 * k) for k in range(12)]
+    clocks = {}
+    for worth in (0.0, 12.0):
+        bench = Bench(Slo(ttft_s=0.6, reserve=0.0), worth=worth, broken_worth=worth)
+        bench.now = now
+        clocks[worth] = bench.decide(iteration([request(4000, arrival_s=7.0)]), queue)
+    assert clocks[0.0] == CLOCKS[0] and clocks[12.0] == CLOCKS[-1]
+
+
+def test_a_decode_clock_must_bear_a_larger_batch():
+    batch, kv = 300, 90_000
+    grown = Load(batch=int(batch * 1.1) + 1, kv_tokens=int(kv * 1.1))
+    bound_s = GPU.run(grown, CLOCKS[2]).time_s
+    for share, level in ((1.01, 2), (0.99, 3)):
+        bench = Bench(Slo(itl_s=bound_s * share, reserve=0.0), growth_guard=0.1)
+        assert bench.decide(iteration(batch=batch, kv_tokens=kv)) == CLOCKS[level]
+
+
+def test_a_growing_batch_is_met_ahead():
+    slo = Slo(itl_s=decode_s(230, 69_000, CLOCKS[0]), reserve=0.0)
+    steady, growing = Bench(slo, growth_s=5.0), Bench(slo, growth_s=5.0)
+    for step in range(11):
+        steady.now = growing.now = 1.0 + step
+        steady.decide(iteration(batch=200, kv_tokens=60_000))
+        growing.decide(iteration(batch=100 + 10 * step, kv_tokens=300 * (100 + 10 * step)))
+    assert steady.governor.clock_mhz == CLOCKS[0]  # the same batch now, but not the same course
+    assert growing.governor.clock_mhz > CLOCKS[0]
 
 
 def test_raising_is_immediate_and_lowering_waits_for_the_dwell():
