@@ -118,7 +118,7 @@ def test_the_rest_of_a_long_prompt_counts():
 def test_prompts_beyond_saving_do_not_bind():
     fresh = [request(50, arrival_s=1.0) for _ in range(19)]
     late = request(50, arrival_s=0.0)
-    bench = Bench(Slo(ttft_s=0.6, reserve=0.0))
+    bench = Bench(Slo(ttft_s=0.6, reserve=0.0), worth=4.0, broken_worth=4.0)
     bench.now = 1.0  # the late one is over its bound already
     assert bench.decide(iteration([late, *fresh])) == CLOCKS[0]
     assert bench.governor.record.infeasible == 1
