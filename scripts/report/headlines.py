@@ -1,0 +1,309 @@
+"""The headline figures, each with its source's claim and the commands that make it."""
+
+import tables
+from headline import Headline, Run
+
+WEIPIPE = "WeiPipe (PPoPP 2025, abstract)"
+ZERO_BUBBLE = "Zero Bubble (its authors' repository)"
+CATFLOW = "CATFlow"
+VOLTANA = "VoltanaLLM (arXiv 2509.04827)"
+
+STEP = "scripts/bench_train step"
+ONE = f"{STEP} --devices 1 --microbatches 4"
+
+
+def planner(study: str) -> Run:
+    return Run(name=study, commands=(f"scripts/bench_planner {study}",))
+
+
+def energy(study: str) -> Run:
+    command = f"scripts/bench_energy {study} --data {{traces}}"
+    return Run(name=study, traces=True, commands=(command,))
+
+
+HEADLINES = (
+    Headline(
+        title="WeiPipe against 1F1B and FSDP on GPUs",
+        kind="measured",
+        claim=f"{WEIPIPE}: WeiPipe-Interleave 30.9 % over the best pipeline with NVLink and 82 % "
+        "with PCIe and InfiniBand, up to 32 GPUs; scales better than FSDP.",
+        files=("train_step_*.json",),
+        only=lambda row: row["devices"] > 1,
+        show=tables.steps,
+        runs=(
+            Run(
+                name="ring",
+                gpus=2,
+                commands=(
+                    (
+                        f"{STEP} --devices {{gpus}} --label {{gpu}}x{{gpus}}_16k --unroll "
+                        "--schedules weipipe-interleave 1f1b-overlap zb-h1 zero-3 gspmd-fsdp"
+                    ),
+                ),
+            ),
+        ),
+    ),
+    Headline(
+        title="WeiPipe against 1F1B and FSDP over a slow network",
+        kind="measured",
+        claim=f"{WEIPIPE}: 82 % over the best pipeline where links are slow. Counting bytes, a "
+        "ring and a pipeline send as much as each other at G S = 18 H L/P; beyond, the ring sends "
+        "less.",
+        files=("network*.json",),
+        show=tables.network,
+        pictures=("results/network.png",),
+        runs=(Run(name="network", root=True, commands=("scripts/bench_network",)),),
+    ),
+    Headline(
+        title="What the lowering costs on one GPU",
+        kind="measured",
+        claim="none; a plain `jax.jit` step with FSDP shardings (`gspmd-fsdp`) is what it is held "
+        "to. Nothing travels on one GPU.",
+        files=("train_step_*.json",),
+        only=lambda row: row["devices"] == 1,
+        show=tables.steps,
+        pictures=("docs/train_gpu.png",),
+        runs=(
+            Run(
+                name="train",
+                gpus=1,
+                commands=(
+                    (
+                        f"{ONE} --label {{gpu}}_16k_dp --schedules dp --unroll "
+                        "--recompute none selective block"
+                    ),
+                    (
+                        f"{ONE} --label {{gpu}}_16k_looped --schedules dp gspmd-fsdp "
+                        "--recompute none block"
+                    ),
+                    (
+                        f"{ONE} --label {{gpu}}_16k_fsdp --schedules gspmd-fsdp "
+                        "--recompute none block"
+                    ),
+                    (
+                        f"{STEP} --devices 1 --microbatches 1 --sequence-lengths 65536 "
+                        "--label {gpu}_64k --schedules dp gspmd-fsdp --recompute block"
+                    ),
+                    "scripts/plot_train",
+                ),
+            ),
+        ),
+    ),
+    Headline(
+        title="One block against its products and attention",
+        kind="measured",
+        claim="none; the floor is the time of the block's products and attention, each run alone.",
+        files=("train_block_*.json",),
+        show=tables.block,
+        runs=(
+            Run(
+                name="block",
+                gpus=1,
+                commands=("scripts/bench_train block --unroll --recompute none selective block",),
+            ),
+        ),
+    ),
+    Headline(
+        title="The longest context that trains",
+        kind="measured",
+        claim="WeiPipe (PPoPP 2025) names long-context training in its title; its abstract has no "
+        "figure.",
+        files=("long_context_*.json",),
+        show=tables.long_context,
+        runs=(
+            Run(
+                name="long-context",
+                gpus=1,
+                commands=(
+                    (
+                        "scripts/bench_long_context --devices {gpus} "
+                        "--schedules dp weipipe-interleave gspmd-fsdp"
+                    ),
+                ),
+            ),
+        ),
+    ),
+    Headline(
+        title="Serving latency",
+        kind="measured",
+        claim="ML.ENERGY benchmark v3, vLLM with Llama-3.1-8B on one H100, prefill in the same "
+        "batches: last column.",
+        files=("serve_*.json",),
+        only=lambda row: row.get("study") in ("decode", "prefill"),
+        show=tables.serving,
+        pictures=("docs/serving_h100.png",),
+        runs=(
+            Run(name="serve", gpus=1, commands=("scripts/bench_serve gpu", "scripts/plot_serve")),
+        ),
+    ),
+    Headline(
+        title="What deciding costs",
+        kind="measured",
+        claim=f"{VOLTANA}: a decision takes less than 1 ms.",
+        files=("energy_decisions.json",),
+        show=tables.decisions,
+        runs=(energy("decisions"),),
+    ),
+    Headline(
+        title="Kills at random moments",
+        kind="measured",
+        claim="none; a killed and resumed run must compute what an uninterrupted one does.",
+        files=("crash_test.json",),
+        show=tables.crashes,
+        runs=(Run(name="crash", commands=("scripts/crash_test",)),),
+    ),
+    Headline(
+        title="Predicted against measured steps",
+        kind="measured",
+        claim="none.",
+        files=("planner_measure_*.json",),
+        show=tables.predicted_steps,
+        runs=(
+            Run(
+                name="measure",
+                gpus=2,
+                commands=(
+                    "jaxsys profile-cluster --devices {gpus} --out out/reproduce/profile.json",
+                    (
+                        "scripts/bench_planner measure --devices {gpus} --link nvlink "
+                        "--profile out/reproduce/profile.json"
+                    ),
+                ),
+            ),
+        ),
+    ),
+    Headline(
+        title="Simulated against live serving",
+        kind="measured",
+        claim=f"{VOLTANA}: mean error of predicted TTFT 7 to 14 ms, of ITL 2 to 3 ms.",
+        files=("energy_live*.json",),
+        show=tables.live,
+        runs=(
+            Run(
+                name="live",
+                gpus=2,
+                traces=True,
+                server=True,
+                commands=(
+                    "scripts/bench_energy_live --trace {traces}/AzureLLMInferenceTrace_conv.csv",
+                ),
+            ),
+        ),
+    ),
+    Headline(
+        title="Bubbles of the schedules",
+        kind="simulated",
+        claim=f"{WEIPIPE} speaks of minimal bubbles for WZB1 and WZB2, without a figure. "
+        f"{ZERO_BUBBLE}: with equal times ZB-H1 has a third of 1F1B's bubble in the same memory, "
+        "ZB-H2 none in twice as much.",
+        files=("schedules.json",),
+        show=tables.bubbles,
+        pictures=("docs/schedules/weipipe-interleave.png",),
+        runs=(
+            Run(
+                name="schedules",
+                commands=(
+                    "scripts/table_schedules --out results/schedules.json",
+                    "scripts/plot_schedules",
+                ),
+            ),
+        ),
+    ),
+    Headline(
+        title="Could a ring plan be shorter",
+        kind="simulated",
+        claim="none; *least found* is a lower bound by exhaustive search with equal times.",
+        files=("search_wzb.json",),
+        show=tables.ring_search,
+        runs=(
+            Run(
+                name="ring-search",
+                commands=("scripts/search_wzb --out results/search_wzb.json",),
+            ),
+        ),
+    ),
+    Headline(
+        title="ZeRO-3.5 and ZeRO-4 against ZeRO-3 and ZeRO-2",
+        kind="simulated",
+        claim=f"{CATFLOW}: ZeRO-4 39.1 % faster than ZeRO-3, with 36.6 % less memory than ZeRO-2. "
+        "The ZeRO-3 of its public sweep hardly prefetches; the one here does, and then keeping and "
+        "deferring alone cannot gain more than 50 %.",
+        files=("planner_zero.json",),
+        show=tables.zero,
+        pictures=("docs/planner_zero.png",),
+        runs=(planner("zero"),),
+    ),
+    Headline(
+        title="Strategies that the search rediscovers",
+        kind="simulated",
+        claim=f"{CATFLOW}: a search over trajectories of data, from plain data parallelism, finds "
+        "the known strategies again.",
+        files=("planner_regimes.json",),
+        show=tables.rediscovery,
+        runs=(planner("regimes"),),
+    ),
+    Headline(
+        title="The best strategy by link, tokens and memory",
+        kind="simulated",
+        claim="none.",
+        files=("planner_map.json",),
+        show=tables.strategy_map,
+        pictures=("docs/planner_map.png",),
+        runs=(planner("map"),),
+    ),
+    Headline(
+        title="A search over 64 devices",
+        kind="simulated",
+        claim="Unity (OSDI 2022) states less than 20 minutes for its search, on up to 192 GPUs.",
+        files=("planner_sweep.json",),
+        show=tables.sweep,
+        runs=(planner("sweep"),),
+    ),
+    Headline(
+        title="Is the published serving experiment met",
+        kind="simulated",
+        claim=f"{VOLTANA}: energy and attainment of four A100 at two static clocks. The simulated "
+        "GPU was fitted to them, so this is an error of fit, not of prediction.",
+        files=("energy_calibration.json",),
+        show=tables.calibration,
+        pictures=("results/energy_calibration.png",),
+        runs=(energy("calibration"),),
+    ),
+    Headline(
+        title="Energy against the maximum clock at equal attainment",
+        kind="simulated",
+        claim=f"{VOLTANA}: up to 36.3 % less energy than the static maximum clock; second column "
+        "by rate, read off its plot.",
+        files=("energy_published.json",),
+        only=lambda row: row["clocks"] == "ten",
+        show=tables.savings,
+        pictures=("results/energy_published.png",),
+        runs=(energy("published"),),
+    ),
+    Headline(
+        title="Energy on other traces, models and GPUs",
+        kind="simulated",
+        claim="none.",
+        files=("energy_matrix.json",),
+        show=tables.matrix,
+        pictures=("results/energy_matrix.png",),
+        runs=(energy("matrix"),),
+    ),
+    Headline(
+        title="Energy on 64 instances",
+        kind="simulated",
+        claim="none.",
+        files=("energy_day.json",),
+        show=tables.day,
+        runs=(energy("day"),),
+    ),
+    Headline(
+        title="What changes the saving",
+        kind="simulated",
+        claim="none.",
+        files=("energy_ablation.json",),
+        show=tables.ablation,
+        pictures=("results/energy_ablation.png",),
+        runs=(energy("ablation"),),
+    ),
+)

@@ -1,0 +1,345 @@
+"""How each kind of result is shown: result files in, Markdown out."""
+
+from collections.abc import Sequence
+
+from headline import Result, Row, number, table
+
+EQUAL_POINTS = 0.5
+"""Attainment is equal where neither TTFT's nor ITL's is further below the maximum clock's."""
+
+VLLM_ITL_MS = {8: 7.3, 64: 11.5, 128: 16.5, 256: 26.1}
+"""ML.ENERGY benchmark v3: vLLM, Llama-3.1-8B, one H100, with prefill in the same batches."""
+
+
+def steps(results: Sequence[Result]) -> str:
+    """Whole training steps, fastest first within a device count and length."""
+    rows = [(row, result) for result in results for row in result.rows if "failed" not in row]
+    rows.sort(key=lambda pair: (pair[0]["devices"], pair[0]["sequence_length"], pair[0]["step_s"]))
+    return table(
+        ["GPUs", "tokens", "schedule", "layers", "recompute", "step (s)", "model TFLOP/s a GPU",
+         "temporary GiB"],
+        [[row["devices"], f"{row['sequence_length']:,}", f"`{row['schedule']}`",
+          "written out" if result.record["config"].get("unroll") else "looped", row["recompute"],
+          number(row["step_s"], ".3f"), number(row["model_tflops_per_gpu"]),
+          number(row["temp_gib"])] for row, result in rows],
+    )  # fmt: skip
+
+
+def block(results: Sequence[Result]) -> str:
+    return table(
+        ["recompute", "ms a layer", "products and attention alone (ms)", "their share"],
+        [[row["recompute"], number(row["ms_per_layer"]), number(row["floor_ms"]),
+          f"{100 * row['floor_share']:.0f} %"]
+         for result in results for row in result.rows],
+    )  # fmt: skip
+
+
+def network(results: Sequence[Result]) -> str:
+    """One table a file, as hosts and shapes may differ between files."""
+    return "\n\n".join(f"{_hosts(result)}\n\n{_over_the_ring(result.rows)}" for result in results)
+
+
+def _hosts(result: Result) -> str:
+    config = result.record["config"]
+    return (
+        f"{config['hosts']} hosts of {config['cpu_share']:g} cores each, hidden size "
+        f"{config['hidden']}, sequences of {config['sequence_length']} tokens "
+        f"({result.name.removesuffix('.json')})."
+    )
+
+
+def _over_the_ring(rows: Sequence[Row]) -> str:
+    def place(row: Row) -> tuple[float, float]:
+        return row["mbit_per_s"], row["gs_over_18hlp"]
+
+    ring = {
+        place(row): row["step_s"]
+        for row in rows
+        if row["schedule"] == "weipipe-interleave" and "step_s" in row
+    }
+    cells = []
+    for row in rows:
+        own, base = row.get("step_s"), ring.get(place(row))
+        over = number(own / base, ".2f") if own and base else None
+        step = number(own, ".3f") or row.get("failed")
+        cells.append([*(f"{n:.4g}" for n in place(row)), f"`{row['schedule']}`", step, over])
+    return table(
+        ["Mbit/s a host", "G S / (18 H L/P)", "schedule", "step (s)", "over WeiPipe's"], cells
+    )
+
+
+def long_context(results: Sequence[Result]) -> str:
+    best: dict[tuple, Row] = {}
+    for result in results:
+        for row in result.rows:
+            key = (row["devices"], row["schedule"], row["recompute"])
+            if "failed" not in row and (
+                key not in best or row["sequence_length"] > best[key]["sequence_length"]
+            ):
+                best[key] = row
+    return table(
+        ["GPUs", "schedule", "recompute", "longest context", "tokens/s a GPU", "TFLOP/s a GPU"],
+        [[key[0], f"`{key[1]}`", key[2], f"{row['sequence_length']:,}",
+          number(row["tokens_per_s_per_gpu"], ",.0f"), number(row["tflops_per_gpu"], ".0f")]
+         for key, row in sorted(best.items())],
+    )  # fmt: skip
+
+
+def bubbles(results: Sequence[Result]) -> str:
+    (result,) = results
+    config = result.record["config"]
+    text = table(
+        ["schedule", "bubble (%), in lockstep", "coupled", "eager sends", "stages held"],
+        [[f"`{row['schedule']}`", *(number(row[f"equal_{mode}_pct"])
+          for mode in ("lockstep", "coupled", "eager")), f"{row['held_stages']:g}"]
+         for row in result.rows],
+    )  # fmt: skip
+    return (
+        f"P = {config['devices']}, M = {config['microbatches']}, equal times, a link that takes no "
+        f"time; the three clocks are explained beside the [formulas](schedules.md).\n\n{text}"
+    )
+
+
+def ring_search(results: Sequence[Result]) -> str:
+    names = ("interleave", "wzb1", "wzb2", "wzb2-paired")
+    rows = [row for result in results for row in result.rows if row["times"] == "1/1/1"]
+    largest = {row["devices"]: row["microbatches"] for row in rows}
+    return table(
+        ["P, M", "ticks cost", "held", "ideal", "least found", *names],
+        [[f"{row['devices']}, {row['microbatches']}", row["tick_cost"], row["held"], row["ideal"],
+          row["best"], *(row[name] for name in names)]
+         for row in rows if row["microbatches"] == largest[row["devices"]]],
+    )  # fmt: skip
+
+
+def zero(results: Sequence[Result]) -> str:
+    return table(
+        ["gather / forward", "ZeRO-3.5 over ZeRO-3", "ZeRO-4 over ZeRO-3", "found over ZeRO-3",
+         "ZeRO-4 over ZeRO-2", "memory below ZeRO-2"],
+        [[f"{row['gather_over_forward']:g}", number(row["zero_3_5_speedup_over_zero_3"], ".2f"),
+          number(row["zero_4_speedup_over_zero_3"], ".2f"),
+          number(row["found_speedup_over_zero_3"], ".2f"),
+          number(row["zero_4_speedup_over_zero_2"], ".2f"),
+          f"{row['zero_4_memory_below_zero_2_pct']:.1f} %"]
+         for result in results for row in result.rows],
+    )  # fmt: skip
+
+
+def rediscovery(results: Sequence[Result]) -> str:
+    rows = [row for result in results for row in result.rows]
+    same = sum(row["expected"] == row["found"] for row in rows)
+    text = table(
+        ["expected", "found", "next best, slower by", "plans tried", "CPU (s)", "where"],
+        [[f"`{row['expected']}`", f"`{row['found']}`",
+          f"`{row['next']}`, {row['next_slower_pct']:.1f} %", f"{row['plans_evaluated']:,}",
+          number(row["cpu_s"]), row["reason"]] for row in rows],
+    )  # fmt: skip
+    return f"{same} of {len(rows)} found, each searched from plain data parallelism.\n\n{text}"
+
+
+def strategy_map(results: Sequence[Result]) -> str:
+    (result,) = results
+    config = result.record["config"]
+    links = sorted({row["link_gb_per_s"] for row in result.rows})
+    by: dict[tuple, dict[float, str]] = {}
+    for row in result.rows:
+        key = (row["memory_gib"], row["tokens_per_microbatch"])
+        name = f"`{row['strategy']}`" + (f" x tp{row['features']}" if row["features"] > 1 else "")
+        by.setdefault(key, {})[row["link_gb_per_s"]] = name if row["fits"] else "nothing fits"
+    text = table(
+        ["GiB", "tokens", *(f"{link:g} GB/s" for link in links)],
+        [[memory, f"{tokens:,}", *(cells.get(link) for link in links)]
+         for (memory, tokens), cells in by.items()],
+    )  # fmt: skip
+    return f"{config['model']} on {config['devices']} x {config['device']}.\n\n{text}"
+
+
+def sweep(results: Sequence[Result]) -> str:
+    (result,) = results
+    record, config = result.record, result.record["config"]
+    best: dict[str, Row] = {}
+    for row in result.rows:
+        best.setdefault(row["strategy"], row)
+    text = table(
+        ["strategy", "step (s)", "peak GiB", "plan"],
+        [[f"`{name}`", number(row["step_s"], ".3f"), number(row["peak_gib"]), row["plan"]]
+         for name, row in best.items()],
+    )  # fmt: skip
+    return (
+        f"{config['model']}, {config['sequences']} sequences of {config['sequence_length']:,} "
+        f"tokens on {config['cluster']}: {record['plans_evaluated']:,} plans in "
+        f"{record['cpu_s']:.0f} s of CPU time ({record['wall_s']:.0f} s by the clock).\n\n{text}"
+    )
+
+
+def predicted_steps(results: Sequence[Result]) -> str:
+    cells = []
+    for result in results:
+        errors = sorted(row["prediction_error_pct"] for row in result.rows)
+        memory = [
+            100 * abs(row["predicted_peak_gib"] / row["peak_gib"] - 1)
+            for row in result.rows
+            if row.get("peak_gib") and row.get("predicted_peak_gib")
+        ]
+        cells.append(
+            [result.record["config"]["link"], result.record["config"]["devices"], len(errors),
+             number(errors[len(errors) // 2]), number(errors[-1]),
+             number(sorted(memory)[len(memory) // 2]) if memory else None]
+        )  # fmt: skip
+    return table(
+        ["link", "devices", "plans", "median error of step time (%)", "largest (%)",
+         "median error of peak memory (%)"],
+        cells,
+    )  # fmt: skip
+
+
+def calibration(results: Sequence[Result]) -> str:
+    (result,) = results
+    record = result.record
+    return table(
+        ["figure of the published static runs", "mean error (%)", "largest error (%)"],
+        [["energy of the run", number(record["energy_error_mean_pct"]),
+          number(record["energy_error_pct"])],
+         ["TTFT attainment", number(record["ttft_attainment_error_mean_pct"]),
+          number(record["ttft_attainment_error_pct"])]],
+    )  # fmt: skip
+
+
+def live(results: Sequence[Result]) -> str:
+    return table(
+        ["figure", "measured", "simulated", "error (%)"],
+        [[row["figure"], number(row["measured"], ".4g"), number(row["simulated"], ".4g"),
+          number(row["prediction_error_pct"], "+.1f")]
+         for result in results for row in result.rows],
+    )  # fmt: skip
+
+
+def savings(results: Sequence[Result]) -> str:
+    """At each rate the most saved by a policy whose attainment equals the maximum clock's."""
+    cells = []
+    for row in (row for result in results for row in result.rows):
+        most = row["policies"]["max"]
+        kept = {
+            name: policy
+            for name, policy in row["policies"].items()
+            if name != "max" and _attains(policy, most)
+        }
+        name = max(kept, key=lambda name: kept[name]["energy_saving_pct"], default=None)
+        best = kept[name] if name else None
+        both = row["policies"]["both-energy"]
+        cells.append(
+            [f"{row['rate_per_s']:g}", number(row["published_saving_pct"]),
+             number(best["energy_saving_pct"]) if best else "none", f"`{name}`" if name else None,
+             _attainment(best) if best else None, _attainment(most),
+             f"{both['energy_saving_pct']:.1f} at {_attainment(both)}"]
+        )  # fmt: skip
+    text = table(
+        ["requests/s", "published saving (%)", "ours, equal attainment (%)", "policy",
+         "its TTFT / ITL ok (%)", "maximum clock's", "`both-energy`, whatever it attains"],
+        cells,
+    )  # fmt: skip
+    return (
+        f"Equal: neither TTFT nor ITL attainment more than {EQUAL_POINTS} points below the maximum "
+        f"clock's.\n\n{text}"
+    )
+
+
+def _attains(policy: Row, most: Row) -> bool:
+    return all(
+        policy[key] >= most[key] - EQUAL_POINTS
+        for key in ("ttft_attainment_pct", "itl_attainment_pct")
+    )
+
+
+def _attainment(policy: Row) -> str:
+    return f"{policy['ttft_attainment_pct']:.1f} / {policy['itl_attainment_pct']:.1f}"
+
+
+def matrix(results: Sequence[Result]) -> str:
+    cells = []
+    for row in (row for result in results for row in result.rows):
+        most, both = row["policies"]["max"], row["policies"]["both-energy"]
+        cells.append(
+            [row["gpu"] + ("*" if row["extrapolated"] else ""), row["model"], row["trace"],
+             row["load"], number(both["energy_saving_pct"]), _attainment(both), _attainment(most),
+             "yes" if _attains(both, most) else "no"]
+        )  # fmt: skip
+    text = table(
+        ["GPU", "model", "trace", "load", "saving (%)", "TTFT / ITL ok (%)", "maximum clock's",
+         "equal"],
+        cells,
+    )  # fmt: skip
+    return f"Policy `both-energy`; * marks constants extrapolated from data sheets.\n\n{text}"
+
+
+def decisions(results: Sequence[Result]) -> str:
+    (result,) = results
+    text = table(
+        ["decision", "median (us)", "p99 (us)"],
+        [[f"`{row['decision']}`", number(row["cpu_p50_us"], ".0f"),
+          number(row["cpu_p99_us"], ".0f")] for row in result.rows],
+    )  # fmt: skip
+    return f"CPU time of the deciding thread; {result.record['config']['other_load']}.\n\n{text}"
+
+
+def day(results: Sequence[Result]) -> str:
+    (result,) = results
+    config = result.record["config"]
+    text = table(
+        ["policy", "J a token", "of it idle (%)", "TTFT / ITL ok (%)", "replay CPU (s)"],
+        [[f"`{row['policy']}`", number(row["energy_j_per_token"], ".2f"),
+          number(row["idle_energy_pct"]), _attainment(row), number(row["cpu_s"])]
+         for row in result.rows],
+    )  # fmt: skip
+    return (
+        f"{config['trace']}, {config['instances']}, {config['requests']:,} requests in "
+        f"{config['seconds']:.0f} s: {result.record['energy_saving_pct']:.1f} % saved.\n\n{text}"
+    )
+
+
+def serving(results: Sequence[Result]) -> str:
+    parts = []
+    for result in results:
+        decode = [row for row in result.rows if row["study"] == "decode"]
+        prefill = [row for row in result.rows if row["study"] == "prefill"]
+        parts += [f"{result.record['config']['model']} ({result.name}):", _decode(decode)]
+        parts += [_prefill(prefill)] if prefill else []
+    return "\n\n".join(parts)
+
+
+def _decode(rows: Sequence[Row]) -> str:
+    return table(
+        ["weights", "batch", "context", "ms between tokens", "p99", "over the floor", "J a token",
+         "public vLLM (ms)"],
+        [[row["weights"], row["batch"], row["context"], number(row["itl_ms"], ".2f"),
+          number(row["itl_p99_ms"], ".2f"), number(row["itl_floor_ratio"], ".2f"),
+          number(row.get("energy_j_per_token"), ".3g"),
+          number(VLLM_ITL_MS.get(row["batch"])) if row["weights"] == "bfloat16" else None]
+         for row in rows],
+    )  # fmt: skip
+
+
+def _prefill(rows: Sequence[Row]) -> str:
+    return table(
+        ["prompt", "pieces of", "prefill (ms)", "tokens/s", "of the rate of a large product (%)"],
+        [[row["prompt"], row["piece"], number(row["prefill_ms"]),
+          number(row["tokens_per_s"], ",.0f"), number(100 * row["matmul_rate_share"], ".0f")]
+         for row in rows],
+    )  # fmt: skip
+
+
+def crashes(results: Sequence[Result]) -> str:
+    return table(
+        ["kills", "during a save", "files cut short", "steps", "losses that differ", "faults"],
+        [[row["kills"], row["kills_during_a_save"], row["files_cut_short"], row["steps"],
+          row["losses_that_differ"], len(row["faults"])]
+         for result in results for row in result.rows],
+    )  # fmt: skip
+
+
+def ablation(results: Sequence[Result]) -> str:
+    return table(
+        ["varied", "value", "saving (%)", "TTFT / ITL ok (%)"],
+        [[row["study"], row["value"], number(row["energy_saving_pct"]), _attainment(row)]
+         for result in results for row in result.rows],
+    )  # fmt: skip

@@ -1,0 +1,122 @@
+"""docs/RESULTS.md is what its result files say, and none of them is left out."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxsys.results import write_result
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs/RESULTS.md"
+
+
+@pytest.fixture
+def report(monkeypatch):
+    """The modules of scripts/report."""
+    monkeypatch.syspath_prepend(ROOT / "scripts/report")
+    names = ("headline", "tables", "headlines", "page")
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield {name: importlib.import_module(name) for name in names}
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+def test_the_page_is_up_to_date(report):
+    fresh = report["page"].render(report["headlines"].HEADLINES, ROOT, PAGE)
+    assert PAGE.read_text() == fresh, "run scripts/reproduce --report-only"
+
+
+def test_every_result_file_is_on_the_page():
+    text = PAGE.read_text()
+    files = sorted((ROOT / "results").glob("*.json"))
+    assert files
+    assert [path.name for path in files if path.name not in text] == []
+
+
+def test_figures_of_a_new_result_appear_and_say_their_hardware(report, tmp_path):
+    """A ring over two devices is a row of its own table, not of the one for single devices."""
+    results = tmp_path / "results"
+    row = {
+        "schedule": "weipipe-interleave",
+        "recompute": "none",
+        "sequence_length": 4096,
+        "step_s": 1.25,
+        "model_tflops_per_gpu": 321.4,
+        "temp_gib": 3.5,
+    }
+    for devices in (1, 2):
+        path = write_result(
+            results / f"train_step_{devices}.json",
+            benchmark="train_step",
+            kind="measured",
+            config={"unroll": True},
+            rows=[row | {"devices": devices}, row | {"devices": devices, "failed": "no room"}],
+        )
+        record = json.loads(path.read_text())
+        record["hardware"]["gpus"] = ["NVIDIA H100, 80 GB"] * devices
+        path.write_text(json.dumps(record))
+    text = report["page"].render(report["headlines"].HEADLINES, tmp_path, tmp_path / "docs/X.md")
+    sections = dict(re.findall(r"^### (.*?)\n(.*?)(?=^###? )", text, re.MULTILINE | re.DOTALL))
+    several = sections["WeiPipe against 1F1B and FSDP on GPUs"]
+    single = sections["What the lowering costs on one GPU"]
+    assert several.count("| 321.4 |") == single.count("| 321.4 |") == 1
+    assert "2 x NVIDIA H100" in several and "train_step_1" not in several
+    assert "1 x NVIDIA H100" in single
+    assert "**Not run yet**: needs 2 or more GPUs." in sections["Predicted against measured steps"]
+
+
+def test_measured_and_simulated_are_apart(report):
+    text = PAGE.read_text().split("\n## Other result files\n")[0]
+    measured, simulated = text.split("\n## Simulated\n")
+    for headline in report["headlines"].HEADLINES:
+        own, other = measured, simulated
+        if headline.kind == "simulated":
+            own, other = other, own
+        assert f"\n### {headline.title}\n" in own and f"\n### {headline.title}\n" not in other
+    for path in (ROOT / "results").glob("*.json"):
+        kind = json.loads(path.read_text())["kind"]
+        assert path.name not in (measured if kind == "simulated" else simulated)
+
+
+def test_a_run_is_made_once_and_resumed(tmp_path, monkeypatch, capsys, report):
+    """What is done is not done again; what failed is, and a machine without GPUs says so."""
+    spec = importlib.util.spec_from_file_location("report", ROOT / "scripts/report/__main__.py")
+    assert spec is not None and spec.loader is not None
+    main = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(main)
+    run = report["headline"].Run
+    calls = []
+
+    def call(line, **_):
+        calls.append(line[1:])
+        return subprocess.CompletedProcess(line, returncode=int(len(calls) == 2))
+
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(main, "ROOT", tmp_path)
+    monkeypatch.setattr(main, "NOTES", tmp_path / "out")
+    monkeypatch.setattr(main.subprocess, "run", call)
+    monkeypatch.setattr(main, "hardware", lambda: {"gpus": []})
+    monkeypatch.setattr(main, "HEADLINES", ())
+    wanted = [
+        run(name="works", commands=("scripts/works --out {gpu}",)),
+        run(name="fails", commands=("scripts/fails", "jaxsys plan")),
+        run(name="gpu", gpus=2, commands=("scripts/never",)),
+    ]
+    monkeypatch.setattr(main, "runs", lambda: wanted)
+    monkeypatch.setattr(sys, "argv", ["reproduce"])
+    assert main.main() == 1
+    assert calls == [
+        [str(tmp_path / "scripts/works"), "--out", "cpu"],
+        [str(tmp_path / "scripts/fails")],
+    ]
+    assert "gpu: needs 2 GPUs, has 0" in capsys.readouterr().out
+    assert main.main() == 0
+    assert calls[2:] == [[str(tmp_path / "scripts/fails")], ["-m", "jaxsys.cli", "plan"]]
+    assert main.main() == 0 and len(calls) == 4
