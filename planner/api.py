@@ -153,6 +153,8 @@ def plan(
     closed = trace_loss(function, params, batch)
     count = len(jax.tree.leaves(params))
     layers = _find_layers(params, function_cost(closed), count)
+    if memory_gib is not None and not memory_gib > 0:
+        raise UsageError(f"memory_gib={memory_gib} must be above 0")
     limit = USABLE_MEMORY * cluster.device.memory_bytes if memory_gib is None else memory_gib * GIB
 
     def workload_of(size: int) -> Workload:

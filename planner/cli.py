@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -33,6 +34,12 @@ GIB = 2**30
 def main(argv: Sequence[str], prog: str) -> int:
     """Runs the command; returns 0, or raises UsageError or RunError."""
     options = _parser(prog).parse_args(argv)
+    for name in ("memory_gib", "search_seconds"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UsageError(
+                f"--{name.replace('_', '-')} {value:g} must be a finite number above 0"
+            )
     config = read_model(options.model)
     measured = None if options.profile is None else load_profile(options.profile)
     if measured is not None and measured.link is None and options.devices > 1:
@@ -47,7 +54,9 @@ def main(argv: Sequence[str], prog: str) -> int:
         node_devices=options.node_devices,
         node_link=None if options.node_link is None else hardware.link(options.node_link),
     )
-    sequence_length = options.sequence_length or min(8192, config.max_positions)
+    sequence_length = options.sequence_length
+    if sequence_length is None:
+        sequence_length = min(8192, config.max_positions)
     microbatches = options.microbatches
     if microbatches is None:
         microbatches = 8 * options.devices

@@ -60,6 +60,8 @@ class Cluster:
             raise UsageError(f"devices={self.devices} must be at least 1")
         if (self.node_devices is None) != (self.node_link is None):
             raise UsageError("a cluster of nodes needs both node_devices and node_link")
+        if self.node_devices is not None and self.node_devices < 1:
+            raise UsageError(f"node_devices={self.node_devices} must be at least 1")
         if self.node_devices is not None and self.devices % self.node_devices:
             raise UsageError(
                 f"node_devices={self.node_devices} does not divide devices={self.devices}"

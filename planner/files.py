@@ -54,6 +54,15 @@ def plan_file(problem: Problem, found: Found, *, request: Mapping[str, Any]) -> 
     }
 
 
+def told_apart(value: Any) -> str:
+    """In words what a JSON value is that was taken for something else."""
+    if isinstance(value, dict) and "tasks" in value and "moves" in value:
+        return " but a schedule: `jaxsys train --schedule` takes it, nothing plans from it"
+    if isinstance(value, dict) and isinstance(value.get("format"), str):
+        return f" but a {value['format']} file"
+    return f": its format must be {FORMAT!r}"
+
+
 def load_plan(path: str | Path, problem: Problem | None = None) -> Plan:
     """Reads a plan file.
 
@@ -71,7 +80,7 @@ def load_plan(path: str | Path, problem: Problem | None = None) -> Plan:
     except ValueError as error:
         raise UsageError(f"plan {path} is not JSON: {error}") from None
     if not isinstance(value, dict) or value.get("format") != FORMAT:
-        raise UsageError(f"{path} is not a plan file: its format must be {FORMAT!r}")
+        raise UsageError(f"{path} is not a plan file{told_apart(value)}")
     if value.get("version") != FORMAT_VERSION:
         raise UsageError(
             f"plan {path} has version {value.get('version')!r}; this jaxsys reads version "

@@ -128,7 +128,7 @@ def compare(
     link = cluster.group(devices)
     if memory_bytes is None:
         memory_bytes = USABLE_MEMORY * device.memory_bytes
-    if memory_bytes <= 0:
+    if not memory_bytes > 0:
         raise UsageError(f"memory of {memory_bytes / 2**30:.3g} GiB must be above 0")
     precision = precision or Precision()
     rows, refused = [], []

@@ -236,7 +236,8 @@ def load_profile(path: str | Path) -> Profile:
     except ValueError as error:
         raise UsageError(f"profile {path} is not JSON: {error}") from None
     if not isinstance(value, dict) or value.get("format") != FORMAT:
-        raise UsageError(f"{path} is not a profile: its format must be {FORMAT!r}")
+        what = value.get("format") if isinstance(value, dict) else None
+        raise UsageError(f"{path} is not a profile: its format is {what!r}, not {FORMAT!r}")
     if value.get("version") != FORMAT_VERSION:
         raise UsageError(
             f"profile {path} has version {value.get('version')!r}; this jaxsys reads version "

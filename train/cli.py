@@ -13,7 +13,7 @@ from jaxsys.lowering import RECOMPUTE_POLICIES
 from jaxsys.model import ByteTokenizer, Tokenizer, initial_parameters, layered, preset
 from jaxsys.model.save import check_target, save_safetensors
 from jaxsys.strategies import NAMES
-from jaxsys.train import corpus, samples
+from jaxsys.train import corpus, plan_file, samples
 from jaxsys.train.hosts import Hosts, choose_devices, join
 from jaxsys.train.layout import lay_out
 from jaxsys.train.loader import Batches
@@ -41,14 +41,28 @@ def parser(prog: str) -> argparse.ArgumentParser:
         help=f"{', '.join(NAMES)}, a plan's or schedule's .json, or auto: ask the planner "
         "(default weipipe-interleave; dp on one device)",
     )
-    how.add_argument("--devices", type=int, help="default: all GPUs, else 4 virtual CPU devices")
+    how.add_argument(
+        "--devices",
+        type=int,
+        help="default: as many as a plan's or schedule's file is for, else all GPUs, else 4 "
+        "virtual CPU devices",
+    )
     how.add_argument("--replicas", type=int, help="rings side by side (default 1)")
-    how.add_argument("--microbatches", type=int, help="of one ring and step (default 2 a device)")
+    how.add_argument(
+        "--microbatches",
+        type=int,
+        help="of one ring and step (default 2 a device, or as a file says)",
+    )
     how.add_argument("--dtype", default="float32", help="of compute: float32 or bfloat16")
     how.add_argument(
         "--recompute",
         choices=RECOMPUTE_POLICIES,
         help="what the backward pass computes again (default block, or as a plan says)",
+    )
+    how.add_argument(
+        "--memory-gib",
+        type=float,
+        help="refuse a step predicted to need more on a device (default: what it has; inf: never)",
     )
     what = result.add_argument_group("what the result depends on")
     what.add_argument("--microbatch-size", type=int, help="sequences (default 4)")
@@ -97,6 +111,10 @@ def main(argv: list[str], prog: str) -> int:
         processes=arguments.processes,
         process=arguments.process,
     )
+    if arguments.devices is None and arguments.schedule is not None:
+        arguments.devices = plan_file.devices_of(
+            arguments.schedule, replicas=arguments.replicas or 1
+        )
     join(hosts, devices=arguments.devices)
     try:
         report = train(arguments, hosts)
@@ -175,6 +193,7 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
         compute_dtype=recipe.compute_dtype,
         recompute=layout.recompute,
         clip_norm=arguments.clip_norm,
+        memory_gib=arguments.memory_gib,
         non_finite=arguments.non_finite,
         settings=recipe.settings(data=training.fingerprint()),
         flops_per_token=llama_flops_per_token(config, recipe.sequence_length),

@@ -64,4 +64,4 @@ def _read(path: str | Path) -> Schedule:
     except OSError as error:
         raise UsageError(f"plan {path} cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise UsageError(f"plan {path}: {error}") from None
+        raise UsageError(f"{path} is no plan or schedule to run: {error}") from None

@@ -42,6 +42,16 @@ def is_plan_file(path: str | Path) -> bool:
     return isinstance(value, dict) and value.get("format") == FORMAT
 
 
+def devices_of(path: str | Path, *, replicas: int = 1) -> int | None:
+    """How many devices the plan or schedule in a file is for; None if the file holds neither."""
+    if is_plan_file(path):
+        return load_plan(path).devices
+    try:
+        return replicas * Schedule.from_json(Path(path).read_text(encoding="utf-8")).devices
+    except (OSError, ValueError):
+        return None
+
+
 def read_plan(path: str | Path, *, layers: int) -> PlannedRun:
     """Reads a plan file for a model of L layers.
 

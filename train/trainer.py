@@ -6,6 +6,7 @@
 Masters are float32 and rest where the schedule keeps them; optimizer state rests beside them.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +29,7 @@ from jaxsys.train import checkpoint, plan
 from jaxsys.train.evaluate import make_loss
 from jaxsys.train.flops import count_parameters
 from jaxsys.train.loader import Batches
+from jaxsys.train.memory import StepShape, check_fits
 from jaxsys.train.state import (
     TrainState,
     layer_shardings,
@@ -68,6 +70,7 @@ class Trainer:
         non_finite: NonFinite = "stop",
         settings: Mapping[str, Any] | None = None,
         flops_per_token: float | None = None,
+        memory_gib: float | None = None,
     ) -> None:
         """Places the parameters and prepares the step; nothing is compiled yet.
 
@@ -87,6 +90,9 @@ class Trainer:
             non_finite: "stop" at a loss or gradient that is not finite, or "skip" that batch.
             settings: what else the trajectory depends on; compared when a run is resumed.
             flops_per_token: for MFU, see `jaxsys.train.flops`.
+            memory_gib: what a step may need on a device; a first batch that is predicted to need
+                more is refused before anything is compiled. What the device has, if not given
+                (a CPU does not tell: no limit); `math.inf` goes on whatever is predicted.
 
         Raises:
             UsageError: if schedule, devices, microbatches and model do not fit together.
@@ -108,8 +114,12 @@ class Trainer:
         self.schedule = plan.resolve(
             schedule, devices=mesh.shape[RING], layers=model.layers, microbatches=microbatches
         )
+        if memory_gib is not None and not memory_gib > 0:
+            raise UsageError(f"memory_gib={memory_gib} must be above 0")
+        self._memory_bytes = None if memory_gib is None else memory_gib * 2**30
+        self._memory_checked = False
         self.compute_dtype = jnp.dtype(compute_dtype)
-        self.recompute = recompute
+        self.recompute: Recompute | tuple[Recompute, ...] = recompute
         self.flops_per_token = flops_per_token
         self.non_finite: NonFinite = non_finite
         self.position = 0
@@ -153,6 +163,8 @@ class Trainer:
         """
         if not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(batch)):
             batch = self.place(batch)
+        if not self._memory_checked:
+            self._check_memory(batch)
         self.state, result = self._step(self.state, batch)
         return result
 
@@ -345,6 +357,31 @@ class Trainer:
             )
         if changed:
             notice(f"accepted changed settings: {'; '.join(changed)}")
+
+    def _check_memory(self, batch: PyTree) -> None:
+        """Raises UsageError if the step on such a batch is predicted not to fit."""
+        limit = self._memory_bytes
+        if limit is None:
+            stats = self.mesh.local_devices[0].memory_stats() or {}
+            limit = float(stats.get("bytes_limit", math.inf))
+        if limit < math.inf:
+            shapes = self._layer_shapes
+            check_fits(
+                StepShape(
+                    schedule=self.schedule,
+                    model=self.model,
+                    parameters=shapes.parameters,
+                    state_bytes=sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(shapes)),
+                    microbatch=jax.tree.map(
+                        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batch
+                    ),
+                    compute_dtype=self.compute_dtype,
+                    gradient_dtype=self._lowered.gradient_dtype,
+                    recompute=self.recompute,
+                ),
+                limit,
+            )
+        self._memory_checked = True
 
     def _initial_state(self, parameters: Parameters | Callable[[], Parameters]) -> TrainState:
         def masters(values: Parameters) -> Parameters:

@@ -235,6 +235,8 @@ class Schedule:
             version = raw.pop("format")
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ScheduleError(f"not a schedule in JSON: {error}") from error
+        if isinstance(version, str):
+            raise ScheduleError(f"this is a {version}, not a schedule")
         if version != FORMAT_VERSION:
             raise ScheduleError(
                 f"schedule format {version}, but this version reads {FORMAT_VERSION}"

@@ -154,6 +154,16 @@ def test_command_prints_all_strategies_and_a_verdict(capsys, tmp_path):
         (["--model", "tiny", "--link", "wire"], 2, "known: nvlink"),
         (["--model", "tiny", "--device", "abacus"], 2, "known: h100"),
         (["--model", "tiny", "--microbatches", "0"], 2, "microbatches=0"),
+        (["--model", "tiny", "--microbatch-size", "0"], 2, "microbatch_size=0"),
+        (["--model", "tiny", "--sequence-length", "0"], 2, "sequence_length=0"),
+        (["--model", "tiny", "--memory-gib", "nan"], 2, "--memory-gib nan must be a finite"),
+        (["--model", "tiny", "--memory-gib", "0"], 2, "--memory-gib 0 must be a finite"),
+        (["--model", "tiny", "--search-seconds", "-1"], 2, "--search-seconds -1"),
+        (
+            ["--model", "tiny", "--node-devices", "0", "--node-link", "ib-400"],
+            2,
+            "node_devices=0",
+        ),
         (["--model", "llama-3-8b", "--memory-gib", "3"], 1, "smallest limit that would do is"),
     ],
 )

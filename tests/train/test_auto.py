@@ -11,7 +11,7 @@ from jaxsys.errors import UsageError
 from jaxsys.model import preset
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.named import compare
-from jaxsys.planner.plans import Gradient, LayerPath, Plan, Residual, State, Weights
+from jaxsys.planner.plans import Gradient, LayerPath, Order, Plan, Residual, State, Weights
 from jaxsys.planner.workload import llama_workload
 from jaxsys.schedule import Placement
 from jaxsys.train import auto, plan_file
@@ -72,9 +72,22 @@ def test_a_plan_file_is_run_as_it_says(tmp_path):
     found = lay_out_plan(plan_path(tmp_path))
     assert (found.microbatch_size, found.rows, found.recompute) == (2, 16, "block")
     assert found.schedule.placement is Placement.SHARDED
-    ring = lay_out_plan(plan_path(tmp_path, shard=1, ring=2, replicas=2))
+    ring = lay_out_plan(plan_path(tmp_path, shard=1, ring=2, replicas=2, order=Order.SIDE_BY_SIDE))
     assert ring.schedule.name == "weipipe-interleave"
     assert (dict(ring.mesh.shape), ring.rows) == ({"data": 2, "ring": 2}, 16)
+
+
+def test_a_file_says_how_many_devices_it_is_for(tmp_path):
+    assert plan_file.devices_of(plan_path(tmp_path, shard=2, replicas=3)) == 6
+    path = tmp_path / "schedule.json"
+    path.write_text(strategies.build("1f1b", devices=2, microbatches=4).to_json())
+    assert plan_file.devices_of(path, replicas=2) == 4
+    assert plan_file.devices_of("weipipe-interleave") is None
+    with pytest.raises(UsageError, match="is not a plan file but a schedule"):
+        plan_file.load_plan(path)
+    path.write_text(json.dumps({"format": "jaxsys-comparison", "rows": []}))
+    with pytest.raises(UsageError, match="this is a jaxsys-comparison, not a schedule"):
+        lay_out_plan(path)
 
 
 def test_a_plan_file_that_does_not_fit(tmp_path):
