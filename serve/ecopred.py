@@ -86,7 +86,9 @@ def _decode_row(load: Load, clock_mhz: float) -> tuple[float, ...]:
 class _Grid:
     """Where points lie among the nodes of a grid; tables over it are [node, clock].
 
-    Points beyond an axis go on along its last segment, so load beyond the profile still costs.
+    Load beyond the profile still costs: what lies beyond an axis adds its share of the usual rise
+    over that axis's last segment. The usual one, because with the rise at the point itself, load
+    added along one axis could lower the rise along another, and so the sum.
     """
 
     def __init__(self, axes: Sequence[np.ndarray]) -> None:
@@ -114,27 +116,52 @@ class _Grid:
             first = first + at * stride
         return np.asarray(first), shares
 
-    def read(self, table: np.ndarray, first: np.ndarray, shares: list[np.ndarray]) -> np.ndarray:
-        """The table's rows at placed points."""
-        weights = [1.0 - shares[0], shares[0]]
-        for share in shares[1:]:
+    def rises(self, table: np.ndarray) -> np.ndarray:
+        """Usual rise over each axis's last segment, [axis, clock].
+
+        The upper quartile: where the profile holds no samples, trees do not rise at all.
+        """
+        nodes = table.reshape(*self.shape, -1)
+        rises = []
+        for axis in range(len(self.shape)):
+            rise = nodes.take(-1, axis) - nodes.take(-2, axis)
+            rises.append(np.quantile(rise.reshape(-1, table.shape[-1]), 0.75, axis=0))
+        return np.maximum(rises, 0.0)
+
+    def read(
+        self,
+        table: np.ndarray,
+        first: np.ndarray,
+        shares: list[np.ndarray],
+        rises: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """The table's rows at placed points; without `rises` they end at the table's edge."""
+        within = [np.minimum(share, 1.0) for share in shares]
+        weights = [1.0 - within[0], within[0]]
+        for share in within[1:]:
             rest = 1.0 - share
             weights = [w * rest for w in weights] + [w * share for w in weights]
         result = weights[0][:, None] * table[first]
         for weight, offset in zip(weights[1:], self._corners[1:], strict=True):
             result += weight[:, None] * table[first + offset]
+        if rises is not None:
+            for share, inner, rise in zip(shares, within, rises, strict=True):
+                result += (share - inner)[:, None] * rise
         return result
 
-    def read_one(self, table: np.ndarray, point: Sequence[float]) -> np.ndarray:
+    def read_one(self, table: np.ndarray, point: Sequence[float], rises: np.ndarray) -> np.ndarray:
         """`read` for one point, without arrays' overhead."""
-        first, weights = 0, [1.0]
+        first, weights, beyond = 0, [1.0], []
         for value, nodes, stride in zip(point, self._nodes, self._strides, strict=False):
             at = min(max(bisect.bisect_right(nodes, value) - 1, 0), len(nodes) - 2)
             share = max(0.0, (value - nodes[at]) / (nodes[at + 1] - nodes[at]))
-            weights = [w * (1.0 - share) for w in weights] + [w * share for w in weights]
+            inner = min(share, 1.0)
+            weights = [w * (1.0 - inner) for w in weights] + [w * inner for w in weights]
             first += at * stride
+            beyond.append(share - inner)
         rows = table[[first + offset for offset in self._corners]]
-        return np.array(weights) @ rows
+        result = np.array(weights) @ rows
+        return result + np.array(beyond) @ rises if any(beyond) else result
 
 
 @dataclass(slots=True)
@@ -150,6 +177,8 @@ class _Phase:
     table_w: np.ndarray | None
     floor_s: np.ndarray
     """Time of the smallest load at each clock."""
+    rises_s: np.ndarray
+    """Usual rise over each axis's last segment, [axis, clock]."""
     log_factor: float = 0.0
     """Correction in force, as a logarithm."""
     ratios: deque[float] = field(default_factory=deque)
@@ -161,6 +190,12 @@ class _Phase:
     """Multiple of `refit_every` to wait before the next try."""
     refits: int = 0
     boosting: "Future[xgboost.Booster | None] | None" = None
+
+    def tabulate(self, table_s: np.ndarray) -> None:
+        """Puts another table of times in force."""
+        self.table_s = table_s
+        self.floor_s = table_s[0]
+        self.rises_s = self.cells.rises(table_s)
 
 
 class EcoPred:
@@ -263,14 +298,13 @@ class EcoPred:
     ) -> tuple[np.ndarray, np.ndarray]:
         cells = phase.cells
         first, shares = cells.place(tuple(points))
-        time_s = cells.read(phase.table_s, first, shares)
-        # Within the table a no-op; beyond it, extrapolated slopes of two clocks may cross.
+        time_s = cells.read(phase.table_s, first, shares, phase.rises_s)
+        # Within the table a no-op; beyond it, the rises of two clocks may cross.
         time_s = np.minimum.accumulate(time_s, axis=1)[:, columns] * math.exp(phase.log_factor)
         if phase.table_w is None:
             return time_s, np.full_like(time_s, np.nan)
         # Power does not go on rising beyond the profile as time does.
-        within = [np.minimum(share, 1.0) for share in shares]
-        return time_s, cells.read(phase.table_w, first, within)[:, columns]
+        return time_s, cells.read(phase.table_w, first, shares)[:, columns]
 
     # --- learning online ----------------------------------------------------------------------
 
@@ -321,7 +355,7 @@ class EcoPred:
 
     def _at_clock(self, phase: _Phase, row: tuple[float, ...], clock_mhz: float) -> float:
         """Uncorrected prediction at any clock: linear between the tabulated ones."""
-        times = phase.cells.read_one(phase.table_s, row)
+        times = phase.cells.read_one(phase.table_s, row, phase.rises_s)
         return float(np.interp(clock_mhz, self._clocks, times))
 
     def _correction(self, phase: _Phase) -> float:
@@ -380,15 +414,15 @@ class EcoPred:
             return False
         old_table, old_trees, old_error = phase.table_s, phase.trees, _window_error(phase)
         phase.trees = trees
-        phase.table_s = self._tabulate(trees, phase.grid, old_table.shape, True)
+        phase.tabulate(self._tabulate(trees, phase.grid, old_table.shape, True))
         self._restate(phase)
         if _window_error(phase) >= old_error:
-            phase.trees, phase.table_s = old_trees, old_table
+            phase.trees = old_trees
+            phase.tabulate(old_table)
             self._restate(phase)
             phase.waits = min(2 * phase.waits, 32)
             return False
         phase.waits = 1
-        phase.floor_s = phase.table_s[0]
         phase.refits += 1
         return True
 
@@ -441,14 +475,16 @@ class EcoPred:
             )
             table_w = self._tabulate(power_trees, grid, shape, False)
         table_s = self._tabulate(trees, grid, shape, True)
+        cells = _Grid(axes)
         return _Phase(
-            cells=_Grid(axes),
+            cells=cells,
             trees=trees,
             power_trees=power_trees,
             grid=grid,
             table_s=table_s,
             table_w=table_w,
             floor_s=table_s[0],
+            rises_s=cells.rises(table_s),
         )
 
     @staticmethod

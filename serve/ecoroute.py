@@ -66,14 +66,34 @@ class RoundRobinRouter:
         return chosen
 
 
+_State = tuple[int, int, int, int, int]
+"""The fields of a `Load` but for its bucket: plain numbers compare faster than records."""
+
+
 def _what_if(
-    predictor: Predictor, loads: Sequence[Load], clocks_mhz: Sequence[int]
+    predictor: Predictor, states: Sequence[_State], clocks_mhz: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One batched call in which equal loads (idle instances, mostly) are asked once."""
-    places: dict[Load, int] = {}
-    index = [places.setdefault(load, len(places)) for load in loads]
-    times, powers = predictor.what_if(list(places), clocks_mhz)
+    """One batched call in which equal states (idle instances, mostly) are asked once."""
+    places: dict[_State, int] = {}
+    index = [places.setdefault(state, len(places)) for state in states]
+    times, powers = predictor.what_if([Load(*state) for state in places], clocks_mhz)
     return np.asarray(times)[index], np.asarray(powers)[index]
+
+
+def _without_and_with(
+    instances: Sequence[InstanceView],
+    counts: Sequence[int],
+    request: "Request",
+    config: EcoRouteConfig,
+) -> list[_State]:
+    """For each decode instance in turn, its state and the one with the request added."""
+    states: list[_State] = []
+    now, after, prompt = config.now_tokens, config.next_tokens, request.prompt_length
+    for instance, count in zip(instances, counts, strict=True):
+        kv = instance.kv_tokens
+        states.append((0, 0, 0, count, kv + now * count))
+        states.append((0, 0, 0, count + 1, kv + prompt + after * (count + 1)))
+    return states
 
 
 def _sequences(instance: InstanceView) -> int:
@@ -112,17 +132,8 @@ class StateSpaceRouter:
     ) -> tuple[list[int], list[int]]:
         """Clock levels each instance needs without and with the request."""
         config = self.config
-        loads = []
-        for instance, count in zip(instances, counts, strict=True):
-            kv = instance.kv_tokens
-            loads.append(Load(batch=count, kv_tokens=kv + config.now_tokens * count))
-            loads.append(
-                Load(
-                    batch=count + 1,
-                    kv_tokens=kv + request.prompt_length + config.next_tokens * (count + 1),
-                )
-            )
-        times, _ = _what_if(self.predictor, loads, self._clocks_mhz)
+        states = _without_and_with(instances, counts, request, config)
+        times, _ = _what_if(self.predictor, states, self._clocks_mhz)
         bound_s = self.slo.current.planned_itl_s * (1 - config.headroom)
         # argmax finds the first clock that keeps the bound; the top where none does.
         keeps = times <= bound_s
@@ -179,17 +190,8 @@ class EnergyRouter:
     def choose(self, instances: Sequence[InstanceView], request: "Request") -> int:
         config = self.config
         counts = [_sequences(instance) for instance in instances]
-        loads = []
-        for instance, count in zip(instances, counts, strict=True):
-            kv = instance.kv_tokens
-            loads.append(Load(batch=count, kv_tokens=kv + config.now_tokens * count))
-            loads.append(
-                Load(
-                    batch=count + 1,
-                    kv_tokens=kv + request.prompt_length + config.next_tokens * (count + 1),
-                )
-            )
-        times, powers = _what_if(self.predictor, loads, self._clocks_mhz)
+        states = _without_and_with(instances, counts, request, config)
+        times, powers = _what_if(self.predictor, states, self._clocks_mhz)
         bound_s = self.slo.current.planned_itl_s * (1 - config.headroom)
         keeps = times <= bound_s
         feasible = keeps[1::2].any(axis=1)
@@ -239,19 +241,17 @@ class QueueRouter:
 
     def choose(self, instances: Sequence[InstanceView], request: "Request") -> int:
         now_s = request.timing.arrival_s
-        loads, residual_s = [], []
+        states, residual_s = [], []
         for instance in instances:
             waiting = getattr(instance, "waiting_requests", instance.in_flight)
-            loads.append(
-                Load(
-                    prefill_tokens=instance.waiting_tokens + request.prompt_length,
-                    prefill_requests=waiting + 1,
-                )
-            )
+            tokens = instance.waiting_tokens + request.prompt_length
+            states.append((tokens, waiting + 1, 0, 0, 0))
             ends_s = getattr(instance, "busy_until_s", None)
             residual_s.append(0.0 if ends_s is None else max(0.0, ends_s - now_s))
-        times, _ = _what_if(self.predictor, loads, (self._clock_mhz,))
-        waits = [float(row[0]) + left for row, left in zip(times, residual_s, strict=True)]
+        times, _ = _what_if(self.predictor, states, (self._clock_mhz,))
+        waits = [
+            time_s + left for time_s, left in zip(times[:, 0].tolist(), residual_s, strict=True)
+        ]
         least = min(waits)
         if self.slo is not None and least > self.slo.current.ttft_s:
             return max(range(len(waits)), key=lambda i: (waits[i], -i))
