@@ -265,10 +265,12 @@ class EcoPred:
         values[:, 2] = (
             values[:, 0] * (values[:, 0] / 2 + values[:, 2]) / np.maximum(values[:, 1], 1.0)
         )
-        if has_prefill.all() and not has_decode.any():
-            return self._phase(self._prefill, values[:, :3].T, columns)
-        if has_decode.all() and not has_prefill.any():
-            return self._phase(self._decode, values[:, 3:].T, columns)
+        if not has_prefill.any():
+            time_s, power_w = self._phase(self._decode, values[:, 3:].T, columns)
+            return time_s * has_decode[:, None], power_w
+        if not has_decode.any():
+            time_s, power_w = self._phase(self._prefill, values[:, :3].T, columns)
+            return time_s * has_prefill[:, None], power_w
         time_p, power_p = self._phase(self._prefill, values[:, :3].T, columns)
         time_d, power_d = self._phase(self._decode, values[:, 3:].T, columns)
         p, d = has_prefill[:, None], has_decode[:, None]
