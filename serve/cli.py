@@ -3,11 +3,13 @@
 import argparse
 import asyncio
 import contextlib
-import dataclasses
+import importlib.util
 import logging
+import math
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
@@ -19,8 +21,7 @@ import uvicorn
 
 from jaxsys.errors import UsageError
 from jaxsys.model import default_model_path, load
-from jaxsys.serve.api import ApiConfig, create_app
-from jaxsys.serve.dashboard import Dashboard
+from jaxsys.serve.api import ApiConfig
 from jaxsys.serve.deployment import (
     BackgroundCompilation,
     DeploymentConfig,
@@ -30,21 +31,21 @@ from jaxsys.serve.deployment import (
     default_dtype,
 )
 from jaxsys.serve.engine import Engine
+from jaxsys.serve.fleet import LocalProcesses
+from jaxsys.serve.front import Front, FrontSpec, bind, build_app, read_face
 from jaxsys.serve.governors import GovernorChoice, make_decode_router, make_governor
 from jaxsys.serve.gpu_model import GPUS
 from jaxsys.serve.logs import log_to_stderr
-from jaxsys.serve.member import TokenEvent
-from jaxsys.serve.metrics import Metrics
-from jaxsys.serve.requests import Request
 from jaxsys.serve.slo import SharedSlo, Slo
-
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+from jaxsys.serve.worker import WorkerSpec
 
 
 def main(argv: Sequence[str], prog: str) -> int:
     """Serves until SIGTERM or SIGINT."""
     arguments = _parser(prog).parse_args(argv)
-    config = DeploymentConfig(
+    if not (math.isfinite(arguments.drain) and arguments.drain >= 0):
+        raise UsageError(f"--drain {arguments.drain} must be 0 or more seconds")
+    deployment = DeploymentConfig(
         prefill=arguments.prefill,
         decode=arguments.decode,
         max_batch=arguments.max_batch,
@@ -56,68 +57,137 @@ def main(argv: Sequence[str], prog: str) -> int:
         quantisation=arguments.quantise,
         tensor_parallel=arguments.tensor_parallel,
     )
-    slo = SharedSlo(Slo(ttft_s=arguments.ttft_slo, itl_s=arguments.itl_slo))
-    governor = GovernorChoice(gpu=arguments.gpu, clocks=arguments.clocks)
-    api_keys = _read_keys(arguments.api_key_file)
-    listener = _bind(arguments.host, arguments.port)
-    with contextlib.closing(listener):
-        log_to_stderr(as_json=arguments.log == "json")
-        jax.config.update("jax_compilation_cache_dir", str(arguments.compilation_cache))
+    path = default_model_path() if arguments.model is None else arguments.model
+    worker = WorkerSpec(
+        name="",
+        role="both",
+        model=str(path.absolute()),
+        dtype=arguments.dtype,
+        deployment=deployment,
+        governor=GovernorChoice(gpu=arguments.gpu, clocks=arguments.clocks),
+        slo=Slo(ttft_s=arguments.ttft_slo, itl_s=arguments.itl_slo),
+        compilation_cache=str(arguments.compilation_cache),
+        json_log=arguments.log == "json",
+        front_host="",
+        front_port=0,
+        token="",
+    )
+    spec = FrontSpec(
+        host=arguments.host,
+        port=arguments.port,
+        model_name=arguments.model_name or _name(path),
+        api_keys=_read_keys(arguments.api_key_file),
+        route=arguments.route,
+        worker=worker,
+    )
+    log_to_stderr(as_json=worker.json_log)
+    if arguments.cluster is None:
+        _serve_here(spec, arguments.drain)
+    elif arguments.cluster == "local":
+        asyncio.run(_serve_processes(spec, arguments.drain))
+    else:
+        _serve_cluster(spec, arguments.cluster, arguments.drain)
+    return 0
+
+
+def _serve_here(spec: FrontSpec, drain_s: float) -> None:
+    """Serves with instances on threads of this process."""
+    worker = spec.worker
+    config = worker.deployment
+    with contextlib.closing(bind(spec.host, spec.port)) as listener:
+        jax.config.update("jax_compilation_cache_dir", worker.compilation_cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
         # Before anything starts JAX: a host without accelerator is divided.
         devices = choose_devices(len(config.roles) * config.tensor_parallel)
-        dtype = arguments.dtype or default_dtype(devices[0])
-        path = default_model_path() if arguments.model is None else arguments.model
+        dtype = worker.dtype or default_dtype(devices[0])
         started_s = time.monotonic()
         # What is loaded is fused, quantised and placed later: until then it lies in the host's
         # memory, so that the accelerator's is left to weights and pages.
         with jax.default_device(jax.devices("cpu")[0]):
-            model = load(path, DTYPES[dtype])
-        tokenizer = model.tokenizer
-        if tokenizer is None:
-            raise UsageError(f"{path} has no tokenizer.json; add the one the model came with")
+            model = load(worker.model, jnp.dtype(dtype))
+        if model.tokenizer is None:
+            raise UsageError(
+                f"{worker.model} has no tokenizer.json; add the one the model came with"
+            )
+        shape, slo, governor = model.config, SharedSlo(worker.slo), worker.governor
         engine = build_engine(
             model,
             config,
             devices=devices,
-            governors=lambda device: make_governor(governor, model.config, slo, device),
-            decode_router=make_decode_router(arguments.route, arguments.gpu, model.config, slo),
+            governors=lambda device: make_governor(governor, shape, slo, device),
+            decode_router=make_decode_router(spec.route, governor.gpu, shape, slo),
         )
-        model = dataclasses.replace(model, parameters={})  # the engine holds its own
+        api = ApiConfig(
+            model_name=spec.model_name, max_length=config.max_length, api_keys=spec.api_keys
+        )
+        app = build_app(engine, model.tokenizer, api, slo)
+        del model  # the engine holds its own weights
         compile_ahead(engine.instances)
-        name = arguments.model_name or _name(path)
-        print(
-            f"{name} ({model.config.parameter_count() / 1e6:.0f}M, {dtype}) on "
+        _tell(
+            f"{spec.model_name} ({shape.parameter_count() / 1e6:.0f}M, {dtype}) on "
             f"{devices[0].device_kind}: {_describe(config)}; "
-            f"ready in {time.monotonic() - started_s:.1f} s",
-            file=sys.stderr,
+            f"ready in {time.monotonic() - started_s:.1f} s"
         )
-        metrics = Metrics(engine)
-        dashboard = Dashboard(engine, slo)
-
-        def on_token(request: Request, event: TokenEvent) -> None:
-            metrics.on_token(request, event)
-            dashboard.on_token(request, event)
-
-        engine.on_token = on_token
-        metrics.watch()
-        app = create_app(
-            engine,
-            tokenizer,
-            ApiConfig(model_name=name, max_length=config.max_length, api_keys=api_keys),
-            metrics,
-        )
-        dashboard.add_to(app)
         listener.listen(128)  # before anyone is told that they may connect
         host, port = listener.getsockname()[:2]
-        print(
-            f"serving on http://{host}:{port}/v1 (also /health, /metrics, /dashboard, /docs); "
-            f"energy is {engine.energy_method}",
-            file=sys.stderr,
-            flush=True,
+        _tell_address(host, port, f"; energy is {engine.energy_method}")
+        _serve(app, engine, listener, drain_s)
+
+
+async def _serve_processes(spec: FrontSpec, drain_s: float) -> None:
+    """Serves with instances in processes of this machine."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    front = Front(spec, LocalProcesses(), reached_at="127.0.0.1")
+    started_s = time.monotonic()
+    starting = asyncio.ensure_future(front.start())
+    stopping = asyncio.ensure_future(stop.wait())
+    await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        starting.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await starting
+        return
+    host, port = starting.result()
+    _tell_ready(spec, time.monotonic() - started_s)
+    _tell_address(host, port)
+    await stopping
+    await front.stop(drain_s)
+
+
+def _serve_cluster(spec: FrontSpec, address: str, drain_s: float) -> None:
+    """Serves with front and instances on a Ray cluster."""
+    if importlib.util.find_spec("ray") is None:
+        raise UsageError(
+            f"--cluster {address} needs Ray: pip install 'jaxsys[cluster]', or use --cluster local"
         )
-        _serve(app, engine, listener, drain_s=arguments.drain)
-    return 0
+    from jaxsys.serve import cluster
+
+    read_face(Path(spec.worker.model))  # what is wrong with it is better said before Ray starts
+    cluster.connect(address)
+    started_s = time.monotonic()
+    served = cluster.Cluster(spec)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    _tell_ready(spec, time.monotonic() - started_s)
+    _tell_address(served.host, served.port)
+    stop.wait()
+    served.stop(drain_s)
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _tell_ready(spec: FrontSpec, seconds: float) -> None:
+    described = _describe(spec.worker.deployment)
+    _tell(f"{spec.model_name}: {described} in processes of their own; ready in {seconds:.1f} s")
+
+
+def _tell_address(host: str, port: int, more: str = "") -> None:
+    _tell(f"serving on http://{host}:{port}/v1 (also /health, /metrics, /dashboard, /docs){more}")
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
@@ -129,11 +199,21 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", type=Path, help="folder or .gguf file; SmolLM2-135M-Instruct if not given")
     add("--model-name", help="name in the API; the file's or folder's if not given")
-    add("--dtype", choices=DTYPES, help="of the weights; float32 on CPU, else bfloat16")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of the weights; float32 on CPU, else bfloat16",
+    )
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", type=int, default=8000, help="port to listen on; 0 takes a free one")
     add("--prefill", type=int, default=1, help="prefill instances")
     add("--decode", type=int, default=1, help="decode instances; 0: the prefill ones do both")
+    add(
+        "--cluster",
+        metavar="WHERE",
+        help="run instances as processes: local (of this machine), auto (the Ray cluster that "
+        "runs here, or one started for it), or the address of a Ray cluster",
+    )
     add("--max-batch", type=int, help="requests an instance works on at once; 16 on CPU, else 128")
     add("--max-length", type=int, default=2048, help="tokens of a request, prompt and output")
     add(
@@ -207,28 +287,6 @@ class _Server(uvicorn.Server):
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.handle_exit, number, None)
         yield
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    if not 0 <= port <= 65535:
-        raise UsageError(f"port={port} must be from 0 (any free one) to 65535")
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise UsageError(f"host={host!r} is no address of this machine: {error.strerror}") from None
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(address)
-    except OSError as error:
-        listener.close()
-        raise UsageError(
-            f"cannot listen on {host}:{port}: {error.strerror}; stop what uses it or choose "
-            f"another --port (0 takes a free one)"
-        ) from None
-    return listener
 
 
 def _read_keys(path: Path | None) -> frozenset[str]:

@@ -63,7 +63,10 @@ class LocalProcesses:
 class _LocalProcess:
     def __init__(self, spec: WorkerSpec):
         command = [sys.executable, "-m", "jaxsys.serve.worker"]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
+        # In a session of its own: an interrupt from the terminal is the front's to deal with.
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, text=True, start_new_session=True
+        )
         assert self.process.stdin is not None
         with self.process.stdin as pipe, contextlib.suppress(BrokenPipeError):
             pipe.write(spec.to_json() + "\n")
@@ -215,7 +218,7 @@ class Fleet:
 
     def _went_down(self, instance: RemoteInstance) -> None:
         place = self.places.get(instance.name)
-        if place is None or place.going:
+        if place is None or place.going or self.engine.draining:
             return
         del self.places[instance.name]
         place.launched.kill()

@@ -7,13 +7,14 @@ this keeps its own: a thread looks at the pulls under way and gives up those pas
 What was published and never pulled is freed by pulling it oneself.
 """
 
+import dataclasses
 import functools
 import logging
 import secrets
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,8 @@ RELEASE_S = 5.0
 Then = Callable[[Cache | Exception], None]
 
 
-class _Pull(NamedTuple):
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Pull:
     contents: Cache
     deadline_s: float
     then: Then

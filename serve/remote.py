@@ -39,11 +39,14 @@ class RemoteInstance(Member):
         config: SchedulerConfig,
         *,
         energy_method: str,
+        process: str,
         engine: Engine,
         transport: asyncio.Transport,
     ):
         super().__init__(name, page_count=config.page_count, energy_method=energy_method)
         self.config = config
+        self.process = process
+        """Its machine and process number."""
         self.engine = engine
         self.clock: Clock = engine.clock
         self.requests: dict[str | int, Request] = {}
@@ -263,7 +266,7 @@ class _Line(asyncio.Protocol):
         self._transport.abort()
 
     def _introduced(self, frame: Frame) -> bool:
-        kind, token, name, config, energy_method = frame
+        kind, token, name, config, energy_method, process = frame
         if kind != "hello" or not hmac.compare_digest(
             str(token).encode(), self.board.token.encode()
         ):
@@ -275,6 +278,7 @@ class _Line(asyncio.Protocol):
             name,
             SchedulerConfig(**config),
             energy_method=energy_method,
+            process=process,
             engine=self.board.engine,
             transport=self._transport,
         )

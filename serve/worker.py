@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import socket
 import sys
 import threading
@@ -136,7 +137,8 @@ class Worker:
         self._socket.settimeout(None)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         config = dataclasses.asdict(instance.scheduler.config)
-        self._send(["hello", spec.token, spec.name, config, instance.energy_method])
+        process = f"{socket.gethostname()}:{os.getpid()}"
+        self._send(["hello", spec.token, spec.name, config, instance.energy_method, process])
         instance.start()
         threading.Thread(target=self._pulse, name="pulse", daemon=True).start()
         compilation = BackgroundCompilation([instance])

@@ -250,11 +250,12 @@ def test_pages_are_pulled_released_or_given_up():
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), contents
     )
     results: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    ticket = here.publish("a", contents, 4)
-    there.fetch(ticket, like, results.put)
-    found = results.get(timeout=20)
-    assert all(map(np.array_equal, jax.tree.leaves(found), jax.tree.leaves(contents)))
-    here.release("a", pulled=True)
+    for number in range(5):
+        there.fetch(here.publish(number, contents, 4), like, results.put)
+    for number in range(5):
+        found = results.get(timeout=20)
+        assert all(map(np.array_equal, jax.tree.leaves(found), jax.tree.leaves(contents)))
+        here.release(number, pulled=True)
     ticket = here.publish("b", contents, 4)
     here.release("b", pulled=False)
     here.release("b", pulled=False)
