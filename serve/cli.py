@@ -64,7 +64,11 @@ def main(argv: Sequence[str], prog: str) -> int:
         model=str(path.absolute()),
         dtype=arguments.dtype,
         deployment=deployment,
-        governor=GovernorChoice(gpu=arguments.gpu, clocks=arguments.clocks),
+        governor=GovernorChoice(
+            gpu=arguments.gpu,
+            clocks=arguments.clocks,
+            profile=None if arguments.profile is None else str(arguments.profile.absolute()),
+        ),
         slo=Slo(ttft_s=arguments.ttft_slo, itl_s=arguments.itl_slo),
         compilation_cache=str(arguments.compilation_cache),
         json_log=arguments.log == "json",
@@ -231,6 +235,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         default="observe",
         help="whether a real GPU's clock may be set; it is given back at the end, come what may",
     )
+    add("--profile", type=Path, help="file of `jaxsys profile` from which predictions begin")
     add(
         "--route",
         choices=("fewest", "energy"),

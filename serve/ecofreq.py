@@ -364,8 +364,17 @@ class SimulatedGovernor:
     method = "modelled: simulated GPU at the governed clock, idle between iterations included"
 
     def __init__(
-        self, gpu: SimulatedGpu, slo: SharedSlo, *, now_s: Callable[[], float] = time.monotonic
+        self,
+        gpu: SimulatedGpu,
+        slo: SharedSlo,
+        *,
+        predictor: Predictor | None = None,
+        now_s: Callable[[], float] = time.monotonic,
     ) -> None:
+        """
+        Args:
+            predictor: of the modelled GPU; exact where None.
+        """
         spec = gpu.spec
         self.gpu = gpu
         self.clocks = SimulatedClocks(
@@ -373,7 +382,7 @@ class SimulatedGovernor:
         )
         self.inner = EcoFreq(
             self.clocks,
-            ModelPredictor(gpu),
+            predictor or ModelPredictor(gpu),
             slo,
             clocks_mhz=spec.control_mhz,
             # A real iteration's latency on another machine says nothing about the modelled GPU.

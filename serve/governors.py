@@ -7,11 +7,13 @@ from jaxsys.errors import UsageError
 from jaxsys.mesh import Device
 from jaxsys.model import LlamaConfig
 from jaxsys.serve.ecofreq import ModelPredictor, SimulatedGovernor
+from jaxsys.serve.ecopred import EcoPred
 from jaxsys.serve.ecoroute import EnergyRouter
 from jaxsys.serve.gpu_model import ServedShape, SimulatedGpu, gpu_spec, shape_from_sizes
 from jaxsys.serve.hooks import Governor, NoGovernor, Router
-from jaxsys.serve.live_governor import LiveGovernor
+from jaxsys.serve.live_governor import LiveGovernor, warn_unmeetable
 from jaxsys.serve.measured_governor import MeasuredGovernor, spec_of
+from jaxsys.serve.profile import fingerprint_here, load_profile, simulated_fingerprint
 from jaxsys.serve.slo import SharedSlo
 
 Route = Literal["fewest", "energy"]
@@ -25,17 +27,29 @@ class GovernorChoice:
     """The GPU to model where there is none; "none" leaves clock and energy alone."""
     clocks: Literal["observe", "control"] = "observe"
     """Whether a real GPU's clock may be set."""
+    profile: str | None = None
+    """File that `jaxsys profile` wrote, from which predictions begin; the modelled GPU if None."""
 
 
 def make_governor(
     choice: GovernorChoice, model: LlamaConfig, slo: SharedSlo, device: Device
 ) -> Governor:
     """The governor of an instance on `device`."""
+    profile = None if choice.profile is None else load_profile(choice.profile)
     if choice.gpu == "none":
+        if profile is not None:
+            raise UsageError("--profile needs a model of the GPU beside it; name one with --gpu")
         return NoGovernor()
     shape = _shape(model)
     if device.platform == "cpu":
-        return SimulatedGovernor(SimulatedGpu(gpu_spec(choice.gpu), shape), slo)
+        gpu = SimulatedGpu(gpu_spec(choice.gpu), shape)
+        warn_unmeetable(gpu, slo)
+        if profile is None:
+            return SimulatedGovernor(gpu, slo)
+        clocks_mhz = gpu.spec.control_mhz
+        expected = simulated_fingerprint(gpu)
+        predictor = EcoPred(profile, expected=expected, clocks_mhz=clocks_mhz, background=True)
+        return SimulatedGovernor(gpu, slo, predictor=predictor)
     # Imported here: a machine without a driver has no use for it.
     from jaxsys.nvml import open_clocks
 
@@ -43,7 +57,13 @@ def make_governor(
     spec = spec_of(clocks.name)
     if spec is None:  # its costs are not known: energy is read, no clock is chosen
         return MeasuredGovernor(clocks, shape, slo)
-    return LiveGovernor(clocks, SimulatedGpu(spec, shape), slo)
+    return LiveGovernor(
+        clocks,
+        SimulatedGpu(spec, shape),
+        slo,
+        profile=profile,
+        fingerprint=fingerprint_here(device.device_kind, model.num_layers, model.hidden_size),
+    )
 
 
 def make_decode_router(

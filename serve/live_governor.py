@@ -17,7 +17,7 @@ from jaxsys.errors import UsageError
 from jaxsys.serve.ecofreq import EcoFreq, EcoFreqConfig, GovernorRecord, share_energy
 from jaxsys.serve.ecopred import EcoPred
 from jaxsys.serve.gpu_model import Load, SimulatedGpu
-from jaxsys.serve.profile import Fingerprint, Profile, simulated_profile
+from jaxsys.serve.profile import Fingerprint, Profile, simulated_profile, spread_over_clocks
 from jaxsys.serve.slo import SharedSlo
 
 if TYPE_CHECKING:
@@ -98,7 +98,9 @@ class LiveGovernor:
         if profile is not None and fingerprint is not None:
             fingerprint.check(profile.fingerprint)
         chosen = control_clocks(clocks.available_mhz, gpu)
-        source = profile or simulated_profile(gpu, clocks_mhz=chosen)
+        source = simulated_profile(gpu, clocks_mhz=chosen)
+        if profile is not None:
+            source = spread_over_clocks(profile, gpu, chosen)
         predictor = EcoPred(source, clocks_mhz=chosen, background=True)
         self.clocks = clocks
         self.inner = EcoFreq(clocks, predictor, slo, clocks_mhz=chosen, config=config)
@@ -183,14 +185,21 @@ def control_clocks(available_mhz: tuple[int, ...], gpu: SimulatedGpu) -> tuple[i
 
 
 def warn_unmeetable(gpu: SimulatedGpu, slo: SharedSlo) -> None:
-    """Says once, at the start, where even a lone sequence at the maximum clock breaks the ITL."""
-    bound_s = slo.current.itl_s
-    alone_s = gpu.run(Load(batch=1, kv_tokens=1), gpu.spec.max_mhz).time_s
-    if alone_s > bound_s:
-        logger.warning(
-            "ITL of %.1f ms cannot be met: one sequence alone takes about %.1f ms at %d MHz; "
-            "served at the maximum clock",
-            bound_s * 1e3,
-            alone_s * 1e3,
-            gpu.spec.max_mhz,
-        )
+    """Says once, at the start, which bound a lone short request breaks at the maximum clock."""
+    top_mhz = gpu.spec.max_mhz
+    for name, bound_s, what, load in (
+        ("ITL", slo.current.itl_s, "one sequence", Load(batch=1, kv_tokens=1)),
+        ("TTFT", slo.current.ttft_s, "one token", Load(prefill_tokens=1, prefill_requests=1)),
+    ):
+        alone_s = gpu.run(load, top_mhz).time_s
+        if alone_s > bound_s:
+            logger.warning(
+                "%s of %.1f ms cannot be met: %s alone takes about %.1f ms at %d MHz of %s; "
+                "served at the maximum clock",
+                name,
+                bound_s * 1e3,
+                what,
+                alone_s * 1e3,
+                top_mhz,
+                gpu.spec.name,
+            )

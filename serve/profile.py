@@ -4,13 +4,16 @@ A profile is refused where its fingerprint (GPU, model, engine) differs from wha
 predict: latencies do not carry over between them.
 """
 
+import importlib.metadata
 import json
+import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
+from jaxsys import __version__
 from jaxsys.errors import UsageError
 from jaxsys.serve.gpu_model import Load, SimulatedGpu
 
@@ -23,6 +26,7 @@ class Fingerprint:
 
     gpu: str
     model: str
+    """Layers x hidden size."""
     engine: str
     """What ran the iterations, e.g. "simulated" or "jaxsys 0.1.0, jax 0.10.2"."""
 
@@ -37,6 +41,27 @@ class Fingerprint:
                 f"{where} was taken with {', '.join(different)}; take one here with "
                 f"`jaxsys profile`"
             )
+
+
+def fingerprint_here(gpu: str, layers: int, hidden: int) -> Fingerprint:
+    """The fingerprint of what this installation measures.
+
+    Args:
+        gpu: what JAX calls the device's kind.
+    """
+    jax_version = importlib.metadata.version("jax")
+    return Fingerprint(
+        gpu=gpu,
+        model=f"{layers}x{hidden}",
+        engine=f"jaxsys {__version__}, jax {jax_version}, {platform.machine()}",
+    )
+
+
+def simulated_fingerprint(gpu: SimulatedGpu) -> Fingerprint:
+    """The fingerprint of a sweep of this simulated GPU."""
+    return Fingerprint(
+        gpu=gpu.spec.name, model=f"{gpu.shape.layers}x{gpu.shape.hidden}", engine="simulated"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +131,28 @@ def load_profile(path: str | Path) -> Profile:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"profile {path} is damaged ({error}); take a new one") from None
+
+
+def spread_over_clocks(profile: Profile, gpu: SimulatedGpu, clocks_mhz: Sequence[int]) -> Profile:
+    """A profile of one clock, carried over to others by the ratios of the modelled GPU.
+
+    Without leave to set clocks only one can be measured; how cost follows the clock is then the
+    model's word, and what one iteration costs at that clock the measurement's.
+    """
+    if len(profile.clocks_mhz) != 1:
+        return profile
+    samples = []
+    for sample in profile.samples:
+        known = gpu.run(sample.load, sample.clock_mhz or gpu.spec.max_mhz)
+        for mhz in clocks_mhz:
+            other = gpu.run(sample.load, mhz)
+            time_s = sample.time_s * other.time_s / known.time_s
+            power_w = None
+            if sample.power_w is not None:
+                power_w = sample.power_w * other.power_w / known.power_w
+            samples.append(Sample(sample.load, mhz, time_s, power_w))
+    note = "measured at one clock; other clocks by the modelled GPU's ratios"
+    return replace(profile, samples=samples, notes=(*profile.notes, note))
 
 
 def sweep_plan(
@@ -190,7 +237,7 @@ def simulated_profile(
         max_prefill_tokens=max_prefill_tokens,
     )
     return Profile(
-        fingerprint=Fingerprint(gpu=gpu.spec.name, model=gpu.shape.name, engine="simulated"),
+        fingerprint=simulated_fingerprint(gpu),
         samples=sweep(run, loads, clocks_mhz or gpu.spec.control_mhz),
         notes=("simulated",),
     )

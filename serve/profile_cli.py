@@ -6,18 +6,22 @@ and says so.
 """
 
 import argparse
-import platform
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxsys import __version__
 from jaxsys.clocks import GpuClocks
 from jaxsys.errors import RunError, UsageError
 from jaxsys.serve.gpu_model import GPUS, SHAPES, Load, simulated_gpu
-from jaxsys.serve.profile import Fingerprint, Profile, Sample, simulated_profile, sweep_plan
+from jaxsys.serve.profile import (
+    Profile,
+    Sample,
+    fingerprint_here,
+    simulated_profile,
+    sweep_plan,
+)
 
 if TYPE_CHECKING:
     from jaxsys.model import LoadedModel
@@ -119,10 +123,8 @@ def measure(
         samples = [Sample(s.load, common, s.time_s, s.power_w) for s in samples]
         notes.append("clocks were not swept: all samples are at the default clock")
     return Profile(
-        fingerprint=Fingerprint(
-            gpu=device.device_kind,
-            model=f"{model.config.num_layers}x{model.config.hidden_size}",
-            engine=f"jaxsys {__version__}, jax {jax.__version__}, {platform.machine()}",
+        fingerprint=fingerprint_here(
+            device.device_kind, model.config.num_layers, model.config.hidden_size
         ),
         samples=samples,
         buckets=tuple(buckets),
