@@ -8,7 +8,7 @@ attainment of both beside them, and energy counts idle instances.
 import argparse
 import json
 import math
-import platform
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxsys import __version__
 from jaxsys.clocks import SimulatedClocks
 from jaxsys.errors import UsageError
+from jaxsys.results import hardware, versions, write_result
 from jaxsys.serve.baselines import FixedClock, WindowControl
 from jaxsys.serve.ecofreq import EcoFreq, EcoFreqConfig, ModelPredictor, Predictor
 from jaxsys.serve.ecopred import EcoPred
@@ -232,23 +232,22 @@ def unmeetable(trace: Trace, setting: Setting) -> list[str]:
     return complaints
 
 
-def record(
-    rows: dict[str, dict[str, Any]], setting: Setting, trace: Trace, **more: Any
-) -> dict[str, Any]:
-    """The result file's content."""
+def record(rows: dict[str, dict[str, Any]], setting: Setting, trace: Trace) -> dict[str, Any]:
+    """The result file's content, as `jaxsys.results.write_result` takes it."""
     best = max(
         (n for n in rows if n != "max"), key=lambda n: rows[n]["energy_saving_pct"], default="max"
     )
+    flat = [
+        {"policy": name, **{k: v for k, v in row.items() if not isinstance(v, dict)}}
+        for name, row in rows.items()
+    ]
     return {
+        "benchmark": "replay",
         "kind": "simulated",
-        "hardware": {
+        "config": {
             "simulated_gpu": setting.gpu.spec.name,
             "extrapolated": setting.gpu.spec.extrapolated,
             "gpus_per_instance": setting.gpu.gpus,
-            "replayed_on": f"{platform.machine()} CPU",
-        },
-        "versions": {"jaxsys": __version__, "python": platform.python_version()},
-        "config": {
             "model": setting.gpu.shape.name,
             "prefill_instances": setting.cluster.prefill_instances,
             "decode_instances": setting.cluster.decode_instances,
@@ -261,8 +260,8 @@ def record(
             "trace": trace.name,
             "requests": len(trace),
             "rate_per_s": trace.rate_per_s if math.isfinite(trace.rate_per_s) else None,
-            **more,
         },
+        "rows": flat,
         "energy_saving_pct": rows[best]["energy_saving_pct"],
         "best_policy": best,
         "policies": rows,
@@ -337,6 +336,12 @@ def parser(prog: str) -> argparse.ArgumentParser:
 def main(argv: Sequence[str], prog: str) -> int:
     """`jaxsys replay`."""
     arguments = parser(prog).parse_args(argv)
+    for name in ("rate", "duration"):
+        value = getattr(arguments, name)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise UsageError(f"--{name} {value:g} must be a positive number")
+    if arguments.out is not None and arguments.out.exists() and not arguments.out.is_dir():
+        raise UsageError(f"--out {arguments.out} is a file; name a folder")
     prefill, decode = parse_instances(arguments.instances)
     slo = Slo(ttft_s=arguments.ttft_ms / 1e3, itl_s=arguments.itl_ms / 1e3)
     chosen = setting(
@@ -355,8 +360,8 @@ def main(argv: Sequence[str], prog: str) -> int:
             trace = trace.between(0.0, arguments.duration)
     else:
         trace = synthetic_trace(
-            rate_per_s=arguments.rate or 10.0,
-            duration_s=arguments.duration or 120.0,
+            rate_per_s=10.0 if arguments.rate is None else arguments.rate,
+            duration_s=120.0 if arguments.duration is None else arguments.duration,
             seed=arguments.seed,
             prompt_mean=arguments.prompt_mean,
             output_mean=arguments.output_mean,
@@ -377,19 +382,18 @@ def main(argv: Sequence[str], prog: str) -> int:
         sample_every_s=max(1.0, trace.duration_s / 200) if arguments.out else None,
     )
     content = record(rows, chosen, trace)
-    print(json.dumps(content) if arguments.json else table(rows))
+    if arguments.json:
+        print(json.dumps(content | {"hardware": hardware(), "versions": versions()}))
+    else:
+        print(table(rows))
     if arguments.out is not None:
         from jaxsys.serve.replay_plots import draw
 
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        path = arguments.out / "replay.json"
-        path.write_text(json.dumps(content, indent=1))
+        path = write_result(arguments.out / "replay.json", **content)
         for drawn in draw(path):
             _note(f"wrote {drawn}")
     return 0
 
 
 def _note(text: str) -> None:
-    import sys
-
     print(text, file=sys.stderr)

@@ -32,11 +32,11 @@ def draw(path: str | Path) -> list[Path]:
 
 
 def _title(record: dict[str, Any]) -> str:
-    config, hardware = record["config"], record["hardware"]
-    mark = " (extrapolated preset)" if hardware["extrapolated"] else ""
+    config = record["config"]
+    mark = " (extrapolated preset)" if config["extrapolated"] else ""
     return (
         f"{config['model']} on {config['prefill_instances']}P{config['decode_instances']}D "
-        f"simulated {hardware['simulated_gpu']}{mark}, {config['trace']}, "
+        f"simulated {config['simulated_gpu']}{mark}, {config['trace']}, "
         f"{config['requests']} requests at {config['rate_per_s'] or 0:.2f}/s"
     )
 

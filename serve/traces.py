@@ -157,8 +157,8 @@ def read_trace(path: str | Path) -> Trace:
     try:
         with open(path, newline="", encoding="utf-8") as file:
             return _read(csv.reader(file), path)
-    except FileNotFoundError:
-        raise UsageError(f"trace {path} does not exist") from None
+    except OSError as error:
+        raise UsageError(f"trace {path} cannot be read: {error.strerror}") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"trace {path} is not CSV text: {error}") from None
 
@@ -282,8 +282,8 @@ def lengths_from_csv(
                 [_parse(int, row[column], f"{path}, row {n}", column) for column in columns]
                 for n, row in enumerate(reader, start=2)
             ]
-    except FileNotFoundError:
-        raise UsageError(f"lengths file {path} does not exist") from None
+    except OSError as error:
+        raise UsageError(f"lengths file {path} cannot be read: {error.strerror}") from None
     prompts, outputs = np.array(rows).T
     return prompts, outputs
 

@@ -103,7 +103,8 @@ def test_the_command_prints_a_table_and_draws(tmp_path, capsys):
     assert "sweet-spot" in text.out and "saving" in text.out
     assert "all figures are simulated" in text.err.replace("\n", " ")
     record = json.loads((out / "replay.json").read_text())
-    assert record["kind"] == "simulated" and record["hardware"]["extrapolated"] is False
+    assert record["kind"] == "simulated" and record["config"]["extrapolated"] is False
+    assert {"hardware", "versions"} <= set(record) and len(record["rows"]) == 3
     assert set(record["policies"]) == {"max", "sweet-spot", "both"}
     assert record["energy_saving_pct"] == max(
         row["energy_saving_pct"] for row in record["policies"].values()
@@ -118,7 +119,7 @@ def test_a_trace_file_is_replayed_as_json(tmp_path, capsys):
     assert run("--trace", str(path), "--policy", "ecofreq", "--json", "--gpu", "gh200") == 0
     record = json.loads(capsys.readouterr().out)
     assert record["config"]["requests"] == 2
-    assert record["hardware"]["extrapolated"] is True
+    assert record["config"]["extrapolated"] is True
 
 
 @pytest.mark.parametrize(
@@ -129,8 +130,12 @@ def test_a_trace_file_is_replayed_as_json(tmp_path, capsys):
         (["--gpu", "v100"], "is not simulated"),
         (["--policy", "magic"], "'magic' is not known"),
         (["--ttft-ms", "-1"], "ttft_s=-0.001 must be a positive"),
-        (["--trace", "absent.csv"], "does not exist"),
-        (["--rate", "-3"], "must be positive"),
+        (["--trace", "absent.csv"], "No such file"),
+        (["--trace", str(Path(__file__).parent)], "Is a directory"),
+        (["--rate", "-3"], "must be a positive"),
+        (["--rate", "0"], "--rate 0 must be a positive"),
+        (["--duration", "nan"], "--duration nan must be a positive"),
+        (["--out", __file__], "is a file; name a folder"),
     ],
 )
 def test_wrong_requests_exit_2_with_one_line(arguments, message, capsys):

@@ -76,7 +76,7 @@ def test_malformed_rows_are_named(tmp_path, rows, message):
 
 
 def test_unknown_forms_and_files_are_refused(tmp_path):
-    with pytest.raises(UsageError, match="does not exist"):
+    with pytest.raises(UsageError, match="cannot be read: No such file"):
         read_trace(tmp_path / "absent.csv")
     with pytest.raises(UsageError, match=r"columns \['a', 'b'\] are not known"):
         read_trace(write(tmp_path, "a,b\n1,2\n"))
