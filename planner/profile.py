@@ -2,16 +2,16 @@
 
 Links: every collective at several sizes, fitted to t = alpha + beta * bytes sent. Device: products
 and attention at the model's own shapes, an elementwise pass over memory, and the block itself,
-forward and with its backward pass, beside what the fitted rates predict for it.
+forward and with its backward pass, beside what the fitted rates predict for it. And how much
+products are slowed by a gather beside them.
 """
 
 import argparse
-import functools
 import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -124,21 +124,33 @@ def median_seconds(run: Callable[..., Any], *arguments: Any, repeats: int) -> fl
 
 
 def measure_device(
-    config: LlamaConfig, *, tokens: int, repeats: int = 5, dtype: Any = jnp.bfloat16
+    config: LlamaConfig, mesh: Mesh, *, tokens: int, repeats: int = 5, dtype: Any = jnp.bfloat16
 ) -> dict[str, float]:
-    """Rates of the default device at a model's shapes, and its block's own times."""
-    device = jax.devices()[0]
+    """Rates at a model's shapes, and its block's own times, all devices of the mesh at work.
+
+    What devices share (host cores, a power budget) is then shared as it is in a step.
+    """
     width, inner = config.hidden_size, config.intermediate_size
     heads, shared, head = config.num_heads, config.num_kv_heads, config.head_dim
-    one = functools.partial(jnp.ones, dtype=dtype, device=device)
-    multiply = jax.jit(jnp.matmul)
-    product_s = median_seconds(multiply, one((tokens, width)), one((width, inner)), repeats=repeats)
-    q, kv = one((1, tokens, heads, head)), one((1, tokens, shared, head))
-    attention_s = median_seconds(jax.jit(attend), q, kv, kv, repeats=repeats)
-    passed = one((tokens, inner))
-    add_s = median_seconds(jax.jit(lambda x: x + 1), passed, repeats=repeats)
+    devices = mesh.shape[RING]
+
+    def one(*shape: int) -> jax.Array:
+        return jax.device_put(
+            jnp.ones((devices, *shape), dtype), NamedSharding(mesh, PartitionSpec(RING))
+        )
+
+    def seconds(run: Callable[..., Any], *arguments: Any) -> float:
+        return median_seconds(everywhere(run, mesh), *arguments, repeats=repeats)
+
+    product_s = seconds(jnp.matmul, one(tokens, width), one(width, inner))
+    q, kv = one(1, tokens, heads, head), one(1, tokens, shared, head)
+    attention_s = seconds(attend, q, kv, kv)
+    passed = one(tokens, inner)
+    add_s = seconds(lambda x: x + 1, passed)
     small = replace(config, num_layers=1, vocab_size=8)
-    layer = jax.tree.map(lambda p: p[0], initial_parameters(small, dtype=dtype)["blocks"])
+    layer = jax.tree.map(
+        lambda p: one(*p.shape[1:]), jax.eval_shape(lambda: initial_parameters(small))["blocks"]
+    )
 
     def block(layer: Any, x: jax.Array) -> jax.Array:
         return bind_block(small, layer)(x)
@@ -147,15 +159,52 @@ def measure_device(
         y, vjp = jax.vjp(block, layer, x)
         return vjp(y)
 
-    x = one((1, tokens, width))
+    x = one(1, tokens, width)
     return {
         "product_flops_per_s": 2.0 * tokens * width * inner / product_s,
         "attention_flops_per_s": 2.0 * tokens * tokens * heads * head / attention_s,
-        "memory_bytes_per_s": 2.0 * passed.nbytes / add_s,
-        "block_forward_s": median_seconds(jax.jit(block), layer, x, repeats=repeats),
-        "block_both_s": median_seconds(jax.jit(both), layer, x, repeats=repeats),
+        "memory_bytes_per_s": 2.0 * passed.nbytes / devices / add_s,
+        "block_forward_s": seconds(block, layer, x),
+        "block_both_s": seconds(both, layer, x),
         "tokens": float(tokens),
     }
+
+
+def everywhere(run: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """`run` on every device at once, on its part of arguments [devices, ...]."""
+
+    def on_one(*arguments: Any) -> Any:
+        result = run(*jax.tree.map(lambda leaf: leaf[0], arguments))
+        return jax.tree.map(lambda leaf: leaf[None], result)
+
+    spec = PartitionSpec(RING)
+    return jax.jit(jax.shard_map(on_one, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
+
+
+def measure_contention(
+    mesh: Mesh, collectives: Mapping[str, Sequence[tuple[int, float]]], *, repeats: int = 10
+) -> float:
+    """By what share products take longer beside a gather; large where they do not overlap at all.
+
+    A chain of products is made at least twice as long as the gather, so that all of the gather is
+    beside it: the excess over products alone is then c g / (1 + g), c being the gather's own time.
+    """
+    devices, width = mesh.shape[RING], 1024
+    size, gather_s = collectives["all_gather"][-1]
+    sharded = NamedSharding(mesh, PartitionSpec(RING))
+    x = jax.device_put(jnp.ones((devices, width, width), jnp.bfloat16), sharded)
+    block = jax.device_put(jnp.ones((devices, size // 4 // devices), jnp.float32), sharded)
+
+    def products(count: int) -> Callable[[jax.Array], jax.Array]:
+        return lambda a: lax.fori_loop(0, count, lambda _, y: (a @ y) * 1e-3, a)
+
+    one_s = median_seconds(everywhere(products(8), mesh), x, repeats=repeats) / 8
+    count = min(10_000, max(1, int(2 * gather_s / one_s) + 1))
+    alone_s = median_seconds(everywhere(products(count), mesh), x, repeats=repeats)
+    both = everywhere(lambda a, b: (products(count)(a), lax.all_gather(b, RING).sum()), mesh)
+    excess = median_seconds(both, x, block, repeats=repeats) - alone_s
+    share = min(0.99, max(0.0, excess / gather_s))
+    return share / (1.0 - share)
 
 
 def build_profile(
@@ -164,7 +213,8 @@ def build_profile(
     """Measures everything and returns the profile's JSON value."""
     chosen = request_devices(devices)
     kind = chosen[0].device_kind
-    rates = measure_device(config, tokens=tokens, repeats=repeats)
+    mesh = make_mesh(devices, devices=chosen)
+    rates = measure_device(config, mesh, tokens=tokens, repeats=repeats)
     near = min(
         DEVICES.values(),
         key=lambda spec: abs(np.log(spec.product_flops_per_s / rates["product_flops_per_s"])),
@@ -182,9 +232,8 @@ def build_profile(
     link = None
     if devices > 1:
         sizes = [size for size in SIZES_BYTES if size <= largest_bytes]
-        for name, rows in measure_collectives(
-            make_mesh(devices, devices=chosen), sizes_bytes=sizes, repeats=repeats
-        ).items():
+        measured = measure_collectives(mesh, sizes_bytes=sizes, repeats=repeats)
+        for name, rows in measured.items():
             sent = [size * sent_share(name, devices) for size, _ in rows]
             alpha, beta = fit_line(sent, [seconds for _, seconds in rows])
             links[name] = {"alpha_s": alpha, "beta_s_per_byte": beta, "samples": rows}
@@ -194,6 +243,7 @@ def build_profile(
             "bytes_per_s": 1 / max(gather["beta_s_per_byte"], 1e-15),
             "latency_s": gather["alpha_s"] / (devices - 1),
             "launch_s": 0.0,
+            "contention": measure_contention(mesh, measured, repeats=repeats),
         }
     workload = llama_workload(model, config, sequence_length=tokens, microbatch_size=1)
     predicted = block_cost(
@@ -243,7 +293,15 @@ def load_profile(path: str | Path) -> Profile:
             f"profile {path} has version {value.get('version')!r}; this jaxsys reads version "
             f"{FORMAT_VERSION}: measure again"
         )
-    source = f"measured: {path}"
+    return profile_of(value, source=f"measured: {path}")
+
+
+def profile_of(value: Mapping[str, Any], *, source: str) -> Profile:
+    """The specifications in a profile's JSON value.
+
+    Raises:
+        UsageError: if some are missing.
+    """
     try:
         device = DeviceSpec(
             **value["device"], sources={name: source for name in value["device"] if name != "name"}
@@ -255,7 +313,7 @@ def load_profile(path: str | Path) -> Profile:
             devices=value["devices"],
         )
     except (KeyError, TypeError) as error:
-        raise UsageError(f"profile {path} is incomplete: {error}") from None
+        raise UsageError(f"the profile ({source}) is incomplete: {error}") from None
 
 
 def main(argv: Sequence[str], prog: str) -> int:
@@ -298,6 +356,8 @@ def main(argv: Sequence[str], prog: str) -> int:
         f"{1e3 * value['block_both_s']:.3g} ms, "
         f"predicted {1e3 * value['block_both_predicted_s']:.3g} ms"
     )
+    if value["link"] is not None:
+        print(f"products beside a gather take {100 * value['link']['contention']:.3g} % longer")
     for name, fit in value["collectives"].items():
         rate = 1 / fit["beta_s_per_byte"] if fit["beta_s_per_byte"] else float("inf")
         print(f"{name:>12}: alpha {1e6 * fit['alpha_s']:.3g} us, {rate / 1e9:.4g} GB/s sent")

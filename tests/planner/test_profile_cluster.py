@@ -38,6 +38,7 @@ def test_command_measures_and_plan_uses_it(tmp_path, capsys):
     profile = load_profile(path)
     assert profile.device.product_flops_per_s > 0
     assert profile.link is not None
+    assert profile.link.contention >= 0
     assert main(command) == 2  # not overwritten
     plan = ["plan", "--model", "tiny", "--devices", "4", "--profile", str(path)]
     assert main(plan) == 0

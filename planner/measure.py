@@ -1,0 +1,225 @@
+"""Predicted against measured: whole training steps of many plans on this machine's devices.
+
+A cell is a plan at a sequence length: its step is predicted from a profile of the same devices and
+link, then compiled and run with Adam. Cells measured before are kept, so that a long measurement
+may be taken in several calls.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jaxsys.lowering import lower_sharded
+from jaxsys.mesh import RING
+from jaxsys.model import initial_parameters, layered
+from jaxsys.model.config import LlamaConfig
+from jaxsys.planner.cluster import Cluster
+from jaxsys.planner.evaluate import POLICY, Evaluator
+from jaxsys.planner.lower import to_schedule
+from jaxsys.planner.plans import Gradient, LayerPath, Plan, Residual, State, Weights
+from jaxsys.planner.problem import Problem
+from jaxsys.planner.recognise import recognise
+from jaxsys.planner.workload import llama_workload
+
+GIB = 2**30
+LINKS: dict[str, dict[str, str]] = {
+    "direct": {},
+    "host": {"NCCL_P2P_DISABLE": "1"},
+    "sockets": {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_IB_DISABLE": "1"},
+}
+"""What joins GPUs -> NCCL's settings for it, to be set before JAX starts."""
+KINDS: tuple[tuple[Weights, Gradient], ...] = (
+    (Weights.STAY, Gradient.ONCE),
+    (Weights.STAY, Gradient.EACH),
+    (Weights.REFETCH, Gradient.EACH),
+    (Weights.BETWEEN, Gradient.EACH),
+    (Weights.BETWEEN, Gradient.DEFERRED),
+)
+SHORT, LONG = 4, 16
+"""Microbatches a device: for predictions, and for the gain of ZeRO-3.5 and ZeRO-4."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One plan at one length."""
+
+    tokens: int
+    turns: int
+    """Microbatches a device."""
+    plan: Plan
+
+    @property
+    def name(self) -> str:
+        """Its key among results."""
+        path = self.plan.layers[0]
+        return f"{self.tokens} tokens, {self.turns} turns, {path}, ahead {self.plan.lookahead}"
+
+
+def cells(devices: int, layers: int, lengths: tuple[int, ...]) -> Iterator[Cell]:
+    """Five strategies by recompute and length, then four of them with many microbatches.
+
+    The latter gather one tick ahead and two: ZeRO-3 must be a prefetching one.
+    """
+
+    def cell(tokens: int, turns: int, path: LayerPath, ahead: int) -> Cell:
+        plan = Plan(shard=devices, state=State.SPLIT, lookahead=ahead, layers=(path,) * layers)
+        return Cell(tokens=tokens, turns=turns, plan=plan)
+
+    for tokens in lengths:
+        for weights, gradient in KINDS[1:]:
+            path = LayerPath(weights=weights, gradient=gradient, residual=Residual.KEEP)
+            for ahead in (1, 2):
+                yield cell(tokens, LONG, path, ahead)
+        for residual in Residual:
+            for weights, gradient in KINDS:
+                path = LayerPath(weights=weights, gradient=gradient, residual=residual)
+                yield cell(tokens, SHORT, path, 1)
+
+
+def measure_cell(
+    cell: Cell, config: LlamaConfig, cluster: Cluster, mesh: Mesh, *, repeats: int
+) -> dict[str, Any]:
+    """Predicts a step, compiles and runs it; returns the result's row."""
+    devices = mesh.shape[RING]
+    problem = Problem(
+        workload_of=lambda size: llama_workload(
+            "bench", config, sequence_length=cell.tokens, microbatch_size=size
+        ),
+        cluster=cluster,
+        batch=cell.turns * devices,
+        memory_bytes=cluster.device.memory_bytes,
+    )
+    predicted = Evaluator(problem).plan(cell.plan)
+    step = lower_sharded(
+        to_schedule(problem, cell.plan),
+        layered(config),
+        mesh,
+        compute_dtype=jnp.bfloat16,
+        recompute=POLICY[cell.plan.layers[0].residual],
+    )
+    optimizer = optax.adam(1e-4)
+
+    def train(parameters: Any, state: Any, batch: Any) -> Any:
+        loss, found = step.loss_and_gradients(parameters, batch)
+        gradients: Any = found
+        updates, state = optimizer.update(gradients, state, parameters)
+        return optax.apply_updates(parameters, updates), state, loss
+
+    parameters = step.to_rest(initial_parameters(config))
+    state = jax.jit(optimizer.init)(parameters)
+    shape = (cell.turns * devices, 1, cell.tokens)
+    batch = {name: jnp.zeros(shape, jnp.int32) for name in ("inputs", "targets")}
+    start = time.perf_counter()
+    program = (
+        jax.jit(train, donate_argnums=(0, 1))
+        .lower(parameters, state, batch)
+        .compile(compiler_options=step.compiler_options)
+    )
+    compile_s = time.perf_counter() - start
+    samples = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        parameters, state, loss = program(parameters, state, batch)
+        jax.block_until_ready(loss)
+        samples.append(time.perf_counter() - start)
+    seconds = statistics.median(samples[1:])
+    memory = program.memory_analysis()
+    assert memory is not None
+    taken = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+    peak = float(predicted.peak_bytes[0])
+    return {
+        "cell": cell.name,
+        "strategy": recognise(cell.plan),
+        "recompute": POLICY[cell.plan.layers[0].residual],
+        "tokens": cell.tokens,
+        "turns": cell.turns,
+        "lookahead": cell.plan.lookahead,
+        "measured_s": seconds,
+        "fastest_s": min(samples[1:]),
+        "predicted_s": float(predicted.step_s[0]),
+        "error_pct": 100 * (float(predicted.step_s[0]) / seconds - 1),
+        "measured_gib": taken / GIB,
+        "predicted_gib": peak / GIB,
+        "memory_error_pct": 100 * (peak / taken - 1),
+        "compile_s": compile_s,
+    }
+
+
+def measure(
+    wanted: list[Cell],
+    rows: list[dict[str, Any]],
+    run: Callable[[Cell], dict[str, Any]],
+    *,
+    seconds: float,
+    save: Callable[[list[dict[str, Any]]], None],
+) -> int:
+    """Runs the cells that no row is there for, and saves after each.
+
+    Args:
+        wanted: all cells.
+        rows: what has been measured; added to.
+        run: measures one cell.
+        seconds: start no further cell after this long.
+        save: called with all rows.
+
+    Returns:
+        How many cells are left.
+    """
+    start = time.monotonic()
+    done = {row["cell"] for row in rows}
+    left = [cell for cell in wanted if cell.name not in done]
+    while left and time.monotonic() - start < seconds:
+        rows.append(run(left.pop(0)))
+        save(rows)
+    return len(left)
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Errors over all cells, whether the best predicted is the best, and the gains measured."""
+    found: dict[str, Any] = {
+        "cells": len(rows),
+        "median_error_pct": statistics.median(abs(row["error_pct"]) for row in rows),
+        "median_memory_error_pct": statistics.median(abs(row["memory_error_pct"]) for row in rows),
+    }
+    groups: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["tokens"], row["turns"]), []).append(row)
+    behind, gains = [], []
+    for (tokens, turns), group in sorted(groups.items()):
+        chosen = min(group, key=lambda row: row["predicted_s"])
+        best = min(row["measured_s"] for row in group)
+        behind.append(100 * (chosen["measured_s"] / best - 1))
+        if turns == LONG:
+            gains.append({"tokens": tokens, **_gains(group)})
+    found["chosen_behind_best_pct"] = max(behind)
+    return {**found, "gains": gains}
+
+
+def _gains(group: list[dict[str, Any]]) -> dict[str, float]:
+    """Speed over ZeRO-3 and memory under ZeRO-2, each at its better lookahead."""
+
+    def best(name: str, what: str) -> float | None:
+        return min((row[what] for row in group if row["strategy"] == name), default=None)
+
+    found = {}
+    for name in ("zero-3.5", "zero-4"):
+        for kind in ("measured", "predicted"):
+            base, mine = best("zero-3", f"{kind}_s"), best(name, f"{kind}_s")
+            if base and mine:
+                found[f"{name}_{kind}_speedup_over_zero_3"] = base / mine
+            held, less = best("zero-2", f"{kind}_gib"), best(name, f"{kind}_gib")
+            if held and less:
+                found[f"{name}_{kind}_memory_below_zero_2_pct"] = 100 * (1 - less / held)
+    return found
