@@ -5,7 +5,9 @@ second. Power is the slope of the instance's energy between two answers; attainm
 server started. What is not known is shown as a dash, never as zero.
 """
 
+import dataclasses
 import time
+from collections import defaultdict
 from typing import Any
 
 import fastapi
@@ -19,32 +21,52 @@ from jaxsys.serve.slo import SharedSlo
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>jaxsys dashboard</title>
 <style>
- body { font: 14px system-ui, sans-serif; margin: 2em; color: #222; }
- table { border-collapse: collapse; } td, th { padding: .3em .9em; text-align: right; }
- th { font-weight: 600; border-bottom: 1px solid #999; } td:first-child, th:first-child
- { text-align: left; } canvas { border: 1px solid #ddd; margin: .4em 1em .4em 0; }
- figure { display: inline-block; margin: 0; } #error { color: #b00; }
+ body { font: 14px system-ui, sans-serif; margin: 2em; color: #222; max-width: 76em; }
+ table { border-collapse: collapse; margin: 1em 0; } td, th { padding: .3em .9em; }
+ td, th { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+ th { font-weight: 600; border-bottom: 1px solid #999; vertical-align: bottom; }
+ td:first-child, th:first-child, td:last-child, th:last-child { text-align: left; }
+ td:last-child { white-space: normal; font-size: 85%; color: #666; }
+ section { display: flex; gap: 1em; align-items: flex-end; } h2 { font-size: 100%; width: 6em; }
+ figure { margin: 0 0 .6em; } canvas { border: 1px solid #ddd; display: block; }
+ figcaption { font-size: 85%; color: #666; } #error { color: #b00; }
 </style></head><body>
 <h1>jaxsys</h1><p id="summary">waiting for data</p><p id="error"></p>
-<table><thead><tr><th>instance</th><th>clock (MHz)</th><th>power (W)</th><th>batch</th>
-<th>waiting</th><th>energy (J)</th><th>energy is</th></tr></thead><tbody id="rows"></tbody></table>
+<table><thead><tr><th>instance</th><th>clock<br>(MHz)</th><th>power<br>(W)</th><th>batch</th>
+<th>waiting</th><th>TTFT kept<br>(%)</th><th>ITL kept<br>(%)</th><th>energy<br>(J)</th>
+<th>energy is</th></tr></thead><tbody id="rows"></tbody></table>
 <div id="plots"></div>
 <script>
-const kept = 120, series = {}, last = {};
+const kept = 120, width = 300, height = 80, series = {}, last = {};
 const shown = (v, d = 0) => v === null || v === undefined ? "\\u2013" : v.toFixed(d);
-function line(name, values, label) {
-  let c = document.getElementById("plot-" + name + label);
-  if (!c) {
-    const f = document.createElement("figure"), t = document.createElement("figcaption");
-    c = document.createElement("canvas"); c.id = "plot-" + name + label;
-    c.width = 300; c.height = 80; t.textContent = name + ": " + label;
-    f.append(t, c); document.getElementById("plots").append(f);
+function canvas(name, label, unit) {
+  const id = "plot-" + name + label, found = document.getElementById(id);
+  if (found) return found;
+  let row = document.getElementById("plots-" + name);
+  if (!row) {
+    row = document.createElement("section"); row.id = "plots-" + name;
+    const head = document.createElement("h2"); head.textContent = name; row.append(head);
+    document.getElementById("plots").append(row);
   }
-  const g = c.getContext("2d"), known = values.filter(v => v !== null);
-  const top = Math.max(1, ...known);
-  g.clearRect(0, 0, 300, 80); g.beginPath(); g.strokeStyle = "#1f77b4";
-  values.forEach((v, i) => { if (v !== null) g.lineTo(i * 300 / kept, 78 - 70 * v / top); });
-  g.stroke(); g.fillStyle = "#666"; g.fillText(top.toFixed(0), 2, 10);
+  const f = document.createElement("figure"), t = document.createElement("figcaption");
+  const c = document.createElement("canvas"); c.id = id; c.width = width; c.height = height;
+  t.textContent = label + unit + ", last two minutes"; f.append(t, c); row.append(f);
+  return c;
+}
+function line(name, values, label, unit) {
+  const g = canvas(name, label, unit).getContext("2d");
+  const known = values.filter(v => v !== null), top = Math.max(1, ...known);
+  g.clearRect(0, 0, width, height); g.fillStyle = "#666"; g.fillText(top.toFixed(0), 2, 10);
+  g.fillText("0", 2, height - 3);
+  g.beginPath(); g.strokeStyle = "#1f77b4"; let drawing = false;
+  values.forEach((v, i) => {  // newest at the right edge; a gap where nothing is known
+    if (v === null) { drawing = false; return; }
+    const x = width - (values.length - 1 - i) * width / kept;
+    const y = height - 4 - (height - 18) * v / top;
+    if (drawing) g.lineTo(x, y); else g.moveTo(x, y);
+    drawing = true;
+  });
+  g.stroke();
 }
 async function refresh() {
   try {
@@ -63,15 +85,16 @@ async function refresh() {
       last[one.name] = {energy_j: one.energy_j, time_s: data.time_s};
       const tr = document.createElement("tr");
       for (const text of [one.name, shown(one.clock_mhz), shown(power), one.batch, one.waiting,
+          shown(one.ttft_attainment_pct, 1), shown(one.itl_attainment_pct, 1),
           shown(one.energy_j, 1), one.energy_method]) {
         const td = document.createElement("td"); td.textContent = text; tr.append(td);
       }
       rows.append(tr);
-      for (const [label, value] of [["clock", one.clock_mhz], ["power", power],
-          ["batch", one.batch]]) {
+      for (const [label, unit, value] of [["clock", " (MHz)", one.clock_mhz],
+          ["power", " (W)", power], ["batch", "", one.batch]]) {
         const values = series[one.name + label] ??= [];
         values.push(value); if (values.length > kept) values.shift();
-        line(one.name, values, label);
+        line(one.name, values, label, unit);
       }
     }
   } catch (error) { document.getElementById("error").textContent = "no answer: " + error; }
@@ -81,27 +104,49 @@ refresh(); setInterval(refresh, 1000);
 """
 
 
+@dataclasses.dataclass(slots=True)
+class Attainment:
+    """Tokens so far, and how many of them kept the SLO that was in force."""
+
+    first_tokens: int = 0
+    first_in_time: int = 0
+    later_tokens: int = 0
+    later_in_time: int = 0
+
+    @property
+    def ttft_pct(self) -> float | None:
+        """Share of first tokens in time; None before there is one."""
+        return _share(self.first_in_time, self.first_tokens)
+
+    @property
+    def itl_pct(self) -> float | None:
+        """Share of later tokens in time; None before there is one."""
+        return _share(self.later_in_time, self.later_tokens)
+
+
 class Dashboard:
     """Counts attainment and serves the page. Give `on_token` every event of the engine."""
 
     def __init__(self, engine: Engine, slo: SharedSlo) -> None:
         self.engine = engine
         self.slo = slo
-        self.first_tokens = self.first_in_time = 0
-        self.later_tokens = self.later_in_time = 0
+        self.total = Attainment()
+        self.by_instance: defaultdict[str, Attainment] = defaultdict(Attainment)
+        """By the instance a token came from."""
         self._last_s: dict[str | int, float] = {}
 
-    def on_token(self, request: Request, event: TokenEvent) -> None:
-        """Counts one token against the SLO in force."""
+    def on_token(self, request: Request, event: TokenEvent, instance: str) -> None:
+        """Counts one token of an instance against the SLO in force."""
         slo = self.slo.current
         if event.token is not None:
             last_s = self._last_s.get(request.request_id)
-            if last_s is None:
-                self.first_tokens += 1
-                self.first_in_time += event.time_s - request.timing.arrival_s <= slo.ttft_s
-            else:
-                self.later_tokens += 1
-                self.later_in_time += event.time_s - last_s <= slo.itl_s
+            for count in (self.total, self.by_instance[instance]):
+                if last_s is None:
+                    count.first_tokens += 1
+                    count.first_in_time += event.time_s - request.timing.arrival_s <= slo.ttft_s
+                else:
+                    count.later_tokens += 1
+                    count.later_in_time += event.time_s - last_s <= slo.itl_s
             self._last_s[request.request_id] = event.time_s
         if event.finish_reason is not None:
             self._last_s.pop(request.request_id, None)
@@ -113,16 +158,18 @@ class Dashboard:
             "time_s": time.monotonic(),
             "ttft_slo_ms": slo.ttft_s * 1e3,
             "itl_slo_ms": slo.itl_s * 1e3,
-            "first_tokens": self.first_tokens,
-            "later_tokens": self.later_tokens,
-            "ttft_attainment_pct": _share(self.first_in_time, self.first_tokens),
-            "itl_attainment_pct": _share(self.later_in_time, self.later_tokens),
+            "first_tokens": self.total.first_tokens,
+            "later_tokens": self.total.later_tokens,
+            "ttft_attainment_pct": self.total.ttft_pct,
+            "itl_attainment_pct": self.total.itl_pct,
             "instances": [
                 {
                     "name": instance.name,
                     "clock_mhz": instance.clock_mhz,
                     "batch": instance.load.batch,
                     "waiting": instance.load.waiting,
+                    "ttft_attainment_pct": self.by_instance[instance.name].ttft_pct,
+                    "itl_attainment_pct": self.by_instance[instance.name].itl_pct,
                     "energy_j": instance.load.energy_j,
                     "energy_method": instance.energy_method,
                 }

@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import AsyncGenerator, Callable, Sequence
 
-from jaxsys.errors import RunError
+from jaxsys.errors import RunError, UsageError
 from jaxsys.serve.clock import Clock
 from jaxsys.serve.exchange import Exchange, HandoverLimits
 from jaxsys.serve.handover import RequestId
@@ -64,12 +64,13 @@ class Engine:
         prefill_router: Router | None = None,
         decode_router: Router | None = None,
         limits: HandoverLimits | None = None,
-        on_token: Callable[[Request, TokenEvent], None] | None = None,
+        on_token: Callable[[Request, TokenEvent, str], None] | None = None,
     ):
         """
         Args:
             max_requests: most requests in the engine; more are refused with `Overloaded`.
-            on_token: sees every event on the event loop's thread, for metrics.
+            on_token: sees every event, with the name of the instance it came from, on the event
+                loop's thread, for metrics.
         """
         self.clock = clock
         self.max_requests = max_requests
@@ -226,9 +227,15 @@ class Engine:
         """Raises where `count` more requests cannot be taken up now.
 
         Raises:
+            UsageError: if so many are never taken at once.
             Overloaded: with the time after which trying again makes sense.
             RunError: if the engine drains or an instance has failed.
         """
+        if count > self.max_requests:
+            raise UsageError(
+                f"{count} choices are asked for at once; at most {self.max_requests} are taken. "
+                f"Lower n or send fewer prompts"
+            )
         failure = self.failure
         if failure is not None:
             raise RunError(failure)
@@ -313,7 +320,8 @@ class Engine:
             if event.finish_reason == "error" and event.lost and self._retry(generation):
                 continue
             if self.on_token is not None:
-                self.on_token(generation.request, event)
+                name = source if isinstance(source, str) else source.name
+                self.on_token(generation.request, event, name)
             if event.token is not None:
                 generation.tokens.append(event.token)
             if event.finish_reason is not None:

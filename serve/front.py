@@ -152,9 +152,9 @@ def build_app(
     metrics = Metrics(engine)
     dashboard = Dashboard(engine, slo)
 
-    def on_token(request: Request, event: TokenEvent) -> None:
+    def on_token(request: Request, event: TokenEvent, source: str) -> None:
         metrics.on_token(request, event)
-        dashboard.on_token(request, event)
+        dashboard.on_token(request, event, source)
 
     engine.on_token = on_token
     metrics.watch()

@@ -39,7 +39,7 @@ class Server:
         self.loop = asyncio.new_event_loop()
         self.engine: Any = build_engine(model, config)
         metrics = Metrics(self.engine)
-        self.engine.on_token = metrics.on_token
+        self.engine.on_token = lambda request, event, _: metrics.on_token(request, event)
         metrics.watch()
         settings = ApiConfig(model_name="tiny", max_length=config.max_length, **api)
         self.app = create_app(self.engine, model.tokenizer, settings, metrics)

@@ -40,7 +40,7 @@ def tell(dashboard, name, *times_s, finish=True):
     for k, time_s in enumerate(times_s):
         last = finish and k == len(times_s) - 1
         event = TokenEvent(request, 7, None, "length" if last else None, time_s)
-        dashboard.on_token(request, event)
+        dashboard.on_token(request, event, "prefill-0" if k == 0 else "decode-0")
 
 
 def test_attainment_counts_first_and_later_tokens():
@@ -53,6 +53,9 @@ def test_attainment_counts_first_and_later_tokens():
     assert (data["first_tokens"], data["later_tokens"]) == (2, 2)
     assert (data["ttft_attainment_pct"], data["itl_attainment_pct"]) == (50, 50)
     assert dashboard._last_s == {}  # ended requests are forgotten
+    decode = data["instances"][0]  # it gave later tokens alone
+    assert (decode["ttft_attainment_pct"], decode["itl_attainment_pct"]) == (None, 50)
+    assert dashboard.by_instance["prefill-0"].ttft_pct == 50
 
 
 def test_a_live_slo_change_counts_from_then_on():
@@ -75,6 +78,8 @@ def test_page_and_data_are_served():
         "clock_mhz": 1080,
         "batch": 3,
         "waiting": 1,
+        "ttft_attainment_pct": None,
+        "itl_attainment_pct": None,
         "energy_j": 12.5,
         "energy_method": "modelled",
     }
@@ -87,7 +92,7 @@ def test_the_page_fills_in_in_a_browser():
          if (found := shutil.which(name))), None,
     )  # fmt: skip
     if browser is None:
-        pytest.skip("needs Chromium")
+        pytest.skip("needs Chromium: `apt-get install chromium` or a Chrome in PATH")
     dashboard, app = make()
     tell(dashboard, "a", 0.4, 0.44)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
