@@ -11,18 +11,18 @@ import functools
 import itertools
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from jaxsys.errors import UsageError
+from jaxsys.errors import RunError, UsageError
 from jaxsys.model import LlamaConfig
 from jaxsys.serve import paged_model
 from jaxsys.serve.paged_attention import choose_kernels
 from jaxsys.serve.paged_model import Cache
-from jaxsys.serve.requests import Request, SamplingParameters
+from jaxsys.serve.requests import Request, RequestState, SamplingParameters
 from jaxsys.serve.sampling import (
     MAX_BIASED,
     History,
@@ -34,7 +34,7 @@ from jaxsys.serve.sampling import (
     sample,
     set_history,
 )
-from jaxsys.serve.scheduler import Iteration, SchedulerConfig
+from jaxsys.serve.scheduler import Iteration, PrefillPiece, SchedulerConfig
 from jaxsys.serve.weights import TENSOR, ServingWeights
 
 COPIES = 8
@@ -57,11 +57,24 @@ class Outcome(NamedTuple):
     """None where no request of the iteration asked."""
 
 
+class RequestFault(RunError):
+    """One request cannot be computed; nothing has been touched on its behalf."""
+
+    def __init__(self, request: Request, cause: Exception):
+        super().__init__(f"the request cannot be computed: {cause}")
+        self.request = request
+
+
 class Executor(Protocol):
     """Something that runs iterations: on a device, or in virtual time."""
 
     def dispatch(self, iteration: Iteration) -> Any:
-        """Queues an iteration; the handle is for `collect`."""
+        """Queues an iteration; the handle is for `collect`.
+
+        Raises:
+            RequestFault: before anything is queued; once that request is ended, the same iteration
+                may be dispatched again, and leaves it out.
+        """
         ...
 
     def collect(self, handle: Any) -> Outcome:
@@ -105,7 +118,23 @@ class _Pending(NamedTuple):
     """One sampling call in flight."""
 
     sample: Sample
-    requests: Sequence[Request]
+    requests: Sequence[Request | None]
+
+
+_NOBODYS = _Pending(Sample(cast(Any, np.zeros(1, np.int32)), None, None, None), [None])
+"""Stands in for the sample of a request that has ended."""
+
+
+class _Piece(NamedTuple):
+    """A prompt's piece as the device takes it."""
+
+    request: Request
+    end: int
+    shape: tuple[int, int, bool]
+    packed: np.ndarray
+    sampling: tuple[Rules, SamplingNeeds] | None
+    """For the last piece."""
+    history: tuple[np.ndarray, ...] | None
 
 
 class JaxExecutor:
@@ -163,22 +192,26 @@ class JaxExecutor:
 
     def dispatch(self, iteration: Iteration) -> list[_Pending]:
         """Queues an iteration's steps; returns at once."""
+        prepared = [self._prepare(piece) for piece in iteration.prefills]
         if iteration.copies:
             self._copy(iteration.copies)
         pending = []
-        for piece in iteration.prefills:
-            request = piece.request
-            logits = self._prefill(request, piece.start, piece.length)
-            if piece.last:
-                self._begin_slot(request)
-                rules, needs = self._rules([request], 1)
-                where = np.array([[request.slot, piece.start + piece.length - 1]], np.int32)
+        for piece in prepared:
+            if piece is None:  # its request has ended: nobody looks at the sample
+                pending.append(_NOBODYS)
+                continue
+            logits = self._prefill(piece)
+            if piece.sampling is not None:
+                request = piece.request
+                self._load_history(request.slot, piece.history)
+                rules, needs = piece.sampling
+                where = np.array([[request.slot, piece.end - 1]], np.int32)
                 pending.append(_Pending(self._sample(needs, logits, where, rules), [request]))
         if iteration.decodes:
             pending.append(self._decode(iteration.decodes, iteration.bucket))
         for sampled, _ in pending:
             for array in sampled:
-                if array is not None:
+                if isinstance(array, jax.Array):
                     array.copy_to_host_async()
         return pending
 
@@ -195,7 +228,7 @@ class JaxExecutor:
             asked = True
             columns = [np.asarray(column) for column in sampled[1:]]
             for row, request in enumerate(requests):
-                count = request.sampling.logprobs
+                count = None if request is None else request.sampling.logprobs
                 logprobs.append(
                     None
                     if count is None
@@ -240,7 +273,7 @@ class JaxExecutor:
         """Prepares the slot of a request whose pages were inserted: its last token is known."""
         step = self._step("set_last")
         self._last = step(self._last, np.int32(request.slot), np.int32(request.output_tokens[-1]))
-        self._begin_slot(request)
+        self._load_history(request.slot, self._history_of(request))
 
     # --- compilation --------------------------------------------------------------------------
 
@@ -390,25 +423,37 @@ class JaxExecutor:
 
     # --- inside -------------------------------------------------------------------------------
 
-    def _prefill(self, request: Request, start: int, length: int) -> jax.Array:
-        shapes = self.shapes
-        pages = request.pages
-        needed = -(-(start + length) // self.page_size)
+    def _prepare(self, piece: PrefillPiece) -> _Piece | None:
+        """A piece's arguments; None where its request has ended. Touches nothing on the device."""
+        request = piece.request
+        if request.state is RequestState.FINISHED:
+            return None
+        start, length = piece.start, piece.length
+        end = start + length
+        needed = -(-end // self.page_size)
         continued = self.shapes.distinguish_first and start > 0
-        piece, table = self._fitting(
+        size, table = self._fitting(
             "prefill",
-            (length, shapes.piece_buckets),
-            (needed, shapes.table_buckets),
+            (length, self.shapes.piece_buckets),
+            (needed, self.shapes.table_buckets),
             rest=(continued,),
         )
-        packed = np.full(2 + piece + table, self.page_count, np.int32)
+        packed = np.full(2 + size + table, self.page_count, np.int32)
         packed[:2] = start, length
-        packed[2 : 2 + piece] = 0
-        packed[2 : 2 + length] = _tokens(request, start, length)
-        packed[2 + piece : 2 + piece + needed] = pages[:needed]
-        logits, self._cache = self._step("prefill", piece, table, continued)(
-            self.weights, self._cache, packed
-        )
+        packed[2 : 2 + size] = 0
+        sampling = history = None
+        try:
+            packed[2 : 2 + length] = _tokens(request, start, length)
+            packed[2 + size : 2 + size + needed] = request.pages[:needed]
+            if piece.last:
+                sampling, history = self._rules([request], 1), self._history_of(request)
+        except Exception as error:
+            raise RequestFault(request, error) from error
+        return _Piece(request, end, (size, table, continued), packed, sampling, history)
+
+    def _prefill(self, piece: _Piece) -> jax.Array:
+        step = self._step("prefill", *piece.shape)
+        logits, self._cache = step(self.weights, self._cache, piece.packed)
         return logits
 
     def _decode(self, requests: tuple[Request, ...], bucket: int) -> _Pending:
@@ -475,14 +520,12 @@ class JaxExecutor:
         rules = pack_rules(parameters, [seed_of(request) for request in requests], rows)
         return rules, needs
 
-    def _begin_slot(self, request: Request) -> None:
-        """Loads what adjusting remembers of a request: prompt, output so far, bias."""
+    def _history_of(self, request: Request) -> tuple[np.ndarray, ...] | None:
+        """What adjusting remembers of a request: prompt, output so far, bias; None without it."""
         sampling = request.sampling
         if not SamplingNeeds.of(sampling).adjusted:
-            return
+            return None
         vocabulary = self.config.vocab_size
-        if self._history is None:
-            self._history = jax.device_put(empty_history(self.slots, vocabulary), self._placement)
         prompt = np.zeros(vocabulary, bool)
         prompt[np.asarray(request.prompt_tokens, np.int64)] = True
         counts = np.bincount(request.output_tokens, minlength=vocabulary).astype(np.int32)
@@ -490,8 +533,16 @@ class JaxExecutor:
         bias_values = np.zeros(MAX_BIASED, np.float32)
         for entry, (token, value) in enumerate(sampling.logit_bias.items()):
             bias_tokens[entry], bias_values[entry] = token, value
+        return prompt, counts, bias_tokens, bias_values
+
+    def _load_history(self, slot: int, history: tuple[np.ndarray, ...] | None) -> None:
+        if history is None:
+            return
+        if self._history is None:
+            empty = empty_history(self.slots, self.config.vocab_size)
+            self._history = jax.device_put(empty, self._placement)
         self._history = jax.jit(set_history, donate_argnums=0, out_shardings=self._placement)(
-            self._history, np.int32(request.slot), prompt, counts, bias_tokens, bias_values
+            self._history, np.int32(slot), *history
         )
 
     def _copy(self, copies: Sequence[tuple[int, int]]) -> None:

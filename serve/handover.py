@@ -27,7 +27,7 @@ from typing import Protocol
 from jaxsys.serve.executor import JaxExecutor
 from jaxsys.serve.instance import Instance
 from jaxsys.serve.paged_model import Cache
-from jaxsys.serve.requests import Request
+from jaxsys.serve.requests import Request, RequestState
 from jaxsys.serve.scheduler import Completion, Iteration
 
 RequestId = str | int
@@ -148,7 +148,7 @@ class Sender:
 
     def planned(self, iteration: Iteration) -> None:
         for piece in iteration.prefills:
-            if piece.last:
+            if piece.request.state is RequestState.HANDING_OVER:  # it may have ended at dispatch
                 self._outgoing[piece.request.request_id] = _Outgoing(piece.request)
                 self.send(Offer(piece.request.handed_over()))
 

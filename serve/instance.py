@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from jaxsys.serve.clock import Clock
-from jaxsys.serve.executor import Executor, TokenLogprobs
+from jaxsys.serve.executor import Executor, RequestFault, TokenLogprobs
 from jaxsys.serve.hooks import Governor
 from jaxsys.serve.member import InstanceLoad, Member, TokenEvent
-from jaxsys.serve.requests import FinishReason, Request
+from jaxsys.serve.requests import FinishReason, Request, RequestState
 from jaxsys.serve.scheduler import Completion, Iteration, Scheduler
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ class Instance(Member):
             self._fail_everything(f"instance {self.name} failed: {error}")
 
     def _loop(self) -> None:
-        scheduler, executor, clock = self.scheduler, self.executor, self.clock
+        scheduler, clock = self.scheduler, self.clock
         in_flight: collections.deque[tuple[Iteration, Any, float]] = collections.deque()
         self._ended_s = clock.now_s()
         # Only a message can change anything after a turn that did nothing and left nothing behind.
@@ -175,13 +175,24 @@ class Instance(Member):
             if iteration is not None:
                 queued = scheduler.waiting or scheduler.incoming
                 self.governor.before_iteration(iteration, queued, now_s)
-                in_flight.append((iteration, executor.dispatch(iteration), clock.now_s()))
+                in_flight.append((iteration, self._dispatch(iteration), clock.now_s()))
                 if self.transfer is not None:
                     self.transfer.planned(iteration)
             stuck = not in_flight and scheduler.preemptions == preemptions
             if in_flight and (iteration is None or len(in_flight) == 2):
                 self._complete(*in_flight.popleft())
             self._publish(iteration)
+
+    def _dispatch(self, iteration: Iteration) -> Any:
+        """Dispatches; a request that cannot be computed ends with the reason, and nothing else."""
+        while True:
+            try:
+                return self.executor.dispatch(iteration)
+            except RequestFault as fault:
+                if fault.request.state is RequestState.FINISHED:
+                    raise
+                logger.exception("bad request", extra={"request_id": fault.request.request_id})
+                self.abort_now(fault.request.request_id, "error", str(fault))
 
     def _complete(self, iteration: Iteration, handle: Any, dispatched_s: float) -> None:
         outcome = self.executor.collect(handle)

@@ -103,10 +103,14 @@ class _Sampled(pydantic.BaseModel):
         )
 
 
+TokenId = Annotated[pydantic.StrictInt, Field(ge=0)]
+
+
 class CompletionRequest(_Sampled):
     """Body of `/v1/completions`."""
 
-    prompt: str | list[str] | list[Annotated[int, Field(ge=0)]] | list[list[int]]
+    # Strict: true and 1.0 are no token ids.
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     def prompts(self, tokenizer: Tokenizer) -> list[list[int]]:

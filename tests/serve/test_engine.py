@@ -237,6 +237,23 @@ def test_a_failing_instance_ends_its_requests_with_an_error(model):
         assert reason == "error"
 
 
+@pytest.mark.parametrize("decode", [0, 1])
+def test_a_request_that_cannot_be_computed_ends_alone(model, decode):
+    """More biases than the device holds, unchecked: an error for it, tokens for its neighbours."""
+    engine = build_engine(model, DeploymentConfig(prefill=1, decode=decode, **SMALL))
+    biases = dict.fromkeys(range(400), 1.0)
+
+    async def everything():
+        asked = [collect(engine, p, max_tokens=6) for p in prompts(4)]
+        bad = [collect(engine, p, max_tokens=6, logit_bias=biases) for p in prompts(2)]
+        return await asyncio.gather(asked[0], bad[0], *asked[1:], bad[1])
+
+    found = run(engine, everything())
+    assert [reason for _, reason in found] == ["length", "error", *["length"] * 3, "error"]
+    assert [len(tokens) for tokens, _ in found] == [6, 0, 6, 6, 6, 0]
+    assert not engine.failed
+
+
 @pytest.mark.parametrize("dies", ["decode-0", pytest.param("prefill-1", marks=pytest.mark.slow)])
 def test_requests_of_a_dead_instance_go_on_elsewhere(model, dies):
     """Same tokens as without the failure, greedy and drawn; only the dead instance is lost."""
@@ -292,6 +309,8 @@ def test_refusals(model):
     engine: Any = build_engine(model, config)
 
     async def everything():
+        with pytest.raises(UsageError, match="3 choices are asked for at once; at most 2"):
+            engine.admit(3)
         with pytest.raises(UsageError, match="at most 96 fit"):
             await collect(engine, [1] * 90, max_tokens=7)
         tasks = [asyncio.create_task(collect(engine, [1, 2], max_tokens=30)) for _ in range(2)]
