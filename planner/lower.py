@@ -1,10 +1,13 @@
 """From a plan to the schedule that runs it."""
 
+from dataclasses import replace
+
 from jaxsys.errors import UsageError
 from jaxsys.planner.evaluate import microbatches
 from jaxsys.planner.orders import staged_schedule
 from jaxsys.planner.plans import Gradient, Plan, State, Weights
 from jaxsys.planner.problem import Problem
+from jaxsys.planner.recognise import recognise
 from jaxsys.schedule import Schedule
 from jaxsys.strategies.data_parallel import data_parallel
 from jaxsys.strategies.zero import trajectory
@@ -22,7 +25,7 @@ def to_schedule(problem: Problem, plan: Plan) -> Schedule:
         )
     total = microbatches(problem, plan)
     if plan.stages * plan.ring > 1:
-        return staged_schedule(plan, total)
+        return replace(staged_schedule(plan, total), name=recognise(plan))
     layers = range(len(plan.layers))
     if plan.state is State.WHOLE:
         return data_parallel(plan.shard, total, chunks=len(plan.layers))
