@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
+import os
 import secrets
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from typing import Protocol
 from jaxsys.errors import RunError, UsageError
 from jaxsys.serve.deployment import instance_name
 from jaxsys.serve.engine import Engine
+from jaxsys.serve.gpus import visible_gpus
 from jaxsys.serve.member import Member
 from jaxsys.serve.remote import RemoteInstance, Switchboard
 from jaxsys.serve.scheduler import Role
@@ -54,18 +56,48 @@ class Launcher(Protocol):
 
 
 class LocalProcesses:
-    """Processes of this machine, without anything between."""
+    """Processes of this machine, each with GPUs of its own where there are any."""
+
+    def __init__(self, gpus: Sequence[str] | None = None):
+        """
+        Args:
+            gpus: what processes may be given; all that are visible if None.
+        """
+        self.gpus = visible_gpus() if gpus is None else list(gpus)
+        self._processes: list[_LocalProcess] = []
 
     def launch(self, spec: WorkerSpec) -> "_LocalProcess":
-        return _LocalProcess(spec)
+        """Starts a process.
+
+        Raises:
+            UsageError: if too few GPUs are free.
+        """
+        self._processes = [one for one in self._processes if one.death() is None]
+        process = _LocalProcess(spec, self._free(spec.deployment.tensor_parallel))
+        self._processes.append(process)
+        return process
+
+    def _free(self, count: int) -> list[str]:
+        if not self.gpus:
+            return []
+        taken = {gpu for process in self._processes for gpu in process.gpus}
+        free = [gpu for gpu in self.gpus if gpu not in taken]
+        if len(free) < count:
+            raise UsageError(
+                f"an instance needs {count} GPU(s) of its own; of {len(self.gpus)}, {len(free)} "
+                f"are free: use fewer instances, or leave --cluster out to share GPUs"
+            )
+        return free[:count]
 
 
 class _LocalProcess:
-    def __init__(self, spec: WorkerSpec):
+    def __init__(self, spec: WorkerSpec, gpus: list[str]):
+        self.gpus = gpus
         command = [sys.executable, "-m", "jaxsys.serve.worker"]
+        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
         # In a session of its own: an interrupt from the terminal is the front's to deal with.
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, text=True, start_new_session=True
+            command, stdin=subprocess.PIPE, text=True, start_new_session=True, env=environment
         )
         assert self.process.stdin is not None
         with self.process.stdin as pipe, contextlib.suppress(BrokenPipeError):

@@ -6,10 +6,12 @@ from typing import Literal
 from jaxsys.errors import UsageError
 from jaxsys.mesh import Device
 from jaxsys.model import LlamaConfig
+from jaxsys.nvml import open_clocks
 from jaxsys.serve.ecofreq import ModelPredictor, SimulatedGovernor
 from jaxsys.serve.ecopred import EcoPred
 from jaxsys.serve.ecoroute import EnergyRouter
 from jaxsys.serve.gpu_model import ServedShape, SimulatedGpu, gpu_spec, shape_from_sizes
+from jaxsys.serve.gpus import gpu_of
 from jaxsys.serve.hooks import Governor, NoGovernor, Router
 from jaxsys.serve.live_governor import LiveGovernor, warn_unmeetable
 from jaxsys.serve.measured_governor import MeasuredGovernor, spec_of
@@ -50,10 +52,7 @@ def make_governor(
         expected = simulated_fingerprint(gpu)
         predictor = EcoPred(profile, expected=expected, clocks_mhz=clocks_mhz, background=True)
         return SimulatedGovernor(gpu, slo, predictor=predictor)
-    # Imported here: a machine without a driver has no use for it.
-    from jaxsys.nvml import open_clocks
-
-    clocks = open_clocks(device.local_hardware_id or 0, control=choice.clocks == "control")
+    clocks = open_clocks(gpu_of(device), control=choice.clocks == "control")
     spec = spec_of(clocks.name)
     if spec is None:  # its costs are not known: energy is read, no clock is chosen
         return MeasuredGovernor(clocks, shape, slo)
