@@ -1,23 +1,32 @@
-"""The README's snippets run."""
+"""The README's figures are those of the result files that it links."""
 
-import re
-import runpy
 from pathlib import Path
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+from jaxsys.results import read_result
+
+ROOT = Path(__file__).parents[1]
+README = " ".join((ROOT / "README.md").read_text().split())
 
 
-def test_python_snippets_run(tmp_path, capsys):
-    snippets = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert snippets
-    for snippet in snippets:
-        script = tmp_path / "snippet.py"
-        script.write_text(snippet)
-        runpy.run_path(str(script))
-    assert "bubble" in capsys.readouterr().out
+def rows(name: str, **wanted):
+    found = read_result(ROOT / f"results/{name}.json")["rows"]
+    assert f"(results/{name}.json)" in README
+    return [row for row in found if wanted.items() <= row.items()]
 
 
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", README.read_text()):
-        if "://" not in target:
-            assert (README.parent / target).exists(), target
+def test_training_figures():
+    (best,) = rows("train_step_h100_16k_dp", recompute="none")
+    assert f"**{best['model_tflops_per_gpu']:.0f} model TFLOP/s** with 16,384 tokens" in README
+    assert best["sequence_length"] == 16384
+    looped = rows("train_step_h100_16k_looped", recompute="none")
+    plain = rows("train_step_h100_16k_fsdp", recompute="none")
+    plain += [row for row in looped if row["schedule"] == "gspmd-fsdp"]
+    low, *_, high = sorted(row["model_tflops_per_gpu"] for row in plain)
+    assert f"reaches {low:.0f} to {high:.0f}" in README
+    (ours,) = (row for row in looped if row["schedule"] == "dp")
+    assert f"(looped: {ours['model_tflops_per_gpu']:.0f})" in README
+
+
+def test_serving_figures():
+    (row,) = rows("serve_gpu", study="decode", batch=64, weights="bfloat16")
+    assert f"**{row['itl_ms']:.1f} ms**, {row['itl_floor_ratio']:.2f} times what reading" in README

@@ -40,35 +40,40 @@ def test_every_result_file_is_on_the_page():
 
 
 def test_figures_of_a_new_result_appear_and_say_their_hardware(report, tmp_path):
-    """A ring over two devices is a row of its own table, not of the one for single devices."""
-    results = tmp_path / "results"
     row = {
-        "schedule": "weipipe-interleave",
-        "recompute": "none",
+        "devices": 2,
+        "link": "host",
+        "shape": "1b",
         "sequence_length": 4096,
-        "step_s": 1.25,
-        "model_tflops_per_gpu": 321.4,
-        "temp_gib": 3.5,
+        "recompute": "none",
+        "planners_choice": False,
     }
-    for devices in (1, 2):
-        path = write_result(
-            results / f"train_step_{devices}.json",
-            benchmark="train_step",
-            kind="measured",
-            config={"unroll": True},
-            rows=[row | {"devices": devices}, row | {"devices": devices, "failed": "no room"}],
-        )
-        record = json.loads(path.read_text())
-        record["hardware"]["gpus"] = ["NVIDIA H100, 80 GB"] * devices
-        path.write_text(json.dumps(record))
+    path = write_result(
+        tmp_path / "results/gpus_2.json",
+        benchmark="gpus",
+        kind="measured",
+        config={},
+        rows=[
+            row | {"schedule": "1f1b-overlap", "step_s": 1.5, "model_tflops_per_gpu": 321.4},
+            row | {"schedule": "weipipe-interleave", "step_s": 1.0, "planners_choice": True},
+            row | {"schedule": "gspmd-fsdp", "failed": "no room"},
+        ],
+    )
+    record = json.loads(path.read_text())
+    record["hardware"]["gpus"] = ["NVIDIA H100, 80 GB"] * 2
+    path.write_text(json.dumps(record))
     text = report["page"].render(report["headlines"].HEADLINES, tmp_path, tmp_path / "docs/X.md")
     sections = dict(re.findall(r"^### (.*?)\n(.*?)(?=^###? )", text, re.MULTILINE | re.DOTALL))
-    several = sections["WeiPipe against 1F1B and FSDP on GPUs"]
-    single = sections["What the lowering costs on one GPU"]
-    assert several.count("| 321.4 |") == single.count("| 321.4 |") == 1
-    assert "2 x NVIDIA H100" in several and "train_step_1" not in several
-    assert "1 x NVIDIA H100" in single
-    assert "**Not run yet**: needs 2 or more GPUs." in sections["Predicted against measured steps"]
+    shown = sections["WeiPipe against 1F1B and FSDP on GPUs"]
+    rows = [line.split(" | ")[4:] for line in shown.splitlines() if line.startswith("| 2 |")]
+    assert rows == [
+        ["`weipipe-interleave`", "none", "1.000", "1.00", "-", "-", "yes |"],
+        ["`1f1b-overlap`", "none", "1.500", "1.50", "321.4", "-", "- |"],
+        ["`gspmd-fsdp`", "none", "no room", "-", "-", "-", "- |"],
+    ]
+    assert "2 x NVIDIA H100" in shown
+    unmade = sections["What the lowering costs on one GPU"]
+    assert "**Not run yet**: needs a GPU." in unmade
 
 
 def test_measured_and_simulated_are_apart(report):

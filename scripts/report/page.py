@@ -81,8 +81,8 @@ def _section(headline: Headline, root: Path, up: Path) -> str:
         )
         parts += [result.record["note"] for result in results if "note" in result.record]
     else:
-        needs = {run.needs() for run in headline.runs} - {""}
-        parts.append(f"**Not run yet**{': needs ' + '; '.join(sorted(needs)) if needs else ''}.")
+        needs = [run.needs() for run in headline.runs]
+        parts.append(f"**Not run yet**{': needs ' + '; '.join(needs) if all(needs) else ''}.")
     words = {"gpu": "GPU", "gpus": "N", "traces": "TRACES"}
     commands = [command.format_map(words) for run in headline.runs for command in run.commands]
     parts.append("```console\n" + "\n".join(f"$ {command}" for command in commands) + "\n```")

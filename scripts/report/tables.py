@@ -25,6 +25,35 @@ def steps(results: Sequence[Result]) -> str:
     )  # fmt: skip
 
 
+def several(results: Sequence[Result]) -> str:
+    """Steps on several GPUs, each link, model and length beside its ring's."""
+
+    def place(row: Row) -> tuple:
+        return row["devices"], row["link"], row["shape"], row["sequence_length"]
+
+    rows = [row for result in results for row in result.rows]
+    ring = {
+        place(row): row["step_s"]
+        for row in rows
+        if row["schedule"] == "weipipe-interleave" and "step_s" in row
+    }
+    cells = []
+    for row in sorted(rows, key=lambda row: (place(row), row.get("step_s", float("inf")))):
+        own, base = row.get("step_s"), ring.get(place(row))
+        cells.append(
+            [*place(row), f"`{row['schedule']}`", row["recompute"],
+             number(own, ".3f") or row.get("failed"),
+             number(own / base, ".2f") if own and base else None,
+             number(row.get("model_tflops_per_gpu")), number(row.get("predicted_s"), ".3f"),
+             "yes" if row["planners_choice"] else None]
+        )  # fmt: skip
+    return table(
+        ["GPUs", "link", "model", "tokens", "schedule", "recompute", "step (s)",
+         "over WeiPipe's", "TFLOP/s a GPU", "predicted (s)", "planner's choice"],
+        cells,
+    )  # fmt: skip
+
+
 def block(results: Sequence[Result]) -> str:
     return table(
         ["recompute", "ms a layer", "products and attention alone (ms)", "their share"],
@@ -125,6 +154,18 @@ def zero(results: Sequence[Result]) -> str:
     )  # fmt: skip
 
 
+def zero_memory(results: Sequence[Result]) -> str:
+    rows = [row for result in results for row in result.rows if row["gradient_bytes"] == 2]
+    return table(
+        ["devices", "residuals / weights", "ZeRO-3.5, all kept", "ZeRO-3.5, within ZeRO-3's memory",
+         "layers it keeps", "ZeRO-4, all kept and deferred"],
+        [[row["devices"], f"{row['residuals_over_weights']:g}",
+          number(row["zero_3_5_all_below_zero_2_pct"]),
+          number(row["zero_3_5_within_below_zero_2_pct"]), row["layers_kept_within"],
+          number(row["zero_4_all_below_zero_2_pct"])] for row in rows],
+    )  # fmt: skip
+
+
 def rediscovery(results: Sequence[Result]) -> str:
     rows = [row for result in results for row in result.rows]
     same = sum(row["expected"] == row["found"] for row in rows)
@@ -175,21 +216,33 @@ def sweep(results: Sequence[Result]) -> str:
 def predicted_steps(results: Sequence[Result]) -> str:
     cells = []
     for result in results:
-        errors = sorted(row["prediction_error_pct"] for row in result.rows)
-        memory = [
-            100 * abs(row["predicted_peak_gib"] / row["peak_gib"] - 1)
-            for row in result.rows
-            if row.get("peak_gib") and row.get("predicted_peak_gib")
-        ]
+        summary, config = result.record["summary"], result.record["config"]
         cells.append(
-            [result.record["config"]["link"], result.record["config"]["devices"], len(errors),
-             number(errors[len(errors) // 2]), number(errors[-1]),
-             number(sorted(memory)[len(memory) // 2]) if memory else None]
+            [result.name.removesuffix(".json"), config["link"], config["devices"],
+             summary["cells"], number(summary["median_error_pct"]),
+             number(summary["median_memory_error_pct"]),
+             number(summary["chosen_behind_best_pct"])]
         )  # fmt: skip
     return table(
-        ["link", "devices", "plans", "median error of step time (%)", "largest (%)",
-         "median error of peak memory (%)"],
+        ["file", "link", "devices", "plans", "median error of step time (%)", "of peak memory (%)",
+         "best predicted behind best measured (%)"],
         cells,
+    )  # fmt: skip
+
+
+def zero_measured(results: Sequence[Result]) -> str:
+    def gain(found: Row, name: str, what: str) -> list[str | None]:
+        return [number(found.get(f"{name}_{kind}_{what}"), ".2f")
+                for kind in ("measured", "predicted")]  # fmt: skip
+
+    return table(
+        ["file", "tokens", "ZeRO-3.5 over ZeRO-3", "predicted", "ZeRO-4 over ZeRO-3", "predicted",
+         "ZeRO-4's memory below ZeRO-2's (%)", "predicted"],
+        [[result.name.removesuffix(".json"), found["tokens"],
+          *gain(found, "zero-3.5", "speedup_over_zero_3"),
+          *gain(found, "zero-4", "speedup_over_zero_3"),
+          *gain(found, "zero-4", "memory_below_zero_2_pct")]
+         for result in results for found in result.record["summary"]["gains"]],
     )  # fmt: skip
 
 
@@ -342,4 +395,16 @@ def ablation(results: Sequence[Result]) -> str:
         ["varied", "value", "saving (%)", "TTFT / ITL ok (%)"],
         [[row["study"], row["value"], number(row["energy_saving_pct"]), _attainment(row)]
          for result in results for row in result.rows],
+    )  # fmt: skip
+
+
+def front(results: Sequence[Result]) -> str:
+    rows = [row for result in results for row in result.rows]
+    return table(
+        ["instances", "by way of", "route", "output tokens", "requests/s", "tokens/s",
+         "CPU ms a request", "its core busy (%)"],
+        [[row["instances"], row["way"], row["route"], row["output_tokens"],
+          number(row["requests_per_s"], ",.0f"), number(row["tokens_per_s"], ",.0f"),
+          number(row["front_cpu_ms_per_request"], ".2f"), number(100 * row["front_busy"], ".0f")]
+         for row in rows],
     )  # fmt: skip
