@@ -103,7 +103,7 @@ class EcoFreqConfig:
     beyond what any can serve. 0 to look at no growth."""
     worth: float = 18.0
     """Worth of a first token in time, in energies that its prompt takes at the lowest clock."""
-    broken_worth: float = 2.75
+    broken_worth: float = 2.5
     """What remains of `worth` where a large share of the prompts is late at every clock."""
     prefill_budget: int = 8192
     """Prompt tokens an iteration computes: how the queue will be cut."""
@@ -129,6 +129,10 @@ class EcoFreqConfig:
         for name in ("prefill_budget", "queue_chunks"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+_LOST_MEMORY = 250
+"""Prompts over which the share that no clock could serve in time is averaged."""
 
 
 @dataclass(slots=True)
@@ -213,6 +217,7 @@ class EcoFreq:
         self._hold = 0
         self._idle = False
         self._load = Load()
+        self._lost_lately = 0.0
         self._usual_batch = 0.0
         self._batch_seen_s = float("-inf")
         self._predicted_s: dict[int, float] = {}
@@ -321,7 +326,12 @@ class EcoFreq:
             clearance=clearance,
             worth=config.worth,
             broken_worth=config.broken_worth,
+            lost_lately=self._lost_lately,
         )
+        if deadlines_s[0]:
+            prompts = len(deadlines_s[0])
+            share = min(1.0, prompts / _LOST_MEMORY)
+            self._lost_lately += share * (lost[0] / prompts - self._lost_lately)
         itl_kept = True
         if iteration.decodes:
             bound_s = slo.planned_itl_s * clearance
@@ -329,7 +339,7 @@ class EcoFreq:
             costs_j[~feasible] = np.inf
             itl_kept = times_s[0, -1] <= slo.planned_itl_s
         best = int(np.argmin(costs_j)) if np.isfinite(costs_j).any() else self._top
-        if lost or not itl_kept:
+        if any(lost) or not itl_kept:
             self.record.infeasible += 1
         if self._hold > 0:
             best = self._top

@@ -6,6 +6,7 @@ attainment of both beside them, and energy counts idle instances.
 """
 
 import argparse
+import copy
 import json
 import math
 import sys
@@ -40,6 +41,11 @@ class Policy:
 
     control: Control
     routing: Routing = "plain"
+
+    @property
+    def predicts(self) -> bool:
+        """Whether anything is decided by predictions."""
+        return self.control in ("window", "ecofreq") or self.routing != "plain"
 
 
 POLICIES: dict[str, Policy] = {
@@ -110,13 +116,24 @@ def make_predictor(setting: Setting) -> Predictor:
 
 
 def simulate(
-    trace: Trace, policy: Policy, setting: Setting, *, sample_every_s: float | None = None
+    trace: Trace,
+    policy: Policy,
+    setting: Setting,
+    *,
+    predictor: Predictor | None = None,
+    sample_every_s: float | None = None,
 ) -> ReplayResult:
-    """Replays `trace` under one policy."""
+    """Replays `trace` under one policy.
+
+    Args:
+        predictor: the setting's, fresh; made here where None.
+    """
     slo = SharedSlo(setting.slo)
-    governed = policy.control in ("window", "ecofreq") or policy.routing != "plain"
     # One for all: the instances are alike, and each learns from the others' iterations.
-    predictor = make_predictor(setting) if governed else ModelPredictor(setting.gpu)
+    if not policy.predicts:
+        predictor = ModelPredictor(setting.gpu)
+    elif predictor is None:
+        predictor = make_predictor(setting)
     spec = setting.gpu.spec
     top, floor = spec.max_mhz, setting.clocks_mhz[0]
 
@@ -193,8 +210,15 @@ def compare(
     if unknown:
         raise UsageError(f"policy {unknown[0]!r} is not known; use one of {', '.join(POLICIES)}")
     rows: dict[str, dict[str, Any]] = {}
+    fresh = None
     for name in names:
-        result = simulate(trace, POLICIES[name], setting, sample_every_s=sample_every_s)
+        policy, predictor = POLICIES[name], None
+        if policy.predicts:
+            fresh = fresh or make_predictor(setting)
+            predictor = copy.deepcopy(fresh)  # each policy learns for itself
+        result = simulate(
+            trace, policy, setting, predictor=predictor, sample_every_s=sample_every_s
+        )
         row: dict[str, Any] = dict(figures(result, setting.slo))
         base = rows.get("max", row)
         row["energy_saving_pct"] = 100 * (1 - row["energy_j"] / base["energy_j"])
