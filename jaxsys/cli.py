@@ -1,7 +1,7 @@
 """The `jaxsys` command: finds the subcommand, imports only that one, and reports its faults.
 
-A subcommand is a module with `main(argv, prog) -> int | None`. Exit codes: 0 done, 1 the run
-failed, 2 the request was wrong, 130 interrupted.
+A subcommand has a name of one word or two, and is a module with `main(argv, prog) -> int | None`.
+Exit codes: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted.
 """
 
 import importlib
@@ -14,12 +14,12 @@ from jaxsys.errors import RunError, UsageError
 
 SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("jaxsys.planner.cli", "compare parallel plans for a model on a cluster"),
-    "profile-cluster": ("jaxsys.planner.profile", "measure links and devices for `plan`"),
+    "profile cluster": ("jaxsys.planner.profile", "measure links and devices for `plan`"),
     "train": ("jaxsys.train.cli", "train a model with a schedule"),
     "serve": ("jaxsys.serve.cli", "serve a model over an OpenAI-compatible API"),
     "clocks": ("jaxsys.nvml", "read or reset GPU clocks"),
     "replay": ("jaxsys.serve.replay", "replay a request trace on simulated GPUs"),
-    "profile": ("jaxsys.serve.profile_cli", "measure latency and power for the predictor"),
+    "profile serving": ("jaxsys.serve.profile_cli", "measure latency and power for `serve`"),
 }
 
 
@@ -39,6 +39,12 @@ def usage() -> str:
     )
 
 
+def split_name(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """The subcommand's name, of one word or two, and the words behind it."""
+    words = 2 if " ".join(arguments[:2]) in SUBCOMMANDS else 1
+    return " ".join(arguments[:words]), list(arguments[words:])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -48,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[0] == "--version":
         print(f"jaxsys {__version__}")
         return 0
-    name, *rest = arguments
+    name, rest = split_name(arguments)
     if name not in SUBCOMMANDS:
         known = ", ".join(SUBCOMMANDS)
         print(f"jaxsys: {name!r} is not a command; use one of {known}", file=sys.stderr)

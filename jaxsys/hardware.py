@@ -2,7 +2,8 @@
 
 Two rates a device: the data sheet's peak, which MFU is counted against, and what products and fused
 attention reach in practice, which times are predicted from. `measured` sources are this project's
-own runs; `assumed` ones say what they were carried over from, and `jaxsys profile` replaces them.
+own runs; `assumed` ones say what they were carried over from, and `jaxsys profile cluster` replaces
+them.
 """
 
 from collections.abc import Mapping

@@ -231,7 +231,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         default="float32",
         help="dtype in which gradients are summed and sent (default: float32)",
     )
-    add("--profile", type=Path, help="device and link measured by `jaxsys profile-cluster`")
+    add("--profile", type=Path, help="device and link measured by `jaxsys profile cluster`")
     add("--node-devices", type=int, help="devices of a node (default: all in one)")
     add("--node-link", help="link between nodes, per device")
     add("--search", action="store_true", help="search all plans, not the known strategies alone")

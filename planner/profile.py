@@ -1,4 +1,4 @@
-"""`jaxsys profile-cluster`: measures what the planner otherwise takes from presets.
+"""`jaxsys profile cluster`: measures what the planner otherwise takes from presets.
 
 Links: every collective at several sizes, fitted to t = alpha + beta * bytes sent. Device: products
 and attention at the model's own shapes, an elementwise pass over memory, and the block itself,

@@ -235,7 +235,11 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         default="observe",
         help="whether a real GPU's clock may be set; it is given back at the end, come what may",
     )
-    add("--profile", type=Path, help="file of `jaxsys profile` from which predictions begin")
+    add(
+        "--profile",
+        type=Path,
+        help="file of `jaxsys profile serving` from which predictions begin",
+    )
     add(
         "--route",
         choices=("fewest", "energy"),

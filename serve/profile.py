@@ -39,7 +39,7 @@ class Fingerprint:
         if different:
             raise UsageError(
                 f"{where} was taken with {', '.join(different)}; take one here with "
-                f"`jaxsys profile`"
+                f"`jaxsys profile serving`"
             )
 
 
@@ -111,7 +111,9 @@ def load_profile(path: str | Path) -> Profile:
     try:
         record = json.loads(Path(path).read_text())
     except FileNotFoundError:
-        raise UsageError(f"profile {path} does not exist; take one with `jaxsys profile`") from None
+        raise UsageError(
+            f"profile {path} does not exist; take one with `jaxsys profile serving`"
+        ) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UsageError(f"profile {path} is not JSON: {error}") from None
     if not isinstance(record, Mapping) or record.get("form") != FORM:

@@ -1,4 +1,4 @@
-"""`jaxsys profile`: measures iterations for EcoPred, on this machine or on a simulated GPU.
+"""`jaxsys profile serving`: measures iterations for EcoPred, on this machine or on a simulated GPU.
 
 Live, the real executor computes the sweep's prompts and decode steps one by one. Clocks are swept
 only with `--control-clocks` and the driver's leave; else the profile holds the default clock alone,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str], prog: str) -> int:
-    """`jaxsys profile`."""
+    """`jaxsys profile serving`."""
     arguments = _parser(prog).parse_args(argv)
     if arguments.simulated is not None:
         profile = simulated_profile(

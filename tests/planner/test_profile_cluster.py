@@ -27,7 +27,7 @@ def test_fit_is_never_negative():
 
 def test_command_measures_and_plan_uses_it(tmp_path, capsys):
     path = tmp_path / "profile.json"
-    command = ["profile-cluster", "--devices", "4", "--model", "tiny", "--tokens", "64"]
+    command = ["profile", "cluster", "--devices", "4", "--model", "tiny", "--tokens", "64"]
     command += ["--repeats", "2", "--largest-mib", "1", "--out", str(path)]
     assert main(command) == 0
     value = json.loads(path.read_text())

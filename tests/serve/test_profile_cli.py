@@ -1,4 +1,4 @@
-"""`jaxsys profile`: a sweep of the real executor on a tiny model, and of a simulated GPU."""
+"""`jaxsys profile serving`: a sweep of the real executor on a tiny model, and of a simulated GPU."""
 
 import dataclasses
 
@@ -46,7 +46,7 @@ def test_the_real_executor_is_swept_and_a_predictor_learns_from_it(model):
 
 def test_the_command_sweeps_a_simulated_gpu(tmp_path, capsys):
     out = tmp_path / "profile.json"
-    assert cli.main(["profile", "--simulated", "h200", "--out", str(out)]) == 0
+    assert cli.main(["profile", "serving", "--simulated", "h200", "--out", str(out)]) == 0
     assert "samples at 1080" in capsys.readouterr().out
     profile = load_profile(out)
     assert profile.fingerprint.gpu == "H200-SXM-141GB"
