@@ -224,7 +224,7 @@ class EcoPred:
         self._threads = ThreadPoolExecutor(1, "ecopred") if background else None
         clocks = sorted(clocks_mhz or profile.clocks_mhz)
         if not clocks:
-            raise UsageError("the profile holds no samples; take a new one with `jaxsys profile`")
+            raise UsageError("the profile holds no samples; take one with `jaxsys profile serving`")
         self._clocks = np.array(clocks, float)
         self._column = {mhz: column for column, mhz in enumerate(clocks)}
         prefill = [s for s in profile.samples if s.load.prefill_tokens and not s.load.batch]

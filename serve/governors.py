@@ -30,7 +30,7 @@ class GovernorChoice:
     clocks: Literal["observe", "control"] = "observe"
     """Whether a real GPU's clock may be set."""
     profile: str | None = None
-    """File that `jaxsys profile serving` wrote, from which predictions begin; the modelled GPU if None."""
+    """File of `jaxsys profile serving` from which predictions begin; the modelled GPU if None."""
 
 
 def make_governor(

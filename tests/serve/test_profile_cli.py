@@ -1,4 +1,4 @@
-"""`jaxsys profile serving`: a sweep of the real executor on a tiny model, and of a simulated GPU."""
+"""`jaxsys profile serving`: the real executor on a tiny model, and a simulated GPU."""
 
 import dataclasses
 
