@@ -11,10 +11,8 @@ nothing by itself; but where there are such, the work is more than can be done i
 who come meanwhile, at rate a, will be late too for as long as it takes.
 
 v is what a first token in time is worth, stated in energies that one prompt takes at the lowest
-clock. Where a large share is late whatever the clock, the SLO is broken, and one more prompt in
-time is worth less: v falls from `worth` to `broken_worth`. That takes both a share of prompts lost
-lately (from 0.05 to 0.2) and work at hand so long that a like share of those who come during it
-must be late (from 0.2 to 0.4): neither a backlog that slow clocks made nor one long prompt alone.
+clock. An SLO that a fifth of the arrivals miss whatever the clock is broken, and one more prompt in
+time is worth less there: v falls from `worth` to `broken_worth` as that share goes from 0.2 to 0.4.
 """
 
 from collections.abc import Collection, Sequence
@@ -28,9 +26,8 @@ if TYPE_CHECKING:
     from jaxsys.serve.requests import Request
     from jaxsys.serve.scheduler import Iteration
 
-LOST_LATELY = (0.05, 0.2)
-LOST_AHEAD = (0.2, 0.4)
-"""Shares lost at every clock, lately and during the work at hand, over which worth falls."""
+BROKEN_SHARES = (0.2, 0.4)
+"""Shares of arrivals lost at every clock between which their worth falls."""
 
 
 def batches_at_hand(
@@ -85,9 +82,8 @@ def prompt_costs_j(
     clearance: np.ndarray,
     worth: float,
     broken_worth: float,
-    lost_lately: float,
-) -> tuple[np.ndarray, list[int]]:
-    """The cost of each clock in joules, and how many prompts of each batch none serves in time.
+) -> tuple[np.ndarray, int]:
+    """The cost of each clock in joules, and how many prompts none of them serves in time.
 
     Args:
         times_s: of each batch at each clock, [batch, clock], clocks ascending.
@@ -97,27 +93,21 @@ def prompt_costs_j(
         clearance: share of the time to its deadline that a batch may take, [clock].
         worth: energies of a prompt that its first token in time is worth.
         broken_worth: what is left of that where a large share is late at every clock.
-        lost_lately: recent share of prompts that no clock could serve in time.
     """
     energies_j = (times_s * powers_w).sum(axis=0)
     prompts = sum(map(len, deadlines_s))
     if not prompts:
-        return energies_j, [0] * len(deadlines_s)
+        return energies_j, 0
     done_s = times_s.cumsum(axis=0)
-    late_by_batch = [
-        np.searchsorted(deadlines, ends_s)
-        for deadlines, ends_s in zip(deadlines_s, done_s / clearance, strict=True)
-    ]
-    late = np.sum(late_by_batch, axis=0, dtype=float)
+    late = np.zeros(len(energies_j))
+    for deadlines, ends_s in zip(deadlines_s, done_s / clearance, strict=True):
+        late += np.searchsorted(deadlines, ends_s)
+    lost = int(late[-1])
     work_s = float(done_s[-1, -1])
-    if late[-1]:
+    if lost:
         waited_s = bound_s - min(deadlines[0] for deadlines in deadlines_s if deadlines)
         late += prompts / max(waited_s, work_s) * done_s[-1]
     # Who comes early in this work waits for its end, and then for a batch of his own.
-    lost_ahead = 1 - (bound_s - float(times_s[0, -1])) / work_s
-    values = (worth, broken_worth)
-    value = max(
-        np.interp(lost_ahead, LOST_AHEAD, values), np.interp(lost_lately, LOST_LATELY, values)
-    )
-    lost = [int(counts[-1]) for counts in late_by_batch]
-    return energies_j + value * energies_j[0] / prompts * late, lost
+    broken = 1 - (bound_s - float(times_s[0, -1])) / work_s
+    value_j = np.interp(broken, BROKEN_SHARES, (worth, broken_worth)) * energies_j[0] / prompts
+    return energies_j + value_j * late, lost

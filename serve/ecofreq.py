@@ -131,10 +131,6 @@ class EcoFreqConfig:
                 raise UsageError(f"{name}={getattr(self, name)} must be at least 1")
 
 
-_LOST_MEMORY = 250
-"""Prompts over which the share that no clock could serve in time is averaged."""
-
-
 @dataclass(slots=True)
 class GovernorRecord:
     """What a governor did, for gauges and reports."""
@@ -217,7 +213,6 @@ class EcoFreq:
         self._hold = 0
         self._idle = False
         self._load = Load()
-        self._lost_lately = 0.0
         self._usual_batch = 0.0
         self._batch_seen_s = float("-inf")
         self._predicted_s: dict[int, float] = {}
@@ -326,12 +321,7 @@ class EcoFreq:
             clearance=clearance,
             worth=config.worth,
             broken_worth=config.broken_worth,
-            lost_lately=self._lost_lately,
         )
-        if deadlines_s[0]:
-            prompts = len(deadlines_s[0])
-            share = min(1.0, prompts / _LOST_MEMORY)
-            self._lost_lately += share * (lost[0] / prompts - self._lost_lately)
         itl_kept = True
         if iteration.decodes:
             bound_s = slo.planned_itl_s * clearance
@@ -339,7 +329,7 @@ class EcoFreq:
             costs_j[~feasible] = np.inf
             itl_kept = times_s[0, -1] <= slo.planned_itl_s
         best = int(np.argmin(costs_j)) if np.isfinite(costs_j).any() else self._top
-        if any(lost) or not itl_kept:
+        if lost or not itl_kept:
             self.record.infeasible += 1
         if self._hold > 0:
             best = self._top
