@@ -20,6 +20,12 @@ import jaxsys
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDE = "guide"
+STYLE = """
+@media (min-width: 770px) { main { width: calc(64rem + var(--sidebar-width)); } }
+.pdoc table { display: block; overflow-x: auto; max-width: 100%; }
+.pdoc img { max-width: 100%; }
+"""
+"""Room for lines of 100 characters; wide tables scroll by themselves."""
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 
 
@@ -54,9 +60,11 @@ def rewritten(link: re.Match[str], page: Path, pages: dict[Path, str]) -> str:
     target = (page.parent / file).resolve()
     if picture:
         return f"![{words}]({target})"  # pdoc puts the file's contents into the page
+    up = "../" if "." in pages[page] else ""
+    if target.parent == ROOT / "results":
+        return f"[{words}]({up}results/{target.name})"
     if target not in pages:
         return words
-    up = "../" if "." in pages[page] else ""
     where = up + pages[target].replace(".", "/") + ".html"
     return f"[{words}]({where}{'#' + fragment if fragment else ''})"
 
@@ -64,6 +72,16 @@ def rewritten(link: re.Match[str], page: Path, pages: dict[Path, str]) -> str:
 def modules() -> list[str]:
     """jaxsys and what is directly in it."""
     return ["jaxsys", *(f"jaxsys.{found.name}" for found in pkgutil.iter_modules(jaxsys.__path__))]
+
+
+def mended(html: str, *, guide: bool) -> str:
+    """A page of pdoc without what does not fit here."""
+    # What is inherited from private classes is linked, but has no entry.
+    html = re.sub(r'<a href="[^"]*#_[^"]*">(.*?)</a>', r"\1", html)
+    if guide:  # has a title of its own, and nothing to list
+        html = re.sub(r'<h1 class="modulename">.*?</h1>', "", html, flags=re.DOTALL)
+        html = html.replace("<h2>API Documentation</h2>", "")
+    return html
 
 
 class Page(HTMLParser):
@@ -111,14 +129,16 @@ def main() -> int:
     shutil.rmtree(package, ignore_errors=True)
     write_guides(package)
     sys.path.insert(0, str(package))
-    pdoc.render.configure(docformat="google", footer_text=f"jaxsys {jaxsys.__version__}")
+    (package / "custom.css").write_text(STYLE)
+    version = f"jaxsys {jaxsys.__version__}"
+    pdoc.render.configure(docformat="google", footer_text=version, template_directory=package)
     pdoc.pdoc(GUIDE, *modules(), output_directory=out)
     (out / "index.html").write_text(
         f'<!doctype html><meta http-equiv="refresh" content="0; url={GUIDE}.html">\n'
     )
+    shutil.copytree(ROOT / "results", out / "results", ignore=shutil.ignore_patterns("*.png"))
     for path in out.rglob("*.html"):
-        # pdoc links what is inherited from private classes, which have no entry.
-        path.write_text(re.sub(r'<a href="[^"]*#_[^"]*">(.*?)</a>', r"\1", path.read_text()))
+        path.write_text(mended(path.read_text(), guide=GUIDE in (path.stem, path.parent.name)))
     dead = dead_links(out)
     for line in dead:
         print(f"dead link in {line}", file=sys.stderr)
