@@ -19,7 +19,7 @@ def rivals(result: Result) -> list[Found]:
     best: dict[str, Found] = {}
     for found in result.by_base:
         best.setdefault(recognise(found.plan), found)
-    return sorted(best.values(), key=lambda found: found.potential)
+    return sorted(best.values(), key=lambda found: found.rank)
 
 
 def table(result: Result, memory_bytes: float) -> str:

@@ -51,6 +51,11 @@ class Found:
     sent_bytes: float
     compute_s: float
 
+    @property
+    def rank(self) -> tuple[float, float, float]:
+        """Lower is better; of equals what sends and holds least."""
+        return self.potential, self.sent_bytes, self.peak_bytes
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
@@ -182,7 +187,7 @@ class _Search:
         assert self.best is not None
         return Result(
             best=self.best,
-            by_base=tuple(sorted(self.seen.values(), key=lambda f: f.potential)),
+            by_base=tuple(sorted(self.seen.values(), key=lambda f: f.rank)),
             history=tuple(self.history),
             evaluated=self.evaluator.evaluated,
             skipped=self.skipped,
@@ -198,7 +203,7 @@ class _Search:
         return self.elapsed_s > self.effort.time_s and self.best is not None
 
     def note(self, found: Found, phase: str, done: int, total: int) -> None:
-        better = self.best is None or found.potential < self.best.potential * (1 - 1e-12)
+        better = self.best is None or found.rank < self.best.rank
         if better:
             self.best = found
         assert self.best is not None
@@ -514,7 +519,7 @@ def _best_of(space: Space, evaluator: Evaluator, base: Plan, codes: np.ndarray) 
 
 
 def _better(a: Found | None, b: Found) -> Found:
-    return b if a is None or b.potential < a.potential else a
+    return b if a is None or b.rank < a.rank else a
 
 
 def _distance(a: Plan, b: Plan) -> int:
