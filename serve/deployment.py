@@ -31,6 +31,9 @@ CACHE_SHARE = 0.85
 """Share of an accelerator's memory left after the weights that pages may take; the rest is for
 the steps' own buffers."""
 
+ACCELERATOR_PAGE = 64
+"""Tokens of a page that the kernels of accelerators like."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DeploymentConfig:
@@ -72,8 +75,8 @@ class DeploymentConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name}={value} must be at least 1")
-        if self.page_count is not None and self.page_size is not None:
-            _check_room(self.page_count, self.page_size, self.max_length)
+        if self.page_count is not None:  # on CPU a page may yet turn out to be smaller
+            _check_room(self.page_count, self.page_size or ACCELERATOR_PAGE, self.max_length)
 
     @property
     def roles(self) -> list[Role]:
@@ -290,7 +293,7 @@ def _scheduler_config(
 ) -> SchedulerConfig:
     device = group[0]
     on_cpu = device.platform == "cpu"
-    page_size = config.page_size or (16 if on_cpu else 64)
+    page_size = config.page_size or (16 if on_cpu else ACCELERATOR_PAGE)
     max_batch = config.max_batch or (16 if on_cpu else 128)
     if config.max_length > shape.max_positions:
         raise UsageError(

@@ -113,7 +113,7 @@ def test_fuzzing_by_the_description_finds_no_server_error(server):
         (["--host", "no.such.host.invalid"], "is no address of this machine"),
         (["--prefill", "0"], "prefill=0 must be at least 1"),
         (["--page-size", "0"], "page_size=0 must be at least 1"),
-        (["--pages", "1"], "page_count=1 pages of page_size=16 tokens hold 16 tokens, below"),
+        (["--pages", "1"], "page_count=1 pages of page_size=64 tokens hold 64 tokens, below"),
         (["--max-requests", "0"], "max_requests=0 must be at least 1"),
         (["--drain", "-5"], "--drain -5.0 must be 0 or more seconds"),
         (["--drain", "nan"], "--drain nan must be 0 or more seconds"),
