@@ -13,8 +13,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-import pdoc
-import pdoc.render
+import pdoc  # pyright: ignore[reportMissingImports]
+import pdoc.render  # pyright: ignore[reportMissingImports]
 
 import jaxsys
 

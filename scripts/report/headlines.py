@@ -8,8 +8,14 @@ ZERO_BUBBLE = "Zero Bubble (its authors' repository)"
 CATFLOW = "CATFlow"
 VOLTANA = "VoltanaLLM (arXiv 2509.04827)"
 
+CPU_DEVICES = (
+    "Devices of a CPU share its cores and memory, which the model does not know: their rows show "
+    "that the comparison runs, not how well GPUs are predicted."
+)
+
 STEP = "scripts/bench_train step"
 ONE = f"{STEP} --devices 1 --microbatches 4"
+PAGES = "scripts/bench_pages --model smollm2-135m --tokens 64 256 1024 2048 --repeats 15"
 
 
 def planner(study: str) -> Run:
@@ -156,7 +162,7 @@ HEADLINES = (
     Headline(
         title="Predicted against measured steps",
         kind="measured",
-        claim="none.",
+        claim=f"none. {CPU_DEVICES}",
         files=("planner_measure_*.json",),
         show=tables.predicted_steps,
         runs=MEASURE,
@@ -165,7 +171,7 @@ HEADLINES = (
         title="ZeRO-3.5 and ZeRO-4 measured",
         kind="measured",
         claim=f"{CATFLOW}: ZeRO-4 39.1 % faster than ZeRO-3, with 36.6 % less memory than ZeRO-2; "
-        "see the simulated curve below.",
+        f"see the simulated curve below. {CPU_DEVICES}",
         files=("planner_measure_*.json",),
         show=tables.zero_measured,
         runs=MEASURE,
@@ -177,6 +183,14 @@ HEADLINES = (
         files=("front_capacity.json",),
         show=tables.front,
         runs=(Run(name="front", commands=("scripts/bench_front",)),),
+    ),
+    Headline(
+        title="Cache pages between processes",
+        kind="measured",
+        claim="none.",
+        files=("page_transfer*.json",),
+        show=tables.pages,
+        runs=(Run(name="pages", commands=(PAGES,)),),
     ),
     Headline(
         title="Simulated against live serving",

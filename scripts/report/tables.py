@@ -408,3 +408,13 @@ def front(results: Sequence[Result]) -> str:
           number(row["front_cpu_ms_per_request"], ".2f"), number(100 * row["front_busy"], ".0f")]
          for row in rows],
     )  # fmt: skip
+
+
+def pages(results: Sequence[Result]) -> str:
+    return table(
+        ["model", "device", "tokens", "MiB", "ms", "first time (ms)", "GB/s"],
+        [[result.record["config"]["model"], result.record["config"]["device"],
+          f"{row['tokens']:,}", number(row["mib"]), number(row["pull_ms"]),
+          number(row["first_pull_ms"]), number(row["gb_per_s"], ".2f")]
+         for result in results for row in result.rows],
+    )  # fmt: skip
