@@ -53,8 +53,8 @@ class Found:
 
     @property
     def rank(self) -> tuple[float, float, float]:
-        """Lower is better; of equals what sends and holds least."""
-        return self.potential, self.sent_bytes, self.peak_bytes
+        """Lower is better; of equals, but for rounding, what sends and holds least."""
+        return float(f"{self.potential:.12g}"), self.sent_bytes, self.peak_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

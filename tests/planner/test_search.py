@@ -3,6 +3,7 @@
 import random
 import time
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -135,7 +136,7 @@ def test_search_starts_from_data_parallelism_and_only_improves():
     first = result.history[0].best.plan
     assert replace(first, layers=()) == replace(data_parallel_plan(8, 32), layers=())
     potentials = [moment.best.potential for moment in result.history]
-    assert potentials == sorted(potentials, reverse=True)
+    assert all(b <= a * (1 + 1e-11) for a, b in pairwise(potentials))
     assert result.fits
     assert result.best.potential <= potentials[-1]
 
