@@ -5,6 +5,7 @@ names such as `jaxsys.train.Trainer` in them into links.
 """
 
 import argparse
+import importlib.util
 import pkgutil
 import re
 import shutil
@@ -132,7 +133,11 @@ def main() -> int:
     (package / "custom.css").write_text(STYLE)
     version = f"jaxsys {jaxsys.__version__}"
     pdoc.render.configure(docformat="google", footer_text=version, template_directory=package)
-    pdoc.pdoc(GUIDE, *modules(), output_directory=out)
+    left_out = []
+    if importlib.util.find_spec("ray") is None:
+        print("without jaxsys.serve.cluster, as ray is not installed", file=sys.stderr)
+        left_out = ["!jaxsys.serve.cluster"]
+    pdoc.pdoc(GUIDE, *modules(), *left_out, output_directory=out)
     (out / "index.html").write_text(
         f'<!doctype html><meta http-equiv="refresh" content="0; url={GUIDE}.html">\n'
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxsys.cli import SUBCOMMANDS
+from jaxsys.cli import SUBCOMMANDS, split_name
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
@@ -85,7 +85,7 @@ def test_commands_have_the_options_they_are_shown_with(path, only_parse, monkeyp
         options = [NUMBERS.get(word, word) for word in words if word not in ("...", "…")]
         shown = shlex.join([program, *words])
         if program == "jaxsys":
-            command, *options = options
+            command, options = split_name(options)
             module = importlib.import_module(SUBCOMMANDS[command][0])
             start = functools.partial(module.main, options, prog=f"jaxsys {command}")
         else:
