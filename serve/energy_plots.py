@@ -83,7 +83,7 @@ def draw_published(path: Path) -> Path:
             )
         axis.set_xlabel("requests a second")
         axis.set_ylabel(label)
-    axes[0].legend(fontsize=7)
+    axes[1].legend(fontsize=7)
     figure.suptitle("Llama-3-8B on 2P2D simulated A100, LMSYS-like lengths", fontsize=10)
     return _save(figure, path)
 
