@@ -64,7 +64,7 @@ def ask(address, index):
     """One greedy completion's text, for odd numbers as a stream."""
     body = {
         "prompt": f"{'the same beginning' * (index % 2)} {index}",
-        "max_tokens": 40,
+        "max_tokens": 60,
         "temperature": 0,
         "ignore_eos": True,
         "stream": index % 2 == 1,
@@ -82,7 +82,7 @@ def until(condition, timeout_s=120.0):
     deadline_s = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline_s, "it did not come about"
-        time.sleep(0.05)
+        time.sleep(0.01)
 
 
 def test_four_instances_through_death_scaling_and_the_end(started, spec):
@@ -100,7 +100,7 @@ def test_four_instances_through_death_scaling_and_the_end(started, spec):
         assert all(one["iterations"] > 0 for one in before.values())
 
         running = load()
-        until(lambda: sum(one["batch"] for one in served.describe()) > 2)
+        until(lambda: sum(one["in_flight"] for one in served.describe()) > 2)
         os.kill(int(before["decode-1"]["process"].rpartition(":")[2]), signal.SIGKILL)
         assert [one.result() for one in running] == expected
         until(lambda: "decode-2" in {one["name"] for one in served.describe()})
@@ -119,7 +119,7 @@ def test_four_instances_through_death_scaling_and_the_end(started, spec):
         assert 'jaxsys_energy_joules_total{instance="decode-0"}' in text
 
         running = load()
-        until(lambda: sum(one["batch"] for one in served.describe()) > 2)
+        until(lambda: sum(one["in_flight"] for one in served.describe()) > 2)
         served.stop(drain_s=30)  # what is open comes to its end
         assert [one.result() for one in running] == expected
     with pytest.raises(httpx.ConnectError):

@@ -80,7 +80,7 @@ def load(engine):
     """Twelve requests, every third one drawn with a seed."""
     return asyncio.gather(
         *[
-            collect(engine, p, max_tokens=30, temperature=float(i % 3 == 2), seed=i)
+            collect(engine, p, max_tokens=45, temperature=float(i % 3 == 2), seed=i)
             for i, p in enumerate(prompts(12))
         ]
     )
@@ -148,13 +148,13 @@ async def until(condition, timeout_s=120):
     deadline_s = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline_s, "it did not come about"
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.002)
 
 
 async def killed_mid_load(engine, fleet, victim, expected):
     """Under load, a process dies; the tokens are the same and another takes its place."""
     running = asyncio.ensure_future(load(engine))
-    await until(lambda: any(one.load.batch for one in engine.decoders))
+    await until(lambda: any(one.in_flight for one in engine.decoders))
     count = len(engine.instances)
     process(fleet, victim).send_signal(signal.SIGKILL)
     assert await running == expected
@@ -178,7 +178,7 @@ def test_killed_and_frozen_processes_lose_nothing(template, expected):
         for victim in ("decode-0", "prefill-0", "prefill-1"):
             await killed_mid_load(engine, fleet, victim, expected)
         running = asyncio.ensure_future(load(engine))
-        await until(lambda: any(one.load.batch for one in engine.decoders))
+        await until(lambda: any(one.in_flight for one in engine.decoders))
         process(fleet, "decode-1").send_signal(signal.SIGSTOP)
         assert await running == expected
         await until(lambda: not engine.failed and len(engine.instances) == 4)
@@ -223,7 +223,7 @@ def test_instances_come_and_go_under_load(template, expected):
         await fleet.scale(prefill=1, decode=2)
         assert await running == expected
         running = asyncio.ensure_future(load(engine))
-        await until(lambda: all(one.load.batch for one in engine.decoders))
+        await until(lambda: all(one.in_flight for one in engine.decoders))
         await fleet.scale(prefill=1, decode=1)
         assert await running == expected
         assert sorted(fleet.places) == ["decode-0", "prefill-0"]
