@@ -49,6 +49,7 @@ def test_on_cpu_the_gpu_is_modelled_and_none_leaves_it_alone():
 
 def test_a_profile_is_what_predictions_begin_from(profiles):
     governor = make(profile=str(profiles / "h100"))
+    assert isinstance(governor, SimulatedGovernor)
     assert isinstance(governor.inner.predictor, EcoPred)
 
 
