@@ -10,6 +10,7 @@ import pkgutil
 import re
 import shutil
 import sys
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -137,6 +138,7 @@ def main() -> int:
     if importlib.util.find_spec("ray") is None:
         print("without jaxsys.serve.cluster, as ray is not installed", file=sys.stderr)
         left_out = ["!jaxsys.serve.cluster"]
+        warnings.filterwarnings("ignore", "Couldn't import jaxsys.serve.cluster")
     pdoc.pdoc(GUIDE, *modules(), *left_out, output_directory=out)
     (out / "index.html").write_text(
         f'<!doctype html><meta http-equiv="refresh" content="0; url={GUIDE}.html">\n'
