@@ -76,6 +76,30 @@ def test_figures_of_a_new_result_appear_and_say_their_hardware(report, tmp_path)
     assert "**Not run yet**: needs a GPU." in unmade
 
 
+def test_a_slow_network_is_compared_with_its_ring(report, tmp_path):
+    """Each rate and ratio has its own ring; without one, or without a time, nothing is compared."""
+    rows = [
+        {"mbit_per_s": None, "gs_over_18hlp": 0.5, "schedule": "weipipe-interleave", "step_s": 1.0},
+        {"mbit_per_s": 20.0, "gs_over_18hlp": 0.5, "schedule": "weipipe-interleave", "step_s": 4.0},
+        {"mbit_per_s": 20.0, "gs_over_18hlp": 0.5, "schedule": "1f1b-overlap", "step_s": 5.0,
+         "predicted_s": 5.5},
+        {"mbit_per_s": 20.0, "gs_over_18hlp": 2.0, "schedule": "1f1b-overlap", "step_s": 9.0},
+        {"mbit_per_s": 20.0, "gs_over_18hlp": 0.5, "schedule": "gspmd-fsdp", "failed": "lost"},
+    ]  # fmt: skip
+    config = {"hosts": 4, "cpu_share": 0.4, "hidden": 64, "sequence_length": 288}
+    path = tmp_path / "network_wan.json"
+    write_result(path, benchmark="network", kind="measured", config=config, rows=rows)
+    (headline,) = (h for h in report["headlines"].HEADLINES if "network*.json" in h.files)
+    shown = headline.show(headline.results(tmp_path)).splitlines()
+    assert shown[-5:] == [
+        "| no limit | 0.50 | `weipipe-interleave` | 1.000 | 1.00 | - |",
+        "| 20 | 0.50 | `weipipe-interleave` | 4.000 | 1.00 | - |",
+        "| 20 | 0.50 | `1f1b-overlap` | 5.000 | 1.25 | 5.500 |",
+        "| 20 | 2.00 | `1f1b-overlap` | 9.000 | - | - |",
+        "| 20 | 0.50 | `gspmd-fsdp` | lost | - | - |",
+    ]
+
+
 def test_measured_and_simulated_are_apart(report):
     text = PAGE.read_text().split("\n## Other result files\n")[0]
     measured, simulated = text.split("\n## Simulated\n")

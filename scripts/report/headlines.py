@@ -100,7 +100,7 @@ HEADLINES = (
         title="One block against its products and attention",
         kind="measured",
         claim="none; the floor is the time of the block's products and attention, each run alone.",
-        files=("train_block_*.json",),
+        files=("train_block*.json",),
         show=tables.block,
         runs=(
             Run(

@@ -78,7 +78,7 @@ def _hosts(result: Result) -> str:
 
 
 def _over_the_ring(rows: Sequence[Row]) -> str:
-    def place(row: Row) -> tuple[float, float]:
+    def place(row: Row) -> tuple[float | None, float]:
         return row["mbit_per_s"], row["gs_over_18hlp"]
 
     ring = {
@@ -88,13 +88,19 @@ def _over_the_ring(rows: Sequence[Row]) -> str:
     }
     cells = []
     for row in rows:
+        rate, ratio = place(row)
         own, base = row.get("step_s"), ring.get(place(row))
-        over = number(own / base, ".2f") if own and base else None
-        step = number(own, ".3f") or row.get("failed")
-        cells.append([*(f"{n:.4g}" for n in place(row)), f"`{row['schedule']}`", step, over])
+        cells.append(
+            [f"{rate:g}" if rate else "no limit", f"{ratio:.2f}", f"`{row['schedule']}`",
+             number(own, ".3f") or row.get("failed"),
+             number(own / base, ".2f") if own and base else None,
+             number(row.get("predicted_s"), ".3f")]
+        )  # fmt: skip
     return table(
-        ["Mbit/s a host", "G S / (18 H L/P)", "schedule", "step (s)", "over WeiPipe's"], cells
-    )
+        ["Mbit/s a host", "G S / (18 H L/P)", "schedule", "step (s)", "over WeiPipe's",
+         "predicted (s)"],
+        cells,
+    )  # fmt: skip
 
 
 def long_context(results: Sequence[Result]) -> str:
