@@ -24,7 +24,7 @@ def test_training_figures():
     low, *_, high = sorted(row["model_tflops_per_gpu"] for row in plain)
     assert f"reaches {low:.0f} to {high:.0f}" in README
     (ours,) = (row for row in looped if row["schedule"] == "dp")
-    assert f"(looped: {ours['model_tflops_per_gpu']:.0f})" in README
+    assert f"layers in a loop, {ours['model_tflops_per_gpu']:.0f}, where" in README
 
 
 def test_serving_figures():
