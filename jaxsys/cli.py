@@ -56,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name, rest = split_name(arguments)
     if name not in SUBCOMMANDS:
-        known = ", ".join(SUBCOMMANDS)
+        longer = [known for known in SUBCOMMANDS if known.startswith(f"{name} ")]
+        known = ", ".join(longer or SUBCOMMANDS)
         print(f"jaxsys: {name!r} is not a command; use one of {known}", file=sys.stderr)
         return 2
     debug = "--debug" in rest
@@ -74,6 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe left; nothing is wrong with us
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if debug or error.filename is None:
+            raise
+        print(f"jaxsys {name}: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxsys.errors import UsageError
+from jaxsys.files import write_whole
 
 PACKAGES = ("jaxsys", "jax", "jaxlib", "flax", "optax", "numpy", "xgboost-cpu")
 
@@ -81,9 +82,7 @@ def write_result(
         "rows": [dict(row) for row in rows],
         **more,
     }
-    partial = target.with_suffix(target.suffix + ".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    partial.replace(target)
+    write_whole(target, json.dumps(result, indent=1) + "\n")
     return target
 
 

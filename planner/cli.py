@@ -3,14 +3,13 @@
 import argparse
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from jaxsys import hardware
 from jaxsys.errors import RunError, UsageError
+from jaxsys.files import write_whole
 from jaxsys.model.config import LlamaConfig, preset
 from jaxsys.planner import explain, report
 from jaxsys.planner.cluster import Cluster
@@ -100,7 +99,9 @@ def main(argv: Sequence[str], prog: str) -> int:
         "gradients": options.gradients,
     }
     if options.json is not None:
-        write_json(options.json, report.as_json(comparison, request=request))
+        write_whole(
+            options.json, json.dumps(report.as_json(comparison, request=request), indent=1) + "\n"
+        )
         print(f"wrote {options.json}")
     if options.search or options.plan is not None:
         problem = Problem(
@@ -112,7 +113,8 @@ def main(argv: Sequence[str], prog: str) -> int:
         )
         found = _search(problem, options.search_seconds)
         if options.plan is not None:
-            write_json(options.plan, plan_file(problem, found, request=request))
+            found_plan = plan_file(problem, found, request=request)
+            write_whole(options.plan, json.dumps(found_plan, indent=1) + "\n")
             print(f"wrote {options.plan}")
         schedule = to_schedule(problem, found.plan)
         simulation = simulate(
@@ -166,9 +168,7 @@ def _search(problem: Problem, time_s: float) -> Found:
 
 def _write_pictures(simulation: Simulation, options: argparse.Namespace) -> None:
     if options.schedule is not None:
-        part = options.schedule.with_name(options.schedule.name + ".part")
-        part.write_text(simulation.schedule.to_json() + "\n")
-        os.replace(part, options.schedule)
+        write_whole(options.schedule, simulation.schedule.to_json() + "\n")
         print(f"wrote {options.schedule}")
     if options.trace is not None:
         write_chrome_trace(simulation, options.trace)
@@ -203,13 +203,6 @@ def refuse_to_overwrite(path: Path) -> None:
         raise UsageError(f"{path} exists and is not overwritten; remove it or name another file")
     if not path.parent.is_dir():
         raise UsageError(f"folder {path.parent} does not exist")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a whole file or none."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(part, path)
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:

@@ -8,7 +8,6 @@ products are slowed by a gather beside them.
 
 import argparse
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxsys
 from jaxsys.errors import UsageError
+from jaxsys.files import write_whole
 from jaxsys.hardware import DEVICES, DeviceSpec, LinkSpec
 from jaxsys.mesh import RING, make_mesh, request_devices
 from jaxsys.model.attention import attend
@@ -342,9 +342,7 @@ def main(argv: Sequence[str], prog: str) -> int:
         repeats=options.repeats,
         largest_bytes=options.largest_mib * 2**20,
     )
-    part = options.out.with_name(options.out.name + ".part")
-    part.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(part, options.out)
+    write_whole(options.out, json.dumps(value, indent=1) + "\n")
     device = value["device"]
     print(
         f"{value['hardware']}: products {device['product_flops_per_s'] / 1e12:.3g} TFLOP/s, "

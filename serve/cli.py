@@ -45,19 +45,22 @@ def main(argv: Sequence[str], prog: str) -> int:
     arguments = _parser(prog).parse_args(argv)
     if not (math.isfinite(arguments.drain) and arguments.drain >= 0):
         raise UsageError(f"--drain {arguments.drain} must be 0 or more seconds")
+    path = default_model_path() if arguments.model is None else arguments.model
+    max_length = arguments.max_length
+    if max_length is None:
+        max_length = min(2048, read_face(path)[0].max_positions)
     deployment = DeploymentConfig(
         prefill=arguments.prefill,
         decode=arguments.decode,
         max_batch=arguments.max_batch,
         max_prefill_tokens=arguments.max_prefill_tokens,
-        max_length=arguments.max_length,
+        max_length=max_length,
         page_size=arguments.page_size,
         page_count=arguments.pages,
         max_requests=arguments.max_requests,
         quantisation=arguments.quantise,
         tensor_parallel=arguments.tensor_parallel,
     )
-    path = default_model_path() if arguments.model is None else arguments.model
     worker = WorkerSpec(
         name="",
         role="both",
@@ -219,7 +222,11 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "runs here, or one started for it), or the address of a Ray cluster",
     )
     add("--max-batch", type=int, help="requests an instance works on at once; 16 on CPU, else 128")
-    add("--max-length", type=int, default=2048, help="tokens of a request, prompt and output")
+    add(
+        "--max-length",
+        type=int,
+        help="tokens of a request, prompt and output; the model's or 2048, whichever is less",
+    )
     add(
         "--max-prefill-tokens",
         type=int,

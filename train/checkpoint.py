@@ -9,7 +9,6 @@ step, data position, settings, model shape.
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from jaxsys.errors import RunError, UsageError
+from jaxsys.files import write_whole
 from jaxsys.layered import PyTree
 from jaxsys.train.state import path_names
 
@@ -89,9 +89,7 @@ class CheckpointStore:
         self._unsettled = False
         for step in (p for p in self.folder.glob("*") if p.name.isdigit()):
             if not (step / _SIZES).exists():
-                partial = step / f"{_SIZES}.partial"
-                partial.write_text(json.dumps(_sizes(step)), encoding="utf-8")
-                os.replace(partial, step / _SIZES)
+                write_whole(step / _SIZES, json.dumps(_sizes(step)))
 
     def check_sizes(self, step: int) -> None:
         """Raises RunError if a file of a step is missing or not as long as it was.

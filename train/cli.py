@@ -135,7 +135,7 @@ def main(argv: list[str], prog: str) -> int:
 def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
     """Trains as the options say, exports if asked, and says how it ended."""
     if arguments.export is not None:  # before anything is computed for it
-        check_target(arguments.export, overwrite=True)
+        check_target(arguments.export, overwrite=arguments.resume)
     # Asking JAX which process this is starts it: not before the devices are chosen.
     say = _silent if arguments.quiet or (hosts.many and jax.process_index()) else _print
     if arguments.resume and arguments.out is None:
@@ -220,9 +220,9 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
     if arguments.export is not None and report.signal is None:
         parameters = trainer.host_parameters()
         if jax.process_index() == 0:
-            save_safetensors(arguments.export, config, parameters, tokenizer, overwrite=True)
-        fits = f" --max-length {config.max_positions}" if config.max_positions < 2048 else ""
-        say(f"exported to {arguments.export}; try: jaxsys serve --model {arguments.export}{fits}")
+            may = arguments.resume
+            save_safetensors(arguments.export, config, parameters, tokenizer, overwrite=may)
+        say(f"exported to {arguments.export}; try: jaxsys serve --model {arguments.export}")
     return report
 
 

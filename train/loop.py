@@ -103,8 +103,8 @@ def fit(
         RunError: if the loss is not finite under the policy "stop", a checkpoint cannot be
             written, or a peer is lost.
     """
-    if steps < 1:
-        raise UsageError(f"steps={steps} must be at least 1")
+    if not (isinstance(steps, int) and steps >= 1):
+        raise UsageError(f"steps={steps} must be a whole number, at least 1")
     for name, value in (
         ("save_every", save_every),
         ("held_out_every", held_out_every),

@@ -5,7 +5,6 @@ cannot be measured is null, with the reason in the run's first line.
 """
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 import jax
 
 from jaxsys.errors import UsageError
+from jaxsys.files import write_whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,9 +102,7 @@ class MetricsLog:
     ) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [] if resume_step is None else _lines_until(path, resume_step)
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        os.replace(partial, path)
+        write_whole(path, "".join(f"{line}\n" for line in kept))
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._board = None
         if tensorboard is not None:

@@ -5,7 +5,6 @@ kind of data on top of what is there all step long.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+
+from jaxsys.files import write_whole
 
 from .schedule import Data, Move, Task, TaskKind
 from .simulate import Event, Simulation
@@ -88,10 +89,7 @@ def chrome_trace(simulation: Simulation) -> dict[str, Any]:
 
 def write_chrome_trace(simulation: Simulation, path: str | Path) -> None:
     """Writes `chrome_trace` to a file that https://ui.perfetto.dev opens."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(chrome_trace(simulation)))
-    os.replace(part, path)
+    write_whole(Path(path), json.dumps(chrome_trace(simulation)))
 
 
 def draw(simulation: Simulation, path: str | Path, *, title: str | None = None) -> None:
