@@ -30,3 +30,18 @@ def test_training_figures():
 def test_serving_figures():
     (row,) = rows("serve_gpu", study="decode", batch=64, weights="bfloat16")
     assert f"**{row['itl_ms']:.1f} ms**, {row['itl_floor_ratio']:.2f} times what reading" in README
+
+
+def test_network_figures():
+    def step_s(schedule, ratio):
+        wanted = {"mbit_per_s": 100, "gs_over_18hlp": ratio}
+        (row,) = rows("network", schedule=schedule, **wanted)
+        return row["step_s"]
+
+    gains = [step_s("1f1b-overlap", at) / step_s("weipipe-interleave", at) for at in (0.25, 2, 8)]
+    assert f"is {gains[1]:.1f} times as fast as 1F1B where G S is twice 18 H L/P" in README
+    assert f"{gains[2]:.1f} times where it is eight times, and slower below" in README
+    assert gains[0] < 1
+    for at in (2, 8):
+        others = step_s("weipipe-interleave", at), step_s("1f1b-overlap", at)
+        assert step_s("zero-3", at) < min(others)
