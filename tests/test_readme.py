@@ -39,7 +39,7 @@ def test_network_figures():
         return row["step_s"]
 
     gains = [step_s("1f1b-overlap", at) / step_s("weipipe-interleave", at) for at in (0.25, 2, 8)]
-    assert f"is {gains[1]:.1f} times as fast as 1F1B where G S is twice 18 H L/P" in README
+    assert f"is {gains[1]:.1f} times as fast as 1F1B where G S is twice 18 H L/P (" in README
     assert f"{gains[2]:.1f} times where it is eight times, and slower below" in README
     assert gains[0] < 1
     for at in (2, 8):
