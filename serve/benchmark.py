@@ -116,8 +116,9 @@ def run(
     figures: dict[str, Any] = {"device": device.device_kind}
     figures["copy_bytes_per_s"] = copy_bandwidth(device)
     figures["matmul_flops_per_s"] = matmul_rate(device, jnp.dtype(study.dtype))
+    copies = figures["copy_bytes_per_s"]
     progress(
-        f"{device.device_kind}: copies {figures['copy_bytes_per_s'] / 1e9:.0f} GB/s, "
+        f"{device.device_kind}: {'' if copies is None else f'copies {copies / 1e9:.0f} GB/s, '}"
         f"multiplies {figures['matmul_flops_per_s'] / 1e12:.2f} TFLOP/s"
     )
     rows: list[Row] = []
@@ -153,7 +154,9 @@ def run(
     return dataclasses.asdict(study), rows, figures
 
 
-def measure_decode(study: Study, executor: JaxExecutor, batch: int, copy_bytes_per_s: float) -> Row:
+def measure_decode(
+    study: Study, executor: JaxExecutor, batch: int, copy_bytes_per_s: float | None
+) -> Row:
     """Inter-token latency, host time and energy of one batch."""
     context = min(study.context, study.pool_tokens // batch - 2 * study.page_size)
     scheduler = _scheduler(study, executor, role="decode")
@@ -193,7 +196,8 @@ def measure_decode(study: Study, executor: JaxExecutor, batch: int, copy_bytes_p
     itemsize = executor.weights.dtype.itemsize
     token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
     kv_tokens = statistics.mean(loop.kv_tokens)
-    floor_s = (executor.weights.step_bytes + kv_tokens * token_bytes) / copy_bytes_per_s
+    moved_bytes = executor.weights.step_bytes + kv_tokens * token_bytes
+    floor_s = None if copy_bytes_per_s is None else moved_bytes / copy_bytes_per_s
     itl_s = statistics.median(loop.latencies_s)
     return {
         "study": "decode",
@@ -203,8 +207,8 @@ def measure_decode(study: Study, executor: JaxExecutor, batch: int, copy_bytes_p
         "context": round(kv_tokens / batch),
         "itl_ms": _round(itl_s * 1e3),
         "itl_p99_ms": _round(float(np.quantile(loop.latencies_s, 0.99)) * 1e3),
-        "itl_floor_ms": _round(floor_s * 1e3),
-        "itl_floor_ratio": _round(itl_s / floor_s),
+        "itl_floor_ms": None if floor_s is None else _round(floor_s * 1e3),
+        "itl_floor_ratio": None if floor_s is None else _round(itl_s / floor_s),
         "tokens_per_s": _round(batch / itl_s),
         "plan_ms": _round(statistics.median(loop.plan_s) * 1e3),
         "dispatch_ms": _round(statistics.median(loop.dispatch_s) * 1e3),
@@ -255,11 +259,14 @@ def measure_prefill(
     }
 
 
-def copy_bandwidth(device: Device) -> float:
-    """Bytes a second, read and written, of a large copy."""
-    on_cpu = device.platform == "cpu"
-    count, dtype = (1 << 26, jnp.float32) if on_cpu else (1 << 30, jnp.bfloat16)
-    x = jax.random.normal(jax.random.key(0), (count,), dtype)
+def copy_bandwidth(device: Device) -> float | None:
+    """Bytes a second, read and written, of a large copy.
+
+    None on CPU, where a copy is slowed by the fresh pages that it writes, and decoding writes none.
+    """
+    if device.platform == "cpu":
+        return None
+    x = jax.random.normal(jax.random.key(0), (1 << 30,), jnp.bfloat16)
     return 2 * x.nbytes / _seconds(jax.jit(lambda x: x + 1), x)
 
 
