@@ -155,11 +155,6 @@ class Scheduler:
         )
 
     @property
-    def idle(self) -> bool:
-        """Whether nothing could be planned and nothing is in flight."""
-        return not (self.waiting or self.prefilling or self.running or self._in_flight)
-
-    @property
     def kv_tokens(self) -> int:
         """Tokens computed for the requests that decode."""
         return sum(request.computed for request in self.running)

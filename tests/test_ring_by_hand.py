@@ -1,8 +1,7 @@
 """The ring written by hand, which the generic lowering is timed against, computes the same step."""
 
 import dataclasses
-import importlib.util
-import sys
+import importlib
 from pathlib import Path
 
 import jax
@@ -15,21 +14,13 @@ from jaxsys.mesh import make_mesh
 from jaxsys.model import initial_parameters, preset
 from jaxsys.model.layers import layered
 
-PATH = Path(__file__).parents[1] / "scripts/ring_by_hand.py"
-
-
-@pytest.fixture(scope="module")
-def by_hand():
-    spec = importlib.util.spec_from_file_location("ring_by_hand", PATH)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
 @pytest.mark.parametrize("recompute", [True, False])
-def test_loss_and_gradients(by_hand, recompute):
+def test_loss_and_gradients(monkeypatch, recompute):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    by_hand = importlib.import_module("ring_by_hand")
     config = dataclasses.replace(preset("tiny"), num_layers=4)
     model, workers, microbatches = layered(config), 4, 8
     parameters = initial_parameters(config, seed=0)

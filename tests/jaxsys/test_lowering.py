@@ -127,22 +127,22 @@ def test_what_is_not_masked_happens_on_every_device(name):
         pytest.skip("sharded schedules are written out, without tables")
     tables = build_tables(schedule, check(schedule))
     for segment in tables.segments:
-        for tick in range(segment.start, segment.start + segment.repeats * len(segment.period)):
-            signature = segment.period[(tick - segment.start) % len(segment.period)]
-            row = tables.rows[:, tick]
-            for index, group in enumerate(signature.groups):
-                valid = row[:, tables.columns[f"{index}.valid"]]
-                assert valid.all() or not group.everyone, f"tick {tick} group {index}"
-            busy = True
-            for task in signature.tasks:
-                valid = row[:, tables.columns[f"{task.kind}.valid"]]
-                assert valid.all() or not task.everyone, f"tick {tick} {task.kind}"
-                busy = busy and valid.all()
-            if busy:  # it must not pay for the masks of its neighbours
-                assert all(task.everyone for task in signature.tasks)
-                for index, group in enumerate(signature.groups):
-                    valid = row[:, tables.columns[f"{index}.valid"]]
-                    assert group.everyone == valid.all(), f"tick {tick} group {index}"
+        length = len(segment.period)
+        for position, signature in enumerate(segment.period):
+            ticks = range(
+                segment.start + position, segment.start + segment.repeats * length, length
+            )
+
+            def valid(name, ticks=ticks):
+                return tables.rows[:, ticks, tables.columns[f"{name}.valid"]].all(axis=0)
+
+            tasks = [(task, valid(task.kind)) for task in signature.tasks]
+            groups = [(group, valid(i)) for i, group in enumerate(signature.groups)]
+            for item, on_all in tasks + groups:
+                assert item.everyone == on_all.all(), f"ticks {ticks}, {item}"
+            busy = np.all([on_all for _, on_all in tasks], axis=0) if tasks else np.array([True])
+            if busy.any():  # it must not pay for the masks of its neighbours
+                assert all((on_all == on_all[0]).all() for _, on_all in tasks + groups), ticks
 
 
 @pytest.mark.slow

@@ -155,7 +155,8 @@ def test_a_result_for_an_ended_request_is_dropped():
     assert scheduler.complete(first, 1.0, [9]).finished == [request]
     completion = scheduler.complete(second, 2.0, [1])
     assert completion.emitted == [] and request.output_tokens == [9]
-    assert request.finish_reason == "stop" and scheduler.idle
+    assert request.finish_reason == "stop" and scheduler.requests == 0
+    assert scheduler.next_iteration(9.0) is None
 
 
 def test_no_token_beyond_the_last_is_dispatched():
