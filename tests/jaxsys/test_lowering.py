@@ -133,8 +133,10 @@ def test_what_is_not_masked_happens_on_every_device(name):
                 segment.start + position, segment.start + segment.repeats * length, length
             )
 
-            def valid(name, ticks=ticks) -> np.ndarray:
-                return tables.rows[:, ticks, tables.columns[f"{name}.valid"]].all(axis=0)
+            def valid(name, ticks=ticks):
+                return np.asarray(
+                    tables.rows[:, ticks, tables.columns[f"{name}.valid"]].all(axis=0)
+                )
 
             tasks = [(task, valid(task.kind)) for task in signature.tasks]
             groups = [(group, valid(i)) for i, group in enumerate(signature.groups)]
