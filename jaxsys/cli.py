@@ -18,8 +18,8 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "train": ("jaxsys.train.cli", "train a model with a schedule"),
     "serve": ("jaxsys.serve.cli", "serve a model over an OpenAI-compatible API"),
     "clocks": ("jaxsys.nvml", "read or reset GPU clocks"),
-    "replay": ("jaxsys.serve.replay", "replay a request trace on simulated GPUs"),
-    "profile serving": ("jaxsys.serve.profile_cli", "measure latency and power for `serve`"),
+    "replay": ("jaxsys.serve.simulation.replay", "replay a request trace on simulated GPUs"),
+    "profile serving": ("jaxsys.serve.energy.profile_cli", "measure latency and power for `serve`"),
 }
 
 

@@ -136,9 +136,9 @@ def main() -> int:
     pdoc.render.configure(docformat="google", footer_text=version, template_directory=package)
     left_out = []
     if importlib.util.find_spec("ray") is None:
-        print("without jaxsys.serve.cluster, as ray is not installed", file=sys.stderr)
-        left_out = ["!jaxsys.serve.cluster"]
-        warnings.filterwarnings("ignore", "Couldn't import jaxsys.serve.cluster")
+        print("without jaxsys.serve.processes.cluster, as ray is not installed", file=sys.stderr)
+        left_out = ["!jaxsys.serve.processes.cluster"]
+        warnings.filterwarnings("ignore", "Couldn't import jaxsys.serve.processes.cluster")
     pdoc.pdoc(GUIDE, *modules(), *left_out, output_directory=out)
     (out / "index.html").write_text(
         f'<!doctype html><meta http-equiv="refresh" content="0; url={GUIDE}.html">\n'

@@ -21,7 +21,6 @@ import uvicorn
 
 from jaxsys.errors import UsageError
 from jaxsys.model import default_model_path, load
-from jaxsys.serve.api import ApiConfig
 from jaxsys.serve.deployment import (
     BackgroundCompilation,
     DeploymentConfig,
@@ -30,14 +29,15 @@ from jaxsys.serve.deployment import (
     compile_ahead,
     default_dtype,
 )
+from jaxsys.serve.energy.governors import GovernorChoice, make_decode_router, make_governor
+from jaxsys.serve.energy.gpu_model import GPUS
+from jaxsys.serve.energy.slo import SharedSlo, Slo
 from jaxsys.serve.engine import Engine
-from jaxsys.serve.fleet import LocalProcesses
-from jaxsys.serve.front import Front, FrontSpec, bind, build_app, read_face
-from jaxsys.serve.governors import GovernorChoice, make_decode_router, make_governor
-from jaxsys.serve.gpu_model import GPUS
+from jaxsys.serve.http.api import ApiConfig
 from jaxsys.serve.logs import log_to_stderr
-from jaxsys.serve.slo import SharedSlo, Slo
-from jaxsys.serve.worker import WorkerSpec
+from jaxsys.serve.processes.fleet import LocalProcesses
+from jaxsys.serve.processes.front import Front, FrontSpec, bind, build_app, read_face
+from jaxsys.serve.processes.worker import WorkerSpec
 
 
 def main(argv: Sequence[str], prog: str) -> int:
@@ -169,7 +169,7 @@ def _serve_cluster(spec: FrontSpec, address: str, drain_s: float) -> None:
         raise UsageError(
             f"--cluster {address} needs Ray: pip install 'jaxsys[cluster]', or use --cluster local"
         )
-    from jaxsys.serve import cluster
+    from jaxsys.serve.processes import cluster
 
     read_face(Path(spec.worker.model))  # what is wrong with it is better said before Ray starts
     cluster.connect(address)

@@ -10,8 +10,15 @@ from jaxsys.serve.exchange import Exchange, HandoverLimits
 from jaxsys.serve.handover import Delivery, Grant, Offer, Receipt, Refusal, Ticket, Withdrawal
 from jaxsys.serve.hooks import FewestRequestsRouter
 from jaxsys.serve.member import Member
+from jaxsys.serve.processes.wire import (
+    Frames,
+    message_frame,
+    message_of,
+    pack,
+    request_data,
+    request_of,
+)
 from jaxsys.serve.requests import Request, SamplingParameters
-from jaxsys.serve.wire import Frames, message_frame, message_of, pack, request_data, request_of
 
 
 class Recorder(Member):

@@ -1,0 +1,1 @@
+"""The control that saves energy within the SLOs: prediction, clocks, routes."""

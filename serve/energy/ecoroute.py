@@ -1,0 +1,259 @@
+"""EcoRoute: which instance a request goes to, so that no clock need rise for it.
+
+A decode instance is a point (batch n, KV tokens k). For each, two what-ifs: the clock it needs
+now, and the one it would need with the request added (and its prompt's tokens, and some growth):
+
+    f_now  = lowest f with T(n, k + 2n) <= ITL
+    f_next = lowest f with T(n+1, k + L + 50(n+1)) <= ITL
+
+`StateSpaceRouter` follows the published rule (VoltanaLLM, arXiv 2509.04827): instances whose clock
+would not rise come first, the most boosted of them foremost, so that boosted ones are filled before
+a slow one is disturbed. `EnergyRouter` takes the instance whose predicted energy rises least,
+among those that keep the SLO. `QueueRouter` serves prefill: the earliest predicted first token.
+
+All what-ifs of a decision are one batched call.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jaxsys.errors import UsageError
+from jaxsys.serve.energy.ecofreq import Predictor
+from jaxsys.serve.energy.gpu_model import TILE, Load
+from jaxsys.serve.energy.slo import SharedSlo
+from jaxsys.serve.hooks import InstanceView
+
+if TYPE_CHECKING:
+    from jaxsys.serve.requests import Request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EcoRouteConfig:
+    """How far the what-ifs look."""
+
+    now_tokens: int = 2
+    """Growth per sequence assumed for the state without the request (published: 2)."""
+    next_tokens: int = 50
+    """Growth per sequence assumed for the state with it (published: 50)."""
+    tile_from: int = TILE
+    """Batch below which every instance is under one tile and the simple rule serves."""
+    spread_levels: int = 1
+    """Difference in clock levels between instances that is let stand; beyond it the slowest gets
+    the request."""
+    headroom: float = 0.0
+    """Share of the planned ITL left free when judging an instance."""
+
+    def __post_init__(self) -> None:
+        for name in ("now_tokens", "next_tokens", "tile_from", "spread_levels"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name}={getattr(self, name)} must not be negative")
+        if not 0 <= self.headroom < 1:
+            raise UsageError(f"headroom={self.headroom} must be from 0 to below 1")
+
+
+class RoundRobinRouter:
+    """Each instance in turn."""
+
+    def __init__(self) -> None:
+        self._next = 0
+
+    def choose(self, instances: Sequence[InstanceView], request: "Request") -> int:
+        chosen = self._next % len(instances)
+        self._next = chosen + 1
+        return chosen
+
+
+_State = tuple[int, int, int, int, int]
+"""The fields of a `Load` but for its bucket: plain numbers compare faster than records."""
+
+
+def _what_if(
+    predictor: Predictor, states: Sequence[_State], clocks_mhz: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """One batched call in which equal states (idle instances, mostly) are asked once."""
+    places: dict[_State, int] = {}
+    index = [places.setdefault(state, len(places)) for state in states]
+    times, powers = predictor.what_if([Load(*state) for state in places], clocks_mhz)
+    return np.asarray(times)[index], np.asarray(powers)[index]
+
+
+def _without_and_with(
+    instances: Sequence[InstanceView],
+    counts: Sequence[int],
+    request: "Request",
+    config: EcoRouteConfig,
+) -> list[_State]:
+    """For each decode instance in turn, its state and the one with the request added."""
+    states: list[_State] = []
+    now, after, prompt = config.now_tokens, config.next_tokens, request.prompt_length
+    for instance, count in zip(instances, counts, strict=True):
+        kv = instance.kv_tokens
+        states.append((0, 0, 0, count, kv + now * count))
+        states.append((0, 0, 0, count + 1, kv + prompt + after * (count + 1)))
+    return states
+
+
+def _sequences(instance: InstanceView) -> int:
+    """Sequences the instance decodes or has been promised."""
+    return max(instance.in_flight, instance.batch)
+
+
+class StateSpaceRouter:
+    """The published rule, with its fallback and tie-breaks."""
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        slo: SharedSlo,
+        *,
+        clocks_mhz: Sequence[int],
+        config: EcoRouteConfig | None = None,
+    ) -> None:
+        self.predictor = predictor
+        self.slo = slo
+        self.config = config or EcoRouteConfig()
+        self._clocks_mhz = tuple(sorted(clocks_mhz))
+
+    def choose(self, instances: Sequence[InstanceView], request: "Request") -> int:
+        counts = [_sequences(instance) for instance in instances]
+        if max(counts) < self.config.tile_from:
+            return min(
+                range(len(instances)),
+                key=lambda i: (instances[i].clock_mhz or 0.0, counts[i]),
+            )
+        now, after = self._levels(instances, counts, request)
+        return self._published_choice(counts, now, after)
+
+    def _levels(
+        self, instances: Sequence[InstanceView], counts: list[int], request: "Request"
+    ) -> tuple[list[int], list[int]]:
+        """Clock levels each instance needs without and with the request."""
+        config = self.config
+        states = _without_and_with(instances, counts, request, config)
+        times, _ = _what_if(self.predictor, states, self._clocks_mhz)
+        bound_s = self.slo.current.planned_itl_s * (1 - config.headroom)
+        # argmax finds the first clock that keeps the bound; the top where none does.
+        keeps = times <= bound_s
+        keeps[:, -1] = True
+        levels = np.argmax(keeps, axis=1)
+        return levels[0::2].tolist(), levels[1::2].tolist()
+
+    def _published_choice(self, counts: list[int], now: list[int], after: list[int]) -> int:
+        top = len(self._clocks_mhz) - 1
+        # Positive: the clock would rise (or is at the top), value the resulting level.
+        # Negative: it would not; the present level, so that the most boosted sorts first.
+        signed = [
+            after[i] + 1 if after[i] > now[i] or after[i] == top else -(now[i] + 1)
+            for i in range(len(counts))
+        ]
+        tiles = [-(-count // TILE) for count in counts]
+        order = sorted(
+            range(len(counts)),
+            key=lambda i: (abs(signed[i]), signed[i], tiles[i], -counts[i]),
+        )
+        if abs(signed[order[-1]]) - abs(signed[order[0]]) > self.config.spread_levels:
+            return order[0]
+        return min(order, key=lambda i: (signed[i], tiles[i], -counts[i]))
+
+
+class EnergyRouter:
+    """Least increase in predicted energy among the instances that keep the SLO.
+
+    Each iteration gives the request one token, so the energy it adds per token is
+    E(n+1, k+L, f_next) - E(n, k, f_now) of one iteration, each at the clock of least energy that
+    keeps the bound. An instance that cannot keep the SLO with the request counts only where none
+    can; then the one with the shortest predicted step is taken.
+    """
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        slo: SharedSlo,
+        *,
+        clocks_mhz: Sequence[int],
+        idle_power_w: float,
+        config: EcoRouteConfig | None = None,
+    ) -> None:
+        """
+        Args:
+            idle_power_w: what an empty instance draws: the cost of waking one.
+        """
+        self.predictor = predictor
+        self.slo = slo
+        self.config = config or EcoRouteConfig()
+        self.idle_power_w = idle_power_w
+        self._clocks_mhz = tuple(sorted(clocks_mhz))
+
+    def choose(self, instances: Sequence[InstanceView], request: "Request") -> int:
+        config = self.config
+        counts = [_sequences(instance) for instance in instances]
+        states = _without_and_with(instances, counts, request, config)
+        times, powers = _what_if(self.predictor, states, self._clocks_mhz)
+        bound_s = self.slo.current.planned_itl_s * (1 - config.headroom)
+        keeps = times <= bound_s
+        feasible = keeps[1::2].any(axis=1)
+        keeps[:, -1] = True
+        # The governor takes the clock of least energy among those that keep the bound.
+        energies = np.where(keeps, times * powers, np.inf)
+        rows = np.arange(len(times))
+        chosen = np.argmin(energies, axis=1)
+        if not feasible.any():
+            return int(np.argmin(times[1::2, -1]))
+        energy_j = energies[rows, chosen]
+        after_j = energy_j[1::2]
+        # An empty instance would have idled for as long.
+        empty = np.array([count == 0 for count in counts])
+        idle_j = self.idle_power_w * times[rows, chosen][1::2]
+        before_j = np.where(empty, idle_j, energy_j[0::2])
+        return int(np.argmin(np.where(feasible, after_j - before_j, np.inf)))
+
+
+class QueueRouter:
+    """Prefill: the instance whose first token for this prompt is predicted earliest.
+
+    A prompt waits for the iteration in flight and is then computed with all that wait before it.
+    Where an instance says when its iteration ends (`busy_until_s`) and how many prompts wait
+    (`waiting_requests`), both are used; else every request in flight counts as waiting. Ties within
+    `tie_s` go to the instance with the longer wait, so that others may idle.
+    """
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        *,
+        clock_mhz: int,
+        tie_s: float = 0.0,
+        slo: SharedSlo | None = None,
+    ) -> None:
+        """
+        Args:
+            clock_mhz: the clock at which queues are judged.
+            slo: where given, a prompt that no instance can serve in time goes to the longest queue:
+                it is late anyway, and must not make others late too.
+        """
+        self.slo = slo
+        self.predictor = predictor
+        self.tie_s = tie_s
+        self._clock_mhz = clock_mhz
+
+    def choose(self, instances: Sequence[InstanceView], request: "Request") -> int:
+        now_s = request.timing.arrival_s
+        states, residual_s = [], []
+        for instance in instances:
+            waiting = getattr(instance, "waiting_requests", instance.in_flight)
+            tokens = instance.waiting_tokens + request.prompt_length
+            states.append((tokens, waiting + 1, 0, 0, 0))
+            ends_s = getattr(instance, "busy_until_s", None)
+            residual_s.append(0.0 if ends_s is None else max(0.0, ends_s - now_s))
+        times, _ = _what_if(self.predictor, states, (self._clock_mhz,))
+        waits = [
+            time_s + left for time_s, left in zip(times[:, 0].tolist(), residual_s, strict=True)
+        ]
+        least = min(waits)
+        if self.slo is not None and least > self.slo.current.ttft_s:
+            return max(range(len(waits)), key=lambda i: (waits[i], -i))
+        near = [i for i, wait in enumerate(waits) if wait <= least + self.tie_s]
+        return max(near, key=lambda i: (waits[i], -i))

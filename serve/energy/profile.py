@@ -1,0 +1,245 @@
+"""Profiles: measured iterations from which EcoPred is trained, and where they were measured.
+
+A profile is refused where its fingerprint (GPU, model, engine) differs from what it is asked to
+predict: latencies do not carry over between them.
+"""
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from jaxsys import __version__
+from jaxsys.errors import UsageError
+from jaxsys.serve.energy.gpu_model import Load, SimulatedGpu
+
+FORM = "jaxsys-profile-1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fingerprint:
+    """Where a profile comes from."""
+
+    gpu: str
+    model: str
+    """Layers x hidden size."""
+    engine: str
+    """What ran the iterations, e.g. "simulated" or "jaxsys 0.1.0, jax 0.10.2"."""
+
+    def check(self, other: "Fingerprint", where: str = "profile") -> None:
+        """Refuses a profile of other origin, naming what differs."""
+        mine, theirs = asdict(self), asdict(other)
+        different = [
+            f"{k}={theirs[k]!r} instead of {mine[k]!r}" for k in mine if mine[k] != theirs[k]
+        ]
+        if different:
+            raise UsageError(
+                f"{where} was taken with {', '.join(different)}; take one here with "
+                f"`jaxsys profile serving`"
+            )
+
+
+def fingerprint_here(gpu: str, layers: int, hidden: int) -> Fingerprint:
+    """The fingerprint of what this installation measures.
+
+    Args:
+        gpu: what JAX calls the device's kind.
+    """
+    jax_version = importlib.metadata.version("jax")
+    return Fingerprint(
+        gpu=gpu,
+        model=f"{layers}x{hidden}",
+        engine=f"jaxsys {__version__}, jax {jax_version}, {platform.machine()}",
+    )
+
+
+def simulated_fingerprint(gpu: SimulatedGpu) -> Fingerprint:
+    """The fingerprint of a sweep of this simulated GPU."""
+    return Fingerprint(
+        gpu=gpu.spec.name, model=f"{gpu.shape.layers}x{gpu.shape.hidden}", engine="simulated"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One measured iteration."""
+
+    load: Load
+    clock_mhz: int
+    time_s: float
+    power_w: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """Samples of one origin."""
+
+    fingerprint: Fingerprint
+    samples: Sequence[Sample]
+    buckets: tuple[int, ...] = ()
+    """Batch sizes that decode steps were compiled for; empty where batches are not padded."""
+    notes: Sequence[str] = field(default_factory=tuple)
+
+    @property
+    def clocks_mhz(self) -> tuple[int, ...]:
+        """The clocks profiled, ascending."""
+        return tuple(sorted({sample.clock_mhz for sample in self.samples}))
+
+    def save(self, path: str | Path) -> None:
+        """Writes JSON."""
+        names = list(Load.__slots__)
+        record = {
+            "form": FORM,
+            "fingerprint": asdict(self.fingerprint),
+            "buckets": list(self.buckets),
+            "notes": list(self.notes),
+            "columns": [*names, "clock_mhz", "time_s", "power_w"],
+            "samples": [
+                [*(getattr(s.load, n) for n in names), s.clock_mhz, s.time_s, s.power_w]
+                for s in self.samples
+            ],
+        }
+        Path(path).write_text(json.dumps(record))
+
+
+def load_profile(path: str | Path) -> Profile:
+    """Reads what `Profile.save` wrote."""
+    try:
+        record = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise UsageError(
+            f"profile {path} does not exist; take one with `jaxsys profile serving`"
+        ) from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UsageError(f"profile {path} is not JSON: {error}") from None
+    if not isinstance(record, Mapping) or record.get("form") != FORM:
+        raise UsageError(f"profile {path} is not of form {FORM}; take a new one")
+    try:
+        columns = record["columns"]
+        names = columns[:-3]
+        samples = [
+            Sample(Load(**dict(zip(names, row[:-3], strict=True))), *row[-3:])
+            for row in record["samples"]
+        ]
+        return Profile(
+            fingerprint=Fingerprint(**record["fingerprint"]),
+            samples=samples,
+            buckets=tuple(record["buckets"]),
+            notes=tuple(record["notes"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"profile {path} is damaged ({error}); take a new one") from None
+
+
+def spread_over_clocks(profile: Profile, gpu: SimulatedGpu, clocks_mhz: Sequence[int]) -> Profile:
+    """A profile of one clock, carried over to others by the ratios of the modelled GPU.
+
+    Without leave to set clocks only one can be measured; how cost follows the clock is then the
+    model's word, and what one iteration costs at that clock the measurement's.
+    """
+    if len(profile.clocks_mhz) != 1:
+        return profile
+    samples = []
+    for sample in profile.samples:
+        known = gpu.run(sample.load, sample.clock_mhz or gpu.spec.max_mhz)
+        for mhz in clocks_mhz:
+            other = gpu.run(sample.load, mhz)
+            time_s = sample.time_s * other.time_s / known.time_s
+            power_w = None
+            if sample.power_w is not None:
+                power_w = sample.power_w * other.power_w / known.power_w
+            samples.append(Sample(sample.load, mhz, time_s, power_w))
+    note = "measured at one clock; other clocks by the modelled GPU's ratios"
+    return replace(profile, samples=samples, notes=(*profile.notes, note))
+
+
+def sweep_plan(
+    *,
+    kv_capacity_tokens: int,
+    max_batch: int = 512,
+    max_prefill_tokens: int = 8192,
+    buckets: Sequence[int] = (),
+) -> list[Load]:
+    """The loads a profile visits: decode batches around every tile edge, prompts of all sizes."""
+    batches = {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, *range(160, max_batch + 1, 32)}
+    edges = set(buckets) or {128, 256, 384, 512, 640, 768, 896, 1024}
+    batches |= {edge + 1 for edge in edges} | edges
+    loads = []
+    for batch in sorted(b for b in batches if b <= max_batch):
+        bucket = next((size for size in sorted(buckets) if size >= batch), 0)
+        for context in (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192):
+            if batch * context <= kv_capacity_tokens:
+                loads.append(Load(batch=batch, kv_tokens=batch * context, bucket=bucket))
+    tokens = [
+        16,
+        32,
+        64,
+        96,
+        128,
+        192,
+        256,
+        384,
+        512,
+        768,
+        1024,
+        1536,
+        2048,
+        3072,
+        4096,
+        6144,
+        8192,
+    ]
+    for count in (t for t in tokens if t <= max_prefill_tokens):
+        for requests in (1, 2, 4, 8, 16, 32, 64, 128):
+            if requests <= count // 8 or requests == 1:
+                for cached in (0, 512, 2048, 8192, 32768, 98304):
+                    loads.append(
+                        Load(prefill_tokens=count, prefill_requests=requests, cached_tokens=cached)
+                    )
+    return loads
+
+
+def sweep(
+    run: Callable[[Load, int], tuple[float, float | None]],
+    loads: Sequence[Load],
+    clocks_mhz: Sequence[int],
+) -> list[Sample]:
+    """Runs every load at every clock; `run` returns seconds and watts (None where unread)."""
+    samples = []
+    for mhz in clocks_mhz:  # clocks outermost: changing one costs more than changing the load
+        for load in loads:
+            time_s, power_w = run(load, mhz)
+            samples.append(Sample(load, mhz, time_s, power_w))
+    return samples
+
+
+def simulated_profile(
+    gpu: SimulatedGpu,
+    *,
+    clocks_mhz: Sequence[int] | None = None,
+    max_batch: int = 1024,
+    max_prefill_tokens: int = 8192,
+    noise: float = 0.0,
+    seed: int = 0,
+) -> Profile:
+    """The profile that a sweep of the simulated GPU gives, with relative `noise` if asked."""
+    generator = np.random.default_rng(seed)
+
+    def run(load: Load, mhz: int) -> tuple[float, float]:
+        outcome = gpu.run(load, mhz)
+        return outcome.time_s * float(np.exp(noise * generator.standard_normal())), outcome.power_w
+
+    loads = sweep_plan(
+        kv_capacity_tokens=gpu.kv_capacity_tokens,
+        max_batch=max_batch,
+        max_prefill_tokens=max_prefill_tokens,
+    )
+    return Profile(
+        fingerprint=simulated_fingerprint(gpu),
+        samples=sweep(run, loads, clocks_mhz or gpu.spec.control_mhz),
+        notes=("simulated",),
+    )

@@ -1,0 +1,190 @@
+"""The front of a server whose instances are processes: engine, router, HTTP, fleet.
+
+It computes nothing and needs no device. It runs in the command's own process over processes of
+this machine, or as a Ray actor over those of a cluster.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import socket
+from pathlib import Path
+from typing import Any
+
+import fastapi
+import uvicorn
+
+from jaxsys.errors import UsageError
+from jaxsys.model import LlamaConfig, Tokenizer
+from jaxsys.model.folder import read_config, read_tokenizer
+from jaxsys.model.gguf_file import GgufFile
+from jaxsys.serve.clock import WallClock
+from jaxsys.serve.energy.governors import Route, make_decode_router
+from jaxsys.serve.energy.slo import SharedSlo
+from jaxsys.serve.engine import Engine
+from jaxsys.serve.http.api import ApiConfig, create_app
+from jaxsys.serve.http.dashboard import Dashboard
+from jaxsys.serve.http.metrics import Metrics
+from jaxsys.serve.member import TokenEvent
+from jaxsys.serve.processes.fleet import Fleet, Launcher
+from jaxsys.serve.processes.worker import WorkerSpec
+from jaxsys.serve.requests import Request
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class FrontSpec:
+    """What the front is to serve, and how."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    model_name: str
+    api_keys: frozenset[str] = dataclasses.field(default=frozenset(), repr=False)
+    route: Route = "fewest"
+    worker: WorkerSpec
+    """What the instances have in common."""
+
+
+class Front:
+    """Starts, serves, scales and stops."""
+
+    def __init__(self, spec: FrontSpec, launcher: Launcher, *, reached_at: str):
+        """
+        Args:
+            reached_at: this machine's address, as instances reach it.
+        """
+        self.spec = spec
+        worker = spec.worker
+        config, tokenizer = read_face(Path(worker.model))
+        slo = SharedSlo(worker.slo)
+        self.engine = Engine(
+            clock=WallClock(),
+            max_requests=worker.deployment.max_requests,
+            decode_router=make_decode_router(spec.route, worker.governor.gpu, config, slo),
+        )
+        self.app = build_app(
+            self.engine,
+            tokenizer,
+            ApiConfig(
+                model_name=spec.model_name,
+                max_length=worker.deployment.max_length,
+                api_keys=spec.api_keys,
+            ),
+            slo,
+        )
+        self.fleet = Fleet(self.engine, launcher, worker, host=reached_at)
+        self._server: uvicorn.Server | None = None
+        self._serving: asyncio.Task[None] | None = None
+
+    async def start(self) -> tuple[str, int]:
+        """Brings the instances up, then listens; returns host and port.
+
+        Raises:
+            UsageError: if the address cannot be listened on.
+            RunError: if an instance does not come up.
+        """
+        listener = bind(self.spec.host, self.spec.port)
+        deployment = self.spec.worker.deployment
+        try:
+            await self.engine.start()
+            await self.fleet.start(prefill=deployment.prefill, decode=deployment.decode)
+        except BaseException:
+            listener.close()
+            raise
+        listener.listen(128)
+        self._server = uvicorn.Server(
+            uvicorn.Config(self.app, log_config=None, access_log=False, lifespan="off")
+        )
+        self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))
+        host, port = listener.getsockname()[:2]
+        return host, port
+
+    async def scale(self, prefill: int, decode: int) -> None:
+        """Brings the numbers of instances to these while serving."""
+        await self.fleet.scale(prefill=prefill, decode=decode)
+
+    async def describe(self) -> list[dict[str, Any]]:
+        """The instances there are: name, process, state and load of each."""
+        return [
+            {
+                "name": one.name,
+                "process": getattr(one, "process", None),
+                "failure": None if one.failure is None else str(one.failure),
+                "retiring": one.retiring,
+                "in_flight": one.in_flight,
+                **dataclasses.asdict(one.load),
+            }
+            for one in self.engine.instances
+        ]
+
+    async def stop(self, drain_s: float) -> None:
+        """Stops listening, finishes open requests for `drain_s` seconds, ends the instances."""
+        if self._server is not None and self._serving is not None:
+            self._server.config.timeout_graceful_shutdown = max(1, round(drain_s))
+            self._server.should_exit = True
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._serving
+        await self.engine.drain(0.0)
+        await self.fleet.close()
+
+
+def read_face(path: Path) -> tuple[LlamaConfig, Tokenizer]:
+    """What can be known of a model without reading its weights.
+
+    Raises:
+        UsageError: if there is no model, or none with a tokenizer.
+    """
+    if path.is_dir():
+        config, tokenizer = read_config(path), read_tokenizer(path)
+    elif path.is_file():
+        file = GgufFile(path)
+        config, tokenizer = file.config(), file.tokenizer()
+    else:
+        raise UsageError(f"{path} does not exist; give a model folder or a .gguf file")
+    if tokenizer is None:
+        raise UsageError(f"{path} has no tokenizer.json; add the one the model came with")
+    return config, tokenizer
+
+
+def build_app(
+    engine: Engine, tokenizer: Tokenizer, config: ApiConfig, slo: SharedSlo
+) -> fastapi.FastAPI:
+    """The HTTP application over an engine, with its metrics and its dashboard."""
+    metrics = Metrics(engine)
+    dashboard = Dashboard(engine, slo)
+
+    def on_token(request: Request, event: TokenEvent, source: str) -> None:
+        metrics.on_token(request, event)
+        dashboard.on_token(request, event, source)
+
+    engine.on_token = on_token
+    metrics.watch()
+    app = create_app(engine, tokenizer, config, metrics)
+    dashboard.add_to(app)
+    return app
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket bound to an address, not yet listening.
+
+    Raises:
+        UsageError: if the address is not ours or is taken.
+    """
+    if not 0 <= port <= 65535:
+        raise UsageError(f"port={port} must be from 0 (any free one) to 65535")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise UsageError(f"host={host!r} is no address of this machine: {error.strerror}") from None
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise UsageError(
+            f"cannot listen on {host}:{port}: {error.strerror}; stop what uses it or choose "
+            f"another --port (0 takes a free one)"
+        ) from None
+    return listener

@@ -1,0 +1,1 @@
+"""Replays of request traces in virtual time, on simulated GPUs."""

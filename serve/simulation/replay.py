@@ -1,0 +1,428 @@
+"""Policies by name, replays of them side by side, and `jaxsys replay`.
+
+A policy is a governor and a pair of routers. All of a comparison's policies see the same trace, the
+same simulated GPUs and the same SLO; savings are stated against the static maximum clock, with the
+attainment of both beside them, and energy counts idle instances.
+"""
+
+import argparse
+import copy
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxsys.clocks import SimulatedClocks
+from jaxsys.errors import UsageError
+from jaxsys.results import hardware, versions, write_result
+from jaxsys.serve.energy.ecofreq import EcoFreq, EcoFreqConfig, ModelPredictor, Predictor
+from jaxsys.serve.energy.ecopred import EcoPred
+from jaxsys.serve.energy.ecoroute import (
+    EnergyRouter,
+    QueueRouter,
+    RoundRobinRouter,
+    StateSpaceRouter,
+)
+from jaxsys.serve.energy.gpu_model import GPUS, SHAPES, Load, SimulatedGpu, gpu_spec, served_shape
+from jaxsys.serve.energy.profile import simulated_profile
+from jaxsys.serve.energy.slo import SharedSlo, Slo
+from jaxsys.serve.hooks import FewestRequestsRouter, Governor, Router
+from jaxsys.serve.simulation.baselines import FixedClock, WindowControl
+from jaxsys.serve.simulation.simulator import ClusterConfig, ReplayResult, Role, Simulator
+from jaxsys.serve.simulation.traces import Trace, read_trace, synthetic_trace
+
+Control = Literal["max", "sweet-spot", "window", "ecofreq"]
+Routing = Literal["plain", "ecoroute", "energy"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """How clocks are set and requests are routed."""
+
+    control: Control
+    routing: Routing = "plain"
+
+    @property
+    def predicts(self) -> bool:
+        """Whether anything is decided by predictions."""
+        return self.control in ("window", "ecofreq") or self.routing != "plain"
+
+
+POLICIES: dict[str, Policy] = {
+    "max": Policy(control="max"),
+    "sweet-spot": Policy(control="sweet-spot"),
+    "window": Policy(control="window"),
+    "ecofreq": Policy(control="ecofreq"),
+    "ecoroute": Policy(control="max", routing="ecoroute"),
+    "both": Policy(control="ecofreq", routing="ecoroute"),
+    "both-energy": Policy(control="ecofreq", routing="energy"),
+}
+"""`ecoroute` alone: the published router at the maximum clock. `both-energy`: EcoFreq with the
+router of least energy increase."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """Everything a comparison holds fixed."""
+
+    gpu: SimulatedGpu
+    cluster: ClusterConfig
+    slo: Slo
+    clocks_mhz: tuple[int, ...]
+    """The governed clocks; the lowest is the sweet spot."""
+    predictor: Literal["model", "ecopred"] = "ecopred"
+    predictor_scale: float = 1.0
+    """Multiplies predicted times: an error put in on purpose. "ecopred" may learn it away."""
+    governor: EcoFreqConfig = field(default_factory=EcoFreqConfig)
+    quick_prefill: bool = True
+    """Route prompts to the earliest predicted first token instead of in turn (governed policies
+    with a router only)."""
+
+
+def setting(
+    gpu: str = "a100-80g",
+    model: str = "llama-3-8b",
+    *,
+    prefill: int = 2,
+    decode: int = 2,
+    slo: Slo | None = None,
+    clocks_mhz: Sequence[int] | None = None,
+    **changes: Any,
+) -> Setting:
+    """A setting from names, with any field of `Setting` or `ClusterConfig` changed."""
+    simulated = SimulatedGpu(gpu_spec(gpu), served_shape(model))
+    own = {k: changes.pop(k) for k in list(changes) if k in Setting.__slots__}
+    return Setting(
+        gpu=simulated,
+        cluster=ClusterConfig(
+            gpu=simulated, prefill_instances=prefill, decode_instances=decode, **changes
+        ),
+        slo=slo or Slo(),
+        clocks_mhz=tuple(clocks_mhz or simulated.spec.control_mhz),
+        **own,
+    )
+
+
+def make_predictor(setting: Setting) -> Predictor:
+    """The setting's predictor: exact, or trained on a noisy sweep of the simulated GPU."""
+    if setting.predictor == "model":
+        return ModelPredictor(setting.gpu, scale=setting.predictor_scale)
+    clocks = sorted({*setting.clocks_mhz, setting.gpu.spec.max_mhz})
+    profile = simulated_profile(setting.gpu, clocks_mhz=clocks, noise=0.02)
+    if setting.predictor_scale != 1.0:
+        samples = [replace(s, time_s=s.time_s * setting.predictor_scale) for s in profile.samples]
+        profile = replace(profile, samples=samples)
+    return EcoPred(profile)
+
+
+def simulate(
+    trace: Trace,
+    policy: Policy,
+    setting: Setting,
+    *,
+    predictor: Predictor | None = None,
+    sample_every_s: float | None = None,
+) -> ReplayResult:
+    """Replays `trace` under one policy.
+
+    Args:
+        predictor: the setting's, fresh; made here where None.
+    """
+    slo = SharedSlo(setting.slo)
+    # One for all: the instances are alike, and each learns from the others' iterations.
+    if not policy.predicts:
+        predictor = ModelPredictor(setting.gpu)
+    elif predictor is None:
+        predictor = make_predictor(setting)
+    spec = setting.gpu.spec
+    top, floor = spec.max_mhz, setting.clocks_mhz[0]
+
+    def make_governor(clocks: SimulatedClocks, role: Role) -> Governor:
+        if policy.control == "max":
+            return FixedClock(clocks, top)
+        if policy.control == "sweet-spot":
+            return FixedClock(clocks, floor)
+        if policy.control == "window":
+            return WindowControl(clocks, predictor, slo, clocks_mhz=setting.clocks_mhz)
+        config = replace(setting.governor, prefill_budget=setting.cluster.max_prefill_tokens)
+        return EcoFreq(clocks, predictor, slo, clocks_mhz=setting.clocks_mhz, config=config)
+
+    prefill_router: Router = RoundRobinRouter()
+    decode_router: Router = FewestRequestsRouter()
+    if policy.routing != "plain":
+        if setting.quick_prefill:
+            prefill_router = QueueRouter(predictor, clock_mhz=top, slo=slo)
+        if policy.routing == "ecoroute":
+            decode_router = StateSpaceRouter(predictor, slo, clocks_mhz=setting.clocks_mhz)
+        else:
+            decode_router = EnergyRouter(
+                predictor,
+                slo,
+                clocks_mhz=setting.clocks_mhz,
+                idle_power_w=setting.gpu.idle_power_w(floor),
+            )
+    return Simulator(
+        trace,
+        setting.cluster,
+        slo=slo,
+        make_governor=make_governor,
+        prefill_router=prefill_router,
+        decode_router=decode_router,
+        sample_every_s=sample_every_s,
+    ).run()
+
+
+def figures(result: ReplayResult, slo: Slo) -> dict[str, float]:
+    """Flat, named figures of one replay."""
+    return {
+        "energy_j": result.energy_j,
+        "energy_j_per_token": result.energy_per_token_j,
+        "energy_j_per_request": result.energy_per_request_j,
+        "idle_energy_pct": 100 * result.idle_j / result.energy_j,
+        "ttft_attainment_pct": 100 * result.ttft_attainment(slo.ttft_s),
+        "itl_attainment_pct": 100 * result.itl_attainment(slo.itl_s),
+        "tpot_attainment_pct": 100 * result.tpot_attainment(slo.itl_s),
+        "ttft_p50_ms": 1e3 * float(np.percentile(result.ttft_s, 50)),
+        "ttft_p99_ms": 1e3 * float(np.percentile(result.ttft_s, 99)),
+        "itl_p50_ms": 1e3 * result.itl_percentile(50),
+        "itl_p99_ms": 1e3 * result.itl_percentile(99),
+        "duration_s": result.duration_s,
+        "requests": result.requests,
+        "output_tokens": result.output_tokens,
+        "clock_changes": result.clock_changes,
+        "infeasible_decisions": result.infeasible,
+        "overruns": result.overruns,
+        "preemptions": result.preemptions,
+        "wall_s": result.wall_s,
+    }
+
+
+def compare(
+    trace: Trace,
+    setting: Setting,
+    policies: Sequence[str],
+    *,
+    sample_every_s: float | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Replays every policy, the static maximum always first, and states savings against it."""
+    names = ["max", *(name for name in policies if name != "max")]
+    unknown = [name for name in names if name not in POLICIES]
+    if unknown:
+        raise UsageError(f"policy {unknown[0]!r} is not known; use one of {', '.join(POLICIES)}")
+    rows: dict[str, dict[str, Any]] = {}
+    fresh = None
+    for name in names:
+        policy, predictor = POLICIES[name], None
+        if policy.predicts:
+            fresh = fresh or make_predictor(setting)
+            predictor = copy.deepcopy(fresh)  # each policy learns for itself
+        result = simulate(
+            trace, policy, setting, predictor=predictor, sample_every_s=sample_every_s
+        )
+        row: dict[str, Any] = dict(figures(result, setting.slo))
+        base = rows.get("max", row)
+        row["energy_saving_pct"] = 100 * (1 - row["energy_j"] / base["energy_j"])
+        row["clock_seconds"] = {
+            role: {str(mhz): round(seconds, 3) for mhz, seconds in histogram.items()}
+            for role, histogram in result.clock_seconds.items()
+        }
+        if result.series:
+            row["series"] = result.series
+        rows[name] = row
+    return rows
+
+
+def unmeetable(trace: Trace, setting: Setting) -> list[str]:
+    """Bounds that no clock can meet even for one request alone; empty if all can be met."""
+    gpu, slo = setting.gpu, setting.slo
+    longest = int(np.max(trace.prompt_tokens))
+    median = int(np.median(trace.prompt_tokens))
+    complaints = []
+    alone_s = gpu.run(Load(batch=1, kv_tokens=median), gpu.spec.max_mhz).time_s
+    if alone_s > slo.itl_s:
+        complaints.append(
+            f"ITL of {slo.itl_s * 1e3:.0f} ms cannot be met: one sequence alone takes "
+            f"{alone_s * 1e3:.1f} ms at {gpu.spec.max_mhz} MHz; served at the maximum clock"
+        )
+    for length, what in ((median, "the median prompt"), (longest, "the longest prompt")):
+        need_s = gpu.run(Load(prefill_tokens=length, prefill_requests=1), gpu.spec.max_mhz).time_s
+        if need_s > slo.ttft_s:
+            complaints.append(
+                f"TTFT of {slo.ttft_s * 1e3:.0f} ms cannot be met for {what} ({length} tokens): "
+                f"it takes {need_s * 1e3:.0f} ms alone at {gpu.spec.max_mhz} MHz; served at the "
+                f"maximum clock"
+            )
+            break
+    return complaints
+
+
+def record(rows: dict[str, dict[str, Any]], setting: Setting, trace: Trace) -> dict[str, Any]:
+    """The result file's content, as `jaxsys.results.write_result` takes it."""
+    best = max(
+        (n for n in rows if n != "max"), key=lambda n: rows[n]["energy_saving_pct"], default="max"
+    )
+    flat = [
+        {"policy": name, **{k: v for k, v in row.items() if not isinstance(v, dict)}}
+        for name, row in rows.items()
+    ]
+    return {
+        "benchmark": "replay",
+        "kind": "simulated",
+        "config": {
+            "simulated_gpu": setting.gpu.spec.name,
+            "extrapolated": setting.gpu.spec.extrapolated,
+            "gpus_per_instance": setting.gpu.gpus,
+            "model": setting.gpu.shape.name,
+            "prefill_instances": setting.cluster.prefill_instances,
+            "decode_instances": setting.cluster.decode_instances,
+            "slo_ttft_ms": setting.slo.ttft_s * 1e3,
+            "slo_itl_ms": setting.slo.itl_s * 1e3,
+            "slo_reserve": setting.slo.reserve,
+            "clocks_mhz": list(setting.clocks_mhz),
+            "set_latency_ms": setting.cluster.set_latency_s * 1e3,
+            "predictor": setting.predictor,
+            "trace": trace.name,
+            "requests": len(trace),
+            "rate_per_s": trace.rate_per_s if math.isfinite(trace.rate_per_s) else None,
+        },
+        "rows": flat,
+        "energy_saving_pct": rows[best]["energy_saving_pct"],
+        "best_policy": best,
+        "policies": rows,
+    }
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """The comparison as text."""
+    head = (
+        f"{'policy':<12}{'J/token':>9}{'J/request':>11}{'saving':>9}{'TTFT ok':>9}{'ITL ok':>8}"
+        f"{'TTFT p99':>10}{'ITL p99':>9}{'idle':>7}"
+    )
+    lines = [head, "-" * len(head)]
+    for name, row in rows.items():
+        lines.append(
+            f"{name:<12}{row['energy_j_per_token']:>9.3f}{row['energy_j_per_request']:>11.1f}"
+            f"{row['energy_saving_pct']:>8.1f}%{row['ttft_attainment_pct']:>8.1f}%"
+            f"{row['itl_attainment_pct']:>7.1f}%{row['ttft_p99_ms']:>8.0f}ms"
+            f"{row['itl_p99_ms']:>7.1f}ms{row['idle_energy_pct']:>6.1f}%"
+        )
+    return "\n".join(lines)
+
+
+# --- command line -----------------------------------------------------------------------------
+
+
+def parse_instances(text: str) -> tuple[int, int]:
+    """(2, 2) from "2P2D"."""
+    prefill, p, rest = text.upper().partition("P")
+    decode, d, tail = rest.partition("D")
+    if not (p and d and not tail and prefill.isdigit() and decode.isdigit()):
+        raise UsageError(f"instances={text!r} must read like 2P2D or 32P32D")
+    if int(prefill) < 1 or int(decode) < 1:
+        raise UsageError(f"instances={text!r} needs at least one of each")
+    return int(prefill), int(decode)
+
+
+def parser(prog: str) -> argparse.ArgumentParser:
+    """The command's options."""
+    options = argparse.ArgumentParser(
+        prog=prog, description="Replay a request trace on simulated GPUs under energy policies."
+    )
+    options.add_argument("--trace", type=Path, help="CSV (Azure, Mooncake or plain form)")
+    options.add_argument(
+        "--policy",
+        default="max,sweet-spot,window,ecofreq,ecoroute,both,both-energy",
+        help=f"comma-separated, of: {', '.join(POLICIES)}",
+    )
+    options.add_argument("--gpu", default="h100", help=f"of: {', '.join(GPUS)}")
+    options.add_argument("--model", default="llama-3-8b", help=f"of: {', '.join(SHAPES)}")
+    options.add_argument("--instances", default="2P2D", help="such as 2P2D or 32P32D")
+    options.add_argument(
+        "--rate", type=float, help="mean requests a second; the trace's own if not given"
+    )
+    options.add_argument("--duration", type=float, help="seconds of the trace to replay")
+    options.add_argument("--ttft-ms", type=float, default=600.0)
+    options.add_argument("--itl-ms", type=float, default=60.0)
+    options.add_argument("--predictor", choices=("ecopred", "model"), default="ecopred")
+    options.add_argument("--prompt-mean", type=float, default=250.0, help="without --trace")
+    options.add_argument("--output-mean", type=float, default=215.0, help="without --trace")
+    options.add_argument(
+        "--cv", type=float, default=1.0, help="burstiness without --trace; 1 is Poisson"
+    )
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--out", type=Path, help="folder for replay.json and plots")
+    options.add_argument(
+        "--json", action="store_true", help="print the record instead of the table"
+    )
+    return options
+
+
+def main(argv: Sequence[str], prog: str) -> int:
+    """`jaxsys replay`."""
+    arguments = parser(prog).parse_args(argv)
+    for name in ("rate", "duration"):
+        value = getattr(arguments, name)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise UsageError(f"--{name} {value:g} must be a positive number")
+    if arguments.out is not None and arguments.out.exists() and not arguments.out.is_dir():
+        raise UsageError(f"--out {arguments.out} is a file; name a folder")
+    prefill, decode = parse_instances(arguments.instances)
+    slo = Slo(ttft_s=arguments.ttft_ms / 1e3, itl_s=arguments.itl_ms / 1e3)
+    chosen = setting(
+        arguments.gpu,
+        arguments.model,
+        prefill=prefill,
+        decode=decode,
+        slo=slo,
+        predictor=arguments.predictor,
+    )
+    if arguments.trace is not None:
+        trace = read_trace(arguments.trace)
+        if arguments.rate is not None:
+            trace = trace.at_rate(arguments.rate)
+        if arguments.duration is not None:
+            trace = trace.between(0.0, arguments.duration)
+    else:
+        trace = synthetic_trace(
+            rate_per_s=10.0 if arguments.rate is None else arguments.rate,
+            duration_s=120.0 if arguments.duration is None else arguments.duration,
+            seed=arguments.seed,
+            prompt_mean=arguments.prompt_mean,
+            output_mean=arguments.output_mean,
+            cv=arguments.cv,
+        )
+    trace = trace.clipped(chosen.gpu.kv_capacity_tokens)
+    for complaint in unmeetable(trace, chosen):
+        _note(f"warning: {complaint}")
+    _note(
+        f"{len(trace)} requests over {trace.duration_s:.0f} s on {arguments.instances} simulated "
+        f"{chosen.gpu.spec.name} x {chosen.gpu.gpus}, {chosen.gpu.shape.name}; all figures are "
+        f"simulated, idle energy included"
+    )
+    rows = compare(
+        trace,
+        chosen,
+        [name.strip() for name in arguments.policy.split(",") if name.strip()],
+        sample_every_s=max(1.0, trace.duration_s / 200) if arguments.out else None,
+    )
+    content = record(rows, chosen, trace)
+    if arguments.json:
+        print(json.dumps(content | {"hardware": hardware(), "versions": versions()}))
+    else:
+        print(table(rows))
+    if arguments.out is not None:
+        from jaxsys.serve.simulation.replay_plots import draw
+
+        path = write_result(arguments.out / "replay.json", **content)
+        for drawn in draw(path):
+            _note(f"wrote {drawn}")
+    return 0
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr)

@@ -1,0 +1,504 @@
+"""Replays a trace on N prefill and M decode instances in virtual time.
+
+The brain is the live server's: its `Scheduler`, its governors, its routers. Only the bodies differ:
+`SimExecutor` says how long an iteration takes and what it draws. One heap of events drives all.
+
+Where nothing can interrupt it, a decode instance plans many steps as one iteration; a newcomer cuts
+that iteration at the next step's end, so times come out as if each step had been planned alone
+(the governor then decides once for those steps; `max_steps=1` decides for every one).
+"""
+
+import heapq
+import time
+import zlib
+from array import array
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from jaxsys.clocks import SimulatedClocks
+from jaxsys.errors import UsageError
+from jaxsys.serve.clock import VirtualClock
+from jaxsys.serve.energy.gpu_model import Load, SimulatedGpu
+from jaxsys.serve.energy.slo import SharedSlo
+from jaxsys.serve.hooks import Governor, InstanceView, Router
+from jaxsys.serve.requests import Request, SamplingParameters
+from jaxsys.serve.scheduler import Iteration, Scheduler, SchedulerConfig
+from jaxsys.serve.simulation.executor import SimExecutor
+from jaxsys.serve.simulation.traces import Trace
+
+Role = Literal["prefill", "decode"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterConfig:
+    """The simulated installation."""
+
+    gpu: SimulatedGpu
+    prefill_instances: int = 2
+    decode_instances: int = 2
+    set_latency_s: float = 0.003
+    """Time from asking for a clock to running at it; 3 ms is VoltanaLLM's NVML figure."""
+    hand_over_s: float = 0.002
+    """Latency of moving a prompt's pages, besides their bytes."""
+    link_bytes_per_s: float = 50e9
+    """Page transfer between instances: a 400 Gb/s NIC or one NVLink pair's share."""
+    time_noise: float = 0.0
+    """Relative deviation of each step's time from the model, so that no predictor is exact."""
+    max_batch: int = 1024
+    max_prefill_tokens: int = 8192
+    page_size: int = 64
+    max_steps: int = 32
+    """Most decode steps planned as one."""
+
+    def __post_init__(self) -> None:
+        for name in ("prefill_instances", "decode_instances", "max_steps"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+class SimInstance:
+    """One simulated instance: scheduler, executor and governor. Is an `InstanceView`."""
+
+    def __init__(
+        self,
+        name: str,
+        role: Role,
+        config: ClusterConfig,
+        clock: VirtualClock,
+        make_governor: Callable[[SimulatedClocks, Role], Governor],
+    ) -> None:
+        self.name = name
+        self.role: Role = role
+        spec = config.gpu.spec
+        self.clocks = SimulatedClocks(
+            available_mhz=spec.available_mhz,
+            now_s=clock.now_s,
+            name=f"{spec.name} {name}",
+            set_latency_s=config.set_latency_s,
+        )
+        self.executor = SimExecutor(
+            config.gpu,
+            self.clocks,
+            time_noise=config.time_noise,
+            seed=zlib.crc32(name.encode()),
+        )
+        self.governor = make_governor(self.clocks, role)
+        capacity = config.gpu.kv_capacity_tokens
+        self.scheduler = Scheduler(
+            SchedulerConfig(
+                page_count=capacity // config.page_size,
+                page_size=config.page_size,
+                max_batch=config.max_batch,
+                max_prefill_tokens=config.max_prefill_tokens,
+                max_length=capacity,
+                decode_buckets=(config.max_batch,),
+                role=role,
+                prefix_caching=False,
+            )
+        )
+        self.in_flight = 0
+        self.kv_tokens = 0
+        self.iteration: Iteration | None = None
+        self.version = 0
+        """Counts changes of the end in flight: an event of an older version is stale."""
+        self.newcomers: list[Request] = []
+        self.started_s = 0.0
+
+    @property
+    def batch(self) -> int:
+        return len(self.scheduler.running)
+
+    @property
+    def waiting_tokens(self) -> int:
+        return self.scheduler.waiting_tokens
+
+    @property
+    def waiting_requests(self) -> int:
+        """Prompts that wait or are partly computed."""
+        return len(self.scheduler.waiting) + len(self.scheduler.prefilling)
+
+    @property
+    def clock_mhz(self) -> float | None:
+        return getattr(self.governor, "clock_mhz", None)
+
+    @property
+    def busy_until_s(self) -> float | None:
+        """When the iteration in flight ends; None where idle. For queueing predictions."""
+        return self.executor.end_s if self.iteration is not None else None
+
+
+@dataclass(slots=True, kw_only=True)
+class ReplayResult:
+    """What a replay measured. Energy counts every instance from zero to `duration_s`, idle too."""
+
+    requests: int
+    output_tokens: int
+    duration_s: float
+    energy_j: float
+    energy_j_by_role: dict[str, float]
+    idle_j: float
+    busy_s_by_role: dict[str, float]
+    ttft_s: np.ndarray
+    """Per request."""
+    tpot_s: np.ndarray
+    """Per request with two tokens or more: mean time between its tokens."""
+    itl_s: np.ndarray
+    """Distinct gaps between tokens, weighted by `itl_weight`."""
+    itl_weight: np.ndarray
+    clock_seconds: dict[str, dict[int, float]]
+    """Busy seconds by role and clock."""
+    decisions: int
+    infeasible: int
+    overruns: int
+    clock_changes: int
+    preemptions: int
+    wall_s: float
+    series: dict[str, list[float]] = field(default_factory=dict)
+
+    def ttft_attainment(self, bound_s: float) -> float:
+        """Share of requests whose first token came within `bound_s`."""
+        return float(np.mean(self.ttft_s <= bound_s))
+
+    def itl_attainment(self, bound_s: float) -> float:
+        """Share of tokens after the first that came within `bound_s` of the one before."""
+        total = self.itl_weight.sum()
+        return float(self.itl_weight[self.itl_s <= bound_s].sum() / total) if total else 1.0
+
+    def tpot_attainment(self, bound_s: float) -> float:
+        """Share of requests whose mean time between tokens is within `bound_s`."""
+        return float(np.mean(self.tpot_s <= bound_s)) if len(self.tpot_s) else 1.0
+
+    def itl_percentile(self, percent: float) -> float:
+        """Token-weighted percentile of the gaps."""
+        if not len(self.itl_s):  # every answer was one token
+            return 0.0
+        order = np.argsort(self.itl_s)
+        share = np.cumsum(self.itl_weight[order])
+        at = np.searchsorted(share, share[-1] * percent / 100.0)
+        return float(self.itl_s[order][min(at, len(order) - 1)])
+
+    @property
+    def energy_per_token_j(self) -> float:
+        return self.energy_j / self.output_tokens
+
+    @property
+    def energy_per_request_j(self) -> float:
+        return self.energy_j / self.requests
+
+
+class Simulator:
+    """One replay: build it, `run()` it once."""
+
+    def __init__(
+        self,
+        trace: Trace,
+        config: ClusterConfig,
+        *,
+        slo: SharedSlo,
+        make_governor: Callable[[SimulatedClocks, Role], Governor],
+        prefill_router: Router,
+        decode_router: Router,
+        sample_every_s: float | None = None,
+    ) -> None:
+        """
+        Args:
+            make_governor: builds the governor of one instance from its clocks and role.
+            sample_every_s: record power, batch and clock over time at this interval.
+        """
+        self.trace = trace
+        self.config = config
+        self.slo = slo
+        self.clock = VirtualClock()
+        self.prefill = [
+            SimInstance(f"prefill{i}", "prefill", config, self.clock, make_governor)
+            for i in range(config.prefill_instances)
+        ]
+        self.decode = [
+            SimInstance(f"decode{i}", "decode", config, self.clock, make_governor)
+            for i in range(config.decode_instances)
+        ]
+        self.instances = [*self.prefill, *self.decode]
+        for instance in self.instances:
+            # What a governor asks for when it is made has settled before the trace begins.
+            instance.clocks.set_latency_s = 0.0
+            asked = instance.clocks.asked_mhz()
+            if asked is not None:
+                instance.clocks.reset()
+                instance.clocks.set_clock(asked)
+            instance.clocks.actual_mhz()
+            instance.clocks.set_latency_s = config.set_latency_s
+        self._prefill_router = prefill_router
+        self._decode_router = decode_router
+        self._events: list[tuple[float, int, Callable[..., None], tuple]] = []
+        self._sequence = 0
+        self._left = 0
+        self._next_arrival = 0
+        self._kv_bytes = config.gpu.shape.kv_bytes_per_token
+        self._ttft = array("d")
+        self._tpot = array("d")
+        self._itl = array("d")
+        self._itl_weight = array("d")
+        self._output_tokens = 0
+        self._end_s = 0.0
+        self._sample_every_s = sample_every_s
+        self._series: dict[str, list[float]] = defaultdict(list)
+        self._sampled_j = 0.0
+
+    def run(self) -> ReplayResult:
+        """Replays the whole trace and waits for its last token."""
+        began_s = time.perf_counter()
+        trace, config = self.trace, self.config
+        capacity = config.gpu.kv_capacity_tokens
+        longest = int(np.max(trace.prompt_tokens + trace.output_tokens))
+        if longest > capacity:
+            raise UsageError(
+                f"trace {trace.name} has a request of {longest} tokens; {capacity} fit beside "
+                f"{config.gpu.shape.name} on {config.gpu.gpus} x {config.gpu.spec.name}"
+            )
+        self._left = len(trace)
+        self._arrivals = trace.arrival_s.tolist()
+        self._prompts = trace.prompt_tokens.tolist()
+        self._outputs = trace.output_tokens.tolist()
+        self._push(self._arrivals[0], self._arrive)
+        for instance in self.instances:  # those that never get work must fall idle too
+            self._await_idle(instance, 0.0)
+        if self._sample_every_s:
+            self._push(self._sample_every_s, self._sample)
+        events, clock = self._events, self.clock
+        while events and self._left:
+            now_s, _, action, arguments = heapq.heappop(events)
+            clock.advance_to(now_s)
+            action(now_s, *arguments)
+        self._end_s = clock.now_s()
+        for instance in self.instances:
+            instance.executor.idle_until(self._end_s)
+        return self._result(time.perf_counter() - began_s)
+
+    # --- events -------------------------------------------------------------------------------
+
+    def _push(self, at_s: float, action: Callable[..., None], *arguments: object) -> None:
+        self._sequence += 1
+        heapq.heappush(self._events, (at_s, self._sequence, action, arguments))
+
+    def _arrive(self, now_s: float) -> None:
+        index = self._next_arrival
+        self._next_arrival += 1
+        if self._next_arrival < len(self._arrivals):
+            self._push(self._arrivals[self._next_arrival], self._arrive)
+        request = Request(
+            index,
+            sampling=SamplingParameters(max_tokens=self._outputs[index]),
+            arrival_s=now_s,
+            prompt_length=self._prompts[index],
+        )
+        instance = self._route(self._prefill_router, self.prefill, request)
+        instance.scheduler.add(request)
+        instance.in_flight += 1
+        request.note = instance
+        self._start(instance, now_s)
+
+    def _route(self, router: Router, instances: list[SimInstance], request: Request) -> SimInstance:
+        views: Sequence[InstanceView] = instances
+        return instances[router.choose(views, request)]
+
+    def _start(self, instance: SimInstance, now_s: float) -> None:
+        """Plans and begins the next iteration, unless one is in flight or nothing is to do."""
+        if instance.iteration is not None:
+            return
+        limit = self.config.max_steps if instance.role == "decode" else 1
+        iteration = instance.scheduler.next_iteration(now_s, limit)
+        if iteration is None:
+            self._await_idle(instance, now_s)
+            return
+        instance.executor.idle_until(now_s)
+        instance.governor.before_iteration(iteration, instance.scheduler.waiting, now_s)
+        steps = iteration.steps
+        load = Load(
+            iteration.prefill_tokens,
+            len(iteration.prefills),
+            sum(piece.start for piece in iteration.prefills),
+            len(iteration.decodes),
+            # The steps' mean, so that many steps as one take their exact time.
+            iteration.kv_tokens + len(iteration.decodes) * (steps - 1) // 2,
+        )
+        end_s = instance.executor.begin(load, steps, now_s)
+        instance.iteration = iteration
+        instance.started_s = now_s
+        instance.version += 1
+        self._push(end_s, self._end, instance, instance.version)
+        patience = getattr(instance.governor, "patience_s", None)
+        if patience is not None:
+            alarm_s = now_s + patience(steps)
+            if alarm_s < end_s:
+                self._push(alarm_s, self._overrun, instance, instance.version)
+
+    def _await_idle(self, instance: SimInstance, now_s: float) -> None:
+        instance.version += 1
+        wait_s = getattr(getattr(instance.governor, "config", None), "idle_after_s", None)
+        if wait_s is not None:
+            self._push(now_s + wait_s, self._idle, instance, instance.version, now_s)
+
+    def _overrun(self, now_s: float, instance: SimInstance, version: int) -> None:
+        if version != instance.version or instance.iteration is None:
+            return
+        instance.governor.on_overrun(now_s)  # type: ignore[attr-defined]
+        self._replan(instance, instance.executor.reclock(now_s))
+
+    def _replan(self, instance: SimInstance, end_s: float) -> None:
+        instance.version += 1
+        self._push(end_s, self._end, instance, instance.version)
+
+    def _idle(self, now_s: float, instance: SimInstance, version: int, since_s: float) -> None:
+        if version == instance.version and instance.iteration is None:
+            instance.executor.idle_until(now_s)
+            instance.governor.on_idle(now_s, since_s)  # type: ignore[attr-defined]
+
+    def _end(self, now_s: float, instance: SimInstance, version: int) -> None:
+        if version != instance.version or instance.iteration is None:
+            return
+        iteration = instance.iteration
+        instance.iteration = None
+        instance.executor.finish()
+        latency_s = now_s - instance.started_s
+        if iteration.decodes:
+            self._count_gaps(instance, iteration, now_s, latency_s)
+        completion = instance.scheduler.complete(iteration, now_s)
+        instance.governor.after_iteration(iteration, latency_s, now_s)
+        for piece in iteration.prefills:
+            # A preempted request computed again has its first token already.
+            if piece.last and instance.role == "prefill":
+                self._ttft.append(now_s - piece.request.timing.arrival_s)
+        if instance.role == "decode":
+            instance.kv_tokens += len(iteration.decodes) * iteration.steps
+        for request in completion.finished:
+            self._finished(instance, request)
+        for request in completion.handed_over:
+            self._hand_over(instance, request, now_s)
+        if instance.scheduler.incoming:
+            self._receive(instance, now_s)
+        self._start(instance, now_s)
+
+    def _count_gaps(
+        self, instance: SimInstance, iteration: Iteration, now_s: float, latency_s: float
+    ) -> None:
+        """Books the time between tokens: the step's own, and for newcomers their wait too."""
+        steps, batch = iteration.steps, len(iteration.decodes)
+        step_s = latency_s / steps
+        fresh = len(instance.newcomers)
+        if batch * steps > fresh:
+            self._itl.append(step_s)
+            self._itl_weight.append(batch * steps - fresh)
+        for request in instance.newcomers:
+            last_s = request.timing.last_token_s
+            waited_s = instance.started_s - last_s if last_s is not None else 0.0
+            self._itl.append(waited_s + step_s)
+            self._itl_weight.append(1.0)
+        instance.newcomers.clear()
+
+    def _finished(self, instance: SimInstance, request: Request) -> None:
+        instance.in_flight -= 1
+        self._left -= 1
+        self._output_tokens += request.generated
+        timing = request.timing
+        if instance.role == "decode":
+            instance.kv_tokens -= request.prompt_length + request.generated
+        if (
+            request.generated > 1
+            and timing.last_token_s is not None
+            and timing.first_token_s is not None
+        ):
+            self._tpot.append(
+                (timing.last_token_s - timing.first_token_s) / (request.generated - 1)
+            )
+
+    def _hand_over(self, instance: SimInstance, request: Request, now_s: float) -> None:
+        twin = request.handed_over()
+        twin.note = (instance, request)
+        target = self._route(self._decode_router, self.decode, twin)
+        target.scheduler.add_incoming(twin)
+        target.in_flight += 1
+        target.kv_tokens += twin.prompt_length + twin.generated
+        self._receive(target, now_s)
+
+    def _receive(self, instance: SimInstance, now_s: float) -> None:
+        """Reserves pages for who fits; their contents arrive a transfer later."""
+        for request in instance.scheduler.reserve_incoming():
+            transfer_s = self.config.hand_over_s + (
+                request.prompt_length * self._kv_bytes / self.config.link_bytes_per_s
+            )
+            self._push(now_s + transfer_s, self._received, instance, request)
+
+    def _received(self, now_s: float, instance: SimInstance, twin: Request) -> None:
+        source, original = twin.note  # type: ignore[misc]
+        source.scheduler.release_handed_over(original)
+        source.in_flight -= 1
+        self._start(source, now_s)  # pages came free
+        instance.scheduler.start_received(twin)
+        instance.newcomers.append(twin)
+        if instance.iteration is None:
+            self._start(instance, now_s)
+        elif instance.iteration.steps > 1:
+            done = instance.executor.steps_done(now_s)
+            steps = max(1, int(done) + 1)
+            if steps < instance.iteration.steps:
+                instance.iteration = instance.scheduler.shorten(instance.iteration, steps)
+                self._replan(instance, instance.executor.cut_after(steps, now_s))
+
+    def _sample(self, now_s: float) -> None:
+        every_s = self._sample_every_s or 1.0
+        total_j = 0.0
+        for instance in self.instances:
+            if instance.iteration is None:
+                instance.executor.idle_until(now_s)
+            total_j += instance.clocks.energy_j()
+        series = self._series
+        series["time_s"].append(now_s)
+        series["power_w"].append((total_j - self._sampled_j) / every_s)
+        self._sampled_j = total_j
+        for role, group in (("prefill", self.prefill), ("decode", self.decode)):
+            clocks = [instance.clocks.actual_mhz() for instance in group]
+            series[f"{role}_clock_mhz"].append(sum(clocks) / len(clocks))
+        series["decode_batch"].append(sum(instance.batch for instance in self.decode))
+        self._push(now_s + every_s, self._sample)
+
+    def _result(self, wall_s: float) -> ReplayResult:
+        roles = {"prefill": self.prefill, "decode": self.decode}
+        clock_seconds: dict[str, dict[int, float]] = {}
+        for role, group in roles.items():
+            merged: defaultdict[int, float] = defaultdict(float)
+            for instance in group:
+                for mhz, seconds in instance.executor.seconds_at_mhz.items():
+                    merged[mhz] += seconds
+            clock_seconds[role] = dict(sorted(merged.items()))
+        executors = [instance.executor for instance in self.instances]
+        records = [getattr(instance.governor, "record", None) for instance in self.instances]
+        return ReplayResult(
+            requests=len(self.trace),
+            output_tokens=self._output_tokens,
+            duration_s=self._end_s,
+            energy_j=sum(e.busy_j + e.idle_j for e in executors),
+            energy_j_by_role={
+                role: sum(i.executor.busy_j + i.executor.idle_j for i in group)
+                for role, group in roles.items()
+            },
+            idle_j=sum(e.idle_j for e in executors),
+            busy_s_by_role={
+                role: sum(i.executor.busy_s for i in group) for role, group in roles.items()
+            },
+            ttft_s=np.array(self._ttft),
+            tpot_s=np.array(self._tpot),
+            itl_s=np.array(self._itl),
+            itl_weight=np.array(self._itl_weight),
+            clock_seconds=clock_seconds,
+            decisions=sum(r.decisions for r in records if r is not None),
+            infeasible=sum(r.infeasible for r in records if r is not None),
+            overruns=sum(r.overruns for r in records if r is not None),
+            clock_changes=sum(instance.clocks.changes for instance in self.instances),
+            preemptions=sum(instance.scheduler.preemptions for instance in self.instances),
+            wall_s=wall_s,
+            series=dict(self._series),
+        )

@@ -1,0 +1,162 @@
+"""Pictures of the energy studies, each drawn from its JSON file alone and saved beside it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from jaxsys.serve.simulation.replay_plots import COLOURS
+
+
+def _load(path: Path) -> dict[str, Any]:
+    return json.loads(Path(path).read_text())
+
+
+def _save(figure: Any, path: Path) -> Path:
+    target = Path(path).with_suffix(".png")
+    figure.tight_layout()
+    figure.savefig(target, dpi=120)
+    plt.close(figure)
+    return target
+
+
+def draw_calibration(path: Path) -> Path:
+    """Published and simulated static runs: energy, TTFT attainment."""
+    record = _load(path)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
+    for axis, key, label, scale in (
+        (axes[0], "energy_j", "energy of the run (1e5 J)", 1e-5),
+        (axes[1], "ttft_attainment_pct", "TTFT within the SLO (%)", 1.0),
+    ):
+        for clock, colour in ((1410, "#d62728"), (1005, "#1f77b4")):
+            rows = [row for row in record["rows"] if row["clock_mhz"] == clock]
+            axis.plot(
+                [row["rate_per_s"] for row in rows],
+                [row[key] * scale for row in rows],
+                color=colour,
+                label=f"{clock} MHz simulated",
+            )
+            known = [row for row in rows if row[f"published_{key}"] is not None]
+            axis.plot(
+                [row["rate_per_s"] for row in known],
+                [row[f"published_{key}"] * scale for row in known],
+                "o",
+                color=colour,
+                label=f"{clock} MHz published",
+            )
+        axis.set_xlabel("requests a second")
+        axis.set_ylabel(label)
+        axis.set_ylim(bottom=0)
+    axes[0].legend(fontsize=8)
+    figure.suptitle(
+        f"{record['config']['scenario']}: largest energy error {record['energy_error_pct']:.1f} %",
+        fontsize=10,
+    )
+    return _save(figure, path)
+
+
+def draw_published(path: Path) -> Path:
+    """Savings and attainments at the published rates, each policy a line."""
+    record = _load(path)
+    rows = [row for row in record["rows"] if row["clocks"] == "ten"]
+    rates = [row["rate_per_s"] for row in rows]
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.2))
+    axes[0].plot(
+        rates, [row["published_saving_pct"] for row in rows], "kx--", label="published controller"
+    )
+    for axis, key, label in (
+        (axes[0], "energy_saving_pct", "energy saved against maximum clock (%)"),
+        (axes[1], "ttft_attainment_pct", "TTFT within 600 ms (%)"),
+        (axes[2], "itl_attainment_pct", "ITL within 60 ms (%)"),
+    ):
+        for name in rows[0]["policies"]:
+            axis.plot(
+                rates,
+                [row["policies"][name][key] for row in rows],
+                marker=".",
+                color=COLOURS.get(name),
+                label=name,
+            )
+        axis.set_xlabel("requests a second")
+        axis.set_ylabel(label)
+    axes[1].legend(fontsize=7)
+    figure.suptitle("Llama-3-8B on 2P2D simulated A100, LMSYS-like lengths", fontsize=10)
+    return _save(figure, path)
+
+
+def draw_matrix(path: Path) -> Path:
+    """Saving of the full policy and of the static sweet spot, case by case, attainment beside."""
+    record = _load(path)
+    rows = record["rows"]
+    labels = [
+        f"{row['gpu'].split('-')[0]} {row['model'].removeprefix('llama-3-')} {row['trace']} "
+        f"{row['load']:g} {row['instances']}"
+        for row in rows
+    ]
+    figure, axes = plt.subplots(1, 2, figsize=(13, 1.5 + 0.24 * len(rows)), sharey=True)
+    places = range(len(rows))
+    for name, marker in (("sweet-spot", "s"), ("window", "^"), ("both", "o"), ("both-energy", "D")):
+        axes[0].plot(
+            [row["policies"][name]["energy_saving_pct"] for row in rows],
+            places,
+            marker,
+            ms=4,
+            color=COLOURS[name],
+            label=name,
+        )
+    for name, marker in (("max", "|"), ("sweet-spot", "s"), ("both-energy", "D")):
+        axes[1].plot(
+            [
+                min(
+                    row["policies"][name]["ttft_attainment_pct"],
+                    row["policies"][name]["itl_attainment_pct"],
+                )
+                for row in rows
+            ],
+            places,
+            marker,
+            ms=8 if marker == "|" else 4,
+            color=COLOURS[name],
+            label=name,
+        )
+    axes[0].set_yticks(places, labels, fontsize=7)
+    axes[0].invert_yaxis()
+    axes[0].set_xlabel("energy saved against maximum clock (%)")
+    axes[1].set_xlabel("lesser of TTFT and ITL attainment (%)")
+    for axis in axes:
+        axis.grid(axis="x", alpha=0.3)
+        axis.legend(fontsize=7)
+    figure.suptitle(
+        "GPU, model, trace, load (share of capacity), instances; simulated", fontsize=10
+    )
+    return _save(figure, path)
+
+
+def draw_ablation(path: Path) -> Path:
+    """Saving and attainment of each variation."""
+    record = _load(path)
+    rows = record["rows"]
+    labels = [f"{row['study']}: {row['value']}" for row in rows]
+    figure, axes = plt.subplots(1, 2, figsize=(12, 1.5 + 0.27 * len(rows)), sharey=True)
+    places = range(len(rows))
+    axes[0].barh(places, [row["energy_saving_pct"] for row in rows], color="#2ca02c")
+    axes[0].axvline(rows[0]["energy_saving_pct"], color="k", lw=0.8, ls=":")
+    for key, marker, label in (
+        ("ttft_attainment_pct", "o", "TTFT"),
+        ("itl_attainment_pct", "D", "ITL"),
+    ):
+        axes[1].plot([row[key] for row in rows], places, marker, ms=5, label=label)
+    axes[1].axvline(
+        rows[0]["max_ttft_attainment_pct"], color="k", lw=0.8, ls=":", label="TTFT, max"
+    )
+    axes[0].set_yticks(places, labels, fontsize=8)
+    axes[0].invert_yaxis()
+    axes[0].set_xlabel("energy saved against maximum clock (%)")
+    axes[1].set_xlabel("attainment (%)")
+    axes[1].legend(fontsize=8)
+    figure.suptitle(record["config"]["scenario"], fontsize=10)
+    return _save(figure, path)

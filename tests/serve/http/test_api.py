@@ -1,0 +1,359 @@
+"""The HTTP face over a tiny random model of bytes: answers, streams, refusals, departures."""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+from typing import Any
+
+import httpx
+import jax
+import pytest
+
+from jaxsys.model import ByteTokenizer, LoadedModel, initial_parameters, preset
+from jaxsys.serve.deployment import DeploymentConfig, build_engine
+from jaxsys.serve.http.api import ApiConfig, create_app
+from jaxsys.serve.http.metrics import Metrics
+
+CONFIG = dataclasses.replace(preset("tiny"), num_layers=2)
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.fixture(scope="module")
+def model():
+    parameters = jax.tree.map(lambda leaf: leaf * 4, initial_parameters(CONFIG, seed=1))
+    tokenizer = ByteTokenizer()
+    return LoadedModel(
+        config=CONFIG,
+        parameters=parameters,
+        tokenizer=tokenizer,
+        chat_template=tokenizer.chat_template,
+        source="tiny",
+    )
+
+
+class Server:
+    """An application on an event loop of its own, asked synchronously."""
+
+    def __init__(self, model, config, **api):
+        self.loop = asyncio.new_event_loop()
+        self.engine: Any = build_engine(model, config)
+        metrics = Metrics(self.engine)
+        self.engine.on_token = lambda request, event, _: metrics.on_token(request, event)
+        metrics.watch()
+        settings = ApiConfig(model_name="tiny", max_length=config.max_length, **api)
+        self.app = create_app(self.engine, model.tokenizer, settings, metrics)
+        self.run(self.engine.start())
+
+    def run(self, coroutine):
+        return self.loop.run_until_complete(coroutine)
+
+    def client(self):
+        return httpx.AsyncClient(
+            transport=httpx.ASGITransport(app=self.app), base_url="http://server", timeout=60
+        )
+
+    def ask(self, method, path, **arguments):
+        async def run():
+            async with self.client() as client:
+                return await client.request(method, path, **arguments)
+
+        return self.run(run())
+
+    def post(self, path, body, **arguments):
+        return self.ask("POST", path, json=body, **arguments)
+
+    def idle(self):
+        """Waits until nothing is in the engine, and checks every page and slot."""
+
+        async def wait():
+            for _ in range(500):
+                busy = self.engine.unfinished or any(
+                    instance.scheduler.requests or instance.requests
+                    for instance in self.engine.instances
+                )
+                if not busy:
+                    return
+                await asyncio.sleep(0.01)
+            raise AssertionError("requests were left behind")
+
+        self.run(wait())
+        for instance in self.engine.instances:
+            instance.scheduler.check()
+            assert instance.scheduler.allocator.held == 0
+            assert instance.in_flight == 0
+
+    def close(self):
+        self.run(self.engine.drain(5))
+        self.loop.close()
+
+
+SMALL = DeploymentConfig(
+    prefill=1,
+    decode=1,
+    max_batch=4,
+    max_length=128,
+    max_prefill_tokens=32,
+    page_size=8,
+    page_count=64,
+    max_requests=12,
+)
+
+
+@pytest.fixture(scope="module")
+def server(model):
+    server = Server(model, SMALL)
+    yield server
+    server.close()
+
+
+def events(response):
+    """The data of a stream of server-sent events."""
+    lines = [line[6:] for line in response.text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def test_a_completion_and_its_stream_agree(server):
+    body = {"prompt": "hello", "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+    whole = server.post("/v1/completions", body).json()
+    assert whole["object"] == "text_completion" and whole["model"] == "tiny"
+    assert whole["usage"]["prompt_tokens"] == 5 and whole["usage"]["completion_tokens"] == 12
+    assert whole["choices"][0]["finish_reason"] == "length"
+    stream = server.post(
+        "/v1/completions", body | {"stream": True, "stream_options": {"include_usage": True}}
+    )
+    assert stream.headers["content-type"].startswith("text/event-stream")
+    *parts, last = events(stream)
+    assert "".join(part["choices"][0]["text"] for part in parts) == whole["choices"][0]["text"]
+    assert parts[-1]["choices"][0]["finish_reason"] == "length"
+    assert last["choices"] == [] and last["usage"]["completion_tokens"] == 12
+    server.idle()
+
+
+def test_chat_streams_a_role_first(server):
+    body = {
+        "messages": [
+            {"role": "system", "content": "be brief"},
+            {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+        ],
+        "max_completion_tokens": 5,
+        "temperature": 0,
+        "ignore_eos": True,
+        "logprobs": True,
+        "top_logprobs": 2,
+    }
+    whole = server.post("/v1/chat/completions", body).json()["choices"][0]
+    assert whole["message"]["role"] == "assistant"
+    entry = whole["logprobs"]["content"][0]
+    assert len(entry["top_logprobs"]) == 2 and entry["logprob"] <= 0
+    assert entry["token"] == entry["top_logprobs"][0]["token"]
+    parts = events(server.post("/v1/chat/completions", body | {"stream": True}))
+    assert parts[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    text = "".join(part["choices"][0]["delta"].get("content", "") for part in parts)
+    assert text == whole["message"]["content"]
+
+
+def test_several_choices_and_prompts(server):
+    body = {"prompt": ["ab", "cd"], "n": 2, "max_tokens": 4, "seed": 3, "ignore_eos": True}
+    answer = server.post("/v1/completions", body).json()
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+    assert answer["usage"]["prompt_tokens"] == 4
+    assert answer["usage"]["completion_tokens"] == 16
+    again = server.post("/v1/completions", body).json()
+    assert [c["text"] for c in again["choices"]] == [c["text"] for c in answer["choices"]]
+    assert len({choice["text"] for choice in answer["choices"]}) > 1
+    streamed = events(server.post("/v1/completions", body | {"stream": True}))
+    texts = [""] * 4
+    for part in streamed:
+        texts[part["choices"][0]["index"]] += part["choices"][0]["text"]
+    assert texts == [choice["text"] for choice in answer["choices"]]
+    server.idle()
+
+
+def test_stop_strings_end_the_text_before_them(server):
+    body = {"prompt": "hello", "max_tokens": 40, "temperature": 0, "ignore_eos": True}
+    text = server.post("/v1/completions", body).json()["choices"][0]["text"]
+    stop = text[6:9]
+    choice = server.post("/v1/completions", body | {"stop": [stop]}).json()["choices"][0]
+    assert choice["finish_reason"] == "stop"
+    assert choice["text"] == text[: text.index(stop)]
+    server.idle()
+
+
+def test_a_repeated_prompt_is_found_in_the_cache(server):
+    body = {"prompt": "x" * 40, "max_tokens": 2}
+    server.post("/v1/completions", body)
+    usage = server.post("/v1/completions", body).json()["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] == 39
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "words"),
+    [
+        ("completions", {"prompt": "a" * 200}, 400, "at most 128 fit"),
+        ("completions", {"prompt": "a", "max_tokens": 128}, 400, "max_tokens to 127"),
+        ("completions", {"prompt": ""}, 400, "prompt is empty"),
+        ("completions", {"prompt": []}, 400, "empty list"),
+        ("completions", {"prompt": [1, 70000]}, 400, "token id 70000 is none of"),
+        ("completions", {"prompt": [True, 5]}, 400, "prompt"),
+        ("completions", {"prompt": [[1, False]]}, 400, "prompt"),
+        ("completions", {"prompt": ["a"] * 20}, 400, "exceed 16"),
+        ("completions", {"prompt": "a", "n": 13}, 400, "13 choices are asked for at once; at most"),
+        ("completions", {"prompt": "a\ud800"}, 400, "no valid Unicode"),
+        ("completions", {}, 400, "prompt is required"),
+        ("completions", {"prompt": "a", "temperature": 9}, 400, "temperature=9"),
+        ("completions", {"prompt": "a", "top_p": 0}, 400, "top_p=0"),
+        ("completions", {"prompt": "a", "max_tokens": 0}, 400, "max_tokens=0"),
+        ("completions", {"prompt": "a", "max_tokens": 10**30}, 400, "max_tokens"),
+        ("completions", {"prompt": "a", "n": 10**9}, 400, "n=1000000000"),
+        ("completions", {"prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias key 'x'"),
+        ("completions", {"prompt": "a", "logit_bias": {"900": 1}}, 400, "token 900 is none"),
+        ("completions", {"prompt": "a", "stop": [""]}, 400, "empty string"),
+        ("completions", {"prompt": "a", "stop": list("abcde")}, 400, "stop"),
+        ("completions", {"prompt": "a", "echo": True}, 400, "echo is not implemented"),
+        ("completions", {"prompt": "a", "model": "gpt"}, 404, "'gpt' is not served; use 'tiny'"),
+        ("completions", {"prompt": "a", "seed": 2**70}, 400, "seed"),
+        ("chat/completions", {"messages": []}, 400, "messages"),
+        ("chat/completions", {"messages": [{"role": "user"}], "top_logprobs": 2}, 400, "logprobs"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            400,
+            "image_url",
+        ),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": "a"}], "tools": [{}]},
+            400,
+            "tools is not implemented",
+        ),
+    ],
+)
+def test_what_cannot_be_answered_is_refused(server, path, body, status, words):
+    content = json.dumps(body).encode()
+    answer = server.ask("POST", f"/v1/{path}", content=content, headers=JSON)
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert words in error["message"] and error["type"]
+    server.idle()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"{", "no valid JSON"),
+        (b'{"prompt": "\xff\xfe"}', ""),
+        (b"[1, 2]", "body"),
+        (b"", "required"),
+        (b'{"prompt": "a", "temperature": NaN}', "temperature"),
+        (b'{"prompt": "a", "temperature": 1e999}', "temperature"),
+        (b'{"prompt": ' + b"[" * 5000 + b"]" * 5000 + b"}", ""),
+    ],
+)
+def test_malformed_bodies_are_refused(server, content, words):
+    answer = server.ask("POST", "/v1/completions", content=content, headers=JSON)
+    assert answer.status_code == 400, answer.text
+    assert words in answer.json()["error"]["message"]
+
+
+def test_unknown_paths_and_methods(server):
+    assert server.ask("GET", "/v1/nothing").json()["error"]["type"] == "not_found_error"
+    answer = server.ask("GET", "/v1/completions")
+    assert answer.status_code == 405 and answer.headers["allow"] == "POST"
+
+
+def test_models_health_and_metrics(server):
+    assert server.ask("GET", "/v1/models").json()["data"][0]["id"] == "tiny"
+    assert server.ask("GET", "/health").json()["status"] == "ok"
+    server.post("/v1/completions", {"prompt": "abc", "max_tokens": 3, "ignore_eos": True})
+    text = server.ask("GET", "/metrics").text
+    for name in ("jaxsys_ttft_seconds_count", "jaxsys_itl_seconds_sum", "jaxsys_kv_pages_used"):
+        assert name in text
+    assert 'jaxsys_energy_method_info{instance="prefill-0",method="none' in text
+
+
+def test_a_client_that_leaves_ends_its_requests(server):
+    """Stream or not, the request is gone from the engine soon after its task was cancelled."""
+
+    async def leave(stream):
+        async with server.client() as client:
+            body = {"prompt": "hello", "max_tokens": 100, "ignore_eos": True, "stream": stream}
+            task = asyncio.create_task(client.post("/v1/completions", json=body))
+            while not server.engine.unfinished:
+                await asyncio.sleep(0.001)
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    for stream in (False, True):
+        server.run(leave(stream))
+        server.idle()
+
+
+def test_too_many_requests_get_429(server):
+    async def crowd():
+        async with server.client() as client:
+            body = {"prompt": "hello", "max_tokens": 60, "ignore_eos": True}
+            return await asyncio.gather(
+                *[client.post("/v1/completions", json=body) for _ in range(20)]
+            )
+
+    answers = server.run(crowd())
+    statuses = [answer.status_code for answer in answers]
+    assert statuses.count(200) == 12 and statuses.count(429) == 8
+    refused = next(answer for answer in answers if answer.status_code == 429)
+    assert 1 <= int(refused.headers["retry-after"]) <= 60
+    assert "at most 12 are taken" in refused.json()["error"]["message"]
+    server.idle()
+
+
+def test_keys_and_sizes(model):
+    server = Server(
+        model,
+        DeploymentConfig(prefill=1, decode=0, max_batch=2, max_length=64, page_size=8),
+        api_keys=frozenset(["right"]),
+        max_body_bytes=1000,
+    )
+    body = {"prompt": "a", "max_tokens": 1}
+    for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "right"}):
+        answer = server.post("/v1/completions", body, headers=header)
+        assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
+    known = {"Authorization": "Bearer right"}
+    assert server.post("/v1/completions", body, headers=known).status_code == 200
+    assert server.ask("GET", "/health").status_code == 200
+    large = server.post("/v1/completions", body | {"prompt": "a" * 2000}, headers=known)
+    assert large.status_code == 413 and "1000 bytes" in large.json()["error"]["message"]
+
+    async def pieces():
+        for _ in range(30):
+            yield b"x" * 100
+
+    chunked = server.ask("POST", "/v1/completions", content=pieces(), headers=known)
+    assert chunked.status_code == 413
+    server.close()
+
+
+def test_draining_refuses_and_finishes(model):
+    server = Server(
+        model, DeploymentConfig(prefill=1, decode=1, max_batch=2, max_length=64, page_size=8)
+    )
+
+    async def run():
+        async with server.client() as client:
+            body = {"prompt": "hello", "max_tokens": 40, "ignore_eos": True}
+            task = asyncio.create_task(client.post("/v1/completions", json=body))
+            while not server.engine.unfinished:
+                await asyncio.sleep(0.001)
+            drain = asyncio.create_task(server.engine.drain(30))
+            await asyncio.sleep(0.01)
+            late = await client.post("/v1/completions", json=body)
+            health = await client.get("/health")
+            return await task, late, health, await drain
+
+    answer, late, health, ended = server.run(run())
+    assert answer.status_code == 200 and ended == 0
+    assert answer.json()["usage"]["completion_tokens"] == 40
+    assert late.status_code == 503 and "shutting down" in late.json()["error"]["message"]
+    assert health.status_code == 503
+    server.loop.close()

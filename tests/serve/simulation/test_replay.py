@@ -1,0 +1,148 @@
+"""`jaxsys replay`: policies side by side, honest records, and refusals that name the fault."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jaxsys import cli
+from jaxsys.clocks import SimulatedClocks
+from jaxsys.errors import UsageError
+from jaxsys.serve.energy.ecofreq import ModelPredictor
+from jaxsys.serve.energy.gpu_model import simulated_gpu
+from jaxsys.serve.energy.slo import SharedSlo, Slo
+from jaxsys.serve.simulation.baselines import FixedClock, WindowControl
+from jaxsys.serve.simulation.calibration import lmsys_trace, published, run_static, scenario
+from jaxsys.serve.simulation.replay import POLICIES, compare, parse_instances, setting, unmeetable
+from jaxsys.serve.simulation.traces import synthetic_trace
+
+DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
+TABLE = DATA / "voltanallm_llama8b_lmsys.csv"
+LIGHT = synthetic_trace(rate_per_s=6, duration_s=15, seed=3)
+
+
+def test_every_policy_serves_the_same_tokens():
+    rows = compare(LIGHT, setting("h100", predictor="model"), list(POLICIES))
+    assert list(rows) == list(POLICIES)
+    tokens = {row["output_tokens"] for row in rows.values()}
+    assert tokens == {LIGHT.output_tokens.sum()}
+    assert rows["max"]["energy_saving_pct"] == 0
+    assert rows["both"]["energy_saving_pct"] > 25
+    assert set(rows["sweet-spot"]["clock_seconds"]["decode"]) == {"1080"}
+    for row in rows.values():
+        assert row["ttft_attainment_pct"] >= rows["max"]["ttft_attainment_pct"] - 0.5
+        assert 0 < row["idle_energy_pct"] < 100
+
+
+def test_the_learned_predictor_governs_as_well_as_the_exact_one():
+    exact = compare(LIGHT, setting("h100", predictor="model"), ["ecofreq"])["ecofreq"]
+    learned = compare(LIGHT, setting("h100", predictor="ecopred"), ["ecofreq"])["ecofreq"]
+    assert learned["energy_j"] == pytest.approx(exact["energy_j"], rel=0.03)
+    assert learned["itl_attainment_pct"] >= exact["itl_attainment_pct"] - 0.5
+
+
+@pytest.mark.skipif(not TABLE.is_file(), reason="needs ../shared/data")
+@pytest.mark.parametrize(("rate", "clock"), [(85, "1410"), (95, "1005"), (110, "1005")])
+def test_the_published_static_runs_are_reproduced(rate, clock):
+    point = next(p for p in published(TABLE) if p.rate_per_s == rate)
+    result = run_static(rate, int(clock), seed=3)
+    energy_j, ttft_pct = point.energy_j[clock], point.ttft_attainment_pct[clock]
+    assert energy_j is not None and ttft_pct is not None
+    assert result.energy_j == pytest.approx(energy_j, rel=0.10)
+    assert 100 * result.ttft_attainment(0.6) == pytest.approx(ttft_pct, rel=0.10)
+
+
+@pytest.mark.skipif(not TABLE.is_file(), reason="needs ../shared/data")
+def test_the_published_table_is_read():
+    points = published(TABLE)
+    assert [p.rate_per_s for p in points] == [75, 80, 85, 90, 95, 100, 105, 110, 120, 130]
+    assert points[0].saving_pct == pytest.approx(36.3, abs=0.1)
+    assert points[0].energy_j["1005"] is None  # could not be read off the plot
+
+
+def test_light_load_of_the_published_setting_saves_at_equal_attainment():
+    rows = compare(lmsys_trace(40, 1).between(0, 60), scenario(predictor="model"), ["both-energy"])
+    assert rows["both-energy"]["energy_saving_pct"] > 30
+    for key in ("ttft_attainment_pct", "itl_attainment_pct"):
+        assert rows["both-energy"][key] >= rows["max"][key] - 0.5
+
+
+def test_unmeetable_bounds_are_said():
+    s = setting("h100", slo=Slo(ttft_s=0.005, itl_s=0.001))
+    ttft, itl = sorted(unmeetable(LIGHT, s), reverse=True)
+    assert "TTFT of 5 ms cannot be met" in ttft and "served at the maximum clock" in ttft
+    assert "ITL of 1 ms cannot be met" in itl
+    assert unmeetable(LIGHT, setting("h100")) == []
+
+
+def test_fixed_clock_stays():
+    clocks = SimulatedClocks(available_mhz=(1005, 1410), now_s=lambda: 0.0, set_latency_s=0.0)
+    FixedClock(clocks, 1005)
+    assert clocks.actual_mhz() == 1005
+
+
+def test_window_control_needs_a_window():
+    gpu = simulated_gpu("h100", "llama-3-8b")
+    clocks = SimulatedClocks(available_mhz=gpu.spec.available_mhz, now_s=lambda: 0.0)
+    with pytest.raises(UsageError, match="window_s=0"):
+        WindowControl(clocks, ModelPredictor(gpu), SharedSlo(), clocks_mhz=(1080,), window_s=0.0)
+
+
+# --- command line -----------------------------------------------------------------------------
+
+
+def run(*arguments: str) -> int:
+    return cli.main(["replay", "--predictor", "model", *arguments])
+
+
+def test_the_command_prints_a_table_and_draws(tmp_path, capsys):
+    out = tmp_path / "out"
+    code = run("--rate", "5", "--duration", "10", "--policy", "sweet-spot,both", "--out", str(out))
+    assert code == 0
+    text = capsys.readouterr()
+    assert "sweet-spot" in text.out and "saving" in text.out
+    assert "all figures are simulated" in text.err.replace("\n", " ")
+    record = json.loads((out / "replay.json").read_text())
+    assert record["kind"] == "simulated" and record["config"]["extrapolated"] is False
+    assert {"hardware", "versions"} <= set(record) and len(record["rows"]) == 3
+    assert set(record["policies"]) == {"max", "sweet-spot", "both"}
+    assert record["energy_saving_pct"] == max(
+        row["energy_saving_pct"] for row in record["policies"].values()
+    )
+    for name in ("replay_overview.png", "replay_clocks.png", "replay_course.png"):
+        assert (out / name).stat().st_size > 10_000
+
+
+def test_a_trace_file_is_replayed_as_json(tmp_path, capsys):
+    path = tmp_path / "trace.csv"
+    path.write_text("arrival_s,prompt_tokens,output_tokens\n0,100,5\n1,200,6\n")
+    assert run("--trace", str(path), "--policy", "ecofreq", "--json", "--gpu", "gh200") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["config"]["requests"] == 2
+    assert record["config"]["extrapolated"] is True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--instances", "2X2"], "must read like 2P2D"),
+        (["--instances", "0P2D"], "at least one of each"),
+        (["--gpu", "v100"], "is not simulated"),
+        (["--policy", "magic"], "'magic' is not known"),
+        (["--ttft-ms", "-1"], "ttft_s=-0.001 must be a positive"),
+        (["--trace", "absent.csv"], "No such file"),
+        (["--trace", str(Path(__file__).parent)], "Is a directory"),
+        (["--rate", "-3"], "must be a positive"),
+        (["--rate", "0"], "--rate 0 must be a positive"),
+        (["--duration", "nan"], "--duration nan must be a positive"),
+        (["--out", __file__], "is a file; name a folder"),
+    ],
+)
+def test_wrong_requests_exit_2_with_one_line(arguments, message, capsys):
+    assert run(*arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert message in error[-1]
+
+
+def test_instances():
+    assert parse_instances("32p16d") == (32, 16)

@@ -1,0 +1,209 @@
+"""The virtual-time replay: nothing lost, energy adds up, many steps as one change nothing."""
+
+import numpy as np
+import pytest
+
+from jaxsys.clocks import SimulatedClocks
+from jaxsys.errors import UsageError
+from jaxsys.serve.energy.ecofreq import EcoFreq, ModelPredictor
+from jaxsys.serve.energy.ecoroute import (
+    EnergyRouter,
+    QueueRouter,
+    RoundRobinRouter,
+    StateSpaceRouter,
+)
+from jaxsys.serve.energy.gpu_model import Load, simulated_gpu
+from jaxsys.serve.energy.slo import SharedSlo, Slo
+from jaxsys.serve.hooks import FewestRequestsRouter
+from jaxsys.serve.simulation.baselines import FixedClock, WindowControl
+from jaxsys.serve.simulation.executor import SimExecutor
+from jaxsys.serve.simulation.simulator import ClusterConfig, Simulator
+from jaxsys.serve.simulation.traces import Trace, synthetic_trace
+
+GPU = simulated_gpu("h100", "llama-3-8b")
+TRACE = synthetic_trace(rate_per_s=12, duration_s=20, seed=5)
+
+
+def simulate(trace=TRACE, make=None, slo=None, **changes):
+    decode_router = changes.pop("decode_router", FewestRequestsRouter())
+    shared = SharedSlo(slo)
+    make = make or (lambda clocks, role, slo: FixedClock(clocks, clocks.max_mhz))
+    simulator = Simulator(
+        trace,
+        ClusterConfig(gpu=GPU, **changes),
+        slo=shared,
+        make_governor=lambda clocks, role: make(clocks, role, shared),
+        prefill_router=RoundRobinRouter(),
+        decode_router=decode_router,
+        sample_every_s=5.0,
+    )
+    result = simulator.run()
+    return result, simulator
+
+
+def eco(clocks, role, slo):
+    return EcoFreq(clocks, ModelPredictor(GPU), slo, clocks_mhz=GPU.spec.control_mhz)
+
+
+def test_every_request_and_token_is_served_and_no_page_stays():
+    result, simulator = simulate()
+    assert result.requests == len(TRACE) == len(result.ttft_s)
+    assert result.output_tokens == TRACE.output_tokens.sum()
+    assert result.itl_weight.sum() == (TRACE.output_tokens - 1).sum()
+    for instance in simulator.instances:
+        instance.scheduler.check()
+        assert instance.scheduler.requests == 0
+        assert instance.in_flight == 0
+        assert instance.kv_tokens == 0
+
+
+def test_energy_covers_every_instance_all_the_time():
+    result, simulator = simulate()
+    for instance in simulator.instances:
+        executor = instance.executor
+        assert executor.busy_s + executor.idle_s == pytest.approx(result.duration_s)
+        assert instance.clocks.energy_j() == pytest.approx(executor.busy_j + executor.idle_j)
+    idle_s = sum(i.executor.idle_s for i in simulator.instances)
+    assert result.idle_j == pytest.approx(idle_s * GPU.idle_power_w(1980), rel=1e-6)
+    assert sum(result.energy_j_by_role.values()) == pytest.approx(result.energy_j)
+
+
+@pytest.mark.parametrize("make", [None, eco], ids=["fixed", "ecofreq"])
+def test_many_steps_as_one_equal_steps_alone(make):
+    alone, _ = simulate(make=make, max_steps=1)
+    many, _ = simulate(make=make, max_steps=32)
+    assert many.energy_j == pytest.approx(alone.energy_j, rel=0.01)
+    assert many.ttft_s.mean() == pytest.approx(alone.ttft_s.mean(), rel=1e-3)
+    assert np.median(many.tpot_s) == pytest.approx(np.median(alone.tpot_s), rel=0.01)
+    assert many.itl_percentile(99) == pytest.approx(alone.itl_percentile(99), rel=0.05)
+
+
+def test_one_request_takes_what_the_model_says():
+    trace = Trace(
+        name="one",
+        arrival_s=np.array([0.0]),
+        prompt_tokens=np.array([1000]),
+        output_tokens=np.array([11]),
+    )
+    result, _ = simulate(trace, prefill_instances=1, decode_instances=1)
+    prefill = GPU.run(Load(prefill_tokens=1000, prefill_requests=1), 1980)
+    assert result.ttft_s[0] == pytest.approx(prefill.time_s)
+    step_s = np.mean([GPU.run(Load(batch=1, kv_tokens=1001 + k), 1980).time_s for k in range(10)])
+    transfer_s = 0.002 + 1000 * 131_072 / 50e9
+    expected_s = prefill.time_s + transfer_s + 10 * step_s
+    assert result.duration_s == pytest.approx(expected_s, rel=1e-3)
+
+
+def test_ecofreq_saves_energy_and_keeps_attainment_in_light_load():
+    slo = Slo(ttft_s=0.6, itl_s=0.06)
+    static, _ = simulate(slo=slo)
+    governed, _ = simulate(make=eco, slo=slo)
+    assert governed.energy_j < 0.8 * static.energy_j
+    assert governed.ttft_attainment(0.6) >= static.ttft_attainment(0.6) - 0.005
+    assert governed.itl_attainment(0.06) >= static.itl_attainment(0.06) - 0.005
+    assert min(governed.clock_seconds["decode"]) == GPU.spec.sweet_spot_mhz
+
+
+@pytest.mark.parametrize("rule", ["state-space", "energy"])
+def test_both_routing_rules_serve_everything(rule):
+    shared = SharedSlo(Slo())
+    predictor = ModelPredictor(GPU)
+    clocks = GPU.spec.control_mhz
+    router = (
+        StateSpaceRouter(predictor, shared, clocks_mhz=clocks)
+        if rule == "state-space"
+        else EnergyRouter(predictor, shared, clocks_mhz=clocks, idle_power_w=90.0)
+    )
+    result, _ = simulate(make=eco, decode_router=router, decode_instances=4)
+    assert result.requests == len(TRACE)
+    assert result.itl_attainment(0.06) > 0.99
+
+
+def test_window_control_and_queue_router_serve_everything():
+    shared = SharedSlo(Slo())
+    result = Simulator(
+        TRACE,
+        ClusterConfig(gpu=GPU),
+        slo=shared,
+        make_governor=lambda clocks, role: WindowControl(
+            clocks, ModelPredictor(GPU), shared, clocks_mhz=GPU.spec.control_mhz
+        ),
+        prefill_router=QueueRouter(ModelPredictor(GPU), clock_mhz=1980),
+        decode_router=FewestRequestsRouter(),
+    ).run()
+    assert result.requests == len(TRACE)
+    assert len(result.clock_seconds["decode"]) > 1
+
+
+def test_memory_pressure_preempts_and_still_serves():
+    class Small(type(GPU)):
+        @property
+        def kv_capacity_tokens(self):
+            return 6000
+
+    trace = synthetic_trace(
+        rate_per_s=30, duration_s=4, seed=2, prompt_mean=300, output_mean=400, most_tokens=1000
+    )
+    small = Small(GPU.spec, GPU.shape)
+    result = Simulator(
+        trace,
+        ClusterConfig(gpu=small, prefill_instances=1, decode_instances=1),
+        slo=SharedSlo(),
+        make_governor=lambda clocks, role: FixedClock(clocks, 1980),
+        prefill_router=RoundRobinRouter(),
+        decode_router=RoundRobinRouter(),
+    ).run()
+    assert result.preemptions > 0
+    assert result.output_tokens == trace.output_tokens.sum()
+
+
+def test_a_watchdog_boosts_inside_the_iteration():
+    def under_predicting(clocks, role, slo):
+        return EcoFreq(clocks, ModelPredictor(GPU, scale=0.2), slo, clocks_mhz=(1080, 1980))
+
+    trace = synthetic_trace(rate_per_s=3, duration_s=10, seed=1, prompt_mean=2500)
+    result, _ = simulate(trace, make=under_predicting, slo=Slo(ttft_s=0.2))
+    assert result.overruns > 0
+    assert result.clock_seconds["prefill"].get(1980, 0.0) > 0
+
+
+def test_executor_splits_an_iteration_where_the_clock_changes():
+    now = 0.0
+    clocks = SimulatedClocks(
+        available_mhz=GPU.spec.available_mhz, now_s=lambda: now, set_latency_s=0.01
+    )
+    executor = SimExecutor(GPU, clocks)
+    load = Load(prefill_tokens=8000, prefill_requests=4)
+    fast, slow = GPU.run(load, 1980), GPU.run(load, 1080)
+    clocks.set_clock(1080)
+    end_s = executor.begin(load, 1, now)
+    share = 0.01 / fast.time_s
+    assert end_s == pytest.approx(0.01 + (1 - share) * slow.time_s)
+    now = end_s
+    assert executor.finish() == pytest.approx(
+        0.01 * fast.power_w + (1 - share) * slow.time_s * slow.power_w
+    )
+    assert executor.seconds_at_mhz[1980] == pytest.approx(0.01)
+
+
+def test_noise_changes_times_but_not_the_work():
+    exact, _ = simulate()
+    noisy, _ = simulate(time_noise=0.05)
+    assert noisy.output_tokens == exact.output_tokens
+    assert noisy.energy_j != exact.energy_j
+    assert noisy.energy_j == pytest.approx(exact.energy_j, rel=0.02)
+    again, _ = simulate(time_noise=0.05)
+    assert again.energy_j == noisy.energy_j  # the same every time
+
+
+def test_what_cannot_be_replayed_is_refused():
+    long = Trace(
+        name="long",
+        arrival_s=np.array([0.0]),
+        prompt_tokens=np.array([10**6]),
+        output_tokens=np.array([5]),
+    )
+    with pytest.raises(UsageError, match=r"1000005 tokens.*fit"):
+        simulate(long)
+    with pytest.raises(UsageError, match="decode_instances=0"):
+        ClusterConfig(gpu=GPU, decode_instances=0)

@@ -1,0 +1,153 @@
+"""Traces: every form is read, malformed rows are named, generators keep their promises."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxsys.errors import UsageError
+from jaxsys.serve.simulation.traces import (
+    Trace,
+    lengths_from_csv,
+    lognormal_lengths,
+    poisson_arrivals,
+    read_trace,
+    synthetic_trace,
+    trace_of_lengths,
+)
+
+DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
+AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "trace.csv"
+    path.write_text(text)
+    return path
+
+
+def test_azure_form(tmp_path):
+    trace = read_trace(
+        write(
+            tmp_path,
+            AZURE
+            + "2023-11-16 18:17:03.9799600,4808,10\n"
+            + "2023-11-16 18:17:04.0319600,3180,0\n",
+        )
+    )
+    assert trace.arrival_s == pytest.approx([0.0, 0.052])
+    assert trace.prompt_tokens.tolist() == [4808, 3180]
+    assert trace.output_tokens.tolist() == [10, 1]
+
+
+def test_azure_2024_form_with_zone(tmp_path):
+    trace = read_trace(
+        write(
+            tmp_path,
+            AZURE + "2024-05-10 00:00:00.009930+00:00,2162,5\n2024-05-10 00:00:01+00:00,2399,6\n",
+        )
+    )
+    assert trace.arrival_s == pytest.approx([0.0, 0.99007])
+
+
+def test_mooncake_and_plain_forms(tmp_path):
+    mooncake = "timestamp_ms,input_length,output_length,num_hash_blocks\n0,5,2,1\n1500,7,3,1\n"
+    assert read_trace(write(tmp_path, mooncake)).arrival_s.tolist() == [0.0, 1.5]
+    plain = "arrival_s,prompt_tokens,output_tokens\n2,5,2\n2.5,7,3\n"
+    assert read_trace(write(tmp_path, plain)).arrival_s.tolist() == [0.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("2023-11-16 18:17:03.97,abc,10\n", r"row 2, column ContextTokens: 'abc'"),
+        ("2023-11-16 18:17:03.97,5,1.5\n", r"row 2, column GeneratedTokens: '1.5'"),
+        ("yesterday,5,1\n", r"row 2, column TIMESTAMP: 'yesterday'"),
+        ("2023-11-16 18:17:03,5\n", r"row 2: 2 values for 3 columns"),
+        ("2023-11-16 18:17:03,0,5\n", r"row 2, column ContextTokens: 0 tokens"),
+        ("2023-11-16 18:17:03,5,-5\n", r"row 2, column GeneratedTokens: -5 tokens"),
+        ("2023-11-16 18:17:03,5,5\n2023-11-16 18:17:02,5,5\n", r"row 3, column TIMESTAMP.*sort"),
+        ("", "holds no requests"),
+    ],
+)
+def test_malformed_rows_are_named(tmp_path, rows, message):
+    with pytest.raises(UsageError, match=message):
+        read_trace(write(tmp_path, AZURE + rows))
+
+
+def test_unknown_forms_and_files_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="cannot be read: No such file"):
+        read_trace(tmp_path / "absent.csv")
+    with pytest.raises(UsageError, match=r"columns \['a', 'b'\] are not known"):
+        read_trace(write(tmp_path, "a,b\n1,2\n"))
+    (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(UsageError, match="not CSV text"):
+        read_trace(tmp_path / "binary.csv")
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data")
+@pytest.mark.parametrize(
+    ("file", "requests", "rate"),
+    [
+        ("AzureLLMInferenceTrace_code.csv", 8819, 2.57),
+        ("AzureLLMInferenceTrace_conv.csv", 19366, 5.53),
+        ("mooncake_conversation_trace.csv", 12031, 3.40),
+    ],
+)
+def test_published_traces(file, requests, rate):
+    trace = read_trace(DATA / file)
+    assert len(trace) == requests
+    assert trace.rate_per_s == pytest.approx(rate, rel=0.01)
+
+
+def test_rate_slices_and_repeats():
+    trace = synthetic_trace(rate_per_s=10, duration_s=50, seed=1)
+    assert trace.rate_per_s == pytest.approx(10, rel=0.2)
+    assert trace.at_rate(30).rate_per_s == pytest.approx(30)
+    part = trace.between(10, 20)
+    assert part.arrival_s.min() >= 0 and part.arrival_s.max() < 10
+    assert len(trace.head(7)) == 7
+    long = trace.repeated(500)
+    assert len(long) == pytest.approx(10 * len(trace), rel=0.03)
+    assert (np.diff(long.arrival_s) >= 0).all() and long.duration_s < 500
+    with pytest.raises(UsageError, match="no arrivals"):
+        trace.between(1000, 2000)
+    with pytest.raises(UsageError, match="no request fits"):
+        trace.clipped(1)
+
+
+def test_daily_swing_thins_the_night():
+    trace = synthetic_trace(rate_per_s=1, duration_s=2000, seed=1).repeated(86_400, daily_swing=0.8)
+    day = ((trace.arrival_s > 18_000) & (trace.arrival_s < 25_000)).sum()
+    night = ((trace.arrival_s > 61_000) & (trace.arrival_s < 68_000)).sum()
+    assert day > 5 * night
+
+
+def test_generators():
+    gaps = np.diff(poisson_arrivals(20_000, 4.0, 0))
+    assert gaps.mean() == pytest.approx(0.25, rel=0.03)
+    assert gaps.std() / gaps.mean() == pytest.approx(1.0, rel=0.05)
+    bursty = np.diff(poisson_arrivals(20_000, 4.0, 0, cv=3.0))
+    assert bursty.std() / bursty.mean() == pytest.approx(3.0, rel=0.1)
+    lengths = lognormal_lengths(50_000, 250, 0.8, 0)
+    assert lengths.mean() == pytest.approx(250, rel=0.03)
+    assert lengths.min() >= 1 and lengths.max() <= 3000
+
+
+def test_lengths_without_arrivals(tmp_path):
+    path = write(tmp_path, "num_prefill_tokens,num_decode_tokens\n5,1\n6,2\n")
+    prompts, outputs = lengths_from_csv(path)
+    trace = trace_of_lengths(prompts, outputs, rate_per_s=5, duration_s=20)
+    assert len(trace) == 100 and set(trace.prompt_tokens) == {5, 6}
+    with pytest.raises(UsageError, match="missing"):
+        lengths_from_csv(write(tmp_path, "a\n1\n"))
+
+
+def test_unequal_columns_are_refused():
+    with pytest.raises(UsageError, match="differ in length"):
+        Trace(
+            name="t",
+            arrival_s=np.zeros(2),
+            prompt_tokens=np.ones(1, int),
+            output_tokens=np.ones(2, int),
+        )
