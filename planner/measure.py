@@ -113,7 +113,7 @@ def measure_cell(
         return optax.apply_updates(parameters, updates), state, loss
 
     parameters = step.to_rest(initial_parameters(config))
-    state = jax.jit(optimizer.init)(parameters)
+    state = optimizer.init(parameters)  # in a jit it would not be sharded
     shape = (cell.turns * devices, 1, cell.tokens)
     batch = {name: jnp.zeros(shape, jnp.int32) for name in ("inputs", "targets")}
     start = time.perf_counter()
