@@ -30,16 +30,28 @@ def request_devices(count: int, *, allow_virtual: bool = True) -> list[Device]:
     """
     if count < 1:
         raise UsageError(f"devices={count} must be at least 1")
-    if allow_virtual and not _backend_started():
-        # Has no effect on GPU backends: it only sets how many CPU devices there would be.
-        jax.config.update("jax_num_cpu_devices", max(count, _virtual_devices()))
+    if allow_virtual:
+        _divide_cpu(count)
     devices = jax.devices()
     if len(devices) < count:
         raise UsageError(
-            f"devices={count} but {len(devices)} {devices[0].platform} device(s) are present; "
-            f"use --devices {len(devices)} or fewer"
+            f"devices={count}, but {len(devices)} {devices[0].platform} device(s) are present; "
+            f"use devices={len(devices)} or fewer"
         )
     return devices[:count]
+
+
+def devices_ahead(count: int) -> list[Device]:
+    """Devices to compile for: GPUs like this machine's first, which need not all be here.
+
+    Programs compiled for them do not run. Without a GPU, this machine's devices.
+    """
+    _divide_cpu(count)
+    if jax.default_backend() != "gpu":
+        return request_devices(count)
+    from jax.experimental import topologies
+
+    return list(topologies.get_topology_desc("ahead", "cuda", topology=f"1x1x{count}").devices)
 
 
 def make_mesh(ring: int, data: int = 1, *, devices: list[Device] | None = None) -> Mesh:
@@ -49,6 +61,12 @@ def make_mesh(ring: int, data: int = 1, *, devices: list[Device] | None = None) 
         raise UsageError(f"{len(chosen)} devices cannot form data={data} x ring={ring}")
     grid = np.array(chosen).reshape(data, ring)
     return Mesh(grid, (DATA, RING), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def _divide_cpu(count: int) -> None:
+    """Says how many CPU devices there would be; of no effect once JAX has started, nor on GPUs."""
+    if not _backend_started():
+        jax.config.update("jax_num_cpu_devices", max(count, _virtual_devices()))
 
 
 def _virtual_devices() -> int:

@@ -5,6 +5,7 @@ link, then compiled and run with Adam. Cells measured before are kept, so that a
 may be taken in several calls.
 """
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from jax.sharding import Mesh
 
 from jaxsys.lowering import lower_sharded
 from jaxsys.mesh import RING
-from jaxsys.model import initial_parameters, layered
+from jaxsys.model import abstract_parameters, initial_parameters, layered
 from jaxsys.model.config import LlamaConfig
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.evaluate import POLICY, Evaluator
@@ -65,13 +66,23 @@ class Cell:
 def cells(devices: int, layers: int, lengths: tuple[int, ...]) -> Iterator[Cell]:
     """Five strategies by recompute and length, then four of them with many microbatches.
 
-    The latter gather one tick ahead and two: ZeRO-3 must be a prefetching one.
+    The latter gather one tick ahead and two: ZeRO-3 must be a prefetching one. On one device
+    nothing is split: recompute, length and the number of microbatches are all there is.
     """
 
     def cell(tokens: int, turns: int, path: LayerPath, ahead: int) -> Cell:
         plan = Plan(shard=devices, state=State.SPLIT, lookahead=ahead, layers=(path,) * layers)
         return Cell(tokens=tokens, turns=turns, plan=plan)
 
+    if devices == 1:
+        for tokens, turns, residual in itertools.product(lengths, (SHORT, LONG), Residual):
+            yield cell(
+                tokens,
+                turns,
+                LayerPath(weights=Weights.STAY, gradient=Gradient.ONCE, residual=residual),
+                1,
+            )
+        return
     for tokens in lengths:
         for weights, gradient in KINDS[1:]:
             path = LayerPath(weights=weights, gradient=gradient, residual=Residual.KEEP)
@@ -84,9 +95,24 @@ def cells(devices: int, layers: int, lengths: tuple[int, ...]) -> Iterator[Cell]
 
 
 def measure_cell(
-    cell: Cell, config: LlamaConfig, cluster: Cluster, mesh: Mesh, *, repeats: int
+    cell: Cell,
+    config: LlamaConfig,
+    cluster: Cluster,
+    mesh: Mesh,
+    *,
+    repeats: int,
+    compile_only: bool = False,
 ) -> dict[str, Any]:
-    """Predicts a step, compiles and runs it; returns the result's row."""
+    """Predicts a step, compiles and runs it; returns the result's row.
+
+    Args:
+        cell: plan and length.
+        config: the model.
+        cluster: of predictions.
+        mesh: devices; with `compile_only` they need not be here (`jaxsys.mesh.devices_ahead`).
+        repeats: timed runs.
+        compile_only: run nothing; the row then says nothing of time.
+    """
     devices = mesh.shape[RING]
     problem = Problem(
         workload_of=lambda size: llama_workload(
@@ -112,10 +138,23 @@ def measure_cell(
         updates, state = optimizer.update(gradients, state, parameters)
         return optax.apply_updates(parameters, updates), state, loss
 
-    parameters = step.to_rest(initial_parameters(config))
-    state = optimizer.init(parameters)  # in a jit it would not be sharded
     shape = (cell.turns * devices, 1, cell.tokens)
-    batch = {name: jnp.zeros(shape, jnp.int32) for name in ("inputs", "targets")}
+    names = ("inputs", "targets")
+    if compile_only:
+        rest = jax.eval_shape(step.to_rest, abstract_parameters(config))
+        parameters = jax.tree.map(
+            lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
+            rest,
+            step.rest_shardings(rest),
+        )
+        state = optax.tree_utils.tree_map_params(
+            optimizer, lambda _, p: p, jax.eval_shape(optimizer.init, parameters), parameters
+        )
+        batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
+    else:
+        parameters = step.to_rest(initial_parameters(config))
+        state = optimizer.init(parameters)  # in a jit it would not be sharded
+        batch = {name: jnp.zeros(shape, jnp.int32) for name in names}
     start = time.perf_counter()
     program = (
         jax.jit(train, donate_argnums=(0, 1))
@@ -123,13 +162,6 @@ def measure_cell(
         .compile(compiler_options=step.compiler_options)
     )
     compile_s = time.perf_counter() - start
-    samples = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        parameters, state, loss = program(parameters, state, batch)
-        jax.block_until_ready(loss)
-        samples.append(time.perf_counter() - start)
-    seconds = statistics.median(samples[1:])
     memory = program.memory_analysis()
     assert memory is not None
     taken = (
@@ -139,21 +171,32 @@ def measure_cell(
         - memory.alias_size_in_bytes
     )
     peak = float(predicted.peak_bytes[0])
-    return {
+    row = {
         "cell": cell.name,
         "strategy": recognise(cell.plan),
         "recompute": POLICY[cell.plan.layers[0].residual],
         "tokens": cell.tokens,
         "turns": cell.turns,
         "lookahead": cell.plan.lookahead,
-        "measured_s": seconds,
-        "fastest_s": min(samples[1:]),
-        "predicted_s": float(predicted.step_s[0]),
-        "error_pct": 100 * (float(predicted.step_s[0]) / seconds - 1),
         "measured_gib": taken / GIB,
         "predicted_gib": peak / GIB,
         "memory_error_pct": 100 * (peak / taken - 1),
         "compile_s": compile_s,
+    }
+    if compile_only:
+        return row
+    samples = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        parameters, state, loss = program(parameters, state, batch)
+        jax.block_until_ready(loss)
+        samples.append(time.perf_counter() - start)
+    seconds = statistics.median(samples[1:])
+    return row | {
+        "measured_s": seconds,
+        "fastest_s": min(samples[1:]),
+        "predicted_s": float(predicted.step_s[0]),
+        "error_pct": 100 * (float(predicted.step_s[0]) / seconds - 1),
     }
 
 
@@ -190,9 +233,11 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Errors over all cells, whether the best predicted is the best, and the gains measured."""
     found: dict[str, Any] = {
         "cells": len(rows),
-        "median_error_pct": statistics.median(abs(row["error_pct"]) for row in rows),
         "median_memory_error_pct": statistics.median(abs(row["memory_error_pct"]) for row in rows),
     }
+    if "error_pct" not in rows[0]:  # compiled alone
+        return found
+    found["median_error_pct"] = statistics.median(abs(row["error_pct"]) for row in rows)
     groups: dict[tuple[int, int], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["tokens"], row["turns"]), []).append(row)
