@@ -76,12 +76,8 @@ def cells(devices: int, layers: int, lengths: tuple[int, ...]) -> Iterator[Cell]
 
     if devices == 1:
         for tokens, turns, residual in itertools.product(lengths, (SHORT, LONG), Residual):
-            yield cell(
-                tokens,
-                turns,
-                LayerPath(weights=Weights.STAY, gradient=Gradient.ONCE, residual=residual),
-                1,
-            )
+            path = LayerPath(weights=Weights.STAY, gradient=Gradient.ONCE, residual=residual)
+            yield cell(tokens, turns, path, 1)
         return
     for tokens in lengths:
         for weights, gradient in KINDS[1:]:
@@ -140,6 +136,7 @@ def measure_cell(
 
     shape = (cell.turns * devices, 1, cell.tokens)
     names = ("inputs", "targets")
+    parameters: Any
     if compile_only:
         rest = jax.eval_shape(step.to_rest, abstract_parameters(config))
         parameters = jax.tree.map(
