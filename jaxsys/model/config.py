@@ -322,6 +322,17 @@ PRESETS: dict[str, LlamaConfig] = {
         tie_embeddings=True,
         max_positions=2048,
     ),
+    "byte-llama-75m": LlamaConfig(
+        vocab_size=BYTE_VOCABULARY,
+        hidden_size=768,
+        intermediate_size=2048,
+        num_layers=12,
+        num_heads=12,
+        num_kv_heads=4,
+        head_dim=64,
+        tie_embeddings=True,
+        max_positions=2048,
+    ),
     "tiny": LlamaConfig(
         vocab_size=BYTE_VOCABULARY,
         hidden_size=32,
