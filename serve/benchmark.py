@@ -361,6 +361,11 @@ def _model(study: Study) -> tuple[LlamaConfig, Any]:
         model = load(default_model_path(), dtype)
         return model.config, model.parameters
     config = preset(study.model)
+    return config, random_parameters(config, dtype)
+
+
+def random_parameters(config: LlamaConfig, dtype: jnp.dtype) -> Any:
+    """Normal weights of a shape's size: what they compute means nothing, but costs the same."""
 
     def fill(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         if "norm" in jax.tree_util.keystr(path):
@@ -375,7 +380,7 @@ def _model(study: Study) -> tuple[LlamaConfig, Any]:
             return jnp.stack(layers)
         return 0.02 * jax.random.normal(key, leaf.shape, dtype)
 
-    return config, jax.tree_util.tree_map_with_path(fill, abstract_parameters(config))
+    return jax.tree_util.tree_map_with_path(fill, abstract_parameters(config))
 
 
 def _scheduler(study: Study, executor: JaxExecutor, **changes: Any) -> Scheduler:

@@ -201,9 +201,8 @@ HEADLINES = (
         runs=(
             Run(
                 name="live",
-                gpus=2,
+                gpus=1,
                 traces=True,
-                server=True,
                 commands=(
                     "scripts/bench_energy_live --trace {traces}/AzureLLMInferenceTrace_conv.csv",
                 ),

@@ -266,8 +266,8 @@ def calibration(results: Sequence[Result]) -> str:
 
 def live(results: Sequence[Result]) -> str:
     return table(
-        ["figure", "measured", "simulated", "error (%)"],
-        [[row["figure"], number(row["measured"], ".4g"), number(row["simulated"], ".4g"),
+        ["figure", "measured", "predicted", "error (%)"],
+        [[row["figure"], number(row["measured"], ".4g"), number(row["predicted"], ".4g"),
           number(row["prediction_error_pct"], "+.1f")]
          for result in results for row in result.rows],
     )  # fmt: skip

@@ -8,6 +8,7 @@ goes on at the new pace. All time is virtual.
 import math
 import random
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from jaxsys.clocks import SimulatedClocks
@@ -44,7 +45,7 @@ class SimExecutor:
         self.seconds_at_mhz: defaultdict[int, float] = defaultdict(float)
         """Busy seconds at each clock set; where the power cap binds, the GPU runs below it."""
         self.capped_s = 0.0
-        self._load = Load()
+        self._loads: tuple[Load, ...] = ()
         self._segments: list[_Segment] = []
         self._end_s = 0.0
         self._idle_from_s = 0.0
@@ -54,10 +55,14 @@ class SimExecutor:
         """When the iteration in flight ends, or the last one ended."""
         return self._end_s
 
-    def begin(self, load: Load, steps: int, now_s: float) -> float:
-        """Starts `steps` repetitions of `load`; returns when they end."""
+    def begin(self, load: Load, steps: int, now_s: float, *, after: tuple[Load, ...] = ()) -> float:
+        """Starts `steps` repetitions of `load`; returns when they end.
+
+        Args:
+            after: what each repetition computes behind `load`, one after the other.
+        """
         self.idle_until(now_s)
-        self._load = load
+        self._loads = (load, *after)
         if self._noise:
             # The mean of `steps` independent deviations.
             self._slowness = math.exp(self._random.gauss(0.0, self._noise / math.sqrt(steps)))
@@ -110,7 +115,9 @@ class SimExecutor:
         self._idle_from_s = now_s
 
     def _run(self, clock_mhz: float) -> Outcome:
-        outcome = self.gpu.run(self._load, clock_mhz)
+        outcome = self.gpu.run(self._loads[0], clock_mhz)
+        if len(self._loads) > 1:
+            outcome = _in_turn([outcome, *(self.gpu.run(x, clock_mhz) for x in self._loads[1:])])
         if self._noise:
             outcome = replace(outcome, time_s=outcome.time_s * self._slowness)
         return outcome
@@ -142,3 +149,14 @@ class SimExecutor:
         kept.append(_Segment(now_s, end_s, mhz, outcome))
         self._end_s = end_s
         return end_s
+
+
+def _in_turn(outcomes: Sequence[Outcome]) -> Outcome:
+    """Several pieces of work, one after the other, as one."""
+    time_s = sum(outcome.time_s for outcome in outcomes)
+    return Outcome(
+        time_s,
+        sum(outcome.energy_j for outcome in outcomes) / time_s,
+        min(outcome.clock_mhz for outcome in outcomes),
+        any(outcome.power_capped for outcome in outcomes),
+    )

@@ -8,6 +8,7 @@ that iteration at the next step's end, so times come out as if each step had bee
 (the governor then decides once for those steps; `max_steps=1` decides for every one).
 """
 
+import bisect
 import heapq
 import time
 import zlib
@@ -30,7 +31,7 @@ from jaxsys.serve.scheduler import Iteration, Scheduler, SchedulerConfig
 from jaxsys.serve.simulation.executor import SimExecutor
 from jaxsys.serve.simulation.traces import Trace
 
-Role = Literal["prefill", "decode"]
+Role = Literal["prefill", "decode", "both"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +41,7 @@ class ClusterConfig:
     gpu: SimulatedGpu
     prefill_instances: int = 2
     decode_instances: int = 2
+    """With 0 the prefill ones do both, as in the server."""
     set_latency_s: float = 0.003
     """Time from asking for a clock to running at it; 3 ms is VoltanaLLM's NVML figure."""
     hand_over_s: float = 0.002
@@ -53,11 +55,24 @@ class ClusterConfig:
     page_size: int = 64
     max_steps: int = 32
     """Most decode steps planned as one."""
+    plan_ahead: bool = False
+    """Plan the next iteration when one begins, as the live server does: who comes meanwhile is
+    served an iteration later."""
+    piece_buckets: tuple[int, ...] = ()
+    """Where given, every piece of a prompt is a step of its own, padded to one of these lengths, as
+    in this project's executor; else an iteration's prompts are one step without padding."""
+    decode_buckets: tuple[int, ...] = ()
+    """Batches that decode steps are compiled for; empty where they are not padded."""
 
     def __post_init__(self) -> None:
-        for name in ("prefill_instances", "decode_instances", "max_steps"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name}={getattr(self, name)} must be at least 1")
+        for name, least in (("prefill_instances", 1), ("decode_instances", 0), ("max_steps", 1)):
+            if getattr(self, name) < least:
+                raise UsageError(f"{name}={getattr(self, name)} must be at least {least}")
+        if self.piece_buckets and self.piece_buckets[-1] < self.max_prefill_tokens:
+            raise UsageError(
+                f"piece_buckets={self.piece_buckets} must reach max_prefill_tokens="
+                f"{self.max_prefill_tokens}"
+            )
 
 
 class SimInstance:
@@ -95,7 +110,7 @@ class SimInstance:
                 max_batch=config.max_batch,
                 max_prefill_tokens=config.max_prefill_tokens,
                 max_length=capacity,
-                decode_buckets=(config.max_batch,),
+                decode_buckets=config.decode_buckets or (config.max_batch,),
                 role=role,
                 prefix_caching=False,
             )
@@ -103,6 +118,8 @@ class SimInstance:
         self.in_flight = 0
         self.kv_tokens = 0
         self.iteration: Iteration | None = None
+        self.planned: Iteration | None = None
+        """What follows the iteration in flight, where it is planned ahead."""
         self.version = 0
         """Counts changes of the end in flight: an event of an older version is stale."""
         self.newcomers: list[Request] = []
@@ -213,15 +230,21 @@ class Simulator:
         self.config = config
         self.slo = slo
         self.clock = VirtualClock()
-        self.prefill = [
-            SimInstance(f"prefill{i}", "prefill", config, self.clock, make_governor)
-            for i in range(config.prefill_instances)
-        ]
-        self.decode = [
-            SimInstance(f"decode{i}", "decode", config, self.clock, make_governor)
-            for i in range(config.decode_instances)
-        ]
+
+        def some(role: Role, count: int) -> list[SimInstance]:
+            return [
+                SimInstance(f"{role}{i}", role, config, self.clock, make_governor)
+                for i in range(count)
+            ]
+
+        self.prefill = some(
+            "prefill" if config.decode_instances else "both", config.prefill_instances
+        )
+        self.decode = some("decode", config.decode_instances)
         self.instances = [*self.prefill, *self.decode]
+        self._roles: dict[str, list[SimInstance]] = {self.prefill[0].role: self.prefill}
+        if self.decode:
+            self._roles["decode"] = self.decode
         for instance in self.instances:
             # What a governor asks for when it is made has settled before the trace begins.
             instance.clocks.set_latency_s = 0.0
@@ -309,23 +332,19 @@ class Simulator:
         """Plans and begins the next iteration, unless one is in flight or nothing is to do."""
         if instance.iteration is not None:
             return
-        limit = self.config.max_steps if instance.role == "decode" else 1
-        iteration = instance.scheduler.next_iteration(now_s, limit)
+        config, scheduler = self.config, instance.scheduler
+        iteration, instance.planned = instance.planned, None
+        if iteration is None:
+            many = instance.role == "decode" and not config.plan_ahead
+            iteration = scheduler.next_iteration(now_s, config.max_steps if many else 1)
         if iteration is None:
             self._await_idle(instance, now_s)
             return
         instance.executor.idle_until(now_s)
-        instance.governor.before_iteration(iteration, instance.scheduler.waiting, now_s)
+        instance.governor.before_iteration(iteration, scheduler.waiting, now_s)
         steps = iteration.steps
-        load = Load(
-            iteration.prefill_tokens,
-            len(iteration.prefills),
-            sum(piece.start for piece in iteration.prefills),
-            len(iteration.decodes),
-            # The steps' mean, so that many steps as one take their exact time.
-            iteration.kv_tokens + len(iteration.decodes) * (steps - 1) // 2,
-        )
-        end_s = instance.executor.begin(load, steps, now_s)
+        load, after = self._loads(iteration)
+        end_s = instance.executor.begin(load, steps, now_s, after=after)
         instance.iteration = iteration
         instance.started_s = now_s
         instance.version += 1
@@ -335,6 +354,26 @@ class Simulator:
             alarm_s = now_s + patience(steps)
             if alarm_s < end_s:
                 self._push(alarm_s, self._overrun, instance, instance.version)
+        if config.plan_ahead:
+            instance.planned = scheduler.next_iteration(now_s)
+
+    def _loads(self, iteration: Iteration) -> tuple[Load, tuple[Load, ...]]:
+        """The iteration's work: one step, and those behind it where pieces are steps apart."""
+        batch, buckets = len(iteration.decodes), self.config.piece_buckets
+        # The steps' mean, so that many steps as one take their exact time.
+        kv_tokens = iteration.kv_tokens + batch * (iteration.steps - 1) // 2
+        bucket = iteration.bucket if self.config.decode_buckets else 0
+        if not buckets:
+            cached = sum(piece.start for piece in iteration.prefills)
+            prompts = len(iteration.prefills)
+            return Load(iteration.prefill_tokens, prompts, cached, batch, kv_tokens, bucket), ()
+        loads = [
+            Load(buckets[bisect.bisect_left(buckets, piece.length)], 1, piece.start)
+            for piece in iteration.prefills
+        ]
+        if batch:
+            loads.append(Load(batch=batch, kv_tokens=kv_tokens, bucket=bucket))
+        return loads[0], tuple(loads[1:])
 
     def _await_idle(self, instance: SimInstance, now_s: float) -> None:
         instance.version += 1
@@ -369,9 +408,10 @@ class Simulator:
         completion = instance.scheduler.complete(iteration, now_s)
         instance.governor.after_iteration(iteration, latency_s, now_s)
         for piece in iteration.prefills:
+            timing = piece.request.timing
             # A preempted request computed again has its first token already.
-            if piece.last and instance.role == "prefill":
-                self._ttft.append(now_s - piece.request.timing.arrival_s)
+            if instance.role != "decode" and timing.first_token_s == now_s:
+                self._ttft.append(now_s - timing.arrival_s)
         if instance.role == "decode":
             instance.kv_tokens += len(iteration.decodes) * iteration.steps
         for request in completion.finished:
@@ -459,14 +499,16 @@ class Simulator:
         series["time_s"].append(now_s)
         series["power_w"].append((total_j - self._sampled_j) / every_s)
         self._sampled_j = total_j
-        for role, group in (("prefill", self.prefill), ("decode", self.decode)):
+        for role, group in self._roles.items():
             clocks = [instance.clocks.actual_mhz() for instance in group]
             series[f"{role}_clock_mhz"].append(sum(clocks) / len(clocks))
-        series["decode_batch"].append(sum(instance.batch for instance in self.decode))
+        series["decode_batch"].append(
+            sum(instance.batch for instance in self.decode or self.prefill)
+        )
         self._push(now_s + every_s, self._sample)
 
     def _result(self, wall_s: float) -> ReplayResult:
-        roles = {"prefill": self.prefill, "decode": self.decode}
+        roles = self._roles
         clock_seconds: dict[str, dict[int, float]] = {}
         for role, group in roles.items():
             merged: defaultdict[int, float] = defaultdict(float)

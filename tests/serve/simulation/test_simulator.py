@@ -167,6 +167,50 @@ def test_a_watchdog_boosts_inside_the_iteration():
     assert result.clock_seconds["prefill"].get(1980, 0.0) > 0
 
 
+ENGINE = {
+    "prefill_instances": 1,
+    "decode_instances": 0,
+    "max_prefill_tokens": 2048,
+    "max_batch": 64,
+    "piece_buckets": (32, 128, 512, 2048),
+    "decode_buckets": (1, 2, 4, 8, 16, 32, 64),
+    "plan_ahead": True,
+}
+"""One instance for both, as this project's engine runs it."""
+
+
+def test_one_instance_for_both_serves_everything():
+    trace = synthetic_trace(rate_per_s=6, duration_s=20, seed=6, prompt_mean=900)
+    result, simulator = simulate(trace, **ENGINE)
+    assert len(result.ttft_s) == len(trace)
+    assert result.output_tokens == trace.output_tokens.sum()
+    assert result.itl_weight.sum() == (trace.output_tokens - 1).sum()
+    assert result.energy_j_by_role.keys() == {"both"}
+    (instance,) = simulator.instances
+    instance.scheduler.check()
+    assert instance.scheduler.requests == 0
+    assert instance.executor.busy_s + instance.executor.idle_s == pytest.approx(result.duration_s)
+
+
+def test_the_engine_pads_each_piece_and_serves_newcomers_an_iteration_later():
+    """Request 0 decodes; 1 comes within a step, waits for it and the one planned behind it."""
+    trace = Trace(
+        name="two",
+        arrival_s=np.array([0.0, 1.0]),
+        prompt_tokens=np.array([100, 700]),
+        output_tokens=np.array([300, 2]),
+    )
+    result, _ = simulate(trace, **ENGINE)
+    assert result.ttft_s[0] == pytest.approx(GPU.run(Load(128, 1), 1980).time_s)
+    piece_s = GPU.run(Load(2048, 1), 1980).time_s
+    step_s = GPU.run(Load(batch=1, kv_tokens=250, bucket=1), 1980).time_s
+    assert piece_s + 2 * step_s < result.ttft_s[1] < piece_s + 3 * step_s
+    at_once, _ = simulate(trace, **(ENGINE | {"plan_ahead": False}))
+    assert piece_s + step_s < at_once.ttft_s[1] < piece_s + 2 * step_s
+    # The token that 0 drew beside that prompt waited for it.
+    assert result.itl_s.max() == pytest.approx(piece_s + step_s, rel=0.01)
+
+
 def test_executor_splits_an_iteration_where_the_clock_changes():
     now = 0.0
     clocks = SimulatedClocks(
@@ -205,5 +249,7 @@ def test_what_cannot_be_replayed_is_refused():
     )
     with pytest.raises(UsageError, match=r"1000005 tokens.*fit"):
         simulate(long)
-    with pytest.raises(UsageError, match="decode_instances=0"):
-        ClusterConfig(gpu=GPU, decode_instances=0)
+    with pytest.raises(UsageError, match="decode_instances=-1"):
+        ClusterConfig(gpu=GPU, decode_instances=-1)
+    with pytest.raises(UsageError, match="must reach max_prefill_tokens=8192"):
+        ClusterConfig(gpu=GPU, piece_buckets=(32, 128))

@@ -1,0 +1,177 @@
+"""Single iterations of a real instance, outside its loop but run as its loop would run them.
+
+Decode steps are dispatched one ahead, so that host work which hides behind the device is not
+counted as latency; a prompt's last piece is timed alone, from dispatch to its token. Power is the
+energy counter's rise over as many repetitions as it takes the counter to say something.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
+
+from jaxsys.errors import RunError
+from jaxsys.serve.energy.gpu_model import Load
+from jaxsys.serve.energy.profile import Sample
+from jaxsys.serve.instance import Instance
+from jaxsys.serve.requests import Request, SamplingParameters
+from jaxsys.serve.scheduler import SchedulerConfig
+
+MOST_STEPS = 256
+"""Decode steps of one measurement: each lengthens every sequence by a token."""
+
+WARM_UP = 4
+"""Steps before a measurement counts: the first may still load something."""
+
+
+def short_plan(config: SchedulerConfig, piece_buckets: tuple[int, ...]) -> list[Load]:
+    """Few loads that say what serving needs: every compiled size, short and long contexts."""
+    room = config.page_count * config.page_size
+    longest = config.max_length - MOST_STEPS - WARM_UP
+    contexts = sorted({max(1, longest // 16), max(1, longest // 4), longest})
+    loads = []
+    for batch in config.decode_buckets:
+        fitting = [c for c in contexts if batch * (c + MOST_STEPS + config.page_size) <= room]
+        # The least context where not even that leaves room to grow: one that does.
+        fitting = fitting or [max(1, room // batch - MOST_STEPS - config.page_size)]
+        loads += [Load(batch=batch, kv_tokens=batch * c, bucket=batch) for c in fitting]
+    budget = config.max_prefill_tokens
+    below = 0
+    for size in piece_buckets:
+        # Within one padded size, pieces short and long: their rows are padded alike.
+        for tokens in sorted({(below + size) // 2 + 1, min(size, budget)}):
+            loads.append(Load(prefill_tokens=tokens, prefill_requests=1))
+        later = min(size, budget, config.max_length - budget - 1)
+        if later > below:
+            loads.append(Load(prefill_tokens=later, prefill_requests=1, cached_tokens=budget))
+        below = size
+    return loads
+
+
+class EngineSweep:
+    """Times iterations of an instance whose loop does not run."""
+
+    def __init__(
+        self,
+        instance: Instance,
+        vocabulary: int,
+        *,
+        repeats: int = 3,
+        least_s: float = 0.0,
+        energy_j: Callable[[float, float], float | None] = lambda start_s, end_s: None,
+    ) -> None:
+        """
+        Args:
+            instance: of role "both", not started.
+            repeats: least number of timings of a load; their median is kept.
+            least_s: least time a load is repeated for, so that its energy can be told.
+            energy_j: joules between two `time.perf_counter` times, None where unknown.
+        """
+        self.scheduler = instance.scheduler
+        self.executor = instance.executor
+        self.vocabulary = vocabulary
+        self.repeats = repeats
+        self.least_s = least_s
+        self.energy_j = energy_j
+        self._count = 0
+
+    def sample(self, load: Load, clock_mhz: int) -> Sample:
+        """Median seconds and mean watts of an iteration of this load.
+
+        The sample's load holds the KV tokens that really were attended to.
+        """
+        if load.prefill_tokens:
+            return self._prompts(load, clock_mhz)
+        return self._decodes(load, clock_mhz)
+
+    def _prompts(self, load: Load, clock_mhz: int) -> Sample:
+        count = load.prefill_requests
+        length = (load.prefill_tokens + load.cached_tokens) // count
+        times_s: list[float] = []
+        step_s, began_s = 0.0, time.perf_counter()
+        while len(times_s) <= self.repeats or time.perf_counter() - began_s < self.least_s:
+            if len(times_s) == 1:
+                began_s = time.perf_counter()
+            for _ in range(count):
+                self._add(length, most_tokens=1)
+            while self.scheduler.waiting or self.scheduler.prefilling:
+                step_s = self._step()
+            times_s.append(step_s)
+        ended_s = time.perf_counter()
+        power_w = None
+        # With earlier pieces in between, the energy is not the last one's alone.
+        if not load.cached_tokens:
+            power_w = self._power_w(began_s, ended_s)
+        return Sample(load, clock_mhz, statistics.median(times_s[1:]), power_w)
+
+    def _decodes(self, load: Load, clock_mhz: int) -> Sample:
+        context = max(1, load.kv_tokens // load.batch)
+        room = self.scheduler.config.max_length - context
+        requests = [self._add(context, most_tokens=room) for _ in range(load.batch)]
+        while self.scheduler.waiting or self.scheduler.prefilling:
+            self._step()
+        if len(self.scheduler.running) != load.batch:
+            raise RunError(f"{load} does not fit: {len(self.scheduler.running)} sequences run")
+        in_flight: deque = deque()
+        times_s: list[float] = []
+        kv_tokens: list[int] = []
+        began_s = ended_s = time.perf_counter()
+        # Those that came first have decoded since.
+        most = min(MOST_STEPS, room - max(r.generated for r in requests) - 2)
+        for step in range(most):
+            iteration = self.scheduler.next_iteration(ended_s)
+            if iteration is None:
+                break
+            in_flight.append((iteration, self.executor.dispatch(iteration)))
+            if len(in_flight) < 2:
+                continue
+            done_s = self._collect(in_flight)
+            if step <= WARM_UP:
+                began_s = done_s
+            else:
+                times_s.append(done_s - ended_s)
+                kv_tokens.append(iteration.kv_tokens)
+            ended_s = done_s
+            if len(times_s) >= self.repeats and ended_s - began_s >= self.least_s:
+                break
+        while in_flight:
+            self._collect(in_flight)
+        for request in requests:
+            self.scheduler.abort(request, ended_s)
+        if not times_s:
+            raise RunError(f"{load} leaves no room to decode; lengthen max_length={room + context}")
+        real = dataclasses.replace(load, kv_tokens=round(statistics.mean(kv_tokens)))
+        power_w = self._power_w(began_s, ended_s)
+        return Sample(real, clock_mhz, statistics.median(times_s), power_w)
+
+    def _power_w(self, start_s: float, end_s: float) -> float | None:
+        energy_j = self.energy_j(start_s, end_s) if end_s - start_s >= 0.3 else None
+        return None if energy_j is None else energy_j / (end_s - start_s)
+
+    def _add(self, length: int, *, most_tokens: int) -> Request:
+        self._count += 1
+        request = Request(
+            self._count,
+            sampling=SamplingParameters(max_tokens=most_tokens, temperature=0.0),
+            arrival_s=0.0,
+            prompt_tokens=[(7 * k + self._count) % self.vocabulary for k in range(length)],
+        )
+        self.scheduler.add(request)
+        return request
+
+    def _step(self) -> float:
+        began_s = time.perf_counter()
+        iteration = self.scheduler.next_iteration(began_s)
+        if iteration is None:
+            raise RunError("the sweep found nothing to compute; use smaller loads")
+        in_flight = deque([(iteration, self.executor.dispatch(iteration))])
+        return self._collect(in_flight) - began_s
+
+    def _collect(self, in_flight: deque) -> float:
+        """Completes the oldest iteration; returns when its tokens were known."""
+        iteration, handle = in_flight.popleft()
+        tokens = self.executor.collect(handle).tokens
+        now_s = time.perf_counter()
+        self.scheduler.complete(iteration, now_s, tokens)
+        return now_s
