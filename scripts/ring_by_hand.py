@@ -120,19 +120,23 @@ def ring_loss_and_gradients(
             chunk = p - 1 - turn % p
             slot = jnp.where(turn // p % 2 == 0, chunk, p - 1 - chunk)
 
-            def layer(dy, inputs):
+            def layer(carry, inputs):
+                dy, residuals = carry
                 flat, k = inputs
                 dw, dx = backward_layer(flat, [b[slot, k] for b in residuals], dy, microbatch)
-                return dx, dw
+                # Handed on, or F could not write in place.
+                return (dx, lax.optimization_barrier(residuals)), dw
 
-            dx, dw = lax.scan(layer, dy, (weights, jnp.arange(layers)), reverse=True)
+            (dx, residuals), dw = lax.scan(
+                layer, (dy, residuals), (weights, jnp.arange(layers)), reverse=True
+            )
 
             def embed():
                 _, vjp = jax.vjp(lambda e: model.embed(e, microbatch), edge)
                 return _add(d_edge, vjp(dx)[0])
 
             d_edge = lax.cond(chunk == 0, embed, lambda: d_edge)
-            return dx, dw, d_edge, loss, count
+            return dx, dw, residuals, d_edge, loss, count
 
         def turn(carry, t):
             w_f, w_b, total, x, dy, residuals, d_edge, loss, count = carry
@@ -140,10 +144,10 @@ def ring_loss_and_gradients(
             n_f, n_b = t - r, t - r - p
             y = x
             dw = jnp.zeros(home.shape, home.dtype)
-            dy, dw, d_edge, loss, count = lax.cond(
+            dy, dw, residuals, d_edge, loss, count = lax.cond(
                 (n_b >= 0) & (n_b < microbatches),
                 lambda: backward(n_b, w_b, y, dy, residuals, d_edge, loss, count),
-                lambda: (dy, dw, d_edge, loss, count),
+                lambda: (dy, dw, residuals, d_edge, loss, count),
             )
             # Residuals are read by now; F may write the slot that B has freed.
             residuals, dw, dy = lax.optimization_barrier((residuals, dw, dy))

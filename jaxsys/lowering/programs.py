@@ -2,8 +2,10 @@
 
 A chunk is a stack of blocks [K, ...]. Residuals live in a buffer with some slots; forward writes
 one slot layer by layer and backward reads it layer by layer, so that no second copy of a chunk's
-residuals is ever made. Weights are never kept: backward gets the copy that has
-travelled to it, and a residual that depends on weights alone is computed again from that copy.
+residuals is ever made. What only reads a buffer hands it on: the next to write it then depends on
+the reader, and XLA, which would copy the whole buffer otherwise, writes in place. Weights are never
+kept: backward gets the copy that has travelled to it, and a residual that depends on weights alone
+is computed again from that copy.
 
 Legend: K blocks in a chunk, x [B, T, D] or any array that blocks map to its own shape.
 """
@@ -46,8 +48,8 @@ class ChunkProgram:
 
     forward: Callable[..., tuple[jax.Array, PyTree]]
     """(weights, x, microbatch, buffer, slot, first_layer) -> (y, buffer)."""
-    backward: Callable[..., tuple[PyTree, jax.Array]]
-    """(weights, buffer, slot, dy, microbatch, first_layer) -> (dweights, dx)."""
+    backward: Callable[..., tuple[PyTree, jax.Array, PyTree]]
+    """(weights, buffer, slot, dy, microbatch, first_layer) -> (dweights, dx, buffer)."""
     residuals: list[jax.ShapeDtypeStruct]
     """What one slot holds, [K, ...] each."""
     empty_residuals: Callable[[int], PyTree]
@@ -60,10 +62,11 @@ class ChunkProgram:
 class SplitChunkProgram:
     """Backward in two halves, I and W, over a buffer of taps."""
 
-    input_gradient: Callable[..., tuple[jax.Array, PyTree]]
-    """(weights, buffer, slot, dy, microbatch, first_layer, taps, tap_slot) -> (dx, taps)."""
-    weight_gradient: Callable[..., PyTree]
-    """(taps, tap_slot, first_layer) -> dweights."""
+    input_gradient: Callable[..., tuple[jax.Array, PyTree, PyTree]]
+    """(weights, buffer, slot, dy, microbatch, first_layer, taps, tap_slot) ->
+    (dx, buffer, taps)."""
+    weight_gradient: Callable[..., tuple[PyTree, PyTree]]
+    """(taps, tap_slot, first_layer) -> (dweights, taps)."""
     empty_taps: Callable[[int], PyTree]
     """slots -> a buffer of taps, zero."""
 
@@ -266,7 +269,8 @@ def chunk_program(
         return loop(layer, (x, buffer), weights)[0]
 
     def backward(weights, buffer, slot, dy, microbatch, first_layer):
-        def layer(dx, index, w):
+        def layer(carry, index, w):
+            dx, buffer = carry
             residuals = kept.get(buffer, slot, index)
             dw, dx = if_present(
                 first_layer,
@@ -274,10 +278,10 @@ def chunk_program(
                 lambda: inner.backward(w, residuals, dx, microbatch),
                 lambda: (jax.tree.map(jnp.zeros_like, w), dx),
             )
-            return dx, dw
+            return (dx, _handed_on(buffer)), dw
 
-        dx, dw = loop(layer, dy, weights, reverse=True)
-        return dw, dx
+        (dx, buffer), dw = loop(layer, (dy, buffer), weights, reverse=True)
+        return dw, dx, buffer
 
     def split_program() -> SplitChunkProgram:
         halves = split_backward(inner.backward, one, inner.residuals, x, microbatch)
@@ -285,7 +289,7 @@ def chunk_program(
 
         def input_gradient(weights, buffer, slot, dy, microbatch, first_layer, taps, tap_slot):
             def layer(carry, index, w):
-                dx, taps = carry
+                dx, buffer, taps = carry
                 residuals = kept.get(buffer, slot, index)
                 dx, values = if_present(
                     first_layer,
@@ -293,20 +297,22 @@ def chunk_program(
                     lambda: halves.input_gradient(w, residuals, dx, microbatch),
                     lambda: (dx, [jnp.zeros(t.shape, t.dtype) for t in halves.taps]),
                 )
-                return (dx, tapped.put(taps, values, tap_slot, index)), None
+                taps = tapped.put(taps, values, tap_slot, index)
+                return (dx, _handed_on(buffer), taps), None
 
-            return loop(layer, (dy, taps), weights, reverse=True)[0]
+            return loop(layer, (dy, buffer, taps), weights, reverse=True)[0]
 
         def weight_gradient(taps, tap_slot, first_layer):
-            def layer(carry, index, _):
+            def layer(taps, index, _):
                 values = tapped.get(taps, tap_slot, index)
                 nothing = jax.tree.map(lambda w: jnp.zeros(w.shape, w.dtype), one)
                 dw = if_present(
                     first_layer, index, lambda: halves.weight_gradient(values), lambda: nothing
                 )
-                return carry, dw
+                return _handed_on(taps), dw
 
-            return loop(layer, None, None)[1]
+            taps, dw = loop(layer, taps, None)
+            return dw, taps
 
         return SplitChunkProgram(
             input_gradient=input_gradient,
@@ -338,7 +344,8 @@ def _from_input(inner: ChunkProgram, x: jax.ShapeDtypeStruct) -> ChunkProgram:
 
     def backward(weights, buffer, slot, dy, microbatch, first_layer):
         residuals = again(weights, buffer, slot, microbatch, first_layer)
-        return inner.backward(weights, residuals, 0, dy, microbatch, first_layer)
+        dw, dx, _ = inner.backward(weights, residuals, 0, dy, microbatch, first_layer)
+        return dw, dx, buffer
 
     split = inner.split
     if split is not None:
@@ -346,9 +353,10 @@ def _from_input(inner: ChunkProgram, x: jax.ShapeDtypeStruct) -> ChunkProgram:
 
         def input_gradient(weights, buffer, slot, dy, microbatch, first_layer, taps, tap_slot):
             residuals = again(weights, buffer, slot, microbatch, first_layer)
-            return halves.input_gradient(
+            dx, _, taps = halves.input_gradient(
                 weights, residuals, 0, dy, microbatch, first_layer, taps, tap_slot
             )
+            return dx, buffer, taps
 
         split = replace(split, input_gradient=input_gradient)
     return ChunkProgram(
@@ -358,6 +366,11 @@ def _from_input(inner: ChunkProgram, x: jax.ShapeDtypeStruct) -> ChunkProgram:
         empty_residuals=kept.empty,
         split=split,
     )
+
+
+def _handed_on(buffer: PyTree) -> PyTree:
+    """A loop's carry that it only reads; as plainly the same value, JAX would take it out of it."""
+    return lax.optimization_barrier(buffer)
 
 
 def _put(buffer: jax.Array, value: jax.Array, index: tuple[Any, ...]) -> jax.Array:

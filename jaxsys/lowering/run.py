@@ -277,7 +277,7 @@ class Run:
         slots = self.tables.slots
 
         def run(edge_gradient: PyTree, loss: jax.Array, weight: jax.Array, made: PyTree):
-            cotangents, taps = made
+            cotangents, taps, kept = made
             weights = _read(state.buffers[lane], slots[lane], cell[f"{kind}.in.weight"])
             microbatch = self.microbatch(cell[f"{kind}.microbatch"])
             chunk = cell[f"{kind}.chunk"]
@@ -300,7 +300,7 @@ class Run:
             )
             arguments = (
                 weights,
-                state.buffers[residual],
+                kept,
                 cell[f"{kind}.in.residual"],
                 dy,
                 microbatch,
@@ -308,10 +308,10 @@ class Run:
             )
             gradient = None
             if whole:
-                gradient, dx = self.program.backward(*arguments)
+                gradient, dx, kept = self.program.backward(*arguments)
             else:
                 slot = cell[f"{kind}.out.tap"]
-                dx, taps = self.halves.input_gradient(*arguments, taps, slot)
+                dx, kept, taps = self.halves.input_gradient(*arguments, taps, slot)
 
             def embed():
                 _, vjp = jax.vjp(lambda e: self.model.embed(e, microbatch), self.edge)
@@ -322,9 +322,9 @@ class Run:
                 slot = cell[f"{kind}.out.cotangent"]
                 valid = None if task.first == "never" else chunk != 0
                 cotangents = _write(cotangents, slots[cotangent], slot, dx, valid)
-            return edge_gradient, loss, weight, (cotangents, taps), gradient
+            return edge_gradient, loss, weight, (cotangents, taps, kept), gradient
 
-        made = (state.buffers.get(cotangent), state.buffers.get(tap))
+        made = (state.buffers.get(cotangent), state.buffers.get(tap), state.buffers[residual])
         carried = (state.edge_gradient, state.loss, state.weight, made)
         if task.everyone:
             outcome = run(*carried)
@@ -336,8 +336,8 @@ class Run:
 
             outcome = lax.cond(cell[f"{kind}.valid"] == 1, run, skip, *carried)
         # The residuals are read by now: forward may write the slot that this frees.
-        kept, outcome = lax.optimization_barrier((state.buffers[residual], outcome))
-        edge_gradient, loss, weight, (cotangents, taps), gradient = outcome
+        outcome = lax.optimization_barrier(outcome)
+        edge_gradient, loss, weight, (cotangents, taps, kept), gradient = outcome
         written = {residual: kept, cotangent: cotangents, tap: taps}
         buffers = {**state.buffers, **{k: v for k, v in written.items() if v is not None}}
         state = _replace(
@@ -354,22 +354,22 @@ class Run:
         """W: the weight gradient from what I kept."""
         kind, key = task.kind, (Data.TAP, "")
 
-        def run(taps: Buffer) -> PyTree:
+        def run(taps: Buffer) -> tuple[PyTree, Buffer]:
             first_layer = cell[f"{kind}.chunk"] * self.lowered.chunk_layers
             return self.halves.weight_gradient(taps, cell[f"{kind}.in.tap"], first_layer)
 
         taps = state.buffers[key]
         if task.everyone:
-            gradient = run(taps)
+            outcome = run(taps)
         else:
-            shapes = jax.eval_shape(run, taps)
+            shapes, _ = jax.eval_shape(run, taps)
 
-            def skip(_: Buffer) -> PyTree:
-                return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            def skip(taps: Buffer) -> tuple[PyTree, Buffer]:
+                return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), taps
 
-            gradient = lax.cond(cell[f"{kind}.valid"] == 1, run, skip, taps)
+            outcome = lax.cond(cell[f"{kind}.valid"] == 1, run, skip, taps)
         # The taps are read by now: I may write the slot that this frees.
-        taps, gradient = lax.optimization_barrier((taps, gradient))
+        gradient, taps = lax.optimization_barrier(outcome)
         return _replace(state, buffers={**state.buffers, key: taps}), gradient
 
     def contribute(self, kind: TaskKind, gradient: PyTree, cell: "_Cells", state: _State) -> _State:

@@ -17,7 +17,7 @@ from jaxsys.strategies import build
 WIDTH, TOKENS, RING, MICROBATCHES = 8, 4, 4, 16
 
 
-def prepared(name: str, gradient_dtype=jnp.float32):
+def prepared(name: str, **options):
     model = LayeredModel(
         embed=lambda edge, microbatch: microbatch @ edge,
         block=lambda w, x, microbatch: x + jnp.tanh(x @ w),
@@ -27,7 +27,7 @@ def prepared(name: str, gradient_dtype=jnp.float32):
     parameters = Parameters(edge=jnp.eye(WIDTH), blocks=jnp.ones((2 * RING, WIDTH, WIDTH)) / WIDTH)
     mesh = make_mesh(RING, devices=jax.devices()[:RING])
     schedule = build(name, devices=RING, microbatches=MICROBATCHES)
-    step = lower(schedule, model, mesh, gradient_dtype=gradient_dtype)
+    step = lower(schedule, model, mesh, **options)
     batch = jnp.ones((MICROBATCHES, TOKENS, WIDTH))
     return step, step.to_rest(parameters), batch
 
@@ -107,6 +107,27 @@ def test_gradient_stream_takes_its_own_dtype():
     streams = [g.source[0] for g in groups if g.kind == "permute"]
     assert sent.count("bf16") == streams.count(Data.GRADIENT) > 0
     assert sent.count("f32") == streams.count(Data.WEIGHT) > 0
+
+
+@pytest.mark.parametrize("name", ["weipipe-interleave", "weipipe-wzb1"])
+def test_buffers_are_written_in_place(name):
+    """Where a tick reads one slot and writes another, XLA must see that the read comes first."""
+    step, rest, batch = prepared(name, recompute="none")
+    computations = parse(compiled_text(jax.jit(step.loss_and_gradients), rest, batch))
+    counts = executions(computations)
+    assert isinstance(step, LoweredStep)
+    slots = step.tables.slots
+    kept = [slots[key] for key in ((Data.RESIDUAL, ""), (Data.TAP, "")) if key in slots]
+    buffers = re.compile("|".join(rf"f32\[{count},2,{TOKENS},{WIDTH}\]" for count in kept))
+    of_buffers = [
+        instruction
+        for computation in computations.values()
+        if counts.get(computation.name, 0) > 1  # what runs once may put zeros into their places
+        for instruction in computation.instructions
+        if buffers.match(instruction.shape)
+    ]
+    assert any(instruction.operation == "dynamic-update-slice" for instruction in of_buffers)
+    assert not [i.text for i in of_buffers if i.operation == "copy"]
 
 
 @pytest.mark.gpu
