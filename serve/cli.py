@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import uvicorn
 
-from jaxsys.errors import UsageError
+from jaxsys.errors import RunError, UsageError
 from jaxsys.model import default_model_path, load
 from jaxsys.serve.deployment import (
     BackgroundCompilation,
@@ -39,9 +39,16 @@ from jaxsys.serve.processes.fleet import LocalProcesses
 from jaxsys.serve.processes.front import Front, FrontSpec, bind, build_app, read_face
 from jaxsys.serve.processes.worker import WorkerSpec
 
+LOOK_S = 2.0
+"""How often a server on a cluster is asked whether it has failed."""
+
 
 def main(argv: Sequence[str], prog: str) -> int:
-    """Serves until SIGTERM or SIGINT."""
+    """Serves until SIGTERM or SIGINT.
+
+    Raises:
+        RunError: if it could not go on, after it has drained.
+    """
     arguments = _parser(prog).parse_args(argv)
     if not (math.isfinite(arguments.drain) and arguments.drain >= 0):
         raise UsageError(f"--drain {arguments.drain} must be 0 or more seconds")
@@ -159,8 +166,12 @@ async def _serve_processes(spec: FrontSpec, drain_s: float) -> None:
     host, port = starting.result()
     _tell_ready(spec, time.monotonic() - started_s)
     _tell_address(host, port)
-    await stopping
+    failing = asyncio.ensure_future(front.engine.until_failure())
+    await asyncio.wait([stopping, failing], return_when=asyncio.FIRST_COMPLETED)
     await front.stop(drain_s)
+    if failing.done():
+        raise RunError(failing.result())
+    failing.cancel()
 
 
 def _serve_cluster(spec: FrontSpec, address: str, drain_s: float) -> None:
@@ -180,8 +191,12 @@ def _serve_cluster(spec: FrontSpec, address: str, drain_s: float) -> None:
         signal.signal(number, lambda *_: stop.set())
     _tell_ready(spec, time.monotonic() - started_s)
     _tell_address(served.host, served.port)
-    stop.wait()
+    failure = None
+    while failure is None and not stop.wait(LOOK_S):
+        failure = served.failure()
     served.stop(drain_s)
+    if failure is not None:
+        raise RunError(failure)
 
 
 def _tell(text: str) -> None:
@@ -274,11 +289,17 @@ def _serve(app: fastapi.FastAPI, engine: Engine, listener: socket.socket, drain_
     async def lifespan(_: fastapi.FastAPI) -> AsyncIterator[None]:
         await engine.start()
         compilation = BackgroundCompilation(engine.instances)
+        watching = asyncio.create_task(end_on_failure())
         yield
+        watching.cancel()
         ended = await engine.drain(0.0)
         await asyncio.to_thread(compilation.stop)
         if ended:
             logging.getLogger(__name__).warning("ended unfinished requests: %d", ended)
+
+    async def end_on_failure() -> None:
+        await engine.until_failure()
+        server.should_exit = True
 
     app.router.lifespan_context = lifespan
     server = _Server(
@@ -292,6 +313,8 @@ def _serve(app: fastapi.FastAPI, engine: Engine, listener: socket.socket, drain_
         )
     )
     asyncio.run(server.serve(sockets=[listener]))
+    if engine.failure is not None:
+        raise RunError(engine.failure)
 
 
 class _Server(uvicorn.Server):

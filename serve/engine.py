@@ -25,7 +25,7 @@ MAX_ATTEMPTS = 3
 """How often a request is begun whose instances fail."""
 
 WATCH_S = 0.5
-"""How often the engine looks for hand-overs that take too long."""
+"""How often the engine looks for hand-overs that take too long, and whether it has failed."""
 
 
 class Overloaded(RunError):
@@ -194,6 +194,12 @@ class Engine:
         for instance in self.instances:
             instance.start()
         self._watcher = asyncio.create_task(self._watch())
+
+    async def until_failure(self) -> str:
+        """Waits until the engine cannot serve any more, and says why."""
+        while self.failure is None:
+            await asyncio.sleep(WATCH_S)
+        return self.failure or ""
 
     async def drain(self, timeout_s: float) -> int:
         """Refuses new requests, waits for those in the engine, ends what is left, stops.

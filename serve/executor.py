@@ -81,6 +81,10 @@ class Executor(Protocol):
         """Waits for a dispatched iteration."""
         ...
 
+    def rebuild(self) -> None:
+        """After a fault of the device: begins anew with empty pages."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ExecutorConfig:
@@ -174,17 +178,25 @@ class JaxExecutor:
             mesh=mesh if isinstance(mesh, Mesh) else None,
             axis=TENSOR,
         )
-        self._cache = paged_model.empty_cache(
-            config, self.page_count, self.page_size, weights.dtype, self._cache_placement
-        )
-        self._last = jax.device_put(np.zeros(self.slots, np.int32), placement)
-        self._history: History | None = None
-        self._decode_buffers: dict[tuple[int, int], tuple[jax.Array, jax.Array, jax.Array]] = {}
         self._steps: dict[tuple, Callable] = {}
         width = self.shapes.table_buckets[-1]
         self._tables = np.full((self.slots, width), self.page_count, np.int32)
         self._table_owners: list[list[int] | None] = [None] * self.slots
         self._table_lengths = np.zeros(self.slots, np.int32)
+        self._make_state()
+
+    def _make_state(self) -> None:
+        """All that steps change: pages, last tokens, and what goes from step to step."""
+        self._cache = paged_model.empty_cache(
+            self.config,
+            self.page_count,
+            self.page_size,
+            self.weights.dtype,
+            self._cache_placement,
+        )
+        self._last = jax.device_put(np.zeros(self.slots, np.int32), self._placement)
+        self._history: History | None = None
+        self._decode_buffers: dict[tuple[int, int], tuple[jax.Array, jax.Array, jax.Array]] = {}
         self._batch: tuple[Request, ...] = ()
         self._batch_rules: tuple[Rules, SamplingNeeds] = (pack_rules([], [], 1), SamplingNeeds())
 
@@ -239,6 +251,20 @@ class JaxExecutor:
                     )
                 )
         return Outcome(tokens, logprobs if asked else None)
+
+    def rebuild(self) -> None:
+        """After a fault of the device: frees all but weights and compiled steps, begins anew.
+
+        Raises:
+            JaxRuntimeError: if the device does not answer.
+        """
+        old = (self._cache, self._last, self._history, self._decode_buffers)
+        for leaf in jax.tree.leaves(old):
+            # Other references may live on, in the fault's traceback: there is no room for two.
+            if not leaf.is_deleted():  # a step that failed may have had it
+                leaf.delete()
+        self._make_state()
+        jax.block_until_ready((self._cache, self._last))
 
     # --- hand-over ----------------------------------------------------------------------------
 

@@ -188,7 +188,6 @@ class Sender:
     def _deliver(self, outgoing: _Outgoing) -> None:
         request = outgoing.request
         name = request.request_id
-        del self._outgoing[name]
         executor = self.instance.executor
         assert isinstance(executor, JaxExecutor)
         size = self.instance.scheduler.config.page_size
@@ -198,6 +197,7 @@ class Sender:
             contents = executor.extract(pages)
             if self.pages is not None:
                 contents = self.pages.publish(name, contents, contents[0].keys.shape[0])
+        del self._outgoing[name]
         self.instance.scheduler.release_handed_over(request)
         self.instance.requests.pop(name, None)
         self.send(Delivery(name, contents, list(request.output_tokens)))

@@ -3,6 +3,9 @@
 While iteration n runs on the device, the loop plans and dispatches n+1; only then does it wait for
 n's tokens. Everything an instance owns (scheduler, executor, governor) is touched by its thread
 alone: others `post` a function to be called there between iterations.
+
+A fault of the device voids what lay on it: its requests end as lost, to be begun again, and the
+instance goes on with empty pages if the device still answers. Any other exception is its end.
 """
 
 import collections
@@ -12,6 +15,9 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from jax.errors import JaxRuntimeError
+
+from jaxsys.errors import RunError
 from jaxsys.serve.clock import Clock
 from jaxsys.serve.executor import Executor, RequestFault, TokenLogprobs
 from jaxsys.serve.hooks import Governor
@@ -26,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 IDLE_LOOK_S = 0.25
 """How often an idle instance looks up, so that idle energy and the idle clock are kept current."""
+MAX_FAULTS = 10
+"""Faults of the device in a row, without a completed iteration between, that end an instance."""
 
 
 class Transfer(Protocol):
@@ -84,7 +92,10 @@ class Instance(Member):
         """Requests known here that have not ended."""
         self._energy_j: Callable[[], float | None] = getattr(governor, "energy_j", lambda: None)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._in_flight: collections.deque[tuple[Iteration, Any, float]] = collections.deque()
         self._stopping = False
+        self._faults = 0
+        self._faults_in_a_row = 0
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
 
     # --- from any thread ----------------------------------------------------------------------
@@ -158,11 +169,20 @@ class Instance(Member):
             self._fail_everything(f"instance {self.name} failed: {error}")
 
     def _loop(self) -> None:
-        scheduler, clock = self.scheduler, self.clock
-        in_flight: collections.deque[tuple[Iteration, Any, float]] = collections.deque()
-        self._ended_s = clock.now_s()
+        self._ended_s = self.clock.now_s()
+        while True:
+            try:
+                return self._turns()
+            except JaxRuntimeError as error:
+                logger.exception("device fault", extra={"instance": self.name})
+                reason = str(error)
+            self._recover(reason)
+
+    def _turns(self) -> None:
+        """Plans, dispatches and completes until the instance is to stop."""
+        scheduler, clock, in_flight = self.scheduler, self.clock, self._in_flight
         # Only a message can change anything after a turn that did nothing and left nothing behind.
-        stuck = True
+        stuck = not scheduler.requests
         while True:
             self._read_inbox(wait=stuck)
             if self._stopping and not in_flight:
@@ -183,6 +203,29 @@ class Instance(Member):
                 self._complete(*in_flight.popleft())
             self._publish(iteration)
 
+    def _recover(self, reason: str) -> None:
+        """Goes on with empty pages; requests that had some are lost, the others still wait.
+
+        Raises:
+            JaxRuntimeError: if the device does not answer.
+            RunError: if it does, but nothing has come of it for long.
+        """
+        self._faults_in_a_row += 1
+        if self._faults_in_a_row == MAX_FAULTS:
+            raise RunError(f"{MAX_FAULTS} faults of the device in a row, the last: {reason}")
+        self.executor.rebuild()
+        self._faults += 1
+        self._in_flight.clear()
+        for request in list(self.requests.values()):
+            if request.state is not RequestState.WAITING:
+                message = f"the device of instance {self.name} failed: {reason}"
+                self.abort_now(request.request_id, "error", message, lost=True)
+        now_s = self.clock.now_s()
+        for iteration in self.scheduler.forget():
+            self.governor.after_iteration(iteration, now_s - self._ended_s, now_s)
+        self._ended_s = now_s
+        self._publish(None)
+
     def _dispatch(self, iteration: Iteration) -> Any:
         """Dispatches; a request that cannot be computed ends with the reason, and nothing else."""
         while True:
@@ -196,6 +239,7 @@ class Instance(Member):
 
     def _complete(self, iteration: Iteration, handle: Any, dispatched_s: float) -> None:
         outcome = self.executor.collect(handle)
+        self._faults_in_a_row = 0
         now_s = self.clock.now_s()
         # The device works in order: it could start when the iteration before had ended.
         latency_s = now_s - max(dispatched_s, self._ended_s)
@@ -257,6 +301,7 @@ class Instance(Member):
             pages_held=scheduler.allocator.held,
             preemptions=scheduler.preemptions,
             iterations=scheduler.iterations,
+            faults=self._faults,
             energy_j=self._energy_j(),
             energy_at_max_j=getattr(self.governor, "energy_at_max_j", None),
             clock_mhz=getattr(self.governor, "clock_mhz", None),

@@ -41,6 +41,8 @@ class InstanceLoad:
     pages_held: int = 0
     preemptions: int = 0
     iterations: int = 0
+    faults: int = 0
+    """Faults of the device that the instance has outlived."""
     energy_j: float | None = None
     """As the governor reads it; None where nothing does."""
     energy_at_max_j: float | None = None

@@ -257,6 +257,17 @@ class Scheduler:
         """Ends a request early by the owner's judgement, as at a stop string."""
         self.abort(request, now_s, reason)
 
+    def forget(self) -> list[Iteration]:
+        """What pages hold is lost, after requests that held some were ended.
+
+        Returns:
+            The iterations that were in flight, which will not be completed.
+        """
+        lost = list(self._in_flight)
+        self._in_flight.clear()
+        self.allocator.forget()
+        return lost
+
     # --- iterations ---------------------------------------------------------------------------
 
     def next_iteration(self, now_s: float, max_steps: int = 1) -> Iteration | None:

@@ -128,6 +128,7 @@ class _EngineCollector(Collector):
             for name, text in (
                 ("iterations", "Iterations planned."),
                 ("preemptions", "Requests whose pages were taken back."),
+                ("device_faults", "Faults of the device outlived; its requests began again."),
                 ("energy_joules", "Energy of the instance, by the method stated."),
                 ("energy_at_max_clock_joules", "What the same work would take ungoverned."),
             )
@@ -145,6 +146,7 @@ class _EngineCollector(Collector):
             gauges["kv_pages"].add_metric(label, instance.page_count)
             counters["iterations"].add_metric(label, load.iterations)
             counters["preemptions"].add_metric(label, load.preemptions)
+            counters["device_faults"].add_metric(label, load.faults)
             if instance.clock_mhz is not None:
                 gauges["clock_mhz"].add_metric(label, instance.clock_mhz)
             if load.energy_j is not None:

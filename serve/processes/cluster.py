@@ -7,6 +7,7 @@ of actors. All machines must reach each other, and see the model under the same 
 """
 
 import concurrent.futures
+import contextlib
 import logging
 import socket
 from typing import Any
@@ -146,9 +147,17 @@ class Cluster:
         """As `Front.describe`."""
         return ray.get(self.front.describe.remote())
 
+    def failure(self) -> str | None:
+        """As `Front.failure`; also where the front itself is gone."""
+        try:
+            return ray.get(self.front.failure.remote())
+        except ray.exceptions.RayError as error:
+            return f"the front is gone: {_reason(error)}"
+
     def stop(self, drain_s: float) -> None:
         """Finishes open requests for `drain_s` seconds and ends everything."""
-        ray.get(self.front.stop.remote(drain_s))
+        with contextlib.suppress(ray.exceptions.RayError):  # it may be gone
+            ray.get(self.front.stop.remote(drain_s))
         ray.kill(self.front)
 
 

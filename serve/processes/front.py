@@ -116,6 +116,10 @@ class Front:
             for one in self.engine.instances
         ]
 
+    async def failure(self) -> str | None:
+        """Why nothing can be served any more; None while something can."""
+        return self.engine.failure
+
     async def stop(self, drain_s: float) -> None:
         """Stops listening, finishes open requests for `drain_s` seconds, ends the instances."""
         if self._server is not None and self._serving is not None:

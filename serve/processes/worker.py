@@ -125,7 +125,7 @@ class Worker:
         """Connects and serves until the front ends it.
 
         Raises:
-            RunError: if the front cannot be reached.
+            RunError: if the front cannot be reached, or the instance has failed.
         """
         spec, instance = self.spec, self.instance
         try:
@@ -149,6 +149,8 @@ class Worker:
             self._ended.set()
             instance.stop(10)
             compilation.stop()
+        if instance.failure is not None:
+            raise RunError(f"instance {spec.name} failed: {instance.failure}")
 
     def _read(self) -> None:
         frames = Frames()

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax.errors import JaxRuntimeError
 
 from jaxsys.errors import RunError, UsageError
 from jaxsys.model import ByteTokenizer, LoadedModel, initial_parameters, preset
@@ -237,6 +238,91 @@ def test_a_failing_instance_ends_its_requests_with_an_error(model):
         assert reason == "error"
 
 
+async def eight(engine):
+    """Every second one drawn."""
+    return await asyncio.gather(
+        *[
+            collect(engine, p, max_tokens=20, temperature=i % 2, seed=i)
+            for i, p in enumerate(prompts(8))
+        ]
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    """The tokens of `eight` where nothing fails."""
+    engine = build_engine(model, DeploymentConfig(prefill=1, decode=0, **SMALL))
+    return run(engine, eight(engine))
+
+
+def poisoned(executor):
+    """Real: what the next steps read comes of a step that failed, seen when they are awaited."""
+
+    def fail(last):
+        raise ValueError("injected")
+
+    step = jax.jit(lambda last: jax.pure_callback(fail, last, last))
+    executor._last = step(executor._last)
+
+
+def exhausted(executor):
+    raise JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+
+
+@pytest.mark.parametrize(
+    ("where", "method", "fault"),
+    [
+        ("decode-0", "dispatch", poisoned),
+        ("decode-0", "dispatch", exhausted),
+        ("decode-0", "insert", exhausted),
+        ("prefill-0", "dispatch", poisoned),
+        ("prefill-0", "extract", exhausted),
+        ("instance-0", "dispatch", poisoned),
+    ],
+)
+def test_a_fault_of_the_device_costs_nothing_but_time(model, expected, where, method, fault):
+    """Same tokens, greedy and drawn; the instance goes on, its pages all there."""
+    config = DeploymentConfig(prefill=1, decode=int(where != "instance-0"), **SMALL)
+    engine: Any = build_engine(model, config)
+    victim = next(one for one in engine.instances if one.name == where)
+    whole, calls = getattr(victim.executor, method), []
+
+    def sometimes(*arguments):
+        calls.append(arguments)
+        if len(calls) in (4, 6):
+            fault(victim.executor)
+        return whole(*arguments)
+
+    setattr(victim.executor, method, sometimes)
+    assert run(engine, eight(engine)) == expected
+    assert not engine.failed and victim.load.faults >= 1
+
+
+def test_a_device_that_does_not_answer_ends_its_instance(model):
+    engine: Any = build_engine(model, DeploymentConfig(prefill=1, decode=0, **SMALL))
+    instance = engine.instances[0]
+    instance.executor.dispatch = lambda _: exhausted(None)
+    instance.executor.rebuild = lambda: exhausted(None)
+    assert {reason for _, reason in run(engine, eight(engine))} == {"error"}
+    assert "Out of memory" in str(engine.failure)
+
+
+def test_a_device_that_never_computes_ends_its_instance(model):
+    """Each fault is outlived, but a request is begun three times and no more."""
+    engine: Any = build_engine(model, DeploymentConfig(prefill=1, decode=0, **SMALL))
+    instance = engine.instances[0]
+    instance.executor.dispatch = lambda _: exhausted(None)
+
+    async def one_by_one():
+        for served in range(1, 5):
+            assert await collect(engine, [1, 2], max_tokens=3) == ([], "error")
+            assert (engine.failure is not None) == (served == 4)
+
+    run(engine, one_by_one())
+    assert "10 faults of the device in a row, the last: RESOURCE_EXHAUSTED" in str(engine.failure)
+    assert instance.load.faults == 9
+
+
 @pytest.mark.parametrize("decode", [0, 1])
 def test_a_request_that_cannot_be_computed_ends_alone(model, decode):
     """More biases than the device holds, unchecked: an error for it, tokens for its neighbours."""
@@ -255,19 +341,9 @@ def test_a_request_that_cannot_be_computed_ends_alone(model, decode):
 
 
 @pytest.mark.parametrize("dies", ["decode-0", pytest.param("prefill-1", marks=pytest.mark.slow)])
-def test_requests_of_a_dead_instance_go_on_elsewhere(model, dies):
+def test_requests_of_a_dead_instance_go_on_elsewhere(model, expected, dies):
     """Same tokens as without the failure, greedy and drawn; only the dead instance is lost."""
-
-    async def everything(engine):
-        return await asyncio.gather(
-            *[
-                collect(engine, p, max_tokens=20, temperature=i % 2, seed=i)
-                for i, p in enumerate(prompts(8))
-            ]
-        )
-
     config = DeploymentConfig(prefill=2, decode=2, **SMALL)
-    expected = run(engine := build_engine(model, config), everything(engine))
     engine: Any = build_engine(model, config)
     victim = next(one for one in engine.instances if one.name == dies)
     dispatch, calls = victim.executor.dispatch, []
@@ -283,7 +359,7 @@ def test_requests_of_a_dead_instance_go_on_elsewhere(model, dies):
     async def whole():
         await engine.start()
         try:
-            found = await everything(engine)
+            found = await eight(engine)
             assert len(engine.failed) == 1 and engine.failure is None
             again = await collect(engine, [1, 2, 3], max_tokens=3)
             assert len(again[0]) == 3

@@ -1,5 +1,6 @@
 """`jaxsys serve` as a process: the openai client against it, SIGTERM, and what it refuses."""
 
+import contextlib
 import re
 import signal
 import socket
@@ -8,6 +9,7 @@ import sys
 import threading
 from typing import Any
 
+import httpx
 import jax
 import openai
 import pytest
@@ -15,6 +17,21 @@ import pytest
 from jaxsys.cli import main
 from jaxsys.model import ByteTokenizer, initial_parameters, preset
 from jaxsys.model.save import save_safetensors
+
+START = """
+import sys
+from jaxsys.cli import main
+sys.exit(main())
+"""
+DEAD_DEVICE = """
+import jax
+from jaxsys.serve.executor import JaxExecutor
+
+def fail(*_):
+    raise jax.errors.JaxRuntimeError("INTERNAL: the device is gone")
+
+JaxExecutor.collect = JaxExecutor.rebuild = fail
+"""
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +44,14 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def server(folder, tmp_path):
-    """A running server and its address."""
+def server(folder, tmp_path, request):
+    """A running server and its address; a parameter is a program that makes it worse."""
     keys = tmp_path / "keys"
     keys.write_text("sesame\n")
-    command = [sys.executable, "-m", "jaxsys.cli", "serve", "--model", str(folder)]
-    command += ["--port", "0", "--max-length", "200", "--max-batch", "4", "--log", "json"]
-    command += ["--api-key-file", str(keys), "--compilation-cache", str(tmp_path / "compiled")]
+    command = [sys.executable, "-c", getattr(request, "param", "") + START, "serve"]
+    command += ["--model", str(folder), "--port", "0", "--max-length", "200", "--max-batch", "4"]
+    command += ["--log", "json", "--api-key-file", str(keys)]
+    command += ["--compilation-cache", str(folder.parent / "compiled")]
     process: Any = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     lines: list[str] = []
     found = None
@@ -91,10 +109,24 @@ def test_the_openai_client_and_a_graceful_end(server):
     assert "Traceback" not in log
 
 
+@pytest.mark.parametrize("server", [DEAD_DEVICE], indirect=True)
+def test_a_dead_device_ends_the_server_with_a_reason(server):
+    process, address, lines, reader = server
+    client: Any = openai.OpenAI(base_url=address, api_key="sesame", timeout=60, max_retries=0)
+    with pytest.raises(openai.InternalServerError, match="the device is gone") as caught:
+        client.completions.create(model="tiny-bytes", prompt="a")
+    assert caught.value.status_code == 503
+    client.close()
+    with contextlib.suppress(httpx.TransportError):  # it may have ended already
+        assert httpx.get(address.removesuffix("v1") + "health").status_code == 503
+    assert process.wait(60) == 1
+    reader.join(10)
+    assert "INTERNAL: the device is gone" in lines[-1]
+
+
 @pytest.mark.slow
 def test_fuzzing_by_the_description_finds_no_server_error(server):
     """schemathesis against every endpoint: no 5xx, no undocumented status or form of answer."""
-    pytest.importorskip("schemathesis")
     process, address, lines, _ = server
     checks = ("not_a_server_error", "status_code_conformance", "response_schema_conformance")
     command = [sys.executable, "-m", "schemathesis.cli", "run"]
@@ -109,16 +141,16 @@ def test_fuzzing_by_the_description_finds_no_server_error(server):
     ("arguments", "words"),
     [
         (["--model", "/nowhere/model"], "/nowhere/model does not exist"),
-        (["--port", "99999"], "port=99999 must be from 0"),
+        (["--port", "99999"], "--port 99999 must be from 0"),
         (["--host", "no.such.host.invalid"], "is no address of this machine"),
-        (["--prefill", "0"], "prefill=0 must be at least 1"),
-        (["--page-size", "0"], "page_size=0 must be at least 1"),
-        (["--pages", "1"], "page_count=1 pages of page_size=64 tokens hold 64 tokens, below"),
-        (["--max-requests", "0"], "max_requests=0 must be at least 1"),
+        (["--prefill", "0"], "--prefill 0 must be at least 1"),
+        (["--page-size", "0"], "--page-size 0 must be at least 1"),
+        (["--pages", "1"], "--pages 1 x --page-size 64 tokens hold 64 tokens, below --max-length"),
+        (["--max-requests", "0"], "--max-requests 0 must be at least 1"),
         (["--drain", "-5"], "--drain -5.0 must be 0 or more seconds"),
         (["--drain", "nan"], "--drain nan must be 0 or more seconds"),
-        (["--max-batch", "0"], "max_batch=0 must be at least 1"),
-        (["--ttft-slo", "-1"], "ttft_s=-1.0 must be a positive"),
+        (["--max-batch", "0"], "--max-batch 0 must be at least 1"),
+        (["--ttft-slo", "-1"], "--ttft-slo -1.0 must be a positive"),
         (["--api-key-file", "/nowhere/keys"], "/nowhere/keys: No such file"),
     ],
 )
