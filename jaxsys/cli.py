@@ -1,6 +1,7 @@
 """The `jaxsys` command: finds the subcommand, imports only that one, and reports its faults.
 
-A subcommand has a name of one word or two, and is a module with `main(argv, prog) -> int | None`.
+A subcommand has a name of one word or two, and is a module with `main(argv, prog) -> int | None`,
+and with `parser(prog)` where the library's messages are to name its options.
 Exit codes: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted.
 """
 
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 
 from jaxsys import __version__
 from jaxsys.errors import RunError, UsageError
+from jaxsys.options import in_options
 
 SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("jaxsys.planner.cli", "compare parallel plans for a model on a cluster"),
@@ -62,13 +64,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     debug = "--debug" in rest
     rest = [word for word in rest if word != "--debug"]
+    prog = f"jaxsys {name}"
+    module = None
     try:
         module = importlib.import_module(SUBCOMMANDS[name][0])
-        return int(module.main(rest, prog=f"jaxsys {name}") or 0)
+        return int(module.main(rest, prog=prog) or 0)
     except (UsageError, RunError) as error:
         if debug:
             raise
-        print(f"jaxsys {name}: {error}", file=sys.stderr)
+        parser = getattr(module, "parser", None)
+        text = str(error) if parser is None else in_options(str(error), parser(prog))
+        print(f"{prog}: {text}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         return 130
@@ -78,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if debug or error.filename is None:
             raise
-        print(f"jaxsys {name}: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"{prog}: {error.filename}: {error.strerror}", file=sys.stderr)
         return 1
 
 

@@ -1,4 +1,9 @@
-"""Planning: parallel plans as trajectories of data through devices and time."""
+"""Planning: parallel plans as trajectories of data through devices and time.
+
+`plan(loss_fn, params, batch, cluster=Cluster(...))` finds one for your function; devices and links
+are in `jaxsys.hardware`. `Space` narrows what `search` may choose from; `load_plan` reads a file of
+`jaxsys plan`. `jaxsys.planner.cats` lists a plan's tensors, `jaxsys.planner.recognise` names it.
+"""
 
 if __name__ != "jaxsys.planner":
     raise ImportError(f"import jaxsys.planner, not {__name__}")

@@ -28,17 +28,24 @@ from jaxsys.schedule import Simulation, simulate
 from jaxsys.schedule.render import draw, write_chrome_trace
 
 GIB = 2**30
+MOST_DEVICES = 1024
+"""Every task of every device is simulated: this many take minutes a strategy."""
 
 
 def main(argv: Sequence[str], prog: str) -> int:
     """Runs the command; returns 0, or raises UsageError or RunError."""
-    options = _parser(prog).parse_args(argv)
-    for name in ("memory_gib", "search_seconds"):
-        value = getattr(options, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UsageError(
-                f"--{name.replace('_', '-')} {value:g} must be a finite number above 0"
-            )
+    options = parser(prog).parse_args(argv)
+    if options.memory_gib is not None and not options.memory_gib > 0:
+        raise UsageError(f"--memory-gib {options.memory_gib:g} must be above 0; inf sets no limit")
+    if not 0 < options.search_seconds < math.inf:
+        raise UsageError(
+            f"--search-seconds {options.search_seconds:g} must be a finite number above 0"
+        )
+    if options.devices > MOST_DEVICES:
+        raise UsageError(
+            f"--devices {options.devices} is more than can be simulated device by device; plan for "
+            f"at most {MOST_DEVICES}, and run replicas of that plan"
+        )
     config = read_model(options.model)
     measured = None if options.profile is None else load_profile(options.profile)
     if measured is not None and measured.link is None and options.devices > 1:
@@ -77,7 +84,9 @@ def main(argv: Sequence[str], prog: str) -> int:
         microbatches=microbatches,
         memory_bytes=memory_bytes,
         precision=precision,
+        progress=_show,
     )
+    _show("")
     print(
         f"{options.model}: {workload.parameters / 1e9:.2f} B parameters, {workload.layers} layers; "
         f"{cluster}; a step is {microbatches} microbatches of {options.microbatch_size} x "
@@ -139,23 +148,19 @@ def main(argv: Sequence[str], prog: str) -> int:
 
 def _search(problem: Problem, time_s: float) -> Found:
     """Searches with a line of progress, and prints what is found and why."""
-    shown = sys.stderr.isatty()
 
     def progress(moment: Progress) -> None:
-        if shown:
-            line = (
-                f"{moment.elapsed_s:5.1f} s  {moment.phase} {moment.done}/{moment.total}  "
-                f"{moment.evaluated} plans  best {report.seconds(moment.best.step_s)}  "
-                f"{describe(moment.best.plan)}"
-            )
-            print(f"\r{line[:118]:<118}", end="", file=sys.stderr, flush=True)
+        _show(
+            f"{moment.elapsed_s:5.1f} s  {moment.phase} {moment.done}/{moment.total}  "
+            f"{moment.evaluated} plans  best {report.seconds(moment.best.step_s)}  "
+            f"{describe(moment.best.plan)}"
+        )
 
     effort = Effort(
         refine=4, chains=24, steps=60, pairs=8000, restarts=1, time_s=time_s, tolerance=1e-3
     )
     result = search(Space.of(problem), effort=effort, progress=progress)
-    if shown:
-        print(file=sys.stderr)
+    _show("")
     print(
         f"\nsearched {result.evaluated} plans in {result.elapsed_s:.1f} s from data parallelism; "
         "the best of each name:"
@@ -164,6 +169,12 @@ def _search(problem: Problem, time_s: float) -> Found:
     print()
     print(explain.reasons(problem, result))
     return result.best
+
+
+def _show(progress: str) -> None:
+    """Puts one line of progress in place of the last, where somebody watches."""
+    if sys.stderr.isatty():
+        print(f"\r{progress[:118]:<118}\r", end="", file=sys.stderr, flush=True)
 
 
 def _write_pictures(simulation: Simulation, options: argparse.Namespace) -> None:
@@ -205,11 +216,12 @@ def refuse_to_overwrite(path: Path) -> None:
         raise UsageError(f"folder {path.parent} does not exist")
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser(prog: str) -> argparse.ArgumentParser:
+    """The options of `jaxsys plan`."""
+    result = argparse.ArgumentParser(
         prog=prog, description="Compare parallel plans for a model on a cluster."
     )
-    add = parser.add_argument
+    add = result.add_argument
     add("--model", required=True, help="a preset's name or a Hugging Face folder")
     add("--devices", type=int, required=True, help="how many devices")
     add("--link", default="nvlink", help=f"one of {', '.join(hardware.LINKS)}")
@@ -217,7 +229,11 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add("--sequence-length", type=int, help="tokens of a sequence (default: 8192 or the model's)")
     add("--microbatch-size", type=int, default=1, help="sequences of a microbatch (default: 1)")
     add("--microbatches", type=int, help="of a step, over all devices (default: 8 per device)")
-    add("--memory-gib", type=float, help="limit per device (default: 92 %% of the device's)")
+    add(
+        "--memory-gib",
+        type=float,
+        help="limit per device; inf: none (default: 92 %% of the device's)",
+    )
     add(
         "--gradients",
         choices=("float32", "bfloat16"),
@@ -234,4 +250,4 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add("--schedule", type=Path, help="write the winner's schedule, for `jaxsys train`")
     add("--trace", type=Path, help="write the winner's timeline as a Perfetto trace")
     add("--png", type=Path, help="draw the winner's timeline and memory")
-    return parser
+    return result

@@ -10,6 +10,7 @@ from jaxsys.errors import UsageError
 from jaxsys.planner.plans import Plan
 from jaxsys.planner.problem import Problem
 from jaxsys.planner.recognise import describe, recognise
+from jaxsys.planner.report import limit_gib
 from jaxsys.planner.search import Found
 
 FORMAT = "jaxsys-plan-file"
@@ -48,7 +49,7 @@ def plan_file(problem: Problem, found: Found, *, request: Mapping[str, Any]) -> 
             "compute_s": found.compute_s,
             "peak_gib": found.peak_bytes / GIB,
             "sent_gb": found.sent_bytes / 1e9,
-            "memory_limit_gib": problem.memory_bytes / GIB,
+            "memory_limit_gib": limit_gib(problem.memory_bytes),
         },
         "plan": found.plan.to_json(),
     }

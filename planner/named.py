@@ -109,6 +109,7 @@ def compare(
     microbatches: int,
     memory_bytes: float | None = None,
     precision: Precision | None = None,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> Comparison:
     """Simulates every known strategy.
 
@@ -118,6 +119,7 @@ def compare(
         microbatches: M of a step, over all devices.
         memory_bytes: the limit per device; `USABLE_MEMORY` of the device's if not given.
         precision: bytes per parameter.
+        progress: told, in a few words, which strategy is next.
 
     Raises:
         UsageError: if microbatches are not positive, or no strategy is legal.
@@ -132,7 +134,9 @@ def compare(
         raise UsageError(f"memory of {memory_bytes / 2**30:.3g} GiB must be above 0")
     precision = precision or Precision()
     rows, refused = [], []
-    for name, generate in strategies(workload, devices, microbatches).items():
+    generators = strategies(workload, devices, microbatches)
+    for number, (name, generate) in enumerate(generators.items(), 1):
+        progress(f"simulating {name} ({number} of {len(generators)})")
         try:
             schedule = generate()
         except (UsageError, ScheduleError) as error:

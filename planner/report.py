@@ -1,5 +1,6 @@
 """A comparison as people read it: a table, a verdict with its reason, and versioned JSON."""
 
+import math
 from typing import Any
 
 import jaxsys
@@ -83,12 +84,17 @@ def as_json(comparison: Comparison, *, request: dict[str, Any]) -> dict[str, Any
         "jaxsys": jaxsys.__version__,
         "kind": "simulated",
         "request": request,
-        "memory_limit_gib": comparison.memory_bytes / GIB,
+        "memory_limit_gib": limit_gib(comparison.memory_bytes),
         "best": best.strategy if best else None,
         "verdict": verdict(comparison),
         "rows": [row_json(row) for row in comparison.rows],
         "refused": [{"strategy": name, "reason": why} for name, why in comparison.refused],
     }
+
+
+def limit_gib(memory_bytes: float) -> float | None:
+    """A limit as JSON has it: None if there is none."""
+    return None if math.isinf(memory_bytes) else memory_bytes / GIB
 
 
 def row_json(row: Row) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def main(argv: Sequence[str], prog: str) -> int:
     Raises:
         RunError: if it could not go on, after it has drained.
     """
-    arguments = _parser(prog).parse_args(argv)
+    arguments = parser(prog).parse_args(argv)
     if not (math.isfinite(arguments.drain) and arguments.drain >= 0):
         raise UsageError(f"--drain {arguments.drain} must be 0 or more seconds")
     path = default_model_path() if arguments.model is None else arguments.model
@@ -63,9 +63,9 @@ def main(argv: Sequence[str], prog: str) -> int:
         max_prefill_tokens=arguments.max_prefill_tokens,
         max_length=max_length,
         page_size=arguments.page_size,
-        page_count=arguments.pages,
+        page_count=arguments.page_count,
         max_requests=arguments.max_requests,
-        quantisation=arguments.quantise,
+        quantisation=arguments.quantisation,
         tensor_parallel=arguments.tensor_parallel,
     )
     worker = WorkerSpec(
@@ -79,7 +79,7 @@ def main(argv: Sequence[str], prog: str) -> int:
             clocks=arguments.clocks,
             profile=None if arguments.profile is None else str(arguments.profile.absolute()),
         ),
-        slo=Slo(ttft_s=arguments.ttft_slo, itl_s=arguments.itl_slo),
+        slo=Slo(ttft_s=arguments.ttft_s, itl_s=arguments.itl_s),
         compilation_cache=str(arguments.compilation_cache),
         json_log=arguments.log == "json",
         front_host="",
@@ -212,76 +212,144 @@ def _tell_address(host: str, port: int, more: str = "") -> None:
     _tell(f"serving on http://{host}:{port}/v1 (also /health, /metrics, /dashboard, /docs){more}")
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Serve a model over an OpenAI-compatible API.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+def parser(prog: str) -> argparse.ArgumentParser:
+    """The options of `jaxsys serve`."""
+    result = argparse.ArgumentParser(
+        prog=prog, description="Serve a model over an OpenAI-compatible API."
     )
-    add = parser.add_argument
-    add("--model", type=Path, help="folder or .gguf file; SmolLM2-135M-Instruct if not given")
-    add("--model-name", help="name in the API; the file's or folder's if not given")
+    add = result.add_argument
+    add("--model", type=Path, help="folder or .gguf file (default: SmolLM2-135M-Instruct)")
+    add("--model-name", help="name in the API (default: the file's or folder's)")
+    add("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
+    add("--port", type=int, default=8000, help="0 takes a free one (default %(default)s)")
+    add("--api-key-file", type=Path, help="file with one key a line; without it all are let in")
     add(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        help="of the weights; float32 on CPU, else bfloat16",
+        "--max-requests",
+        type=int,
+        default=256,
+        help="requests taken before answering 429 (default %(default)s)",
     )
-    add("--host", default="127.0.0.1", help="address to listen on")
-    add("--port", type=int, default=8000, help="port to listen on; 0 takes a free one")
-    add("--prefill", type=int, default=1, help="prefill instances")
-    add("--decode", type=int, default=1, help="decode instances; 0: the prefill ones do both")
     add(
+        "--drain",
+        type=float,
+        default=30.0,
+        help="seconds to finish requests after SIGTERM (default %(default)s)",
+    )
+    add("--log", choices=("text", "json"), default="text", help="form of the log on stderr")
+    many = result.add_argument_group("instances: who computes")
+    many.add_argument(
+        "--prefill",
+        type=int,
+        default=1,
+        help="instances that read prompts (default %(default)s)",
+    )
+    many.add_argument(
+        "--decode",
+        type=int,
+        default=1,
+        help="instances that write answers; 0: those of --prefill do both (default %(default)s)",
+    )
+    many.add_argument(
+        "--tensor-parallel",
+        type=int,
+        default=1,
+        help="GPUs that share one instance (default %(default)s)",
+    )
+    many.add_argument(
         "--cluster",
         metavar="WHERE",
         help="run instances as processes: local (of this machine), auto (the Ray cluster that "
-        "runs here, or one started for it), or the address of a Ray cluster",
+        "runs here, or one started for it), or the address of a Ray cluster (default: all in this "
+        "process)",
     )
-    add("--max-batch", type=int, help="requests an instance works on at once; 16 on CPU, else 128")
-    add(
+    sizes = result.add_argument_group("sizes of an instance")
+    sizes.add_argument(
         "--max-length",
         type=int,
-        help="tokens of a request, prompt and output; the model's or 2048, whichever is less",
+        help="tokens of a request, prompt and output (default: the model's or 2048, whichever is "
+        "less)",
     )
-    add(
+    sizes.add_argument(
+        "--max-batch", type=int, help="requests worked on at once (default: 16 on CPU, else 128)"
+    )
+    sizes.add_argument(
         "--max-prefill-tokens",
         type=int,
-        help="prompt tokens an iteration computes; 256 on CPU, else 2048",
+        help="prompt tokens computed at once (default: 256 on CPU, else 2048)",
     )
-    add("--page-size", type=int, help="tokens a page of the cache holds; 16 on CPU, else 64")
-    add("--pages", type=int, help="pages of each instance; what the device has if not given")
-    add("--max-requests", type=int, default=256, help="requests taken before answering 429")
-    add("--gpu", choices=[*GPUS, "none"], default="h100", help="GPU to model clock and energy of")
-    add(
-        "--clocks",
-        choices=("observe", "control"),
-        default="observe",
-        help="whether a real GPU's clock may be set; it is given back at the end, come what may",
+    sizes.add_argument(
+        "--page-size",
+        type=int,
+        help="tokens in a page, the unit of cache memory (default: 16 on CPU, else 64)",
     )
-    add(
-        "--profile",
-        type=Path,
-        help="file of `jaxsys profile serving` from which predictions begin",
+    sizes.add_argument(
+        "--pages",
+        type=int,
+        dest="page_count",
+        metavar="PAGES",
+        help="pages of cache memory (default: what the device has)",
     )
-    add(
-        "--route",
-        choices=("fewest", "energy"),
-        default="fewest",
-        help="which decode instance gets a request: of the fewest, or of the least energy",
+    sizes.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of the weights (default: float32 on CPU, else bfloat16)",
     )
-    add("--quantise", choices=("int8",), help="form of the matrices; the dtype's if not given")
-    add("--tensor-parallel", type=int, default=1, help="GPUs that share one instance")
-    add("--ttft-slo", type=float, default=0.6, help="seconds to the first token to aim for")
-    add("--itl-slo", type=float, default=0.06, help="seconds between tokens to aim for")
-    add("--api-key-file", type=Path, help="file with one key a line; without it all are let in")
-    add("--drain", type=float, default=30.0, help="seconds to finish requests after SIGTERM")
-    add("--log", choices=("text", "json"), default="text", help="form of the log on stderr")
-    add(
+    sizes.add_argument(
+        "--quantise",
+        choices=("int8",),
+        dest="quantisation",
+        help="form of the weight matrices (default: that of --dtype)",
+    )
+    sizes.add_argument(
         "--compilation-cache",
         type=Path,
         default=Path.home() / ".cache" / "jaxsys" / "compiled",
-        help="folder that keeps compiled steps between runs",
+        help="folder that keeps compiled steps between runs (default %(default)s)",
     )
-    return parser
+    energy = result.add_argument_group("latency and energy")
+    energy.add_argument(
+        "--ttft-slo",
+        type=float,
+        default=0.6,
+        dest="ttft_s",
+        metavar="S",
+        help="seconds to the first token to aim for (default %(default)s)",
+    )
+    energy.add_argument(
+        "--itl-slo",
+        type=float,
+        default=0.06,
+        dest="itl_s",
+        metavar="S",
+        help="seconds between tokens to aim for (default %(default)s)",
+    )
+    energy.add_argument(
+        "--clocks",
+        choices=("observe", "control"),
+        default="observe",
+        help="whether a real GPU's clock may be set; it is given back at the end, come what may "
+        "(default %(default)s)",
+    )
+    energy.add_argument(
+        "--route",
+        choices=("fewest", "energy"),
+        default="fewest",
+        help="which decode instance gets a request: of the fewest requests, or of the least "
+        "energy (default %(default)s)",
+    )
+    energy.add_argument(
+        "--gpu",
+        choices=[*GPUS, "none"],
+        default="h100",
+        help="GPU to model clock and energy of (default %(default)s)",
+    )
+    energy.add_argument(
+        "--profile",
+        type=Path,
+        help="file of `jaxsys profile serving` from which predictions begin (default: the model "
+        "of --gpu)",
+    )
+    return result
 
 
 def _serve(app: fastapi.FastAPI, engine: Engine, listener: socket.socket, drain_s: float) -> None:

@@ -338,7 +338,7 @@ def _scheduler_config(
 def _check_room(page_count: int, page_size: int, max_length: int) -> None:
     if page_count * page_size < max_length:
         raise UsageError(
-            f"page_count={page_count} pages of page_size={page_size} tokens hold "
+            f"page_count={page_count} x page_size={page_size} tokens hold "
             f"{page_count * page_size} tokens, below max_length={max_length}; use "
-            f"{-(-max_length // page_size)} pages or more, or lower max_length"
+            f"page_count={-(-max_length // page_size)} or more, or lower max_length"
         )

@@ -1,4 +1,8 @@
-"""Training: weights travel round a ring while data stays; the trainer, its data and checkpoints."""
+"""Training: weights travel round a ring while data stays; the trainer, its data and checkpoints.
+
+`from_nnx` or `from_linen` takes your model, `Batches` your samples, and `Trainer` the model and an
+optimizer; `Trainer.fit` trains, saves and resumes. `jaxsys.train.lora` adds adapters.
+"""
 
 if __name__ != "jaxsys.train":
     raise ImportError(f"import jaxsys.train, not {__name__}")

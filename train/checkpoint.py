@@ -25,6 +25,8 @@ from jaxsys.layered import PyTree
 from jaxsys.train.state import path_names
 
 FORMAT_VERSION = 1
+FOLDER = "checkpoints"
+"""Of a run's folder, what holds its checkpoints."""
 _BROKEN = "broken-"
 _SIZES = ".sizes.json"
 """In a finished step's folder: the size of every file, so that one cut short is named."""
@@ -47,6 +49,16 @@ class Record:
     made_with: Mapping[str, Any]
     """Schedule, devices and versions; for people, nothing depends on it."""
     format: int = FORMAT_VERSION
+
+
+def check_unused(folder: Path) -> None:
+    """Raises UsageError if a run's folder holds checkpoints of a run already."""
+    steps = [int(path.name) for path in (folder / FOLDER).glob("*") if path.name.isdigit()]
+    if steps:
+        raise UsageError(
+            f"{folder} holds a run at step {max(steps)}; resume it (resume=True) or choose "
+            "another folder"
+        )
 
 
 class CheckpointStore:

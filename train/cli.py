@@ -12,8 +12,10 @@ from jaxsys.errors import RunError, UsageError
 from jaxsys.lowering import RECOMPUTE_POLICIES
 from jaxsys.model import ByteTokenizer, Tokenizer, initial_parameters, layered, preset
 from jaxsys.model.save import check_target, save_safetensors
+from jaxsys.options import in_options
 from jaxsys.strategies import NAMES
 from jaxsys.train import corpus, plan_file, samples
+from jaxsys.train.checkpoint import check_unused
 from jaxsys.train.hosts import Hosts, choose_devices, join
 from jaxsys.train.layout import lay_out
 from jaxsys.train.loader import Batches
@@ -122,7 +124,8 @@ def main(argv: list[str], prog: str) -> int:
         if not hosts.many:
             raise
         # The orderly way out waits for all peers, some of which may be gone.
-        print(f"{prog}: process {jax.process_index()}: {error}", file=sys.stderr, flush=True)
+        text = in_options(str(error), parser(prog))
+        print(f"{prog}: process {jax.process_index()}: {text}", file=sys.stderr, flush=True)
         os._exit(2 if isinstance(error, UsageError) else 1)
     except Exception:
         if not hosts.many:
@@ -140,6 +143,8 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
     say = _silent if arguments.quiet or (hosts.many and jax.process_index()) else _print
     if arguments.resume and arguments.out is None:
         raise UsageError("--resume needs --out, the folder of the run to go on with")
+    if arguments.out is not None and not arguments.resume:
+        check_unused(arguments.out)
     if arguments.stop_at is not None and arguments.stop_at < 1:
         raise UsageError(f"--stop-at {arguments.stop_at} must be at least 1")
     config = preset(arguments.model)
@@ -159,7 +164,6 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
         microbatches=arguments.microbatches,
         microbatch_size=arguments.microbatch_size,
         recompute=arguments.recompute,
-        say=say,
     )
     recipe = Recipe(
         model=arguments.model,
@@ -180,10 +184,6 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
         microbatch_size=layout.microbatch_size,
         seed=recipe.seed,
     )
-    say(
-        f"{training.source}: {len(training.tokens):,} tokens in {training.documents} documents to "
-        f"train on, {len(held_out.tokens):,} held out; {data.samples_per_epoch:,} samples"
-    )
     trainer = Trainer(
         layered(config),
         lambda: initial_parameters(config, seed=recipe.seed),
@@ -197,6 +197,13 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
         non_finite=arguments.non_finite,
         settings=recipe.settings(data=training.fingerprint()),
         flops_per_token=llama_flops_per_token(config, recipe.sequence_length),
+    )
+    # Said only now: what is refused is refused in one line.
+    if layout.reason is not None:
+        say(layout.reason)
+    say(
+        f"{training.source}: {len(training.tokens):,} tokens in {training.documents} documents to "
+        f"train on, {len(held_out.tokens):,} held out; {data.samples_per_epoch:,} samples"
     )
     report = trainer.fit(
         data,

@@ -1,6 +1,5 @@
 """How `jaxsys train` lays a run out: ring and replicas, schedule, microbatches, recompute."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +27,8 @@ class Layout:
     microbatch_size: int
     rows: int
     """Microbatches of a step, over all replicas."""
+    reason: str | None
+    """What the planner chose and why, where it was asked."""
 
 
 def lay_out(
@@ -40,7 +41,6 @@ def lay_out(
     microbatches: int | None,
     microbatch_size: int | None,
     recompute: Recompute | None,
-    say: Callable[[str], None],
 ) -> Layout:
     """Fills in what was not asked for; a plan file's own sizes win over defaults, never over asks.
 
@@ -53,7 +53,6 @@ def lay_out(
         microbatches: of one ring and step.
         microbatch_size: sequences.
         recompute: what backward computes again.
-        say: told what the planner chose.
 
     Raises:
         UsageError: if the devices, the batch and the schedule do not fit together.
@@ -65,7 +64,10 @@ def lay_out(
             ("microbatch_size", microbatch_size, planned.microbatch_size),
         ):
             if asked not in (None, has):
-                raise UsageError(f"{name}={asked}, but the plan {schedule} has {name}={has}")
+                raise UsageError(
+                    f"{name}={asked}, but the plan {schedule} is for {name}={has}; leave it out, "
+                    "or plan again"
+                )
         replicas, microbatch_size = planned.replicas, planned.microbatch_size
         recompute = recompute or planned.recompute
     replicas = 1 if replicas is None else replicas
@@ -73,6 +75,7 @@ def lay_out(
     if replicas < 1 or len(devices) % replicas:
         raise UsageError(f"replicas={replicas} does not divide devices={len(devices)}")
     ring = len(devices) // replicas
+    reason = None
     chosen: str | Schedule = schedule or ("weipipe-interleave" if ring > 1 else "dp")
     if chosen == "auto":
         workload = llama_workload(
@@ -80,7 +83,7 @@ def lay_out(
         )
         choice = auto.choose(workload, devices[:ring], microbatches=microbatches or 2 * ring)
         chosen, recompute = choice.schedule, recompute or choice.recompute
-        say(choice.reason)
+        reason = choice.reason
     resolved = plan.resolve(
         chosen, devices=ring, layers=config.num_layers, microbatches=microbatches
     )
@@ -90,4 +93,5 @@ def lay_out(
         recompute=recompute or "block",
         microbatch_size=size,
         rows=replicas * resolved.microbatches,
+        reason=reason,
     )

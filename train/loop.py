@@ -16,7 +16,7 @@ import jax
 
 from jaxsys.errors import RunError, UsageError
 from jaxsys.layered import PyTree
-from jaxsys.train.checkpoint import CheckpointStore
+from jaxsys.train.checkpoint import FOLDER, CheckpointStore, check_unused
 from jaxsys.train.energy import EnergyMeter
 from jaxsys.train.flops import CONVENTION, device_peak
 from jaxsys.train.interrupt import StopRequest, Watchdog
@@ -190,19 +190,15 @@ class _Loop:
         self.energy = EnergyMeter(local)
         stack.callback(self.energy.close)
         if self.folder is not None:
-            self.store = CheckpointStore(self.folder / "checkpoints", keep=keep, notice=self.say)
+            if not resume:
+                check_unused(self.folder)
+            self.store = CheckpointStore(self.folder / FOLDER, keep=keep, notice=self.say)
             stack.callback(self.store.release)
-            there = self.store.steps()
             if resume:
                 start = trainer.restore(self.store, accept_changes=accept_changes, notice=self.say)
                 if start is None:
                     self.say(f"no checkpoint in {self.folder} yet: starting from step 0")
                 self.saved = start
-            elif there:
-                raise UsageError(
-                    f"{self.folder} holds a run at step {there[-1]}; resume it "
-                    "(--resume, resume=True) or choose another folder"
-                )
             if jax.process_index() == 0:
                 self.log = MetricsLog(
                     self.folder / "metrics.jsonl",

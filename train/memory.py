@@ -122,8 +122,7 @@ def check_fits(step: StepShape, limit_bytes: float) -> None:
         )
     raise UsageError(
         f"a step of {step.schedule.name} is predicted to need {needed / GIB:.3g} GiB a device, of "
-        f"{limit_bytes / GIB:.3g} GiB; {advice}; or go on anyway with --memory-gib inf "
-        "(memory_gib=math.inf)"
+        f"{limit_bytes / GIB:.3g} GiB; {advice}; or go on anyway with memory_gib=inf"
     )
 
 

@@ -49,7 +49,7 @@ def resolve(
     if microbatches not in (None, schedule.microbatches):
         raise UsageError(
             f"schedule {schedule.name} takes {schedule.microbatches} microbatches, "
-            f"not {microbatches}"
+            f"not microbatches={microbatches}; leave it out, or plan again"
         )
     return schedule
 
@@ -58,10 +58,16 @@ def _read(path: str | Path) -> Schedule:
     file = Path(path)
     if file.suffix != ".json":
         names = ", ".join(strategies.NAMES)
-        raise UsageError(f"schedule {str(path)!r} is not known; use {names}, or a plan.json")
+        is_what = "is no .json file" if file.exists() else "is not known"
+        raise UsageError(
+            f"schedule {str(path)!r} {is_what}; use {names}, or a file that `jaxsys plan` wrote"
+        )
     try:
         return Schedule.from_json(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"plan {path} cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise UsageError(f"{path} is no plan or schedule to run: {error}") from None
+        raise UsageError(
+            f"schedule {str(path)!r} is neither a plan nor a schedule that `jaxsys plan` wrote: "
+            f"{error}"
+        ) from None

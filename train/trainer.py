@@ -353,7 +353,7 @@ class Trainer:
             raise UsageError(
                 f"{store.folder} step {record.step} was made with other settings: "
                 f"{'; '.join(changed)}; give the old ones, or accept the change "
-                "(--accept-changes, accept_changes=True)"
+                "(accept_changes=True)"
             )
         if changed:
             notice(f"accepted changed settings: {'; '.join(changed)}")

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str], prog: str) -> int:
     """`jaxsys profile serving`."""
-    arguments = _parser(prog).parse_args(argv)
+    arguments = parser(prog).parse_args(argv)
     if arguments.simulated is not None:
         profile = simulated_profile(
             simulated_gpu(arguments.simulated, arguments.shape), noise=arguments.noise
@@ -52,23 +52,29 @@ def main(argv: Sequence[str], prog: str) -> int:
     return 0
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Measure iteration latency and power for EcoPred.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+def parser(prog: str) -> argparse.ArgumentParser:
+    """The options of `jaxsys profile serving`."""
+    result = argparse.ArgumentParser(
+        prog=prog, description="Measure iteration latency and power for `jaxsys serve --profile`."
     )
-    add = parser.add_argument
-    add("--out", type=Path, default=Path("profile.json"), help="file to write")
-    add("--model", type=Path, help="folder or .gguf file; SmolLM2-135M-Instruct if not given")
-    add("--max-batch", type=int, default=16)
-    add("--max-length", type=int, default=1024, help="tokens of a request")
-    add("--repeats", type=int, default=3, help="timings a load; their median is kept")
+    add = result.add_argument
+    add(
+        "--out", type=Path, default=Path("profile.json"), help="file to write (default %(default)s)"
+    )
+    add("--model", type=Path, help="folder or .gguf file (default: SmolLM2-135M-Instruct)")
+    add("--max-batch", type=int, default=16, help="largest batch (default %(default)s)")
+    add("--max-length", type=int, default=1024, help="tokens of a request (default %(default)s)")
+    add("--repeats", type=int, default=3, help="timings a load, of which the median (default 3)")
     add("--control-clocks", action="store_true", help="sweep the GPU's clocks (changes them!)")
     add("--simulated", choices=list(GPUS), help="sweep this simulated GPU instead")
-    add("--shape", choices=list(SHAPES), default="llama-3-8b", help="model of --simulated")
-    add("--noise", type=float, default=0.0, help="relative noise of --simulated")
-    return parser
+    add(
+        "--shape",
+        choices=list(SHAPES),
+        default="llama-3-8b",
+        help="model of --simulated (default %(default)s)",
+    )
+    add("--noise", type=float, default=0.0, help="relative noise of --simulated (default 0)")
+    return result
 
 
 def measure(

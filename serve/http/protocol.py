@@ -1,9 +1,12 @@
 """The OpenAI request bodies that the server understands, and what it makes of them.
 
 Fields that would change the answer and are not implemented are refused, never ignored; fields that
-only describe the caller (`user`, `metadata`, ...) are ignored.
+only describe the caller (`user`, `metadata`, ...) are ignored, and so are those that are not known,
+which the log names. What is said of a field's value is its `description`.
 """
 
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -15,6 +18,10 @@ from jaxsys.serve.requests import SamplingParameters
 
 MAX_CHOICES = 16
 MAX_STOPS = 4
+LOGPROBS = "a whole number from 0 to 20 for a completion, true or false for a chat"
+DESCRIBE_THE_CALLER = {"metadata", "prompt_cache_key", "safety_identifier", "store", "user"}
+
+logger = logging.getLogger(__name__)
 
 
 class StreamOptions(pydantic.BaseModel):
@@ -26,25 +33,35 @@ class StreamOptions(pydantic.BaseModel):
 class _Sampled(pydantic.BaseModel):
     """What both endpoints share."""
 
-    model_config = pydantic.ConfigDict(extra="ignore", strict=False)
+    model_config = pydantic.ConfigDict(extra="allow", strict=False)
 
-    model: str = ""
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = 1
-    stream: bool | None = False
-    stream_options: StreamOptions | None = None
-    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
-    seed: int | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    model: str = Field("", description="a text")
+    max_tokens: int | None = Field(None, ge=1, description="a whole number, at least 1")
+    temperature: float | None = Field(1.0, ge=0, le=2, description="a number from 0 to 2")
+    top_p: float | None = Field(1.0, gt=0, le=1, description="a number above 0, at most 1")
+    n: int | None = Field(
+        1, ge=1, le=MAX_CHOICES, description=f"a whole number from 1 to {MAX_CHOICES}"
+    )
+    stream: bool | None = Field(False, description="true or false")
+    stream_options: StreamOptions | None = Field(None, description="an object")
+    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = Field(
+        None, description=f"a text or a list of at most {MAX_STOPS} texts"
+    )
+    seed: int | None = Field(None, description="a whole number")
+    presence_penalty: float | None = Field(0.0, ge=-2, le=2, description="a number from -2 to 2")
+    frequency_penalty: float | None = Field(0.0, ge=-2, le=2, description="a number from -2 to 2")
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+        None, description="an object from token ids to numbers from -100 to 100"
+    )
     # Beyond OpenAI's fields, as vLLM and SGLang name them.
-    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = 0
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = 1.0
-    ignore_eos: bool | None = False
+    top_k: int | None = Field(
+        0, ge=-1, le=2**31 - 1, description="a whole number; 0 and -1 keep all tokens"
+    )
+    min_p: float | None = Field(0.0, ge=0, le=1, description="a number from 0 to 1")
+    repetition_penalty: float | None = Field(
+        1.0, ge=0.01, le=10, description="a number from 0.01 to 10"
+    )
+    ignore_eos: bool | None = Field(False, description="true or false")
     # Not implemented: refused where they ask for anything.
     tools: list[Any] | None = None
     functions: list[Any] | None = None
@@ -54,7 +71,11 @@ class _Sampled(pydantic.BaseModel):
     suffix: str | None = None
 
     def refuse_unimplemented(self) -> None:
-        """Raises UsageError for fields that would change the answer."""
+        """Raises UsageError for fields that would change the answer; logs those not known."""
+        ignored = sorted(set(self.model_extra or {}) - DESCRIBE_THE_CALLER)
+        if ignored:
+            names = ", ".join(repr(name[:40]) for name in ignored[:10])
+            logger.info("ignored fields of a body", extra={"fields": names})
         asked = {
             "tools": bool(self.tools),
             "functions": bool(self.functions),
@@ -110,8 +131,10 @@ class CompletionRequest(_Sampled):
     """Body of `/v1/completions`."""
 
     # Strict: true and 1.0 are no token ids.
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]] = Field(
+        description="a text, a list of texts, a list of token ids, or a list of such lists"
+    )
+    logprobs: int | None = Field(None, ge=0, le=20, description=LOGPROBS)
 
     def prompts(self, tokenizer: Tokenizer) -> list[list[int]]:
         """The prompts as tokens."""
@@ -134,15 +157,19 @@ class TextPart(pydantic.BaseModel):
     """A piece of a message's content."""
 
     type: str
-    text: str | None = None
+    text: str | None = Field(None, description="a text")
 
 
 class Message(pydantic.BaseModel):
     """One turn of a chat."""
 
-    role: str
-    content: str | list[TextPart] | None = None
-    name: str | None = None
+    role: Literal["system", "developer", "user", "assistant"] = Field(
+        description="system, developer, user or assistant"
+    )
+    content: str | list[TextPart] | None = Field(
+        None, description='a text or a list of parts such as {"type": "text", "text": "Hi"}'
+    )
+    name: str | None = Field(None, description="a text")
 
     def plain(self) -> dict[str, Any]:
         """As chat templates take it."""
@@ -154,22 +181,65 @@ class Message(pydantic.BaseModel):
                         f"a message part of type {part.type!r} is not understood; use text"
                     )
             content = "".join(part.text or "" for part in content)
-        return {"role": self.role, "content": content or ""}
+        # What OpenAI calls the developer's word, chat templates call the system's.
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": content or ""}
 
 
 class ChatRequest(_Sampled):
     """Body of `/v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    logprobs: bool | None = False
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    messages: list[Message] = Field(
+        min_length=1, description='a list of at least one {"role": "user", "content": "Hi"}'
+    )
+    max_completion_tokens: int | None = Field(None, ge=1, description="a whole number, at least 1")
+    logprobs: bool | None = Field(False, description=LOGPROBS)
+    top_logprobs: int | None = Field(None, ge=0, le=20, description="a whole number from 0 to 20")
 
     def prompt(self, tokenizer: Tokenizer) -> list[int]:
         """The chat as tokens."""
         messages = [message.plain() for message in self.messages]
         check_text("".join(message["content"] + message["role"] for message in messages))
         return tokenizer.encode_chat(messages)
+
+
+RULES = {
+    name: field.description
+    for body in (TextPart, Message, CompletionRequest, ChatRequest)
+    for name, field in body.model_fields.items()
+    if field.description
+}
+"""What the value of each field must be."""
+
+
+def what_is_wrong(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
+    """What a client is told of a body that is not as described, and the field it is about.
+
+    Args:
+        errors: of pydantic; the first one counts.
+    """
+    first = errors[0]
+    where, given = [part for part in first["loc"] if part != "body"], first.get("input")
+    if first["type"] == "json_invalid":
+        return f"the body is no valid JSON: {first.get('ctx', {}).get('error', '')}", None
+    if first["type"] == "missing":
+        param = ".".join(map(str, where)) or None
+        return f"{param or 'the body'} is required; add it", param
+    if not where:
+        if isinstance(given, bytes):
+            return "the body came as no JSON; send the header Content-Type: application/json", None
+        return 'the body must be a JSON object, such as {"prompt": "Hi"}', None
+    # Behind a field pydantic names the alternatives of its type, which are ours.
+    while len(where) > 1 and where[-1] not in RULES:
+        where.pop()
+    param = ".".join(map(str, where))
+    value = "" if isinstance(given, dict | list) else f"={given!r}"[:80]
+    rule = RULES.get(where[-1])
+    message = (
+        f"{param}{value}: {first['msg']}" if rule is None else f"{param}{value} must be {rule}"
+    )
+    # Lone surrogates may come back in values; they have no place in an answer.
+    return message.encode(errors="replace").decode(), param
 
 
 class Model(pydantic.BaseModel):

@@ -147,7 +147,7 @@ class Fleet:
         self.board = Switchboard(
             engine, self.template.token, on_up=self._came_up, on_down=self._went_down
         )
-        self._numbers: dict[Role, itertools.count[int]] = {}
+        self._numbers: dict[Role, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._losses: deque[float] = deque(maxlen=MAX_LOSSES)
 
@@ -215,7 +215,8 @@ class Fleet:
 
     async def _launch(self, role: Role) -> None:
         """Launches an instance and waits until it serves."""
-        name = instance_name(role, next(self._numbers.setdefault(role, itertools.count())))
+        number = self._numbers[role] = self._numbers.get(role, -1) + 1
+        name = instance_name(role, number)
         loop = asyncio.get_running_loop()
         spec = dataclasses.replace(self.template, name=name, role=role)
         place = _Place(role, self.launcher.launch(spec), loop.create_future())
@@ -247,6 +248,7 @@ class Fleet:
             return
         place.up.set_result(instance)
         self.engine.add(instance, decodes=place.role == "decode")
+        logger.info("up", extra={"instance": instance.name})
 
     def _went_down(self, instance: RemoteInstance) -> None:
         place = self.places.get(instance.name)
@@ -278,4 +280,5 @@ class Fleet:
                 await asyncio.sleep(1.0)
                 continue
             self.engine.remove(lost)
+            logger.info("replaced a lost instance", extra={"instance": lost.name})
             return

@@ -210,10 +210,8 @@ def compare(
     sample_every_s: float | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Replays every policy, the static maximum always first, and states savings against it."""
+    check_policies(policies)
     names = ["max", *(name for name in policies if name != "max")]
-    unknown = [name for name in names if name not in POLICIES]
-    if unknown:
-        raise UsageError(f"policy {unknown[0]!r} is not known; use one of {', '.join(POLICIES)}")
     rows: dict[str, dict[str, Any]] = {}
     fresh = None
     for name in names:
@@ -235,6 +233,13 @@ def compare(
             row["series"] = result.series
         rows[name] = row
     return rows
+
+
+def check_policies(names: Sequence[str]) -> None:
+    """Raises UsageError for a policy's name that is not known."""
+    for name in names:
+        if name not in POLICIES:
+            raise UsageError(f"policy {name!r} is not known; use one of {', '.join(POLICIES)}")
 
 
 def unmeetable(trace: Trace, setting: Setting) -> list[str]:
@@ -329,46 +334,50 @@ def parse_instances(text: str) -> tuple[int, int]:
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
-    """The command's options."""
-    options = argparse.ArgumentParser(
+    """The options of `jaxsys replay`."""
+    result = argparse.ArgumentParser(
         prog=prog, description="Replay a request trace on simulated GPUs under energy policies."
     )
-    options.add_argument("--trace", type=Path, help="CSV (Azure, Mooncake or plain form)")
-    options.add_argument(
+    add = result.add_argument
+    add("--trace", type=Path, help="CSV (Azure, Mooncake or plain form; default: a synthetic one)")
+    add(
         "--policy",
         default="max,sweet-spot,window,ecofreq,ecoroute,both,both-energy",
-        help=f"comma-separated, of: {', '.join(POLICIES)}",
+        help=f"comma-separated, of: {', '.join(POLICIES)} (default: all)",
     )
-    options.add_argument("--gpu", default="h100", help=f"of: {', '.join(GPUS)}")
-    options.add_argument("--model", default="llama-3-8b", help=f"of: {', '.join(SHAPES)}")
-    options.add_argument("--instances", default="2P2D", help="such as 2P2D or 32P32D")
-    options.add_argument(
-        "--rate", type=float, help="mean requests a second; the trace's own if not given"
+    add("--gpu", default="h100", help=f"of: {', '.join(GPUS)} (default %(default)s)")
+    add("--model", default="llama-3-8b", help=f"of: {', '.join(SHAPES)} (default %(default)s)")
+    add("--instances", default="2P2D", help="such as 32P32D (default %(default)s)")
+    add("--rate", type=float, help="mean requests a second (default: the trace's own, or 10)")
+    add("--duration", type=float, help="seconds to replay (default: the whole trace, or 120)")
+    add("--ttft-ms", type=float, default=600.0, help="first token to aim for (default 600)")
+    add("--itl-ms", type=float, default=60.0, help="between tokens to aim for (default 60)")
+    add(
+        "--predictor",
+        choices=("ecopred", "model"),
+        default="ecopred",
+        help="learnt from a noisy profile, or exact (default %(default)s)",
     )
-    options.add_argument("--duration", type=float, help="seconds of the trace to replay")
-    options.add_argument("--ttft-ms", type=float, default=600.0)
-    options.add_argument("--itl-ms", type=float, default=60.0)
-    options.add_argument("--predictor", choices=("ecopred", "model"), default="ecopred")
-    options.add_argument("--prompt-mean", type=float, default=250.0, help="without --trace")
-    options.add_argument("--output-mean", type=float, default=215.0, help="without --trace")
-    options.add_argument(
-        "--cv", type=float, default=1.0, help="burstiness without --trace; 1 is Poisson"
-    )
-    options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--out", type=Path, help="folder for replay.json and plots")
-    options.add_argument(
-        "--json", action="store_true", help="print the record instead of the table"
-    )
-    return options
+    add("--out", type=Path, help="folder for replay.json and plots")
+    add("--json", action="store_true", help="print the record instead of the table")
+    synthetic = result.add_argument_group("without --trace")
+    add = synthetic.add_argument
+    add("--prompt-mean", type=float, default=250.0, help="tokens (default 250)")
+    add("--output-mean", type=float, default=215.0, help="tokens (default 215)")
+    add("--cv", type=float, default=1.0, help="burstiness; 1, the default, is Poisson")
+    add("--seed", type=int, default=0, help="default 0")
+    return result
 
 
 def main(argv: Sequence[str], prog: str) -> int:
     """`jaxsys replay`."""
     arguments = parser(prog).parse_args(argv)
-    for name in ("rate", "duration"):
+    for name in ("rate", "duration", "ttft_ms", "itl_ms"):
         value = getattr(arguments, name)
         if value is not None and not (math.isfinite(value) and value > 0):
-            raise UsageError(f"--{name} {value:g} must be a positive number")
+            raise UsageError(f"{name}={value:g} must be a positive number")
+    policies = [name.strip() for name in arguments.policy.split(",") if name.strip()]
+    check_policies(policies)
     if arguments.out is not None and arguments.out.exists() and not arguments.out.is_dir():
         raise UsageError(f"--out {arguments.out} is a file; name a folder")
     prefill, decode = parse_instances(arguments.instances)
@@ -407,7 +416,7 @@ def main(argv: Sequence[str], prog: str) -> int:
     rows = compare(
         trace,
         chosen,
-        [name.strip() for name in arguments.policy.split(",") if name.strip()],
+        policies,
         sample_every_s=max(1.0, trace.duration_s / 200) if arguments.out else None,
     )
     content = record(rows, chosen, trace)

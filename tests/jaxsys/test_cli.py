@@ -1,9 +1,12 @@
 """The command's own behaviour: finding subcommands, exit codes, one line for a fault."""
 
+import argparse
+
 import pytest
 
 from jaxsys import cli
 from jaxsys.errors import RunError, UsageError
+from jaxsys.options import in_options
 
 
 class Subcommand:
@@ -68,6 +71,20 @@ def test_debug_shows_the_traceback(subcommand):
     subcommand(UsageError("no"))
     with pytest.raises(UsageError, match="no"):
         cli.main(["plan", "--debug"])
+
+
+def test_messages_name_options_instead_of_parameters():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--pages", dest="page_count")
+    parser.add_argument("--max-length")
+    parser.add_argument("--model")
+    parser.add_argument("--resume", action="store_true")
+    said = "page_count=1 and top_pages=2 hold under max_length=9; lower max_length, or resume=True"
+    assert in_options(said, parser) == (
+        "--pages 1 and top_pages=2 hold under --max-length 9; lower --max-length, or --resume"
+    )
+    other = "the model in /tmp/max_length/page_count.json is not known; x.page_count=2"
+    assert in_options(other, parser) == other
 
 
 def test_every_subcommand_can_be_imported():

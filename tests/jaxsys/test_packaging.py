@@ -1,5 +1,6 @@
 """The four folders are one package, and a user's own train.py stays theirs."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -28,6 +29,14 @@ def test_parts_refuse_their_bare_names(part):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\ntry:\n    import {part}\n"
     code += "except ImportError as error:\n    print(error)"
     assert f"import jaxsys.{part}, not {part}" in run(sys.executable, "-c", code, cwd=ROOT)
+
+
+def test_what_parts_export_is_there_and_serving_begins_without_jax():
+    code = "import jaxsys.serve as part, sys; assert 'jax' not in sys.modules"
+    run(sys.executable, "-c", code, cwd=ROOT)
+    for part in PARTS:
+        module = importlib.import_module(f"jaxsys.{part}")
+        assert [name for name in module.__all__ if not hasattr(module, name)] == []
 
 
 def test_a_users_own_module_is_not_shadowed(tmp_path):

@@ -133,13 +133,13 @@ def test_cut_covers_the_layers_in_order():
 def test_command_prints_all_strategies_and_a_verdict(capsys, tmp_path):
     target = tmp_path / "plan.json"
     arguments = ["plan", "--model", "tiny", "--devices", "4", "--microbatches", "8"]
-    assert main([*arguments, "--json", str(target)]) == 0
+    assert main([*arguments, "--memory-gib", "inf", "--json", str(target)]) == 0
     text = capsys.readouterr().out
     for name in ("dp", "zero-1", "zero-2", "zero-3", "1f1b", "weipipe-interleave"):
         assert name in text
     assert "Take " in text
     saved = json.loads(target.read_text())
-    assert saved["version"] == 1
+    assert (saved["version"], saved["memory_limit_gib"]) == (1, None)
     assert saved["best"] in {row["strategy"] for row in saved["rows"]}
     before = target.read_text()
     assert main([*arguments, "--json", str(target)]) == 2
@@ -153,16 +153,17 @@ def test_command_prints_all_strategies_and_a_verdict(capsys, tmp_path):
         (["--model", "llama-9"], 2, "known: llama-3-8b"),
         (["--model", "tiny", "--link", "wire"], 2, "known: nvlink"),
         (["--model", "tiny", "--device", "abacus"], 2, "known: h100"),
-        (["--model", "tiny", "--microbatches", "0"], 2, "microbatches=0"),
-        (["--model", "tiny", "--microbatch-size", "0"], 2, "microbatch_size=0"),
-        (["--model", "tiny", "--sequence-length", "0"], 2, "sequence_length=0"),
-        (["--model", "tiny", "--memory-gib", "nan"], 2, "--memory-gib nan must be a finite"),
-        (["--model", "tiny", "--memory-gib", "0"], 2, "--memory-gib 0 must be a finite"),
+        (["--model", "tiny", "--microbatches", "0"], 2, "--microbatches 0"),
+        (["--model", "tiny", "--microbatch-size", "0"], 2, "--microbatch-size 0"),
+        (["--model", "tiny", "--sequence-length", "0"], 2, "--sequence-length 0"),
+        (["--model", "tiny", "--memory-gib", "nan"], 2, "--memory-gib nan must be above 0; inf"),
+        (["--model", "tiny", "--memory-gib", "0"], 2, "--memory-gib 0 must be above 0; inf"),
         (["--model", "tiny", "--search-seconds", "-1"], 2, "--search-seconds -1"),
+        (["--model", "tiny", "--devices", "100000"], 2, "plan for at most 1024, and run replicas"),
         (
             ["--model", "tiny", "--node-devices", "0", "--node-link", "ib-400"],
             2,
-            "node_devices=0",
+            "--node-devices 0",
         ),
         (["--model", "llama-3-8b", "--memory-gib", "3"], 1, "smallest limit that would do is"),
     ],

@@ -64,7 +64,7 @@ def lay_out_plan(path, **asked):
     }  # fmt: skip
     return lay_out(
         config=preset("tiny"), devices=jax.devices()[:4], sequence_length=16,
-        schedule=str(path), say=lambda _: None, **options,
+        schedule=str(path), **options,
     )  # fmt: skip
 
 
@@ -91,7 +91,10 @@ def test_a_file_says_how_many_devices_it_is_for(tmp_path):
 
 
 def test_a_plan_file_that_does_not_fit(tmp_path):
-    with pytest.raises(UsageError, match="microbatch_size=3, but the plan"):
+    with pytest.raises(
+        UsageError,
+        match="microbatch_size=3, but the plan .* is for microbatch_size=2; leave it out",
+    ):
         lay_out_plan(plan_path(tmp_path), microbatch_size=3)
     with pytest.raises(UsageError, match="splits features over 2 devices"):
         lay_out_plan(plan_path(tmp_path, shard=2, features=2))

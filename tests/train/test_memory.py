@@ -42,7 +42,7 @@ def test_refused_before_compiling_with_what_would_fit():
     assert time.monotonic() - start < 20
     text = str(caught.value)
     assert "what would fit: recompute" in text
-    assert "go on anyway with --memory-gib inf" in text
+    assert "go on anyway with memory_gib=inf" in text
     # And what is named is let through to the compiler.
     name = text.split("what would fit: recompute ")[1].split()[0]
     lean = trainer_of("dp", memory_gib=0.1, recompute="block" if name == "block" else "selective")

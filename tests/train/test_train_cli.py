@@ -39,7 +39,7 @@ def test_trains_stops_resumes_and_exports(text, tmp_path, capsys):
     model = load(exported)
     assert model.config.num_layers == 4
     assert main(options(text, *more)) == 2
-    assert "holds a run at step 6; resume it (--resume" in capsys.readouterr().err
+    assert "holds a run at step 6; resume it (--resume)" in capsys.readouterr().err
     assert main(options(text, *more, "--resume", "--seed", "7")) == 2
     assert "seed: 0 -> 7" in capsys.readouterr().err
 
@@ -47,24 +47,26 @@ def test_trains_stops_resumes_and_exports(text, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (("--devices", "64"), "devices=64 but 8 cpu device(s) are present"),
-        (("--devices", "4", "--microbatches", "6"), "microbatches=6 must be a positive multiple"),
+        (("--devices", "64"), "--devices 64, but 8 cpu device(s) are present; use --devices 8"),
+        (("--devices", "4", "--microbatches", "6"), "--microbatches 6 must be a positive multiple"),
         (("--model", "huge"), "model 'huge' is not known"),
         (("--schedule", "magic", "--devices", "2"), "schedule 'magic' is not known"),
-        (("--steps", "0"), "steps=0 must be at least 1"),
+        (("--schedule", __file__, "--devices", "2"), "test_train_cli.py' is no .json file; use"),
+        (("--steps", "0"), "--steps 0 must be at least 1"),
         (("--sequence-length", "512"), "past the model's max_positions=256"),
         (("--resume",), "--resume needs --out"),
         (("--data", "/nowhere/at/all"), "does not exist"),
+        (("--clip-norm", "0"), "--clip-norm 0.0 must be above 0"),
         (("--dtype", "float8"), "must be float32 or bfloat16"),
-        (("--devices", "4", "--replicas", "3"), "replicas=3 does not divide devices=4"),
+        (("--devices", "4", "--replicas", "3"), "--replicas 3 does not divide --devices 4"),
         (("--coordinator", "a:1"), "go together"),
-        (("--learning-rate", "0"), "learning_rate=0.0 must be above 0"),
+        (("--learning-rate", "0"), "--learning-rate 0.0 must be above 0"),
     ],
 )
 def test_faults_are_one_line_and_exit_2(text, capsys, more, says):
     assert main(options(text, *more)) == 2
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("jaxsys train: ") and says in last
+    error = capsys.readouterr().err
+    assert error.startswith("jaxsys train: ") and says in error and error.count("\n") == 1
 
 
 def test_empty_and_short_text(tmp_path, capsys):
@@ -74,4 +76,4 @@ def test_empty_and_short_text(tmp_path, capsys):
     assert "holds no text" in capsys.readouterr().err
     empty.write_text("short")
     assert main(options(empty, "--devices", "2")) == 2
-    assert "one sample of sequence_length=16 needs 17" in capsys.readouterr().err
+    assert "one sample of --sequence-length 16 needs 17" in capsys.readouterr().err
