@@ -6,6 +6,7 @@ Instances may come and go while it serves, and may be threads of this process or
 """
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import math
@@ -266,6 +267,23 @@ class Engine:
         Raises:
             UsageError, Overloaded, RunError: before the first token, as `check` and `admit` do.
         """
+        generation = self.submit(prompt_tokens, sampling, request_id=request_id)
+        async with contextlib.aclosing(self.events(generation)) as events:
+            async for event in events:
+                yield event
+
+    def submit(
+        self,
+        prompt_tokens: Sequence[int],
+        sampling: SamplingParameters,
+        *,
+        request_id: str | None = None,
+    ) -> Generation:
+        """Begins a request at once; whoever does so must `leave` it in the end.
+
+        Raises:
+            UsageError, Overloaded, RunError: as `check` and `admit` do.
+        """
         self.check(len(prompt_tokens), sampling.max_tokens)
         self.admit()
         request = Request(
@@ -276,12 +294,20 @@ class Engine:
         )
         generation = Generation(request)
         self._submit(generation)
+        return generation
+
+    async def events(self, generation: Generation) -> AsyncGenerator[TokenEvent, None]:
+        """What comes of a request that was submitted; it is left at the latest with this."""
         try:
             while not generation.ended or not generation.events.empty():
                 yield await generation.events.get()
         finally:
-            if not generation.ended:
-                self.abort(generation.request.request_id)
+            self.leave(generation)
+
+    def leave(self, generation: Generation) -> None:
+        """Ends a request, if it has not ended, since nobody waits for it any more."""
+        if not generation.ended:
+            self.abort(generation.request.request_id)
 
     def abort(self, request_id: str | int, reason: FinishReason = "abort") -> None:
         """Ends a request wherever it is; to be called on the event loop's thread."""

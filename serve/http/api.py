@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from jaxsys import __version__
 from jaxsys.errors import RunError, UsageError
 from jaxsys.model import Tokenizer
-from jaxsys.serve.engine import Engine, Overloaded
+from jaxsys.serve.engine import Engine, Generation, Overloaded
 from jaxsys.serve.executor import TokenLogprobs, check_sampling
 from jaxsys.serve.http.metrics import Metrics
 from jaxsys.serve.http.protocol import (
@@ -33,7 +33,6 @@ from jaxsys.serve.http.protocol import (
     ErrorAnswer,
     Model,
     ModelList,
-    what_is_wrong,
 )
 from jaxsys.serve.http.text_stream import TextStream
 from jaxsys.serve.member import TokenEvent
@@ -195,7 +194,20 @@ class _Face:
 
     def refuse_validation(self, error: RequestValidationError) -> JSONResponse:
         """The first thing wrong with a body, in one line."""
-        message, param = what_is_wrong(error.errors())
+        first = error.errors()[0]
+        where = [str(part) for part in first["loc"] if part != "body"]
+        if first["type"] == "json_invalid":
+            reason = first.get("ctx", {}).get("error", "")
+            return self.refuse(400, f"the body is no valid JSON: {reason}", "invalid_request_error")
+        param = ".".join(where) or None
+        given = first.get("input")
+        value = "" if isinstance(given, dict | list) or param is None else f"={given!r}"[:80]
+        if first["type"] == "missing":
+            message = f"{param or 'the body'} is required; add it"
+        else:
+            message = f"{param or 'the body'}{value}: {first['msg']}"
+        # Lone surrogates may come back in values; they have no place in an answer.
+        message = message.encode(errors="replace").decode()
         return self.refuse(400, message, "invalid_request_error", param=param)
 
     # --- endpoints ----------------------------------------------------------------------------
@@ -242,6 +254,7 @@ class _Face:
             self.engine.check(len(prompt), sampling.max_tokens)
         self.engine.admit(len(prompts) * choices)
         usage = Usage()
+        generations: list[Generation] = []
         runs = []
         for index in range(len(prompts) * choices):
             prompt = prompts[index // choices]
@@ -249,18 +262,22 @@ class _Face:
             if sampling.seed is not None and choices > 1:
                 own = replace(sampling, seed=sampling.seed + index % choices)
             name = f"{shape.identity}-{index}" if len(prompts) * choices > 1 else shape.identity
-            runs.append(self._run(name, index, prompt, own, usage, count=index % choices == 0))
+            # Now, while they are admitted: once a stream has begun, none could be refused.
+            generation = self.engine.submit(prompt, own, request_id=name)
+            generations.append(generation)
+            runs.append(self._run(name, index, generation, usage, count=index % choices == 0))
         if body.stream:
             options = body.stream_options
             include_usage = options is not None and options.include_usage
-            return StreamingResponse(
-                self._stream(runs, shape, usage, include_usage),
-                media_type="text/event-stream",
-                headers={"Cache-Control": "no-cache"},
+            parts = self._stream(runs, shape, usage, include_usage)
+            return _EventStream(parts, self.engine, generations)
+        try:
+            collected = await _unless_disconnected(
+                request, asyncio.gather(*[_collect(run) for run in runs])
             )
-        collected = await _unless_disconnected(
-            request, asyncio.gather(*[_collect(run) for run in runs])
-        )
+        finally:
+            for generation in generations:
+                self.engine.leave(generation)
         if collected is None:
             return Response(status_code=499)  # nobody reads it
         for choice in collected:
@@ -276,17 +293,17 @@ class _Face:
         self,
         name: str,
         index: int,
-        prompt: list[int],
-        sampling: SamplingParameters,
+        generation: Generation,
         usage: Usage,
         *,
         count: bool,
     ) -> AsyncGenerator[Choice, None]:
         """One choice's increments."""
-        text = TextStream(self.tokenizer, sampling.stop)
-        usage.prompt_tokens += len(prompt) if count else 0
+        request = generation.request
+        text = TextStream(self.tokenizer, request.sampling.stop)
+        usage.prompt_tokens += request.prompt_length if count else 0
         last: TokenEvent | None = None
-        events = self.engine.generate(prompt, sampling, request_id=name)
+        events = self.engine.events(generation)
         async with contextlib.aclosing(events):
             async for event in events:
                 last = event
@@ -317,7 +334,7 @@ class _Face:
                 "request",
                 extra={
                     "request_id": name,
-                    "prompt_tokens": len(prompt),
+                    "prompt_tokens": request.prompt_length,
                     "cached_tokens": last.request.cached_tokens,
                     "output_tokens": last.request.generated,
                     "finish_reason": "stop" if text.stopped else last.finish_reason,
@@ -351,6 +368,25 @@ class _Face:
         if include_usage:
             yield _event(shape.closing(usage.body(self._method)))
         yield b"data: [DONE]\n\n"
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events; the requests behind them end with it, even if it never began."""
+
+    def __init__(
+        self, parts: AsyncIterator[bytes], engine: Engine, generations: Sequence[Generation]
+    ):
+        headers = {"Cache-Control": "no-cache"}
+        super().__init__(parts, media_type="text/event-stream", headers=headers)
+        self._engine = engine
+        self._generations = generations
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            for generation in self._generations:
+                self._engine.leave(generation)
 
 
 class _Shape:
