@@ -33,6 +33,7 @@ from jaxsys.serve.http.protocol import (
     ErrorAnswer,
     Model,
     ModelList,
+    what_is_wrong,
 )
 from jaxsys.serve.http.text_stream import TextStream
 from jaxsys.serve.member import TokenEvent
@@ -194,20 +195,7 @@ class _Face:
 
     def refuse_validation(self, error: RequestValidationError) -> JSONResponse:
         """The first thing wrong with a body, in one line."""
-        first = error.errors()[0]
-        where = [str(part) for part in first["loc"] if part != "body"]
-        if first["type"] == "json_invalid":
-            reason = first.get("ctx", {}).get("error", "")
-            return self.refuse(400, f"the body is no valid JSON: {reason}", "invalid_request_error")
-        param = ".".join(where) or None
-        given = first.get("input")
-        value = "" if isinstance(given, dict | list) or param is None else f"={given!r}"[:80]
-        if first["type"] == "missing":
-            message = f"{param or 'the body'} is required; add it"
-        else:
-            message = f"{param or 'the body'}{value}: {first['msg']}"
-        # Lone surrogates may come back in values; they have no place in an answer.
-        message = message.encode(errors="replace").decode()
+        message, param = what_is_wrong(error.errors())
         return self.refuse(400, message, "invalid_request_error", param=param)
 
     # --- endpoints ----------------------------------------------------------------------------

@@ -213,7 +213,7 @@ def test_a_repeated_prompt_is_found_in_the_cache(server):
         ("completions", {"prompt": ""}, 400, "prompt is empty"),
         ("completions", {"prompt": []}, 400, "empty list"),
         ("completions", {"prompt": [1, 70000]}, 400, "token id 70000 is none of"),
-        ("completions", {"prompt": [True, 5]}, 400, "prompt"),
+        ("completions", {"prompt": [True, 5]}, 400, "prompt must be a text, a list of texts, "),
         ("completions", {"prompt": [[1, False]]}, 400, "prompt"),
         ("completions", {"prompt": ["a"] * 20}, 400, "exceed 16"),
         ("completions", {"prompt": "a", "n": 13}, 400, "13 choices are asked for at once; at most"),
@@ -227,11 +227,18 @@ def test_a_repeated_prompt_is_found_in_the_cache(server):
         ("completions", {"prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias key 'x'"),
         ("completions", {"prompt": "a", "logit_bias": {"900": 1}}, 400, "token 900 is none"),
         ("completions", {"prompt": "a", "stop": [""]}, 400, "empty string"),
-        ("completions", {"prompt": "a", "stop": list("abcde")}, 400, "stop"),
+        ("completions", {"prompt": "a", "stop": 5}, 400, "stop=5 must be a text or a list of at"),
+        ("completions", {"prompt": "a", "stop": list("abcde")}, 400, "stop must be a text or a"),
         ("completions", {"prompt": "a", "echo": True}, 400, "echo is not implemented"),
         ("completions", {"prompt": "a", "model": "gpt"}, 404, "'gpt' is not served; use 'tiny'"),
         ("completions", {"prompt": "a", "seed": 2**70}, 400, "seed"),
-        ("chat/completions", {"messages": []}, 400, "messages"),
+        ("chat/completions", {"messages": []}, 400, "messages must be a list of at least one"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "zzz", "content": "a"}]},
+            400,
+            "messages.0.role='zzz' must be system, developer, user or assistant",
+        ),
         ("chat/completions", {"messages": [{"role": "user"}], "top_logprobs": 2}, 400, "logprobs"),
         (
             "chat/completions",
@@ -263,7 +270,7 @@ def test_what_cannot_be_answered_is_refused(server, path, body, status, words):
         (b'{"prompt": "\xff\xfe"}', ""),
         (b"[1, 2]", "body"),
         (b"", "required"),
-        (b'{"prompt": "a", "temperature": NaN}', "temperature"),
+        (b'{"prompt": "a", "temperature": NaN}', "temperature=nan must be a number from 0 to 2"),
         (b'{"prompt": "a", "temperature": 1e999}', "temperature"),
         (b'{"prompt": ' + b"[" * 5000 + b"]" * 5000 + b"}", ""),
     ],
@@ -272,6 +279,20 @@ def test_malformed_bodies_are_refused(server, content, words):
     answer = server.ask("POST", "/v1/completions", content=content, headers=JSON)
     assert answer.status_code == 400, answer.text
     assert words in answer.json()["error"]["message"]
+
+
+def test_a_body_sent_as_no_json_says_which_header_to_send(server):
+    answer = server.ask("POST", "/v1/completions", content=b'{"prompt": "a"}')
+    assert answer.status_code == 400
+    assert "send the header Content-Type: application/json" in answer.json()["error"]["message"]
+
+
+def test_fields_that_are_not_known_are_named_in_the_log(server, caplog):
+    caplog.set_level("INFO", logger="jaxsys.serve.http.protocol")
+    body = {"messages": [{"role": "developer", "content": "a"}], "max_tokens": 2}
+    more = {"user": "me", "max_token": 3}
+    assert server.post("/v1/chat/completions", body | more).status_code == 200
+    assert [record.fields for record in caplog.records] == ["'max_token'"]  # type: ignore
 
 
 def test_unknown_paths_and_methods(server):
