@@ -23,9 +23,9 @@ from jaxsys.mesh import DATA, RING
 from jaxsys.schedule import Data, MoveKind, Placement, TaskKind
 
 from .base import add_to
+from .bodies import BufferKey, GroupSignature, Segment, TaskSignature, TickSignature
 from .packing import Packing
 from .programs import ChunkProgram, SplitChunkProgram, chunk_program
-from .tables import BufferKey, GroupSignature, Segment, TaskSignature
 
 if TYPE_CHECKING:
     from .step import LoweredStep
@@ -157,27 +157,23 @@ class Run:
         chosen = rows[segment.start : stop].reshape(segment.repeats, length, -1)
 
         def period(state: _State, rows: jax.Array):
-            for position in range(length):
-                state = self.tick(segment, position, rows[position], state)
+            for position, signature in enumerate(segment.period):
+                state = self.tick(signature, rows[position], state)
             return state, None
 
         if segment.repeats == 1:
             return period(state, chosen[0])[0]
         return lax.scan(period, state, chosen)[0]
 
-    def tick(self, segment: Segment, position: int, row: jax.Array, state: _State) -> _State:
-        signature = segment.period[position]
+    def tick(self, signature: TickSignature, row: jax.Array, state: _State) -> _State:
         cell = _Cells(self.tables.columns, row)
         flights = []
-        for index, group in enumerate(signature.groups):
-            pairs = segment.pairs[position][index]
+        for group in signature.groups:
             if group.exposed:
-                arrived = self.depart(group, index, pairs, cell, state)
-                state = self.land(group, index, arrived, cell, state)
-        for index, group in enumerate(signature.groups):
-            pairs = segment.pairs[position][index]
+                state = self.land(group, self.depart(group, cell, state), cell, state)
+        for group in signature.groups:
             if not group.exposed:
-                flights.append((group, index, self.depart(group, index, pairs, cell, state)))
+                flights.append((group, self.depart(group, cell, state)))
         contributions = []
         tasks = {task.kind: task for task in signature.tasks}
         if TaskKind.WEIGHT_GRADIENT in tasks:
@@ -190,27 +186,23 @@ class Run:
             contributions.append((TaskKind.BACKWARD, gradient))
         if TaskKind.FORWARD in tasks:
             state = self.forward(tasks[TaskKind.FORWARD], cell, state)
-        for group, index, arrived in flights:
-            state = self.land(group, index, arrived, cell, state)
+        for group, arrived in flights:
+            state = self.land(group, arrived, cell, state)
         for kind, gradient in contributions:
             state = self.contribute(kind, gradient, cell, state)
         return state
 
-    def depart(
-        self, group: GroupSignature, index: int, pairs, cell: "_Cells", state: _State
-    ) -> PyTree:
+    def depart(self, group: GroupSignature, cell: "_Cells", state: _State) -> PyTree:
         key = group.source
-        value = _read(state.buffers[key], self.tables.slots[key], cell[f"{index}.send"])
+        value = _read(state.buffers[key], self.tables.slots[key], cell[f"{group.name}.send"])
         if group.kind is MoveKind.PERMUTE:
-            return jax.tree.map(lambda v: lax.ppermute(v, RING, list(pairs)), value)
+            return jax.tree.map(lambda v: lax.ppermute(v, RING, sorted(group.pairs)), value)
         if group.kind is MoveKind.ALL_REDUCE:
             return jax.tree.map(lambda v: lax.psum(v.astype(jnp.float32), RING), value)
         return value
 
-    def land(
-        self, group: GroupSignature, index: int, arrived: PyTree, cell: "_Cells", state: _State
-    ) -> _State:
-        slot = cell[f"{index}.receive"]
+    def land(self, group: GroupSignature, arrived: PyTree, cell: "_Cells", state: _State) -> _State:
+        slot = cell[f"{group.name}.receive"]
         if group.kind is MoveKind.ALL_REDUCE:
             count = self.schedule.chunks
             there = _read(state.reduced, max(count, 2), slot)
@@ -218,7 +210,7 @@ class Run:
             return _replace(state, reduced=_write(state.reduced, max(count, 2), slot, total, None))
         key = group.target
         count = self.tables.slots[key]
-        valid = cell[f"{index}.valid"] == 1
+        valid = cell[f"{group.name}.valid"] == 1
         if group.merge:
             there = _read(state.buffers[key], count, slot)
             arrived = jax.tree.map(jnp.add, there, arrived)

@@ -2,8 +2,7 @@
 
 Copies get buffer slots by their lifetimes (interval colouring, so a device needs as many slots as
 it holds copies at once). Each tick becomes a row of small integers per device: which slot to read,
-which to write, which chunk and microbatch. What all devices share about a tick, its signature, is
-static; ticks whose signatures repeat are folded into one scan.
+which to write, which chunk and microbatch. `bodies` folds the ticks into loops.
 """
 
 from dataclasses import dataclass, replace
@@ -14,7 +13,6 @@ from jaxsys.errors import UsageError
 from jaxsys.schedule import (
     ALL,
     Copy,
-    Data,
     Move,
     MoveKind,
     Placement,
@@ -26,54 +24,15 @@ from jaxsys.schedule import (
     task_outputs,
 )
 
-BufferKey = tuple[Data, str]
-"""A kind of data and its lane: one buffer with some slots."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TaskSignature:
-    """What is static about a kind of task in a tick."""
-
-    kind: TaskKind
-    everyone: bool
-    """Every device runs it, so nothing has to be masked."""
-    first: str
-    """Whether it is the first chunk: "never", "always", or "some" devices."""
-    last: str
-    """Likewise for the last chunk."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GroupSignature:
-    """What is static about a group of moves that one collective carries."""
-
-    kind: MoveKind
-    source: BufferKey
-    target: BufferKey
-    exposed: bool
-    merge: bool
-    """The gradients it brings are added to what is there."""
-    everyone: bool = False
-    """Every device receives in this very tick, so that nothing has to be masked."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TickSignature:
-    """What all devices share about a tick."""
-
-    tasks: tuple[TaskSignature, ...]
-    groups: tuple[GroupSignature, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Segment:
-    """`repeats` times a period of ticks with the same signatures."""
-
-    start: int
-    period: tuple[TickSignature, ...]
-    repeats: int
-    pairs: tuple[tuple[tuple[tuple[int, int], ...], ...], ...]
-    """pairs[position in period][group]: the (source, target) pairs of its permute."""
+from .bodies import (
+    BufferKey,
+    GroupSignature,
+    Segment,
+    TaskSignature,
+    TickSignature,
+    fold,
+    share_bodies,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,12 +82,10 @@ class _Builder:
         self.assign_slots()
         order = self.microbatch_order()
         local = self.local_microbatches(order)
-        signatures, pairs = [], []
-        for tick in range(schedule.ticks):
-            tasks = self.task_row(tick, local)
-            groups, group_pairs = self.group_row(tick)
-            signatures.append(TickSignature(tasks=tasks, groups=groups))
-            pairs.append(group_pairs)
+        signatures = [
+            TickSignature(tasks=self.task_row(tick, local), groups=self.group_row(tick))
+            for tick in range(schedule.ticks)
+        ]
         rows = np.zeros((schedule.devices, schedule.ticks, len(self.columns)), np.int32)
         for (device, tick, column), value in self.cells.items():
             rows[device, tick, column] = value
@@ -141,7 +98,7 @@ class _Builder:
             final_slots=self.final_slots(chunks),
             local_chunks=chunks,
             microbatch_order=order,
-            segments=fold(signatures, pairs),
+            segments=share_bodies(fold(signatures)),
         )
 
     def set(self, tick: int, device: int, name: str, value: int) -> None:
@@ -222,46 +179,40 @@ class _Builder:
                 )
         return tuple(signatures)
 
-    def group_row(self, tick: int):
-        groups: list[tuple[GroupSignature, list[Move]]] = []
+    def group_row(self, tick: int) -> tuple[GroupSignature, ...]:
+        everyone = range(self.schedule.devices)
+        groups: dict[GroupSignature, list[Move]] = {}
         for move in self.schedule.moves_by_start[tick]:
             signature = self.group_signature(move)
-            for known, moves in groups:
-                clash = any(
-                    move.source == ALL or m.source == move.source or m.target == move.target
-                    for m in moves
-                )
-                if known == signature and not clash:
-                    moves.append(move)
-                    break
-            else:
-                groups.append((signature, [move]))
-        groups.sort(key=lambda g: (not g[0].exposed, g[0].source, g[0].kind))
-        for index, (_, moves) in enumerate(groups):
+            while any(
+                move.source == ALL or m.source == move.source or m.target == move.target
+                for m in groups.get(signature, ())
+            ):
+                signature = replace(signature, number=signature.number + 1)
+            groups.setdefault(signature, []).append(move)
+        row = []
+        for group, moves in groups.items():
             for move in moves:
-                everyone = range(self.schedule.devices)
                 sources = everyone if move.source == ALL else [move.source]
                 targets = everyone if move.target == ALL else [move.target]
                 for device in sources:
-                    self.set(tick, device, f"{index}.send", self.slot(device, move.block, tick))
+                    slot = self.slot(device, move.block, tick)
+                    self.set(tick, device, f"{group.name}.send", slot)
                 for device in targets:
-                    self.set(tick, device, f"{index}.valid", 1)
+                    self.set(tick, device, f"{group.name}.valid", 1)
                     if move.kind is MoveKind.ALL_REDUCE:
-                        self.set(tick, device, f"{index}.receive", move.block.chunk)
+                        slot = move.block.chunk
                     else:
                         slot = self.slot(device, move.landed, move.arrive)
-                        self.set(tick, device, f"{index}.receive", slot)
-        everyone = self.schedule.devices
-        return (
-            tuple(
-                replace(signature, everyone=moves[0].source == ALL or len(moves) == everyone)
-                for signature, moves in groups
-            ),
-            tuple(
-                tuple(sorted((m.source, m.target) for m in moves if m.source != ALL))
-                for _, moves in groups
-            ),
-        )
+                    self.set(tick, device, f"{group.name}.receive", slot)
+            row.append(
+                replace(
+                    group,
+                    everyone=moves[0].source == ALL or len(moves) == len(everyone),
+                    pairs=frozenset((m.source, m.target) for m in moves if m.source != ALL),
+                )
+            )
+        return tuple(sorted(row, key=lambda group: group.key))
 
     def group_signature(self, move: Move) -> GroupSignature:
         return GroupSignature(
@@ -299,122 +250,6 @@ class _Builder:
                 block = gradient_block(int(chunks[device, place]))
                 final[device, place] = self.slot(device, block, self.schedule.ticks)
         return final
-
-
-def fold(signatures: list[TickSignature], pairs: list, *, longest: int = 64) -> tuple[Segment, ...]:
-    """Cuts a run of ticks into repeated periods, so that the least is written out.
-
-    Dynamic programming over the first tick: the cost of a segment is the length of its period.
-    Ticks fall together only where one signature serves them all (see `join`) and the union of their
-    (source, target) pairs is still a permutation.
-    """
-    ticks = len(signatures)
-    best: list[tuple[int, int, int]] = [(0, 0, 0)] * (ticks + 1)
-    for start in range(ticks - 1, -1, -1):
-        options = []
-        for period in range(1, min(longest, ticks - start) + 1):
-            if period > 1 and start + 2 * period > ticks:
-                break
-            repeats = 1
-            while _period(signatures, start, period, repeats + 1) is not None:
-                repeats += 1
-            while repeats > 1 and not all(
-                _is_permutation(_union(pairs, start + k, period, repeats)) for k in range(period)
-            ):
-                repeats -= 1
-            if repeats == 1 and period > 1:
-                continue
-            cost = period + best[start + repeats * period][0]
-            options.append((cost, period, repeats))
-        best[start] = min(options)
-    segments, tick = [], 0
-    while tick < ticks:
-        _, period, repeats = best[tick]
-        common = _period(signatures, tick, period, repeats)
-        assert common is not None
-        segments.append(
-            Segment(
-                start=tick,
-                period=common,
-                repeats=repeats,
-                pairs=tuple(
-                    tuple(
-                        tuple(sorted(group)) for group in _union(pairs, tick + k, period, repeats)
-                    )
-                    for k in range(period)
-                ),
-            )
-        )
-        tick += period * repeats
-    return tuple(segments)
-
-
-def join(one: TickSignature, other: TickSignature) -> TickSignature | None:
-    """The signature that serves both ticks, or None.
-
-    It masks what only some devices do in either. A tick in which every device runs every task is
-    joined with its like alone: it would pay for masks that it does not need.
-    """
-    if one == other:
-        return one
-    if _busy(one) or _busy(other) or len(one.tasks) != len(other.tasks):
-        return None
-    if [replace(group, everyone=True) for group in one.groups] != [
-        replace(group, everyone=True) for group in other.groups
-    ]:
-        return None
-    tasks = []
-    for a, b in zip(one.tasks, other.tasks, strict=True):
-        if a.kind is not b.kind:
-            return None
-        tasks.append(
-            TaskSignature(
-                kind=a.kind,
-                everyone=a.everyone and b.everyone,
-                first=a.first if a.first == b.first else "some",
-                last=a.last if a.last == b.last else "some",
-            )
-        )
-    groups = [
-        replace(a, everyone=a.everyone and b.everyone)
-        for a, b in zip(one.groups, other.groups, strict=True)
-    ]
-    return TickSignature(tasks=tuple(tasks), groups=tuple(groups))
-
-
-def _busy(tick: TickSignature) -> bool:
-    return all(task.everyone for task in tick.tasks)
-
-
-def _period(
-    signatures: list[TickSignature], start: int, period: int, repeats: int
-) -> tuple[TickSignature, ...] | None:
-    """What serves `repeats` periods from `start` on; None where nothing does."""
-    if start + repeats * period > len(signatures):
-        return None
-    common = []
-    for k in range(period):
-        joined: TickSignature | None = signatures[start + k]
-        for r in range(1, repeats):
-            joined = join(joined, signatures[start + r * period + k])
-            if joined is None:
-                return None
-        common.append(joined)
-    return tuple(common)
-
-
-def _union(pairs: list, tick: int, period: int, repeats: int) -> list[set[tuple[int, int]]]:
-    groups: list[set[tuple[int, int]]] = [set(group) for group in pairs[tick]]
-    for r in range(1, repeats):
-        for group, more in zip(groups, pairs[tick + r * period], strict=True):
-            group |= set(more)
-    return groups
-
-
-def _is_permutation(groups: list[set[tuple[int, int]]]) -> bool:
-    return all(
-        len({s for s, _ in group}) == len(group) == len({t for _, t in group}) for group in groups
-    )
 
 
 def _share(flags) -> str:

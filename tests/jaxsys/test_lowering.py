@@ -12,6 +12,7 @@ import pytest
 from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel, Parameters, reference_loss
 from jaxsys.lowering import RECOMPUTE_POLICIES, LoweredStep, lower
+from jaxsys.lowering.bodies import MOST_TICKS_THAT_PAY
 from jaxsys.lowering.programs import block_program
 from jaxsys.lowering.split import split_backward
 from jaxsys.lowering.tables import build_tables
@@ -121,7 +122,8 @@ def test_every_named_schedule(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_not_masked_happens_on_every_device(name):
-    """Ticks fold together; one in which only some devices receive must keep its mask."""
+    """Ticks fold together; one in which only some devices receive must keep its mask, and one that
+    needs none gets none."""
     schedule = build(name, devices=8, microbatches=16)
     if schedule.placement is Placement.SHARDED:
         pytest.skip("sharded schedules are written out, without tables")
@@ -139,12 +141,13 @@ def test_what_is_not_masked_happens_on_every_device(name):
                 )
 
             tasks = [(task, valid(task.kind)) for task in signature.tasks]
-            groups = [(group, valid(i)) for i, group in enumerate(signature.groups)]
+            groups = [(group, valid(group.name)) for group in signature.groups]
             for item, on_all in tasks + groups:
                 assert item.everyone == on_all.all(), f"ticks {ticks}, {item}"
             busy = np.array([on_all for _, on_all in tasks] or [[True]]).all(axis=0)
-            if busy.any():  # it must not pay for the masks of its neighbours
-                assert all(len(set(on_all.tolist())) == 1 for _, on_all in tasks + groups), ticks
+            # No more than a few pay for the masks of their neighbours.
+            if not all(len(set(on_all.tolist())) == 1 for _, on_all in tasks + groups):
+                assert busy.sum() <= MOST_TICKS_THAT_PAY, ticks
 
 
 @pytest.mark.slow
@@ -218,6 +221,12 @@ def test_steady_ticks_are_one_loop():
     longest = max(step.tables.segments, key=lambda s: s.repeats * len(s.period))
     assert longest.repeats * len(longest.period) >= 32 - 2 * 2 - 1
     assert len(longest.period) == 1
+
+
+def test_ticks_that_fill_and_drain_share_bodies():
+    """What is compiled grows with the bodies; all its 24 ticks differ but those in the middle."""
+    tables = build_tables(interleave(4, 16), check(interleave(4, 16)))
+    assert sum(len(segment.period) for segment in tables.segments) <= 8
 
 
 def test_refuses_what_does_not_fit():
