@@ -5,6 +5,7 @@ names such as `jaxsys.train.Trainer` in them into links.
 """
 
 import argparse
+import importlib
 import importlib.util
 import pkgutil
 import re
@@ -76,6 +77,21 @@ def modules() -> list[str]:
     return ["jaxsys", *(f"jaxsys.{found.name}" for found in pkgutil.iter_modules(jaxsys.__path__))]
 
 
+def hidden_modules(package: str) -> list[str]:
+    """Modules that pdoc leaves out, as their package's `__all__` names objects only."""
+    module = importlib.import_module(package)
+    public = getattr(module, "__all__", None)
+    for name in public or ():
+        getattr(module, name)  # pdoc does not ask for what is imported when asked for
+    found = []
+    for inner in pkgutil.iter_modules(getattr(module, "__path__", ()), f"{package}."):
+        if public is not None and inner.name.removeprefix(f"{package}.") not in public:
+            found.append(inner.name)
+        if inner.ispkg:
+            found += hidden_modules(inner.name)
+    return found
+
+
 def mended(html: str, *, guide: bool) -> str:
     """A page of pdoc without what does not fit here."""
     # What is inherited from private classes is linked, but has no entry.
@@ -139,7 +155,7 @@ def main() -> int:
         print("without jaxsys.serve.processes.cluster, as ray is not installed", file=sys.stderr)
         left_out = ["!jaxsys.serve.processes.cluster"]
         warnings.filterwarnings("ignore", "Couldn't import jaxsys.serve.processes.cluster")
-    pdoc.pdoc(GUIDE, *modules(), *left_out, output_directory=out)
+    pdoc.pdoc(GUIDE, "jaxsys", *hidden_modules("jaxsys"), *left_out, output_directory=out)
     (out / "index.html").write_text(
         f'<!doctype html><meta http-equiv="refresh" content="0; url={GUIDE}.html">\n'
     )
