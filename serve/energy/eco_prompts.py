@@ -38,7 +38,7 @@ def batches_at_hand(
     left_s: float,
     budget: int,
     most: int,
-) -> tuple[list[Load], list[list[float]]]:
+) -> tuple[list[Load], list[float], list[int]]:
     """The iteration and the queue behind it, cut as the scheduler will cut it.
 
     Args:
@@ -48,35 +48,36 @@ def batches_at_hand(
         most: batches of the queue told apart; the rest counts as one more.
 
     Returns:
-        Loads, and for each the times from now by which its prompts should be done, ascending.
+        Loads; times from now by which prompts should be done; and the batch that each is part of.
     """
-    loads, deadlines_s = [load], [[]]
+    loads, deadlines_s, batches = [load], [], []
     queue: list[tuple[int, float]] = []
     for piece in iteration.prefills:
         deadline_s = left_s + piece.request.timing.arrival_s
         if piece.last:
-            deadlines_s[0].append(deadline_s)
+            deadlines_s.append(deadline_s)
+            batches.append(0)
         else:  # the rest of a long prompt comes first of all that waits
             rest = piece.request.total_length - piece.start - piece.length
             queue.append((rest, deadline_s))
     queue += [(r.total_length, left_s + r.timing.arrival_s) for r in waiting]
-    tokens, deadlines = 0, []
+    tokens = prompts = 0
     for place, (length, deadline_s) in enumerate(queue, start=1):
         tokens += length
-        deadlines.append(deadline_s)
+        prompts += 1
+        deadlines_s.append(deadline_s)
+        batches.append(len(loads))
         if place == len(queue) or (tokens >= budget and len(loads) <= most):
-            loads.append(Load(prefill_tokens=tokens, prefill_requests=len(deadlines)))
-            deadlines_s.append(deadlines)
-            tokens, deadlines = 0, []
-    for deadlines in deadlines_s:
-        deadlines.sort()
-    return loads, deadlines_s
+            loads.append(Load(prefill_tokens=tokens, prefill_requests=prompts))
+            tokens = prompts = 0
+    return loads, deadlines_s, batches
 
 
 def prompt_costs_j(
     times_s: np.ndarray,
     powers_w: np.ndarray,
-    deadlines_s: Sequence[Sequence[float]],
+    deadlines_s: Sequence[float],
+    batches: Sequence[int],
     *,
     bound_s: float,
     clearance: np.ndarray,
@@ -88,24 +89,25 @@ def prompt_costs_j(
     Args:
         times_s: of each batch at each clock, [batch, clock], clocks ascending.
         powers_w: likewise.
-        deadlines_s: times from now by which the prompts of each batch should be done, ascending.
+        deadlines_s: times from now by which each prompt should be done.
+        batches: the batch of each.
         bound_s: the TTFT planned for.
         clearance: share of the time to its deadline that a batch may take, [clock].
         worth: energies of a prompt that its first token in time is worth.
         broken_worth: what is left of that where a large share is late at every clock.
     """
     energies_j = (times_s * powers_w).sum(axis=0)
-    prompts = sum(map(len, deadlines_s))
+    prompts = len(deadlines_s)
     if not prompts:
         return energies_j, 0
     done_s = times_s.cumsum(axis=0)
-    late = np.zeros(len(energies_j))
-    for deadlines, ends_s in zip(deadlines_s, done_s / clearance, strict=True):
-        late += np.searchsorted(deadlines, ends_s)
+    due_s = np.array(deadlines_s)
+    ends_s = (done_s / clearance)[batches]
+    late = (due_s[:, None] < ends_s).sum(axis=0, dtype=float)
     lost = int(late[-1])
     work_s = float(done_s[-1, -1])
     if lost:
-        waited_s = bound_s - min(deadlines[0] for deadlines in deadlines_s if deadlines)
+        waited_s = bound_s - float(due_s.min())
         late += prompts / max(waited_s, work_s) * done_s[-1]
     # Who comes early in this work waits for its end, and then for a batch of his own.
     broken = 1 - (bound_s - float(times_s[0, -1])) / work_s

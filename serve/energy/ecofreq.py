@@ -98,12 +98,12 @@ class EcoFreqConfig:
     """Iterations that stay at the maximum after an overrun."""
     growth_guard: float = 0.1
     """A decode clock must keep the ITL for a batch larger by this share too, and ..."""
-    growth_s: float = 5.0
+    growth_s: float = 20.0
     """... by what it grew over about this time: a slower clock lets the batch grow, in the end
     beyond what any can serve. 0 to look at no growth."""
     worth: float = 18.0
     """Worth of a first token in time, in energies that its prompt takes at the lowest clock."""
-    broken_worth: float = 2.5
+    broken_worth: float = 2.4
     """What remains of `worth` where a large share of the prompts is late at every clock."""
     prefill_budget: int = 8192
     """Prompt tokens an iteration computes: how the queue will be cut."""
@@ -295,7 +295,7 @@ class EcoFreq:
     def _choose(self, iteration: "Iteration", waiting: "Collection[Request]", now_s: float) -> int:
         slo, config = self.slo.current, self.config
         self.record.decisions += 1
-        loads, deadlines_s = batches_at_hand(
+        loads, deadlines_s, of_batch = batches_at_hand(
             self._load,
             iteration,
             waiting,
@@ -317,6 +317,7 @@ class EcoFreq:
             times_s[:batches],
             powers_w[:batches],
             deadlines_s,
+            of_batch,
             bound_s=slo.planned_ttft_s,
             clearance=clearance,
             worth=config.worth,

@@ -98,23 +98,13 @@ class _Grid:
         self._per_width = [1.0 / np.diff(axis) for axis in axes]
         strides = np.cumprod([1, *self.shape[:0:-1]])[::-1]
         self._strides = [int(stride) for stride in strides]
-        self._corners = [
-            sum(stride * (corner >> k & 1) for k, stride in enumerate(self._strides))
-            for corner in range(1 << len(axes))
-        ]
+        self._corners = np.array(
+            [
+                sum(stride * (corner >> k & 1) for k, stride in enumerate(self._strides))
+                for corner in range(1 << len(axes))
+            ]
+        )
         self._nodes = [axis.tolist() for axis in axes]
-
-    def place(self, points: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
-        """First node of the cell each point is in, and its place within along each axis."""
-        first: np.ndarray | int = 0
-        shares = []
-        for value, axis, inner, per_width, stride in zip(
-            points, self.axes, self._inner, self._per_width, self._strides, strict=True
-        ):
-            at = inner.searchsorted(value, side="right")
-            shares.append(np.maximum((value - axis[at]) * per_width[at], 0.0))
-            first = first + at * stride
-        return np.asarray(first), shares
 
     def rises(self, table: np.ndarray) -> np.ndarray:
         """Usual rise over each axis's last segment, [axis, clock].
@@ -128,26 +118,27 @@ class _Grid:
             rises.append(np.quantile(rise.reshape(-1, table.shape[-1]), 0.75, axis=0))
         return np.maximum(rises, 0.0)
 
-    def read(
-        self,
-        table: np.ndarray,
-        first: np.ndarray,
-        shares: list[np.ndarray],
-        rises: np.ndarray | None = None,
-    ) -> np.ndarray:
-        """The table's rows at placed points; without `rises` they end at the table's edge."""
-        within = [np.minimum(share, 1.0) for share in shares]
-        weights = [1.0 - within[0], within[0]]
-        for share in within[1:]:
-            rest = 1.0 - share
-            weights = [w * rest for w in weights] + [w * share for w in weights]
-        result = weights[0][:, None] * table[first]
-        for weight, offset in zip(weights[1:], self._corners[1:], strict=True):
-            result += weight[:, None] * table[first + offset]
-        if rises is not None:
-            for share, inner, rise in zip(shares, within, rises, strict=True):
-                result += (share - inner)[:, None] * rise
-        return result
+    def read(self, table: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+        """The table at points, [axis, point].
+
+        Returns:
+            Rows [point, column], which end at the table's edge, and how far beyond it each point
+            lies along each axis, in lengths of that axis's last segment.
+        """
+        first: np.ndarray | int = 0
+        weights = np.ones((1, 1))
+        beyond = []
+        for value, axis, inner, per_width, stride in zip(
+            points, self.axes, self._inner, self._per_width, self._strides, strict=True
+        ):
+            at = inner.searchsorted(value, side="right")
+            share = np.maximum((value - axis[at]) * per_width[at], 0.0)
+            within = np.minimum(share, 1.0)
+            weights = np.concatenate([weights * (1.0 - within), weights * within])
+            beyond.append(share - within)
+            first = first + at * stride
+        rows = table[first + self._corners[:, None]]
+        return np.einsum("kp,kpc->pc", weights, rows), beyond
 
     def read_one(self, table: np.ndarray, point: Sequence[float], rises: np.ndarray) -> np.ndarray:
         """`read` for one point, without arrays' overhead."""
@@ -159,7 +150,7 @@ class _Grid:
             weights = [w * (1.0 - inner) for w in weights] + [w * inner for w in weights]
             first += at * stride
             beyond.append(share - inner)
-        rows = table[[first + offset for offset in self._corners]]
+        rows = table[first + self._corners]
         result = np.array(weights) @ rows
         return result + np.array(beyond) @ rises if any(beyond) else result
 
@@ -175,9 +166,11 @@ class _Phase:
     """Feature rows of the whole grid."""
     table_s: np.ndarray
     table_w: np.ndarray | None
-    floor_s: np.ndarray
+    table: np.ndarray = field(init=False)
+    """Both tables side by side, to be read at once."""
+    floor_s: np.ndarray = field(init=False)
     """Time of the smallest load at each clock."""
-    rises_s: np.ndarray
+    rises_s: np.ndarray = field(init=False)
     """Usual rise over each axis's last segment, [axis, clock]."""
     log_factor: float = 0.0
     """Correction in force, as a logarithm."""
@@ -191,9 +184,14 @@ class _Phase:
     refits: int = 0
     boosting: "Future[xgboost.Booster | None] | None" = None
 
+    def __post_init__(self) -> None:
+        self.tabulate(self.table_s)
+
     def tabulate(self, table_s: np.ndarray) -> None:
         """Puts another table of times in force."""
         self.table_s = table_s
+        tables = [table_s] if self.table_w is None else [table_s, self.table_w]
+        self.table = np.concatenate(tables, axis=1)
         self.floor_s = table_s[0]
         self.rises_s = self.cells.rises(table_s)
 
@@ -227,6 +225,7 @@ class EcoPred:
             raise UsageError("the profile holds no samples; take one with `jaxsys profile serving`")
         self._clocks = np.array(clocks, float)
         self._column = {mhz: column for column, mhz in enumerate(clocks)}
+        self._columns_of: dict[tuple[int, ...], np.ndarray] = {}
         prefill = [s for s in profile.samples if s.load.prefill_tokens and not s.load.batch]
         decode = [s for s in profile.samples if s.load.batch and not s.load.prefill_tokens]
         if len(prefill) < 8 or len(decode) < 8:
@@ -287,8 +286,13 @@ class EcoPred:
         return time_s * power_w
 
     def _columns(self, clocks_mhz: Sequence[int]) -> np.ndarray:
+        key = tuple(clocks_mhz)
+        found = self._columns_of.get(key)
+        if found is not None:
+            return found
         try:
-            return np.array([self._column[mhz] for mhz in clocks_mhz])
+            self._columns_of[key] = columns = np.array([self._column[mhz] for mhz in key])
+            return columns
         except KeyError as missing:
             known = ", ".join(str(int(mhz)) for mhz in self._clocks)
             raise UsageError(
@@ -298,15 +302,18 @@ class EcoPred:
     def _phase(
         self, phase: _Phase, points: np.ndarray, columns: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        cells = phase.cells
-        first, shares = cells.place(tuple(points))
-        time_s = cells.read(phase.table_s, first, shares, phase.rises_s)
+        values, beyond = phase.cells.read(phase.table, points)
+        count = len(self._clocks)
+        time_s = values[:, :count]
+        for lengths, rise in zip(beyond, phase.rises_s, strict=True):
+            if lengths.any():
+                time_s = time_s + lengths[:, None] * rise
         # Within the table a no-op; beyond it, the rises of two clocks may cross.
         time_s = np.minimum.accumulate(time_s, axis=1)[:, columns] * math.exp(phase.log_factor)
         if phase.table_w is None:
             return time_s, np.full_like(time_s, np.nan)
         # Power does not go on rising beyond the profile as time does.
-        return time_s, cells.read(phase.table_w, first, shares)[:, columns]
+        return time_s, values[:, count:][:, columns]
 
     # --- learning online ----------------------------------------------------------------------
 
@@ -477,16 +484,13 @@ class EcoPred:
             )
             table_w = self._tabulate(power_trees, grid, shape, False)
         table_s = self._tabulate(trees, grid, shape, True)
-        cells = _Grid(axes)
         return _Phase(
-            cells=cells,
+            cells=_Grid(axes),
             trees=trees,
             power_trees=power_trees,
             grid=grid,
             table_s=table_s,
             table_w=table_w,
-            floor_s=table_s[0],
-            rises_s=cells.rises(table_s),
         )
 
     @staticmethod
