@@ -6,8 +6,8 @@ the clock when the pipe ends (the server exited, crashed or was killed), when no
 lease time (it hangs), on SIGTERM, and on its own faults. Of the commands waiting in the pipe only
 the newest is carried out, so a slow driver never falls behind.
 
-Run as `python -m jaxsys.nvml_lease UUID LEASE_S`; it answers `ready`, `at MHZ`, `error TEXT` or
-`lapsed`, one a line.
+Run as `python -m jaxsys.nvml_lease UUID LEASE_S`; it answers `ready`, `error TEXT` or `lapsed`,
+one a line.
 """
 
 import contextlib
@@ -20,6 +20,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+
+from jaxsys.nvml_gpu import NvmlGpu
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +47,6 @@ class Lease:
         self._wanted: bytes | None = None
         self.fault = ""
         """Why the lease no longer sets clocks; empty while it does."""
-        self.set_mhz: int | None = None
-        """The clock the driver last confirmed; None while it runs by its own rule."""
-        self.lapses = 0
-        """Times the helper gave the clock back for want of a heartbeat."""
 
     def start(self) -> str:
         """Starts the helper; returns why it cannot set clocks, or "" if it can."""
@@ -127,11 +125,7 @@ class Lease:
         assert process is not None and process.stdout is not None
         for raw in process.stdout:
             word, _, rest = raw.decode().strip().partition(" ")
-            if word == "at":
-                self.set_mhz = int(rest) or None
-            elif word == "lapsed":
-                self.lapses += 1
-                self.set_mhz = None
+            if word == "lapsed":
                 logger.warning("no heartbeat for %.1f s: the clock was given back", self._lease_s)
             elif word == "error":
                 self._fail(rest)
@@ -147,8 +141,6 @@ class Lease:
 
     def _reset_directly(self) -> None:
         """The helper was killed and could not tidy up: this process tries itself."""
-        from jaxsys.nvml import NvmlGpu  # imports this module
-
         try:
             gpu = NvmlGpu(self._uuid)
             try:
@@ -175,8 +167,6 @@ def _newest(lines: list[bytes]) -> bytes | None:
 
 def run_helper(uuid: str, lease_s: float) -> int:
     """Holds the clock until the pipe ends; returns the exit code."""
-    from jaxsys.nvml import NvmlGpu
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
@@ -197,7 +187,7 @@ def run_helper(uuid: str, lease_s: float) -> int:
     return 0
 
 
-def _serve(gpu, lease_s: float) -> None:  # type: ignore[no-untyped-def]
+def _serve(gpu: NvmlGpu, lease_s: float) -> None:
     rest = b""
     held: int | None = None
     heard_s = time.monotonic()
@@ -225,10 +215,9 @@ def _serve(gpu, lease_s: float) -> None:  # type: ignore[no-untyped-def]
             if mhz != held:
                 gpu.lock(mhz)  # refuses what the driver does not list
                 held = mhz
-        _say(f"at {held or 0}")
 
 
-def _unlock_stubbornly(gpu) -> None:  # type: ignore[no-untyped-def]
+def _unlock_stubbornly(gpu: NvmlGpu) -> None:
     for _ in range(3):
         try:
             gpu.unlock()

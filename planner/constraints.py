@@ -6,14 +6,13 @@ whether any assignment exists. If none does, relations are left out one after an
 the rest still conflicts: what remains is a smallest set of culprits.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 from jaxsys.errors import UsageError
 
-Value = Hashable
 Domains = dict[str, tuple[Any, ...]]
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from jaxsys.errors import UsageError
 from jaxsys.hardware import DeviceSpec
 from jaxsys.planner.cluster import Cluster
-from jaxsys.planner.costs import Precision, block_cost, schedule_costs
+from jaxsys.planner.costs import Precision, schedule_costs
 from jaxsys.planner.workload import Workload
 from jaxsys.schedule import Link, Schedule, ScheduleError, Simulation, simulate, trace
 from jaxsys.strategies import zero
@@ -190,20 +190,3 @@ def _best_policy(
     if fitting:
         return min(fitting, key=lambda row: row.step_s)
     return min(rows, key=lambda row: row.memory_bytes)
-
-
-def block_seconds(
-    workload: Workload, device: DeviceSpec, *, recompute: str = "none"
-) -> tuple[float, float]:
-    """Forward and backward seconds of all blocks on one microbatch."""
-    costs = [
-        block_cost(
-            block,
-            device,
-            activation_bytes=workload.activation_bytes,
-            precision=Precision(),
-            recompute=recompute,
-        )
-        for block in workload.blocks
-    ]
-    return sum(c.forward_s for c in costs), sum(c.backward_s for c in costs)

@@ -88,10 +88,6 @@ class PageAllocator:
             pages.append(page)
         return pages
 
-    def is_shared(self, page: int) -> bool:
-        """Whether a write to `page` would be seen by anyone but its one holder."""
-        return self._counts[page] > 1 or self._keys[page] is not None
-
     def register(self, page: int, key: BlockKey) -> None:
         """Makes a held page's content findable. A key known already keeps its first page."""
         if self._counts[page] < 1:

@@ -11,7 +11,7 @@ import pynvml
 
 from jaxsys.errors import RunError
 from jaxsys.mesh import Device
-from jaxsys.nvml import start_nvml
+from jaxsys.nvml_gpu import start_nvml
 
 
 def visible_gpus() -> list[str]:
