@@ -1,8 +1,8 @@
 """GPU clocks, power and energy as governors see them: read without waiting, and set as a lease.
 
 A locked clock outlives the process that locked it. So this process never sets one: a helper
-(`jaxsys.nvml_lease`) holds the lock, and gives it back when this process exits, crashes, is killed or
-stops sending heartbeats.
+(`jaxsys.nvml_lease`) holds the lock, and gives it back when this process exits, crashes, is killed
+or stops sending heartbeats.
 
 Nothing is set unless `control=True`. Where control is asked for but cannot be had (no permission,
 MIG, vGPU, unknown clocks), the GPU is observed only, and `reason` says why in one line.
