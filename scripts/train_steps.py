@@ -1,0 +1,225 @@
+"""Whole training steps to be timed: this library's, plain JAX's, and a ring written by hand.
+
+Each is a jitted `step(state, batch) -> (state, loss)`, its state being the parameters and the
+optimizer's, beside a jitted function that makes the parameters where they rest.
+"""
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+from ring_by_hand import rest_order, ring_loss_and_gradients
+
+from jaxsys.mesh import RING
+from jaxsys.train.memory import StepShape, step_bytes
+
+GIB = 2**30
+
+
+def fsdp_step(model, mesh, optimizer, microbatches: int, recompute: str, dtype):
+    """Plain JAX: `jit` with sharded parameters, XLA's partitioner places the collectives.
+
+    Activations are kept cut by sequence and the edge's weights whole where they are used; else
+    the partitioner cuts products over their sum and reduces activations instead.
+    """
+    block = model.block if recompute == "none" else jax.checkpoint(model.block)
+    devices = mesh.shape[RING]
+
+    def by_sequence(x):
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(RING)))
+
+    def whole(tree):
+        return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec()))
+
+    def loss_of(parameters, microbatch):
+        low = jax.tree.map(lambda p: p.astype(dtype), parameters)
+        edge = whole(low["edge"])
+        x = by_sequence(model.embed(edge, microbatch))
+        x, _ = jax.lax.scan(
+            lambda x, w: (by_sequence(block(w, x, microbatch)), None), x, low["blocks"]
+        )
+        # One sequence at a time, or the loss's chunks of tokens would mix the devices' sequences.
+        one = jax.tree.map(lambda leaf: leaf[:, None], (x, microbatch))
+        loss, weight = jax.vmap(lambda x, m: model.head_loss(edge, x, m))(*one)
+        return loss.sum() / weight.sum()
+
+    def step(state, batch):
+        parameters, opt = state
+        rounds = jax.tree.map(
+            lambda b: jax.lax.with_sharding_constraint(
+                b.reshape(microbatches // devices, devices * b.shape[1], *b.shape[2:]),
+                NamedSharding(mesh, PartitionSpec(None, RING)),
+            ),
+            batch,
+        )
+
+        def accumulate(total, microbatch):
+            loss, gradient = jax.value_and_grad(loss_of)(parameters, microbatch)
+            return jax.tree.map(jnp.add, total, (loss, gradient)), None
+
+        zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, parameters))
+        (loss, gradient), _ = jax.lax.scan(accumulate, zero, rounds)
+        count = microbatches // devices
+        gradient = jax.tree.map(lambda g: g / count, gradient)
+        updates, opt = optimizer.update(gradient, opt, parameters)
+        return (optax.apply_updates(parameters, updates), opt), loss / count
+
+    def sharding(leaf):
+        for axis, size in enumerate(leaf.shape):
+            if size % devices == 0 and axis > 0 or leaf.ndim == 1 and size % devices == 0:
+                return NamedSharding(mesh, PartitionSpec(*[None] * axis, RING))
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.jit(step, donate_argnums=0), sharding
+
+
+def xla_step(model, mesh, optimizer, microbatches, recompute, dtype, parameters):
+    """Plain JAX FSDP and the maker of its parameters."""
+    step, sharding = fsdp_step(model, mesh, optimizer, microbatches, recompute, dtype)
+    placed = jax.tree.map(sharding, jax.eval_shape(parameters))
+    return step, jax.jit(parameters, out_shardings=placed)
+
+
+def our_step(lowered, optimizer, parameters, shapes):
+    """A schedule's step and the maker of its parameters at rest."""
+    rest_shapes = jax.eval_shape(lowered.to_rest, shapes)
+    rest = lowered.rest_shardings(rest_shapes)
+
+    def step(state, batch):
+        parameters, opt = state
+        loss, gradients = lowered.loss_and_gradients(parameters, batch)
+        updates, opt = optimizer.update(gradients, opt, parameters)
+        return (optax.apply_updates(parameters, updates), opt), loss
+
+    make = jax.jit(lambda: lowered.to_rest(parameters()), out_shardings=rest)
+    return jax.jit(step, donate_argnums=0, compiler_options=lowered.compiler_options), make
+
+
+def hand_step(lowered, optimizer, parameters, shapes):
+    """The same for the ring written by hand, with all that `lowered` is set to."""
+    mesh, layers = lowered.mesh, lowered.model.layers
+    run = ring_loss_and_gradients(
+        lowered.model,
+        mesh,
+        microbatches=lowered.schedule.microbatches,
+        recompute={"none": False, "block": True}[lowered.recompute],
+        compute_dtype=lowered.compute_dtype,
+        gradient_dtype=lowered.gradient_dtype,
+    )
+
+    def step(state, batch):
+        parameters, opt = state
+        loss, gradients = run(parameters, batch)
+        updates, opt = optimizer.update(gradients, opt, parameters)
+        return (optax.apply_updates(parameters, updates), opt), loss
+
+    def rest():
+        fresh = parameters()
+        order = np.array(rest_order(layers, mesh.shape[RING]))
+        blocks = jax.tree.map(lambda leaf: leaf[order], fresh["blocks"])
+        return {"edge": fresh["edge"], "blocks": blocks}
+
+    cut = NamedSharding(mesh, PartitionSpec(RING))
+    make = jax.jit(rest, out_shardings=jax.tree.map(lambda _: cut, shapes))
+    return jax.jit(step, donate_argnums=0, compiler_options=lowered.compiler_options), make
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class Ready:
+    """A compiled step and its arguments."""
+
+    compiled: Any
+    state: Any
+    batch: dict
+    compile_s: float
+    flops_per_token: float
+    """Model FLOPs a token and device, by as many sequences as a device has microbatches."""
+
+
+def compile_step(step, state, batch, flops_per_token: float) -> Ready:
+    start = time.perf_counter()
+    compiled = step.lower(state, batch).compile()
+    return Ready(
+        compiled=compiled,
+        state=state,
+        batch=batch,
+        compile_s=time.perf_counter() - start,
+        flops_per_token=flops_per_token,
+    )
+
+
+def time_step(ready: Ready, repeats: int) -> dict:
+    """Runs a step and reads memory."""
+    state, ready.state = ready.state, None
+    batch, compiled = ready.batch, ready.compiled
+    tokens = batch["inputs"].shape[1] * batch["inputs"].shape[2]
+    samples: list[float] = []
+    loss: Any = None
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        state, loss = compiled(state, batch)
+        loss.block_until_ready()
+        samples.append(time.perf_counter() - start)
+    ready.state = state
+    step_s = float(np.median(samples[1:]))
+    analysis = compiled.memory_analysis()
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    peak = statistics.get("peak_bytes_in_use")
+    return {
+        "step_s": round(step_s, 4),
+        "model_tflops_per_gpu": round(1e-12 * ready.flops_per_token * tokens / step_s, 1),
+        "tokens_per_s_per_gpu": round(
+            tokens * batch["inputs"].shape[0] / len(jax.devices()) / step_s, 1
+        ),
+        "temp_gib": round(analysis.temp_size_in_bytes / 2**30, 2) if analysis else None,
+        "argument_gib": round(analysis.argument_size_in_bytes / 2**30, 2) if analysis else None,
+        # The allocator's peak so far: this configuration's, where it is the largest until now.
+        "peak_so_far_gib": round(peak / 2**30, 2) if peak else None,
+        "compile_s": round(ready.compile_s, 1),
+        "loss": round(float(loss), 4),
+    }
+
+
+def memory_of(ready: Ready) -> dict:
+    """What XLA gives the program on each device: arguments, temporaries, results not in place."""
+    analysis = ready.compiled.memory_analysis()
+    taken = (
+        analysis.argument_size_in_bytes
+        + analysis.output_size_in_bytes
+        + analysis.temp_size_in_bytes
+        - analysis.alias_size_in_bytes
+    )
+    return {
+        "compiled_gib": round(taken / GIB, 2),
+        "temp_gib": round(analysis.temp_size_in_bytes / GIB, 2),
+        "argument_gib": round(analysis.argument_size_in_bytes / GIB, 2),
+        "compile_s": round(ready.compile_s, 1),
+    }
+
+
+def state_shapes(optimizer, rest):
+    """Shapes of the optimizer's state, each moment sharded as its parameter."""
+    return optax.tree_utils.tree_map_params(
+        optimizer, lambda _, like: like, jax.eval_shape(optimizer.init, rest), rest
+    )
+
+
+def predicted_bytes(lowered, shapes, state, batch) -> float:
+    """What jaxsys.train would predict of a step before it compiles it."""
+    return step_bytes(
+        StepShape(
+            schedule=lowered.schedule,
+            model=lowered.model,
+            parameters=shapes,
+            state_bytes=sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(state)),
+            microbatch=jax.tree.map(lambda b: jax.ShapeDtypeStruct(b.shape[1:], b.dtype), batch),
+            compute_dtype=lowered.compute_dtype,
+            gradient_dtype=lowered.gradient_dtype,
+            recompute=lowered.recompute,
+        )
+    )
