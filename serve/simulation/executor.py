@@ -9,7 +9,7 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from jaxsys.clocks import SimulatedClocks
 from jaxsys.serve.energy.gpu_model import Load, Outcome, SimulatedGpu
@@ -119,7 +119,12 @@ class SimExecutor:
         if len(self._loads) > 1:
             outcome = _in_turn([outcome, *(self.gpu.run(x, clock_mhz) for x in self._loads[1:])])
         if self._noise:
-            outcome = replace(outcome, time_s=outcome.time_s * self._slowness)
+            return Outcome(
+                outcome.time_s * self._slowness,
+                outcome.power_w,
+                outcome.clock_mhz,
+                outcome.power_capped,
+            )
         return outcome
 
     def _steps_left(self, now_s: float) -> float:

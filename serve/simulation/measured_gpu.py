@@ -5,6 +5,9 @@ it holds:
 
     decode    t = a[bucket] + c[bucket] * kv_tokens, fitted to each compiled batch
     prefill   t of one piece by its padded length, and by the tokens before it
+
+A server does more between steps than the profiled engine alone: what its HTTP face adds to a decode
+step, a share of it per sequence, may be given beside the profile.
 """
 
 import bisect
@@ -30,16 +33,19 @@ class MeasuredGpu(SimulatedGpu):
         piece_buckets: Sequence[int],
         idle_w: float,
         kv_capacity_tokens: int,
+        face_s: tuple[float, float] = (0.0, 0.0),
     ) -> None:
         """
         Args:
             profile: of one clock, with steps of one prompt each.
             piece_buckets: lengths that pieces of prompts are padded to.
             idle_w: power with the model loaded and nothing to do.
+            face_s: what serving adds to a decode step, and to it per sequence; the GPU idles then.
         """
         super().__init__(spec, shape)
         self._capacity_tokens = kv_capacity_tokens
         self._idle_w = idle_w
+        self._face_s = face_s
         decodes: defaultdict[int, list[Sample]] = defaultdict(list)
         pieces: defaultdict[int, list[Sample]] = defaultdict(list)
         for sample in profile.samples:
@@ -67,8 +73,9 @@ class MeasuredGpu(SimulatedGpu):
             energy_j = time_s * power_w
         if load.batch:
             step_s, power_w = _at(self._decodes, load.bucket or load.batch, load.kv_tokens)
-            time_s += step_s
-            energy_j += step_s * power_w
+            face_s = self._face_s[0] + self._face_s[1] * load.batch
+            time_s += step_s + face_s
+            energy_j += step_s * power_w + face_s * self._idle_w
         if not time_s:
             return Outcome(0.0, self._idle_w, clock_mhz, False)
         return Outcome(time_s, energy_j / time_s, clock_mhz, False)

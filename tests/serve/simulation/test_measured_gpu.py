@@ -19,7 +19,7 @@ SAMPLES = (
 )
 
 
-def measured(samples=SAMPLES):
+def measured(samples=SAMPLES, face_s=(0.0, 0.0)):
     profile = Profile(
         fingerprint=Fingerprint(gpu="H100", model="32x4096", engine="test"), samples=samples
     )
@@ -30,6 +30,7 @@ def measured(samples=SAMPLES):
         piece_buckets=(32, 128),
         idle_w=90.0,
         kv_capacity_tokens=5000,
+        face_s=face_s,
     )
 
 
@@ -48,6 +49,14 @@ def test_what_was_measured_comes_out_and_lines_lie_between():
     mixed = gpu.run(Load(32, 1, 0, 8, 900, 8), 1980)
     assert mixed.time_s == pytest.approx(0.051)
     assert mixed.energy_j == pytest.approx(0.031 * 500 + 0.020 * 400)
+
+
+def test_serving_adds_to_decode_steps_while_the_gpu_idles():
+    gpu = measured(face_s=(0.001, 0.0005))
+    step = gpu.run(Load(batch=8, kv_tokens=900, bucket=8), 1980)
+    assert step.time_s == pytest.approx(0.020 + 0.001 + 8 * 0.0005)
+    assert step.energy_j == pytest.approx(0.020 * 400 + 0.005 * 90)
+    assert gpu.run(Load(32, 1), 1980).time_s == pytest.approx(0.031)
 
 
 def test_a_profile_without_one_phase_is_refused():
