@@ -25,6 +25,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxsys.errors import UsageError
+from jaxsys.hardware import GIB
 from jaxsys.layered import LayeredModel
 from jaxsys.planner import explain
 from jaxsys.planner.cluster import Cluster
@@ -48,7 +49,6 @@ from jaxsys.planner.workload import BlockWork, EdgeWork, Workload
 from jaxsys.schedule import Schedule
 
 PyTree = Any
-GIB = 2**30
 REPLICA, SHARD, FEATURES = "replica", "shard", "features"
 
 

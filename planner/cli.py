@@ -10,6 +10,7 @@ from pathlib import Path
 from jaxsys import hardware
 from jaxsys.errors import RunError, UsageError
 from jaxsys.files import write_whole
+from jaxsys.hardware import GIB
 from jaxsys.model.config import LlamaConfig, preset
 from jaxsys.planner import explain, report
 from jaxsys.planner.cluster import Cluster
@@ -27,7 +28,6 @@ from jaxsys.planner.workload import Workload, llama_workload
 from jaxsys.schedule import Simulation, simulate
 from jaxsys.schedule.render import draw, write_chrome_trace
 
-GIB = 2**30
 MOST_DEVICES = 1024
 """Every task of every device is simulated: this many take minutes a strategy."""
 

@@ -3,13 +3,13 @@
 import dataclasses
 from dataclasses import replace
 
+from jaxsys.hardware import GIB
 from jaxsys.planner.evaluate import Evaluator
 from jaxsys.planner.problem import Problem
 from jaxsys.planner.recognise import describe, recognise
 from jaxsys.planner.report import seconds
 from jaxsys.planner.search import Found, Result
 
-GIB = 2**30
 FACTORS = (0.8, 1.25, 0.5, 2.0, 0.25, 4.0, 0.1, 10.0)
 RIVALS = 6
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jaxsys
 from jaxsys.errors import UsageError
+from jaxsys.hardware import GIB
 from jaxsys.planner.plans import Plan
 from jaxsys.planner.problem import Problem
 from jaxsys.planner.recognise import describe, recognise
@@ -15,7 +16,6 @@ from jaxsys.planner.search import Found
 
 FORMAT = "jaxsys-plan-file"
 FORMAT_VERSION = 1
-GIB = 2**30
 
 
 def fingerprint(problem: Problem) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from jaxsys.hardware import GIB
 from jaxsys.lowering import lower_sharded
 from jaxsys.mesh import RING
 from jaxsys.model import abstract_parameters, initial_parameters, layered
@@ -29,7 +30,6 @@ from jaxsys.planner.problem import Problem
 from jaxsys.planner.recognise import recognise
 from jaxsys.planner.workload import llama_workload
 
-GIB = 2**30
 LINKS: dict[str, dict[str, str]] = {
     "direct": {},
     "host": {"NCCL_P2P_DISABLE": "1"},

@@ -316,19 +316,28 @@ def profile_of(value: Mapping[str, Any], *, source: str) -> Profile:
         raise UsageError(f"the profile ({source}) is incomplete: {error}") from None
 
 
-def main(argv: Sequence[str], prog: str) -> int:
-    """Runs the command."""
-    parser = argparse.ArgumentParser(
+def parser(prog: str) -> argparse.ArgumentParser:
+    """The options of `jaxsys profile cluster`."""
+    result = argparse.ArgumentParser(
         prog=prog, description="Measure links and devices for `jaxsys plan --profile`."
     )
-    add = parser.add_argument
+    add = result.add_argument
     add("--out", type=Path, required=True, help="the profile to write")
     add("--devices", type=int, default=1, help="how many devices to measure between (default: 1)")
-    add("--model", default="llama-3-8b", help="the preset whose shapes are measured")
+    add(
+        "--model",
+        default="llama-3-8b",
+        help="preset whose shapes are measured (default: %(default)s)",
+    )
     add("--tokens", type=int, default=8192, help="tokens of a microbatch (default: 8192)")
     add("--repeats", type=int, default=10, help="runs of each (default: 10)")
     add("--largest-mib", type=int, default=256, help="largest block sent (default: 256)")
-    options = parser.parse_args(argv)
+    return result
+
+
+def main(argv: Sequence[str], prog: str) -> int:
+    """Runs the command."""
+    options = parser(prog).parse_args(argv)
     for name in ("devices", "tokens", "repeats", "largest_mib"):
         if getattr(options, name) < 1:
             raise UsageError(f"{name}={getattr(options, name)} must be at least 1")

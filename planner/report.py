@@ -4,11 +4,11 @@ import math
 from typing import Any
 
 import jaxsys
+from jaxsys.hardware import GIB
 from jaxsys.planner.named import Comparison, Row
 
 FORMAT = "jaxsys-comparison"
 FORMAT_VERSION = 1
-GIB = 2**30
 
 
 def table(comparison: Comparison) -> str:

@@ -15,10 +15,9 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from ring_by_hand import rest_order, ring_loss_and_gradients
 
+from jaxsys.hardware import GIB
 from jaxsys.mesh import RING
 from jaxsys.train.memory import StepShape, step_bytes
-
-GIB = 2**30
 
 
 def fsdp_step(model, mesh, optimizer, microbatches: int, recompute: str, dtype):

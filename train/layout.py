@@ -11,7 +11,7 @@ from jaxsys.mesh import make_mesh
 from jaxsys.model import LlamaConfig
 from jaxsys.planner.workload import llama_workload
 from jaxsys.schedule import Schedule
-from jaxsys.train import auto, plan, plan_file
+from jaxsys.train import auto, plan_file, schedules
 
 MICROBATCH_SIZE = 4
 """Sequences, where neither the user nor a plan says."""
@@ -84,7 +84,7 @@ def lay_out(
         choice = auto.choose(workload, devices[:ring], microbatches=microbatches or 2 * ring)
         chosen, recompute = choice.schedule, recompute or choice.recompute
         reason = choice.reason
-    resolved = plan.resolve(
+    resolved = schedules.resolve(
         chosen, devices=ring, layers=config.num_layers, microbatches=microbatches
     )
     return Layout(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jaxsys import strategies
 from jaxsys.errors import UsageError
+from jaxsys.hardware import GIB
 from jaxsys.layered import LayeredModel, Parameters, PyTree
 from jaxsys.lowering import Recompute
 from jaxsys.lowering.programs import BlockProgram, block_program
@@ -23,7 +24,6 @@ from jaxsys.planner.costs import cut
 from jaxsys.planner.jaxpr_costs import residual_bytes
 from jaxsys.schedule import Costs, Link, Placement, Schedule, TaskKind, simulate
 
-GIB = 2**30
 ALTERNATIVES = ("1f1b", "weipipe-interleave", "zero-3")
 
 

@@ -25,7 +25,7 @@ from jaxsys.layered import LayeredModel, Parameters, PyTree
 from jaxsys.lowering import Recompute, lower
 from jaxsys.mesh import DATA, RING, make_mesh, request_devices
 from jaxsys.schedule import Schedule
-from jaxsys.train import checkpoint, plan
+from jaxsys.train import checkpoint, schedules
 from jaxsys.train.evaluate import make_loss
 from jaxsys.train.flops import count_parameters
 from jaxsys.train.loader import Batches
@@ -111,7 +111,7 @@ class Trainer:
         self.mesh = mesh
         self.model = model
         self.optimizer = optimizer
-        self.schedule = plan.resolve(
+        self.schedule = schedules.resolve(
             schedule, devices=mesh.shape[RING], layers=model.layers, microbatches=microbatches
         )
         if memory_gib is not None and not memory_gib > 0:

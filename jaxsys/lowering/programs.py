@@ -21,7 +21,7 @@ from jax import lax
 from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel, PyTree
 
-from .split import split_backward
+from .split import is_literal, split_backward
 
 Recompute = Literal["none", "selective", "block", "chunk"]
 """What backward computes again. `none`: nothing. `selective`: all but products with weights and
@@ -164,13 +164,9 @@ def _depends_on(jaxpr: Any, inputs: set[int]) -> list[bool]:
     """For each output but the first, whether it depends on the inputs at these positions."""
     reached = {jaxpr.invars[i] for i in inputs}
     for equation in jaxpr.eqns:
-        if any(not _is_literal(v) and v in reached for v in equation.invars):
+        if any(not is_literal(v) and v in reached for v in equation.invars):
             reached.update(equation.outvars)
-    return [not _is_literal(v) and v in reached for v in jaxpr.outvars[1:]]
-
-
-def _is_literal(variable: Any) -> bool:
-    return hasattr(variable, "val")
+    return [not is_literal(v) and v in reached for v in jaxpr.outvars[1:]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -54,7 +54,7 @@ def split_backward(backward: Callable[..., tuple[PyTree, jax.Array]], *args: Any
     wanted = [v for e in for_dw for v in e.invars] + list(dw)
     while wanted:
         variable = wanted.pop()
-        if _is_literal(variable) or variable in made_in_w or variable in taps:
+        if is_literal(variable) or variable in made_in_w or variable in taps:
             continue
         if variable in jaxpr.constvars:
             continue
@@ -124,18 +124,19 @@ def _run(equations: list[Any], values: dict[Any, Any]) -> None:
 
 def _slice(jaxpr: Any, outputs: list[Any]) -> list[Any]:
     """The equations that the outputs depend on, in order."""
-    needed = {v for v in outputs if not _is_literal(v)}
+    needed = {v for v in outputs if not is_literal(v)}
     kept = []
     for equation in reversed(jaxpr.eqns):
         if any(v in needed for v in equation.outvars):
             kept.append(equation)
-            needed.update(v for v in equation.invars if not _is_literal(v))
+            needed.update(v for v in equation.invars if not is_literal(v))
     return kept[::-1]
 
 
 def _value(variable: Any, values: dict[Any, Any]) -> Any:
-    return variable.val if _is_literal(variable) else values[variable]
+    return variable.val if is_literal(variable) else values[variable]
 
 
-def _is_literal(variable: Any) -> bool:
+def is_literal(variable: Any) -> bool:
+    """Whether what an equation reads is a constant written into it."""
     return hasattr(variable, "val")

@@ -203,7 +203,7 @@ def test_schedule_may_be_a_schedule_or_a_file(small_model, small_parameters, tmp
     [
         ({"schedule": "magic", "devices": 2}, "schedule 'magic' is not known; use dp"),
         ({"schedule": "none.json", "devices": 2}, "none.json cannot be read"),
-        ({"devices": 64}, "devices=64 but 8 cpu"),
+        ({"devices": 64}, "devices=64, but 8 cpu"),
         ({"devices": 4, "microbatches": 6}, "microbatches=6 must be a positive multiple of"),
         ({"devices": 2, "clip_norm": 0.0}, "clip_norm=0.0 must be above 0"),
         ({"devices": 2, "non_finite": "hope"}, "'stop' or 'skip'"),
