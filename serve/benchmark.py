@@ -122,7 +122,7 @@ def run(
         f"multiplies {figures['matmul_flops_per_s'] / 1e12:.2f} TFLOP/s"
     )
     rows: list[Row] = []
-    config, parameters = _model(study)
+    config, parameters = model_of(study.model, study.dtype)
     executor = _executor(study, config, parameters, None)
     del parameters  # the fused weights are a copy
     figures["attention"] = executor.kernels.reason
@@ -143,7 +143,7 @@ def run(
         small = dataclasses.replace(
             study, pool_tokens=max(study.quantised_batches) * 2 * study.context
         )
-        config, parameters = _model(study)
+        config, parameters = model_of(study.model, study.dtype)
         executor = _executor(small, config, parameters, "int8")
         del parameters
         _compile(small, executor, study.quantised_batches, ())
@@ -355,12 +355,13 @@ class _EnergyMeter:
             return None
 
 
-def _model(study: Study) -> tuple[LlamaConfig, Any]:
-    dtype = jnp.dtype(study.dtype)
-    if study.model == "default":
+def model_of(name: str, dtype_name: str) -> tuple[LlamaConfig, Any]:
+    """The packaged model if `name` is "default", else a preset with random weights."""
+    dtype = jnp.dtype(dtype_name)
+    if name == "default":
         model = load(default_model_path(), dtype)
         return model.config, model.parameters
-    config = preset(study.model)
+    config = preset(name)
     return config, random_parameters(config, dtype)
 
 

@@ -18,7 +18,7 @@ from jaxsys.model import LlamaConfig, LoadedModel
 from jaxsys.serve.clock import WallClock
 from jaxsys.serve.engine import Engine
 from jaxsys.serve.executor import ExecutorConfig, JaxExecutor
-from jaxsys.serve.handover import Message, PageTransfer, Receiver, Sender
+from jaxsys.serve.handover import Message, PageTransfer, Receiver, SameProcess, Sender
 from jaxsys.serve.hooks import Governor, NoGovernor, Router
 from jaxsys.serve.instance import Instance
 from jaxsys.serve.member import Member, TokenEvent
@@ -206,7 +206,8 @@ def connect(
     """Gives an instance its part in hand-overs, if its role has one."""
     role = instance.scheduler.config.role
     if role != "both":
-        instance.transfer = (Sender if role == "prefill" else Receiver)(instance, send, pages)
+        side = Sender if role == "prefill" else Receiver
+        instance.transfer = side(instance, send, pages or SameProcess())
 
 
 def _placement(group: tuple[Device, ...]) -> jax.sharding.Sharding:

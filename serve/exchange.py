@@ -20,7 +20,6 @@ from jaxsys.serve.handover import (
     Receipt,
     Refusal,
     RequestId,
-    Ticket,
     Withdrawal,
 )
 from jaxsys.serve.hooks import Router
@@ -38,7 +37,7 @@ class HandoverLimits:
     granted_s: float = 120.0
     """Until the prompt is computed."""
     delivered_s: float = 60.0
-    """Until the pages have been pulled."""
+    """Until all pages have arrived."""
 
     def __post_init__(self) -> None:
         for name in ("offered_s", "granted_s", "delivered_s"):
@@ -104,17 +103,16 @@ class Exchange:
             name = message.request_id
             passage = self._passages.get(name)
             if passage is None:
-                if isinstance(message, Delivery) and isinstance(message.contents, Ticket):
+                if isinstance(message, Delivery) and message.outputs is not None:
                     source.take(Receipt(name, pulled=False))  # given up meanwhile
                 return
             if isinstance(message, Grant):
                 self._enter(passage, "granted")
                 passage.source.take(message)
             elif isinstance(message, Delivery):
-                self.moved(name, passage.source, passage.target)
-                self._enter(passage, "delivered")
-                if not isinstance(message.contents, Ticket):
-                    del self._passages[name]
+                if message.outputs is not None:
+                    self.moved(name, passage.source, passage.target)
+                    self._enter(passage, "delivered")
                 passage.target.take(message)
             elif isinstance(message, Receipt):
                 del self._passages[name]

@@ -277,8 +277,7 @@ class JaxExecutor:
         return self._step("extract", len(index))(self._cache, index)
 
     def insert(self, contents: Cache, pages: Sequence[int]) -> None:
-        """Writes extracted contents, from whatever device, into `pages`."""
-        contents = jax.device_put(contents, self._cache_placement)
+        """Writes extracted contents, which lie where the cache does, into `pages`."""
         index = self._padded(pages, fill=self.page_count)
         width = jax.tree.leaves(contents)[0].shape[0]
         if len(index) < width:

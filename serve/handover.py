@@ -1,19 +1,22 @@
 """Prefill on one instance, decode on another: how a request and its pages change hands.
 
     prefill                                   decode
-    last piece dispatched   -- Offer -->      queue; reserve pages and a slot when there is room
+    first piece dispatched  -- Offer -->      queue; reserve pages and a slot when there is room
                             <-- Grant --      which pages of the prompt it holds already
-    first token known and granted:
-      gather the others,
-      free all                -- Delivery --> take them into the reserved pages, decode on
-                            <-- Receipt --    they were pulled, or never will be
+    each piece dispatched,
+    once granted: gather
+    its full pages          -- Delivery -->   take them into the reserved pages when they are there
+    first token known:
+      gather what is left,
+      free all              -- Delivery -->   the same, and decode on
+                            <-- Receipt --    all have arrived, or never will
 
-The offer goes out before the prompt is computed, so a reservation usually waits for the pages and
-not the other way round. Pages are gathered into arrays of their own, [W, S, G, K] a layer, so the
-source pages are free at once: each device works in order. Within a process a `Delivery` holds
-those arrays, which are copied from device to device; between processes it holds a `Ticket` by
-which the decode side pulls them (`page_transfer`), and a `Receipt` answers it. Either way both
-instances go on meanwhile.
+Pages are gathered into arrays of their own, [W, S, G, K] a layer, right behind the piece that fills
+them: each device works in order, so they leave while the next piece is computed, and the source
+pages are free at once. A compiled step yields all layers at its end, so a piece's layers leave
+together. The decode side writes pages only when they have arrived: its device never waits for them.
+Within a process a `Delivery` holds the arrays (`SameProcess`), between processes a `Ticket` by
+which the decode side pulls them (`page_transfer`).
 
 Messages are plain data and name no addressee: the `Exchange` knows the two sides of each request.
 A request is ended on the prefill side first, which withdraws its offer; messages about a request
@@ -24,6 +27,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Protocol
 
+import jax
+
+from jaxsys.serve.arrivals import Arrivals
 from jaxsys.serve.executor import JaxExecutor
 from jaxsys.serve.instance import Instance
 from jaxsys.serve.paged_model import Cache
@@ -31,6 +37,9 @@ from jaxsys.serve.requests import Request, RequestState
 from jaxsys.serve.scheduler import Completion, Iteration
 
 RequestId = str | int
+
+FETCH_S = 60.0
+"""Longest time that pages may take from device to device."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -83,16 +92,20 @@ class Ticket:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Delivery:
-    """Prefill to decode: the first token, and the pages that the decode side lacks."""
+    """Prefill to decode: pages that the decode side lacks; the last one has the first token."""
 
     request_id: RequestId
-    contents: Cache | Ticket | None
-    outputs: list[int]
+    pages: Cache | Ticket | None
+    first: int
+    """Place of the first of them among the request's pages."""
+    count: int
+    outputs: list[int] | None
+    """None before the last delivery."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Receipt:
-    """Decode to prefill: what became of a ticket."""
+    """Decode to prefill: what became of the pages, after the last delivery."""
 
     request_id: RequestId
     pulled: bool
@@ -102,19 +115,44 @@ Message = Offer | Withdrawal | Grant | Refusal | Delivery | Receipt
 
 
 class PageTransfer(Protocol):
-    """Moves page contents between processes."""
+    """Moves page contents to where they are decoded from."""
 
-    def publish(self, request_id: RequestId, contents: Cache, width: int) -> Ticket:
-        """Holds contents until they are pulled or released."""
+    def publish(self, request_id: RequestId, contents: Cache) -> Cache | Ticket:
+        """Holds contents until they are fetched or released."""
         ...
 
     def release(self, request_id: RequestId, *, pulled: bool) -> None:
-        """Lets go of what was published for a request."""
+        """Lets go of all that was published for a request."""
         ...
 
-    def fetch(self, ticket: Ticket, like: Cache, then: Callable[[Cache | Exception], None]) -> None:
-        """Pulls contents of the form of `like`; `then` is called on a thread of the transfer's."""
+    def fetch(
+        self, pages: Cache | Ticket, like: Cache, then: Callable[[Cache | Exception], None]
+    ) -> None:
+        """Brings what was published into the form and place of `like`.
+
+        `then` is called when it is there, or will not come, on whatever thread.
+        """
         ...
+
+
+class SameProcess:
+    """`PageTransfer` between devices of this process."""
+
+    def __init__(self) -> None:
+        self._arrivals = Arrivals()
+
+    def publish(self, request_id: RequestId, contents: Cache) -> Cache:
+        return contents
+
+    def release(self, request_id: RequestId, *, pulled: bool) -> None:
+        return
+
+    def fetch(
+        self, pages: Cache | Ticket, like: Cache, then: Callable[[Cache | Exception], None]
+    ) -> None:
+        assert not isinstance(pages, Ticket)
+        placed = jax.device_put(pages, jax.tree.map(lambda leaf: leaf.sharding, like))
+        self._arrivals.expect(placed, FETCH_S, then)
 
 
 @dataclasses.dataclass(slots=True)
@@ -123,23 +161,19 @@ class _Outgoing:
 
     request: Request
     granted: bool = False
-    skip: int = 0
+    sent: int = 0
+    """Pages, from the first, that the decode side has or is sent."""
     computed: bool = False
 
 
 class Sender:
     """The prefill instance's part."""
 
-    def __init__(
-        self,
-        instance: Instance,
-        send: Callable[[Message], None],
-        pages: PageTransfer | None = None,
-    ):
+    def __init__(self, instance: Instance, send: Callable[[Message], None], pages: PageTransfer):
         """
         Args:
             send: takes messages to the other side.
-            pages: how contents travel to another process; None hands over the arrays themselves.
+            pages: how contents travel.
         """
         self.instance = instance
         self.send = send
@@ -148,9 +182,15 @@ class Sender:
 
     def planned(self, iteration: Iteration) -> None:
         for piece in iteration.prefills:
-            if piece.request.state is RequestState.HANDING_OVER:  # it may have ended at dispatch
-                self._outgoing[piece.request.request_id] = _Outgoing(piece.request)
-                self.send(Offer(piece.request.handed_over()))
+            request = piece.request
+            if request.state is RequestState.FINISHED:  # at dispatch
+                continue
+            outgoing = self._outgoing.get(request.request_id)
+            if outgoing is None:
+                self._outgoing[request.request_id] = _Outgoing(request)
+                self.send(Offer(request.handed_over()))
+            else:
+                self._deliver(outgoing)
 
     def completed(self, completion: Completion) -> None:
         for request in completion.finished:
@@ -159,63 +199,76 @@ class Sender:
             outgoing = self._outgoing.get(request.request_id)
             if outgoing is not None:
                 outgoing.computed = True
-                if outgoing.granted:
-                    self._deliver(outgoing)
+                self._deliver(outgoing)
 
     def between(self) -> None:
         return
 
     def take(self, message: Message) -> None:
         if isinstance(message, Receipt):
-            if self.pages is not None:
-                self.pages.release(message.request_id, pulled=message.pulled)
+            self.pages.release(message.request_id, pulled=message.pulled)
             return
         outgoing = self._outgoing.get(message.request_id)
         if outgoing is None:
             return  # it has ended
         if isinstance(message, Grant):
-            outgoing.granted, outgoing.skip = True, message.skip
-            if outgoing.computed:
-                self._deliver(outgoing)
+            outgoing.granted, outgoing.sent = True, message.skip
+            self._deliver(outgoing)
         elif isinstance(message, Refusal):
             del self._outgoing[message.request_id]
             self.instance.abort_now(message.request_id, "error", message.message, lost=message.lost)
 
     def aborted(self, request: Request) -> None:
         if self._outgoing.pop(request.request_id, None) is not None:
+            self.pages.release(request.request_id, pulled=False)
             self.send(Withdrawal(request.request_id))
 
     def _deliver(self, outgoing: _Outgoing) -> None:
-        request = outgoing.request
+        """Sends the pages that are computed and not sent yet; with the last, the request itself."""
+        if not outgoing.granted:
+            return
+        request, first = outgoing.request, outgoing.sent
         name = request.request_id
-        executor = self.instance.executor
-        assert isinstance(executor, JaxExecutor)
         size = self.instance.scheduler.config.page_size
-        pages = request.pages[outgoing.skip : -(-request.computed // size)]
-        contents: Cache | Ticket | None = None
-        if pages:
-            contents = executor.extract(pages)
-            if self.pages is not None:
-                contents = self.pages.publish(name, contents, contents[0].keys.shape[0])
-        del self._outgoing[name]
-        self.instance.scheduler.release_handed_over(request)
-        self.instance.requests.pop(name, None)
-        self.send(Delivery(name, contents, list(request.output_tokens)))
+        end = request.computed // size
+        if request.state is RequestState.HANDING_OVER:  # its last page too is as full as it gets
+            end = -(-request.computed // size)
+        pages: Cache | Ticket | None = None
+        if end > first:
+            executor = self.instance.executor
+            assert isinstance(executor, JaxExecutor)
+            pages = self.pages.publish(name, executor.extract(request.pages[first:end]))
+            outgoing.sent = end
+        count = max(0, end - first)
+        if outgoing.computed:
+            del self._outgoing[name]
+            self.instance.scheduler.release_handed_over(request)
+            self.instance.requests.pop(name, None)
+            self.send(Delivery(name, pages, first, count, list(request.output_tokens)))
+        elif pages is not None:
+            self.send(Delivery(name, pages, first, count, None))
+
+
+@dataclasses.dataclass(slots=True)
+class _Incoming:
+    """Decode side: a request whose pages come in."""
+
+    twin: Request
+    arriving: int = 0
+    """Deliveries under way."""
+    failure: Exception | None = None
+    outputs: list[int] | None = None
 
 
 class Receiver:
     """The decode instance's part."""
 
-    def __init__(
-        self,
-        instance: Instance,
-        send: Callable[[Message], None],
-        pages: PageTransfer | None = None,
-    ):
+    def __init__(self, instance: Instance, send: Callable[[Message], None], pages: PageTransfer):
         """As `Sender`'s."""
         self.instance = instance
         self.send = send
         self.pages = pages
+        self._incoming: dict[RequestId, _Incoming] = {}
 
     def planned(self, iteration: Iteration) -> None:
         return
@@ -231,6 +284,7 @@ class Receiver:
         if isinstance(message, Offer):
             self._offered(message.request)
         elif isinstance(message, Withdrawal):
+            self._incoming.pop(message.request_id, None)  # nobody waits for a receipt
             twin = self.instance.requests.pop(message.request_id, None)
             if twin is not None:
                 self.instance.scheduler.abort(twin, self.instance.clock.now_s())
@@ -238,7 +292,9 @@ class Receiver:
             self._delivered(message)
 
     def aborted(self, request: Request) -> None:
-        return
+        incoming = self._incoming.pop(request.request_id, None)
+        if incoming is not None and incoming.outputs is not None:
+            self.send(Receipt(request.request_id, pulled=False))
 
     def _offered(self, twin: Request) -> None:
         try:
@@ -249,39 +305,56 @@ class Receiver:
             self.instance.requests[twin.request_id] = twin
 
     def _delivered(self, message: Delivery) -> None:
-        twin = self.instance.requests.get(message.request_id)
-        contents = message.contents
-        if not isinstance(contents, Ticket):
-            if twin is not None:  # not aborted meanwhile
-                self._resume(twin, contents, message.outputs)
-        elif twin is None or self.pages is None:
-            self.send(Receipt(message.request_id, pulled=False))
-        else:
+        name = message.request_id
+        incoming = self._incoming.get(name)
+        if incoming is None:
+            twin = self.instance.requests.get(name)
+            if twin is None:  # it has ended here meanwhile
+                if message.outputs is not None:
+                    self.send(Receipt(name, pulled=False))
+                return
+            incoming = self._incoming[name] = _Incoming(twin)
+        incoming.outputs = message.outputs
+        pages = message.pages
+        if pages is not None:
+            incoming.arriving += 1
             executor = self.instance.executor
             assert isinstance(executor, JaxExecutor)
 
-            def fetched(result: Cache | Exception) -> None:
-                self.instance.post(lambda: self._fetched(twin, result, message.outputs))
+            def arrived(result: Cache | Exception) -> None:
+                self.instance.post(lambda: self._arrived(incoming, message, result))
 
-            self.pages.fetch(contents, executor.contents_like(contents.width), fetched)
+            width = pages.width if isinstance(pages, Ticket) else pages[0].keys.shape[0]
+            self.pages.fetch(pages, executor.contents_like(width), arrived)
+        self._settle(incoming)
 
-    def _fetched(self, twin: Request, result: Cache | Exception, outputs: list[int]) -> None:
-        name = twin.request_id
-        failed = isinstance(result, Exception)
-        self.send(Receipt(name, pulled=not failed))
-        if self.instance.requests.get(name) is not twin:
-            return  # aborted meanwhile
-        if failed:
-            message = f"the pages of the request did not arrive: {result}"
-            self.instance.abort_now(name, "error", message, lost=True)
+    def _arrived(self, incoming: _Incoming, message: Delivery, result: Cache | Exception) -> None:
+        if self._incoming.get(message.request_id) is not incoming:
+            return  # ended meanwhile
+        incoming.arriving -= 1
+        if isinstance(result, Exception):
+            incoming.failure = result
         else:
-            self._resume(twin, result, outputs)
+            executor = self.instance.executor
+            assert isinstance(executor, JaxExecutor)
+            places = slice(message.first, message.first + message.count)
+            executor.insert(result, incoming.twin.pages[places])
+        self._settle(incoming)
 
-    def _resume(self, twin: Request, contents: Cache | None, outputs: list[int]) -> None:
+    def _settle(self, incoming: _Incoming) -> None:
+        """Decodes on, once everything is there."""
+        twin, outputs, failure = incoming.twin, incoming.outputs, incoming.failure
+        if incoming.arriving or outputs is None:
+            return
+        name = twin.request_id
+        del self._incoming[name]
+        self.send(Receipt(name, pulled=failure is None))
+        if failure is not None:
+            message = f"the pages of the request did not arrive: {failure}"
+            self.instance.abort_now(name, "error", message, lost=True)
+            return
         executor = self.instance.executor
         assert isinstance(executor, JaxExecutor)
         twin.output_tokens, twin.generated = outputs, len(outputs)
-        if contents is not None:
-            executor.insert(contents, twin.pages[twin.shared_pages :])
         self.instance.scheduler.start_received(twin)
         executor.resume(twin)

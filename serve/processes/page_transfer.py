@@ -3,16 +3,13 @@
 `jax.experimental.transfer` runs a server beside each process's devices; a pull names the server,
 the number and the shapes, returns at once, and its arrays become ready as the data arrives, so
 both devices go on computing. Its own time limits are looked at too late to rely on (JAX 0.10), so
-this keeps its own: a thread looks at the pulls under way and gives up those past their deadline.
-What was published and never pulled is freed by pulling it oneself.
+`Arrivals` gives up those past their deadline. What was published and never pulled is freed by
+pulling it oneself.
 """
 
-import dataclasses
 import functools
-import logging
 import secrets
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,26 +17,15 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import transfer
 
-from jaxsys.errors import RunError
 from jaxsys.mesh import Device
+from jaxsys.serve.arrivals import Arrivals
 from jaxsys.serve.handover import RequestId, Ticket
 from jaxsys.serve.paged_model import Cache
 
-logger = logging.getLogger(__name__)
-
-LOOK_S = 0.001
-"""How often pulls under way are looked at."""
 RELEASE_S = 5.0
 """How long pulling one's own pages may take before they count as taken by the other side."""
 
 Then = Callable[[Cache | Exception], None]
-
-
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class _Pull:
-    contents: Cache
-    deadline_s: float
-    then: Then
 
 
 class PageServer:
@@ -58,37 +44,37 @@ class PageServer:
         )
         self.address: str = self._server.address()
         self._connections: dict[str, Any] = {}
-        self._published: dict[RequestId, tuple[int, Cache]] = {}
-        self._pulls: list[_Pull] = []
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._look, name="page-pulls", daemon=True)
-        self._thread.start()
+        self._published: dict[RequestId, list[tuple[int, Cache]]] = {}
+        self._lock = threading.Lock()
+        self._arrivals = Arrivals()
 
     @property
     def published(self) -> int:
         """Requests whose pages wait to be pulled."""
         return len(self._published)
 
-    def publish(self, request_id: RequestId, contents: Cache, width: int) -> Ticket:
-        """Holds contents until they are pulled or released."""
+    def publish(self, request_id: RequestId, contents: Cache) -> Ticket:
+        """Holds contents until they are pulled or released; a request may have several."""
         # Not to be guessed: whoever knows it may pull.
         number = secrets.randbits(62)
         like = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
             contents,
         )
-        with self._changed:
-            self._published[request_id] = number, like
+        with self._lock:
+            self._published.setdefault(request_id, []).append((number, like))
         self._server.await_pull(number, contents)
-        return Ticket(self.address, number, width)
+        return Ticket(self.address, number, contents[0].keys.shape[0])
 
     def release(self, request_id: RequestId, *, pulled: bool) -> None:
         """Lets go of what was published for a request."""
-        with self._changed:
-            number, like = self._published.pop(request_id, (None, None))
-        if number is None or like is None or pulled:
-            return
+        with self._lock:
+            published = self._published.pop(request_id, [])
+        if not pulled:
+            for number, like in published:
+                self._pull_back(number, like)
 
+    def _pull_back(self, number: int, like: Cache) -> None:
         def done(result: Cache | Exception) -> None:
             if isinstance(result, Exception):
                 # The other side has it after all, and this pull would wait for ever: answer it
@@ -97,14 +83,15 @@ class PageServer:
 
         self._pull(self.address, number, like, RELEASE_S, done)
 
-    def fetch(self, ticket: Ticket, like: Cache, then: Then) -> None:
+    def fetch(self, pages: Cache | Ticket, like: Cache, then: Then) -> None:
         """Pulls contents of the form of `like`, or says in time why not.
 
         Args:
             then: called once, with the contents or an exception, on this object's thread or, where
                 there is no connection, the caller's.
         """
-        self._pull(ticket.address, ticket.number, like, self.timeout_s, then)
+        assert isinstance(pages, Ticket)
+        self._pull(pages.address, pages.number, like, self.timeout_s, then)
 
     def _pull(self, address: str, number: int, like: Cache, limit_s: float, then: Then) -> None:
         try:
@@ -116,42 +103,9 @@ class PageServer:
             self._connections.pop(address, None)
             then(error)
             return
-        failed = functools.partial(self._failed, address, then)
-        with self._changed:
-            self._pulls.append(_Pull(contents, time.monotonic() + limit_s, failed))
-            self._changed.notify()
+        self._arrivals.expect(contents, limit_s, functools.partial(self._arrived, address, then))
 
-    def _failed(self, address: str, then: Then, result: Cache | Exception) -> None:
+    def _arrived(self, address: str, then: Then, result: Cache | Exception) -> None:
         if isinstance(result, Exception):
             self._connections.pop(address, None)  # the next pull connects anew
         then(result)
-
-    def _look(self) -> None:
-        while True:
-            with self._changed:
-                while not self._pulls:
-                    self._changed.wait()
-                pulls = list(self._pulls)
-            now_s = time.monotonic()
-            for pull in pulls:
-                result = _result(pull, now_s)
-                if result is not None:
-                    with self._changed:
-                        self._pulls.remove(pull)
-                    try:
-                        pull.then(result)
-                    except Exception:
-                        logger.exception("after a pull")
-            time.sleep(LOOK_S)
-
-
-def _result(pull: _Pull, now_s: float) -> Cache | Exception | None:
-    """What a pull has come to; None while it is under way."""
-    if all(leaf.is_ready() for leaf in jax.tree.leaves(pull.contents)):
-        try:
-            return jax.block_until_ready(pull.contents)
-        except RuntimeError as error:  # the peer is gone, or never had it
-            return error
-    if now_s > pull.deadline_s:
-        return RunError("the pull took too long")
-    return None

@@ -122,7 +122,7 @@ class RemoteInstance(Member):
             message = message_of(frame)
             if message is None:
                 raise ValueError(f"frames of kind {kind!r} are unknown")
-            if isinstance(message, Delivery):
+            if isinstance(message, Delivery) and message.outputs is not None:
                 self._forget(message.request_id)
             self.engine.exchange.forward(self, message)
 

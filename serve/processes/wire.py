@@ -110,11 +110,12 @@ def request_of(data: dict[str, Any], now_s: float) -> Request:
 def message_frame(message: Message) -> Frame:
     """A hand-over message; an offer only names the request and says what was cached of it."""
     if isinstance(message, Delivery):
-        contents = message.contents
-        if contents is not None and not isinstance(contents, Ticket):
+        pages = message.pages
+        if pages is not None and not isinstance(pages, Ticket):
             raise TypeError("arrays do not travel in messages; publish them and send the ticket")
-        ticket = None if contents is None else [contents.address, contents.number, contents.width]
-        return ["delivery", message.request_id, ticket, message.outputs]
+        ticket = None if pages is None else [pages.address, pages.number, pages.width]
+        place = [message.first, message.count]
+        return ["delivery", message.request_id, ticket, *place, message.outputs]
     kind = type(message).__name__.lower()
     if isinstance(message, Offer):
         return [kind, message.request_id, message.request.cached_tokens]
@@ -125,7 +126,7 @@ def message_of(frame: Frame) -> Message | None:
     """The message in a frame; None where it is something else, or an offer."""
     kind, *fields = frame
     if kind == "delivery":
-        name, ticket, outputs = fields
-        return Delivery(name, None if ticket is None else Ticket(*ticket), outputs)
+        name, ticket, *rest = fields
+        return Delivery(name, None if ticket is None else Ticket(*ticket), *rest)
     made = {"withdrawal": Withdrawal, "grant": Grant, "refusal": Refusal, "receipt": Receipt}
     return made[kind](*fields) if kind in made else None

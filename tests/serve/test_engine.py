@@ -82,7 +82,8 @@ async def settled(engine):
         assert one.scheduler.allocator.available == one.scheduler.config.page_count, one.name
         assert one.in_flight == 0, one.name
         if one.transfer is not None:
-            assert not getattr(one.transfer, "_outgoing", {}), one.name
+            for side in ("_outgoing", "_incoming"):
+                assert not getattr(one.transfer, side, {}), one.name
     assert len(engine.exchange) == 0
 
 

@@ -66,7 +66,10 @@ def test_a_request_passes_over_and_its_ticket_is_answered(house):
     exchange.forward(prefill, offer)
     assert second.messages == [offer] and second.in_flight == 1
     exchange.forward(second, Grant("r", 0))
-    delivery = Delivery("r", Ticket("there", 1, 2), [4])
+    part = Delivery("r", Ticket("there", 0, 2), 0, 2, None)
+    exchange.forward(prefill, part)
+    assert moves == [] and second.messages[-1] is part
+    delivery = Delivery("r", Ticket("there", 1, 2), 2, 1, [4])
     exchange.forward(prefill, delivery)
     assert moves == [("r", "prefill-0", "decode-1")] and second.messages[-1] is delivery
     exchange.forward(second, Receipt("r", pulled=True))
@@ -83,7 +86,7 @@ def test_what_ends_early_is_taken_off_the_count(house, end):
     assert (first if withdrawn else prefill).messages[-1] == end
     assert first.in_flight == 0 and len(exchange) == 0
     exchange.forward(first, Grant("r", 0))  # too late, and dropped
-    exchange.forward(prefill, Delivery("r", Ticket("there", 1, 2), [4]))
+    exchange.forward(prefill, Delivery("r", Ticket("there", 1, 2), 0, 2, [4]))
     assert prefill.messages[-1] == Receipt("r", pulled=False)
 
 
@@ -92,7 +95,7 @@ def test_each_stage_has_its_limit(house):
     steps: list[Any] = [
         (10, "offered", prefill, Offer(make_request())),
         (5, "granted", first, Grant("r", 0)),
-        (2, "delivered", prefill, Delivery("r", Ticket("there", 1, 2), [4])),
+        (2, "delivered", prefill, Delivery("r", Ticket("there", 1, 2), 0, 2, [4])),
     ]
     for limit_s, stage, source, message in steps:
         exchange.forward(source, message)
@@ -129,8 +132,8 @@ def test_the_dead_are_passed_over_and_cleaned_up_behind(house):
         Withdrawal("r"),
         Grant("r", 3),
         Refusal("r", "no", lost=True),
-        Delivery("r", None, [1]),
-        Delivery("r", Ticket("host:1", 1 << 61, 16), [1, 2]),
+        Delivery("r", None, 3, 0, [1]),
+        Delivery("r", Ticket("host:1", 1 << 61, 16), 0, 9, None),
         Receipt("r", pulled=False),
     ],
 )

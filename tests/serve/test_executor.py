@@ -212,7 +212,7 @@ def test_pages_travel_between_devices(parameters, executor):
     other_scheduler.reserve_incoming()
     contents = executor.extract(one.pages)
     scheduler.release_handed_over(one)
-    other.insert(contents, twin.pages)
+    other.insert(jax.device_put(contents, device), twin.pages)
     other_scheduler.start_received(twin)
     other.resume(twin)
     run(other_scheduler, other)

@@ -251,12 +251,12 @@ def test_pages_are_pulled_released_or_given_up():
     )
     results: queue.SimpleQueue[Any] = queue.SimpleQueue()
     for number in range(5):
-        there.fetch(here.publish(number, contents, 4), like, results.put)
+        there.fetch(here.publish(number // 2, contents), like, results.put)
     for number in range(5):
         found = results.get(timeout=20)
         assert all(map(np.array_equal, jax.tree.leaves(found), jax.tree.leaves(contents)))
-        here.release(number, pulled=True)
-    ticket = here.publish("b", contents, 4)
+        here.release(number // 2, pulled=True)
+    ticket = here.publish("b", contents)
     here.release("b", pulled=False)
     here.release("b", pulled=False)
     time.sleep(0.5)
