@@ -35,7 +35,7 @@ from jaxsys.serve.executor import ExecutorConfig, JaxExecutor
 from jaxsys.serve.requests import Request, SamplingParameters
 from jaxsys.serve.sampling import SamplingNeeds
 from jaxsys.serve.scheduler import Scheduler, SchedulerConfig
-from jaxsys.serve.weights import Quantisation, serving_weights
+from jaxsys.serve.weights import QUANTISATIONS, Quantisation, serving_weights
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +73,18 @@ STUDIES = {
         prompts=(512, 2048, 8192),
         piece=8192,
         quantised_batches=(1, 64),
+    ),
+    "gpu_quantised": Study(
+        model="llama-3-8b",
+        dtype="bfloat16",
+        page_size=64,
+        pool_tokens=150_016,
+        buckets=(1, 8, 64, 128),
+        batches=(1, 64),
+        context=1024,
+        prompts=(2048,),
+        piece=2048,
+        quantised_batches=(1, 8, 64, 128),
     ),
     "cpu": Study(
         model="default",
@@ -137,20 +149,21 @@ def run(
             rate = figures["matmul_flops_per_s"]
             rows.append(measure_prefill(study, executor, prompt, piece, rate))
             progress(_line(rows[-1]))
-    if study.quantised_batches:
-        del executor
+    del executor
+    for form in QUANTISATIONS if study.quantised_batches else ():
         gc.collect()
         small = dataclasses.replace(
             study, pool_tokens=max(study.quantised_batches) * 2 * study.context
         )
         config, parameters = model_of(study.model, study.dtype)
-        executor = _executor(small, config, parameters, "int8")
+        executor = _executor(small, config, parameters, form)
         del parameters
         _compile(small, executor, study.quantised_batches, ())
         for batch in study.quantised_batches:
             row = measure_decode(small, executor, batch, figures["copy_bytes_per_s"])
-            rows.append(row | {"weights": "int8"})
+            rows.append(row | {"weights": form})
             progress(_line(rows[-1]))
+        del executor
     return dataclasses.asdict(study), rows, figures
 
 

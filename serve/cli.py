@@ -38,6 +38,7 @@ from jaxsys.serve.logs import log_to_stderr
 from jaxsys.serve.processes.fleet import LocalProcesses
 from jaxsys.serve.processes.front import Front, FrontSpec, bind, build_app, read_face
 from jaxsys.serve.processes.worker import WorkerSpec
+from jaxsys.serve.weights import QUANTISATIONS
 
 LOOK_S = 2.0
 """How often a server on a cluster is asked whether it has failed."""
@@ -296,7 +297,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     )
     sizes.add_argument(
         "--quantise",
-        choices=("int8",),
+        choices=QUANTISATIONS,
         dest="quantisation",
         help="form of the weight matrices (default: that of --dtype)",
     )

@@ -5,14 +5,17 @@ Matrices that read the same input are one: queries, keys and values of a layer a
 H100 the fused pair ran 20 % faster than apart. Both split evenly over a mesh axis along G and F, so
 tensor parallelism needs no other layout.
 
-An int8 matrix keeps one scale an output column, W = int8 * scale, by the column's largest value.
+A quantised matrix (int8, or fp8: float8_e4m3fn) keeps one scale an output column, W = value * scale,
+such that the column's largest value is the largest of the form. Values are widened, exactly, to
+what the pass computes in on their way into the product, whose result is scaled: a step reads half
+the bytes, and activations stay as they are.
 
 Legend: D width, F feed-forward, N query heads, G key/value heads, R = N / G, K head width, V
 vocabulary, L layers.
 """
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +29,19 @@ from jaxsys.model import LlamaConfig
 TENSOR = "tensor"
 """Mesh axis over which heads and feed-forward are split."""
 
-Quantisation = Literal["int8"]
+Quantisation = Literal["int8", "fp8"]
+
+QUANTISATIONS: tuple[Quantisation, ...] = get_args(Quantisation)
+
+_FORMS: dict[Quantisation, tuple[Any, float]] = {
+    "int8": (jnp.int8, 127.0),
+    "fp8": (jnp.float8_e4m3fn, 448.0),
+}
+"""Dtype and largest value of each."""
 
 
 class Matrix(NamedTuple):
-    """Weights [inputs..., outputs...], with a scale [outputs...] where they are int8."""
+    """Weights [inputs..., outputs...], with a scale [outputs...] where they are quantised."""
 
     values: jax.Array
     scale: jax.Array | None = None
@@ -186,11 +197,13 @@ def matmul(
 def _matrix(values: jax.Array, inputs: int, quantisation: Quantisation | None) -> Matrix:
     if quantisation is None:
         return Matrix(values)
+    dtype, most = _FORMS[quantisation]
     wide = values.astype(jnp.float32)
     largest = jnp.max(jnp.abs(wide), axis=tuple(range(inputs)))
-    scale = jnp.where(largest > 0, largest, 1.0) / 127.0
-    shape = (1,) * inputs + scale.shape
-    return Matrix(jnp.round(wide / scale.reshape(shape)).astype(jnp.int8), scale)
+    scale = jnp.where(largest > 0, largest, 1.0) / most
+    scaled = wide / scale.reshape((1,) * inputs + scale.shape)
+    # To an integer the cast would truncate; to a float it rounds to the nearest.
+    return Matrix((jnp.round(scaled) if dtype == jnp.int8 else scaled).astype(dtype), scale)
 
 
 def _place(tree: Any, specs: Any, placement: Sharding | None) -> Any:
