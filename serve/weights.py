@@ -5,7 +5,7 @@ Matrices that read the same input are one: queries, keys and values of a layer a
 H100 the fused pair ran 20 % faster than apart. Both split evenly over a mesh axis along G and F, so
 tensor parallelism needs no other layout.
 
-A quantised matrix (int8, or fp8: float8_e4m3fn) keeps one scale an output column, W = value * scale,
+A quantised matrix (int8, or fp8: e4m3fn) keeps one scale an output column, W = value * scale,
 such that the column's largest value is the largest of the form. Values are widened, exactly, to
 what the pass computes in on their way into the product, whose result is scaled: a step reads half
 the bytes, and activations stay as they are.
