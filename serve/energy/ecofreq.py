@@ -98,9 +98,11 @@ class EcoFreqConfig:
     """Iterations that stay at the maximum after an overrun."""
     growth_guard: float = 0.1
     """A decode clock must keep the ITL for a batch larger by this share too, and ..."""
-    growth_s: float = 20.0
-    """... by what it grew over about this time: a slower clock lets the batch grow, in the end
-    beyond what any can serve. 0 to look at no growth."""
+    growth_s: float = 8.0
+    """... by what it grew over about this time. 0 to look at no growth."""
+    saturation_s: float = 20.0
+    """Where even the highest clock could not keep the ITL for what the batch grows to in about this
+    time, that clock is taken at once: a slower one would only bring the day nearer. 0 for never."""
     worth: float = 18.0
     """Worth of a first token in time, in energies that its prompt takes at the lowest clock."""
     broken_worth: float = 2.4
@@ -121,6 +123,7 @@ class EcoFreqConfig:
             "watchdog_hold",
             "growth_guard",
             "growth_s",
+            "saturation_s",
             "worth",
             "broken_worth",
         ):
@@ -213,7 +216,8 @@ class EcoFreq:
         self._hold = 0
         self._idle = False
         self._load = Load()
-        self._usual_batch = 0.0
+        self._usual_batches = [0.0, 0.0]
+        """The batch's exponential means over `growth_s` and `saturation_s`."""
         self._batch_seen_s = float("-inf")
         self._predicted_s: dict[int, float] = {}
         self._set(self._top, float("-inf"))
@@ -305,7 +309,8 @@ class EcoFreq:
         )
         batches = len(loads)
         if iteration.decodes:
-            loads.append(_grown(self._load, 1 + config.growth_guard + self._growth(now_s)))
+            for growth in self._growths(now_s):
+                loads.append(_grown(self._load, 1 + config.growth_guard + growth))
         answers = self.predictor.what_if(loads, self._clocks_mhz)
         times_s, powers_w = (np.asarray(answer, float) for answer in answers)
         # Where no power was ever read, the lowest feasible clock stands for the thriftiest: above
@@ -326,7 +331,9 @@ class EcoFreq:
         itl_kept = True
         if iteration.decodes:
             bound_s = slo.planned_itl_s * clearance
-            feasible = (times_s[0] <= bound_s) & (times_s[-1] <= slo.itl_s)
+            feasible = (times_s[0] <= bound_s) & (times_s[-2] <= slo.itl_s)
+            if config.saturation_s and times_s[-1, -1] > slo.itl_s:
+                feasible[:-1] = False
             costs_j[~feasible] = np.inf
             itl_kept = times_s[0, -1] <= slo.planned_itl_s
         best = int(np.argmin(costs_j)) if np.isfinite(costs_j).any() else self._top
@@ -339,14 +346,17 @@ class EcoFreq:
         self.predicted_s = float(times_s[0, best])
         return best
 
-    def _growth(self, now_s: float) -> float:
-        """Share by which the batch lies above its exponential mean over `growth_s`: what it grew
-        by in that time, where it grows steadily."""
-        batch, memory_s = self._load.batch, self.config.growth_s
-        kept = math.exp((self._batch_seen_s - now_s) / memory_s) if memory_s else 0.0
-        self._usual_batch = batch + (self._usual_batch - batch) * kept
+    def _growths(self, now_s: float) -> list[float]:
+        """Shares by which the batch lies above its exponential means: what it grew by in their
+        times, where it grows steadily."""
+        batch, since_s = self._load.batch, now_s - self._batch_seen_s
         self._batch_seen_s = now_s
-        return max(0.0, batch - self._usual_batch) / batch
+        growths = []
+        for place, memory_s in enumerate((self.config.growth_s, self.config.saturation_s)):
+            kept = math.exp(-since_s / memory_s) if memory_s else 0.0
+            self._usual_batches[place] = batch + (self._usual_batches[place] - batch) * kept
+            growths.append(max(0.0, batch - self._usual_batches[place]) / batch)
+        return growths
 
     def _set(self, level: int, now_s: float) -> None:
         self._level = level

@@ -168,6 +168,20 @@ def test_a_growing_batch_is_met_ahead():
     assert growing.governor.clock_mhz > CLOCKS[0]
 
 
+def test_a_batch_that_will_outgrow_every_clock_is_met_at_the_highest():
+    """The bound is one that 260 sequences keep at the highest clock alone, and 200 at a lower."""
+    slo = Slo(itl_s=decode_s(260, 78_000, CLOCKS[-1]), reserve=0.0)
+    foreseen, blind = Bench(slo, growth_s=0.0), Bench(slo, growth_s=0.0, saturation_s=0.0)
+    steady = Bench(slo, growth_s=0.0)
+    for step in range(11):
+        batch = 100 + 10 * step
+        for bench, size in ((foreseen, batch), (blind, batch), (steady, 200)):
+            bench.now = 1.0 + step
+            bench.decide(iteration(batch=size, kv_tokens=300 * size))
+    assert foreseen.governor.clock_mhz == CLOCKS[-1]
+    assert blind.governor.clock_mhz == steady.governor.clock_mhz < CLOCKS[-1]
+
+
 def test_raising_is_immediate_and_lowering_waits_for_the_dwell():
     bench = Bench(Slo(itl_s=0.045, reserve=0.0), minimum_dwell_s=0.1)
     bench.now = 1.0
