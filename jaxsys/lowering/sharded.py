@@ -257,8 +257,12 @@ class _Run:
         self.lowered, self.schedule, self.model = lowered, lowered.schedule, lowered.model
         self.specs = specs
         self.turns = self.schedule.microbatches // self.schedule.devices
-        self.period = 2 * self.schedule.chunks
-        """Ticks of a turn, in which a device takes one microbatch forward and back."""
+        self.half = self.schedule.chunks
+        """Ticks of F, and of B, of a microbatch."""
+
+    def turn_ticks(self, turn: int) -> range:
+        """B of a device's microbatch number `turn` and F of the next."""
+        return range((2 * turn + 1) * self.half, (2 * turn + 3) * self.half)
 
     def step(self, parameters: Parameters, batch: PyTree) -> tuple[jax.Array, Parameters]:
         """blocks [L, ...] in shards, batch leaves [M / P, B, ...]."""
@@ -281,17 +285,19 @@ class _Run:
             weight=jnp.float32(0),
             carrier=jnp.zeros((), lowered.compute_dtype),
         )
+        # A turn is B of a microbatch and F of the next; before the first comes F, after the last B.
+        self.run_ticks(range(self.half), -1)
         steady = self.steady_turns
-        for turn in range(self.turns):
+        for turn in range(self.turns - 1):
             if len(steady) > 1 and turn in steady:
                 if turn == steady.start:
                     # What is carried must be there from the first turn on.
                     self.state.reduced = self.nothing_reduced() | self.state.reduced
                     self.loop(steady)
                 continue
-            self.run_ticks(range(turn * self.period, (turn + 1) * self.period), turn)
-        # Sums of the last turn.
-        self.run_ticks(range(self.turns * self.period, schedule.ticks), self.turns)
+            self.run_ticks(self.turn_ticks(turn), turn)
+        # With the sums that land after the last B.
+        self.run_ticks(range(self.turn_ticks(self.turns - 1).start, schedule.ticks), self.turns - 1)
         for _, move, value in self.state.landing:
             self.land(move, value)
         self.embed_backward()
@@ -300,25 +306,28 @@ class _Run:
     @cached_property
     def steady_turns(self) -> range:
         """The longest run of turns that gather, use and reduce alike."""
-        events = [self.events(turn) for turn in range(self.turns)]
+        turns = self.turns - 1
+        events = [self.events(turn) for turn in range(turns)]
         best = range(0)
-        for start in range(self.turns):
+        for start in range(turns):
             stop = start + 1
-            while stop < self.turns and events[stop] == events[start]:
+            while stop < turns and events[stop] == events[start]:
                 stop += 1
             best = max(best, range(start, stop), key=len)
         return best
 
     def events(self, turn: int) -> list[tuple[Any, ...]]:
-        """A turn's moves, and the last uses of copies of weights; tasks are alike in all turns."""
-        base = turn * self.period
-        ticks = range(base, min(base + self.period, self.schedule.ticks))
+        """Moves that start or are in flight in a turn, and the last uses of copies of weights.
+
+        Tasks are alike in all turns.
+        """
+        ticks = self.turn_ticks(turn)
         moves = [
-            (move.kind, move.block.chunk, move.start - base, move.arrive - base)
-            for tick in ticks
-            for move in self.schedule.moves_by_start[tick]
+            (move.kind, move.block.chunk, move.start - ticks.start, move.arrive - ticks.start)
+            for move in self.schedule.moves
+            if move.start in ticks or move.start < ticks.start <= move.arrive
         ]
-        last = [(tick - base, chunk) for (tick, chunk), is_last in self.last_uses.items()
+        last = [(tick - ticks.start, chunk) for (tick, chunk), is_last in self.last_uses.items()
                 if is_last and tick in ticks]  # fmt: skip
         return [*moves, *sorted(last)]
 
@@ -326,11 +335,13 @@ class _Run:
         """Runs turns that are alike as a loop: what is compiled does not grow with their number.
 
         Chunks stay written out: what lives on from turn to turn is a value of its own for each, and
-        while nothing lives in it XLA gives its room to others.
+        while nothing lives in it XLA gives its room to others. Between F and B that is the
+        residuals; copies of weights that B keeps for F come and go in a turn, in the room of
+        residuals.
         """
         state = self.state
         landing = [(due, move) for due, move, _ in state.landing]
-        template = range(turns.start * self.period, (turns.start + 1) * self.period)
+        template = self.turn_ticks(turns.start)
 
         def load(carry: dict[str, Any]) -> None:
             for name, value in carry.items():
@@ -350,7 +361,7 @@ class _Run:
         load(carry)
 
     def run_ticks(self, ticks: range, turn: int | jax.Array) -> None:
-        """Ticks of the schedule, on the device's microbatch number `turn`."""
+        """Ticks of the schedule: B on the device's microbatch number `turn`, F on the next."""
         state = self.state
         for tick in ticks:
             offset = tick - ticks.start
@@ -434,8 +445,9 @@ class _Run:
     def land(self, move: Move, value: PyTree) -> None:
         chunk = move.block.chunk
         if move.kind is MoveKind.ALL_GATHER:
-            rows, shards = value
-            self.state.weights[chunk] = self.layouts[chunk].unpack(rows, shards)
+            # One value: XLA would cut what a task reads now and what lives on after it from the
+            # rows one by one, and hold both.
+            self.state.weights[chunk] = lax.optimization_barrier(self.layouts[chunk].unpack(*value))
             return
         value = self.tie(value)
         value = jax.tree.map(lambda v: v.astype(jnp.float32), value)
@@ -457,11 +469,9 @@ class _Run:
     # Tasks.
 
     def run(self, task: Task, turn: int | jax.Array) -> None:
-        microbatch = jax.tree.map(lambda leaf: leaf[turn], self.batch)
-        if task.kind is TaskKind.FORWARD:
-            self.forward(task.chunk, microbatch)
-        else:
-            self.backward(task.chunk, microbatch)
+        forward = task.kind is TaskKind.FORWARD
+        microbatch = jax.tree.map(lambda leaf: leaf[turn + 1 if forward else turn], self.batch)
+        (self.forward if forward else self.backward)(task.chunk, microbatch)
 
     def forward(self, chunk: int, microbatch: PyTree) -> None:
         state = self.state

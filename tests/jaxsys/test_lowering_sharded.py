@@ -174,7 +174,8 @@ def test_deferred_reductions_stay_in_the_loop_that_defers_them():
     (inside,) = [found for found in loops if found]
     slots = [re.search(r"reduce_(\d+)_in_tick_(\d+)/", i.text) for i in inside]
     pairs = sorted((int(s.group(1)), int(s.group(2))) for s in slots if s is not None)
-    assert pairs == [(c, zero.forward_tick(LAYERS, 1, c)) for c in range(LAYERS)]
+    # The loop begins with the first B that sums of the microbatch before have come home for.
+    assert pairs == [(c, zero.forward_tick(LAYERS, 2, c)) for c in range(LAYERS)]
 
 
 def test_deferred_reductions_are_issued_in_the_forward_pass():
@@ -249,22 +250,19 @@ def temporary_bytes(stage, *, keep=None, rows: int, turns: int) -> int:
     return analysis.temp_size_in_bytes
 
 
-def test_keeping_weights_makes_no_new_peak_where_the_condition_holds():
+@pytest.mark.parametrize("turns", [2, LOOPED])
+def test_keeping_weights_makes_no_new_peak_where_the_condition_holds(turns):
     """A >= W: residuals of 3 x 256 floats a row against weights of 2 x 2 x 256 x 256."""
     rows = 512  # A = 512 * 4 * 256 * 4 bytes = 2 MiB, W = 1 MiB
-    plain = temporary_bytes(zero.zero_3, rows=rows, turns=2)
-    kept = temporary_bytes(zero.zero_3_5, rows=rows, turns=2)
-    assert kept <= plain * 1.02
+    plain = temporary_bytes(zero.zero_3, rows=rows, turns=turns)
+    assert temporary_bytes(zero.zero_3_5, rows=rows, turns=turns) <= plain
 
 
-def test_a_loop_over_turns_holds_no_more_than_turns_written_out():
-    """But for a chunk and an activation: the top chunk's old copy is read while the new lands."""
-    rows = 512
-    short, plain = (temporary_bytes(zero.zero_3, rows=rows, turns=t) for t in (2, LOOPED))
-    kept = temporary_bytes(zero.zero_3_5, rows=rows, turns=LOOPED)
-    chunk, activation = 2**20, rows * 256 * 4
-    assert plain <= short + 1.1 * (chunk + activation)
-    assert kept <= plain + 1.2 * (chunk + activation)
+def test_a_loop_over_turns_holds_hardly_more_than_turns_written_out():
+    """But for the sums that a loop must carry in and out, 1 / 2 a layer's weights on 2 devices."""
+    rows, layers, chunk = 512, 4, 2**20
+    short, looped = (temporary_bytes(zero.zero_3, rows=rows, turns=t) for t in (2, LOOPED))
+    assert looped <= short + layers * chunk / 2
 
 
 @pytest.mark.slow
