@@ -1,7 +1,6 @@
 """Whole engines over a tiny random model: apart equals together, and nothing is left behind."""
 
 import asyncio
-import dataclasses
 import random
 import re
 from typing import Any
@@ -12,12 +11,10 @@ import pytest
 from jax.errors import JaxRuntimeError
 
 from jaxsys.errors import RunError, UsageError
-from jaxsys.model import ByteTokenizer, LoadedModel, initial_parameters, preset
 from jaxsys.serve.deployment import DeploymentConfig, build_engine, compile_ahead
 from jaxsys.serve.engine import Overloaded
 from jaxsys.serve.requests import SamplingParameters
 
-CONFIG = dataclasses.replace(preset("tiny"), num_layers=2)
 SMALL: dict[str, Any] = {
     "max_batch": 4,
     "max_length": 96,
@@ -42,18 +39,6 @@ def compiled_once(tmp_path_factory):
     yield
     for name, value in before.items():
         jax.config.update(name, value)
-
-
-@pytest.fixture(scope="module")
-def model():
-    tokenizer = ByteTokenizer()
-    return LoadedModel(
-        config=CONFIG,
-        parameters=jax.tree.map(lambda leaf: leaf * 4, initial_parameters(CONFIG, seed=1)),
-        tokenizer=tokenizer,
-        chat_template=tokenizer.chat_template,
-        source="tiny",
-    )
 
 
 async def collect(engine, prompt, **sampling):
@@ -150,7 +135,7 @@ def test_room_made_by_a_whole_batch_ending_is_given_on(model, max_batch):
     assert len(planned) < 100
 
 
-def soak(model, prefill, decode, count):
+def soak(model, perhaps_left, prefill, decode, count):
     """Requests of all kinds, a third of them left at a random moment, few pages."""
     rng = random.Random(prefill + decode)
     settings: dict[str, Any] = SMALL | {"page_count": 26, "max_requests": count}
@@ -173,14 +158,8 @@ def soak(model, prefill, decode, count):
             "stop_token_ids": frozenset([rng.randrange(264)]),
             "seed": 1,
         }
-        task = asyncio.create_task(collect(engine, prompt, **rule))
-        if rng.random() < 0.35:
-            await asyncio.sleep(rng.expovariate(8))
-            task.cancel()
-        try:
-            ends.append((await task)[1])
-        except asyncio.CancelledError:
-            ends.append("left")
+        request = collect(engine, prompt, **rule)
+        ends.append(await perhaps_left(request, rng, chance=0.35, rate_per_s=8))
 
     async def everything():
         await asyncio.gather(*[one(prompt) for prompt in prompts(count)])
@@ -194,14 +173,14 @@ def soak(model, prefill, decode, count):
 @pytest.mark.parametrize(
     ("prefill", "decode"), [pytest.param(1, 0, marks=pytest.mark.slow), (1, 1)]
 )
-def test_a_soak_with_aborts_leaves_nothing(model, prefill, decode):
-    soak(model, prefill, decode, 80)
+def test_a_soak_with_aborts_leaves_nothing(model, perhaps_left, prefill, decode):
+    soak(model, perhaps_left, prefill, decode, 80)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_ten_thousand_requests_leave_nothing(model):
-    soak(model, 1, 2, 10_000)
+def test_ten_thousand_requests_leave_nothing(model, perhaps_left):
+    soak(model, perhaps_left, 1, 2, 10_000)
 
 
 def test_several_requests_end_with_their_first_token(model):
@@ -417,7 +396,7 @@ def test_two_devices_an_instance_give_the_same_tokens(model):
         outputs.append(run(engine, everything(engine)))
     assert outputs[0] == outputs[1]
     executor: Any = engine.decoders[0].executor
-    compiled = next(step for key, step in executor._steps.items() if key[0] == "decode")
+    compiled = next(step for key, step in executor.steps._compiled.items() if key[0] == "decode")
     # One after the attention's output, one after the feed-forward, in each of two layers.
     assert len(re.findall(r"all-reduce(?:-start)?\(", compiled.as_text())) == 4
     with pytest.raises(UsageError, match="tensor_parallel=3 does not divide num_kv_heads=2"):

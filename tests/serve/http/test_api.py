@@ -2,34 +2,17 @@
 
 import asyncio
 import contextlib
-import dataclasses
 import json
 from typing import Any
 
 import httpx
-import jax
 import pytest
 
-from jaxsys.model import ByteTokenizer, LoadedModel, initial_parameters, preset
 from jaxsys.serve.deployment import DeploymentConfig, build_engine
 from jaxsys.serve.http.api import ApiConfig, create_app
 from jaxsys.serve.http.metrics import Metrics
 
-CONFIG = dataclasses.replace(preset("tiny"), num_layers=2)
 JSON = {"Content-Type": "application/json"}
-
-
-@pytest.fixture(scope="module")
-def model():
-    parameters = jax.tree.map(lambda leaf: leaf * 4, initial_parameters(CONFIG, seed=1))
-    tokenizer = ByteTokenizer()
-    return LoadedModel(
-        config=CONFIG,
-        parameters=parameters,
-        tokenizer=tokenizer,
-        chat_template=tokenizer.chat_template,
-        source="tiny",
-    )
 
 
 class Server:

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from jaxsys.errors import RunError, UsageError
-from jaxsys.model import ByteTokenizer, LoadedModel, initial_parameters, preset
 from jaxsys.model.save import save_safetensors
 from jaxsys.serve.clock import WallClock
 from jaxsys.serve.deployment import DeploymentConfig, build_engine
@@ -27,22 +26,16 @@ from jaxsys.serve.processes.page_transfer import PageServer
 from jaxsys.serve.processes.worker import WorkerSpec
 from jaxsys.serve.requests import SamplingParameters
 
-CONFIG = dataclasses.replace(preset("tiny"), num_layers=2)
 SMALL = DeploymentConfig(
     max_batch=4, max_length=96, max_prefill_tokens=16, page_size=4, page_count=40, max_requests=99
 )
 
 
 @pytest.fixture(scope="module")
-def parameters():
-    return jax.tree.map(lambda leaf: leaf * 4, initial_parameters(CONFIG, seed=1))
-
-
-@pytest.fixture(scope="module")
-def template(parameters, tmp_path_factory):
+def template(model, tmp_path_factory):
     """What instances have in common: a tiny model's files, and one cache of compiled steps."""
     path = tmp_path_factory.mktemp("model") / "tiny"
-    save_safetensors(path, CONFIG, parameters, tokenizer=ByteTokenizer())
+    save_safetensors(path, model.config, model.parameters, tokenizer=model.tokenizer)
     return WorkerSpec(
         name="",
         role="both",
@@ -87,16 +80,8 @@ def load(engine):
 
 
 @pytest.fixture(scope="module")
-def expected(parameters):
+def expected(model):
     """The tokens of one engine that does everything in one process."""
-    tokenizer = ByteTokenizer()
-    model = LoadedModel(
-        config=CONFIG,
-        parameters=parameters,
-        tokenizer=tokenizer,
-        chat_template=tokenizer.chat_template,
-        source="tiny",
-    )
     engine = build_engine(model, dataclasses.replace(SMALL, decode=0))
 
     async def run():
@@ -162,7 +147,9 @@ async def killed_mid_load(engine, fleet, victim, expected):
     assert victim not in fleet.places
 
 
-def test_a_killed_decode_process_loses_nothing_and_is_replaced(template, expected):
+def test_a_killed_decode_process_loses_nothing_and_is_replaced(template, expected, caplog):
+    caplog.set_level("INFO", logger="jaxsys.serve.processes.fleet")
+
     async def body(engine, fleet):
         assert await load(engine) == expected
         await settled(engine)
@@ -170,6 +157,8 @@ def test_a_killed_decode_process_loses_nothing_and_is_replaced(template, expecte
         await settled(engine)
 
     with_fleet(template, 1, 1, body)
+    log = [(one.message, getattr(one, "instance", None)) for one in caplog.records]
+    assert ("up", "decode-1") in log and ("replaced a lost instance", "decode-0") in log
 
 
 @pytest.mark.slow
@@ -188,7 +177,7 @@ def test_killed_and_frozen_processes_lose_nothing(template, expected):
 
 
 @pytest.mark.slow
-def test_aborts_and_few_pages_leave_nothing_behind(template):
+def test_aborts_and_few_pages_leave_nothing_behind(template, perhaps_left):
     """Requests left at random moments, decode preempting for want of pages."""
     few = dataclasses.replace(template.deployment, page_count=26)
     rng = random.Random(3)
@@ -198,14 +187,8 @@ def test_aborts_and_few_pages_leave_nothing_behind(template):
 
         async def one(prompt):
             await asyncio.sleep(rng.random() * 4)
-            task = asyncio.ensure_future(collect(engine, prompt, max_tokens=rng.randint(1, 40)))
-            if rng.random() < 0.4:
-                await asyncio.sleep(rng.expovariate(20))
-                task.cancel()
-            try:
-                ends.append((await task)[1])
-            except asyncio.CancelledError:
-                ends.append("left")
+            request = collect(engine, prompt, max_tokens=rng.randint(1, 40))
+            ends.append(await perhaps_left(request, rng, chance=0.4, rate_per_s=20))
 
         engine.max_requests = 1000
         await asyncio.gather(*[one(prompt) for prompt in prompts(300)])
