@@ -108,11 +108,11 @@ def compile_greedy(instances: Sequence[Instance]) -> None:
     for instance in instances:
         executor = instance.executor
         assert isinstance(executor, JaxExecutor)
-        for key in (*executor.essential_steps(), *executor.other_steps()):
+        for key in (*executor.steps.essential(), *executor.steps.others()):
             if key[0] != "sample" or key[2] == SamplingNeeds():
                 work.append((executor, key))
     with ThreadPoolExecutor(COMPILERS if jax.default_backend() != "cpu" else 2) as pool:
-        list(pool.map(lambda item: item[0].compile(item[1]), work))
+        list(pool.map(lambda item: item[0].steps.compile(item[1]), work))
 
 
 def take_profile(

@@ -31,10 +31,11 @@ from jaxsys.model import (
     load,
     preset,
 )
-from jaxsys.serve.executor import ExecutorConfig, JaxExecutor
+from jaxsys.serve.executor import JaxExecutor
 from jaxsys.serve.requests import Request, SamplingParameters
 from jaxsys.serve.sampling import SamplingNeeds
 from jaxsys.serve.scheduler import Scheduler, SchedulerConfig
+from jaxsys.serve.steps import ExecutorConfig
 from jaxsys.serve.weights import QUANTISATIONS, Quantisation, serving_weights
 
 
@@ -459,7 +460,7 @@ def _compile(
                 ]
     workers = 4 if jax.default_backend() != "cpu" else 1
     with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(executor.compile, dict.fromkeys(keys)))
+        list(pool.map(executor.steps.compile, dict.fromkeys(keys)))
     return time.perf_counter() - started_s
 
 

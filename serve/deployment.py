@@ -17,12 +17,13 @@ from jaxsys.mesh import Device, request_devices
 from jaxsys.model import LlamaConfig, LoadedModel
 from jaxsys.serve.clock import WallClock
 from jaxsys.serve.engine import Engine
-from jaxsys.serve.executor import ExecutorConfig, JaxExecutor
+from jaxsys.serve.executor import JaxExecutor
 from jaxsys.serve.handover import Message, PageTransfer, Receiver, SameProcess, Sender
 from jaxsys.serve.hooks import Governor, NoGovernor, Router
 from jaxsys.serve.instance import Instance
 from jaxsys.serve.member import Member, TokenEvent
 from jaxsys.serve.scheduler import Role, Scheduler, SchedulerConfig
+from jaxsys.serve.steps import ExecutorConfig, Steps
 from jaxsys.serve.weights import TENSOR, Quantisation, ServingWeights, serving_weights
 
 logger = logging.getLogger(__name__)
@@ -239,8 +240,8 @@ def choose_devices(count: int) -> list[Device]:
 def compile_ahead(instances: Iterable[Member], *, everything: bool = False) -> None:
     """Compiles what serving cannot do without, or every step there is; instances in parallel."""
     work = [
-        (executor, [*executor.essential_steps(), *(executor.other_steps() if everything else ())])
-        for executor in _executors(instances)
+        (steps, [*steps.essential(), *(steps.others() if everything else ())])
+        for steps in _steps(instances)
     ]
     threads = [threading.Thread(target=_compile, args=item) for item in work]
     for thread in threads:
@@ -253,7 +254,7 @@ class BackgroundCompilation:
     """Compiles the other steps while the server already serves."""
 
     def __init__(self, instances: Iterable[Member]):
-        self._executors = _executors(instances)
+        self._steps = _steps(instances)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="compile", daemon=True)
         self._thread.start()
@@ -265,23 +266,23 @@ class BackgroundCompilation:
 
     def _run(self) -> None:
         started_s = time.monotonic()
-        for executor in self._executors:
-            for key in executor.other_steps():
+        for steps in self._steps:
+            for key in steps.others():
                 if self._stopping.is_set():
                     return
-                executor.compile(key)
+                steps.compile(key)
         logger.info("compiled", extra={"seconds": round(time.monotonic() - started_s, 1)})
 
 
-def _executors(instances: Iterable[Member]) -> list[JaxExecutor]:
-    """Those of the instances of this process that compile."""
+def _steps(instances: Iterable[Member]) -> list[Steps]:
+    """Those of the instances of this process."""
     local = (one.executor for one in instances if isinstance(one, Instance))
-    return [executor for executor in local if isinstance(executor, JaxExecutor)]
+    return [executor.steps for executor in local if isinstance(executor, JaxExecutor)]
 
 
-def _compile(executor: JaxExecutor, keys: Sequence[tuple]) -> None:
+def _compile(steps: Steps, keys: Sequence[tuple]) -> None:
     for key in keys:
-        executor.compile(key)
+        steps.compile(key)
 
 
 def _scheduler_config(

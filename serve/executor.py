@@ -1,16 +1,12 @@
 """Runs planned iterations on a device: compiled steps over a few bucket sizes, dispatched ahead.
 
 `dispatch` returns as soon as the work is queued; sampled tokens stay on the device, in `last`
-[slots], as the next step's input, and travel to the host meanwhile; `collect` waits for them. Every
-step's arguments have one of a few shapes (batch and table buckets, piece buckets), each compiled
-before it is needed.
+[slots], as the next step's input, and travel to the host meanwhile; `collect` waits for them.
+`Steps` has what is called, for a few sizes each, compiled before they are needed.
 """
 
-import dataclasses
-import functools
-import itertools
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 import jax
@@ -31,14 +27,11 @@ from jaxsys.serve.sampling import (
     SamplingNeeds,
     empty_history,
     pack_rules,
-    sample,
     set_history,
 )
 from jaxsys.serve.scheduler import Iteration, PrefillPiece, SchedulerConfig
+from jaxsys.serve.steps import COPIES, ExecutorConfig, Steps
 from jaxsys.serve.weights import TENSOR, ServingWeights
-
-COPIES = 8
-"""Pages copied in one call."""
 
 
 class TokenLogprobs(NamedTuple):
@@ -84,38 +77,6 @@ class Executor(Protocol):
     def rebuild(self) -> None:
         """After a fault of the device: begins anew with empty pages."""
         ...
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ExecutorConfig:
-    """The shapes that steps are compiled for, all ascending."""
-
-    decode_buckets: tuple[int, ...]
-    piece_buckets: tuple[int, ...]
-    """Tokens of a prompt piece."""
-    table_buckets: tuple[int, ...]
-    """Pages of a block table; the last one bounds a request's length."""
-    transfer_buckets: tuple[int, ...]
-    """Pages that change hands at once."""
-    distinguish_first: bool = False
-    """Whether a prompt's first piece has a step of its own, which need not look at pages."""
-
-    @classmethod
-    def for_scheduler(
-        cls, scheduler: SchedulerConfig, *, distinguish_first: bool = False
-    ) -> "ExecutorConfig":
-        """Pieces in steps of 4x up to the token budget, one table for every length.
-
-        The portable attention looks only at chunks that hold tokens, so a wide table costs nothing.
-        """
-        longest = -(-scheduler.max_length // scheduler.page_size)
-        return cls(
-            decode_buckets=scheduler.decode_buckets,
-            piece_buckets=_geometric(scheduler.max_prefill_tokens, 4, least=32),
-            table_buckets=(longest,),
-            transfer_buckets=_geometric(longest, 4, least=min(longest, 16)),
-            distinguish_first=distinguish_first,
-        )
 
 
 class _Pending(NamedTuple):
@@ -164,8 +125,6 @@ class JaxExecutor:
         self.shapes = ExecutorConfig.for_scheduler(scheduler) if shapes is None else shapes
         self.page_count, self.page_size = scheduler.page_count, scheduler.page_size
         self.slots = scheduler.max_batch
-        self.role = scheduler.role
-        self.compiled_steps = 0
         self._placement = placement
         mesh = placement.mesh if isinstance(placement, NamedSharding) else None
         self._cache_placement: Sharding = placement
@@ -178,12 +137,21 @@ class JaxExecutor:
             mesh=mesh if isinstance(mesh, Mesh) else None,
             axis=TENSOR,
         )
-        self._steps: dict[tuple, Callable] = {}
         width = self.shapes.table_buckets[-1]
         self._tables = np.full((self.slots, width), self.page_count, np.int32)
         self._table_owners: list[list[int] | None] = [None] * self.slots
         self._table_lengths = np.zeros(self.slots, np.int32)
         self._make_state()
+        self.steps = Steps(
+            config,
+            self.kernels,
+            weights,
+            self._cache,
+            shapes=self.shapes,
+            slots=self.slots,
+            role=scheduler.role,
+            placement=placement,
+        )
 
     def _make_state(self) -> None:
         """All that steps change: pages, last tokens, and what goes from step to step."""
@@ -274,7 +242,7 @@ class JaxExecutor:
         The pages may be given to others at once: the device works in order.
         """
         index = self._padded(pages, fill=pages[-1])
-        return self._step("extract", len(index))(self._cache, index)
+        return self.steps.get("extract", len(index))(self._cache, index)
 
     def insert(self, contents: Cache, pages: Sequence[int]) -> None:
         """Writes extracted contents, which lie where the cache does, into `pages`."""
@@ -283,168 +251,13 @@ class JaxExecutor:
         if len(index) < width:
             padding = np.full(width - len(index), self.page_count, np.int32)
             index = np.concatenate([index, padding])
-        self._cache = self._step("insert", width)(self._cache, contents, index[:width])
-
-    def contents_like(self, width: int) -> Cache:
-        """The form of `width` extracted pages, as shapes."""
-        return jax.tree.map(
-            lambda pool: jax.ShapeDtypeStruct(
-                (width, *pool.shape[1:]), pool.dtype, sharding=pool.sharding
-            ),
-            self._cache,
-        )
+        self._cache = self.steps.get("insert", width)(self._cache, contents, index[:width])
 
     def resume(self, request: Request) -> None:
         """Prepares the slot of a request whose pages were inserted: its last token is known."""
-        step = self._step("set_last")
+        step = self.steps.get("set_last")
         self._last = step(self._last, np.int32(request.slot), np.int32(request.output_tokens[-1]))
         self._load_history(request.slot, self._history_of(request))
-
-    # --- compilation --------------------------------------------------------------------------
-
-    def essential_steps(self) -> list[tuple]:
-        """Keys of the steps without which the role cannot serve: the largest of each kind."""
-        shapes = self.shapes
-        batch, table = shapes.decode_buckets[-1], shapes.table_buckets[-1]
-        keys: list[tuple] = []
-        kinds = (SamplingNeeds(), SamplingNeeds(random=True, cut=True))
-        if self.role != "decode":
-            keys.append(("prefill", shapes.piece_buckets[-1], table, False))
-            if shapes.distinguish_first:
-                keys.append(("prefill", shapes.piece_buckets[-1], table, True))
-            keys += [("sample", 1, needs) for needs in kinds]
-        if self.role != "prefill":
-            keys += [("decode", batch, table), ("inputs", batch, table)]
-            keys += [("sample", batch, needs) for needs in kinds]
-            # A lone request is the first thing most servers see.
-            keys += [(kind, shapes.decode_buckets[0], table) for kind in ("decode", "inputs")]
-            keys += [("sample", shapes.decode_buckets[0], needs) for needs in kinds]
-        return list(dict.fromkeys(keys))
-
-    def other_steps(self) -> list[tuple]:
-        """Keys of the steps that make serving faster, the most used first."""
-        shapes = self.shapes
-        kinds_of_piece = (False, True) if shapes.distinguish_first else (False,)
-        pieces = [
-            ("prefill", piece, table, continued)
-            for table in shapes.table_buckets
-            for piece in shapes.piece_buckets
-            for continued in kinds_of_piece
-        ]
-        batches = [
-            (kind, batch, table)
-            for table in shapes.table_buckets
-            for batch in shapes.decode_buckets
-            for kind in ("decode", "inputs")
-        ]
-        hand_over = [("extract", count) for count in shapes.transfer_buckets]
-        take_up = [("insert", count) for count in shapes.transfer_buckets]
-        kinds = (
-            SamplingNeeds(),
-            SamplingNeeds(random=True, cut=True),
-            SamplingNeeds(random=True),
-        )
-        keys: list[tuple] = []
-        if self.role == "prefill":
-            keys += [*hand_over, *pieces, ("copy", COPIES)]
-            rows: tuple[int, ...] = (1,)
-        else:
-            keys += [*batches, *(take_up if self.role == "decode" else ()), ("set_last",)]
-            keys += [*pieces, ("copy", COPIES)]
-            rows = shapes.decode_buckets
-        keys = [*(("sample", batch, needs) for needs in kinds for batch in rows), *keys]
-        essential = self.essential_steps()
-        return [key for key in keys if key not in essential]
-
-    def compile(self, key: tuple) -> None:
-        """Compiles one step ahead of its use; safe from another thread."""
-        if key not in self._steps:
-            self._steps[key] = self._build(*key)
-            self.compiled_steps += 1
-
-    def _step(self, kind: str, *shape: Any) -> Callable:
-        key = (kind, *shape)
-        if key not in self._steps:
-            self.compile(key)
-        return self._steps[key]
-
-    def _fitting(
-        self, kind: str, *sizes: tuple[int, tuple[int, ...]], rest: tuple = ()
-    ) -> tuple[int, ...]:
-        """The least compiled buckets that hold `sizes`, or the least of all if none is compiled."""
-        choices = [[bucket for bucket in buckets if bucket >= size] for size, buckets in sizes]
-        for shape in itertools.product(*choices):
-            if (kind, *shape, *rest) in self._steps:
-                return shape
-        return tuple(choice[0] for choice in choices)
-
-    def _build(self, kind: str, *shape: Any) -> Callable:
-        def like(size: tuple[int, ...], dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(size, dtype, sharding=self._placement)
-
-        whole, split = self._placement, self._cache_placement
-        cache = jax.tree.map(
-            lambda pool: jax.ShapeDtypeStruct(pool.shape, pool.dtype, sharding=pool.sharding),
-            self._cache,
-        )
-        last = like((self.slots,))
-        if kind == "decode":
-            batch, table = shape
-            step = functools.partial(_decode, self.config, self.kernels)
-            # Results go where the last ones were: with all addresses the same from step to step,
-            # a captured CUDA graph can be launched again as it is.
-            function = jax.jit(
-                step, donate_argnums=(1, 4), keep_unused=True, out_shardings=(whole, split)
-            )
-            logits = like((batch, self.config.vocab_size), np.float32)
-            arguments = (self.weights, cache, last, like((batch, 2 + table)), logits)
-        elif kind == "inputs":
-            batch, table = shape
-            function = jax.jit(
-                _set_inputs, donate_argnums=(0, 1), keep_unused=True, out_shardings=whole
-            )
-            packed = like((batch, 2 + table))
-            arguments = (packed, like((batch, 2)), packed)
-        elif kind == "prefill":
-            piece, table, continued = shape
-            step = functools.partial(_prefill, self.config, self.kernels, piece, continued)
-            function = jax.jit(step, donate_argnums=1, out_shardings=(whole, split))
-            arguments = (self.weights, cache, like((2 + piece + table,)))
-        elif kind == "sample":
-            batch, needs = shape
-            function = jax.jit(
-                functools.partial(_sample, needs), donate_argnums=(1, 4), out_shardings=whole
-            )
-            rules = jax.tree.map(
-                lambda leaf: like(leaf.shape, leaf.dtype), pack_rules([], [], batch)
-            )
-            history = None
-            if needs.adjusted:
-                history = jax.eval_shape(
-                    functools.partial(empty_history, self.slots, self.config.vocab_size)
-                )
-                history = jax.tree.map(lambda leaf: like(leaf.shape, leaf.dtype), history)
-            logits = like((batch, self.config.vocab_size), np.float32)
-            arguments = (logits, last, like((batch, 2)), rules, history)
-        elif kind == "copy":
-            (count,) = shape
-            function = jax.jit(paged_model.copy_pages, donate_argnums=0, out_shardings=split)
-            arguments = (cache, like((count,)), like((count,)))
-        elif kind == "extract":
-            (count,) = shape
-            function = jax.jit(paged_model.extract_pages, out_shardings=split)
-            arguments = (cache, like((count,)))
-        elif kind == "insert":
-            (count,) = shape
-            contents = self.contents_like(count)
-            function = jax.jit(paged_model.insert_pages, donate_argnums=0, out_shardings=split)
-            arguments = (cache, contents, like((count,)))
-        elif kind == "set_last":
-            function = jax.jit(_set_last, donate_argnums=0, out_shardings=whole)
-            arguments = (last, like(()), like(()))
-        else:
-            raise ValueError(f"no step is called {kind!r}")
-        return function.lower(*arguments).compile()
 
     # --- inside -------------------------------------------------------------------------------
 
@@ -457,7 +270,7 @@ class JaxExecutor:
         end = start + length
         needed = -(-end // self.page_size)
         continued = self.shapes.distinguish_first and start > 0
-        size, table = self._fitting(
+        size, table = self.steps.fitting(
             "prefill",
             (length, self.shapes.piece_buckets),
             (needed, self.shapes.table_buckets),
@@ -477,7 +290,7 @@ class JaxExecutor:
         return _Piece(request, end, (size, table, continued), packed, sampling, history)
 
     def _prefill(self, piece: _Piece) -> jax.Array:
-        step = self._step("prefill", *piece.shape)
+        step = self.steps.get("prefill", *piece.shape)
         logits, self._cache = step(self.weights, self._cache, piece.packed)
         return logits
 
@@ -493,7 +306,7 @@ class JaxExecutor:
         slots = np.fromiter((request.slot for request in requests), np.int32, count)
         positions = np.fromiter((request.computed for request in requests), np.int32, count) - 1
         needed = int(positions.max()) // self.page_size + 1
-        batch, table = self._fitting(
+        batch, table = self.steps.fitting(
             "decode", (bucket, shapes.decode_buckets), (needed, shapes.table_buckets)
         )
         packed = np.full((batch, 2 + table), self.page_count, np.int32)
@@ -503,8 +316,8 @@ class JaxExecutor:
         packed[:count, 1] = positions
         packed[:count, 2:] = self._tables[slots, :table]
         inputs, where, logits = self._buffers(batch, table)
-        inputs, where = self._step("inputs", batch, table)(inputs, where, packed)
-        logits, self._cache = self._step("decode", batch, table)(
+        inputs, where = self.steps.get("inputs", batch, table)(inputs, where, packed)
+        logits, self._cache = self.steps.get("decode", batch, table)(
             self.weights, self._cache, self._last, inputs, logits
         )
         self._decode_buffers[batch, table] = inputs, where, logits
@@ -531,7 +344,7 @@ class JaxExecutor:
         self, needs: SamplingNeeds, logits: jax.Array, where: jax.Array | np.ndarray, rules: Rules
     ) -> Sample:
         history = self._history if needs.adjusted else None
-        step = self._step("sample", logits.shape[0], needs)
+        step = self.steps.get("sample", logits.shape[0], needs)
         sampled, self._last, history = step(logits, self._last, where, rules, history)
         if needs.adjusted:
             self._history = history
@@ -577,7 +390,7 @@ class JaxExecutor:
             targets = np.full(COPIES, self.page_count, np.int32)
             sources[: len(part)] = [source for source, _ in part]
             targets[: len(part)] = [target for _, target in part]
-            self._cache = self._step("copy", COPIES)(self._cache, sources, targets)
+            self._cache = self.steps.get("copy", COPIES)(self._cache, sources, targets)
 
     def _padded(self, pages: Sequence[int], *, fill: int) -> np.ndarray:
         size = next(size for size in self.shapes.transfer_buckets if size >= len(pages))
@@ -597,33 +410,6 @@ def check_sampling(parameters: SamplingParameters, vocabulary: int) -> None:
             raise UsageError(f"logit_bias token {token} is none of 0..{vocabulary - 1}")
 
 
-def _set_inputs(old, old_where, packed):
-    return packed, packed[:, :2]
-
-
-def _decode(config, kernels, weights, cache, last, packed, old_logits):
-    slots, positions, tables = packed[:, 0], packed[:, 1], packed[:, 2:]
-    tokens = last.at[slots].get(mode="fill", fill_value=0)
-    return paged_model.decode_pass(config, kernels, weights, cache, tokens, positions, tables)
-
-
-def _prefill(config, kernels, piece, continued, weights, cache, packed):
-    tokens, table = packed[2 : 2 + piece], packed[2 + piece :]
-    return paged_model.prefill_pass(
-        config, kernels, continued, weights, cache, tokens, packed[0], packed[1], table
-    )
-
-
-def _sample(needs, logits, last, where, rules, history):
-    slots, positions = where[:, 0], where[:, 1] + 1
-    sampled, history = sample(needs, logits, rules, positions, slots, history)
-    return sampled, last.at[slots].set(sampled.tokens, mode="drop"), history
-
-
-def _set_last(last, slot, token):
-    return last.at[slot].set(token)
-
-
 def seed_of(request: Request) -> int:
     """The request's seed; without one, a hash of what differs between requests.
 
@@ -640,10 +426,3 @@ def _tokens(request: Request, start: int, length: int) -> Sequence[int]:
     if start + length <= prompt:
         return request.prompt_tokens[start : start + length]
     return request.known_tokens()[start : start + length]
-
-
-def _geometric(most: int, factor: int, *, least: int) -> tuple[int, ...]:
-    sizes = [most]
-    while sizes[-1] // factor >= least:
-        sizes.append(-(-sizes[-1] // factor))
-    return tuple(reversed(sizes))

@@ -325,7 +325,7 @@ class Receiver:
                 self.instance.post(lambda: self._arrived(incoming, message, result))
 
             width = pages.width if isinstance(pages, Ticket) else pages[0].keys.shape[0]
-            self.pages.fetch(pages, executor.contents_like(width), arrived)
+            self.pages.fetch(pages, executor.steps.contents_like(width), arrived)
         self._settle(incoming)
 
     def _arrived(self, incoming: _Incoming, message: Delivery, result: Cache | Exception) -> None:

@@ -11,10 +11,11 @@ import pytest
 
 from jaxsys.model import forward, initial_parameters, preset
 from jaxsys.serve import paged_model
-from jaxsys.serve.executor import ExecutorConfig, JaxExecutor
+from jaxsys.serve.executor import JaxExecutor
 from jaxsys.serve.paged_attention import choose_kernels
 from jaxsys.serve.requests import Request, SamplingParameters
 from jaxsys.serve.scheduler import Scheduler, SchedulerConfig
+from jaxsys.serve.steps import ExecutorConfig
 from jaxsys.serve.weights import serving_weights
 
 CONFIG = dataclasses.replace(preset("tiny"), num_layers=2)
@@ -222,13 +223,13 @@ def test_pages_travel_between_devices(parameters, executor):
 
 def test_steps_compiled_ahead_are_not_compiled_again(executor):
     scheduler = make()
-    for key in (*executor.essential_steps(), *executor.other_steps()):
-        executor.compile(key)
-    compiled = executor.compiled_steps
+    for key in (*executor.steps.essential(), *executor.steps.others()):
+        executor.steps.compile(key)
+    compiled = executor.steps.count
     for i in range(6):
         scheduler.add(request(i, list(range(i + 1)), 12, temperature=i % 2, top_p=0.9))
     run(scheduler, executor)
-    assert executor.compiled_steps == compiled
+    assert executor.steps.count == compiled
 
 
 def test_logprobs_of_the_chosen_and_the_best(parameters, executor):
