@@ -8,7 +8,7 @@ A reading that does not exist is `None`, never 0; why is in `reason`.
 """
 
 import bisect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -100,15 +100,6 @@ def check_clock(clock_mhz: int, available_mhz: tuple[int, ...]) -> None:
         f"clock_mhz={clock_mhz} is not a clock of this GPU "
         f"({available_mhz[0]}..{available_mhz[-1]} MHz); the nearest is {near}"
     )
-
-
-def nearest_clock(clock_mhz: float, available_mhz: Iterable[int]) -> int:
-    """The lowest listed clock that is not below `clock_mhz`, or the highest there is."""
-    listed = sorted(available_mhz)
-    if not listed:
-        raise UsageError("no clocks are listed to choose from")
-    at = bisect.bisect_left(listed, clock_mhz)
-    return listed[min(at, len(listed) - 1)]
 
 
 class EnergyCounter:

@@ -8,7 +8,6 @@ from jaxsys.clocks import (
     ObserveOnly,
     SimulatedClocks,
     check_clock,
-    nearest_clock,
 )
 from jaxsys.errors import UsageError
 
@@ -90,12 +89,6 @@ def test_an_unlisted_clock_is_refused_and_the_nearest_named():
         clocks.set_clock(1000)
     with pytest.raises(UsageError, match="lists no clocks"):
         check_clock(1000, ())
-
-
-def test_nearest_clock_rounds_up_within_the_list():
-    assert nearest_clock(1100, CLOCKS) == 1200
-    assert nearest_clock(1, CLOCKS) == 1005
-    assert nearest_clock(9999, CLOCKS) == 1410
 
 
 def test_observe_only_reads_but_never_sets():
