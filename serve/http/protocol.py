@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 class StreamOptions(pydantic.BaseModel):
     """`stream_options`."""
 
-    include_usage: bool = False
+    include_usage: bool = Field(False, description="true or false")
 
 
 class _Sampled(pydantic.BaseModel):
@@ -205,7 +205,7 @@ class ChatRequest(_Sampled):
 
 RULES = {
     name: field.description
-    for body in (TextPart, Message, CompletionRequest, ChatRequest)
+    for body in (StreamOptions, TextPart, Message, CompletionRequest, ChatRequest)
     for name, field in body.model_fields.items()
     if field.description
 }

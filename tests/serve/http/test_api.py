@@ -210,6 +210,12 @@ def test_a_repeated_prompt_is_found_in_the_cache(server):
         ("completions", {"prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias key 'x'"),
         ("completions", {"prompt": "a", "logit_bias": {"900": 1}}, 400, "token 900 is none"),
         ("completions", {"prompt": "a", "stop": [""]}, 400, "empty string"),
+        (
+            "completions",
+            {"prompt": "a", "stream_options": {"include_usage": 3}},
+            400,
+            "stream_options.include_usage=3 must be true or false",
+        ),
         ("completions", {"prompt": "a", "stop": 5}, 400, "stop=5 must be a text or a list of at"),
         ("completions", {"prompt": "a", "stop": list("abcde")}, 400, "stop must be a text or a"),
         ("completions", {"prompt": "a", "echo": True}, 400, "echo is not implemented"),
