@@ -25,6 +25,11 @@ WARM_UP = 4
 """Steps before a measurement counts: the first may still load something."""
 
 
+def steps_needed(repeats: int) -> int:
+    """Tokens that a sequence must have room for beside its context, to be timed."""
+    return WARM_UP + repeats + 6
+
+
 def short_plan(config: SchedulerConfig, piece_buckets: tuple[int, ...]) -> list[Load]:
     """Few loads that say what serving needs: every compiled size, short and long contexts."""
     room = config.page_count * config.page_size

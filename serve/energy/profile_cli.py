@@ -9,15 +9,16 @@ import argparse
 import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxsys.clocks import GpuClocks
 from jaxsys.errors import RunError, UsageError
+from jaxsys.serve.energy.energy_log import EnergyLog
 from jaxsys.serve.energy.gpu_model import GPUS, SHAPES, Load, simulated_gpu
 from jaxsys.serve.energy.profile import (
     Profile,
-    Sample,
     fingerprint_here,
     simulated_profile,
     sweep_plan,
@@ -25,6 +26,10 @@ from jaxsys.serve.energy.profile import (
 
 if TYPE_CHECKING:
     from jaxsys.model import LoadedModel
+    from jaxsys.serve.scheduler import SchedulerConfig
+
+COUNTER_S = 0.5
+"""Time a load is repeated for where an energy counter is to tell its power."""
 
 
 def main(argv: Sequence[str], prog: str) -> int:
@@ -93,6 +98,7 @@ def measure(
     import jax
 
     from jaxsys.serve.deployment import DeploymentConfig, build_engine, compile_ahead
+    from jaxsys.serve.energy.engine_sweep import EngineSweep
     from jaxsys.serve.instance import Instance
 
     if repeats < 1:
@@ -106,7 +112,14 @@ def measure(
     assert isinstance(instance, Instance)
     device = jax.devices()[0]
     clocks, notes = _clocks(device, control)
-    runner = _Runner(instance, model.config.vocab_size, repeats)
+    log = None if clocks is None else EnergyLog(clocks.energy_j)
+    sweep = EngineSweep(
+        instance,
+        model.config.vocab_size,
+        repeats=repeats,
+        least_s=0.0 if log is None else COUNTER_S,
+        energy_j=(lambda start_s, end_s: None) if log is None else log.between,
+    )
     buckets = instance.scheduler.config.decode_buckets
     settings = [None]
     if clocks is not None and clocks.can_set:
@@ -116,17 +129,19 @@ def measure(
         for mhz in settings:
             if mhz is not None and clocks is not None:
                 clocks.set_clock(mhz)
-            for plan in _fitting(instance.scheduler.config, buckets):
-                time_s = runner.time_of(plan)
-                now_mhz = None if clocks is None else clocks.actual_mhz()
-                power_w = None if clocks is None else clocks.power_w()
-                samples.append(Sample(plan, mhz or now_mhz or 0, time_s, power_w))
+            for plan in _fitting(instance.scheduler.config, buckets, repeats):
+                sample = sweep.sample(plan, mhz or 0)
+                if mhz is None and clocks is not None:
+                    sample = replace(sample, clock_mhz=clocks.actual_mhz() or 0)
+                samples.append(sample)
     finally:
+        if log is not None:
+            log.close()
         if clocks is not None:
             clocks.close()
     if settings == [None]:  # the reading flutters; the clock was one and the same
         common = statistics.mode(sample.clock_mhz for sample in samples)
-        samples = [Sample(s.load, common, s.time_s, s.power_w) for s in samples]
+        samples = [replace(sample, clock_mhz=common) for sample in samples]
         notes.append("clocks were not swept: all samples are at the default clock")
     return Profile(
         fingerprint=fingerprint_here(
@@ -149,8 +164,10 @@ def _clocks(device, control: bool) -> tuple[GpuClocks | None, list[str]]:  # typ
         return None, [f"no clock and no power: {error}"]
 
 
-def _fitting(config, buckets: Sequence[int]) -> list[Load]:  # type: ignore[no-untyped-def]
+def _fitting(config: "SchedulerConfig", buckets: Sequence[int], repeats: int) -> list[Load]:
     """The sweep's loads that this instance can run in one iteration."""
+    from jaxsys.serve.energy.engine_sweep import steps_needed
+
     room = config.page_count * config.page_size
     plans = sweep_plan(
         kv_capacity_tokens=room,
@@ -166,70 +183,11 @@ def _fitting(config, buckets: Sequence[int]) -> list[Load]:  # type: ignore[no-u
             # Cached tokens would need a prefix; their share is small and learnt online.
             fits = fits and not plan.cached_tokens
         else:
-            fits = plan.kv_tokens // plan.batch < config.max_length - 8
-            # Room for the page each sequence grows into.
-            fits = fits and plan.kv_tokens + plan.batch * config.page_size * 2 <= room
+            # Those that come first decode while the others' prompts are computed.
+            longest = plan.kv_tokens // plan.batch + steps_needed(repeats)
+            longest += -(-plan.kv_tokens // config.max_prefill_tokens)
+            fits = longest <= config.max_length
+            fits = fits and plan.batch * (longest + config.page_size) <= room
         if fits:
             kept.append(plan)
     return kept
-
-
-class _Runner:
-    """Times single iterations of one instance, outside its loop."""
-
-    def __init__(self, instance, vocabulary: int, repeats: int) -> None:  # type: ignore[no-untyped-def]
-        self.scheduler = instance.scheduler
-        self.executor = instance.executor
-        self.clock = instance.clock
-        self.vocabulary = vocabulary
-        self.repeats = repeats
-        self._count = 0
-
-    def time_of(self, load: Load) -> float:
-        """Median seconds of an iteration of this load."""
-        prefill = load.prefill_tokens > 0
-        count = load.prefill_requests if prefill else load.batch
-        each = load.prefill_tokens // count if prefill else max(1, load.kv_tokens // count)
-        times: list[float] = []
-        if prefill:
-            for _ in range(self.repeats + 1):
-                requests = self._add(count, each)
-                times.append(self._step())
-                self._end(requests)
-        else:
-            requests = self._add(count, each)
-            while self.scheduler.waiting or self.scheduler.prefilling:
-                self._step()
-            times = [self._step() for _ in range(self.repeats + 1)]
-            self._end(requests)
-        return statistics.median(times[1:])  # the first may still load or compile something
-
-    def _add(self, count: int, length: int) -> list:
-        from jaxsys.serve.requests import Request, SamplingParameters
-
-        requests = []
-        for _ in range(count):
-            self._count += 1
-            request = Request(
-                self._count,
-                sampling=SamplingParameters(max_tokens=self.repeats + 4, temperature=0.0),
-                arrival_s=0.0,
-                prompt_tokens=[(7 * k + self._count) % self.vocabulary for k in range(length)],
-            )
-            self.scheduler.add(request)
-            requests.append(request)
-        return requests
-
-    def _end(self, requests: list) -> None:
-        for request in requests:
-            self.scheduler.abort(request, self.clock.now_s())
-
-    def _step(self) -> float:
-        iteration = self.scheduler.next_iteration(self.clock.now_s())
-        if iteration is None:
-            raise RunError("the sweep found nothing to compute; lower --max-batch or --max-length")
-        began_s = self.clock.now_s()
-        outcome = self.executor.collect(self.executor.dispatch(iteration))
-        now_s = self.clock.now_s()
-        self.scheduler.complete(iteration, now_s, outcome.tokens)
-        return now_s - began_s
