@@ -107,7 +107,8 @@ def test_a_slower_link_never_speeds_up_and_bytes_do_not_change():
     workload = llama_workload("t", preset("tiny"), sequence_length=64, microbatch_size=1)
     told: list[str] = []
     fast = compare(workload, cluster("nvlink"), microbatches=8, progress=told.append)
-    assert told[0] == "simulating dp (1 of 9)" and len(told) == 9
+    assert told[0].startswith("simulating dp (1 of ")
+    assert len(told) == len(fast.rows) + len(fast.refused)
     slow = compare(workload, cluster("sockets"), microbatches=8)
     for a, b in zip(fast.rows, slow.rows, strict=True):
         assert b.step_s >= a.step_s
