@@ -141,8 +141,14 @@ class Embedding(nnx.Module):
         self.table = _kernel(rngs, (config.vocab_size, config.hidden_size), param_dtype)
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Token ids [B, T] -> [B, T, D]."""
-        return self.table[...][tokens]
+        """Token ids [B, T] -> [B, T, D].
+
+        The row is read as float32 so that its gradient is summed in float32: a frequent token's
+        sum stands still in bfloat16, and GPUs add bfloat16 to one place by compare-and-swap.
+        """
+        table = self.table[...]
+        wide = jnp.promote_types(table.dtype, jnp.float32)
+        return table.astype(wide)[tokens].astype(table.dtype)
 
 
 class Head(nnx.Module):

@@ -23,6 +23,7 @@ from jaxsys.model import (
     preset,
 )
 from jaxsys.model.config import Llama3RopeScaling
+from jaxsys.model.llama import bind_edge
 from jaxsys.model.rope import inverse_frequencies
 
 SCALED = Llama3RopeScaling(
@@ -235,3 +236,20 @@ def test_tokens_without_batch_axis_are_refused():
     config = preset("tiny")
     with pytest.raises(UsageError, match=r"shape \(4,\) must be \[B, T\]"):
         forward(config, initial_parameters(config), jnp.zeros(4, jnp.int32))
+
+
+def test_a_frequent_tokens_gradient_is_summed_in_float32():
+    """Ones added up in bfloat16 would stand still at 256."""
+    config = preset("tiny")
+    edge = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.bfloat16), initial_parameters(config, seed=0)["edge"]
+    )
+    tokens = jnp.full((1, 1000), 7)
+
+    def total(edge):
+        return bind_edge(config, edge).embed(tokens).astype(jnp.float32).sum()
+
+    gradient = jax.grad(total)(edge)["embed"]["table"]
+    assert gradient.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(gradient[7], np.float32), 1000)
+    assert not np.asarray(gradient[:7], np.float32).any()
