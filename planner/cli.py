@@ -5,6 +5,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from jaxsys import hardware
@@ -18,7 +19,8 @@ from jaxsys.planner.costs import Precision
 from jaxsys.planner.evaluate import plan_costs, schedule_link
 from jaxsys.planner.files import plan_file
 from jaxsys.planner.lower import to_schedule
-from jaxsys.planner.named import compare
+from jaxsys.planner.named import best_that_runs, compare, with_found
+from jaxsys.planner.plans import Plan
 from jaxsys.planner.problem import Problem
 from jaxsys.planner.profile import load_profile
 from jaxsys.planner.recognise import describe
@@ -30,6 +32,9 @@ from jaxsys.schedule.render import draw, write_chrome_trace
 
 MOST_DEVICES = 1024
 """Every task of every device is simulated: this many take minutes a strategy."""
+EFFORT = Effort(refine=4, chains=24, steps=60, pairs=8000, restarts=1, tolerance=1e-3)
+GLANCE_S = 5.0
+"""How long the plans that mix or repeat the known strategies are searched for the table."""
 
 
 def main(argv: Sequence[str], prog: str) -> int:
@@ -86,6 +91,18 @@ def main(argv: Sequence[str], prog: str) -> int:
         precision=precision,
         progress=_show,
     )
+    problem = Problem(
+        workload_of=workload_of,
+        cluster=cluster,
+        batch=microbatches * options.microbatch_size,
+        memory_bytes=comparison.memory_bytes,
+        precision=precision,
+    )
+    own_size = Space.of(problem, microbatch_sizes=[options.microbatch_size])
+    glance = search(
+        own_size.split("features", 1), effort=replace(EFFORT, time_s=GLANCE_S), progress=_progress
+    )
+    comparison = with_found(comparison, problem, glance)
     _show("")
     print(
         f"{options.model}: {workload.parameters / 1e9:.2f} B parameters, {workload.layers} layers; "
@@ -113,25 +130,16 @@ def main(argv: Sequence[str], prog: str) -> int:
         )
         print(f"wrote {options.json}")
     if options.search or options.plan is not None:
-        problem = Problem(
-            workload_of=workload_of,
-            cluster=cluster,
-            batch=microbatches * options.microbatch_size,
-            memory_bytes=comparison.memory_bytes,
-            precision=precision,
-        )
-        found = _search(problem, options.search_seconds)
+        found = _search(problem, options.search_seconds, to_run=options.plan is not None)
         if options.plan is not None:
             found_plan = plan_file(problem, found, request=request)
             write_whole(options.plan, json.dumps(found_plan, indent=1) + "\n")
             print(f"wrote {options.plan}")
-        schedule = to_schedule(problem, found.plan)
-        simulation = simulate(
-            schedule, plan_costs(problem, found.plan, schedule), schedule_link(problem, found.plan)
-        )
+        simulation = _simulation(problem, found.plan)
         fits = found.peak_bytes <= comparison.memory_bytes * (1 + 1e-9)
     elif comparison.best is not None:
-        simulation = comparison.best.simulation
+        best = comparison.best
+        simulation = best.simulation if best.plan is None else _simulation(problem, best.plan)
         fits = True
     else:
         simulation, fits = None, False
@@ -146,20 +154,12 @@ def main(argv: Sequence[str], prog: str) -> int:
     return 0
 
 
-def _search(problem: Problem, time_s: float) -> Found:
+def _search(problem: Problem, time_s: float, *, to_run: bool) -> Found:
     """Searches with a line of progress, and prints what is found and why."""
-
-    def progress(moment: Progress) -> None:
-        _show(
-            f"{moment.elapsed_s:5.1f} s  {moment.phase} {moment.done}/{moment.total}  "
-            f"{moment.evaluated} plans  best {report.seconds(moment.best.step_s)}  "
-            f"{describe(moment.best.plan)}"
-        )
-
-    effort = Effort(
-        refine=4, chains=24, steps=60, pairs=8000, restarts=1, time_s=time_s, tolerance=1e-3
-    )
-    result = search(Space.of(problem), effort=effort, progress=progress)
+    space = Space.of(problem)
+    if to_run:
+        space = space.split("features", 1)
+    result = search(space, effort=replace(EFFORT, time_s=time_s), progress=_progress)
     _show("")
     print(
         f"\nsearched {result.evaluated} plans in {result.elapsed_s:.1f} s from data parallelism; "
@@ -168,7 +168,20 @@ def _search(problem: Problem, time_s: float) -> Found:
     print(explain.table(result, problem.memory_bytes))
     print()
     print(explain.reasons(problem, result))
-    return result.best
+    return (best_that_runs(result) if to_run else None) or result.best
+
+
+def _simulation(problem: Problem, plan: Plan) -> Simulation:
+    schedule = to_schedule(problem, plan)
+    return simulate(schedule, plan_costs(problem, plan, schedule), schedule_link(problem, plan))
+
+
+def _progress(moment: Progress) -> None:
+    _show(
+        f"{moment.elapsed_s:5.1f} s  {moment.phase} {moment.done}/{moment.total}  "
+        f"{moment.evaluated} plans  best {report.seconds(moment.best.step_s)}  "
+        f"{describe(moment.best.plan)}"
+    )
 
 
 def _show(progress: str) -> None:
@@ -246,7 +259,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     add("--search", action="store_true", help="search all plans, not the known strategies alone")
     add("--search-seconds", type=float, default=600.0, help="stop the search then (default: 600)")
     add("--json", type=Path, help="write the comparison to this file")
-    add("--plan", type=Path, help="search, and write the plan found to this file")
+    add("--plan", type=Path, help="search, and write the best plan that `jaxsys train` runs")
     add("--schedule", type=Path, help="write the winner's schedule, for `jaxsys train`")
     add("--trace", type=Path, help="write the winner's timeline as a Perfetto trace")
     add("--png", type=Path, help="draw the winner's timeline and memory")

@@ -1,9 +1,9 @@
 """From a workload, a device and a link to what a schedule's tasks and blocks cost.
 
 Products run at the device's achievable rate, fused attention at its own, everything else at memory
-speed. With recompute `block` only a block's input is kept and the backward pass runs the block's
-forward again; with `selective` it makes again what is neither a product nor attention. Memory at
-rest is master weights and Adam's two moments in float32, 12 bytes per parameter, as owned, sharded
+speed, sums of gradients over microbatches too. With recompute `block` only a block's input is kept
+and the backward pass runs the block's forward again; with `selective` it makes again what is
+neither a product nor attention. Memory at rest is master weights and Adam's two moments in float32, 12 bytes per parameter, as owned, sharded
 or replicated; copies in motion, gradients and residuals are counted where and while the schedule's
 trace has them.
 """
@@ -24,6 +24,8 @@ ATTENTION_BACKWARD = 2.5
 UPDATE_PASSES = 7
 """float32 values moved per parameter by Adam: four read (weight, both moments, gradient), three
 written."""
+SUM_PASSES = 3
+"""A microbatch's gradient joins the sum of those before: two read, one written."""
 
 NO_LINK = Link()
 
@@ -136,12 +138,13 @@ def block_cost(
     }[recompute]
     taps = block.residual_bytes if block.tap_bytes is None else block.tap_bytes
     parameters = block.parameters / ways
+    gradient_bytes = parameters * precision.gradient_bytes
     return BlockCost(
         forward_s=forward,
         input_gradient_s=products + ATTENTION_BACKWARD * attention + 2 * passes + join + again,
-        weight_gradient_s=products,
+        weight_gradient_s=products + SUM_PASSES * gradient_bytes / device.memory_bytes_per_s,
         weight_bytes=parameters * precision.weight_bytes,
-        gradient_bytes=parameters * precision.gradient_bytes,
+        gradient_bytes=gradient_bytes,
         residual_bytes=kept,
         tap_bytes=taps / ways,
         work_bytes=0.0 if recompute == "none" else residual,
@@ -196,7 +199,8 @@ def frame(
     flops_per_s = device.product_flops_per_s * split.features
     return Frame(
         embed_s=workload.edge.forward_flops / flops_per_s,
-        head_s=workload.edge.backward_flops / flops_per_s,
+        head_s=workload.edge.backward_flops / flops_per_s
+        + SUM_PASSES * edge_parameters * gradient / device.memory_bytes_per_s,
         before_s=before,
         after_s=after,
         update_s=UPDATE_PASSES * 4 * parameters / state_share / device.memory_bytes_per_s,

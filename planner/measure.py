@@ -151,7 +151,9 @@ def measure_cell(
     else:
         parameters = step.to_rest(initial_parameters(config))
         state = optimizer.init(parameters)  # in a jit it would not be sharded
-        batch = {name: jnp.zeros(shape, jnp.int32) for name in names}
+        # Not one token over and over: its row's gradient would be a queue.
+        tokens = jax.random.randint(jax.random.key(0), shape, 0, config.vocab_size)
+        batch = dict.fromkeys(names, tokens)
     start = time.perf_counter()
     program = (
         jax.jit(train, donate_argnums=(0, 1))

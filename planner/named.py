@@ -5,18 +5,20 @@ recompute policy that fits memory is shown, or the leanest where none fits.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from jaxsys.errors import UsageError
 from jaxsys.hardware import DeviceSpec
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.costs import Precision, schedule_costs
+from jaxsys.planner.evaluate import POLICY
+from jaxsys.planner.plans import Plan
+from jaxsys.planner.problem import Problem
+from jaxsys.planner.recognise import recognise
+from jaxsys.planner.search import Found, Result
 from jaxsys.planner.workload import Workload
 from jaxsys.schedule import Link, Schedule, ScheduleError, Simulation, simulate, trace
-from jaxsys.strategies import zero
-from jaxsys.strategies.data_parallel import data_parallel
-from jaxsys.strategies.pipeline import one_f_one_b, one_f_one_b_overlap
-from jaxsys.strategies.weipipe import interleave
+from jaxsys.strategies import NAMES, build
 
 USABLE_MEMORY = 0.92
 """The share of a device's memory that a step may take by default; the rest is for the runtime,
@@ -40,7 +42,8 @@ class Row:
     tokens_per_s: float
     mfu: float
     fits: bool
-    note: str = ""
+    plan: Plan | None = None
+    """Of a row that a search found."""
     simulation: Simulation | None = field(default=None, repr=False, compare=False)
 
 
@@ -73,33 +76,24 @@ def strategies(workload: Workload, devices: int, microbatches: int) -> dict[str,
     """Name -> how to make its schedule here; making it raises UsageError where it is not legal."""
     layers = workload.layers
 
-    def staged(make: Callable[[int, int], Schedule]) -> Generator:
+    def generator(name: str) -> Generator:
         def generate() -> Schedule:
-            if layers % devices:
+            if name.startswith(("dp", "zero-")):  # all layers on all devices
+                return build(name, devices=devices, microbatches=microbatches, chunks=layers)
+            schedule = build(name, devices=devices, microbatches=microbatches)
+            if layers % schedule.chunks:
                 legal = ", ".join(str(n) for n in range(1, layers + 1) if layers % n == 0)
-                raise UsageError(f"devices={devices} must divide layers={layers}; use {legal}")
-            return make(devices, microbatches)
+                each = schedule.chunks // devices
+                raise UsageError(
+                    f"devices={devices} must divide layers={layers}; use {legal}"
+                    if each == 1
+                    else f"devices={devices} with {each} chunks each must divide layers={layers}"
+                )
+            return schedule
 
         return generate
 
-    def sharded(make: Callable[..., Schedule]) -> Generator:
-        return lambda: make(devices, microbatches, chunks=layers)
-
-    def kept(make: Callable[..., Schedule], keep: frozenset[int]) -> Generator:
-        return lambda: make(devices, microbatches, chunks=layers, keep=keep)
-
-    every = frozenset(range(layers))
-    return {
-        "dp": lambda: data_parallel(devices, microbatches, chunks=layers),
-        "zero-1": sharded(zero.zero_1),
-        "zero-2": sharded(zero.zero_2),
-        "zero-3": sharded(zero.zero_3),
-        "zero-3.5": kept(zero.zero_3_5, every),
-        "zero-4": kept(zero.zero_4, every),
-        "1f1b": staged(one_f_one_b),
-        "1f1b-overlap": staged(one_f_one_b_overlap),
-        "weipipe-interleave": staged(interleave),
-    }
+    return {name: generator(name) for name in NAMES}
 
 
 def compare(
@@ -190,3 +184,41 @@ def _best_policy(
     if fitting:
         return min(fitting, key=lambda row: row.step_s)
     return min(rows, key=lambda row: row.memory_bytes)
+
+
+def best_that_runs(result: Result) -> Found | None:
+    """The best plan found that `jaxsys.train` runs.
+
+    No schedule splits features, and only sharded ones recompute in some layers alone.
+    """
+    for found in result.by_base:
+        plan = found.plan
+        alike = len({path.residual for path in plan.layers}) == 1
+        if plan.features == 1 and (alike or plan.stages * plan.ring == 1):
+            return found
+    return None
+
+
+def with_found(comparison: Comparison, problem: Problem, result: Result) -> Comparison:
+    """The comparison with one more row: what a search found, by the name it is recognised by."""
+    found = best_that_runs(result)
+    if found is None:
+        return comparison
+    plan, cluster = found.plan, problem.cluster
+    workload, total = problem.workload(plan.microbatch_size), problem.batch // plan.microbatch_size
+    policies = {POLICY[path.residual] for path in plan.layers}
+    step_flops = workload.model_flops * total / found.step_s
+    row = Row(
+        strategy=f"{recognise(plan)} over {plan.devices // plan.replicas}, {plan.replicas} times",
+        recompute=policies.pop() if len(policies) == 1 else "by layer",
+        chunks=plan.chunks,
+        step_s=found.step_s,
+        compute_s=found.compute_s,
+        memory_bytes=found.peak_bytes,
+        sent_bytes=found.sent_bytes,
+        tokens_per_s=workload.tokens * total / found.step_s,
+        mfu=step_flops / (cluster.devices * cluster.device.peak_flops_per_s),
+        fits=found.peak_bytes <= comparison.memory_bytes * (1 + 1e-9),
+        plan=plan,
+    )
+    return replace(comparison, rows=(*comparison.rows, row))
