@@ -3,9 +3,9 @@
 Products run at the device's achievable rate, fused attention at its own, everything else at memory
 speed, sums of gradients over microbatches too. With recompute `block` only a block's input is kept
 and the backward pass runs the block's forward again; with `selective` it makes again what is
-neither a product nor attention. Memory at rest is master weights and Adam's two moments in float32, 12 bytes per parameter, as owned, sharded
-or replicated; copies in motion, gradients and residuals are counted where and while the schedule's
-trace has them.
+neither a product nor attention. Memory at rest is master weights and Adam's two moments in float32,
+12 bytes per parameter, as owned, sharded or replicated; copies in motion, gradients and residuals
+are counted where and while the schedule's trace has them.
 """
 
 from collections import Counter
