@@ -75,7 +75,7 @@ def cells(devices: int, layers: int, lengths: tuple[int, ...]) -> Iterator[Cell]
         return Cell(tokens=tokens, turns=turns, plan=plan)
 
     if devices == 1:
-        for tokens, turns, residual in itertools.product(lengths, (SHORT, LONG), Residual):
+        for turns, tokens, residual in itertools.product((SHORT, LONG), lengths, Residual):
             path = LayerPath(weights=Weights.STAY, gradient=Gradient.ONCE, residual=residual)
             yield cell(tokens, turns, path, 1)
         return
