@@ -98,11 +98,11 @@ def main(argv: Sequence[str], prog: str) -> int:
         memory_bytes=comparison.memory_bytes,
         precision=precision,
     )
-    own_size = Space.of(problem, microbatch_sizes=[options.microbatch_size])
-    glance = search(
-        own_size.split("features", 1), effort=replace(EFFORT, time_s=GLANCE_S), progress=_progress
-    )
-    comparison = with_found(comparison, problem, glance)
+    searching = options.search or options.plan is not None
+    if not searching:
+        space = Space.of(problem, microbatch_sizes=[options.microbatch_size]).split("features", 1)
+        glance = search(space, effort=replace(EFFORT, time_s=GLANCE_S), progress=_progress)
+        comparison = with_found(comparison, problem, glance)
     _show("")
     print(
         f"{options.model}: {workload.parameters / 1e9:.2f} B parameters, {workload.layers} layers; "
@@ -129,7 +129,7 @@ def main(argv: Sequence[str], prog: str) -> int:
             options.json, json.dumps(report.as_json(comparison, request=request), indent=1) + "\n"
         )
         print(f"wrote {options.json}")
-    if options.search or options.plan is not None:
+    if searching:
         found = _search(problem, options.search_seconds, to_run=options.plan is not None)
         if options.plan is not None:
             found_plan = plan_file(problem, found, request=request)

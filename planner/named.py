@@ -80,15 +80,12 @@ def strategies(workload: Workload, devices: int, microbatches: int) -> dict[str,
         def generate() -> Schedule:
             if name.startswith(("dp", "zero-")):  # all layers on all devices
                 return build(name, devices=devices, microbatches=microbatches, chunks=layers)
+            if layers % devices:
+                legal = ", ".join(str(n) for n in range(1, layers + 1) if layers % n == 0)
+                raise UsageError(f"devices={devices} must divide layers={layers}; use {legal}")
             schedule = build(name, devices=devices, microbatches=microbatches)
             if layers % schedule.chunks:
-                legal = ", ".join(str(n) for n in range(1, layers + 1) if layers % n == 0)
-                each = schedule.chunks // devices
-                raise UsageError(
-                    f"devices={devices} must divide layers={layers}; use {legal}"
-                    if each == 1
-                    else f"devices={devices} with {each} chunks each must divide layers={layers}"
-                )
+                raise UsageError(f"chunks={schedule.chunks} must divide layers={layers}")
             return schedule
 
         return generate
@@ -208,10 +205,12 @@ def with_found(comparison: Comparison, problem: Problem, result: Result) -> Comp
     workload, total = problem.workload(plan.microbatch_size), problem.batch // plan.microbatch_size
     policies = {POLICY[path.residual] for path in plan.layers}
     step_flops = workload.model_flops * total / found.step_s
+    parts = plan.stages * plan.ring * plan.chunks
+    times = f", {plan.replicas} times" if plan.replicas > 1 else ""
     row = Row(
-        strategy=f"{recognise(plan)} over {plan.devices // plan.replicas}, {plan.replicas} times",
+        strategy=f"found: {recognise(plan)} over {plan.devices // plan.replicas}{times}",
         recompute=policies.pop() if len(policies) == 1 else "by layer",
-        chunks=plan.chunks,
+        chunks=parts if parts > 1 else len(plan.layers),
         step_s=found.step_s,
         compute_s=found.compute_s,
         memory_bytes=found.peak_bytes,

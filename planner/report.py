@@ -39,7 +39,9 @@ def table(comparison: Comparison) -> str:
         ).rstrip()
         for line in lines
     ]
-    text += [f"   {name}: not legal here: {why}" for name, why in comparison.refused]
+    for why in dict.fromkeys(why for _, why in comparison.refused):
+        names = ", ".join(name for name, reason in comparison.refused if reason == why)
+        text.append(f"   {names}: not legal here: {why}")
     return "\n".join(text)
 
 
@@ -54,7 +56,13 @@ def verdict(comparison: Comparison) -> str:
             f"{lean.memory_bytes / GIB:.1f} GiB."
         )
     others = sorted(
-        (row for row in comparison.rows if row.fits and row is not best), key=lambda r: r.step_s
+        (
+            row
+            for row in comparison.rows
+            # A search often finds the best strategy itself.
+            if row.fits and row is not best and not (row.plan and _as_good(row, best))
+        ),
+        key=lambda r: r.step_s,
     )
     waits = max(0.0, best.step_s - best.compute_s)
     text = (
@@ -72,6 +80,8 @@ def verdict(comparison: Comparison) -> str:
             f"; {row.strategy} would take {seconds(row.step_s)} but needs "
             f"{row.memory_bytes / GIB:.1f} GiB"
         )
+    if best.plan is not None:
+        text += "; --plan FILE searches on and writes it for `jaxsys train --schedule FILE`"
     return text + "."
 
 
@@ -122,7 +132,7 @@ def seconds(time_s: float) -> str:
 
 def _reason(second: Row, best: Row) -> str:
     """Where the runner-up loses its time."""
-    if second.step_s - best.step_s < 5e-4 * best.step_s:
+    if _as_good(second, best):
         return "which is as good as equal"
     more_compute = second.compute_s - best.compute_s
     if more_compute >= 0.5 * (second.step_s - best.step_s):
@@ -135,3 +145,7 @@ def _reason(second: Row, best: Row) -> str:
 
 def _over(row: Row, comparison: Comparison) -> float:
     return (row.memory_bytes - comparison.memory_bytes) / GIB
+
+
+def _as_good(row: Row, best: Row) -> bool:
+    return row.step_s - best.step_s < 5e-4 * best.step_s

@@ -12,12 +12,15 @@ from jaxsys.model.config import preset
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.costs import Precision, cut, schedule_costs
 from jaxsys.planner.files import load_plan, plan_file
-from jaxsys.planner.named import compare, strategies
+from jaxsys.planner.named import best_that_runs, compare, strategies, with_found
+from jaxsys.planner.plans import Plan, Residual, data_parallel_plan
 from jaxsys.planner.problem import Problem
-from jaxsys.planner.search import Effort, search
+from jaxsys.planner.search import Effort, Found, Result, search
 from jaxsys.planner.space import Space
 from jaxsys.planner.workload import BlockWork, EdgeWork, Workload, llama_workload
 from jaxsys.schedule import Schedule, check, simulate
+from jaxsys.strategies import NAMES
+from jaxsys.train.plan_file import read_plan
 
 PAPER = Precision(weight_bytes=2, gradient_bytes=2, rest_bytes=12)
 
@@ -138,8 +141,8 @@ def test_command_prints_all_strategies_and_a_verdict(capsys, tmp_path):
     arguments = ["plan", "--model", "tiny", "--devices", "4", "--microbatches", "8"]
     assert main([*arguments, "--memory-gib", "inf", "--json", str(target)]) == 0
     text = capsys.readouterr().out
-    for name in ("dp", "zero-1", "zero-2", "zero-3", "1f1b", "weipipe-interleave"):
-        assert name in text
+    for name in (*NAMES, "found: "):
+        assert f" {name}" in text
     assert "Take " in text
     saved = json.loads(target.read_text())
     assert (saved["version"], saved["memory_limit_gib"]) == (1, None)
@@ -148,6 +151,47 @@ def test_command_prints_all_strategies_and_a_verdict(capsys, tmp_path):
     assert main([*arguments, "--json", str(target)]) == 2
     assert "not overwritten" in capsys.readouterr().err
     assert target.read_text() == before
+
+
+def test_what_a_search_finds_stands_in_the_table_and_runs(tmp_path):
+    """More devices than layers: no ring or pipeline spans them all, but replicas of one may win."""
+    workload = llama_workload("t", preset("tiny"), sequence_length=2048, microbatch_size=1)
+    problem = Problem(
+        workload_of=lambda size: workload, cluster=cluster("sockets", 8), batch=64, memory_bytes=1e9
+    )
+    named = compare(workload, problem.cluster, microbatches=64, memory_bytes=1e9)
+    assert {"1f1b", "weipipe-interleave"} <= {name for name, _ in named.refused}
+    space = Space.of(problem, microbatch_sizes=[1]).split("features", 1)
+    result = search(space, effort=Effort(refine=0))
+    comparison = with_found(named, problem, result)
+    found, best = comparison.rows[-1], comparison.best
+    assert found.plan is not None and best is not None and found.fits
+    assert best.step_s <= min(row.step_s for row in named.rows if row.fits)
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(plan_file(problem, result.best, request={})))
+    run = read_plan(file, layers=problem.layers)
+    assert run.replicas * run.schedule.devices == 8
+    assert run.recompute == found.recompute
+
+
+def test_a_plan_that_no_schedule_runs_is_passed_over():
+    plain = data_parallel_plan(4, 4)
+    again = dataclasses.replace(plain.layers[0], residual=Residual.RECOMPUTE)
+    mixed = (again, *plain.layers[1:])
+    wide = dataclasses.replace(plain, shard=2, features=2)
+    staged = dataclasses.replace(plain, shard=1, stages=4, layers=mixed)
+    sharded = dataclasses.replace(plain, layers=mixed)
+
+    def result(*plans: Plan) -> Result:
+        costs = dict.fromkeys(("step_s", "peak_bytes", "sent_bytes", "compute_s"), 1.0)
+        row = tuple(Found(plan=plan, potential=1.0, **costs) for plan in plans)
+        return Result(
+            best=row[0], by_base=row, history=(), evaluated=len(row), skipped=0, elapsed_s=0.0
+        )
+
+    found = best_that_runs(result(wide, staged, sharded, plain))
+    assert found is not None and found.plan == sharded
+    assert best_that_runs(result(wide, staged)) is None
 
 
 @pytest.mark.parametrize(
@@ -168,7 +212,11 @@ def test_command_prints_all_strategies_and_a_verdict(capsys, tmp_path):
             2,
             "--node-devices 0",
         ),
-        (["--model", "llama-3-8b", "--memory-gib", "3"], 1, "smallest limit that would do is"),
+        (
+            ["--model", "llama-3-8b", "--microbatches", "8", "--memory-gib", "3"],
+            1,
+            "smallest limit that would do is",
+        ),
     ],
 )
 def test_bad_requests_are_one_line(arguments, code, message, capsys):
