@@ -36,7 +36,7 @@ from jaxsys.serve.engine import Engine
 from jaxsys.serve.http.api import ApiConfig
 from jaxsys.serve.logs import log_to_stderr
 from jaxsys.serve.processes.fleet import LocalProcesses
-from jaxsys.serve.processes.front import Front, FrontSpec, bind, build_app, read_face
+from jaxsys.serve.processes.front import KEEP_ALIVE_S, Front, FrontSpec, bind, build_app, read_face
 from jaxsys.serve.processes.worker import WorkerSpec
 from jaxsys.serve.weights import QUANTISATIONS
 
@@ -377,6 +377,7 @@ def _serve(app: fastapi.FastAPI, engine: Engine, listener: socket.socket, drain_
             log_config=None,
             access_log=False,
             lifespan="on",
+            timeout_keep_alive=KEEP_ALIVE_S,
             # uvicorn stops listening at SIGTERM and waits this long for open requests.
             timeout_graceful_shutdown=max(1, round(drain_s)),
         )

@@ -30,6 +30,10 @@ from jaxsys.serve.processes.fleet import Fleet, Launcher
 from jaxsys.serve.processes.worker import WorkerSpec
 from jaxsys.serve.requests import Request
 
+KEEP_ALIVE_S = 30
+"""Longer than clients keep a connection that they do not use (httpx: 5 s): otherwise one may be
+closed under a request that has just been sent."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class FrontSpec:
@@ -92,7 +96,13 @@ class Front:
             raise
         listener.listen(128)
         self._server = uvicorn.Server(
-            uvicorn.Config(self.app, log_config=None, access_log=False, lifespan="off")
+            uvicorn.Config(
+                self.app,
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                timeout_keep_alive=KEEP_ALIVE_S,
+            )
         )
         self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))
         host, port = listener.getsockname()[:2]
