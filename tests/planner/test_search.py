@@ -80,7 +80,7 @@ SETTINGS = (
 def test_search_equals_exhaustive_search(size, layers, seed):
     space = narrowed(random_problem(seed, layers), size)
     start = time.process_time()
-    found = search(space, seed=seed, effort=Effort(chains=48, steps=120))
+    found = search(space, seed=seed, effort=Effort(chains=32, steps=140))
     assert time.process_time() - start < 5
     best = exhaustive(space)
     assert found.best.potential == pytest.approx(best.potential, rel=1e-9)
