@@ -65,7 +65,7 @@ def draw_published(path: Path) -> Path:
     rows = [row for row in record["rows"] if row["clocks"] == "ten"]
     rates = [row["rate_per_s"] for row in rows]
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.2))
-    axes[0].plot(
+    (line,) = axes[0].plot(
         rates, [row["published_saving_pct"] for row in rows], "kx--", label="published controller"
     )
     for axis, key, label in (
@@ -83,6 +83,7 @@ def draw_published(path: Path) -> Path:
             )
         axis.set_xlabel("requests a second")
         axis.set_ylabel(label)
+    axes[0].legend(handles=[line], fontsize=7, loc="upper right")
     axes[1].legend(fontsize=7)
     figure.suptitle("Llama-3-8B on 2P2D simulated A100, LMSYS-like lengths", fontsize=10)
     return _save(figure, path)
