@@ -53,7 +53,7 @@ class EdgeWork:
     parameters: float
     forward_flops: float = 0.0
     backward_flops: float = 0.0
-    """The head's two gradients and, where the loss goes in pieces, its logits once more."""
+    """Head, loss and its gradients; the loss's own forward pass too, where both are one."""
     workspace_bytes: float = 0.0
     """What the head and the loss hold at their peak."""
 
@@ -155,8 +155,8 @@ def llama_workload(
         blocks=(block,) * c.num_layers,
         edge=EdgeWork(
             parameters=c.edge_parameter_count(),
-            # The chunked loss runs forward with F's result thrown away, so all of it is B's.
-            backward_flops=4 * head,
+            # The loss is computed with its gradient, in B.
+            backward_flops=3 * head,
             # float32 logits, their gradient, and the float32 sums of the head's gradient.
             workspace_bytes=2.0 * 4 * min(loss_chunk_tokens, tokens) * c.vocab_size
             + 4.0 * c.vocab_size * c.hidden_size,

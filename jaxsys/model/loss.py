@@ -2,10 +2,14 @@
 
     loss = sum_t [logsumexp(h_t H) - h_t H[:, target_t]]   over targets that are not -1
 
-Tokens go through the head in chunks; a chunk's logits are computed again in the backward pass.
-The memory is chunk * V floats in place of B * T * V, the price one more pass through the head.
-Gradients of the head add up over chunks in float32 whatever the parameters' dtype.
+Tokens go through the head in chunks. A scalar's gradient is known up to the factor that comes from
+above, so a chunk's is taken while its logits are there: softmax less the one-hot target, then the
+two products with it. Three products in all, where computing the logits again in the backward pass
+makes four; the memory is chunk * V floats and one float32 gradient of the head. The products take
+their operands in the parameters' dtype and sum in float32, over chunks too.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -63,19 +67,83 @@ def head_loss(
         rows = jnp.pad(rows, ((0, spare), (0, 0)))
         goals = jnp.pad(goals, (0, spare), constant_values=IGNORED)
 
-    # A gradient that passes these casts is summed over chunks on their float32 side. Compiled,
-    # the two casts meet and vanish.
-    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), edge)
+    edge_module = bind_edge(config, edge)
+    hidden = edge_module.norm(rows[None])[0]
+    kernel, hidden = _alike(edge_module.head_kernel(), hidden)
+    return linear_cross_entropy(kernel, hidden, goals, chunk), weight
 
-    @jax.checkpoint
-    def chunk_loss(wide: PyTree, rows: jax.Array, goals: jax.Array) -> jax.Array:
-        narrow = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), wide, edge)
-        logits = bind_edge(config, narrow).logits(rows[None])[0]
-        return summed_cross_entropy(logits, goals)
 
-    # A map and not a scan with a carry: nothing needs to be marked as varying in a shard_map.
-    losses = jax.lax.map(
-        lambda part: chunk_loss(wide, *part),
-        (rows.reshape(-1, chunk, width), goals.reshape(-1, chunk)),
+def _alike(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both varying over a checked shard_map's axes as either is: custom rules must see to it."""
+    axes = [_varying_axes(x) for x in (a, b)]
+    both = axes[0] | axes[1]
+    a, b = (
+        jax.lax.pcast(x, tuple(both - has), to="varying") if both - has else x
+        for x, has in zip((a, b), axes, strict=True)
     )
-    return jnp.sum(losses), weight
+    return a, b
+
+
+def _varying_axes(x: jax.Array) -> frozenset[str]:
+    kind = jax.typeof(x)
+    axes = getattr(kind, "manual_axis_type", None)  # `vma` where JAX has it under that name
+    return frozenset(getattr(kind, "vma", ()) if axes is None else axes.varying)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def linear_cross_entropy(
+    kernel: Float[Array, "D V"], hidden: Float[Array, "T D"], targets: Int[Array, " T"], chunk: int
+) -> Float[Array, ""]:
+    """Summed cross-entropy of hidden @ kernel, `chunk` tokens at a time; float32.
+
+    Args:
+        kernel: the head [D, V].
+        hidden: normalised residuals [T, D], T a multiple of `chunk`.
+        targets: int [T]; -1 is ignored.
+        chunk: tokens whose logits are held at once.
+    """
+    losses = jax.lax.map(
+        lambda part: summed_cross_entropy(_logits(kernel, part[0]), part[1]),
+        (hidden.reshape(-1, chunk, hidden.shape[-1]), targets.reshape(-1, chunk)),
+    )
+    return jnp.sum(losses)
+
+
+def _logits(kernel: jax.Array, hidden: jax.Array) -> jax.Array:
+    return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+
+
+def _loss_and_gradients(kernel: jax.Array, hidden: jax.Array, targets: jax.Array, chunk: int):
+    def of_chunk(hidden: jax.Array, targets: jax.Array):
+        logits = _logits(kernel, hidden)
+        loss = summed_cross_entropy(logits, targets)
+        counted = (targets != IGNORED)[:, None]
+        chosen = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 1) == targets[:, None]
+        error = jnp.where(counted, jax.nn.softmax(logits, axis=-1) - chosen, 0.0)
+        error = error.astype(kernel.dtype)
+        to_kernel = jnp.matmul(hidden.T, error, preferred_element_type=jnp.float32)
+        to_hidden = jnp.matmul(error, kernel.T, preferred_element_type=jnp.float32)
+        return (loss, to_kernel), to_hidden.astype(hidden.dtype)
+
+    parts = (hidden.reshape(-1, chunk, hidden.shape[-1]), targets.reshape(-1, chunk))
+    # The first chunk outside the loop, so that sums begin as what they are in a shard_map.
+    sums, to_hidden = of_chunk(*jax.tree.map(lambda part: part[0], parts))
+    if hidden.shape[0] > chunk:
+
+        def onward(sums, part):
+            found, to_hidden = of_chunk(*part)
+            return jax.tree.map(jnp.add, sums, found), to_hidden
+
+        sums, rest = jax.lax.scan(onward, sums, jax.tree.map(lambda part: part[1:], parts))
+        to_hidden = jnp.concatenate([to_hidden[None], rest]).reshape(hidden.shape)
+    loss, to_kernel = sums
+    return loss, (to_kernel, to_hidden, jnp.zeros((), kernel.dtype))
+
+
+def _scaled(chunk: int, kept, scale: jax.Array):
+    to_kernel, to_hidden, like = kept
+    wide = to_hidden.astype(jnp.float32)
+    return (scale * to_kernel).astype(like.dtype), (scale * wide).astype(to_hidden.dtype), None
+
+
+linear_cross_entropy.defvjp(_loss_and_gradients, _scaled)
