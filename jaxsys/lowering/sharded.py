@@ -21,6 +21,7 @@ Legend: P devices, C chunks, L layers, n elements of a chunk's shard.
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
@@ -308,8 +309,13 @@ class _Run:
         """The longest run of turns that gather, use and reduce alike."""
         turns = self.turns - 1
         events = [self.events(turn) for turn in range(turns)]
+        reduced = Counter(
+            move.block.chunk for move in self.schedule.moves if move.kind is MoveKind.REDUCE_SCATTER
+        )
+        # A sum that lives from turn to turn is there from the first B on.
+        sums_at_home = min(reduced[chunk] for chunk in range(self.schedule.chunks)) < self.turns
         best = range(0)
-        for start in range(turns):
+        for start in range(int(sums_at_home), turns):
             stop = start + 1
             while stop < turns and events[stop] == events[start]:
                 stop += 1
@@ -317,9 +323,9 @@ class _Run:
         return best
 
     def events(self, turn: int) -> list[tuple[Any, ...]]:
-        """Moves that start or are in flight in a turn, and the last uses of copies of weights.
+        """A turn's moves, the last uses of copies of weights, and the sums it begins with.
 
-        Tasks are alike in all turns.
+        Moves that are in flight when it begins count too. Tasks are alike in all turns.
         """
         ticks = self.turn_ticks(turn)
         moves = [
@@ -329,7 +335,13 @@ class _Run:
         ]
         last = [(tick - ticks.start, chunk) for (tick, chunk), is_last in self.last_uses.items()
                 if is_last and tick in ticks]  # fmt: skip
-        return [*moves, *sorted(last)]
+        reduced = {
+            move.block.chunk
+            for move in self.schedule.moves
+            if move.kind is MoveKind.REDUCE_SCATTER and move.start < ticks.start
+        }
+        sums = [("sum", c) for c in range(self.schedule.chunks) if turn and c not in reduced]
+        return [*moves, *sorted(last), *sums]
 
     def loop(self, turns: range) -> None:
         """Runs turns that are alike as a loop: what is compiled does not grow with their number.

@@ -112,7 +112,8 @@ def reference(batch, layers: int = LAYERS):
 
 
 @pytest.mark.parametrize(
-    ("name", "turns"), [*((name, TURNS) for name in STAGES), ("zero-3", LOOPED), ("zero-4", LOOPED)]
+    ("name", "turns"),
+    [*((name, TURNS) for name in STAGES), *((n, LOOPED) for n in ("zero-1", "zero-3", "zero-4"))],
 )
 def test_loss_and_gradients_equal_the_reference(name, turns):
     _, _, loss, gradients = stage_step(name, turns)
