@@ -251,6 +251,31 @@ def temporary_bytes(stage, *, keep=None, rows: int, turns: int) -> int:
     return analysis.temp_size_in_bytes
 
 
+def test_every_mixture_of_lifetimes_makes_a_loop():
+    """What is carried has one structure, whatever each chunk's weights and sums do."""
+    random, mesh = np.random.default_rng(1), make_mesh(2, devices=jax.devices()[:2])
+    model, parameters = small_model(), small_parameters()
+    for _ in range(15):
+        within, between, late, once = (
+            [c for c in range(LAYERS) if random.random() < 0.5] for _ in range(4)
+        )
+        turns = int(random.integers(3, 7))
+        schedule = zero.trajectory(
+            2,
+            2 * turns,
+            chunks=LAYERS,
+            keep_within=within,
+            keep_between=between,
+            defer=set(late) - set(once),
+            accumulate=once,
+            lookahead=int(random.integers(1, 5)),
+        )
+        step = lower_sharded(schedule, model, mesh, recompute="none")
+        rest = step.to_rest(parameters)
+        _, gradients = jax.eval_shape(step.loss_and_gradients, rest, small_batch(2 * turns))
+        assert jax.tree.structure(gradients) == jax.tree.structure(rest)
+
+
 @pytest.mark.parametrize("turns", [2, LOOPED])
 def test_keeping_weights_makes_no_new_peak_where_the_condition_holds(turns):
     """A >= W: residuals of 3 x 256 floats a row against weights of 2 x 2 x 256 x 256."""
