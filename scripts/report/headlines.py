@@ -111,6 +111,36 @@ HEADLINES = (
         ),
     ),
     Headline(
+        title="A model trained, and one adapted",
+        kind="measured",
+        claim="none; what the first writes is in the [guide](train-your-model.md).",
+        files=("train_python.json", "train_smollm2_lora.json"),
+        show=tables.train_runs,
+        pictures=("docs/train_python.png",),
+        runs=(),
+    ),
+    Headline(
+        title="Memory of steps, compiled for GPUs of which one was there",
+        kind="measured",
+        claim="none; `gspmd-fsdp` is plain `jax.jit`. By the prediction `jaxsys train` refuses a "
+        "step. Measured before the loss took its gradient with it.",
+        files=("train_memory*.json",),
+        show=tables.train_memory,
+        runs=(
+            Run(
+                name="memory",
+                gpus=1,
+                commands=(
+                    (
+                        "scripts/bench_train step --compile-only --devices 2 --recompute selective "
+                        "--schedules weipipe-interleave 1f1b-overlap zb-h1 weipipe-wzb1 zero-3 "
+                        "gspmd-fsdp --label memory"
+                    ),
+                ),
+            ),
+        ),
+    ),
+    Headline(
         title="The longest context that trains",
         kind="measured",
         claim="WeiPipe (PPoPP 2025) names long-context training in its title; its abstract has no "

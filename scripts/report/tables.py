@@ -104,19 +104,48 @@ def _over_the_ring(rows: Sequence[Row]) -> str:
 
 
 def long_context(results: Sequence[Result]) -> str:
+    """All lengths that were run, and the longest that compiled into the memory."""
     best: dict[tuple, Row] = {}
     for result in results:
-        for row in result.rows:
-            key = (row["devices"], row["schedule"], row["recompute"])
-            if "failed" not in row and (
-                key not in best or row["sequence_length"] > best[key]["sequence_length"]
-            ):
+        compiled = bool(result.record["config"].get("compile_only"))
+        for row in (row for row in result.rows if "failed" not in row):
+            length = row["sequence_length"]
+            key = (row["devices"], compiled, row["schedule"], row["recompute"])
+            if not compiled:
+                best[*key, length] = row
+            elif key not in best or length > best[key]["sequence_length"]:
                 best[key] = row
     return table(
-        ["GPUs", "schedule", "recompute", "longest context", "tokens/s a GPU", "TFLOP/s a GPU"],
-        [[key[0], f"`{key[1]}`", key[2], f"{row['sequence_length']:,}",
-          number(row["tokens_per_s_per_gpu"], ",.0f"), number(row["tflops_per_gpu"], ".0f")]
-         for key, row in sorted(best.items())],
+        ["GPUs", "how", "schedule", "recompute", "context", "GiB a GPU", "tokens/s a GPU",
+         "TFLOP/s a GPU"],
+        [[key[0], "longest that fits, compiled alone" if key[1] else "run", f"`{key[2]}`", key[3],
+          f"{row['sequence_length']:,}", number(row.get("compiled_gib") or row.get("peak_gib")),
+          number(row.get("tokens_per_s_per_gpu"), ",.0f"),
+          number(row.get("tflops_per_gpu"), ".0f")]
+         for key, row in sorted(best.items(), key=lambda item: item[0][:4])],
+    )  # fmt: skip
+
+
+def train_memory(results: Sequence[Result]) -> str:
+    return table(
+        ["model", "GPUs", "tokens", "schedule", "recompute", "compiled (GiB)", "predicted (GiB)",
+         "error (%)"],
+        [[row["shape"], row["devices"], f"{row['sequence_length']:,}", f"`{row['schedule']}`",
+          row["recompute"], number(row["compiled_gib"]), number(row.get("predicted_gib")),
+          number(100 * (row["predicted_gib"] / row["compiled_gib"] - 1), "+.0f")
+          if row.get("predicted_gib") else None]
+         for result in results for row in result.rows],
+    )  # fmt: skip
+
+
+def train_runs(results: Sequence[Result]) -> str:
+    return table(
+        ["run", "steps", "tokens a step", "seconds of steps", "held-out loss before", "after"],
+        [[f"`{result.record['config']['command']}`", result.rows[-1]["step"],
+          f"{result.record['config']['tokens_per_step']:,}", number(result.record["seconds"]),
+          number(result.record.get("held_out_loss_before"), ".3f"),
+          number(result.record["held_out_loss"], ".3f")]
+         for result in results],
     )  # fmt: skip
 
 
@@ -225,9 +254,9 @@ def predicted_steps(results: Sequence[Result]) -> str:
         summary, config = result.record["summary"], result.record["config"]
         cells.append(
             [result.name.removesuffix(".json"), config["link"], config["devices"],
-             summary["cells"], number(summary["median_error_pct"]),
+             summary["cells"], number(summary.get("median_error_pct")),
              number(summary["median_memory_error_pct"]),
-             number(summary["chosen_behind_best_pct"])]
+             number(summary.get("chosen_behind_best_pct"))]
         )  # fmt: skip
     return table(
         ["file", "link", "devices", "plans", "median error of step time (%)", "of peak memory (%)",
@@ -248,7 +277,8 @@ def zero_measured(results: Sequence[Result]) -> str:
           *gain(found, "zero-3.5", "speedup_over_zero_3"),
           *gain(found, "zero-4", "speedup_over_zero_3"),
           *gain(found, "zero-4", "memory_below_zero_2_pct")]
-         for result in results for found in result.record["summary"]["gains"]],
+         for result in results for found in result.record["summary"].get("gains", ())
+         if len(found) > 1],
     )  # fmt: skip
 
 
