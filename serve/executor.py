@@ -80,10 +80,11 @@ class Executor(Protocol):
 
 
 class _Pending(NamedTuple):
-    """One sampling call in flight."""
+    """One sampling call in flight, or a piece that samples nothing and is only waited for."""
 
     sample: Sample
     requests: Sequence[Request | None]
+    """Whose tokens they are; empty where there are none."""
 
 
 _NOBODYS = _Pending(Sample(cast(Any, np.zeros(1, np.int32)), None, None, None), [None])
@@ -176,12 +177,15 @@ class JaxExecutor:
         if iteration.copies:
             self._copy(iteration.copies)
         pending = []
-        for piece in prepared:
+        for piece, planned in zip(prepared, iteration.prefills, strict=True):
             if piece is None:  # its request has ended: nobody looks at the sample
-                pending.append(_NOBODYS)
+                if planned.last:
+                    pending.append(_NOBODYS)
                 continue
             logits = self._prefill(piece)
-            if piece.sampling is not None:
+            if piece.sampling is None:
+                pending.append(_Pending(Sample(logits, None, None, None), ()))
+            else:
                 request = piece.request
                 self._load_history(request.slot, piece.history)
                 rules, needs = piece.sampling
@@ -189,18 +193,21 @@ class JaxExecutor:
                 pending.append(_Pending(self._sample(needs, logits, where, rules), [request]))
         if iteration.decodes:
             pending.append(self._decode(iteration.decodes, iteration.bucket))
-        for sampled, _ in pending:
+        for sampled, requests in pending:
             for array in sampled:
-                if isinstance(array, jax.Array):
+                if requests and isinstance(array, jax.Array):
                     array.copy_to_host_async()
         return pending
 
     def collect(self, handle: list[_Pending]) -> Outcome:
-        """Waits for the samples of a dispatched iteration."""
+        """Waits for a dispatched iteration, also where it samples nothing."""
         tokens: list[int] = []
         logprobs: list[TokenLogprobs | None] = []
         asked = False
         for sampled, requests in handle:
+            if not requests:
+                jax.block_until_ready(sampled.tokens)
+                continue
             tokens += np.asarray(sampled.tokens)[: len(requests)].tolist()
             if sampled.logprobs is None:
                 logprobs += [None] * len(requests)

@@ -1,8 +1,9 @@
 """Single iterations of a real instance, outside its loop but run as its loop would run them.
 
 Decode steps are dispatched one ahead, so that host work which hides behind the device is not
-counted as latency; a prompt's last piece is timed alone, from dispatch to its token. Power is the
-energy counter's rise over as many repetitions as it takes the counter to say something.
+counted as latency; a prompt's last piece is timed alone, once the pieces before it are done, from
+its plan to its token. Power is the energy counter's rise over as many repetitions as it takes the
+counter to say something.
 """
 
 import dataclasses

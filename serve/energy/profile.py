@@ -17,7 +17,9 @@ from jaxsys import __version__
 from jaxsys.errors import UsageError
 from jaxsys.serve.energy.gpu_model import Load, SimulatedGpu
 
-FORM = "jaxsys-profile-1"
+FORM = "jaxsys-profile-2"
+EARLIER_FORM = "jaxsys-profile-1"
+"""Its prompts' later pieces were timed with the pieces before them, so they are not read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +118,8 @@ def load_profile(path: str | Path) -> Profile:
         ) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UsageError(f"profile {path} is not JSON: {error}") from None
-    if not isinstance(record, Mapping) or record.get("form") != FORM:
+    form = record.get("form") if isinstance(record, Mapping) else None
+    if form not in (FORM, EARLIER_FORM):
         raise UsageError(f"profile {path} is not of form {FORM}; take a new one")
     try:
         columns = record["columns"]
@@ -125,11 +128,16 @@ def load_profile(path: str | Path) -> Profile:
             Sample(Load(**dict(zip(names, row[:-3], strict=True))), *row[-3:])
             for row in record["samples"]
         ]
+        notes = tuple(record["notes"])
+        if form == EARLIER_FORM:
+            kept = [sample for sample in samples if not sample.load.cached_tokens]
+            notes += (f"{len(samples) - len(kept)} pieces timed with those before them left out",)
+            samples = kept
         return Profile(
             fingerprint=Fingerprint(**record["fingerprint"]),
             samples=samples,
             buckets=tuple(record["buckets"]),
-            notes=tuple(record["notes"]),
+            notes=notes,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"profile {path} is damaged ({error}); take a new one") from None

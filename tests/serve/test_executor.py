@@ -232,6 +232,27 @@ def test_steps_compiled_ahead_are_not_compiled_again(executor):
     assert executor.steps.count == compiled
 
 
+def test_collect_waits_for_pieces_that_sample_nothing(executor):
+    scheduler = make()
+    one = request("a", list(range(30)))
+    scheduler.add(one)
+    iteration = scheduler.next_iteration(0.0)
+    handle = executor.dispatch(iteration)
+    assert executor.collect(handle).tokens == []
+    assert [sampled.tokens.is_ready() for sampled, _ in handle] == [True]
+    scheduler.complete(iteration, 0.0, [])
+    # Of a request that has ended since, such a piece has no token either.
+    rest = scheduler.next_iteration(0.0)
+    other = request("b", list(range(100, 140)))
+    scheduler.add(other)
+    unfinished = scheduler.next_iteration(0.0)
+    assert not unfinished.prefills[0].last
+    scheduler.abort(other, 0.0)
+    scheduler.complete(rest, 0.0, executor.collect(executor.dispatch(rest)).tokens)
+    tokens = executor.collect(executor.dispatch(unfinished)).tokens
+    assert len(tokens) == len(unfinished.sampling) == 1
+
+
 def test_logprobs_of_the_chosen_and_the_best(parameters, executor):
     scheduler = make()
     one, other = request("a", [1, 2, 3], 2, logprobs=3), request("b", [4, 5], 2)

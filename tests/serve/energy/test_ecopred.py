@@ -213,6 +213,14 @@ def test_a_profile_survives_its_file_and_is_refused_elsewhere(tmp_path):
     small.save(tmp_path / "p.json")
     again = load_profile(tmp_path / "p.json")
     assert list(again.samples) == list(small.samples) and again.buckets == (1, 2)
+    # The form before this one timed later pieces of prompts with the earlier ones.
+    later = sum(sample.load.cached_tokens > 0 for sample in PROFILE.samples)
+    PROFILE.save(tmp_path / "p.json")
+    text = (tmp_path / "p.json").read_text().replace("jaxsys-profile-2", "jaxsys-profile-1")
+    (tmp_path / "p.json").write_text(text)
+    old = load_profile(tmp_path / "p.json")
+    assert 0 < later == len(PROFILE.samples) - len(old.samples)
+    assert str(later) in old.notes[-1]
     other = Fingerprint(gpu="A100", model="llama-3-8b", engine="simulated")
     with pytest.raises(UsageError, match=r"gpu='H100-SXM5-80GB' instead of 'A100'.*profile"):
         EcoPred(PROFILE, expected=other)
