@@ -21,7 +21,6 @@ Legend: P devices, C chunks, L layers, n elements of a chunk's shard.
 """
 
 import math
-from collections import Counter
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
@@ -309,13 +308,8 @@ class _Run:
         """The longest run of turns that gather, use and reduce alike."""
         turns = self.turns - 1
         events = [self.events(turn) for turn in range(turns)]
-        reduced = Counter(
-            move.block.chunk for move in self.schedule.moves if move.kind is MoveKind.REDUCE_SCATTER
-        )
-        # A sum that lives from turn to turn is there from the first B on.
-        sums_at_home = min(reduced[chunk] for chunk in range(self.schedule.chunks)) < self.turns
         best = range(0)
-        for start in range(int(sums_at_home), turns):
+        for start in range(turns):
             stop = start + 1
             while stop < turns and events[stop] == events[start]:
                 stop += 1
