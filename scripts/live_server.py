@@ -117,8 +117,9 @@ def compile_greedy(instances: Sequence[Instance]) -> None:
 
 def take_profile(
     instance: Instance, config: LlamaConfig, gpu: NvmlGpu | None, device: Any, least_s: float
-) -> Profile:
-    """The short sweep; loads that fail are left out, and said."""
+) -> tuple[Profile, float]:
+    """The short sweep, whose loads that fail are left out, and said; and what the host takes
+    before a prompt that finds the instance idle, in seconds."""
     log = None if gpu is None else EnergyLog(gpu.energy_j)
     sweep = EngineSweep(
         instance,
@@ -138,16 +139,24 @@ def take_profile(
                 continue
             samples.append(sample)
             clocks_mhz.append((gpu.actual_mhz() if gpu else None) or 0)
+        # The shortest prompt: no heat, and so no lower clock, between one way and the other.
+        load = next(
+            load
+            for load in short_plan(instance.scheduler.config, executor.shapes.piece_buckets)
+            if load.prefill_tokens
+        )
+        dispatch_s = max(0.0, sweep.alone_s(load) - sweep.sample(load, 0).time_s)
     finally:
         if log:
             log.close()
     common = statistics.mode(clocks_mhz)
-    return Profile(
+    profile = Profile(
         fingerprint=fingerprint_here(device.device_kind, config.num_layers, config.hidden_size),
         samples=[dataclasses.replace(sample, clock_mhz=common) for sample in samples],
         buckets=instance.scheduler.config.decode_buckets,
         notes=(*notes, "at the default clock alone; nothing was set"),
     )
+    return profile, dispatch_s
 
 
 async def serve(app: Any, engine: Any, listener: Any) -> None:
@@ -246,7 +255,7 @@ def main() -> int:
     compile_greedy([*instances, *([profiled] if arguments.decode else [])])
     gpu = None if device.platform == "cpu" else NvmlGpu(gpu_of(device))
     tell(stage="profile")
-    profile = take_profile(profiled, config, gpu, device, arguments.load_seconds)
+    profile, dispatch_s = take_profile(profiled, config, gpu, device, arguments.load_seconds)
     profile_path = arguments.folder / "profile.json"
     profile.save(profile_path)
     executor = profiled.executor
@@ -281,6 +290,7 @@ def main() -> int:
             gpus=[] if gpu is None else [gpu_of(each) for each in dict.fromkeys(devices)],
             piece_buckets=list(piece_buckets),
             decode_buckets=list(profile.buckets),
+            dispatch_s=dispatch_s,
             page_size=instances[0].scheduler.config.page_size,
             parameters=config.parameter_count(),
             energy=governors[0][0].method,

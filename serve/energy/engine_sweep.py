@@ -1,9 +1,8 @@
 """Single iterations of a real instance, outside its loop but run as its loop would run them.
 
-Decode steps are dispatched one ahead, so that host work which hides behind the device is not
-counted as latency; a prompt's last piece is timed alone, once the pieces before it are done, from
-its plan to its token. Power is the energy counter's rise over as many repetitions as it takes the
-counter to say something.
+Iterations are dispatched one ahead, so that host work which hides behind the device is not counted
+as latency; of a prompt the last piece is timed, once the pieces before it are done. Power is the
+energy counter's rise over as many repetitions as it takes the counter to say something.
 """
 
 import dataclasses
@@ -11,13 +10,14 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 from jaxsys.errors import RunError
 from jaxsys.serve.energy.gpu_model import Load
 from jaxsys.serve.energy.profile import Sample
 from jaxsys.serve.instance import Instance
 from jaxsys.serve.requests import Request, SamplingParameters
-from jaxsys.serve.scheduler import SchedulerConfig
+from jaxsys.serve.scheduler import Iteration, SchedulerConfig
 
 MOST_STEPS = 256
 """Decode steps of one measurement: each lengthens every sequence by a token."""
@@ -91,32 +91,61 @@ class EngineSweep:
             return self._prompts(load, clock_mhz)
         return self._decodes(load, clock_mhz)
 
+    def alone_s(self, load: Load) -> float:
+        """Median seconds of prompts with nothing in flight before them, from plan to token."""
+        times_s, _ = self._time_prompts(load, depth=1)
+        return statistics.median(times_s)
+
     def _prompts(self, load: Load, clock_mhz: int) -> Sample:
+        config = self.scheduler.config
+        length = (load.prefill_tokens + load.cached_tokens) // load.prefill_requests
+        pages = load.prefill_requests * (length // config.page_size + 1)
+        # Those in flight hold their pages while the next are planned.
+        fits = 2 * load.prefill_requests <= config.max_batch and 2 * pages <= config.page_count
+        times_s, power_w = self._time_prompts(load, depth=2 if fits else 1)
+        # With earlier pieces in between, the energy is not the last one's alone.
+        if load.cached_tokens:
+            power_w = None
+        return Sample(load, clock_mhz, statistics.median(times_s), power_w)
+
+    def _time_prompts(self, load: Load, *, depth: int) -> tuple[list[float], float | None]:
+        """Seconds of the iterations that end prompts, `depth` dispatched at once; and watts."""
         count = load.prefill_requests
         length = (load.prefill_tokens + load.cached_tokens) // count
         times_s: list[float] = []
-        step_s, began_s = 0.0, time.perf_counter()
-        while len(times_s) <= self.repeats or time.perf_counter() - began_s < self.least_s:
-            if len(times_s) == 1:
-                began_s = time.perf_counter()
-            for _ in range(count):
-                self._add(length, most_tokens=1)
-            while self.scheduler.waiting or self.scheduler.prefilling:
-                step_s = self._step()
-            times_s.append(step_s)
-        ended_s = time.perf_counter()
-        power_w = None
-        # With earlier pieces in between, the energy is not the last one's alone.
-        if not load.cached_tokens:
-            power_w = self._power_w(began_s, ended_s)
-        return Sample(load, clock_mhz, statistics.median(times_s[1:]), power_w)
+        in_flight: deque = deque()
+        ends: deque[bool] = deque()
+        began_s = ended_s = time.perf_counter()
+        # The first still has its host work to itself.
+        while len(times_s) <= self.repeats or ended_s - began_s < self.least_s:
+            if not (self.scheduler.waiting or self.scheduler.prefilling):
+                for _ in range(count):
+                    self._add(length, most_tokens=1)
+            if not in_flight:
+                ended_s = time.perf_counter()
+            in_flight.append(self._dispatch(ended_s))
+            ends.append(not (self.scheduler.waiting or self.scheduler.prefilling))
+            if len(in_flight) < depth:
+                continue
+            done_s = self._collect(in_flight)
+            if ends.popleft():
+                times_s.append(done_s - ended_s)
+                if len(times_s) == 1:
+                    began_s = done_s
+            ended_s = done_s
+        power_w = self._power_w(began_s, ended_s)
+        while in_flight or self.scheduler.prefilling:
+            if not in_flight:
+                in_flight.append(self._dispatch(ended_s))
+            self._collect(in_flight)
+        return times_s[1:], power_w
 
     def _decodes(self, load: Load, clock_mhz: int) -> Sample:
         context = max(1, load.kv_tokens // load.batch)
         room = self.scheduler.config.max_length - context
         requests = [self._add(context, most_tokens=room) for _ in range(load.batch)]
         while self.scheduler.waiting or self.scheduler.prefilling:
-            self._step()
+            self._collect(deque([self._dispatch(0.0)]))
         if len(self.scheduler.running) != load.batch:
             raise RunError(f"{load} does not fit: {len(self.scheduler.running)} sequences run")
         in_flight: deque = deque()
@@ -166,13 +195,11 @@ class EngineSweep:
         self.scheduler.add(request)
         return request
 
-    def _step(self) -> float:
-        began_s = time.perf_counter()
-        iteration = self.scheduler.next_iteration(began_s)
+    def _dispatch(self, now_s: float) -> tuple[Iteration, Any]:
+        iteration = self.scheduler.next_iteration(now_s)
         if iteration is None:
             raise RunError("the sweep found nothing to compute; use smaller loads")
-        in_flight = deque([(iteration, self.executor.dispatch(iteration))])
-        return self._collect(in_flight) - began_s
+        return iteration, self.executor.dispatch(iteration)
 
     def _collect(self, in_flight: deque) -> float:
         """Completes the oldest iteration; returns when its tokens were known."""

@@ -58,6 +58,9 @@ class ClusterConfig:
     plan_ahead: bool = False
     """Plan the next iteration when one begins, as the live server does: who comes meanwhile is
     served an iteration later."""
+    dispatch_s: float = 0.0
+    """Where planning ahead: what the host takes before an iteration that nothing runs ahead of;
+    else this hides behind the iteration before."""
     piece_buckets: tuple[int, ...] = ()
     """Where given, every piece of a prompt is a step of its own, padded to one of these lengths, as
     in this project's executor; else an iteration's prompts are one step without padding."""
@@ -334,6 +337,7 @@ class Simulator:
             return
         config, scheduler = self.config, instance.scheduler
         iteration, instance.planned = instance.planned, None
+        ahead = iteration is not None
         if iteration is None:
             many = instance.role == "decode" and not config.plan_ahead
             iteration = scheduler.next_iteration(now_s, config.max_steps if many else 1)
@@ -342,6 +346,8 @@ class Simulator:
             return
         instance.executor.idle_until(now_s)
         instance.governor.before_iteration(iteration, scheduler.waiting, now_s)
+        if config.plan_ahead and not ahead:
+            now_s += config.dispatch_s
         steps = iteration.steps
         load, after = self._loads(iteration)
         end_s = instance.executor.begin(load, steps, now_s, after=after)

@@ -31,3 +31,10 @@ def test_the_command_serves_measures_and_predicts(tmp_path, instances):
     assert not result["failures"]
     assert all(row["decide_wall_p99_us"] > 0 for row in result["decisions"])
     assert result["profile"]["samples"]
+    # The same simulator says the same of the record.
+    line = [sys.executable, str(ROOT / "scripts/bench_energy_live"), "--again", str(out)]
+    done = subprocess.run(line, check=False, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-2000:]
+    again = json.loads(out.read_text())
+    assert all(row["again"] == row["predicted"] for row in again["rows"])
+    assert again["hardware"] == result["hardware"] and again["ttft_s"] == result["ttft_s"]
