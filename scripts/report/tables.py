@@ -295,11 +295,17 @@ def calibration(results: Sequence[Result]) -> str:
 
 
 def live(results: Sequence[Result]) -> str:
+    rows = [row for result in results for row in result.rows]
+    said = {"predicted": "prediction_error_pct"}
+    if any("again" in row for row in rows):
+        said["again"] = "again_error_pct"
+    names = {"predicted": "predicted", "again": "predicted later, with the recorded profile"}
     return table(
-        ["figure", "measured", "predicted", "error (%)"],
-        [[row["figure"], number(row["measured"], ".4g"), number(row["predicted"], ".4g"),
-          number(row["prediction_error_pct"], "+.1f")]
-         for result in results for row in result.rows],
+        ["figure", "measured", *(title for key in said for title in (names[key], "error (%)"))],
+        [[row["figure"], number(row["measured"], ".4g"),
+          *(cell for key, error in said.items()
+            for cell in (number(row.get(key), ".4g"), number(row.get(error), "+.1f")))]
+         for row in rows],
     )  # fmt: skip
 
 
