@@ -117,7 +117,21 @@ HEADLINES = (
         files=("train_python.json", "train_smollm2_lora.json"),
         show=tables.train_runs,
         pictures=("docs/train_python.png",),
-        runs=(),
+        runs=(
+            Run(
+                name="trained",
+                gpus=1,
+                commands=(
+                    (
+                        "jaxsys train --model byte-llama-75m --steps 2400 --sequence-length 1024 "
+                        "--microbatch-size 16 --microbatches 2 --dtype bfloat16 "
+                        "--recompute selective --learning-rate 1e-3 "
+                        "--out runs/python --export runs/python-model"
+                    ),
+                    "scripts/finetune_smollm2 --steps 300 --sequence-length 1024 --microbatches 1",
+                ),
+            ),
+        ),
     ),
     Headline(
         title="Memory of steps, compiled for GPUs of which one was there",
@@ -133,8 +147,14 @@ HEADLINES = (
                 commands=(
                     (
                         "scripts/bench_train step --compile-only --devices 2 --recompute selective "
-                        "--schedules weipipe-interleave 1f1b-overlap zb-h1 weipipe-wzb1 zero-3 "
-                        "gspmd-fsdp --label memory"
+                        "--schedules weipipe-interleave:none weipipe-interleave 1f1b-overlap zb-h1 "
+                        "weipipe-wzb1 gspmd-fsdp:block --label 1b"
+                    ),
+                    (
+                        "scripts/bench_train step --compile-only --devices 8 --shape 8b "
+                        "--recompute block --microbatches 16 "
+                        "--sequence-lengths 4096 16384 65536 --schedules "
+                        "gspmd-fsdp weipipe-interleave 1f1b-overlap --label 8b"
                     ),
                 ),
             ),
@@ -155,6 +175,10 @@ HEADLINES = (
                     (
                         "scripts/bench_long_context --devices {gpus} "
                         "--schedules dp weipipe-interleave gspmd-fsdp"
+                    ),
+                    (
+                        "scripts/bench_long_context --devices 2 --compile-only --start 262144 "
+                        "--most 2097152 --schedules weipipe-interleave gspmd-fsdp"
                     ),
                 ),
             ),

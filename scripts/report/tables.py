@@ -253,7 +253,9 @@ def predicted_steps(results: Sequence[Result]) -> str:
     for result in results:
         summary, config = result.record["summary"], result.record["config"]
         cells.append(
-            [result.name.removesuffix(".json"), config["link"], config["devices"],
+            [result.name.removesuffix(".json"),
+             "none: compiled alone" if config.get("compile_only") else config["link"],
+             config["devices"],
              summary["cells"], number(summary.get("median_error_pct")),
              number(summary["median_memory_error_pct"]),
              number(summary.get("chosen_behind_best_pct"))]
@@ -355,13 +357,14 @@ def matrix(results: Sequence[Result]) -> str:
     for row in (row for result in results for row in result.rows):
         most, both = row["policies"]["max"], row["policies"]["both-energy"]
         cells.append(
-            [row["gpu"] + ("*" if row["extrapolated"] else ""), row["model"], row["trace"],
-             row["load"], number(both["energy_saving_pct"]), _attainment(both), _attainment(most),
+            [row["gpu"] + ("*" if row["extrapolated"] else ""), row["instances"], row["model"],
+             row["trace"], row["load"], number(both["energy_saving_pct"]), _attainment(both),
+             _attainment(most),
              "yes" if _attains(both, most) else "no"]
         )  # fmt: skip
     text = table(
-        ["GPU", "model", "trace", "load", "saving (%)", "TTFT / ITL ok (%)", "maximum clock's",
-         "equal"],
+        ["GPU", "instances", "model", "trace", "load", "saving (%)", "TTFT / ITL ok (%)",
+         "maximum clock's", "equal"],
         cells,
     )  # fmt: skip
     return f"Policy `both-energy`; * marks constants extrapolated from data sheets.\n\n{text}"
