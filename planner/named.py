@@ -135,7 +135,11 @@ def compare(
             continue
         rows.append(_best_policy(name, schedule, workload, device, link, memory_bytes, precision))
     if not rows:
-        raise UsageError("; ".join(f"{name}: {why}" for name, why in refused))
+        names_of: dict[str, list[str]] = {}  # a rule is said once, however many it refuses
+        for name, why in refused:
+            names_of.setdefault(why, []).append(name)
+        rules = (f"{', '.join(names)}: {why}" for why, names in names_of.items())
+        raise UsageError(f"no strategy is legal here: {'; '.join(rules)}")
     return Comparison(rows=tuple(rows), refused=tuple(refused), memory_bytes=memory_bytes)
 
 

@@ -118,6 +118,14 @@ def test_a_slower_link_never_speeds_up_and_bytes_do_not_change():
         assert b.sent_bytes == a.sent_bytes
 
 
+def test_a_rule_that_refuses_many_is_said_once():
+    workload = llama_workload("t", preset("tiny"), sequence_length=64, microbatch_size=1)
+    with pytest.raises(UsageError, match="no strategy is legal here: dp, zero-1") as refused:
+        compare(workload, cluster("nvlink", 3), microbatches=4)
+    text = str(refused.value)
+    assert text.count("must divide layers") == text.count("must be a positive multiple") == 1
+
+
 def test_recompute_is_taken_only_where_memory_asks_for_it():
     workload = llama_workload("l", preset("llama-3-8b"), sequence_length=8192, microbatch_size=1)
     roomy, tight = (
