@@ -36,6 +36,7 @@ from jaxsys.serve.simulation.baselines import FixedClock, WindowControl
 from jaxsys.serve.simulation.simulator import ClusterConfig, ReplayResult, Role, Simulator
 from jaxsys.serve.simulation.traces import Trace, read_trace, synthetic_trace
 
+MOST_REQUESTS = 1_000_000
 Control = Literal["max", "sweet-spot", "window", "ecofreq"]
 Routing = Literal["plain", "ecoroute", "energy"]
 
@@ -375,7 +376,7 @@ def main(argv: Sequence[str], prog: str) -> int:
     for name in ("rate", "duration", "ttft_ms", "itl_ms"):
         value = getattr(arguments, name)
         if value is not None and not (math.isfinite(value) and value > 0):
-            raise UsageError(f"{name}={value:g} must be a positive number")
+            raise UsageError(f"{name}={value:g} must be a finite positive number")
     policies = [name.strip() for name in arguments.policy.split(",") if name.strip()]
     check_policies(policies)
     if arguments.out is not None and arguments.out.exists() and not arguments.out.is_dir():
@@ -397,14 +398,18 @@ def main(argv: Sequence[str], prog: str) -> int:
         if arguments.duration is not None:
             trace = trace.between(0.0, arguments.duration)
     else:
+        rate_per_s = 10.0 if arguments.rate is None else arguments.rate
+        duration_s = 120.0 if arguments.duration is None else arguments.duration
+        _check_count(rate_per_s * duration_s)  # before they are drawn
         trace = synthetic_trace(
-            rate_per_s=10.0 if arguments.rate is None else arguments.rate,
-            duration_s=120.0 if arguments.duration is None else arguments.duration,
+            rate_per_s=rate_per_s,
+            duration_s=duration_s,
             seed=arguments.seed,
             prompt_mean=arguments.prompt_mean,
             output_mean=arguments.output_mean,
             cv=arguments.cv,
         )
+    _check_count(len(trace))
     trace = trace.clipped(chosen.gpu.kv_capacity_tokens)
     for complaint in unmeetable(trace, chosen):
         _note(f"warning: {complaint}")
@@ -431,6 +436,15 @@ def main(argv: Sequence[str], prog: str) -> int:
         for drawn in draw(path):
             _note(f"wrote {drawn}")
     return 0
+
+
+def _check_count(requests: float) -> None:
+    """Raises UsageError for more requests than can be replayed in hours."""
+    if requests > MOST_REQUESTS:
+        raise UsageError(
+            f"{requests:,.0f} requests are too many: every token of every one is simulated, so "
+            f"at most {MOST_REQUESTS:,} are replayed; lower --rate or --duration"
+        )
 
 
 def _note(text: str) -> None:
