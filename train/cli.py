@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -225,6 +226,11 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
     if report.loss is not None:
         say(_ending(report))
     if arguments.export is not None and report.signal is None:
+        if report.held_out_loss is not None and not math.isfinite(report.held_out_loss):
+            raise RunError(
+                f"step {report.step}: the held-out loss is {report.held_out_loss}; nothing was "
+                "exported; train anew with a lower --learning-rate, or in --dtype float32"
+            )
         parameters = trainer.host_parameters()
         if jax.process_index() == 0:
             may = arguments.resume

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxsys.errors import RunError, UsageError
 from jaxsys.layered import PyTree
@@ -100,8 +102,8 @@ def fit(
 
     Raises:
         UsageError: if the folder holds another run, or the data does not fit.
-        RunError: if the loss is not finite under the policy "stop", a checkpoint cannot be
-            written, or a peer is lost.
+        RunError: if the loss is not finite under the policy "stop", a parameter is not finite when
+            it is to be saved or at the end, a checkpoint cannot be written, or a peer is lost.
     """
     if not (isinstance(steps, int) and steps >= 1):
         raise UsageError(f"steps={steps} must be a whole number, at least 1")
@@ -262,6 +264,7 @@ class _Loop:
                     self.save(step)
             watchdog.beat(step, extra_s=SAVE_ALLOWANCE_S)
             self.store.wait()
+        self.check_finite(step)
         if signal_number is not None:
             self.say(f"stopped by signal {signal_number} at step {step}; {self.last_checkpoint()}")
         rates = self.meter.overall() if self.meter else None
@@ -398,20 +401,33 @@ class _Loop:
         self.write("held_out", step, {"loss": self.held_out_loss})
         self.say(f"step {step}  held-out loss {self.held_out_loss:.4f}")
 
+    def check_finite(self, step: int) -> None:
+        """Raises RunError if a parameter is not finite: a step's own loss does not show that.
+
+        The loss and the gradient norm of a step are of the parameters before it.
+        """
+        if not _all_finite(self.trainer):
+            raise RunError(
+                f"step {step}: the parameters are not finite; they were neither saved nor "
+                f"exported; {self.last_checkpoint(good=True)}; lower the learning rate"
+            )
+
     def save(self, step: int) -> None:
+        self.check_finite(step)
         begun = time.monotonic()
         self.trainer.save(self.store)  # type: ignore[arg-type]
         self.saved = step
         self.write("checkpoint", step, {"blocked_s": time.monotonic() - begun})
 
-    def last_checkpoint(self) -> str:
-        """The last checkpoint, in words."""
+    def last_checkpoint(self, *, good: bool = False) -> str:
+        """The last checkpoint, in words; `good` where what came after it was not."""
         if self.store is None:
             return "no checkpoints were asked for"
         steps = [path.name for path in self.store.folder.glob("[0-9]*") if path.name.isdigit()]
         if not steps:
             return f"there is no checkpoint in {self.store.folder} yet"
-        return f"the last checkpoint is step {max(map(int, steps))} in {self.store.folder}"
+        last = "last good checkpoint" if good else "last checkpoint"
+        return f"the {last} is step {max(map(int, steps))} in {self.store.folder}"
 
     def say(self, text: str) -> None:
         if self.progress is not None:
@@ -422,6 +438,19 @@ class _Loop:
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         if self.log is not None:
             self.log.write(kind, step, values)
+
+
+def _all_finite(trainer: Trainer) -> bool:
+    """Whether every parameter is finite; summed up on the devices, one number is fetched."""
+
+    def finite(parameters: PyTree) -> jax.Array:
+        leaves = (
+            leaf for leaf in jax.tree.leaves(parameters) if jnp.issubdtype(leaf.dtype, jnp.inexact)
+        )
+        return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
+
+    everywhere = NamedSharding(trainer.mesh, PartitionSpec())
+    return bool(jax.jit(finite, out_shardings=everywhere)(trainer.state.parameters))
 
 
 class _Profiler:

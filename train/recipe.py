@@ -7,12 +7,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxsys.errors import UsageError
 from jaxsys.layered import PyTree
 from jaxsys.model import LlamaConfig
 from jaxsys.train.flops import training_flops_per_token
+
+MOST_FLOAT32 = float(jnp.finfo(jnp.float32).max)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,8 +41,10 @@ class Recipe:
                 raise UsageError(f"{name}={getattr(self, name)} must be at least 1")
         if self.seed < 0:
             raise UsageError(f"seed={self.seed} must be at least 0")
-        if not self.learning_rate > 0:
-            raise UsageError(f"learning_rate={self.learning_rate} must be above 0")
+        if not 0 < self.learning_rate < MOST_FLOAT32:
+            raise UsageError(
+                f"learning_rate={self.learning_rate} must be above 0, and finite in float32"
+            )
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise UsageError(f"dtype={self.compute_dtype!r} must be float32 or bfloat16")
 

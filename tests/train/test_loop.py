@@ -9,11 +9,12 @@ import sys
 import time
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from jaxsys.errors import UsageError
+from jaxsys.errors import RunError, UsageError
 from jaxsys.train import Batches, Trainer, energy
 from jaxsys.train.flops import training_flops_per_token
 from jaxsys.train.interrupt import Watchdog
@@ -78,6 +79,22 @@ def test_data_that_ends_is_said_and_saved(trainer, data, tmp_path, capsys):
     assert report.step == start + 2
     assert f"the data ended at step {start + 2}" in capsys.readouterr().err
     assert (tmp_path / "checkpoints" / str(start + 2)).is_dir()
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_parameters_that_are_not_finite_are_not_saved(
+    small_model, small_parameters, data, tmp_path, policy
+):
+    breaks = optax.sgd(lambda step: jnp.where(step == 1, jnp.inf, 1e-2))  # in the second step
+    trainer = Trainer(
+        small_model, small_parameters, breaks, schedule="dp", devices=1, non_finite=policy
+    )
+    with pytest.raises(RunError, match="step 2: the parameters are not finite") as error:
+        trainer.fit(data, steps=2, folder=tmp_path, save_every=1, progress=False)
+    assert f"the last good checkpoint is step 1 in {tmp_path}" in str(error.value)
+    assert not (tmp_path / "checkpoints" / "2").exists()
+    with pytest.raises(RunError, match="neither saved nor exported; no checkpoints were asked"):
+        trainer.fit(data, steps=2, progress=False)  # nothing left to do, and nothing good
 
 
 def test_a_batch_for_another_schedule_is_refused(trainer, counted_samples):

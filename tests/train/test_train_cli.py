@@ -61,12 +61,25 @@ def test_trains_stops_resumes_and_exports(text, tmp_path, capsys):
         (("--devices", "4", "--replicas", "3"), "--replicas 3 does not divide --devices 4"),
         (("--coordinator", "a:1"), "go together"),
         (("--learning-rate", "0"), "--learning-rate 0.0 must be above 0"),
+        (("--learning-rate", "nan"), "--learning-rate nan must be above 0, and finite"),
+        (("--learning-rate", "1e39"), "--learning-rate 1e+39 must be above 0, and finite"),
+        (("--learning-rate", "inf"), "--learning-rate inf must be above 0, and finite"),
     ],
 )
 def test_faults_are_one_line_and_exit_2(text, capsys, more, says):
     assert main(options(text, *more)) == 2
     error = capsys.readouterr().err
     assert error.startswith("jaxsys train: ") and says in error and error.count("\n") == 1
+
+
+def test_a_model_whose_held_out_loss_is_not_finite_is_not_exported(text, tmp_path, capsys):
+    exported = tmp_path / "model"
+    # The first step warms up at a rate of 0; the second is the last, and its loss is still good.
+    more = ("--devices", "1", "--steps", "2", "--learning-rate", "1e18", "--non-finite", "skip")
+    assert main(options(text, *more, "--export", str(exported))) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "step 2: the held-out loss is nan; nothing was exported" in error
+    assert not exported.exists()
 
 
 def test_empty_and_short_text(tmp_path, capsys):
