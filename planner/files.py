@@ -95,4 +95,43 @@ def load_plan(path: str | Path, problem: Problem | None = None) -> Plan:
                     f"plan {path} is for {key}={made_for.get(key)!r}, not {wanted!r}: make the "
                     "plan again"
                 )
-    return Plan.from_json(value.get("plan", {}))
+    try:
+        plan = Plan.from_json(value.get("plan", {}))
+    except UsageError as error:
+        raise UsageError(f"plan {path}: {error}") from None
+    _check_sizes(path, plan, value.get("for", {}))
+    return plan
+
+
+def _check_sizes(path: str | Path, plan: Plan, made_for: Any) -> None:
+    """Raises UsageError where a plan's sizes are no sizes, or do not make up what it is for."""
+    ways = ("replicas", "shard", "features", "stages", "ring")
+    for name in (*ways, "microbatch_size", "lookahead", "chunks", "delay"):
+        size, least = getattr(plan, name), 0 if name == "delay" else 1
+        if not isinstance(size, int) or isinstance(size, bool) or size < least:
+            raise UsageError(
+                f"plan {path}: its field {name!r} is {size!r}, and must be a whole number of at "
+                f"least {least}; make the plan again"
+            )
+    if not isinstance(made_for, dict):
+        raise UsageError(f"plan {path}: its field 'for' is {made_for!r}; make the plan again")
+    for name in ("devices", "layers", "batch"):
+        size = made_for.get(name)
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise UsageError(
+                f"plan {path}: its field 'for.{name}' is {size!r}, and must be a whole number of "
+                "at least 1; make the plan again"
+            )
+    if plan.devices != made_for["devices"]:
+        product = " x ".join(f"{name} {getattr(plan, name)}" for name in ways)
+        raise UsageError(
+            f"plan {path}: {product} is {plan.devices} devices, but its field 'for.devices' is "
+            f"{made_for['devices']}; make the plan again"
+        )
+    unit = plan.replicas * plan.shard * plan.microbatch_size
+    if made_for["batch"] % unit:
+        raise UsageError(
+            f"plan {path}: replicas {plan.replicas} x shard {plan.shard} x microbatch_size "
+            f"{plan.microbatch_size} does not divide its field 'for.batch', {made_for['batch']}; "
+            "make the plan again"
+        )

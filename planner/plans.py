@@ -192,7 +192,9 @@ class Plan:
                 "backward": Backward(raw.pop("backward")),
             }
             return cls(layers=layers, **chosen, **raw)
-        except (KeyError, TypeError, ValueError) as error:
+        except KeyError as error:
+            raise UsageError(f"the plan is incomplete: its field {error} is missing") from None
+        except (TypeError, ValueError) as error:
             raise UsageError(f"the plan is incomplete or misspelt: {error}") from None
 
 

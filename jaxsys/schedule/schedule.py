@@ -234,7 +234,7 @@ class Schedule:
             raw: dict[str, Any] = json.loads(text)
             version = raw.pop("format")
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ScheduleError(f"not a schedule in JSON: {error}") from error
+            raise ScheduleError(f"not a schedule in JSON: {_fault(error)}") from error
         if isinstance(version, str):
             raise ScheduleError(f"this is a {version}, not a schedule")
         if version != FORMAT_VERSION:
@@ -258,7 +258,12 @@ class Schedule:
                 }
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise ScheduleError(f"not a schedule in JSON: {error}") from error
+            raise ScheduleError(f"not a schedule in JSON: {_fault(error)}") from error
+
+
+def _fault(error: Exception) -> str:
+    """What is wrong with the JSON, in words."""
+    return f"its field {error} is missing" if isinstance(error, KeyError) else str(error)
 
 
 def _block(raw: Mapping[str, Any]) -> Block:

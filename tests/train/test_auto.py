@@ -51,7 +51,7 @@ def plan_path(tmp_path, **changes):
     value = {
         "format": "jaxsys-plan-file",
         "version": 1,
-        "for": {"layers": 4, "devices": 4, "batch": 32},
+        "for": {"layers": 4, "devices": plan.devices, "batch": 32},
         "plan": plan.to_json(),
     }
     path = tmp_path / "plan.json"
@@ -79,7 +79,7 @@ def test_a_plan_file_is_run_as_it_says(tmp_path):
 
 
 def test_a_file_says_how_many_devices_it_is_for(tmp_path):
-    assert plan_file.devices_of(plan_path(tmp_path, shard=2, replicas=3)) == 6
+    assert plan_file.devices_of(plan_path(tmp_path, shard=2, replicas=4)) == 8
     path = tmp_path / "schedule.json"
     path.write_text(strategies.build("1f1b", devices=2, microbatches=4).to_json())
     assert plan_file.devices_of(path, replicas=2) == 4
@@ -88,6 +88,39 @@ def test_a_file_says_how_many_devices_it_is_for(tmp_path):
         plan_file.load_plan(path)
     path.write_text(json.dumps({"format": "jaxsys-comparison", "rows": []}))
     with pytest.raises(UsageError, match="this is a jaxsys-comparison, not a schedule"):
+        lay_out_plan(path)
+
+
+@pytest.mark.parametrize(
+    ("where", "field", "value", "says"),
+    [
+        ("plan", "microbatch_size", -8, "its field 'microbatch_size' is -8, and must be a whole"),
+        (
+            "plan",
+            "shard",
+            3,
+            "shard 3 x features 1 x stages 1 x ring 1 is 3 devices, but its field",
+        ),
+        ("plan", "chunks", "2", "its field 'chunks' is '2'"),
+        ("plan", "microbatch_size", 3, "x microbatch_size 3 does not divide its field 'for.batch'"),
+        ("plan", "state", "gone", "'gone' is not a valid State"),
+        ("for", "batch", None, "its field 'for.batch' is None"),
+    ],
+)
+def test_a_damaged_plan_file_names_file_and_field(tmp_path, where, field, value, says):
+    path = plan_path(tmp_path)
+    content = json.loads(path.read_text())
+    content[where][field] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=f"plan {path}: ") as error:
+        lay_out_plan(path)
+    assert says in str(error.value)
+
+
+def test_a_file_of_something_else_names_the_file_and_the_field(tmp_path):
+    path = tmp_path / "other.json"
+    path.write_text('{"a": 1}')
+    with pytest.raises(UsageError, match=r"other.json' is neither .* its field 'format' is miss"):
         lay_out_plan(path)
 
 
