@@ -17,6 +17,8 @@ def in_options(message: str, parser: argparse.ArgumentParser) -> str:
         option, name = action.option_strings[-1], re.escape(action.dest)
         if action.nargs == 0:  # a flag takes no value
             message = re.sub(rf"(?<![\w.]){name}=True\b", option, message)
+        # Python's quotes around a plain word are not typed.
+        message = re.sub(rf"(?<![\w.]){name}='([\w.-]+)'", rf"{option} \1", message)
         message = re.sub(rf"(?<![\w.]){name}=(?=\S)", f"{option} ", message)
         if "_" in name:  # a plain word may be meant as one, and a path is left alone
             message = re.sub(rf"(?<![\w./=-]){name}(?![\w/=-]|\.\w)", option, message)

@@ -139,6 +139,12 @@ def main(argv: list[str], prog: str) -> int:
 def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
     """Trains as the options say, exports if asked, and says how it ended."""
     if arguments.export is not None:  # before anything is computed for it
+        target = arguments.export
+        if not arguments.resume and target.is_dir() and any(target.iterdir()):
+            raise UsageError(
+                f"--export {target} is not empty; name another folder, or go on with the run that "
+                "wrote it (--resume, with its --out), which replaces the model there"
+            )
         check_target(arguments.export, overwrite=arguments.resume)
     # Asking JAX which process this is starts it: not before the devices are chosen.
     say = _silent if arguments.quiet or (hosts.many and jax.process_index()) else _print

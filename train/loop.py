@@ -218,7 +218,7 @@ class _Loop:
         pending: tuple[int, StepResult] | None = None
         profiler = _Profiler(self.folder, start + 1 if self.profile else None)
         if step >= self.steps:
-            self.say(f"step {step} is reached already; steps={self.planned} leaves nothing to do")
+            self.say(f"step {step} is reached already, of {self.steps} asked for: nothing is left")
         for batch in self.batches(data, step):
             if step >= self.steps:
                 break
@@ -375,7 +375,7 @@ class _Loop:
             raise RunError(
                 f"step {step}: loss {loss}, gradient norm {norm}; nothing was updated since step "
                 f"{step - 1}; {self.last_checkpoint()}; lower the learning rate, or go on without "
-                "such batches (--non-finite skip, non_finite='skip')"
+                "such batches (non_finite='skip')"
             )
         if self.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
             raise RunError(

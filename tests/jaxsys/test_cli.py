@@ -87,6 +87,13 @@ def test_messages_name_options_instead_of_parameters():
     assert in_options(other, parser) == other
 
 
+def test_quotes_that_are_not_typed_are_left_out():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--non-finite")
+    said = "go on without such batches (non_finite='skip')"
+    assert in_options(said, parser) == "go on without such batches (--non-finite skip)"
+
+
 def test_every_subcommand_can_be_imported():
     import importlib
 

@@ -82,6 +82,15 @@ def test_a_model_whose_held_out_loss_is_not_finite_is_not_exported(text, tmp_pat
     assert not exported.exists()
 
 
+def test_an_export_is_not_put_over_another(text, tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert main(options(text, "--export", str(tmp_path / "model"))) == 2
+    error = capsys.readouterr().err
+    assert "model is not empty; name another folder, or go on with the run" in error
+    assert "--resume" in error and "overwrite" not in error
+
+
 def test_empty_and_short_text(tmp_path, capsys):
     empty = tmp_path / "empty.txt"
     empty.write_text("")
