@@ -28,7 +28,7 @@ class Layout:
     rows: int
     """Microbatches of a step, over all replicas."""
     reason: str | None
-    """What the planner chose and why, where it was asked."""
+    """What the planner chose and why, or how the run differs from its plan, where it does."""
 
 
 def lay_out(
@@ -57,6 +57,7 @@ def lay_out(
     Raises:
         UsageError: if the devices, the batch and the schedule do not fit together.
     """
+    reason = None
     if schedule is not None and plan_file.is_plan_file(schedule):
         planned = plan_file.read_plan(schedule, layers=config.num_layers)
         for name, asked, has in (
@@ -70,12 +71,12 @@ def lay_out(
                 )
         replicas, microbatch_size = planned.replicas, planned.microbatch_size
         recompute = recompute or planned.recompute
+        reason = _differences(planned, sequence_length, recompute)
     replicas = 1 if replicas is None else replicas
     size = MICROBATCH_SIZE if microbatch_size is None else microbatch_size
     if replicas < 1 or len(devices) % replicas:
         raise UsageError(f"replicas={replicas} does not divide devices={len(devices)}")
     ring = len(devices) // replicas
-    reason = None
     chosen: str | Schedule = schedule or ("weipipe-interleave" if ring > 1 else "dp")
     if chosen == "auto":
         workload = llama_workload(
@@ -95,3 +96,17 @@ def lay_out(
         rows=replicas * resolved.microbatches,
         reason=reason,
     )
+
+
+def _differences(
+    planned: plan_file.PlannedRun, sequence_length: int, recompute: Recompute
+) -> str | None:
+    """In one line, what of a run was planned otherwise; the plan's prediction is not for it."""
+    parts = []
+    if planned.sequence_length not in (None, sequence_length):
+        parts.append(
+            f"planned for sequences of {planned.sequence_length}, running {sequence_length}"
+        )
+    if recompute != planned.recompute:
+        parts.append(f"planned with recompute {planned.recompute}, running {recompute}")
+    return "; ".join(parts) or None

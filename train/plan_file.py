@@ -23,6 +23,8 @@ class PlannedRun:
     """One policy for all layers; a schedule that shards takes a tuple, one a layer."""
     replicas: int
     microbatch_size: int
+    sequence_length: int | None
+    """Tokens that it was planned for; None where the file does not say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,13 +62,14 @@ def read_plan(path: str | Path, *, layers: int) -> PlannedRun:
             over devices, or layers of unlike recompute policies in a schedule that does not shard.
     """
     plan = load_plan(path)
-    made_for = json.loads(Path(path).read_text(encoding="utf-8")).get("for", {})
+    value = json.loads(Path(path).read_text(encoding="utf-8"))
+    made_for, request = value["for"], value.get("request")
     if plan.features > 1:
         raise UsageError(
             f"plan {path} splits features over {plan.features} devices, which no schedule runs; "
             "plan again with features=1"
         )
-    asked: Any = _Asked(layers=layers, batch=int(made_for.get("batch", 0)))
+    asked: Any = _Asked(layers=layers, batch=made_for["batch"])
     schedule = to_schedule(asked, plan)
     policies = tuple(POLICY[path.residual] for path in plan.layers)
     recompute: Any = policies[0] if len(set(policies)) == 1 else policies
@@ -80,4 +83,5 @@ def read_plan(path: str | Path, *, layers: int) -> PlannedRun:
         recompute=cast(Recompute, recompute),
         replicas=plan.replicas,
         microbatch_size=plan.microbatch_size,
+        sequence_length=request.get("sequence_length") if isinstance(request, dict) else None,
     )

@@ -52,6 +52,7 @@ def plan_path(tmp_path, **changes):
         "format": "jaxsys-plan-file",
         "version": 1,
         "for": {"layers": 4, "devices": plan.devices, "batch": 32},
+        "request": {"sequence_length": 16},
         "plan": plan.to_json(),
     }
     path = tmp_path / "plan.json"
@@ -61,10 +62,11 @@ def plan_path(tmp_path, **changes):
 
 def lay_out_plan(path, **asked):
     options = {
-        "replicas": None, "microbatches": None, "microbatch_size": None, "recompute": None, **asked
+        "replicas": None, "microbatches": None, "microbatch_size": None, "recompute": None,
+        "sequence_length": 16, **asked
     }  # fmt: skip
     return lay_out(
-        config=preset("tiny"), devices=jax.devices()[:4], sequence_length=16,
+        config=preset("tiny"), devices=jax.devices()[:4],
         schedule=str(path), **options,
     )  # fmt: skip
 
@@ -76,6 +78,14 @@ def test_a_plan_file_is_run_as_it_says(tmp_path):
     ring = lay_out_plan(plan_path(tmp_path, shard=1, ring=2, replicas=2, order=Order.SIDE_BY_SIDE))
     assert ring.schedule.name == "weipipe-interleave"
     assert (dict(ring.mesh.shape), ring.rows) == ({"data": 2, "ring": 2}, 16)
+
+
+def test_a_run_that_differs_from_its_plan_says_so(tmp_path):
+    path = plan_path(tmp_path)
+    assert lay_out_plan(path).reason is None
+    assert lay_out_plan(path, sequence_length=32, recompute="none").reason == (
+        "planned for sequences of 16, running 32; planned with recompute block, running none"
+    )
 
 
 def test_a_file_says_how_many_devices_it_is_for(tmp_path):
