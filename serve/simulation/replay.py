@@ -36,7 +36,7 @@ from jaxsys.serve.simulation.baselines import FixedClock, WindowControl
 from jaxsys.serve.simulation.simulator import ClusterConfig, ReplayResult, Role, Simulator
 from jaxsys.serve.simulation.traces import Trace, read_trace, synthetic_trace
 
-MOST_REQUESTS = 1_000_000
+MOST_REQUESTS = 500_000
 Control = Literal["max", "sweet-spot", "window", "ecofreq"]
 Routing = Literal["plain", "ecoroute", "energy"]
 
