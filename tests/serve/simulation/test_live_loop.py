@@ -6,6 +6,7 @@ simulated GPU takes, and `collect` sleeps until then.
 
 import bisect
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,6 +57,9 @@ class SleepingExecutor:
         time.sleep(max(0.0, ends_s - time.monotonic()))
         return Sampled([1] * count, None)
 
+    def rebuild(self):
+        raise AssertionError("no device, no fault")
+
 
 @pytest.mark.slow
 def test_the_live_loop_takes_what_the_simulator_says():
@@ -63,7 +67,7 @@ def test_the_live_loop_takes_what_the_simulator_says():
     gpu = SlowGpu(known.spec, known.shape)
     trace = synthetic_trace(rate_per_s=1.6, duration_s=20, seed=3, prompt_mean=900,
                             prompt_sigma=0.7, output_mean=60, most_tokens=3000)  # fmt: skip
-    sizes = {"max_batch": 64, "max_prefill_tokens": 2048, "page_size": 64}
+    sizes: Any = {"max_batch": 64, "max_prefill_tokens": 2048, "page_size": 64}
     scheduler = Scheduler(
         SchedulerConfig(page_count=1500, max_length=8192, decode_buckets=BATCHES,
                         prefix_caching=False, **sizes)
