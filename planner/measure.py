@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from jaxsys.hardware import GIB
 from jaxsys.lowering import lower_sharded
+from jaxsys.lowering.compiled import program_bytes
 from jaxsys.mesh import RING
 from jaxsys.model import abstract_parameters, initial_parameters, layered
 from jaxsys.model.config import LlamaConfig
@@ -161,14 +162,7 @@ def measure_cell(
         .compile(compiler_options=step.compiler_options)
     )
     compile_s = time.perf_counter() - start
-    memory = program.memory_analysis()
-    assert memory is not None
-    taken = (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        + memory.temp_size_in_bytes
-        - memory.alias_size_in_bytes
-    )
+    taken = program_bytes(program)
     peak = float(predicted.peak_bytes[0])
     row = {
         "cell": cell.name,

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ring_by_hand import rest_order, ring_loss_and_gradients
 
 from jaxsys.hardware import GIB
+from jaxsys.lowering.compiled import program_bytes
 from jaxsys.mesh import RING
 from jaxsys.train.memory import StepShape, step_bytes
 
@@ -185,16 +186,10 @@ def time_step(ready: Ready, repeats: int) -> dict:
 
 
 def memory_of(ready: Ready) -> dict:
-    """What XLA gives the program on each device: arguments, temporaries, results not in place."""
+    """What XLA gives the program on each device."""
     analysis = ready.compiled.memory_analysis()
-    taken = (
-        analysis.argument_size_in_bytes
-        + analysis.output_size_in_bytes
-        + analysis.temp_size_in_bytes
-        - analysis.alias_size_in_bytes
-    )
     return {
-        "compiled_gib": round(taken / GIB, 2),
+        "compiled_gib": round(program_bytes(ready.compiled) / GIB, 2),
         "temp_gib": round(analysis.temp_size_in_bytes / GIB, 2),
         "argument_gib": round(analysis.argument_size_in_bytes / GIB, 2),
         "compile_s": round(ready.compile_s, 1),

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 COLLECTIVES = (
     "collective-permute",
@@ -172,3 +173,17 @@ def spans(computation: Computation) -> dict[str, tuple[int, int]]:
             start = instruction.operands[0]
             found[start] = (place[start], place[instruction.name])
     return found
+
+
+def program_bytes(program: Any) -> int:
+    """What XLA gives a compiled program on each device.
+
+    Arguments, temporaries, and results that do not take an argument's place.
+    """
+    memory = program.memory_analysis()
+    return (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
