@@ -15,18 +15,21 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from ring_by_hand import rest_order, ring_loss_and_gradients
 
+from jaxsys.errors import UsageError
 from jaxsys.hardware import GIB
 from jaxsys.lowering.compiled import program_bytes
 from jaxsys.mesh import RING
 from jaxsys.train.memory import StepShape, step_bytes
 
 
-def fsdp_step(model, mesh, optimizer, microbatches: int, recompute: str, dtype):
+def fsdp_step(model, mesh, optimizer, microbatches: int, recompute: str, dtype, unroll: bool):
     """Plain JAX: `jit` with sharded parameters, XLA's partitioner places the collectives.
 
-    Activations are kept cut by sequence and the edge's weights whole where they are used; else
+    `unroll` writes the layers out instead of scanning over them. Activations are kept cut by sequence and the edge's weights whole where they are used; else
     the partitioner cuts products over their sum and reduces activations instead.
     """
+    if recompute not in ("none", "block"):
+        raise UsageError(f"recompute {recompute} is not one that gspmd-fsdp has: none, block")
     block = model.block if recompute == "none" else jax.checkpoint(model.block)
     devices = mesh.shape[RING]
 
@@ -41,7 +44,10 @@ def fsdp_step(model, mesh, optimizer, microbatches: int, recompute: str, dtype):
         edge = whole(low["edge"])
         x = by_sequence(model.embed(edge, microbatch))
         x, _ = jax.lax.scan(
-            lambda x, w: (by_sequence(block(w, x, microbatch)), None), x, low["blocks"]
+            lambda x, w: (by_sequence(block(w, x, microbatch)), None),
+            x,
+            low["blocks"],
+            unroll=unroll,
         )
         # One sequence at a time, or the loss's chunks of tokens would mix the devices' sequences.
         one = jax.tree.map(lambda leaf: leaf[:, None], (x, microbatch))
@@ -78,9 +84,9 @@ def fsdp_step(model, mesh, optimizer, microbatches: int, recompute: str, dtype):
     return jax.jit(step, donate_argnums=0), sharding
 
 
-def xla_step(model, mesh, optimizer, microbatches, recompute, dtype, parameters):
+def xla_step(model, mesh, optimizer, microbatches, recompute, dtype, parameters, *, unroll=False):
     """Plain JAX FSDP and the maker of its parameters."""
-    step, sharding = fsdp_step(model, mesh, optimizer, microbatches, recompute, dtype)
+    step, sharding = fsdp_step(model, mesh, optimizer, microbatches, recompute, dtype, unroll)
     placed = jax.tree.map(sharding, jax.eval_shape(parameters))
     return step, jax.jit(parameters, out_shardings=placed)
 
