@@ -63,6 +63,12 @@ def parser(prog: str) -> argparse.ArgumentParser:
         help="what the backward pass computes again (default block, or as a plan says)",
     )
     how.add_argument(
+        "--unroll",
+        action="store_true",
+        help="write a chunk's layers out instead of looping over them: faster steps where "
+        "residuals are kept, longer compiling (one body a layer)",
+    )
+    how.add_argument(
         "--memory-gib",
         type=float,
         help="refuse a step predicted to need more on a device (default: what it has; inf: never)",
@@ -199,6 +205,7 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
         mesh=layout.mesh,
         compute_dtype=recipe.compute_dtype,
         recompute=layout.recompute,
+        unroll=arguments.unroll,
         clip_norm=arguments.clip_norm,
         memory_gib=arguments.memory_gib,
         non_finite=arguments.non_finite,

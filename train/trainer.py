@@ -66,6 +66,7 @@ class Trainer:
         compute_dtype: DTypeLike = jnp.float32,
         gradient_dtype: DTypeLike = jnp.float32,
         recompute: Recompute = "block",
+        unroll: bool = False,
         clip_norm: float | None = None,
         non_finite: NonFinite = "stop",
         settings: Mapping[str, Any] | None = None,
@@ -86,6 +87,8 @@ class Trainer:
             compute_dtype: of weights in use and activations.
             gradient_dtype: of gradient sums on their way.
             recompute: what the backward pass computes again.
+            unroll: write a chunk's layers out instead of looping over them: steps that keep
+                residuals are faster, compiling takes longer (one body a layer). ZeRO's always are.
             clip_norm: the largest global gradient norm.
             non_finite: "stop" at a loss or gradient that is not finite, or "skip" that batch.
             settings: what else the trajectory depends on; compared when a run is resumed.
@@ -131,6 +134,7 @@ class Trainer:
             compute_dtype=compute_dtype,
             gradient_dtype=gradient_dtype,
             recompute=recompute,
+            unroll=unroll,
         )
         self.state = self._initial_state(parameters)
         self._step = make_step(

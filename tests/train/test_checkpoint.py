@@ -26,7 +26,7 @@ G = 8
 def make(small_model, small_parameters):
     """Makes a trainer of the small model."""
 
-    def trainer(schedule="dp", ring=1, data=1, *, settings=None, model=None, parameters=None):
+    def trainer(schedule="dp", ring=1, data=1, *, model=None, parameters=None, **options):
         return Trainer(
             model or small_model,
             parameters or small_parameters,
@@ -35,7 +35,7 @@ def make(small_model, small_parameters):
             mesh=make_mesh(ring, data, devices=jax.devices()[: ring * data]),
             microbatches=G // data,
             clip_norm=1.0,
-            settings=settings,
+            **options,
         )
 
     return trainer
@@ -76,7 +76,7 @@ def test_save_under_weipipe_resume_under_others_as_if_never_stopped(make, data, 
     middle = second.fit(
         data, steps=6, stop_at=4, folder=tmp_path / "run", resume=True, progress=False
     )
-    third = make("1f1b", 2)
+    third = make("1f1b", 2, unroll=True)
     last = third.fit(data, steps=6, folder=tmp_path / "run", resume=True, progress=False)
     assert (part.step, middle.step, last.step) == (2, 4, 6)
     losses = part.losses + middle.losses + last.losses

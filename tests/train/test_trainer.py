@@ -1,5 +1,7 @@
 """The trainer against one device without a schedule, under several schedules and faults."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,6 +79,26 @@ def test_fifty_steps_follow_one_device(small_model, small_parameters, schedule, 
     errors = jax.tree.map(relative_error, trainer.parameters(), wanted)
     assert max(jax.tree.leaves(errors)) < 1e-3, errors
     assert trainer.step_number == 50
+
+
+def test_layers_written_out_change_the_program_and_no_number(small_model, small_parameters):
+    batch = batch_of(0)
+    found, products = [], []
+    for unroll in (False, True):
+        trainer = Trainer(
+            small_model, small_parameters, optax.sgd(0.1), schedule="dp", devices=1,
+            microbatches=ROWS, unroll=unroll,
+        )  # fmt: skip
+        step: Any = trainer._step
+        compiled = step.lower(trainer.state, trainer.place(batch)).compile()
+        products.append(compiled.as_text().count(" dot("))
+        state, result = compiled(trainer.state, trainer.place(batch))
+        found.append((float(result.loss), jax.device_get(state.parameters)))
+    looped, written_out = products
+    assert written_out >= looped + 2 * (small_model.layers - 1)
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    errors = jax.tree.map(relative_error, found[0][1], found[1][1])
+    assert max(jax.tree.leaves(errors)) < 1e-6, errors
 
 
 def test_every_gradient_leaf_of_the_decoder_equals_one_device():
