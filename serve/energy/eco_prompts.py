@@ -15,10 +15,9 @@ clock. An SLO that a fifth of the arrivals miss whatever the clock is broken, an
 time is worth less there: v falls from `worth` to `broken_worth` as that share goes from 0.2 to 0.4.
 """
 
+import bisect
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from jaxsys.serve.energy.gpu_model import Load
 
@@ -38,7 +37,7 @@ def batches_at_hand(
     left_s: float,
     budget: int,
     most: int,
-) -> tuple[list[Load], list[float], list[int]]:
+) -> tuple[list[Load], list[list[float]]]:
     """The iteration and the queue behind it, cut as the scheduler will cut it.
 
     Args:
@@ -48,68 +47,72 @@ def batches_at_hand(
         most: batches of the queue told apart; the rest counts as one more.
 
     Returns:
-        Loads; times from now by which prompts should be done; and the batch that each is part of.
+        Loads, and for each the times from now by which the prompts that end with it should be done.
     """
-    loads, deadlines_s, batches = [load], [], []
-    queue: list[tuple[int, float]] = []
+    loads, deadlines_s = [load], [[]]
+    lengths: list[int] = []
+    dues_s: list[float] = []
     for piece in iteration.prefills:
-        deadline_s = left_s + piece.request.timing.arrival_s
+        due_s = left_s + piece.request.timing.arrival_s
         if piece.last:
-            deadlines_s.append(deadline_s)
-            batches.append(0)
+            deadlines_s[0].append(due_s)
         else:  # the rest of a long prompt comes first of all that waits
-            rest = piece.request.total_length - piece.start - piece.length
-            queue.append((rest, deadline_s))
-    queue += [(r.total_length, left_s + r.timing.arrival_s) for r in waiting]
-    tokens = prompts = 0
-    for place, (length, deadline_s) in enumerate(queue, start=1):
+            lengths.append(piece.request.total_length - piece.start - piece.length)
+            dues_s.append(due_s)
+    for request in waiting:
+        lengths.append(request.prompt_length + request.generated)
+        dues_s.append(left_s + request.timing.arrival_s)
+    first = tokens = 0
+    for place, length in enumerate(lengths, start=1):
         tokens += length
-        prompts += 1
-        deadlines_s.append(deadline_s)
-        batches.append(len(loads))
-        if place == len(queue) or (tokens >= budget and len(loads) <= most):
-            loads.append(Load(prefill_tokens=tokens, prefill_requests=prompts))
-            tokens = prompts = 0
-    return loads, deadlines_s, batches
+        if place == len(lengths) or (tokens >= budget and len(loads) <= most):
+            loads.append(Load(prefill_tokens=tokens, prefill_requests=place - first))
+            deadlines_s.append(dues_s[first:place])
+            first, tokens = place, 0
+    return loads, deadlines_s
 
 
 def prompt_costs_j(
-    times_s: np.ndarray,
-    powers_w: np.ndarray,
-    deadlines_s: Sequence[float],
-    batches: Sequence[int],
+    times_s: Sequence[Sequence[float]],
+    powers_w: Sequence[Sequence[float]],
+    deadlines_s: Sequence[list[float]],
     *,
     bound_s: float,
-    clearance: np.ndarray,
+    clearance: Sequence[float],
     worth: float,
     broken_worth: float,
-) -> tuple[np.ndarray, int]:
+) -> tuple[list[float], int]:
     """The cost of each clock in joules, and how many prompts none of them serves in time.
 
     Args:
-        times_s: of each batch at each clock, [batch, clock], clocks ascending.
+        times_s: of each batch at each clock, [batch][clock], clocks ascending.
         powers_w: likewise.
-        deadlines_s: times from now by which each prompt should be done.
-        batches: the batch of each.
+        deadlines_s: of each batch, times from now by which its prompts should be done.
         bound_s: the TTFT planned for.
         clearance: share of the time to its deadline that a batch may take, [clock].
         worth: energies of a prompt that its first token in time is worth.
         broken_worth: what is left of that where a large share is late at every clock.
     """
-    energies_j = (times_s * powers_w).sum(axis=0)
-    prompts = len(deadlines_s)
+    levels = range(len(clearance))
+    energies_j, done_s, late = [0.0] * len(levels), [0.0] * len(levels), [0.0] * len(levels)
+    for batch_s, batch_w, dues_s in zip(times_s, powers_w, deadlines_s, strict=True):
+        dues_s = sorted(dues_s)
+        for f in levels:
+            energies_j[f] += batch_s[f] * batch_w[f]
+            done_s[f] += batch_s[f]
+            late[f] += bisect.bisect_left(dues_s, done_s[f] / clearance[f])
+    prompts = sum(map(len, deadlines_s))
     if not prompts:
         return energies_j, 0
-    done_s = times_s.cumsum(axis=0)
-    due_s = np.array(deadlines_s)
-    ends_s = (done_s / clearance)[batches]
-    late = (due_s[:, None] < ends_s).sum(axis=0, dtype=float)
-    lost = int(late[-1])
-    work_s = float(done_s[-1, -1])
+    lost, work_s = int(late[-1]), done_s[-1]
     if lost:
-        waited_s = bound_s - float(due_s.min())
-        late += prompts / max(waited_s, work_s) * done_s[-1]
+        waited_s = bound_s - min(map(min, filter(None, deadlines_s)))
+        rate = prompts / max(waited_s, work_s)
+        late = [count + rate * each_s for count, each_s in zip(late, done_s, strict=True)]
     # Who comes early in this work waits for its end, and then for a batch of his own.
-    broken = 1 - (bound_s - float(times_s[0, -1])) / work_s
-    value_j = np.interp(broken, BROKEN_SHARES, (worth, broken_worth)) * energies_j[0] / prompts
-    return energies_j + value_j * late, lost
+    broken = 1 - (bound_s - times_s[0][-1]) / work_s
+    low, high = BROKEN_SHARES
+    share = min(max((broken - low) / (high - low), 0.0), 1.0)
+    value_j = (worth + share * (broken_worth - worth)) * energies_j[0] / prompts
+    costs_j = [energy_j + value_j * n for energy_j, n in zip(energies_j, late, strict=True)]
+    return costs_j, lost

@@ -160,6 +160,10 @@ def _grown(load: Load, factor: float) -> Load:
     )
 
 
+def _rows(answers: Answers) -> Sequence[Sequence[float]]:
+    return answers.tolist() if isinstance(answers, np.ndarray) else answers
+
+
 def load_of(iteration: "Iteration") -> Load:
     """The iteration's size as the cost models see it."""
     return Load(
@@ -208,8 +212,7 @@ class EcoFreq:
         self.predicted_s = 0.0
         """Predicted time of the iteration last planned."""
         self._clocks_mhz = tuple(sorted(clocks_mhz))
-        self._clock_squares = np.array(self._clocks_mhz, float) ** 2
-        self._levels = np.arange(len(self._clocks_mhz))
+        self._clock_squares = [float(mhz) ** 2 for mhz in self._clocks_mhz]
         self._top = len(self._clocks_mhz) - 1
         self._level = self._top
         self._level_since_s = float("-inf")
@@ -299,7 +302,7 @@ class EcoFreq:
     def _choose(self, iteration: "Iteration", waiting: "Collection[Request]", now_s: float) -> int:
         slo, config = self.slo.current, self.config
         self.record.decisions += 1
-        loads, deadlines_s, of_batch = batches_at_hand(
+        loads, deadlines_s = batches_at_hand(
             self._load,
             iteration,
             waiting,
@@ -311,39 +314,40 @@ class EcoFreq:
         if iteration.decodes:
             for growth in self._growths(now_s):
                 loads.append(_grown(self._load, 1 + config.growth_guard + growth))
-        answers = self.predictor.what_if(loads, self._clocks_mhz)
-        times_s, powers_w = (np.asarray(answer, float) for answer in answers)
-        # Where no power was ever read, the lowest feasible clock stands for the thriftiest: above
-        # the sweet spot energy rises with the clock.
-        powers_w = np.where(np.isnan(powers_w), self._clock_squares, powers_w)
+        times_s, powers_w = map(_rows, self.predictor.what_if(loads, self._clocks_mhz))
         # Lowering must clear the bounds by more, so that the clock does not flutter.
-        clearance = np.where(self._levels < self._level, 1 - config.hysteresis, 1.0)
+        slack = 1 - config.hysteresis
+        clearance = [slack if level < self._level else 1.0 for level in range(self._top + 1)]
         costs_j, lost = prompt_costs_j(
             times_s[:batches],
-            powers_w[:batches],
+            # Where no power was ever read, the lowest feasible clock stands for the thriftiest:
+            # above the sweet spot energy rises with the clock.
+            [self._clock_squares if math.isnan(row[0]) else row for row in powers_w[:batches]],
             deadlines_s,
-            of_batch,
             bound_s=slo.planned_ttft_s,
             clearance=clearance,
             worth=config.worth,
             broken_worth=config.broken_worth,
         )
-        itl_kept = True
+        levels, itl_kept = list(range(self._top + 1)), True
         if iteration.decodes:
-            bound_s = slo.planned_itl_s * clearance
-            feasible = (times_s[0] <= bound_s) & (times_s[-2] <= slo.itl_s)
-            if config.saturation_s and times_s[-1, -1] > slo.itl_s:
-                feasible[:-1] = False
-            costs_j[~feasible] = np.inf
-            itl_kept = times_s[0, -1] <= slo.planned_itl_s
-        best = int(np.argmin(costs_j)) if np.isfinite(costs_j).any() else self._top
+            saturated = config.saturation_s and times_s[-1][-1] > slo.itl_s
+            levels = [
+                level
+                for level in levels
+                if times_s[0][level] <= slo.planned_itl_s * clearance[level]
+                and times_s[-2][level] <= slo.itl_s
+                and (level == self._top or not saturated)
+            ]
+            itl_kept = times_s[0][-1] <= slo.planned_itl_s
+        best = min(levels, key=costs_j.__getitem__, default=self._top)
         if lost or not itl_kept:
             self.record.infeasible += 1
         if self._hold > 0:
             best = self._top
         elif best < self._level and now_s - self._level_since_s < config.minimum_dwell_s:
             best = self._level
-        self.predicted_s = float(times_s[0, best])
+        self.predicted_s = times_s[0][best]
         return best
 
     def _growths(self, now_s: float) -> list[float]:

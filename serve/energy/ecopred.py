@@ -43,6 +43,9 @@ _KV_AXIS = np.array(
      524288], float,
 )  # fmt: skip
 
+FEW = 16
+"""Loads of a what-if up to which plain numbers are quicker than arrays."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EcoPredConfig:
@@ -140,19 +143,33 @@ class _Grid:
         rows = table[first + self._corners[:, None]]
         return np.einsum("kp,kpc->pc", weights, rows), beyond
 
-    def read_one(self, table: np.ndarray, point: Sequence[float], rises: np.ndarray) -> np.ndarray:
-        """`read` for one point, without arrays' overhead."""
-        first, weights, beyond = 0, [1.0], []
+    def read_one(
+        self, rows: Sequence[Sequence[float]], point: Sequence[float]
+    ) -> tuple[list[float], list[float]]:
+        """`read` for one point and a table of lists.
+
+        Without arrays' overhead, and without numpy's searches, which let another thread take over
+        and may wait long to go on.
+        """
+        first, corners, beyond = 0, [(1.0, 0)], []
         for value, nodes, stride in zip(point, self._nodes, self._strides, strict=False):
             at = min(max(bisect.bisect_right(nodes, value) - 1, 0), len(nodes) - 2)
             share = max(0.0, (value - nodes[at]) / (nodes[at + 1] - nodes[at]))
             inner = min(share, 1.0)
-            weights = [w * (1.0 - inner) for w in weights] + [w * inner for w in weights]
             first += at * stride
+            if inner:
+                upper = [(weight * inner, place + stride) for weight, place in corners]
+                corners = [(w * (1.0 - inner), place) for w, place in corners] + upper
             beyond.append(share - inner)
-        rows = table[first + self._corners]
-        result = np.array(weights) @ rows
-        return result + np.array(beyond) @ rises if any(beyond) else result
+        values = [0.0] * len(rows[0])
+        for weight, place in corners:
+            if weight:
+                values = [v + weight * x for v, x in zip(values, rows[first + place], strict=True)]
+        return values, beyond
+
+
+_Boosted = tuple[xgboost.Booster, np.ndarray]
+"""Trees, and their table of times."""
 
 
 @dataclass(slots=True)
@@ -168,10 +185,14 @@ class _Phase:
     table_w: np.ndarray | None
     table: np.ndarray = field(init=False)
     """Both tables side by side, to be read at once."""
+    rows: list[list[float]] = field(init=False)
+    """The same as lists, for few points."""
     floor_s: np.ndarray = field(init=False)
     """Time of the smallest load at each clock."""
     rises_s: np.ndarray = field(init=False)
     """Usual rise over each axis's last segment, [axis, clock]."""
+    rises: list[list[float]] = field(init=False)
+    """The same as lists."""
     log_factor: float = 0.0
     """Correction in force, as a logarithm."""
     ratios: deque[float] = field(default_factory=deque)
@@ -182,7 +203,7 @@ class _Phase:
     waits: int = 1
     """Multiple of `refit_every` to wait before the next try."""
     refits: int = 0
-    boosting: "Future[xgboost.Booster | None] | None" = None
+    boosting: "Future[_Boosted | None] | None" = None
 
     def __post_init__(self) -> None:
         self.tabulate(self.table_s)
@@ -192,8 +213,10 @@ class _Phase:
         self.table_s = table_s
         tables = [table_s] if self.table_w is None else [table_s, self.table_w]
         self.table = np.concatenate(tables, axis=1)
+        self.rows = self.table.tolist()
         self.floor_s = table_s[0]
         self.rises_s = self.cells.rises(table_s)
+        self.rises = self.rises_s.tolist()
 
 
 class EcoPred:
@@ -224,8 +247,9 @@ class EcoPred:
         if not clocks:
             raise UsageError("the profile holds no samples; take one with `jaxsys profile serving`")
         self._clocks = np.array(clocks, float)
+        self._known_mhz = clocks
         self._column = {mhz: column for column, mhz in enumerate(clocks)}
-        self._columns_of: dict[tuple[int, ...], np.ndarray] = {}
+        self._columns_of: dict[tuple[int, ...], list[int]] = {}
         prefill = [s for s in profile.samples if s.load.prefill_tokens and not s.load.batch]
         decode = [s for s in profile.samples if s.load.batch and not s.load.prefill_tokens]
         if len(prefill) < 8 or len(decode) < 8:
@@ -256,6 +280,57 @@ class EcoPred:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Seconds and watts of every load at every clock, [load, clock], in one evaluation."""
         columns = self._columns(clocks_mhz)
+        if len(loads) <= FEW:
+            answers = [self._one(load, columns) for load in loads]
+            time_s, power_w = np.array(answers).reshape(-1, 2, len(columns)).swapaxes(0, 1)
+            return time_s, power_w
+        return self._many(loads, columns)
+
+    def _one(self, load: Load, columns: Sequence[int]) -> tuple[list[float], list[float]]:
+        """Seconds and watts of one load, in plain numbers."""
+        if not load.prefill_tokens:
+            time_d, power_d = self._phase_one(self._decode, _decode_row(load, 0), columns)
+            return (time_d if load.batch else [0.0] * len(time_d)), power_d
+        time_p, power_p = self._phase_one(self._prefill, _prefill_row(load, 0), columns)
+        if not load.batch:
+            return time_p, power_p
+        time_d, power_d = self._phase_one(self._decode, _decode_row(load, 0), columns)
+        floors_s = [min(self._prefill.rows[0][c], self._decode.rows[0][c]) for c in columns]
+        both_s = [
+            max(p + d - floor, p, d) for p, d, floor in zip(time_p, time_d, floors_s, strict=True)
+        ]
+        both_w = [
+            (p * p_w + d * d_w) / (p + d)
+            for p, d, p_w, d_w in zip(time_p, time_d, power_p, power_d, strict=True)
+        ]
+        return both_s, both_w
+
+    def _phase_one(
+        self, phase: _Phase, row: Sequence[float], columns: Sequence[int]
+    ) -> tuple[list[float], list[float]]:
+        """`_phase` for one point."""
+        values, beyond = phase.cells.read_one(phase.rows, row)
+        times = self._extended(phase, values, beyond)
+        factor = math.exp(phase.log_factor)
+        time_s = [times[column] * factor for column in columns]
+        if phase.table_w is None:
+            return time_s, [math.nan] * len(time_s)
+        count = len(self._clocks)
+        return time_s, [values[count + column] for column in columns]
+
+    def _extended(
+        self, phase: _Phase, values: Sequence[float], beyond: Sequence[float]
+    ) -> list[float]:
+        """Times at every clock, with what lies beyond the table."""
+        times = values[: len(self._clocks)]
+        if any(beyond):
+            for length, rises in zip(beyond, phase.rises, strict=True):
+                times = [t + length * rise for t, rise in zip(times, rises, strict=True)]
+        # Within the table a no-op; beyond it, the rises of two clocks may cross.
+        return list(itertools.accumulate(times, min))
+
+    def _many(self, loads: Sequence[Load], columns: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """`_one` for many loads, as arrays [load, clock]."""
         values = np.array(
             [(x.prefill_tokens, x.prefill_requests, x.cached_tokens, x.batch, x.kv_tokens)
              for x in loads], float
@@ -285,13 +360,13 @@ class EcoPred:
         time_s, power_w = self.what_if(loads, clocks_mhz)
         return time_s * power_w
 
-    def _columns(self, clocks_mhz: Sequence[int]) -> np.ndarray:
+    def _columns(self, clocks_mhz: Sequence[int]) -> list[int]:
         key = tuple(clocks_mhz)
         found = self._columns_of.get(key)
         if found is not None:
             return found
         try:
-            self._columns_of[key] = columns = np.array([self._column[mhz] for mhz in key])
+            self._columns_of[key] = columns = [self._column[mhz] for mhz in key]
             return columns
         except KeyError as missing:
             known = ", ".join(str(int(mhz)) for mhz in self._clocks)
@@ -300,7 +375,7 @@ class EcoPred:
             ) from None
 
     def _phase(
-        self, phase: _Phase, points: np.ndarray, columns: np.ndarray
+        self, phase: _Phase, points: np.ndarray, columns: Sequence[int]
     ) -> tuple[np.ndarray, np.ndarray]:
         values, beyond = phase.cells.read(phase.table, points)
         count = len(self._clocks)
@@ -346,9 +421,7 @@ class EcoPred:
             if self._threads is None:
                 self.refit(load.prefill_tokens > 0)
             else:
-                phase.boosting = self._threads.submit(
-                    self._boost, phase.trees, *self._snapshot(phase)
-                )
+                phase.boosting = self._threads.submit(self._boost, phase, *self._snapshot(phase))
 
     def residual_error(self, prefill: bool) -> float:
         """Mean absolute relative error over the window, the correction in force included."""
@@ -364,8 +437,8 @@ class EcoPred:
 
     def _at_clock(self, phase: _Phase, row: tuple[float, ...], clock_mhz: float) -> float:
         """Uncorrected prediction at any clock: linear between the tabulated ones."""
-        times = phase.cells.read_one(phase.table_s, row, phase.rises_s)
-        return float(np.interp(clock_mhz, self._clocks, times))
+        values, beyond = phase.cells.read_one(phase.rows, row)
+        return _between(clock_mhz, self._known_mhz, self._extended(phase, values, beyond))
 
     def _correction(self, phase: _Phase) -> float:
         """The factor that the newer half of the window asks for, if it is real and helps."""
@@ -390,7 +463,7 @@ class EcoPred:
         Tens of milliseconds. `observe` asks for it by itself, in a thread where `background`.
         """
         phase = self._prefill if prefill else self._decode
-        return self._install(phase, self._boost(phase.trees, *self._snapshot(phase)))
+        return self._install(phase, self._boost(phase, *self._snapshot(phase)))
 
     @staticmethod
     def _snapshot(phase: _Phase) -> tuple[np.ndarray, np.ndarray, float]:
@@ -398,11 +471,12 @@ class EcoPred:
         return rows, np.log([seconds for _, seconds in phase.seen]), phase.log_factor
 
     def _boost(
-        self, trees: xgboost.Booster, rows: np.ndarray, logs: np.ndarray, drift: float
-    ) -> xgboost.Booster | None:
+        self, phase: _Phase, rows: np.ndarray, logs: np.ndarray, drift: float
+    ) -> _Boosted | None:
         """More rounds on the window less its drift; None unless a held-out quarter gains."""
         if len(rows) < 32:
             return None
+        trees = phase.trees
         # Every fourth observation judges, so that both parts see the same traffic.
         held = np.arange(len(rows)) % 4 == 3
         boosted = xgboost.train(
@@ -414,16 +488,18 @@ class EcoPred:
         truth = logs[held] - drift
         before = np.mean(np.abs(trees.inplace_predict(rows[held]) - truth))
         after = np.mean(np.abs(boosted.inplace_predict(rows[held]) - truth))
-        return boosted if after < 0.9 * before else None
+        if after >= 0.9 * before:
+            return None
+        return boosted, self._tabulate(boosted, phase.grid, phase.table_s.shape, True)
 
-    def _install(self, phase: _Phase, trees: xgboost.Booster | None) -> bool:
+    def _install(self, phase: _Phase, boosted: _Boosted | None) -> bool:
         """Puts boosted trees in force if the whole window is predicted better with them."""
-        if trees is None:
+        if boosted is None:
             phase.waits = min(2 * phase.waits, 32)
             return False
         old_table, old_trees, old_error = phase.table_s, phase.trees, _window_error(phase)
-        phase.trees = trees
-        phase.tabulate(self._tabulate(trees, phase.grid, old_table.shape, True))
+        phase.trees, table_s = boosted
+        phase.tabulate(table_s)
         self._restate(phase)
         if _window_error(phase) >= old_error:
             phase.trees = old_trees
@@ -508,6 +584,15 @@ class EcoPred:
         batch, kv, clock = np.meshgrid(batch_axis, kv_axis, self._clocks, indexing="ij")
         bucket = self._bucket_of[batch.astype(int)]
         return np.stack([axis.ravel() for axis in (batch, kv, bucket, clock)], axis=1)
+
+
+def _between(x: float, nodes: Sequence[float], values: Sequence[float]) -> float:
+    """Linear between nodes, level beyond them."""
+    at = bisect.bisect_right(nodes, x)
+    if at in (0, len(nodes)):
+        return values[0 if at == 0 else -1]
+    share = (x - nodes[at - 1]) / (nodes[at] - nodes[at - 1])
+    return values[at - 1] * (1.0 - share) + values[at] * share
 
 
 def _axis_within(axis: np.ndarray, seen: np.ndarray) -> np.ndarray:

@@ -26,11 +26,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LOOK_S = 0.005
+"""How often the watchdog looks up: no iteration is late sooner than `EcoFreqConfig.watchdog_s`."""
+QUIET_S = 0.5
+"""Time without a deadline after which it sleeps until there is one."""
+
 
 class Watchdog:
     """Calls `alarm` from a thread of its own once a deadline passes unless it is moved or lifted.
 
-    Setting a deadline costs one assignment and, if the thread sleeps, one wake-up.
+    While there is work the thread looks up every `LOOK_S`, so setting a deadline wakes nobody. One
+    set nearer than that may ring so much late.
     """
 
     def __init__(self, alarm: Callable[[], None], *, now_s: Callable[[], float]) -> None:
@@ -45,7 +51,8 @@ class Watchdog:
     def expect(self, deadline_s: float) -> None:
         """Something must be done by `deadline_s`."""
         self._deadline_s = deadline_s
-        self._wake.set()
+        if not self._wake.is_set():  # first after a long quiet
+            self._wake.set()
 
     def lift(self) -> None:
         """It was done."""
@@ -58,15 +65,23 @@ class Watchdog:
         self._thread.join(timeout=5.0)
 
     def _run(self) -> None:
+        quiet_s = 0.0
         while not self._stopped:
             deadline_s = self._deadline_s
             if deadline_s is None:
-                self._wake.wait()
-                self._wake.clear()
+                quiet_s += LOOK_S
+                if quiet_s > QUIET_S:
+                    self._wake.clear()
+                    if self._deadline_s is None and not self._stopped:
+                        self._wake.wait()
+                    quiet_s = 0.0
+                else:
+                    time.sleep(LOOK_S)
                 continue
+            quiet_s = 0.0
             left_s = deadline_s - self._now_s()
             if left_s > 0:
-                time.sleep(min(left_s, 0.05))
+                time.sleep(min(left_s, LOOK_S))
             elif self._deadline_s == deadline_s:  # neither moved nor lifted meanwhile
                 self._deadline_s = None
                 self._alarm()
@@ -114,7 +129,8 @@ class LiveGovernor:
         self._first_j = clocks.energy_j()
         self._ended_s = now_s()
         self._working = 0
-        self._watchdog = Watchdog(self._late, now_s=now_s)
+        # Where no clock can be set there is nothing to boost.
+        self._watchdog = Watchdog(self._late, now_s=now_s) if clocks.can_set else None
         warn_unmeetable(gpu, slo)
 
     @property
@@ -142,23 +158,25 @@ class LiveGovernor:
     ) -> None:
         self.inner.before_iteration(iteration, waiting, now_s)
         self._working += 1
-        if self._working == 1:
+        if self._watchdog is not None and self._working == 1:
             self._watchdog.expect(now_s + self.inner.patience_s(max(1, iteration.steps)))
 
     def after_iteration(self, iteration: "Iteration", latency_s: float, now_s: float) -> None:
-        self._watchdog.lift()
+        if self._watchdog is not None:
+            self._watchdog.lift()
         self._working -= 1
         self._ended_s = now_s
         self.inner.after_iteration(iteration, latency_s, now_s)
         power_w = self.clocks.power_w()
         if power_w is not None:
             share_energy(iteration, power_w * latency_s)
-        if self._working:  # the next one began when this one ended
+        if self._watchdog is not None and self._working:  # the next one began when this one ended
             self._watchdog.expect(now_s + self.inner.patience_s(1))
 
     def close(self) -> None:
         """Ends the watchdog and gives the clock back."""
-        self._watchdog.close()
+        if self._watchdog is not None:
+            self._watchdog.close()
         self.clocks.close()
 
     def _late(self) -> None:

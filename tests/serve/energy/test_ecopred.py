@@ -101,6 +101,14 @@ def test_more_load_is_never_faster(load, name, more):
     assert (after >= before * (1 - 1e-9)).all()
 
 
+@given(chosen=st.lists(loads | st.just(Load(7, 2, 3, 4, 50)), min_size=1, max_size=3))
+def test_few_loads_and_many_are_answered_alike(chosen):
+    few = FRESH.what_if(chosen, CLOCKS)
+    many = FRESH.what_if([*chosen, *[Load(batch=1)] * 20], CLOCKS)
+    for one, other in zip(few, many, strict=True):
+        assert one == pytest.approx(other[: len(chosen)])
+
+
 def test_mixed_iterations_cost_at_least_either_part():
     prefill = Load(prefill_tokens=1000, prefill_requests=2)
     decode = Load(batch=50, kv_tokens=20_000)
