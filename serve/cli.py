@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+import gc
 import importlib.util
 import logging
 import math
@@ -382,6 +383,9 @@ def _serve(app: fastapi.FastAPI, engine: Engine, listener: socket.socket, drain_
             timeout_graceful_shutdown=max(1, round(drain_s)),
         )
     )
+    # What is there now stays: looked through for garbage again and again, it would hold up tokens.
+    gc.collect()
+    gc.freeze()
     asyncio.run(server.serve(sockets=[listener]))
     if engine.failure is not None:
         raise RunError(engine.failure)

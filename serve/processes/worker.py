@@ -7,6 +7,7 @@ The process ends when the front says so or is gone.
 
 import contextlib
 import dataclasses
+import gc
 import json
 import logging
 import os
@@ -139,6 +140,10 @@ class Worker:
         config = dataclasses.asdict(instance.scheduler.config)
         process = f"{socket.gethostname()}:{os.getpid()}"
         self._send(["hello", spec.token, spec.name, config, instance.energy_method, process])
+        # What is there now stays: looked through for garbage again and again, it would hold up
+        # tokens.
+        gc.collect()
+        gc.freeze()
         instance.start()
         threading.Thread(target=self._pulse, name="pulse", daemon=True).start()
         compilation = BackgroundCompilation([instance])

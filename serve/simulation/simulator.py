@@ -61,6 +61,9 @@ class ClusterConfig:
     dispatch_s: float = 0.0
     """Where planning ahead: what the host takes before an iteration that nothing runs ahead of;
     else this hides behind the iteration before."""
+    plan_after_s: float = 0.0
+    """Where planning ahead: what the host takes from an iteration's end, to hand its tokens on and
+    so forth, until it plans anew; the iteration in flight runs meanwhile."""
     piece_buckets: tuple[int, ...] = ()
     """Where given, every piece of a prompt is a step of its own, padded to one of these lengths, as
     in this project's executor; else an iteration's prompts are one step without padding."""
@@ -361,7 +364,14 @@ class Simulator:
             if alarm_s < end_s:
                 self._push(alarm_s, self._overrun, instance, instance.version)
         if config.plan_ahead:
-            instance.planned = scheduler.next_iteration(now_s)
+            # Behind an iteration that nothing ran ahead of, there are no tokens to hand on first.
+            plan_s = now_s + (config.plan_after_s if ahead else 0.0)
+            self._push(plan_s, self._plan_next, instance, iteration)
+
+    def _plan_next(self, now_s: float, instance: SimInstance, running: Iteration) -> None:
+        """Plans what follows the iteration in flight."""
+        if instance.iteration is running:  # else it ended before its host was ready
+            instance.planned = instance.scheduler.next_iteration(now_s)
 
     def _loads(self, iteration: Iteration) -> tuple[Load, tuple[Load, ...]]:
         """The iteration's work: one step, and those behind it where pieces are steps apart."""

@@ -212,6 +212,10 @@ def test_the_engine_pads_each_piece_and_serves_newcomers_an_iteration_later():
     assert hidden.ttft_s[0] == pytest.approx(result.ttft_s[0] + 0.003)
     assert piece_s + 2 * step_s < hidden.ttft_s[1] < piece_s + 3 * step_s
     assert hidden.itl_s.max() == pytest.approx(result.itl_s.max(), rel=0.01)
+    # A host that plans anew only when the step in flight is nearly done knows of 1 a step earlier.
+    busy, _ = simulate(trace, **ENGINE, plan_after_s=0.98 * step_s)
+    assert piece_s + step_s < busy.ttft_s[1] < piece_s + 2 * step_s
+    assert busy.ttft_s[0] == result.ttft_s[0]
     # The token that 0 drew beside that prompt waited for it.
     assert result.itl_s.max() == pytest.approx(piece_s + step_s, rel=0.01)
 
