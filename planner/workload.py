@@ -4,14 +4,13 @@ Per block: products 2 FLOPs per parameter and token, causal attention 2 S N K fo
 full square), elementwise passes counted as bytes through memory, and the residuals that the
 backward pass needs when attention is fused (no scores kept):
 
-    residual = 2 bytes x tokens x (8 D + (2 N + 2 G) K + 6 F) + 4 N tokens
+    residual = 2 bytes x tokens x (4 D + (2 N + 2 G) K + 3 F) + 4 (N + 4) tokens
 
-for a SwiGLU decoder, as JAX differentiates it: of both norms the input in float32, the normalised
-input and the output; q, k, v, the attention's output and its log-sum-exp; gate, up, the gate's
-sigmoid, one less it, its silu, and silu times up. Selective recompute keeps its input and what
-products and attention made: 2 bytes x tokens x (2 D + (2 N + 2 G) K + 2 F) + 4 N tokens. What dL/dx
-leaves for dL/dw is the input of every product and norm and the cotangent of its output, 2 bytes x
-tokens x (8 D + (2 N + 2 G) K + 3 F).
+for a SwiGLU decoder, as `jaxsys.lowering` keeps it: input and output of both norms, and two sums;
+q, k, v, the attention's output and its log-sum-exp; gate, up, and silu(gate) up. Selective
+recompute keeps its input and what products and attention made: 2 bytes x tokens x
+(2 D + (2 N + 2 G) K + 2 F) + 4 N tokens. What dL/dx leaves for dL/dw is the input of every product
+and norm and the cotangent of its output, 2 bytes x tokens x (8 D + (2 N + 2 G) K + 3 F).
 
 Legend: S sequence length, D width, F feed-forward width, N query heads, G key/value heads, K head
 width, V vocabulary.
@@ -136,7 +135,7 @@ def llama_workload(
         + 2 * (heads + shared)  # rotary
         + 3 * c.intermediate_size  # silu(gate) * up
     )
-    residual = 8 * c.hidden_size + 2 * (heads + shared) + 6 * c.intermediate_size
+    residual = 4 * c.hidden_size + 2 * (heads + shared) + 3 * c.intermediate_size
     taps = 8 * c.hidden_size + 2 * (heads + shared) + 3 * c.intermediate_size
     selective = 2 * c.hidden_size + 2 * (heads + shared) + 2 * c.intermediate_size
     block = BlockWork(
@@ -144,7 +143,7 @@ def llama_workload(
         product_flops=2.0 * matrices * tokens,
         attention_flops=attention,
         elementwise_bytes=float(COMPUTE_BYTES * passes * tokens),
-        residual_bytes=float((COMPUTE_BYTES * residual + 4 * c.num_heads) * tokens),
+        residual_bytes=float((COMPUTE_BYTES * residual + 4 * (c.num_heads + 4)) * tokens),
         selective_bytes=float((COMPUTE_BYTES * selective + 4 * c.num_heads) * tokens),
         tap_bytes=float(COMPUTE_BYTES * taps * tokens),
     )

@@ -21,12 +21,15 @@ from jax import lax
 from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel, PyTree
 
-from .split import is_literal, split_backward
+from .jaxprs import inlined, run, slice_of, value_of
+from .residuals import what_to_keep
+from .split import split_backward
 
 Recompute = Literal["none", "selective", "block", "chunk"]
-"""What backward computes again. `none`: nothing. `selective`: all but products with weights and
-fused attention, that is norms, rotations and gates. `block`: each block from its input. `chunk`:
-the chunk from its input."""
+"""What backward computes again. `none`: only what elementwise operations make from what is kept,
+inside the kernels that use it. `selective`: all but products with weights and fused attention, that
+is norms, rotations and gates. `block`: each block from its input. `chunk`: the chunk from its
+input."""
 
 RECOMPUTE_POLICIES: tuple[Recompute, ...] = ("none", "selective", "block", "chunk")
 
@@ -126,47 +129,40 @@ def _saving_block(
 ) -> BlockProgram:
     structure: list[Any] = []
 
-    def run(weights, x, microbatch):
+    def both(weights, x, microbatch):
         y, vjp = jax.vjp(lambda w, v: block(w, v, microbatch), weights, x)
         leaves, treedef = jax.tree.flatten(vjp)
         structure[:] = [treedef]
         return y, leaves
 
-    closed = jax.make_jaxpr(run)(weights, x, microbatch)
-    outputs = closed.jaxpr.outvars[1:]
-    needs_x = _depends_on(closed.jaxpr, {len(jax.tree.leaves(weights))})
-    kept: list[int] = []  # the first leaf of each distinct residual that depends on x
-    position: dict[Any, int] = {}
-    for index, variable in enumerate(outputs):
-        if needs_x[index] and variable not in position:
-            position[variable] = len(kept)
-            kept.append(index)
-    treedef = structure[0]
+    closed = inlined(jax.make_jaxpr(both)(weights, x, microbatch))
+    jaxpr, (vjp,) = closed.jaxpr, structure
+    y, *leaves = jaxpr.outvars
+    before = len(jax.tree.leaves(weights))
+    inputs = jaxpr.invars
+    kept = what_to_keep(jaxpr, leaves, {*inputs[:before], *inputs[before + 1 :]})
+    remaking = slice_of(jaxpr, leaves, given=kept)
 
     def forward(weights, x, microbatch):
-        y, leaves = run(weights, x, microbatch)
-        return y, [leaves[index] for index in kept]
+        values = _named(closed, (weights, x, microbatch))
+        run(slice_of(jaxpr, [y, *kept]), values)
+        return value_of(y, values), [values[v] for v in kept]
 
     def backward(weights, residuals, dy, microbatch):
-        # What depends on weights alone does not see x; the rest of this forward is dead code.
-        _, leaves = run(weights, jnp.zeros(x.shape, x.dtype), microbatch)
-        filled = [
-            residuals[position[variable]] if needs_x[index] else leaves[index]
-            for index, variable in enumerate(outputs)
-        ]
-        return jax.tree.unflatten(treedef, filled)(dy)
+        values = _named(closed, (weights, x, microbatch))
+        del values[inputs[before]]
+        values.update(zip(kept, residuals, strict=True))
+        run(remaking, values)
+        return jax.tree.unflatten(vjp, [value_of(v, values) for v in leaves])(dy)
 
-    specs = [jax.ShapeDtypeStruct(outputs[i].aval.shape, outputs[i].aval.dtype) for i in kept]
+    specs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in kept]
     return BlockProgram(forward=forward, backward=backward, residuals=specs)
 
 
-def _depends_on(jaxpr: Any, inputs: set[int]) -> list[bool]:
-    """For each output but the first, whether it depends on the inputs at these positions."""
-    reached = {jaxpr.invars[i] for i in inputs}
-    for equation in jaxpr.eqns:
-        if any(not is_literal(v) and v in reached for v in equation.invars):
-            reached.update(equation.outvars)
-    return [not is_literal(v) and v in reached for v in jaxpr.outvars[1:]]
+def _named(closed: Any, arguments: tuple) -> dict[Any, Any]:
+    """A jaxpr's inputs and constants by variable."""
+    values = dict(zip(closed.jaxpr.invars, jax.tree.leaves(arguments), strict=True))
+    return values | dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,15 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.extend import core
 
 from jaxsys.layered import PyTree
 
-CALLS = ("pjit", "jit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call")
-"""Primitives that only call a jaxpr: written out, so that the split can go through them."""
-
-VIEWS = ("reshape", "transpose", "squeeze", "broadcast_in_dim", "expand_dims")
-"""Primitives that only rearrange: done again in W rather than kept as a second copy."""
+from .jaxprs import VIEWS, inlined, is_literal, run, slice_of, value_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,12 +35,12 @@ def split_backward(backward: Callable[..., tuple[PyTree, jax.Array]], *args: Any
         *args: shapes and dtypes of its arguments.
     """
     closed, shapes = jax.make_jaxpr(backward, return_shape=True)(*args)
-    closed = _inlined(closed)
+    closed = inlined(closed)
     jaxpr = closed.jaxpr
     structure = jax.tree.structure(shapes[0])
     *dw, dx = jaxpr.outvars
-    for_dx = _slice(jaxpr, [dx])
-    for_dw = [e for e in _slice(jaxpr, dw) if not any(e is other for other in for_dx)]
+    for_dx = slice_of(jaxpr, [dx])
+    for_dw = [e for e in slice_of(jaxpr, dw) if not any(e is other for other in for_dx)]
     made_by = {variable: e for e in jaxpr.eqns for variable in e.outvars}
     made_in_w = {variable for e in for_dw for variable in e.outvars}
 
@@ -72,71 +67,17 @@ def split_backward(backward: Callable[..., tuple[PyTree, jax.Array]], *args: Any
     def input_gradient(*args: Any) -> tuple[jax.Array, list[jax.Array]]:
         values = dict(zip(jaxpr.invars, jax.tree.leaves(args), strict=True))
         values.update(zip(jaxpr.constvars, closed.consts, strict=True))
-        _run(for_dx, values)
-        return _value(dx, values), [values[v] for v in taps]
+        run(for_dx, values)
+        return value_of(dx, values), [values[v] for v in taps]
 
     def weight_gradient(kept: list[jax.Array]) -> PyTree:
         values = dict(zip(taps, kept, strict=True))
         values.update(zip(jaxpr.constvars, closed.consts, strict=True))
-        _run(second, values)
-        return jax.tree.unflatten(structure, [_value(v, values) for v in dw])
+        run(second, values)
+        return jax.tree.unflatten(structure, [value_of(v, values) for v in dw])
 
     return SplitBackward(
         input_gradient=input_gradient,
         weight_gradient=weight_gradient,
         taps=[jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in taps],
     )
-
-
-def _inlined(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
-    def evaluate(jaxpr: Any, consts: Any, args: Any) -> list[Any]:
-        values = dict(zip(jaxpr.invars, args, strict=True))
-        values.update(zip(jaxpr.constvars, consts, strict=True))
-        for equation in jaxpr.eqns:
-            inner = equation.params.get("jaxpr") or equation.params.get("call_jaxpr")
-            if equation.primitive.name in CALLS and inner is not None:
-                inputs = [_value(v, values) for v in equation.invars]
-                body, inner_consts = (
-                    (inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, ())
-                )
-                outputs = evaluate(body, inner_consts, inputs)
-                values.update(zip(equation.outvars, outputs, strict=True))
-            else:
-                _run([equation], values)
-        return [_value(v, values) for v in jaxpr.outvars]
-
-    return jax.make_jaxpr(lambda *args: evaluate(closed.jaxpr, closed.consts, args))(
-        *closed.in_avals
-    )
-
-
-def _run(equations: list[Any], values: dict[Any, Any]) -> None:
-    for equation in equations:
-        inputs = [_value(v, values) for v in equation.invars]
-        bound = equation.primitive.get_bind_params(equation.params)
-        # A pair (functions, parameters) in some JAX releases, parameters alone in others.
-        functions, parameters = bound if isinstance(bound, tuple) else ((), bound)
-        outputs = equation.primitive.bind(*functions, *inputs, **parameters)
-        if not equation.primitive.multiple_results:
-            outputs = [outputs]
-        values.update(zip(equation.outvars, outputs, strict=True))
-
-
-def _slice(jaxpr: Any, outputs: list[Any]) -> list[Any]:
-    """The equations that the outputs depend on, in order."""
-    needed = {v for v in outputs if not is_literal(v)}
-    kept = []
-    for equation in reversed(jaxpr.eqns):
-        if any(v in needed for v in equation.outvars):
-            kept.append(equation)
-            needed.update(v for v in equation.invars if not is_literal(v))
-    return kept[::-1]
-
-
-def _value(variable: Any, values: dict[Any, Any]) -> Any:
-    return variable.val if is_literal(variable) else values[variable]
-
-
-def is_literal(variable: Any) -> bool:
-    """Whether what an equation reads is a constant written into it."""
-    return hasattr(variable, "val")
