@@ -1,9 +1,10 @@
 """What a step will hold on each device, from shapes alone, before anything is compiled.
 
-State at rest, gradients at rest, whole copies of the edge's parameters and their gradient, the most
-that the schedule has alive at any tick (its weights, sums, activations, residuals and taps, each
-of the size that the lowered block really keeps), and the larger of the head's residuals and what
-recompute brings back. Alternatives that would fit are looked for in the same way.
+State at rest, whole copies of the edge's parameters and the sums of their gradients, what the
+schedule has alive, and the most that one task holds while it runs. A lowered step keeps a buffer of
+slots for each kind of data (`jaxsys.lowering.tables`), the arrivals of a tick beside the slots that
+they land in, and a chunk's weight gradients before they are added; steps whose parameters rest in
+shards are written out, and hold what is alive. Alternatives that would fit are looked for alike.
 """
 
 from collections.abc import Iterator
@@ -20,9 +21,21 @@ from jaxsys.layered import LayeredModel, Parameters, PyTree
 from jaxsys.lowering import Recompute
 from jaxsys.lowering.programs import BlockProgram, block_program
 from jaxsys.lowering.split import split_backward
+from jaxsys.lowering.tables import Tables, build_tables
 from jaxsys.planner.costs import cut
-from jaxsys.planner.jaxpr_costs import residual_bytes
-from jaxsys.schedule import Costs, Link, Placement, Schedule, TaskKind, simulate
+from jaxsys.schedule import (
+    Block,
+    Costs,
+    Data,
+    Link,
+    MoveKind,
+    Placement,
+    Schedule,
+    TaskKind,
+    check,
+    simulate,
+)
+from jaxsys.train.liveness import peak_bytes
 
 ALTERNATIVES = ("1f1b", "weipipe-interleave", "zero-3")
 
@@ -42,6 +55,8 @@ class StepShape:
     compute_dtype: Any
     gradient_dtype: Any
     recompute: Recompute | tuple[Recompute, ...]
+    unroll: bool = False
+    """A chunk's layers are written out."""
 
     @property
     def policies(self) -> tuple[Recompute, ...]:
@@ -53,56 +68,117 @@ class StepShape:
 
 def step_bytes(step: StepShape) -> float:
     """The most that any device is predicted to hold."""
-    schedule, model = step.schedule, step.model
-    cast = lambda tree: jax.tree.map(lambda s: _cast(s, step.compute_dtype), tree)  # noqa: E731
-    edge = cast(step.parameters["edge"])
-    layer = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), cast(step.parameters["blocks"])
-    )
-    x = jax.eval_shape(model.embed, edge, step.microbatch)
+    schedule = step.schedule
+    work = _Work(step)
+    rest = step.state_bytes
+    if schedule.placement is not Placement.REPLICATED:
+        rest /= schedule.devices
+    edge = _bytes(work.edge) + work.edge_sums
+    if schedule.placement is Placement.SHARDED:
+        gradients = _bytes(step.parameters) / schedule.devices
+        alive = max(simulate(schedule, work.costs(), Link()).peak_bytes)
+        return rest + edge + gradients + alive + max(work.block, work.head)
+    tables = build_tables(schedule, check(schedule))
+    size = {data: work.most(data) for data in Data}
+    slots = sum(count * size[data] for (data, _), count in tables.slots.items())
+    if step.unroll and tables.slots[Data.RESIDUAL, ""] > 1:
+        slots += size[Data.RESIDUAL]  # a slot's layers are leaves of their own, copied in and out
+    if schedule.placement is Placement.REPLICATED and schedule.chunks > 1:
+        slots += schedule.chunks * size[Data.GRADIENT]  # of all chunks, summed over the devices
+    # The loop over layers stacks a chunk's weight gradients onto zeros of the same size.
+    gradients = 2 * size[Data.WEIGHT]
+    in_block = gradients + _in_flight(tables, size) + work.block
+    # The loss comes before, and arrivals after it; its branch returns sums beside those it was
+    # given, and the zeros are there all step long.
+    in_head = size[Data.WEIGHT] + work.edge_sums + work.head
+    return rest + edge + slots + max(in_block, in_head)
 
-    def program(policy: Recompute) -> BlockProgram:
-        inner = "none" if policy == "chunk" else policy
-        return block_program(model, layer, x, step.microbatch, inner)
 
-    policies = step.policies
-    programs = {policy: program(policy) for policy in dict.fromkeys(policies)}
-    programs["none"] = programs.get("none") or program("none")
-    kept = {policy: _bytes(found.residuals) for policy, found in programs.items()}
-    parts = cut(model.layers, schedule.chunks)
-    taps = 0.0
-    if any(task.kind is TaskKind.INPUT_GRADIENT for task in schedule.tasks):
-        found = programs[policies[0]]
-        halves = split_backward(found.backward, layer, found.residuals, x, step.microbatch)
-        taps = _bytes(halves.taps)
-    residuals = [
-        _bytes(x) if policies[part[0]] == "chunk" else sum(kept[policies[i]] for i in part)
-        for part in parts
-    ]
-    again = {"none": 0, "selective": 1, "block": 1, "chunk": max(len(part) for part in parts)}
-    work = max(again[policy] * kept["none"] for policy in policies)
-    head = residual_bytes(
-        lambda given, microbatch: model.head_loss(given[0], given[1], microbatch)[0],
-        (edge, x),
-        step.microbatch,
+def _in_flight(tables: Tables, size: dict[Data, float]) -> float:
+    """What arrives in a tick, and what is read out of or put into buffers of several slots."""
+    several = {key for key, count in tables.slots.items() if count > 1}
+    arrivals = max(
+        sum(
+            size[group.source[0]] * (2 if group.source in several else 1)
+            for group in tick.groups
+            if group.kind is MoveKind.PERMUTE
+        )
+        for segment in tables.segments
+        for tick in segment.period
     )
-    costs = Costs(
-        forward_s=0.0,
-        backward_s=0.0,
-        weight_bytes=[len(part) * _bytes(layer) for part in parts],
-        gradient_bytes=[len(part) * _bytes(layer, step.gradient_dtype) for part in parts],
-        activation_bytes=_bytes(x),
-        residual_bytes=residuals,
-        tap_bytes=[len(part) * taps for part in parts],
-    )
-    share = 1 if schedule.placement is Placement.REPLICATED else schedule.devices
-    return (
-        (step.state_bytes + _bytes(step.parameters)) / share
-        + _bytes(edge)
-        + _bytes(edge, step.gradient_dtype)
-        + max(simulate(schedule, costs, Link()).peak_bytes)
-        + max(head, work)
-    )
+    used = sum(size[key[0]] for key in several if key[0] in (Data.WEIGHT, Data.GRADIENT))
+    return arrivals + used
+
+
+class _Work:
+    """Sizes of what tasks read, write and hold."""
+
+    def __init__(self, step: StepShape) -> None:
+        self.step, model = step, step.model
+        cast = lambda tree: jax.tree.map(lambda s: _cast(s, step.compute_dtype), tree)  # noqa: E731
+        self.edge = cast(step.parameters["edge"])
+        self.edge_sums = _bytes(self.edge, step.gradient_dtype)
+        self.layer = jax.tree.map(
+            lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), cast(step.parameters["blocks"])
+        )
+        microbatch = step.microbatch
+        self.x = x = jax.eval_shape(model.embed, self.edge, microbatch)
+        self.parts = cut(model.layers, step.schedule.chunks)
+        policies = dict.fromkeys(step.policies)
+        programs = {policy: self.program(policy) for policy in policies}
+        self.kept = {policy: _bytes(found.residuals) for policy, found in programs.items()}
+
+        def block(policy: Recompute) -> float:
+            found = programs[policy]
+            layer = peak_bytes(found.backward, self.layer, found.residuals, x, microbatch)
+            # Of a chunk that is computed again all its layers' residuals are there by then.
+            again = max(len(part) for part in self.parts) if policy == "chunk" else 0
+            return layer + again * self.kept[policy]
+
+        def head(edge: PyTree, x: jax.Array, microbatch: PyTree) -> PyTree:
+            loss, pull, _ = jax.vjp(
+                lambda *at: model.head_loss(*at, microbatch), edge, x, has_aux=True
+            )
+            return pull(jnp.ones_like(loss))
+
+        self.block = max(block(policy) for policy in policies)
+        self.head = peak_bytes(head, self.edge, x, microbatch)
+        self.taps = 0.0
+        if any(task.kind is TaskKind.INPUT_GRADIENT for task in step.schedule.tasks):
+            found = programs[step.policies[0]]
+            halves = split_backward(found.backward, self.layer, found.residuals, x, microbatch)
+            self.taps = _bytes(halves.taps)
+
+    def program(self, policy: Recompute) -> BlockProgram:
+        step, inner = self.step, "none" if policy == "chunk" else policy
+        return block_program(step.model, self.layer, self.x, step.microbatch, inner)
+
+    def costs(self) -> Costs:
+        """Bytes of each chunk's data."""
+        policies = self.step.policies
+        return Costs(
+            forward_s=0.0,
+            backward_s=0.0,
+            weight_bytes=[len(part) * _bytes(self.layer) for part in self.parts],
+            gradient_bytes=[
+                len(part) * _bytes(self.layer, self.step.gradient_dtype) for part in self.parts
+            ],
+            activation_bytes=_bytes(self.x),
+            residual_bytes=[
+                _bytes(self.x)
+                if policies[part[0]] == "chunk"
+                else sum(self.kept[policies[i]] for i in part)
+                for part in self.parts
+            ],
+            tap_bytes=[len(part) * self.taps for part in self.parts],
+        )
+
+    def most(self, data: Data) -> float:
+        """Bytes of a kind of data, of the largest chunk."""
+        costs = self.costs()
+        return max(
+            costs.block_bytes(Block(data=data, chunk=chunk)) for chunk in range(len(self.parts))
+        )
 
 
 def check_fits(step: StepShape, limit_bytes: float) -> None:

@@ -127,6 +127,7 @@ class Trainer:
         self.non_finite: NonFinite = non_finite
         self.position = 0
         self._settings = {"clip_norm": clip_norm, **(settings or {})}
+        self.unroll = unroll
         self._lowered = lower(
             self.schedule,
             model,
@@ -382,6 +383,7 @@ class Trainer:
                     compute_dtype=self.compute_dtype,
                     gradient_dtype=self._lowered.gradient_dtype,
                     recompute=self.recompute,
+                    unroll=self.unroll,
                 ),
                 limit,
             )

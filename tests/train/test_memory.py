@@ -4,6 +4,8 @@ import math
 import time
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -12,6 +14,7 @@ from jaxsys.errors import UsageError
 from jaxsys.lowering import Recompute
 from jaxsys.model import initial_parameters, layered, preset
 from jaxsys.train import Trainer
+from jaxsys.train.liveness import peak_bytes
 
 TOKENS = 64
 
@@ -35,9 +38,9 @@ def batch(rows: int = 4, size: int = 8):
 
 
 def test_refused_before_compiling_with_what_would_fit():
-    trainer = trainer_of("dp", memory_gib=0.1)
+    trainer = trainer_of("dp", memory_gib=0.07)
     start = time.monotonic()
-    with pytest.raises(UsageError, match="predicted to need 0.* of 0.1 GiB") as caught:
+    with pytest.raises(UsageError, match="predicted to need 0.* of 0.07 GiB") as caught:
         trainer.step(batch())
     assert time.monotonic() - start < 20
     text = str(caught.value)
@@ -45,7 +48,7 @@ def test_refused_before_compiling_with_what_would_fit():
     assert "go on anyway with memory_gib=inf" in text
     # And what is named is let through to the compiler.
     name = text.split("what would fit: recompute ")[1].split()[0]
-    lean = trainer_of("dp", memory_gib=0.1, recompute="block" if name == "block" else "selective")
+    lean = trainer_of("dp", memory_gib=0.07, recompute="block" if name == "block" else "selective")
     lean._check_memory(lean.place(batch()))
 
 
@@ -58,11 +61,24 @@ def test_nothing_would_fit_and_going_on_anyway():
     trainer._check_memory(trainer.place(batch()))
 
 
+def test_what_a_function_holds():
+    wide = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    size = 64 * 64 * 4
+    # Elementwise: inside the kernel of the sum, or in the place of the product that it reads.
+    assert peak_bytes(lambda a: jnp.sum(jnp.tanh(a) * 2.0), wide) == 4
+    assert peak_bytes(lambda a: jnp.tanh(a @ a).T, wide) == size
+    assert peak_bytes(lambda a: jnp.tanh(a @ a) @ a, wide) == 2 * size
+    # Both factors of the last product, and the product.
+    assert peak_bytes(lambda a: (a @ a) @ (a.T @ a), wide) == 3 * size
+    # A loop's result takes the place of what it began with; its body holds a product beside it.
+    loop = lambda a: jax.lax.scan(lambda c, _: (jnp.sin(c @ a), None), a @ a, length=9)[0]  # noqa: E731
+    assert peak_bytes(loop, wide) == 2 * size
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["selective", "block"])
 @pytest.mark.parametrize("name", ["dp", "1f1b", "weipipe-interleave", "zero-3"])
 def test_prediction_is_near_what_the_compiler_allocates(name, recompute):
-    """XLA on CPU keeps buffers of slots twice in places: up to half as much again."""
     trainer = trainer_of(name, recompute=recompute)
     placed = trainer.place(batch())
     step: Any = trainer._step
@@ -73,7 +89,7 @@ def test_prediction_is_near_what_the_compiler_allocates(name, recompute):
         + analysis.output_size_in_bytes
         - analysis.alias_size_in_bytes
     ) / 2**30
-    for limit, fits in ((taken / 2, False), (taken * 1.5, True)):
+    for limit, fits in ((taken * 0.8, False), (taken * 1.25, True)):
         limited = trainer_of(name, memory_gib=limit, recompute=recompute)
         if fits:
             limited._check_memory(limited.place(batch()))

@@ -1,0 +1,98 @@
+"""How much a function holds at once, from its jaxpr: what is made, and until when it is read.
+
+Elementwise operations are free where only such read them: a compiler makes their results inside
+the kernels that use them, so what they are made from is held until then instead. Arguments are not
+counted, and what is read for the last time by a loop or an elementwise operation gives its place to
+the result.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.extend import core
+
+from jaxsys.lowering.jaxprs import VIEWS, inlined, is_literal
+from jaxsys.lowering.residuals import ELEMENTWISE
+
+LOOPS = ("scan", "while")
+
+
+def peak_bytes(function: Callable[..., Any], *args: Any) -> float:
+    """The most that `function` holds besides its arguments, results included.
+
+    Args:
+        function: a traceable function.
+        *args: arrays, or shapes and dtypes.
+    """
+    return float(_peak(inlined(jax.make_jaxpr(function)(*args)).jaxpr))
+
+
+def _peak(jaxpr: Any) -> int:
+    kernels = _kernels(jaxpr)
+    last = {v: index for index, (_, read) in enumerate(kernels) for v in read}
+    last |= dict.fromkeys(_results(jaxpr, kernels), len(kernels))
+    held: dict[Any, int] = {}
+    most = 0
+    for index, (equation, read) in enumerate(kernels):
+        dying = [v for v in read if last[v] == index and v in held]
+        if equation.primitive.name in ELEMENTWISE or equation.primitive.name in LOOPS:
+            for variable in dying:
+                del held[variable]
+        held |= {v: _bytes(v) for v in equation.outvars}
+        inside = max((_peak(body) for body in _bodies(equation)), default=0)
+        most = max(most, sum(held.values()) + inside)
+        for variable in [*dying, *equation.outvars]:
+            if last.get(variable, index) <= index:
+                held.pop(variable, None)
+    return most
+
+
+def _kernels(jaxpr: Any) -> list[tuple[Any, set[Any]]]:
+    """The equations whose results are written to memory, and the written values that they read."""
+    written = {v for v in jaxpr.outvars if not is_literal(v)}
+    for equation in reversed(jaxpr.eqns):
+        name = equation.primitive.name
+        passes_on = name in VIEWS and any(v in written for v in equation.outvars)
+        fuses = name in ELEMENTWISE or name in VIEWS or name.startswith("reduce_")
+        if passes_on or not fuses:
+            written.update(v for v in equation.invars if not is_literal(v))
+    made_from: dict[Any, set[Any]] = {v: {v} for v in [*jaxpr.invars, *jaxpr.constvars]}
+    kernels = []
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        read: set[Any] = set().union(*(made_from[v] for v in equation.invars if not is_literal(v)))
+        inside = name in ELEMENTWISE and not any(v in written for v in equation.outvars)
+        if name in VIEWS or inside:
+            made_from |= dict.fromkeys(equation.outvars, read)
+        else:
+            made_from |= {v: {v} for v in equation.outvars}
+            kernels.append((equation, read))
+    return kernels
+
+
+def _results(jaxpr: Any, kernels: list[tuple[Any, set[Any]]]) -> set[Any]:
+    """The written values that the jaxpr returns, views of them included."""
+    makers = {v: e for e in jaxpr.eqns for v in e.outvars}
+    written = {v for equation, _ in kernels for v in equation.outvars}
+    found = set()
+    for variable in jaxpr.outvars:
+        while not is_literal(variable) and variable not in written and variable in makers:
+            variable = makers[variable].invars[0]
+        if not is_literal(variable):
+            found.add(variable)
+    return found
+
+
+def _bodies(equation: Any) -> Iterator[Any]:
+    for value in equation.params.values():
+        for one in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(one, core.Jaxpr):
+                one = core.ClosedJaxpr(one, ())
+            if isinstance(one, core.ClosedJaxpr):
+                yield inlined(one).jaxpr
+
+
+def _bytes(variable: Any) -> int:
+    return math.prod(variable.aval.shape) * variable.aval.dtype.itemsize
