@@ -459,7 +459,8 @@ class _Run:
         value = jax.tree.map(lambda v: v.astype(jnp.float32), value)
         reduced = self.state.reduced
         there = reduced.get(chunk)
-        reduced[chunk] = value if there is None else jax.tree.map(jnp.add, there, value)
+        # Added here and now: XLA would put it off, and hold what every reduction has brought.
+        reduced[chunk] = self.tie(value if there is None else jax.tree.map(jnp.add, there, value))
 
     def nothing_reduced(self) -> dict[int, PyTree]:
         """Zeros in the place of every chunk's reduced sum."""

@@ -279,7 +279,7 @@ def test_every_mixture_of_lifetimes_makes_a_loop():
 @pytest.mark.parametrize("turns", [2, LOOPED])
 def test_keeping_weights_makes_no_new_peak_where_the_condition_holds(turns):
     """A >= W: residuals of 3 x 256 floats a row against weights of 2 x 2 x 256 x 256."""
-    rows = 512  # A = 512 * 4 * 256 * 4 bytes = 2 MiB, W = 1 MiB
+    rows = 1024  # A = 1024 * 3 * 256 * 4 bytes = 3 MiB, W = 1 MiB
     plain = temporary_bytes(zero.zero_3, rows=rows, turns=turns)
     assert temporary_bytes(zero.zero_3_5, rows=rows, turns=turns) <= plain
 
