@@ -52,7 +52,8 @@ class ChunkProgram:
     forward: Callable[..., tuple[jax.Array, PyTree]]
     """(weights, x, microbatch, buffer, slot, first_layer) -> (y, buffer)."""
     backward: Callable[..., tuple[PyTree, jax.Array, PyTree]]
-    """(weights, buffer, slot, dy, microbatch, first_layer) -> (dweights, dx, buffer)."""
+    """(weights, buffer, slot, dy, microbatch, first_layer) -> (dweights, dx, buffer). Where
+    layers are written out, dweights are a list of theirs; else stacked as weights are."""
     residuals: list[jax.ShapeDtypeStruct]
     """What one slot holds, [K, ...] each."""
     empty_residuals: Callable[[int], PyTree]
@@ -237,7 +238,10 @@ def chunk_program(
         return lax.cond(first_layer + index < model.layers, run, skip) if padded else run()
 
     def loop(body, carry, weights, *, reverse=False):
-        """`body(carry, layer index, weights) -> (carry, output)` over the layers."""
+        """`body(carry, layer index, weights) -> (carry, output)` over the layers.
+
+        Outputs are stacked, or a list where layers are written out.
+        """
         if not unroll:
             scanned = (jnp.arange(layers), weights)
             return lax.scan(lambda c, s: body(c, *s), carry, scanned, reverse=reverse)
@@ -245,7 +249,7 @@ def chunk_program(
         for index in reversed(range(layers)) if reverse else range(layers):
             w = jax.tree.map(lambda p, i=index: p[i], weights)
             carry, outputs[index] = body(carry, index, w)
-        return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+        return carry, outputs
 
     def forward(weights, x, microbatch, buffer, slot, first_layer):
         def layer(carry, index, w):

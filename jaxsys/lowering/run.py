@@ -324,7 +324,7 @@ class Run:
             weights = _read(state.buffers[lane], slots[lane], cell[f"{kind}.in.weight"])
 
             def skip(*carried):
-                return (*carried, jax.tree.map(jnp.zeros_like, weights) if whole else None)
+                return (*carried, self.no_gradient(weights) if whole else None)
 
             outcome = lax.cond(cell[f"{kind}.valid"] == 1, run, skip, *carried)
         # The residuals are read by now: forward may write the slot that this frees.
@@ -364,6 +364,13 @@ class Run:
         gradient, taps = lax.optimization_barrier(outcome)
         return _replace(state, buffers={**state.buffers, key: taps}), gradient
 
+    def no_gradient(self, weights: PyTree) -> PyTree:
+        """What `backward` of the program returns for these weights, zero."""
+        if not self.lowered.unroll:
+            return jax.tree.map(jnp.zeros_like, weights)
+        layer = jax.tree.map(lambda w: jnp.zeros(w.shape[1:], w.dtype), weights)
+        return [layer] * self.lowered.chunk_layers
+
     def contribute(self, kind: TaskKind, gradient: PyTree, cell: "_Cells", state: _State) -> _State:
         """Adds a task's weight gradient to the accumulator that is here at the end of the tick."""
         key = (Data.GRADIENT, "")
@@ -371,11 +378,22 @@ class Run:
         slot = cell[f"{kind}.out.gradient"]
         fresh = cell[f"{kind}.fresh"] == 1
         there = _read(state.buffers[key], count, slot)
-        total = jax.tree.map(
-            lambda old, new: jnp.where(fresh, jnp.zeros_like(old), old) + new.astype(old.dtype),
-            there,
-            gradient,
-        )
+
+        def added(old: jax.Array, new: jax.Array) -> jax.Array:
+            return jnp.where(fresh, jnp.zeros_like(old), old) + new.astype(old.dtype)
+
+        if self.lowered.unroll:  # in place, layer by layer: stacking them first is a second pass
+            total = there
+            for layer, part in enumerate(gradient):
+                total = jax.tree.map(
+                    lambda sums, new, i=layer: lax.dynamic_update_index_in_dim(
+                        sums, added(sums[i], new), i, 0
+                    ),
+                    total,
+                    part,
+                )
+        else:
+            total = jax.tree.map(added, there, gradient)
         buffers = {**state.buffers, key: _write(state.buffers[key], count, slot, total, None)}
         return _replace(state, buffers=buffers)
 

@@ -185,6 +185,17 @@ def test_split_backward_changes_no_value(layers, recompute):
     assert_matches_reference(schedule, layers, recompute=recompute)
 
 
+@pytest.mark.parametrize("name", ["interleave", "1f1b", "split"])
+def test_written_out_layers_change_no_value(name):
+    """Each adds its gradient to a stacked sum of its own; 1F1B has devices with nothing to add."""
+    schedule = {
+        "interleave": interleave(2, 4),
+        "1f1b": one_f_one_b(2, 4),
+        "split": with_late_weight_gradients(one_f_one_b(2, 4)),
+    }[name]
+    assert_matches_reference(schedule, 4, recompute="none", unroll=True)
+
+
 def test_taps_hold_no_weights():
     model, parameters = small_model(2)
     one = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape[1:], p.dtype), parameters["blocks"])
