@@ -20,6 +20,7 @@ better.
 import bisect
 import itertools
 import math
+import operator
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -157,14 +158,15 @@ class _Grid:
             share = max(0.0, (value - nodes[at]) / (nodes[at + 1] - nodes[at]))
             inner = min(share, 1.0)
             first += at * stride
-            if inner:
+            if inner == 1.0:
+                first += stride
+            elif inner:
                 upper = [(weight * inner, place + stride) for weight, place in corners]
                 corners = [(w * (1.0 - inner), place) for w, place in corners] + upper
             beyond.append(share - inner)
-        values = [0.0] * len(rows[0])
-        for weight, place in corners:
-            if weight:
-                values = [v + weight * x for v, x in zip(values, rows[first + place], strict=True)]
+        weights = [weight for weight, _ in corners]
+        columns = zip(*(rows[first + place] for _, place in corners), strict=True)
+        values = [sum(map(operator.mul, weights, column)) for column in columns]
         return values, beyond
 
 
