@@ -68,9 +68,10 @@ def main(argv: Sequence[str], prog: str) -> int:
     sequence_length = options.sequence_length
     if sequence_length is None:
         sequence_length = min(8192, config.max_positions)
-    microbatches = options.microbatches
-    if microbatches is None:
-        microbatches = 8 * options.devices
+    # What was asked for is kept; a search is free to choose what was not.
+    free = options.microbatches is None and options.microbatch_size is None
+    microbatches = 8 * options.devices if options.microbatches is None else options.microbatches
+    size = 1 if options.microbatch_size is None else options.microbatch_size
     for path in (options.json, options.plan, options.schedule, options.trace, options.png):
         if path is not None:
             refuse_to_overwrite(path)
@@ -82,7 +83,7 @@ def main(argv: Sequence[str], prog: str) -> int:
             options.model, config, sequence_length=sequence_length, microbatch_size=size
         )
 
-    workload = workload_of(options.microbatch_size)
+    workload = workload_of(size)
     comparison = compare(
         workload,
         cluster,
@@ -94,19 +95,19 @@ def main(argv: Sequence[str], prog: str) -> int:
     problem = Problem(
         workload_of=workload_of,
         cluster=cluster,
-        batch=microbatches * options.microbatch_size,
+        batch=microbatches * size,
         memory_bytes=comparison.memory_bytes,
         precision=precision,
     )
     searching = options.search or options.plan is not None
     if not searching:
-        space = Space.of(problem, microbatch_sizes=[options.microbatch_size]).split("features", 1)
+        space = Space.of(problem, microbatch_sizes=[size]).split("features", 1)
         glance = search(space, effort=replace(EFFORT, time_s=GLANCE_S), progress=_progress)
         comparison = with_found(comparison, problem, glance)
     _show("")
     print(
         f"{options.model}: {workload.parameters / 1e9:.2f} B parameters, {workload.layers} layers; "
-        f"{cluster}; a step is {microbatches} microbatches of {options.microbatch_size} x "
+        f"{cluster}; a step is {microbatches} microbatches of {size} x "
         f"{sequence_length} tokens; limit {comparison.memory_bytes / GIB:.1f} GiB per device\n"
     )
     print(report.table(comparison))
@@ -120,7 +121,7 @@ def main(argv: Sequence[str], prog: str) -> int:
         "node_devices": options.node_devices,
         "node_link": options.node_link,
         "sequence_length": sequence_length,
-        "microbatch_size": options.microbatch_size,
+        "microbatch_size": size,
         "microbatches": microbatches,
         "gradients": options.gradients,
     }
@@ -130,7 +131,14 @@ def main(argv: Sequence[str], prog: str) -> int:
         )
         print(f"wrote {options.json}")
     if searching:
-        found = _search(problem, options.search_seconds, to_run=options.plan is not None)
+        space = Space.of(problem, microbatch_sizes=None if free else [size])
+        found = _search(space, options.search_seconds, to_run=options.plan is not None)
+        if found.plan.microbatch_size != size:
+            print(
+                f"\nIt takes microbatches of {found.plan.microbatch_size} sequences, and so "
+                f"{problem.batch // found.plan.microbatch_size} of them; --microbatch-size {size} "
+                "would keep the table's"
+            )
         if options.plan is not None:
             found_plan = plan_file(problem, found, request=request)
             write_whole(options.plan, json.dumps(found_plan, indent=1) + "\n")
@@ -154,9 +162,9 @@ def main(argv: Sequence[str], prog: str) -> int:
     return 0
 
 
-def _search(problem: Problem, time_s: float, *, to_run: bool) -> Found:
+def _search(space: Space, time_s: float, *, to_run: bool) -> Found:
     """Searches with a line of progress, and prints what is found and why."""
-    space = Space.of(problem)
+    problem = space.problem
     if to_run:
         space = space.split("features", 1)
     result = search(space, effort=replace(EFFORT, time_s=time_s), progress=_progress)
@@ -240,7 +248,12 @@ def parser(prog: str) -> argparse.ArgumentParser:
     add("--link", default="nvlink", help=f"one of {', '.join(hardware.LINKS)}")
     add("--device", default="h100", help=f"one of {', '.join(hardware.DEVICES)}")
     add("--sequence-length", type=int, help="tokens of a sequence (default: 8192 or the model's)")
-    add("--microbatch-size", type=int, default=1, help="sequences of a microbatch (default: 1)")
+    add(
+        "--microbatch-size",
+        type=int,
+        help="sequences of a microbatch (default: 1; a search chooses from 1, 2, 4 and 8 for the "
+        "same batch if neither this nor --microbatches is given)",
+    )
     add("--microbatches", type=int, help="of a step, over all devices (default: 8 per device)")
     add(
         "--memory-gib",

@@ -248,10 +248,17 @@ def schedule_costs(
         )
         for block, policy in zip(workload.blocks, policies, strict=True)
     ]
-    parts = cut(workload.layers, schedule.chunks)
+    # Layers of a stage or ring are stacked in chunks of one length, at rest and in motion; those
+    # that the last chunks lack take room and no time.
+    alike = placement is not Placement.SHARDED
+    parts = (full_chunks if alike else cut)(workload.layers, schedule.chunks)
+    spare = len(parts[0]) if alike else 0
 
     def total(field: str) -> tuple[float, ...]:
-        return tuple(sum(getattr(costs[i], field) for i in part) for part in parts)
+        found = [[getattr(costs[i], field) for i in part] for part in parts]
+        largest = max(getattr(cost, field) for cost in costs)
+        empty = largest if field.endswith("_bytes") else 0.0
+        return tuple(sum(row) + empty * max(0, spare - len(row)) for row in found)
 
     around = frame(
         workload,
@@ -263,6 +270,11 @@ def schedule_costs(
         split=split,
     )
     static = around.rest_bytes + around.edge_bytes
+    padding = spare * len(parts) - workload.layers if placement is Placement.OWNER else 0
+    if padding > 0:
+        largest = max(block.parameters for block in workload.blocks)
+        state_share = devices * (split.replicas if split.replicas_share_state else 1)
+        static += precision.rest_bytes * padding * largest / split.features / state_share
     if placement is Placement.SHARDED:
         turns = schedule.microbatches // devices
         counts = Counter((move.kind, move.block.chunk) for move in schedule.moves)
@@ -319,6 +331,16 @@ def shard_bytes(
     """
     held = weight_bytes / devices if gathers > 1 else 0.0
     return held + (gradient_bytes / devices if reductions == turns else 0.0)
+
+
+def full_chunks(layers: int, chunks: int) -> list[Sequence[int]]:
+    """Layer numbers of each chunk where all but the last are as long as any, as stages run them.
+
+    Raises:
+        UsageError: if there are more chunks than layers.
+    """
+    length = max(len(part) for part in cut(layers, chunks))
+    return [range(min(layers, c * length), min(layers, (c + 1) * length)) for c in range(chunks)]
 
 
 def cut(layers: int, chunks: int) -> list[Sequence[int]]:

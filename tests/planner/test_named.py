@@ -3,14 +3,18 @@
 import dataclasses
 import json
 
+import jax
 import pytest
 
 from jaxsys.cli import main
 from jaxsys.errors import UsageError
 from jaxsys.hardware import LinkSpec, device, link
+from jaxsys.lowering import lower
+from jaxsys.mesh import make_mesh
+from jaxsys.model import abstract_parameters, layered
 from jaxsys.model.config import preset
 from jaxsys.planner.cluster import Cluster
-from jaxsys.planner.costs import Precision, cut, schedule_costs
+from jaxsys.planner.costs import Precision, cut, full_chunks, schedule_costs
 from jaxsys.planner.files import load_plan, plan_file
 from jaxsys.planner.named import best_that_runs, compare, strategies, with_found
 from jaxsys.planner.plans import Plan, Residual, data_parallel_plan
@@ -119,11 +123,13 @@ def test_a_slower_link_never_speeds_up_and_bytes_do_not_change():
 
 
 def test_a_rule_that_refuses_many_is_said_once():
-    workload = llama_workload("t", preset("tiny"), sequence_length=64, microbatch_size=1)
-    with pytest.raises(UsageError, match="no strategy is legal here: dp, zero-1") as refused:
+    config = dataclasses.replace(preset("tiny"), num_layers=2)
+    workload = llama_workload("t", config, sequence_length=64, microbatch_size=1)
+    with pytest.raises(UsageError, match="no strategy is legal here: dp, ") as refused:
         compare(workload, cluster("nvlink", 3), microbatches=4)
     text = str(refused.value)
-    assert text.count("must divide layers") == text.count("must be a positive multiple") == 1
+    more = text.count("chunks=3 are more than layers=2")
+    assert more == text.count("must be a positive multiple") == 1
 
 
 def test_recompute_is_taken_only_where_memory_asks_for_it():
@@ -138,8 +144,29 @@ def test_recompute_is_taken_only_where_memory_asks_for_it():
     assert zero_3.fits
 
 
+def test_stages_that_do_not_divide_the_layers_are_costed_as_they_run():
+    """7 layers on 4 devices: chunks of 2, 2, 2 and 1, with room for 2 each."""
+    config = dataclasses.replace(preset("tiny"), num_layers=7)
+    workload = llama_workload("t", config, sequence_length=64, microbatch_size=1)
+    schedule = strategies(workload, 4, 8)["1f1b"]()
+    here = cluster("nvlink", 4)
+    costs = schedule_costs(
+        workload, here.device, here.group(4), schedule=schedule, precision=PAPER, recompute="none"
+    )
+    assert costs.forward_s[3] == pytest.approx(costs.forward_s[0] / 2)
+    step = lower(schedule, layered(config), make_mesh(4, devices=jax.devices()[:4]))
+    rest = jax.eval_shape(step.to_rest, abstract_parameters(config))
+    held = sum(leaf.size for leaf in jax.tree.leaves(rest["blocks"])) / 4
+    assert costs.weight_bytes == (2 * held,) * 4
+    embedding = workload.edge.parameters / 4
+    assert costs.static_bytes == pytest.approx(
+        12 * (held + embedding) + 4 * workload.edge.parameters + workload.edge.workspace_bytes
+    )
+
+
 def test_cut_covers_the_layers_in_order():
     assert [list(part) for part in cut(7, 3)] == [[0, 1, 2], [3, 4], [5, 6]]
+    assert [list(part) for part in full_chunks(6, 4)] == [[0, 1], [2, 3], [4, 5], []]
     with pytest.raises(UsageError, match="chunks=8"):
         cut(7, 8)
 
@@ -267,6 +294,7 @@ def test_search_on_the_command_line_writes_all_its_files(tmp_path, capsys):
     assert "from data parallelism" in text
     problem_free = load_plan(files["plan"])
     assert problem_free.devices == 4
+    assert problem_free.microbatch_size == 1  # that follows from what was asked for
     schedule = Schedule.from_json(files["schedule"].read_text())
     check(schedule)
     assert json.loads(files["trace"].read_text())["otherData"]["schedule"] == schedule.name
