@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import numpy as np
 import pytest
 
 from jaxsys.cli import main
@@ -153,7 +154,8 @@ def test_stages_that_do_not_divide_the_layers_are_costed_as_they_run():
     costs = schedule_costs(
         workload, here.device, here.group(4), schedule=schedule, precision=PAPER, recompute="none"
     )
-    assert costs.forward_s[3] == pytest.approx(costs.forward_s[0] / 2)
+    first, *_, last = np.array(costs.forward_s)
+    assert last == pytest.approx(first / 2)
     step = lower(schedule, layered(config), make_mesh(4, devices=jax.devices()[:4]))
     rest = jax.eval_shape(step.to_rest, abstract_parameters(config))
     held = sum(leaf.size for leaf in jax.tree.leaves(rest["blocks"])) / 4
