@@ -1,6 +1,7 @@
 """`jaxsys serve` as a process: the openai client against it, SIGTERM, and what it refuses."""
 
 import contextlib
+import dataclasses
 import re
 import signal
 import socket
@@ -36,7 +37,7 @@ JaxExecutor.collect = JaxExecutor.rebuild = fail
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    config = preset("tiny")
+    config = dataclasses.replace(preset("tiny"), num_layers=1)
     path = tmp_path_factory.mktemp("model") / "tiny-bytes"
     parameters = jax.tree.map(lambda leaf: leaf * 4, initial_parameters(config, seed=1))
     save_safetensors(path, config, parameters, tokenizer=ByteTokenizer())
@@ -154,19 +155,19 @@ def test_fuzzing_by_the_description_finds_no_server_error(server):
         (["--api-key-file", "/nowhere/keys"], "/nowhere/keys: No such file"),
     ],
 )
-def test_what_cannot_be_served_is_refused_in_one_line(arguments, words, capsys, tmp_path):
-    given = ["serve", "--port", "0", "--compilation-cache", str(tmp_path), *arguments]
-    assert main(given) == 2
+def test_what_cannot_be_served_is_refused_in_one_line(arguments, words, folder, capsys, tmp_path):
+    given = ["serve", "--model", str(folder), "--port", "0"]
+    assert main([*given, "--compilation-cache", str(tmp_path), *arguments]) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
 
 
-def test_a_taken_port_is_named(capsys, tmp_path):
+def test_a_taken_port_is_named(folder, capsys, tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        given = ["serve", "--port", str(port), "--compilation-cache", str(tmp_path)]
-        assert main(given) == 2
+        given = ["serve", "--model", str(folder), "--port", str(port)]
+        assert main([*given, "--compilation-cache", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert f"cannot listen on 127.0.0.1:{port}" in error and error.count("\n") == 1
