@@ -156,9 +156,10 @@ def llama_workload(
             parameters=c.edge_parameter_count(),
             # The loss is computed with its gradient, in B.
             backward_flops=3 * head,
-            # float32 logits, their gradient, and the float32 sums of the head's gradient.
+            # float32 logits, their gradient, and the head's: a piece's beside the sum of those
+            # before.
             workspace_bytes=2.0 * 4 * min(loss_chunk_tokens, tokens) * c.vocab_size
-            + 4.0 * c.vocab_size * c.hidden_size,
+            + (1 + (tokens > loss_chunk_tokens)) * 4.0 * c.vocab_size * c.hidden_size,
         ),
         activation_bytes=float(COMPUTE_BYTES * c.hidden_size * tokens),
         tokens=tokens,
