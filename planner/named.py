@@ -78,6 +78,12 @@ def strategies(workload: Workload, devices: int, microbatches: int) -> dict[str,
 
     def generator(name: str) -> Generator:
         def generate() -> Schedule:
+            shape = workload.uncut(devices) if name.startswith("zero-") else None
+            if shape is not None:
+                raise UsageError(
+                    f"devices={devices} divide no axis of a matrix {list(shape)}, which would rest "
+                    "whole on each"
+                )
             if name.startswith(("dp", "zero-")):  # all layers on all devices
                 return build(name, devices=devices, microbatches=microbatches, chunks=layers)
             schedule = build(name, devices=devices, microbatches=microbatches)

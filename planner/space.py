@@ -327,7 +327,8 @@ class Space:
 def _rules(problem: Problem, domains: Domains) -> Iterator[Relation]:
     """Yields the built-in rules, each with its reason as label."""
     devices, layers, batch = problem.cluster.devices, problem.layers, problem.batch
-    ways = problem.workload(1).feature_ways
+    workload = problem.workload(1)
+    ways = workload.feature_ways
 
     def rule(label: str, names: tuple[str, ...], allows: Callable[..., bool]) -> Relation:
         return relation(f"rule: {label}", names, domains, allows)
@@ -370,6 +371,11 @@ def _rules(problem: Problem, domains: Domains) -> Iterator[Relation]:
         lambda t, s, r: (
             t == State.WHOLE and (s == 1 or r == 1) or t == State.SPLIT and (s > 1 or r > 1)
         ),
+    )
+    yield rule(
+        "what is split over a shard group has an axis that it divides",
+        ("state", "shard"),
+        lambda t, s: t == State.WHOLE or workload.uncut(s) is None,
     )
     yield rule(
         "order, backward pass, its delay and chunks must suit stages or ring",

@@ -72,6 +72,8 @@ class Workload:
     """Forward and backward of a microbatch as MFU counts it: nothing twice, half the square."""
     feature_ways: tuple[int, ...] = (1,)
     """In how many parts a block can be split along its features: the legal counts."""
+    matrices: tuple[tuple[int, ...], ...] = ()
+    """Shapes of a block's matrices, where they are known: what is sharded is cut along an axis."""
 
     def __post_init__(self) -> None:
         if not self.blocks:
@@ -90,6 +92,16 @@ class Workload:
         if any(block.selective_bytes is None for block in self.blocks):
             return ("none", "block")
         return ("none", "selective", "block")
+
+    def uncut(self, devices: int) -> tuple[int, ...] | None:
+        """The shape of a matrix that has no axis to cut over so many devices, if there is one.
+
+        It would rest whole on each of them.
+        """
+        for shape in self.matrices:
+            if all(size % devices for size in shape):
+                return shape
+        return None
 
     @property
     def parameters(self) -> float:
@@ -164,6 +176,11 @@ def llama_workload(
         activation_bytes=float(COMPUTE_BYTES * c.hidden_size * tokens),
         tokens=tokens,
         model_flops=3 * products + 3 * c.num_layers * attention,
+        matrices=(
+            (c.hidden_size, heads),
+            (c.hidden_size, shared),
+            (c.hidden_size, c.intermediate_size),
+        ),
         feature_ways=tuple(
             ways
             for ways in (1, 2, 4, 8, 16, 32, 64)

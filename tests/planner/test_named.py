@@ -6,11 +6,12 @@ import json
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from jaxsys.cli import main
 from jaxsys.errors import UsageError
 from jaxsys.hardware import LinkSpec, device, link
-from jaxsys.lowering import lower
+from jaxsys.lowering import lower, lower_sharded
 from jaxsys.mesh import make_mesh
 from jaxsys.model import abstract_parameters, layered
 from jaxsys.model.config import preset
@@ -18,7 +19,7 @@ from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.costs import Precision, cut, full_chunks, schedule_costs
 from jaxsys.planner.files import load_plan, plan_file
 from jaxsys.planner.named import best_that_runs, compare, strategies, with_found
-from jaxsys.planner.plans import Plan, Residual, data_parallel_plan
+from jaxsys.planner.plans import Plan, Residual, State, data_parallel_plan
 from jaxsys.planner.problem import Problem
 from jaxsys.planner.search import Effort, Found, Result, search
 from jaxsys.planner.space import Space
@@ -164,6 +165,26 @@ def test_stages_that_do_not_divide_the_layers_are_costed_as_they_run():
     assert costs.static_bytes == pytest.approx(
         12 * (held + embedding) + 4 * workload.edge.parameters + workload.edge.workspace_bytes
     )
+
+
+def test_what_no_axis_can_be_cut_for_is_not_planned_in_shards():
+    """32 x 32 on 3 devices: the lowered step would keep the matrix whole on each."""
+    config = preset("tiny")
+    workload = llama_workload("t", config, sequence_length=64, microbatch_size=1)
+    refused = dict(compare(workload, cluster("nvlink", 3), microbatches=6).refused)
+    assert "devices=3 divide no axis of a matrix [32, 32]" in refused["zero-3"]
+    step = lower_sharded(
+        strategies(bare_workload(4, 1.0), 3, 6)["zero-3"](),
+        layered(config),
+        make_mesh(3, devices=jax.devices()[:3]),
+    )
+    query = step.rest_specs(abstract_parameters(config))["blocks"]["attention"]["query"]
+    assert query == PartitionSpec()
+    problem = Problem(
+        workload_of=lambda size: workload, cluster=cluster("nvlink", 3), batch=6, memory_bytes=1e12
+    )
+    plans = list(Space.of(problem, microbatch_sizes=[1]).bases())
+    assert {plan.shard for plan in plans if plan.state is State.SPLIT} <= {1}
 
 
 def test_cut_covers_the_layers_in_order():
