@@ -374,13 +374,13 @@ class _Loop:
         if bad and self.trainer.non_finite == "stop":
             raise RunError(
                 f"step {step}: loss {loss}, gradient norm {norm}; nothing was updated since step "
-                f"{step - 1}; {self.last_checkpoint()}; lower the learning rate, or go on without "
-                "such batches (non_finite='skip')"
+                f"{step - 1}; {self.written_checkpoint()}; lower the learning rate, or go on "
+                "without such batches (non_finite='skip')"
             )
         if self.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
             raise RunError(
                 f"step {step}: {self.skipped_in_a_row} batches in a row had no finite loss; "
-                f"{self.last_checkpoint()}"
+                f"{self.written_checkpoint()}"
             )
 
     def energy_per_token(self, *, first: bool) -> float | None:
@@ -409,7 +409,7 @@ class _Loop:
         if not _all_finite(self.trainer):
             raise RunError(
                 f"step {step}: the parameters are not finite; they were neither saved nor "
-                f"exported; {self.last_checkpoint(good=True)}; lower the learning rate"
+                f"exported; {self.written_checkpoint(good=True)}; lower the learning rate"
             )
 
     def save(self, step: int) -> None:
@@ -428,6 +428,13 @@ class _Loop:
             return f"there is no checkpoint in {self.store.folder} yet"
         last = "last good checkpoint" if good else "last checkpoint"
         return f"the {last} is step {max(map(int, steps))} in {self.store.folder}"
+
+    def written_checkpoint(self, *, good: bool = False) -> str:
+        """The same, once a save that is under way is on disk or has failed."""
+        with contextlib.suppress(RunError):
+            if self.store is not None:
+                self.store.wait()
+        return self.last_checkpoint(good=good)
 
     def say(self, text: str) -> None:
         if self.progress is not None:
