@@ -37,7 +37,8 @@ def reference(parameters, prompt, count):
     padded = np.zeros((1, 128), np.int32)
     for _ in range(count):
         padded[0, : len(tokens)] = tokens
-        tokens.append(int(whole_model(parameters, padded)[0, len(tokens) - 1].argmax()))
+        logits = np.asarray(whole_model(parameters, padded))
+        tokens.append(int(logits[0, len(tokens) - 1].argmax()))
     return tokens[len(prompt) :]
 
 

@@ -50,7 +50,8 @@ def server(folder, tmp_path, request):
     keys = tmp_path / "keys"
     keys.write_text("sesame\n")
     command = [sys.executable, "-c", getattr(request, "param", "") + START, "serve"]
-    command += ["--model", str(folder), "--port", "0", "--max-length", "200", "--max-batch", "4"]
+    command += ["--model", str(folder), "--port", "0", "--max-length", "200", "--max-batch", "2"]
+    command += ["--max-prefill-tokens", "64"]  # few steps to compile
     command += ["--log", "json", "--api-key-file", str(keys)]
     command += ["--compilation-cache", str(folder.parent / "compiled")]
     process: Any = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
