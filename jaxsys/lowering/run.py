@@ -11,7 +11,7 @@ Legend: P devices, C chunks, K layers a chunk, V = C / P chunks at rest on a dev
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +22,28 @@ from jaxsys.layered import Parameters, PyTree
 from jaxsys.mesh import DATA, RING
 from jaxsys.schedule import Data, MoveKind, Placement, TaskKind
 
-from .base import add_to
+from .base import Step, add_to
 from .bodies import BufferKey, GroupSignature, Segment, TaskSignature, TickSignature
 from .packing import Packing
-from .programs import ChunkProgram, SplitChunkProgram, chunk_program
-
-if TYPE_CHECKING:
-    from .step import LoweredStep
+from .programs import ChunkProgram, Recompute, SplitChunkProgram, chunk_program
+from .tables import Tables
 
 Buffer = Any
 """A buffer's value: a pytree; with more than one slot its leaves have a leading slot axis."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TabledStep(Step):
+    """A schedule with the tables that its devices follow."""
+
+    recompute: Recompute
+    unroll: bool
+    tables: Tables
+
+    @property
+    def chunk_layers(self) -> int:
+        """K, the layers of a chunk; the last chunk may hold fewer and is padded."""
+        return -(-self.model.layers // self.schedule.chunks)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -56,7 +68,7 @@ jax.tree_util.register_dataclass(
 class Run:
     """One trace of the step, inside shard_map: shapes below are per device."""
 
-    def __init__(self, lowered: "LoweredStep", specs: Parameters) -> None:
+    def __init__(self, lowered: TabledStep, specs: Parameters) -> None:
         self.lowered, self.specs = lowered, specs
         self.schedule, self.model, self.tables = lowered.schedule, lowered.model, lowered.tables
         self.edge: PyTree

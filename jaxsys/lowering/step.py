@@ -21,11 +21,11 @@ from jaxsys.layered import LayeredModel, Parameters, PyTree
 from jaxsys.mesh import DATA, RING
 from jaxsys.schedule import Placement, Schedule, check
 
-from .base import Step, check_fit, sharded_spec
+from .base import check_fit, sharded_spec
 from .programs import RECOMPUTE_POLICIES, Recompute
-from .run import Run
+from .run import Run, TabledStep
 from .sharded import ShardedStep, lower_sharded
-from .tables import Tables, build_tables
+from .tables import build_tables
 
 
 def lower(
@@ -80,17 +80,8 @@ def lower(
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoweredStep(Step):
+class LoweredStep(TabledStep):
     """A schedule ready to run. Made by `lower`."""
-
-    recompute: Recompute
-    unroll: bool
-    tables: Tables
-
-    @property
-    def chunk_layers(self) -> int:
-        """K, the layers of a chunk; the last chunk may hold fewer and is padded."""
-        return -(-self.model.layers // self.schedule.chunks)
 
     @cached_property
     def rest_chunks(self) -> np.ndarray:
