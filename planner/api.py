@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -149,6 +150,10 @@ def plan(
     """
     layered = isinstance(loss_fn, LayeredModel)
     function = _layered_loss(loss_fn) if isinstance(loss_fn, LayeredModel) else loss_fn
+    if not any(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in _leaves(params)):
+        raise UsageError(
+            "params hold no floating-point array: there is nothing to train"
+        )
     examples = _examples(batch)
     closed = trace_loss(function, params, batch)
     count = len(jax.tree.leaves(params))
@@ -217,8 +222,12 @@ def _layered_loss(model: LayeredModel) -> Callable[[PyTree, PyTree], jax.Array]:
     return loss
 
 
+def _leaves(tree: PyTree) -> list[jax.ShapeDtypeStruct]:
+    return jax.tree.leaves(shapes_of(tree))
+
+
 def _examples(batch: PyTree) -> int:
-    sizes = {leaf.shape[0] for leaf in jax.tree.leaves(shapes_of(batch)) if leaf.shape}
+    sizes = {leaf.shape[0] for leaf in _leaves(batch) if leaf.shape}
     if len(sizes) != 1:
         shown = ", ".join(map(str, sorted(sizes))) or "none"
         raise UsageError(f"leading axes of the batch are {shown}; all must be the same, examples")

@@ -27,6 +27,8 @@ class GroupLink(Link):
 
     def collective_s(self, size_bytes: float, *, devices: int, rounds: int = 1) -> float:
         """Seconds of a two-level ring collective over the group."""
+        if devices == 1:  # alone there is nothing to send
+            return 0.0
         if devices != self.inside_devices * self.between_devices:
             raise ValueError(
                 f"a group of {self.inside_devices} x {self.between_devices} devices cannot run a "

@@ -254,6 +254,8 @@ def test_bad_functions_and_shapes_are_refused_in_a_line():
         plan(mlp_loss, params, {"x": shape(32, 63), "y": shape(32, 8)})
     with pytest.raises(UsageError, match="must return a scalar"):
         plan(lambda p, b: b["x"], params, batch)
+    with pytest.raises(UsageError, match="nothing to train"):
+        plan(lambda p, b: b["x"].sum(), {"n": jax.ShapeDtypeStruct((3,), "int32")}, batch)
     with pytest.raises(UsageError, match="leading axes of the batch are 16, 32"):
         plan(mlp_loss, params, {"x": shape(32, 64), "y": shape(16, 8)})
     odd = {"layers": [{"kernel": shape(7, 7), "bias": shape(7)}] * 2, "out": shape(7, 8)}
