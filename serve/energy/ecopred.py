@@ -166,9 +166,12 @@ class _Grid:
             beyond.append(share - inner)
         weights = [weight for weight, _ in corners]
         columns = zip(*(rows[first + place] for _, place in corners), strict=True)
-        values = [sum(map(operator.mul, weights, column)) for column in columns]
+        values = [sum(map(operator.mul, weights, column), 0.0) for column in columns]
         return values, beyond
 
+
+_Known = dict[tuple[float, ...], tuple[list[float], list[float]]]
+"""Seconds and watts at each clock asked for, by feature row."""
 
 _Boosted = tuple[xgboost.Booster, np.ndarray]
 """Trees, and their table of times."""
@@ -283,17 +286,27 @@ class EcoPred:
         """Seconds and watts of every load at every clock, [load, clock], in one evaluation."""
         columns = self._columns(clocks_mhz)
         if len(loads) <= FEW:
-            answers = [self._one(load, columns) for load in loads]
+            prompts: _Known = {}  # loads of one decision often differ in their decode batch alone
+            answers = [self._one(load, columns, prompts) for load in loads]
             time_s, power_w = np.array(answers).reshape(-1, 2, len(columns)).swapaxes(0, 1)
             return time_s, power_w
         return self._many(loads, columns)
 
-    def _one(self, load: Load, columns: Sequence[int]) -> tuple[list[float], list[float]]:
-        """Seconds and watts of one load, in plain numbers."""
+    def _one(
+        self, load: Load, columns: Sequence[int], prompts: _Known
+    ) -> tuple[list[float], list[float]]:
+        """Seconds and watts of one load, in plain numbers.
+
+        Args:
+            prompts: what the prompts of loads before are known to take; added to.
+        """
         if not load.prefill_tokens:
             time_d, power_d = self._phase_one(self._decode, _decode_row(load, 0), columns)
             return (time_d if load.batch else [0.0] * len(time_d)), power_d
-        time_p, power_p = self._phase_one(self._prefill, _prefill_row(load, 0), columns)
+        row = _prefill_row(load, 0)
+        if row not in prompts:
+            prompts[row] = self._phase_one(self._prefill, row, columns)
+        time_p, power_p = prompts[row]
         if not load.batch:
             return time_p, power_p
         time_d, power_d = self._phase_one(self._decode, _decode_row(load, 0), columns)
