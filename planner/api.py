@@ -151,9 +151,7 @@ def plan(
     layered = isinstance(loss_fn, LayeredModel)
     function = _layered_loss(loss_fn) if isinstance(loss_fn, LayeredModel) else loss_fn
     if not any(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in _leaves(params)):
-        raise UsageError(
-            "params hold no floating-point array: there is nothing to train"
-        )
+        raise UsageError("params hold no floating-point array: there is nothing to train")
     examples = _examples(batch)
     closed = trace_loss(function, params, batch)
     count = len(jax.tree.leaves(params))
