@@ -25,8 +25,9 @@ from jaxsys.train.memory import StepShape, step_bytes
 def fsdp_step(model, mesh, optimizer, microbatches: int, recompute: str, dtype, unroll: bool):
     """Plain JAX: `jit` with sharded parameters, XLA's partitioner places the collectives.
 
-    `unroll` writes the layers out instead of scanning over them. Activations are kept cut by sequence and the edge's weights whole where they are used; else
-    the partitioner cuts products over their sum and reduces activations instead.
+    `unroll` writes the layers out instead of scanning over them. Activations are kept cut by
+    sequence and the edge's weights whole where they are used; else the partitioner cuts products
+    over their sum and reduces activations instead.
     """
     if recompute not in ("none", "block"):
         raise UsageError(f"recompute {recompute} is not one that gspmd-fsdp has: none, block")

@@ -83,13 +83,19 @@ HEADLINES = (
                         f"{ONE} --label {{gpu}}_16k_looped --schedules dp gspmd-fsdp "
                         "--recompute none block"
                     ),
+                    f"{ONE} --label {{gpu}}_16k_fsdp --schedules gspmd-fsdp --unroll",
+                    f"{ONE} --label {{gpu}}_16k_again --schedules dp gspmd-fsdp --unroll",
                     (
-                        f"{ONE} --label {{gpu}}_16k_fsdp --schedules gspmd-fsdp "
-                        "--recompute none block"
+                        f"{ONE} --label {{gpu}}_4k --schedules dp gspmd-fsdp --unroll "
+                        "--sequence-lengths 4096 --microbatch-sizes 4"
                     ),
                     (
-                        f"{STEP} --devices 1 --microbatches 1 --sequence-lengths 65536 "
-                        "--label {gpu}_64k --schedules dp gspmd-fsdp --recompute block"
+                        f"{STEP} --devices 1 --microbatches 1 --sequence-lengths 65536 --unroll "
+                        "--label {gpu}_64k --schedules dp:selective dp:block gspmd-fsdp:block"
+                    ),
+                    (
+                        f"{STEP} --devices 1 --microbatches 1 --sequence-lengths 131072 --unroll "
+                        "--label {gpu}_128k --schedules dp:block gspmd-fsdp:block --repeats 1"
                     ),
                     "scripts/plot_train",
                 ),
@@ -137,7 +143,7 @@ HEADLINES = (
         title="Memory of steps, compiled for GPUs of which one was there",
         kind="measured",
         claim="none; `gspmd-fsdp` is plain `jax.jit`. By the prediction `jaxsys train` refuses a "
-        "step. Measured before the loss took its gradient with it.",
+        "step.",
         files=("train_memory*.json",),
         show=tables.train_memory,
         runs=(
@@ -148,7 +154,7 @@ HEADLINES = (
                     (
                         "scripts/bench_train step --compile-only --devices 2 --recompute selective "
                         "--schedules weipipe-interleave:none weipipe-interleave 1f1b-overlap zb-h1 "
-                        "weipipe-wzb1 gspmd-fsdp:block --label 1b"
+                        "weipipe-wzb1 zero-3 gspmd-fsdp:block --label 1b"
                     ),
                     (
                         "scripts/bench_train step --compile-only --devices 8 --shape 8b "
