@@ -2,6 +2,7 @@
 
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,10 +14,12 @@ import pytest
 from jaxsys.errors import UsageError
 from jaxsys.lowering import Recompute
 from jaxsys.model import initial_parameters, layered, preset
+from jaxsys.results import read_result
 from jaxsys.train import Trainer
 from jaxsys.train.liveness import peak_bytes
 
 TOKENS = 64
+ROOT = Path(__file__).parents[2]
 
 
 def trainer_of(schedule: str, memory_gib: float | None = None, recompute: Recompute = "none"):
@@ -73,6 +76,14 @@ def test_what_a_function_holds():
     # A loop's result takes the place of what it began with; its body holds a product beside it.
     loop = lambda a: jax.lax.scan(lambda c, _: (jnp.sin(c @ a), None), a @ a, length=9)[0]  # noqa: E731
     assert peak_bytes(loop, wide) == 2 * size
+
+
+def test_predictions_were_near_what_was_compiled_for_h100s():
+    """Recorded together; an underestimate would let a step through that does not fit."""
+    found = read_result(ROOT / "results/train_memory_h100.json")["rows"]
+    ratios = [r["predicted_gib"] / r["compiled_gib"] for r in found if "predicted_gib" in r]
+    assert len(ratios) >= 10
+    assert min(ratios) > 0.95 and max(ratios) < 1.1, ratios
 
 
 @pytest.mark.slow
