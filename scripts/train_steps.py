@@ -222,5 +222,6 @@ def predicted_bytes(lowered, shapes, state, batch) -> float:
             compute_dtype=lowered.compute_dtype,
             gradient_dtype=lowered.gradient_dtype,
             recompute=lowered.recompute,
+            unroll=getattr(lowered, "unroll", False),  # sharded steps always are
         )
     )
