@@ -59,7 +59,20 @@ HEADLINES = (
         files=("network*.json",),
         show=tables.network,
         pictures=("results/network.png",),
-        runs=(Run(name="network", root=True, commands=("scripts/bench_network",)),),
+        runs=(
+            Run(
+                name="network",
+                root=True,
+                commands=(
+                    "scripts/bench_network",
+                    (
+                        "scripts/bench_network --hosts 8 --cpu-share 0.2 --rates 10 --sizes 8 "
+                        "--repeats 1 --schedules weipipe-interleave 1f1b-overlap zero-3 "
+                        "gspmd-fsdp --out results/network_8.json"
+                    ),
+                ),
+            ),
+        ),
     ),
     Headline(
         title="What the lowering costs on one GPU",
