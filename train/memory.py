@@ -137,7 +137,7 @@ class _Work:
 
         def head(edge: PyTree, x: jax.Array, microbatch: PyTree) -> PyTree:
             loss, pull, _ = jax.vjp(
-                lambda *at: model.head_loss(*at, microbatch), edge, x, has_aux=True
+                lambda e, v: model.head_loss(e, v, microbatch), edge, x, has_aux=True
             )
             return pull(jnp.ones_like(loss))
 
