@@ -6,14 +6,13 @@ counted, and what is read for the last time by a loop or an elementwise operatio
 the result.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 from jax.extend import core
 
-from jaxsys.lowering.jaxprs import VIEWS, inlined, is_literal
+from jaxsys.lowering.jaxprs import VIEWS, bytes_of, inlined, is_literal
 from jaxsys.lowering.residuals import ELEMENTWISE
 
 LOOPS = ("scan", "while")
@@ -40,7 +39,7 @@ def _peak(jaxpr: Any) -> int:
         if equation.primitive.name in ELEMENTWISE or equation.primitive.name in LOOPS:
             for variable in dying:
                 del held[variable]
-        held |= {v: _bytes(v) for v in equation.outvars}
+        held |= {v: bytes_of(v) for v in equation.outvars}
         inside = max((_peak(body) for body in _bodies(equation)), default=0)
         most = max(most, sum(held.values()) + inside)
         for variable in [*dying, *equation.outvars]:
@@ -92,7 +91,3 @@ def _bodies(equation: Any) -> Iterator[Any]:
                 one = core.ClosedJaxpr(one, ())
             if isinstance(one, core.ClosedJaxpr):
                 yield inlined(one).jaxpr
-
-
-def _bytes(variable: Any) -> int:
-    return math.prod(variable.aval.shape) * variable.aval.dtype.itemsize

@@ -1,5 +1,6 @@
 """Jaxprs taken apart: calls written out, parts run, and what an output depends on."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -7,10 +8,10 @@ import jax
 from jax.extend import core
 
 CALLS = ("pjit", "jit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call")
-"""Primitives that only call a jaxpr: written out, so that the split can go through them."""
+"""Primitives that only call a jaxpr: they can be written out."""
 
 VIEWS = ("reshape", "transpose", "squeeze", "broadcast_in_dim", "expand_dims")
-"""Primitives that only rearrange: done again in W rather than kept as a second copy."""
+"""Primitives that only rearrange: cheaper done again than kept as a second copy."""
 
 
 def inlined(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
@@ -35,6 +36,12 @@ def inlined(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
     return jax.make_jaxpr(lambda *args: evaluate(closed.jaxpr, closed.consts, args))(
         *closed.in_avals
     )
+
+
+def named(closed: core.ClosedJaxpr, arguments: Any) -> dict[Any, Any]:
+    """A jaxpr's inputs, the leaves of `arguments`, and its constants by variable."""
+    values = dict(zip(closed.jaxpr.invars, jax.tree.leaves(arguments), strict=True))
+    return values | dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
 
 
 def run(equations: list[Any], values: dict[Any, Any]) -> None:
@@ -70,3 +77,8 @@ def value_of(variable: Any, values: dict[Any, Any]) -> Any:
 def is_literal(variable: Any) -> bool:
     """Whether what an equation reads is a constant written into it."""
     return hasattr(variable, "val")
+
+
+def bytes_of(variable: Any) -> int:
+    """Of what a variable holds."""
+    return math.prod(variable.aval.shape) * variable.aval.dtype.itemsize

@@ -21,7 +21,7 @@ from jax import lax
 from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel, PyTree
 
-from .jaxprs import inlined, run, slice_of, value_of
+from .jaxprs import inlined, named, run, slice_of, value_of
 from .residuals import what_to_keep
 from .split import split_backward
 
@@ -142,15 +142,15 @@ def _saving_block(
     before = len(jax.tree.leaves(weights))
     inputs = jaxpr.invars
     kept = what_to_keep(jaxpr, leaves, {*inputs[:before], *inputs[before + 1 :]})
-    remaking = slice_of(jaxpr, leaves, given=kept)
+    making, remaking = slice_of(jaxpr, [y, *kept]), slice_of(jaxpr, leaves, given=kept)
 
     def forward(weights, x, microbatch):
-        values = _named(closed, (weights, x, microbatch))
-        run(slice_of(jaxpr, [y, *kept]), values)
+        values = named(closed, (weights, x, microbatch))
+        run(making, values)
         return value_of(y, values), [values[v] for v in kept]
 
     def backward(weights, residuals, dy, microbatch):
-        values = _named(closed, (weights, x, microbatch))
+        values = named(closed, (weights, x, microbatch))
         del values[inputs[before]]
         values.update(zip(kept, residuals, strict=True))
         run(remaking, values)
@@ -158,12 +158,6 @@ def _saving_block(
 
     specs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in kept]
     return BlockProgram(forward=forward, backward=backward, residuals=specs)
-
-
-def _named(closed: Any, arguments: tuple) -> dict[Any, Any]:
-    """A jaxpr's inputs and constants by variable."""
-    values = dict(zip(closed.jaxpr.invars, jax.tree.leaves(arguments), strict=True))
-    return values | dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

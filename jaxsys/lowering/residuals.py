@@ -10,10 +10,9 @@ What a kernel has to write anyway is a stop: results of products, attention, red
 else is not elementwise, and what those read.
 """
 
-import math
 from typing import Any
 
-from .jaxprs import VIEWS, is_literal
+from .jaxprs import VIEWS, bytes_of, is_literal
 
 _ARITHMETIC = (
     *("add", "sub", "mul", "div", "rem", "neg", "max", "min", "abs", "sign", "square", "add_any"),
@@ -96,9 +95,5 @@ def what_to_keep(jaxpr: Any, wanted: list[Any], given: set[Any]) -> list[Any]:
     for variable in order:
         if variable not in kept:
             instead = sources(variable) - kept
-            kept |= instead if _bytes(instead) < _bytes({variable}) else {variable}
+            kept |= instead if sum(map(bytes_of, instead)) < bytes_of(variable) else {variable}
     return [v for v in [*jaxpr.invars, *makers] if v in kept]
-
-
-def _bytes(variables: set[Any]) -> int:
-    return sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in variables)

@@ -397,15 +397,13 @@ class Run:
         if self.lowered.unroll:  # in place, layer by layer: stacking them first is a second pass
             total = there
             for layer, part in enumerate(gradient):
-                # Not a constant to XLA: it fuses reading and writing at an index that it cannot
-                # see, and copies a slice that it can.
-                index = lax.optimization_barrier(jnp.int32(layer))
-
-                def place(sums: jax.Array, new: jax.Array, index: jax.Array = index) -> jax.Array:
-                    old = lax.dynamic_index_in_dim(sums, index, 0, keepdims=False)
-                    return lax.dynamic_update_index_in_dim(sums, added(old, new), index, 0)
-
-                total = jax.tree.map(place, total, part)
+                total = jax.tree.map(
+                    lambda sums, new, i=layer: lax.dynamic_update_index_in_dim(
+                        sums, added(sums[i], new), i, 0
+                    ),
+                    total,
+                    part,
+                )
         else:
             total = jax.tree.map(added, there, gradient)
         buffers = {**state.buffers, key: _write(state.buffers[key], count, slot, total, None)}

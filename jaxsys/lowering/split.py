@@ -13,7 +13,7 @@ import jax
 
 from jaxsys.layered import PyTree
 
-from .jaxprs import VIEWS, inlined, is_literal, run, slice_of, value_of
+from .jaxprs import VIEWS, inlined, is_literal, named, run, slice_of, value_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,8 +65,7 @@ def split_backward(backward: Callable[..., tuple[PyTree, jax.Array]], *args: Any
     taps = [v for v in [*jaxpr.invars, *made_by] if v in set(taps)]
 
     def input_gradient(*args: Any) -> tuple[jax.Array, list[jax.Array]]:
-        values = dict(zip(jaxpr.invars, jax.tree.leaves(args), strict=True))
-        values.update(zip(jaxpr.constvars, closed.consts, strict=True))
+        values = named(closed, args)
         run(for_dx, values)
         return value_of(dx, values), [values[v] for v in taps]
 

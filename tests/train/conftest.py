@@ -11,12 +11,8 @@ WIDTH, VOCABULARY, LAYERS = 8, 16, 4
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quickly_compiled():
-    """XLA's own passes stay; LLVM's expensive ones, which take longer than they save, do not."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+def _quickly(quickly_compiled):
+    """For every module here."""
 
 
 def _embed(edge, microbatch):
