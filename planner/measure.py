@@ -9,6 +9,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,24 +92,25 @@ def cells(devices: int, layers: int, lengths: tuple[int, ...]) -> Iterator[Cell]
                 yield cell(tokens, SHORT, path, 1)
 
 
-def measure_cell(
-    cell: Cell,
-    config: LlamaConfig,
-    cluster: Cluster,
-    mesh: Mesh,
-    *,
-    repeats: int,
-    compile_only: bool = False,
-) -> dict[str, Any]:
-    """Predicts a step, compiles and runs it; returns the result's row.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compiled:
+    """A cell's step, ready to run."""
+
+    row: dict[str, Any]
+    """What is known before it runs."""
+    program: Any
+    start: Callable[[], tuple[Any, Any, Any]]
+    """Makes parameters, the optimizer's state, and the batch."""
+
+
+def compile_cell(cell: Cell, config: LlamaConfig, cluster: Cluster, mesh: Mesh) -> Compiled:
+    """Predicts a step and compiles it, from shapes alone.
 
     Args:
         cell: plan and length.
         config: the model.
         cluster: of predictions.
-        mesh: devices; with `compile_only` they need not be here (`jaxsys.mesh.devices_ahead`).
-        repeats: timed runs.
-        compile_only: run nothing; the row then says nothing of time.
+        mesh: devices; for memory alone they need not be here (`jaxsys.mesh.devices_ahead`).
     """
     devices = mesh.shape[RING]
     problem = Problem(
@@ -137,31 +139,30 @@ def measure_cell(
 
     shape = (cell.turns * devices, 1, cell.tokens)
     names = ("inputs", "targets")
-    parameters: Any
-    if compile_only:
-        rest = jax.eval_shape(step.to_rest, abstract_parameters(config))
-        parameters = jax.tree.map(
-            lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
-            rest,
-            step.rest_shardings(rest),
-        )
-        state = optax.tree_utils.tree_map_params(
-            optimizer, lambda _, p: p, jax.eval_shape(optimizer.init, parameters), parameters
-        )
-        batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
-    else:
-        parameters = step.to_rest(initial_parameters(config))
+
+    def begin() -> tuple[Any, Any, Any]:
+        parameters: Any = step.to_rest(initial_parameters(config))
         state = optimizer.init(parameters)  # in a jit it would not be sharded
         # Not one token over and over: its row's gradient would be a queue.
         tokens = jax.random.randint(jax.random.key(0), shape, 0, config.vocab_size)
-        batch = dict.fromkeys(names, tokens)
+        return parameters, state, dict.fromkeys(names, tokens)
+
+    rest = jax.eval_shape(step.to_rest, abstract_parameters(config))
+    parameters = jax.tree.map(
+        lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
+        rest,
+        step.rest_shardings(rest),
+    )
+    state = optax.tree_utils.tree_map_params(
+        optimizer, lambda _, p: p, jax.eval_shape(optimizer.init, parameters), parameters
+    )
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
     start = time.perf_counter()
     program = (
         jax.jit(train, donate_argnums=(0, 1))
         .lower(parameters, state, batch)
         .compile(compiler_options=step.compiler_options)
     )
-    compile_s = time.perf_counter() - start
     taken = program_bytes(program)
     peak = float(predicted.peak_bytes[0])
     row = {
@@ -174,23 +175,48 @@ def measure_cell(
         "measured_gib": taken / GIB,
         "predicted_gib": peak / GIB,
         "memory_error_pct": 100 * (peak / taken - 1),
-        "compile_s": compile_s,
+        "compile_s": time.perf_counter() - start,
+        "predicted_s": float(predicted.step_s[0]),
     }
-    if compile_only:
-        return row
+    return Compiled(row=row, program=program, start=begin)
+
+
+def compile_cells(
+    wanted: list[Cell], compile_one: Callable[[Cell], Compiled], jobs: int
+) -> dict[str, Compiled]:
+    """Cells by name, compiled several at a time: before anything is timed.
+
+    The first is compiled alone: what XLA finds about kernels there serves the others.
+    """
+    if not wanted:
+        return {}
+    first = compile_one(wanted[0])
+    with ThreadPoolExecutor(jobs) as pool:
+        rest = list(pool.map(compile_one, wanted[1:]))
+    return {one.row["cell"]: one for one in (first, *rest)}
+
+
+def run_cell(compiled: Compiled, *, repeats: int) -> dict[str, Any]:
+    """Runs a compiled step and returns the result's row."""
+    parameters, state, batch = compiled.start()
     samples = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        parameters, state, loss = program(parameters, state, batch)
+        parameters, state, loss = compiled.program(parameters, state, batch)
         jax.block_until_ready(loss)
         samples.append(time.perf_counter() - start)
     seconds = statistics.median(samples[1:])
-    return row | {
+    return compiled.row | {
         "measured_s": seconds,
         "fastest_s": min(samples[1:]),
-        "predicted_s": float(predicted.step_s[0]),
-        "error_pct": 100 * (float(predicted.step_s[0]) / seconds - 1),
+        "error_pct": 100 * (compiled.row["predicted_s"] / seconds - 1),
     }
+
+
+def unmeasured(wanted: list[Cell], rows: list[dict[str, Any]]) -> list[Cell]:
+    """The cells that no row is there for."""
+    done = {row["cell"] for row in rows}
+    return [cell for cell in wanted if cell.name not in done]
 
 
 def measure(
@@ -214,8 +240,7 @@ def measure(
         How many cells are left.
     """
     start = time.monotonic()
-    done = {row["cell"] for row in rows}
-    left = [cell for cell in wanted if cell.name not in done]
+    left = unmeasured(wanted, rows)
     while left and time.monotonic() - start < seconds:
         rows.append(run(left.pop(0)))
         save(rows)

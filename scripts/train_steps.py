@@ -6,6 +6,7 @@ optimizer's, beside a jitted function that makes the parameters where they rest.
 
 import dataclasses
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -138,22 +139,34 @@ def hand_step(lowered, optimizer, parameters, shapes):
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Ready:
-    """A compiled step and its arguments."""
+    """A compiled step, and how to make what it starts from."""
 
     compiled: Any
-    state: Any
+    make: Callable[[], Any]
+    optimizer: Any
     batch: dict
     compile_s: float
     flops_per_token: float
     """Model FLOPs a token and device, by as many sequences as a device has microbatches."""
+    state: Any = None
+
+    def start(self) -> None:
+        """Makes the parameters and the optimizer's state, if they are not there."""
+        if self.state is None:
+            # Finished first: on CPU the collectives of two programs lock each other.
+            rest = jax.block_until_ready(self.make())
+            self.state = (rest, self.optimizer.init(rest))  # in a jit it would not be sharded
 
 
-def compile_step(step, state, batch, flops_per_token: float) -> Ready:
+def compile_step(step, make, optimizer, batch, flops_per_token: float) -> Ready:
+    """Compiles a step from the shapes of what it takes: nothing is made yet."""
+    rest = make.eval_shape()
     start = time.perf_counter()
-    compiled = step.lower(state, batch).compile()
+    compiled = step.lower((rest, state_shapes(optimizer, rest)), batch).compile()
     return Ready(
         compiled=compiled,
-        state=state,
+        make=make,
+        optimizer=optimizer,
         batch=batch,
         compile_s=time.perf_counter() - start,
         flops_per_token=flops_per_token,
@@ -162,6 +175,7 @@ def compile_step(step, state, batch, flops_per_token: float) -> Ready:
 
 def time_step(ready: Ready, repeats: int) -> dict:
     """Runs a step and reads memory."""
+    ready.start()
     state, ready.state = ready.state, None
     batch, compiled = ready.batch, ready.compiled
     tokens = batch["inputs"].shape[1] * batch["inputs"].shape[2]

@@ -8,7 +8,7 @@ from jaxsys.hardware import device, link
 from jaxsys.mesh import make_mesh
 from jaxsys.model.config import preset
 from jaxsys.planner.cluster import Cluster
-from jaxsys.planner.measure import LONG, SHORT, cells, measure, measure_cell, summary
+from jaxsys.planner.measure import LONG, SHORT, cells, compile_cell, measure, run_cell, summary
 
 
 def row(cell, measured_s, predicted_s, *, strategy="zero-3", turns=LONG, gib=1.0):
@@ -67,7 +67,7 @@ def test_one_cell_is_predicted_compiled_and_run():
     config = replace(preset("tiny"), num_layers=2)
     cluster = Cluster(device=device("cpu"), devices=2, link=link("host-memory"))
     cell = next(c for c in cells(2, 2, (16,)) if c.turns == SHORT)
-    found = measure_cell(cell, config, cluster, make_mesh(2), repeats=1)
+    found = run_cell(compile_cell(cell, config, cluster, make_mesh(2)), repeats=1)
     assert found["measured_s"] > 0
     assert found["predicted_s"] > 0
     assert 0.2 < found["predicted_gib"] / found["measured_gib"] < 5
