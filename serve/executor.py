@@ -17,7 +17,7 @@ from jaxsys.errors import RunError, UsageError
 from jaxsys.model import LlamaConfig
 from jaxsys.serve import paged_model
 from jaxsys.serve.paged_attention import choose_kernels
-from jaxsys.serve.paged_model import Cache
+from jaxsys.serve.paged_model import Contents
 from jaxsys.serve.requests import Request, RequestState, SamplingParameters
 from jaxsys.serve.sampling import (
     MAX_BIASED,
@@ -243,18 +243,18 @@ class JaxExecutor:
 
     # --- hand-over ----------------------------------------------------------------------------
 
-    def extract(self, pages: Sequence[int]) -> Cache:
-        """The contents of `pages`, padded to a transfer bucket, as arrays apart from the cache.
+    def extract(self, pages: Sequence[int]) -> Contents:
+        """The contents of `pages`, padded to a transfer bucket, as an array apart from the cache.
 
         The pages may be given to others at once: the device works in order.
         """
         index = self._padded(pages, fill=pages[-1])
         return self.steps.get("extract", len(index))(self._cache, index)
 
-    def insert(self, contents: Cache, pages: Sequence[int]) -> None:
+    def insert(self, contents: Contents, pages: Sequence[int]) -> None:
         """Writes extracted contents, which lie where the cache does, into `pages`."""
         index = self._padded(pages, fill=self.page_count)
-        width = jax.tree.leaves(contents)[0].shape[0]
+        width = contents.shape[1]
         if len(index) < width:
             padding = np.full(width - len(index), self.page_count, np.int32)
             index = np.concatenate([index, padding])

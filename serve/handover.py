@@ -11,12 +11,11 @@
       free all              -- Delivery -->   the same, and decode on
                             <-- Receipt --    all have arrived, or never will
 
-Pages are gathered into arrays of their own, [W, S, G, K] a layer, right behind the piece that fills
+Pages are gathered into an array of their own, of all layers, right behind the piece that fills
 them: each device works in order, so they leave while the next piece is computed, and the source
-pages are free at once. A compiled step yields all layers at its end, so a piece's layers leave
-together. The decode side writes pages only when they have arrived: its device never waits for them.
-Within a process a `Delivery` holds the arrays (`SameProcess`), between processes a `Ticket` by
-which the decode side pulls them (`page_transfer`).
+pages are free at once. The decode side writes pages only when they have arrived: its device never
+waits for them. Within a process a `Delivery` holds the array (`SameProcess`), between processes a
+`Ticket` by which the decode side pulls it (`page_transfer`).
 
 Messages are plain data and name no addressee: the `Exchange` knows the two sides of each request.
 A request is ended on the prefill side first, which withdraws its offer; messages about a request
@@ -32,7 +31,7 @@ import jax
 from jaxsys.serve.arrivals import Arrivals
 from jaxsys.serve.executor import JaxExecutor
 from jaxsys.serve.instance import Instance
-from jaxsys.serve.paged_model import Cache
+from jaxsys.serve.paged_model import Contents
 from jaxsys.serve.requests import Request, RequestState
 from jaxsys.serve.scheduler import Completion, Iteration
 
@@ -95,7 +94,7 @@ class Delivery:
     """Prefill to decode: pages that the decode side lacks; the last one has the first token."""
 
     request_id: RequestId
-    pages: Cache | Ticket | None
+    pages: Contents | Ticket | None
     first: int
     """Place of the first of them among the request's pages."""
     count: int
@@ -117,7 +116,7 @@ Message = Offer | Withdrawal | Grant | Refusal | Delivery | Receipt
 class PageTransfer(Protocol):
     """Moves page contents to where they are decoded from."""
 
-    def publish(self, request_id: RequestId, contents: Cache) -> Cache | Ticket:
+    def publish(self, request_id: RequestId, contents: Contents) -> Contents | Ticket:
         """Holds contents until they are fetched or released."""
         ...
 
@@ -126,7 +125,10 @@ class PageTransfer(Protocol):
         ...
 
     def fetch(
-        self, pages: Cache | Ticket, like: Cache, then: Callable[[Cache | Exception], None]
+        self,
+        pages: Contents | Ticket,
+        like: jax.ShapeDtypeStruct,
+        then: Callable[[Contents | Exception], None],
     ) -> None:
         """Brings what was published into the form and place of `like`.
 
@@ -141,17 +143,20 @@ class SameProcess:
     def __init__(self) -> None:
         self._arrivals = Arrivals()
 
-    def publish(self, request_id: RequestId, contents: Cache) -> Cache:
+    def publish(self, request_id: RequestId, contents: Contents) -> Contents:
         return contents
 
     def release(self, request_id: RequestId, *, pulled: bool) -> None:
         return
 
     def fetch(
-        self, pages: Cache | Ticket, like: Cache, then: Callable[[Cache | Exception], None]
+        self,
+        pages: Contents | Ticket,
+        like: jax.ShapeDtypeStruct,
+        then: Callable[[Contents | Exception], None],
     ) -> None:
         assert not isinstance(pages, Ticket)
-        placed = jax.device_put(pages, jax.tree.map(lambda leaf: leaf.sharding, like))
+        placed = jax.device_put(pages, like.sharding)
         self._arrivals.expect(placed, FETCH_S, then)
 
 
@@ -233,7 +238,7 @@ class Sender:
         end = request.computed // size
         if request.state is RequestState.HANDING_OVER:  # its last page too is as full as it gets
             end = -(-request.computed // size)
-        pages: Cache | Ticket | None = None
+        pages: Contents | Ticket | None = None
         if end > first:
             executor = self.instance.executor
             assert isinstance(executor, JaxExecutor)
@@ -321,14 +326,16 @@ class Receiver:
             executor = self.instance.executor
             assert isinstance(executor, JaxExecutor)
 
-            def arrived(result: Cache | Exception) -> None:
+            def arrived(result: Contents | Exception) -> None:
                 self.instance.post(lambda: self._arrived(incoming, message, result))
 
-            width = pages.width if isinstance(pages, Ticket) else pages[0].keys.shape[0]
+            width = pages.width if isinstance(pages, Ticket) else pages.shape[1]
             self.pages.fetch(pages, executor.steps.contents_like(width), arrived)
         self._settle(incoming)
 
-    def _arrived(self, incoming: _Incoming, message: Delivery, result: Cache | Exception) -> None:
+    def _arrived(
+        self, incoming: _Incoming, message: Delivery, result: Contents | Exception
+    ) -> None:
         if self._incoming.get(message.request_id) is not incoming:
             return  # ended meanwhile
         incoming.arriving -= 1

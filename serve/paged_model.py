@@ -34,6 +34,10 @@ class LayerCache(NamedTuple):
 
 Cache = tuple[LayerCache, ...]
 
+Contents = Float[Array, "N W S G K"]
+"""What some pages hold: keys and values of each layer in turn, N = 2 * layers. One array: to send
+and receive 2 * layers of them keeps the host from its next steps for longer than the data takes."""
+
 
 def empty_cache(
     config: LlamaConfig,
@@ -133,16 +137,19 @@ def copy_pages(cache: Cache, sources: Int[Array, " C"], targets: Int[Array, " C"
     return jax.tree.map(lambda pool: pool.at[targets].set(pool[sources], mode="drop"), cache)
 
 
-def extract_pages(cache: Cache, pages: Int[Array, " W"]) -> Cache:
-    """The contents of `pages`, [W, S, G, K] a layer, as they go to another instance."""
-    return jax.tree.map(lambda pool: pool[pages], cache)
+def extract_pages(cache: Cache, pages: Int[Array, " W"]) -> Contents:
+    """The contents of `pages` as they go to another instance."""
+    return jnp.stack([pool[pages] for layer in cache for pool in layer])
 
 
-def insert_pages(cache: Cache, contents: Cache, pages: Int[Array, " W"]) -> Cache:
+def insert_pages(cache: Cache, contents: Contents, pages: Int[Array, " W"]) -> Cache:
     """Writes extracted contents into `pages`; those past the end are dropped."""
-    return jax.tree.map(
-        lambda pool, content: pool.at[pages].set(content, mode="drop"), cache, contents
-    )
+    pools = [pool for layer in cache for pool in layer]
+    written = [
+        pool.at[pages].set(content, mode="drop")
+        for pool, content in zip(pools, contents, strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(cache), written)
 
 
 def _normal(config: LlamaConfig, x: jax.Array, scale: jax.Array) -> jax.Array:

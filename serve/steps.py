@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jaxsys.model import LlamaConfig
 from jaxsys.serve import paged_model
@@ -96,14 +96,14 @@ class Steps:
         )
         self._compiled: dict[tuple, Callable] = {}
 
-    def contents_like(self, width: int) -> Cache:
-        """The form of `width` extracted pages, as shapes."""
-        return jax.tree.map(
-            lambda pool: jax.ShapeDtypeStruct(
-                (width, *pool.shape[1:]), pool.dtype, sharding=pool.sharding
-            ),
-            self._cache,
-        )
+    def contents_like(self, width: int) -> jax.ShapeDtypeStruct:
+        """The form of `width` extracted pages."""
+        pool = self._cache[0].keys
+        placement = pool.sharding
+        if isinstance(placement, NamedSharding):
+            placement = NamedSharding(placement.mesh, PartitionSpec(None, *placement.spec))
+        shape = (2 * len(self._cache), width, *pool.shape[1:])
+        return jax.ShapeDtypeStruct(shape, pool.dtype, sharding=placement)
 
     def essential(self) -> list[tuple]:
         """Keys of the steps without which the role cannot serve: the largest of each kind."""
@@ -233,7 +233,9 @@ class Steps:
             arguments = (cache, like((count,)), like((count,)))
         elif kind == "extract":
             (count,) = shape
-            function = jax.jit(paged_model.extract_pages, out_shardings=split)
+            function = jax.jit(
+                paged_model.extract_pages, out_shardings=self.contents_like(count).sharding
+            )
             arguments = (cache, like((count,)))
         elif kind == "insert":
             (count,) = shape

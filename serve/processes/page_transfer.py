@@ -20,12 +20,12 @@ from jax.experimental import transfer
 from jaxsys.mesh import Device
 from jaxsys.serve.arrivals import Arrivals
 from jaxsys.serve.handover import RequestId, Ticket
-from jaxsys.serve.paged_model import Cache
+from jaxsys.serve.paged_model import Contents
 
 RELEASE_S = 5.0
 """How long pulling one's own pages may take before they count as taken by the other side."""
 
-Then = Callable[[Cache | Exception], None]
+Then = Callable[[Contents | Exception], None]
 
 
 class PageServer:
@@ -44,7 +44,7 @@ class PageServer:
         )
         self.address: str = self._server.address()
         self._connections: dict[str, Any] = {}
-        self._published: dict[RequestId, list[tuple[int, Cache]]] = {}
+        self._published: dict[RequestId, list[tuple[int, jax.ShapeDtypeStruct]]] = {}
         self._lock = threading.Lock()
         self._arrivals = Arrivals()
 
@@ -53,18 +53,15 @@ class PageServer:
         """Requests whose pages wait to be pulled."""
         return len(self._published)
 
-    def publish(self, request_id: RequestId, contents: Cache) -> Ticket:
+    def publish(self, request_id: RequestId, contents: Contents) -> Ticket:
         """Holds contents until they are pulled or released; a request may have several."""
         # Not to be guessed: whoever knows it may pull.
         number = secrets.randbits(62)
-        like = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
-            contents,
-        )
+        like = jax.ShapeDtypeStruct(contents.shape, contents.dtype, sharding=contents.sharding)
         with self._lock:
             self._published.setdefault(request_id, []).append((number, like))
         self._server.await_pull(number, contents)
-        return Ticket(self.address, number, contents[0].keys.shape[0])
+        return Ticket(self.address, number, contents.shape[1])
 
     def release(self, request_id: RequestId, *, pulled: bool) -> None:
         """Lets go of what was published for a request."""
@@ -74,8 +71,8 @@ class PageServer:
             for number, like in published:
                 self._pull_back(number, like)
 
-    def _pull_back(self, number: int, like: Cache) -> None:
-        def done(result: Cache | Exception) -> None:
+    def _pull_back(self, number: int, like: jax.ShapeDtypeStruct) -> None:
+        def done(result: Contents | Exception) -> None:
             if isinstance(result, Exception):
                 # The other side has it after all, and this pull would wait for ever: answer it
                 # with something of another shape, which ends it with an error.
@@ -83,7 +80,7 @@ class PageServer:
 
         self._pull(self.address, number, like, RELEASE_S, done)
 
-    def fetch(self, pages: Cache | Ticket, like: Cache, then: Then) -> None:
+    def fetch(self, pages: Contents | Ticket, like: jax.ShapeDtypeStruct, then: Then) -> None:
         """Pulls contents of the form of `like`, or says in time why not.
 
         Args:
@@ -93,7 +90,9 @@ class PageServer:
         assert isinstance(pages, Ticket)
         self._pull(pages.address, pages.number, like, self.timeout_s, then)
 
-    def _pull(self, address: str, number: int, like: Cache, limit_s: float, then: Then) -> None:
+    def _pull(
+        self, address: str, number: int, like: jax.ShapeDtypeStruct, limit_s: float, then: Then
+    ) -> None:
         try:
             connection = self._connections.get(address)
             if connection is None:
@@ -105,7 +104,7 @@ class PageServer:
             return
         self._arrivals.expect(contents, limit_s, functools.partial(self._arrived, address, then))
 
-    def _arrived(self, address: str, then: Then, result: Cache | Exception) -> None:
+    def _arrived(self, address: str, then: Then, result: Contents | Exception) -> None:
         if isinstance(result, Exception):
             self._connections.pop(address, None)  # the next pull connects anew
         then(result)
