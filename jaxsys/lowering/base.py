@@ -4,13 +4,14 @@ Embedding, final norm and head rest in shards over the ring where an axis divide
 a step in the compute dtype, and their gradients are reduced back to the shards once.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel, Parameters, PyTree
@@ -23,6 +24,22 @@ GPU_COMPILER_OPTIONS: dict[str, Any] = {
     "xla_gpu_enable_latency_hiding_scheduler": True,
     "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
 }
+
+
+EARLY_START = "xla_gpu_experimental_collective_start_as_early_as_possible"
+"""Without it XLA begins a permute so late in a tick that its guess of the time still hides it. The
+neighbour then waits for this device's compute, and no longer for its data alone."""
+
+
+@functools.cache
+def takes_option(device: Any, name: str) -> bool:
+    """Whether XLA's compiler for a device knows an option (unknown ones are errors)."""
+    value = jax.ShapeDtypeStruct((), jnp.float32, sharding=SingleDeviceSharding(device))
+    try:
+        jax.jit(lambda x: x).lower(value).compile(compiler_options={name: True})
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 @dataclass(frozen=True, kw_only=True)

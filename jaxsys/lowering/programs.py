@@ -192,6 +192,18 @@ class _Store:
         ]
         return [*buffer[:layer], row, *buffer[layer + 1 :]]
 
+    def get_with(
+        self, value: jax.Array, buffer: PyTree, slot: Any, layer: Any
+    ) -> tuple[jax.Array, list[jax.Array]]:
+        """`value`, and what `get` returns, not read before `value` is there.
+
+        Slices of layers that are written out would otherwise all be taken at once, and held.
+        """
+        if self.unroll:
+            value, row = lax.optimization_barrier((value, buffer[layer]))
+            buffer = [*buffer[:layer], row, *buffer[layer + 1 :]]
+        return value, self.get(buffer, slot, layer)
+
     def get(self, buffer: PyTree, slot: Any, layer: Any) -> list[jax.Array]:
         """One layer's values in one slot."""
         if not self.unroll:
@@ -261,7 +273,7 @@ def chunk_program(
     def backward(weights, buffer, slot, dy, microbatch, first_layer):
         def layer(carry, index, w):
             dx, buffer = carry
-            residuals = kept.get(buffer, slot, index)
+            dx, residuals = kept.get_with(dx, buffer, slot, index)
             dw, dx = if_present(
                 first_layer,
                 index,
@@ -280,7 +292,7 @@ def chunk_program(
         def input_gradient(weights, buffer, slot, dy, microbatch, first_layer, taps, tap_slot):
             def layer(carry, index, w):
                 dx, buffer, taps = carry
-                residuals = kept.get(buffer, slot, index)
+                dx, residuals = kept.get_with(dx, buffer, slot, index)
                 dx, values = if_present(
                     first_layer,
                     index,
