@@ -103,6 +103,40 @@ class Compiled:
     """Makes parameters, the optimizer's state, and the batch."""
 
 
+def cell_problem(cell: Cell, config: LlamaConfig, cluster: Cluster) -> Problem:
+    """What a cell's plan is a plan for."""
+    return Problem(
+        workload_of=lambda size: llama_workload(
+            "bench", config, sequence_length=cell.tokens, microbatch_size=size
+        ),
+        cluster=cluster,
+        batch=cell.turns * cluster.devices,
+        memory_bytes=cluster.device.memory_bytes,
+    )
+
+
+def predicted_again(
+    rows: list[dict[str, Any]], config: LlamaConfig, cluster: Cluster
+) -> list[dict[str, Any]]:
+    """Measured rows with the step time that this cluster predicts, the first beside it."""
+    lengths = tuple({row["tokens"] for row in rows})
+    known = {cell.name: cell for cell in cells(cluster.devices, config.num_layers, lengths)}
+    found = []
+    for row in rows:
+        cell = known[row["cell"]]
+        estimates = Evaluator(cell_problem(cell, config, cluster)).plan(cell.plan)
+        predicted = float(estimates.step_s[0])
+        found.append(
+            row
+            | {
+                "first_predicted_s": row.get("first_predicted_s", row["predicted_s"]),
+                "predicted_s": predicted,
+                "error_pct": 100 * (predicted / row["measured_s"] - 1),
+            }
+        )
+    return found
+
+
 def compile_cell(cell: Cell, config: LlamaConfig, cluster: Cluster, mesh: Mesh) -> Compiled:
     """Predicts a step and compiles it, from shapes alone.
 
@@ -113,14 +147,7 @@ def compile_cell(cell: Cell, config: LlamaConfig, cluster: Cluster, mesh: Mesh) 
         mesh: devices; for memory alone they need not be here (`jaxsys.mesh.devices_ahead`).
     """
     devices = mesh.shape[RING]
-    problem = Problem(
-        workload_of=lambda size: llama_workload(
-            "bench", config, sequence_length=cell.tokens, microbatch_size=size
-        ),
-        cluster=cluster,
-        batch=cell.turns * devices,
-        memory_bytes=cluster.device.memory_bytes,
-    )
+    problem = cell_problem(cell, config, cluster)
     predicted = Evaluator(problem).plan(cell.plan)
     step = lower_sharded(
         to_schedule(problem, cell.plan),
@@ -256,6 +283,11 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     if "error_pct" not in rows[0]:  # compiled alone
         return found
     found["median_error_pct"] = statistics.median(abs(row["error_pct"]) for row in rows)
+    first = [row for row in rows if "first_predicted_s" in row]
+    if first:
+        found["median_first_error_pct"] = statistics.median(
+            100 * abs(row["first_predicted_s"] / row["measured_s"] - 1) for row in first
+        )
     groups: dict[tuple[int, int], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["tokens"], row["turns"]), []).append(row)

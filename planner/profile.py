@@ -1,40 +1,38 @@
 """`jaxsys profile cluster`: measures what the planner otherwise takes from presets.
 
-Links: every collective at several sizes, fitted to t = alpha + beta * bytes sent. Device: products
-and attention at the model's own shapes, an elementwise pass over memory, and the block itself,
-forward and with its backward pass, beside what the fitted rates predict for it. And how much
-products are slowed by a gather beside them.
+Links: every collective at several sizes, fitted to t = alpha + beta * bytes sent. Device: rates of
+products, attention and passes over memory, and the block itself, forward and with its backward
+pass, beside what these rates predict for it. And how much products are slowed by a gather.
 """
 
 import argparse
 import json
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxsys
 from jaxsys.errors import UsageError
 from jaxsys.files import write_whole
 from jaxsys.hardware import DEVICES, DeviceSpec, LinkSpec
-from jaxsys.mesh import RING, make_mesh, request_devices
-from jaxsys.model.attention import attend
+from jaxsys.mesh import make_mesh, request_devices
 from jaxsys.model.config import LlamaConfig, preset
-from jaxsys.model.llama import bind_block, initial_parameters
 from jaxsys.planner.costs import Precision, block_cost
+from jaxsys.planner.rates import (
+    measure_collectives,
+    measure_contention,
+    measure_device,
+    random_inputs,
+)
 from jaxsys.planner.workload import llama_workload
 
 FORMAT = "jaxsys-profile-cluster"
-FORMAT_VERSION = 1
-COLLECTIVES = ("ppermute", "all_gather", "psum_scatter", "psum")
+FORMAT_VERSION = 2
 SIZES_BYTES = tuple(2**n for n in (12, 14, 16, 18, 20, 22, 24, 26, 28))
 
 
@@ -74,146 +72,6 @@ def sent_share(kind: str, devices: int) -> float:
     }[kind]
 
 
-def measure_collectives(
-    mesh: Mesh, *, sizes_bytes: Sequence[int] = SIZES_BYTES, repeats: int = 10
-) -> dict[str, list[tuple[int, float]]]:
-    """Collective -> (bytes of the block, median seconds), over the mesh's ring."""
-    devices = mesh.shape[RING]
-    found: dict[str, list[tuple[int, float]]] = {}
-    for kind in COLLECTIVES:
-        rows = []
-        for size in sizes_bytes:
-            elements = max(devices, size // 4 // devices * devices)
-            rows.append((4 * elements, _time_collective(mesh, kind, elements, repeats)))
-        found[kind] = rows
-    return found
-
-
-def _time_collective(mesh: Mesh, kind: str, elements: int, repeats: int) -> float:
-    """Median seconds of one collective over a float32 block of this many elements."""
-    devices = mesh.shape[RING]
-    pairs = [(i, (i + 1) % devices) for i in range(devices)]
-    bodies: dict[str, Callable[[jax.Array], jax.Array]] = {
-        "ppermute": lambda x: lax.ppermute(x, RING, pairs),
-        "all_gather": lambda x: lax.all_gather(x, RING, tiled=True),
-        "psum_scatter": lambda x: lax.psum_scatter(x, RING, tiled=True),
-        "psum": lambda x: lax.psum(x, RING),
-    }
-    local = elements // devices if kind == "all_gather" else elements
-    out = PartitionSpec() if kind in ("all_gather", "psum") else PartitionSpec(RING)
-    run = jax.jit(
-        jax.shard_map(
-            bodies[kind], mesh=mesh, in_specs=PartitionSpec(RING), out_specs=out, check_vma=False
-        )
-    )
-    value = jax.device_put(
-        jnp.ones((local * devices,), jnp.float32), NamedSharding(mesh, PartitionSpec(RING))
-    )
-    return median_seconds(run, value, repeats=repeats)
-
-
-def median_seconds(run: Callable[..., Any], *arguments: Any, repeats: int) -> float:
-    """Median wall seconds of a compiled function, after one run to compile it."""
-    jax.block_until_ready(run(*arguments))
-    samples = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(run(*arguments))
-        samples.append(time.perf_counter() - start)
-    return statistics.median(samples)
-
-
-def measure_device(
-    config: LlamaConfig, mesh: Mesh, *, tokens: int, repeats: int = 5, dtype: Any = jnp.bfloat16
-) -> dict[str, float]:
-    """Rates at a model's shapes, and its block's own times, all devices of the mesh at work.
-
-    What devices share (host cores, a power budget) is then shared as it is in a step.
-    """
-    width, inner = config.hidden_size, config.intermediate_size
-    heads, shared, head = config.num_heads, config.num_kv_heads, config.head_dim
-    devices = mesh.shape[RING]
-
-    def one(*shape: int) -> jax.Array:
-        return jax.device_put(
-            jnp.ones((devices, *shape), dtype), NamedSharding(mesh, PartitionSpec(RING))
-        )
-
-    def seconds(run: Callable[..., Any], *arguments: Any) -> float:
-        return median_seconds(everywhere(run, mesh), *arguments, repeats=repeats)
-
-    launch_s = median_seconds(everywhere(jnp.negative, mesh), one(8), repeats=10 * repeats)
-
-    def busy(run: Callable[..., Any], *arguments: Any) -> float:
-        """Seconds of a kernel without its launch, which a step hides behind others."""
-        whole = seconds(run, *arguments)
-        return max(whole - launch_s, whole / 10)
-
-    product_s = busy(jnp.matmul, one(tokens, width), one(width, inner))
-    q, kv = one(1, tokens, heads, head), one(1, tokens, shared, head)
-    attention_s = busy(attend, q, kv, kv)
-    passed = one(tokens, inner)
-    add_s = busy(lambda x: x + 1, passed)
-    small = replace(config, num_layers=1, vocab_size=8)
-    layer = jax.tree.map(
-        lambda p: one(*p.shape[1:]), jax.eval_shape(lambda: initial_parameters(small))["blocks"]
-    )
-
-    def block(layer: Any, x: jax.Array) -> jax.Array:
-        return bind_block(small, layer)(x)
-
-    def both(layer: Any, x: jax.Array) -> Any:
-        y, vjp = jax.vjp(block, layer, x)
-        return vjp(y)
-
-    x = one(1, tokens, width)
-    return {
-        "product_flops_per_s": 2.0 * tokens * width * inner / product_s,
-        "attention_flops_per_s": 2.0 * tokens * tokens * heads * head / attention_s,
-        "memory_bytes_per_s": 2.0 * passed.nbytes / devices / add_s,
-        "block_forward_s": busy(block, layer, x),
-        "block_both_s": busy(both, layer, x),
-        "tokens": float(tokens),
-    }
-
-
-def everywhere(run: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """`run` on every device at once, on its part of arguments [devices, ...]."""
-
-    def on_one(*arguments: Any) -> Any:
-        result = run(*jax.tree.map(lambda leaf: leaf[0], arguments))
-        return jax.tree.map(lambda leaf: leaf[None], result)
-
-    spec = PartitionSpec(RING)
-    return jax.jit(jax.shard_map(on_one, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
-
-
-def measure_contention(
-    mesh: Mesh, collectives: Mapping[str, Sequence[tuple[int, float]]], *, repeats: int = 10
-) -> float:
-    """By what share products take longer beside a gather; large where they do not overlap at all.
-
-    A chain of products is made at least twice as long as the gather, so that all of the gather is
-    beside it: the excess over products alone is then c g / (1 + g), c being the gather's own time.
-    """
-    devices, width = mesh.shape[RING], 1024
-    size, gather_s = collectives["all_gather"][-1]
-    sharded = NamedSharding(mesh, PartitionSpec(RING))
-    x = jax.device_put(jnp.ones((devices, width, width), jnp.bfloat16), sharded)
-    block = jax.device_put(jnp.ones((devices, size // 4 // devices), jnp.float32), sharded)
-
-    def products(count: int) -> Callable[[jax.Array], jax.Array]:
-        return lambda a: lax.fori_loop(0, count, lambda _, y: (a @ y) * 1e-3, a)
-
-    one_s = median_seconds(everywhere(products(8), mesh), x, repeats=repeats) / 8
-    count = min(10_000, max(1, int(2 * gather_s / one_s) + 1))
-    alone_s = median_seconds(everywhere(products(count), mesh), x, repeats=repeats)
-    both = everywhere(lambda a, b: (products(count)(a), lax.all_gather(b, RING).sum()), mesh)
-    excess = median_seconds(both, x, block, repeats=repeats) - alone_s
-    share = min(0.99, max(0.0, excess / gather_s))
-    return share / (1.0 - share)
-
-
 def build_profile(
     model: str, config: LlamaConfig, *, devices: int, tokens: int, repeats: int, largest_bytes: int
 ) -> dict[str, Any]:
@@ -221,7 +79,8 @@ def build_profile(
     chosen = request_devices(devices)
     kind = chosen[0].device_kind
     mesh = make_mesh(devices, devices=chosen)
-    rates = measure_device(config, mesh, tokens=tokens, repeats=repeats)
+    inputs = random_inputs(config, mesh, tokens=tokens, dtype=jnp.bfloat16)
+    rates = measure_device(config, mesh, inputs, repeats=repeats)
     near = min(
         DEVICES.values(),
         key=lambda spec: abs(np.log(spec.product_flops_per_s / rates["product_flops_per_s"])),
@@ -250,14 +109,20 @@ def build_profile(
             "bytes_per_s": 1 / max(gather["beta_s_per_byte"], 1e-15),
             "latency_s": gather["alpha_s"] / (devices - 1),
             "launch_s": 0.0,
-            "contention": measure_contention(mesh, measured, repeats=repeats),
+            "contention": measure_contention(
+                mesh,
+                inputs,
+                products_s=rates["products_s"],
+                gathers=measured["all_gather"],
+                repeats=repeats,
+            ),
         }
     workload = llama_workload(model, config, sequence_length=tokens, microbatch_size=1)
     predicted = block_cost(
         workload.blocks[0],
         DeviceSpec(**spec),
         activation_bytes=workload.activation_bytes,
-        precision=Precision(),
+        precision=Precision(gradient_bytes=0.0),  # no gradients are summed in what was timed
         recompute="none",
     )
     both_s = predicted.forward_s + predicted.backward_s

@@ -8,7 +8,16 @@ from jaxsys.hardware import device, link
 from jaxsys.mesh import make_mesh
 from jaxsys.model.config import preset
 from jaxsys.planner.cluster import Cluster
-from jaxsys.planner.measure import LONG, SHORT, cells, compile_cell, measure, run_cell, summary
+from jaxsys.planner.measure import (
+    LONG,
+    SHORT,
+    cells,
+    compile_cell,
+    measure,
+    predicted_again,
+    run_cell,
+    summary,
+)
 
 
 def row(cell, measured_s, predicted_s, *, strategy="zero-3", turns=LONG, gib=1.0):
@@ -60,6 +69,21 @@ def test_summary_by_hand():
     (gains,) = found["gains"]
     assert gains["zero-3.5_measured_speedup_over_zero_3"] == pytest.approx(1 / 0.8)
     assert gains["zero-4_measured_memory_below_zero_2_pct"] == pytest.approx(70)
+
+
+def test_predicted_again_keeps_the_first_prediction():
+    config = replace(preset("tiny"), num_layers=2)
+    wanted = list(cells(2, 2, (64,)))[:2]
+    rows = [row(cell.name, 1.0, 3.0) for cell in wanted]
+    slow = Cluster(device=device("cpu"), devices=2, link=link("host-memory"))
+    fast = replace(slow, device=replace(slow.device, product_flops_per_s=1e15))
+    again = predicted_again(rows, config, slow)
+    third = predicted_again(again, config, fast)
+    for first, second, last in zip(rows, again, third, strict=True):
+        assert first["predicted_s"] == second["first_predicted_s"] == last["first_predicted_s"]
+        assert 0 < last["predicted_s"] < second["predicted_s"]
+        assert last["error_pct"] == pytest.approx(100 * (last["predicted_s"] - 1))
+    assert summary(third)["median_first_error_pct"] == pytest.approx(200)
 
 
 @pytest.mark.slow

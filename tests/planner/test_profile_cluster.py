@@ -1,12 +1,17 @@
 """Measured links and devices: fits, files, and their way into a plan."""
 
 import json
+from typing import Any
 
+import jax.numpy as jnp
 import pytest
 
 from jaxsys.cli import main
 from jaxsys.errors import UsageError
-from jaxsys.planner.profile import COLLECTIVES, fit_line, load_profile
+from jaxsys.mesh import make_mesh
+from jaxsys.planner.profile import fit_line, load_profile
+from jaxsys.planner.rates import COLLECTIVES
+from jaxsys.planner.timing import everywhere, repeated
 
 
 def test_fit_recovers_alpha_and_beta():
@@ -25,9 +30,24 @@ def test_fit_is_never_negative():
     assert beta >= 0
 
 
-def test_command_measures_and_plan_uses_it(tmp_path, capsys):
+def test_a_kernel_runs_so_often_in_one_program_and_in_full():
+    def product(x, y):
+        return x @ y
+
+    one, two = jnp.ones((1, 8, 16)), jnp.full((1, 16, 4), 2.0)
+    program: Any = everywhere(repeated(product, 3), make_mesh(1))
+    assert program(one, two) == 3 * 2 * 16
+    compiled = program.lower(one, two).compile().as_text()
+    products = [line for line in compiled.splitlines() if " dot(" in line or "__onednn" in line]
+    assert len(products) == 1
+    assert "f32[8,4]" in products[0]  # not only the element that is read
+    assert "known_trip_count" in compiled  # and in the loop still
+
+
+def test_command_measures_and_plan_uses_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("jaxsys.planner.profile.SIZES_BYTES", (2**12, 2**16, 2**20))
     path = tmp_path / "profile.json"
-    command = ["profile", "cluster", "--devices", "4", "--model", "tiny", "--tokens", "64"]
+    command = ["profile", "cluster", "--devices", "2", "--model", "tiny", "--tokens", "64"]
     command += ["--repeats", "2", "--largest-mib", "1", "--out", str(path)]
     assert main(command) == 0
     value = json.loads(path.read_text())
@@ -40,7 +60,7 @@ def test_command_measures_and_plan_uses_it(tmp_path, capsys):
     assert profile.link is not None
     assert profile.link.contention >= 0
     assert main(command) == 2  # not overwritten
-    plan = ["plan", "--model", "tiny", "--devices", "4", "--profile", str(path)]
+    plan = ["plan", "--model", "tiny", "--devices", "2", "--profile", str(path)]
     assert main(plan) == 0
     assert "measured" in capsys.readouterr().out
 
