@@ -111,7 +111,7 @@ def word_tokenizer(size: int) -> Tokenizer:
 
 
 def compile_greedy(instances: Sequence[Instance]) -> None:
-    """Compiles every step that greedy requests need, several at once."""
+    """Compiles every step that greedy requests need, several at once, and runs each once."""
     work: list[tuple[JaxExecutor, tuple]] = []
     for instance in instances:
         executor = instance.executor
@@ -121,6 +121,8 @@ def compile_greedy(instances: Sequence[Instance]) -> None:
                 work.append((executor, key))
     with ThreadPoolExecutor(COMPILERS if jax.default_backend() != "cpu" else 2) as pool:
         list(pool.map(lambda item: item[0].steps.compile(item[1]), work))
+    for executor, key in work:
+        executor.run_once(key)
 
 
 def take_profile(

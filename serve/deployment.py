@@ -23,7 +23,7 @@ from jaxsys.serve.hooks import Governor, NoGovernor, Router
 from jaxsys.serve.instance import Instance
 from jaxsys.serve.member import Member, TokenEvent
 from jaxsys.serve.scheduler import Role, Scheduler, SchedulerConfig
-from jaxsys.serve.steps import ExecutorConfig, Steps
+from jaxsys.serve.steps import ExecutorConfig
 from jaxsys.serve.weights import TENSOR, Quantisation, ServingWeights, serving_weights
 
 logger = logging.getLogger(__name__)
@@ -238,12 +238,14 @@ def choose_devices(count: int) -> list[Device]:
 
 
 def compile_ahead(instances: Iterable[Member], *, everything: bool = False) -> None:
-    """Compiles what serving cannot do without, or every step there is; instances in parallel."""
-    work = [
-        (steps, [*steps.essential(), *(steps.others() if everything else ())])
-        for steps in _steps(instances)
+    """Compiles what serving cannot do without, or every step there is, and runs it once.
+
+    The instances, which must not have been started, do so in parallel.
+    """
+    threads = [
+        threading.Thread(target=_compile, args=(executor, everything))
+        for _, executor in _local(instances)
     ]
-    threads = [threading.Thread(target=_compile, args=item) for item in work]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -251,10 +253,10 @@ def compile_ahead(instances: Iterable[Member], *, everything: bool = False) -> N
 
 
 class BackgroundCompilation:
-    """Compiles the other steps while the server already serves."""
+    """Compiles the other steps while the server already serves; an idle instance runs them once."""
 
     def __init__(self, instances: Iterable[Member]):
-        self._steps = _steps(instances)
+        self._instances = _local(instances)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="compile", daemon=True)
         self._thread.start()
@@ -266,23 +268,34 @@ class BackgroundCompilation:
 
     def _run(self) -> None:
         started_s = time.monotonic()
-        for steps in self._steps:
-            for key in steps.others():
+        for instance, executor in self._instances:
+            for key in executor.steps.others():
                 if self._stopping.is_set():
                     return
-                steps.compile(key)
+                executor.steps.compile(key)
+                instance.post(functools.partial(_run_if_idle, instance, executor, key))
         logger.info("compiled", extra={"seconds": round(time.monotonic() - started_s, 1)})
 
 
-def _steps(instances: Iterable[Member]) -> list[Steps]:
-    """Those of the instances of this process."""
-    local = (one.executor for one in instances if isinstance(one, Instance))
-    return [executor.steps for executor in local if isinstance(executor, JaxExecutor)]
+def _local(instances: Iterable[Member]) -> list[tuple[Instance, JaxExecutor]]:
+    """Those of this process."""
+    return [
+        (one, one.executor)
+        for one in instances
+        if isinstance(one, Instance) and isinstance(one.executor, JaxExecutor)
+    ]
 
 
-def _compile(steps: Steps, keys: Sequence[tuple]) -> None:
-    for key in keys:
+def _compile(executor: JaxExecutor, everything: bool) -> None:
+    steps = executor.steps
+    for key in (*steps.essential(), *(steps.others() if everything else ())):
         steps.compile(key)
+        executor.run_once(key)
+
+
+def _run_if_idle(instance: Instance, executor: JaxExecutor, key: tuple) -> None:
+    if not instance.requests:
+        executor.run_once(key)
 
 
 def _scheduler_config(

@@ -241,6 +241,41 @@ class JaxExecutor:
         self._make_state()
         jax.block_until_ready((self._cache, self._last))
 
+    def run_once(self, key: tuple) -> None:
+        """Runs a step on nothing, and waits: what a GPU does before a step's first run may take
+        it a quarter of a second, which no request should wait for.
+
+        Pages and slots keep what they hold. Only for the thread that dispatches.
+        """
+        kind, *shape = key
+        step = self.steps.get(*key)
+        done: object = None
+        if kind == "prefill":
+            size, table, continued = shape
+            packed = np.zeros(2 + size + table, np.int32)  # a piece without tokens
+            packed[0] = continued
+            done, self._cache = step(self.weights, self._cache, packed)
+        elif kind == "decode":
+            batch, table = shape
+            done = self._decode_step(batch, table, self._nobody(batch, table))
+        elif kind == "sample" and not shape[1].adjusted:
+            batch, needs = shape
+            logits = np.zeros((batch, self.config.vocab_size), np.float32)
+            nowhere = self._nobody(batch, 0)
+            logits, where = jax.device_put((logits, nowhere), self._placement)
+            done = self._sample(needs, logits, where, pack_rules([], [], batch))
+        elif kind == "copy":
+            done = self._copy([(0, self.page_count)])
+        elif kind == "extract":
+            done = step(self._cache, np.zeros(shape[0], np.int32))
+        elif kind == "insert":
+            like = self.steps.contents_like(shape[0])
+            contents = jax.numpy.zeros(like.shape, like.dtype, device=like.sharding)
+            self.insert(contents, [])
+        elif kind == "set_last":
+            self._last = step(self._last, np.int32(self.slots), np.int32(0))
+        jax.block_until_ready((done, self._cache, self._last))
+
     # --- hand-over ----------------------------------------------------------------------------
 
     def extract(self, pages: Sequence[int]) -> Contents:
@@ -248,17 +283,17 @@ class JaxExecutor:
 
         The pages may be given to others at once: the device works in order.
         """
-        index = self._padded(pages, fill=pages[-1])
+        size = next(size for size in self.shapes.transfer_buckets if size >= len(pages))
+        index = np.full(size, pages[-1], np.int32)
+        index[: len(pages)] = pages
         return self.steps.get("extract", len(index))(self._cache, index)
 
     def insert(self, contents: Contents, pages: Sequence[int]) -> None:
         """Writes extracted contents, which lie where the cache does, into `pages`."""
-        index = self._padded(pages, fill=self.page_count)
         width = contents.shape[1]
-        if len(index) < width:
-            padding = np.full(width - len(index), self.page_count, np.int32)
-            index = np.concatenate([index, padding])
-        self._cache = self.steps.get("insert", width)(self._cache, contents, index[:width])
+        index = np.full(width, self.page_count, np.int32)
+        index[: len(pages)] = pages
+        self._cache = self.steps.get("insert", width)(self._cache, contents, index)
 
     def resume(self, request: Request) -> None:
         """Prepares the slot of a request whose pages were inserted: its last token is known."""
@@ -316,18 +351,11 @@ class JaxExecutor:
         batch, table = self.steps.fitting(
             "decode", (bucket, shapes.decode_buckets), (needed, shapes.table_buckets)
         )
-        packed = np.full((batch, 2 + table), self.page_count, np.int32)
-        packed[:, 0] = self.slots
-        packed[:, 1] = 0
+        packed = self._nobody(batch, table)
         packed[:count, 0] = slots
         packed[:count, 1] = positions
         packed[:count, 2:] = self._tables[slots, :table]
-        inputs, where, logits = self._buffers(batch, table)
-        inputs, where = self.steps.get("inputs", batch, table)(inputs, where, packed)
-        logits, self._cache = self.steps.get("decode", batch, table)(
-            self.weights, self._cache, self._last, inputs, logits
-        )
-        self._decode_buffers[batch, table] = inputs, where, logits
+        where, logits = self._decode_step(batch, table, packed)
         if self._batch != requests or len(self._batch_rules[0].seed) != batch:
             rules, needs = self._rules(requests, batch)
             # The same requests run for many steps: their rules stay on the device.
@@ -335,6 +363,26 @@ class JaxExecutor:
             self._batch_rules = jax.device_put(rules, self._placement), needs
         rules, needs = self._batch_rules
         return _Pending(self._sample(needs, logits, where, rules), requests)
+
+    def _nobody(self, batch: int, table: int) -> np.ndarray:
+        """Rows [batch, 2 + table] of a decode step that belong to no request: slot, position,
+        pages."""
+        packed = np.full((batch, 2 + table), self.page_count, np.int32)
+        packed[:, 0] = self.slots
+        packed[:, 1] = 0
+        return packed
+
+    def _decode_step(
+        self, batch: int, table: int, packed: np.ndarray
+    ) -> tuple[jax.Array, jax.Array]:
+        """Slots and positions [batch, 2] on the device, and logits [batch, V]."""
+        inputs, where, logits = self._buffers(batch, table)
+        inputs, where = self.steps.get("inputs", batch, table)(inputs, where, packed)
+        logits, self._cache = self.steps.get("decode", batch, table)(
+            self.weights, self._cache, self._last, inputs, logits
+        )
+        self._decode_buffers[batch, table] = inputs, where, logits
+        return where, logits
 
     def _buffers(self, batch: int, table: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         """What holds a decode step's inputs, its slots and positions, and its logits."""
@@ -398,12 +446,6 @@ class JaxExecutor:
             sources[: len(part)] = [source for source, _ in part]
             targets[: len(part)] = [target for _, target in part]
             self._cache = self.steps.get("copy", COPIES)(self._cache, sources, targets)
-
-    def _padded(self, pages: Sequence[int], *, fill: int) -> np.ndarray:
-        size = next(size for size in self.shapes.transfer_buckets if size >= len(pages))
-        index = np.full(size, fill, np.int32)
-        index[: len(pages)] = pages
-        return index
 
 
 def check_sampling(parameters: SamplingParameters, vocabulary: int) -> None:

@@ -224,12 +224,17 @@ def test_pages_travel_between_devices(parameters, executor):
 
 def test_steps_compiled_ahead_are_not_compiled_again(executor):
     scheduler = make()
-    for key in (*executor.steps.essential(), *executor.steps.others()):
+    run_once = [("copy", 8), ("extract", 4), ("insert", 4), ("set_last",)]
+    for key in (*executor.steps.essential(), *executor.steps.others(), *run_once):
         executor.steps.compile(key)
     compiled = executor.steps.count
     for i in range(6):
         scheduler.add(request(i, list(range(i + 1)), 12, temperature=i % 2, top_p=0.9))
     run(scheduler, executor)
+    before = jax.tree.map(np.array, (executor._cache, executor._last))
+    for key in executor.steps._compiled:
+        executor.run_once(key)
+    jax.tree.map(np.testing.assert_array_equal, before, (executor._cache, executor._last))
     assert executor.steps.count == compiled
 
 
