@@ -25,6 +25,7 @@ from jaxsys.mesh import RING
 from jaxsys.model import abstract_parameters, initial_parameters, layered
 from jaxsys.model.config import LlamaConfig
 from jaxsys.planner.cluster import Cluster
+from jaxsys.planner.costs import Precision
 from jaxsys.planner.evaluate import POLICY, Evaluator
 from jaxsys.planner.lower import to_schedule
 from jaxsys.planner.plans import Gradient, LayerPath, Plan, Residual, State, Weights
@@ -45,6 +46,7 @@ KINDS: tuple[tuple[Weights, Gradient], ...] = (
     (Weights.BETWEEN, Gradient.EACH),
     (Weights.BETWEEN, Gradient.DEFERRED),
 )
+FLOAT32 = "float32"
 SHORT, LONG = 4, 16
 """Microbatches a device: for predictions, and for the gain of ZeRO-3.5 and ZeRO-4."""
 
@@ -57,15 +59,20 @@ class Cell:
     turns: int
     """Microbatches a device."""
     plan: Plan
+    gradients: str = FLOAT32
+    """In what they are summed and sent."""
 
     @property
     def name(self) -> str:
         """Its key among results."""
         path = self.plan.layers[0]
-        return f"{self.tokens} tokens, {self.turns} turns, {path}, ahead {self.plan.lookahead}"
+        name = f"{self.tokens} tokens, {self.turns} turns, {path}, ahead {self.plan.lookahead}"
+        return name if self.gradients == FLOAT32 else f"{name}, {self.gradients} gradients"
 
 
-def cells(devices: int, layers: int, lengths: tuple[int, ...]) -> Iterator[Cell]:
+def cells(
+    devices: int, layers: int, lengths: tuple[int, ...], gradients: str = FLOAT32
+) -> Iterator[Cell]:
     """Five strategies by recompute and length, then four of them with many microbatches.
 
     The latter gather one tick ahead and two: ZeRO-3 must be a prefetching one. On one device
@@ -74,7 +81,7 @@ def cells(devices: int, layers: int, lengths: tuple[int, ...]) -> Iterator[Cell]
 
     def cell(tokens: int, turns: int, path: LayerPath, ahead: int) -> Cell:
         plan = Plan(shard=devices, state=State.SPLIT, lookahead=ahead, layers=(path,) * layers)
-        return Cell(tokens=tokens, turns=turns, plan=plan)
+        return Cell(tokens=tokens, turns=turns, plan=plan, gradients=gradients)
 
     if devices == 1:
         for turns, tokens, residual in itertools.product((SHORT, LONG), lengths, Residual):
@@ -112,6 +119,7 @@ def cell_problem(cell: Cell, config: LlamaConfig, cluster: Cluster) -> Problem:
         cluster=cluster,
         batch=cell.turns * cluster.devices,
         memory_bytes=cluster.device.memory_bytes,
+        precision=Precision(gradient_bytes=jnp.dtype(cell.gradients).itemsize),
     )
 
 
@@ -120,7 +128,11 @@ def predicted_again(
 ) -> list[dict[str, Any]]:
     """Measured rows with the step time that this cluster predicts, the first beside it."""
     lengths = tuple({row["tokens"] for row in rows})
-    known = {cell.name: cell for cell in cells(cluster.devices, config.num_layers, lengths)}
+    known = {
+        cell.name: cell
+        for gradients in {row.get("gradients", FLOAT32) for row in rows}
+        for cell in cells(cluster.devices, config.num_layers, lengths, gradients)
+    }
     found = []
     for row in rows:
         cell = known[row["cell"]]
@@ -154,6 +166,7 @@ def compile_cell(cell: Cell, config: LlamaConfig, cluster: Cluster, mesh: Mesh) 
         layered(config),
         mesh,
         compute_dtype=jnp.bfloat16,
+        gradient_dtype=jnp.dtype(cell.gradients),
         recompute=POLICY[cell.plan.layers[0].residual],
     )
     optimizer = optax.adam(1e-4)
@@ -199,6 +212,7 @@ def compile_cell(cell: Cell, config: LlamaConfig, cluster: Cluster, mesh: Mesh) 
         "tokens": cell.tokens,
         "turns": cell.turns,
         "lookahead": cell.plan.lookahead,
+        "gradients": cell.gradients,
         "measured_gib": taken / GIB,
         "predicted_gib": peak / GIB,
         "memory_error_pct": 100 * (peak / taken - 1),
@@ -288,16 +302,17 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         found["median_first_error_pct"] = statistics.median(
             100 * abs(row["first_predicted_s"] / row["measured_s"] - 1) for row in first
         )
-    groups: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    groups: dict[tuple[int, int, str], list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["tokens"], row["turns"]), []).append(row)
+        key = row["tokens"], row["turns"], row.get("gradients", FLOAT32)
+        groups.setdefault(key, []).append(row)
     behind, gains = [], []
-    for (tokens, turns), group in sorted(groups.items()):
+    for (tokens, turns, gradients), group in sorted(groups.items()):
         chosen = min(group, key=lambda row: row["predicted_s"])
         best = min(row["measured_s"] for row in group)
         behind.append(100 * (chosen["measured_s"] / best - 1))
         if turns == LONG:
-            gains.append({"tokens": tokens, **_gains(group)})
+            gains.append({"tokens": tokens, "gradients": gradients, **_gains(group)})
     found["chosen_behind_best_pct"] = max(behind)
     return {**found, "gains": gains}
 
