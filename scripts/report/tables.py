@@ -256,12 +256,16 @@ def predicted_steps(results: Sequence[Result]) -> str:
             [result.name.removesuffix(".json"),
              "none: compiled alone" if config.get("compile_only") else config["link"],
              config["devices"],
-             summary["cells"], number(summary.get("median_error_pct")),
+             summary["cells"], number(summary.get("median_first_error_pct",
+                                                  summary.get("median_error_pct"))),
+             number(summary.get("median_error_pct")) if "median_first_error_pct" in summary
+             else None,
              number(summary["median_memory_error_pct"]),
              number(summary.get("chosen_behind_best_pct"))]
         )  # fmt: skip
     return table(
-        ["file", "link", "devices", "plans", "median error of step time (%)", "of peak memory (%)",
+        ["file", "link", "devices", "plans", "median error of step time (%)",
+         "with a profile taken later (%)", "of peak memory (%)",
          "best predicted behind best measured (%)"],
         cells,
     )  # fmt: skip
@@ -273,14 +277,14 @@ def zero_measured(results: Sequence[Result]) -> str:
                 for kind in ("measured", "predicted")]  # fmt: skip
 
     return table(
-        ["file", "tokens", "ZeRO-3.5 over ZeRO-3", "predicted", "ZeRO-4 over ZeRO-3", "predicted",
-         "ZeRO-4's memory below ZeRO-2's (%)", "predicted"],
-        [[result.name.removesuffix(".json"), found["tokens"],
+        ["file", "tokens", "gradients", "ZeRO-3.5 over ZeRO-3", "predicted", "ZeRO-4 over ZeRO-3",
+         "predicted", "ZeRO-4's memory below ZeRO-2's (%)", "predicted"],
+        [[result.name.removesuffix(".json"), found["tokens"], found.get("gradients", "float32"),
           *gain(found, "zero-3.5", "speedup_over_zero_3"),
           *gain(found, "zero-4", "speedup_over_zero_3"),
           *gain(found, "zero-4", "memory_below_zero_2_pct")]
          for result in results for found in result.record["summary"].get("gains", ())
-         if len(found) > 1],
+         if len(found) > 2],
     )  # fmt: skip
 
 
@@ -297,18 +301,31 @@ def calibration(results: Sequence[Result]) -> str:
 
 
 def live(results: Sequence[Result]) -> str:
-    rows = [row for result in results for row in result.rows]
-    said = {"predicted": "prediction_error_pct"}
-    if any("again" in row for row in rows):
-        said["again"] = "again_error_pct"
-    names = {"predicted": "predicted", "again": "predicted later, with the recorded profile"}
-    return table(
-        ["figure", "measured", *(title for key in said for title in (names[key], "error (%)"))],
-        [[row["figure"], number(row["measured"], ".4g"),
-          *(cell for key, error in said.items()
-            for cell in (number(row.get(key), ".4g"), number(row.get(error), "+.1f")))]
-         for row in rows],
-    )  # fmt: skip
+    """A table a run: measured, predicted, what deciding took."""
+    parts = []
+    for result in results:
+        said = {"predicted": "prediction_error_pct"}
+        if any("again" in row for row in result.rows):
+            said["again"] = "again_error_pct"
+        names = {"predicted": "predicted", "again": "predicted later, with the recorded profile"}
+        config = result.record["config"]
+        parts.append(
+            f"{config['requests']} requests over {config['duration_s']:g} s to {config['model']}, "
+            f"{config['instances']}:"
+        )
+        parts.append(table(
+            ["figure", "measured", *(title for key in said for title in (names[key], "error (%)"))],
+            [[row["figure"], number(row["measured"], ".4g"),
+              *(cell for key, error in said.items()
+                for cell in (number(row.get(key), ".4g"), number(row.get(error), "+.1f")))]
+             for row in result.rows],
+        ))  # fmt: skip
+        parts += [
+            f"Deciding, `{row['instance']}`: {row['decide_wall_p50_us']:.0f} us at the median of "
+            f"{row['decisions']} iterations, {row['decide_wall_p99_us']:.0f} us at p99."
+            for row in result.record["decisions"] or ()
+        ]
+    return "\n\n".join(parts)
 
 
 def savings(results: Sequence[Result]) -> str:

@@ -48,6 +48,11 @@ class ClusterConfig:
     """Latency of moving a prompt's pages, besides their bytes."""
     link_bytes_per_s: float = 50e9
     """Page transfer between instances: a 400 Gb/s NIC or one NVLink pair's share."""
+    hand_out_s: float = 0.0
+    """What sending a prompt's pages holds up the prefill instance's next iteration, where that is
+    not in flight yet."""
+    landing_s: float = 0.0
+    """What taking a prompt's pages in holds up a decode instance at work."""
     time_noise: float = 0.0
     """Relative deviation of each step's time from the model, so that no predictor is exact."""
     max_batch: int = 1024
@@ -130,6 +135,8 @@ class SimInstance:
         """Counts changes of the end in flight: an event of an older version is stale."""
         self.newcomers: list[Request] = []
         self.started_s = 0.0
+        self.held_up_s = 0.0
+        """By how much pages that come or go put off the next iteration."""
 
     @property
     def batch(self) -> int:
@@ -344,6 +351,7 @@ class Simulator:
         if iteration is None:
             many = instance.role == "decode" and not config.plan_ahead
             iteration = scheduler.next_iteration(now_s, config.max_steps if many else 1)
+        held_up_s, instance.held_up_s = instance.held_up_s, 0.0
         if iteration is None:
             self._await_idle(instance, now_s)
             return
@@ -351,11 +359,12 @@ class Simulator:
         instance.governor.before_iteration(iteration, scheduler.waiting, now_s)
         if config.plan_ahead and not ahead:
             now_s += config.dispatch_s
+        instance.started_s = now_s
+        now_s += held_up_s
         steps = iteration.steps
         load, after = self._loads(iteration)
         end_s = instance.executor.begin(load, steps, now_s, after=after)
         instance.iteration = iteration
-        instance.started_s = now_s
         instance.version += 1
         self._push(end_s, self._end, instance, instance.version)
         patience = getattr(instance.governor, "patience_s", None)
@@ -434,6 +443,8 @@ class Simulator:
             self._finished(instance, request)
         for request in completion.handed_over:
             self._hand_over(instance, request, now_s)
+            if instance.planned is None:
+                instance.held_up_s += self.config.hand_out_s
         if instance.scheduler.incoming:
             self._receive(instance, now_s)
         self._start(instance, now_s)
@@ -444,16 +455,20 @@ class Simulator:
         """Books the time between tokens: the step's own, and for newcomers their wait too."""
         steps, batch = iteration.steps, len(iteration.decodes)
         step_s = latency_s / steps
-        fresh = len(instance.newcomers)
+        newcomers, instance.newcomers = instance.newcomers, []
+        if self.config.plan_ahead:  # who came while this ran is in the one after the next
+            decoding = set(map(id, iteration.decodes))
+            instance.newcomers = [one for one in newcomers if id(one) not in decoding]
+            newcomers = [one for one in newcomers if id(one) in decoding]
+        fresh = len(newcomers)
         if batch * steps > fresh:
             self._itl.append(step_s)
             self._itl_weight.append(batch * steps - fresh)
-        for request in instance.newcomers:
+        for request in newcomers:
             last_s = request.timing.last_token_s
             waited_s = instance.started_s - last_s if last_s is not None else 0.0
             self._itl.append(waited_s + step_s)
             self._itl_weight.append(1.0)
-        instance.newcomers.clear()
 
     def _finished(self, instance: SimInstance, request: Request) -> None:
         instance.in_flight -= 1
@@ -497,7 +512,9 @@ class Simulator:
         instance.newcomers.append(twin)
         if instance.iteration is None:
             self._start(instance, now_s)
-        elif instance.iteration.steps > 1:
+            return
+        instance.held_up_s += self.config.landing_s
+        if instance.iteration.steps > 1:
             done = instance.executor.steps_done(now_s)
             steps = max(1, int(done) + 1)
             if steps < instance.iteration.steps:

@@ -220,6 +220,29 @@ def test_the_engine_pads_each_piece_and_serves_newcomers_an_iteration_later():
     assert result.itl_s.max() == pytest.approx(piece_s + step_s, rel=0.01)
 
 
+def test_a_hand_over_takes_time_and_holds_up_both_instances():
+    """Request 0 decodes; 1 comes later, 2 while 1 is computed."""
+    trace = Trace(
+        name="three",
+        arrival_s=np.array([0.0, 1.0, 1.01]),
+        prompt_tokens=np.array([100, 700, 700]),
+        output_tokens=np.array([300, 2, 2]),
+    )
+    apart = ENGINE | {"decode_instances": 1, "link_bytes_per_s": np.inf, "hand_over_s": 0.02}
+    result, _ = simulate(trace, **apart)
+    step_s = GPU.run(Load(batch=1, kv_tokens=250, bucket=1), 1980).time_s
+    # Beside 0, each waits for the pages, what is left of a step, and the one planned behind it.
+    first_gaps_s = np.sort(result.itl_s)[-2:]
+    assert 0.02 + 2 * step_s < first_gaps_s[0] < first_gaps_s[1] < 0.02 + 3.1 * step_s
+    assert result.itl_weight.sum() == 301
+    held_up, _ = simulate(trace, **apart, landing_s=0.004)
+    assert held_up.duration_s == pytest.approx(result.duration_s + 2 * 0.004)
+    assert held_up.ttft_s == pytest.approx(result.ttft_s)
+    sending, _ = simulate(trace, **apart, hand_out_s=0.005)
+    assert sending.ttft_s == pytest.approx(result.ttft_s + [0, 0, 0.005])
+    assert sending.duration_s == pytest.approx(result.duration_s)
+
+
 def test_executor_splits_an_iteration_where_the_clock_changes():
     now = 0.0
     clocks = SimulatedClocks(
