@@ -31,6 +31,15 @@ def test_training_figures():
     assert f"{looped} in {its:.1f}" in README
 
 
+def test_two_gpu_serving_figures():
+    found = {row["figure"]: row for row in rows("energy_live_h100x2")}
+    late = [f"{-found[name]['prediction_error_pct']:.0f}" for name in
+            ("ttft_mean_ms", "itl_mean_ms", "ttft_p99_ms", "itl_p99_ms")]  # fmt: skip
+    first, others = (found[f"{name}_mean_ms"]["measured"] for name in ("ttft", "itl"))
+    assert f"after {first:.0f} ms and the others every {others:.1f} ms" in README
+    assert "{} and {} % too early, at p99 {} and {} %".format(*late) in README
+
+
 def test_serving_figures():
     (row,) = rows("serve_gpu", study="decode", batch=64, weights="bfloat16")
     assert f"**{row['itl_ms']:.1f} ms**, {row['itl_floor_ratio']:.2f} times what reading" in README
