@@ -92,8 +92,6 @@ def random_inputs(config: LlamaConfig, mesh: Mesh, *, tokens: int, dtype: Any) -
         "q": _of(1, tokens, config.num_heads, config.head_dim),
         "k": _of(1, tokens, config.num_kv_heads, config.head_dim),
         "v": _of(1, tokens, config.num_kv_heads, config.head_dim),
-        # Beyond what a device caches.
-        "passed": _of(4, tokens, config.intermediate_size),
     }
     leaves, structure = jax.tree.flatten(weights | others)
     ends = np.cumsum([leaf.size for leaf in leaves])
@@ -104,6 +102,8 @@ def random_inputs(config: LlamaConfig, mesh: Mesh, *, tokens: int, dtype: Any) -
         made = jax.tree.unflatten(structure, shaped)
         for name in weights:
             made[name] = jax.tree.map(lambda w: w / math.sqrt(w.shape[0]), made[name])
+        # Beyond what a device caches; to memory numbers are all alike.
+        made["passed"] = jnp.ones((4, tokens, config.intermediate_size))
         return jax.tree.map(
             lambda leaf: jnp.broadcast_to(leaf.astype(dtype), (devices, *leaf.shape)), made
         )
