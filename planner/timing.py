@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxsys.lowering.base import GPU_COMPILER_OPTIONS
+from jaxsys.lowering.base import gpu_compiler_options
 from jaxsys.lowering.sharded import CPU_COMPILER_OPTIONS
 from jaxsys.mesh import RING
 
@@ -74,10 +74,11 @@ def everywhere(run: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
         return jax.tree.map(lambda leaf: leaf[None], result)
 
     spec = PartitionSpec(RING)
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    device = mesh.devices.flat[0]
+    on_cpu = device.platform == "cpu"
     return jax.jit(
         jax.shard_map(on_one, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False),
-        compiler_options=CPU_COMPILER_OPTIONS if on_cpu else GPU_COMPILER_OPTIONS,
+        compiler_options=CPU_COMPILER_OPTIONS if on_cpu else gpu_compiler_options(device),
     )
 
 

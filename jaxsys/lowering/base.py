@@ -24,22 +24,20 @@ GPU_COMPILER_OPTIONS: dict[str, Any] = {
     "xla_gpu_enable_latency_hiding_scheduler": True,
     "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
 }
-
-
 EARLY_START = "xla_gpu_experimental_collective_start_as_early_as_possible"
-"""Without it XLA begins a permute so late in a tick that its guess of the time still hides it. The
-neighbour then waits for this device's compute, and no longer for its data alone."""
+"""Without it XLA starts a transfer so late that its guess of the time just hides it: a neighbour
+then waits for this device's compute and not for its data, and a slow link is not hidden."""
 
 
 @functools.cache
-def takes_option(device: Any, name: str) -> bool:
-    """Whether XLA's compiler for a device knows an option (unknown ones are errors)."""
+def gpu_compiler_options(device: Any) -> dict[str, Any]:
+    """XLA options for steps on a GPU, those that its compiler knows: unknown ones are errors."""
     value = jax.ShapeDtypeStruct((), jnp.float32, sharding=SingleDeviceSharding(device))
     try:
-        jax.jit(lambda x: x).lower(value).compile(compiler_options={name: True})
+        jax.jit(lambda x: x).lower(value).compile(compiler_options={EARLY_START: True})
     except jax.errors.JaxRuntimeError:
-        return False
-    return True
+        return GPU_COMPILER_OPTIONS
+    return GPU_COMPILER_OPTIONS | {EARLY_START: True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +55,8 @@ class Step:
     @property
     def compiler_options(self) -> dict[str, Any]:
         """XLA options for the jit around `loss_and_gradients`."""
-        return {} if self.platform == "cpu" else dict(GPU_COMPILER_OPTIONS)
+        device = self.mesh.devices.flat[0]
+        return {} if self.platform == "cpu" else dict(gpu_compiler_options(device))
 
     @property
     def platform(self) -> str:

@@ -120,7 +120,8 @@ def _recomputing_block(model: LayeredModel, x: jax.ShapeDtypeStruct) -> BlockPro
         # otherwise all be recomputed at once, and held.
         x, dy = lax.optimization_barrier((residuals[0], dy))
         _, vjp = jax.vjp(lambda w, v: model.block(w, v, microbatch), weights, x)
-        return vjp(dy)
+        # Nor may weight gradients be put off: what they are made of would be held.
+        return lax.optimization_barrier(vjp(dy))
 
     return BlockProgram(forward=forward, backward=backward, residuals=[x])
 

@@ -22,7 +22,7 @@ from jaxsys.layered import Parameters, PyTree
 from jaxsys.mesh import DATA, RING
 from jaxsys.schedule import Data, MoveKind, Placement, TaskKind
 
-from .base import EARLY_START, Step, add_to, takes_option
+from .base import Step, add_to
 from .bodies import BufferKey, GroupSignature, Segment, TaskSignature, TickSignature
 from .packing import Packing
 from .programs import ChunkProgram, Recompute, SplitChunkProgram, chunk_program
@@ -39,14 +39,6 @@ class TabledStep(Step):
     recompute: Recompute
     unroll: bool
     tables: Tables
-
-    @property
-    def compiler_options(self) -> dict[str, Any]:
-        """XLA options for the jit around `loss_and_gradients`."""
-        options = super().compiler_options
-        if self.platform == "gpu" and takes_option(self.mesh.devices.flat[0], EARLY_START):
-            options[EARLY_START] = True
-        return options
 
     @property
     def chunk_layers(self) -> int:
