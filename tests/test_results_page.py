@@ -54,9 +54,11 @@ def test_figures_of_a_new_result_appear_and_say_their_hardware(report, tmp_path)
         kind="measured",
         config={},
         rows=[
-            row | {"schedule": "1f1b-overlap", "step_s": 1.5, "model_tflops_per_gpu": 321.4},
+            row
+            | {"schedule": "1f1b-overlap", "step_s": 1.5, "model_tflops_per_gpu": 321.4}
+            | {"temp_gib": 20.0, "argument_gib": 5.25, "predicted_gib": 24.0},
             row | {"schedule": "weipipe-interleave", "step_s": 1.0, "planners_choice": True},
-            row | {"schedule": "gspmd-fsdp", "failed": "no room"},
+            row | {"schedule": "gspmd-fsdp", "failed": "RESOURCE_EXHAUSTED: no room"},
         ],
     )
     record = json.loads(path.read_text())
@@ -67,9 +69,9 @@ def test_figures_of_a_new_result_appear_and_say_their_hardware(report, tmp_path)
     shown = sections["WeiPipe against 1F1B and FSDP on GPUs"]
     rows = [line.split(" | ")[4:] for line in shown.splitlines() if line.startswith("| 2 |")]
     assert rows == [
-        ["`weipipe-interleave`", "none", "1.000", "1.00", "-", "-", "yes |"],
-        ["`1f1b-overlap`", "none", "1.500", "1.50", "321.4", "-", "- |"],
-        ["`gspmd-fsdp`", "none", "no room", "-", "-", "-", "- |"],
+        ["`weipipe-interleave`", "none", "-", "1.000", "1.00", *["-"] * 4, "planner's choice |"],
+        ["`1f1b-overlap`", "none", "-", "1.500", "1.50", "321.4", "-", "25.2", "24.0", " |"],
+        ["`gspmd-fsdp`", "none", "-", "out of memory", *["-"] * 5, " |"],
     ]
     assert "2 x NVIDIA H100" in shown
     unmade = sections["What the lowering costs on one GPU"]

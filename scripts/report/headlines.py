@@ -51,6 +51,15 @@ HEADLINES = (
         runs=(Run(name="gpus", gpus=2, commands=("scripts/bench_gpus --seconds 36000",)),),
     ),
     Headline(
+        title="What a transfer under way costs the compute beside it",
+        kind="measured",
+        claim="none; one step of `weipipe-interleave` on two H100s, from JAX's profiler. "
+        "NCCL's kernels take multiprocessors while they send, and while they wait.",
+        files=("ring_trace*.json",),
+        show=tables.ring_trace,
+        runs=(),
+    ),
+    Headline(
         title="WeiPipe against 1F1B and FSDP over a slow network",
         kind="measured",
         claim=f"{WEIPIPE}: 82 % over the best pipeline where links are slow. Counting bytes, a "

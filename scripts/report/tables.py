@@ -35,23 +35,37 @@ def several(results: Sequence[Result]) -> str:
     ring = {
         place(row): row["step_s"]
         for row in rows
-        if row["schedule"] == "weipipe-interleave" and "step_s" in row
+        if row["schedule"] == "weipipe-interleave" and "step_s" in row and "remark" not in row
     }
     cells = []
     for row in sorted(rows, key=lambda row: (place(row), row.get("step_s", float("inf")))):
         own, base = row.get("step_s"), ring.get(place(row))
+        taken = row["temp_gib"] + row["argument_gib"] if row.get("temp_gib") else None
+        failed = "out of memory" if "RESOURCE_EXHAUSTED" in row.get("failed", "") else None
         cells.append(
-            [*place(row), f"`{row['schedule']}`", row["recompute"],
-             number(own, ".3f") or row.get("failed"),
+            [*place(row), f"`{row['schedule']}`", row["recompute"], row.get("gradient_dtype"),
+             number(own, ".3f") or failed or row.get("failed"),
              number(own / base, ".2f") if own and base else None,
              number(row.get("model_tflops_per_gpu")), number(row.get("predicted_s"), ".3f"),
-             "yes" if row["planners_choice"] else None]
+             number(taken, ".1f"), number(row.get("predicted_gib"), ".1f"),
+             "; ".join(["planner's choice"] * row["planners_choice"] + [row.get("remark", "")])
+             .strip("; ")]
         )  # fmt: skip
     return table(
-        ["GPUs", "link", "model", "tokens", "schedule", "recompute", "step (s)",
-         "over WeiPipe's", "TFLOP/s a GPU", "predicted (s)", "planner's choice"],
+        ["GPUs", "link", "model", "tokens", "schedule", "recompute", "gradients", "step (s)",
+         "over WeiPipe's", "TFLOP/s a GPU", "predicted (s)", "GiB", "predicted (GiB)", ""],
         cells,
     )  # fmt: skip
+
+
+def ring_trace(results: Sequence[Result]) -> str:
+    cells = [
+        [row["what"], number(row["alone_us"]), number(row["beside_us"]),
+         number(row["beside_us"] / row["alone_us"], ".2f")]
+        for result in results
+        for row in result.rows
+    ]  # fmt: skip
+    return table(["kernel", "µs, no transfer beside it", "µs, one all the while", "times"], cells)
 
 
 def block(results: Sequence[Result]) -> str:
@@ -84,7 +98,7 @@ def _over_the_ring(rows: Sequence[Row]) -> str:
     ring = {
         place(row): row["step_s"]
         for row in rows
-        if row["schedule"] == "weipipe-interleave" and "step_s" in row
+        if row["schedule"] == "weipipe-interleave" and "step_s" in row and "remark" not in row
     }
     cells = []
     for row in rows:
