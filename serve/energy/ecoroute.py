@@ -11,6 +11,9 @@ would not rise come first, the most boosted of them foremost, so that boosted on
 a slow one is disturbed. `EnergyRouter` takes the instance whose predicted energy rises least,
 among those that keep the SLO. `QueueRouter` serves prefill: the earliest predicted first token.
 
+Where no clock keeps the SLO with the request, both put it where the tokens are late already: spread
+evenly, a little too much makes all of them late.
+
 All what-ifs of a decision are one batched call.
 """
 
@@ -45,9 +48,13 @@ class EcoRouteConfig:
     the request."""
     headroom: float = 0.0
     """Share of the planned ITL left free when judging an instance."""
+    late_share: float = 0.4
+    """A request that no instance can take in time goes to the slowest, so that others stay in time
+    or come back to it, unless that one's steps are longer than the ITL by more than this share. 0
+    for the published rule."""
 
     def __post_init__(self) -> None:
-        for name in ("now_tokens", "next_tokens", "tile_from", "spread_levels"):
+        for name in ("now_tokens", "next_tokens", "tile_from", "spread_levels", "late_share"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name}={getattr(self, name)} must not be negative")
         if not 0 <= self.headroom < 1:
@@ -101,8 +108,13 @@ def _sequences(instance: InstanceView) -> int:
     return max(instance.in_flight, instance.batch)
 
 
+def _slowest_within(late: Sequence[float], most: float) -> int | None:
+    """Place of the largest of those not over `most`; None where all are over."""
+    return max((i for i in range(len(late)) if late[i] <= most), key=late.__getitem__, default=None)
+
+
 class StateSpaceRouter:
-    """The published rule, with its fallback and tie-breaks."""
+    """The published rule, with its fallback and tie-breaks; what is late stays together."""
 
     def __init__(
         self,
@@ -124,13 +136,23 @@ class StateSpaceRouter:
                 range(len(instances)),
                 key=lambda i: (instances[i].clock_mhz or 0.0, counts[i]),
             )
-        now, after = self._levels(instances, counts, request)
-        return self._published_choice(counts, now, after)
+        now, after, late = self._levels(instances, counts, request)
+        places = list(range(len(counts)))
+        if self.config.late_share and any(late):
+            if all(late):
+                slowest = _slowest_within(late, self.config.late_share)
+                if slowest is not None:
+                    return slowest
+            else:
+                places = [i for i in places if not late[i]]
+        chosen = self._published_choice(*([row[i] for i in places] for row in (counts, now, after)))
+        return places[chosen]
 
     def _levels(
         self, instances: Sequence[InstanceView], counts: list[int], request: "Request"
-    ) -> tuple[list[int], list[int]]:
-        """Clock levels each instance needs without and with the request."""
+    ) -> tuple[list[int], list[int], list[float]]:
+        """Clock levels each instance needs without and with the request, and by what share it
+        then exceeds the ITL at the top."""
         config = self.config
         states = _without_and_with(instances, counts, request, config)
         times, _ = _what_if(self.predictor, states, self._clocks_mhz)
@@ -139,7 +161,8 @@ class StateSpaceRouter:
         keeps = times <= bound_s
         keeps[:, -1] = True
         levels = np.argmax(keeps, axis=1)
-        return levels[0::2].tolist(), levels[1::2].tolist()
+        late = np.maximum(0.0, times[1::2, -1] / bound_s - 1)
+        return levels[0::2].tolist(), levels[1::2].tolist(), late.tolist()
 
     def _published_choice(self, counts: list[int], now: list[int], after: list[int]) -> int:
         top = len(self._clocks_mhz) - 1
@@ -165,7 +188,7 @@ class EnergyRouter:
     Each iteration gives the request one token, so the energy it adds per token is
     E(n+1, k+L, f_next) - E(n, k, f_now) of one iteration, each at the clock of least energy that
     keeps the bound. An instance that cannot keep the SLO with the request counts only where none
-    can; then the one with the shortest predicted step is taken.
+    can; then the slowest is taken, or beyond `late_share` the one with the shortest step.
     """
 
     def __init__(
@@ -201,7 +224,8 @@ class EnergyRouter:
         rows = np.arange(len(times))
         chosen = np.argmin(energies, axis=1)
         if not feasible.any():
-            return int(np.argmin(times[1::2, -1]))
+            slowest = _slowest_within((times[1::2, -1] / bound_s - 1).tolist(), config.late_share)
+            return int(np.argmin(times[1::2, -1])) if slowest is None else slowest
         energy_j = energies[rows, chosen]
         after_j = energy_j[1::2]
         # An empty instance would have idled for as long.

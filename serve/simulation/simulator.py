@@ -456,7 +456,9 @@ class Simulator:
         steps, batch = iteration.steps, len(iteration.decodes)
         step_s = latency_s / steps
         newcomers, instance.newcomers = instance.newcomers, []
-        if self.config.plan_ahead:  # who came while this ran is in the one after the next
+        # Who came while this ran is in a later iteration. The studies without planning ahead were
+        # made when that was not seen: there a newcomer's first gap still ends here, a step short.
+        if self.config.plan_ahead:
             decoding = set(map(id, iteration.decodes))
             instance.newcomers = [one for one in newcomers if id(one) not in decoding]
             newcomers = [one for one in newcomers if id(one) in decoding]

@@ -44,14 +44,14 @@ def request(length: int = 100) -> Request:
 class Levels(StateSpaceRouter):
     """The published rule over levels given by hand."""
 
-    def __init__(self, now, after, *, clocks=(1, 2, 3), **config):
+    def __init__(self, now, after, late=(0.0, 0.0), *, clocks=(1, 2, 3), **config):
         super().__init__(
             ModelPredictor(GPU),
             SharedSlo(),
             clocks_mhz=clocks,
             config=EcoRouteConfig(**({"tile_from": 0} | config)),
         )
-        self._given = (now, after)
+        self._given = (now, after, late)
 
     def _levels(self, instances, counts, request):
         return self._given
@@ -97,15 +97,27 @@ def test_all_at_the_top_takes_the_fewest_tiles():
     assert Levels([2, 2], [2, 2]).choose([View(700), View(500)], request()) == 1
 
 
+def test_what_is_late_at_every_clock_stays_together():
+    views = [View(700), View(500)]
+    # Only 0 keeps the SLO with the request: by the published rule 1 would get it.
+    assert Levels([2, 2], [2, 2], [0.0, 0.1]).choose(views, request()) == 0
+    assert Levels([2, 2], [2, 2], [0.0, 0.1], late_share=0.0).choose(views, request()) == 1
+    # Neither does: the later one takes it, unless it is too late.
+    assert Levels([2, 2], [2, 2], [0.3, 0.1]).choose(views, request()) == 0
+    assert Levels([2, 2], [2, 2], [0.5, 0.1]).choose(views, request()) == 1
+    assert Levels([2, 2], [2, 2], [0.6, 0.5]).choose(views, request()) == 1
+
+
 def test_state_space_router_asks_the_predictor_for_the_levels():
     slo = slo_between(301, 60_000)
     router = StateSpaceRouter(ModelPredictor(GPU), slo, clocks_mhz=CLOCKS)
     just_below = View(300, kv_tokens=60_000)
     full = View(330, kv_tokens=66_000, clock_mhz=1410)
     edge = View(301, kv_tokens=60_050)
-    now, after = router._levels([just_below, full, edge], [300, 330, 301], request(1))
+    now, after, late = router._levels([just_below, full, edge], [300, 330, 301], request(1))
     assert now == [0, 1, 0]
     assert after == [0, 1, 1]
+    assert late == [0.0, 0.0, 0.0]
     # The edge would rise, the boosted one would not: it is filled first.
     assert router.choose([edge, full], request(1)) == 1
 
@@ -130,7 +142,9 @@ def test_energy_router_never_breaks_the_slo_while_another_can_keep_it():
     views = [View(300, kv_tokens=75_000), View(0)]
     assert energy_router(slo).choose(views, request()) == 1
     full = [View(420, kv_tokens=75_000), View(400, kv_tokens=75_000)]
-    assert energy_router(slo).choose(full, request()) == 1  # none can: the shortest step
+    assert energy_router(slo).choose(full, request()) == 0  # none can: the slowest
+    overfull = [View(1400, kv_tokens=275_000), View(1300, kv_tokens=275_000)]
+    assert energy_router(slo).choose(overfull, request()) == 1  # too late: the shortest step
 
 
 def test_queue_router_takes_the_earliest_first_token():
