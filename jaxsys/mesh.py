@@ -4,6 +4,7 @@
 `DATA` holds replicas of whole rings.
 """
 
+import os
 from typing import Any
 
 import jax
@@ -14,6 +15,9 @@ from jaxsys.errors import UsageError
 
 RING = "ring"
 DATA = "data"
+
+THREADS_PER_CPU_DEVICE = 3
+"""As many as a weight ring has streams."""
 
 Device = Any
 """A jax.Device, which type checkers take for a variable."""
@@ -64,9 +68,15 @@ def make_mesh(ring: int, data: int = 1, *, devices: list[Device] | None = None) 
 
 
 def _divide_cpu(count: int) -> None:
-    """Says how many CPU devices there would be; of no effect once JAX has started, nor on GPUs."""
+    """Says how many CPU devices there would be; of no effect once JAX has started, nor on GPUs.
+
+    A collective holds a thread of XLA's until all devices have come to it. With one thread a
+    device, two that devices meet in a different order would wait for each other for ever.
+    """
     if not _backend_started():
         jax.config.update("jax_num_cpu_devices", max(count, _virtual_devices()))
+        threads = max(os.cpu_count() or 1, THREADS_PER_CPU_DEVICE * count)
+        os.environ.setdefault("PJRT_NPROC", str(threads))
 
 
 def _virtual_devices() -> int:
