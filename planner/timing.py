@@ -74,11 +74,10 @@ def everywhere(run: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
         return jax.tree.map(lambda leaf: leaf[None], result)
 
     spec = PartitionSpec(RING)
-    device = mesh.devices.flat[0]
-    on_cpu = device.platform == "cpu"
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
     return jax.jit(
         jax.shard_map(on_one, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False),
-        compiler_options=CPU_COMPILER_OPTIONS if on_cpu else gpu_compiler_options(device),
+        compiler_options=CPU_COMPILER_OPTIONS if on_cpu else gpu_compiler_options(mesh),
     )
 
 

@@ -30,8 +30,11 @@ then waits for this device's compute and not for its data, and a slow link is no
 
 
 @functools.cache
-def gpu_compiler_options(device: Any) -> dict[str, Any]:
-    """XLA options for steps on a GPU, those that its compiler knows: unknown ones are errors."""
+def gpu_compiler_options(mesh: Mesh) -> dict[str, Any]:
+    """XLA options for steps on GPUs, those that their compiler knows: unknown ones are errors."""
+    devices = list(mesh.devices.flat)
+    here = [device for device in devices if device.process_index == jax.process_index()]
+    device = (here or devices)[0]  # a process compiles for its own; none is, of GPUs elsewhere
     value = jax.ShapeDtypeStruct((), jnp.float32, sharding=SingleDeviceSharding(device))
     try:
         jax.jit(lambda x: x).lower(value).compile(compiler_options={EARLY_START: True})
@@ -55,8 +58,7 @@ class Step:
     @property
     def compiler_options(self) -> dict[str, Any]:
         """XLA options for the jit around `loss_and_gradients`."""
-        device = self.mesh.devices.flat[0]
-        return {} if self.platform == "cpu" else dict(gpu_compiler_options(device))
+        return {} if self.platform == "cpu" else dict(gpu_compiler_options(self.mesh))
 
     @property
     def platform(self) -> str:
