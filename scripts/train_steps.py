@@ -202,7 +202,8 @@ def time_step(ready: Ready, repeats: int) -> dict:
         # The allocator's peak so far: this configuration's, where it is the largest until now.
         "peak_so_far_gib": round(peak / 2**30, 2) if peak else None,
         "compile_s": round(ready.compile_s, 1),
-        "loss": round(float(loss), 4),
+        "loss": round(float(loss), 4),  # after all these steps
+        "steps": len(samples),
     }
 
 
