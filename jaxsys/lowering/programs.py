@@ -120,8 +120,7 @@ def _recomputing_block(model: LayeredModel, x: jax.ShapeDtypeStruct) -> BlockPro
         # otherwise all be recomputed at once, and held.
         x, dy = lax.optimization_barrier((residuals[0], dy))
         _, vjp = jax.vjp(lambda w, v: model.block(w, v, microbatch), weights, x)
-        # Nor may weight gradients be put off: what they are made of would be held.
-        return lax.optimization_barrier(vjp(dy))
+        return vjp(dy)
 
     return BlockProgram(forward=forward, backward=backward, residuals=[x])
 
@@ -281,6 +280,10 @@ def chunk_program(
                 lambda: inner.backward(w, residuals, dx, microbatch),
                 lambda: (jax.tree.map(jnp.zeros_like, w), dx),
             )
+            if recompute == "block":
+                # Weight gradients put off would hold what a layer made again. Not within the
+                # block's program: its two halves must stay apart.
+                dw, dx = lax.optimization_barrier((dw, dx))
             return (dx, _handed_on(buffer)), dw
 
         (dx, buffer), dw = loop(layer, (dy, buffer), weights, reverse=True)
