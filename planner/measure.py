@@ -9,7 +9,6 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +30,7 @@ from jaxsys.planner.lower import to_schedule
 from jaxsys.planner.plans import Gradient, LayerPath, Plan, Residual, State, Weights
 from jaxsys.planner.problem import Problem
 from jaxsys.planner.recognise import recognise
+from jaxsys.planner.timing import compiled_together
 from jaxsys.planner.workload import llama_workload
 
 LINKS: dict[str, dict[str, str]] = {
@@ -225,16 +225,8 @@ def compile_cell(cell: Cell, config: LlamaConfig, cluster: Cluster, mesh: Mesh) 
 def compile_cells(
     wanted: list[Cell], compile_one: Callable[[Cell], Compiled], jobs: int
 ) -> dict[str, Compiled]:
-    """Cells by name, compiled several at a time: before anything is timed.
-
-    The first is compiled alone: what XLA finds about kernels there serves the others.
-    """
-    if not wanted:
-        return {}
-    first = compile_one(wanted[0])
-    with ThreadPoolExecutor(jobs) as pool:
-        rest = list(pool.map(compile_one, wanted[1:]))
-    return {one.row["cell"]: one for one in (first, *rest)}
+    """Cells by name, compiled several at a time."""
+    return {one.row["cell"]: one for one in compiled_together(compile_one, wanted, jobs)}
 
 
 def run_cell(compiled: Compiled, *, repeats: int) -> dict[str, Any]:

@@ -7,7 +7,8 @@ part of their time. Programs are compiled as steps are, so that what overlaps th
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -79,6 +80,18 @@ def everywhere(run: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
         jax.shard_map(on_one, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False),
         compiler_options=CPU_COMPILER_OPTIONS if on_cpu else gpu_compiler_options(mesh),
     )
+
+
+def compiled_together(
+    compile_one: Callable[[Any], Any], wanted: Sequence[Any], jobs: int
+) -> list[Any]:
+    """`compile_one` of each, `jobs` at a time: before anything is timed, which they would disturb.
+
+    The first is compiled alone: what XLA finds about kernels there serves the others.
+    """
+    first = [compile_one(one) for one in wanted[:1]]
+    with ThreadPoolExecutor(jobs) as pool:
+        return first + list(pool.map(compile_one, wanted[1:]))
 
 
 def median_seconds(run: Callable[..., Any], *arguments: Any, repeats: int) -> float:

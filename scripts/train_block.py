@@ -1,30 +1,18 @@
 """One block, forward and backward, against the sum of its products and its attention."""
 
 import argparse
-import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from shapes import SHAPES
 
 from jaxsys.lowering.programs import chunk_program
 from jaxsys.model.attention import attend
 from jaxsys.model.layers import layered
 from jaxsys.model.llama import abstract_parameters
+from jaxsys.planner.timing import median_seconds
 from jaxsys.results import table
 from jaxsys.train.flops import training_flops_per_token
-
-
-def seconds(run, *arguments, repeats: int) -> float:
-    """Median wall seconds of a compiled function, after one warm-up."""
-    jax.block_until_ready(run(*arguments))
-    samples = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(run(*arguments))
-        samples.append(time.perf_counter() - start)
-    return float(np.median(samples))
 
 
 def looped_seconds(body, start, *, inner: int, repeats: int) -> float:
@@ -34,7 +22,7 @@ def looped_seconds(body, start, *, inner: int, repeats: int) -> float:
     def run(carry):
         return jax.lax.fori_loop(0, inner, lambda _, c: body(c), carry)
 
-    return seconds(run, start, repeats=repeats) / inner
+    return median_seconds(run, start, repeats=repeats) / inner
 
 
 def time_block(options: argparse.Namespace) -> tuple[list[dict], list[dict]]:
@@ -133,7 +121,7 @@ def time_block(options: argparse.Namespace) -> tuple[list[dict], list[dict]]:
             y, buffer = program.forward(weights, x, microbatch, empty, 0, 0)
             return program.backward(weights, buffer, 0, y, microbatch, 0)[:2]
 
-        time_s = seconds(both_ways, weights, x, repeats=options.repeats) / layers
+        time_s = median_seconds(both_ways, weights, x, repeats=options.repeats) / layers
         kept = sum(r.size * r.dtype.itemsize for r in program.residuals) / layers
         results.append(
             {

@@ -31,6 +31,19 @@ def test_training_figures():
     assert f"{looped} in {its:.1f}" in README
 
 
+def test_two_gpu_training_figures():
+    links = ("direct", "host", "sockets")
+    names = {"plain `jax.jit`": "gspmd-fsdp"}
+    text = (ROOT / "README.md").read_text()
+    for line in text[text.index("| | NVLink |") :].splitlines()[2:7]:
+        name, *cells = [cell.strip(" *") for cell in line.strip(" |").split("|")]
+        schedule = names.get(name.split(",")[0], name.split("`")[1])
+        for link, cell in zip(links, cells, strict=False):
+            made = rows("gpus_2", schedule=schedule, link=link, sequence_length=16384)
+            figures = {f"{r['model_tflops_per_gpu']:.0f}" for r in made if "step_s" in r}
+            assert not cell or cell in figures, line
+
+
 def test_two_gpu_serving_figures():
     found = {row["figure"]: row for row in rows("energy_live_h100x2")}
     late = [f"{-found[name]['prediction_error_pct']:.0f}" for name in

@@ -197,9 +197,10 @@ class _Store:
     ) -> tuple[jax.Array, list[jax.Array]]:
         """`value`, and what `get` returns, not read before `value` is there.
 
-        Slices of layers that are written out would otherwise all be taken at once, and held.
+        Slices of layers that are written out would otherwise all be taken at once, and held. With
+        one slot there are none.
         """
-        if self.unroll:
+        if self.unroll and buffer[layer][0].ndim > len(self.specs[0].shape):
             value, row = lax.optimization_barrier((value, buffer[layer]))
             buffer = [*buffer[:layer], row, *buffer[layer + 1 :]]
         return value, self.get(buffer, slot, layer)
