@@ -455,13 +455,10 @@ class Simulator:
         """Books the time between tokens: the step's own, and for newcomers their wait too."""
         steps, batch = iteration.steps, len(iteration.decodes)
         step_s = latency_s / steps
-        newcomers, instance.newcomers = instance.newcomers, []
-        # Who came while this ran is in a later iteration. The studies without planning ahead were
-        # made when that was not seen: there a newcomer's first gap still ends here, a step short.
-        if self.config.plan_ahead:
-            decoding = set(map(id, iteration.decodes))
-            instance.newcomers = [one for one in newcomers if id(one) not in decoding]
-            newcomers = [one for one in newcomers if id(one) in decoding]
+        # Who came while this ran is in a later iteration.
+        decoding = set(map(id, iteration.decodes))
+        newcomers = [one for one in instance.newcomers if id(one) in decoding]
+        instance.newcomers = [one for one in instance.newcomers if id(one) not in decoding]
         fresh = len(newcomers)
         if batch * steps > fresh:
             self._itl.append(step_s)

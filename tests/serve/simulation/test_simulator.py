@@ -1,5 +1,7 @@
 """The virtual-time replay: nothing lost, energy adds up, many steps as one change nothing."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -241,6 +243,14 @@ def test_a_hand_over_takes_time_and_holds_up_both_instances():
     sending, _ = simulate(trace, **apart, hand_out_s=0.005)
     assert sending.ttft_s == pytest.approx(result.ttft_s + [0, 0, 0.005])
     assert sending.duration_s == pytest.approx(result.duration_s)
+
+
+@pytest.mark.parametrize("changes", [{}, {"max_steps": 1}, {"plan_ahead": True}])
+def test_gaps_between_tokens_add_up_to_the_time_from_first_to_last(changes):
+    outputs = np.full(len(TRACE), 60)
+    trace = dataclasses.replace(TRACE, output_tokens=outputs)
+    result, _ = simulate(trace, hand_over_s=0.01, **changes)
+    assert result.itl_s @ result.itl_weight == pytest.approx(59 * result.tpot_s.sum(), rel=1e-9)
 
 
 def test_executor_splits_an_iteration_where_the_clock_changes():
