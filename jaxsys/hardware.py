@@ -29,6 +29,8 @@ class DeviceSpec:
     memory_bytes: float
     """What a program can allocate."""
     memory_bytes_per_s: float
+    fused_attention: bool = True
+    """Whether a kernel attends without forming the scores."""
     sources: Mapping[str, str] = field(default_factory=dict)
     """Field -> where its figure comes from."""
 
@@ -134,6 +136,7 @@ DEVICES: dict[str, DeviceSpec] = {
         attention_flops_per_s=10e9,
         memory_bytes=4 * GIB,
         memory_bytes_per_s=10e9,
+        fused_attention=False,
         sources={
             "peak_flops_per_s": "measured: a float32 product of 1024 x 1024 on two server cores, "
             "108 GFLOP/s",

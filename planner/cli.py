@@ -19,7 +19,7 @@ from jaxsys.planner.costs import Precision
 from jaxsys.planner.evaluate import plan_costs, schedule_link
 from jaxsys.planner.files import plan_file
 from jaxsys.planner.lower import to_schedule
-from jaxsys.planner.named import best_that_runs, compare, with_found
+from jaxsys.planner.named import best_that_runs, compare, that_runs, with_found
 from jaxsys.planner.plans import Plan
 from jaxsys.planner.problem import Problem
 from jaxsys.planner.profile import load_profile
@@ -80,7 +80,11 @@ def main(argv: Sequence[str], prog: str) -> int:
 
     def workload_of(size: int) -> Workload:
         return llama_workload(
-            options.model, config, sequence_length=sequence_length, microbatch_size=size
+            options.model,
+            config,
+            sequence_length=sequence_length,
+            microbatch_size=size,
+            fused_attention=cluster.device.fused_attention,
         )
 
     workload = workload_of(size)
@@ -98,10 +102,11 @@ def main(argv: Sequence[str], prog: str) -> int:
         batch=microbatches * size,
         memory_bytes=comparison.memory_bytes,
         precision=precision,
+        lowered=True,
     )
     searching = options.search or options.plan is not None
     if not searching:
-        space = Space.of(problem, microbatch_sizes=[size]).split("features", 1)
+        space = that_runs(Space.of(problem, microbatch_sizes=[size]))
         glance = search(space, effort=replace(EFFORT, time_s=GLANCE_S), progress=_progress)
         comparison = with_found(comparison, problem, glance)
     _show("")
@@ -166,7 +171,7 @@ def _search(space: Space, time_s: float, *, to_run: bool) -> Found:
     """Searches with a line of progress, and prints what is found and why."""
     problem = space.problem
     if to_run:
-        space = space.split("features", 1)
+        space = that_runs(space)
     result = search(space, effort=replace(EFFORT, time_s=time_s), progress=_progress)
     _show("")
     print(

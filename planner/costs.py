@@ -8,17 +8,17 @@ neither a product nor attention. Memory at rest is master weights and Adam's two
 are counted where and while the schedule's trace has them.
 """
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from jaxsys.errors import UsageError
 from jaxsys.hardware import DeviceSpec
-from jaxsys.planner.workload import BlockWork, Workload
-from jaxsys.schedule import Costs, Link, MoveKind, Placement, Schedule
+from jaxsys.lowering.memory import Around, sharded_static_bytes, tabled_bytes
+from jaxsys.lowering.tables import buffers_of
+from jaxsys.planner.workload import POLICIES, BlockWork, Workload
+from jaxsys.schedule import Block, Costs, Data, Link, Placement, Schedule, Trace, alive_bytes
 
-RECOMPUTE_POLICIES = ("none", "selective", "block")
 ATTENTION_BACKWARD = 2.5
 """Products of the fused attention's backward pass over those of its forward pass: 5 to 2."""
 UPDATE_PASSES = 7
@@ -57,7 +57,7 @@ class BlockCost:
     tap_bytes: float
     """Kept from I to W."""
     work_bytes: float
-    """Held only while the block's B runs: what recompute brings back."""
+    """Held only while the block's B runs: what recompute brings back among it."""
     sent_bytes: float
     """Sent by F and B together to join split features."""
 
@@ -91,7 +91,9 @@ class Frame:
     after_s: float
     update_s: float
     edge_bytes: float
-    """Copies and workspace of embedding and head, all step long."""
+    """Copies of embedding and head, all step long."""
+    edge_sum_bytes: float
+    """Sums of their gradients, likewise."""
     rest_bytes: float
     """Master weights and moments."""
     sent_bytes: float
@@ -114,11 +116,10 @@ def block_cost(
     Raises:
         UsageError: if the recompute policy is unknown, or what it keeps of this block is.
     """
-    if recompute not in RECOMPUTE_POLICIES:
-        legal = ", ".join(RECOMPUTE_POLICIES)
+    if recompute not in POLICIES:
+        legal = ", ".join(POLICIES)
         raise UsageError(f"recompute={recompute!r} is not a policy; use one of {legal}")
-    if recompute == "selective" and block.selective_bytes is None:
-        raise UsageError("what selective recompute keeps of this block is not known")
+    memory = block.memory(recompute, activation_bytes)
     split = split or Split()
     ways = split.features
     join = sent = 0.0
@@ -130,13 +131,6 @@ def block_cost(
     passes = block.elementwise_bytes / device.memory_bytes_per_s / ways
     forward = products + attention + passes + join
     again = {"none": 0.0, "selective": passes, "block": forward}[recompute]
-    residual = block.residual_bytes / ways
-    kept = {
-        "none": residual,
-        "selective": (block.selective_bytes or 0.0) / ways,
-        "block": activation_bytes / ways,
-    }[recompute]
-    taps = block.residual_bytes if block.tap_bytes is None else block.tap_bytes
     parameters = block.parameters / ways
     gradient_bytes = parameters * precision.gradient_bytes
     return BlockCost(
@@ -145,9 +139,9 @@ def block_cost(
         weight_gradient_s=products + SUM_PASSES * gradient_bytes / device.memory_bytes_per_s,
         weight_bytes=parameters * precision.weight_bytes,
         gradient_bytes=gradient_bytes,
-        residual_bytes=kept,
-        tap_bytes=taps / ways,
-        work_bytes=0.0 if recompute == "none" else residual,
+        residual_bytes=memory.residual / ways,
+        tap_bytes=memory.tap / ways,
+        work_bytes=memory.work / ways,
         sent_bytes=sent * (3 if recompute == "block" else 2),
     )
 
@@ -204,7 +198,8 @@ def frame(
         before_s=before,
         after_s=after,
         update_s=UPDATE_PASSES * 4 * parameters / state_share / device.memory_bytes_per_s,
-        edge_bytes=edge_parameters * (weight + gradient),
+        edge_bytes=edge_parameters * weight,
+        edge_sum_bytes=edge_parameters * gradient,
         rest_bytes=precision.rest_bytes * parameters / state_share,
         sent_bytes=sent,
     )
@@ -219,6 +214,7 @@ def schedule_costs(
     precision: Precision,
     recompute: str | Sequence[str],
     split: Split | None = None,
+    lowered: Trace | None = None,
 ) -> Costs:
     """What a schedule needs for `simulate`.
 
@@ -230,6 +226,8 @@ def schedule_costs(
         precision: bytes per parameter.
         recompute: one policy for all layers, or one for each.
         split: what stands around the schedule's devices and inside each.
+        lowered: the schedule's trace; with it, static bytes are such that the peak is what
+            `jaxsys.lowering` allocates, buffers that are not full at that moment included.
 
     Raises:
         UsageError: if there are more chunks than layers, or a policy is unknown.
@@ -269,32 +267,16 @@ def schedule_costs(
         precision=precision,
         split=split,
     )
-    static = around.rest_bytes + around.edge_bytes
+    rest = around.rest_bytes
     padding = spare * len(parts) - workload.layers if placement is Placement.OWNER else 0
     if padding > 0:
         largest = max(block.parameters for block in workload.blocks)
         state_share = devices * (split.replicas if split.replicas_share_state else 1)
-        static += precision.rest_bytes * padding * largest / split.features / state_share
-    if placement is Placement.SHARDED:
-        turns = schedule.microbatches // devices
-        counts = Counter((move.kind, move.block.chunk) for move in schedule.moves)
-        for chunk, (weight, gradient) in enumerate(
-            zip(total("weight_bytes"), total("gradient_bytes"), strict=True)
-        ):
-            static += shard_bytes(
-                weight,
-                gradient,
-                gathers=counts[MoveKind.ALL_GATHER, chunk],
-                reductions=counts[MoveKind.REDUCE_SCATTER, chunk],
-                turns=turns,
-                devices=devices,
-            )
-    workspace = workload.edge.workspace_bytes / split.features
-    static += max(workspace, max(cost.work_bytes for cost in costs))
+        rest += precision.rest_bytes * padding * largest / split.features / state_share
     # Every device runs F and B of as many layers, whichever they are.
     passes = schedule.microbatches * workload.layers / devices
     joined = sum(cost.sent_bytes for cost in costs) / workload.layers * passes
-    return Costs(
+    result = Costs(
         forward_s=total("forward_s"),
         backward_s=total("backward_s"),
         input_gradient_s=total("input_gradient_s"),
@@ -309,28 +291,27 @@ def schedule_costs(
         activation_bytes=workload.activation_bytes / split.features,
         residual_bytes=total("residual_bytes"),
         tap_bytes=total("tap_bytes"),
-        static_bytes=static,
         other_sent_bytes=around.sent_bytes + joined,
     )
-
-
-def shard_bytes(
-    weight_bytes: float,
-    gradient_bytes: float,
-    *,
-    gathers: int,
-    reductions: int,
-    turns: int,
-    devices: int,
-) -> float:
-    """What a sharded chunk holds all step long beside its state, which no copy stands for.
-
-    Weights that are gathered again and again come from a shard cast once; a single gather casts as
-    it goes. Reduced sums need a shard, but a gradient that is summed locally all step long gives
-    its room to its shard when it is reduced.
-    """
-    held = weight_bytes / devices if gathers > 1 else 0.0
-    return held + (gradient_bytes / devices if reductions == turns else 0.0)
+    held = Around(
+        rest=rest,
+        edge=around.edge_bytes,
+        edge_sums=around.edge_sum_bytes,
+        block=max(cost.work_bytes for cost in costs),
+        head=workload.edge.workspace_bytes / split.features,
+    )
+    if placement is Placement.SHARDED:
+        static = sharded_static_bytes(schedule, result, held)
+    elif lowered is None:
+        static = rest + held.edge + held.edge_sums + max(held.block, held.head)
+    else:
+        size = {
+            data: max(result.block_bytes(Block(data=data, chunk=c)) for c in range(len(parts)))
+            for data in Data
+        }
+        peak = float(tabled_bytes(schedule, buffers_of(schedule, lowered), size, held))
+        static = peak - max(alive_bytes(schedule, result, lowered))
+    return replace(result, static_bytes=static)
 
 
 def full_chunks(layers: int, chunks: int) -> list[Sequence[int]]:

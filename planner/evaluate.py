@@ -16,11 +16,14 @@ import numpy as np
 
 from jaxsys.errors import UsageError
 from jaxsys.lowering import Recompute
+from jaxsys.lowering.memory import Around, tabled_bytes
+from jaxsys.lowering.tables import buffers_of
 from jaxsys.planner.costs import NO_LINK, BlockCost, Split, block_cost, frame, schedule_costs
 from jaxsys.planner.orders import staged_schedule
 from jaxsys.planner.plans import PATHS, Gradient, Plan, Residual, State, Weights
 from jaxsys.planner.problem import Problem
-from jaxsys.schedule import Link, Placement, Schedule, Trace, simulate, trace
+from jaxsys.schedule import Costs, Data, Link, Placement, Schedule, Trace, simulate, trace
+from jaxsys.strategies.data_parallel import data_parallel
 
 STEADY_TURNS = 4
 """Microbatches that are followed one by one; what lies between is multiplied."""
@@ -122,19 +125,22 @@ class Evaluator:
         for count in [few - period, few] if total > few else [few]:
             schedule, found = self._schedule(plan, count)
             link = schedule_link(self.problem, plan)
-            costs = plan_costs(self.problem, plan, schedule)
+            costs = plan_costs(self.problem, plan, schedule, found)
             results.append(simulate(schedule, costs, link, known_trace=found))
         last = results[-1]
         step, sent, busy = last.step_s, max(last.sent_bytes), max(last.busy_s)
+        peak = max(last.peak_bytes)
         if total > few:
             before = results[0]
             periods = (total - few) / period
             step += periods * (last.step_s - before.step_s)
             sent += periods * (max(last.sent_bytes) - max(before.sent_bytes))
             busy += periods * (max(last.busy_s) - max(before.busy_s))
+            # Of an order that runs every forward pass first, with the microbatches.
+            peak += periods * (peak - max(before.peak_bytes))
         return Estimates(
             step_s=np.array([step]),
-            peak_bytes=np.array([max(last.peak_bytes)]),
+            peak_bytes=np.array([peak]),
             sent_bytes=np.array([sent]),
             compute_s=np.array([busy]),
         )
@@ -190,8 +196,17 @@ def plan_split(problem: Problem, plan: Plan) -> Split:
     )
 
 
-def plan_costs(problem: Problem, plan: Plan, schedule: Schedule):
-    """The plan's costs for `simulate`."""
+def plan_costs(
+    problem: Problem, plan: Plan, schedule: Schedule, known_trace: Trace | None = None
+) -> Costs:
+    """The plan's costs for `simulate`.
+
+    Args:
+        problem: what is planned.
+        plan: the plan.
+        schedule: its schedule.
+        known_trace: the schedule's trace, where the caller has it already.
+    """
     return schedule_costs(
         problem.workload(plan.microbatch_size),
         problem.cluster.device,
@@ -200,6 +215,7 @@ def plan_costs(problem: Problem, plan: Plan, schedule: Schedule):
         precision=problem.precision,
         recompute=[POLICY[path.residual] for path in plan.layers],
         split=plan_split(problem, plan),
+        lowered=(known_trace or trace(schedule)) if problem.lowered else None,
     )
 
 
@@ -251,6 +267,10 @@ class ShardedEvaluator:
         )
         self.workspace_bytes = workload.edge.workspace_bytes / base.features
         self.occupancy = self._occupancy()
+        self.tabled = problem.lowered and self.whole
+        if self.tabled:  # slots are each device's own, however many there are
+            self.schedule = data_parallel(1, min(self.turns, 3), chunks=self.layers)
+            self.buffers = buffers_of(self.schedule, trace(self.schedule))
 
     @staticmethod
     def _block_costs(
@@ -412,18 +432,39 @@ class ShardedEvaluator:
         plans = len(codes)
         weights, gradients = _PATH_WEIGHTS[codes], _PATH_GRADIENTS[codes]
         residuals = _PATH_RESIDUALS[codes]
+        work = self.work_bytes[residuals, np.arange(self.layers)].max(1)
+        if self.tabled:
+            return self._tabled_peak(residuals, work)
         # One product gives the live bytes of every plan at every tick, in units of 2**20.
         live = self._choices(codes) @ self.occupancy
         moving = live.max(1) * 2**20
-        static = self.frame.rest_bytes + self.frame.edge_bytes
+        frame = self.frame
+        static = frame.rest_bytes + frame.edge_bytes + frame.edge_sum_bytes
         held = np.zeros(plans)
         if not self.whole:
             again = (weights != _STAY) & ((self.turns > 1) | (weights != _WITHIN))
             held += (again * self.weight_bytes).sum(1) / self.devices
             every = (gradients != _ONCE) | (self.turns == 1)
             held += (every * self.gradient_bytes).sum(1) / self.devices
-        work = self.work_bytes[residuals, np.arange(self.layers)].max(1)
         return static + held + np.maximum(self.workspace_bytes, work) + moving
+
+    def _tabled_peak(self, residuals: np.ndarray, work: np.ndarray) -> np.ndarray:
+        """What programs with buffers allocate, whose parameters are whole on every device."""
+        size = {
+            Data.WEIGHT: self.weight_bytes.max(),
+            Data.GRADIENT: self.gradient_bytes.max(),
+            Data.ACTIVATION: self.activation_bytes,
+            Data.COTANGENT: self.activation_bytes,
+            Data.RESIDUAL: self.residual_bytes[residuals, np.arange(self.layers)].max(1),
+        }
+        around = Around(
+            rest=self.frame.rest_bytes,
+            edge=self.frame.edge_bytes,
+            edge_sums=self.frame.edge_sum_bytes,
+            block=work,
+            head=self.workspace_bytes,
+        )
+        return tabled_bytes(self.schedule, self.buffers, size, around)
 
     def _occupancy(self) -> np.ndarray:
         """float64 [L * 10, T]: MiB that each choice of each layer holds in each tick.

@@ -12,10 +12,11 @@ from jaxsys.hardware import DeviceSpec
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.costs import Precision, schedule_costs
 from jaxsys.planner.evaluate import POLICY
-from jaxsys.planner.plans import Plan
+from jaxsys.planner.plans import Plan, State
 from jaxsys.planner.problem import Problem
 from jaxsys.planner.recognise import recognise
 from jaxsys.planner.search import Found, Result
+from jaxsys.planner.space import Space
 from jaxsys.planner.workload import Workload
 from jaxsys.schedule import Link, Schedule, ScheduleError, Simulation, simulate, trace
 from jaxsys.strategies import NAMES, build
@@ -165,6 +166,7 @@ def _best_policy(
             schedule=schedule,
             precision=precision,
             recompute=recompute,
+            lowered=found,
         )
         result = simulate(schedule, costs, link, known_trace=found)
         flops = workload.model_flops * schedule.microbatches
@@ -190,17 +192,29 @@ def _best_policy(
     return min(rows, key=lambda row: row.memory_bytes)
 
 
-def best_that_runs(result: Result) -> Found | None:
-    """The best plan found that `jaxsys.train` runs.
+def that_runs(space: Space) -> Space:
+    """The part of a space that `jaxsys.train` has programs for, unlike recompute left aside.
 
-    No schedule splits features, and only sharded ones recompute in some layers alone.
+    No schedule splits features, and replicas keep all of the state that a stage or ring keeps.
     """
-    for found in result.by_base:
-        plan = found.plan
-        alike = len({path.residual for path in plan.layers}) == 1
-        if plan.features == 1 and (alike or plan.stages * plan.ring == 1):
-            return found
-    return None
+    return space.split("features", 1).require(
+        "state is split over a shard group alone",
+        ("state", "shard"),
+        lambda state, shard: state == State.WHOLE or shard > 1,
+    )
+
+
+def runs(plan: Plan) -> bool:
+    """Whether `jaxsys.train` runs the plan: only sharded schedules recompute in some layers."""
+    alike = len({path.residual for path in plan.layers}) == 1
+    replicated_state = plan.state is State.SPLIT and plan.shard == 1
+    sharded = plan.state is State.SPLIT and plan.stages * plan.ring == 1
+    return plan.features == 1 and not replicated_state and (alike or sharded)
+
+
+def best_that_runs(result: Result) -> Found | None:
+    """The best plan found that `jaxsys.train` runs."""
+    return next((found for found in result.by_base if runs(found.plan)), None)
 
 
 def with_found(comparison: Comparison, problem: Problem, result: Result) -> Comparison:

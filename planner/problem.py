@@ -22,6 +22,9 @@ class Problem:
     memory_bytes: float
     """The limit per device."""
     precision: Precision = field(default_factory=Precision)
+    lowered: bool = False
+    """Count memory as the programs of `jaxsys.lowering` allocate it, buffers that are not always
+    full included; else what a schedule has alive, as papers count it."""
 
     def __post_init__(self) -> None:
         if self.batch < 1:

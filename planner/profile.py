@@ -93,6 +93,7 @@ def build_profile(
         "attention_flops_per_s": rates["attention_flops_per_s"],
         "memory_bytes": float(stats.get("bytes_limit") or near.memory_bytes),
         "memory_bytes_per_s": rates["memory_bytes_per_s"],
+        "fused_attention": chosen[0].platform != "cpu",
     }
     links: dict[str, Any] = {}
     link = None

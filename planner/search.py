@@ -325,7 +325,7 @@ class _Search:
             below = sum(both[i] for part in cut(len(both), base.stages)[:-1] for i in part)
             total = microbatches(problem, base)
             time_s = below + total * (once - below + around.head_s) + fixed
-        held = np.array([around.rest_bytes + around.edge_bytes])
+        held = np.array([around.rest_bytes + around.edge_bytes + around.edge_sum_bytes])
         bound = Estimates(
             step_s=np.array([time_s]), peak_bytes=held, sent_bytes=held, compute_s=held
         )

@@ -1,29 +1,39 @@
 """What one microbatch of a layered model costs, free of any device and any plan.
 
 Per block: products 2 FLOPs per parameter and token, causal attention 2 S N K forward (half of the
-full square), elementwise passes counted as bytes through memory, and the residuals that the
-backward pass needs when attention is fused (no scores kept):
+full square), elementwise passes counted as bytes through memory, and what its programs keep and
+hold, which `jaxsys.lowering.memory` traces. Of a SwiGLU decoder with fused attention (no scores
+kept) residuals are
 
-    residual = 2 bytes x tokens x (4 D + (2 N + 2 G) K + 3 F) + 4 (N + 4) tokens
+    2 bytes x tokens x (4 D + (2 N + 2 G) K + 3 F) + 4 (N + 4) tokens
 
-for a SwiGLU decoder, as `jaxsys.lowering` keeps it: input and output of both norms, and two sums;
-q, k, v, the attention's output and its log-sum-exp; gate, up, and silu(gate) up. Selective
-recompute keeps its input and what products and attention made: 2 bytes x tokens x
-(2 D + (2 N + 2 G) K + 2 F) + 4 N tokens. What dL/dx leaves for dL/dw is the input of every product
-and norm and the cotangent of its output, 2 bytes x tokens x (8 D + (2 N + 2 G) K + 3 F).
+that is input and output of both norms, and two sums; q, k, v, the attention's output and its
+log-sum-exp; gate, up, and silu(gate) up. Selective recompute keeps its input and what products and
+attention made: 2 bytes x tokens x (2 D + (2 N + 2 G) K + 2 F) + 4 N tokens.
 
 Legend: S sequence length, D width, F feed-forward width, N query heads, G key/value heads, K head
 width, V vocabulary.
 """
 
+import functools
 from dataclasses import dataclass
 
+import jax
+import jax.numpy as jnp
+
 from jaxsys.errors import UsageError
+from jaxsys.layered import LayeredModel, Parameters, PyTree
 from jaxsys.lowering import Recompute
+from jaxsys.lowering.memory import BlockBytes, block_bytes, head_bytes
+from jaxsys.model import abstract_parameters, layered
 from jaxsys.model.config import LlamaConfig
 
 COMPUTE_BYTES = 2
 """bf16."""
+POLICIES: tuple[Recompute, ...] = ("none", "selective", "block")
+"""What a plan may compute again."""
+Traced = tuple[tuple[Recompute, BlockBytes], ...]
+"""What a block keeps and holds by policy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +53,30 @@ class BlockWork:
     """What it needs when all but products and attention is computed again; None: not known."""
     tap_bytes: float | None = None
     """What dL/dx leaves for dL/dw; as much as the residual if not given."""
+    traced: Traced = ()
+    """What its programs keep and hold by policy, where they were traced: in place of the above."""
+
+    def memory(self, policy: str, activation_bytes: float) -> BlockBytes:
+        """What the block keeps and holds under a policy.
+
+        Raises:
+            UsageError: if that is not known.
+        """
+        for name, found in self.traced:
+            if name == policy:
+                return found
+        kept = {
+            "none": self.residual_bytes,
+            "selective": self.selective_bytes,
+            "block": activation_bytes,
+        }[policy]
+        if kept is None:
+            raise UsageError(f"what {policy} recompute keeps of this block is not known")
+        return BlockBytes(
+            residual=kept,
+            tap=self.residual_bytes if self.tap_bytes is None else self.tap_bytes,
+            work=0.0 if policy == "none" else self.residual_bytes,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,9 +123,9 @@ class Workload:
     @property
     def recompute_policies(self) -> tuple[Recompute, ...]:
         """What backward may compute again: the policies whose residuals are known."""
-        if any(block.selective_bytes is None for block in self.blocks):
-            return ("none", "block")
-        return ("none", "selective", "block")
+        if all(block.traced or block.selective_bytes is not None for block in self.blocks):
+            return POLICIES
+        return ("none", "block")
 
     def uncut(self, devices: int) -> tuple[int, ...] | None:
         """The shape of a matrix that has no axis to cut over so many devices, if there is one.
@@ -116,6 +150,7 @@ def llama_workload(
     sequence_length: int,
     microbatch_size: int,
     loss_chunk_tokens: int = 2048,
+    fused_attention: bool = True,
 ) -> Workload:
     """The workload of a Llama-family decoder.
 
@@ -125,6 +160,7 @@ def llama_workload(
         sequence_length: S.
         microbatch_size: sequences in a microbatch.
         loss_chunk_tokens: tokens whose logits are held at once.
+        fused_attention: whether the device has a kernel that never forms the scores.
 
     Raises:
         UsageError: if a size is not positive.
@@ -147,17 +183,15 @@ def llama_workload(
         + 2 * (heads + shared)  # rotary
         + 3 * c.intermediate_size  # silu(gate) * up
     )
-    residual = 4 * c.hidden_size + 2 * (heads + shared) + 3 * c.intermediate_size
-    taps = 8 * c.hidden_size + 2 * (heads + shared) + 3 * c.intermediate_size
-    selective = 2 * c.hidden_size + 2 * (heads + shared) + 2 * c.intermediate_size
+    traced, head_held = _llama_memory(
+        c, sequence_length, microbatch_size, loss_chunk_tokens, fused_attention
+    )
     block = BlockWork(
         parameters=c.block_parameter_count(),
         product_flops=2.0 * matrices * tokens,
         attention_flops=attention,
         elementwise_bytes=float(COMPUTE_BYTES * passes * tokens),
-        residual_bytes=float((COMPUTE_BYTES * residual + 4 * (c.num_heads + 4)) * tokens),
-        selective_bytes=float((COMPUTE_BYTES * selective + 4 * c.num_heads) * tokens),
-        tap_bytes=float(COMPUTE_BYTES * taps * tokens),
+        traced=traced,
     )
     head = 2.0 * c.vocab_size * c.hidden_size * tokens
     products = c.num_layers * block.product_flops + head
@@ -168,10 +202,7 @@ def llama_workload(
             parameters=c.edge_parameter_count(),
             # The loss is computed with its gradient, in B.
             backward_flops=3 * head,
-            # float32 logits, their gradient, and the head's: a piece's beside the sum of those
-            # before.
-            workspace_bytes=2.0 * 4 * min(loss_chunk_tokens, tokens) * c.vocab_size
-            + (1 + (tokens > loss_chunk_tokens)) * 4.0 * c.vocab_size * c.hidden_size,
+            workspace_bytes=head_held,
         ),
         activation_bytes=float(COMPUTE_BYTES * c.hidden_size * tokens),
         tokens=tokens,
@@ -190,3 +221,44 @@ def llama_workload(
             and sequence_length % ways == 0
         ),
     )
+
+
+@functools.lru_cache(maxsize=256)
+def _llama_memory(
+    config: LlamaConfig,
+    sequence_length: int,
+    microbatch_size: int,
+    loss_chunk_tokens: int,
+    fused: bool,
+) -> tuple[Traced, float]:
+    model = layered(
+        config,
+        loss_chunk_tokens=loss_chunk_tokens,
+        implementation="shapes" if fused else "xla",
+    )
+    ids = jax.ShapeDtypeStruct((microbatch_size, sequence_length), jnp.int32)
+    return traced_memory(
+        model, abstract_parameters(config, jnp.bfloat16), {"inputs": ids, "targets": ids}
+    )
+
+
+def traced_memory(
+    model: LayeredModel, parameters: Parameters, microbatch: PyTree
+) -> tuple[Traced, float]:
+    """What a block keeps and holds by policy, and what head and loss hold.
+
+    Args:
+        model: the layered model.
+        parameters: shapes and dtypes, those of compute.
+        microbatch: shapes and dtypes of one.
+    """
+    edge = parameters["edge"]
+    layer = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), parameters["blocks"]
+    )
+    x = jax.eval_shape(model.embed, edge, microbatch)
+    blocks: Traced = tuple(
+        (policy, block_bytes(model, layer, x, microbatch, policy, split=True))
+        for policy in POLICIES
+    )
+    return blocks, head_bytes(model, edge, x, microbatch)

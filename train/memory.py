@@ -1,13 +1,10 @@
 """What a step will hold on each device, from shapes alone, before anything is compiled.
 
-State at rest, whole copies of the edge's parameters and the sums of their gradients, what the
-schedule has alive, and the most that one task holds while it runs. A lowered step keeps a buffer of
-slots for each kind of data (`jaxsys.lowering.tables`), the arrivals of a tick beside the slots that
-they land in, and a chunk's weight gradients before they are added; steps whose parameters rest in
-shards are written out, and hold what is alive. Alternatives that would fit are looked for alike.
+`jaxsys.lowering.memory` says what a lowered step holds; here its sizes come from a trainer's own
+model and state. Alternatives that would fit are looked for alike.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,23 +16,17 @@ from jaxsys.errors import UsageError
 from jaxsys.hardware import GIB
 from jaxsys.layered import LayeredModel, Parameters, PyTree
 from jaxsys.lowering import Recompute
-from jaxsys.lowering.programs import BlockProgram, block_program
-from jaxsys.lowering.split import split_backward
-from jaxsys.lowering.tables import Tables, build_tables
-from jaxsys.planner.costs import cut
-from jaxsys.schedule import (
-    Block,
-    Costs,
-    Data,
-    Link,
-    MoveKind,
-    Placement,
-    Schedule,
-    TaskKind,
-    check,
-    simulate,
+from jaxsys.lowering.memory import (
+    Around,
+    block_bytes,
+    head_bytes,
+    sharded_static_bytes,
+    tabled_bytes,
+    tree_bytes,
 )
-from jaxsys.train.liveness import peak_bytes
+from jaxsys.lowering.tables import buffers_of
+from jaxsys.planner.costs import cut, full_chunks
+from jaxsys.schedule import Block, Costs, Data, Placement, Schedule, TaskKind, alive_bytes, check
 
 ALTERNATIVES = ("1f1b", "weipipe-interleave", "zero-3")
 
@@ -68,117 +59,63 @@ class StepShape:
 
 def step_bytes(step: StepShape) -> float:
     """The most that any device is predicted to hold."""
-    schedule = step.schedule
-    work = _Work(step)
-    rest = step.state_bytes
-    if schedule.placement is not Placement.REPLICATED:
-        rest /= schedule.devices
-    edge = _bytes(work.edge) + work.edge_sums
-    if schedule.placement is Placement.SHARDED:
-        gradients = _bytes(step.parameters) / schedule.devices
-        alive = max(simulate(schedule, work.costs(), Link()).peak_bytes)
-        return rest + edge + gradients + alive + max(work.block, work.head)
-    tables = build_tables(schedule, check(schedule))
-    size = {data: work.most(data) for data in Data}
-    slots = sum(count * size[data] for (data, _), count in tables.slots.items())
-    if step.unroll and tables.slots[Data.RESIDUAL, ""] > 1:
-        slots += size[Data.RESIDUAL]  # a slot's layers are leaves of their own, copied in and out
-    if schedule.placement is Placement.REPLICATED and schedule.chunks > 1:
-        slots += schedule.chunks * size[Data.GRADIENT]  # of all chunks, summed over the devices
-    # The loop over layers stacks a chunk's weight gradients onto zeros of the same size.
-    gradients = 2 * size[Data.WEIGHT]
-    in_block = gradients + _in_flight(tables, size) + work.block
-    # The loss comes before, and arrivals after it; its branch returns sums beside those it was
-    # given, and the zeros are there all step long.
-    in_head = size[Data.WEIGHT] + work.edge_sums + work.head
-    return rest + edge + slots + max(in_block, in_head)
-
-
-def _in_flight(tables: Tables, size: dict[Data, float]) -> float:
-    """What arrives in a tick, and what is read out of or put into buffers of several slots."""
-    several = {key for key, count in tables.slots.items() if count > 1}
-    arrivals = max(
-        sum(
-            size[group.source[0]] * (2 if group.source in several else 1)
-            for group in tick.groups
-            if group.kind is MoveKind.PERMUTE
-        )
-        for segment in tables.segments
-        for tick in segment.period
+    schedule, model, microbatch = step.schedule, step.model, step.microbatch
+    sharded = schedule.placement is Placement.SHARDED
+    edge, blocks = (
+        jax.tree.map(lambda s: _cast(s, step.compute_dtype), step.parameters[part])
+        for part in ("edge", "blocks")
     )
-    used = sum(size[key[0]] for key in several if key[0] in (Data.WEIGHT, Data.GRADIENT))
-    return arrivals + used
+    layer = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), blocks)
+    x = jax.eval_shape(model.embed, edge, microbatch)
+    policies = step.policies
+    split = any(task.kind is TaskKind.INPUT_GRADIENT for task in schedule.tasks)
+    found = {
+        policy: block_bytes(model, layer, x, microbatch, policy, split=split)
+        for policy in set(policies)
+    }
+    parts = (cut if sharded else full_chunks)(model.layers, schedule.chunks)
+    longest = max(len(part) for part in parts)
+    layers = [len(part) if sharded else longest for part in parts]
+    # Of a chunk that is computed again all its layers' residuals are there by then.
+    again = longest * found["chunk"].residual if "chunk" in found else 0.0
 
+    def kept(part: Sequence[int]) -> float:
+        if policies[0] == "chunk":
+            return tree_bytes(x)
+        whole = sum(found[policies[i]].residual for i in part)
+        return whole if sharded else longest * found[policies[0]].residual
 
-class _Work:
-    """Sizes of what tasks read, write and hold."""
-
-    def __init__(self, step: StepShape) -> None:
-        self.step, model = step, step.model
-        cast = lambda tree: jax.tree.map(lambda s: _cast(s, step.compute_dtype), tree)  # noqa: E731
-        self.edge = cast(step.parameters["edge"])
-        self.edge_sums = _bytes(self.edge, step.gradient_dtype)
-        self.layer = jax.tree.map(
-            lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), cast(step.parameters["blocks"])
-        )
-        microbatch = step.microbatch
-        self.x = x = jax.eval_shape(model.embed, self.edge, microbatch)
-        self.parts = cut(model.layers, step.schedule.chunks)
-        policies = dict.fromkeys(step.policies)
-        programs = {policy: self.program(policy) for policy in policies}
-        self.kept = {policy: _bytes(found.residuals) for policy, found in programs.items()}
-
-        def block(policy: Recompute) -> float:
-            found = programs[policy]
-            layer = peak_bytes(found.backward, self.layer, found.residuals, x, microbatch)
-            # Of a chunk that is computed again all its layers' residuals are there by then.
-            again = max(len(part) for part in self.parts) if policy == "chunk" else 0
-            return layer + again * self.kept[policy]
-
-        def head(edge: PyTree, x: jax.Array, microbatch: PyTree) -> PyTree:
-            loss, pull, _ = jax.vjp(
-                lambda e, v: model.head_loss(e, v, microbatch), edge, x, has_aux=True
-            )
-            return pull(jnp.ones_like(loss))
-
-        self.block = max(block(policy) for policy in policies)
-        self.head = peak_bytes(head, self.edge, x, microbatch)
-        self.taps = 0.0
-        if any(task.kind is TaskKind.INPUT_GRADIENT for task in step.schedule.tasks):
-            found = programs[step.policies[0]]
-            halves = split_backward(found.backward, self.layer, found.residuals, x, microbatch)
-            self.taps = _bytes(halves.taps)
-
-    def program(self, policy: Recompute) -> BlockProgram:
-        step, inner = self.step, "none" if policy == "chunk" else policy
-        return block_program(step.model, self.layer, self.x, step.microbatch, inner)
-
-    def costs(self) -> Costs:
-        """Bytes of each chunk's data."""
-        policies = self.step.policies
-        return Costs(
-            forward_s=0.0,
-            backward_s=0.0,
-            weight_bytes=[len(part) * _bytes(self.layer) for part in self.parts],
-            gradient_bytes=[
-                len(part) * _bytes(self.layer, self.step.gradient_dtype) for part in self.parts
-            ],
-            activation_bytes=_bytes(self.x),
-            residual_bytes=[
-                _bytes(self.x)
-                if policies[part[0]] == "chunk"
-                else sum(self.kept[policies[i]] for i in part)
-                for part in self.parts
-            ],
-            tap_bytes=[len(part) * self.taps for part in self.parts],
-        )
-
-    def most(self, data: Data) -> float:
-        """Bytes of a kind of data, of the largest chunk."""
-        costs = self.costs()
-        return max(
-            costs.block_bytes(Block(data=data, chunk=chunk)) for chunk in range(len(self.parts))
-        )
+    costs = Costs(
+        forward_s=0.0,
+        backward_s=0.0,
+        weight_bytes=[count * tree_bytes(layer) for count in layers],
+        gradient_bytes=[count * tree_bytes(layer, step.gradient_dtype) for count in layers],
+        activation_bytes=tree_bytes(x),
+        residual_bytes=[kept(part) for part in parts],
+        tap_bytes=[count * found[policies[0]].tap for count in layers],
+    )
+    # Chunks are as long as the longest where they rest; what pads them has its state too.
+    rest = step.state_bytes
+    if schedule.placement is Placement.OWNER:
+        padding = sum(layers) - model.layers
+        rest *= 1 + padding * tree_bytes(layer) / tree_bytes((edge, blocks))
+    around = Around(
+        rest=rest if schedule.placement is Placement.REPLICATED else rest / schedule.devices,
+        edge=tree_bytes(edge),
+        edge_sums=tree_bytes(edge, step.gradient_dtype),
+        block=max(each.work for each in found.values()) + again,
+        head=head_bytes(model, edge, x, microbatch),
+    )
+    live = check(schedule)
+    if sharded:
+        alive = max(alive_bytes(schedule, costs, live))
+        return sharded_static_bytes(schedule, costs, around) + alive
+    size = {
+        data: max(costs.block_bytes(Block(data=data, chunk=c)) for c in range(schedule.chunks))
+        for data in Data
+    }
+    buffers = buffers_of(schedule, live)
+    return float(tabled_bytes(schedule, buffers, size, around, unroll=step.unroll))
 
 
 def check_fits(step: StepShape, limit_bytes: float) -> None:
@@ -232,9 +169,3 @@ def _alternatives(step: StepShape) -> Iterator[tuple[str, StepShape]]:
 def _cast(leaf: Any, dtype: Any) -> jax.ShapeDtypeStruct:
     floating = jnp.issubdtype(leaf.dtype, jnp.floating)
     return jax.ShapeDtypeStruct(leaf.shape, dtype if floating else leaf.dtype)
-
-
-def _bytes(tree: PyTree, dtype: Any = None) -> float:
-    return float(
-        sum(leaf.size * jnp.dtype(dtype or leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
-    )

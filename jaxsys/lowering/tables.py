@@ -55,6 +55,24 @@ class Tables:
     segments: tuple[Segment, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Buffers:
+    """What a device keeps from tick to tick, and what it takes in."""
+
+    slots: dict[BufferKey, int]
+    """How many slots each buffer has."""
+    groups: tuple[tuple[GroupSignature, ...], ...]
+    """What starts to move in a tick; ticks that are alike once."""
+
+
+def buffers_of(schedule: Schedule, found: Trace) -> Buffers:
+    """The buffers of a checked schedule's tables, without the tables."""
+    builder = _Builder(schedule, found)
+    builder.assign_slots()
+    rows = dict.fromkeys(builder.group_row(tick) for tick in range(schedule.ticks))
+    return Buffers(slots=builder.slots, groups=tuple(rows))
+
+
 def build_tables(schedule: Schedule, found: Trace) -> Tables:
     """Makes the tables of a checked schedule.
 

@@ -13,12 +13,14 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Primitive
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsys.errors import UsageError
 
-Implementation = Literal["cudnn", "xla"]
+Implementation = Literal["cudnn", "xla", "shapes"]
+"""`shapes` has the shapes of cuDNN's kernel on any machine: it is traced and cannot run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +87,7 @@ def attend(
         query_positions: int32 [B, T], the key index each query stands at: for queries that
             continue a cached sequence. Materialises a [B, 1, T, S] mask.
         mask: extra boolean mask, True where attention is allowed.
-        implementation: overrides `choose_implementation`.
+        implementation: overrides `choose_implementation`; `shapes` looks at q, k and v alone.
 
     Returns:
         [B, T, N, K] in the dtype of `q`. The softmax is float32.
@@ -108,6 +110,8 @@ def attend(
         implementation = choose_implementation(
             dtype=q.dtype, head_dim=q.shape[-1], masked=mask is not None
         ).implementation
+    if implementation == "shapes":
+        return _kernel_shapes(q, k, v)
     return jax.nn.dot_product_attention(
         q,
         k,
@@ -117,6 +121,43 @@ def attend(
         key_value_seq_lengths=key_lengths,
         implementation=implementation,
     )
+
+
+def _kernel(name: str) -> Primitive:
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+    return primitive
+
+
+# As JAX calls cuDNN's: recompute policies go by the names.
+_FORWARD = _kernel("dot_product_attention_fwd_shapes")
+_BACKWARD = _kernel("dot_product_attention_bwd_shapes")
+
+
+@_FORWARD.def_abstract_eval
+def _forward_shapes(q: Any, k: Any, v: Any) -> list[Any]:
+    del k
+    rows, length, heads, _ = q.shape
+    statistics = q.update(shape=(rows, heads, length), dtype=jnp.dtype(jnp.float32))
+    return [q.update(shape=(*q.shape[:-1], v.shape[-1])), statistics]
+
+
+@_BACKWARD.def_abstract_eval
+def _backward_shapes(q: Any, k: Any, v: Any, *_: Any) -> list[Any]:
+    return [q, k, v]
+
+
+@jax.custom_vjp
+def _kernel_shapes(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    return _FORWARD.bind(q, k, v)[0]
+
+
+def _kernel_forward(q: jax.Array, k: jax.Array, v: jax.Array):
+    out, statistics = _FORWARD.bind(q, k, v)
+    return out, (q, k, v, statistics, out)
+
+
+_kernel_shapes.defvjp(_kernel_forward, lambda kept, d_out: tuple(_BACKWARD.bind(*kept, d_out)))
 
 
 def _xla(reason: str) -> Choice:

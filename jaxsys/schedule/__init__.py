@@ -13,7 +13,7 @@ from .schedule import (
     Task,
     TaskKind,
 )
-from .simulate import Costs, Event, Link, Simulation, simulate
+from .simulate import Costs, Event, Link, Simulation, alive_bytes, simulate
 from .trace import Copy, Trace, gradient_block, task_inputs, task_outputs, trace
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "Task",
     "TaskKind",
     "Trace",
+    "alive_bytes",
     "check",
     "gradient_block",
     "peak_live",

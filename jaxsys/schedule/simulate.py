@@ -370,6 +370,14 @@ class _Run:
         )
 
 
+def alive_bytes(schedule: Schedule, costs: Costs, found: Trace) -> tuple[float, ...]:
+    """The most that each device has alive of the schedule's data, static bytes not included."""
+    return tuple(
+        max((sum(tick.values()) for tick in _memory(schedule, costs, found, device)), default=0.0)
+        for device in range(schedule.devices)
+    )
+
+
 def _memory(
     schedule: Schedule, costs: Costs, found: Trace, device: int
 ) -> tuple[dict[Data, float], ...]:

@@ -238,7 +238,9 @@ def test_a_plan_that_no_schedule_runs_is_passed_over():
     mixed = (again, *plain.layers[1:])
     wide = dataclasses.replace(plain, shard=2, features=2)
     staged = dataclasses.replace(plain, shard=1, stages=4, layers=mixed)
-    sharded = dataclasses.replace(plain, layers=mixed)
+    whole = dataclasses.replace(plain, layers=mixed)
+    sharded = dataclasses.replace(whole, state=State.SPLIT)
+    shared = dataclasses.replace(plain, shard=1, stages=2, replicas=2, state=State.SPLIT)
 
     def result(*plans: Plan) -> Result:
         costs = dict.fromkeys(("step_s", "peak_bytes", "sent_bytes", "compute_s"), 1.0)
@@ -247,9 +249,9 @@ def test_a_plan_that_no_schedule_runs_is_passed_over():
             best=row[0], by_base=row, history=(), evaluated=len(row), skipped=0, elapsed_s=0.0
         )
 
-    found = best_that_runs(result(wide, staged, sharded, plain))
+    found = best_that_runs(result(wide, staged, whole, shared, sharded, plain))
     assert found is not None and found.plan == sharded
-    assert best_that_runs(result(wide, staged)) is None
+    assert best_that_runs(result(wide, staged, whole, shared)) is None
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,7 @@ import pytest
 from jaxsys.errors import UsageError
 from jaxsys.hardware import LinkSpec, device
 from jaxsys.lowering.programs import block_program
-from jaxsys.lowering.split import split_backward
-from jaxsys.model import initial_parameters, layered
+from jaxsys.model import abstract_parameters, layered
 from jaxsys.model.config import preset
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.evaluate import plan_costs, schedule_link
@@ -146,37 +145,45 @@ def test_memory_of_the_zero_bubble_paper():
         assert max(sum(row.values()) for row in held) >= most
 
 
-def test_residuals_and_taps_are_those_of_the_lowered_block():
-    """On CPU, where attention is not fused: its residuals are others, and selective makes it again.
+def test_residuals_and_taps_of_a_block_are_as_the_formulas_say():
+    """As `workload` counts residuals; taps are a product's or norm's input and output cotangent.
 
-    With recompute the taps of the lowered block also hold statistics in float32.
+    With recompute taps also hold statistics in float32.
     """
-    config = replace(preset("byte-llama"), num_layers=1)
+    c = preset("byte-llama")
+    tokens = 48
+    heads, shared = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    width, inner = c.hidden_size, c.intermediate_size
+    sums = 4 * c.num_heads * tokens  # attention's log-sum-exp
+    kept = {
+        "none": 2 * tokens * (4 * width + 2 * (heads + shared) + 3 * inner) + sums + 16 * tokens,
+        "selective": 2 * tokens * (2 * width + 2 * (heads + shared) + 2 * inner) + sums,
+        "block": 2 * tokens * width,
+    }
+    taps = 2 * tokens * (8 * width + 2 * (heads + shared) + 3 * inner)
+    workload = llama_workload("b", c, sequence_length=tokens, microbatch_size=1)
+    assert workload.recompute_policies == tuple(kept)
+    for policy, size in kept.items():
+        found = workload.blocks[0].memory(policy, workload.activation_bytes)
+        assert found.residual == size
+        assert taps <= found.tap <= 1.25 * taps
+
+
+def test_traced_attention_keeps_what_a_fused_kernel_does():
+    """Beside it the scores of attention that is not fused are kept, and its output is not."""
+    config = preset("byte-llama")
     tokens = 48  # no other size: scores are told by having it twice
-    heads = config.num_heads
-    attention_bytes = tokens * heads * (2 * config.head_dim + 4)  # output, log-sum-exp
-    weights = jax.tree.map(
-        lambda w: jax.ShapeDtypeStruct(w.shape[1:], jnp.bfloat16),
-        jax.eval_shape(lambda: initial_parameters(config))["blocks"],
-    )
-    x = jax.ShapeDtypeStruct((1, tokens, config.hidden_size), jnp.bfloat16)
     ids = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
-    batch = {"inputs": ids, "targets": ids}
-    block = llama_workload("b", config, sequence_length=tokens, microbatch_size=1).blocks[0]
-    assert block.tap_bytes is not None
-    assert block.selective_bytes is not None
+    parameters = abstract_parameters(config, jnp.bfloat16)
+    layer = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape[1:], w.dtype), parameters["blocks"])
+    x = jax.ShapeDtypeStruct((1, tokens, config.hidden_size), jnp.bfloat16)
 
-    def total(shapes):
-        return sum(s.size * s.dtype.itemsize for s in shapes)
+    def residuals(implementation):
+        model = layered(config, implementation=implementation)
+        program = block_program(model, layer, x, {"inputs": ids, "targets": ids}, "none")
+        return [(s.shape, s.dtype) for s in program.residuals]
 
-    for policy in ("none", "selective", "block"):
-        program = block_program(layered(config), weights, x, batch, policy)
-        kept = total(program.residuals)
-        if policy == "none":
-            scores = [s for s in program.residuals if s.shape.count(tokens) > 1]
-            assert kept - total(scores) == pytest.approx(block.residual_bytes, rel=0.02)
-        else:
-            assert kept == {"selective": block.selective_bytes - attention_bytes,
-                            "block": total([x])}[policy]  # fmt: skip
-        halves = split_backward(program.backward, weights, program.residuals, x, batch)
-        assert block.tap_bytes <= total(halves.taps) <= 1.25 * block.tap_bytes
+    fused, plain = residuals("shapes"), residuals("xla")
+    assert not [shape for shape, _ in fused if shape.count(tokens) > 1]
+    assert ((1, config.num_heads, tokens), jnp.float32) in fused
+    assert [shape for shape, _ in plain if shape.count(tokens) > 1]

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from jaxsys.lowering.jaxprs import VIEWS, bytes_of, inlined, is_literal
-from jaxsys.lowering.residuals import ELEMENTWISE
+from .jaxprs import VIEWS, bytes_of, inlined, is_literal
+from .residuals import ELEMENTWISE
 
 LOOPS = ("scan", "while")
 

@@ -1,0 +1,191 @@
+"""What a lowered step holds on each device, from sizes alone, before anything is compiled.
+
+State at rest, whole copies of the edge's parameters and the sums of their gradients, what the
+schedule has alive, and the most that one task holds while it runs. A lowered step keeps a buffer of
+slots for each kind of data (`tables`), the arrivals of a tick beside the slots that they land in,
+and a chunk's weight gradients before they are added; steps whose parameters rest in shards are
+written out, and hold what is alive.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsys.layered import LayeredModel, PyTree
+from jaxsys.schedule import Block, Costs, Data, MoveKind, Placement, Schedule
+
+from .liveness import peak_bytes
+from .programs import BlockProgram, Recompute, block_program
+from .split import split_backward
+from .tables import Buffers
+
+Size = Any
+"""Bytes: a number, or an array of them, one a case."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockBytes:
+    """What a block keeps and holds under a recompute policy."""
+
+    residual: float
+    """Kept from F to B or I."""
+    tap: float
+    """Kept from I to W."""
+    work: float
+    """The most that its backward pass holds beside what it is given."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Around:
+    """What a step holds besides its schedule's data."""
+
+    rest: Size
+    """Masters and optimizer state of a device."""
+    edge: Size
+    """Whole copies of the edge's parameters."""
+    edge_sums: Size
+    """Sums of their gradients."""
+    block: Size
+    """The most that a block's backward pass holds beside what it is given."""
+    head: Size
+    """The most that head and loss hold, forward and backward."""
+
+
+def tree_bytes(tree: PyTree, dtype: Any = None) -> float:
+    """Bytes of a tree of arrays or shapes, in a dtype of their own or another."""
+    return float(
+        sum(leaf.size * jnp.dtype(dtype or leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+    )
+
+
+def block_bytes(
+    model: LayeredModel,
+    layer: PyTree,
+    x: jax.ShapeDtypeStruct,
+    microbatch: PyTree,
+    policy: Recompute,
+    *,
+    split: bool,
+) -> BlockBytes:
+    """Traces one block.
+
+    Args:
+        model: whose `block` is traced.
+        layer: shapes and dtypes of one block's parameters.
+        x: of a block's input.
+        microbatch: of one microbatch.
+        policy: what backward computes again; of `chunk` what a block's own part is.
+        split: whether backward is cut into I and W; there are no taps otherwise.
+    """
+    inner: Recompute = "none" if policy == "chunk" else policy
+    found: BlockProgram = block_program(model, layer, x, microbatch, inner)
+    taps = 0.0
+    if split:
+        halves = split_backward(found.backward, layer, found.residuals, x, microbatch)
+        taps = tree_bytes(halves.taps)
+    return BlockBytes(
+        residual=tree_bytes(found.residuals),
+        tap=taps,
+        work=peak_bytes(found.backward, layer, found.residuals, x, microbatch),
+    )
+
+
+def head_bytes(
+    model: LayeredModel, edge: PyTree, x: jax.ShapeDtypeStruct, microbatch: PyTree
+) -> float:
+    """The most that head and loss hold with their gradients; arguments are shapes and dtypes."""
+
+    def head(edge: PyTree, x: jax.Array, microbatch: PyTree) -> PyTree:
+        loss, pull, _ = jax.vjp(
+            lambda e, v: model.head_loss(e, v, microbatch), edge, x, has_aux=True
+        )
+        return pull(jnp.ones_like(loss))
+
+    return peak_bytes(head, edge, x, microbatch)
+
+
+def tabled_bytes(
+    schedule: Schedule,
+    buffers: Buffers,
+    size: Mapping[Data, Size],
+    around: Around,
+    *,
+    unroll: bool = False,
+) -> Size:
+    """The most that a device holds of a step with buffers.
+
+    Args:
+        schedule: whose parameters rest whole, on owners or everywhere.
+        buffers: `tables.buffers_of` it.
+        size: kind of data -> bytes of the largest chunk's.
+        around: what else there is.
+        unroll: a chunk's layers are written out.
+    """
+    slots = sum(count * size[data] for (data, _), count in buffers.slots.items())
+    if unroll and buffers.slots[Data.RESIDUAL, ""] > 1:
+        slots += size[Data.RESIDUAL]  # a slot's layers are leaves of their own, copied in and out
+    if schedule.placement is Placement.REPLICATED and schedule.chunks > 1:
+        slots += schedule.chunks * size[Data.GRADIENT]  # of all chunks, summed over the devices
+    # The loop over layers stacks a chunk's weight gradients onto zeros of the same size.
+    gradients = 2 * size[Data.WEIGHT]
+    in_block = gradients + _in_flight(buffers, size) + around.block
+    # The loss comes before, and arrivals after it; its branch returns sums beside those it was
+    # given, and the zeros are there all step long.
+    in_head = size[Data.WEIGHT] + around.edge_sums + around.head
+    return around.rest + around.edge + around.edge_sums + slots + np.maximum(in_block, in_head)
+
+
+def _in_flight(buffers: Buffers, size: Mapping[Data, Size]) -> Size:
+    """What arrives in a tick, and what is read out of or put into buffers of several slots."""
+    several = {key for key, count in buffers.slots.items() if count > 1}
+    arrivals: Size = 0.0
+    for groups in buffers.groups:
+        moved = sum(
+            size[group.source[0]] * (2 if group.source in several else 1)
+            for group in groups
+            if group.kind is MoveKind.PERMUTE
+        )
+        arrivals = np.maximum(arrivals, moved)
+    return arrivals + sum(size[key[0]] for key in several if key[0] in (Data.WEIGHT, Data.GRADIENT))
+
+
+def sharded_static_bytes(schedule: Schedule, costs: Costs, around: Around) -> float:
+    """What a device holds all step long where parameters rest in shards, and its fullest task."""
+    counts = Counter((move.kind, move.block.chunk) for move in schedule.moves)
+    shards = sum(
+        shard_bytes(
+            costs.block_bytes(Block(data=Data.WEIGHT, chunk=chunk)),
+            costs.block_bytes(Block(data=Data.GRADIENT, chunk=chunk)),
+            gathers=counts[MoveKind.ALL_GATHER, chunk],
+            reductions=counts[MoveKind.REDUCE_SCATTER, chunk],
+            turns=schedule.microbatches // schedule.devices,
+            devices=schedule.devices,
+        )
+        for chunk in range(schedule.chunks)
+    )
+    task = max(around.block, around.head)
+    return around.rest + around.edge + around.edge_sums + shards + task
+
+
+def shard_bytes(
+    weight_bytes: float,
+    gradient_bytes: float,
+    *,
+    gathers: int,
+    reductions: int,
+    turns: int,
+    devices: int,
+) -> float:
+    """What a sharded chunk holds all step long beside its state, which no copy stands for.
+
+    Weights that are gathered again and again come from a shard cast once; a single gather casts as
+    it goes. Reduced sums need a shard, but a gradient that is summed locally all step long gives
+    its room to its shard when it is reduced.
+    """
+    held = weight_bytes / devices if gathers > 1 else 0.0
+    return held + (gradient_bytes / devices if reductions == turns else 0.0)

@@ -1,0 +1,161 @@
+"""The memory of a plan is what the trainer predicts of its program, and refuses by."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxsys.cli import main
+from jaxsys.errors import UsageError
+from jaxsys.hardware import device, link
+from jaxsys.mesh import make_mesh
+from jaxsys.model import abstract_parameters, initial_parameters, layered, preset
+from jaxsys.planner.cluster import Cluster
+from jaxsys.planner.evaluate import POLICY, Evaluator
+from jaxsys.planner.lower import to_schedule
+from jaxsys.planner.named import compare, runs, strategies, that_runs
+from jaxsys.planner.plans import PATHS
+from jaxsys.planner.problem import Problem
+from jaxsys.planner.space import Space
+from jaxsys.planner.workload import llama_workload
+from jaxsys.schedule import Schedule
+from jaxsys.train import Trainer
+from jaxsys.train.memory import StepShape, step_bytes
+from jaxsys.train.plan_file import read_plan
+
+TOKENS = 256
+
+
+def config_of(layers: int):
+    return dataclasses.replace(preset("byte-llama"), num_layers=layers)
+
+
+def trainers_bytes(schedule, config, recompute, *, size: int = 1) -> float:
+    ids = jax.ShapeDtypeStruct((size, TOKENS), jnp.int32)
+    return step_bytes(
+        StepShape(
+            schedule=schedule,
+            model=layered(config, implementation="shapes"),
+            parameters=abstract_parameters(config),
+            state_bytes=12 * config.parameter_count(),
+            microbatch={"inputs": ids, "targets": ids},
+            compute_dtype=jnp.bfloat16,
+            gradient_dtype=jnp.float32,
+            recompute=recompute,
+        )
+    )
+
+
+@pytest.mark.parametrize(("devices", "layers"), [(2, 4), (4, 6)], ids=["even", "padded"])
+def test_every_strategy_of_the_table_holds_what_the_trainer_says(devices, layers):
+    config = config_of(layers)
+    workload = llama_workload("m", config, sequence_length=TOKENS, microbatch_size=1)
+    cluster = Cluster(device=device("h100"), devices=devices, link=link("nvlink"))
+    made = strategies(workload, devices, 2 * devices)
+    seen = set()
+    for limit in (1e12, 1.0):  # nothing recomputed; the leanest
+        for row in compare(workload, cluster, microbatches=2 * devices, memory_bytes=limit).rows:
+            expected = trainers_bytes(made[row.strategy](), config, row.recompute)
+            assert row.memory_bytes == pytest.approx(expected, rel=1e-9), row.strategy
+            seen.add((row.strategy, row.recompute))
+    assert len(seen) >= 2 * len(made) - 6
+
+
+def plans_of(layers: int):
+    """One plan of each common part that the trainer runs, and the problem."""
+    config = config_of(layers)
+    problem = Problem(
+        workload_of=lambda size: llama_workload(
+            "m", config, sequence_length=TOKENS, microbatch_size=size
+        ),
+        cluster=Cluster(device=device("h100"), devices=4, link=link("nvlink")),
+        batch=32,
+        memory_bytes=1e12,
+        lowered=True,
+    )
+    space = that_runs(Space.of(problem, microbatch_sizes=[2]))
+    rng = np.random.default_rng(0)
+    for base in space.bases():
+        options = space.codes_of(base)
+        assert options is not None
+        code = rng.choice(sorted(set.intersection(*(set(map(int, one)) for one in options))))
+        yield problem, dataclasses.replace(base, layers=(PATHS[code],) * layers)
+
+
+def test_every_plan_that_runs_holds_what_the_trainer_says():
+    count = 0
+    for problem, plan in plans_of(4):
+        assert runs(plan)
+        schedule = to_schedule(problem, plan)
+        policy = POLICY[plan.layers[0].residual]
+        expected = trainers_bytes(schedule, config_of(4), policy, size=2)
+        found = Evaluator(problem).plan(plan).peak_bytes[0]
+        assert found == pytest.approx(expected, rel=1e-6), plan
+        count += 1
+    assert count > 20
+
+
+def plan_of(tmp_path, *arguments: str):
+    """What `jaxsys plan` takes on two CPU devices: its row, and the file for `jaxsys train`."""
+    table = tmp_path / "table.json"
+    code = main(
+        [
+            *("plan", "--model", "byte-llama", "--devices", "2", "--device", "cpu"),
+            *("--link", "host-memory", "--sequence-length", str(TOKENS), "--microbatches", "8"),
+            *("--search-seconds", "3", "--json", str(table), *arguments),
+        ]
+    )
+    assert code == 0
+    value = json.loads(table.read_text())
+    return next(row for row in value["rows"] if row["strategy"] == value["best"])
+
+
+def trainer_of(schedule, recompute, memory_gib: float, replicas: int = 1) -> Trainer:
+    config = preset("byte-llama")
+    return Trainer(
+        layered(config),
+        initial_parameters(config),
+        optax.adam(1e-3),
+        schedule=schedule,
+        mesh=make_mesh(2 // replicas, replicas),
+        compute_dtype=jnp.bfloat16,
+        recompute=recompute,
+        memory_gib=memory_gib,
+    )
+
+
+def check_memory(trainer: Trainer, size: int = 1) -> None:
+    batch = {
+        name: np.zeros((trainer.rows, size, TOKENS), np.int32) for name in ("inputs", "targets")
+    }
+    trainer._check_memory(trainer.place(batch))
+
+
+@pytest.mark.parametrize("limit_gib", [10.0, 0.1, 0.075, 0.062, 0.055])
+def test_the_winner_of_the_table_is_not_refused(tmp_path, limit_gib):
+    file = tmp_path / "schedule.json"
+    best = plan_of(tmp_path, "--memory-gib", str(limit_gib), "--schedule", str(file))
+    assert best["memory_gib"] <= limit_gib
+    schedule = Schedule.from_json(file.read_text())
+    replicas = 2 // schedule.devices
+    check_memory(trainer_of(schedule, best["recompute"], limit_gib, replicas))
+    close = trainer_of(schedule, best["recompute"], 0.999 * best["memory_gib"], replicas)
+    with pytest.raises(UsageError, match="predicted to need"):
+        check_memory(close)
+
+
+@pytest.mark.parametrize("limit_gib", [0.1, 0.06])
+def test_the_plan_that_a_search_writes_is_not_refused(tmp_path, limit_gib):
+    file = tmp_path / "plan.json"
+    plan_of(tmp_path, "--memory-gib", str(limit_gib), "--plan", str(file))
+    planned = read_plan(file, layers=preset("byte-llama").num_layers)
+    predicted_gib = json.loads(file.read_text())["predicted"]["peak_gib"]
+    trainer = trainer_of(planned.schedule, planned.recompute, limit_gib, planned.replicas)
+    check_memory(trainer, planned.microbatch_size)
+    close = trainer_of(planned.schedule, planned.recompute, 0.999 * predicted_gib, planned.replicas)
+    with pytest.raises(UsageError, match="predicted to need"):
+        check_memory(close, planned.microbatch_size)
