@@ -10,7 +10,6 @@ MIG, vGPU, unknown clocks), the GPU is observed only, and `reason` says why in o
 `jaxsys clocks show` and `jaxsys clocks reset` are the command line of it.
 """
 
-import argparse
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from jaxsys.clocks import ClockError, GpuClocks, ObserveOnly, check_clock
 from jaxsys.errors import RunError
 from jaxsys.nvml_gpu import NvmlGpu, start_nvml
 from jaxsys.nvml_lease import Lease
+from jaxsys.options import Parser
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +161,7 @@ def open_clocks(
 
 def main(argv: Sequence[str], prog: str) -> int:
     """`jaxsys clocks show|reset`."""
-    parser = argparse.ArgumentParser(prog=prog, description="Read or reset GPU clocks.")
+    parser = Parser(prog=prog, description="Read or reset GPU clocks.")
     commands = parser.add_subparsers(dest="command", required=True)
     show = commands.add_parser("show", help="clocks, power and energy of each GPU")
     reset = commands.add_parser("reset", help="return locked clocks to the GPU's own rule")

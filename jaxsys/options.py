@@ -1,4 +1,4 @@
-"""What a library says of its parameters, said of a command's options.
+"""What a command says of its options: faults in one line, and the names that were typed.
 
 Library code names parameters (`memory_gib=0 must be above 0`), as they are written in Python. Who
 typed an option reads its name (`--memory-gib 0 must be above 0`). An option that is named otherwise
@@ -7,6 +7,34 @@ than the parameter it sets says which one that is by argparse's `dest`.
 
 import argparse
 import re
+from collections.abc import Callable
+from typing import NoReturn
+
+from jaxsys.errors import UsageError
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose faults are UsageErrors: the cause and where help is, not all usage before."""
+
+    def error(self, message: str) -> NoReturn:
+        cause = re.sub(r"^argument ([^:]+): (?=\S* must be )", r"\1 ", message)
+        raise UsageError(f"{cause.removeprefix('argument ')}; see {self.prog} --help")
+
+
+def whole(least: int = 1, most: int | None = None) -> Callable[[str], int]:
+    """A type of options: a whole number from `least` to `most`."""
+    span = f"at least {least}" if most is None else f"from {least} to {most}"
+
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text} must be a whole number, {span}") from None
+        if value < least or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(f"{text} must be {span}")
+        return value
+
+    return convert
 
 
 def in_options(message: str, parser: argparse.ArgumentParser) -> str:

@@ -13,6 +13,7 @@ from jaxsys.errors import RunError, UsageError
 from jaxsys.files import write_whole
 from jaxsys.hardware import GIB
 from jaxsys.model.config import LlamaConfig, preset
+from jaxsys.options import Parser, whole
 from jaxsys.planner import explain, report
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.costs import Precision
@@ -244,22 +245,24 @@ def refuse_to_overwrite(path: Path) -> None:
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """The options of `jaxsys plan`."""
-    result = argparse.ArgumentParser(
-        prog=prog, description="Compare parallel plans for a model on a cluster."
-    )
+    result = Parser(prog=prog, description="Compare parallel plans for a model on a cluster.")
     add = result.add_argument
     add("--model", required=True, help="a preset's name or a Hugging Face folder")
-    add("--devices", type=int, required=True, help="how many devices")
+    add("--devices", type=whole(), required=True, help="how many devices")
     add("--link", default="nvlink", help=f"one of {', '.join(hardware.LINKS)}")
     add("--device", default="h100", help=f"one of {', '.join(hardware.DEVICES)}")
-    add("--sequence-length", type=int, help="tokens of a sequence (default: 8192 or the model's)")
+    add(
+        "--sequence-length",
+        type=whole(),
+        help="tokens of a sequence (default: 8192 or the model's)",
+    )
     add(
         "--microbatch-size",
-        type=int,
+        type=whole(),
         help="sequences of a microbatch (default: 1; a search chooses from 1, 2, 4 and 8 for the "
         "same batch if neither this nor --microbatches is given)",
     )
-    add("--microbatches", type=int, help="of a step, over all devices (default: 8 per device)")
+    add("--microbatches", type=whole(), help="of a step, over all devices (default: 8 per device)")
     add(
         "--memory-gib",
         type=float,
@@ -272,7 +275,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
         help="dtype in which gradients are summed and sent (default: float32)",
     )
     add("--profile", type=Path, help="device and link measured by `jaxsys profile cluster`")
-    add("--node-devices", type=int, help="devices of a node (default: all in one)")
+    add("--node-devices", type=whole(), help="devices of a node (default: all in one)")
     add("--node-link", help="link between nodes, per device")
     add("--search", action="store_true", help="search all plans, not the known strategies alone")
     add("--search-seconds", type=float, default=600.0, help="stop the search then (default: 600)")

@@ -22,6 +22,7 @@ from jaxsys.files import write_whole
 from jaxsys.hardware import DEVICES, DeviceSpec, LinkSpec
 from jaxsys.mesh import make_mesh, request_devices
 from jaxsys.model.config import LlamaConfig, preset
+from jaxsys.options import Parser, whole
 from jaxsys.planner.costs import Precision, block_cost
 from jaxsys.planner.rates import (
     measure_collectives,
@@ -191,29 +192,29 @@ def profile_of(value: Mapping[str, Any], *, source: str) -> Profile:
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """The options of `jaxsys profile cluster`."""
-    result = argparse.ArgumentParser(
-        prog=prog, description="Measure links and devices for `jaxsys plan --profile`."
-    )
+    result = Parser(prog=prog, description="Measure links and devices for `jaxsys plan --profile`.")
     add = result.add_argument
     add("--out", type=Path, required=True, help="the profile to write")
-    add("--devices", type=int, default=1, help="how many devices to measure between (default: 1)")
+    add(
+        "--devices",
+        type=whole(),
+        default=1,
+        help="how many devices to measure between (default: 1)",
+    )
     add(
         "--model",
         default="llama-3-8b",
         help="preset whose shapes are measured (default: %(default)s)",
     )
-    add("--tokens", type=int, default=8192, help="tokens of a microbatch (default: 8192)")
-    add("--repeats", type=int, default=10, help="runs of each (default: 10)")
-    add("--largest-mib", type=int, default=256, help="largest block sent (default: 256)")
+    add("--tokens", type=whole(), default=8192, help="tokens of a microbatch (default: 8192)")
+    add("--repeats", type=whole(), default=10, help="runs of each (default: 10)")
+    add("--largest-mib", type=whole(), default=256, help="largest block sent (default: 256)")
     return result
 
 
 def main(argv: Sequence[str], prog: str) -> int:
     """Runs the command."""
     options = parser(prog).parse_args(argv)
-    for name in ("devices", "tokens", "repeats", "largest_mib"):
-        if getattr(options, name) < 1:
-            raise UsageError(f"{name}={getattr(options, name)} must be at least 1")
     if options.out.exists():
         raise UsageError(f"{options.out} exists and is not overwritten; name another file")
     value = build_profile(

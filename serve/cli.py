@@ -22,6 +22,7 @@ import uvicorn
 
 from jaxsys.errors import RunError, UsageError
 from jaxsys.model import default_model_path, load
+from jaxsys.options import Parser, whole
 from jaxsys.serve.deployment import (
     BackgroundCompilation,
     DeploymentConfig,
@@ -216,18 +217,21 @@ def _tell_address(host: str, port: int, more: str = "") -> None:
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """The options of `jaxsys serve`."""
-    result = argparse.ArgumentParser(
-        prog=prog, description="Serve a model over an OpenAI-compatible API."
-    )
+    result = Parser(prog=prog, description="Serve a model over an OpenAI-compatible API.")
     add = result.add_argument
     add("--model", type=Path, help="folder or .gguf file (default: SmolLM2-135M-Instruct)")
     add("--model-name", help="name in the API (default: the file's or folder's)")
     add("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
-    add("--port", type=int, default=8000, help="0 takes a free one (default %(default)s)")
+    add(
+        "--port",
+        type=whole(0, 65535),
+        default=8000,
+        help="0 takes a free one (default %(default)s)",
+    )
     add("--api-key-file", type=Path, help="file with one key a line; without it all are let in")
     add(
         "--max-requests",
-        type=int,
+        type=whole(),
         default=256,
         help="requests taken before answering 429 (default %(default)s)",
     )
@@ -241,19 +245,19 @@ def parser(prog: str) -> argparse.ArgumentParser:
     many = result.add_argument_group("instances: who computes")
     many.add_argument(
         "--prefill",
-        type=int,
+        type=whole(),
         default=1,
         help="instances that read prompts (default %(default)s)",
     )
     many.add_argument(
         "--decode",
-        type=int,
+        type=whole(0),
         default=1,
         help="instances that write answers; 0: those of --prefill do both (default %(default)s)",
     )
     many.add_argument(
         "--tensor-parallel",
-        type=int,
+        type=whole(),
         default=1,
         help="GPUs that share one instance (default %(default)s)",
     )
@@ -267,26 +271,28 @@ def parser(prog: str) -> argparse.ArgumentParser:
     sizes = result.add_argument_group("sizes of an instance")
     sizes.add_argument(
         "--max-length",
-        type=int,
+        type=whole(),
         help="tokens of a request, prompt and output (default: the model's or 2048, whichever is "
         "less)",
     )
     sizes.add_argument(
-        "--max-batch", type=int, help="requests worked on at once (default: 16 on CPU, else 128)"
+        "--max-batch",
+        type=whole(),
+        help="requests worked on at once (default: 16 on CPU, else 128)",
     )
     sizes.add_argument(
         "--max-prefill-tokens",
-        type=int,
+        type=whole(),
         help="prompt tokens computed at once (default: 256 on CPU, else 2048)",
     )
     sizes.add_argument(
         "--page-size",
-        type=int,
+        type=whole(),
         help="tokens in a page, the unit of cache memory (default: 16 on CPU, else 64)",
     )
     sizes.add_argument(
         "--pages",
-        type=int,
+        type=whole(),
         dest="page_count",
         metavar="PAGES",
         help="pages of cache memory (default: what the device has)",

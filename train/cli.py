@@ -13,7 +13,7 @@ from jaxsys.errors import RunError, UsageError
 from jaxsys.lowering import RECOMPUTE_POLICIES
 from jaxsys.model import ByteTokenizer, Tokenizer, initial_parameters, layered, preset
 from jaxsys.model.save import check_target, save_safetensors
-from jaxsys.options import in_options
+from jaxsys.options import Parser, in_options, whole
 from jaxsys.strategies import NAMES
 from jaxsys.train import corpus, plan_file, samples
 from jaxsys.train.checkpoint import check_unused
@@ -30,11 +30,11 @@ logger = logging.getLogger(__name__)
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """The options of `jaxsys train`."""
-    result = argparse.ArgumentParser(prog=prog, description=__doc__)
+    result = Parser(prog=prog, description=__doc__)
     add = result.add_argument
     add("--model", default="byte-llama", help="preset to train (default %(default)s)")
     add("--data", help="text, .jsonl, .npy tokens or a folder (default: the standard library)")
-    add("--steps", type=int, default=100, help="batches in all (default %(default)s)")
+    add("--steps", type=whole(), default=100, help="batches in all (default %(default)s)")
     add("--out", type=Path, help="folder for checkpoints and metrics.jsonl")
     add("--resume", action="store_true", help="go on from the last good checkpoint in --out")
     add("--export", type=Path, help="write the trained model here, for `jaxsys serve`")
@@ -46,14 +46,14 @@ def parser(prog: str) -> argparse.ArgumentParser:
     )
     how.add_argument(
         "--devices",
-        type=int,
+        type=whole(),
         help="default: as many as a plan's or schedule's file is for, else all GPUs, else 4 "
         "virtual CPU devices",
     )
-    how.add_argument("--replicas", type=int, help="rings side by side (default 1)")
+    how.add_argument("--replicas", type=whole(), help="rings side by side (default 1)")
     how.add_argument(
         "--microbatches",
-        type=int,
+        type=whole(),
         help="of one ring and step (default 2 a device, or as a file says)",
     )
     how.add_argument("--dtype", default="float32", help="of compute: float32 or bfloat16")
@@ -74,15 +74,15 @@ def parser(prog: str) -> argparse.ArgumentParser:
         help="refuse a step predicted to need more on a device (default: what it has; inf: never)",
     )
     what = result.add_argument_group("what the result depends on")
-    what.add_argument("--microbatch-size", type=int, help="sequences (default 4)")
-    what.add_argument("--sequence-length", type=int, default=128, help="tokens (default 128)")
+    what.add_argument("--microbatch-size", type=whole(), help="sequences (default 4)")
+    what.add_argument("--sequence-length", type=whole(), default=128, help="tokens (default 128)")
     what.add_argument("--packing", default="windows", choices=("windows", "documents"))
     what.add_argument("--learning-rate", type=float, default=3e-3, help="peak (default 3e-3)")
     what.add_argument("--clip-norm", type=float, default=1.0, help="of gradients (default 1.0)")
-    what.add_argument("--seed", type=int, default=0)
+    what.add_argument("--seed", type=whole(0, 2**63 - 1), default=0)
     keep = result.add_argument_group("checkpoints and reports")
-    keep.add_argument("--save-every", type=int, help="steps (default: a fifth of --steps)")
-    keep.add_argument("--stop-at", type=int, help="stop after this step, with a checkpoint")
+    keep.add_argument("--save-every", type=whole(), help="steps (default: a fifth of --steps)")
+    keep.add_argument("--stop-at", type=whole(), help="stop after this step, with a checkpoint")
     keep.add_argument(
         "--accept-changes", action="store_true", help="resume although settings differ"
     )
@@ -100,13 +100,22 @@ def parser(prog: str) -> argparse.ArgumentParser:
         "--distributed", action="store_true", help="join as Slurm, MPI or Kubernetes say"
     )
     many.add_argument("--coordinator", help="host:port of process 0")
-    many.add_argument("--processes", type=int)
-    many.add_argument("--process", type=int)
+    many.add_argument("--processes", type=whole())
+    many.add_argument("--process", type=whole(0))
     many.add_argument(
-        "--hang-timeout", type=float, metavar="S", help="leave when a step takes longer"
+        "--hang-timeout",
+        type=float,
+        dest="hang_timeout_s",
+        metavar="S",
+        help="leave when a step takes longer",
     )
     many.add_argument(
-        "--lost-after", type=float, default=15.0, metavar="S", help="of silence (default 15)"
+        "--lost-after",
+        type=float,
+        default=15.0,
+        dest="lost_after_s",
+        metavar="S",
+        help="of silence (default 15)",
     )
     return result
 
@@ -158,8 +167,6 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
         raise UsageError("--resume needs --out, the folder of the run to go on with")
     if arguments.out is not None and not arguments.resume:
         check_unused(arguments.out)
-    if arguments.stop_at is not None and arguments.stop_at < 1:
-        raise UsageError(f"--stop-at {arguments.stop_at} must be at least 1")
     config = preset(arguments.model)
     tokenizer = ByteTokenizer()
     if arguments.sequence_length > config.max_positions:
@@ -233,8 +240,8 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
         progress=not arguments.quiet,
         tensorboard=arguments.tensorboard,
         profile=arguments.profile,
-        hang_timeout_s=arguments.hang_timeout,
-        lost_after_s=arguments.lost_after,
+        hang_timeout_s=arguments.hang_timeout_s,
+        lost_after_s=arguments.lost_after_s,
     )
     if report.loss is not None:
         say(_ending(report))

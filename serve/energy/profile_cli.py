@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from jaxsys.clocks import GpuClocks
 from jaxsys.errors import RunError, UsageError
+from jaxsys.options import Parser, whole
 from jaxsys.serve.energy.energy_log import EnergyLog
 from jaxsys.serve.energy.gpu_model import GPUS, SHAPES, Load, simulated_gpu
 from jaxsys.serve.energy.profile import (
@@ -59,7 +60,7 @@ def main(argv: Sequence[str], prog: str) -> int:
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """The options of `jaxsys profile serving`."""
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog=prog, description="Measure iteration latency and power for `jaxsys serve --profile`."
     )
     add = result.add_argument
@@ -67,9 +68,13 @@ def parser(prog: str) -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("profile.json"), help="file to write (default %(default)s)"
     )
     add("--model", type=Path, help="folder or .gguf file (default: SmolLM2-135M-Instruct)")
-    add("--max-batch", type=int, default=16, help="largest batch (default %(default)s)")
-    add("--max-length", type=int, default=1024, help="tokens of a request (default %(default)s)")
-    add("--repeats", type=int, default=3, help="timings a load, of which the median (default 3)")
+    add("--max-batch", type=whole(), default=16, help="largest batch (default %(default)s)")
+    add(
+        "--max-length", type=whole(), default=1024, help="tokens of a request (default %(default)s)"
+    )
+    add(
+        "--repeats", type=whole(), default=3, help="timings a load, of which the median (default 3)"
+    )
     add("--control-clocks", action="store_true", help="sweep the GPU's clocks (changes them!)")
     add("--simulated", choices=list(GPUS), help="sweep this simulated GPU instead")
     add(

@@ -19,6 +19,7 @@ import numpy as np
 
 from jaxsys.clocks import SimulatedClocks
 from jaxsys.errors import UsageError
+from jaxsys.options import Parser, whole
 from jaxsys.results import hardware, versions, write_result
 from jaxsys.serve.energy.ecofreq import EcoFreq, EcoFreqConfig, ModelPredictor, Predictor
 from jaxsys.serve.energy.ecopred import EcoPred
@@ -336,7 +337,7 @@ def parse_instances(text: str) -> tuple[int, int]:
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """The options of `jaxsys replay`."""
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog=prog, description="Replay a request trace on simulated GPUs under energy policies."
     )
     add = result.add_argument
@@ -366,7 +367,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     add("--prompt-mean", type=float, default=250.0, help="tokens (default 250)")
     add("--output-mean", type=float, default=215.0, help="tokens (default 215)")
     add("--cv", type=float, default=1.0, help="burstiness; 1, the default, is Poisson")
-    add("--seed", type=int, default=0, help="default 0")
+    add("--seed", type=whole(0), default=0, help="default 0")
     return result
 
 

@@ -1,6 +1,9 @@
 """The command's own behaviour: finding subcommands, exit codes, one line for a fault."""
 
 import argparse
+import importlib
+import subprocess
+import sys
 
 import pytest
 
@@ -94,8 +97,40 @@ def test_quotes_that_are_not_typed_are_left_out():
     assert in_options(said, parser) == "go on without such batches (--non-finite skip)"
 
 
-def test_every_subcommand_can_be_imported():
-    import importlib
+@pytest.mark.parametrize("name", cli.SUBCOMMANDS)
+def test_an_option_that_is_not_known_is_said_in_one_line(name, capsys):
+    needed = {"clocks": ["show"], "plan": ["--model", "tiny", "--devices", "2"],
+              "profile cluster": ["--out", "x"]}.get(name, [])  # fmt: skip
+    assert cli.main([*name.split(), *needed, "--fly"]) == 2
+    prog = f"jaxsys {name}"
+    assert capsys.readouterr().err == f"{prog}: unrecognized arguments: --fly; see {prog} --help\n"
 
+
+def whole_options():
+    for name, (module, _) in cli.SUBCOMMANDS.items():
+        make = getattr(importlib.import_module(module), "parser", None)
+        for action in [] if make is None else make(name)._actions:
+            assert action.type is not int, f"{name} {action.option_strings}: use whole()"
+            if "whole" in getattr(action.type, "__qualname__", ""):
+                yield name, action.option_strings[0]
+
+
+@pytest.mark.parametrize(("name", "option"), list(whole_options()))
+def test_a_whole_number_out_of_range_names_its_option(name, option, capsys):
+    for value in ("-1", "1.5", ""):
+        assert cli.main([*name.split(), option, value]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"jaxsys {name}: {option} {value} must be ")
+        assert error.endswith(f"; see jaxsys {name} --help\n") and error.count("\n") == 1
+
+
+def test_python_m_jaxsys_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxsys", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("jaxsys ")
+
+
+def test_every_subcommand_can_be_imported():
     for module, _ in cli.SUBCOMMANDS.values():
         assert callable(importlib.import_module(module).main)
