@@ -137,6 +137,8 @@ def _shared(segments: list[Segment]) -> Segment | None:
     ]
     if len(segments) > 1 and sum(pay) > MOST_TICKS_THAT_PAY:
         return None
+    if len(segments) > 1 and all(_busy(segment.period[0]) for segment in segments):
+        return None  # nothing is masked yet, and what a branch passes on XLA may copy
     repeats = sum(segment.repeats for segment in segments)
     return Segment(start=segments[0].start, period=(body,), repeats=repeats)
 

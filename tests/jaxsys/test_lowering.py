@@ -240,6 +240,17 @@ def test_ticks_that_fill_and_drain_share_bodies():
     assert sum(len(segment.period) for segment in tables.segments) <= 8
 
 
+@pytest.mark.parametrize("microbatches", [1, 2, 3])
+def test_what_every_device_does_is_not_masked(microbatches):
+    """A branch would have XLA copy the residuals that it passes on."""
+    for devices in (1, 2):
+        plan = data_parallel(devices, devices * microbatches)
+        tables = build_tables(plan, check(plan))
+        tasks = [t for s in tables.segments for tick in s.period for t in tick.tasks]
+        assert tasks
+        assert all(task.everyone for task in tasks)
+
+
 def test_refuses_what_does_not_fit():
     model, parameters = small_model(4)
     mesh = make_mesh(4, devices=jax.devices()[:4])
