@@ -46,7 +46,7 @@ from jaxsys.planner.problem import Problem
 from jaxsys.planner.recognise import describe, recognise
 from jaxsys.planner.search import Effort, Found, Progress, Result, search
 from jaxsys.planner.space import Space
-from jaxsys.planner.workload import BlockWork, EdgeWork, Workload
+from jaxsys.planner.workload import BlockWork, EdgeWork, Workload, traced_memory
 from jaxsys.schedule import Schedule
 
 PyTree = Any
@@ -161,7 +161,11 @@ def plan(
     limit = USABLE_MEMORY * cluster.device.memory_bytes if memory_gib is None else memory_gib * GIB
 
     def workload_of(size: int) -> Workload:
-        return _workload(function, params, _rows(batch, size), size, layers, cluster)
+        rows = _rows(batch, size)
+        found = _workload(function, params, rows, size, layers, cluster)
+        if isinstance(loss_fn, LayeredModel):
+            return _as_lowered(found, loss_fn, params, rows)
+        return found
 
     problem = Problem(
         workload_of=workload_of,
@@ -169,6 +173,7 @@ def plan(
         batch=examples,
         memory_bytes=limit,
         precision=precision or Precision(),
+        lowered=layered,
     )
     sizes = [1] if layered else [n for n in range(1, examples + 1) if examples % n == 0]
     space = Space.of(problem, microbatch_sizes=sizes)
@@ -337,6 +342,17 @@ def _workload(
         tokens=size,
         model_flops=3 * cost.product_flops,
         feature_ways=_feature_ways([leaves[i] for i in layers.leaves], layers, cluster.devices),
+    )
+
+
+def _as_lowered(workload: Workload, model: LayeredModel, params: PyTree, rows: PyTree) -> Workload:
+    """The workload with what the programs of `jaxsys.lowering` keep and hold; rows [1, B, ...]."""
+    microbatch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), rows)
+    traced, head = traced_memory(model, shapes_of(params), microbatch)
+    return dataclasses.replace(
+        workload,
+        blocks=tuple(dataclasses.replace(block, traced=traced) for block in workload.blocks),
+        edge=dataclasses.replace(workload.edge, workspace_bytes=head),
     )
 
 

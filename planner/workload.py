@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel, Parameters, PyTree
@@ -28,8 +29,6 @@ from jaxsys.lowering.memory import BlockBytes, block_bytes, head_bytes
 from jaxsys.model import abstract_parameters, layered
 from jaxsys.model.config import LlamaConfig
 
-COMPUTE_BYTES = 2
-"""bf16."""
 POLICIES: tuple[Recompute, ...] = ("none", "selective", "block")
 """What a plan may compute again."""
 Traced = tuple[tuple[Recompute, BlockBytes], ...]
@@ -151,6 +150,7 @@ def llama_workload(
     microbatch_size: int,
     loss_chunk_tokens: int = 2048,
     fused_attention: bool = True,
+    dtype: DTypeLike = jnp.bfloat16,
 ) -> Workload:
     """The workload of a Llama-family decoder.
 
@@ -160,7 +160,9 @@ def llama_workload(
         sequence_length: S.
         microbatch_size: sequences in a microbatch.
         loss_chunk_tokens: tokens whose logits are held at once.
-        fused_attention: whether the device has a kernel that never forms the scores.
+        fused_attention: whether the device has a kernel that never forms the scores; there is none
+            for 32 bits.
+        dtype: of compute.
 
     Raises:
         UsageError: if a size is not positive.
@@ -174,6 +176,7 @@ def llama_workload(
             raise UsageError(f"{field}={value} must be at least 1")
     c = config
     tokens = sequence_length * microbatch_size
+    dtype = jnp.dtype(dtype)
     heads, shared = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     matrices = c.block_parameter_count() - 2 * c.hidden_size
     attention = 2.0 * sequence_length * heads * tokens
@@ -184,13 +187,13 @@ def llama_workload(
         + 3 * c.intermediate_size  # silu(gate) * up
     )
     traced, head_held = _llama_memory(
-        c, sequence_length, microbatch_size, loss_chunk_tokens, fused_attention
+        c, sequence_length, microbatch_size, loss_chunk_tokens, fused_attention, str(dtype)
     )
     block = BlockWork(
         parameters=c.block_parameter_count(),
         product_flops=2.0 * matrices * tokens,
         attention_flops=attention,
-        elementwise_bytes=float(COMPUTE_BYTES * passes * tokens),
+        elementwise_bytes=float(dtype.itemsize * passes * tokens),
         traced=traced,
     )
     head = 2.0 * c.vocab_size * c.hidden_size * tokens
@@ -204,7 +207,7 @@ def llama_workload(
             backward_flops=3 * head,
             workspace_bytes=head_held,
         ),
-        activation_bytes=float(COMPUTE_BYTES * c.hidden_size * tokens),
+        activation_bytes=float(dtype.itemsize * c.hidden_size * tokens),
         tokens=tokens,
         model_flops=3 * products + 3 * c.num_layers * attention,
         matrices=(
@@ -230,16 +233,15 @@ def _llama_memory(
     microbatch_size: int,
     loss_chunk_tokens: int,
     fused: bool,
+    dtype: str,
 ) -> tuple[Traced, float]:
     model = layered(
         config,
         loss_chunk_tokens=loss_chunk_tokens,
-        implementation="shapes" if fused else "xla",
+        implementation="shapes" if fused and jnp.dtype(dtype).itemsize == 2 else "xla",
     )
     ids = jax.ShapeDtypeStruct((microbatch_size, sequence_length), jnp.int32)
-    return traced_memory(
-        model, abstract_parameters(config, jnp.bfloat16), {"inputs": ids, "targets": ids}
-    )
+    return traced_memory(model, abstract_parameters(config, dtype), {"inputs": ids, "targets": ids})
 
 
 def traced_memory(

@@ -7,6 +7,7 @@ from jaxsys import hardware, strategies
 from jaxsys.errors import UsageError
 from jaxsys.lowering import RECOMPUTE_POLICIES, Recompute
 from jaxsys.planner.cluster import Cluster
+from jaxsys.planner.costs import Precision
 from jaxsys.planner.named import compare
 from jaxsys.planner.workload import Workload
 from jaxsys.schedule import Schedule
@@ -24,7 +25,13 @@ class Choice:
 
 
 def choose(
-    workload: Workload, devices: list[Any], *, microbatches: int, link: str | None = None
+    workload: Workload,
+    devices: list[Any],
+    *,
+    microbatches: int,
+    link: str | None = None,
+    memory_gib: float | None = None,
+    weight_bytes: float = 2.0,
 ) -> Choice:
     """Compares all known strategies for a ring of these devices.
 
@@ -34,6 +41,8 @@ def choose(
         microbatches: of one ring and step.
         link: between neighbours, a name of `jaxsys.hardware.LINKS`; NVLink between GPUs and the
             host's memory between CPU devices if not given.
+        memory_gib: the limit per device; most of the device's memory if not given.
+        weight_bytes: of a parameter in compute.
 
     Raises:
         UsageError: if the devices have no preset, or nothing fits.
@@ -48,7 +57,13 @@ def choose(
     cluster = Cluster(
         device=hardware.device(name), devices=len(devices), link=hardware.link(between)
     )
-    found = compare(workload, cluster, microbatches=microbatches)
+    found = compare(
+        workload,
+        cluster,
+        microbatches=microbatches,
+        memory_bytes=None if memory_gib is None else memory_gib * hardware.GIB,
+        precision=Precision(weight_bytes=weight_bytes),
+    )
     fitting = sorted((row for row in found.rows if row.fits), key=lambda row: row.step_s)
     runnable = [
         row

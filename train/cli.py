@@ -56,7 +56,12 @@ def parser(prog: str) -> argparse.ArgumentParser:
         type=whole(),
         help="of one ring and step (default 2 a device, or as a file says)",
     )
-    how.add_argument("--dtype", default="float32", help="of compute: float32 or bfloat16")
+    how.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of compute (default %(default)s)",
+    )
     how.add_argument(
         "--recompute",
         choices=RECOMPUTE_POLICIES,
@@ -184,6 +189,8 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
         microbatches=arguments.microbatches,
         microbatch_size=arguments.microbatch_size,
         recompute=arguments.recompute,
+        memory_gib=arguments.memory_gib,
+        dtype=arguments.dtype,
     )
     recipe = Recipe(
         model=arguments.model,

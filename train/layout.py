@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from jaxsys.errors import UsageError
 from jaxsys.lowering import Recompute
@@ -41,6 +43,8 @@ def lay_out(
     microbatches: int | None,
     microbatch_size: int | None,
     recompute: Recompute | None,
+    memory_gib: float | None = None,
+    dtype: DTypeLike = jnp.float32,
 ) -> Layout:
     """Fills in what was not asked for; a plan file's own sizes win over defaults, never over asks.
 
@@ -53,6 +57,8 @@ def lay_out(
         microbatches: of one ring and step.
         microbatch_size: sequences.
         recompute: what backward computes again.
+        memory_gib: the limit per device, for "auto".
+        dtype: of compute, for "auto".
 
     Raises:
         UsageError: if the devices, the batch and the schedule do not fit together.
@@ -80,9 +86,20 @@ def lay_out(
     chosen: str | Schedule = schedule or ("weipipe-interleave" if ring > 1 else "dp")
     if chosen == "auto":
         workload = llama_workload(
-            "the model", config, sequence_length=sequence_length, microbatch_size=size
+            "the model",
+            config,
+            sequence_length=sequence_length,
+            microbatch_size=size,
+            fused_attention=devices[0].platform != "cpu",
+            dtype=dtype,
         )
-        choice = auto.choose(workload, devices[:ring], microbatches=microbatches or 2 * ring)
+        choice = auto.choose(
+            workload,
+            devices[:ring],
+            microbatches=microbatches or 2 * ring,
+            memory_gib=memory_gib,
+            weight_bytes=jnp.dtype(dtype).itemsize,
+        )
         chosen, recompute = choice.schedule, recompute or choice.recompute
         reason = choice.reason
     resolved = schedules.resolve(

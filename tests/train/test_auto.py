@@ -35,6 +35,15 @@ def test_takes_the_fastest_that_fits_and_runs():
     assert best.strategy in choice.reason and "predicted" in choice.reason
 
 
+def test_takes_what_fits_the_limit_that_the_trainer_has():
+    free, tight = (
+        auto.choose(WORKLOAD, [H100] * 8, microbatches=16, memory_gib=limit) for limit in (70, 45)
+    )
+    assert (free.recompute, tight.recompute) == ("none", "block")
+    with pytest.raises(UsageError, match="no strategy fits 20.0 GiB"):
+        auto.choose(WORKLOAD, [H100] * 8, microbatches=16, memory_gib=20)
+
+
 def test_says_so_when_nothing_fits_or_the_device_is_unknown():
     with pytest.raises(UsageError, match="no strategy fits"):
         auto.choose(WORKLOAD, [H100], microbatches=2)
