@@ -15,13 +15,13 @@ No strategy is named or special anywhere in it.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from jaxsys.errors import UsageError
-from jaxsys.planner.costs import block_cost, cut, frame
+from jaxsys.planner.costs import BlockCost, block_cost, frame, full_chunks
 from jaxsys.planner.evaluate import (
     Estimates,
     Evaluator,
@@ -30,7 +30,7 @@ from jaxsys.planner.evaluate import (
     schedule_devices,
     schedule_link,
 )
-from jaxsys.planner.plans import PATHS, Plan, Residual, State, data_parallel_plan
+from jaxsys.planner.plans import PATHS, Backward, Plan, Residual, State, data_parallel_plan
 from jaxsys.planner.space import ORDER, WAYS, Space
 from jaxsys.schedule import Placement
 
@@ -300,8 +300,7 @@ class _Search:
             for block in dict.fromkeys(workload.blocks)
         ]
         times = dict(zip(dict.fromkeys(workload.blocks), costs, strict=True))
-        both = [times[b].forward_s + times[b].backward_s for b in workload.blocks]
-        once = sum(both)
+        once = sum(times[b].forward_s + times[b].backward_s for b in workload.blocks)
         devices = schedule_devices(base)
         if base.stages * base.ring > 1:
             placement = Placement.OWNER
@@ -320,11 +319,9 @@ class _Search:
         fixed = around.before_s + around.after_s + around.update_s
         time_s = per_device * (once + around.head_s + 2 * around.embed_s) + fixed
         if base.stages > 1:
-            # The last stage's work, after the first microbatch has come down to it and before the
-            # last one has gone back up.
-            below = sum(both[i] for part in cut(len(both), base.stages)[:-1] for i in part)
-            total = microbatches(problem, base)
-            time_s = below + total * (once - below + around.head_s) + fixed
+            blocks = [times[block] for block in workload.blocks]
+            staged = _staged_bound(blocks, base, microbatches(problem, base), around.head_s)
+            time_s = max(time_s, staged + fixed)
         held = np.array([around.rest_bytes + around.edge_bytes + around.edge_sum_bytes])
         bound = Estimates(
             step_s=np.array([time_s]), peak_bytes=held, sent_bytes=held, compute_s=held
@@ -501,6 +498,33 @@ class _LayerSearch:
             codes = self.descend(rows[best])
             value = self.potential(codes[None])[0]
         return codes
+
+
+def _staged_bound(
+    blocks: Sequence[BlockCost], base: Plan, microbatches: int, head_s: float
+) -> float:
+    """Seconds that no pipeline can do its work in.
+
+    A stage's own work comes after the first microbatch has come down to it and before the last one
+    has gone back up; of a split backward pass, dL/dw may be done while it goes.
+    """
+    split = base.backward is Backward.SPLIT
+    chunks = full_chunks(len(blocks), base.stages * base.chunks)
+    bound = down_s = up_s = 0.0
+    for stage in range(base.stages):
+        own = [blocks[i] for part in chunks[stage :: base.stages] for i in part]
+        head = head_s if stage == base.stages - 1 else 0.0
+        first = microbatches * (sum(c.forward_s + c.input_gradient_s for c in own) + head)
+        later = microbatches * sum(c.weight_gradient_s for c in own)
+        if split:
+            bound = max(bound, down_s + first + max(later, up_s))
+        else:
+            bound = max(bound, down_s + first + later + up_s)
+        down_s += sum(blocks[i].forward_s for i in chunks[stage])
+        up_s += sum(
+            blocks[i].input_gradient_s if split else blocks[i].backward_s for i in chunks[stage]
+        )
+    return bound
 
 
 def _best_of(space: Space, evaluator: Evaluator, base: Plan, codes: np.ndarray) -> Found:

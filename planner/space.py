@@ -344,11 +344,7 @@ def _rules(problem: Problem, domains: Domains) -> Iterator[Relation]:
         ways.__contains__,
     )
     for name in ("stages", "ring"):
-        yield rule(
-            f"{name} must divide {layers} layers",
-            (name,),
-            lambda n: layers % n == 0,
-        )
+        yield rule(f"{name} must be at most {layers} layers", (name,), lambda n: n <= layers)
     yield rule(
         f"replicas x shard x microbatch size x turns = {batch} sequences of a step",
         ("replicas", "shard", "microbatch_size", "turns"),
@@ -383,9 +379,9 @@ def _rules(problem: Problem, domains: Domains) -> Iterator[Relation]:
         legal_order,
     )
     yield rule(
-        f"stages x chunks must divide {layers} layers",
+        f"stages x chunks must be at most {layers} layers",
         ("stages", "chunks"),
-        lambda p, c: layers % (p * c) == 0,
+        lambda p, c: p * c <= layers,
     )
     yield rule(
         "stages of several chunks divide the microbatches",

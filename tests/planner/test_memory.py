@@ -86,13 +86,14 @@ def plans_of(layers: int):
         yield problem, dataclasses.replace(base, layers=(PATHS[code],) * layers)
 
 
-def test_every_plan_that_runs_holds_what_the_trainer_says():
+@pytest.mark.parametrize("layers", [4, 6])
+def test_every_plan_that_runs_holds_what_the_trainer_says(layers):
     count = 0
-    for problem, plan in plans_of(4):
+    for problem, plan in plans_of(layers):
         assert runs(plan)
         schedule = to_schedule(problem, plan)
         policy = POLICY[plan.layers[0].residual]
-        expected = trainers_bytes(schedule, config_of(4), policy, size=2)
+        expected = trainers_bytes(schedule, config_of(layers), policy, size=2)
         found = Evaluator(problem).plan(plan).peak_bytes[0]
         assert found == pytest.approx(expected, rel=1e-6), plan
         count += 1

@@ -15,7 +15,8 @@ from jaxsys.planner.costs import Precision
 from jaxsys.planner.evaluate import Evaluator
 from jaxsys.planner.plans import Plan, data_parallel_plan
 from jaxsys.planner.problem import Problem
-from jaxsys.planner.search import Effort, exhaustive, search
+from jaxsys.planner.regimes import limited, ratio_problem
+from jaxsys.planner.search import Effort, _Search, _uniform, exhaustive, search
 from jaxsys.planner.space import Space
 from jaxsys.planner.workload import BlockWork, EdgeWork, Workload, llama_workload
 
@@ -128,6 +129,40 @@ def test_common_parts_equal_exhaustive_search():
         space = space.domain("gradient", "once", "each")
         found, best = search(space), exhaustive(space)
         assert found.best.potential == pytest.approx(best.potential, rel=1e-9)
+
+
+@pytest.mark.parametrize(("layers", "turns"), [(6, 4), (8, 2), (10, 4)])
+def test_no_plan_is_faster_than_the_bound_that_rules_it_out(layers, turns):
+    problem = ratio_problem(ratio=4, residuals=0.5, turns=turns, devices=4, layers=layers)
+    space = Space.of(problem, microbatch_sizes=[1])
+    outer = _Search(space, Effort(), 0, Evaluator(problem), None)
+    for base in space.bases():
+        options = space.codes_of(base)
+        assert options is not None
+        times = outer.evaluator.evaluate(base, _uniform(base, options)).step_s
+        assert times.min() >= outer.bound(base) * (1 - 1e-9), base
+
+
+def test_stages_that_do_not_divide_the_layers_win_where_they_should():
+    """Ten layers on four devices: stages of 3, 3, 3 and 1, in memory that two stages overflow."""
+    problem = ratio_problem(ratio=8, residuals=0.2, turns=4, devices=4, layers=10)
+    problem = limited(
+        problem,
+        lambda space: (
+            space.assign("layers", 4, travels="activations")
+            .domain("backward", "whole")
+            .order("earliest-backward", delay=0)
+            .domain("residual", "keep")
+        ),
+    )
+    space = Space.of(problem, microbatch_sizes=[1])
+    effort = Effort(refine=1, chains=8, steps=16, pairs=300, restarts=1)
+    found = search(space, effort=effort)
+    assert found.fits and found.best.plan.stages == 4
+    even = search(space.domain("stages", 1, 2).domain("ring", 1, 2), effort=effort)
+    assert even.best.potential > 1.2 * found.best.potential
+    stages = space.domain("shard", 1).domain("features", 1)
+    assert found.best.potential == pytest.approx(exhaustive(stages).potential, rel=1e-9)
 
 
 def test_search_starts_from_data_parallelism_and_only_improves():
