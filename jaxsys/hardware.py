@@ -6,8 +6,10 @@ own runs; `assumed` ones say what they were carried over from, and `jaxsys profi
 them.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from jaxsys.errors import UsageError
 from jaxsys.schedule import Link
@@ -228,6 +230,40 @@ LINKS: dict[str, LinkSpec] = {
         },
     ),
 }
+
+
+def free_host_bytes() -> float | None:
+    """Bytes a program can still allocate on this host; None where nothing tells.
+
+    What Linux calls available, or what a container's limit leaves if that is less; elsewhere all of
+    the host's memory.
+    """
+    meminfo = _read_counters(Path("/proc/meminfo"))
+    if "MemAvailable:" not in meminfo:
+        try:
+            return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        except (AttributeError, OSError, ValueError):
+            return None
+    free = 1024.0 * meminfo["MemAvailable:"]
+    for folder, limit, used in (
+        ("/sys/fs/cgroup", "memory.max", "anon"),
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "total_rss"),
+    ):
+        try:
+            allowed = float((Path(folder) / limit).read_text())  # "max" where there is none
+        except (OSError, ValueError):
+            continue
+        free = min(free, allowed - _read_counters(Path(folder) / "memory.stat").get(used, 0))
+    return max(free, 0.0)
+
+
+def _read_counters(path: Path) -> dict[str, int]:
+    """The first two words of each line; empty if the file is not there."""
+    try:
+        rows = [line.split()[:2] for line in path.read_text().splitlines()]
+    except OSError:
+        return {}
+    return {row[0]: int(row[1]) for row in rows if len(row) == 2 and row[1].isdigit()}
 
 
 def device(name: str) -> DeviceSpec:

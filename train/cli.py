@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from jaxsys.errors import RunError, UsageError
 from jaxsys.lowering import RECOMPUTE_POLICIES
@@ -222,6 +223,10 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
         unroll=arguments.unroll,
         clip_norm=arguments.clip_norm,
         memory_gib=arguments.memory_gib,
+        microbatch={
+            name: jax.ShapeDtypeStruct((layout.microbatch_size, recipe.sequence_length), jnp.int32)
+            for name in ("inputs", "targets")
+        },
         non_finite=arguments.non_finite,
         settings=recipe.settings(data=training.fingerprint()),
         flops_per_token=llama_flops_per_token(config, recipe.sequence_length),

@@ -4,6 +4,7 @@
 model and state. Alternatives that would fit are looked for alike.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxsys import strategies
 from jaxsys.errors import UsageError
-from jaxsys.hardware import GIB
+from jaxsys.hardware import GIB, free_host_bytes
 from jaxsys.layered import LayeredModel, Parameters, PyTree
 from jaxsys.lowering import Recompute
 from jaxsys.lowering.memory import (
@@ -118,8 +119,52 @@ def step_bytes(step: StepShape) -> float:
     return float(tabled_bytes(schedule, buffers, size, around, unroll=step.unroll))
 
 
-def check_fits(step: StepShape, limit_bytes: float) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    """What a device may hold."""
+
+    bytes: float
+    shared_by: int = 0
+    """CPU devices that have the host's memory together, each its part; 0 for other devices."""
+
+    def __str__(self) -> str:
+        shown = f"{self.bytes / GIB:.3g} GiB"
+        if not self.shared_by:
+            return shown
+        whole = f"{self.bytes * self.shared_by / GIB:.3g} GiB free on this host"
+        return whole if self.shared_by == 1 else f"{shown} ({whole}, for {self.shared_by} devices)"
+
+
+def limit_of(device: Any) -> Limit:
+    """What an accelerator lets a program allocate; a CPU device's part of what its host has free.
+
+    Where neither is told, no limit.
+    """
+    if device.platform != "cpu":
+        return Limit(bytes=float((device.memory_stats() or {}).get("bytes_limit", math.inf)))
+    free, devices = free_host_bytes(), jax.local_device_count("cpu")
+    return Limit(bytes=math.inf if free is None else free / devices, shared_by=devices)
+
+
+def check_state_fits(schedule: Schedule, state_bytes: float, limit: Limit) -> None:
+    """Raises UsageError if masters and optimizer state do not fit as the schedule rests them."""
+    split = 1 if schedule.placement is Placement.REPLICATED else schedule.devices
+    if state_bytes / split > limit.bytes:
+        raise UsageError(
+            f"parameters and optimizer state of {schedule.name} take "
+            f"{state_bytes / split / GIB:.3g} GiB a device, of {limit}; use "
+            f"{_more(limit)}{'' if split > 1 else ', or a schedule that splits them'}; or go on "
+            "anyway with memory_gib=inf"
+        )
+
+
+def _more(limit: Limit) -> str:
+    return "a smaller model" if limit.shared_by else "more devices"
+
+
+def check_fits(step: StepShape, limit: Limit) -> None:
     """Raises UsageError, which names what would fit, if the step is predicted not to."""
+    limit_bytes = limit.bytes
     needed = step_bytes(step)
     if needed <= limit_bytes:
         return
@@ -130,12 +175,13 @@ def check_fits(step: StepShape, limit_bytes: float) -> None:
     else:
         least, name = min([*others, (needed, "this")])
         advice = (
-            f"nothing tried would fit, the least, {name}, needs {least / GIB:.3g} GiB: use more "
-            "devices, smaller microbatches or shorter sequences"
+            f"nothing tried would fit, the least, {name}, needs {least / GIB:.3g} GiB: use "
+            f"{_more(limit)}, smaller microbatches or "
+            "shorter sequences"
         )
     raise UsageError(
         f"a step of {step.schedule.name} is predicted to need {needed / GIB:.3g} GiB a device, of "
-        f"{limit_bytes / GIB:.3g} GiB; {advice}; or go on anyway with memory_gib=inf"
+        f"{limit}; {advice}; or go on anyway with memory_gib=inf"
     )
 
 

@@ -21,15 +21,17 @@ from jax.typing import DTypeLike
 
 import jaxsys
 from jaxsys.errors import RunError, UsageError
+from jaxsys.hardware import GIB
 from jaxsys.layered import LayeredModel, Parameters, PyTree
 from jaxsys.lowering import Recompute, lower
+from jaxsys.lowering.memory import tree_bytes
 from jaxsys.mesh import DATA, RING, make_mesh, request_devices
 from jaxsys.schedule import Schedule
 from jaxsys.train import checkpoint, schedules
 from jaxsys.train.evaluate import make_loss
 from jaxsys.train.flops import count_parameters
 from jaxsys.train.loader import Batches
-from jaxsys.train.memory import StepShape, check_fits
+from jaxsys.train.memory import Limit, StepShape, check_fits, check_state_fits, limit_of
 from jaxsys.train.state import (
     TrainState,
     layer_shardings,
@@ -72,6 +74,7 @@ class Trainer:
         settings: Mapping[str, Any] | None = None,
         flops_per_token: float | None = None,
         memory_gib: float | None = None,
+        microbatch: PyTree | None = None,
     ) -> None:
         """Places the parameters and prepares the step; nothing is compiled yet.
 
@@ -95,10 +98,14 @@ class Trainer:
             flops_per_token: for MFU, see `jaxsys.train.flops`.
             memory_gib: what a step may need on a device; a first batch that is predicted to need
                 more is refused before anything is compiled. What the device has, if not given
-                (a CPU does not tell: no limit); `math.inf` goes on whatever is predicted.
+                (of CPU devices each its part of what the host has free); `math.inf` goes on
+                whatever is predicted.
+            microbatch: arrays or shapes of one, [B, ...]; with it what is predicted not to fit is
+                refused here, before parameters are made, and not at the first batch.
 
         Raises:
-            UsageError: if schedule, devices, microbatches and model do not fit together.
+            UsageError: if schedule, devices, microbatches and model do not fit together, or the
+                state, or a step on `microbatch`, not the memory.
         """
         if non_finite not in ("stop", "skip"):
             raise UsageError(f"non_finite={non_finite!r} must be 'stop' or 'skip'")
@@ -119,7 +126,12 @@ class Trainer:
         )
         if memory_gib is not None and not memory_gib > 0:
             raise UsageError(f"memory_gib={memory_gib} must be above 0")
-        self._memory_bytes = None if memory_gib is None else memory_gib * 2**30
+        # Of a host's free memory the state will soon have its part: it is asked before.
+        self._limit = (
+            limit_of(self.mesh.local_devices[0])
+            if memory_gib is None
+            else Limit(bytes=memory_gib * GIB)
+        )
         self._memory_checked = False
         self.compute_dtype = jnp.dtype(compute_dtype)
         self.recompute: Recompute | tuple[Recompute, ...] = recompute
@@ -137,6 +149,11 @@ class Trainer:
             recompute=recompute,
             unroll=unroll,
         )
+        self._layer_shapes = state_shapes(optimizer, jax.eval_shape(lambda: _masters(parameters)))
+        if microbatch is None:
+            check_state_fits(self.schedule, self._state_bytes, self._limit)
+        else:
+            self._check_memory(microbatch)
         self.state = self._initial_state(parameters)
         self._step = make_step(
             self._lowered,
@@ -169,7 +186,9 @@ class Trainer:
         if not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(batch)):
             batch = self.place(batch)
         if not self._memory_checked:
-            self._check_memory(batch)
+            self._check_memory(
+                jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batch)
+            )
         self.state, result = self._step(self.state, batch)
         return result
 
@@ -363,55 +382,42 @@ class Trainer:
         if changed:
             notice(f"accepted changed settings: {'; '.join(changed)}")
 
-    def _check_memory(self, batch: PyTree) -> None:
-        """Raises UsageError if the step on such a batch is predicted not to fit."""
-        limit = self._memory_bytes
-        if limit is None:
-            stats = self.mesh.local_devices[0].memory_stats() or {}
-            limit = float(stats.get("bytes_limit", math.inf))
-        if limit < math.inf:
-            shapes = self._layer_shapes
+    @property
+    def _state_bytes(self) -> float:
+        return tree_bytes(self._layer_shapes)
+
+    def _check_memory(self, microbatch: PyTree) -> None:
+        """Raises UsageError if the step on such microbatches is predicted not to fit."""
+        if self._limit.bytes < math.inf:
             check_fits(
                 StepShape(
                     schedule=self.schedule,
                     model=self.model,
-                    parameters=shapes.parameters,
-                    state_bytes=sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(shapes)),
+                    parameters=self._layer_shapes.parameters,
+                    state_bytes=self._state_bytes,
                     microbatch=jax.tree.map(
-                        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batch
+                        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), microbatch
                     ),
                     compute_dtype=self.compute_dtype,
                     gradient_dtype=self._lowered.gradient_dtype,
                     recompute=self.recompute,
                     unroll=self.unroll,
                 ),
-                limit,
+                self._limit,
             )
         self._memory_checked = True
 
     def _initial_state(self, parameters: Parameters | Callable[[], Parameters]) -> TrainState:
-        def masters(values: Parameters) -> Parameters:
-            def widen(leaf: Any) -> jax.Array:
-                leaf = jnp.asarray(leaf)
-                return (
-                    leaf.astype(jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
-                )
-
-            return jax.tree.map(widen, values)
-
         if callable(parameters):
-            make = parameters
-            layer_shapes = jax.eval_shape(lambda: masters(make()))
-            rest_shapes = jax.eval_shape(lambda: self._lowered.to_rest(masters(make())))
-            placed = jax.jit(
-                lambda: self._lowered.to_rest(masters(make())),
-                out_shardings=self._lowered.rest_shardings(rest_shapes),
-            )()
+
+            def made() -> Parameters:
+                return self._lowered.to_rest(_masters(parameters))
+
+            shardings = self._lowered.rest_shardings(jax.eval_shape(made))
+            placed = jax.jit(made, out_shardings=shardings)()
         else:
             given = jax.device_get(parameters) if jax.process_count() > 1 else parameters
-            layer_shapes = jax.eval_shape(masters, given)
-            placed = self._lowered.to_rest(masters(given))
-        self._layer_shapes = state_shapes(self.optimizer, layer_shapes)
+            placed = self._lowered.to_rest(_masters(given))
         self._layer_shardings = state_shardings(
             self.mesh, self._layer_shapes, layer_shardings(self.mesh)
         )
@@ -466,3 +472,13 @@ class Trainer:
     def _placed(self, batch: PyTree) -> PyTree:
         placed = all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(batch))
         return batch if placed else self.place(batch)
+
+
+def _masters(parameters: Parameters | Callable[[], Parameters]) -> Parameters:
+    """The parameters, made if they are a function, floats as float32."""
+
+    def widen(leaf: Any) -> jax.Array:
+        leaf = jnp.asarray(leaf)
+        return leaf.astype(jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return jax.tree.map(widen, parameters() if callable(parameters) else parameters)

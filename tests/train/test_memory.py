@@ -1,6 +1,7 @@
 """A step that cannot fit is refused before it is compiled, and told what would fit."""
 
 import math
+import os
 import runpy
 import time
 from pathlib import Path
@@ -13,11 +14,12 @@ import optax
 import pytest
 
 from jaxsys.errors import UsageError
+from jaxsys.hardware import free_host_bytes
 from jaxsys.lowering import Recompute
 from jaxsys.lowering.liveness import peak_bytes
 from jaxsys.model import abstract_parameters, initial_parameters, layered, preset
 from jaxsys.results import read_result
-from jaxsys.train import Trainer
+from jaxsys.train import Trainer, memory
 from jaxsys.train.memory import StepShape, step_bytes
 from jaxsys.train.schedules import resolve
 
@@ -40,6 +42,11 @@ def trainer_of(schedule: str, memory_gib: float | None = None, recompute: Recomp
     )
 
 
+def microbatch(size: int = 8):
+    ids = jax.ShapeDtypeStruct((size, TOKENS), jnp.int32)
+    return {"inputs": ids, "targets": ids}
+
+
 def batch(rows: int = 4, size: int = 8):
     return {name: np.zeros((rows, size, TOKENS), np.int32) for name in ("inputs", "targets")}
 
@@ -56,16 +63,63 @@ def test_refused_before_compiling_with_what_would_fit():
     # And what is named is let through to the compiler.
     name = text.split("what would fit: recompute ")[1].split()[0]
     lean = trainer_of("dp", memory_gib=0.07, recompute="block" if name == "block" else "selective")
-    lean._check_memory(lean.place(batch()))
+    lean._check_memory(microbatch())
 
 
 def test_nothing_would_fit_and_going_on_anyway():
     with pytest.raises(UsageError, match="nothing tried would fit, the least"):
-        trainer_of("zero-3", memory_gib=0.001).step(batch())
+        trainer_of("zero-3", memory_gib=0.012).step(batch())
     with pytest.raises(UsageError, match="memory_gib=nan must be above 0"):
         trainer_of("dp", memory_gib=math.nan)
-    trainer = trainer_of("dp", memory_gib=math.inf)
-    trainer._check_memory(trainer.place(batch()))
+    trainer_of("dp", memory_gib=math.inf)._check_memory(microbatch())
+
+
+class Making(Exception):
+    """Parameters would be made now."""
+
+
+def large(microbatch=None, memory_gib: float | None = None):
+    config = preset("llama-3-8b")
+    return Trainer(
+        layered(config),
+        lambda: initial_parameters(config),
+        optax.adam(1e-3),
+        schedule="zero-3",
+        devices=2,
+        microbatch=microbatch,
+        memory_gib=memory_gib,
+    )
+
+
+def test_what_the_host_cannot_hold_is_refused_before_anything_is_made(monkeypatch):
+    def making(*_):
+        raise Making
+
+    monkeypatch.setattr(Trainer, "_initial_state", making)
+    devices = jax.local_device_count()
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: 20.0 * 2**30)
+    text = rf"GiB a device, of {20 / devices:.3g} GiB \(20 GiB free on this host, for {devices} dev"
+    with pytest.raises(
+        UsageError, match=f"parameters and optimizer state of zero-3 take 44.9 {text}"
+    ):
+        large()
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: 45.0 * 2**30 * devices)
+    with pytest.raises(UsageError, match="a step of zero-3 is predicted to need .* use a smaller"):
+        large(microbatch())
+    with pytest.raises(Making):
+        large()  # the state fits; what the step takes is not known yet
+    with pytest.raises(Making):
+        large(microbatch(), memory_gib=math.inf)
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: None)
+    with pytest.raises(Making):
+        large(microbatch())
+
+
+def test_free_memory_of_the_host_is_told():
+    free = free_host_bytes()
+    assert free is not None and 2**24 < free <= os.sysconf("SC_PHYS_PAGES") * os.sysconf(
+        "SC_PAGE_SIZE"
+    )
 
 
 def test_what_a_function_holds():
@@ -142,7 +196,7 @@ def test_prediction_is_near_what_the_compiler_allocates(name, recompute):
     for limit, fits in ((taken * 0.8, False), (taken * 1.25, True)):
         limited = trainer_of(name, memory_gib=limit, recompute=recompute)
         if fits:
-            limited._check_memory(limited.place(batch()))
+            limited._check_memory(microbatch())
         else:
             with pytest.raises(UsageError, match="predicted to need"):
-                limited._check_memory(limited.place(batch()))
+                limited._check_memory(microbatch())

@@ -6,6 +6,7 @@ import pytest
 
 from jaxsys.cli import main
 from jaxsys.model import load
+from jaxsys.train import memory
 
 TEXT = "def add(a, b):\n    return a + b\n\n\n" * 120
 
@@ -70,6 +71,15 @@ def test_faults_are_one_line_and_exit_2(text, capsys, more, says):
     assert main(options(text, *more)) == 2
     error = capsys.readouterr().err
     assert error.startswith("jaxsys train: ") and says in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("more", [("--model", "llama-3-8b"), ("--memory-gib", "0.0001")])
+def test_what_does_not_fit_is_refused_before_anything_else_is_said(text, capsys, monkeypatch, more):
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: 8.0 * 2**30)
+    assert main(options(text, *more)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("jaxsys train: a step of ") or "optimizer state" in error
+    assert "go on anyway with --memory-gib inf" in error and error.count("\n") == 1
 
 
 def test_a_model_whose_held_out_loss_is_not_finite_is_not_exported(text, tmp_path, capsys):
