@@ -27,6 +27,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import openai
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 QUESTIONS = (
     "What is the capital of France?",
@@ -160,7 +161,8 @@ def replay(out: Path) -> dict[str, Any]:
 
 def draw(out: Path, plan_json: dict[str, Any], log: list[dict], answers, energy: dict) -> Path:
     """The page as one picture."""
-    figure, axes = plt.subplots(2, 2, figsize=(13, 9), constrained_layout=True)
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
+    figure, axes = plt.subplots(2, 2, figsize=(13, 9), layout=layout)
     draw_plan(axes[0][0], plan_json)
     draw_loss(axes[0][1], log)
     draw_answers(axes[1][0], answers)
@@ -225,11 +227,12 @@ def draw_energy(axis, energy: dict[str, Any]) -> None:
     kept = (
         f"{rows[-1]['ttft_attainment_pct']:.1f} % of TTFT, {rows[-1]['itl_attainment_pct']:.1f} %"
     )
-    axis.set_title(
-        f"Energy: {energy['saving_pct']:.0f} % under the maximum clock, {kept} of ITL targets met\n"
-        f"({REPLAY_TITLE}; simulated)",
-        fontsize=10,
+    said = (
+        f"Energy: {energy['saving_pct']:.0f} % under the maximum clock, {kept} of ITL targets met "
+        f"({REPLAY_TITLE}; simulated)"
     )
+    axis.set_title(textwrap.fill(said, 58), fontsize=10)
+    axis.margins(y=0.1)
 
 
 def page(out: Path, picture: Path, plan_text: str, log, answers, energy, took_s: float) -> Path:
