@@ -350,8 +350,20 @@ def parser(prog: str) -> argparse.ArgumentParser:
     add("--gpu", default="h100", help=f"of: {', '.join(GPUS)} (default %(default)s)")
     add("--model", default="llama-3-8b", help=f"of: {', '.join(SHAPES)} (default %(default)s)")
     add("--instances", default="2P2D", help="such as 32P32D (default %(default)s)")
-    add("--rate", type=float, help="mean requests a second (default: the trace's own, or 10)")
-    add("--duration", type=float, help="seconds to replay (default: the whole trace, or 120)")
+    add(
+        "--rate",
+        type=float,
+        dest="rate_per_s",
+        metavar="RATE",
+        help="mean requests a second (default: the trace's own, or 10)",
+    )
+    add(
+        "--duration",
+        type=float,
+        dest="duration_s",
+        metavar="S",
+        help="seconds of arrivals to replay (default: the whole trace, or 120)",
+    )
     add("--ttft-ms", type=float, default=600.0, help="first token to aim for (default 600)")
     add("--itl-ms", type=float, default=60.0, help="between tokens to aim for (default 60)")
     add(
@@ -374,7 +386,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
 def main(argv: Sequence[str], prog: str) -> int:
     """`jaxsys replay`."""
     arguments = parser(prog).parse_args(argv)
-    for name in ("rate", "duration", "ttft_ms", "itl_ms"):
+    for name in ("rate_per_s", "duration_s", "ttft_ms", "itl_ms"):
         value = getattr(arguments, name)
         if value is not None and not (math.isfinite(value) and value > 0):
             raise UsageError(f"{name}={value:g} must be a finite positive number")
@@ -394,13 +406,13 @@ def main(argv: Sequence[str], prog: str) -> int:
     )
     if arguments.trace is not None:
         trace = read_trace(arguments.trace)
-        if arguments.rate is not None:
-            trace = trace.at_rate(arguments.rate)
-        if arguments.duration is not None:
-            trace = trace.between(0.0, arguments.duration)
+        if arguments.rate_per_s is not None:
+            trace = trace.at_rate(arguments.rate_per_s)
+        if arguments.duration_s is not None:
+            trace = trace.between(0.0, arguments.duration_s)
     else:
-        rate_per_s = 10.0 if arguments.rate is None else arguments.rate
-        duration_s = 120.0 if arguments.duration is None else arguments.duration
+        rate_per_s = 10.0 if arguments.rate_per_s is None else arguments.rate_per_s
+        duration_s = 120.0 if arguments.duration_s is None else arguments.duration_s
         _check_count(rate_per_s * duration_s)  # before they are drawn
         trace = synthetic_trace(
             rate_per_s=rate_per_s,

@@ -72,7 +72,12 @@ class Trace:
     def at_rate(self, rate_per_s: float) -> "Trace":
         """The same requests with time stretched or squeezed to a mean rate: burstiness is kept."""
         if not rate_per_s > 0:
-            raise UsageError(f"rate={rate_per_s} must be positive")
+            raise UsageError(f"rate_per_s={rate_per_s} must be positive")
+        if not self.duration_s > 0:
+            raise UsageError(
+                f"trace {self.name} has all its {len(self)} arrivals at one moment, and so no rate "
+                f"to bring to rate_per_s={rate_per_s:g}; leave it out"
+            )
         return Trace(
             name=self.name,
             arrival_s=self.arrival_s * (self.rate_per_s / rate_per_s),
@@ -219,7 +224,7 @@ def poisson_arrivals(count: int, rate_per_s: float, seed: int, *, cv: float = 1.
     if seed < 0:
         raise UsageError(f"seed={seed} must be at least 0")
     if not (rate_per_s > 0 and cv > 0):
-        raise UsageError(f"rate={rate_per_s} and cv={cv} must be positive")
+        raise UsageError(f"rate_per_s={rate_per_s} and cv={cv} must be positive")
     shape = 1.0 / cv**2
     gaps = np.random.default_rng(seed).gamma(shape, 1.0 / (rate_per_s * shape), count)
     return np.cumsum(gaps)
@@ -247,7 +252,7 @@ def synthetic_trace(
     name: str = "synthetic",
 ) -> Trace:
     """Lognormal lengths and Poisson (or burstier) arrivals for `duration_s`."""
-    for what, value in (("rate", rate_per_s), ("duration_s", duration_s), ("cv", cv)):
+    for what, value in (("rate_per_s", rate_per_s), ("duration_s", duration_s), ("cv", cv)):
         if not (math.isfinite(value) and value > 0):
             raise UsageError(f"{what}={value} must be positive")
     for what, value in (("prompt_mean", prompt_mean), ("output_mean", output_mean)):
@@ -257,7 +262,10 @@ def synthetic_trace(
     arrival_s = poisson_arrivals(count, rate_per_s, seed, cv=cv)
     kept = arrival_s < duration_s
     if not kept.any():
-        kept[0] = True
+        raise UsageError(
+            f"no request arrives in duration_s={duration_s:g} at rate_per_s={rate_per_s:g}: the "
+            f"first would come after {arrival_s[0]:.3g} s"
+        )
     prompts = lognormal_lengths(count, prompt_mean, prompt_sigma, seed + 1, most=most_tokens)
     outputs = lognormal_lengths(count, output_mean, output_sigma, seed + 2, most=most_tokens)
     return Trace(

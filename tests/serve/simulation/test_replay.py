@@ -136,6 +136,7 @@ def test_a_trace_file_is_replayed_as_json(tmp_path, capsys):
         (["--rate", "0"], "--rate 0 must be a finite positive"),
         (["--duration", "nan"], "--duration nan must be a finite positive"),
         (["--duration", "inf"], "--duration inf must be a finite positive"),
+        (["--duration", "0.01"], "no request arrives in --duration 0.01 at --rate 10: the first"),
         (["--rate", "1000000", "--duration", "1"], "1,000,000 requests are too many"),
         (["--out", __file__], "is a file; name a folder"),
     ],
@@ -144,6 +145,13 @@ def test_wrong_requests_exit_2_with_one_line(arguments, message, capsys):
     assert run(*arguments) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_a_trace_of_one_moment_has_no_rate_to_change(tmp_path, capsys):
+    path = tmp_path / "trace.csv"
+    path.write_text("arrival_s,prompt_tokens,output_tokens\n5,100,5\n")
+    assert run("--trace", str(path), "--rate", "3") == 2
+    assert "no rate to bring to --rate 3" in capsys.readouterr().err
 
 
 def test_instances():
