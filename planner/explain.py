@@ -40,8 +40,8 @@ def reasons(problem: Problem, result: Result) -> str:
     best, others = result.best, [f for f in rivals(result)[1:] if f.potential > 0]
     waits = max(0.0, best.step_s - best.compute_s)
     text = (
-        f"{describe(best.plan)}: {seconds(best.step_s)} a step, of which "
-        f"{100 * waits / best.step_s:.1f} % is spent waiting"
+        f"{describe(best.plan)}: {seconds(best.step_s)} a step, of which transfers and waiting "
+        f"are {100 * waits / best.step_s:.1f} %"
     )
     fitting = [f for f in others if f.potential <= f.step_s * (1 + 1e-9)]
     if fitting:

@@ -33,7 +33,7 @@ def to_schedule(problem: Problem, plan: Plan) -> Schedule:
     def where(field: str, *values: object) -> list[int]:
         return [i for i in layers if getattr(plan.layers[i], field) in values]
 
-    return trajectory(
+    found = trajectory(
         plan.shard,
         total,
         chunks=len(plan.layers),
@@ -43,3 +43,4 @@ def to_schedule(problem: Problem, plan: Plan) -> Schedule:
         accumulate=where("gradient", Gradient.ONCE),
         lookahead=plan.lookahead,
     )
+    return replace(found, name=recognise(plan))

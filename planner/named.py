@@ -47,6 +47,11 @@ class Row:
     """Of a row that a search found."""
     simulation: Simulation | None = field(default=None, repr=False, compare=False)
 
+    @property
+    def waits_s(self) -> float:
+        """What of a step the busiest device's own compute is not."""
+        return max(0.0, self.step_s - self.compute_s)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
@@ -60,9 +65,10 @@ class Comparison:
 
     @property
     def best(self) -> Row | None:
-        """The fastest row that fits."""
+        """The fastest row that fits; of equals, but for rounding, one with a strategy's name."""
         fitting = [row for row in self.rows if row.fits]
-        return min(fitting, key=lambda row: row.step_s) if fitting else None
+        rank = lambda row: (float(f"{row.step_s:.9g}"), row.plan is not None)  # noqa: E731
+        return min(fitting, key=rank) if fitting else None
 
     @property
     def smallest_memory_bytes(self) -> float:

@@ -64,10 +64,9 @@ def verdict(comparison: Comparison) -> str:
         ),
         key=lambda r: r.step_s,
     )
-    waits = max(0.0, best.step_s - best.compute_s)
     text = (
         f"Take {best.strategy} (recompute {best.recompute}): {seconds(best.step_s)} a step, of "
-        f"which its busiest device waits {100 * waits / best.step_s:.1f} %"
+        f"which transfers and waiting are {100 * best.waits_s / best.step_s:.1f} %"
     )
     if others:
         second = others[0]
@@ -131,16 +130,20 @@ def seconds(time_s: float) -> str:
 
 
 def _reason(second: Row, best: Row) -> str:
-    """Where the runner-up loses its time."""
+    """Where the runner-up loses its time: what it does longer, and by how much."""
     if _as_good(second, best):
         return "which is as good as equal"
     more_compute = second.compute_s - best.compute_s
     if more_compute >= 0.5 * (second.step_s - best.step_s):
         if second.recompute != best.recompute:
             return f"because fitting it costs recompute {second.recompute}"
-        return "because its busiest device computes more"
-    sent = f"{second.sent_bytes / 1e9:.1f} GB sent against {best.sent_bytes / 1e9:.1f} GB"
-    return f"because it waits more for its link and its neighbours ({sent})"
+        return f"because its busiest device computes {seconds(more_compute)} longer"
+    more_waiting = seconds(second.waits_s - best.waits_s)
+    text = f"because transfers and waiting take {more_waiting} more of its busiest device"
+    if second.sent_bytes > 1.05 * best.sent_bytes:
+        sent, against = second.sent_bytes / 1e9, best.sent_bytes / 1e9
+        text += f", with {sent:.3g} GB sent against {against:.3g} GB"
+    return text
 
 
 def _over(row: Row, comparison: Comparison) -> float:

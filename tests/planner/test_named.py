@@ -18,9 +18,20 @@ from jaxsys.model.config import preset
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.costs import Precision, cut, full_chunks, schedule_costs
 from jaxsys.planner.files import load_plan, plan_file
-from jaxsys.planner.named import best_that_runs, compare, strategies, with_found
-from jaxsys.planner.plans import Plan, Residual, State, data_parallel_plan
+from jaxsys.planner.lower import to_schedule
+from jaxsys.planner.named import Comparison, Row, best_that_runs, compare, strategies, with_found
+from jaxsys.planner.plans import (
+    Gradient,
+    LayerPath,
+    Order,
+    Plan,
+    Residual,
+    State,
+    Weights,
+    data_parallel_plan,
+)
 from jaxsys.planner.problem import Problem
+from jaxsys.planner.report import verdict
 from jaxsys.planner.search import Effort, Found, Result, search
 from jaxsys.planner.space import Space
 from jaxsys.planner.workload import BlockWork, EdgeWork, Workload, llama_workload
@@ -164,6 +175,47 @@ def test_stages_that_do_not_divide_the_layers_are_costed_as_they_run():
     embedding = workload.edge.parameters / 4
     assert costs.static_bytes == pytest.approx(
         12 * (held + embedding) + 4 * workload.edge.parameters + workload.edge.workspace_bytes
+    )
+
+
+def row_of(name: str, **changes) -> Row:
+    fields = dict.fromkeys(("memory_bytes", "tokens_per_s", "mfu"), 1.0)
+    fields |= {"step_s": 1.0, "compute_s": 0.9, "sent_bytes": 1.1e9}
+    return Row(**{**fields, "strategy": name, "recompute": "none", "chunks": 1, "fits": True,
+                  **changes})  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("second", "reason"),
+    [
+        ({"step_s": 1.02}, "transfers and waiting take 20.00 ms more of its busiest device."),
+        (
+            {"step_s": 1.02, "sent_bytes": 1.2e9},
+            "more of its busiest device, with 1.2 GB sent against 1.1 GB.",
+        ),
+        ({"step_s": 1.2, "compute_s": 1.05}, "its busiest device computes 150.00 ms longer."),
+        ({"step_s": 1.0003}, "which is as good as equal."),
+    ],
+)
+def test_the_reason_names_the_figure_that_differs(second, reason):
+    rows = (row_of("one"), row_of("two", **second))
+    text = verdict(Comparison(rows=rows, refused=(), memory_bytes=2.0))
+    assert text.startswith("Take one (recompute none): 1.000 s a step, of which transfers and "
+                           "waiting are 10.0 %; next is two, ")  # fmt: skip
+    assert text.endswith(reason)
+
+
+def test_plans_are_called_by_their_names_where_they_run():
+    workload = llama_workload("t", preset("tiny"), sequence_length=64, microbatch_size=1)
+    problem = Problem(
+        workload_of=lambda size: workload, cluster=cluster("nvlink"), batch=8, memory_bytes=1e12
+    )
+    path = LayerPath(weights=Weights.STAY, gradient=Gradient.ONCE, residual=Residual.KEEP)
+    layers = (path,) * workload.layers
+    assert to_schedule(problem, Plan(shard=4, state=State.SPLIT, layers=layers)).name == "zero-1"
+    assert to_schedule(problem, Plan(shard=4, layers=layers)).name == "dp"
+    assert to_schedule(problem, Plan(stages=4, order=Order.SPACED, layers=layers)).name == (
+        "1f1b-overlap"
     )
 
 
