@@ -78,15 +78,15 @@ def fold(signatures: list[TickSignature], *, longest: int = 64) -> list[Segment]
     Ticks fall together only where one signature serves them all, see `join`.
     """
     ticks = len(signatures)
+    joins = _Joins()
+    signatures = [joins.own(signature) for signature in signatures]
     best: list[tuple[int, int, int]] = [(0, 0, 0)] * (ticks + 1)
     for start in range(ticks - 1, -1, -1):
         options = []
         for period in range(1, min(longest, ticks - start) + 1):
             if period > 1 and start + 2 * period > ticks:
                 break
-            repeats = 1
-            while _period(signatures, start, period, repeats + 1) is not None:
-                repeats += 1
+            repeats, _ = joins.repeat(signatures, start, period)
             if repeats == 1 and period > 1:
                 continue
             cost = period + best[start + repeats * period][0]
@@ -95,9 +95,8 @@ def fold(signatures: list[TickSignature], *, longest: int = 64) -> list[Segment]
     segments, tick = [], 0
     while tick < ticks:
         _, period, repeats = best[tick]
-        common = _period(signatures, tick, period, repeats)
-        assert common is not None
-        segments.append(Segment(start=tick, period=common, repeats=repeats))
+        _, common = joins.repeat(signatures, tick, period)
+        segments.append(Segment(start=tick, period=tuple(common), repeats=repeats))
         tick += period * repeats
     return segments
 
@@ -192,21 +191,39 @@ def _same_kinds(one: TickSignature, other: TickSignature) -> bool:
     ] == [group.key for group in other.groups]
 
 
-def _period(
-    signatures: list[TickSignature], start: int, period: int, repeats: int
-) -> tuple[TickSignature, ...] | None:
-    """What serves `repeats` periods from `start` on; None where nothing does."""
-    if start + repeats * period > len(signatures):
-        return None
-    common = []
-    for k in range(period):
-        joined: TickSignature | None = signatures[start + k]
-        for r in range(1, repeats):
-            joined = join(joined, signatures[start + r * period + k])
-            if joined is None:
-                return None
-        common.append(joined)
-    return tuple(common)
+class _Joins:
+    """Joins of ticks, each made once: a step has few that differ."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, TickSignature] = {}
+        self._made: dict[tuple[int, int], TickSignature | None] = {}
+
+    def own(self, tick: TickSignature) -> TickSignature:
+        """The one object that stands for all ticks of this signature and these pairs."""
+        return self._known.setdefault((tick, tuple(group.pairs for group in tick.groups)), tick)
+
+    def join(self, one: TickSignature, other: TickSignature) -> TickSignature | None:
+        """`join` of two that are `own`."""
+        key = id(one), id(other)
+        if key not in self._made:
+            made = join(one, other)
+            self._made[key] = None if made is None else self.own(made)
+        return self._made[key]
+
+    def repeat(
+        self, ticks: list[TickSignature], start: int, period: int
+    ) -> tuple[int, list[TickSignature]]:
+        """How often a period from `start` on repeats, and what serves all its repeats."""
+        common, repeats = ticks[start : start + period], 1
+        while start + (repeats + 1) * period <= len(ticks):
+            tried = []
+            for k in range(period):
+                joined = self.join(common[k], ticks[start + repeats * period + k])
+                if joined is None:
+                    return repeats, common
+                tried.append(joined)
+            common, repeats = tried, repeats + 1
+        return repeats, common
 
 
 def _is_permutation(pairs: frozenset[tuple[int, int]]) -> bool:

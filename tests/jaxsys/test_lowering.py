@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import time
 
 import jax
 import jax.numpy as jnp
@@ -249,6 +250,17 @@ def test_what_every_device_does_is_not_masked(microbatches):
         tasks = [t for s in tables.segments for tick in s.period for t in tick.tasks]
         assert tasks
         assert all(task.everyone for task in tasks)
+
+
+def test_many_microbatches_are_laid_out_soon():
+    plan = interleave(4, 256)
+    found, start = check(plan), time.monotonic()
+    segments = build_tables(plan, found).segments
+    assert time.monotonic() - start < 30
+    few = interleave(4, 32)
+    assert [len(s.period) for s in segments] == [
+        len(s.period) for s in build_tables(few, check(few)).segments
+    ]
 
 
 def test_refuses_what_does_not_fit():
