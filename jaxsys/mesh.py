@@ -16,6 +16,9 @@ from jaxsys.errors import UsageError
 RING = "ring"
 DATA = "data"
 
+MOST_VIRTUAL_DEVICES = 256
+"""Into how many a CPU is divided: XLA ends the process when it gets no more threads."""
+
 THREADS_PER_CPU_DEVICE = 3
 """As many as a weight ring has streams."""
 
@@ -74,6 +77,7 @@ def _divide_cpu(count: int) -> None:
     device, two that devices meet in a different order would wait for each other for ever.
     """
     if not _backend_started():
+        count = min(count, MOST_VIRTUAL_DEVICES)
         jax.config.update("jax_num_cpu_devices", max(count, _virtual_devices()))
         threads = max(os.cpu_count() or 1, THREADS_PER_CPU_DEVICE * count)
         os.environ.setdefault("PJRT_NPROC", str(threads))

@@ -33,6 +33,8 @@ from jaxsys.schedule.render import draw, write_chrome_trace
 
 MOST_DEVICES = 1024
 """Every task of every device is simulated: this many take minutes a strategy."""
+MOST_MICROBATCHES = 8 * MOST_DEVICES
+"""Likewise."""
 EFFORT = Effort(refine=4, chains=24, steps=60, pairs=8000, restarts=1, tolerance=1e-3)
 GLANCE_S = 5.0
 """How long the plans that mix or repeat the known strategies are searched for the table."""
@@ -262,7 +264,11 @@ def parser(prog: str) -> argparse.ArgumentParser:
         help="sequences of a microbatch (default: 1; a search chooses from 1, 2, 4 and 8 for the "
         "same batch if neither this nor --microbatches is given)",
     )
-    add("--microbatches", type=whole(), help="of a step, over all devices (default: 8 per device)")
+    add(
+        "--microbatches",
+        type=whole(most=MOST_MICROBATCHES),
+        help="of a step, over all devices (default: 8 per device)",
+    )
     add(
         "--memory-gib",
         type=float,

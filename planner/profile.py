@@ -208,7 +208,12 @@ def parser(prog: str) -> argparse.ArgumentParser:
     )
     add("--tokens", type=whole(), default=8192, help="tokens of a microbatch (default: 8192)")
     add("--repeats", type=whole(), default=10, help="runs of each (default: 10)")
-    add("--largest-mib", type=whole(), default=256, help="largest block sent (default: 256)")
+    add(
+        "--largest-mib",
+        type=whole(most=256),
+        default=256,
+        help="largest block sent, 256 at most (default: 256)",
+    )
     return result
 
 

@@ -80,8 +80,12 @@ def parser(prog: str) -> argparse.ArgumentParser:
         help="refuse a step predicted to need more on a device (default: what it has; inf: never)",
     )
     what = result.add_argument_group("what the result depends on")
-    what.add_argument("--microbatch-size", type=whole(), help="sequences (default 4)")
-    what.add_argument("--sequence-length", type=whole(), default=128, help="tokens (default 128)")
+    what.add_argument(
+        "--microbatch-size", type=whole(), help="sequences (default 4, or as a plan says)"
+    )
+    what.add_argument(
+        "--sequence-length", type=whole(), help="tokens (default 128, or as a plan says)"
+    )
     what.add_argument("--packing", default="windows", choices=("windows", "documents"))
     what.add_argument("--learning-rate", type=float, default=3e-3, help="peak (default 3e-3)")
     what.add_argument("--clip-norm", type=float, default=1.0, help="of gradients (default 1.0)")
@@ -175,11 +179,6 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
         check_unused(arguments.out)
     config = preset(arguments.model)
     tokenizer = ByteTokenizer()
-    if arguments.sequence_length > config.max_positions:
-        raise UsageError(
-            f"sequence_length={arguments.sequence_length} is past the model's "
-            f"max_positions={config.max_positions}"
-        )
     devices = choose_devices(arguments.devices, hosts)
     layout = lay_out(
         config=config,
@@ -197,7 +196,7 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
         model=arguments.model,
         steps=arguments.steps,
         batch_sequences=layout.rows * layout.microbatch_size,
-        sequence_length=arguments.sequence_length,
+        sequence_length=layout.sequence_length,
         learning_rate=arguments.learning_rate,
         warm_up_steps=max(1, arguments.steps // 20),
         compute_dtype=arguments.dtype,

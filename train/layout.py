@@ -18,6 +18,9 @@ from jaxsys.train import auto, plan_file, schedules
 MICROBATCH_SIZE = 4
 """Sequences, where neither the user nor a plan says."""
 
+SEQUENCE_LENGTH = 128
+"""Tokens, likewise."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
@@ -27,6 +30,7 @@ class Layout:
     schedule: Schedule
     recompute: Recompute
     microbatch_size: int
+    sequence_length: int
     rows: int
     """Microbatches of a step, over all replicas."""
     reason: str | None
@@ -37,7 +41,7 @@ def lay_out(
     *,
     config: LlamaConfig,
     devices: list[Any],
-    sequence_length: int,
+    sequence_length: int | None,
     schedule: str | None,
     replicas: int | None,
     microbatches: int | None,
@@ -69,17 +73,25 @@ def lay_out(
         for name, asked, has in (
             ("replicas", replicas, planned.replicas),
             ("microbatch_size", microbatch_size, planned.microbatch_size),
+            ("sequence_length", sequence_length, planned.sequence_length),
         ):
-            if asked not in (None, has):
+            if None not in (asked, has) and asked != has:
                 raise UsageError(
                     f"{name}={asked}, but the plan {schedule} is for {name}={has}; leave it out, "
                     "or plan again"
                 )
         replicas, microbatch_size = planned.replicas, planned.microbatch_size
         recompute = recompute or planned.recompute
-        reason = _differences(planned, sequence_length, recompute)
+        sequence_length = planned.sequence_length or sequence_length
+        if recompute != planned.recompute:
+            reason = f"planned with recompute {planned.recompute}, running {recompute}"
     replicas = 1 if replicas is None else replicas
     size = MICROBATCH_SIZE if microbatch_size is None else microbatch_size
+    length = SEQUENCE_LENGTH if sequence_length is None else sequence_length
+    if length > config.max_positions:
+        raise UsageError(
+            f"sequence_length={length} is past the model's max_positions={config.max_positions}"
+        )
     if replicas < 1 or len(devices) % replicas:
         raise UsageError(f"replicas={replicas} does not divide devices={len(devices)}")
     ring = len(devices) // replicas
@@ -88,7 +100,7 @@ def lay_out(
         workload = llama_workload(
             "the model",
             config,
-            sequence_length=sequence_length,
+            sequence_length=length,
             microbatch_size=size,
             fused_attention=devices[0].platform != "cpu",
             dtype=dtype,
@@ -110,20 +122,7 @@ def lay_out(
         schedule=resolved,
         recompute=recompute or "block",
         microbatch_size=size,
+        sequence_length=length,
         rows=replicas * resolved.microbatches,
         reason=reason,
     )
-
-
-def _differences(
-    planned: plan_file.PlannedRun, sequence_length: int, recompute: Recompute
-) -> str | None:
-    """In one line, what of a run was planned otherwise; the plan's prediction is not for it."""
-    parts = []
-    if planned.sequence_length not in (None, sequence_length):
-        parts.append(
-            f"planned for sequences of {planned.sequence_length}, running {sequence_length}"
-        )
-    if recompute != planned.recompute:
-        parts.append(f"planned with recompute {planned.recompute}, running {recompute}")
-    return "; ".join(parts) or None

@@ -78,10 +78,16 @@ def read_plan(path: str | Path, *, layers: int) -> PlannedRun:
             f"plan {path} recomputes some layers and keeps others, which only sharded schedules "
             "run; plan again with one policy"
         )
+    length = request.get("sequence_length") if isinstance(request, dict) else None
+    if length is not None and (type(length) is not int or length < 1):
+        raise UsageError(
+            f"plan {path}: its field 'request.sequence_length' is {length!r}, and must be a whole "
+            "number of at least 1; make the plan again"
+        )
     return PlannedRun(
         schedule=schedule,
         recompute=cast(Recompute, recompute),
         replicas=plan.replicas,
         microbatch_size=plan.microbatch_size,
-        sequence_length=request.get("sequence_length") if isinstance(request, dict) else None,
+        sequence_length=length,
     )

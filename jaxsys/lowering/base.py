@@ -150,9 +150,15 @@ def check_fit(schedule: Schedule, model: LayeredModel, mesh: Mesh) -> None:
         )
     if model.layers < schedule.chunks:
         raise UsageError(
-            f"layers={model.layers} cannot fill chunks={schedule.chunks}; "
-            f"use at most {model.layers} chunks"
+            f"layers={model.layers} cannot fill chunks={schedule.chunks} of schedule "
+            f"{schedule.name} on a ring of devices={schedule.devices}; use {_less(schedule, model)}"
         )
+
+
+def _less(schedule: Schedule, model: LayeredModel) -> str:
+    ways = max(1, schedule.chunks // schedule.devices)
+    most = model.layers // ways
+    return f"devices={most} or fewer" if most else f"a schedule of at most {model.layers} chunks"
 
 
 def sharded_spec(shape: tuple[int, ...], parts: int, *, first_axis: int = 0) -> PartitionSpec:

@@ -92,9 +92,23 @@ def test_a_plan_file_is_run_as_it_says(tmp_path):
 def test_a_run_that_differs_from_its_plan_says_so(tmp_path):
     path = plan_path(tmp_path)
     assert lay_out_plan(path).reason is None
-    assert lay_out_plan(path, sequence_length=32, recompute="none").reason == (
-        "planned for sequences of 16, running 32; planned with recompute block, running none"
+    assert lay_out_plan(path, recompute="none").reason == (
+        "planned with recompute block, running none"
     )
+
+
+def test_sequences_are_as_long_as_planned_for(tmp_path):
+    path = plan_path(tmp_path)
+    assert lay_out_plan(path, sequence_length=None).sequence_length == 16
+    with pytest.raises(
+        UsageError, match="sequence_length=32, but the plan .* is for sequence_length=16; leave it"
+    ):
+        lay_out_plan(path, sequence_length=32)
+    content = json.loads(path.read_text())
+    del content["request"]  # as `jaxsys.planner` saves the plan of a function
+    path.write_text(json.dumps(content))
+    assert lay_out_plan(path, sequence_length=32).sequence_length == 32
+    assert lay_out_plan(path, sequence_length=None).sequence_length == 128
 
 
 def test_a_file_says_how_many_devices_it_is_for(tmp_path):
@@ -123,6 +137,7 @@ def test_a_file_says_how_many_devices_it_is_for(tmp_path):
         ("plan", "chunks", "2", "its field 'chunks' is '2'"),
         ("plan", "microbatch_size", 3, "x microbatch_size 3 does not divide its field 'for.batch'"),
         ("plan", "state", "gone", "'gone' is not a valid State"),
+        ("request", "sequence_length", "16", "its field 'request.sequence_length' is '16'"),
         ("for", "batch", None, "its field 'for.batch' is None"),
     ],
 )
