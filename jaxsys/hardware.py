@@ -25,7 +25,7 @@ class DeviceSpec:
     peak_flops_per_s: float
     """Dense bf16 products, the data sheet's figure."""
     product_flops_per_s: float
-    """What large bf16 products reach."""
+    """What bf16 products reach in a loop, on numbers that are not alike."""
     attention_flops_per_s: float
     """What fused causal attention reaches, its masked half not counted."""
     memory_bytes: float
@@ -60,7 +60,7 @@ class LinkSpec:
     launch_s: float = 7e-6
     """Of starting one collective: kernel launch and synchronisation, whatever the link is."""
     contention: float = 0.0
-    """By what share compute takes longer while transfers run. Of presets it is 0: not measured."""
+    """By what share compute takes longer while transfers run."""
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -81,16 +81,19 @@ class LinkSpec:
         )
 
 
-_H100_RATES = "measured: large bf16 products on an H100 SXM, 780 to 798 TFLOP/s"
-_H100_ATTENTION = "measured: cuDNN fused attention on an H100 SXM, about 560 TFLOP/s"
+_H100_RATES = (
+    "measured: a block's products in loops, on random numbers, on an H100 SXM "
+    "(results/train_block_h100.json); large ones alone, on equal numbers, reach 780 to 798 TFLOP/s"
+)
+_H100_ATTENTION = "measured: cuDNN fused attention, likewise"
 _SHARE = "assumed: the H100's measured share of its peak"
 
 DEVICES: dict[str, DeviceSpec] = {
     "h100": DeviceSpec(
         name="h100",
         peak_flops_per_s=989.4e12,
-        product_flops_per_s=785e12,
-        attention_flops_per_s=560e12,
+        product_flops_per_s=661e12,
+        attention_flops_per_s=551e12,
         memory_bytes=79.1 * GIB,
         memory_bytes_per_s=3.35e12,
         sources={
@@ -104,8 +107,8 @@ DEVICES: dict[str, DeviceSpec] = {
     "h200": DeviceSpec(
         name="h200",
         peak_flops_per_s=989.4e12,
-        product_flops_per_s=785e12,
-        attention_flops_per_s=560e12,
+        product_flops_per_s=661e12,
+        attention_flops_per_s=551e12,
         memory_bytes=139.8 * GIB,
         memory_bytes_per_s=4.8e12,
         sources={
@@ -119,8 +122,8 @@ DEVICES: dict[str, DeviceSpec] = {
     "a100-80g": DeviceSpec(
         name="a100-80g",
         peak_flops_per_s=312e12,
-        product_flops_per_s=247e12,
-        attention_flops_per_s=177e12,
+        product_flops_per_s=208e12,
+        attention_flops_per_s=174e12,
         memory_bytes=79.1 * GIB,
         memory_bytes_per_s=2.039e12,
         sources={
@@ -153,80 +156,103 @@ DEVICES: dict[str, DeviceSpec] = {
 # Every link's launch_s: PyTorch's AutoParallel takes 7 us as the floor of a kernel launch.
 
 _NCCL_LATENCY = "assumed: the usual start-up of one NCCL step inside a machine"
+_GATHER = "measured: all_gather of up to 256 MiB between two H100s, one way"
+_CONTENTION = (
+    "measured: products beside such a gather of g seconds take c g / (1 + c) longer "
+    "(profiles in results/planner_measure_gpu2_*.json)"
+)
+_AS_NVLINK = "assumed: as NVLink between H100s"
+_AS_HOST = "assumed: as between H100s through host memory"
+_AS_SOCKETS = "assumed: as between H100s over sockets"
 
 LINKS: dict[str, LinkSpec] = {
     "nvlink": LinkSpec(
         name="nvlink",
-        bytes_per_s=290e9,
+        bytes_per_s=199e9,
         latency_s=8e-6,
+        contention=2.2,
         sources={
-            "bytes_per_s": "measured: ppermute of 512 MiB between two H100s, one way; the data "
-            "sheet says 450 GB/s for NVLink 4",
+            "bytes_per_s": f"{_GATHER}; ppermute of them 225 GB/s, of 512 MiB 290; the data sheet "
+            "says 450 GB/s for NVLink 4",
             "latency_s": _NCCL_LATENCY,
+            "contention": _CONTENTION,
         },
     ),
     "nvlink-a100": LinkSpec(
         name="nvlink-a100",
-        bytes_per_s=193e9,
+        bytes_per_s=133e9,
         latency_s=8e-6,
+        contention=2.2,
         sources={
             "bytes_per_s": "assumed: NVLink 3's 300 GB/s times NVLink 4's measured share",
             "latency_s": _NCCL_LATENCY,
+            "contention": _AS_NVLINK,
         },
     ),
     "host-memory": LinkSpec(
         name="host-memory",
-        bytes_per_s=23e9,
+        bytes_per_s=24e9,
         latency_s=15e-6,
+        contention=1.9,
         sources={
-            "bytes_per_s": "measured: ppermute between two H100s with peer access off, about "
-            "23 GB/s; as a PCIe 4 x16 slot",
+            "bytes_per_s": f"{_GATHER}, with peer access off; as a PCIe 4 x16 slot",
             "latency_s": "assumed: two copies instead of one",
+            "contention": _CONTENTION,
         },
     ),
     "sockets": LinkSpec(
         name="sockets",
-        bytes_per_s=2e9,
+        bytes_per_s=2.7e9,
         latency_s=50e-6,
+        contention=3.7,
         sources={
-            "bytes_per_s": "measured: ppermute between two H100s over NCCL's sockets, about 2 GB/s",
+            "bytes_per_s": f"{_GATHER}, over NCCL's sockets; ppermute of them 2 GB/s",
             "latency_s": "assumed: a TCP round trip inside a machine",
+            "contention": _CONTENTION,
         },
     ),
     "ib-400": LinkSpec(
         name="ib-400",
         bytes_per_s=45e9,
         latency_s=12e-6,
+        contention=1.9,
         sources={
             "bytes_per_s": "assumed: 90 % of 400 Gb/s, one adapter a device",
             "latency_s": "assumed: one NCCL step over InfiniBand",
+            "contention": _AS_HOST,
         },
     ),
     "ib-200": LinkSpec(
         name="ib-200",
         bytes_per_s=22.5e9,
         latency_s=12e-6,
+        contention=1.9,
         sources={
             "bytes_per_s": "assumed: 90 % of 200 Gb/s, one adapter a device",
             "latency_s": "assumed: one NCCL step over InfiniBand",
+            "contention": _AS_HOST,
         },
     ),
     "ethernet-100g": LinkSpec(
         name="ethernet-100g",
         bytes_per_s=11.7e9,
         latency_s=30e-6,
+        contention=3.7,
         sources={
             "bytes_per_s": "assumed: TCP's 94 % of 100 Gb/s",
             "latency_s": "assumed: a TCP round trip in one rack",
+            "contention": _AS_SOCKETS,
         },
     ),
     "ethernet-10g": LinkSpec(
         name="ethernet-10g",
         bytes_per_s=1.17e9,
         latency_s=50e-6,
+        contention=3.7,
         sources={
             "bytes_per_s": "assumed: TCP's 94 % of 10 Gb/s",
             "latency_s": "assumed: a TCP round trip in one rack",
+            "contention": _AS_SOCKETS,
         },
     ),
 }

@@ -126,7 +126,7 @@ def cell_problem(cell: Cell, config: LlamaConfig, cluster: Cluster) -> Problem:
 def predicted_again(
     rows: list[dict[str, Any]], config: LlamaConfig, cluster: Cluster
 ) -> list[dict[str, Any]]:
-    """Measured rows with the step time that this cluster predicts, the first beside it."""
+    """Measured rows with what is predicted of this cluster, the first step time beside it."""
     lengths = tuple({row["tokens"] for row in rows})
     known = {
         cell.name: cell
@@ -137,13 +137,15 @@ def predicted_again(
     for row in rows:
         cell = known[row["cell"]]
         estimates = Evaluator(cell_problem(cell, config, cluster)).plan(cell.plan)
-        predicted = float(estimates.step_s[0])
+        predicted, peak_gib = float(estimates.step_s[0]), float(estimates.peak_bytes[0]) / GIB
         found.append(
             row
             | {
                 "first_predicted_s": row.get("first_predicted_s", row["predicted_s"]),
                 "predicted_s": predicted,
                 "error_pct": 100 * (predicted / row["measured_s"] - 1),
+                "predicted_gib": peak_gib,
+                "memory_error_pct": 100 * (peak_gib / row["measured_gib"] - 1),
             }
         )
     return found

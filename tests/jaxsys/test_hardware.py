@@ -11,7 +11,7 @@ from jaxsys.hardware import DEVICES, LINKS, device, link
 @pytest.mark.parametrize("name", DEVICES)
 def test_every_device_figure_has_a_source(name: str) -> None:
     spec = device(name)
-    figures = {f.name for f in dataclasses.fields(spec)} - {"name", "sources"}
+    figures = {f.name for f in dataclasses.fields(spec)} - {"name", "fused_attention", "sources"}
     assert figures == set(spec.sources)
     assert spec.name == name
     assert spec.product_flops_per_s <= spec.peak_flops_per_s
@@ -20,7 +20,7 @@ def test_every_device_figure_has_a_source(name: str) -> None:
 @pytest.mark.parametrize("name", LINKS)
 def test_every_link_figure_has_a_source(name: str) -> None:
     spec = link(name)
-    assert set(spec.sources) == {"bytes_per_s", "latency_s"}
+    assert set(spec.sources) == {"bytes_per_s", "latency_s", "contention"}
     fixed = spec.launch_s + spec.latency_s
     assert spec.link.transfer_s(1e9) == pytest.approx(fixed + 1e9 / spec.bytes_per_s)
 

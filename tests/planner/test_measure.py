@@ -1,6 +1,8 @@
 """Measuring in several calls, and what is made of what was measured."""
 
+import runpy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +20,11 @@ from jaxsys.planner.measure import (
     run_cell,
     summary,
 )
+from jaxsys.planner.named import compare
+from jaxsys.planner.workload import llama_workload
+from jaxsys.results import read_result
+
+RESULTS = Path(__file__).parents[2] / "results"
 
 
 def row(cell, measured_s, predicted_s, *, strategy="zero-3", turns=LONG, gib=1.0):
@@ -84,6 +91,51 @@ def test_predicted_again_keeps_the_first_prediction():
         assert 0 < last["predicted_s"] < second["predicted_s"]
         assert last["error_pct"] == pytest.approx(100 * (last["predicted_s"] - 1))
     assert summary(third)["median_first_error_pct"] == pytest.approx(200)
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "between"),
+    [
+        ("gpu1", 1, "nvlink"),
+        ("gpu2_direct", 2, "nvlink"),
+        ("gpu2_host", 2, "host-memory"),
+        ("gpu2_sockets", 2, "sockets"),
+    ],
+)
+def test_presets_are_those_of_the_steps_that_were_measured(name, devices, between):
+    """Their rates come from such GPUs, so this is a check of the model, and no prediction."""
+    measured = read_result(RESULTS / f"planner_measure_{name}.json")
+    config = replace(
+        preset("llama-3-8b"),
+        num_layers=measured["config"]["layers"],
+        vocab_size=measured["config"]["vocabulary"],
+    )
+    cluster = Cluster(device=device("h100"), devices=devices, link=link(between))
+    found = summary(predicted_again(measured["rows"], config, cluster))
+    assert found["median_error_pct"] < 5
+    assert found["median_memory_error_pct"] < 4
+    assert found["chosen_behind_best_pct"] < 1.5
+
+
+@pytest.mark.parametrize("between", ["direct", "host"])
+def test_steps_of_another_model_are_predicted_by_the_presets(between):
+    """What shards weights; of rings and pipelines see docs/planning.md."""
+    shape = runpy.run_path(str(RESULTS.parent / "scripts/shapes.py"))["SHAPES"]["1b"]
+    workload = llama_workload("1b", shape, sequence_length=16384, microbatch_size=1)
+    cluster = Cluster(
+        device=device("h100"),
+        devices=2,
+        link=link({"direct": "nvlink", "host": "host-memory"}[between]),
+    )
+    rows = {row.strategy: row for row in compare(workload, cluster, microbatches=8).rows}
+    errors = [
+        rows[row["schedule"]].step_s / row["step_s"] - 1
+        for row in read_result(RESULTS / "gpus_2.json")["rows"]
+        if (row["link"], row["sequence_length"], row["recompute"]) == (between, 16384, "none")
+        and row["schedule"] in ("dp", "zero-1", "zero-3.5")
+    ]
+    assert len(errors) == 3
+    assert max(map(abs, errors)) < 0.06
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ def test_takes_the_fastest_that_fits_and_runs():
 
 def test_takes_what_fits_the_limit_that_the_trainer_has():
     free, tight = (
-        auto.choose(WORKLOAD, [H100] * 8, microbatches=16, memory_gib=limit) for limit in (70, 45)
+        auto.choose(WORKLOAD, [H100] * 8, microbatches=16, memory_gib=limit) for limit in (100, 45)
     )
     assert (free.recompute, tight.recompute) == ("none", "block")
     with pytest.raises(UsageError, match="no strategy fits 20.0 GiB"):
