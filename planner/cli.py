@@ -280,7 +280,12 @@ def parser(prog: str) -> argparse.ArgumentParser:
         default="float32",
         help="dtype in which gradients are summed and sent (default: float32)",
     )
-    add("--profile", type=Path, help="device and link measured by `jaxsys profile cluster`")
+    add(
+        "--profile",
+        type=Path,
+        metavar="FILE",
+        help="of `jaxsys profile cluster`: device and link as measured, instead of presets",
+    )
     add("--node-devices", type=whole(), help="devices of a node (default: all in one)")
     add("--node-link", help="link between nodes, per device")
     add("--search", action="store_true", help="search all plans, not the known strategies alone")

@@ -354,8 +354,9 @@ def parser(prog: str) -> argparse.ArgumentParser:
     energy.add_argument(
         "--profile",
         type=Path,
-        help="file of `jaxsys profile serving` from which predictions begin (default: the model "
-        "of --gpu)",
+        metavar="FILE",
+        help="of `jaxsys profile serving`, from which predictions begin (default: the model of "
+        "--gpu)",
     )
     return result
 

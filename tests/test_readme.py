@@ -21,6 +21,14 @@ def test_training_figures():
     plain = rows("train_step_h100_16k_fsdp") + rows("train_step_h100_16k_again")
     plain = [row["model_tflops_per_gpu"] for row in plain if row["schedule"] == "gspmd-fsdp"]
     assert f"`jax.jit` step does {min(plain):.0f} to {max(plain):.0f} (" in README
+    (again,) = (
+        row["model_tflops_per_gpu"]
+        for row in rows("train_step_h100_16k_again")
+        if row["schedule"] == "dp"
+    )
+    assert f"(`jaxsys train --unroll`), {again:.0f} when run again" in README
+    short, its = (row["model_tflops_per_gpu"] for row in rows("train_step_h100_4k"))
+    assert f"layers written out, {short:.0f}, where the plain step does {its:.0f}" in README
     (own, held), (other, its) = (
         (row["model_tflops_per_gpu"], row["temp_gib"])
         for row in rows("train_step_h100_16k_looped", recompute="none")

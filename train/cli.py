@@ -103,7 +103,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
         help="what a loss that is not finite does (default %(default)s)",
     )
     keep.add_argument("--tensorboard", action="store_true", help="event files in --out")
-    keep.add_argument("--profile", action="store_true", help="xprof trace of 3 steps in --out")
+    keep.add_argument("--profile", action="store_true", help="record 3 steps for xprof, in --out/profile")
     keep.add_argument("--quiet", action="store_true", help="print errors only")
     many = result.add_argument_group("many processes")
     many.add_argument(
