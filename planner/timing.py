@@ -16,8 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxsys.lowering.base import gpu_compiler_options
-from jaxsys.lowering.sharded import CPU_COMPILER_OPTIONS
+from jaxsys.lowering.base import CPU_COMPILER_OPTIONS, gpu_compiler_options
 from jaxsys.mesh import RING
 
 PROGRAM_S = 0.05

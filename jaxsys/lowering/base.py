@@ -24,6 +24,13 @@ GPU_COMPILER_OPTIONS: dict[str, Any] = {
     "xla_gpu_enable_latency_hiding_scheduler": True,
     "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
 }
+CPU_COMPILER_OPTIONS = {
+    "xla_disable_hlo_passes": "cse_barrier_expander,optimization-barrier-expander,"
+    "optimization_barrier_expander"
+}
+"""Barriers stay to the end. XLA:CPU drops them before it merges expressions and decides what to
+copy: it would copy all of a buffer of residuals that one task reads and the next one writes."""
+
 EARLY_START = "xla_gpu_experimental_collective_start_as_early_as_possible"
 """Without it XLA starts a transfer so late that its guess of the time just hides it: a neighbour
 then waits for this device's compute and not for its data, and a slow link is not hidden."""
@@ -58,7 +65,8 @@ class Step:
     @property
     def compiler_options(self) -> dict[str, Any]:
         """XLA options for the jit around `loss_and_gradients`."""
-        return {} if self.platform == "cpu" else dict(gpu_compiler_options(self.mesh))
+        on_cpu = self.platform == "cpu"
+        return dict(CPU_COMPILER_OPTIONS if on_cpu else gpu_compiler_options(self.mesh))
 
     @property
     def platform(self) -> str:

@@ -13,9 +13,9 @@ packed shards, each reduction one `psum_scatter`. What keeps them where the sche
 * the next microbatch's input waits for the last one's cotangent: independent microbatches would all
   be alive at once.
 
-XLA:CPU drops barriers before it merges expressions; `CPU_COMPILER_OPTIONS` leaves them in. Weights
-never outlive their copy: residuals that hold weights alone are made again from the copy that B
-has (see `programs`).
+XLA:CPU drops barriers before it merges expressions; `base.CPU_COMPILER_OPTIONS` leaves them in.
+Weights never outlive their copy: residuals that hold weights alone are made again from the copy
+that B has (see `programs`).
 
 Legend: P devices, C chunks, L layers, n elements of a chunk's shard.
 """
@@ -39,12 +39,6 @@ from jaxsys.strategies.data_parallel import local_tasks
 
 from .base import Step, add_to, check_fit, is_spec, sharded_spec
 from .programs import BlockProgram, Recompute, block_program
-
-CPU_COMPILER_OPTIONS = {
-    "xla_disable_hlo_passes": "cse_barrier_expander,optimization-barrier-expander,"
-    "optimization_barrier_expander"
-}
-"""On CPU: barriers stay until the program is merged."""
 
 SHARDED_RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "block")
 
@@ -113,11 +107,6 @@ class ShardedStep(Step):
         small, extra = divmod(self.model.layers, self.schedule.chunks)
         ends = np.cumsum([small + (c < extra) for c in range(self.schedule.chunks)])
         return tuple(range(int(e) - small - (c < extra), int(e)) for c, e in enumerate(ends))
-
-    @property
-    def compiler_options(self) -> dict[str, Any]:
-        """XLA options for the jit around `loss_and_gradients`."""
-        return dict(CPU_COMPILER_OPTIONS) if self.platform == "cpu" else super().compiler_options
 
     def to_rest(self, parameters: Parameters) -> Parameters:
         """Places parameters on the mesh; layers keep their order."""

@@ -17,14 +17,15 @@ from jaxsys.strategies import build
 WIDTH, TOKENS, RING, MICROBATCHES = 8, 4, 4, 16
 
 
-def prepared(name: str, **options):
+def prepared(name: str, *, chunk_layers: int = 2, **options):
+    layers = chunk_layers * RING
     model = LayeredModel(
         embed=lambda edge, microbatch: microbatch @ edge,
         block=lambda w, x, microbatch: x + jnp.tanh(x @ w),
         head_loss=lambda edge, x, microbatch: (jnp.sum(x * x), jnp.float32(x.size)),
-        layers=2 * RING,
+        layers=layers,
     )
-    parameters = Parameters(edge=jnp.eye(WIDTH), blocks=jnp.ones((2 * RING, WIDTH, WIDTH)) / WIDTH)
+    parameters = Parameters(edge=jnp.eye(WIDTH), blocks=jnp.ones((layers, WIDTH, WIDTH)) / WIDTH)
     mesh = make_mesh(RING, devices=jax.devices()[:RING])
     schedule = build(name, devices=RING, microbatches=MICROBATCHES)
     step = lower(schedule, model, mesh, **options)
@@ -109,16 +110,23 @@ def test_gradient_stream_takes_its_own_dtype():
     assert sent.count("f32") == streams.count(Data.WEIGHT) > 0
 
 
-@pytest.mark.parametrize("name", ["weipipe-interleave", "weipipe-wzb1"])
-def test_buffers_are_written_in_place(name):
-    """Where a tick reads one slot and writes another, XLA must see that the read comes first."""
-    step, rest, batch = prepared(name, recompute="none")
-    computations = parse(compiled_text(jax.jit(step.loss_and_gradients), rest, batch))
+@pytest.mark.parametrize("chunk_layers", [1, 2])
+@pytest.mark.parametrize("name", ["weipipe-interleave", "weipipe-wzb1", "1f1b-overlap"])
+def test_buffers_are_written_in_place(name, chunk_layers):
+    """Where a tick reads one slot and writes another, XLA must see that the read comes first.
+
+    A chunk of one layer is no loop by then, and ticks that only some devices work in are branches.
+    """
+    step, rest, batch = prepared(name, chunk_layers=chunk_layers, recompute="none")
+    run = jax.jit(step.loss_and_gradients, compiler_options=step.compiler_options)
+    computations = parse(compiled_text(run, rest, batch))
     counts = executions(computations)
     assert isinstance(step, LoweredStep)
     slots = step.tables.slots
     kept = [slots[key] for key in ((Data.RESIDUAL, ""), (Data.TAP, "")) if key in slots]
-    buffers = re.compile("|".join(rf"f32\[{count},2,{TOKENS},{WIDTH}\]" for count in kept))
+    buffers = re.compile(
+        "|".join(rf"f32\[{count},{chunk_layers},{TOKENS},{WIDTH}\]" for count in kept)
+    )
     of_buffers = [
         instruction
         for computation in computations.values()

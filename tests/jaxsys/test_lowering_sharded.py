@@ -12,8 +12,9 @@ import pytest
 
 from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel, Parameters, reference_loss
+from jaxsys.lowering.base import CPU_COMPILER_OPTIONS
 from jaxsys.lowering.compiled import collective_counts, parse
-from jaxsys.lowering.sharded import CPU_COMPILER_OPTIONS, lower_sharded
+from jaxsys.lowering.sharded import lower_sharded
 from jaxsys.mesh import make_mesh
 from jaxsys.strategies import zero
 from jaxsys.strategies.data_parallel import data_parallel
