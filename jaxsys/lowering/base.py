@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel, Parameters, PyTree
 from jaxsys.mesh import DATA, RING
-from jaxsys.schedule import Schedule
+from jaxsys.schedule import Placement, Schedule
 
 GPU_COMPILER_OPTIONS: dict[str, Any] = {
     # XLA keeps one collective in flight unless told otherwise, so that of a ring's three streams
@@ -164,8 +164,9 @@ def check_fit(schedule: Schedule, model: LayeredModel, mesh: Mesh) -> None:
 
 
 def _less(schedule: Schedule, model: LayeredModel) -> str:
-    ways = max(1, schedule.chunks // schedule.devices)
-    most = model.layers // ways
+    """What would fit: only chunks that rest on owners are as many as the devices ask for."""
+    owned = schedule.placement is Placement.OWNER
+    most = model.layers // max(1, schedule.chunks // schedule.devices) if owned else 0
     return f"devices={most} or fewer" if most else f"a schedule of at most {model.layers} chunks"
 
 
