@@ -2,7 +2,8 @@
 
 For every clock f from the sweet spot up, one batched what-if gives time T(f) and power P(f) of the
 iteration about to run and of the queue behind it. Where the iteration decodes, a clock is feasible
-if T(f) keeps the ITL, for the batch as it is and for the one it is growing into. Of the feasible
+if T(f) keeps the ITL, for the batch as it is and for the one it is growing into, and however much
+longer steps took of late than predicted, all but a thousandth of them. Of the feasible
 ones the cheapest is taken: energy T(f) * P(f), and prompts whose first token would come too late at
 what they are worth (`jaxsys.serve.energy.eco_prompts`); where none is feasible, the highest.
 Raising is immediate; lowering waits for a minimum dwell and must clear the bound by a margin
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from jaxsys.serve.requests import Request
     from jaxsys.serve.scheduler import Iteration
 
+
+SLOWNESS_STEP = 0.01
+"""By how much one decode step that takes longer than expected raises what is expected."""
 
 Answers = Sequence[Sequence[float]] | np.ndarray
 """Numbers indexed [load][clock]."""
@@ -103,6 +107,9 @@ class EcoFreqConfig:
     saturation_s: float = 20.0
     """Where even the highest clock could not keep the ITL for what the batch grows to in about this
     time, that clock is taken at once: a slower one would only bring the day nearer. 0 for never."""
+    late_steps: float = 0.001
+    """Share of decode steps that may exceed the ITL because they take longer than predicted: where
+    the SLO's reserve is too little for that, more of the ITL is left. 0 for the reserve alone."""
     worth: float = 18.0
     """Worth of a first token in time, in energies that its prompt takes at the lowest clock."""
     broken_worth: float = 2.4
@@ -124,6 +131,7 @@ class EcoFreqConfig:
             "growth_guard",
             "growth_s",
             "saturation_s",
+            "late_steps",
             "worth",
             "broken_worth",
         ):
@@ -222,6 +230,8 @@ class EcoFreq:
         self._usual_batches = [0.0, 0.0]
         """The batch's exponential means over `growth_s` and `saturation_s`."""
         self._batch_seen_s = float("-inf")
+        self._slowness = 1.0
+        """Real over predicted time that all but `late_steps` of the decode steps stay within."""
         self._predicted_s: dict[int, float] = {}
         self._set(self._top, float("-inf"))
 
@@ -258,7 +268,7 @@ class EcoFreq:
 
     def after_iteration(self, iteration: "Iteration", latency_s: float, now_s: float) -> None:
         """Learns from the iteration, and boosts where it overran its prediction."""
-        record = self.record
+        record, config = self.record, self.config
         steps = max(1, iteration.steps)
         actual_mhz = self.clocks.actual_mhz()
         asked_mhz = self._clocks_mhz[self._level]
@@ -272,6 +282,11 @@ class EcoFreq:
             self.predictor.observe(
                 load_of(iteration), actual_mhz, latency_s / steps, self.clocks.power_w()
             )
+        if iteration.decodes and config.late_steps:
+            # A quantile by stochastic approximation (Robbins and Monro, 1951).
+            longer = latency_s > self._slowness * predicted_s * steps
+            self._slowness += SLOWNESS_STEP * (longer - config.late_steps)
+            self._slowness = max(1.0, self._slowness)
         if self._hold > 0:
             self._hold -= 1
         if latency_s > self._patience_s(predicted_s * steps):
@@ -329,17 +344,18 @@ class EcoFreq:
             worth=config.worth,
             broken_worth=config.broken_worth,
         )
+        planned_itl_s = min(slo.planned_itl_s, slo.itl_s / self._slowness)
         levels, itl_kept = list(range(self._top + 1)), True
         if iteration.decodes:
             saturated = config.saturation_s and times_s[-1][-1] > slo.itl_s
             levels = [
                 level
                 for level in levels
-                if times_s[0][level] <= slo.planned_itl_s * clearance[level]
+                if times_s[0][level] <= planned_itl_s * clearance[level]
                 and times_s[-2][level] <= slo.itl_s
                 and (level == self._top or not saturated)
             ]
-            itl_kept = times_s[0][-1] <= slo.planned_itl_s
+            itl_kept = times_s[0][-1] <= planned_itl_s
         best = min(levels, key=costs_j.__getitem__, default=self._top)
         if lost or not itl_kept:
             self.record.infeasible += 1

@@ -1,5 +1,7 @@
 """The clock governor's decisions, on a simulated GPU in virtual time."""
 
+import math
+import random
 import time
 
 import pytest
@@ -214,6 +216,28 @@ def test_the_watchdog_boosts_after_an_overrun_and_lets_go():
         asked.append(bench.decide(work))
         bench.finish(work, bench.governor.predicted_s)
     assert asked == [CLOCKS[-1], CLOCKS[-1], CLOCKS[0]]
+
+
+def late_share(deviation: float, *, bias: float = 1.0, **config) -> tuple[float, int]:
+    """Share of late steps where the lowest clock is expected to keep the ITL by 3 %, after 1000
+    steps; and the last clock."""
+    work, draw = iteration(batch=300, kv_tokens=90_000), random.Random(0)
+    itl_s = 1.03 * decode_s(300, 90_000, CLOCKS[0])
+    bench = Bench(Slo(itl_s=itl_s, reserve=0.01), growth_s=0.0, saturation_s=0.0, **config)
+    late = 0
+    for step in range(5000):
+        mhz = bench.decide(work)
+        real_s = decode_s(300, 90_000, mhz) * bias * math.exp(draw.gauss(0.0, deviation))
+        bench.finish(work, real_s)
+        late += step >= 1000 and real_s > itl_s
+    return late / 4000, bench.governor.clock_mhz
+
+
+def test_steps_that_take_longer_than_predicted_make_room_for_themselves():
+    assert late_share(0.0) == (0.0, CLOCKS[0])
+    assert late_share(0.02)[0] < 0.002
+    assert late_share(0.0, bias=1.06)[0] < 0.002  # every step is late at the lowest clock
+    assert late_share(0.02, late_steps=0.0)[0] > 0.05
 
 
 def test_a_live_slo_change_counts_at_the_next_decision():
