@@ -61,12 +61,14 @@ class LinkSpec:
     """Of starting one collective: kernel launch and synchronisation, whatever the link is."""
     contention: float = 0.0
     """By what share compute takes longer while transfers run."""
+    waiting_contention: float = 0.0
+    """By what share it does beside a transfer that waits for its other end."""
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.bytes_per_s > 0:
             raise UsageError(f"{self.name}: bytes_per_s={self.bytes_per_s!r} must be above 0")
-        for name in ("latency_s", "launch_s", "contention"):
+        for name in ("latency_s", "launch_s", "contention", "waiting_contention"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{self.name}: {name}={getattr(self, name)!r} must not be below 0")
 
@@ -78,6 +80,7 @@ class LinkSpec:
             bytes_per_s=self.bytes_per_s,
             launch_s=self.launch_s,
             contention=self.contention,
+            waiting_contention=self.waiting_contention,
         )
 
 
@@ -161,6 +164,10 @@ _CONTENTION = (
     "measured: products beside such a gather of g seconds take c g / (1 + c) longer "
     "(profiles in results/planner_measure_gpu2_*.json)"
 )
+WAITING = 0.3
+"""Of NCCL's kernels, which take multiprocessors while they wait: a layer's kernels take 1.1 to 1.5
+times as long beside one, measured in a ring over NVLink (results/ring_trace_h100.json); weighed by
+their times, and assumed over other links."""
 _AS_NVLINK = "assumed: as NVLink between H100s"
 _AS_HOST = "assumed: as between H100s through host memory"
 _AS_SOCKETS = "assumed: as between H100s over sockets"
@@ -171,6 +178,7 @@ LINKS: dict[str, LinkSpec] = {
         bytes_per_s=199e9,
         latency_s=8e-6,
         contention=2.2,
+        waiting_contention=WAITING,
         sources={
             "bytes_per_s": f"{_GATHER}; ppermute of them 225 GB/s, of 512 MiB 290; the data sheet "
             "says 450 GB/s for NVLink 4",
@@ -183,6 +191,7 @@ LINKS: dict[str, LinkSpec] = {
         bytes_per_s=133e9,
         latency_s=8e-6,
         contention=2.2,
+        waiting_contention=WAITING,
         sources={
             "bytes_per_s": "assumed: NVLink 3's 300 GB/s times NVLink 4's measured share",
             "latency_s": _NCCL_LATENCY,
@@ -194,6 +203,7 @@ LINKS: dict[str, LinkSpec] = {
         bytes_per_s=24e9,
         latency_s=15e-6,
         contention=1.9,
+        waiting_contention=WAITING,
         sources={
             "bytes_per_s": f"{_GATHER}, with peer access off; as a PCIe 4 x16 slot",
             "latency_s": "assumed: two copies instead of one",
@@ -205,6 +215,7 @@ LINKS: dict[str, LinkSpec] = {
         bytes_per_s=2.7e9,
         latency_s=50e-6,
         contention=3.7,
+        waiting_contention=WAITING,
         sources={
             "bytes_per_s": f"{_GATHER}, over NCCL's sockets; ppermute of them 2 GB/s",
             "latency_s": "assumed: a TCP round trip inside a machine",
@@ -216,6 +227,7 @@ LINKS: dict[str, LinkSpec] = {
         bytes_per_s=45e9,
         latency_s=12e-6,
         contention=1.9,
+        waiting_contention=WAITING,
         sources={
             "bytes_per_s": "assumed: 90 % of 400 Gb/s, one adapter a device",
             "latency_s": "assumed: one NCCL step over InfiniBand",
@@ -227,6 +239,7 @@ LINKS: dict[str, LinkSpec] = {
         bytes_per_s=22.5e9,
         latency_s=12e-6,
         contention=1.9,
+        waiting_contention=WAITING,
         sources={
             "bytes_per_s": "assumed: 90 % of 200 Gb/s, one adapter a device",
             "latency_s": "assumed: one NCCL step over InfiniBand",
@@ -238,6 +251,7 @@ LINKS: dict[str, LinkSpec] = {
         bytes_per_s=11.7e9,
         latency_s=30e-6,
         contention=3.7,
+        waiting_contention=WAITING,
         sources={
             "bytes_per_s": "assumed: TCP's 94 % of 100 Gb/s",
             "latency_s": "assumed: a TCP round trip in one rack",
@@ -249,6 +263,7 @@ LINKS: dict[str, LinkSpec] = {
         bytes_per_s=1.17e9,
         latency_s=50e-6,
         contention=3.7,
+        waiting_contention=WAITING,
         sources={
             "bytes_per_s": "assumed: TCP's 94 % of 10 Gb/s",
             "latency_s": "assumed: a TCP round trip in one rack",

@@ -90,6 +90,7 @@ class Cluster:
             bytes_per_s=slow.bytes_per_s,
             launch_s=slow.launch_s,
             contention=max(inside.contention if within > 1 else 0.0, slow.contention),
+            waiting_contention=slow.waiting_contention,
             inside=inside,
             inside_devices=within,
             between=between,

@@ -19,7 +19,7 @@ import numpy as np
 import jaxsys
 from jaxsys.errors import UsageError
 from jaxsys.files import write_whole
-from jaxsys.hardware import DEVICES, DeviceSpec, LinkSpec
+from jaxsys.hardware import DEVICES, WAITING, DeviceSpec, LinkSpec
 from jaxsys.mesh import make_mesh, request_devices
 from jaxsys.model.config import LlamaConfig, preset
 from jaxsys.options import Parser, whole
@@ -118,6 +118,8 @@ def build_profile(
                 gathers=measured["all_gather"],
                 repeats=repeats,
             ),
+            # Of NCCL's kernels, which a CPU has none of; not measured here.
+            "waiting_contention": 0.0 if chosen[0].platform == "cpu" else WAITING,
         }
     workload = llama_workload(model, config, sequence_length=tokens, microbatch_size=1)
     predicted = block_cost(

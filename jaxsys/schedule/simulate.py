@@ -4,7 +4,8 @@ Every device has one compute stream and one in-order communication stream in eac
 move begins when its source has the data, both ends have reached the head of its tick and both
 streams are free; both ends wait for it where it must have arrived. That is what the compiled step
 does, so a transfer is hidden only where a tick's compute really covers it. No "sum minus overlap".
-Where the link has a `contention`, compute beside transfers takes that much longer.
+Where the link has a `contention`, compute beside transfers takes that much longer; beside one that
+is open and waits for its other end, as a kernel of NCCL's does, `waiting_contention` longer.
 
 `lockstep` couples the devices more: every tick starts on all at once, as the turns of a ring are
 counted on paper. `eager_sends` couples them less: a send waits for its data and for nothing of its
@@ -31,15 +32,12 @@ class Link:
     """Fixed cost of starting one transfer or collective, however many messages it takes."""
     contention: float = 0.0
     """By what share compute takes longer while its device sends."""
+    waiting_contention: float = 0.0
+    """Likewise while its device is ready to send and its target is not."""
 
     def transfer_s(self, size_bytes: float, *, messages: int = 1) -> float:
         """Seconds for `size_bytes` in `messages` dependent messages."""
         return self.launch_s + messages * self.latency_s + size_bytes / self.bytes_per_s
-
-    def slowed_s(self, compute_s: float, sending_s: float) -> float:
-        """Seconds of compute that starts while `sending_s` of transfers are left to run."""
-        share = self.contention
-        return compute_s + min(share * compute_s, sending_s * share / (1.0 + share))
 
     def collective_s(self, size_bytes: float, *, devices: int, rounds: int = 1) -> float:
         """Seconds of a ring collective over a block of `size_bytes` on each of `devices`.
@@ -234,8 +232,9 @@ class _Run:
         """When each device has reached the head of the tick at hand."""
         self.send_free_s = [0.0] * p
         self.receive_free_s = [0.0] * p
-        self.sends: list[deque[tuple[float, float]]] = [deque() for _ in range(p)]
-        """(start, end) of each device's transfers that a task may still run beside."""
+        self.beside: list[deque[tuple[float, float, float]]] = [deque() for _ in range(p)]
+        """(start, end, share by which compute is slowed) of each device's sends and their waits, in
+        order, that a task may still run beside."""
         self.ready_s: dict[tuple[Block, int], float] = {}
         self.must_land: dict[int, list[tuple[Move, float]]] = defaultdict(list)
         self.busy_s = [0.0] * p
@@ -308,8 +307,11 @@ class _Run:
         )
         end = begin + duration
         for device in senders:
+            ready = self.ready_s.get((move.block, device), 0.0)
+            opened = max(self.head_s[device], self.send_free_s[device], ready)
+            self.beside[device].append((opened, begin, self.link.waiting_contention))
+            self.beside[device].append((begin, end, self.link.contention))
             self.send_free_s[device] = end
-            self.sends[device].append((begin, end))
             self.sent_bytes[device] += sent
             self.events.append(
                 Event(
@@ -324,13 +326,22 @@ class _Run:
             self.receive_free_s[device] = end
         return end
 
-    def sending_s(self, device: int, begin: float) -> float:
-        """For how long after `begin` a device sends what has left by the tick at hand."""
-        sends = self.sends[device]
-        while sends and sends[0][1] <= begin:
-            sends.popleft()
-        # A pause before a send that waits for its other end is not told apart.
-        return sum(end - max(begin, start) for start, end in sends)
+    def computed_s(self, device: int, begin: float, compute_s: float) -> float:
+        """When compute that begins then is done, beside all that has left by the tick at hand."""
+        beside = self.beside[device]
+        while beside and beside[0][1] <= begin:
+            beside.popleft()
+        now, left = begin, compute_s
+        for start, end, share in beside:
+            alone = max(0.0, start - now)
+            if left <= alone:
+                break
+            now, left = now + alone, left - alone
+            done = (end - now) / (1.0 + share)
+            if left <= done:
+                return now + left * (1.0 + share)
+            now, left = end, left - done
+        return now + left
 
     def land(self, landed: list[tuple[Move, float]]) -> None:
         """Makes what has arrived the copy that is read; until then an older one may be."""
@@ -351,8 +362,8 @@ class _Run:
             begin = max(begin, self.ready_s.get((block, device), 0.0))
         duration = self.costs.task_s(task, self.schedule.chunks)
         end = begin + duration
-        if self.link.contention:
-            end = begin + self.link.slowed_s(duration, self.sending_s(device, begin))
+        if self.link.contention or self.link.waiting_contention:
+            end = self.computed_s(device, begin, duration)
         for block in task_outputs(self.schedule, task):
             self.ready_s[block, device] = end
         if task.kind in (TaskKind.BACKWARD, TaskKind.WEIGHT_GRADIENT):

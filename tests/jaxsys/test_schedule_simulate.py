@@ -17,7 +17,8 @@ from jaxsys.schedule import (
     simulate,
 )
 from jaxsys.strategies.data_parallel import data_parallel
-from jaxsys.strategies.pipeline import gpipe, one_f_one_b
+from jaxsys.strategies.pipeline import gpipe, one_f_one_b, one_f_one_b_overlap
+from jaxsys.strategies.weipipe import interleave
 
 MODES = ({}, {"lockstep": True}, {"eager_sends": True})
 
@@ -56,6 +57,45 @@ def test_sends_that_block_and_sends_that_do_not():
     assert compute_times(eager, 1)[:2] == [("F1,0", 11.0, 12.0), ("F1,1", 21.0, 22.0)]
     assert compute_times(eager, 0)[2:] == [("B0,0", 33.0, 34.0), ("B0,1", 43.0, 44.0)]
     assert eager.step_s == 44.0
+
+
+@pytest.mark.parametrize(
+    "schedule", [one_f_one_b_overlap(3, 6), interleave(3, 6)], ids=lambda s: s.name
+)
+def test_compute_is_slowed_beside_what_is_sent_and_what_waits_to_be(schedule):
+    """The work done in each moment of a task adds up to the task."""
+    sending, waiting = 1.0, 0.5
+    costs = Costs(
+        forward_s=(2.0, 3.0, 5.0),
+        backward_s=(6.0, 4.0, 3.0),
+        weight_bytes=1.0,
+        gradient_bytes=1.0,
+        activation_bytes=1.0,
+    )
+    link = Link(bytes_per_s=0.5, contention=sending, waiting_contention=waiting)
+    result = simulate(schedule, costs, link)
+    waited = 0.0
+    for device in range(schedule.devices):
+        mine = [event for event in result.events if event.device == device]
+        slowed, free = [], 0.0
+        for event in mine:
+            if event.stream == "send":
+                assert isinstance(event.work, Move)
+                opened = max(free, result.tick_start_s[device][event.work.start])
+                slowed.append((opened, event.start_s, waiting))
+                slowed.append((event.start_s, event.end_s, sending))
+                free = event.end_s
+        for event in mine:
+            if isinstance(event.work, Task):
+                done = event.end_s - event.start_s
+                for start, end, share in slowed:
+                    beside = max(0.0, min(end, event.end_s) - max(start, event.start_s))
+                    done -= beside * share / (1 + share)
+                    waited += beside * (share == waiting)
+                assert done == pytest.approx(costs.task_s(event.work, schedule.chunks))
+    assert waited > 1.0
+    alone = simulate(schedule, costs, Link(bytes_per_s=0.5))
+    assert result.step_s > alone.step_s
 
 
 def test_lockstep_makes_a_mixed_tick_as_long_as_its_longest_task():

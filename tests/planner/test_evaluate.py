@@ -116,14 +116,6 @@ def test_compute_beside_transfers_is_slowed_alike(seed):
     assert Evaluator(problem).plan(plan).step_s >= Evaluator(without).plan(plan).step_s
 
 
-def test_compute_is_slowed_for_as_long_as_transfers_run():
-    wire = replace(link("nvlink"), contention=0.25).link
-    assert wire.slowed_s(4.0, 0.0) == 4.0
-    assert wire.slowed_s(4.0, 100.0) == pytest.approx(5.0)
-    # In 2.5 s beside the transfer 2 s of the work get done.
-    assert wire.slowed_s(4.0, 2.5) == pytest.approx(4.5)
-
-
 @pytest.mark.parametrize("turns", [1, 3])
 @pytest.mark.parametrize("code", [0, 1, 2])
 def test_data_parallel_plans(turns, code):
