@@ -91,9 +91,14 @@ def number(value: float | None, form: str = ".1f") -> str | None:
     return None if value is None else format(value, form)
 
 
+def processor(record: Mapping[str, Any]) -> str:
+    """The kind of GPU that a result was made on, or "CPU"."""
+    gpus = record["hardware"]["gpus"]
+    return gpus[0].split(",")[0] if gpus else "CPU"
+
+
 def origin(record: Mapping[str, Any]) -> str:
     """On what and when a result was made."""
-    hardware = record["hardware"]
-    gpus = [gpu.split(",")[0] for gpu in hardware["gpus"]]
-    machine = f"{len(gpus)} x {gpus[0]}" if gpus else f"{hardware['cores']} cores of a CPU"
+    count, cores = len(record["hardware"]["gpus"]), record["hardware"]["cores"]
+    machine = f"{count} x {processor(record)}" if count else f"{cores} cores of a CPU"
     return f"{machine}, JAX {record['versions'].get('jax', '?')}, {record.get('date', 'undated')}"

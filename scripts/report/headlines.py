@@ -113,11 +113,13 @@ HEADLINES = (
                     ),
                     (
                         f"{STEP} --devices 1 --microbatches 1 --sequence-lengths 65536 --unroll "
-                        "--label {gpu}_64k --schedules dp:selective dp:block gspmd-fsdp:block"
+                        "--label {gpu}_64k --schedules dp:none dp:selective dp:block "
+                        "gspmd-fsdp:none gspmd-fsdp:block"
                     ),
                     (
                         f"{STEP} --devices 1 --microbatches 1 --sequence-lengths 131072 --unroll "
-                        "--label {gpu}_128k --schedules dp:block gspmd-fsdp:block --repeats 1"
+                        "--label {gpu}_128k --repeats 1 "
+                        "--schedules dp:selective dp:block gspmd-fsdp:block"
                     ),
                     "scripts/plot_train",
                 ),

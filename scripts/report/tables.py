@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from headline import Result, Row, number, table
+from headline import Result, Row, number, processor, table
 
 EQUAL_POINTS = 0.5
 """Attainment is equal where neither TTFT's nor ITL's is further below the maximum clock's."""
@@ -12,13 +12,18 @@ VLLM_ITL_MS = {8: 7.3, 64: 11.5, 128: 16.5, 256: 26.1}
 
 
 def steps(results: Sequence[Result]) -> str:
-    """Whole training steps, fastest first within a device count and length."""
+    """Whole training steps, fastest first within a kind of GPU and length."""
     rows = [(row, result) for result in results for row in result.rows if "failed" not in row]
-    rows.sort(key=lambda pair: (pair[0]["devices"], pair[0]["sequence_length"], pair[0]["step_s"]))
+
+    def place(row: Row, result: Result) -> tuple:
+        return processor(result.record), row["devices"], row["sequence_length"], row["step_s"]
+
+    rows.sort(key=lambda pair: place(*pair))
     return table(
-        ["GPUs", "tokens", "schedule", "layers", "recompute", "step (s)", "model TFLOP/s a GPU",
-         "temporary GiB"],
-        [[row["devices"], f"{row['sequence_length']:,}", f"`{row['schedule']}`",
+        ["GPU", "GPUs", "tokens", "schedule", "layers", "recompute", "step (s)",
+         "model TFLOP/s a GPU", "temporary GiB"],
+        [[processor(result.record), row["devices"], f"{row['sequence_length']:,}",
+          f"`{row['schedule']}`",
           "written out" if result.record["config"].get("unroll") else "looped", row["recompute"],
           number(row["step_s"], ".3f"), number(row["model_tflops_per_gpu"]),
           number(row["temp_gib"])] for row, result in rows],
@@ -70,9 +75,9 @@ def ring_trace(results: Sequence[Result]) -> str:
 
 def block(results: Sequence[Result]) -> str:
     return table(
-        ["recompute", "ms a layer", "products and attention alone (ms)", "their share"],
-        [[row["recompute"], number(row["ms_per_layer"]), number(row["floor_ms"]),
-          f"{100 * row['floor_share']:.0f} %"]
+        ["GPU", "recompute", "ms a layer", "products and attention alone (ms)", "their share"],
+        [[processor(result.record), row["recompute"], number(row["ms_per_layer"]),
+          number(row["floor_ms"]), f"{100 * row['floor_share']:.0f} %"]
          for result in results for row in result.rows],
     )  # fmt: skip
 
@@ -325,7 +330,7 @@ def live(results: Sequence[Result]) -> str:
         config = result.record["config"]
         parts.append(
             f"{config['requests']} requests over {config['duration_s']:g} s to {config['model']}, "
-            f"{config['instances']}:"
+            f"{config['instances']}, {processor(result.record)}:"
         )
         parts.append(table(
             ["figure", "measured", *(title for key in said for title in (names[key], "error (%)"))],
