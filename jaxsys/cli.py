@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted.
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -86,6 +87,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"{prog}: {error.filename}: {error.strerror}", file=sys.stderr)
         return 1
+    except Exception as error:
+        if debug or (short := _out_of_memory(error)) is None:
+            raise
+        print(f"{prog}: {short}", file=sys.stderr)
+        return 1
+
+
+def _out_of_memory(error: Exception) -> str | None:
+    """One line if memory has run out, on the host or on a device."""
+    first = next(iter(str(error).splitlines()), "")
+    if isinstance(error, MemoryError) or re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory", first):
+        return f"out of memory: {first.removeprefix('RESOURCE_EXHAUSTED: ')}; ask for smaller sizes"
+    return None
 
 
 if __name__ == "__main__":

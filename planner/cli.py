@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jaxsys import hardware
 from jaxsys.errors import RunError, UsageError
-from jaxsys.files import write_whole
+from jaxsys.files import check_writable, write_whole
 from jaxsys.hardware import GIB
 from jaxsys.model.config import LlamaConfig, preset
 from jaxsys.options import Parser, whole
@@ -243,6 +243,7 @@ def refuse_to_overwrite(path: Path) -> None:
         raise UsageError(f"{path} exists and is not overwritten; remove it or name another file")
     if not path.parent.is_dir():
         raise UsageError(f"folder {path.parent} does not exist")
+    check_writable(path.parent)
 
 
 def parser(prog: str) -> argparse.ArgumentParser:

@@ -18,7 +18,7 @@ import numpy as np
 
 import jaxsys
 from jaxsys.errors import UsageError
-from jaxsys.files import write_whole
+from jaxsys.files import check_writable, write_whole
 from jaxsys.hardware import DEVICES, WAITING, DeviceSpec, LinkSpec
 from jaxsys.mesh import make_mesh, request_devices
 from jaxsys.model.config import LlamaConfig, preset
@@ -224,6 +224,9 @@ def main(argv: Sequence[str], prog: str) -> int:
     options = parser(prog).parse_args(argv)
     if options.out.exists():
         raise UsageError(f"{options.out} exists and is not overwritten; name another file")
+    if not options.out.parent.is_dir():
+        raise UsageError(f"folder {options.out.parent} does not exist")
+    check_writable(options.out.parent)
     value = build_profile(
         options.model,
         preset(options.model),

@@ -245,19 +245,19 @@ def parser(prog: str) -> argparse.ArgumentParser:
     many = result.add_argument_group("instances: who computes")
     many.add_argument(
         "--prefill",
-        type=whole(),
+        type=whole(most=1024),
         default=1,
         help="instances that read prompts (default %(default)s)",
     )
     many.add_argument(
         "--decode",
-        type=whole(0),
+        type=whole(0, 1024),
         default=1,
         help="instances that write answers; 0: those of --prefill do both (default %(default)s)",
     )
     many.add_argument(
         "--tensor-parallel",
-        type=whole(),
+        type=whole(most=1024),
         default=1,
         help="GPUs that share one instance (default %(default)s)",
     )

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsys.errors import RunError, UsageError
+from jaxsys.files import check_writable
 from jaxsys.lowering import RECOMPUTE_POLICIES
 from jaxsys.model import ByteTokenizer, Tokenizer, initial_parameters, layered, preset
 from jaxsys.model.save import check_target, save_safetensors
@@ -103,7 +104,9 @@ def parser(prog: str) -> argparse.ArgumentParser:
         help="what a loss that is not finite does (default %(default)s)",
     )
     keep.add_argument("--tensorboard", action="store_true", help="event files in --out")
-    keep.add_argument("--profile", action="store_true", help="record 3 steps for xprof, in --out/profile")
+    keep.add_argument(
+        "--profile", action="store_true", help="record 3 steps for xprof, in --out/profile"
+    )
     keep.add_argument("--quiet", action="store_true", help="print errors only")
     many = result.add_argument_group("many processes")
     many.add_argument(
@@ -171,6 +174,15 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
                 "wrote it (--resume, with its --out), which replaces the model there"
             )
         check_target(arguments.export, overwrite=arguments.resume)
+    for option, asked in (
+        ("--tensorboard", arguments.tensorboard),
+        ("--profile", arguments.profile),
+    ):
+        if asked and arguments.out is None:
+            raise UsageError(f"{option} needs --out, the folder to write to")
+    for folder in (arguments.out, arguments.export):
+        if folder is not None and not hosts.many:  # not every host may have it
+            check_writable(folder if folder == arguments.out else folder.parent)
     # Asking JAX which process this is starts it: not before the devices are chosen.
     say = _silent if arguments.quiet or (hosts.many and jax.process_index()) else _print
     if arguments.resume and arguments.out is None:

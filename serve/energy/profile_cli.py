@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from jaxsys.clocks import GpuClocks
 from jaxsys.errors import RunError, UsageError
+from jaxsys.files import check_writable
 from jaxsys.options import Parser, whole
 from jaxsys.serve.energy.energy_log import EnergyLog
 from jaxsys.serve.energy.gpu_model import GPUS, SHAPES, Load, simulated_gpu
@@ -36,6 +37,9 @@ COUNTER_S = 0.5
 def main(argv: Sequence[str], prog: str) -> int:
     """`jaxsys profile serving`."""
     arguments = parser(prog).parse_args(argv)
+    if not 0 <= arguments.noise < 1:
+        raise UsageError(f"--noise {arguments.noise:g} must be at least 0 and below 1")
+    check_writable(arguments.out.parent)
     if arguments.simulated is not None:
         profile = simulated_profile(
             simulated_gpu(arguments.simulated, arguments.shape), noise=arguments.noise

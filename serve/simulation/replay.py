@@ -19,6 +19,7 @@ import numpy as np
 
 from jaxsys.clocks import SimulatedClocks
 from jaxsys.errors import UsageError
+from jaxsys.files import check_writable
 from jaxsys.options import Parser, whole
 from jaxsys.results import hardware, versions, write_result
 from jaxsys.serve.energy.ecofreq import EcoFreq, EcoFreqConfig, ModelPredictor, Predictor
@@ -38,6 +39,7 @@ from jaxsys.serve.simulation.simulator import ClusterConfig, ReplayResult, Role,
 from jaxsys.serve.simulation.traces import Trace, read_trace, synthetic_trace
 
 MOST_REQUESTS = 500_000
+MOST_INSTANCES = 4096
 Control = Literal["max", "sweet-spot", "window", "ecofreq"]
 Routing = Literal["plain", "ecoroute", "energy"]
 
@@ -332,6 +334,8 @@ def parse_instances(text: str) -> tuple[int, int]:
         raise UsageError(f"instances={text!r} must read like 2P2D or 32P32D")
     if int(prefill) < 1 or int(decode) < 1:
         raise UsageError(f"instances={text!r} needs at least one of each")
+    if int(prefill) + int(decode) > MOST_INSTANCES:
+        raise UsageError(f"instances={text!r} are too many; {MOST_INSTANCES} at most are simulated")
     return int(prefill), int(decode)
 
 
@@ -394,6 +398,8 @@ def main(argv: Sequence[str], prog: str) -> int:
     check_policies(policies)
     if arguments.out is not None and arguments.out.exists() and not arguments.out.is_dir():
         raise UsageError(f"--out {arguments.out} is a file; name a folder")
+    if arguments.out is not None:
+        check_writable(arguments.out)
     prefill, decode = parse_instances(arguments.instances)
     slo = Slo(ttft_s=arguments.ttft_ms / 1e3, itl_s=arguments.itl_ms / 1e3)
     chosen = setting(

@@ -160,7 +160,7 @@ def read_trace(path: str | Path) -> Trace:
     """
     path = Path(path)
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:
             return _read(csv.reader(file), path)
     except OSError as error:
         raise UsageError(f"trace {path} cannot be read: {error.strerror}") from None
@@ -256,8 +256,8 @@ def synthetic_trace(
         if not (math.isfinite(value) and value > 0):
             raise UsageError(f"{what}={value} must be positive")
     for what, value in (("prompt_mean", prompt_mean), ("output_mean", output_mean)):
-        if not (math.isfinite(value) and value >= 1):
-            raise UsageError(f"{what}={value} must be at least one token")
+        if not 1 <= value <= most_tokens:
+            raise UsageError(f"{what}={value:g} must be from 1 to {most_tokens} tokens")
     count = int(rate_per_s * duration_s + 6 * math.sqrt(rate_per_s * duration_s) * cv + 10)
     arrival_s = poisson_arrivals(count, rate_per_s, seed, cv=cv)
     kept = arrival_s < duration_s

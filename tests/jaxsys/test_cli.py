@@ -61,6 +61,11 @@ def test_unknown_command_is_named(capsys):
         ),
         (RunError("link is down"), 1, "jaxsys plan: link is down\n"),
         (KeyboardInterrupt(), 130, ""),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: no 5 bytes\nmore"),
+            1,
+            "jaxsys plan: out of memory: no 5 bytes; ask for smaller sizes\n",
+        ),
     ],
 )
 def test_exit_codes(subcommand, capsys, outcome, code, line):
@@ -68,6 +73,12 @@ def test_exit_codes(subcommand, capsys, outcome, code, line):
     assert cli.main(["plan", "--model", "x"]) == code
     assert made.seen == (["--model", "x"], "jaxsys plan")
     assert capsys.readouterr().err == line
+
+
+def test_other_faults_keep_their_traceback(subcommand):
+    subcommand(RuntimeError("a fault of our own"))
+    with pytest.raises(RuntimeError, match="of our own"):
+        cli.main(["plan"])
 
 
 def test_debug_shows_the_traceback(subcommand):

@@ -53,6 +53,16 @@ def test_the_command_sweeps_a_simulated_gpu(tmp_path, capsys):
     assert profile.fingerprint.engine == "simulated"
 
 
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [(("--noise", "-1"), "--noise -1 must be at"), (("--out", f"{__file__}/p"), "Not a directory")],
+)
+def test_wrong_requests_exit_2_before_anything_is_measured(option, says, capsys):
+    assert cli.main(["profile", "serving", "--simulated", "h200", *option]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
 def test_senseless_sweeps_are_refused(model):
     with pytest.raises(UsageError, match="repeats=0"):
         measure(model, repeats=0)

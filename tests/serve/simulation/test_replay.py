@@ -115,7 +115,8 @@ def test_the_command_prints_a_table_and_draws(tmp_path, capsys):
 
 def test_a_trace_file_is_replayed_as_json(tmp_path, capsys):
     path = tmp_path / "trace.csv"
-    path.write_text("arrival_s,prompt_tokens,output_tokens\n0,100,5\n1,200,6\n")
+    # As spreadsheets save it: with a mark of its encoding before the header.
+    path.write_text("arrival_s,prompt_tokens,output_tokens\n0,100,5\n1,200,6\n", "utf-8-sig")
     assert run("--trace", str(path), "--policy", "ecofreq", "--json", "--gpu", "gh200") == 0
     record = json.loads(capsys.readouterr().out)
     assert record["config"]["requests"] == 2
@@ -127,6 +128,9 @@ def test_a_trace_file_is_replayed_as_json(tmp_path, capsys):
     [
         (["--instances", "2X2"], "must read like 2P2D"),
         (["--instances", "0P2D"], "at least one of each"),
+        (["--instances", "1000000P1D"], "are too many; 4096 at most"),
+        (["--prompt-mean", "1e9"], "--prompt-mean 1e+09 must be from 1 to 3000 tokens"),
+        (["--out", f"{__file__}/folder"], "test_replay.py: Not a directory"),
         (["--gpu", "v100"], "is not simulated"),
         (["--policy", "magic"], "'magic' is not known"),
         (["--ttft-ms", "-1"], "--ttft-ms -1 must be a finite positive"),
