@@ -39,6 +39,18 @@ def test_training_figures():
     assert f"{looped} in {its:.1f}" in README
 
 
+def test_training_figures_of_an_h200():
+    def made(length, **wanted):
+        (row,) = rows(f"train_step_h200_{length}", **wanted)
+        return f"{row['model_tflops_per_gpu']:.0f}"
+
+    ours, plain = (made("16k", schedule=s, recompute="none") for s in ("dp", "gspmd-fsdp"))
+    assert f"does {ours} with 16,384 tokens a sequence, plain `jax.jit` {plain}" in README
+    ours, plain = (made("64k", schedule=s, recompute="none") for s in ("dp", "gspmd-fsdp"))
+    assert f"{ours} and {plain} with 65,536, nothing computed again" in README
+    assert f"gates computed again, {made('128k', schedule='dp', recompute='selective')}" in README
+
+
 def test_two_gpu_training_figures():
     links = ("direct", "host", "sockets")
     names = {"plain `jax.jit`": "gspmd-fsdp"}
@@ -59,6 +71,26 @@ def test_two_gpu_serving_figures():
     first, others = (found[f"{name}_mean_ms"]["measured"] for name in ("ttft", "itl"))
     assert f"after {first:.0f} ms and the others every {others:.1f} ms" in README
     assert "{} and {} % too early, at p99 {} and {} %".format(*late) in README
+
+
+def test_serving_figures_of_an_h200():
+    error = {
+        row["figure"]: abs(row["prediction_error_pct"])
+        for row in rows("energy_live_h200")
+        if row["prediction_error_pct"] is not None
+    }
+    assert f"and {error.pop('itl_p90_ms'):.0f} % off at p90 of ITL" in README
+    assert max(error.values()) < 7
+    assert "within 7 % of mean, median and p99 and of energy a token" in README
+
+
+def test_planned_figures_of_an_h200():
+    rows("planner_measure_h200")
+    found = read_result(ROOT / "results/planner_measure_h200.json")["summary"]
+    assert f"{found['cells']} steps, predicted from a profile" in README
+    time, memory = found["median_error_pct"], found["median_memory_error_pct"]
+    assert f"off by {time:.1f} % of time and {memory:.1f} % of memory at the median" in README
+    assert found["chosen_behind_best_pct"] == 0
 
 
 def test_serving_figures():

@@ -94,23 +94,24 @@ def test_predicted_again_keeps_the_first_prediction():
 
 
 @pytest.mark.parametrize(
-    ("name", "devices", "between"),
+    ("name", "kind", "devices", "between"),
     [
-        ("gpu1", 1, "nvlink"),
-        ("gpu2_direct", 2, "nvlink"),
-        ("gpu2_host", 2, "host-memory"),
-        ("gpu2_sockets", 2, "sockets"),
+        ("gpu1", "h100", 1, "nvlink"),
+        ("gpu2_direct", "h100", 2, "nvlink"),
+        ("gpu2_host", "h100", 2, "host-memory"),
+        ("gpu2_sockets", "h100", 2, "sockets"),
+        ("h200", "h200", 1, "nvlink"),
     ],
 )
-def test_presets_are_those_of_the_steps_that_were_measured(name, devices, between):
-    """Their rates come from such GPUs, so this is a check of the model, and no prediction."""
+def test_presets_are_those_of_the_steps_that_were_measured(name, kind, devices, between):
+    """An H100's rates come from such GPUs: a check of the model. An H200's are the H100's."""
     measured = read_result(RESULTS / f"planner_measure_{name}.json")
     config = replace(
         preset("llama-3-8b"),
         num_layers=measured["config"]["layers"],
         vocab_size=measured["config"]["vocabulary"],
     )
-    cluster = Cluster(device=device("h100"), devices=devices, link=link(between))
+    cluster = Cluster(device=device(kind), devices=devices, link=link(between))
     found = summary(predicted_again(measured["rows"], config, cluster))
     assert found["median_error_pct"] < 5
     assert found["median_memory_error_pct"] < 4
