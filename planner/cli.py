@@ -12,6 +12,7 @@ from jaxsys import hardware
 from jaxsys.errors import RunError, UsageError
 from jaxsys.files import check_writable, write_whole
 from jaxsys.hardware import GIB
+from jaxsys.lowering.tables import buffers_of
 from jaxsys.model.config import LlamaConfig, preset
 from jaxsys.options import Parser, whole
 from jaxsys.planner import explain, report
@@ -28,7 +29,7 @@ from jaxsys.planner.recognise import describe
 from jaxsys.planner.search import Effort, Found, Progress, search
 from jaxsys.planner.space import Space
 from jaxsys.planner.workload import Workload, llama_workload
-from jaxsys.schedule import Simulation, simulate
+from jaxsys.schedule import Placement, Simulation, simulate, trace
 from jaxsys.schedule.render import draw, write_chrome_trace
 
 MOST_DEVICES = 1024
@@ -189,7 +190,11 @@ def _search(space: Space, time_s: float, *, to_run: bool) -> Found:
 
 def _simulation(problem: Problem, plan: Plan) -> Simulation:
     schedule = to_schedule(problem, plan)
-    return simulate(schedule, plan_costs(problem, plan, schedule), schedule_link(problem, plan))
+    found = trace(schedule)
+    sharded = schedule.placement is Placement.SHARDED
+    lowered = None if sharded else (found, buffers_of(schedule, found))
+    costs = plan_costs(problem, plan, schedule, lowered)
+    return simulate(schedule, costs, schedule_link(problem, plan), known_trace=found)
 
 
 def _progress(moment: Progress) -> None:

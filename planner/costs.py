@@ -15,7 +15,7 @@ from itertools import pairwise
 from jaxsys.errors import UsageError
 from jaxsys.hardware import DeviceSpec
 from jaxsys.lowering.memory import Around, sharded_static_bytes, tabled_bytes
-from jaxsys.lowering.tables import buffers_of
+from jaxsys.lowering.tables import Buffers
 from jaxsys.planner.workload import POLICIES, BlockWork, Workload
 from jaxsys.schedule import Block, Costs, Data, Link, Placement, Schedule, Trace, alive_bytes
 
@@ -214,7 +214,7 @@ def schedule_costs(
     precision: Precision,
     recompute: str | Sequence[str],
     split: Split | None = None,
-    lowered: Trace | None = None,
+    lowered: tuple[Trace, Buffers] | None = None,
 ) -> Costs:
     """What a schedule needs for `simulate`.
 
@@ -226,8 +226,8 @@ def schedule_costs(
         precision: bytes per parameter.
         recompute: one policy for all layers, or one for each.
         split: what stands around the schedule's devices and inside each.
-        lowered: the schedule's trace; with it, static bytes are such that the peak is what
-            `jaxsys.lowering` allocates, buffers that are not full at that moment included.
+        lowered: the schedule's trace and buffers; with them, static bytes are such that the peak is
+            what `jaxsys.lowering` allocates, buffers that are not full at that moment included.
 
     Raises:
         UsageError: if there are more chunks than layers, or a policy is unknown.
@@ -309,8 +309,9 @@ def schedule_costs(
             data: max(result.block_bytes(Block(data=data, chunk=c)) for c in range(len(parts)))
             for data in Data
         }
-        peak = float(tabled_bytes(schedule, buffers_of(schedule, lowered), size, held))
-        static = peak - max(alive_bytes(schedule, result, lowered))
+        found, buffers = lowered
+        peak = float(tabled_bytes(schedule, buffers, size, held))
+        static = peak - max(alive_bytes(schedule, result, found))
     return replace(result, static_bytes=static)
 
 

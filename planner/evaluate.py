@@ -17,7 +17,7 @@ import numpy as np
 from jaxsys.errors import UsageError
 from jaxsys.lowering import Recompute
 from jaxsys.lowering.memory import Around, tabled_bytes
-from jaxsys.lowering.tables import buffers_of
+from jaxsys.lowering.tables import Buffers, buffers_of
 from jaxsys.planner.costs import NO_LINK, BlockCost, Split, block_cost, frame, schedule_costs
 from jaxsys.planner.orders import staged_schedule
 from jaxsys.planner.plans import PATHS, Gradient, Plan, Residual, State, Weights
@@ -72,7 +72,7 @@ class Evaluator:
         """How many plans have been evaluated."""
         self._sharded: dict[Plan, ShardedEvaluator] = {}
         self._staged: dict[tuple[Plan, tuple[int, ...]], Estimates] = {}
-        self._traces: dict[tuple[Plan, int], tuple[Schedule, Trace]] = {}
+        self._traces: dict[tuple[Plan, int], tuple[Schedule, Trace, Buffers | None]] = {}
 
     def evaluate(self, base: Plan, codes: np.ndarray) -> Estimates:
         """Estimates plans that share everything of `base` but their layers.
@@ -123,9 +123,10 @@ class Evaluator:
         few -= few % period
         results = []
         for count in [few - period, few] if total > few else [few]:
-            schedule, found = self._schedule(plan, count)
+            schedule, found, buffers = self._schedule(plan, count)
             link = schedule_link(self.problem, plan)
-            costs = plan_costs(self.problem, plan, schedule, found)
+            lowered = None if buffers is None else (found, buffers)
+            costs = plan_costs(self.problem, plan, schedule, lowered)
             results.append(simulate(schedule, costs, link, known_trace=found))
         last = results[-1]
         step, sent, busy = last.step_s, max(last.sent_bytes), max(last.busy_s)
@@ -145,13 +146,15 @@ class Evaluator:
             compute_s=np.array([busy]),
         )
 
-    def _schedule(self, plan: Plan, count: int) -> tuple[Schedule, Trace]:
+    def _schedule(self, plan: Plan, count: int) -> tuple[Schedule, Trace, Buffers | None]:
         ordered = replace(
             plan, layers=(), replicas=1, features=1, microbatch_size=1, state=State.WHOLE
         )
         if (ordered, count) not in self._traces:
             schedule = staged_schedule(plan, count)
-            self._traces[ordered, count] = (schedule, trace(schedule))
+            found = trace(schedule)
+            buffers = buffers_of(schedule, found) if self.problem.lowered else None
+            self._traces[ordered, count] = (schedule, found, buffers)
         return self._traces[ordered, count]
 
 
@@ -197,7 +200,10 @@ def plan_split(problem: Problem, plan: Plan) -> Split:
 
 
 def plan_costs(
-    problem: Problem, plan: Plan, schedule: Schedule, known_trace: Trace | None = None
+    problem: Problem,
+    plan: Plan,
+    schedule: Schedule,
+    lowered: tuple[Trace, Buffers] | None = None,
 ) -> Costs:
     """The plan's costs for `simulate`.
 
@@ -205,7 +211,7 @@ def plan_costs(
         problem: what is planned.
         plan: the plan.
         schedule: its schedule.
-        known_trace: the schedule's trace, where the caller has it already.
+        lowered: the schedule's trace and buffers, for memory as lowered programs allocate it.
     """
     return schedule_costs(
         problem.workload(plan.microbatch_size),
@@ -215,7 +221,7 @@ def plan_costs(
         precision=problem.precision,
         recompute=[POLICY[path.residual] for path in plan.layers],
         split=plan_split(problem, plan),
-        lowered=(known_trace or trace(schedule)) if problem.lowered else None,
+        lowered=lowered,
     )
 
 

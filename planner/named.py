@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from jaxsys.errors import UsageError
 from jaxsys.hardware import DeviceSpec
+from jaxsys.lowering.tables import buffers_of
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.costs import Precision, schedule_costs
 from jaxsys.planner.evaluate import POLICY
@@ -18,7 +19,15 @@ from jaxsys.planner.recognise import recognise
 from jaxsys.planner.search import Found, Result
 from jaxsys.planner.space import Space
 from jaxsys.planner.workload import Workload
-from jaxsys.schedule import Link, Schedule, ScheduleError, Simulation, simulate, trace
+from jaxsys.schedule import (
+    Link,
+    Placement,
+    Schedule,
+    ScheduleError,
+    Simulation,
+    simulate,
+    trace,
+)
 from jaxsys.strategies import NAMES, build
 
 USABLE_MEMORY = 0.92
@@ -163,6 +172,8 @@ def _best_policy(
     precision: Precision,
 ) -> Row:
     found = trace(schedule)
+    sharded = schedule.placement is Placement.SHARDED
+    lowered = None if sharded else (found, buffers_of(schedule, found))
     rows = []
     for recompute in workload.recompute_policies:
         costs = schedule_costs(
@@ -172,7 +183,7 @@ def _best_policy(
             schedule=schedule,
             precision=precision,
             recompute=recompute,
-            lowered=found,
+            lowered=lowered,
         )
         result = simulate(schedule, costs, link, known_trace=found)
         flops = workload.model_flops * schedule.microbatches
