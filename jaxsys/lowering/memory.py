@@ -131,8 +131,10 @@ def tabled_bytes(
         slots += size[Data.RESIDUAL]  # a slot's layers are leaves of their own, copied in and out
     if schedule.placement is Placement.REPLICATED and schedule.chunks > 1:
         slots += schedule.chunks * size[Data.GRADIENT]  # of all chunks, summed over the devices
-    # The loop over layers stacks a chunk's weight gradients onto zeros of the same size.
-    gradients = 2 * size[Data.WEIGHT]
+    if schedule.devices == schedule.microbatches == 1:
+        slots -= size[Data.GRADIENT]  # nothing is summed, the update takes what backward made
+    # A loop over layers stacks a chunk's weight gradients onto zeros of the same size.
+    gradients = size[Data.WEIGHT] * (1 if unroll else 2)
     in_block = gradients + _in_flight(buffers, size) + around.block
     # The loss comes before, and arrivals after it; its branch returns sums beside those it was
     # given, and the zeros are there all step long.
