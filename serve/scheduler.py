@@ -162,6 +162,8 @@ class Scheduler:
     @property
     def waiting_tokens(self) -> int:
         """Known tokens that wait to be computed or received."""
+        if not (self.waiting or self.incoming or self.prefilling):
+            return 0
         return (
             sum(request.total_length for request in self.waiting)
             + sum(request.total_length for request in self.incoming)

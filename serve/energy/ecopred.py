@@ -21,6 +21,7 @@ import bisect
 import itertools
 import math
 import operator
+import statistics
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -462,9 +463,9 @@ class EcoPred:
         if len(recent) < 8:
             return 0.0
         # The median: single stalls must not move the predictor.
-        drift = float(np.median(recent))
+        drift = statistics.median(recent.tolist())
         # Spread without the drift itself; 1.4826 makes the deviation a normal's sigma.
-        spread = 1.4826 * float(np.median(np.abs(recent - drift)))
+        spread = 1.4826 * statistics.median(np.abs(recent - drift).tolist())
         error = max(spread, 1e-4) / math.sqrt(len(recent))
         if abs(drift) < max(self.config.significance * error, self.config.least_drift):
             return 0.0
