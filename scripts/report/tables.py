@@ -129,19 +129,20 @@ def long_context(results: Sequence[Result]) -> str:
         compiled = bool(result.record["config"].get("compile_only"))
         for row in (row for row in result.rows if "failed" not in row):
             length = row["sequence_length"]
-            key = (row["devices"], compiled, row["schedule"], row["recompute"])
+            gpu = processor(result.record)
+            key = (gpu, row["devices"], compiled, row["schedule"], row["recompute"])
             if not compiled:
                 best[*key, length] = row
             elif key not in best or length > best[key]["sequence_length"]:
                 best[key] = row
     return table(
-        ["GPUs", "how", "schedule", "recompute", "context", "GiB a GPU", "tokens/s a GPU",
+        ["GPU", "GPUs", "how", "schedule", "recompute", "context", "GiB a GPU", "tokens/s a GPU",
          "TFLOP/s a GPU"],
-        [[key[0], "longest that fits, compiled alone" if key[1] else "run", f"`{key[2]}`", key[3],
+        [[*key[:2], "longest that fits, compiled alone" if key[2] else "run", f"`{key[3]}`", key[4],
           f"{row['sequence_length']:,}", number(row.get("compiled_gib") or row.get("peak_gib")),
           number(row.get("tokens_per_s_per_gpu"), ",.0f"),
           number(row.get("tflops_per_gpu"), ".0f")]
-         for key, row in sorted(best.items(), key=lambda item: item[0][:4])],
+         for key, row in sorted(best.items(), key=lambda item: item[0][:5])],
     )  # fmt: skip
 
 
