@@ -2,12 +2,13 @@
 
 Fields that would change the answer and are not implemented are refused, never ignored; fields that
 only describe the caller (`user`, `metadata`, ...) are ignored, and so are those that are not known,
-which the log names. What is said of a field's value is its `description`.
+which the log names. What is said of a field's value is its `description`. Values are of their
+field's type as JSON has it: "4" and 1.0 are no whole numbers.
 """
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 from pydantic import Field
@@ -33,7 +34,7 @@ class StreamOptions(pydantic.BaseModel):
 class _Sampled(pydantic.BaseModel):
     """What both endpoints share."""
 
-    model_config = pydantic.ConfigDict(extra="allow", strict=False)
+    model_config = pydantic.ConfigDict(extra="allow", strict=True)
 
     model: str = Field("", description="a text")
     max_tokens: int | None = Field(None, ge=1, description="a whole number, at least 1")
@@ -124,14 +125,16 @@ class _Sampled(pydantic.BaseModel):
         )
 
 
-TokenId = Annotated[pydantic.StrictInt, Field(ge=0)]
+T = TypeVar("T")
+ListOf = Annotated[list[T], Field(fail_fast=True)]
+"""A list of which only the first wrong item is named: of millions, all would take many seconds."""
+TokenId = Annotated[int, Field(ge=0)]
 
 
 class CompletionRequest(_Sampled):
     """Body of `/v1/completions`."""
 
-    # Strict: true and 1.0 are no token ids.
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]] = Field(
+    prompt: str | ListOf[str] | ListOf[TokenId] | ListOf[ListOf[TokenId]] = Field(
         description="a text, a list of texts, a list of token ids, or a list of such lists"
     )
     logprobs: int | None = Field(None, ge=0, le=20, description=LOGPROBS)
@@ -166,10 +169,19 @@ class Message(pydantic.BaseModel):
     role: Literal["system", "developer", "user", "assistant"] = Field(
         description="system, developer, user or assistant"
     )
-    content: str | list[TextPart] | None = Field(
-        None, description='a text or a list of parts such as {"type": "text", "text": "Hi"}'
+    content: str | ListOf[TextPart] | None = Field(
+        None,
+        validate_default=True,
+        description='a text or a list of parts such as {"type": "text", "text": "Hi"}',
     )
     name: str | None = Field(None, description="a text")
+
+    @pydantic.field_validator("content")
+    @classmethod
+    def _given(cls, content: Any, info: pydantic.ValidationInfo) -> Any:
+        if content is None and info.data.get("role") != "assistant":
+            raise ValueError("only an assistant's may be null")
+        return content
 
     def plain(self) -> dict[str, Any]:
         """As chat templates take it."""
@@ -189,7 +201,7 @@ class Message(pydantic.BaseModel):
 class ChatRequest(_Sampled):
     """Body of `/v1/chat/completions`."""
 
-    messages: list[Message] = Field(
+    messages: ListOf[Message] = Field(
         min_length=1, description='a list of at least one {"role": "user", "content": "Hi"}'
     )
     max_completion_tokens: int | None = Field(None, ge=1, description="a whole number, at least 1")

@@ -3,14 +3,17 @@
 import asyncio
 import contextlib
 import json
+import time
 from typing import Any
 
 import httpx
+import pydantic
 import pytest
 
 from jaxsys.serve.deployment import DeploymentConfig, build_engine
 from jaxsys.serve.http.api import ApiConfig, create_app
 from jaxsys.serve.http.metrics import Metrics
+from jaxsys.serve.http.protocol import CompletionRequest
 
 JSON = {"Content-Type": "application/json"}
 
@@ -95,6 +98,19 @@ def events(response):
     lines = [line[6:] for line in response.text.split("\n\n") if line]
     assert lines[-1] == "[DONE]"
     return [json.loads(line) for line in lines[:-1]]
+
+
+def test_an_assistant_may_have_said_nothing(server):
+    messages = [{"role": "assistant", "content": None}, {"role": "user", "content": "a"}]
+    body = {"messages": messages, "max_tokens": 2, "temperature": 1}
+    assert server.post("/v1/chat/completions", body).status_code == 200
+
+
+def test_a_long_list_of_faults_is_refused_at_the_first():
+    start_s = time.process_time()
+    with pytest.raises(pydantic.ValidationError):
+        CompletionRequest.model_validate({"prompt": [[1], "a"] * 300_000})
+    assert time.process_time() - start_s < 1.0  # 6 s with all faults named
 
 
 def test_a_completion_and_its_stream_agree(server):
@@ -205,6 +221,8 @@ def test_a_repeated_prompt_is_found_in_the_cache(server):
         ("completions", {"prompt": "a", "temperature": 9}, 400, "temperature=9"),
         ("completions", {"prompt": "a", "top_p": 0}, 400, "top_p=0"),
         ("completions", {"prompt": "a", "max_tokens": 0}, 400, "max_tokens=0"),
+        ("completions", {"prompt": "a", "max_tokens": "4"}, 400, "max_tokens='4' must be a whole"),
+        ("completions", {"prompt": "a", "stream": "true"}, 400, "stream='true' must be true or"),
         ("completions", {"prompt": "a", "max_tokens": 10**30}, 400, "max_tokens"),
         ("completions", {"prompt": "a", "n": 10**9}, 400, "n=1000000000"),
         ("completions", {"prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias key 'x'"),
@@ -228,7 +246,19 @@ def test_a_repeated_prompt_is_found_in_the_cache(server):
             400,
             "messages.0.role='zzz' must be system, developer, user or assistant",
         ),
-        ("chat/completions", {"messages": [{"role": "user"}], "top_logprobs": 2}, 400, "logprobs"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2},
+            400,
+            "logprobs",
+        ),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": None}]},
+            400,
+            "messages.0.content=None must be a text or a list of parts",
+        ),
+        ("chat/completions", {"messages": [{"role": "user"}]}, 400, "messages.0.content=None"),
         (
             "chat/completions",
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
