@@ -2,7 +2,7 @@
 
 A subcommand has a name of one word or two, and is a module with `main(argv, prog) -> int | None`,
 and with `parser(prog)` where the library's messages are to name its options.
-Exit codes: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted.
+Exit codes: 0 done, 1 the run failed, 2 the request was wrong, 130 or 143 interrupted.
 """
 
 import importlib
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from jaxsys import __version__
 from jaxsys.errors import RunError, UsageError
+from jaxsys.interrupt import Interruptible
 from jaxsys.options import in_options
 
 SUBCOMMANDS: dict[str, tuple[str, str]] = {
@@ -49,8 +50,17 @@ def split_name(arguments: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand and returns its exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    """Runs one subcommand and returns its exit code; the process's own if `argv` is None."""
+    if argv is None:
+        with Interruptible():
+            return _run(sys.argv[1:])
+    try:
+        return _run(list(argv))
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0 if arguments else 2
@@ -77,8 +87,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = str(error) if parser is None else in_options(str(error), parser(prog))
         print(f"{prog}: {text}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:  # the reader of a pipe left; nothing is wrong with us
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

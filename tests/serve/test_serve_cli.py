@@ -71,6 +71,17 @@ def server(folder, tmp_path, request):
     process.wait()
 
 
+def test_a_server_that_is_starting_ends_at_once(folder, tmp_path):
+    command = [sys.executable, "-m", "jaxsys", "serve", "--model", str(folder), "--port", "0"]
+    command += ["--compilation-cache", str(tmp_path)]  # empty: there are steps to compile
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(5)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+        assert process.stderr is not None and "serving on" not in process.stderr.read()
+
+
 def test_the_openai_client_and_a_graceful_end(server):
     process, address, lines, reader = server
     client: Any = openai.OpenAI(base_url=address, api_key="sesame", timeout=120, max_retries=0)
@@ -143,6 +154,7 @@ def test_fuzzing_by_the_description_finds_no_server_error(server):
     ("arguments", "words"),
     [
         (["--model", "/nowhere/model"], "/nowhere/model does not exist"),
+        (["--model", "tiny"], "--model tiny is a preset, sizes without weights"),
         (["--port", "99999"], "--port 99999 must be from 0"),
         (["--host", "no.such.host.invalid"], "is no address of this machine"),
         (["--prefill", "0"], "--prefill 0 must be at least 1"),
