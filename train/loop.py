@@ -6,6 +6,7 @@ The loop reads each step's result one step late, so that the devices never wait 
 import contextlib
 import itertools
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -197,7 +198,9 @@ class _Loop:
             self.store = CheckpointStore(self.folder / FOLDER, keep=keep, notice=self.say)
             stack.callback(self.store.release)
             if resume:
-                start = trainer.restore(self.store, accept_changes=accept_changes, notice=self.say)
+                start = trainer.restore(
+                    self.store, accept_changes=accept_changes, notice=self.say, warn=_warn
+                )
                 if start is None:
                     self.say(f"no checkpoint in {self.folder} yet: starting from step 0")
                 self.saved = start
@@ -445,6 +448,12 @@ class _Loop:
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         if self.log is not None:
             self.log.write(kind, step, values)
+
+
+def _warn(text: str) -> None:
+    """Says it in quiet runs too."""
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr, flush=True)
 
 
 def _all_finite(trainer: Trainer) -> bool:

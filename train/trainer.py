@@ -315,13 +315,15 @@ class Trainer:
         *,
         accept_changes: bool = False,
         notice: Callable[[str], None] = print,
+        warn: Callable[[str], None] | None = None,
     ) -> int | None:
         """Goes on from the last checkpoint that can be read whole.
 
         Args:
             store: the run's checkpoints.
             accept_changes: go on though settings differ from those it was made with.
-            notice: told which step is loaded and which ones could not be.
+            notice: told which step is loaded.
+            warn: told which ones could not be read; `notice` if not given.
 
         Returns:
             The step, or None if there is no checkpoint.
@@ -330,7 +332,7 @@ class Trainer:
             UsageError: if the checkpoint is of another model, or settings changed unaccepted.
             RunError: if there are checkpoints but none can be read.
         """
-        steps = store.steps()
+        steps, warn = store.steps(), warn or notice
         broken: list[int] = []
         for step in reversed(steps):
             try:
@@ -346,13 +348,13 @@ class Trainer:
                 )
                 tree = store.arrays(step, target, record.checksums)
             except RunError as error:
-                notice(f"checkpoint of {error}; trying the one before")
+                warn(f"checkpoint of {error}; trying the one before")
                 broken.append(step)
                 continue
             self.state = self._to_rest(tree)
             self.position = record.position
             for bad in broken:
-                notice(f"step {bad} was put aside as {store.set_aside(bad)}")
+                warn(f"step {bad} was put aside as {store.set_aside(bad)}")
             made = record.made_with
             notice(
                 f"resumed from step {step} in {store.folder} (saved under {made.get('schedule')} "
@@ -360,7 +362,10 @@ class Trainer:
             )
             return step
         if steps:
-            raise RunError(f"none of the checkpoints {steps} in {store.folder} can be read")
+            raise RunError(
+                f"none of the checkpoints {steps} in {store.folder} can be read; "
+                f"use another folder, or remove {store.folder} to start anew"
+            )
         return None
 
     def _check(

@@ -199,8 +199,17 @@ def test_nothing_readable_is_an_error(make, data, saved):
         for file in (folder / f"checkpoints/{step}/run").rglob("*"):
             if file.is_file():
                 file.write_bytes(b"")
-    with pytest.raises(RunError, match=r"none of the checkpoints \[2, 4\]"):
+    with pytest.raises(RunError, match=r"none of the checkpoints \[2, 4\]") as fault:
         make().fit(data, steps=5, folder=folder, resume=True, progress=False)
+    assert f"remove {folder / 'checkpoints'} to start anew" in str(fault.value)
+
+
+def test_a_quiet_run_still_says_what_it_put_aside(make, data, saved, capsys):
+    biggest_file(saved / "checkpoints/4").write_bytes(b"")
+    trainer = make(settings={"learning_rate": 0.01})
+    assert trainer.fit(data, steps=3, folder=saved, resume=True, progress=False).step == 3
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and said[0].startswith("checkpoint of step 4") and "broken-4" in said[1]
 
 
 def test_full_disk_names_the_last_good_step(make, data, saved, monkeypatch):
