@@ -6,6 +6,7 @@ own runs; `assumed` ones say what they were carried over from, and `jaxsys profi
 them.
 """
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,15 @@ from jaxsys.errors import UsageError
 from jaxsys.schedule import Link
 
 GIB = 2**30
+
+
+def gib(size_bytes: float, *, up: bool = False) -> str:
+    """A size in GiB, to three significant digits or more; rounded up where it is a limit to set."""
+    size = size_bytes / GIB
+    shown = f"{size:.3g}" if abs(size) < 100 else f"{size:.1f}"
+    if up and float(shown) < size:
+        return gib(size_bytes + 10.0 ** min(math.floor(math.log10(size)) - 2, -1) * GIB)
+    return f"{shown} GiB"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,7 +26,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxsys.errors import UsageError
-from jaxsys.hardware import GIB
+from jaxsys.hardware import GIB, gib
 from jaxsys.layered import LayeredModel
 from jaxsys.planner import explain
 from jaxsys.planner.cluster import Cluster
@@ -190,8 +190,8 @@ def plan(
     if not result.fits:
         least = _smallest(space)
         raise UsageError(
-            f"nothing fits {limit / GIB:.3g} GiB per device; the smallest limit that would do is "
-            f"{least / GIB:.3g} GiB: raise memory_gib, add devices or shrink the batch"
+            f"nothing fits {gib(limit)} per device; the smallest limit that would do is "
+            f"{gib(least, up=True)}: raise memory_gib, add devices or shrink the batch"
         )
     best = result.best.plan
     specs, state_specs = _specs(params, layers, best)

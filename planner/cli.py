@@ -11,7 +11,7 @@ from pathlib import Path
 from jaxsys import hardware
 from jaxsys.errors import RunError, UsageError
 from jaxsys.files import check_writable, write_whole
-from jaxsys.hardware import GIB
+from jaxsys.hardware import GIB, gib
 from jaxsys.lowering.tables import buffers_of
 from jaxsys.model.config import LlamaConfig, preset
 from jaxsys.options import Parser, whole
@@ -21,7 +21,7 @@ from jaxsys.planner.costs import Precision
 from jaxsys.planner.evaluate import plan_costs, schedule_link
 from jaxsys.planner.files import plan_file
 from jaxsys.planner.lower import to_schedule
-from jaxsys.planner.named import best_that_runs, compare, that_runs, with_found
+from jaxsys.planner.named import best_that_runs, compare, runs, that_runs, with_found
 from jaxsys.planner.plans import Plan
 from jaxsys.planner.problem import Problem
 from jaxsys.planner.profile import load_profile
@@ -72,13 +72,17 @@ def main(argv: Sequence[str], prog: str) -> int:
     sequence_length = options.sequence_length
     if sequence_length is None:
         sequence_length = min(8192, config.max_positions)
+    if sequence_length > config.max_positions:
+        raise UsageError(
+            f"sequence_length={sequence_length} is past the model's "
+            f"max_positions={config.max_positions}"
+        )
     # What was asked for is kept; a search is free to choose what was not.
     free = options.microbatches is None and options.microbatch_size is None
     microbatches = 8 * options.devices if options.microbatches is None else options.microbatches
     size = 1 if options.microbatch_size is None else options.microbatch_size
-    for path in (options.json, options.plan, options.schedule, options.trace, options.png):
-        if path is not None:
-            refuse_to_overwrite(path)
+    asked = (options.json, options.plan, options.schedule, options.trace, options.png)
+    _refuse_shared([path for path in asked if path is not None])
     precision = Precision(gradient_bytes={"float32": 4.0, "bfloat16": 2.0}[options.gradients])
     memory_bytes = None if options.memory_gib is None else options.memory_gib * GIB
 
@@ -117,7 +121,7 @@ def main(argv: Sequence[str], prog: str) -> int:
     print(
         f"{options.model}: {workload.parameters / 1e9:.2f} B parameters, {workload.layers} layers; "
         f"{cluster}; a step is {microbatches} microbatches of {size} x "
-        f"{sequence_length} tokens; limit {comparison.memory_bytes / GIB:.1f} GiB per device\n"
+        f"{sequence_length} tokens; limit {gib(comparison.memory_bytes)} per device\n"
     )
     print(report.table(comparison))
     print()
@@ -134,11 +138,8 @@ def main(argv: Sequence[str], prog: str) -> int:
         "microbatches": microbatches,
         "gradients": options.gradients,
     }
-    if options.json is not None:
-        write_whole(
-            options.json, json.dumps(report.as_json(comparison, request=request), indent=1) + "\n"
-        )
-        print(f"wrote {options.json}")
+    found, best, plan = None, comparison.best, None
+    simulation, fits, smallest = None, best is not None, comparison.smallest_memory_bytes
     if searching:
         space = Space.of(problem, microbatch_sizes=None if free else [size])
         found = _search(space, options.search_seconds, to_run=options.plan is not None)
@@ -148,27 +149,55 @@ def main(argv: Sequence[str], prog: str) -> int:
                 f"{problem.batch // found.plan.microbatch_size} of them; --microbatch-size {size} "
                 "would keep the table's"
             )
-        if options.plan is not None:
-            found_plan = plan_file(problem, found, request=request)
-            write_whole(options.plan, json.dumps(found_plan, indent=1) + "\n")
-            print(f"wrote {options.plan}")
-        simulation = _simulation(problem, found.plan)
+        plan = found.plan
         fits = found.peak_bytes <= comparison.memory_bytes * (1 + 1e-9)
-    elif comparison.best is not None:
-        best = comparison.best
-        simulation = best.simulation if best.plan is None else _simulation(problem, best.plan)
-        fits = True
-    else:
-        simulation, fits = None, False
-    if simulation is not None and fits:
-        _write_pictures(simulation, options)
-    if not fits:
+        smallest = min(smallest, found.peak_bytes)
+    elif best is not None:
+        plan, simulation = best.plan, best.simulation
+    if not fits:  # and nothing is written
         raise RunError(
-            f"no plan fits {comparison.memory_bytes / GIB:.1f} GiB per device; the smallest limit "
-            f"that would do is {comparison.smallest_memory_bytes / GIB:.1f} GiB: raise "
-            "--memory-gib or --devices, or shorten --sequence-length"
+            f"no plan fits {gib(comparison.memory_bytes)} per device; the smallest limit "
+            f"that would do is {gib(smallest, up=True)}: raise --memory-gib or --devices, or "
+            "shorten --sequence-length"
         )
+    beyond = "" if plan is None else _beyond_schedule(plan, size)
+    if beyond and options.schedule is not None and options.plan is None:
+        raise UsageError(
+            f"the winner is more than a schedule, with {beyond}: nothing was written; name --plan "
+            "FILE instead of --schedule, and `jaxsys train --schedule FILE` runs all of it"
+        )
+    if options.json is not None:
+        write_whole(
+            options.json, json.dumps(report.as_json(comparison, request=request), indent=1) + "\n"
+        )
+        print(f"wrote {options.json}")
+    if options.plan is not None and found is not None:
+        found_plan = plan_file(problem, found, request=request)
+        write_whole(options.plan, json.dumps(found_plan, indent=1) + "\n")
+        print(f"wrote {options.plan}")
+    if plan is not None:
+        simulation = _simulation(problem, plan)
+    if simulation is not None:
+        _write_pictures(simulation, options)
+    if beyond and options.schedule is not None:
+        print(f"{options.schedule} has not all of the plan ({beyond}): train with {options.plan}")
     return 0
+
+
+def _beyond_schedule(plan: Plan, microbatch_size: int) -> str:
+    """In words what of a plan a schedule's file has no place for; microbatches are as asked for."""
+    more = []
+    if plan.replicas > 1:
+        more.append(f"{plan.replicas} replicas of its schedule")
+    if plan.microbatch_size != microbatch_size:
+        more.append(f"microbatches of {plan.microbatch_size} sequences")
+    if plan.features > 1:
+        more.append(f"features split over {plan.features} devices")
+    if len({path.residual for path in plan.layers}) > 1:
+        more.append("recompute by layer")
+    if not more and not runs(plan):
+        more.append("state split over replicas")
+    return ", ".join(more)
 
 
 def _search(space: Space, time_s: float, *, to_run: bool) -> Found:
@@ -242,6 +271,14 @@ def read_model(name: str) -> LlamaConfig:
     return LlamaConfig.from_hf(raw)
 
 
+def _refuse_shared(paths: Sequence[Path]) -> None:
+    """Raises UsageError if a file cannot be written, or two would be written to one place."""
+    for number, path in enumerate(paths):
+        refuse_to_overwrite(path)
+        if path.resolve() in [other.resolve() for other in paths[:number]]:
+            raise UsageError(f"{path} is named for two files; name another for each")
+
+
 def refuse_to_overwrite(path: Path) -> None:
     """Raises UsageError if a file cannot be written there, before any work is done."""
     if path.exists():
@@ -297,8 +334,12 @@ def parser(prog: str) -> argparse.ArgumentParser:
     add("--search", action="store_true", help="search all plans, not the known strategies alone")
     add("--search-seconds", type=float, default=600.0, help="stop the search then (default: 600)")
     add("--json", type=Path, help="write the comparison to this file")
-    add("--plan", type=Path, help="search, and write the best plan that `jaxsys train` runs")
-    add("--schedule", type=Path, help="write the winner's schedule, for `jaxsys train`")
+    add("--plan", type=Path, help="search, and write the best plan for `jaxsys train --schedule`")
+    add(
+        "--schedule",
+        type=Path,
+        help="write the winner's schedule; one that is more than a schedule needs --plan",
+    )
     add("--trace", type=Path, help="write the winner's timeline as a Perfetto trace")
     add("--png", type=Path, help="draw the winner's timeline and memory")
     return result

@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import replace
 
-from jaxsys.hardware import GIB
+from jaxsys.hardware import gib
 from jaxsys.planner.evaluate import Evaluator
 from jaxsys.planner.problem import Problem
 from jaxsys.planner.recognise import describe, recognise
@@ -27,9 +27,9 @@ def table(result: Result, memory_bytes: float) -> str:
     lines = []
     for found in rivals(result):
         over = found.peak_bytes - memory_bytes
-        fits = "fits" if over <= 1e-9 * memory_bytes else f"needs {over / GIB:.1f} GiB more"
+        fits = "fits" if over <= 1e-9 * memory_bytes else f"needs {gib(over)} more"
         lines.append(
-            f"  {seconds(found.step_s):>10}  {found.peak_bytes / GIB:7.1f} GiB  "
+            f"  {seconds(found.step_s):>10}  {gib(found.peak_bytes):>11}  "
             f"{found.sent_bytes / 1e9:8.2f} GB sent  {describe(found.plan)} ({fits})"
         )
     return "\n".join(lines)
@@ -52,7 +52,7 @@ def reasons(problem: Problem, result: Result) -> str:
     quicker = [f for f in others if f.step_s < best.step_s]
     if quicker:
         name = recognise(quicker[0].plan)
-        text += f"; {name} would be faster with {quicker[0].peak_bytes / GIB:.1f} GiB"
+        text += f"; {name} would be faster with {gib(quicker[0].peak_bytes)}"
     return f"{text}. {_change(problem, best, others[:RIVALS])}"
 
 

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import jaxsys
-from jaxsys.hardware import GIB
+from jaxsys.hardware import GIB, gib
 from jaxsys.planner.named import Comparison, Row
 
 FORMAT = "jaxsys-comparison"
@@ -24,10 +24,10 @@ def table(comparison: Comparison) -> str:
                 row.recompute,
                 seconds(row.step_s),
                 f"{100 * row.mfu:.1f} %",
-                f"{row.memory_bytes / GIB:.1f} GiB",
+                gib(row.memory_bytes),
                 f"{row.sent_bytes / 1e9:.2f} GB",
                 f"{row.tokens_per_s:,.0f}",
-                "yes" if row.fits else f"no, +{_over(row, comparison):.1f} GiB",
+                "yes" if row.fits else f"no, +{gib(row.memory_bytes - comparison.memory_bytes)}",
             )
         )
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
@@ -51,9 +51,8 @@ def verdict(comparison: Comparison) -> str:
     if best is None:
         lean = min(comparison.rows, key=lambda row: row.memory_bytes)
         return (
-            f"Nothing fits {comparison.memory_bytes / GIB:.1f} GiB per device: the leanest, "
-            f"{lean.strategy} with recompute {lean.recompute}, needs "
-            f"{lean.memory_bytes / GIB:.1f} GiB."
+            f"Nothing fits {gib(comparison.memory_bytes)} per device: the leanest, "
+            f"{lean.strategy} with recompute {lean.recompute}, needs {gib(lean.memory_bytes)}."
         )
     others = sorted(
         (
@@ -76,8 +75,7 @@ def verdict(comparison: Comparison) -> str:
     if faster:
         row = min(faster, key=lambda r: r.step_s)
         text += (
-            f"; {row.strategy} would take {seconds(row.step_s)} but needs "
-            f"{row.memory_bytes / GIB:.1f} GiB"
+            f"; {row.strategy} would take {seconds(row.step_s)} but needs {gib(row.memory_bytes)}"
         )
     if best.plan is not None:
         text += "; --plan FILE searches on and writes it for `jaxsys train --schedule FILE`"
@@ -144,10 +142,6 @@ def _reason(second: Row, best: Row) -> str:
         sent, against = second.sent_bytes / 1e9, best.sent_bytes / 1e9
         text += f", with {sent:.3g} GB sent against {against:.3g} GB"
     return text
-
-
-def _over(row: Row, comparison: Comparison) -> float:
-    return (row.memory_bytes - comparison.memory_bytes) / GIB
 
 
 def _as_good(row: Row, best: Row) -> bool:

@@ -72,15 +72,15 @@ def choose(
     ]
     if not runnable:
         raise UsageError(
-            f"no strategy fits {found.memory_bytes / 2**30:.1f} GiB a device; the least that any "
-            f"needs is {found.smallest_memory_bytes / 2**30:.1f} GiB: use more devices or shorter "
+            f"no strategy fits {hardware.gib(found.memory_bytes)} a device; the least that any "
+            f"needs is {hardware.gib(found.smallest_memory_bytes)}: use more devices or shorter "
             "sequences"
         )
     best = runnable[0]
     options = {"chunks": best.chunks} if best.strategy.startswith(("dp", "zero-")) else {}
     reason = (
         f"auto took {best.strategy}, recompute {best.recompute}: predicted "
-        f"{best.step_s:.3g} s a step and {best.memory_bytes / 2**30:.2f} GiB a device "
+        f"{best.step_s:.3g} s a step and {hardware.gib(best.memory_bytes)} a device "
         f"({name} over {between})"
     )
     if fitting[0] is not best:

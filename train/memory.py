@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxsys import strategies
 from jaxsys.errors import UsageError
-from jaxsys.hardware import GIB, free_host_bytes
+from jaxsys.hardware import free_host_bytes, gib
 from jaxsys.layered import LayeredModel, Parameters, PyTree
 from jaxsys.lowering import Recompute
 from jaxsys.lowering.memory import (
@@ -128,10 +128,10 @@ class Limit:
     """CPU devices that have the host's memory together, each its part; 0 for other devices."""
 
     def __str__(self) -> str:
-        shown = f"{self.bytes / GIB:.3g} GiB"
+        shown = gib(self.bytes)
         if not self.shared_by:
             return shown
-        whole = f"{self.bytes * self.shared_by / GIB:.3g} GiB free on this host"
+        whole = f"{gib(self.bytes * self.shared_by)} free on this host"
         return whole if self.shared_by == 1 else f"{shown} ({whole}, for {self.shared_by} devices)"
 
 
@@ -152,7 +152,7 @@ def check_state_fits(schedule: Schedule, state_bytes: float, limit: Limit) -> No
     if state_bytes / split > limit.bytes:
         raise UsageError(
             f"parameters and optimizer state of {schedule.name} take "
-            f"{state_bytes / split / GIB:.3g} GiB a device, of {limit}; use "
+            f"{gib(state_bytes / split)} a device, of {limit}; use "
             f"{_more(limit)}{'' if split > 1 else ', or a schedule that splits them'}; or go on "
             "anyway with memory_gib=inf"
         )
@@ -169,18 +169,18 @@ def check_fits(step: StepShape, limit: Limit) -> None:
     if needed <= limit_bytes:
         return
     others = [(step_bytes(other), name) for name, other in _alternatives(step)]
-    fitting = [f"{name} ({size / GIB:.3g} GiB)" for size, name in others if size <= limit_bytes]
+    fitting = [f"{name} ({gib(size)})" for size, name in others if size <= limit_bytes]
     if fitting:
         advice = f"what would fit: {', '.join(fitting[:3])}"
     else:
         least, name = min([*others, (needed, "this")])
         advice = (
-            f"nothing tried would fit, the least, {name}, needs {least / GIB:.3g} GiB: use "
+            f"nothing tried would fit, the least, {name}, needs {gib(least)}: use "
             f"{_more(limit)}, smaller microbatches or "
             "shorter sequences"
         )
     raise UsageError(
-        f"a step of {step.schedule.name} is predicted to need {needed / GIB:.3g} GiB a device, of "
+        f"a step of {step.schedule.name} is predicted to need {gib(needed)} a device, of "
         f"{limit}; {advice}; or go on anyway with memory_gib=inf"
     )
 

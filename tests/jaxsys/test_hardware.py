@@ -1,11 +1,12 @@
 """Presets are complete, sourced, and refuse what they do not know."""
 
 import dataclasses
+import math
 
 import pytest
 
 from jaxsys.errors import UsageError
-from jaxsys.hardware import DEVICES, LINKS, device, link
+from jaxsys.hardware import DEVICES, GIB, LINKS, device, gib, link
 
 
 @pytest.mark.parametrize("name", DEVICES)
@@ -44,3 +45,13 @@ def test_ring_collectives_take_their_steps_and_their_share_of_bytes() -> None:
     once = spec.link.collective_s(8e9, devices=8)
     assert once == pytest.approx(1e-5 + 7e-6 + 7.0)
     assert spec.link.collective_s(8e9, devices=8, rounds=2) == pytest.approx(2 * once - 1e-5)
+
+
+def test_sizes_have_three_significant_digits_and_limits_are_not_rounded_down():
+    sizes = (0.000512, 0.0444, 7.5, 61.94, 171.62, 1024.0, math.inf)
+    assert [gib(size * GIB) for size in sizes] == [
+        f"{shown} GiB" for shown in ("0.000512", "0.0444", "7.5", "61.9", "171.6", "1024.0", "inf")
+    ]
+    for size in (0.00012341, 0.04442, 7.5, 9.9999, 61.94, 99.96, 171.62):
+        limit = float(gib(size * GIB, up=True).split()[0])
+        assert size <= limit <= 1.01 * size

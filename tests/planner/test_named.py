@@ -325,6 +325,13 @@ def test_a_plan_that_no_schedule_runs_is_passed_over():
             "--node-devices 0",
         ),
         (
+            ["--model", "tiny", "--sequence-length", "100000"],
+            2,
+            "--sequence-length 100000 is past the model's max_positions",
+        ),
+        (["--model", "tiny", "--json", "no-x", "--plan", "./no-x"], 2, "is named for two files"),
+        (["--model", "tiny", "--memory-gib", "0.0001"], 1, "no plan fits 0.0001 GiB per device"),
+        (
             ["--model", "llama-3-8b", "--microbatches", "8", "--memory-gib", "3"],
             1,
             "smallest limit that would do is",
@@ -378,6 +385,34 @@ def test_search_on_the_command_line_writes_all_its_files(tmp_path, capsys):
     assert files["png"].stat().st_size > 5000
     assert main(arguments) == 2  # nothing is overwritten
     assert "not overwritten" in capsys.readouterr().err
+
+
+def test_nothing_is_written_where_nothing_fits(tmp_path, capsys):
+    files = [f"--{name}={tmp_path / name}" for name in ("json", "plan", "schedule", "trace")]
+    arguments = ["plan", "--model", "tiny", "--devices", "2", "--sequence-length", "16"]
+    arguments += ["--search-seconds", "1", "--memory-gib"]
+    assert main([*arguments, "0.0001", *files]) == 1
+    error = capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    least = error.split("would do is ")[1].split()[0]
+    assert main([*arguments, least, *files]) == 0
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_winner_that_is_more_than_a_schedule_is_written_as_a_plan_alone(tmp_path, capsys):
+    schedule, plan = tmp_path / "schedule.json", tmp_path / "plan.json"
+    # On slow links four small groups win over one large.
+    arguments = ["plan", "--model", "tiny", "--devices", "8", "--link", "sockets"]
+    arguments += ["--microbatches", "64", "--microbatch-size", "1", "--sequence-length", "64"]
+    table = tmp_path / "table.json"
+    assert main([*arguments, "--schedule", str(schedule), "--json", str(table)]) == 2
+    error = capsys.readouterr().err
+    assert "replicas of its schedule" in error and "--plan FILE" in error
+    assert list(tmp_path.iterdir()) == []
+    more = ["--search-seconds", "5", "--plan", str(plan), "--schedule", str(schedule)]
+    assert main([*arguments, *more]) == 0
+    assert f"train with {plan}" in capsys.readouterr().out
+    assert load_plan(plan).replicas > 1 and schedule.exists()
 
 
 def test_plan_files_of_another_version_or_cluster_are_refused(tmp_path):
