@@ -1,5 +1,9 @@
 """Tokenizers: bytes, streaming without split characters, chat templates, bad input."""
 
+import concurrent.futures
+import functools
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -36,6 +40,19 @@ def test_streamed_pieces_join_to_the_whole(ids):
     stream = BYTES.stream()
     pieces = [stream.push(token) for token in ids]
     assert "".join(pieces) + stream.flush() == BYTES.decode(ids)
+
+
+def test_a_long_text_lets_other_threads_run():
+    text = "hello wörld <|im_end|>" * 40_000
+    encode = functools.partial(Tokenizer.encode, BYTES)
+    ticks = 0
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        ids = pool.submit(encode, text)
+        while not ids.done():
+            time.sleep(0.001)
+            ticks += 1
+        assert ids.result() == encode(text[:22]) * 40_000
+    assert ticks > 20  # 2 where the interpreter is held
 
 
 def test_a_character_comes_only_when_whole():
