@@ -35,20 +35,27 @@ def assemble(
         fetch: reads one tensor.
         name_of: picks the name form, `{layer}` unfilled.
         dtype: of the result.
+
+    Raises:
+        UsageError: if a tensor holds NaN or infinity, or values beyond what `dtype` can express.
     """
     dtype = jnp.dtype(dtype)
     edge: dict[str, Any] = {}
     for leaf in edge_leaves(config):
         # A copy: the array on the device must outlive the file behind `value`.
         value = _turn(leaf, fetch(leaf, name_of(leaf)))
-        _put(edge, leaf.path, jax.device_put(np.array(value, dtype, order="C")))
+        placed = jax.device_put(np.array(value, dtype, order="C"))
+        _check_finite(placed[None], name_of(leaf))
+        _put(edge, leaf.path, placed)
     blocks: dict[str, Any] = {}
     for leaf in block_leaves(config):
         shape = leaf.shape[::-1] if leaf.transposed else leaf.shape
         stacked = np.empty((config.num_layers, *shape), dtype)
         for layer in range(config.num_layers):
             stacked[layer] = _turn(leaf, fetch(leaf, name_of(leaf).format(layer=layer)))
-        _put(blocks, leaf.path, jax.device_put(stacked))
+        placed = jax.device_put(stacked)
+        _check_finite(placed, name_of(leaf))
+        _put(blocks, leaf.path, placed)
     return {"edge": edge, "blocks": blocks}
 
 
@@ -93,6 +100,23 @@ def check_tensors(
                 f"{source}: tensor {name!r} has shape {tuple(found[name])}, its configuration "
                 f"says {shape}"
             )
+
+
+@jax.jit
+def _finite_rows(stacked: jax.Array) -> jax.Array:
+    """Whether all of each row is finite, bool [rows]."""
+    return jnp.isfinite(stacked).all(axis=range(1, stacked.ndim))
+
+
+def _check_finite(stacked: jax.Array, name: str) -> None:
+    """Raises UsageError naming the first tensor, of a row a layer, that is not finite."""
+    finite = np.asarray(_finite_rows(stacked))
+    if not finite.all():
+        name = name.format(layer=int(finite.argmin()))
+        raise UsageError(
+            f"tensor {name!r} holds NaN or infinity as {stacked.dtype}; the checkpoint is damaged, "
+            "of a run that diverged, or needs a dtype of more range"
+        )
 
 
 def _turn(leaf: Leaf, value: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ import contextlib
 import hmac
 import json
 import logging
+import math
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
@@ -53,6 +54,10 @@ class ApiConfig:
     api_keys: frozenset[str] = frozenset()
     """Keys that are let in; without any, everybody is."""
     max_body_bytes: int = 8 << 20
+
+
+class NotFinite(RunError):
+    """The model computed NaN or infinity."""
 
 
 @dataclass(slots=True)
@@ -148,6 +153,15 @@ def create_app(
         answer = face.refuse(429, str(error), "rate_limit_error", code="overloaded")
         answer.headers["Retry-After"] = str(error.retry_after_s)
         return answer
+
+    @app.exception_handler(Exception)
+    async def confess(_: fastapi.Request, error: Exception) -> JSONResponse:
+        # The server logs the traceback.
+        return face.refuse(500, f"the server is at fault: {type(error).__name__}", "server_error")
+
+    @app.exception_handler(NotFinite)
+    async def refuse_numbers(_: fastapi.Request, error: NotFinite) -> JSONResponse:
+        return face.refuse(500, str(error), "server_error")
 
     @app.exception_handler(RunError)
     async def refuse_run(_: fastapi.Request, error: RunError) -> JSONResponse:
@@ -299,6 +313,8 @@ class _Face:
                 piece = ""
                 reason = event.finish_reason
                 if event.token is not None and not text.stopped:
+                    if event.logprobs is not None and not _finite(event.logprobs):
+                        raise NotFinite("the model's outputs are not finite")
                     usage.completion_tokens += 1
                     tokens = [(event.token, event.logprobs)]
                     if reason == "stop":  # the end-of-text token is no text
@@ -615,6 +631,10 @@ async def _unless_disconnected(request: fastapi.Request, work: Awaitable[T]) -> 
 
 def _event(body: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(body, ensure_ascii=False).encode(errors="replace") + b"\n\n"
+
+
+def _finite(logprobs: TokenLogprobs) -> bool:
+    return all(map(math.isfinite, (logprobs.logprob, *logprobs.top_logprobs)))
 
 
 def _rounded(value: float | None) -> float | None:

@@ -2,11 +2,14 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import time
 from typing import Any
 
 import httpx
+import jax
+import jax.numpy as jnp
 import pydantic
 import pytest
 
@@ -389,6 +392,42 @@ def test_keys_and_sizes(model):
     chunked = server.ask("POST", "/v1/completions", content=pieces(), headers=known)
     assert chunked.status_code == 413
     server.close()
+
+
+def test_outputs_that_are_not_finite_end_the_request(model):
+    spoilt = jax.tree.map(lambda leaf: leaf * jnp.nan, model.parameters)
+    server = Server(
+        dataclasses.replace(model, parameters=spoilt),
+        DeploymentConfig(prefill=1, decode=0, max_batch=2, max_length=64, page_size=8),
+    )
+    words = "the model's outputs are not finite"
+    body = {"prompt": "a", "max_tokens": 2, "logprobs": 1}
+    answer = server.post("/v1/completions", body)
+    assert answer.status_code == 500
+    assert (
+        answer.json()["error"] | {"message": words, "type": "server_error"}
+        == (answer.json()["error"])
+    )
+    stream = server.post("/v1/completions", body | {"stream": True})
+    assert words in stream.text and "[DONE]" not in stream.text
+    server.idle()
+    server.close()
+
+
+def test_a_fault_of_the_server_is_said_as_one(server, monkeypatch):
+    def fail(*_):
+        raise KeyError("a secret")
+
+    monkeypatch.setattr(server.engine, "check", fail)
+
+    async def run():
+        transport = httpx.ASGITransport(app=server.app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            return await client.post("/v1/completions", json={"prompt": "a"})
+
+    answer = server.run(run())
+    assert answer.status_code == 500
+    assert answer.json()["error"]["type"] == "server_error" and "secret" not in answer.text
 
 
 def test_draining_refuses_and_finishes(model):
