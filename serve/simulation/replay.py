@@ -270,8 +270,14 @@ def unmeetable(trace: Trace, setting: Setting) -> list[str]:
     return complaints
 
 
-def record(rows: dict[str, dict[str, Any]], setting: Setting, trace: Trace) -> dict[str, Any]:
-    """The result file's content, as `jaxsys.results.write_result` takes it."""
+def record(
+    rows: dict[str, dict[str, Any]], setting: Setting, trace: Trace, *, too_long: int = 0
+) -> dict[str, Any]:
+    """The result file's content, as `jaxsys.results.write_result` takes it.
+
+    Args:
+        too_long: requests that were left out of `trace`.
+    """
     best = max(
         (n for n in rows if n != "max"), key=lambda n: rows[n]["energy_saving_pct"], default="max"
     )
@@ -297,6 +303,7 @@ def record(rows: dict[str, dict[str, Any]], setting: Setting, trace: Trace) -> d
             "predictor": setting.predictor,
             "trace": trace.name,
             "requests": len(trace),
+            "requests_too_long": too_long,
             "rate_per_s": trace.rate_per_s if math.isfinite(trace.rate_per_s) else None,
         },
         "rows": flat,
@@ -429,7 +436,11 @@ def main(argv: Sequence[str], prog: str) -> int:
             cv=arguments.cv,
         )
     _check_count(len(trace))
-    trace = trace.clipped(chosen.gpu.kv_capacity_tokens)
+    given, most = len(trace), chosen.gpu.kv_capacity_tokens
+    trace = trace.clipped(most)
+    too_long = given - len(trace)
+    if too_long:
+        _note(f"{too_long} of {given} requests are longer than {most} tokens and left out")
     for complaint in unmeetable(trace, chosen):
         _note(f"warning: {complaint}")
     _note(
@@ -443,7 +454,7 @@ def main(argv: Sequence[str], prog: str) -> int:
         policies,
         sample_every_s=max(1.0, trace.duration_s / 200) if arguments.out else None,
     )
-    content = record(rows, chosen, trace)
+    content = record(rows, chosen, trace, too_long=too_long)
     if arguments.json:
         print(json.dumps(content | {"hardware": hardware(), "versions": versions()}))
     else:

@@ -164,12 +164,16 @@ def read_trace(path: str | Path) -> Trace:
             return _read(csv.reader(file), path)
     except OSError as error:
         raise UsageError(f"trace {path} cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError:
+        raise UsageError(f"trace {path} is not UTF-8 text") from None
+    except csv.Error as error:
         raise UsageError(f"trace {path} is not CSV text: {error}") from None
 
 
 def _read(rows: Iterator[list[str]], path: Path) -> Trace:
     header = [name.strip() for name in next(rows, [])]
+    if not any(header):
+        raise UsageError(f"trace {path} is empty")
     form = next((form for form in _FORMS if set(form.columns) <= set(header)), None)
     if form is None:
         known = "; ".join(", ".join(form.columns) for form in _FORMS)
@@ -185,7 +189,11 @@ def _read(rows: Iterator[list[str]], path: Path) -> Trace:
         if len(row) < len(header):
             raise UsageError(f"{where}: {len(row)} values for {len(header)} columns")
         arrival_s = _parse(form.arrival, row[places[0]], where, form.columns[0])
-        if not math.isfinite(arrival_s) or arrival_s < previous_s:
+        if not math.isfinite(arrival_s):
+            raise UsageError(
+                f"{where}, column {form.columns[0]}: {row[places[0]]!r} is not a finite number"
+            )
+        if arrival_s < previous_s:
             raise UsageError(
                 f"{where}, column {form.columns[0]}: {row[places[0]]!r} lies before the row "
                 f"above; sort the trace by arrival"

@@ -123,6 +123,17 @@ def test_a_trace_file_is_replayed_as_json(tmp_path, capsys):
     assert record["config"]["extrapolated"] is True
 
 
+def test_requests_that_fit_no_instance_are_counted(tmp_path, capsys):
+    path = tmp_path / "trace.csv"
+    path.write_text("arrival_s,prompt_tokens,output_tokens\n0,100,5\n1,9000000,6\n")
+    assert run("--trace", str(path), "--policy", "max", "--json") == 0
+    text = capsys.readouterr()
+    most = setting("h100").gpu.kv_capacity_tokens
+    assert f"1 of 2 requests are longer than {most} tokens and left out\n" in text.err
+    config = json.loads(text.out)["config"]
+    assert (config["requests"], config["requests_too_long"]) == (1, 1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -81,8 +81,17 @@ def test_unknown_forms_and_files_are_refused(tmp_path):
     with pytest.raises(UsageError, match=r"columns \['a', 'b'\] are not known"):
         read_trace(write(tmp_path, "a,b\n1,2\n"))
     (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00\x01")
-    with pytest.raises(UsageError, match="not CSV text"):
+    with pytest.raises(UsageError, match="binary.csv is not UTF-8 text"):
         read_trace(tmp_path / "binary.csv")
+    with pytest.raises(UsageError, match="trace.csv is empty"):
+        read_trace(write(tmp_path, ""))
+
+
+@pytest.mark.parametrize("arrival", ["nan", "inf"])
+def test_arrivals_are_finite(tmp_path, arrival):
+    rows = f"arrival_s,prompt_tokens,output_tokens\n0,5,2\n{arrival},7,3\n"
+    with pytest.raises(UsageError, match=f"row 3, column arrival_s: '{arrival}' is not a finite"):
+        read_trace(write(tmp_path, rows))
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data")
