@@ -122,7 +122,7 @@ class LlamaConfig:
         except UsageError:
             raise
         except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
-            raise UsageError(f"a value in config.json is of the wrong kind ({error})") from error
+            raise UsageError(f"a value is of the wrong kind ({error})") from error
 
     def to_hf(self) -> dict[str, Any]:
         """The keys of a `config.json` that transformers 4 and 5 both read."""
@@ -172,7 +172,7 @@ def _from_hf(config: Mapping[str, Any]) -> LlamaConfig:
         if config.get(key) is None
     ]
     if missing:
-        raise UsageError(f"config.json lacks {', '.join(missing)}")
+        raise UsageError(f"the configuration lacks {', '.join(missing)}")
     heads = config["num_attention_heads"]
     theta, scaling = _read_rope(config)
     # Absent keys mean the defaults of transformers' LlamaConfig.

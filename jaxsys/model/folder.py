@@ -37,8 +37,9 @@ def read_config(folder: Path) -> LlamaConfig:
     path = folder / CONFIG
     if not path.is_file():
         raise UsageError(f"{folder} holds no {CONFIG}; give a Hugging Face model folder")
+    content = _read_json(path)
     try:
-        return LlamaConfig.from_hf(_read_json(path))
+        return LlamaConfig.from_hf(content)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
 

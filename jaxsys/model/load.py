@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from jaxsys.errors import UsageError
 from jaxsys.layered import Parameters
-from jaxsys.model.config import LlamaConfig
+from jaxsys.model.config import PRESETS, LlamaConfig
 from jaxsys.model.folder import read_config, read_parameters, read_tokenizer
 from jaxsys.model.gguf_file import GgufFile
 from jaxsys.model.tokenizer import Tokenizer
@@ -48,7 +48,7 @@ def load(path: str | Path, dtype: DTypeLike = jnp.float32) -> LoadedModel:
     """
     path = Path(path)
     if not path.exists():
-        raise UsageError(f"{path} does not exist; give a model folder or a .gguf file")
+        raise no_model(path)
     if path.is_dir():
         config = read_config(path)
         tokenizer = read_tokenizer(path)
@@ -72,6 +72,16 @@ def load(path: str | Path, dtype: DTypeLike = jnp.float32) -> LoadedModel:
         chat_template=None if tokenizer is None else tokenizer.chat_template,
         source=str(path),
     )
+
+
+def no_model(path: Path) -> UsageError:
+    """What to say where nothing lies at `path`."""
+    if str(path) in PRESETS:
+        return UsageError(
+            f"{path} is a preset, sizes without weights; give a model folder, such as "
+            "`jaxsys train --export` writes, or a .gguf file"
+        )
+    return UsageError(f"{path} does not exist; give a model folder or a .gguf file")
 
 
 def default_model_path() -> Path:

@@ -18,6 +18,7 @@ from jaxsys.errors import UsageError
 from jaxsys.model import LlamaConfig, Tokenizer
 from jaxsys.model.folder import read_config, read_tokenizer
 from jaxsys.model.gguf_file import GgufFile
+from jaxsys.model.load import no_model
 from jaxsys.serve.clock import WallClock
 from jaxsys.serve.energy.governors import Route, make_decode_router
 from jaxsys.serve.energy.slo import SharedSlo
@@ -153,7 +154,7 @@ def read_face(path: Path) -> tuple[LlamaConfig, Tokenizer]:
         file = GgufFile(path)
         config, tokenizer = file.config(), file.tokenizer()
     else:
-        raise UsageError(f"{path} does not exist; give a model folder or a .gguf file")
+        raise no_model(path)
     if tokenizer is None:
         raise UsageError(f"{path} has no tokenizer.json; add the one the model came with")
     return config, tokenizer

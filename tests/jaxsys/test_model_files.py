@@ -248,6 +248,32 @@ def test_integer_weights(folder):
         load(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "dtype"),
+    [
+        ("model.norm.weight", np.nan, jnp.float32),
+        ("model.layers.1.mlp.up_proj.weight", np.inf, jnp.bfloat16),
+        ("model.layers.1.self_attn.q_proj.weight", 1e5, jnp.float16),
+    ],
+)
+def test_weights_that_are_not_finite(folder, name, value, dtype):
+    def spoil(tensors):
+        tensors[name] = tensors[name].copy()
+        tensors[name][..., -1] = value
+
+    edit_tensors(folder, spoil)
+    with pytest.raises(UsageError, match=f"tensor '{name}' holds NaN or infinity as {dtype.dtype}"):
+        load(folder, dtype)
+
+
+def test_a_fault_of_the_configuration_names_its_file_once(folder):
+    for content in ("{", "{}", json.dumps({"model_type": "llama", "vocab_size": "x"})):
+        (folder / "config.json").write_text(content)
+        with pytest.raises(UsageError) as caught:
+            load(folder)
+        assert str(caught.value).count("config.json") == 1
+
+
 def test_foreign_tokenizer(folder):
     edit_config(folder, vocab_size=100)
     with pytest.raises(UsageError, match="tokenizer has 264 ids, the model only 100"):

@@ -154,10 +154,10 @@ def test_fuzzing_by_the_description_finds_no_server_error(server):
     ("arguments", "words"),
     [
         (["--model", "/nowhere/model"], "/nowhere/model does not exist"),
-        (["--model", "tiny"], "--model tiny is a preset, sizes without weights"),
+        (["--model", "tiny"], "tiny is a preset, sizes without weights"),
         (["--port", "99999"], "--port 99999 must be from 0"),
         (["--host", "no.such.host.invalid"], "is no address of this machine"),
-        (["--prefill", "0"], "--prefill 0 must be at least 1"),
+        (["--prefill", "0"], "--prefill 0 must be from 1 to 1024"),
         (["--page-size", "0"], "--page-size 0 must be at least 1"),
         (["--pages", "1"], "--pages 1 x --page-size 64 tokens hold 64 tokens, below --max-length"),
         (["--max-requests", "0"], "--max-requests 0 must be at least 1"),
