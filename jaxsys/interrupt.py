@@ -47,15 +47,17 @@ class SignalWatch:
 class Interruptible:
     """Around a command: its first SIGINT or SIGTERM unwinds it, then the process is left.
 
-    What sets handlers of its own inside, as a training loop or a server does, takes over.
+    What sets handlers of its own inside, as a training loop or a server does, takes over, and ends
+    in its own order: until the second Ctrl-C, which always ends the process.
     """
 
     def __init__(self) -> None:
         self._number: int | None = None
+        self._taken_over = 0  # signals that came when another handled them
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        self._stack.enter_context(SignalWatch(self._insist))
+        self._stack.enter_context(SignalWatch(self._told))
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
                 before = signal.signal(number, self._receive)
@@ -74,10 +76,18 @@ class Interruptible:
             self._number = number
             raise KeyboardInterrupt
 
-    def _insist(self, number: int) -> None:
-        if number in (signal.SIGINT, signal.SIGTERM) and signal.getsignal(number) == self._receive:
-            time.sleep(GRACE_S)
-            os._exit(128 + number)
+    def _told(self, number: int) -> None:
+        if number not in (signal.SIGINT, signal.SIGTERM):
+            return
+        if signal.getsignal(number) != self._receive:
+            self._taken_over += 1
+            if number == signal.SIGTERM:
+                return
+            if self._taken_over == 1:
+                print("stopping after what is under way; Ctrl-C again to stop now", file=sys.stderr)
+                return
+        time.sleep(GRACE_S)
+        os._exit(128 + number)
 
 
 def leave(code: int) -> NoReturn:

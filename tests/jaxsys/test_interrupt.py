@@ -8,7 +8,7 @@ import time
 import pytest
 
 PREFACE = """
-import ctypes, sys, threading, time, types
+import ctypes, signal, sys, time, types
 from jaxsys import cli
 
 def command(argv, prog):
@@ -42,6 +42,23 @@ def test_a_command_ends_soon_whatever_it_does(body, number):
         process.send_signal(number)
         assert process.wait(20) == 128 + number
         assert process.stderr.read() == ""
+
+
+def test_the_second_ctrl_c_ends_what_took_over_and_is_inside_c():
+    body = f"signal.signal(signal.SIGINT, lambda *_: None); print('ready', flush=True)\n    {BODIES['inside C']}"
+    with subprocess.Popen(
+        [sys.executable, "-c", PREFACE.format(body=body)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "begun\n"
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert "Ctrl-C again to stop now" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
 
 
 @pytest.mark.parametrize("seconds", [1.0, 2.5])
