@@ -45,7 +45,8 @@ def test_a_command_ends_soon_whatever_it_does(body, number):
 
 
 def test_the_second_ctrl_c_ends_what_took_over_and_is_inside_c():
-    body = f"signal.signal(signal.SIGINT, lambda *_: None); print('ready', flush=True)\n    {BODIES['inside C']}"
+    body = "signal.signal(signal.SIGINT, lambda *_: None); print('ready', flush=True)\n    "
+    body += BODIES["inside C"]
     with subprocess.Popen(
         [sys.executable, "-c", PREFACE.format(body=body)],
         stdout=subprocess.PIPE,
