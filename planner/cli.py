@@ -137,6 +137,7 @@ def main(argv: Sequence[str], prog: str) -> int:
         "microbatch_size": size,
         "microbatches": microbatches,
         "gradients": options.gradients,
+        "dtype": "bfloat16",  # what `Precision` and a workload count by default
     }
     found, best, plan = None, comparison.best, None
     simulation, fits, smallest = None, best is not None, comparison.smallest_memory_bytes
@@ -175,6 +176,11 @@ def main(argv: Sequence[str], prog: str) -> int:
         found_plan = plan_file(problem, found, request=request)
         write_whole(options.plan, json.dumps(found_plan, indent=1) + "\n")
         print(f"wrote {options.plan}")
+    if Path(options.model).is_dir() and (options.plan is not None or options.schedule is not None):
+        print(
+            "`jaxsys train` takes presets, no folders: train this model from Python, with "
+            "jaxsys.train.Trainer"
+        )
     if plan is not None:
         simulation = _simulation(problem, plan)
     if simulation is not None:

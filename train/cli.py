@@ -60,9 +60,9 @@ def parser(prog: str) -> argparse.ArgumentParser:
     )
     how.add_argument(
         "--dtype",
+        dest="compute_dtype",
         choices=("float32", "bfloat16"),
-        default="float32",
-        help="of compute (default %(default)s)",
+        help="of compute (default float32, or as a plan says)",
     )
     how.add_argument(
         "--recompute",
@@ -202,7 +202,7 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
         microbatch_size=arguments.microbatch_size,
         recompute=arguments.recompute,
         memory_gib=arguments.memory_gib,
-        dtype=arguments.dtype,
+        dtype=arguments.compute_dtype,
     )
     recipe = Recipe(
         model=arguments.model,
@@ -211,7 +211,7 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
         sequence_length=layout.sequence_length,
         learning_rate=arguments.learning_rate,
         warm_up_steps=max(1, arguments.steps // 20),
-        compute_dtype=arguments.dtype,
+        compute_dtype=layout.dtype,
         packing=arguments.packing,
         seed=arguments.seed,
     )

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.typing import DTypeLike
 
 from jaxsys.errors import UsageError
 from jaxsys.lowering import Recompute
@@ -21,6 +20,9 @@ MICROBATCH_SIZE = 4
 SEQUENCE_LENGTH = 128
 """Tokens, likewise."""
 
+DTYPE = "float32"
+"""Of compute, likewise."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
@@ -31,6 +33,8 @@ class Layout:
     recompute: Recompute
     microbatch_size: int
     sequence_length: int
+    dtype: str
+    """Of compute."""
     rows: int
     """Microbatches of a step, over all replicas."""
     reason: str | None
@@ -48,7 +52,7 @@ def lay_out(
     microbatch_size: int | None,
     recompute: Recompute | None,
     memory_gib: float | None = None,
-    dtype: DTypeLike = jnp.float32,
+    dtype: str | None = None,
 ) -> Layout:
     """Fills in what was not asked for; a plan file's own sizes win over defaults, never over asks.
 
@@ -62,7 +66,7 @@ def lay_out(
         microbatch_size: sequences.
         recompute: what backward computes again.
         memory_gib: the limit per device, for "auto".
-        dtype: of compute, for "auto".
+        dtype: of compute; as a plan says, else float32, if not given.
 
     Raises:
         UsageError: if the devices, the batch and the schedule do not fit together.
@@ -83,8 +87,14 @@ def lay_out(
         replicas, microbatch_size = planned.replicas, planned.microbatch_size
         recompute = recompute or planned.recompute
         sequence_length = planned.sequence_length or sequence_length
+        dtype = dtype or planned.dtype
+        differs = []
         if recompute != planned.recompute:
-            reason = f"planned with recompute {planned.recompute}, running {recompute}"
+            differs.append(f"planned with recompute {planned.recompute}, running {recompute}")
+        if dtype != planned.dtype and planned.dtype is not None:
+            differs.append(f"planned in {planned.dtype}, running {dtype}")
+        reason = "; ".join(differs) or None
+    dtype = dtype or DTYPE
     replicas = 1 if replicas is None else replicas
     size = MICROBATCH_SIZE if microbatch_size is None else microbatch_size
     length = SEQUENCE_LENGTH if sequence_length is None else sequence_length
@@ -123,6 +133,7 @@ def lay_out(
         recompute=recompute or "block",
         microbatch_size=size,
         sequence_length=length,
+        dtype=dtype,
         rows=replicas * resolved.microbatches,
         reason=reason,
     )

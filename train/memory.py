@@ -191,6 +191,8 @@ def _alternatives(step: StepShape) -> Iterator[tuple[str, StepShape]]:
     for policy in policies:
         if step.recompute != policy:
             yield f"recompute {policy}", replace(step, recompute=policy)
+    if jnp.dtype(step.compute_dtype).itemsize > 2:
+        yield "compute_dtype='bfloat16'", replace(step, compute_dtype=jnp.bfloat16)
     old = step.schedule
     for name in ALTERNATIVES:
         options = {"chunks": step.model.layers} if name.startswith("zero-") else {}

@@ -25,6 +25,8 @@ class PlannedRun:
     microbatch_size: int
     sequence_length: int | None
     """Tokens that it was planned for; None where the file does not say."""
+    dtype: str | None
+    """Of compute, likewise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,11 +80,17 @@ def read_plan(path: str | Path, *, layers: int) -> PlannedRun:
             f"plan {path} recomputes some layers and keeps others, which only sharded schedules "
             "run; plan again with one policy"
         )
-    length = request.get("sequence_length") if isinstance(request, dict) else None
+    request = request if isinstance(request, dict) else {}
+    length, dtype = request.get("sequence_length"), request.get("dtype")
     if length is not None and (type(length) is not int or length < 1):
         raise UsageError(
             f"plan {path}: its field 'request.sequence_length' is {length!r}, and must be a whole "
             "number of at least 1; make the plan again"
+        )
+    if dtype not in (None, "float32", "bfloat16"):
+        raise UsageError(
+            f"plan {path}: its field 'request.dtype' is {dtype!r}, and must be 'float32' or "
+            "'bfloat16'; make the plan again"
         )
     return PlannedRun(
         schedule=schedule,
@@ -90,4 +98,5 @@ def read_plan(path: str | Path, *, layers: int) -> PlannedRun:
         replicas=plan.replicas,
         microbatch_size=plan.microbatch_size,
         sequence_length=length,
+        dtype=dtype,
     )

@@ -46,7 +46,7 @@ class Recipe:
                 f"learning_rate={self.learning_rate} must be above 0, and finite in float32"
             )
         if self.compute_dtype not in ("float32", "bfloat16"):
-            raise UsageError(f"dtype={self.compute_dtype!r} must be float32 or bfloat16")
+            raise UsageError(f"compute_dtype={self.compute_dtype!r} must be float32 or bfloat16")
 
     def settings(self, *, data: str) -> dict[str, Any]:
         """What a checkpoint remembers and a resumed run must not change unasked.

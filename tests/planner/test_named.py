@@ -361,8 +361,12 @@ def test_the_smallest_limit_named_really_fits():
 def test_a_folder_is_read_as_a_model(tmp_path, capsys):
     config = dataclasses.replace(preset("tiny"), num_layers=8)
     (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
-    assert main(["plan", "--model", str(tmp_path), "--devices", "2", "--microbatches", "4"]) == 0
-    assert "8 layers" in capsys.readouterr().out
+    arguments = ["plan", "--model", str(tmp_path), "--devices", "2", "--microbatches", "4"]
+    plan = ["--search-seconds", "1", "--plan", str(tmp_path / "plan.json")]
+    assert main([*arguments, *plan]) == 0
+    text = capsys.readouterr().out
+    assert "8 layers" in text and "`jaxsys train` takes presets, no folders" in text
+    assert json.loads((tmp_path / "plan.json").read_text())["request"]["dtype"] == "bfloat16"
     (tmp_path / "config.json").write_text("{")
     assert main(["plan", "--model", str(tmp_path), "--devices", "2"]) == 2
     assert "is not JSON" in capsys.readouterr().err

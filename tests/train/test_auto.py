@@ -97,6 +97,21 @@ def test_a_run_that_differs_from_its_plan_says_so(tmp_path):
     )
 
 
+def test_a_plan_is_run_in_the_dtype_it_is_for(tmp_path):
+    path = plan_path(tmp_path)
+    assert lay_out_plan(path).dtype == "float32"  # as before files said it
+    content = json.loads(path.read_text())
+    content["request"]["dtype"] = "bfloat16"
+    path.write_text(json.dumps(content))
+    for asked, runs, says in (
+        (None, "bfloat16", None),
+        ("bfloat16", "bfloat16", None),
+        ("float32", "float32", "planned in bfloat16, running float32"),
+    ):
+        found = lay_out_plan(path, dtype=asked)
+        assert (found.dtype, found.reason) == (runs, says)
+
+
 def test_sequences_are_as_long_as_planned_for(tmp_path):
     path = plan_path(tmp_path)
     assert lay_out_plan(path, sequence_length=None).sequence_length == 16
@@ -138,6 +153,7 @@ def test_a_file_says_how_many_devices_it_is_for(tmp_path):
         ("plan", "microbatch_size", 3, "x microbatch_size 3 does not divide its field 'for.batch'"),
         ("plan", "state", "gone", "'gone' is not a valid State"),
         ("request", "sequence_length", "16", "its field 'request.sequence_length' is '16'"),
+        ("request", "dtype", "int8", "its field 'request.dtype' is 'int8'"),
         ("for", "batch", None, "its field 'for.batch' is None"),
     ],
 )
