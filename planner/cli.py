@@ -18,7 +18,7 @@ from jaxsys.options import Parser, whole
 from jaxsys.planner import explain, report
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.costs import Precision
-from jaxsys.planner.evaluate import plan_costs, schedule_link
+from jaxsys.planner.evaluate import POLICY, plan_costs, schedule_link
 from jaxsys.planner.files import plan_file
 from jaxsys.planner.lower import to_schedule
 from jaxsys.planner.named import best_that_runs, compare, runs, that_runs, with_found
@@ -185,8 +185,15 @@ def main(argv: Sequence[str], prog: str) -> int:
         simulation = _simulation(problem, plan)
     if simulation is not None:
         _write_pictures(simulation, options)
-    if beyond and options.schedule is not None:
-        print(f"{options.schedule} has not all of the plan ({beyond}): train with {options.plan}")
+    if options.schedule is not None and options.plan is not None:
+        print(f"{options.schedule} is a part of {options.plan}, to look at: train with the latter")
+    elif options.schedule is not None and not Path(options.model).is_dir():
+        recompute = POLICY[plan.layers[0].residual] if plan else best.recompute if best else "block"
+        print(
+            f"what it does not say: `jaxsys train --model {options.model} --schedule "
+            f"{options.schedule} --recompute {recompute} --microbatch-size {size} "
+            f"--sequence-length {sequence_length} --dtype bfloat16`"
+        )
     return 0
 
 

@@ -37,6 +37,7 @@ from jaxsys.planner.space import Space
 from jaxsys.planner.workload import BlockWork, EdgeWork, Workload, llama_workload
 from jaxsys.schedule import Schedule, check, simulate
 from jaxsys.strategies import NAMES
+from jaxsys.train.cli import parser as train_parser
 from jaxsys.train.plan_file import read_plan
 
 PAPER = Precision(weight_bytes=2, gradient_bytes=2, rest_bytes=12)
@@ -415,8 +416,19 @@ def test_a_winner_that_is_more_than_a_schedule_is_written_as_a_plan_alone(tmp_pa
     assert list(tmp_path.iterdir()) == []
     more = ["--search-seconds", "5", "--plan", str(plan), "--schedule", str(schedule)]
     assert main([*arguments, *more]) == 0
-    assert f"train with {plan}" in capsys.readouterr().out
+    assert f"is a part of {plan}" in capsys.readouterr().out
     assert load_plan(plan).replicas > 1 and schedule.exists()
+
+
+def test_a_schedule_comes_with_the_options_that_it_does_not_say(tmp_path, capsys):
+    file = tmp_path / "schedule.json"
+    arguments = ["plan", "--model", "tiny", "--devices", "2", "--microbatch-size", "2"]
+    assert main([*arguments, "--sequence-length", "16", "--schedule", str(file)]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    words = line.split("`jaxsys train ")[1].rstrip("`").split()
+    asked = train_parser("jaxsys train").parse_args(words)
+    assert (asked.schedule, asked.microbatch_size, asked.sequence_length) == (str(file), 2, 16)
+    assert asked.compute_dtype == "bfloat16"
 
 
 def test_plan_files_of_another_version_or_cluster_are_refused(tmp_path):
