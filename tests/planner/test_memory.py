@@ -50,7 +50,10 @@ def trainers_bytes(schedule, config, recompute, *, size: int = 1) -> float:
     )
 
 
-@pytest.mark.parametrize(("devices", "layers"), [(2, 4), (4, 6)], ids=["even", "padded"])
+@pytest.mark.parametrize(
+    ("devices", "layers"),
+    [pytest.param(2, 4, marks=pytest.mark.slow, id="even"), pytest.param(4, 6, id="padded")],
+)
 def test_every_strategy_of_the_table_holds_what_the_trainer_says(devices, layers):
     config = config_of(layers)
     workload = llama_workload("m", config, sequence_length=TOKENS, microbatch_size=1)
@@ -89,7 +92,7 @@ def plans_of(layers: int):
         yield problem, apart if runs(apart) else alike
 
 
-@pytest.mark.parametrize("layers", [4, 6])
+@pytest.mark.parametrize("layers", [pytest.param(4, marks=pytest.mark.slow), 6])
 def test_every_plan_that_runs_holds_what_the_trainer_says(layers):
     count = 0
     for problem, plan in plans_of(layers):
@@ -139,7 +142,10 @@ def check_memory(trainer: Trainer, size: int = 1) -> None:
     trainer._check_memory(jax.tree.map(lambda leaf: leaf[0], batch))
 
 
-@pytest.mark.parametrize("limit_gib", [10.0, 0.1, 0.075, 0.062, 0.055])
+@pytest.mark.parametrize(
+    "limit_gib",
+    [0.1, 0.055, *(pytest.param(g, marks=pytest.mark.slow) for g in (10, 0.075, 0.062))],
+)
 def test_the_winner_of_the_table_is_not_refused(tmp_path, limit_gib):
     file = tmp_path / "schedule.json"
     best = plan_of(tmp_path, "--memory-gib", str(limit_gib), "--schedule", str(file))
