@@ -50,10 +50,8 @@ def trainers_bytes(schedule, config, recompute, *, size: int = 1) -> float:
     )
 
 
-@pytest.mark.parametrize(
-    ("devices", "layers"),
-    [pytest.param(2, 4, marks=pytest.mark.slow, id="even"), pytest.param(4, 6, id="padded")],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("devices", "layers"), [(2, 4), (4, 6)], ids=["even", "padded"])
 def test_every_strategy_of_the_table_holds_what_the_trainer_says(devices, layers):
     config = config_of(layers)
     workload = llama_workload("m", config, sequence_length=TOKENS, microbatch_size=1)
@@ -158,7 +156,7 @@ def test_the_winner_of_the_table_is_not_refused(tmp_path, limit_gib):
         check_memory(close)
 
 
-@pytest.mark.parametrize("limit_gib", [0.1, 0.06])
+@pytest.mark.parametrize("limit_gib", [pytest.param(0.1, marks=pytest.mark.slow), 0.06])
 def test_the_plan_that_a_search_writes_is_not_refused(tmp_path, limit_gib):
     file = tmp_path / "plan.json"
     plan_of(tmp_path, "--memory-gib", str(limit_gib), "--plan", str(file))
