@@ -13,7 +13,7 @@ from jaxsys.errors import RunError, UsageError
 from jaxsys.files import check_writable, write_whole
 from jaxsys.hardware import GIB, gib
 from jaxsys.lowering.tables import buffers_of
-from jaxsys.model.config import LlamaConfig, preset
+from jaxsys.model.config import DecoderConfig, preset
 from jaxsys.options import Parser, whole
 from jaxsys.planner import explain, report
 from jaxsys.planner.cluster import Cluster
@@ -28,7 +28,7 @@ from jaxsys.planner.profile import load_profile
 from jaxsys.planner.recognise import describe
 from jaxsys.planner.search import Effort, Found, Progress, search
 from jaxsys.planner.space import Space
-from jaxsys.planner.workload import Workload, llama_workload
+from jaxsys.planner.workload import Workload, decoder_workload
 from jaxsys.schedule import Placement, Simulation, simulate, trace
 from jaxsys.schedule.render import draw, write_chrome_trace
 
@@ -87,7 +87,7 @@ def main(argv: Sequence[str], prog: str) -> int:
     memory_bytes = None if options.memory_gib is None else options.memory_gib * GIB
 
     def workload_of(size: int) -> Workload:
-        return llama_workload(
+        return decoder_workload(
             options.model,
             config,
             sequence_length=sequence_length,
@@ -265,7 +265,7 @@ def _write_pictures(simulation: Simulation, options: argparse.Namespace) -> None
         print(f"wrote {options.png}")
 
 
-def read_model(name: str) -> LlamaConfig:
+def read_model(name: str) -> DecoderConfig:
     """A preset's configuration, or that of a Hugging Face folder.
 
     Raises:
@@ -281,7 +281,7 @@ def read_model(name: str) -> LlamaConfig:
         raise UsageError(f"{name} holds no config.json: give a Hugging Face model folder") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{file} is not JSON: {error}") from None
-    return LlamaConfig.from_hf(raw)
+    return DecoderConfig.from_hf(raw)
 
 
 def _refuse_shared(paths: Sequence[Path]) -> None:

@@ -22,7 +22,7 @@ from jaxsys.lowering import lower_sharded
 from jaxsys.lowering.compiled import program_bytes
 from jaxsys.mesh import RING
 from jaxsys.model import abstract_parameters, initial_parameters, layered
-from jaxsys.model.config import LlamaConfig
+from jaxsys.model.config import DecoderConfig
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.costs import Precision
 from jaxsys.planner.evaluate import POLICY, Evaluator
@@ -31,7 +31,7 @@ from jaxsys.planner.plans import Gradient, LayerPath, Plan, Residual, State, Wei
 from jaxsys.planner.problem import Problem
 from jaxsys.planner.recognise import recognise
 from jaxsys.planner.timing import compiled_together
-from jaxsys.planner.workload import llama_workload
+from jaxsys.planner.workload import decoder_workload
 
 LINKS: dict[str, dict[str, str]] = {
     "direct": {},
@@ -110,10 +110,10 @@ class Compiled:
     """Makes parameters, the optimizer's state, and the batch."""
 
 
-def cell_problem(cell: Cell, config: LlamaConfig, cluster: Cluster) -> Problem:
+def cell_problem(cell: Cell, config: DecoderConfig, cluster: Cluster) -> Problem:
     """What a cell's plan is a plan for."""
     return Problem(
-        workload_of=lambda size: llama_workload(
+        workload_of=lambda size: decoder_workload(
             "bench", config, sequence_length=cell.tokens, microbatch_size=size
         ),
         cluster=cluster,
@@ -124,7 +124,7 @@ def cell_problem(cell: Cell, config: LlamaConfig, cluster: Cluster) -> Problem:
 
 
 def predicted_again(
-    rows: list[dict[str, Any]], config: LlamaConfig, cluster: Cluster
+    rows: list[dict[str, Any]], config: DecoderConfig, cluster: Cluster
 ) -> list[dict[str, Any]]:
     """Measured rows with what is predicted of this cluster, the first step time beside it."""
     lengths = tuple({row["tokens"] for row in rows})
@@ -151,7 +151,7 @@ def predicted_again(
     return found
 
 
-def compile_cell(cell: Cell, config: LlamaConfig, cluster: Cluster, mesh: Mesh) -> Compiled:
+def compile_cell(cell: Cell, config: DecoderConfig, cluster: Cluster, mesh: Mesh) -> Compiled:
     """Predicts a step and compiles it, from shapes alone.
 
     Args:

@@ -21,7 +21,7 @@ from jaxsys.errors import UsageError
 from jaxsys.files import check_writable, write_whole
 from jaxsys.hardware import DEVICES, WAITING, DeviceSpec, LinkSpec
 from jaxsys.mesh import make_mesh, request_devices
-from jaxsys.model.config import LlamaConfig, preset
+from jaxsys.model.config import DecoderConfig, preset
 from jaxsys.options import Parser, whole
 from jaxsys.planner.costs import Precision, block_cost
 from jaxsys.planner.rates import (
@@ -30,7 +30,7 @@ from jaxsys.planner.rates import (
     measure_device,
     random_inputs,
 )
-from jaxsys.planner.workload import llama_workload
+from jaxsys.planner.workload import decoder_workload
 
 FORMAT = "jaxsys-profile-cluster"
 FORMAT_VERSION = 2
@@ -74,7 +74,13 @@ def sent_share(kind: str, devices: int) -> float:
 
 
 def build_profile(
-    model: str, config: LlamaConfig, *, devices: int, tokens: int, repeats: int, largest_bytes: int
+    model: str,
+    config: DecoderConfig,
+    *,
+    devices: int,
+    tokens: int,
+    repeats: int,
+    largest_bytes: int,
 ) -> dict[str, Any]:
     """Measures everything and returns the profile's JSON value."""
     chosen = request_devices(devices)
@@ -121,7 +127,7 @@ def build_profile(
             # Of NCCL's kernels, which a CPU has none of; not measured here.
             "waiting_contention": 0.0 if chosen[0].platform == "cpu" else WAITING,
         }
-    workload = llama_workload(model, config, sequence_length=tokens, microbatch_size=1)
+    workload = decoder_workload(model, config, sequence_length=tokens, microbatch_size=1)
     predicted = block_cost(
         workload.blocks[0],
         DeviceSpec(**spec),

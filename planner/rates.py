@@ -16,8 +16,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsys.mesh import RING
 from jaxsys.model.attention import attend
-from jaxsys.model.config import LlamaConfig
-from jaxsys.model.llama import abstract_parameters, bind_block
+from jaxsys.model.config import DecoderConfig
+from jaxsys.model.decoder import abstract_parameters, bind_block
 from jaxsys.planner.timing import kernel_seconds
 
 COLLECTIVES = ("ppermute", "all_gather", "psum_scatter", "psum")
@@ -62,7 +62,7 @@ def _blocks(mesh: Mesh, elements: int) -> jax.Array:
     return jax.device_put(blocks, NamedSharding(mesh, PartitionSpec(RING)))
 
 
-def product_widths(config: LlamaConfig) -> tuple[int, ...]:
+def product_widths(config: DecoderConfig) -> tuple[int, ...]:
     """What a block's products lead to from the model's width, and back from."""
     heads, shared = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     return heads, shared, config.intermediate_size
@@ -75,7 +75,7 @@ def products(x: jax.Array, matrices: Sequence[tuple[jax.Array, jax.Array]]) -> j
     return x
 
 
-def random_inputs(config: LlamaConfig, mesh: Mesh, *, tokens: int, dtype: Any) -> dict[str, Any]:
+def random_inputs(config: DecoderConfig, mesh: Mesh, *, tokens: int, dtype: Any) -> dict[str, Any]:
     """What kernels are timed on, leaves [devices, ...].
 
     Random numbers, as in a step: products of numbers all alike need less power, and at a GPU's
@@ -116,7 +116,7 @@ def _of(*shape: int) -> jax.ShapeDtypeStruct:
 
 
 def measure_device(
-    config: LlamaConfig, mesh: Mesh, inputs: Mapping[str, Any], *, repeats: int = 5
+    config: DecoderConfig, mesh: Mesh, inputs: Mapping[str, Any], *, repeats: int = 5
 ) -> dict[str, float]:
     """Rates at a model's shapes, and its block's own times, all devices of the mesh at work.
 

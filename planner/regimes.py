@@ -15,7 +15,7 @@ from jaxsys.planner.costs import Precision
 from jaxsys.planner.evaluate import Evaluator
 from jaxsys.planner.problem import Problem
 from jaxsys.planner.space import Space
-from jaxsys.planner.workload import BlockWork, EdgeWork, Workload, llama_workload
+from jaxsys.planner.workload import BlockWork, EdgeWork, Workload, decoder_workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +109,7 @@ def regimes() -> tuple[Regime, ...]:
     slow = ratio_problem(ratio=1.3, residuals=0.5, turns=16)
     llama = replace(preset("llama-3-8b"), num_layers=8)
     few = Problem(
-        workload_of=lambda size: llama_workload(
+        workload_of=lambda size: decoder_workload(
             "llama", llama, sequence_length=1024, microbatch_size=size
         ),
         cluster=Cluster(device=device("h100"), devices=8, link=link("nvlink")),

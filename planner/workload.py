@@ -27,7 +27,7 @@ from jaxsys.layered import LayeredModel, Parameters, PyTree
 from jaxsys.lowering import Recompute
 from jaxsys.lowering.memory import BlockBytes, block_bytes, head_bytes
 from jaxsys.model import abstract_parameters, layered
-from jaxsys.model.config import LlamaConfig
+from jaxsys.model.config import DecoderConfig
 
 POLICIES: tuple[Recompute, ...] = ("none", "selective", "block")
 """What a plan may compute again."""
@@ -142,9 +142,9 @@ class Workload:
         return sum(block.parameters for block in self.blocks) + self.edge.parameters
 
 
-def llama_workload(
+def decoder_workload(
     name: str,
-    config: LlamaConfig,
+    config: DecoderConfig,
     *,
     sequence_length: int,
     microbatch_size: int,
@@ -186,7 +186,7 @@ def llama_workload(
         + 2 * (heads + shared)  # rotary
         + 3 * c.intermediate_size  # silu(gate) * up
     )
-    traced, head_held = _llama_memory(
+    traced, head_held = _decoder_memory(
         c, sequence_length, microbatch_size, loss_chunk_tokens, fused_attention, str(dtype)
     )
     block = BlockWork(
@@ -227,8 +227,8 @@ def llama_workload(
 
 
 @functools.lru_cache(maxsize=256)
-def _llama_memory(
-    config: LlamaConfig,
+def _decoder_memory(
+    config: DecoderConfig,
     sequence_length: int,
     microbatch_size: int,
     loss_chunk_tokens: int,

@@ -28,7 +28,7 @@ import tokenizers
 import uvicorn
 
 from jaxsys.errors import RunError
-from jaxsys.model import LlamaConfig, LoadedModel, Tokenizer, preset
+from jaxsys.model import DecoderConfig, LoadedModel, Tokenizer, preset
 from jaxsys.nvml import NvmlGpu
 from jaxsys.serve.benchmark import random_parameters
 from jaxsys.serve.deployment import (
@@ -126,7 +126,7 @@ def compile_greedy(instances: Sequence[Instance]) -> None:
 
 
 def take_profile(
-    instance: Instance, config: LlamaConfig, gpu: NvmlGpu | None, device: Any, least_s: float
+    instance: Instance, config: DecoderConfig, gpu: NvmlGpu | None, device: Any, least_s: float
 ) -> tuple[Profile, float]:
     """The short sweep, whose loads that fail are left out, and said; and what the host takes
     before a prompt that finds the instance idle, in seconds."""

@@ -1,9 +1,9 @@
 """The models that the training benchmarks run."""
 
-from jaxsys.model import LlamaConfig, preset
+from jaxsys.model import DecoderConfig, preset
 
 SHAPES = {
-    "1b": LlamaConfig(
+    "1b": DecoderConfig(
         vocab_size=32000,
         hidden_size=2048,
         intermediate_size=5632,
@@ -15,7 +15,7 @@ SHAPES = {
     ),
     "8b": preset("llama-3-8b"),
     # Light compute, so that a slow network of hosts on one machine is what a step waits for.
-    "network": LlamaConfig(
+    "network": DecoderConfig(
         vocab_size=256,
         hidden_size=64,
         intermediate_size=171,
@@ -25,7 +25,7 @@ SHAPES = {
         head_dim=16,
         max_positions=131072,
     ),
-    "tiny": LlamaConfig(
+    "tiny": DecoderConfig(
         vocab_size=256,
         hidden_size=64,
         intermediate_size=192,

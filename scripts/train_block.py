@@ -8,8 +8,8 @@ from shapes import SHAPES
 
 from jaxsys.lowering.programs import chunk_program
 from jaxsys.model.attention import attend
+from jaxsys.model.decoder import abstract_parameters
 from jaxsys.model.layers import layered
-from jaxsys.model.llama import abstract_parameters
 from jaxsys.planner.timing import median_seconds
 from jaxsys.results import table
 from jaxsys.train.flops import training_flops_per_token

@@ -25,7 +25,7 @@ import numpy as np
 
 from jaxsys.mesh import Device
 from jaxsys.model import (
-    LlamaConfig,
+    DecoderConfig,
     abstract_parameters,
     default_model_path,
     load,
@@ -369,7 +369,7 @@ class _EnergyMeter:
             return None
 
 
-def model_of(name: str, dtype_name: str) -> tuple[LlamaConfig, Any]:
+def model_of(name: str, dtype_name: str) -> tuple[DecoderConfig, Any]:
     """The packaged model if `name` is "default", else a preset with random weights."""
     dtype = jnp.dtype(dtype_name)
     if name == "default":
@@ -379,7 +379,7 @@ def model_of(name: str, dtype_name: str) -> tuple[LlamaConfig, Any]:
     return config, random_parameters(config, dtype)
 
 
-def random_parameters(config: LlamaConfig, dtype: jnp.dtype) -> Any:
+def random_parameters(config: DecoderConfig, dtype: jnp.dtype) -> Any:
     """Normal weights of a shape's size: what they compute means nothing, but costs the same."""
 
     def fill(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -412,7 +412,7 @@ def _scheduler(study: Study, executor: JaxExecutor, **changes: Any) -> Scheduler
 
 
 def _executor(
-    study: Study, config: LlamaConfig, parameters: Any, quantisation: Quantisation | None
+    study: Study, config: DecoderConfig, parameters: Any, quantisation: Quantisation | None
 ) -> JaxExecutor:
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     weights = serving_weights(config, parameters, quantisation=quantisation, placement=place)

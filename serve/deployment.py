@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from jaxsys.errors import UsageError
 from jaxsys.mesh import Device, request_devices
-from jaxsys.model import LlamaConfig, LoadedModel
+from jaxsys.model import DecoderConfig, LoadedModel
 from jaxsys.serve.clock import WallClock
 from jaxsys.serve.engine import Engine
 from jaxsys.serve.executor import JaxExecutor
@@ -162,7 +162,7 @@ def place_weights(
 
 
 def build_instance(
-    shape: LlamaConfig,
+    shape: DecoderConfig,
     weights: ServingWeights,
     config: DeploymentConfig,
     *,
@@ -299,7 +299,7 @@ def _run_if_idle(instance: Instance, executor: JaxExecutor, key: tuple) -> None:
 
 
 def _scheduler_config(
-    shape: LlamaConfig,
+    shape: DecoderConfig,
     config: DeploymentConfig,
     role: Role,
     group: tuple[Device, ...],

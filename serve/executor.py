@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jaxsys.errors import RunError, UsageError
-from jaxsys.model import LlamaConfig
+from jaxsys.model import DecoderConfig
 from jaxsys.serve import paged_model
 from jaxsys.serve.paged_attention import choose_kernels
 from jaxsys.serve.paged_model import Contents
@@ -108,7 +108,7 @@ class JaxExecutor:
 
     def __init__(
         self,
-        config: LlamaConfig,
+        config: DecoderConfig,
         weights: ServingWeights,
         scheduler: SchedulerConfig,
         *,

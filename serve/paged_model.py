@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxsys.model import LlamaConfig
+from jaxsys.model import DecoderConfig
 from jaxsys.model.rope import rotary_tables, rotate
 from jaxsys.serve.paged_attention import AttentionKernels
 from jaxsys.serve.weights import LayerWeights, ServingWeights, matmul
@@ -40,7 +40,7 @@ and receive 2 * layers of them keeps the host from its next steps for longer tha
 
 
 def empty_cache(
-    config: LlamaConfig,
+    config: DecoderConfig,
     page_count: int,
     page_size: int,
     dtype: jnp.dtype,
@@ -56,7 +56,7 @@ def empty_cache(
 
 
 def decode_pass(
-    config: LlamaConfig,
+    config: DecoderConfig,
     kernels: AttentionKernels,
     weights: ServingWeights,
     cache: Cache,
@@ -90,7 +90,7 @@ def decode_pass(
 
 
 def prefill_pass(
-    config: LlamaConfig,
+    config: DecoderConfig,
     kernels: AttentionKernels,
     continued: bool,
     weights: ServingWeights,
@@ -152,7 +152,7 @@ def insert_pages(cache: Cache, contents: Contents, pages: Int[Array, " W"]) -> C
     return jax.tree.unflatten(jax.tree.structure(cache), written)
 
 
-def _normal(config: LlamaConfig, x: jax.Array, scale: jax.Array) -> jax.Array:
+def _normal(config: DecoderConfig, x: jax.Array, scale: jax.Array) -> jax.Array:
     """RMS normalisation of the last axis, statistics in float32."""
     wide = x.astype(jnp.float32)
     mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
@@ -161,7 +161,7 @@ def _normal(config: LlamaConfig, x: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def _project(
-    config: LlamaConfig,
+    config: DecoderConfig,
     layer: LayerWeights,
     x: Float[Array, "B T D"],
     turn: tuple[jax.Array, jax.Array],
@@ -175,7 +175,7 @@ def _project(
 
 
 def _finish(
-    config: LlamaConfig,
+    config: DecoderConfig,
     layer: LayerWeights,
     x: Float[Array, "B T D"],
     o: Float[Array, "B T G R K"],
@@ -187,7 +187,7 @@ def _finish(
 
 
 def _logits(
-    config: LlamaConfig, weights: ServingWeights, x: Float[Array, "B T D"]
+    config: DecoderConfig, weights: ServingWeights, x: Float[Array, "B T D"]
 ) -> Float[Array, "B T V"]:
     """float32 logits of the residual, the final norm included."""
     x = _normal(config, x, weights.norm)

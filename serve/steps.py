@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from jaxsys.model import LlamaConfig
+from jaxsys.model import DecoderConfig
 from jaxsys.serve import paged_model
 from jaxsys.serve.paged_attention import AttentionKernels
 from jaxsys.serve.paged_model import Cache
@@ -65,7 +65,7 @@ class Steps:
 
     def __init__(
         self,
-        config: LlamaConfig,
+        config: DecoderConfig,
         kernels: AttentionKernels,
         weights: ServingWeights,
         cache: Cache,

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 
 from jaxsys.errors import UsageError
 from jaxsys.layered import Parameters
-from jaxsys.model import LlamaConfig
+from jaxsys.model import DecoderConfig
 
 TENSOR = "tensor"
 """Mesh axis over which heads and feed-forward are split."""
@@ -88,7 +88,7 @@ class ServingWeights(NamedTuple):
 
 
 def serving_weights(
-    config: LlamaConfig,
+    config: DecoderConfig,
     parameters: Parameters,
     *,
     quantisation: Quantisation | None = None,
@@ -156,7 +156,7 @@ def layer_specs() -> tuple[PartitionSpec, ...]:
     )
 
 
-def check_tensor_parallel(config: LlamaConfig, mesh: Mesh) -> None:
+def check_tensor_parallel(config: DecoderConfig, mesh: Mesh) -> None:
     """Raises UsageError where the mesh's `TENSOR` axis does not divide heads and feed-forward."""
     ways = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True)).get(TENSOR)
     if ways is None:

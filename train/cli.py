@@ -23,7 +23,7 @@ from jaxsys.train.hosts import Hosts, choose_devices, join
 from jaxsys.train.layout import lay_out
 from jaxsys.train.loader import Batches
 from jaxsys.train.loop import Report
-from jaxsys.train.recipe import Recipe, llama_flops_per_token
+from jaxsys.train.recipe import Recipe, decoder_flops_per_token
 from jaxsys.train.trainer import Trainer
 
 HELD_OUT_BATCHES = 4
@@ -240,7 +240,7 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
         },
         non_finite=arguments.non_finite,
         settings=recipe.settings(data=training.fingerprint()),
-        flops_per_token=llama_flops_per_token(config, recipe.sequence_length),
+        flops_per_token=decoder_flops_per_token(config, recipe.sequence_length),
     )
     # Said only now: what is refused is refused in one line.
     if layout.reason is not None:

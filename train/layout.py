@@ -9,8 +9,8 @@ from jax.sharding import Mesh
 from jaxsys.errors import UsageError
 from jaxsys.lowering import Recompute
 from jaxsys.mesh import make_mesh
-from jaxsys.model import LlamaConfig
-from jaxsys.planner.workload import llama_workload
+from jaxsys.model import DecoderConfig
+from jaxsys.planner.workload import decoder_workload
 from jaxsys.schedule import Schedule
 from jaxsys.train import auto, plan_file, schedules
 
@@ -43,7 +43,7 @@ class Layout:
 
 def lay_out(
     *,
-    config: LlamaConfig,
+    config: DecoderConfig,
     devices: list[Any],
     sequence_length: int | None,
     schedule: str | None,
@@ -107,7 +107,7 @@ def lay_out(
     ring = len(devices) // replicas
     chosen: str | Schedule = schedule or ("weipipe-interleave" if ring > 1 else "dp")
     if chosen == "auto":
-        workload = llama_workload(
+        workload = decoder_workload(
             "the model",
             config,
             sequence_length=length,

@@ -12,7 +12,7 @@ import optax
 
 from jaxsys.errors import UsageError
 from jaxsys.layered import PyTree
-from jaxsys.model import LlamaConfig
+from jaxsys.model import DecoderConfig
 from jaxsys.train.flops import training_flops_per_token
 
 MOST_FLOAT32 = float(jnp.finfo(jnp.float32).max)
@@ -78,7 +78,7 @@ def decays(parameters: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(is_matrix, parameters)
 
 
-def llama_flops_per_token(config: LlamaConfig, sequence_length: int) -> float:
+def decoder_flops_per_token(config: DecoderConfig, sequence_length: int) -> float:
     """FLOP to train a decoder on one token, see `jaxsys.train.flops`."""
     return training_flops_per_token(
         parameters=config.parameter_count(),

@@ -1,12 +1,11 @@
 """The Llama-family decoder: its configuration, module, plain pytree, files and tokenizers."""
 
 from jaxsys.model.attention import attend, choose_implementation
-from jaxsys.model.config import Llama3RopeScaling, LlamaConfig, preset
-from jaxsys.model.layers import layered
-from jaxsys.model.llama import (
+from jaxsys.model.config import DecoderConfig, Llama3RopeScaling, preset
+from jaxsys.model.decoder import (
     Block,
+    Decoder,
     Edge,
-    Llama,
     abstract_parameters,
     bind_block,
     bind_edge,
@@ -15,6 +14,7 @@ from jaxsys.model.llama import (
     initial_parameters,
     parameters,
 )
+from jaxsys.model.layers import layered
 from jaxsys.model.load import LoadedModel, default_model_path, load
 from jaxsys.model.save import save_safetensors
 from jaxsys.model.tokenizer import ByteTokenizer, StreamDecoder, Tokenizer
@@ -22,10 +22,10 @@ from jaxsys.model.tokenizer import ByteTokenizer, StreamDecoder, Tokenizer
 __all__ = [
     "Block",
     "ByteTokenizer",
+    "Decoder",
+    "DecoderConfig",
     "Edge",
-    "Llama",
     "Llama3RopeScaling",
-    "LlamaConfig",
     "LoadedModel",
     "StreamDecoder",
     "Tokenizer",

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from jaxsys.errors import UsageError
 from jaxsys.layered import Parameters
-from jaxsys.model.config import LlamaConfig
+from jaxsys.model.config import DecoderConfig
 from jaxsys.model.names import Leaf, block_leaves, edge_leaves
 
 Fetch = Callable[[Leaf, str], np.ndarray]
@@ -22,7 +22,7 @@ Fetch = Callable[[Leaf, str], np.ndarray]
 
 
 def assemble(
-    config: LlamaConfig,
+    config: DecoderConfig,
     fetch: Fetch,
     *,
     name_of: Callable[[Leaf], str],
@@ -60,7 +60,7 @@ def assemble(
 
 
 def expected_tensors(
-    config: LlamaConfig, name_of: Callable[[Leaf], str]
+    config: DecoderConfig, name_of: Callable[[Leaf], str]
 ) -> dict[str, tuple[int, ...]]:
     """Every tensor a checkpoint of this configuration must hold, with its shape there."""
     tensors = {name_of(leaf): leaf.shape for leaf in edge_leaves(config)}

@@ -1,8 +1,8 @@
 """What a Llama-family decoder is, in numbers: sizes, rotary scaling, presets.
 
-`LlamaConfig` reads and writes the keys of a Hugging Face `config.json`, of version 4 (`rope_theta`
-and `rope_scaling`) and 5 (`rope_parameters`). Members of the family whose mathematics differ
-(sliding windows, biases, other activations) are refused, never computed wrongly.
+`DecoderConfig` reads and writes the keys of a Hugging Face `config.json`, of version 4
+(`rope_theta` and `rope_scaling`) and 5 (`rope_parameters`). Members of the family whose
+mathematics differ (sliding windows, biases, other activations) are refused, never computed wrongly.
 
 Legend: V vocabulary, D model width, F feed-forward width, L layers, N query heads, G key/value
 heads, K head width.
@@ -48,7 +48,7 @@ class Llama3RopeScaling:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LlamaConfig:
+class DecoderConfig:
     """The shape of a decoder: RMSNorm, rotary positions, grouped queries, SwiGLU."""
 
     vocab_size: int
@@ -110,7 +110,7 @@ class LlamaConfig:
         return self.num_layers * self.block_parameter_count() + self.edge_parameter_count()
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> "LlamaConfig":
+    def from_hf(cls, config: Mapping[str, Any]) -> "DecoderConfig":
         """Reads the contents of a `config.json`.
 
         Raises:
@@ -158,7 +158,7 @@ class LlamaConfig:
         }
 
 
-def _from_hf(config: Mapping[str, Any]) -> LlamaConfig:
+def _from_hf(config: Mapping[str, Any]) -> DecoderConfig:
     _check_family(config)
     missing = [
         key
@@ -176,7 +176,7 @@ def _from_hf(config: Mapping[str, Any]) -> LlamaConfig:
     heads = config["num_attention_heads"]
     theta, scaling = _read_rope(config)
     # Absent keys mean the defaults of transformers' LlamaConfig.
-    return LlamaConfig(
+    return DecoderConfig(
         vocab_size=config["vocab_size"],
         hidden_size=config["hidden_size"],
         intermediate_size=config["intermediate_size"],
@@ -248,8 +248,8 @@ BYTE_VOCABULARY = 264
 """256 byte values, then 8 special tokens; `jaxsys.model.ByteTokenizer` names them."""
 
 # Sizes as published in each model's config.json on the Hugging Face Hub.
-PRESETS: dict[str, LlamaConfig] = {
-    "llama-3-8b": LlamaConfig(
+PRESETS: dict[str, DecoderConfig] = {
+    "llama-3-8b": DecoderConfig(
         vocab_size=128256,
         hidden_size=4096,
         intermediate_size=14336,
@@ -260,7 +260,7 @@ PRESETS: dict[str, LlamaConfig] = {
         rope_theta=500000.0,
         max_positions=8192,
     ),
-    "llama-3-70b": LlamaConfig(
+    "llama-3-70b": DecoderConfig(
         vocab_size=128256,
         hidden_size=8192,
         intermediate_size=28672,
@@ -271,7 +271,7 @@ PRESETS: dict[str, LlamaConfig] = {
         rope_theta=500000.0,
         max_positions=8192,
     ),
-    "llama-3.2-1b": LlamaConfig(
+    "llama-3.2-1b": DecoderConfig(
         vocab_size=128256,
         hidden_size=2048,
         intermediate_size=8192,
@@ -289,7 +289,7 @@ PRESETS: dict[str, LlamaConfig] = {
         tie_embeddings=True,
         max_positions=131072,
     ),
-    "llama-2-7b": LlamaConfig(
+    "llama-2-7b": DecoderConfig(
         vocab_size=32000,
         hidden_size=4096,
         intermediate_size=11008,
@@ -299,7 +299,7 @@ PRESETS: dict[str, LlamaConfig] = {
         head_dim=128,
         max_positions=4096,
     ),
-    "smollm2-135m": LlamaConfig(
+    "smollm2-135m": DecoderConfig(
         vocab_size=49152,
         hidden_size=576,
         intermediate_size=1536,
@@ -311,7 +311,7 @@ PRESETS: dict[str, LlamaConfig] = {
         tie_embeddings=True,
         max_positions=8192,
     ),
-    "byte-llama": LlamaConfig(
+    "byte-llama": DecoderConfig(
         vocab_size=BYTE_VOCABULARY,
         hidden_size=128,
         intermediate_size=384,
@@ -322,7 +322,7 @@ PRESETS: dict[str, LlamaConfig] = {
         tie_embeddings=True,
         max_positions=2048,
     ),
-    "byte-llama-75m": LlamaConfig(
+    "byte-llama-75m": DecoderConfig(
         vocab_size=BYTE_VOCABULARY,
         hidden_size=768,
         intermediate_size=2048,
@@ -333,7 +333,7 @@ PRESETS: dict[str, LlamaConfig] = {
         tie_embeddings=True,
         max_positions=2048,
     ),
-    "tiny": LlamaConfig(
+    "tiny": DecoderConfig(
         vocab_size=BYTE_VOCABULARY,
         hidden_size=32,
         intermediate_size=64,
@@ -346,7 +346,7 @@ PRESETS: dict[str, LlamaConfig] = {
 }
 
 
-def preset(name: str) -> LlamaConfig:
+def preset(name: str) -> DecoderConfig:
     """The configuration of a named model.
 
     Raises:

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxsys.errors import UsageError
 from jaxsys.layered import Parameters
 from jaxsys.model.assemble import assemble, check_tensors, expected_tensors
-from jaxsys.model.config import LlamaConfig
+from jaxsys.model.config import DecoderConfig
 from jaxsys.model.names import Leaf
 from jaxsys.model.safetensors_file import SafetensorsFile
 from jaxsys.model.tokenizer import Tokenizer
@@ -28,7 +28,7 @@ CHAT_TEMPLATE = "chat_template.jinja"
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
-def read_config(folder: Path) -> LlamaConfig:
+def read_config(folder: Path) -> DecoderConfig:
     """The configuration in `folder`.
 
     Raises:
@@ -39,12 +39,12 @@ def read_config(folder: Path) -> LlamaConfig:
         raise UsageError(f"{folder} holds no {CONFIG}; give a Hugging Face model folder")
     content = _read_json(path)
     try:
-        return LlamaConfig.from_hf(content)
+        return DecoderConfig.from_hf(content)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
 
 
-def read_parameters(folder: Path, config: LlamaConfig, dtype: DTypeLike) -> Parameters:
+def read_parameters(folder: Path, config: DecoderConfig, dtype: DTypeLike) -> Parameters:
     """All parameters, read tensor by tensor and cast to `dtype`.
 
     Raises:

@@ -20,7 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from jaxsys.errors import UsageError
 from jaxsys.layered import Parameters
 from jaxsys.model.assemble import assemble, check_tensors, expected_tensors
-from jaxsys.model.config import Llama3RopeScaling, LlamaConfig
+from jaxsys.model.config import DecoderConfig, Llama3RopeScaling
 from jaxsys.model.names import Leaf
 from jaxsys.model.rope import inverse_frequencies
 from jaxsys.model.tokenizer import Tokenizer
@@ -85,7 +85,7 @@ class GgufFile:
                 f"{self.path}: metadata {name!r} cannot be read ({error}); fetch the file again"
             ) from error
 
-    def config(self) -> LlamaConfig:
+    def config(self) -> DecoderConfig:
         """The configuration that the metadata describes."""
         heads = self._need("llama.attention.head_count")
         width = self._need("llama.embedding_length")
@@ -95,7 +95,7 @@ class GgufFile:
         table = self._tensors.get("token_embd.weight")
         if table is None:
             raise UsageError(f"{self.path} lacks tensor 'token_embd.weight'")
-        config = LlamaConfig(
+        config = DecoderConfig(
             # ggml lists the fastest-moving dimension first.
             vocab_size=int(table.shape[1]),
             hidden_size=width,
@@ -113,7 +113,7 @@ class GgufFile:
             return config
         return self._with_rope_scaling(config)
 
-    def parameters(self, config: LlamaConfig, dtype: DTypeLike) -> Parameters:
+    def parameters(self, config: DecoderConfig, dtype: DTypeLike) -> Parameters:
         """Dequantises every tensor, cast to `dtype`."""
         found = {
             name: tuple(int(size) for size in tensor.shape[::-1])
@@ -225,7 +225,7 @@ class GgufFile:
         if scaling != "none" and self.field("llama.rope.scaling.factor", 1.0) != 1.0:
             raise UsageError(f"{self.path}: rope scaling of type {scaling!r} is not supported")
 
-    def _with_rope_scaling(self, config: LlamaConfig) -> LlamaConfig:
+    def _with_rope_scaling(self, config: DecoderConfig) -> DecoderConfig:
         # The file holds the divisors, not Llama 3.1's four numbers. The largest divisor is the
         # factor; the others are the same in every published model: so guess, then verify.
         divisors = self._dequantise(ROPE_FACTORS).astype(np.float64).reshape(-1)

@@ -8,13 +8,13 @@ import jax
 from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel, PyTree
 from jaxsys.model.attention import Implementation
-from jaxsys.model.config import LlamaConfig
-from jaxsys.model.llama import bind_block, bind_edge
+from jaxsys.model.config import DecoderConfig
+from jaxsys.model.decoder import bind_block, bind_edge
 from jaxsys.model.loss import head_loss
 
 
 def layered(
-    config: LlamaConfig,
+    config: DecoderConfig,
     *,
     loss_chunk_tokens: int = 2048,
     implementation: Implementation | None = None,

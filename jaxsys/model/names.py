@@ -6,7 +6,7 @@ A leaf is a path into {"edge": ..., "blocks": ...}. Checkpoints keep kernels [ou
 
 from dataclasses import dataclass
 
-from jaxsys.model.config import LlamaConfig
+from jaxsys.model.config import DecoderConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +27,7 @@ class Leaf:
     """Heads whose rows llama.cpp stores with rotary pairs side by side."""
 
 
-def edge_leaves(config: LlamaConfig) -> list[Leaf]:
+def edge_leaves(config: DecoderConfig) -> list[Leaf]:
     """Leaves outside the blocks."""
     table = (config.vocab_size, config.hidden_size)
     leaves = [
@@ -57,7 +57,7 @@ def edge_leaves(config: LlamaConfig) -> list[Leaf]:
     return leaves
 
 
-def block_leaves(config: LlamaConfig) -> list[Leaf]:
+def block_leaves(config: DecoderConfig) -> list[Leaf]:
     """Leaves of one block."""
     width, inner = config.hidden_size, config.intermediate_size
     heads, shared = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim

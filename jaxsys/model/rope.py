@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxsys.model.config import LlamaConfig
+from jaxsys.model.config import DecoderConfig
 
 
-def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
+def inverse_frequencies(config: DecoderConfig) -> np.ndarray:
     """w_i in radians a position, [K/2], float64 on the host: a constant of the compiled step."""
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
     frequencies = config.rope_theta**-exponents
@@ -34,7 +34,7 @@ def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
 
 
 def rotary_tables(
-    positions: Int[Array, "B T"], config: LlamaConfig
+    positions: Int[Array, "B T"], config: DecoderConfig
 ) -> tuple[Float[Array, "B T 1 H"], Float[Array, "B T 1 H"]]:
     """Cosines and sines of every position, float32 [B, T, 1, K/2], ready to meet [B, T, N, K]."""
     frequencies = jnp.asarray(inverse_frequencies(config), jnp.float32)

@@ -19,8 +19,8 @@ import numpy as np
 from jaxsys.errors import UsageError
 from jaxsys.layered import Parameters, PyTree
 from jaxsys.model import folder as names
-from jaxsys.model.config import LlamaConfig
-from jaxsys.model.llama import abstract_parameters
+from jaxsys.model.config import DecoderConfig
+from jaxsys.model.decoder import abstract_parameters
 from jaxsys.model.names import block_leaves, edge_leaves
 from jaxsys.model.safetensors_file import TensorToWrite, write_safetensors
 from jaxsys.model.tokenizer import Tokenizer
@@ -31,7 +31,7 @@ MAX_SHARD_BYTES = 5_000_000_000
 
 def save_safetensors(
     folder: str | Path,
-    config: LlamaConfig,
+    config: DecoderConfig,
     parameters: Parameters,
     tokenizer: Tokenizer | None = None,
     *,
@@ -79,7 +79,7 @@ def check_target(target: Path, *, overwrite: bool) -> None:
             raise UsageError(f"{target} is no model folder, and will not be replaced by one")
 
 
-def _check_parameters(config: LlamaConfig, parameters: Parameters) -> None:
+def _check_parameters(config: DecoderConfig, parameters: Parameters) -> None:
     wanted = jax.tree_util.tree_flatten_with_path(dict(abstract_parameters(config)))[0]
     given = dict(jax.tree_util.tree_flatten_with_path(dict(parameters))[0])
     for path, leaf in wanted:
@@ -93,7 +93,7 @@ def _check_parameters(config: LlamaConfig, parameters: Parameters) -> None:
         raise UsageError(f"parameters hold {jax.tree_util.keystr(next(iter(given)))}, not expected")
 
 
-def _tensors(config: LlamaConfig, parameters: Parameters) -> Iterator[TensorToWrite]:
+def _tensors(config: DecoderConfig, parameters: Parameters) -> Iterator[TensorToWrite]:
     def entry(name: str, array: Any, transposed: bool, layer: int | None) -> TensorToWrite:
         shape = tuple(array.shape if layer is None else array.shape[1:])
 
@@ -134,7 +134,7 @@ def _write_weights(folder: Path, tensors: list[TensorToWrite], max_shard_bytes: 
 
 
 def _write_settings(
-    folder: Path, config: LlamaConfig, parameters: Parameters, tokenizer: Tokenizer | None
+    folder: Path, config: DecoderConfig, parameters: Parameters, tokenizer: Tokenizer | None
 ) -> None:
     dtype = str(jax.tree.leaves(parameters["blocks"])[0].dtype)
     # transformers 5 reads `dtype`, 4 reads `torch_dtype`.

@@ -5,7 +5,7 @@ from typing import Literal
 
 from jaxsys.errors import UsageError
 from jaxsys.mesh import Device
-from jaxsys.model import LlamaConfig
+from jaxsys.model import DecoderConfig
 from jaxsys.nvml import open_clocks
 from jaxsys.serve.energy.ecofreq import ModelPredictor, SimulatedGovernor
 from jaxsys.serve.energy.ecopred import EcoPred
@@ -34,7 +34,7 @@ class GovernorChoice:
 
 
 def make_governor(
-    choice: GovernorChoice, model: LlamaConfig, slo: SharedSlo, device: Device
+    choice: GovernorChoice, model: DecoderConfig, slo: SharedSlo, device: Device
 ) -> Governor:
     """The governor of an instance on `device`."""
     profile = None if choice.profile is None else load_profile(choice.profile)
@@ -66,7 +66,7 @@ def make_governor(
 
 
 def make_decode_router(
-    route: Route, gpu_name: str, model: LlamaConfig, slo: SharedSlo
+    route: Route, gpu_name: str, model: DecoderConfig, slo: SharedSlo
 ) -> Router | None:
     """The router before decode instances; None where the fewest requests decide."""
     if route == "fewest":
@@ -83,7 +83,7 @@ def make_decode_router(
     )
 
 
-def _shape(config: LlamaConfig) -> ServedShape:
+def _shape(config: DecoderConfig) -> ServedShape:
     return shape_from_sizes(
         name="served model",
         parameters=config.parameter_count(),

@@ -15,7 +15,7 @@ import fastapi
 import uvicorn
 
 from jaxsys.errors import UsageError
-from jaxsys.model import LlamaConfig, Tokenizer
+from jaxsys.model import DecoderConfig, Tokenizer
 from jaxsys.model.folder import read_config, read_tokenizer
 from jaxsys.model.gguf_file import GgufFile
 from jaxsys.model.load import no_model
@@ -142,7 +142,7 @@ class Front:
         await self.fleet.close()
 
 
-def read_face(path: Path) -> tuple[LlamaConfig, Tokenizer]:
+def read_face(path: Path) -> tuple[DecoderConfig, Tokenizer]:
     """What can be known of a model without reading its weights.
 
     Raises:

@@ -10,7 +10,7 @@ from jaxsys.layered import LayeredModel, Parameters
 from jaxsys.lowering import LoweredStep, lower
 from jaxsys.lowering.compiled import executions, parse, spans
 from jaxsys.mesh import make_mesh
-from jaxsys.model import LlamaConfig, abstract_parameters, layered
+from jaxsys.model import DecoderConfig, abstract_parameters, layered
 from jaxsys.schedule import Data
 from jaxsys.strategies import build
 
@@ -145,7 +145,7 @@ def test_gpu_schedule_holds_all_streams_open_over_the_compute():
 
     devices = topologies.get_topology_desc("two", "cuda", topology="1x1x2").devices
     mesh = make_mesh(2, devices=list(devices))
-    config = LlamaConfig(
+    config = DecoderConfig(
         vocab_size=1024,
         hidden_size=512,
         intermediate_size=1536,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxsys.errors import UsageError
-from jaxsys.model import LlamaConfig, abstract_parameters, preset
+from jaxsys.model import DecoderConfig, abstract_parameters, preset
 from jaxsys.model.config import PRESETS, Llama3RopeScaling
 
 # Model cards on the Hugging Face Hub give these totals.
@@ -41,14 +41,14 @@ def test_counts_are_those_of_the_arrays(name):
 def test_hf_keys_round_trip(name):
     config = preset(name)
     written = json.loads(json.dumps(config.to_hf()))
-    assert LlamaConfig.from_hf(written) == config
+    assert DecoderConfig.from_hf(written) == config
     # transformers 4 wrote no rope_parameters, 5 writes neither rope_theta nor rope_scaling.
     version_4 = {key: value for key, value in written.items() if key != "rope_parameters"}
     version_5 = {
         key: value for key, value in written.items() if key not in ("rope_theta", "rope_scaling")
     }
-    assert LlamaConfig.from_hf(version_4) == config
-    assert LlamaConfig.from_hf(version_5) == config
+    assert DecoderConfig.from_hf(version_4) == config
+    assert DecoderConfig.from_hf(version_5) == config
 
 
 def test_unknown_preset_lists_the_known():
@@ -85,7 +85,7 @@ def test_unknown_preset_lists_the_known():
 )
 def test_what_is_not_computed_is_refused(change, message):
     with pytest.raises(UsageError, match=message):
-        LlamaConfig.from_hf(preset("tiny").to_hf() | change)
+        DecoderConfig.from_hf(preset("tiny").to_hf() | change)
 
 
 def test_mistral_without_a_cutting_window_is_the_same_model():
@@ -94,7 +94,7 @@ def test_mistral_without_a_cutting_window_is_the_same_model():
         "architectures": ["MistralForCausalLM"],
         "sliding_window": 256,
     }
-    assert LlamaConfig.from_hf(settings) == preset("tiny")
+    assert DecoderConfig.from_hf(settings) == preset("tiny")
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from jaxsys.planner.measure import (
     summary,
 )
 from jaxsys.planner.named import compare
-from jaxsys.planner.workload import llama_workload
+from jaxsys.planner.workload import decoder_workload
 from jaxsys.results import read_result
 
 RESULTS = Path(__file__).parents[2] / "results"
@@ -122,7 +122,7 @@ def test_presets_are_those_of_the_steps_that_were_measured(name, kind, devices, 
 def test_steps_of_another_model_are_predicted_by_the_presets(between):
     """What shards weights; of rings and pipelines see docs/planning.md."""
     shape = runpy.run_path(str(RESULTS.parent / "scripts/shapes.py"))["SHAPES"]["1b"]
-    workload = llama_workload("1b", shape, sequence_length=16384, microbatch_size=1)
+    workload = decoder_workload("1b", shape, sequence_length=16384, microbatch_size=1)
     cluster = Cluster(
         device=device("h100"),
         devices=2,

@@ -21,7 +21,7 @@ from jaxsys.planner.named import compare, runs, strategies, that_runs
 from jaxsys.planner.plans import PATHS
 from jaxsys.planner.problem import Problem
 from jaxsys.planner.space import Space
-from jaxsys.planner.workload import llama_workload
+from jaxsys.planner.workload import decoder_workload
 from jaxsys.schedule import Schedule
 from jaxsys.train import Trainer
 from jaxsys.train.memory import StepShape, step_bytes
@@ -54,7 +54,7 @@ def trainers_bytes(schedule, config, recompute, *, size: int = 1) -> float:
 @pytest.mark.parametrize(("devices", "layers"), [(2, 4), (4, 6)], ids=["even", "padded"])
 def test_every_strategy_of_the_table_holds_what_the_trainer_says(devices, layers):
     config = config_of(layers)
-    workload = llama_workload("m", config, sequence_length=TOKENS, microbatch_size=1)
+    workload = decoder_workload("m", config, sequence_length=TOKENS, microbatch_size=1)
     cluster = Cluster(device=device("h100"), devices=devices, link=link("nvlink"))
     made = strategies(workload, devices, 2 * devices)
     seen = set()
@@ -70,7 +70,7 @@ def plans_of(layers: int):
     """A plan of some of the common parts that the trainer runs, and the problem."""
     config = config_of(layers)
     problem = Problem(
-        workload_of=lambda size: llama_workload(
+        workload_of=lambda size: decoder_workload(
             "m", config, sequence_length=TOKENS, microbatch_size=size
         ),
         cluster=Cluster(device=device("h100"), devices=4, link=link("nvlink")),

@@ -34,7 +34,7 @@ from jaxsys.planner.problem import Problem
 from jaxsys.planner.report import verdict
 from jaxsys.planner.search import Effort, Found, Result, search
 from jaxsys.planner.space import Space
-from jaxsys.planner.workload import BlockWork, EdgeWork, Workload, llama_workload
+from jaxsys.planner.workload import BlockWork, EdgeWork, Workload, decoder_workload
 from jaxsys.schedule import Schedule, check, simulate
 from jaxsys.strategies import NAMES
 from jaxsys.train.cli import parser as train_parser
@@ -114,7 +114,7 @@ def test_bytes_of_the_zero_paper(turns):
 
 def test_parameter_and_flop_counts_of_llama():
     config = preset("llama-3-8b")
-    workload = llama_workload("l", config, sequence_length=4096, microbatch_size=2)
+    workload = decoder_workload("l", config, sequence_length=4096, microbatch_size=2)
     assert workload.parameters == config.parameter_count() == 8_030_261_248
     tokens = 2 * 4096
     norms = (2 * config.num_layers + 1) * config.hidden_size
@@ -125,7 +125,7 @@ def test_parameter_and_flop_counts_of_llama():
 
 
 def test_a_slower_link_never_speeds_up_and_bytes_do_not_change():
-    workload = llama_workload("t", preset("tiny"), sequence_length=64, microbatch_size=1)
+    workload = decoder_workload("t", preset("tiny"), sequence_length=64, microbatch_size=1)
     told: list[str] = []
     fast = compare(workload, cluster("nvlink"), microbatches=8, progress=told.append)
     assert told[0].startswith("simulating dp (1 of ")
@@ -138,7 +138,7 @@ def test_a_slower_link_never_speeds_up_and_bytes_do_not_change():
 
 def test_a_rule_that_refuses_many_is_said_once():
     config = dataclasses.replace(preset("tiny"), num_layers=2)
-    workload = llama_workload("t", config, sequence_length=64, microbatch_size=1)
+    workload = decoder_workload("t", config, sequence_length=64, microbatch_size=1)
     with pytest.raises(UsageError, match="no strategy is legal here: dp, ") as refused:
         compare(workload, cluster("nvlink", 3), microbatches=4)
     text = str(refused.value)
@@ -147,7 +147,7 @@ def test_a_rule_that_refuses_many_is_said_once():
 
 
 def test_recompute_is_taken_only_where_memory_asks_for_it():
-    workload = llama_workload("l", preset("llama-3-8b"), sequence_length=8192, microbatch_size=1)
+    workload = decoder_workload("l", preset("llama-3-8b"), sequence_length=8192, microbatch_size=1)
     roomy, tight = (
         compare(workload, cluster("nvlink", 8), microbatches=16, memory_bytes=limit)
         for limit in (1e12, 50 * 2**30)
@@ -161,7 +161,7 @@ def test_recompute_is_taken_only_where_memory_asks_for_it():
 def test_stages_that_do_not_divide_the_layers_are_costed_as_they_run():
     """7 layers on 4 devices: chunks of 2, 2, 2 and 1, with room for 2 each."""
     config = dataclasses.replace(preset("tiny"), num_layers=7)
-    workload = llama_workload("t", config, sequence_length=64, microbatch_size=1)
+    workload = decoder_workload("t", config, sequence_length=64, microbatch_size=1)
     schedule = strategies(workload, 4, 8)["1f1b"]()
     here = cluster("nvlink", 4)
     costs = schedule_costs(
@@ -207,7 +207,7 @@ def test_the_reason_names_the_figure_that_differs(second, reason):
 
 
 def test_plans_are_called_by_their_names_where_they_run():
-    workload = llama_workload("t", preset("tiny"), sequence_length=64, microbatch_size=1)
+    workload = decoder_workload("t", preset("tiny"), sequence_length=64, microbatch_size=1)
     problem = Problem(
         workload_of=lambda size: workload, cluster=cluster("nvlink"), batch=8, memory_bytes=1e12
     )
@@ -223,7 +223,7 @@ def test_plans_are_called_by_their_names_where_they_run():
 def test_what_no_axis_can_be_cut_for_is_not_planned_in_shards():
     """32 x 32 on 3 devices: the lowered step would keep the matrix whole on each."""
     config = preset("tiny")
-    workload = llama_workload("t", config, sequence_length=64, microbatch_size=1)
+    workload = decoder_workload("t", config, sequence_length=64, microbatch_size=1)
     refused = dict(compare(workload, cluster("nvlink", 3), microbatches=6).refused)
     assert "devices=3 divide no axis of a matrix [32, 32]" in refused["zero-3"]
     step = lower_sharded(
@@ -266,7 +266,7 @@ def test_command_prints_all_strategies_and_a_verdict(capsys, tmp_path):
 
 def test_what_a_search_finds_stands_in_the_table_and_runs(tmp_path):
     """More devices than layers: no ring or pipeline spans them all, but replicas of one may win."""
-    workload = llama_workload("t", preset("tiny"), sequence_length=2048, microbatch_size=1)
+    workload = decoder_workload("t", preset("tiny"), sequence_length=2048, microbatch_size=1)
     problem = Problem(
         workload_of=lambda size: workload, cluster=cluster("sockets", 8), batch=64, memory_bytes=1e9
     )
@@ -347,7 +347,9 @@ def test_bad_requests_are_one_line(arguments, code, message, capsys):
 
 
 def test_the_smallest_limit_named_really_fits():
-    workload = llama_workload("l", preset("llama-3.2-1b"), sequence_length=8192, microbatch_size=1)
+    workload = decoder_workload(
+        "l", preset("llama-3.2-1b"), sequence_length=8192, microbatch_size=1
+    )
 
     def under(memory_bytes):
         return compare(workload, cluster("nvlink"), microbatches=8, memory_bytes=memory_bytes)
@@ -432,7 +434,7 @@ def test_a_schedule_comes_with_the_options_that_it_does_not_say(tmp_path, capsys
 
 
 def test_plan_files_of_another_version_or_cluster_are_refused(tmp_path):
-    workload = llama_workload("t", preset("tiny"), sequence_length=64, microbatch_size=1)
+    workload = decoder_workload("t", preset("tiny"), sequence_length=64, microbatch_size=1)
     problem = Problem(
         workload_of=lambda size: workload, cluster=cluster("nvlink"), batch=8, memory_bytes=1e9
     )

@@ -19,7 +19,7 @@ from jaxsys.planner.plans import PATHS, Backward, Order, Plan
 from jaxsys.planner.problem import Problem
 from jaxsys.planner.recognise import recognise, recognise_schedule
 from jaxsys.planner.space import Space
-from jaxsys.planner.workload import BlockWork, EdgeWork, Workload, llama_workload
+from jaxsys.planner.workload import BlockWork, EdgeWork, Workload, decoder_workload
 from jaxsys.schedule import simulate
 from jaxsys.strategies import build
 
@@ -161,7 +161,7 @@ def test_residuals_and_taps_of_a_block_are_as_the_formulas_say():
         "block": 2 * tokens * width,
     }
     taps = 2 * tokens * (8 * width + 2 * (heads + shared) + 3 * inner)
-    workload = llama_workload("b", c, sequence_length=tokens, microbatch_size=1)
+    workload = decoder_workload("b", c, sequence_length=tokens, microbatch_size=1)
     assert workload.recompute_policies == tuple(kept)
     for policy, size in kept.items():
         found = workload.blocks[0].memory(policy, workload.activation_bytes)

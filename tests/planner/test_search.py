@@ -18,7 +18,7 @@ from jaxsys.planner.problem import Problem
 from jaxsys.planner.regimes import limited, ratio_problem
 from jaxsys.planner.search import Effort, _Search, _uniform, exhaustive, search
 from jaxsys.planner.space import Space
-from jaxsys.planner.workload import BlockWork, EdgeWork, Workload, llama_workload
+from jaxsys.planner.workload import BlockWork, EdgeWork, Workload, decoder_workload
 
 
 def random_problem(seed: int, layers: int) -> Problem:
@@ -107,7 +107,7 @@ def llama_problem(model: str = "llama-3-8b", *, devices: int = 8, sequences: int
     config = preset(model)
     nodes = {"node_devices": 8, "node_link": link("ib-400")} if devices > 8 else {}
     return Problem(
-        workload_of=lambda size: llama_workload(
+        workload_of=lambda size: decoder_workload(
             model, config, sequence_length=8192, microbatch_size=size
         ),
         cluster=Cluster(device=device("h100"), devices=devices, link=link("nvlink"), **nodes),

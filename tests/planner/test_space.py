@@ -26,14 +26,14 @@ from jaxsys.planner.plans import (
 )
 from jaxsys.planner.problem import Problem
 from jaxsys.planner.space import Space
-from jaxsys.planner.workload import llama_workload
+from jaxsys.planner.workload import decoder_workload
 from jaxsys.schedule import check
 
 
 def small_problem(devices: int = 8, batch: int = 32, model: str = "byte-llama") -> Problem:
     config = preset(model)
     return Problem(
-        workload_of=lambda size: llama_workload(
+        workload_of=lambda size: decoder_workload(
             model, config, sequence_length=128, microbatch_size=size
         ),
         cluster=Cluster(device=device("h100"), devices=devices, link=link("nvlink")),

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsys.model import LlamaConfig, forward, initial_parameters
+from jaxsys.model import DecoderConfig, forward, initial_parameters
 from jaxsys.serve import paged_model
 from jaxsys.serve.paged_attention import choose_kernels
 from jaxsys.serve.weights import serving_weights
 
-CONFIG = LlamaConfig(
+CONFIG = DecoderConfig(
     vocab_size=512,
     hidden_size=512,
     intermediate_size=1024,

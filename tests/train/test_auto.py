@@ -12,12 +12,12 @@ from jaxsys.model import preset
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.named import compare
 from jaxsys.planner.plans import Gradient, LayerPath, Order, Plan, Residual, State, Weights
-from jaxsys.planner.workload import llama_workload
+from jaxsys.planner.workload import decoder_workload
 from jaxsys.schedule import Placement
 from jaxsys.train import auto, plan_file
 from jaxsys.train.layout import lay_out
 
-WORKLOAD = llama_workload(
+WORKLOAD = decoder_workload(
     "llama-3-8b", preset("llama-3-8b"), sequence_length=8192, microbatch_size=1
 )
 H100 = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3")

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from jaxsys.errors import UsageError
-from jaxsys.model import LlamaConfig
+from jaxsys.model import DecoderConfig
 from jaxsys.serve.energy.ecofreq import SimulatedGovernor
 from jaxsys.serve.energy.ecopred import EcoPred
 from jaxsys.serve.energy.governors import GovernorChoice, make_governor
@@ -18,7 +18,7 @@ from jaxsys.serve.hooks import NoGovernor
 CPU = jax.devices("cpu")[0]
 SHAPE = SHAPES["smollm2-135m"]
 H100 = SimulatedGpu(gpu_spec("h100"), SHAPE)
-MODEL = LlamaConfig(
+MODEL = DecoderConfig(
     vocab_size=64,
     hidden_size=SHAPE.hidden,
     intermediate_size=64,

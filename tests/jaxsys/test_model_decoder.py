@@ -12,7 +12,7 @@ from flax import nnx
 from jaxsys.errors import UsageError
 from jaxsys.layered import reference_loss
 from jaxsys.model import (
-    Llama,
+    Decoder,
     abstract_parameters,
     bind_block,
     build,
@@ -23,7 +23,7 @@ from jaxsys.model import (
     preset,
 )
 from jaxsys.model.config import Llama3RopeScaling
-from jaxsys.model.llama import bind_edge
+from jaxsys.model.decoder import bind_edge
 from jaxsys.model.rope import inverse_frequencies
 
 SCALED = Llama3RopeScaling(
@@ -118,7 +118,7 @@ def test_logits_are_those_of_the_plain_model(variant):
 
 def test_module_and_pytree_are_one_model():
     config = preset("tiny")
-    model = Llama(config, rngs=nnx.Rngs(3))
+    model = Decoder(config, rngs=nnx.Rngs(3))
     weights, tokens = parameters(model), random_tokens(config, (2, 9))
     np.testing.assert_array_equal(model(tokens), forward(config, weights, tokens))
     np.testing.assert_array_equal(build(config, weights)(tokens), model(tokens))
@@ -137,7 +137,7 @@ def test_layers_start_out_different():
 
 def test_nnx_gradients_are_those_of_the_layered_model():
     config = dataclasses.replace(preset("tiny"), num_layers=2, tie_embeddings=True)
-    model = Llama(config, rngs=nnx.Rngs(0))
+    model = Decoder(config, rngs=nnx.Rngs(0))
     batch = {
         "inputs": random_tokens(config, (1, 4, 9)),
         "targets": random_tokens(config, (1, 4, 9), seed=2),

@@ -3,7 +3,7 @@
     x = E[tokens];  x += O(attend(rope(Q n), rope(K n), V n)), n = norm(x);
     x += Down(silu(Gate n) * Up n), n = norm(x);  logits = norm(x) H
 
-One object, two faces: `Llama` is a module, and `parameters(model)` is the plain pytree
+One object, two faces: `Decoder` is a module, and `parameters(model)` is the plain pytree
 {"edge": ..., "blocks": stacked [L, ...]} that schedules and the server work on; `bind_block` and
 `bind_edge` put modules back around such pytrees, inside any trace. Compute takes the parameters'
 dtype; norms, rotary tables and softmax are float32 inside.
@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 from jaxsys.errors import UsageError
 from jaxsys.layered import Parameters, PyTree
 from jaxsys.model.attention import Implementation, attend
-from jaxsys.model.config import LlamaConfig
+from jaxsys.model.config import DecoderConfig
 from jaxsys.model.rope import rotary_tables, rotate
 
 INITIAL_DEVIATION = 0.02
@@ -35,7 +35,7 @@ INITIAL_DEVIATION = 0.02
 class RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + eps) * scale, statistics in float32. Zhang & Sennrich, 1910.07467."""
 
-    def __init__(self, config: LlamaConfig, *, param_dtype: DTypeLike = jnp.float32) -> None:
+    def __init__(self, config: DecoderConfig, *, param_dtype: DTypeLike = jnp.float32) -> None:
         self.epsilon = config.rms_norm_eps
         self.scale = nnx.Param(jnp.ones((config.hidden_size,), param_dtype))
 
@@ -51,7 +51,7 @@ class Attention(nnx.Module):
     """Grouped-query attention with rotary positions, in pieces a paged cache can come between."""
 
     def __init__(
-        self, config: LlamaConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32
+        self, config: DecoderConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32
     ) -> None:
         self.config = config
         width, heads = config.hidden_size, config.num_heads * config.head_dim
@@ -95,7 +95,7 @@ class MLP(nnx.Module):
     """SwiGLU: Down(silu(Gate x) * Up x). Shazeer, 2002.05202."""
 
     def __init__(
-        self, config: LlamaConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32
+        self, config: DecoderConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32
     ) -> None:
         width, inner = config.hidden_size, config.intermediate_size
         self.gate = _kernel(rngs, (width, inner), param_dtype)
@@ -111,7 +111,7 @@ class Block(nnx.Module):
     """One decoder layer: attention and SwiGLU, each behind a norm and added to the residual."""
 
     def __init__(
-        self, config: LlamaConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32
+        self, config: DecoderConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32
     ) -> None:
         self.attention_norm = RMSNorm(config, param_dtype=param_dtype)
         self.attention = Attention(config, rngs=rngs, param_dtype=param_dtype)
@@ -136,7 +136,7 @@ class Embedding(nnx.Module):
     """Token vectors, read by row, and used as the head where it is tied."""
 
     def __init__(
-        self, config: LlamaConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32
+        self, config: DecoderConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32
     ) -> None:
         self.table = _kernel(rngs, (config.vocab_size, config.hidden_size), param_dtype)
 
@@ -155,7 +155,7 @@ class Head(nnx.Module):
     """An untied head, [D, V]."""
 
     def __init__(
-        self, config: LlamaConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32
+        self, config: DecoderConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32
     ) -> None:
         self.kernel = _kernel(rngs, (config.hidden_size, config.vocab_size), param_dtype)
 
@@ -164,7 +164,7 @@ class Edge(nnx.Module):
     """What lies outside the blocks: embedding, final norm, head."""
 
     def __init__(
-        self, config: LlamaConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32
+        self, config: DecoderConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32
     ) -> None:
         self.embed = Embedding(config, rngs=rngs, param_dtype=param_dtype)
         self.norm = RMSNorm(config, param_dtype=param_dtype)
@@ -181,7 +181,7 @@ class Edge(nnx.Module):
         return jnp.matmul(self.norm(x), self.head_kernel(), preferred_element_type=jnp.float32)
 
 
-class Llama(nnx.Module):
+class Decoder(nnx.Module):
     """A whole decoder.
 
     Attributes:
@@ -192,7 +192,7 @@ class Llama(nnx.Module):
     """
 
     def __init__(
-        self, config: LlamaConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32
+        self, config: DecoderConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32
     ) -> None:
         self.config = config
         edge = Edge(config, rngs=rngs, param_dtype=param_dtype)
@@ -217,50 +217,50 @@ class Llama(nnx.Module):
         return forward(self.config, parameters(self), tokens, positions)
 
 
-def parameters(model: Llama) -> Parameters:
+def parameters(model: Decoder) -> Parameters:
     """The model's arrays as plain dictionaries: {"edge": ..., "blocks": stacked [L, ...]}."""
     state: dict[str, Any] = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     blocks = state.pop("blocks")
     return {"edge": state, "blocks": blocks}
 
 
-def abstract_parameters(config: LlamaConfig, dtype: DTypeLike = jnp.float32) -> Parameters:
+def abstract_parameters(config: DecoderConfig, dtype: DTypeLike = jnp.float32) -> Parameters:
     """Shapes and dtypes of `parameters` (jax.ShapeDtypeStruct leaves), without making any."""
     return jax.eval_shape(lambda: initial_parameters(config, seed=0, dtype=dtype))
 
 
 def initial_parameters(
-    config: LlamaConfig, *, seed: int = 0, dtype: DTypeLike = jnp.float32
+    config: DecoderConfig, *, seed: int = 0, dtype: DTypeLike = jnp.float32
 ) -> Parameters:
-    """Fresh parameters of `Llama(config, rngs=nnx.Rngs(seed))`."""
-    return parameters(Llama(config, rngs=nnx.Rngs(seed), param_dtype=dtype))
+    """Fresh parameters of `Decoder(config, rngs=nnx.Rngs(seed))`."""
+    return parameters(Decoder(config, rngs=nnx.Rngs(seed), param_dtype=dtype))
 
 
-def build(config: LlamaConfig, parameters: Parameters) -> Llama:
-    """A `Llama` around existing arrays."""
-    graph = nnx.graphdef(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
+def build(config: DecoderConfig, parameters: Parameters) -> Decoder:
+    """A `Decoder` around existing arrays."""
+    graph = nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
     return nnx.merge(graph, {**parameters["edge"], "blocks": parameters["blocks"]})
 
 
-def bind_block(config: LlamaConfig, layer: PyTree) -> Block:
+def bind_block(config: DecoderConfig, layer: PyTree) -> Block:
     """A `Block` around one layer's parameters (no layer axis); cheap, for use while tracing."""
     return nnx.merge(_block_graph(config), layer)
 
 
-def bind_edge(config: LlamaConfig, edge: PyTree) -> Edge:
+def bind_edge(config: DecoderConfig, edge: PyTree) -> Edge:
     """An `Edge` around `parameters["edge"]`; cheap, for use while tracing."""
     return nnx.merge(_edge_graph(config), edge)
 
 
 def forward(
-    config: LlamaConfig,
+    config: DecoderConfig,
     parameters: Parameters,
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"] | None = None,
     *,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T V"]:
-    """`Llama.__call__` on the plain pytree: one `lax.scan` over the stacked blocks."""
+    """`Decoder.__call__` on the plain pytree: one `lax.scan` over the stacked blocks."""
     if tokens.ndim != 2:
         raise UsageError(f"tokens of shape {tokens.shape} must be [B, T]; add a batch axis")
     edge = bind_edge(config, parameters["edge"])
@@ -283,10 +283,10 @@ def _kernel(
 
 # Graph definitions hold no arrays: they are values of the configuration, made once.
 @functools.lru_cache(maxsize=64)
-def _block_graph(config: LlamaConfig) -> nnx.GraphDef:
+def _block_graph(config: DecoderConfig) -> nnx.GraphDef:
     return nnx.graphdef(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))
 
 
 @functools.lru_cache(maxsize=64)
-def _edge_graph(config: LlamaConfig) -> nnx.GraphDef:
+def _edge_graph(config: DecoderConfig) -> nnx.GraphDef:
     return nnx.graphdef(nnx.eval_shape(lambda: Edge(config, rngs=nnx.Rngs(0))))
