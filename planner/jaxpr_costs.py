@@ -3,7 +3,7 @@
 XLA's own cost analysis counts a loop's body once; here a scan's body counts `length` times, and of
 a conditional the dearest branch. Products are those of `dot_general` and convolutions; everything
 else is taken to pass through memory once (its results written and read), which fusion makes an
-upper bound.
+upper bound. What runs on a mesh's devices with parts of its operands is counted on all of them.
 """
 
 import math
@@ -124,11 +124,12 @@ def _walk(
             _scan(equation, inner[0], origins, times, cost)
         elif name == "cond":
             _dearest(equation, inner, origins, times, cost)
+        elif name == "while":
+            _while(equation, origins, times, cost)
         elif inner:
-            if name == "while":
-                cost.while_loops += 1
+            each = times * _copies(equation)
             for one in inner:
-                _walk(one, _pass_in(one, equation.invars, origins), times, cost)
+                _walk(one, _pass_in(one, equation.invars, origins), each, cost)
         elif name not in FREE:
             cost.elementwise_bytes += 2 * times * sum(_bytes(v) for v in equation.outvars)
         if name in PASSES_WEIGHTS_ON and not inner:
@@ -151,13 +152,42 @@ def _scan(
     equation: Any, body: core.Jaxpr, origins: dict[Any, int], times: float, cost: FunctionCost
 ) -> None:
     length = equation.params["length"]
-    consts, carry = equation.params["num_consts"], equation.params["num_carry"]
-    for variable in equation.invars[consts + carry :]:
-        if _known(variable, origins):
+    # Which are constants and which carried is said in another way by each JAX; shapes tell alike:
+    # what is taken apart, or stacked, has one axis more outside the body than in it.
+    alike = [
+        mine.aval.ndim == theirs.aval.ndim
+        for mine, theirs in zip(body.invars, equation.invars, strict=True)
+    ]
+    for variable, whole in zip(equation.invars, alike, strict=True):
+        if not whole and _known(variable, origins):
             cost.scanned[origins[variable]] = length
-    held = sum(_bytes(v) for v in equation.invars[consts : consts + carry])
+    handed_on = sum(
+        mine.aval.ndim == theirs.aval.ndim
+        for mine, theirs in zip(body.outvars, equation.outvars, strict=True)
+    )
+    carried = equation.invars[sum(alike) - handed_on : sum(alike)]
+    held = sum(_bytes(v) for v in carried)
     cost.carry_bytes[length] = max(cost.carry_bytes.get(length, 0.0), held)
     _walk(body, _pass_in(body, equation.invars, origins), times * length, cost)
+
+
+def _while(equation: Any, origins: dict[Any, int], times: float, cost: FunctionCost) -> None:
+    """Its operands are the condition's constants, the body's, and what is carried."""
+    cost.while_loops += 1
+    condition, body = (_open(equation.params[f"{part}_jaxpr"]) for part in ("cond", "body"))
+    asked, given = equation.params["cond_nconsts"], equation.invars
+    carried = len(given) - asked - equation.params["body_nconsts"]
+    tested = [*given[:asked], *given[len(given) - carried :]]
+    _walk(condition, _pass_in(condition, tested, origins), times, cost)
+    _walk(body, _pass_in(body, given[asked:], origins), times, cost)
+
+
+def _copies(equation: Any) -> int:
+    """On how many devices an inner function runs with its own part of what it is given."""
+    if equation.primitive.name != "shard_map":
+        return 1
+    mesh, manual = equation.params["mesh"], equation.params["newly_manual_axes"]
+    return math.prod(size for axis, size in mesh.shape.items() if axis in manual)
 
 
 def _dearest(
@@ -183,10 +213,13 @@ def _dearest(
 def _inner_jaxprs(equation: Any) -> Iterator[core.Jaxpr]:
     for value in equation.params.values():
         for one in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(one, core.ClosedJaxpr):
-                yield one.jaxpr
-            elif isinstance(one, core.Jaxpr):
-                yield one
+            if isinstance(one, core.ClosedJaxpr | core.Jaxpr):
+                yield _open(one)
+
+
+def _open(one: core.ClosedJaxpr | core.Jaxpr) -> core.Jaxpr:
+    """An inner jaxpr as JAX 0.11 and later hold it, without its constants."""
+    return one.jaxpr if isinstance(one, core.ClosedJaxpr) else one
 
 
 def _pass_in(inner: core.Jaxpr, given: Any, origins: dict[Any, int]) -> dict[Any, int]:

@@ -15,6 +15,7 @@ from flax import linen
 import jaxsys.planner
 from jaxsys.errors import UsageError
 from jaxsys.hardware import device, link
+from jaxsys.mesh import make_mesh
 from jaxsys.model import abstract_parameters, forward, layered, preset
 from jaxsys.planner import Cluster, Conflict, Effort
 from jaxsys.planner.api import Planned
@@ -100,6 +101,52 @@ def test_products_of_loops_are_multiplied():
         trace_loss(jax.checkpoint(scanned), shape(6, 32, 32), shape(4, 32))  # recursed into
     )
     assert again.product_flops == cost.product_flops
+
+
+def test_loops_hand_on_what_they_carry_and_read_constants_beside():
+    """Constants, carries and stacked results are told apart under every JAX."""
+
+    def looped(params, batch):
+        def step(carry, w):
+            x, total = carry
+            x = jnp.tanh(x @ w) @ params["same"]
+            return (x, total + x.sum()), x[0]
+
+        (x, total), rows = jax.lax.scan(step, (batch, 0.0), params["each"])
+        less = lambda s: (s[1] @ params["same"]).sum() < total  # noqa: E731
+        x = jax.lax.while_loop(less, lambda s: (s[0] + 1, s[1] @ params["last"]), (0, x))[1]
+        return x.sum() + rows.sum()
+
+    params = {"each": shape(6, 32, 32), "last": shape(32, 32), "same": shape(32, 32)}
+    cost = function_cost(trace_loss(looped, params, shape(4, 32)))
+    product = 2 * 4 * 32 * 32
+    assert cost.product_flops == (6 * 2 + 2) * product
+    assert cost.scanned == {0: 6}
+    assert cost.carry_bytes == {6: 4 * 32 * 4 + 4}
+    # Parameters are read by 1: `last`, 2: `same`, and in the scan 0: `each`; 3 is the batch.
+    assert {n: cost.flops_by_input[n] for n in range(3)} == {
+        0: 6 * product,
+        1: product,
+        2: 7 * product,
+    }
+    assert cost.while_loops == 1
+
+
+def test_parts_on_a_mesh_are_counted_on_every_device():
+    mesh = make_mesh(4, devices=jax.devices()[:4])
+    rows = jax.sharding.PartitionSpec("ring")
+
+    def loss_fn(params, batch):
+        mapped = jax.shard_map(
+            lambda w, x: x @ w,
+            mesh=mesh,
+            in_specs=(jax.sharding.PartitionSpec(), rows),
+            out_specs=rows,
+        )
+        return mapped(params, batch).sum()
+
+    cost = function_cost(trace_loss(loss_fn, shape(16, 16), shape(8, 16)))
+    assert cost.product_flops == 2 * 8 * 16 * 16
 
 
 def test_convolutions_branches_and_jits_are_counted():
