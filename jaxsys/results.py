@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxsys.errors import UsageError
-from jaxsys.files import write_whole
+from jaxsys.files import read_json, write_whole
 
 PACKAGES = ("jaxsys", "jax", "jaxlib", "flax", "optax", "numpy", "xgboost-cpu")
 
@@ -93,9 +93,11 @@ def read_result(path: str | Path) -> dict[str, Any]:
         UsageError: if it is not one.
     """
     try:
-        result = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+        result = read_json(path)
+    except UsageError as error:
         raise UsageError(f"{path} is not a result file: {error}") from error
+    if not isinstance(result, dict):
+        raise UsageError(f"{path} is not a result file: it holds no JSON object")
     missing = {"benchmark", "kind", "hardware", "versions", "config", "rows"} - set(result)
     if missing:
         raise UsageError(f"{path} is not a result file: it lacks {', '.join(sorted(missing))}")

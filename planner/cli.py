@@ -1,7 +1,6 @@
 """`jaxsys plan`: compare parallel plans for a model on a cluster."""
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from jaxsys.files import check_writable, write_whole
 from jaxsys.hardware import GIB, gib
 from jaxsys.lowering.tables import buffers_of
 from jaxsys.model.config import DecoderConfig, preset
+from jaxsys.model.folder import read_config
 from jaxsys.options import Parser, whole
 from jaxsys.planner import explain, report
 from jaxsys.planner.cluster import Cluster
@@ -274,14 +274,7 @@ def read_model(name: str) -> DecoderConfig:
     path = Path(name)
     if not path.is_dir():
         return preset(name)
-    file = path / "config.json"
-    try:
-        raw = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise UsageError(f"{name} holds no config.json: give a Hugging Face model folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file} is not JSON: {error}") from None
-    return DecoderConfig.from_hf(raw)
+    return read_config(path)
 
 
 def _refuse_shared(paths: Sequence[Path]) -> None:

@@ -1,12 +1,13 @@
 """Plan files: a found plan, what was asked, and what is predicted; versioned, never overwritten."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jaxsys
 from jaxsys.errors import UsageError
+from jaxsys.fields import Fields
+from jaxsys.files import read_json, shown
 from jaxsys.hardware import GIB
 from jaxsys.planner.plans import Plan
 from jaxsys.planner.problem import Problem
@@ -16,6 +17,8 @@ from jaxsys.planner.search import Found
 
 FORMAT = "jaxsys-plan-file"
 FORMAT_VERSION = 1
+MOST_MICROBATCHES = 65_536
+"""That a device of a plan in a file may be given in a step."""
 
 
 def fingerprint(problem: Problem) -> dict[str, Any]:
@@ -60,7 +63,7 @@ def told_apart(value: Any) -> str:
     if isinstance(value, dict) and "tasks" in value and "moves" in value:
         return " but a schedule: `jaxsys train --schedule` takes it, nothing plans from it"
     if isinstance(value, dict) and isinstance(value.get("format"), str):
-        return f" but a {value['format']} file"
+        return f" but a {shown(value['format'])[1:-1]} file"
     return f": its format must be {FORMAT!r}"
 
 
@@ -74,64 +77,52 @@ def load_plan(path: str | Path, problem: Problem | None = None) -> Plan:
     Raises:
         UsageError: if the file cannot be read, is of another version, or is for something else.
     """
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"plan {path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise UsageError(f"plan {path} is not JSON: {error}") from None
+    value = read_json(path, what="plan")
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise UsageError(f"{path} is not a plan file{told_apart(value)}")
     if value.get("version") != FORMAT_VERSION:
         raise UsageError(
-            f"plan {path} has version {value.get('version')!r}; this jaxsys reads version "
+            f"plan {path} has version {shown(value.get('version'))}; this jaxsys reads version "
             f"{FORMAT_VERSION}: make the plan again"
         )
+    file = Fields(value, name=f"plan {path}", hint="make the plan again")
     if problem is not None:
-        made_for = value.get("for", {})
+        made_for = file.fields("for")
         for key, wanted in fingerprint(problem).items():
             if made_for.get(key) != wanted:
                 raise UsageError(
-                    f"plan {path} is for {key}={made_for.get(key)!r}, not {wanted!r}: make the "
-                    "plan again"
+                    f"plan {path} is for {key}={shown(made_for.get(key))}, not {wanted!r}: make "
+                    "the plan again"
                 )
     try:
-        plan = Plan.from_json(value.get("plan", {}))
+        plan = Plan.from_json(file.fields("plan").value)
     except UsageError as error:
         raise UsageError(f"plan {path}: {error}") from None
-    _check_sizes(path, plan, value.get("for", {}))
+    _check_sizes(path, plan, file.fields("for"))
     return plan
 
 
-def _check_sizes(path: str | Path, plan: Plan, made_for: Any) -> None:
-    """Raises UsageError where a plan's sizes are no sizes, or do not make up what it is for."""
+def _check_sizes(path: str | Path, plan: Plan, made_for: Fields) -> None:
+    """Raises UsageError where a plan's sizes do not make up what it is for."""
     ways = ("replicas", "shard", "features", "stages", "ring")
-    for name in (*ways, "microbatch_size", "lookahead", "chunks", "delay"):
-        size, least = getattr(plan, name), 0 if name == "delay" else 1
-        if not isinstance(size, int) or isinstance(size, bool) or size < least:
-            raise UsageError(
-                f"plan {path}: its field {name!r} is {size!r}, and must be a whole number of at "
-                f"least {least}; make the plan again"
-            )
-    if not isinstance(made_for, dict):
-        raise UsageError(f"plan {path}: its field 'for' is {made_for!r}; make the plan again")
-    for name in ("devices", "layers", "batch"):
-        size = made_for.get(name)
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise UsageError(
-                f"plan {path}: its field 'for.{name}' is {size!r}, and must be a whole number of "
-                "at least 1; make the plan again"
-            )
-    if plan.devices != made_for["devices"]:
+    devices = made_for.integer("devices", least=1)
+    made_for.integer("layers", least=1)
+    batch = made_for.integer("batch", least=1)
+    if plan.devices != devices:
         product = " x ".join(f"{name} {getattr(plan, name)}" for name in ways)
         raise UsageError(
             f"plan {path}: {product} is {plan.devices} devices, but its field 'for.devices' is "
-            f"{made_for['devices']}; make the plan again"
+            f"{devices}; make the plan again"
         )
     unit = plan.replicas * plan.shard * plan.microbatch_size
-    if made_for["batch"] % unit:
+    if batch % unit:
         raise UsageError(
             f"plan {path}: replicas {plan.replicas} x shard {plan.shard} x microbatch_size "
-            f"{plan.microbatch_size} does not divide its field 'for.batch', {made_for['batch']}; "
+            f"{plan.microbatch_size} does not divide its field 'for.batch', {batch}; "
             "make the plan again"
+        )
+    if batch // unit > MOST_MICROBATCHES:
+        raise UsageError(
+            f"plan {path}: its field 'for.batch', {batch}, is {batch // unit} microbatches a "
+            f"device; at most {MOST_MICROBATCHES} are run; make the plan again"
         )

@@ -15,7 +15,6 @@ Where layers rest on owners, B may be split into I (dL/dx) and W (dL/dw), and W 
 here is a strategy's name; `recognise` finds names for plans.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -23,9 +22,18 @@ from itertools import product
 from typing import Any
 
 from jaxsys.errors import UsageError
+from jaxsys.fields import Fields
+from jaxsys.files import parse_json, shown
 
 FORMAT = "jaxsys-plan"
 FORMAT_VERSION = 2
+MOST_SIZE = 2**20
+"""Of any one size of a plan in a file."""
+MOST_LAYERS = 10_000
+"""Likewise of its layers."""
+_LEAST = dict.fromkeys(
+    ("replicas", "shard", "features", "stages", "ring", "microbatch_size", "lookahead", "chunks"), 1
+) | {"delay": 0}
 
 
 class Weights(StrEnum):
@@ -164,38 +172,26 @@ class Plan:
         Raises:
             UsageError: if it is no plan, or of another version.
         """
-        try:
-            raw = dict(json.loads(value) if isinstance(value, str) else value)
-        except (json.JSONDecodeError, TypeError) as error:
-            raise UsageError(f"not a plan in JSON: {error}") from None
-        if raw.pop("format", None) != FORMAT:
+        read = parse_json(value, name="the plan") if isinstance(value, str) else value
+        raw = Fields(read, name="", hint="make the plan again")
+        if raw.get("format", None) != FORMAT:
             raise UsageError(f"not a plan: its format must be {FORMAT!r}")
-        version = raw.pop("version", None)
-        if version != FORMAT_VERSION:
+        if raw.get("version", None) != FORMAT_VERSION:
             raise UsageError(
-                f"plan version {version!r} cannot be read; this jaxsys reads version "
-                f"{FORMAT_VERSION}: make the plan again"
+                f"plan version {shown(raw.value.get('version'))} cannot be read; this jaxsys reads "
+                f"version {FORMAT_VERSION}: make the plan again"
             )
-        try:
-            layers = tuple(
-                LayerPath(
-                    weights=Weights(run["path"]["weights"]),
-                    gradient=Gradient(run["path"]["gradient"]),
-                    residual=Residual(run["path"]["residual"]),
-                )
-                for run in raw.pop("layers")
-                for _ in range(run["count"])
-            )
-            chosen = {
-                "state": State(raw.pop("state")),
-                "order": Order(raw.pop("order")),
-                "backward": Backward(raw.pop("backward")),
-            }
-            return cls(layers=layers, **chosen, **raw)
-        except KeyError as error:
-            raise UsageError(f"the plan is incomplete: its field {error} is missing") from None
-        except (TypeError, ValueError) as error:
-            raise UsageError(f"the plan is incomplete or misspelt: {error}") from None
+        for name, least in _LEAST.items():
+            if name in raw.value:
+                raw.integer(name, least=least, most=MOST_SIZE)
+        layers: list[LayerPath] = []
+        for run in raw.objects("layers"):
+            count = run.integer("count", least=1, most=MOST_LAYERS)
+            layers += [run.fields("path").record(LayerPath)] * count
+            if len(layers) > MOST_LAYERS:
+                raise raw.fault(f"it has more than {MOST_LAYERS} layers")
+        plain = {k: v for k, v in raw.value.items() if k not in ("format", "version", "layers")}
+        return Fields(plain, name=raw.name, hint=raw.hint).record(cls, layers=tuple(layers))
 
 
 def data_parallel_plan(devices: int, layers: int) -> Plan:

@@ -18,7 +18,8 @@ import numpy as np
 
 import jaxsys
 from jaxsys.errors import UsageError
-from jaxsys.files import check_writable, write_whole
+from jaxsys.fields import Fields
+from jaxsys.files import check_writable, read_json, shown, write_whole
 from jaxsys.hardware import DEVICES, WAITING, DeviceSpec, LinkSpec
 from jaxsys.mesh import make_mesh, request_devices
 from jaxsys.model.config import DecoderConfig, preset
@@ -161,18 +162,13 @@ def load_profile(path: str | Path) -> Profile:
     Raises:
         UsageError: if it cannot be read or is of another version.
     """
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"profile {path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise UsageError(f"profile {path} is not JSON: {error}") from None
+    value = read_json(path, what="profile")
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         what = value.get("format") if isinstance(value, dict) else None
-        raise UsageError(f"{path} is not a profile: its format is {what!r}, not {FORMAT!r}")
+        raise UsageError(f"{path} is not a profile: its format is {shown(what)}, not {FORMAT!r}")
     if value.get("version") != FORMAT_VERSION:
         raise UsageError(
-            f"profile {path} has version {value.get('version')!r}; this jaxsys reads version "
+            f"profile {path} has version {shown(value.get('version'))}; this jaxsys reads version "
             f"{FORMAT_VERSION}: measure again"
         )
     return profile_of(value, source=f"measured: {path}")
@@ -182,20 +178,18 @@ def profile_of(value: Mapping[str, Any], *, source: str) -> Profile:
     """The specifications in a profile's JSON value.
 
     Raises:
-        UsageError: if some are missing.
+        UsageError: if some are missing or no such figures.
     """
-    try:
-        device = DeviceSpec(
-            **value["device"], sources={name: source for name in value["device"] if name != "name"}
-        )
-        link = value["link"]
-        return Profile(
-            device=device,
-            link=None if link is None else LinkSpec(**link, sources={"bytes_per_s": source}),
-            devices=value["devices"],
-        )
-    except (KeyError, TypeError) as error:
-        raise UsageError(f"the profile ({source}) is incomplete: {error}") from None
+    file = Fields(value, name=f"the profile ({source})", hint="measure again")
+    device = file.fields("device")
+    link = file.fields("link") if "link" in file else None
+    return Profile(
+        device=device.record(
+            DeviceSpec, sources={name: source for name in device if name != "name"}
+        ),
+        link=None if link is None else link.record(LinkSpec, sources={"bytes_per_s": source}),
+        devices=file.integer("devices", least=1),
+    )
 
 
 def parser(prog: str) -> argparse.ArgumentParser:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import uvicorn
 
 from jaxsys.errors import RunError, UsageError
+from jaxsys.files import MIB, read_text
 from jaxsys.model import default_model_path, load
 from jaxsys.options import Parser, whole
 from jaxsys.serve.deployment import (
@@ -412,10 +413,8 @@ class _Server(uvicorn.Server):
 def _read_keys(path: Path | None) -> frozenset[str]:
     if path is None:
         return frozenset()
-    try:
-        keys = frozenset(line.strip() for line in path.read_text().splitlines() if line.strip())
-    except OSError as error:
-        raise UsageError(f"--api-key-file {path}: {error.strerror}") from None
+    text = read_text(path, what="--api-key-file", most_bytes=MIB)
+    keys = frozenset(line.strip() for line in text.splitlines() if line.strip())
     if not keys:
         raise UsageError(f"--api-key-file {path} holds no key; write one a line")
     return keys

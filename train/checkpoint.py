@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from jaxsys.errors import RunError, UsageError
+from jaxsys.fields import read_fields
 from jaxsys.files import write_whole
 from jaxsys.layered import PyTree
 from jaxsys.train.state import path_names
@@ -110,11 +111,11 @@ class CheckpointStore:
         """
         folder = self.folder / str(step)
         try:
-            wanted = json.loads((folder / _SIZES).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            wanted = read_fields(folder / _SIZES)
+        except UsageError:
             return
         found = _sizes(folder)
-        for name, size in wanted.items():
+        for name, size in wanted.value.items():
             if found.get(name) != size:
                 have = f"has {found[name]} bytes" if name in found else "is missing"
                 raise RunError(f"step {step}: {name} {have}, {size} bytes were written")

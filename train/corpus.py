@@ -6,7 +6,6 @@ and carries a fingerprint, so that a resumed run can tell whether its data is st
 """
 
 import hashlib
-import json
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -15,10 +14,15 @@ from pathlib import Path
 import numpy as np
 
 from jaxsys.errors import UsageError
+from jaxsys.files import parse_json, read_lines, read_text
 
 HELD_OUT_EVERY = 20
 """One document in this many is kept out of training."""
 
+MOST_TEXT_BYTES = 2**36
+"""Of a text file."""
+MOST_IN_A_LINE = 10_000
+"""Objects and arrays of a JSONL document."""
 Encode = Callable[[str], "np.ndarray | list[int]"]
 """Text to token ids."""
 
@@ -176,25 +180,21 @@ def _select(corpus: Corpus, keep: np.ndarray, source: str) -> Corpus:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
+        return read_text(path, most_bytes=MOST_TEXT_BYTES)
+    except UsageError as error:
         raise UsageError(
-            f"{path} is not UTF-8 text (byte {error.start}); token arrays end in .npy"
+            f"{error}; token arrays end in .npy, documents by line in .jsonl"
         ) from None
 
 
 def _lines(path: Path, field: str) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UsageError(f"{path} line {number} is not JSON: {error}") from None
-            if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                raise UsageError(f"{path} line {number} has no text under {field!r}")
-            yield row[field]
+    for number, line in read_lines(path):
+        if not line.strip():
+            continue
+        row = parse_json(line, name=f"{path} line {number}", most_containers=MOST_IN_A_LINE)
+        if not isinstance(row, dict) or not isinstance(row.get(field), str):
+            raise UsageError(f"{path} line {number} has no text under {field!r}")
+        yield row[field]
 
 
 def _python() -> str:

@@ -14,7 +14,8 @@ from typing import Any
 import jax
 
 from jaxsys.errors import UsageError
-from jaxsys.files import write_whole
+from jaxsys.fields import Fields
+from jaxsys.files import parse_json, read_lines, write_whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,10 +135,11 @@ def _lines_until(path: Path, step: int) -> list[str]:
     if not path.is_file():
         return []
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for number, line in read_lines(path, what="metrics file", errors="replace"):
         try:
-            if json.loads(line)["step"] <= step:
+            row = Fields(parse_json(line, name=f"line {number}"), name=f"line {number}")
+            if row.integer("step") <= step:
                 kept.append(line)
-        except (ValueError, KeyError, TypeError):
+        except UsageError:
             continue  # the line a kill cut short
     return kept

@@ -1,11 +1,12 @@
 """Runs a plan that `jaxsys plan` wrote: what of it is a schedule, and what stands around it."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from jaxsys.errors import UsageError
+from jaxsys.fields import read_fields
+from jaxsys.files import read_json, read_text
 from jaxsys.lowering import Recompute
 from jaxsys.planner.evaluate import POLICY
 from jaxsys.planner.files import FORMAT, load_plan
@@ -40,8 +41,8 @@ class _Asked:
 def is_plan_file(path: str | Path) -> bool:
     """Whether the file holds a plan, rather than a schedule or something else."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        value = read_json(path)
+    except UsageError:
         return False
     return isinstance(value, dict) and value.get("format") == FORMAT
 
@@ -51,8 +52,8 @@ def devices_of(path: str | Path, *, replicas: int = 1) -> int | None:
     if is_plan_file(path):
         return load_plan(path).devices
     try:
-        return replicas * Schedule.from_json(Path(path).read_text(encoding="utf-8")).devices
-    except (OSError, ValueError):
+        return replicas * Schedule.from_json(read_text(path)).devices
+    except ValueError:
         return None
 
 
@@ -64,14 +65,13 @@ def read_plan(path: str | Path, *, layers: int) -> PlannedRun:
             over devices, or layers of unlike recompute policies in a schedule that does not shard.
     """
     plan = load_plan(path)
-    value = json.loads(Path(path).read_text(encoding="utf-8"))
-    made_for, request = value["for"], value.get("request")
+    file = read_fields(path, what="plan", hint="make the plan again")
     if plan.features > 1:
         raise UsageError(
             f"plan {path} splits features over {plan.features} devices, which no schedule runs; "
             "plan again with features=1"
         )
-    asked: Any = _Asked(layers=layers, batch=made_for["batch"])
+    asked: Any = _Asked(layers=layers, batch=file.fields("for").integer("batch"))
     schedule = to_schedule(asked, plan)
     policies = tuple(POLICY[path.residual] for path in plan.layers)
     recompute: Any = policies[0] if len(set(policies)) == 1 else policies
@@ -80,18 +80,12 @@ def read_plan(path: str | Path, *, layers: int) -> PlannedRun:
             f"plan {path} recomputes some layers and keeps others, which only sharded schedules "
             "run; plan again with one policy"
         )
-    request = request if isinstance(request, dict) else {}
-    length, dtype = request.get("sequence_length"), request.get("dtype")
-    if length is not None and (type(length) is not int or length < 1):
-        raise UsageError(
-            f"plan {path}: its field 'request.sequence_length' is {length!r}, and must be a whole "
-            "number of at least 1; make the plan again"
-        )
-    if dtype not in (None, "float32", "bfloat16"):
-        raise UsageError(
-            f"plan {path}: its field 'request.dtype' is {dtype!r}, and must be 'float32' or "
-            "'bfloat16'; make the plan again"
-        )
+    length = dtype = None
+    if "request" in file:
+        request = file.fields("request")
+        if "sequence_length" in request:
+            length = request.integer("sequence_length", least=1)
+        dtype = request.choice("dtype", ("float32", "bfloat16"), None)
     return PlannedRun(
         schedule=schedule,
         recompute=cast(Recompute, recompute),

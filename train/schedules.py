@@ -4,6 +4,7 @@ from pathlib import Path
 
 from jaxsys import strategies
 from jaxsys.errors import UsageError
+from jaxsys.files import MIB, read_text
 from jaxsys.schedule import Schedule
 from jaxsys.train.plan_file import is_plan_file, read_plan
 
@@ -62,10 +63,9 @@ def _read(path: str | Path) -> Schedule:
         raise UsageError(
             f"schedule {str(path)!r} {is_what}; use {names}, or a file that `jaxsys plan` wrote"
         )
+    text = read_text(file, what="plan", most_bytes=64 * MIB)
     try:
-        return Schedule.from_json(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"plan {path} cannot be read: {error.strerror}") from None
+        return Schedule.from_json(text)
     except ValueError as error:
         raise UsageError(
             f"schedule {str(path)!r} is neither a plan nor a schedule that `jaxsys plan` wrote: "

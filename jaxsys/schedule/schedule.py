@@ -15,13 +15,21 @@ Legend: P devices, C chunks (consecutive layers), M microbatches.
 """
 
 import json
-from collections.abc import Mapping
+from collections import Counter
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import cached_property
-from typing import Any
+
+from jaxsys.errors import UsageError
+from jaxsys.fields import Fields
+from jaxsys.files import parse_json, shown
 
 FORMAT_VERSION = 1
+MOST_OBJECTS = 1_000_000
+"""Of tasks, moves and their blocks in a file."""
+MOST_TICKS = 1_000_000
+"""Of a schedule in a file."""
+_NESTED = ("format", "owners", "starts", "tasks", "moves")
 ALL = -1
 """Stands for every device, as source and target of a group collective."""
 
@@ -174,8 +182,9 @@ class Schedule:
         if self.placement is Placement.OWNER:
             if len(self.owners) != self.chunks:
                 raise ScheduleError(f"{len(self.owners)} owners for {self.chunks} chunks")
-            per_device = [self.owners.count(d) for d in range(self.devices)]
-            if sum(per_device) != self.chunks or len(set(per_device)) != 1:
+            per_device = Counter(self.owners)
+            each_owns = set(range(min(self.devices, self.chunks + 1))) == set(per_device)
+            if not each_owns or len(set(per_device.values())) != 1:
                 raise ScheduleError(
                     f"owners={self.owners} must give each of {self.devices} devices as many chunks"
                 )
@@ -231,40 +240,46 @@ class Schedule:
             ScheduleError: if the text is not such a schedule, or of another format version.
         """
         try:
-            raw: dict[str, Any] = json.loads(text)
-            version = raw.pop("format")
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ScheduleError(f"not a schedule in JSON: {_fault(error)}") from error
+            raw = Fields(parse_json(text, name="it", most_containers=MOST_OBJECTS), name="")
+            version = raw.get("format")
+        except UsageError as error:
+            raise ScheduleError(f"not a schedule in JSON: {error}") from error
         if isinstance(version, str):
-            raise ScheduleError(f"this is a {version}, not a schedule")
-        if version != FORMAT_VERSION:
+            raise ScheduleError(f"this is a {shown(version)[1:-1]}, not a schedule")
+        if type(version) is not int or version != FORMAT_VERSION:
             raise ScheduleError(
-                f"schedule format {version}, but this version reads {FORMAT_VERSION}"
+                f"schedule format {shown(version)}, but this version reads {FORMAT_VERSION}"
             )
         try:
-            return cls(
-                **{
-                    **raw,
-                    "placement": Placement(raw["placement"]),
-                    "owners": tuple(raw["owners"]),
-                    "starts": tuple((_block(b), d) for b, d in raw["starts"]),
-                    "tasks": tuple(
-                        Task(**{**t, "kind": TaskKind(t["kind"])}) for t in raw["tasks"]
-                    ),
-                    "moves": tuple(
-                        Move(**{**m, "kind": MoveKind(m["kind"]), "block": _block(m["block"])})
-                        for m in raw["moves"]
-                    ),
-                }
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ScheduleError(f"not a schedule in JSON: {_fault(error)}") from error
+            return cls._of(raw)
+        except UsageError as error:
+            raise ScheduleError(f"not a schedule in JSON: {error}") from error
 
-
-def _fault(error: Exception) -> str:
-    """What is wrong with the JSON, in words."""
-    return f"its field {error} is missing" if isinstance(error, KeyError) else str(error)
-
-
-def _block(raw: Mapping[str, Any]) -> Block:
-    return Block(**{**raw, "data": Data(raw["data"])})
+    @classmethod
+    def _of(cls, raw: Fields) -> "Schedule":
+        """Raises UsageError if a field is not what it must be."""
+        for name in ("devices", "chunks", "microbatches"):
+            raw.integer(name, least=1, most=MOST_TICKS)
+        tasks = tuple(task.record(Task) for task in raw.objects("tasks"))
+        moves = tuple(
+            move.record(Move, block=move.fields("block").record(Block))
+            for move in raw.objects("moves")
+        )
+        starts = []
+        for index, start in enumerate(raw.array("starts")):
+            if not isinstance(start, list) or len(start) != 2 or type(start[1]) is not int:
+                raise raw.wrong(f"starts[{index}]", "a block and a device", start)
+            block = Fields(start[0], name=raw.name, at=f"starts[{index}][0]").record(Block)
+            starts.append((block, start[1]))
+        times = [time for move in moves for time in (move.start, move.arrive)]
+        for time in (*times, *(task.tick for task in tasks)):
+            if not 0 <= time <= MOST_TICKS:
+                raise UsageError(f"tick {time} must be from 0 to {MOST_TICKS}")
+        plain = Fields({k: v for k, v in raw.value.items() if k not in _NESTED}, name=raw.name)
+        return plain.record(
+            cls,
+            owners=tuple(raw.array("owners", of=int)),
+            starts=tuple(starts),
+            tasks=tasks,
+            moves=moves,
+        )

@@ -15,11 +15,17 @@ import numpy as np
 
 from jaxsys import __version__
 from jaxsys.errors import UsageError
+from jaxsys.fields import Fields
+from jaxsys.files import read_json
 from jaxsys.serve.energy.gpu_model import Load, SimulatedGpu
 
 FORM = "jaxsys-profile-2"
 EARLIER_FORM = "jaxsys-profile-1"
 """Its prompts' later pieces were timed with the pieces before them, so they are not read."""
+MEASURED = ["clock_mhz", "time_s", "power_w"]
+"""The last columns of a file."""
+MOST_SAMPLES = 200_000
+"""Of a file; a sweep takes some 10,000."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +105,7 @@ class Profile:
             "fingerprint": asdict(self.fingerprint),
             "buckets": list(self.buckets),
             "notes": list(self.notes),
-            "columns": [*names, "clock_mhz", "time_s", "power_w"],
+            "columns": [*names, *MEASURED],
             "samples": [
                 [*(getattr(s.load, n) for n in names), s.clock_mhz, s.time_s, s.power_w]
                 for s in self.samples
@@ -109,38 +115,48 @@ class Profile:
 
 
 def load_profile(path: str | Path) -> Profile:
-    """Reads what `Profile.save` wrote."""
-    try:
-        record = json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise UsageError(
-            f"profile {path} does not exist; take one with `jaxsys profile serving`"
-        ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UsageError(f"profile {path} is not JSON: {error}") from None
-    form = record.get("form") if isinstance(record, Mapping) else None
+    """Reads what `Profile.save` wrote.
+
+    Raises:
+        UsageError: if the file is missing, of another form or damaged.
+    """
+    if not Path(path).exists():
+        raise UsageError(f"profile {path} does not exist; take one with `jaxsys profile serving`")
+    value = read_json(path, what="profile", most_containers=MOST_SAMPLES)
+    form = value.get("form") if isinstance(value, Mapping) else None
     if form not in (FORM, EARLIER_FORM):
         raise UsageError(f"profile {path} is not of form {FORM}; take a new one")
-    try:
-        columns = record["columns"]
-        names = columns[:-3]
-        samples = [
-            Sample(Load(**dict(zip(names, row[:-3], strict=True))), *row[-3:])
-            for row in record["samples"]
-        ]
-        notes = tuple(record["notes"])
-        if form == EARLIER_FORM:
-            kept = [sample for sample in samples if not sample.load.cached_tokens]
-            notes += (f"{len(samples) - len(kept)} pieces timed with those before them left out",)
-            samples = kept
-        return Profile(
-            fingerprint=Fingerprint(**record["fingerprint"]),
-            samples=samples,
-            buckets=tuple(record["buckets"]),
-            notes=notes,
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"profile {path} is damaged ({error}); take a new one") from None
+    file = Fields(value, name=f"profile {path} is damaged", hint="take a new one")
+    columns = file.array("columns", of=str)
+    if columns[-3:] != MEASURED or not set(columns[:-3]) <= set(Load.__slots__):
+        raise file.wrong("columns", f"loads and {', '.join(MEASURED)}", columns)
+    samples = [_sample(file, index, columns) for index in range(len(file.array("samples")))]
+    notes = tuple(file.array("notes", of=str))
+    if form == EARLIER_FORM:
+        kept = [sample for sample in samples if not sample.load.cached_tokens]
+        notes += (f"{len(samples) - len(kept)} pieces timed with those before them left out",)
+        samples = kept
+    return Profile(
+        fingerprint=file.fields("fingerprint").record(Fingerprint),
+        samples=samples,
+        buckets=tuple(file.array("buckets", of=int)),
+        notes=notes,
+    )
+
+
+def _sample(file: Fields, index: int, columns: list[str]) -> Sample:
+    """One row of a file."""
+    row, at = file.value["samples"][index], f"samples[{index}]"
+    if not isinstance(row, list) or len(row) != len(columns):
+        raise file.wrong(at, f"an array of {len(columns)} figures", row)
+    cells = Fields(dict(zip(columns, row, strict=True)), name=file.name, at=at, hint=file.hint)
+    load = Load(**{name: cells.integer(name) for name in columns[:-3]})
+    return Sample(
+        load,
+        cells.integer("clock_mhz"),
+        cells.number("time_s", least=0),
+        cells.number("power_w", least=0) if "power_w" in cells else None,
+    )
 
 
 def spread_over_clocks(profile: Profile, gpu: SimulatedGpu, clocks_mhz: Sequence[int]) -> Profile:

@@ -16,6 +16,12 @@ from typing import TypeVar
 import numpy as np
 
 from jaxsys.errors import UsageError
+from jaxsys.files import MIB, read_lines, shown
+
+LONGEST_S = 366 * 86_400
+"""Of a trace in a file."""
+MOST_TOKENS = 100_000_000
+"""Of a prompt or an output in a file."""
 
 _Value = TypeVar("_Value")
 
@@ -159,25 +165,23 @@ def read_trace(path: str | Path) -> Trace:
         UsageError: naming row and column where a value is malformed.
     """
     path = Path(path)
+    lines = (line for _, line in read_lines(path, what="trace", most_bytes=MIB))
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            return _read(csv.reader(file), path)
-    except OSError as error:
-        raise UsageError(f"trace {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"trace {path} is not UTF-8 text") from None
+        return _read(csv.reader(lines), path)
     except csv.Error as error:
         raise UsageError(f"trace {path} is not CSV text: {error}") from None
 
 
 def _read(rows: Iterator[list[str]], path: Path) -> Trace:
-    header = [name.strip() for name in next(rows, [])]
+    header = [name.strip().removeprefix("\N{BOM}") for name in next(rows, [])]
     if not any(header):
         raise UsageError(f"trace {path} is empty")
     form = next((form for form in _FORMS if set(form.columns) <= set(header)), None)
     if form is None:
         known = "; ".join(", ".join(form.columns) for form in _FORMS)
-        raise UsageError(f"trace {path}: columns {header} are not known; use one of: {known}")
+        raise UsageError(
+            f"trace {path}: columns {shown(header)} are not known; use one of: {known}"
+        )
     places = [header.index(column) for column in form.columns]
     arrivals: list[float] = []
     sizes: tuple[list[int], list[int]] = ([], [])
@@ -191,7 +195,7 @@ def _read(rows: Iterator[list[str]], path: Path) -> Trace:
         arrival_s = _parse(form.arrival, row[places[0]], where, form.columns[0])
         if not math.isfinite(arrival_s):
             raise UsageError(
-                f"{where}, column {form.columns[0]}: {row[places[0]]!r} is not a finite number"
+                f"{where}, column {form.columns[0]}: {shown(row[places[0]])} is not a finite number"
             )
         if arrival_s < previous_s:
             raise UsageError(
@@ -200,10 +204,18 @@ def _read(rows: Iterator[list[str]], path: Path) -> Trace:
             )
         previous_s = arrival_s
         arrivals.append(arrival_s)
+        if arrival_s - arrivals[0] > LONGEST_S:
+            raise UsageError(
+                f"{where}, column {form.columns[0]}: {shown(row[places[0]])} is more than a year "
+                "after the first row; cut the trace"
+            )
         for values, place, column in zip(sizes, places[1:], form.columns[1:], strict=True):
             count = _parse(int, row[place], where, column)
-            if count < (1 if values is sizes[0] else 0):
-                raise UsageError(f"{where}, column {column}: {count} tokens; a count is needed")
+            if not (1 if values is sizes[0] else 0) <= count <= MOST_TOKENS:
+                raise UsageError(
+                    f"{where}, column {column}: {shown(count)} tokens; a count is needed, at most "
+                    f"{MOST_TOKENS}"
+                )
             values.append(count)
     if not arrivals:
         raise UsageError(f"trace {path} holds no requests")
@@ -219,8 +231,8 @@ def _read(rows: Iterator[list[str]], path: Path) -> Trace:
 def _parse(convert: Callable[[str], _Value], text: str, where: str, column: str) -> _Value:
     try:
         return convert(text)
-    except ValueError:
-        raise UsageError(f"{where}, column {column}: {text!r} is not a value") from None
+    except (ValueError, OverflowError):
+        raise UsageError(f"{where}, column {column}: {shown(text)} is not a value") from None
 
 
 # --- generators -------------------------------------------------------------------------------
@@ -287,19 +299,27 @@ def synthetic_trace(
 def lengths_from_csv(
     path: str | Path, columns: Sequence[str] = ("num_prefill_tokens", "num_decode_tokens")
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Prompt and output lengths of a CSV without arrivals."""
+    """Prompt and output lengths of a CSV without arrivals.
+
+    Raises:
+        UsageError: naming row and column where a value is malformed.
+    """
+    lines = (line for _, line in read_lines(path, what="lengths file", most_bytes=MIB))
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            missing = set(columns) - set(reader.fieldnames or ())
-            if missing:
-                raise UsageError(f"{path}: columns {sorted(missing)} are missing")
-            rows = [
-                [_parse(int, row[column], f"{path}, row {n}", column) for column in columns]
-                for n, row in enumerate(reader, start=2)
-            ]
-    except OSError as error:
-        raise UsageError(f"lengths file {path} cannot be read: {error.strerror}") from None
+        reader = csv.DictReader(lines)
+        missing = set(columns) - set(reader.fieldnames or ())
+        if missing:
+            raise UsageError(f"{path}: columns {sorted(missing)} are missing")
+        rows = [
+            [_parse(int, row[column] or "", f"{path}, row {n}", column) for column in columns]
+            for n, row in enumerate(reader, start=2)
+        ]
+    except csv.Error as error:
+        raise UsageError(f"lengths file {path} is not CSV text: {error}") from None
+    if not rows:
+        raise UsageError(f"lengths file {path} holds no lengths")
+    if any(not 0 <= count <= MOST_TOKENS for row in rows for count in row):
+        raise UsageError(f"lengths file {path}: token counts must be from 0 to {MOST_TOKENS}")
     prompts, outputs = np.array(rows).T
     return prompts, outputs
 

@@ -91,9 +91,11 @@ def test_plan_files_of_another_version_or_kind_are_refused():
         Plan.from_json({**value, "version": 99})
     with pytest.raises(UsageError, match="format must be"):
         Plan.from_json({"rows": []})
-    with pytest.raises(UsageError, match="incomplete or misspelt"):
+    with pytest.raises(
+        UsageError, match="its field 'order' is 'sideways', and must be one of depth-first"
+    ):
         Plan.from_json({**value, "order": "sideways"})
-    with pytest.raises(UsageError, match="not a plan in JSON"):
+    with pytest.raises(UsageError, match="the plan is not JSON"):
         Plan.from_json("{")
 
 

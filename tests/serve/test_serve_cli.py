@@ -165,7 +165,7 @@ def test_fuzzing_by_the_description_finds_no_server_error(server):
         (["--drain", "nan"], "--drain nan must be 0 or more seconds"),
         (["--max-batch", "0"], "--max-batch 0 must be at least 1"),
         (["--ttft-slo", "-1"], "--ttft-slo -1.0 must be a positive"),
-        (["--api-key-file", "/nowhere/keys"], "/nowhere/keys: No such file"),
+        (["--api-key-file", "/nowhere/keys"], "/nowhere/keys cannot be read: No such file"),
     ],
 )
 def test_what_cannot_be_served_is_refused_in_one_line(arguments, words, folder, capsys, tmp_path):

@@ -151,7 +151,7 @@ def test_a_file_says_how_many_devices_it_is_for(tmp_path):
         ),
         ("plan", "chunks", "2", "its field 'chunks' is '2'"),
         ("plan", "microbatch_size", 3, "x microbatch_size 3 does not divide its field 'for.batch'"),
-        ("plan", "state", "gone", "'gone' is not a valid State"),
+        ("plan", "state", "gone", "its field 'state' is 'gone', and must be one of whole, split"),
         ("request", "sequence_length", "16", "its field 'request.sequence_length' is '16'"),
         ("request", "dtype", "int8", "its field 'request.dtype' is 'int8'"),
         ("for", "batch", None, "its field 'for.batch' is None"),

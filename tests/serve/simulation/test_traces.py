@@ -81,7 +81,7 @@ def test_unknown_forms_and_files_are_refused(tmp_path):
     with pytest.raises(UsageError, match=r"columns \['a', 'b'\] are not known"):
         read_trace(write(tmp_path, "a,b\n1,2\n"))
     (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00\x01")
-    with pytest.raises(UsageError, match="binary.csv is not UTF-8 text"):
+    with pytest.raises(UsageError, match="binary.csv line 1 is not UTF-8 text"):
         read_trace(tmp_path / "binary.csv")
     with pytest.raises(UsageError, match="trace.csv is empty"):
         read_trace(write(tmp_path, ""))
