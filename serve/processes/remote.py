@@ -8,7 +8,6 @@ ends, when it says that it has failed, or when nothing, not even its pulse, has 
 
 import asyncio
 import contextlib
-import hmac
 import logging
 import threading
 from collections.abc import Callable
@@ -20,6 +19,13 @@ from jaxsys.serve.engine import Engine
 from jaxsys.serve.executor import TokenLogprobs, seed_of
 from jaxsys.serve.handover import Delivery, Message, Offer, Withdrawal
 from jaxsys.serve.member import InstanceLoad, Member, TokenEvent
+from jaxsys.serve.processes.secret import (
+    MAX_STRANGERS,
+    PROOF_BYTES,
+    PROVE_S,
+    challenge,
+    proves,
+)
 from jaxsys.serve.processes.wire import Frame, Frames, message_frame, message_of, pack, request_data
 from jaxsys.serve.requests import FinishReason, Request
 from jaxsys.serve.scheduler import SchedulerConfig
@@ -28,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 SILENCE_S = 10.0
 """An instance of which nothing has been heard for so long is given up: it pulses every second."""
+STRANGER_BYTES = 4096
+READ_BYTES = 256 << 10
+"""Most bytes read at once before and after a connection has proved that it knows the secret."""
 
 
 class RemoteInstance(Member):
@@ -175,7 +184,7 @@ class Switchboard:
     ):
         """
         Args:
-            token: a secret that whoever connects must know.
+            token: the deployment's secret, which whoever connects must prove to know.
             on_up: told of each instance that has said who it is.
             on_down: told of each whose connection has ended, whether it failed or was stopped.
         """
@@ -184,6 +193,8 @@ class Switchboard:
         self.on_up = on_up
         self.on_down = on_down
         self.lines: set[_Line] = set()
+        self.told = False
+        """Whether the log has it that strangers call."""
         self._server: asyncio.Server | None = None
         self._watcher: asyncio.Task[None] | None = None
 
@@ -219,7 +230,7 @@ class Switchboard:
 
 
 class _Line(asyncio.Protocol):
-    """One connection."""
+    """One connection; until it has proved that it knows the secret, nothing of it is parsed."""
 
     def __init__(self, board: Switchboard):
         self.board = board
@@ -228,13 +239,39 @@ class _Line(asyncio.Protocol):
         self._frames = Frames()
         self._transport: Any = None
         self._loop = asyncio.get_running_loop()
+        self._challenge = challenge()
+        self._answer: bytes | None = b""
+        """What has come of the proof; None once it was right."""
+        self._proving: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
         self.heard_s = self._loop.time()
+        if sum(line._answer is not None for line in self.board.lines) >= MAX_STRANGERS:
+            self._transport.abort()
+            return
         self.board.lines.add(self)
+        # asyncio's selector transport reads at most so much at once.
+        self._transport.max_size = STRANGER_BYTES
+        self._transport.write(self._challenge)
+        self._proving = self._loop.call_later(PROVE_S, self._turn_away)
 
     def data_received(self, data: bytes) -> None:
+        if self._transport.is_closing():
+            return
+        if self._answer is not None:
+            wanted = PROOF_BYTES - len(self._answer)
+            self._answer += data[:wanted]
+            data = data[wanted:]
+            if len(self._answer) < PROOF_BYTES:
+                return
+            if not proves(self.board.token, b"switchboard", self._challenge, self._answer):
+                self._turn_away()
+                return
+            self._answer = None
+            self._transport.max_size = READ_BYTES
+            if self._proving is not None:
+                self._proving.cancel()
         self.heard_s = self._loop.time()
         try:
             for frame in self._frames.feed(data):
@@ -248,6 +285,8 @@ class _Line(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.board.lines.discard(self)
+        if self._proving is not None:
+            self._proving.cancel()
         instance = self.instance
         if instance is not None:
             if not instance.stopped.is_set():
@@ -265,14 +304,16 @@ class _Line(asyncio.Protocol):
             self.instance.lost(reason)
         self._transport.abort()
 
+    def _turn_away(self) -> None:
+        if not self.board.told:
+            self.board.told = True
+            logger.warning("refused a connection that does not know the secret")
+        self._transport.abort()
+
     def _introduced(self, frame: Frame) -> bool:
-        kind, token, name, config, energy_method, process = frame
-        if kind != "hello" or not hmac.compare_digest(
-            str(token).encode(), self.board.token.encode()
-        ):
-            logger.warning("refused a connection that does not know the token")
-            self._transport.abort()
-            return False
+        kind, name, config, energy_method, process = frame
+        if kind != "hello":
+            raise ValueError(f"the first frame is {kind!r}, no hello")
         config["decode_buckets"] = tuple(config["decode_buckets"])
         self.instance = RemoteInstance(
             name,

@@ -1,7 +1,8 @@
 """What the processes of a server say to each other, as plain data.
 
-A connection carries msgpack values back to back; each is a list whose first entry is its kind. An
-instance's process and the front speak these kinds:
+Behind the proof that the caller knows the deployment's secret (`secret`), a connection carries
+msgpack values back to back; each is a list whose first entry is its kind. An instance's process and
+the front speak these kinds:
 
     front -> instance  submit, abort, offer, withdrawal, grant, refusal, delivery, receipt, stop
     instance -> front  hello, events, pulse, offer, withdrawal, grant, refusal, delivery, receipt,

@@ -39,6 +39,7 @@ from jaxsys.serve.handover import Message, Offer
 from jaxsys.serve.logs import log_to_stderr
 from jaxsys.serve.member import TokenEvent
 from jaxsys.serve.processes.page_transfer import PageServer
+from jaxsys.serve.processes.secret import prove
 from jaxsys.serve.processes.wire import Frame, Frames, message_frame, message_of, pack, request_of
 from jaxsys.serve.scheduler import Role
 
@@ -113,7 +114,7 @@ class Worker:
             sink=self._sink,
             governor=make_governor(spec.governor, model.config, slo, group[0]),
         )
-        self.pages = None if spec.role == "both" else PageServer(group[0], host)
+        self.pages = None if spec.role == "both" else PageServer(group[0], host, secret=spec.token)
         connect(self.instance, self._send_message, self.pages)
         self.instance.on_latency = self._note_latency
         compile_ahead([self.instance])
@@ -139,7 +140,8 @@ class Worker:
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         config = dataclasses.asdict(instance.scheduler.config)
         process = f"{socket.gethostname()}:{os.getpid()}"
-        self._send(["hello", spec.token, spec.name, config, instance.energy_method, process])
+        prove(self._socket, spec.token, b"switchboard")
+        self._send(["hello", spec.name, config, instance.energy_method, process])
         # What is there now stays: looked through for garbage again and again, it would hold up
         # tokens.
         gc.collect()
