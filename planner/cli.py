@@ -1,6 +1,7 @@
 """`jaxsys plan`: compare parallel plans for a model on a cluster."""
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Sequence
