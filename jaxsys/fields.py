@@ -223,7 +223,7 @@ class Fields:
             return self.text(key)
         if type_ is bool:
             return self.flag(key)
-        return self.choice(key, type_)
+        return self.choice(key, typing.cast(Iterable[str], type_))
 
 
 @functools.cache

@@ -4,7 +4,7 @@ At most one stacked leaf is held on the host beside what is already on the devic
 fetched, turned, cast into its layer's place, and forgotten.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import jax
@@ -57,6 +57,15 @@ def assemble(
         _check_finite(placed, name_of(leaf))
         _put(blocks, leaf.path, placed)
     return {"edge": edge, "blocks": blocks}
+
+
+def check_layers(source: str, config: DecoderConfig, found: Collection[str]) -> None:
+    """Raises UsageError if there are fewer tensors than layers, before names are made for all."""
+    if config.num_layers > len(found):
+        raise UsageError(
+            f"{source}: its configuration says {config.num_layers} layers, but it holds "
+            f"{len(found)} tensors in all; the file is incomplete or of another model"
+        )
 
 
 def expected_tensors(

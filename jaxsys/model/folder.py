@@ -1,17 +1,16 @@
 """Reads a Hugging Face model folder: config.json, safetensors (sharded or not), tokenizer files."""
 
-import json
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tokenizers
 from jax.typing import DTypeLike
 
 from jaxsys.errors import UsageError
+from jaxsys.fields import Fields, read_fields
+from jaxsys.files import MIB, read_text, shown
 from jaxsys.layered import Parameters
-from jaxsys.model.assemble import assemble, check_tensors, expected_tensors
+from jaxsys.model.assemble import assemble, check_layers, check_tensors, expected_tensors
 from jaxsys.model.config import DecoderConfig
 from jaxsys.model.names import Leaf
 from jaxsys.model.safetensors_file import SafetensorsFile
@@ -25,6 +24,12 @@ TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 
+MOST_SETTINGS_BYTES = 8 * MIB
+"""Of a config.json, a tokenizer_config.json (which may repeat 10,000 added tokens), a template."""
+MOST_TOKENIZER_BYTES = 256 * MIB
+"""Of a tokenizer.json; those of 260,000 tokens have some 35 MB."""
+MOST_TOKENS = 2**31
+
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -37,7 +42,7 @@ def read_config(folder: Path) -> DecoderConfig:
     path = folder / CONFIG
     if not path.is_file():
         raise UsageError(f"{folder} holds no {CONFIG}; give a Hugging Face model folder")
-    content = _read_json(path)
+    content = read_fields(path, most_bytes=MOST_SETTINGS_BYTES).value
     try:
         return DecoderConfig.from_hf(content)
     except UsageError as error:
@@ -62,6 +67,7 @@ def read_parameters(folder: Path, config: DecoderConfig, dtype: DTypeLike) -> Pa
     ignored = [name for name in found if name.endswith("rotary_emb.inv_freq")]
     if config.tie_embeddings:
         ignored.append("lm_head.weight")
+    check_layers(str(folder), config, found)
     expected = expected_tensors(config, lambda leaf: leaf.hf)
     check_tensors(str(folder), expected, found, ignored=ignored)
 
@@ -76,21 +82,15 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
     path = folder / TOKENIZER
     if not path.is_file():
         return None
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception for every fault of a file
-        raise UsageError(f"{path} is not a tokenizer file ({error})") from error
-    settings = _read_json(folder / TOKENIZER_CONFIG, missing={})
-    named = {
-        name: _token_text(settings[name])
-        for name in SPECIAL_NAMES
-        if settings.get(name) is not None
-    }
+    backend = read_backend(path)
+    settings = _settings(folder / TOKENIZER_CONFIG)
+    named = {name: _token_text(settings, name) for name in SPECIAL_NAMES if name in settings}
     ends: list[int] = []
     for source in (GENERATION_CONFIG, CONFIG):
-        ends += _as_list(_read_json(folder / source, missing={}).get("eos_token_id"))
-    if "eos_token" in named:
-        ends += _as_list(backend.token_to_id(named["eos_token"]))
+        ends += _ids(_settings(folder / source), "eos_token_id")
+    eos = backend.token_to_id(named["eos_token"]) if "eos_token" in named else None
+    if eos is not None:
+        ends.append(eos)
     bos = backend.token_to_id(named["bos_token"]) if "bos_token" in named else None
     return Tokenizer(
         backend,
@@ -101,19 +101,36 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
     )
 
 
+def read_backend(path: Path) -> tokenizers.Tokenizer:
+    """What a tokenizer.json holds.
+
+    Raises:
+        UsageError: if it is none.
+    """
+    text = read_text(path, most_bytes=MOST_TOKENIZER_BYTES)
+    try:
+        return tokenizers.Tokenizer.from_str(text)
+    except BaseException as error:  # the library raises Exception, and panics of its own kind
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise UsageError(f"{path} is not a tokenizer file ({_first_line(error)})") from error
+
+
 def _weight_files(folder: Path) -> list[str]:
     index = folder / INDEX
     if index.is_file():
-        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        weight_map = read_fields(index, hint="fetch the folder again").fields("weight_map")
+        names = sorted({weight_map.text(tensor) for tensor in weight_map})
         # A name from inside a file must not lead out of the folder.
         strays = [name for name in names if Path(name).name != name]
         if strays:
-            raise UsageError(f"{index} names {strays[0]!r}, which is no file of its folder")
+            raise UsageError(f"{index} names {shown(strays[0])}, which is no file of its folder")
         missing = [name for name in names if not (folder / name).is_file()]
         if missing or not names:
             raise UsageError(
-                f"{index} names {len(names)} file(s), of which {missing[0] if missing else 'none'} "
-                "is missing; fetch the folder again"
+                f"{index} names {len(names)} file(s), of which "
+                f"{shown(missing[0])[1:-1] if missing else 'none'} is missing; fetch the folder "
+                "again"
             )
         return names
     if (folder / WEIGHTS).is_file():
@@ -123,34 +140,42 @@ def _weight_files(folder: Path) -> list[str]:
     raise UsageError(f"{folder} holds neither {WEIGHTS} nor {INDEX}{found}")
 
 
-def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
+def _chat_template(folder: Path, settings: Fields) -> str | None:
     path = folder / CHAT_TEMPLATE
     if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several named ones
-        named = {entry["name"]: entry["template"] for entry in template}
+        return read_text(path, most_bytes=MOST_SETTINGS_BYTES)
+    if isinstance(settings.get("chat_template", None), list):  # several named ones
+        named = {
+            entry.text("name"): entry.text("template")
+            for entry in settings.objects("chat_template")
+        }
         return named.get("default")
-    return template
+    return settings.text("chat_template", None)
 
 
-def _token_text(entry: str | dict[str, Any]) -> str:
-    return entry if isinstance(entry, str) else entry["content"]
+def _token_text(settings: Fields, name: str) -> str:
+    if isinstance(settings.get(name), dict):
+        return settings.fields(name).text("content")
+    return settings.text(name)
 
 
-def _as_list(value: int | Iterable[int] | None) -> list[int]:
-    if value is None:
-        return []
-    return [value] if isinstance(value, int) else list(value)
+def _ids(settings: Fields, name: str) -> list[int]:
+    if isinstance(settings.get(name, None), list):
+        ids = settings.array(name, of=int)
+    else:
+        ids = [settings.integer(name)] if name in settings else []
+    for token in ids:
+        if not 0 <= token < MOST_TOKENS:
+            raise settings.wrong(name, f"token ids from 0 to {MOST_TOKENS - 1}", token)
+    return ids
 
 
-def _read_json(path: Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
-    if missing is not None and not path.is_file():
-        return missing
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # bad JSON or bad UTF-8
-        raise UsageError(f"{path} is not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise UsageError(f"{path} must hold a JSON object")
-    return value
+def _settings(path: Path) -> Fields:
+    """A file of settings that a folder need not have."""
+    if not path.is_file():
+        return Fields({}, name=str(path))
+    return read_fields(path, most_bytes=MOST_SETTINGS_BYTES)
+
+
+def _first_line(error: BaseException) -> str:
+    return shown(next(iter(str(error).splitlines()), type(error).__name__))[1:-1]

@@ -19,7 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from jaxsys.errors import UsageError
 from jaxsys.layered import Parameters
-from jaxsys.model.assemble import assemble, check_tensors, expected_tensors
+from jaxsys.model.assemble import assemble, check_layers, check_tensors, expected_tensors
 from jaxsys.model.config import DecoderConfig, Llama3RopeScaling
 from jaxsys.model.names import Leaf
 from jaxsys.model.rope import inverse_frequencies
@@ -119,6 +119,7 @@ class GgufFile:
             name: tuple(int(size) for size in tensor.shape[::-1])
             for name, tensor in self._tensors.items()
         }
+        check_layers(str(self.path), config, found)
         expected = expected_tensors(config, lambda leaf: leaf.gguf)
         check_tensors(str(self.path), expected, found, ignored=[ROPE_FACTORS])
 

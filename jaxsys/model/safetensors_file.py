@@ -17,6 +17,8 @@ import ml_dtypes
 import numpy as np
 
 from jaxsys.errors import UsageError
+from jaxsys.fields import Fields
+from jaxsys.files import parse_json, shown
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"),
@@ -28,6 +30,9 @@ DTYPES: dict[str, np.dtype] = {
 
 MAX_HEADER_BYTES = 100_000_000
 """The format's own bound."""
+MOST_CONTAINERS = 1_000_000
+"""Three for each tensor of a header; published files have up to 100,000 tensors."""
+MOST_AXES = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,15 +66,13 @@ class SafetensorsFile:
                     f"{path} is not a whole safetensors file: {size} bytes do not hold its header; "
                     "fetch it again"
                 )
-            try:
-                self._entries = _parse_header(file.read(length))
-            except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-                raise UsageError(f"{path} has no valid safetensors header ({error!r})") from error
+            self._entries = _parse_header(file.read(length), path)
         self._start = 8 + length
         needed = self._start + max((entry.end for entry in self._entries.values()), default=0)
-        if size < needed:
+        if size != needed:
+            fault = "cut short" if size < needed else "longer than it says"
             raise UsageError(
-                f"{path} is cut short: {size} bytes where its header needs {needed}; fetch it again"
+                f"{path} is {fault}: {size} bytes where its header needs {needed}; fetch it again"
             )
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
         self._bytes = np.memmap(path, np.uint8, mode="r")
@@ -83,7 +86,8 @@ class SafetensorsFile:
         entry = self._entries[name]
         if entry.dtype not in DTYPES:
             raise UsageError(
-                f"{self.path}: tensor {name!r} is {entry.dtype}; known: {', '.join(DTYPES)}"
+                f"{self.path}: tensor {name!r} is {shown(entry.dtype)[1:-1]}; known: "
+                f"{', '.join(DTYPES)}"
             )
         dtype = DTYPES[entry.dtype]
         if entry.end - entry.begin != math.prod(entry.shape) * dtype.itemsize:
@@ -97,16 +101,31 @@ class SafetensorsFile:
         return raw.view(dtype).reshape(entry.shape)
 
 
-def _parse_header(text: bytes) -> dict[str, _Entry]:
+def _parse_header(text: bytes, path: Path) -> dict[str, _Entry]:
+    """Raises UsageError unless the tensors lie end to end, each with a dtype and a shape."""
+    name = f"{path} has no valid safetensors header"
+    value = parse_json(text, name=name, most_containers=MOST_CONTAINERS, unique=True)
+    header = Fields(value, name=name, hint="fetch it again")
     entries: dict[str, _Entry] = {}
-    for name, fields in json.loads(text).items():
-        if name == "__metadata__":
+    for tensor in header:
+        if tensor == "__metadata__":
             continue
-        begin, end = fields["data_offsets"]
-        shape = tuple(fields["shape"])
-        if not all(isinstance(number, int) and number >= 0 for number in (begin, end, *shape)):
-            raise ValueError(f"tensor {name!r} has shape {shape} at {begin}:{end}")
-        entries[name] = _Entry(dtype=str(fields["dtype"]), shape=shape, begin=begin, end=end)
+        fields = header.fields(tensor)
+        shape, offsets = fields.array("shape", of=int), fields.array("data_offsets", of=int)
+        if len(shape) > MOST_AXES or min(shape, default=0) < 0:
+            raise fields.wrong("shape", f"at most {MOST_AXES} sizes of at least 0", shape)
+        if len(offsets) != 2 or not 0 <= offsets[0] <= offsets[1]:
+            raise fields.wrong("data_offsets", "where bytes begin and end", offsets)
+        entries[tensor] = _Entry(
+            dtype=fields.text("dtype"), shape=tuple(shape), begin=offsets[0], end=offsets[1]
+        )
+    end = 0
+    for tensor, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != end:
+            raise header.fault(
+                f"tensor {shown(tensor)} begins at byte {entry.begin}, where {end} were taken"
+            )
+        end = entry.end
     return entries
 
 

@@ -183,11 +183,11 @@ def test_header_of_nonsense(folder):
     ("name", "content", "message"),
     [
         ("config.json", None, "holds no config.json"),
-        ("config.json", "{", "config.json is not valid JSON"),
+        ("config.json", "{", "config.json is not JSON"),
         ("config.json", "[]", "config.json must hold a JSON object"),
         ("model.safetensors", None, "holds neither model.safetensors nor"),
         ("tokenizer.json", "{}", "tokenizer.json is not a tokenizer file"),
-        ("tokenizer_config.json", "no", "tokenizer_config.json is not valid JSON"),
+        ("tokenizer_config.json", "no", "tokenizer_config.json is not JSON"),
     ],
 )
 def test_missing_and_malformed_files(folder, name, content, message):

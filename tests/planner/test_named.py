@@ -372,7 +372,7 @@ def test_a_folder_is_read_as_a_model(tmp_path, capsys):
     assert json.loads((tmp_path / "plan.json").read_text())["request"]["dtype"] == "bfloat16"
     (tmp_path / "config.json").write_text("{")
     assert main(["plan", "--model", str(tmp_path), "--devices", "2"]) == 2
-    assert "is not JSON" in capsys.readouterr().err
+    assert "config.json is not JSON" in capsys.readouterr().err
 
 
 def test_search_on_the_command_line_writes_all_its_files(tmp_path, capsys):
