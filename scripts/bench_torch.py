@@ -154,9 +154,9 @@ def pipeline_step(config, options, device):
     if left:
         raise SystemExit(f"--devices {options.devices} does not divide {config.num_layers} layers")
     layers = range(options.rank * each, (options.rank + 1) * each)
-    model = Part(
-        config, layers, length=options.length, recompute=options.recompute == "block"
-    ).to(device)
+    model = Part(config, layers, length=options.length, recompute=options.recompute == "block").to(
+        device
+    )
     for layer in model.layers:
         layer.compile()
     stage = PipelineStage(model, options.rank, options.devices, device)
