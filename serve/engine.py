@@ -28,6 +28,9 @@ MAX_ATTEMPTS = 3
 WATCH_S = 0.5
 """How often the engine looks for hand-overs that take too long, and whether it has failed."""
 
+Watch = Callable[[TokenEvent], bool]
+"""See `Engine.submit`."""
+
 
 class Overloaded(RunError):
     """Too many requests are in the engine."""
@@ -40,9 +43,9 @@ class Overloaded(RunError):
 class Generation:
     """A request as its caller's task sees it."""
 
-    __slots__ = ("attempts", "ended", "events", "home", "request", "tokens")
+    __slots__ = ("attempts", "ended", "events", "home", "request", "tokens", "watch")
 
-    def __init__(self, request: Request):
+    def __init__(self, request: Request, watch: Watch | None = None):
         self.request = request
         """As it was last submitted: an attempt to go on after a failure is a request of its own."""
         self.home: Member | None = None
@@ -52,6 +55,7 @@ class Generation:
         self.tokens: list[int] = []
         """Tokens that have reached the caller."""
         self.attempts = 1
+        self.watch = watch
 
 
 class Engine:
@@ -278,8 +282,14 @@ class Engine:
         sampling: SamplingParameters,
         *,
         request_id: str | None = None,
+        watch: Watch | None = None,
     ) -> Generation:
         """Begins a request at once; whoever does so must `leave` it in the end.
+
+        Args:
+            watch: sees each token as it reaches this thread, before anybody else does, and says
+                whether the output ends with it, as at a stop string. Then the request ends
+                everywhere, and whatever was computed ahead is never seen nor counted.
 
         Raises:
             UsageError, Overloaded, RunError: as `check` and `admit` do.
@@ -292,7 +302,7 @@ class Engine:
             arrival_s=self.clock.now_s(),
             prompt_tokens=prompt_tokens,
         )
-        generation = Generation(request)
+        generation = Generation(request, watch)
         self._submit(generation)
         return generation
 
@@ -351,14 +361,17 @@ class Engine:
                 continue
             if event.finish_reason == "error" and event.lost and self._retry(generation):
                 continue
+            everywhere = event.finish_reason == "error"  # the other side may still hold its part
+            if event.token is not None:
+                generation.tokens.append(event.token)
+                if generation.watch is not None and self._watched(generation.watch, event):
+                    everywhere = everywhere or event.finish_reason is None
+                    event = event._replace(finish_reason="stop")
             if self.on_token is not None:
                 name = source if isinstance(source, str) else source.name
                 self.on_token(generation.request, event, name)
-            if event.token is not None:
-                generation.tokens.append(event.token)
             if event.finish_reason is not None:
-                # After an error the other side may still hold its part.
-                self._end(generation, everywhere=event.finish_reason == "error")
+                self._end(generation, everywhere=everywhere)
                 if event.finish_reason == "error":
                     logger.error(
                         "request failed",
@@ -370,6 +383,13 @@ class Engine:
                     )
                 self._recent_s = [*self._recent_s[-31:], event.time_s]
             generation.events.put_nowait(event)
+
+    def _watched(self, watch: Watch, event: TokenEvent) -> bool:
+        try:
+            return watch(event)
+        except Exception:  # of one request, while events of others wait
+            logger.exception("a watch failed", extra={"request_id": event.request.request_id})
+            return True
 
     def _end(self, generation: Generation, *, everywhere: bool) -> None:
         """Takes a request, or one attempt at it, off the books, and out of the instances too."""

@@ -21,6 +21,7 @@ from jaxsys.serve.paged_model import Contents
 from jaxsys.serve.requests import Request, RequestState, SamplingParameters
 from jaxsys.serve.sampling import (
     MAX_BIASED,
+    MAX_STOPS,
     History,
     Rules,
     Sample,
@@ -46,6 +47,7 @@ class Outcome(NamedTuple):
     """What one iteration sampled, in the order of `Iteration.sampling`."""
 
     tokens: list[int]
+    """NOTHING (of `sampling`) for a request whose logits are not finite."""
     logprobs: list[TokenLogprobs | None] | None
     """None where no request of the iteration asked."""
 
@@ -301,6 +303,14 @@ class JaxExecutor:
         self._last = step(self._last, np.int32(request.slot), np.int32(request.output_tokens[-1]))
         self._load_history(request.slot, self._history_of(request))
 
+    def clear(self, pages: Sequence[int]) -> None:
+        """Writes zeros into pages, which may be given to others at once."""
+        for start in range(0, len(pages), COPIES):
+            part = pages[start : start + COPIES]
+            index = np.full(COPIES, self.page_count, np.int32)
+            index[: len(part)] = part
+            self._cache = self.steps.get("clear", COPIES)(self._cache, index)
+
     # --- inside -------------------------------------------------------------------------------
 
     def _prepare(self, piece: PrefillPiece) -> _Piece | None:
@@ -410,7 +420,8 @@ class JaxExecutor:
         needs = SamplingNeeds()
         for rule in parameters:
             needs |= SamplingNeeds.of(rule)
-        rules = pack_rules(parameters, [seed_of(request) for request in requests], rows)
+        seeds = [seed_of(request) for request in requests]
+        rules = pack_rules(parameters, seeds, rows, [one.prompt_length for one in requests])
         return rules, needs
 
     def _history_of(self, request: Request) -> tuple[np.ndarray, ...] | None:
@@ -426,7 +437,10 @@ class JaxExecutor:
         bias_values = np.zeros(MAX_BIASED, np.float32)
         for entry, (token, value) in enumerate(sampling.logit_bias.items()):
             bias_tokens[entry], bias_values[entry] = token, value
-        return prompt, counts, bias_tokens, bias_values
+        stop_tokens = np.full(MAX_STOPS, vocabulary, np.int32)
+        if sampling.min_tokens:
+            stop_tokens[: len(sampling.stop_token_ids)] = sorted(sampling.stop_token_ids)
+        return prompt, counts, bias_tokens, bias_values, stop_tokens
 
     def _load_history(self, slot: int, history: tuple[np.ndarray, ...] | None) -> None:
         if history is None:
@@ -457,6 +471,11 @@ def check_sampling(parameters: SamplingParameters, vocabulary: int) -> None:
     for token in parameters.logit_bias:
         if not 0 <= token < vocabulary:
             raise UsageError(f"logit_bias token {token} is none of 0..{vocabulary - 1}")
+    if parameters.min_tokens and len(parameters.stop_token_ids) > MAX_STOPS:
+        raise UsageError(
+            f"min_tokens={parameters.min_tokens} beside {len(parameters.stop_token_ids)} tokens "
+            f"that end the output, the model's own among them; at most {MAX_STOPS} are taken"
+        )
 
 
 def seed_of(request: Request) -> int:

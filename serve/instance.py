@@ -19,10 +19,11 @@ from jax.errors import JaxRuntimeError
 
 from jaxsys.errors import RunError
 from jaxsys.serve.clock import Clock
-from jaxsys.serve.executor import Executor, RequestFault, TokenLogprobs
+from jaxsys.serve.executor import Executor, JaxExecutor, RequestFault, TokenLogprobs
 from jaxsys.serve.hooks import Governor
-from jaxsys.serve.member import InstanceLoad, Member, TokenEvent
+from jaxsys.serve.member import NOT_FINITE, InstanceLoad, Member, TokenEvent
 from jaxsys.serve.requests import FinishReason, Request, RequestState
+from jaxsys.serve.sampling import NOTHING
 from jaxsys.serve.scheduler import Completion, Iteration, Scheduler
 
 if TYPE_CHECKING:
@@ -240,6 +241,7 @@ class Instance(Member):
     def _complete(self, iteration: Iteration, handle: Any, dispatched_s: float) -> None:
         outcome = self.executor.collect(handle)
         self._faults_in_a_row = 0
+        self._end_broken(iteration, outcome.tokens)
         now_s = self.clock.now_s()
         # The device works in order: it could start when the iteration before had ended.
         latency_s = now_s - max(dispatched_s, self._ended_s)
@@ -252,6 +254,20 @@ class Instance(Member):
             self._emit(iteration, outcome.logprobs, completion, now_s)
         if self.transfer is not None:
             self.transfer.completed(completion)
+
+    def _end_broken(self, iteration: Iteration, tokens: Sequence[int]) -> None:
+        """Ends the requests whose logits were not finite; what they leave in pages is cleared."""
+        if NOTHING not in tokens:
+            return
+        for request, token in zip(iteration.sampling, tokens, strict=True):
+            if token != NOTHING or request.pending == 0:  # it has ended or was preempted since
+                continue
+            logger.error("outputs not finite", extra={"request_id": request.request_id})
+            pages = self.scheduler.disown(request)
+            self.abort_now(request.request_id, "error", NOT_FINITE)
+            executor = self.executor
+            assert isinstance(executor, JaxExecutor)
+            executor.clear(pages)
 
     def _emit(
         self,

@@ -96,6 +96,18 @@ class PageAllocator:
             self._keys[page] = key
             self._by_key[key] = page
 
+    def unregister(self, pages: Sequence[int]) -> None:
+        """Makes held pages not findable any more."""
+        for page in pages:
+            key = self._keys[page]
+            if key is not None:
+                self._keys[page] = None
+                del self._by_key[key]
+
+    def holders(self, page: int) -> int:
+        """How many hold a page."""
+        return self._counts[page]
+
     def release(self, pages: Sequence[int]) -> None:
         """Gives up one hold on each of `pages`."""
         counts, keys = self._counts, self._keys

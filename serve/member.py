@@ -15,6 +15,9 @@ from jaxsys.serve.requests import FinishReason, Request
 if TYPE_CHECKING:
     from jaxsys.serve.handover import Message
 
+NOT_FINITE = "the model's outputs are not finite"
+"""The message of a request that ended because the model computed NaN or infinity for it."""
+
 
 class TokenEvent(NamedTuple):
     """One more token of a request, or its end, or both."""

@@ -120,6 +120,10 @@ def attend_pages(
         index = jax.lax.dynamic_slice_in_dim(tables, chunk * pages, pages, axis=1)
         k = keys.at[index].get(mode="clip").reshape(batch, length, groups, width)
         v = values.at[index].get(mode="clip").reshape(batch, length, groups, width)
+        # Pages may hold anything behind a request's last token, NaN too, which no weight of zero
+        # would keep out of the sum.
+        own = (chunk * length + offsets)[None, :] <= positions.max(axis=1)[:, None]
+        v = jnp.where(own[:, :, None, None], v, 0)
         scores = jnp.einsum("btgrk,bsgk->bgrts", split, k, preferred_element_type=jnp.float32)
         seen = (chunk * length + offsets)[None, None, :] <= positions[:, :, None]
         scores = jnp.where(seen[:, None, None], scores, -jnp.inf)

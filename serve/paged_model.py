@@ -137,6 +137,11 @@ def copy_pages(cache: Cache, sources: Int[Array, " C"], targets: Int[Array, " C"
     return jax.tree.map(lambda pool: pool.at[targets].set(pool[sources], mode="drop"), cache)
 
 
+def clear_pages(cache: Cache, pages: Int[Array, " C"]) -> Cache:
+    """Writes zeros into `pages`; those past the end are dropped."""
+    return jax.tree.map(lambda pool: pool.at[pages].set(0, mode="drop"), cache)
+
+
 def extract_pages(cache: Cache, pages: Int[Array, " W"]) -> Contents:
     """The contents of `pages` as they go to another instance."""
     return jnp.stack([pool[pages] for layer in cache for pool in layer])

@@ -49,6 +49,8 @@ class SamplingParameters:
     min_p: float = 0.0
     """Keep tokens at least this fraction as likely as the likeliest."""
     seed: int | None = None
+    stream: int = 0
+    """Which of the streams of draws that a seed has: choices of one request take one each."""
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -56,6 +58,8 @@ class SamplingParameters:
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
     """Tokens that end the output, the model's end-of-text tokens among them."""
+    min_tokens: int = 0
+    """Tokens put out before one of `stop_token_ids` can be chosen."""
     logprobs: int | None = None
     """How many alternatives to report beside each chosen token; None reports nothing."""
 
@@ -63,6 +67,8 @@ class SamplingParameters:
         # Written so that NaN fails each check.
         for name, rule, holds in (
             ("max_tokens", "at least 1", self.max_tokens >= 1),
+            ("min_tokens", "from 0 to max_tokens", 0 <= self.min_tokens <= self.max_tokens),
+            ("stream", "0 or more", self.stream >= 0),
             ("temperature", "from 0 to 2", 0 <= self.temperature <= 2),
             ("top_k", "0 (all) or more", self.top_k >= 0),
             ("top_p", "over 0 and at most 1", 0 < self.top_p <= 1),

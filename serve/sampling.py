@@ -10,13 +10,16 @@ whole distribution. No sort: the highest candidate under the noise is tried, and
 survive, everything no likelier than it is put aside and the next tried. Survivors are an upper set,
 so the first that survives is the argmax over all that do, after a few passes over the logits.
 
-Randomness is a function of the row's seed and the token's position alone, so that batch, bucket and
-preemption cannot change it.
+Randomness is a function of the row's seed, its stream and the token's position alone, so that
+batch, bucket and preemption cannot change it; the choices of one request draw from a stream each.
 
-Legend: B rows, V vocabulary, R slots, M biased tokens a slot.
+A row whose logits are not finite before any rule has no token: NOTHING stands for it.
+
+Legend: B rows, V vocabulary, R slots, M biased tokens a slot, E tokens a slot that end the output.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +29,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsys.serve.requests import SamplingParameters
 
+NOTHING = -1
+"""Stands for the token of a row whose logits hold NaN or infinity."""
+MAX_STOPS = 64
+"""Most tokens that end an output, where it has a least length."""
 MAX_BIASED = 300
 """Most entries of a logit bias, as in the OpenAI API."""
 TOP_LOGPROBS = 20
@@ -53,6 +60,7 @@ class SamplingNeeds:
                 or parameters.presence_penalty
                 or parameters.frequency_penalty
                 or parameters.logit_bias
+                or parameters.min_tokens
             ),
             logprobs=parameters.logprobs is not None,
         )
@@ -74,6 +82,9 @@ class Rules(NamedTuple):
     min_p: jax.Array
     top_k: jax.Array
     seed: jax.Array
+    stream: jax.Array
+    ends_from: jax.Array
+    """Position from which the output may end; before, tokens that would end it are not chosen."""
     repetition: jax.Array
     presence: jax.Array
     frequency: jax.Array
@@ -90,13 +101,15 @@ class History(NamedTuple):
     """int32 [R, M]; V where unused."""
     bias_values: jax.Array
     """float32 [R, M]."""
+    stop_tokens: jax.Array
+    """int32 [R, E]; V where unused."""
 
 
 class Sample(NamedTuple):
     """One chosen token a row and, where asked for, log-probabilities (before any cut)."""
 
     tokens: jax.Array
-    """int32 [B]."""
+    """int32 [B]; NOTHING where the logits are not finite."""
     logprobs: jax.Array | None
     """float32 [B]."""
     top_tokens: jax.Array | None
@@ -104,12 +117,24 @@ class Sample(NamedTuple):
     top_logprobs: jax.Array | None
 
 
-def pack_rules(parameters: list[SamplingParameters], seeds: list[int], rows: int) -> Rules:
-    """Host arrays of `rows` rows; those past the requests are greedy."""
+def pack_rules(
+    parameters: list[SamplingParameters],
+    seeds: list[int],
+    rows: int,
+    prompt_lengths: Sequence[int] | None = None,
+) -> Rules:
+    """Host arrays of `rows` rows; those past the requests are greedy.
+
+    Args:
+        prompt_lengths: behind which outputs begin; needed where one has a least length.
+    """
     floats = np.zeros((6, rows), np.float32)
     floats[1] = floats[3] = 1
-    integers = np.zeros((2, rows), np.int32)
+    integers = np.zeros((4, rows), np.int32)
     for row, (rule, seed) in enumerate(zip(parameters, seeds, strict=True)):
+        if rule.min_tokens:
+            assert prompt_lengths is not None
+            integers[3, row] = prompt_lengths[row] + rule.min_tokens
         floats[:, row] = (
             rule.temperature,
             rule.top_p,
@@ -118,10 +143,15 @@ def pack_rules(parameters: list[SamplingParameters], seeds: list[int], rows: int
             rule.presence_penalty,
             rule.frequency_penalty,
         )
-        integers[:, row] = rule.top_k, np.uint32(seed & 0xFFFFFFFF).astype(np.int32)
+        integers[:3, row] = rule.top_k, _word(seed), _word(rule.stream)
     # Host rows, which become device arrays at the call that uses them.
     fields: Any = (*floats[:3], *integers, *floats[3:])
     return Rules(*fields)
+
+
+def _word(number: int) -> np.int32:
+    """The lower 32 bits."""
+    return np.uint32(number & 0xFFFFFFFF).astype(np.int32)
 
 
 def empty_history(slots: int, vocabulary: int) -> History:
@@ -131,6 +161,7 @@ def empty_history(slots: int, vocabulary: int) -> History:
         jnp.zeros((slots, vocabulary), jnp.int32),
         jnp.full((slots, MAX_BIASED), vocabulary, jnp.int32),
         jnp.zeros((slots, MAX_BIASED), jnp.float32),
+        jnp.full((slots, MAX_STOPS), vocabulary, jnp.int32),
     )
 
 
@@ -141,13 +172,17 @@ def set_history(
     counts: Int[Array, " V"],
     bias_tokens: Int[Array, " M"],
     bias_values: Float[Array, " M"],
+    stop_tokens: Int[Array, " E"] | None = None,
 ) -> History:
-    """Starts a slot anew."""
+    """Starts a slot anew; without `stop_tokens` it keeps those it has."""
     return History(
         history.prompt.at[slot].set(prompt),
         history.counts.at[slot].set(counts),
         history.bias_tokens.at[slot].set(bias_tokens),
         history.bias_values.at[slot].set(bias_values),
+        history.stop_tokens
+        if stop_tokens is None
+        else history.stop_tokens.at[slot].set(stop_tokens),
     )
 
 
@@ -166,15 +201,16 @@ def sample(
         positions: of the tokens to be chosen; with the seed they fix the randomness.
         slots: rows of `history`; one past the end for padding.
     """
+    finite = jnp.isfinite(jnp.max(logits, axis=1)) & jnp.isfinite(jnp.min(logits, axis=1))
     if needs.adjusted:
         assert history is not None
-        logits = _adjust(logits, rules, slots, history)
+        logits = _adjust(logits, rules, positions, slots, history)
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     tokens = greedy
     if needs.random:
         temperature = jnp.where(rules.temperature > 0, rules.temperature, 1.0)
         scaled = logits / temperature[:, None]
-        noisy = scaled + _gumbel(rules.seed, positions, logits.shape[1])
+        noisy = scaled + _gumbel(rules.seed, rules.stream, positions, logits.shape[1])
         drawn = _first_survivor(scaled, noisy, rules) if needs.cut else jnp.argmax(noisy, axis=-1)
         tokens = jnp.where(rules.temperature > 0, drawn.astype(jnp.int32), greedy)
     chosen = top_tokens = top_logprobs = None
@@ -186,10 +222,13 @@ def sample(
         assert history is not None
         counts = history.counts.at[slots, tokens].add(1, mode="drop")
         history = history._replace(counts=counts)
+    tokens = jnp.where(finite, tokens, NOTHING)
     return Sample(tokens, chosen, top_tokens, top_logprobs), history
 
 
-def _adjust(logits: jax.Array, rules: Rules, slots: jax.Array, history: History) -> jax.Array:
+def _adjust(
+    logits: jax.Array, rules: Rules, positions: jax.Array, slots: jax.Array, history: History
+) -> jax.Array:
     counts = history.counts.at[slots].get(mode="fill", fill_value=0)
     seen = history.prompt.at[slots].get(mode="fill", fill_value=False) | (counts > 0)
     repetition = rules.repetition[:, None]
@@ -200,7 +239,11 @@ def _adjust(logits: jax.Array, rules: Rules, slots: jax.Array, history: History)
     rows = jnp.arange(logits.shape[0])[:, None]
     tokens = history.bias_tokens.at[slots].get(mode="fill", fill_value=logits.shape[1])
     values = history.bias_values.at[slots].get(mode="fill", fill_value=0)
-    return logits.at[rows, tokens].add(values, mode="drop")
+    logits = logits.at[rows, tokens].add(values, mode="drop")
+    ends = history.stop_tokens.at[slots].get(mode="fill", fill_value=logits.shape[1])
+    early = (positions < rules.ends_from)[:, None]
+    ends = jnp.where(early, ends, logits.shape[1])
+    return logits.at[rows, ends].set(-jnp.inf, mode="drop")
 
 
 def _first_survivor(scaled: jax.Array, noisy: jax.Array, rules: Rules) -> jax.Array:
@@ -242,9 +285,12 @@ def _first_survivor(scaled: jax.Array, noisy: jax.Array, rules: Rules) -> jax.Ar
     return token
 
 
-def _gumbel(seeds: jax.Array, positions: jax.Array, vocabulary: int) -> jax.Array:
-    def row(seed: jax.Array, position: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(seed), position)
+def _gumbel(
+    seeds: jax.Array, streams: jax.Array, positions: jax.Array, vocabulary: int
+) -> jax.Array:
+    def row(seed: jax.Array, stream: jax.Array, position: jax.Array) -> jax.Array:
+        # Always two folds: a key that is folded further is never drawn from itself.
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), position)
         return jax.random.gumbel(key, (vocabulary,), jnp.float32)
 
-    return jax.vmap(row)(seeds, positions)
+    return jax.vmap(row)(seeds, streams, positions)

@@ -255,6 +255,15 @@ class Scheduler:
             self.receiving.pop(request.request_id, None)
         self._finish(request, reason, now_s)
 
+    def disown(self, request: Request) -> list[int]:
+        """What a request has computed is not to be shared: its pages are no longer found by prefix.
+
+        Returns:
+            Those of its pages that no other request holds.
+        """
+        self.allocator.unregister(request.pages)
+        return [page for page in request.pages if self.allocator.holders(page) == 1]
+
     def finish(self, request: Request, now_s: float, reason: FinishReason = "stop") -> None:
         """Ends a request early by the owner's judgement, as at a stop string."""
         self.abort(request, now_s, reason)
@@ -538,7 +547,12 @@ class Scheduler:
             completion.finished.append(request)
 
     def _finish(self, request: Request, reason: FinishReason, now_s: float) -> None:
-        if self.config.prefix_caching and request.output_tokens and request.pages:
+        if (
+            self.config.prefix_caching
+            and request.output_tokens
+            and request.pages
+            and reason != "error"  # what went wrong may lie in the pages
+        ):
             # The last token's keys may never be written; those of the tokens before are dispatched.
             self._register(request, min(request.computed, request.total_length - 1))
         self._free(request)

@@ -1,9 +1,9 @@
 """The compiled steps of an executor: which there are, how each is built, which one fits.
 
 A step's key is its kind and its shape: ("decode", batch, table), ("inputs", batch, table),
-("prefill", piece, table, continued), ("sample", batch, needs), ("copy", pages), ("extract", pages),
-("insert", pages), ("set_last",). Every call of a step has the arguments of its shape, so none is
-compiled again; what a step changes is donated to it and written in place.
+("prefill", piece, table, continued), ("sample", batch, needs), ("copy", pages), ("clear", pages),
+("extract", pages), ("insert", pages), ("set_last",). Every call of a step has the arguments of its
+shape, so none is compiled again; what a step changes is donated to it and written in place.
 """
 
 import dataclasses
@@ -231,6 +231,10 @@ class Steps:
             (count,) = shape
             function = jax.jit(paged_model.copy_pages, donate_argnums=0, out_shardings=split)
             arguments = (cache, like((count,)), like((count,)))
+        elif kind == "clear":
+            (count,) = shape
+            function = jax.jit(paged_model.clear_pages, donate_argnums=0, out_shardings=split)
+            arguments = (cache, like((count,)))
         elif kind == "extract":
             (count,) = shape
             function = jax.jit(
