@@ -1,26 +1,50 @@
-"""What a schedule needs to know of a model: how to embed, run one block, and score.
+"""What a schedule needs to know of a model: how to embed, run its blocks in a row, and score.
 
-Every schedule runs a model as `head_loss(block(...block(embed(batch))))`. `blocks` are stacked
-along a leading layer axis and cut into chunks; `edge` holds what the first and last step need
-(embedding, final norm, head). The three functions are pure and see one microbatch at a time.
+Every schedule runs a model as `head_loss(block(...block(embed(batch))))`. Blocks are alike, or of
+some kinds in any pattern; those of a kind are stacked along a leading axis and cut into chunks with
+the others. `edge` holds what the first and last step need (embedding, final norm, head). The
+functions are pure and see one microbatch at a time.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
 
+from jaxsys.errors import UsageError
+
 PyTree = Any
 """A pytree of arrays; the model's own structure."""
 
+ALIKE = "block"
+"""The kind of all blocks of a model that names none."""
+
+
+class Layer(NamedTuple):
+    """Which block of the model runs."""
+
+    index: jax.Array
+    """int32 scalar, 0 for the first block. An array, known only when the step runs: compute with
+    it, or give blocks kinds where they are made differently."""
+
+
+Block = Callable[[PyTree, PyTree, PyTree, Layer], PyTree]
+"""(one layer's parameters, x, microbatch, layer) -> x of the same structure, shapes and dtypes."""
+
 
 class Parameters(TypedDict):
-    """A layered model's parameters: `edge` as the model likes, `blocks` stacked [L, ...]."""
+    """A layered model's parameters.
+
+    Leaves of integers and booleans are constants: they have no gradient.
+    """
 
     edge: PyTree
+    """As the model likes."""
     blocks: PyTree
+    """Stacked [L, ...]; of a model with kinds, kind -> stacked [layers of this kind, ...]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,24 +52,95 @@ class LayeredModel:
     """A model cut where schedules cut it.
 
     Legend: B sequences in a microbatch, T tokens, D model width, L layers. Nothing here assumes a
-    language model: `x` may be any single array, as long as every block maps its shape to itself.
+    language model: `x` may be any pytree of arrays, as long as every block maps its structure,
+    shapes and dtypes to themselves. What is computed on the way (auxiliary losses, skips to the
+    head) or read all the way (an encoder's output) travels in it as leaves of its own.
     """
 
-    embed: Callable[[PyTree, PyTree], jax.Array]
+    embed: Callable[[PyTree, PyTree], PyTree]
     """(edge, microbatch) -> x, e.g. token ids [B, T] -> [B, T, D]."""
 
-    block: Callable[[PyTree, jax.Array, PyTree], jax.Array]
-    """(one layer's parameters, x, microbatch) -> x of the same shape and dtype."""
+    block: Block | Mapping[str, Block]
+    """One function where blocks are alike, else kind -> function."""
 
-    head_loss: Callable[[PyTree, jax.Array, PyTree], tuple[jax.Array, jax.Array]]
+    head_loss: Callable[[PyTree, PyTree, PyTree], tuple[jax.Array, ...]]
     """(edge, x, microbatch) -> (summed loss, weight), both float32 scalars.
 
     A step's loss is sum(losses) / sum(weights) over all its microbatches, so that masked tokens
     count rightly however the batch is cut.
     """
 
-    layers: int
-    """L, the length of every leading axis in `blocks`."""
+    layers: int = 0
+    """L. May be left out where there is a pattern."""
+
+    pattern: tuple[str, ...] | None = None
+    """The kinds of the L blocks in their order, where blocks are of kinds."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError if blocks, layers and pattern do not fit together."""
+        for kind, block in self.kinds.items():
+            try:
+                inspect.signature(block).bind(*range(4))
+            except TypeError:
+                raise UsageError(
+                    f"{kind} does not take (parameters of one layer, x, microbatch, layer)"
+                ) from None
+            except ValueError:  # some callables do not tell what they take
+                pass
+        if callable(self.block):
+            if self.pattern is not None:
+                raise UsageError(
+                    "a pattern names kinds of blocks, but `block` is one function; give kind -> "
+                    "function, or no pattern"
+                )
+            if self.layers < 1:
+                raise UsageError(f"layers={self.layers} must be at least 1")
+            return
+        if not self.pattern:
+            raise UsageError("blocks of kinds need a pattern: the kind of every layer in order")
+        unknown = sorted({*self.pattern} ^ {*self.block})
+        if unknown:
+            raise UsageError(
+                f"kinds {', '.join(map(repr, unknown))} are in one of `block` and `pattern` alone"
+            )
+        if self.layers not in (0, len(self.pattern)):
+            raise UsageError(f"layers={self.layers} but the pattern has {len(self.pattern)}")
+        object.__setattr__(self, "pattern", tuple(self.pattern))
+        object.__setattr__(self, "layers", len(self.pattern))
+
+    @property
+    def kinds(self) -> dict[str, Block]:
+        """Kind -> block; one kind, `ALIKE`, where blocks are alike."""
+        return {ALIKE: self.block} if callable(self.block) else dict(self.block)
+
+    @property
+    def kind_of(self) -> tuple[str, ...]:
+        """The kind of every layer."""
+        return self.pattern or (ALIKE,) * self.layers
+
+    @property
+    def places(self) -> tuple[tuple[str, int], ...]:
+        """Layer -> its kind and its row in that kind's stack."""
+        counts = dict.fromkeys(self.kinds, 0)
+        found = []
+        for kind in self.kind_of:
+            found.append((kind, counts[kind]))
+            counts[kind] += 1
+        return tuple(found)
+
+    def stacks(self, blocks: PyTree) -> dict[str, PyTree]:
+        """`blocks` by kind."""
+        return {ALIKE: blocks} if callable(self.block) else dict(blocks)
+
+    def blocks(self, stacks: Mapping[str, PyTree]) -> PyTree:
+        """`stacks` undone."""
+        return stacks[ALIKE] if callable(self.block) else dict(stacks)
+
+    def run_layer(self, blocks: PyTree, x: PyTree, microbatch: PyTree, index: int) -> PyTree:
+        """Block number `index` with its own parameters out of all of them."""
+        kind, row = self.places[index]
+        own = jax.tree.map(lambda p: p[row], self.stacks(blocks)[kind])
+        return self.kinds[kind](own, x, microbatch, Layer(index=jnp.int32(index)))
 
 
 def reference_loss(model: LayeredModel, parameters: Parameters, batch: PyTree) -> jax.Array:
@@ -53,20 +148,61 @@ def reference_loss(model: LayeredModel, parameters: Parameters, batch: PyTree) -
 
     Args:
         model: the layered model.
-        parameters: its parameters, `blocks` stacked [L, ...].
+        parameters: its parameters, blocks stacked.
         batch: leaves [M, ...], M microbatches.
 
     Returns:
         The scalar float32 loss sum(losses) / sum(weights).
     """
     total = weight = 0.0
-    for index in range(jax.tree.leaves(batch)[0].shape[0]):
-        microbatch = jax.tree.map(lambda leaf, i=index: leaf[i], batch)
+    for row in range(jax.tree.leaves(batch)[0].shape[0]):
+        microbatch = jax.tree.map(lambda leaf, i=row: leaf[i], batch)
         x = model.embed(parameters["edge"], microbatch)
-        for layer in range(model.layers):
-            x = model.block(
-                jax.tree.map(lambda p, i=layer: p[i], parameters["blocks"]), x, microbatch
-            )
-        loss, count = model.head_loss(parameters["edge"], x, microbatch)
+        for index in range(model.layers):
+            x = model.run_layer(parameters["blocks"], x, microbatch, index)
+        loss, count, *_ = model.head_loss(parameters["edge"], x, microbatch)
         total, weight = total + loss, weight + count
     return jnp.asarray(total / weight)
+
+
+# Randomness. A model that draws gets a key with every microbatch, as a leaf of the batch, and folds
+# in the layer's index. jax.random.split(key, n)[i] is fold_in(key, i): streams that fold in small
+# numbers would meet each other and a model's own splits, so each has a number of its own before.
+
+_STEPS, _MICROBATCHES, _LAYERS = 0x53544550, 0x4D494352, 0x4C415952
+
+
+def step_key(key: jax.Array, step: jax.Array | int) -> jax.Array:
+    """The key of a step of a run.
+
+    Args:
+        key: the run's, typed (`jax.random.key`) or raw uint32 (`jax.random.PRNGKey`).
+        step: batches taken before it.
+    """
+    return _folded(key, _STEPS, step)
+
+
+def microbatch_keys(key: jax.Array, count: int) -> jax.Array:
+    """The keys of a step's microbatches, a leaf of its batch.
+
+    They depend on a microbatch's number in the whole step alone: not on schedule, devices or
+    replicas.
+
+    Args:
+        key: the step's, typed or raw.
+        count: microbatches of the step, over all replicas.
+
+    Returns:
+        Keys [count], or raw ones [count, ...].
+    """
+    # One after another: some generators' keys come out otherwise under vmap.
+    return jax.lax.map(lambda row: _folded(key, _MICROBATCHES, row), jnp.arange(count))
+
+
+def layer_key(key: jax.Array, index: jax.Array | int) -> jax.Array:
+    """The key of a block, from its microbatch's key and `Layer.index`."""
+    return _folded(key, _LAYERS, index)
+
+
+def _folded(key: jax.Array, stream: int, number: jax.Array | int) -> jax.Array:
+    return jax.random.fold_in(jax.random.fold_in(key, stream), number)

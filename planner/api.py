@@ -28,6 +28,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxsys.errors import UsageError
 from jaxsys.hardware import GIB, gib
 from jaxsys.layered import LayeredModel
+from jaxsys.lowering.flat import flat_model
 from jaxsys.planner import explain
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.costs import Precision
@@ -214,10 +215,12 @@ def plan(
 def _layered_loss(model: LayeredModel) -> Callable[[PyTree, PyTree], jax.Array]:
     def loss(params: PyTree, batch: PyTree) -> jax.Array:
         def one(microbatch: PyTree) -> tuple[jax.Array, jax.Array]:
-            x = model.embed(params["edge"], microbatch)
-            step = lambda x, layer: (model.block(layer, x, microbatch), None)  # noqa: E731
-            x, _ = jax.lax.scan(step, x, params["blocks"])
-            return model.head_loss(params["edge"], x, microbatch)
+            flat = flat_model(model, params["edge"], microbatch)
+            step = lambda x, layer: (flat.block(layer[0], x, microbatch, layer[1]), None)  # noqa: E731
+            blocks = params["blocks"], jnp.arange(model.layers)
+            x, _ = jax.lax.scan(step, flat.embed(params["edge"], microbatch), blocks)
+            loss, weight, _ = flat.head(params["edge"], x, microbatch)
+            return loss, weight
 
         losses, weights = jax.lax.map(one, batch)
         return losses.sum() / weights.sum()

@@ -174,10 +174,10 @@ def compile_cell(cell: Cell, config: DecoderConfig, cluster: Cluster, mesh: Mesh
     optimizer = optax.adam(1e-4)
 
     def train(parameters: Any, state: Any, batch: Any) -> Any:
-        loss, found = step.loss_and_gradients(parameters, batch)
-        gradients: Any = found
+        found = step.loss_and_gradients(parameters, batch)
+        gradients: Any = found.gradients
         updates, state = optimizer.update(gradients, state, parameters)
-        return optax.apply_updates(parameters, updates), state, loss
+        return optax.apply_updates(parameters, updates), state, found.loss
 
     shape = (cell.turns * devices, 1, cell.tokens)
     names = ("inputs", "targets")

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxsys.layered import LayeredModel
+from jaxsys.layered import Layer, LayeredModel
 from jaxsys.mesh import RING
 
 
@@ -67,10 +67,13 @@ def ring_loss_and_gradients(
         def of(n):  # a worker's n-th turn -> its microbatch
             return jax.tree.map(lambda leaf: leaf[n // p], batch)
 
+        (block,) = model.kinds.values()
+        layer = Layer(index=jnp.int32(0))  # the decoder's blocks do not ask
+
         def pull_back(flat, x, microbatch):
             """A layer's output and `jax.vjp`'s second value; and its weights."""
             weights = unpack(flat)
-            return *jax.vjp(lambda w, v: model.block(w, v, microbatch), weights, x), weights
+            return *jax.vjp(lambda w, v: block(w, v, microbatch, layer), weights, x), weights
 
         def forward_layer(flat, x, microbatch):
             """The layer's output, and what backward needs beside its weights."""

@@ -18,6 +18,7 @@ from ring_by_hand import rest_order, ring_loss_and_gradients
 
 from jaxsys.errors import UsageError
 from jaxsys.hardware import GIB
+from jaxsys.layered import Layer
 from jaxsys.lowering.compiled import program_bytes
 from jaxsys.mesh import RING
 from jaxsys.train.memory import StepShape, step_bytes
@@ -32,7 +33,8 @@ def fsdp_step(model, mesh, optimizer, microbatches: int, recompute: str, dtype, 
     """
     if recompute not in ("none", "block"):
         raise UsageError(f"recompute {recompute} is not one that gspmd-fsdp has: none, block")
-    block = model.block if recompute == "none" else jax.checkpoint(model.block)
+    (block,) = model.kinds.values()
+    block = block if recompute == "none" else jax.checkpoint(block)
     devices = mesh.shape[RING]
 
     def by_sequence(x):
@@ -46,9 +48,9 @@ def fsdp_step(model, mesh, optimizer, microbatches: int, recompute: str, dtype, 
         edge = whole(low["edge"])
         x = by_sequence(model.embed(edge, microbatch))
         x, _ = jax.lax.scan(
-            lambda x, w: (by_sequence(block(w, x, microbatch)), None),
+            lambda x, w: (by_sequence(block(w[0], x, microbatch, Layer(index=w[1]))), None),
             x,
-            low["blocks"],
+            (low["blocks"], jnp.arange(model.layers)),
             unroll=unroll,
         )
         # One sequence at a time, or the loss's chunks of tokens would mix the devices' sequences.
@@ -100,9 +102,9 @@ def our_step(lowered, optimizer, parameters, shapes):
 
     def step(state, batch):
         parameters, opt = state
-        loss, gradients = lowered.loss_and_gradients(parameters, batch)
-        updates, opt = optimizer.update(gradients, opt, parameters)
-        return (optax.apply_updates(parameters, updates), opt), loss
+        found = lowered.loss_and_gradients(parameters, batch)
+        updates, opt = optimizer.update(found.gradients, opt, parameters)
+        return (optax.apply_updates(parameters, updates), opt), found.loss
 
     make = jax.jit(lambda: lowered.to_rest(parameters()), out_shardings=rest)
     return jax.jit(step, donate_argnums=0, compiler_options=lowered.compiler_options), make

@@ -23,7 +23,7 @@ from flax import linen, nnx
 from jax.extend import core as jax_core
 
 from jaxsys.errors import UsageError
-from jaxsys.layered import LayeredModel, Parameters, PyTree
+from jaxsys.layered import Layer, LayeredModel, Parameters, PyTree
 
 Loss = Callable[[Any, PyTree], tuple[Any, Any]]
 """(the model's output, microbatch) -> (summed loss, weight), scalars."""
@@ -243,9 +243,9 @@ def _cut(
     def embed(edge: PyTree, microbatch: PyTree) -> jax.Array:
         return reach(edge, microbatch).x
 
-    def block(layer: PyTree, x: jax.Array, microbatch: PyTree) -> jax.Array:
+    def block(weights: PyTree, x: PyTree, microbatch: PyTree, layer: Layer) -> PyTree:
         args, kwargs = extras(microbatch)
-        return apply(layer, x, args, kwargs)
+        return apply(weights, x, args, kwargs)
 
     def head_loss(edge: PyTree, x: jax.Array, microbatch: PyTree) -> tuple[jax.Array, jax.Array]:
         output = run(edge, microbatch, lambda *_, **__: x)

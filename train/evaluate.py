@@ -14,6 +14,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxsys.layered import LayeredModel, Parameters, PyTree
+from jaxsys.lowering.flat import Leaves, flat_model
 from jaxsys.mesh import DATA, RING
 
 Sums = tuple[jax.Array, jax.Array]
@@ -42,16 +43,20 @@ def make_loss(
 
     def local(parameters: Parameters, batch: PyTree, counted: jax.Array) -> Sums:
         edge = jax.tree.map(lambda p, s: gather(p, s, 0), parameters["edge"], specs["edge"])
+        one = jax.tree.map(lambda b: jax.ShapeDtypeStruct(b.shape[1:], b.dtype), batch)
+        flat = flat_model(model, edge, one)
 
         def row(carry: Sums, item: tuple[PyTree, jax.Array]) -> tuple[Sums, None]:
             microbatch, counts = item
 
-            def layer(x: jax.Array, shard: PyTree) -> tuple[jax.Array, None]:
+            def layer(x: Leaves, item: tuple[PyTree, jax.Array]) -> tuple[Leaves, None]:
+                shard, index = item
                 whole = jax.tree.map(lambda p, s: gather(p, s, 1), shard, specs["blocks"])
-                return model.block(whole, x, microbatch), None
+                return flat.block(whole, x, microbatch, index), None
 
-            x, _ = lax.scan(layer, model.embed(edge, microbatch), parameters["blocks"])
-            loss, weight = model.head_loss(edge, x, microbatch)
+            blocks = parameters["blocks"], jnp.arange(model.layers)
+            x, _ = lax.scan(layer, flat.embed(edge, microbatch), blocks)
+            loss, weight, _ = flat.head(edge, x, microbatch)
             # A padded row may hold anything: zero times a NaN would not be zero.
             zero = jnp.float32(0)
             loss, weight = jnp.where(counts, loss, zero), jnp.where(counts, weight, zero)

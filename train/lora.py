@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxsys.errors import UsageError
-from jaxsys.layered import LayeredModel, Parameters, PyTree
+from jaxsys.layered import Layer, LayeredModel, Parameters, PyTree
 from jaxsys.train.state import path_names
 
 
@@ -75,14 +75,16 @@ def add_adapters(
 
         return jax.tree_util.tree_map_with_path(leaf, frozen)
 
-    def block(layer: PyTree, x: jax.Array, microbatch: PyTree) -> jax.Array:
-        frozen = jax.lax.stop_gradient(layer["frozen"])
-        return model.block(merge(frozen, layer["adapters"]), x, microbatch)
+    (inner,) = model.kinds.values()
 
-    def embed(edge: PyTree, microbatch: PyTree) -> jax.Array:
+    def block(weights: PyTree, x: PyTree, microbatch: PyTree, layer: Layer) -> PyTree:
+        frozen = jax.lax.stop_gradient(weights["frozen"])
+        return inner(merge(frozen, weights["adapters"]), x, microbatch, layer)
+
+    def embed(edge: PyTree, microbatch: PyTree) -> PyTree:
         return model.embed(jax.lax.stop_gradient(edge), microbatch)
 
-    def head_loss(edge: PyTree, x: jax.Array, microbatch: PyTree) -> tuple[jax.Array, jax.Array]:
+    def head_loss(edge: PyTree, x: PyTree, microbatch: PyTree) -> tuple[Any, ...]:
         return model.head_loss(jax.lax.stop_gradient(edge), x, microbatch)
 
     adapted = LayeredModel(embed=embed, block=block, head_loss=head_loss, layers=model.layers)

@@ -14,6 +14,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsys.layered import Parameters, PyTree
+from jaxsys.lowering import Outcome
 from jaxsys.mesh import RING
 
 
@@ -39,7 +40,7 @@ class LoweredStep(Protocol):
     def to_rest(self, parameters: Any) -> Any: ...
     def from_rest(self, parameters: Any) -> Any: ...
     def batch_shardings(self, batch: Any) -> Any: ...
-    def loss_and_gradients(self, parameters: Any, batch: Any) -> tuple[jax.Array, Any]: ...
+    def loss_and_gradients(self, parameters: Any, batch: Any) -> Outcome: ...
 
 
 def path_names(path: tuple[Any, ...]) -> tuple[str, ...]:

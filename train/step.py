@@ -26,6 +26,8 @@ class StepResult(NamedTuple):
     gradient_norm: jax.Array
     skipped: jax.Array
     """Batches skipped so far, this one included."""
+    metrics: dict[str, jax.Array]
+    """Sums over the batch of what the model returns beside its loss."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +54,7 @@ def make_step(
     """The jitted step (state, batch) -> (state, result); the state is donated."""
 
     def step(state: TrainState, batch: PyTree) -> tuple[TrainState, StepResult]:
-        loss, gradients = lowered.loss_and_gradients(state.parameters, batch)
+        loss, gradients, _, metrics = lowered.loss_and_gradients(state.parameters, batch)
         norm = global_norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         if options.clip_norm is not None:
@@ -74,7 +76,7 @@ def make_step(
             skipped=skipped,
         )
         new = jax.lax.with_sharding_constraint(new, shardings)
-        return new, StepResult(loss=loss, gradient_norm=norm, skipped=skipped)
+        return new, StepResult(loss=loss, gradient_norm=norm, skipped=skipped, metrics=metrics)
 
     # Only steps whose streams must travel at once ask for more than XLA's defaults.
     return jax.jit(step, donate_argnums=0, compiler_options=lowered.compiler_options)

@@ -256,10 +256,10 @@ class Trainer:
 
     def loss_and_gradients(self, batch: PyTree) -> tuple[float, Parameters]:
         """A batch's loss and its gradients in layer order; nothing is updated. For inspection."""
-        loss, gradients = jax.jit(self._lowered.loss_and_gradients)(
+        found = jax.jit(self._lowered.loss_and_gradients)(
             self.state.parameters, self._placed(batch)
         )
-        return float(loss), self._lowered.from_rest(gradients)
+        return float(found.loss), self._lowered.from_rest(found.gradients)
 
     def evaluate(self, batches: Iterator[PyTree] | list[PyTree]) -> float:
         """The mean loss over all that counts in the batches; nothing is updated."""

@@ -1,5 +1,6 @@
 """From a Schedule to one jitted `shard_map` step."""
 
+from .base import Outcome
 from .programs import RECOMPUTE_POLICIES, Recompute
 from .sharded import ShardedStep, lower_sharded
 from .step import LoweredStep, lower
@@ -7,6 +8,7 @@ from .step import LoweredStep, lower
 __all__ = [
     "RECOMPUTE_POLICIES",
     "LoweredStep",
+    "Outcome",
     "Recompute",
     "ShardedStep",
     "lower",

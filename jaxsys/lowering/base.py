@@ -6,7 +6,7 @@ a step in the compute dtype, and their gradients are reduced back to the shards 
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,8 @@ from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel, Parameters, PyTree
 from jaxsys.mesh import DATA, RING
 from jaxsys.schedule import Placement, Schedule
+
+from .flat import Leaves, cast, floats, is_float
 
 GPU_COMPILER_OPTIONS: dict[str, Any] = {
     # XLA keeps one collective in flight unless told otherwise, so that of a ring's three streams
@@ -48,6 +50,19 @@ def gpu_compiler_options(mesh: Mesh) -> dict[str, Any]:
     except jax.errors.JaxRuntimeError:
         return GPU_COMPILER_OPTIONS
     return GPU_COMPILER_OPTIONS | {EARLY_START: True}
+
+
+class Outcome(NamedTuple):
+    """What one pass over a batch finds."""
+
+    loss: jax.Array
+    """float32, sum of losses over sum of weights."""
+    gradients: Parameters
+    """Of `loss`, like the parameters; zeros of their own dtype for constants."""
+    weight: jax.Array
+    """float32, the sum of weights."""
+    metrics: dict[str, jax.Array]
+    """float32 sums over all microbatches of what `head_loss` returns beside loss and weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,25 +126,29 @@ class Step:
                     f"takes {each} on each of {replicas} data replicas: {replicas * each} in all"
                 )
 
+    def outcome_specs(self, specs: Parameters) -> Outcome:
+        """PartitionSpecs of what a step returns, from those of parameters at rest."""
+        whole: Any = PartitionSpec()
+        return Outcome(loss=whole, gradients=specs, weight=whole, metrics=whole)
+
     # Inside shard_map, where shapes are per device.
 
     def gather_edge(self, edge: PyTree, specs: PyTree) -> PyTree:
         """The edge's parameters at rest -> whole, in the compute dtype."""
 
         def gather(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
-            leaf = leaf.astype(self.compute_dtype) if is_float(leaf) else leaf
             if RING not in spec:
                 return leaf
             return lax.all_gather(leaf, RING, axis=spec.index(RING), tiled=True)
 
-        return jax.tree.map(gather, edge, specs)
+        return jax.tree.map(gather, cast(edge, self.compute_dtype), specs)
 
-    def empty_edge_gradient(self, edge: PyTree) -> PyTree:
-        """Zeros for the sum of a whole edge's gradients."""
-        return jax.tree.map(lambda e: jnp.zeros(e.shape, self.gradient_dtype), edge)
+    def empty_edge_gradient(self, edge: PyTree) -> Leaves:
+        """Zeros for the sums of the gradients of a whole edge's floats."""
+        return [jnp.zeros(leaf.shape, self.gradient_dtype) for leaf in floats(edge)]
 
-    def reduce_edge(self, sums: PyTree, edge: PyTree, specs: PyTree, weight: jax.Array) -> PyTree:
-        """Each device's sums over whole parameters -> mean gradients like `edge` at rest."""
+    def reduce_edge(self, sums: Leaves, edge: PyTree, specs: PyTree, weight: jax.Array) -> PyTree:
+        """Each device's sums over whole floats -> mean gradients like `edge` at rest."""
 
         def reduce(total: jax.Array, at_rest: jax.Array, spec: PartitionSpec) -> jax.Array:
             total = self.over_replicas(total.astype(at_rest.dtype))
@@ -139,7 +158,14 @@ class Step:
             total = lax.psum_scatter(total, RING, scatter_dimension=axis, tiled=True)
             return total / weight
 
-        return jax.tree.map(reduce, sums, edge, specs)
+        rest = iter(sums)
+        return jax.tree.map(
+            lambda leaf, spec: (
+                reduce(next(rest), leaf, spec) if is_float(leaf) else jnp.zeros_like(leaf)
+            ),
+            edge,
+            specs,
+        )
 
     def over_replicas(self, total: jax.Array) -> jax.Array:
         """The sum over data replicas."""
@@ -178,14 +204,9 @@ def sharded_spec(shape: tuple[int, ...], parts: int, *, first_axis: int = 0) -> 
     return PartitionSpec()
 
 
-def add_to(total: PyTree, part: PyTree) -> PyTree:
-    """`total` + `part` in the dtype of `total`; leaves that have no gradient stay."""
-    return jax.tree.map(lambda t, p: t + p.astype(t.dtype) if is_float(p) else t, total, part)
-
-
-def is_float(leaf: jax.Array) -> bool:
-    """Whether a leaf holds floating-point numbers."""
-    return jnp.issubdtype(leaf.dtype, jnp.floating)
+def add_to(totals: Leaves, parts: Leaves) -> Leaves:
+    """`totals` + `parts` in the dtypes of `totals`."""
+    return [t + p.astype(t.dtype) for t, p in zip(totals, parts, strict=True)]
 
 
 def is_spec(value: Any) -> bool:

@@ -19,8 +19,9 @@ import numpy as np
 from jaxsys.layered import LayeredModel, PyTree
 from jaxsys.schedule import Block, Costs, Data, MoveKind, Placement, Schedule
 
+from .flat import flat_of, floats, head_back
 from .liveness import peak_bytes
-from .programs import BlockProgram, Recompute, block_program
+from .programs import INDEX, BlockProgram, Recompute, block_program
 from .split import split_backward
 from .tables import Buffers
 
@@ -66,7 +67,7 @@ def tree_bytes(tree: PyTree, dtype: Any = None) -> float:
 def block_bytes(
     model: LayeredModel,
     layer: PyTree,
-    x: jax.ShapeDtypeStruct,
+    x: PyTree,
     microbatch: PyTree,
     policy: Recompute,
     *,
@@ -84,29 +85,23 @@ def block_bytes(
     """
     inner: Recompute = "none" if policy == "chunk" else policy
     found: BlockProgram = block_program(model, layer, x, microbatch, inner)
+    backward = found.backward, layer, found.residuals, floats(x), microbatch, INDEX
     taps = 0.0
     if split:
-        halves = split_backward(found.backward, layer, found.residuals, x, microbatch)
+        halves = split_backward(*backward)
         taps = tree_bytes(halves.taps)
     return BlockBytes(
         residual=tree_bytes(found.residuals),
         tap=taps,
-        work=peak_bytes(found.backward, layer, found.residuals, x, microbatch),
+        work=peak_bytes(*backward),
     )
 
 
-def head_bytes(
-    model: LayeredModel, edge: PyTree, x: jax.ShapeDtypeStruct, microbatch: PyTree
-) -> float:
+def head_bytes(model: LayeredModel, edge: PyTree, x: PyTree, microbatch: PyTree) -> float:
     """The most that head and loss hold with their gradients; arguments are shapes and dtypes."""
 
-    def head(edge: PyTree, x: jax.Array, microbatch: PyTree) -> PyTree:
-        loss, pull, _ = jax.vjp(
-            lambda e, v: model.head_loss(e, v, microbatch), edge, x, has_aux=True
-        )
-        return pull(jnp.ones_like(loss))
-
-    return peak_bytes(head, edge, x, microbatch)
+    flat = flat_of(model, x)
+    return peak_bytes(lambda e, v, m: head_back(flat, e, v, m)[1:], edge, flat.x, microbatch)
 
 
 def tabled_bytes(

@@ -7,7 +7,9 @@ the reader, and XLA, which would copy the whole buffer otherwise, writes in plac
 kept: backward gets the copy that has travelled to it, and a residual that depends on weights alone
 is computed again from that copy.
 
-Legend: K blocks in a chunk, x [B, T, D] or any array that blocks map to its own shape.
+x and its cotangents are lists of arrays, gradients of weights lists of their floats (see `flat`).
+
+Legend: K blocks in a chunk.
 """
 
 from collections.abc import Callable
@@ -18,9 +20,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsys.errors import UsageError
-from jaxsys.layered import LayeredModel, PyTree
+from jaxsys.layered import ALIKE, LayeredModel, PyTree
 
+from .flat import FlatModel, Leaves, check_block, flat_of, floats, pull_back
 from .jaxprs import inlined, named, run, slice_of, value_of
 from .residuals import what_to_keep
 from .split import split_backward
@@ -38,10 +40,10 @@ RECOMPUTE_POLICIES: tuple[Recompute, ...] = ("none", "selective", "block", "chun
 class BlockProgram:
     """Forward and backward of one block, with the residuals between them made explicit."""
 
-    forward: Callable[[PyTree, jax.Array, PyTree], tuple[jax.Array, list[jax.Array]]]
-    """(weights, x, microbatch) -> (y, residuals)."""
-    backward: Callable[[PyTree, list[jax.Array], jax.Array, PyTree], tuple[PyTree, jax.Array]]
-    """(weights, residuals, dy, microbatch) -> (dweights, dx)."""
+    forward: Callable[[PyTree, Leaves, PyTree, Any], tuple[Leaves, Leaves]]
+    """(weights, x, microbatch, layer index) -> (y, residuals)."""
+    backward: Callable[[PyTree, Leaves, Leaves, PyTree, Any], tuple[Leaves, Leaves]]
+    """(weights, residuals, dy, microbatch, layer index) -> (dweights, dx)."""
     residuals: list[jax.ShapeDtypeStruct]
 
 
@@ -49,9 +51,9 @@ class BlockProgram:
 class ChunkProgram:
     """Forward and backward of one chunk over a buffer of residuals."""
 
-    forward: Callable[..., tuple[jax.Array, PyTree]]
+    forward: Callable[..., tuple[Leaves, PyTree]]
     """(weights, x, microbatch, buffer, slot, first_layer) -> (y, buffer)."""
-    backward: Callable[..., tuple[PyTree, jax.Array, PyTree]]
+    backward: Callable[..., tuple[PyTree, Leaves, PyTree]]
     """(weights, buffer, slot, dy, microbatch, first_layer) -> (dweights, dx, buffer). Where
     layers are written out, dweights are a list of theirs; else stacked as weights are."""
     residuals: list[jax.ShapeDtypeStruct]
@@ -66,7 +68,7 @@ class ChunkProgram:
 class SplitChunkProgram:
     """Backward in two halves, I and W, over a buffer of taps."""
 
-    input_gradient: Callable[..., tuple[jax.Array, PyTree, PyTree]]
+    input_gradient: Callable[..., tuple[Leaves, PyTree, PyTree]]
     """(weights, buffer, slot, dy, microbatch, first_layer, taps, tap_slot) ->
     (dx, buffer, taps)."""
     weight_gradient: Callable[..., tuple[PyTree, PyTree]]
@@ -75,34 +77,42 @@ class SplitChunkProgram:
     """slots -> a buffer of taps, zero."""
 
 
+INDEX = jax.ShapeDtypeStruct((), jnp.int32)
+"""Of a layer's index."""
+
+
 def block_program(
     model: LayeredModel,
     weights: PyTree,
-    x: jax.ShapeDtypeStruct,
+    x: PyTree,
     microbatch: PyTree,
     recompute: Recompute,
+    kind: str = ALIKE,
 ) -> BlockProgram:
     """Traces one block into a forward and a backward program.
 
     Args:
-        model: whose `block` is traced.
+        model: whose block is traced.
         weights: shapes and dtypes of one block's parameters.
-        x: shape and dtype of the block's input.
+        x: shapes and dtypes of the block's input.
         microbatch: shapes and dtypes of one microbatch.
         recompute: `none`, `selective` or `block`.
+        kind: of the block.
 
     Raises:
-        UsageError: if the block does not map x to its own shape and dtype.
+        UsageError: if the block does not map x to its own structure, shapes and dtypes.
     """
-    y = jax.eval_shape(model.block, weights, x, microbatch)
-    if not isinstance(y, jax.ShapeDtypeStruct) or (y.shape, y.dtype) != (x.shape, x.dtype):
-        raise UsageError(f"block maps {_show(x)} to {_show(y)}; it must keep shape and dtype")
+    flat = flat_of(model, x)
+    check_block(flat, weights, microbatch, kind)
+
+    def block(weights: PyTree, x: Leaves, microbatch: PyTree, index: Any) -> Leaves:
+        return flat.block(weights, x, microbatch, index, kind)
+
     if recompute == "block":
-        return _recomputing_block(model, x)
-    block = model.block
+        return _recomputing_block(block, flat.x)
     if recompute == "selective":
-        block = jax.checkpoint(model.block, policy=_save_products_and_attention)
-    return _saving_block(block, weights, x, microbatch)
+        block = jax.checkpoint(block, policy=_save_products_and_attention)
+    return _saving_block(block, weights, flat, microbatch)
 
 
 def _save_products_and_attention(primitive: Any, *avals: Any, **parameters: Any) -> Any:
@@ -111,47 +121,49 @@ def _save_products_and_attention(primitive: Any, *avals: Any, **parameters: Any)
     return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *avals, **parameters)
 
 
-def _recomputing_block(model: LayeredModel, x: jax.ShapeDtypeStruct) -> BlockProgram:
-    def forward(weights, x, microbatch):
-        return model.block(weights, x, microbatch), [x]
+def _recomputing_block(block: Callable[..., Leaves], x: list[jax.ShapeDtypeStruct]) -> BlockProgram:
+    def forward(weights, x, microbatch, index):
+        return block(weights, x, microbatch, index), x
 
-    def backward(weights, residuals, dy, microbatch):
+    def backward(weights, residuals, dy, microbatch, index):
         # Nothing but this ties the recomputation to its turn: layers that are written out would
         # otherwise all be recomputed at once, and held.
-        x, dy = lax.optimization_barrier((residuals[0], dy))
-        _, vjp = jax.vjp(lambda w, v: model.block(w, v, microbatch), weights, x)
+        x, dy = lax.optimization_barrier((residuals, dy))
+        _, vjp = pull_back(lambda w, v: block(w, v, microbatch, index), weights, x)
         return vjp(dy)
 
-    return BlockProgram(forward=forward, backward=backward, residuals=[x])
+    return BlockProgram(forward=forward, backward=backward, residuals=x)
 
 
 def _saving_block(
-    block: Callable[..., jax.Array], weights: PyTree, x: jax.ShapeDtypeStruct, microbatch: PyTree
+    block: Callable[..., Leaves], weights: PyTree, flat: FlatModel, microbatch: PyTree
 ) -> BlockProgram:
     structure: list[Any] = []
 
-    def both(weights, x, microbatch):
-        y, vjp = jax.vjp(lambda w, v: block(w, v, microbatch), weights, x)
+    def both(weights, x, microbatch, index):
+        y, vjp = pull_back(lambda w, v: block(w, v, microbatch, index), weights, x)
         leaves, treedef = jax.tree.flatten(vjp)
         structure[:] = [treedef]
         return y, leaves
 
-    closed = inlined(jax.make_jaxpr(both)(weights, x, microbatch))
-    jaxpr, (vjp,) = closed.jaxpr, structure
-    y, *leaves = jaxpr.outvars
+    closed = inlined(jax.make_jaxpr(both)(weights, flat.x, microbatch, INDEX))
+    jaxpr, (vjp,), width = closed.jaxpr, structure, len(flat.x)
+    y, leaves = jaxpr.outvars[:width], jaxpr.outvars[width:]
     before = len(jax.tree.leaves(weights))
     inputs = jaxpr.invars
-    kept = what_to_keep(jaxpr, leaves, {*inputs[:before], *inputs[before + 1 :]})
-    making, remaking = slice_of(jaxpr, [y, *kept]), slice_of(jaxpr, leaves, given=kept)
+    given = {*inputs[:before], *inputs[before + width :]}
+    kept = what_to_keep(jaxpr, leaves, given)
+    making, remaking = slice_of(jaxpr, [*y, *kept]), slice_of(jaxpr, leaves, given=kept)
 
-    def forward(weights, x, microbatch):
-        values = named(closed, (weights, x, microbatch))
+    def forward(weights, x, microbatch, index):
+        values = named(closed, (weights, x, microbatch, index))
         run(making, values)
-        return value_of(y, values), [values[v] for v in kept]
+        return [value_of(v, values) for v in y], [values[v] for v in kept]
 
-    def backward(weights, residuals, dy, microbatch):
-        values = named(closed, (weights, x, microbatch))
-        del values[inputs[before]]
+    def backward(weights, residuals, dy, microbatch, index):
+        values = named(closed, (weights, flat.x, microbatch, index))
+        for variable in inputs[before : before + width]:
+            del values[variable]
         values.update(zip(kept, residuals, strict=True))
         run(remaking, values)
         return jax.tree.unflatten(vjp, [value_of(v, values) for v in leaves])(dy)
@@ -193,14 +205,15 @@ class _Store:
         return [*buffer[:layer], row, *buffer[layer + 1 :]]
 
     def get_with(
-        self, value: jax.Array, buffer: PyTree, slot: Any, layer: Any
-    ) -> tuple[jax.Array, list[jax.Array]]:
+        self, value: Leaves, buffer: PyTree, slot: Any, layer: Any
+    ) -> tuple[Leaves, list[jax.Array]]:
         """`value`, and what `get` returns, not read before `value` is there.
 
         Slices of layers that are written out would otherwise all be taken at once, and held. With
         one slot there are none.
         """
-        if self.unroll and buffer[layer][0].ndim > len(self.specs[0].shape):
+        pairs = zip(buffer[layer], self.specs, strict=True) if self.unroll else ()
+        if any(b.ndim > len(s.shape) for b, s in pairs):
             value, row = lax.optimization_barrier((value, buffer[layer]))
             buffer = [*buffer[:layer], row, *buffer[layer + 1 :]]
         return value, self.get(buffer, slot, layer)
@@ -216,7 +229,7 @@ class _Store:
 def chunk_program(
     model: LayeredModel,
     weights: PyTree,
-    x: jax.ShapeDtypeStruct,
+    x: PyTree,
     microbatch: PyTree,
     *,
     recompute: Recompute,
@@ -229,7 +242,7 @@ def chunk_program(
     Args:
         model: the layered model.
         weights: shapes and dtypes of a chunk's parameters, leaves [K, ...].
-        x: shape and dtype of the chunk's input.
+        x: shapes and dtypes of the chunk's input.
         microbatch: shapes and dtypes of one microbatch.
         recompute: what backward computes again.
         padded: whether the last chunks hold layers that are not there (K C > L); those pass x on.
@@ -240,6 +253,7 @@ def chunk_program(
     one = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape[1:], w.dtype), weights)
     inner = block_program(model, one, x, microbatch, "none" if recompute == "chunk" else recompute)
     kept = _Store(specs=inner.residuals, layers=layers, unroll=unroll)
+    no_gradient = floats(one)
 
     def if_present(first_layer, index, run, skip):
         return lax.cond(first_layer + index < model.layers, run, skip) if padded else run()
@@ -264,8 +278,8 @@ def chunk_program(
             y, residuals = if_present(
                 first_layer,
                 index,
-                lambda: inner.forward(w, x, microbatch),
-                lambda: (x, [jnp.zeros(r.shape, r.dtype) for r in inner.residuals]),
+                lambda: inner.forward(w, x, microbatch, first_layer + index),
+                lambda: (x, _zeros(inner.residuals)),
             )
             return (y, kept.put(buffer, residuals, slot, index)), None
 
@@ -278,8 +292,8 @@ def chunk_program(
             dw, dx = if_present(
                 first_layer,
                 index,
-                lambda: inner.backward(w, residuals, dx, microbatch),
-                lambda: (jax.tree.map(jnp.zeros_like, w), dx),
+                lambda: inner.backward(w, residuals, dx, microbatch, first_layer + index),
+                lambda: (_zeros(no_gradient), dx),
             )
             if recompute == "block":
                 # Weight gradients put off would hold what a layer made again. Not within the
@@ -291,7 +305,7 @@ def chunk_program(
         return dw, dx, buffer
 
     def split_program() -> SplitChunkProgram:
-        halves = split_backward(inner.backward, one, inner.residuals, x, microbatch)
+        halves = split_backward(inner.backward, one, inner.residuals, floats(x), microbatch, INDEX)
         tapped = _Store(specs=halves.taps, layers=layers, unroll=unroll)
 
         def input_gradient(weights, buffer, slot, dy, microbatch, first_layer, taps, tap_slot):
@@ -301,8 +315,10 @@ def chunk_program(
                 dx, values = if_present(
                     first_layer,
                     index,
-                    lambda: halves.input_gradient(w, residuals, dx, microbatch),
-                    lambda: (dx, [jnp.zeros(t.shape, t.dtype) for t in halves.taps]),
+                    lambda: halves.input_gradient(
+                        w, residuals, dx, microbatch, first_layer + index
+                    ),
+                    lambda: (dx, _zeros(halves.taps)),
                 )
                 taps = tapped.put(taps, values, tap_slot, index)
                 return (dx, _handed_on(buffer), taps), None
@@ -312,9 +328,11 @@ def chunk_program(
         def weight_gradient(taps, tap_slot, first_layer):
             def layer(taps, index, _):
                 values = tapped.get(taps, tap_slot, index)
-                nothing = jax.tree.map(lambda w: jnp.zeros(w.shape, w.dtype), one)
                 dw = if_present(
-                    first_layer, index, lambda: halves.weight_gradient(values), lambda: nothing
+                    first_layer,
+                    index,
+                    lambda: halves.weight_gradient(values),
+                    lambda: _zeros(no_gradient),
                 )
                 return _handed_on(taps), dw
 
@@ -334,20 +352,20 @@ def chunk_program(
         empty_residuals=kept.empty,
         split=split_program() if split else None,
     )
-    return _from_input(whole, x) if recompute == "chunk" else whole
+    return _from_input(whole, jax.tree.leaves(x)) if recompute == "chunk" else whole
 
 
-def _from_input(inner: ChunkProgram, x: jax.ShapeDtypeStruct) -> ChunkProgram:
+def _from_input(inner: ChunkProgram, x: list[jax.ShapeDtypeStruct]) -> ChunkProgram:
     """The same programs with a chunk's input as the only residual."""
-    kept = _Store(specs=[x], layers=1, unroll=False)
+    kept = _Store(specs=x, layers=1, unroll=False)
 
     def again(weights, buffer, slot, microbatch, first_layer):
-        x = kept.get(buffer, slot, 0)[0]
+        x = kept.get(buffer, slot, 0)
         return inner.forward(weights, x, microbatch, inner.empty_residuals(1), 0, first_layer)[1]
 
     def forward(weights, x, microbatch, buffer, slot, first_layer):
         y, _ = inner.forward(weights, x, microbatch, inner.empty_residuals(1), 0, first_layer)
-        return y, kept.put(buffer, [x], slot, 0)
+        return y, kept.put(buffer, x, slot, 0)
 
     def backward(weights, buffer, slot, dy, microbatch, first_layer):
         residuals = again(weights, buffer, slot, microbatch, first_layer)
@@ -369,7 +387,7 @@ def _from_input(inner: ChunkProgram, x: jax.ShapeDtypeStruct) -> ChunkProgram:
     return ChunkProgram(
         forward=forward,
         backward=backward,
-        residuals=[jax.ShapeDtypeStruct((1, *x.shape), x.dtype)],
+        residuals=[jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype) for leaf in x],
         empty_residuals=kept.empty,
         split=split,
     )
@@ -394,7 +412,5 @@ def _get(buffer: jax.Array, index: tuple[Any, ...]) -> jax.Array:
     return lax.dynamic_slice(buffer, starts, ((1,) * len(index)) + shape).reshape(shape)
 
 
-def _show(value: Any) -> str:
-    if isinstance(value, jax.ShapeDtypeStruct):
-        return f"{value.dtype}{list(value.shape)}"
-    return str(jax.tree.map(_show, value))
+def _zeros(specs: list[jax.ShapeDtypeStruct]) -> Leaves:
+    return [jnp.zeros(s.shape, s.dtype) for s in specs]

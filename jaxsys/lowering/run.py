@@ -22,8 +22,9 @@ from jaxsys.layered import Parameters, PyTree
 from jaxsys.mesh import DATA, RING
 from jaxsys.schedule import Data, MoveKind, Placement, TaskKind
 
-from .base import Step, add_to
+from .base import Outcome, Step, add_to
 from .bodies import BufferKey, GroupSignature, Segment, TaskSignature, TickSignature
+from .flat import Leaves, cast, flat_model, floats, head_back, like, pull_back
 from .packing import Packing
 from .programs import ChunkProgram, Recompute, SplitChunkProgram, chunk_program
 from .tables import Tables
@@ -51,16 +52,16 @@ class _State:
     """What a device carries from tick to tick."""
 
     buffers: dict[BufferKey, Buffer]
-    edge_gradient: PyTree
-    reduced: PyTree
+    edge_gradient: Leaves
+    reduced: Leaves | None
     """Sums over all devices, leaves [C, K, ...] (Placement.REPLICATED)."""
-    loss: jax.Array
-    weight: jax.Array
+    scores: PyTree
+    """Sums of loss, weight and metrics."""
 
 
 jax.tree_util.register_dataclass(
     _State,
-    data_fields=["buffers", "edge_gradient", "reduced", "loss", "weight"],
+    data_fields=["buffers", "edge_gradient", "reduced", "scores"],
     meta_fields=[],
 )
 
@@ -83,44 +84,41 @@ class Run:
         self.edge = lowered.gather_edge(parameters["edge"], self.specs["edge"])
         model = self.model
         own = jax.tree.map(
-            lambda p: p.astype(lowered.compute_dtype).reshape(
-                -1, lowered.chunk_layers, *p.shape[1:]
-            ),
-            parameters["blocks"],
+            lambda p: p.reshape(-1, lowered.chunk_layers, *p.shape[1:]),
+            cast(parameters["blocks"], lowered.compute_dtype),
         )
         if any(m.kind is MoveKind.PERMUTE and m.block.data is Data.WEIGHT for m in moves):
             layer = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape[2:], p.dtype), own)
             self.packing = Packing(layer)
-            model = dataclasses.replace(model, block=self.packing.packed_block(model.block))
+            (block,) = model.kinds.values()
+            model = dataclasses.replace(model, block=self.packing.packed_block(block))
             own = self.packing.pack(own)
         chunk = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape[1:], p.dtype), own)
         microbatch = jax.tree.map(lambda b: jax.ShapeDtypeStruct(b.shape[1:], b.dtype), batch)
-        x = jax.eval_shape(self.model.embed, self.edge, microbatch)
+        self.flat = flat_model(self.model, self.edge, microbatch)
         self.program = chunk_program(
             model,
             chunk,
-            x,
+            jax.tree.unflatten(self.flat.structure, self.flat.x),
             microbatch,
             recompute=lowered.recompute,
             padded=lowered.chunk_layers * self.schedule.chunks != self.model.layers,
             unroll=lowered.unroll,
             split=any(t.kind is TaskKind.INPUT_GRADIENT for t in self.schedule.tasks),
         )
-        state = self.initial_state(own, chunk, x)
+        state = self.initial_state(own, chunk)
         for segment in self.tables.segments:
             state = self.run_segment(segment, rows[0], state)
         return self.finish(state, parameters)
 
-    def initial_state(self, own: PyTree, chunk: PyTree, x: jax.ShapeDtypeStruct) -> _State:
+    def initial_state(self, own: PyTree, chunk: PyTree) -> _State:
         lowered, slots = self.lowered, self.tables.slots
-        gradient = jax.tree.map(
-            lambda w: jax.ShapeDtypeStruct(w.shape, lowered.gradient_dtype), chunk
-        )
+        gradient = [jax.ShapeDtypeStruct(w.shape, lowered.gradient_dtype) for w in floats(chunk)]
         shapes: dict[Data, PyTree] = {
             Data.WEIGHT: chunk,
             Data.GRADIENT: gradient,
-            Data.ACTIVATION: x,
-            Data.COTANGENT: x,
+            Data.ACTIVATION: self.flat.x,
+            Data.COTANGENT: self.flat.cotangents,
         }
         buffers: dict[BufferKey, Buffer] = {}
         for key, count in slots.items():
@@ -136,7 +134,7 @@ class Run:
                 buffers[key] = jax.tree.map(
                     lambda s, lead=lead: jnp.zeros((*lead, *s.shape), s.dtype), shapes[data]
                 )
-        reduced: PyTree = None
+        reduced: Leaves | None = None
         if self.schedule.placement is Placement.REPLICATED:
             reduced = jax.tree.map(
                 lambda g: jnp.zeros((self.schedule.chunks, *g.shape), jnp.float32), gradient
@@ -145,8 +143,7 @@ class Run:
             buffers=buffers,
             edge_gradient=lowered.empty_edge_gradient(self.edge),
             reduced=reduced,
-            loss=jnp.float32(0),
-            weight=jnp.float32(0),
+            scores=(jnp.float32(0), jnp.float32(0), self.flat.empty_metrics()),
         )
 
     def starting_weights(self, key: BufferKey, count: int, own: PyTree) -> Buffer:
@@ -241,7 +238,7 @@ class Run:
             chunk = cell[f"{kind}.chunk"]
 
             def embed():
-                return self.model.embed(self.edge, microbatch)
+                return self.flat.embed(self.edge, microbatch)
 
             def carried():
                 slot = cell[f"{kind}.in.activation"]
@@ -280,7 +277,7 @@ class Run:
         )
         slots = self.tables.slots
 
-        def run(edge_gradient: PyTree, loss: jax.Array, weight: jax.Array, made: PyTree):
+        def run(edge_gradient: Leaves, scores: PyTree, made: PyTree):
             cotangents, taps, kept = made
             weights = _read(state.buffers[lane], slots[lane], cell[f"{kind}.in.weight"])
             microbatch = self.microbatch(cell[f"{kind}.microbatch"])
@@ -289,17 +286,15 @@ class Run:
             def head():
                 slot = cell[f"{kind}.in.activation"]
                 x = _read(state.buffers[activation], slots[activation], slot)
-                (part, count), vjp = jax.vjp(
-                    lambda e, v: self.model.head_loss(e, v, microbatch), self.edge, x
-                )
-                d_edge, dx = vjp((jnp.ones_like(part), jnp.zeros_like(count)))
-                return dx, add_to(edge_gradient, d_edge), loss + part, weight + count
+                found, d_edge, dx = head_back(self.flat, self.edge, x, microbatch)
+                total = jax.tree.map(jnp.add, scores, found)
+                return dx, add_to(edge_gradient, d_edge), total
 
             def carried():
                 dy = _read(cotangents, slots[cotangent], cell[f"{kind}.in.cotangent"])
-                return dy, edge_gradient, loss, weight
+                return dy, edge_gradient, scores
 
-            dy, edge_gradient, loss, weight = _choose(
+            dy, edge_gradient, scores = _choose(
                 task.last, chunk == self.schedule.chunks - 1, head, carried
             )
             arguments = (
@@ -318,7 +313,7 @@ class Run:
                 dx, kept, taps = self.halves.input_gradient(*arguments, taps, slot)
 
             def embed():
-                _, vjp = jax.vjp(lambda e: self.model.embed(e, microbatch), self.edge)
+                _, vjp = pull_back(lambda e: self.flat.embed(e, microbatch), self.edge)
                 return add_to(edge_gradient, vjp(dx)[0])
 
             edge_gradient = _choose(task.first, chunk == 0, embed, lambda: edge_gradient)
@@ -326,10 +321,10 @@ class Run:
                 slot = cell[f"{kind}.out.cotangent"]
                 valid = None if task.first == "never" else chunk != 0
                 cotangents = _write(cotangents, slots[cotangent], slot, dx, valid)
-            return edge_gradient, loss, weight, (cotangents, taps, kept), gradient
+            return edge_gradient, scores, (cotangents, taps, kept), gradient
 
         made = (state.buffers.get(cotangent), state.buffers.get(tap), state.buffers[residual])
-        carried = (state.edge_gradient, state.loss, state.weight, made)
+        carried = (state.edge_gradient, state.scores, made)
         if task.everyone:
             outcome = run(*carried)
         else:
@@ -341,12 +336,10 @@ class Run:
             outcome = lax.cond(cell[f"{kind}.valid"] == 1, run, skip, *carried)
         # The residuals are read by now: forward may write the slot that this frees.
         outcome = lax.optimization_barrier(outcome)
-        edge_gradient, loss, weight, (cotangents, taps, kept), gradient = outcome
+        edge_gradient, scores, (cotangents, taps, kept), gradient = outcome
         written = {residual: kept, cotangent: cotangents, tap: taps}
         buffers = {**state.buffers, **{k: v for k, v in written.items() if v is not None}}
-        state = _replace(
-            state, buffers=buffers, edge_gradient=edge_gradient, loss=loss, weight=weight
-        )
+        state = _replace(state, buffers=buffers, edge_gradient=edge_gradient, scores=scores)
         return state, gradient
 
     @property
@@ -379,8 +372,8 @@ class Run:
     def no_gradient(self, weights: PyTree) -> PyTree:
         """What `backward` of the program returns for these weights, zero."""
         if not self.lowered.unroll:
-            return jax.tree.map(jnp.zeros_like, weights)
-        layer = jax.tree.map(lambda w: jnp.zeros(w.shape[1:], w.dtype), weights)
+            return [jnp.zeros_like(w) for w in floats(weights)]
+        layer = [jnp.zeros(w.shape[1:], w.dtype) for w in floats(weights)]
         return [layer] * self.lowered.chunk_layers
 
     def contribute(self, kind: TaskKind, gradient: PyTree, cell: "_Cells", state: _State) -> _State:
@@ -414,9 +407,8 @@ class Run:
             lambda leaf: lax.dynamic_index_in_dim(leaf, index, 0, keepdims=False), self.batch
         )
 
-    def finish(self, state: _State, parameters: Parameters) -> tuple[jax.Array, Parameters]:
-        axes = (DATA, RING)
-        loss, weight = lax.psum((state.loss, state.weight), axes)
+    def finish(self, state: _State, parameters: Parameters) -> Outcome:
+        loss, weight, metrics = lax.psum(state.scores, (DATA, RING))
         if self.schedule.placement is Placement.REPLICATED:
             sums = state.reduced
         else:
@@ -428,18 +420,26 @@ class Run:
                 for place in range(table.shape[1])
             ]
             sums = jax.tree.map(lambda *p: jnp.stack(p), *parts)
+        assert sums is not None, "replicated chunks are summed over all devices"
         if self.packing is not None:
-            sums = self.packing.unpack(sums)
+            sums = self.packing.unpack_gradient(sums)
 
         def block_gradient(total: jax.Array, at_rest: jax.Array) -> jax.Array:
             total = total.reshape(at_rest.shape).astype(at_rest.dtype)
             return self.lowered.over_replicas(total) / weight
 
-        return loss / weight, Parameters(
-            edge=self.lowered.reduce_edge(
-                state.edge_gradient, parameters["edge"], self.specs["edge"], weight
+        blocks = parameters["blocks"]
+        gradients = [block_gradient(g, p) for g, p in zip(sums, floats(blocks), strict=True)]
+        return Outcome(
+            loss=loss / weight,
+            gradients=Parameters(
+                edge=self.lowered.reduce_edge(
+                    state.edge_gradient, parameters["edge"], self.specs["edge"], weight
+                ),
+                blocks=like(blocks, gradients),
             ),
-            blocks=jax.tree.map(block_gradient, sums, parameters["blocks"]),
+            weight=weight,
+            metrics=metrics,
         )
 
 
@@ -476,9 +476,7 @@ def _write(
         value = jax.tree.map(lambda new, old: jnp.where(valid, new, old), value, there)
     if slots == 1:
         return value
-    return jax.tree.map(
-        lambda b, v: lax.dynamic_update_index_in_dim(b, v.astype(b.dtype), slot, 0), buffer, value
-    )
+    return jax.tree.map(lambda b, v: lax.dynamic_update_index_in_dim(b, v, slot, 0), buffer, value)
 
 
 def _replace(state: _State, **changes: Any) -> _State:

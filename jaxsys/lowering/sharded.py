@@ -37,7 +37,8 @@ from jaxsys.mesh import DATA, RING
 from jaxsys.schedule import Move, MoveKind, Placement, Schedule, Task, TaskKind, check
 from jaxsys.strategies.data_parallel import local_tasks
 
-from .base import Step, add_to, check_fit, is_spec, sharded_spec
+from .base import Outcome, Step, add_to, check_fit, is_spec, sharded_spec
+from .flat import Leaves, cast, flat_model, floats, head_back, is_float, pull_back
 from .programs import BlockProgram, Recompute, block_program
 
 SHARDED_RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "block")
@@ -117,17 +118,12 @@ class ShardedStep(Step):
         """The parameters in layer order, which is the order they rest in."""
         return parameters
 
-    def loss_and_gradients(
-        self, parameters: Parameters, batch: PyTree
-    ) -> tuple[jax.Array, Parameters]:
-        """The step's loss and gradients; trace it inside a jit of your own.
+    def loss_and_gradients(self, parameters: Parameters, batch: PyTree) -> Outcome:
+        """The step's loss, gradients and metrics; trace it inside a jit of your own.
 
         Args:
             parameters: at rest, see `to_rest`.
             batch: leaves [D M, B, ...].
-
-        Returns:
-            The float32 loss, sum of losses over sum of weights, and gradients like `parameters`.
 
         Raises:
             UsageError: if the batch does not hold D M microbatches.
@@ -143,7 +139,7 @@ class ShardedStep(Step):
             _Run(self, specs).step,
             mesh=self.mesh,
             in_specs=(specs, PartitionSpec((DATA, RING))),
-            out_specs=(PartitionSpec(), specs),
+            out_specs=self.outcome_specs(specs),
             # Third-party kernels and split residuals carry no varying-axes types.
             check_vma=False,
         )
@@ -161,80 +157,87 @@ class ShardedStep(Step):
 
 
 class _ChunkLayout:
-    """How a chunk's shards lie in one row, and how whole leaves come back from P rows.
+    """How a chunk's shards lie in rows, and how whole leaves come back from P of each.
 
-    Leaves that no axis divides rest whole: they are not sent, and their gradient is summed over the
-    ring once, at the end.
+    There is a row for each dtype. Leaves that no axis divides rest whole: they are not sent, and
+    their gradient is summed over the ring once, at the end.
     """
 
-    def __init__(self, shards: PyTree, specs: PyTree, devices: int) -> None:
-        leaves, self.structure = jax.tree.flatten(shards)
-        self.axes = [s.index(RING) if RING in s else None for s in _spec_leaves(specs)]
-        self.devices = devices
-        self.shapes = [leaf.shape for leaf in leaves]  # [K, ...] of one device
-
-    def pack(self, shards: PyTree) -> jax.Array:
-        """Shards of the chunk -> [n]."""
-        leaves = jax.tree.leaves(shards)
-        parts = [
-            leaf.reshape(-1)
-            for leaf, axis in zip(leaves, self.axes, strict=True)
-            if axis is not None
+    def __init__(self, shards: Leaves, axes: list[int | None], devices: int) -> None:
+        """`shards`: leaves [K, ...] of one device; `axes`: along which each is cut."""
+        self.axes, self.devices = axes, devices
+        self.shapes = [leaf.shape for leaf in shards]
+        sent = {
+            leaf.dtype: None for leaf, axis in zip(shards, axes, strict=True) if axis is not None
+        }
+        self.dtypes = list(sent)
+        self.rows = [
+            -1 if a is None else self.dtypes.index(s.dtype)
+            for s, a in zip(shards, axes, strict=True)
         ]
-        return jnp.concatenate(parts) if parts else jnp.zeros((0,), leaves[0].dtype)
 
-    def unpack(self, rows: jax.Array, own: PyTree) -> PyTree:
-        """[P, n] and the chunk's own shards -> whole leaves [K, ...]."""
-        found, start = [], 0
-        for leaf, shape, axis in zip(jax.tree.leaves(own), self.shapes, self.axes, strict=True):
+    def pack(self, shards: Leaves) -> Leaves:
+        """Shards of the chunk -> [n] each."""
+        return [
+            jnp.concatenate(
+                [leaf.reshape(-1) for leaf, at in zip(shards, self.rows, strict=True) if at == row]
+            )
+            for row in range(len(self.dtypes))
+        ]
+
+    def unpack(self, rows: Leaves, own: Leaves) -> Leaves:
+        """[P, n] each and the chunk's own shards -> whole leaves [K, ...]."""
+        found, starts = [], [0] * len(rows)
+        for leaf, shape, axis, at in zip(own, self.shapes, self.axes, self.rows, strict=True):
             if axis is None:
                 found.append(leaf)
                 continue
             size = math.prod(shape)
-            part = rows[:, start : start + size].reshape(self.devices, *shape)
-            start += size
+            part = rows[at][:, starts[at] : starts[at] + size].reshape(self.devices, *shape)
+            starts[at] += size
             merged = (*shape[:axis], self.devices * shape[axis], *shape[axis + 1 :])
             found.append(jnp.moveaxis(part, 0, axis).reshape(merged))
-        return jax.tree.unflatten(self.structure, found)
+        return found
 
-    def pack_whole(self, whole: PyTree) -> jax.Array:
-        """Whole leaves [K, ...] -> [P, n]: row p is what belongs to device p."""
-        parts = []
-        for leaf, shape, axis in zip(jax.tree.leaves(whole), self.shapes, self.axes, strict=True):
+    def pack_whole(self, whole: Leaves) -> Leaves:
+        """Whole leaves [K, ...] -> [P, n] each: row p is what belongs to device p."""
+        parts: list[Leaves] = [[] for _ in self.dtypes]
+        for leaf, shape, axis, at in zip(whole, self.shapes, self.axes, self.rows, strict=True):
             if axis is not None:
                 cut = (*shape[:axis], self.devices, shape[axis], *shape[axis + 1 :])
                 rows = jnp.moveaxis(leaf.reshape(cut), axis, 0)
-                parts.append(rows.reshape(self.devices, -1))
-        return jnp.concatenate(parts, axis=1)
+                parts[at].append(rows.reshape(self.devices, -1))
+        return [jnp.concatenate(part, axis=1) for part in parts]
 
-    def split(self, row: jax.Array, whole: PyTree) -> PyTree:
-        """[n] -> shards [K, ...]; leaves that rest whole are taken from `whole`."""
-        found, start = [], 0
-        for leaf, shape, axis in zip(jax.tree.leaves(whole), self.shapes, self.axes, strict=True):
+    def split(self, rows: Leaves, whole: Leaves) -> Leaves:
+        """[n] each -> shards [K, ...]; leaves that rest whole are taken from `whole`."""
+        found, starts = [], [0] * len(rows)
+        for leaf, shape, axis, at in zip(whole, self.shapes, self.axes, self.rows, strict=True):
             if axis is None:
                 found.append(leaf)
                 continue
             size = math.prod(shape)
-            found.append(row[start : start + size].reshape(shape))
-            start += size
-        return jax.tree.unflatten(self.structure, found)
+            found.append(rows[at][starts[at] : starts[at] + size].reshape(shape))
+            starts[at] += size
+        return found
 
 
 @dataclass(slots=True, kw_only=True)
 class _State:
     """What lives from tick to tick."""
 
-    carrier: jax.Array
+    carrier: Leaves
     """What everything in flight is tied to: the running activation or cotangent."""
-    loss: jax.Array
-    weight: jax.Array
-    edge_gradient: PyTree
+    scores: PyTree
+    """Sums of loss, weight and metrics."""
+    edge_gradient: Leaves
     embedded: PyTree | None = None
     """The microbatch whose cotangent has come down to the embedding, not yet read there."""
-    weights: dict[int, PyTree] = field(default_factory=dict)
-    residuals: dict[int, list[list[jax.Array]]] = field(default_factory=dict)
-    gradients: dict[int, PyTree] = field(default_factory=dict)
-    reduced: dict[int, PyTree] = field(default_factory=dict)
+    weights: dict[int, Leaves] = field(default_factory=dict)
+    residuals: dict[int, list[Leaves]] = field(default_factory=dict)
+    gradients: dict[int, Leaves] = field(default_factory=dict)
+    """Of floats alone, as the sums that are reduced."""
+    reduced: dict[int, Leaves] = field(default_factory=dict)
     landing: list[tuple[int, Move, PyTree]] = field(default_factory=list)
     """What is in flight: ticks until it must have arrived, counted from the turn's first."""
 
@@ -253,26 +256,26 @@ class _Run:
         """B of a device's microbatch number `turn` and F of the next."""
         return range((2 * turn + 1) * self.half, (2 * turn + 3) * self.half)
 
-    def step(self, parameters: Parameters, batch: PyTree) -> tuple[jax.Array, Parameters]:
+    def step(self, parameters: Parameters, batch: PyTree) -> Outcome:
         """blocks [L, ...] in shards, batch leaves [M / P, B, ...]."""
         lowered, schedule = self.lowered, self.schedule
         self.batch = batch
         self.edge = lowered.gather_edge(parameters["edge"], self.specs["edge"])
-        own = jax.tree.map(lambda p: p.astype(lowered.compute_dtype), parameters["blocks"])
-        self.shards = [
-            jax.tree.map(lambda p, part=part: p[part.start : part.stop], own)
-            for part in lowered.chunk_layers
-        ]
-        self.layouts = [
-            _ChunkLayout(shards, self.specs["blocks"], schedule.devices) for shards in self.shards
+        own, self.structure = jax.tree.flatten(cast(parameters["blocks"], lowered.compute_dtype))
+        axes = [s.index(RING) if RING in s else None for s in _spec_leaves(self.specs["blocks"])]
+        self.shards = [[p[part.start : part.stop] for p in own] for part in lowered.chunk_layers]
+        self.layouts = [_ChunkLayout(part, axes, schedule.devices) for part in self.shards]
+        learned = [axis for axis, p in zip(axes, own, strict=True) if is_float(p)]
+        self.gradient_layouts = [
+            _ChunkLayout(floats(part), learned, schedule.devices) for part in self.shards
         ]
         microbatch = jax.tree.map(lambda b: jax.ShapeDtypeStruct(b.shape[1:], b.dtype), batch)
+        self.flat = flat_model(self.model, self.edge, microbatch)
         self.programs = self.block_programs(microbatch)
         self.state = _State(
             edge_gradient=lowered.empty_edge_gradient(self.edge),
-            loss=jnp.float32(0),
-            weight=jnp.float32(0),
-            carrier=jnp.zeros((), lowered.compute_dtype),
+            scores=(jnp.float32(0), jnp.float32(0), self.flat.empty_metrics()),
+            carrier=[jnp.zeros((), lowered.compute_dtype)],
         )
         # A turn is B of a microbatch and F of the next; before the first comes F, after the last B.
         self.run_ticks(range(self.half), -1)
@@ -377,22 +380,30 @@ class _Run:
         state.landing = [(due - len(ticks), move, value) for due, move, value in state.landing]
 
     def block_programs(self, microbatch: PyTree) -> list[BlockProgram]:
-        layer = jax.tree.map(
-            lambda w: jax.ShapeDtypeStruct(w.shape[1:], w.dtype), self.whole_shapes(0)
-        )
-        x = jax.eval_shape(self.model.embed, self.edge, microbatch)
+        layer = self.layer([jax.ShapeDtypeStruct(w.shape[1:], w.dtype) for w in self.whole(0)])
+        x = jax.tree.unflatten(self.flat.structure, self.flat.x)
         made = {
             policy: block_program(self.model, layer, x, microbatch, policy)
             for policy in dict.fromkeys(self.lowered.recompute)
         }
         return [made[policy] for policy in self.lowered.recompute]
 
-    def whole_shapes(self, chunk: int) -> PyTree:
-        rows = jax.eval_shape(
-            lambda row: jnp.broadcast_to(row, (self.schedule.devices, *row.shape)),
-            jax.eval_shape(self.layouts[chunk].pack, self.shards[chunk]),
-        )
-        return jax.eval_shape(self.layouts[chunk].unpack, rows, self.shards[chunk])
+    def layer(self, leaves: Leaves) -> PyTree:
+        """A layer's parameters as the model has them."""
+        return jax.tree.unflatten(self.structure, leaves)
+
+    def whole(self, chunk: int) -> Leaves:
+        """Shapes and dtypes of a chunk's whole leaves."""
+
+        def gathered(shards: Leaves) -> Leaves:
+            layout = self.layouts[chunk]
+            rows = [
+                jnp.broadcast_to(row, (self.schedule.devices, *row.shape))
+                for row in layout.pack(shards)
+            ]
+            return layout.unpack(rows, shards)
+
+        return jax.eval_shape(gathered, self.shards[chunk])
 
     @cached_property
     def last_uses(self) -> dict[tuple[int, int], bool]:
@@ -426,16 +437,19 @@ class _Run:
 
     def depart(self, move: Move) -> PyTree:
         chunk = move.block.chunk
-        layout = self.layouts[chunk]
         if move.kind is MoveKind.ALL_GATHER:
             shards = self.tie(self.shards[chunk])
             with jax.named_scope(f"gather_{chunk}_for_tick_{move.arrive}"):
-                rows = lax.all_gather(layout.pack(shards), RING)
+                rows = [lax.all_gather(row, RING) for row in self.layouts[chunk].pack(shards)]
             return rows, shards
+        layout = self.gradient_layouts[chunk]
         gradient = self.tie(self.state.gradients.pop(chunk))
         with jax.named_scope(f"reduce_{chunk}_in_tick_{move.start}"):
-            row = lax.psum_scatter(layout.pack_whole(gradient), RING, scatter_dimension=0)
-        return layout.split(row, gradient)
+            rows = [
+                lax.psum_scatter(row, RING, scatter_dimension=0)
+                for row in layout.pack_whole(gradient)
+            ]
+        return layout.split(rows, gradient)
 
     def land(self, move: Move, value: PyTree) -> None:
         chunk = move.block.chunk
@@ -451,16 +465,13 @@ class _Run:
         # Added here and now: XLA would put it off, and hold what every reduction has brought.
         reduced[chunk] = self.tie(value if there is None else jax.tree.map(jnp.add, there, value))
 
-    def nothing_reduced(self) -> dict[int, PyTree]:
+    def nothing_reduced(self) -> dict[int, Leaves]:
         """Zeros in the place of every chunk's reduced sum."""
 
-        def shard(chunk: int) -> PyTree:
-            whole = self.whole_shapes(chunk)
-            row = jax.eval_shape(self.layouts[chunk].pack, self.shards[chunk])
-            shapes = jax.eval_shape(self.layouts[chunk].split, row, whole)
-            return jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
-
-        return {chunk: shard(chunk) for chunk in range(self.schedule.chunks)}
+        return {
+            chunk: [jnp.zeros(leaf.shape, jnp.float32) for leaf in floats(shards)]
+            for chunk, shards in enumerate(self.shards)
+        }
 
     # Tasks.
 
@@ -475,11 +486,11 @@ class _Run:
             # The last microbatch is done with before this one begins.
             microbatch = self.tie(microbatch)
             self.embed_backward()
-            state.carrier = self.model.embed(self.edge, microbatch)
+            state.carrier = self.flat.embed(self.edge, microbatch)
         x, weights, kept = state.carrier, state.weights[chunk], []
         for index, layer in enumerate(self.lowered.chunk_layers[chunk]):
-            own = jax.tree.map(lambda w, i=index: w[i], weights)
-            x, residuals = self.programs[layer].forward(own, x, microbatch)
+            own = self.layer([w[index] for w in weights])
+            x, residuals = self.programs[layer].forward(own, x, microbatch, jnp.int32(layer))
             kept.append(residuals)
         state.residuals[chunk] = kept
         state.carrier = x
@@ -488,23 +499,22 @@ class _Run:
         state = self.state
         dy = state.carrier
         if chunk == self.schedule.chunks - 1:
-            (part, count), vjp = jax.vjp(
-                lambda e, v: self.model.head_loss(e, v, microbatch), self.edge, dy
-            )
-            d_edge, dy = vjp((jnp.ones_like(part), jnp.zeros_like(count)))
+            found, d_edge, dy = head_back(self.flat, self.edge, dy, microbatch)
             self.add_to_edge(d_edge)
-            state.loss, state.weight = state.loss + part, state.weight + count
+            state.scores = jax.tree.map(jnp.add, state.scores, found)
         kept, weights = state.residuals.pop(chunk), state.weights[chunk]
         parts = []
         for index, layer in reversed(list(enumerate(self.lowered.chunk_layers[chunk]))):
-            own = jax.tree.map(lambda w, i=index: w[i], weights)
+            own = self.layer([w[index] for w in weights])
             # Recompute must not begin before the cotangent is there.
             residuals, dy = lax.optimization_barrier((kept[index], dy))
-            dw, dy = self.programs[layer].backward(own, residuals, dy, microbatch)
+            program, number = self.programs[layer], jnp.int32(layer)
+            dw, dy = program.backward(own, residuals, dy, microbatch, number)
             parts.append(dw)
-        gradient = jax.tree.map(
-            lambda *leaves: jnp.stack(leaves).astype(self.lowered.gradient_dtype), *parts[::-1]
-        )
+        gradient = [
+            jnp.stack(leaves).astype(self.lowered.gradient_dtype)
+            for leaves in zip(*parts[::-1], strict=True)
+        ]
         there = state.gradients.get(chunk)
         if there is not None:
             gradient = jax.tree.map(jnp.add, there, gradient)
@@ -523,28 +533,33 @@ class _Run:
         microbatch, self.state.embedded = self.state.embedded, None
         if microbatch is None:
             return
-        _, vjp = jax.vjp(lambda e: self.model.embed(e, microbatch), self.edge)
+        _, vjp = pull_back(lambda e: self.flat.embed(e, microbatch), self.edge)
         self.add_to_edge(vjp(self.state.carrier)[0])
 
-    def add_to_edge(self, part: PyTree) -> None:
+    def add_to_edge(self, part: Leaves) -> None:
         self.state.edge_gradient = add_to(self.state.edge_gradient, part)
 
-    def finish(self, parameters: Parameters) -> tuple[jax.Array, Parameters]:
-        loss, weight = lax.psum((self.state.loss, self.state.weight), (DATA, RING))
-        blocks = jax.tree.map(
-            lambda *parts: jnp.concatenate(parts),
-            *[self.state.reduced[chunk] for chunk in range(self.schedule.chunks)],
-        )
+    def finish(self, parameters: Parameters) -> Outcome:
+        loss, weight, metrics = lax.psum(self.state.scores, (DATA, RING))
+        chunks = [self.state.reduced[chunk] for chunk in range(self.schedule.chunks)]
+        totals = iter([jnp.concatenate(parts) for parts in zip(*chunks, strict=True)])
 
-        def block(total: jax.Array, at_rest: jax.Array, spec: PartitionSpec) -> jax.Array:
-            total = self.lowered.over_replicas(total.astype(at_rest.dtype))
+        def block(at_rest: jax.Array, spec: PartitionSpec) -> jax.Array:
+            if not is_float(at_rest):
+                return jnp.zeros_like(at_rest)
+            total = self.lowered.over_replicas(next(totals).astype(at_rest.dtype))
             return (total if RING in spec else lax.psum(total, RING)) / weight
 
-        return loss / weight, Parameters(
-            edge=self.lowered.reduce_edge(
-                self.state.edge_gradient, parameters["edge"], self.specs["edge"], weight
+        return Outcome(
+            loss=loss / weight,
+            gradients=Parameters(
+                edge=self.lowered.reduce_edge(
+                    self.state.edge_gradient, parameters["edge"], self.specs["edge"], weight
+                ),
+                blocks=jax.tree.map(block, parameters["blocks"], self.specs["blocks"]),
             ),
-            blocks=jax.tree.map(block, blocks, parameters["blocks"], self.specs["blocks"]),
+            weight=weight,
+            metrics=metrics,
         )
 
 

@@ -11,8 +11,7 @@ from typing import Any
 
 import jax
 
-from jaxsys.layered import PyTree
-
+from .flat import Leaves
 from .jaxprs import VIEWS, inlined, is_literal, named, run, slice_of, value_of
 
 
@@ -20,14 +19,14 @@ from .jaxprs import VIEWS, inlined, is_literal, named, run, slice_of, value_of
 class SplitBackward:
     """A backward pass in two halves."""
 
-    input_gradient: Callable[..., tuple[jax.Array, list[jax.Array]]]
+    input_gradient: Callable[..., tuple[Leaves, Leaves]]
     """The backward pass's own arguments -> (dx, taps)."""
-    weight_gradient: Callable[[list[jax.Array]], PyTree]
+    weight_gradient: Callable[[Leaves], Leaves]
     """taps -> dweights."""
     taps: list[jax.ShapeDtypeStruct]
 
 
-def split_backward(backward: Callable[..., tuple[PyTree, jax.Array]], *args: Any) -> SplitBackward:
+def split_backward(backward: Callable[..., tuple[Leaves, Leaves]], *args: Any) -> SplitBackward:
     """Splits `backward(*args) -> (dweights, dx)`.
 
     Args:
@@ -37,9 +36,9 @@ def split_backward(backward: Callable[..., tuple[PyTree, jax.Array]], *args: Any
     closed, shapes = jax.make_jaxpr(backward, return_shape=True)(*args)
     closed = inlined(closed)
     jaxpr = closed.jaxpr
-    structure = jax.tree.structure(shapes[0])
-    *dw, dx = jaxpr.outvars
-    for_dx = slice_of(jaxpr, [dx])
+    count = len(shapes[0])
+    dw, dx = jaxpr.outvars[:count], jaxpr.outvars[count:]
+    for_dx = slice_of(jaxpr, dx)
     for_dw = [e for e in slice_of(jaxpr, dw) if not any(e is other for other in for_dx)]
     made_by = {variable: e for e in jaxpr.eqns for variable in e.outvars}
     made_in_w = {variable for e in for_dw for variable in e.outvars}
@@ -64,16 +63,16 @@ def split_backward(backward: Callable[..., tuple[PyTree, jax.Array]], *args: Any
     second = [e for e in jaxpr.eqns if id(e) in in_w]
     taps = [v for v in [*jaxpr.invars, *made_by] if v in set(taps)]
 
-    def input_gradient(*args: Any) -> tuple[jax.Array, list[jax.Array]]:
+    def input_gradient(*args: Any) -> tuple[Leaves, Leaves]:
         values = named(closed, args)
         run(for_dx, values)
-        return value_of(dx, values), [values[v] for v in taps]
+        return [value_of(v, values) for v in dx], [values[v] for v in taps]
 
-    def weight_gradient(kept: list[jax.Array]) -> PyTree:
+    def weight_gradient(kept: Leaves) -> Leaves:
         values = dict(zip(taps, kept, strict=True))
         values.update(zip(jaxpr.constvars, closed.consts, strict=True))
         run(second, values)
-        return jax.tree.unflatten(structure, [value_of(v, values) for v in dw])
+        return [value_of(v, values) for v in dw]
 
     return SplitBackward(
         input_gradient=input_gradient,

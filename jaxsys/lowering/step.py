@@ -21,7 +21,7 @@ from jaxsys.layered import LayeredModel, Parameters, PyTree
 from jaxsys.mesh import DATA, RING
 from jaxsys.schedule import Placement, Schedule, check
 
-from .base import check_fit, sharded_spec
+from .base import Outcome, check_fit, sharded_spec
 from .programs import RECOMPUTE_POLICIES, Recompute
 from .run import Run, TabledStep
 from .sharded import ShardedStep, lower_sharded
@@ -119,17 +119,12 @@ class LoweredStep(TabledStep):
 
         return jax.jit(unplace)(parameters)
 
-    def loss_and_gradients(
-        self, parameters: Parameters, batch: PyTree
-    ) -> tuple[jax.Array, Parameters]:
-        """The step's loss and gradients; trace it inside a jit of your own.
+    def loss_and_gradients(self, parameters: Parameters, batch: PyTree) -> Outcome:
+        """The step's loss, gradients and metrics; trace it inside a jit of your own.
 
         Args:
             parameters: at rest, see `to_rest`.
             batch: leaves [D M, B, ...].
-
-        Returns:
-            The float32 loss, sum of losses over sum of weights, and gradients like `parameters`.
 
         Raises:
             UsageError: if the batch does not hold D M microbatches.
@@ -150,7 +145,7 @@ class LoweredStep(TabledStep):
             run.step,
             mesh=self.mesh,
             in_specs=(PartitionSpec(RING), specs, batch_spec),
-            out_specs=(PartitionSpec(), specs),
+            out_specs=self.outcome_specs(specs),
             # Third-party kernels and split residuals carry no varying-axes types.
             check_vma=False,
         )

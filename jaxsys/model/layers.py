@@ -6,7 +6,7 @@ A microbatch is {"inputs": int32 [B, T], "targets": int32 [B, T]}; targets of -1
 import jax
 
 from jaxsys.errors import UsageError
-from jaxsys.layered import LayeredModel, PyTree
+from jaxsys.layered import Layer, LayeredModel, PyTree
 from jaxsys.model.attention import Implementation
 from jaxsys.model.config import DecoderConfig
 from jaxsys.model.decoder import bind_block, bind_edge
@@ -32,8 +32,8 @@ def layered(
     def embed(edge: PyTree, microbatch: PyTree) -> jax.Array:
         return bind_edge(config, edge).embed(microbatch["inputs"])
 
-    def block(layer: PyTree, x: jax.Array, microbatch: PyTree) -> jax.Array:
-        return bind_block(config, layer)(x, implementation=implementation)
+    def block(weights: PyTree, x: jax.Array, microbatch: PyTree, layer: Layer) -> jax.Array:
+        return bind_block(config, weights)(x, implementation=implementation)
 
     def score(edge: PyTree, x: jax.Array, microbatch: PyTree) -> tuple[jax.Array, jax.Array]:
         return head_loss(config, edge, x, microbatch["targets"], chunk_tokens=loss_chunk_tokens)

@@ -14,7 +14,7 @@ from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel, Parameters, reference_loss
 from jaxsys.lowering import RECOMPUTE_POLICIES, LoweredStep, lower
 from jaxsys.lowering.bodies import MOST_TICKS_THAT_PAY
-from jaxsys.lowering.programs import block_program
+from jaxsys.lowering.programs import INDEX, block_program
 from jaxsys.lowering.split import split_backward
 from jaxsys.lowering.tables import build_tables
 from jaxsys.mesh import make_mesh
@@ -33,7 +33,7 @@ def embed(edge, microbatch):
     return edge["table"][microbatch["inputs"]]
 
 
-def block(weights, x, microbatch):
+def block(weights, x, microbatch, layer):
     h = jnp.tanh(x @ weights["in"] + weights["bias"][None])
     scores = jnp.einsum("btd,bsd->bts", h, h) / np.sqrt(WIDTH)
     mixed = jnp.einsum("bts,bsd->btd", jax.nn.softmax(scores, axis=-1), h)
@@ -89,7 +89,7 @@ def assert_matches_reference(schedule: Schedule, layers: int, *, data: int = 1, 
     step = lower(schedule, model, mesh, **options)
     rest = step.to_rest(parameters)
     batch = random_batch(schedule.microbatches * data)
-    loss, gradients = jax.jit(step.loss_and_gradients)(rest, batch)
+    loss, gradients, *_ = jax.jit(step.loss_and_gradients)(rest, batch)
     wanted_loss, wanted = reference(layers, schedule.microbatches * data)
     np.testing.assert_allclose(loss, wanted_loss, rtol=1e-6)
     found = step.from_rest(gradients)
@@ -203,7 +203,7 @@ def test_taps_hold_no_weights():
     x = jax.ShapeDtypeStruct((SEQUENCES, TOKENS, WIDTH), jnp.float32)
     microbatch = jax.tree.map(lambda b: jax.ShapeDtypeStruct(b.shape[1:], b.dtype), random_batch(1))
     program = block_program(model, one, x, microbatch, "none")
-    halves = split_backward(program.backward, one, program.residuals, x, microbatch)
+    halves = split_backward(program.backward, one, program.residuals, [x], microbatch, INDEX)
     assert halves.taps
     assert all(tap.shape[0] == SEQUENCES for tap in halves.taps)
 

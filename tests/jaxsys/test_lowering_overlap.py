@@ -21,7 +21,7 @@ def prepared(name: str, *, chunk_layers: int = 2, **options):
     layers = chunk_layers * RING
     model = LayeredModel(
         embed=lambda edge, microbatch: microbatch @ edge,
-        block=lambda w, x, microbatch: x + jnp.tanh(x @ w),
+        block=lambda w, x, microbatch, layer: x + jnp.tanh(x @ w),
         head_loss=lambda edge, x, microbatch: (jnp.sum(x * x), jnp.float32(x.size)),
         layers=layers,
     )

@@ -35,7 +35,7 @@ STAGES = {
 def small_model(layers: int = LAYERS) -> LayeredModel:
     """A residual MLP with a nonlinearity that needs its input, and a leaf that nothing divides."""
 
-    def block(weights, x, microbatch):
+    def block(weights, x, microbatch, layer):
         h = jnp.tanh(x @ weights["up"] + weights["shift"][None, :].sum(-1, keepdims=True))
         return x + h @ weights["down"]
 
@@ -96,7 +96,7 @@ def stage_step(name: str, turns: int = TURNS):
     step = lower_sharded(schedule, small_model(), make_mesh(DEVICES), recompute="none")
     parameters, batch = step.to_rest(small_parameters()), small_batch(DEVICES * turns)
     program = compiled_step(step, parameters, batch)
-    return step, program, *program(parameters, batch)
+    return step, program, *program(parameters, batch)[:2]
 
 
 def assert_gradients(found, wanted) -> None:
@@ -139,7 +139,7 @@ def test_uneven_chunks_replicas_and_recompute(recompute):
     )
     step = lower_sharded(schedule, small_model(layers), make_mesh(2, 2), recompute=recompute)
     parameters, batch = step.to_rest(small_parameters(layers)), small_batch(8)
-    loss, gradients = jax.jit(step.loss_and_gradients)(parameters, batch)
+    loss, gradients, *_ = jax.jit(step.loss_and_gradients)(parameters, batch)
     wanted_loss, wanted = reference(batch, layers)
     np.testing.assert_allclose(loss, wanted_loss, rtol=1e-5)
     assert_gradients(step.from_rest(gradients), wanted)
@@ -208,7 +208,7 @@ def train(name: str, turns: int, *, stale: bool = False, steps: int = 5):
 
     read = parameters
     for _ in range(steps):
-        _, gradients = program(read, batch)
+        gradients = program(read, batch).gradients
         if stale:  # the copy that was kept is from before this update
             read = parameters
         parameters, state = update(gradients, state, parameters)
@@ -273,7 +273,7 @@ def test_every_mixture_of_lifetimes_makes_a_loop():
         )
         step = lower_sharded(schedule, model, mesh, recompute="none")
         rest = step.to_rest(parameters)
-        _, gradients = jax.eval_shape(step.loss_and_gradients, rest, small_batch(2 * turns))
+        gradients = jax.eval_shape(step.loss_and_gradients, rest, small_batch(2 * turns)).gradients
         assert jax.tree.structure(gradients) == jax.tree.structure(rest)
 
 

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jaxsys.errors import UsageError
-from jaxsys.layered import reference_loss
+from jaxsys.layered import Layer, reference_loss
 from jaxsys.mesh import RING, make_mesh
 from jaxsys.model import bind_edge, initial_parameters, layered, preset
 from jaxsys.model.loss import head_loss
@@ -127,7 +127,9 @@ def test_inside_shard_map_as_a_schedule_would_run_it():
         microbatch = jax.tree.map(lambda leaf: leaf[0], batch)
         x = model.embed(weights["edge"], microbatch)
         x, _ = jax.lax.scan(
-            lambda x, layer: (model.block(layer, x, microbatch), None), x, weights["blocks"]
+            lambda x, layer: (model.block(layer, x, microbatch, Layer(index=jnp.int32(0))), None),
+            x,
+            weights["blocks"],
         )
         loss, weight = model.head_loss(weights["edge"], x, microbatch)
         return jax.lax.psum(loss, RING) / jax.lax.psum(weight, RING)

@@ -53,7 +53,10 @@ def case(block):
 
 def program_of(block, weights, x, microbatch, policy="none"):
     model = LayeredModel(
-        layers=1, block=block, embed=lambda e, m: m, head_loss=lambda e, x, m: (x, x)
+        layers=1,
+        block=lambda w, x, m, layer: block(w, x, m),
+        embed=lambda e, m: m,
+        head_loss=lambda e, x, m: (x, x),
     )
     return block_program(model, shapes(weights), shapes(x), shapes(microbatch), policy)
 
@@ -63,12 +66,14 @@ def program_of(block, weights, x, microbatch, policy="none"):
 def test_gradients_are_those_of_the_block(block, policy):
     weights, x, microbatch = case(block)
     program = program_of(block, weights, x, microbatch, policy)
-    y, residuals = jax.jit(program.forward)(weights, x, microbatch)
+    index = jnp.int32(0)
+    (y,), residuals = jax.jit(program.forward)(weights, [x], microbatch, index)
     dy = jnp.cos(y)
     expected_y, vjp = jax.vjp(lambda w, v: block(w, v, microbatch), weights, x)
     np.testing.assert_allclose(y, expected_y, rtol=1e-5, atol=1e-6)
-    got = jax.jit(program.backward)(weights, residuals, dy, microbatch)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, vjp(dy))
+    got = jax.jit(program.backward)(weights, residuals, [dy], microbatch, index)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(vjp(dy)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
     assert [(r.shape, r.dtype) for r in residuals] == [
         (s.shape, s.dtype) for s in program.residuals
     ]

@@ -19,9 +19,9 @@ def _embed(edge, microbatch):
     return edge["table"][microbatch["inputs"]]
 
 
-def _block(layer, x, microbatch):
-    del microbatch
-    return x + jnp.tanh(x @ layer["kernel"] + layer["bias"][None, None, :])
+def _block(weights, x, microbatch, layer):
+    del microbatch, layer
+    return x + jnp.tanh(x @ weights["kernel"] + weights["bias"][None, None, :])
 
 
 def _head_loss(edge, x, microbatch):

@@ -7,7 +7,7 @@ import pytest
 from flax import linen, nnx
 
 from jaxsys.errors import UsageError
-from jaxsys.layered import reference_loss
+from jaxsys.layered import Layer, reference_loss
 from jaxsys.train import from_linen, from_nnx, next_token_loss
 
 V, D, T = 11, 8, 5
@@ -114,6 +114,7 @@ def test_what_precedes_the_blocks_is_not_run_for_the_head():
         jax.tree.map(lambda leaf: leaf[0], parameters["blocks"]),
         jnp.zeros((2, T, D)),
         first(data),
+        Layer(index=jnp.int32(0)),
     )
     # The embedding's gather is traced to find the mask, and must be gone after compilation.
     assert "gather" not in (compiled.compile().as_text() or "gather")
