@@ -337,7 +337,8 @@ class _Loop:
 
     def finish(self, step: int, result: StepResult) -> None:
         """Reads a step's result, reports it and applies the policy for losses not finite."""
-        loss, norm, skipped = (float(v) for v in jax.device_get(tuple(result)))
+        *scalars, metrics = jax.device_get(tuple(result))
+        loss, norm, skipped = map(float, scalars)
         if self.store is not None:
             self.store.settle()
         rates = self.meter.step()  # type: ignore[union-attr]
@@ -361,6 +362,7 @@ class _Loop:
                 "energy_per_token_j": energy_j,
                 "skipped": self.skipped,
                 "elapsed_s": time.monotonic() - self.started_s,
+                **{f"metrics/{name}": float(value) for name, value in metrics.items()},
             },
         )
         text = [f"loss {loss:.4f}"]
