@@ -1,10 +1,13 @@
-"""Mesh axes, named once, and the devices to build them from.
+"""Axes, named once: in what ways a plan splits a step over devices, and the meshes that run it.
 
-`RING` is the axis along which schedules run (weights, activations or shards move on it);
+`RING` is the mesh axis along which schedules run (weights, activations or shards move on it);
 `DATA` holds replicas of whole rings.
 """
 
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -21,6 +24,66 @@ MOST_VIRTUAL_DEVICES = 256
 
 THREADS_PER_CPU_DEVICE = 3
 """As many as a weight ring has streams."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Axis:
+    """One way to split a step over devices; a plan says into how many parts."""
+
+    name: str
+    splits: str
+    """What each of its devices has a part of."""
+    mesh: str | None
+    """The mesh axis that `jaxsys.lowering` runs it on; None: no schedule does."""
+    user: str
+    """The mesh axis of `jaxsys.planner.plan`, for a step that `jax.jit` partitions."""
+    costs: str
+    """What it sends, and where that is counted."""
+
+
+AXES: Mapping[str, Axis] = MappingProxyType(
+    {
+        axis.name: axis
+        for axis in (
+            Axis(
+                name="replicas",
+                splits="the batch, around everything else",
+                mesh=DATA,
+                user="replica",
+                costs="gradients, summed once a step: `planner.costs.frame`",
+            ),
+            Axis(
+                name="shard",
+                splits="the batch, and where state is split masters, weights and gradients",
+                mesh=RING,
+                user="shard",
+                costs="gathers and sums of a layer: moves of `strategies.zero`, `data_parallel`",
+            ),
+            Axis(
+                name="features",
+                splits="every block's features, and the sequence between blocks",
+                mesh=None,
+                user="features",
+                costs="activations, joined twice a pass: `planner.costs.block_cost`",
+            ),
+            Axis(
+                name="stages",
+                splits="the layers, each resting on its devices while activations travel",
+                mesh=RING,
+                user="shard",
+                costs="an activation a hop: moves of `strategies.stages`",
+            ),
+            Axis(
+                name="ring",
+                splits="the layers, each resting on its devices while weights travel",
+                mesh=RING,
+                user="shard",
+                costs="a chunk's weights and gradient a hop: moves of `strategies.weipipe`",
+            ),
+        )
+    }
+)
+"""Name -> axis, from the outermost in; a plan has a number of parts for each."""
 
 Device = Any
 """A jax.Device, which type checkers take for a variable."""

@@ -29,6 +29,7 @@ from jaxsys.errors import UsageError
 from jaxsys.hardware import GIB, gib
 from jaxsys.layered import LayeredModel
 from jaxsys.lowering.flat import flat_model
+from jaxsys.mesh import AXES
 from jaxsys.planner import explain
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.costs import Precision
@@ -51,7 +52,7 @@ from jaxsys.planner.workload import BlockWork, EdgeWork, Workload, traced_memory
 from jaxsys.schedule import Schedule
 
 PyTree = Any
-REPLICA, SHARD, FEATURES = "replica", "shard", "features"
+REPLICA, SHARD, FEATURES = (AXES[name].user for name in ("replicas", "shard", "features"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +97,7 @@ class Planned:
         if len(chosen) < wanted:
             raise UsageError(f"the plan is for {wanted} devices; {len(chosen)} are present")
         grid = np.array(chosen[:wanted]).reshape(tuple(sizes.values()))
-        return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * 3)
+        return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
     def parameter_shardings(self, mesh: Mesh) -> PyTree:
         """NamedShardings of the parameters."""
@@ -373,8 +374,10 @@ def _feature_ways(leaves: list[Any], layers: Layers, devices: int) -> tuple[int,
 
 
 def _axis_sizes(plan: Plan) -> dict[str, int]:
-    owners = plan.stages * plan.ring
-    return {REPLICA: plan.replicas, SHARD: plan.shard * owners, FEATURES: plan.features}
+    sizes: dict[str, int] = {}
+    for axis in AXES.values():  # shard, stages and ring are one: at most one is more than 1
+        sizes[axis.user] = sizes.get(axis.user, 1) * getattr(plan, axis.name)
+    return sizes
 
 
 def _specs(params: PyTree, layers: Layers, plan: Plan) -> tuple[PyTree, PyTree]:

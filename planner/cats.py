@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from jaxsys.schedule import (
     Block,
     Data,
-    Placement,
     Schedule,
     Trace,
     check,
@@ -131,8 +130,3 @@ def travels(found: Iterable[Cat], data: Data) -> bool:
         for cat in found
         if cat.block.data is data
     )
-
-
-def is_sharded(schedule: Schedule) -> bool:
-    """Whether state rests in parts on all devices."""
-    return schedule.placement is Placement.SHARDED

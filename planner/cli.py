@@ -22,11 +22,12 @@ from jaxsys.planner.costs import Precision
 from jaxsys.planner.evaluate import POLICY, plan_costs, schedule_link
 from jaxsys.planner.files import plan_file
 from jaxsys.planner.lower import to_schedule
-from jaxsys.planner.named import best_that_runs, compare, runs, that_runs, with_found
+from jaxsys.planner.named import best_that_runs, compare, with_found
 from jaxsys.planner.plans import Plan
 from jaxsys.planner.problem import Problem
 from jaxsys.planner.profile import load_profile
 from jaxsys.planner.recognise import describe
+from jaxsys.planner.runs import that_runs, why_not
 from jaxsys.planner.search import Effort, Found, Progress, search
 from jaxsys.planner.space import Space
 from jaxsys.planner.workload import Workload, decoder_workload
@@ -205,13 +206,10 @@ def _beyond_schedule(plan: Plan, microbatch_size: int) -> str:
         more.append(f"{plan.replicas} replicas of its schedule")
     if plan.microbatch_size != microbatch_size:
         more.append(f"microbatches of {plan.microbatch_size} sequences")
-    if plan.features > 1:
-        more.append(f"features split over {plan.features} devices")
     if len({path.residual for path in plan.layers}) > 1:
         more.append("recompute by layer")
-    if not more and not runs(plan):
-        more.append("state split over replicas")
-    return ", ".join(more)
+    refused = why_not(plan)
+    return ", ".join(more) or (refused or "")
 
 
 def _search(space: Space, time_s: float, *, to_run: bool) -> Found:

@@ -85,7 +85,7 @@ class Evaluator:
             UsageError: if the plan does not fit batch or layers.
         """
         self.evaluated += len(codes)
-        if base.stages * base.ring > 1:
+        if base.owners > 1:
             rows = [self._staged_plan(base, tuple(int(c) for c in row)) for row in codes]
             return Estimates(
                 **{
@@ -116,7 +116,7 @@ class Evaluator:
 
     def _simulate_staged(self, plan: Plan) -> Estimates:
         """A few microbatches simulated, the steady part multiplied."""
-        ways = plan.stages * plan.ring
+        ways = plan.owners
         total = microbatches(self.problem, plan)
         period = plan.ring if plan.ring > 1 else ways if plan.chunks > 1 else 1
         few = min(total, 3 * ways + 2 * period)
@@ -176,19 +176,14 @@ def microbatches(problem: Problem, plan: Plan) -> int:
     return total
 
 
-def schedule_devices(plan: Plan) -> int:
-    """The devices of the plan's schedule, around which replicas and in which features stand."""
-    return plan.shard * plan.stages * plan.ring
-
-
 def schedule_link(problem: Problem, plan: Plan) -> Link:
     """What joins the schedule's devices; features are nearest, then these, then replicas."""
-    return problem.cluster.group(schedule_devices(plan), plan.features)
+    return problem.cluster.group(plan.schedule_devices, plan.features)
 
 
 def plan_split(problem: Problem, plan: Plan) -> Split:
     """What stands around and inside each of the schedule's devices."""
-    inner = plan.features * schedule_devices(plan)
+    inner = plan.features * plan.schedule_devices
     cluster = problem.cluster
     return Split(
         features=plan.features,

@@ -9,6 +9,7 @@ from jaxsys.errors import UsageError
 from jaxsys.fields import Fields
 from jaxsys.files import read_json, shown
 from jaxsys.hardware import GIB
+from jaxsys.mesh import AXES
 from jaxsys.planner.plans import Plan
 from jaxsys.planner.problem import Problem
 from jaxsys.planner.recognise import describe, recognise
@@ -104,12 +105,11 @@ def load_plan(path: str | Path, problem: Problem | None = None) -> Plan:
 
 def _check_sizes(path: str | Path, plan: Plan, made_for: Fields) -> None:
     """Raises UsageError where a plan's sizes do not make up what it is for."""
-    ways = ("replicas", "shard", "features", "stages", "ring")
     devices = made_for.integer("devices", least=1)
     made_for.integer("layers", least=1)
     batch = made_for.integer("batch", least=1)
     if plan.devices != devices:
-        product = " x ".join(f"{name} {getattr(plan, name)}" for name in ways)
+        product = " x ".join(f"{name} {getattr(plan, name)}" for name in AXES)
         raise UsageError(
             f"plan {path}: {product} is {plan.devices} devices, but its field 'for.devices' is "
             f"{devices}; make the plan again"

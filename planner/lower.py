@@ -24,7 +24,7 @@ def to_schedule(problem: Problem, plan: Plan) -> Schedule:
             f"the plan is for {len(plan.layers)} layers, the model has {problem.layers}"
         )
     total = microbatches(problem, plan)
-    if plan.stages * plan.ring > 1:
+    if plan.owners > 1:
         return replace(staged_schedule(plan, total), name=recognise(plan))
     layers = range(len(plan.layers))
     if plan.state is State.WHOLE:

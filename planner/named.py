@@ -13,11 +13,11 @@ from jaxsys.lowering.tables import buffers_of
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.costs import Precision, schedule_costs
 from jaxsys.planner.evaluate import POLICY
-from jaxsys.planner.plans import Plan, State
+from jaxsys.planner.plans import Plan
 from jaxsys.planner.problem import Problem
 from jaxsys.planner.recognise import recognise
+from jaxsys.planner.runs import why_not, why_not_schedule
 from jaxsys.planner.search import Found, Result
-from jaxsys.planner.space import Space
 from jaxsys.planner.workload import Workload
 from jaxsys.schedule import (
     Link,
@@ -28,7 +28,7 @@ from jaxsys.schedule import (
     simulate,
     trace,
 )
-from jaxsys.strategies import NAMES, build
+from jaxsys.strategies import STRATEGIES, for_layers
 
 USABLE_MEMORY = 0.92
 """The share of a device's memory that a step may take by default; the rest is for the runtime,
@@ -54,6 +54,8 @@ class Row:
     fits: bool
     plan: Plan | None = None
     """Of a row that a search found."""
+    not_run: str | None = None
+    """Why `jaxsys.train` cannot run it, if so."""
     simulation: Simulation | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -88,28 +90,27 @@ class Comparison:
 Generator = Callable[[], Schedule]
 
 
-def strategies(workload: Workload, devices: int, microbatches: int) -> dict[str, Generator]:
+def generators(workload: Workload, devices: int, microbatches: int) -> dict[str, Generator]:
     """Name -> how to make its schedule here; making it raises UsageError where it is not legal."""
-    layers = workload.layers
 
     def generator(name: str) -> Generator:
         def generate() -> Schedule:
-            shape = workload.uncut(devices) if name.startswith("zero-") else None
+            sharded = STRATEGIES[name].placement is Placement.SHARDED
+            shape = workload.uncut(devices) if sharded else None
             if shape is not None:
                 raise UsageError(
                     f"devices={devices} divide no axis of a matrix {list(shape)}, which would rest "
                     "whole on each"
                 )
-            if name.startswith(("dp", "zero-")):  # all layers on all devices
-                return build(name, devices=devices, microbatches=microbatches, chunks=layers)
-            schedule = build(name, devices=devices, microbatches=microbatches)
+            layers = workload.layers
+            schedule = for_layers(name, devices=devices, microbatches=microbatches, layers=layers)
             if schedule.chunks > layers:
                 raise UsageError(f"chunks={schedule.chunks} are more than layers={layers}")
             return schedule
 
         return generate
 
-    return {name: generator(name) for name in NAMES}
+    return {name: generator(name) for name in STRATEGIES}
 
 
 def compare(
@@ -144,9 +145,9 @@ def compare(
         raise UsageError(f"memory of {memory_bytes / 2**30:.3g} GiB must be above 0")
     precision = precision or Precision()
     rows, refused = [], []
-    generators = strategies(workload, devices, microbatches)
-    for number, (name, generate) in enumerate(generators.items(), 1):
-        progress(f"simulating {name} ({number} of {len(generators)})")
+    found = generators(workload, devices, microbatches)
+    for number, (name, generate) in enumerate(found.items(), 1):
+        progress(f"simulating {name} ({number} of {len(found)})")
         try:
             schedule = generate()
         except (UsageError, ScheduleError) as error:
@@ -200,6 +201,7 @@ def _best_policy(
                 tokens_per_s=workload.tokens * schedule.microbatches / result.step_s,
                 mfu=flops / (result.step_s * schedule.devices * device.peak_flops_per_s),
                 fits=peak <= memory_bytes,
+                not_run=why_not_schedule(schedule, recompute),
                 simulation=result,
             )
         )
@@ -209,29 +211,9 @@ def _best_policy(
     return min(rows, key=lambda row: row.memory_bytes)
 
 
-def that_runs(space: Space) -> Space:
-    """The part of a space that `jaxsys.train` has programs for, unlike recompute left aside.
-
-    No schedule splits features, and replicas keep all of the state that a stage or ring keeps.
-    """
-    return space.split("features", 1).require(
-        "state is split over a shard group alone",
-        ("state", "shard"),
-        lambda state, shard: state == State.WHOLE or shard > 1,
-    )
-
-
-def runs(plan: Plan) -> bool:
-    """Whether `jaxsys.train` runs the plan: only sharded schedules recompute in some layers."""
-    alike = len({path.residual for path in plan.layers}) == 1
-    replicated_state = plan.state is State.SPLIT and plan.shard == 1
-    sharded = plan.state is State.SPLIT and plan.stages * plan.ring == 1
-    return plan.features == 1 and not replicated_state and (alike or sharded)
-
-
 def best_that_runs(result: Result) -> Found | None:
     """The best plan found that `jaxsys.train` runs."""
-    return next((found for found in result.by_base if runs(found.plan)), None)
+    return next((found for found in result.by_base if why_not(found.plan) is None), None)
 
 
 def with_found(comparison: Comparison, problem: Problem, result: Result) -> Comparison:
@@ -243,7 +225,7 @@ def with_found(comparison: Comparison, problem: Problem, result: Result) -> Comp
     workload, total = problem.workload(plan.microbatch_size), problem.batch // plan.microbatch_size
     policies = {POLICY[path.residual] for path in plan.layers}
     step_flops = workload.model_flops * total / found.step_s
-    parts = plan.stages * plan.ring * plan.chunks
+    parts = plan.owners * plan.chunks
     times = f", {plan.replicas} times" if plan.replicas > 1 else ""
     row = Row(
         strategy=f"found: {recognise(plan)} over {plan.devices // plan.replicas}{times}",

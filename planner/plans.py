@@ -15,6 +15,7 @@ Where layers rest on owners, B may be split into I (dL/dx) and W (dL/dw), and W 
 here is a strategy's name; `recognise` finds names for plans.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -24,6 +25,8 @@ from typing import Any
 from jaxsys.errors import UsageError
 from jaxsys.fields import Fields
 from jaxsys.files import parse_json, shown
+from jaxsys.mesh import AXES
+from jaxsys.strategies import Backward, Choices, Gradient, Order, State, Weights, orders
 
 FORMAT = "jaxsys-plan"
 FORMAT_VERSION = 2
@@ -31,26 +34,7 @@ MOST_SIZE = 2**20
 """Of any one size of a plan in a file."""
 MOST_LAYERS = 10_000
 """Likewise of its layers."""
-_LEAST = dict.fromkeys(
-    ("replicas", "shard", "features", "stages", "ring", "microbatch_size", "lookahead", "chunks"), 1
-) | {"delay": 0}
-
-
-class Weights(StrEnum):
-    """How long a copy of a layer's weights lives."""
-
-    STAY = "stay"
-    WITHIN = "within"
-    BETWEEN = "between"
-    REFETCH = "refetch"
-
-
-class Gradient(StrEnum):
-    """When a layer's gradient is summed over devices."""
-
-    ONCE = "once"
-    EACH = "each"
-    DEFERRED = "deferred"
+_LEAST = dict.fromkeys((*AXES, "microbatch_size", "lookahead", "chunks"), 1) | {"delay": 0}
 
 
 class Residual(StrEnum):
@@ -61,38 +45,6 @@ class Residual(StrEnum):
     """What products and attention made; norms, rotations and gates are computed again."""
     RECOMPUTE = "recompute"
     """The layer's input alone."""
-
-
-class State(StrEnum):
-    """Where master weights and optimizer state rest."""
-
-    WHOLE = "whole"
-    SPLIT = "split"
-
-
-class Order(StrEnum):
-    """In which order a device runs its tasks."""
-
-    DEPTH_FIRST = "depth-first"
-    """A microbatch forward and back, then the next."""
-    SIDE_BY_SIDE = "side-by-side"
-    """One microbatch forward beside another's way back."""
-    EARLIEST_BACKWARD = "earliest-backward"
-    """A backward pass as soon as one can run."""
-    EAGER_FORWARD = "eager-forward"
-    """Likewise, after nearly twice as many forward passes."""
-    SPACED = "spaced"
-    """A backward pass a tick late, so that every hop travels under compute."""
-    ALL_FORWARD = "all-forward"
-    """Every forward pass first."""
-
-
-class Backward(StrEnum):
-    """Whether a backward pass is one task."""
-
-    WHOLE = "whole"
-    SPLIT = "split"
-    """Two: I makes dL/dx, and W makes dL/dw of what I left, now or later."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +68,8 @@ CODES: Mapping[LayerPath, int] = {path: code for code, path in enumerate(PATHS)}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A point of the space. The product of the five ways is the number of devices."""
+    """A point of the space. It has a number of parts for each of `jaxsys.mesh.AXES`, whose product
+    is the number of devices."""
 
     replicas: int = 1
     """Copies of everything else, each on its part of the batch."""
@@ -132,7 +85,8 @@ class Plan:
     lookahead: int = 1
     """Ticks that a gather starts before its use and a sum may lag behind."""
     state: State = State.WHOLE
-    order: Order = Order.DEPTH_FIRST
+    order: str = Order.DEPTH_FIRST
+    """An `Order`, or one that a strategy from elsewhere has for its own."""
     chunks: int = 1
     """Runs of layers that each stage owns, apart from each other."""
     backward: Backward = Backward.WHOLE
@@ -143,7 +97,38 @@ class Plan:
     @property
     def devices(self) -> int:
         """N."""
-        return self.replicas * self.shard * self.features * self.stages * self.ring
+        return math.prod(getattr(self, axis) for axis in AXES)
+
+    @property
+    def owners(self) -> int:
+        """The devices on which layers rest apart; 1 where all have all layers."""
+        return self.stages * self.ring
+
+    @property
+    def schedule_devices(self) -> int:
+        """The devices of the plan's schedule, around which replicas and in which features stand."""
+        return self.shard * self.owners
+
+    @property
+    def choices(self) -> Choices:
+        """What it chooses for the devices of its schedule, recompute left aside."""
+        axis = "ring" if self.ring > 1 else "stages" if self.stages > 1 else "shard"
+        if axis != "shard":
+            return Choices(
+                axis=axis,
+                devices=self.schedule_devices,
+                order=self.order,
+                backward=self.backward,
+                delay=self.delay,
+                chunks=self.chunks,
+            )
+        return Choices(
+            axis=axis,
+            devices=self.shard,
+            state=self.state,
+            weights=frozenset(path.weights for path in self.layers),
+            gradients=frozenset(path.gradient for path in self.layers),
+        )
 
     @property
     def codes(self) -> tuple[int, ...]:
@@ -190,8 +175,11 @@ class Plan:
             layers += [run.fields("path").record(LayerPath)] * count
             if len(layers) > MOST_LAYERS:
                 raise raw.fault(f"it has more than {MOST_LAYERS} layers")
-        plain = {k: v for k, v in raw.value.items() if k not in ("format", "version", "layers")}
-        return Fields(plain, name=raw.name, hint=raw.hint).record(cls, layers=tuple(layers))
+        order = raw.choice("order", (*Order, *orders()), Order.DEPTH_FIRST)
+        apart = ("format", "version", "layers", "order")
+        plain = {k: v for k, v in raw.value.items() if k not in apart}
+        plain = Fields(plain, name=raw.name, hint=raw.hint)
+        return plain.record(cls, layers=tuple(layers), order=order)
 
 
 def data_parallel_plan(devices: int, layers: int) -> Plan:

@@ -27,7 +27,6 @@ from jaxsys.planner.evaluate import (
     Evaluator,
     microbatches,
     plan_split,
-    schedule_devices,
     schedule_link,
 )
 from jaxsys.planner.plans import PATHS, Backward, Plan, Residual, State, data_parallel_plan
@@ -259,7 +258,7 @@ class _Search:
         options = self.space.codes_of(base)
         assert options is not None
         rows = _uniform(base, options)
-        if base.stages * base.ring > 1:
+        if base.owners > 1:
             found = self.least_recompute(base, rows)
         else:
             found = _best_of(self.space, self.evaluator, base, rows)
@@ -301,8 +300,8 @@ class _Search:
         ]
         times = dict(zip(dict.fromkeys(workload.blocks), costs, strict=True))
         once = sum(times[b].forward_s + times[b].backward_s for b in workload.blocks)
-        devices = schedule_devices(base)
-        if base.stages * base.ring > 1:
+        devices = base.schedule_devices
+        if base.owners > 1:
             placement = Placement.OWNER
         else:
             placement = Placement.REPLICATED if base.state is State.WHOLE else Placement.SHARDED
@@ -332,7 +331,7 @@ class _Search:
 
     def refine(self) -> None:
         promising = sorted(self.seen.values(), key=lambda f: f.potential)
-        chosen = [f for f in promising if f.plan.stages * f.plan.ring == 1][: self.effort.refine]
+        chosen = [f for f in promising if f.plan.owners == 1][: self.effort.refine]
         for index, found in enumerate(chosen):
             assert self.best is not None
             if self.late:
@@ -571,7 +570,7 @@ def _uniform(base: Plan, options: list[np.ndarray]) -> np.ndarray:
     rows = []
     for code in sorted({int(c) for layer in options for c in layer}):
         row = [code if code in layer else int(layer[0]) for layer in options]
-        if base.stages * base.ring == 1 or len({PATHS[c].residual for c in row}) == 1:
+        if base.owners == 1 or len({PATHS[c].residual for c in row}) == 1:
             rows.append(row)
     if not rows:  # stages whose layers are bound to different residuals: one by one is all there is
         rows.append([int(layer[0]) for layer in options])
@@ -579,7 +578,7 @@ def _uniform(base: Plan, options: list[np.ndarray]) -> np.ndarray:
 
 
 def _combinations(base: Plan, options: list[np.ndarray]) -> int:
-    if base.stages * base.ring > 1:
+    if base.owners > 1:
         return len(Residual)
     total = 1
     for layer in options:
@@ -589,7 +588,7 @@ def _combinations(base: Plan, options: list[np.ndarray]) -> int:
 
 def _all_codes(base: Plan, options: list[np.ndarray]) -> Iterator[np.ndarray]:
     """Batches of all code rows."""
-    if base.stages * base.ring > 1:
+    if base.owners > 1:
         yield _uniform(base, options)
         return
     sizes = [len(layer) for layer in options]

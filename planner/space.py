@@ -14,6 +14,7 @@ Memory is no constraint: it is pressure in the search. What must be where and wh
 one, and is not for the user to state: no point of the space breaks it.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from jaxsys.errors import UsageError
+from jaxsys.mesh import AXES
 from jaxsys.planner.constraints import (
     Conflict,
     Domains,
@@ -36,8 +38,9 @@ from jaxsys.planner.evaluate import POLICY
 from jaxsys.planner.orders import legal_order
 from jaxsys.planner.plans import PATHS, Backward, Gradient, Order, Plan, Residual, State, Weights
 from jaxsys.planner.problem import Problem
+from jaxsys.strategies import orders
 
-WAYS = ("replicas", "shard", "features", "stages", "ring")
+WAYS = tuple(AXES)
 ORDER = ("order", "backward", "delay", "chunks")
 COMMON = (*WAYS, "microbatch_size", "turns", "lookahead", "state", *ORDER)
 LAYERED = ("weights", "gradient", "residual")
@@ -73,7 +76,7 @@ class Space:
         domains["turns"] = tuple(_divisors(problem.batch))
         domains["lookahead"] = LOOKAHEADS
         domains["state"] = tuple(State)
-        domains |= {"order": tuple(Order), "backward": tuple(Backward)}
+        domains |= {"order": (*Order, *orders()), "backward": tuple(Backward)}
         domains |= {"delay": DELAYS, "chunks": CHUNKS}
         known = problem.workload(1).recompute_policies
         residuals = tuple(residual for residual in Residual if POLICY[residual] in known)
@@ -306,7 +309,7 @@ class Space:
         options = self.codes_of(plan)
         if options is None:
             return False
-        if plan.stages * plan.ring > 1 and len({path.residual for path in plan.layers}) > 1:
+        if plan.owners > 1 and len({path.residual for path in plan.layers}) > 1:
             return False
         return all(code in legal for code, legal in zip(plan.codes, options, strict=True))
 
@@ -334,9 +337,9 @@ def _rules(problem: Problem, domains: Domains) -> Iterator[Relation]:
         return relation(f"rule: {label}", names, domains, allows)
 
     yield rule(
-        f"replicas x shard x features x stages x ring = {devices} devices",
+        f"{' x '.join(WAYS)} = {devices} devices",
         WAYS,
-        lambda r, s, f, p, w: r * s * f * p * w == devices,
+        lambda *parts: math.prod(parts) == devices,
     )
     yield rule(
         f"features split in {', '.join(map(str, ways))} parts only",

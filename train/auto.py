@@ -3,14 +3,15 @@
 from dataclasses import dataclass
 from typing import Any, cast
 
-from jaxsys import hardware, strategies
+from jaxsys import hardware
 from jaxsys.errors import UsageError
-from jaxsys.lowering import RECOMPUTE_POLICIES, Recompute
+from jaxsys.lowering import Recompute
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.costs import Precision
 from jaxsys.planner.named import compare
 from jaxsys.planner.workload import Workload
 from jaxsys.schedule import Schedule
+from jaxsys.strategies import for_layers
 from jaxsys.train.flops import preset_of
 
 
@@ -65,11 +66,7 @@ def choose(
         precision=Precision(weight_bytes=weight_bytes),
     )
     fitting = sorted((row for row in found.rows if row.fits), key=lambda row: row.step_s)
-    runnable = [
-        row
-        for row in fitting
-        if row.strategy in strategies.NAMES and row.recompute in RECOMPUTE_POLICIES
-    ]
+    runnable = [row for row in fitting if row.not_run is None]
     if not runnable:
         raise UsageError(
             f"no strategy fits {hardware.gib(found.memory_bytes)} a device; the least that any "
@@ -77,17 +74,22 @@ def choose(
             "sequences"
         )
     best = runnable[0]
-    options = {"chunks": best.chunks} if best.strategy.startswith(("dp", "zero-")) else {}
     reason = (
         f"auto took {best.strategy}, recompute {best.recompute}: predicted "
         f"{best.step_s:.3g} s a step and {hardware.gib(best.memory_bytes)} a device "
         f"({name} over {between})"
     )
     if fitting[0] is not best:
-        reason += f"; {fitting[0].strategy} would take {fitting[0].step_s:.3g} s but is not lowered"
+        other = fitting[0]
+        reason += (
+            f"; {other.strategy} would take {other.step_s:.3g} s but is not run: {other.not_run}"
+        )
     return Choice(
-        schedule=strategies.build(
-            best.strategy, devices=len(devices), microbatches=microbatches, **options
+        schedule=for_layers(
+            best.strategy,
+            devices=len(devices),
+            microbatches=microbatches,
+            layers=workload.layers,
         ),
         recompute=cast(Recompute, best.recompute),
         reason=reason,

@@ -16,7 +16,7 @@ from jaxsys.lowering import RECOMPUTE_POLICIES
 from jaxsys.model import ByteTokenizer, Tokenizer, initial_parameters, layered, preset
 from jaxsys.model.save import check_target, save_safetensors
 from jaxsys.options import Parser, in_options, whole
-from jaxsys.strategies import NAMES
+from jaxsys.strategies import STRATEGIES
 from jaxsys.train import corpus, plan_file, samples
 from jaxsys.train.checkpoint import check_unused
 from jaxsys.train.hosts import Hosts, choose_devices, join
@@ -43,7 +43,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     how = result.add_argument_group("how it is run")
     how.add_argument(
         "--schedule",
-        help=f"{', '.join(NAMES)}, a plan's or schedule's .json, or auto: ask the planner "
+        help=f"{', '.join(STRATEGIES)}, a plan's or schedule's .json, or auto: ask the planner "
         "(default weipipe-interleave; dp on one device)",
     )
     how.add_argument(

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxsys import strategies
 from jaxsys.errors import UsageError
 from jaxsys.hardware import free_host_bytes, gib
 from jaxsys.layered import LayeredModel, Parameters, PyTree
@@ -28,8 +27,7 @@ from jaxsys.lowering.memory import (
 from jaxsys.lowering.tables import buffers_of
 from jaxsys.planner.costs import cut, full_chunks
 from jaxsys.schedule import Block, Costs, Data, Placement, Schedule, TaskKind, alive_bytes, check
-
-ALTERNATIVES = ("1f1b", "weipipe-interleave", "zero-3")
+from jaxsys.strategies import STRATEGIES, for_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,11 +192,15 @@ def _alternatives(step: StepShape) -> Iterator[tuple[str, StepShape]]:
     if jnp.dtype(step.compute_dtype).itemsize > 2:
         yield "compute_dtype='bfloat16'", replace(step, compute_dtype=jnp.bfloat16)
     old = step.schedule
-    for name in ALTERNATIVES:
-        options = {"chunks": step.model.layers} if name.startswith("zero-") else {}
+    for name, strategy in STRATEGIES.items():
+        if not strategy.offered:
+            continue
         try:
-            made = strategies.build(
-                name, devices=old.devices, microbatches=old.microbatches, **options
+            made = for_layers(
+                name,
+                devices=old.devices,
+                microbatches=old.microbatches,
+                layers=step.model.layers,
             )
             cut(step.model.layers, made.chunks)
         except UsageError:

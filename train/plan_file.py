@@ -11,7 +11,8 @@ from jaxsys.lowering import Recompute
 from jaxsys.planner.evaluate import POLICY
 from jaxsys.planner.files import FORMAT, load_plan
 from jaxsys.planner.lower import to_schedule
-from jaxsys.schedule import Placement, Schedule
+from jaxsys.planner.runs import why_not
+from jaxsys.schedule import Schedule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,25 +62,20 @@ def read_plan(path: str | Path, *, layers: int) -> PlannedRun:
     """Reads a plan file for a model of L layers.
 
     Raises:
-        UsageError: if it is for another number of layers, or holds what is not run: features split
-            over devices, or layers of unlike recompute policies in a schedule that does not shard.
+        UsageError: if it is for another number of layers, or holds what is not run, see
+            `jaxsys.planner.runs.why_not`.
     """
     plan = load_plan(path)
     file = read_fields(path, what="plan", hint="make the plan again")
-    if plan.features > 1:
+    refused = why_not(plan)
+    if refused is not None:
         raise UsageError(
-            f"plan {path} splits features over {plan.features} devices, which no schedule runs; "
-            "plan again with features=1"
+            f"plan {path} is not run: {refused}; `jaxsys plan --plan` writes plans that are"
         )
     asked: Any = _Asked(layers=layers, batch=file.fields("for").integer("batch"))
     schedule = to_schedule(asked, plan)
     policies = tuple(POLICY[path.residual] for path in plan.layers)
     recompute: Any = policies[0] if len(set(policies)) == 1 else policies
-    if not isinstance(recompute, str) and schedule.placement is not Placement.SHARDED:
-        raise UsageError(
-            f"plan {path} recomputes some layers and keeps others, which only sharded schedules "
-            "run; plan again with one policy"
-        )
     length = dtype = None
     if "request" in file:
         request = file.fields("request")

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from jaxsys import strategies
-from jaxsys.errors import UsageError
+from jaxsys.errors import UsageError, did_you_mean
 from jaxsys.files import MIB, read_text
 from jaxsys.schedule import Schedule
+from jaxsys.strategies import STRATEGIES, for_layers
 from jaxsys.train.plan_file import is_plan_file, read_plan
 
 
@@ -19,8 +19,8 @@ def resolve(
     """Makes or reads the schedule of one ring.
 
     Args:
-        schedule: a name of `jaxsys.strategies.NAMES`, a Schedule, or the path of a `.json` file:
-            a plan from `jaxsys plan`, or what `Schedule.to_json` returned.
+        schedule: a name of `jaxsys.strategies.STRATEGIES`, a Schedule, or the path of a `.json`
+            file: a plan from `jaxsys plan`, or what `Schedule.to_json` returned.
         devices: P, how many devices the ring has.
         layers: L, of the model.
         microbatches: M over the ring; 2 P unless the schedule says.
@@ -28,14 +28,12 @@ def resolve(
     Raises:
         UsageError: if there is no such name or file, or the schedule is for other sizes.
     """
-    if isinstance(schedule, str) and schedule in strategies.NAMES:
-        # Sharded weights are gathered chunk by chunk: one chunk would be the whole model at once.
-        options = {"chunks": layers} if schedule.startswith("zero-") else {}
-        return strategies.build(
+    if isinstance(schedule, str) and schedule in STRATEGIES:
+        return for_layers(
             schedule,
             devices=devices,
             microbatches=2 * devices if microbatches is None else microbatches,
-            **options,
+            layers=layers,
         )
     if not isinstance(schedule, Schedule):
         if is_plan_file(schedule):
@@ -58,8 +56,9 @@ def resolve(
 def _read(path: str | Path) -> Schedule:
     file = Path(path)
     if file.suffix != ".json":
-        names = ", ".join(strategies.NAMES)
+        names = ", ".join(STRATEGIES)
         is_what = "is no .json file" if file.exists() else "is not known"
+        is_what += did_you_mean(str(path), STRATEGIES)
         raise UsageError(
             f"schedule {str(path)!r} {is_what}; use {names}, or a file that `jaxsys plan` wrote"
         )

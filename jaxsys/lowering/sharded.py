@@ -35,13 +35,12 @@ from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel, Parameters, PyTree
 from jaxsys.mesh import DATA, RING
 from jaxsys.schedule import Move, MoveKind, Placement, Schedule, Task, TaskKind, check
-from jaxsys.strategies.data_parallel import local_tasks
+from jaxsys.strategies import RECOMPUTES
 
 from .base import Outcome, Step, add_to, check_fit, is_spec, sharded_spec
 from .flat import Leaves, cast, flat_model, floats, head_back, is_float, pull_back
 from .programs import BlockProgram, Recompute, block_program
-
-SHARDED_RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "block")
+from .refusal import why_not_lowered
 
 
 def lower_sharded(
@@ -75,17 +74,15 @@ def lower_sharded(
     policies = (recompute,) * model.layers if isinstance(recompute, str) else tuple(recompute)
     if len(policies) != model.layers:
         raise UsageError(f"{len(policies)} recompute policies for layers={model.layers}")
+    taken = RECOMPUTES[schedule.placement].policies
     for policy in policies:
-        if policy not in SHARDED_RECOMPUTE:
-            legal = ", ".join(SHARDED_RECOMPUTE)
+        if policy not in taken:
+            legal = ", ".join(taken)
             raise UsageError(f"recompute={policy!r} is not a policy here; use one of {legal}")
     check(schedule)
-    if set(schedule.tasks) != set(
-        local_tasks(schedule.devices, schedule.microbatches, schedule.chunks)
-    ):
-        raise UsageError(
-            f"schedule {schedule.name} does not take one microbatch after another on every device"
-        )
+    refused = why_not_lowered(schedule)
+    if refused is not None:
+        raise UsageError(refused)
     return ShardedStep(
         schedule=schedule,
         model=model,

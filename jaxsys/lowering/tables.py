@@ -33,6 +33,7 @@ from .bodies import (
     fold,
     share_bodies,
 )
+from .refusal import why_not_lowered
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,11 +93,9 @@ class _Builder:
 
     def build(self) -> Tables:
         schedule = self.schedule
-        for move in schedule.moves:
-            if move.kind not in (MoveKind.PERMUTE, MoveKind.COPY, MoveKind.ALL_REDUCE):
-                raise UsageError(f"{schedule.name}: {move.kind} is not lowered by this step")
-            if move.arrive > move.start + 1:
-                raise UsageError(f"{move} is in flight for more than one tick")
+        refused = why_not_lowered(schedule)
+        if refused is not None:
+            raise UsageError(refused)
         self.assign_slots()
         order = self.microbatch_order()
         local = self.local_microbatches(order)

@@ -17,6 +17,9 @@ from jaxsys.schedule import (
     gradient_block,
 )
 
+from .choices import Place
+from .strategy import Strategy
+
 
 def data_parallel(devices: int, microbatches: int, *, chunks: int = 1) -> Schedule:
     """Plain data parallelism (ZeRO-0).
@@ -90,3 +93,15 @@ def check_microbatches(devices: int, microbatches: int) -> None:
             f"microbatches={microbatches} must be a positive multiple of devices={devices}; "
             f"use {legal}, ..."
         )
+
+
+STRATEGIES = (
+    Strategy(
+        name="dp",
+        build=data_parallel,
+        placement=Placement.REPLICATED,
+        place=Place(axis="shard"),
+        recognises=lambda signs: signs.schedule.placement is Placement.REPLICATED,
+        layers_are_chunks=True,
+    ),
+)

@@ -10,10 +10,12 @@ Sources: GPipe (Huang et al., 2019); 1F1B (PipeDream-Flush, Narayanan et al., 20
 """
 
 from jaxsys.errors import UsageError
-from jaxsys.schedule import Schedule, Task, TaskKind
+from jaxsys.schedule import Placement, Schedule, Task, TaskKind
 
+from .choices import Order, Place
 from .data_parallel import check_microbatches
 from .stages import check_stages, earliest_ticks, pipeline_schedule
+from .strategy import Signs, Strategy
 
 
 def gpipe(devices: int, microbatches: int) -> Schedule:
@@ -150,3 +152,53 @@ def interleaved_one_f_one_b(
 
 def _task(tick: int, kind: TaskKind, stage: int, microbatch: int) -> Task:
     return Task(tick=tick, device=stage, kind=kind, chunk=stage, microbatch=microbatch)
+
+
+def _whole(signs: Signs) -> bool:
+    """Whether a stage is one chunk and a backward pass one task."""
+    return signs.staged and not signs.split and signs.schedule.chunks == signs.schedule.devices
+
+
+STRATEGIES = (
+    Strategy(
+        name="gpipe",
+        build=gpipe,
+        placement=Placement.OWNER,
+        place=Place(axis="stages", order=Order.ALL_FORWARD),
+        recognises=lambda signs: (
+            _whole(signs) and signs.fewest < signs.residuals == signs.schedule.microbatches
+        ),
+    ),
+    Strategy(
+        name="1f1b",
+        build=one_f_one_b,
+        placement=Placement.OWNER,
+        place=Place(axis="stages", order=Order.EARLIEST_BACKWARD),
+        recognises=lambda signs: _whole(signs) and signs.residuals <= signs.fewest,
+        offered=True,
+    ),
+    Strategy(
+        name="1f1b-overlap",
+        build=one_f_one_b_overlap,
+        placement=Placement.OWNER,
+        place=Place(axis="stages", order=Order.SPACED),
+        recognises=lambda signs: (
+            _whole(signs)
+            and signs.fewest < signs.residuals < signs.schedule.microbatches
+            and not _ticks(signs, TaskKind.FORWARD) & _ticks(signs, TaskKind.BACKWARD)
+        ),
+    ),
+    Strategy(
+        name="1f1b-interleaved",
+        build=interleaved_one_f_one_b,
+        placement=Placement.OWNER,
+        place=Place(axis="stages", order=Order.EARLIEST_BACKWARD, chunks=2),
+        recognises=lambda signs: (
+            signs.staged and not signs.split and signs.schedule.chunks > signs.schedule.devices
+        ),
+    ),
+)
+
+
+def _ticks(signs: Signs, kind: TaskKind) -> set[int]:
+    return {task.tick for task in signs.schedule.tasks if task.kind is kind}

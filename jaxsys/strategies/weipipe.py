@@ -36,7 +36,9 @@ from jaxsys.schedule import (
     gradient_block,
 )
 
+from .choices import Backward, Order, Place
 from .data_parallel import check_microbatches
+from .strategy import Signs, Strategy
 
 FORWARD_LANE = "F"
 BACKWARD_LANE = "B"
@@ -335,3 +337,51 @@ def _check(devices: int, microbatches: int) -> None:
     if devices < 2:
         raise UsageError(f"devices={devices}: a weight ring needs at least 2")
     check_microbatches(devices, microbatches)
+
+
+def _ring(signs: Signs, *, split: bool) -> bool:
+    return signs.owned and signs.weights_travel and signs.split is split
+
+
+STRATEGIES = (
+    Strategy(
+        name="weipipe-naive",
+        build=naive,
+        placement=Placement.OWNER,
+        place=Place(axis="ring", order=Order.DEPTH_FIRST),
+        recognises=lambda signs: _ring(signs, split=False) and not signs.pairs,
+    ),
+    Strategy(
+        name="weipipe-interleave",
+        build=interleave,
+        placement=Placement.OWNER,
+        place=Place(axis="ring", order=Order.SIDE_BY_SIDE),
+        recognises=lambda signs: _ring(signs, split=False) and bool(signs.pairs),
+        offered=True,
+    ),
+    Strategy(
+        name="weipipe-wzb1",
+        build=wzb1,
+        placement=Placement.OWNER,
+        place=Place(axis="ring", order=Order.SIDE_BY_SIDE, backward=Backward.SPLIT),
+        recognises=lambda signs: (
+            _ring(signs, split=True) and TaskKind.INPUT_GRADIENT in signs.pairs
+        ),
+    ),
+    Strategy(
+        name="weipipe-wzb2",
+        build=wzb2,
+        placement=Placement.OWNER,
+        place=Place(axis="ring", order=Order.DEPTH_FIRST, backward=Backward.SPLIT),
+        recognises=lambda signs: _ring(signs, split=True) and not signs.pairs,
+    ),
+    Strategy(
+        name="weipipe-wzb2-paired",
+        build=wzb2_paired,
+        placement=Placement.OWNER,
+        place=Place(axis="ring", order=Order.DEPTH_FIRST, backward=Backward.SPLIT, delay=1),
+        recognises=lambda signs: (
+            _ring(signs, split=True) and signs.pairs == {TaskKind.WEIGHT_GRADIENT}
+        ),
+    ),
+)

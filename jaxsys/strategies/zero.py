@@ -24,7 +24,7 @@ Source: ZeRO (Rajbhandari et al., SC 2020) for stages 1 to 3; "ZeRO-3.5" and "Ze
 used in a public DeepSpeed fork; schedules and the memory condition are derived here.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from jaxsys.errors import UsageError
 from jaxsys.schedule import (
@@ -38,7 +38,9 @@ from jaxsys.schedule import (
     gradient_block,
 )
 
+from .choices import Choices, Gradient, Place, State, Weights
 from .data_parallel import check_microbatches, local_tasks
+from .strategy import Signs, Strategy
 
 
 def zero_1(devices: int, microbatches: int, *, chunks: int = 1, lookahead: int = 1) -> Schedule:
@@ -275,3 +277,66 @@ def _reductions(
                 )
             )
     return sorted(moves, key=lambda move: move.start)
+
+
+class Trajectories:
+    """The whole family: every layer may go its own way, and the boldest of them gives the name."""
+
+    def covers(self, choices: Choices) -> bool:
+        """Whether state rests in shards."""
+        return choices.axis == "shard" and choices.state is State.SPLIT
+
+    def called(self, choices: Choices) -> str:
+        """By the boldest thing that any layer does."""
+        return boldest(choices.weights, choices.gradients)
+
+    def recognised(self, signs: Signs) -> str | None:
+        """Likewise."""
+        if signs.schedule.placement is not Placement.SHARDED:
+            return None
+        return boldest(signs.weights, signs.gradients)
+
+
+def boldest(weights: Collection[Weights], gradients: Collection[Gradient]) -> str:
+    """The name of what layers do together, by the boldest thing that any of them does."""
+    if Weights.BETWEEN in weights or Weights.REFETCH in weights:
+        if Gradient.DEFERRED in gradients:
+            return "zero-4"
+        return "zero-3.5" if Weights.BETWEEN in weights else "zero-3"
+    if Weights.WITHIN in weights:
+        return "zero-3-within"
+    if Gradient.DEFERRED in gradients:
+        return "zero-2-deferred"
+    return "zero-2" if Gradient.EACH in gradients else "zero-1"
+
+
+def _strategy(
+    name: str,
+    build: Callable[..., Schedule],
+    weights: Weights,
+    gradient: Gradient,
+    *,
+    offered: bool = False,
+) -> Strategy:
+    def recognises(signs: Signs) -> bool:
+        sharded = signs.schedule.placement is Placement.SHARDED
+        return sharded and boldest(signs.weights, signs.gradients) == name
+
+    return Strategy(
+        name=name,
+        build=build,
+        placement=Placement.SHARDED,
+        place=Place(axis="shard", state=State.SPLIT, weights=weights, gradient=gradient),
+        recognises=recognises,
+        layers_are_chunks=True,
+        offered=offered,
+    )
+
+
+STRATEGIES = (
+    _strategy("zero-1", zero_1, Weights.STAY, Gradient.ONCE),
+    _strategy("zero-2", zero_2, Weights.STAY, Gradient.EACH),
+    _strategy("zero-3", zero_3, Weights.REFETCH, Gradient.EACH, offered=True),
+    _strategy("zero-3.5", zero_3_5, Weights.BETWEEN, Gradient.EACH),
+    _strategy("zero-4", zero_4, Weights.BETWEEN, Gradient.DEFERRED),
+)

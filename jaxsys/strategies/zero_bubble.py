@@ -22,9 +22,11 @@ Source: Zero Bubble Pipeline Parallelism (Qi et al., ICLR 2024) for the idea and
 lags are derived here.
 """
 
-from jaxsys.schedule import Schedule, Task, TaskKind
+from jaxsys.schedule import Placement, Schedule, Task, TaskKind
 
+from .choices import Backward, Order, Place
 from .stages import check_stages, earliest_ticks, pipeline_schedule
+from .strategy import Signs, Strategy
 
 
 def zero_bubble_h1(devices: int, microbatches: int) -> Schedule:
@@ -117,3 +119,39 @@ def _order(
             order.append((TaskKind.FORWARD, stage, m + ahead))
     left = range(max(0, microbatches - lag), microbatches)
     return [*order, *((TaskKind.WEIGHT_GRADIENT, stage, m) for m in left)]
+
+
+def _split(signs: Signs) -> bool:
+    """Whether a stage is one chunk and a backward pass two tasks."""
+    return signs.staged and signs.split and signs.schedule.chunks == signs.schedule.devices
+
+
+def _early(signs: Signs) -> bool:
+    """Whether the first stage holds nearly twice what it must, or all there is."""
+    most = min(2 * signs.schedule.devices - 1, signs.schedule.microbatches)
+    return _split(signs) and signs.fewest < signs.residuals == most
+
+
+STRATEGIES = (
+    Strategy(
+        name="zb-h1",
+        build=zero_bubble_h1,
+        placement=Placement.OWNER,
+        place=Place(axis="stages", order=Order.EARLIEST_BACKWARD, backward=Backward.SPLIT, delay=1),
+        recognises=lambda signs: _split(signs) and signs.residuals <= signs.fewest == signs.taps,
+    ),
+    Strategy(
+        name="zb-h2",
+        build=zero_bubble_h2,
+        placement=Placement.OWNER,
+        place=Place(axis="stages", order=Order.EAGER_FORWARD, backward=Backward.SPLIT, delay=2),
+        recognises=lambda signs: _early(signs) and signs.taps == 2 * signs.schedule.devices - 1,
+    ),
+    Strategy(
+        name="zb-overlap",
+        build=zero_bubble_overlap,
+        placement=Placement.OWNER,
+        place=Place(axis="stages", order=Order.SPACED, backward=Backward.SPLIT),
+        recognises=lambda signs: _early(signs) and signs.taps == signs.schedule.devices,
+    ),
+)

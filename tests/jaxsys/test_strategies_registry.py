@@ -16,7 +16,9 @@ def test_every_name_builds_a_legal_schedule_that_knows_its_name(name):
 
 
 def test_unknown_name_lists_the_names():
-    with pytest.raises(UsageError, match="unknown strategy 'gpip'; use one of .*gpipe.*1f1b"):
+    with pytest.raises(
+        UsageError, match="unknown strategy 'gpip' .did you mean 'gpipe'.*; use one of .*1f1b"
+    ):
         build("gpip", devices=4, microbatches=8)
 
 

@@ -19,7 +19,7 @@ from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.costs import Precision, cut, full_chunks, schedule_costs
 from jaxsys.planner.files import load_plan, plan_file
 from jaxsys.planner.lower import to_schedule
-from jaxsys.planner.named import Comparison, Row, best_that_runs, compare, strategies, with_found
+from jaxsys.planner.named import Comparison, Row, best_that_runs, compare, generators, with_found
 from jaxsys.planner.plans import (
     Gradient,
     LayerPath,
@@ -62,7 +62,7 @@ def bare_workload(layers: int, parameters: float) -> Workload:
 
 def bare_simulation(name: str, *, devices: int, microbatches: int, layers: int, parameters: float):
     workload = bare_workload(layers, parameters)
-    schedule = strategies(workload, devices, microbatches)[name]()
+    schedule = generators(workload, devices, microbatches)[name]()
     fast = LinkSpec(name="fast", bytes_per_s=1e18, latency_s=0).link
     costs = schedule_costs(
         workload, device("h100"), fast, schedule=schedule, precision=PAPER, recompute="none"
@@ -162,7 +162,7 @@ def test_stages_that_do_not_divide_the_layers_are_costed_as_they_run():
     """7 layers on 4 devices: chunks of 2, 2, 2 and 1, with room for 2 each."""
     config = dataclasses.replace(preset("tiny"), num_layers=7)
     workload = decoder_workload("t", config, sequence_length=64, microbatch_size=1)
-    schedule = strategies(workload, 4, 8)["1f1b"]()
+    schedule = generators(workload, 4, 8)["1f1b"]()
     here = cluster("nvlink", 4)
     costs = schedule_costs(
         workload, here.device, here.group(4), schedule=schedule, precision=PAPER, recompute="none"
@@ -227,7 +227,7 @@ def test_what_no_axis_can_be_cut_for_is_not_planned_in_shards():
     refused = dict(compare(workload, cluster("nvlink", 3), microbatches=6).refused)
     assert "devices=3 divide no axis of a matrix [32, 32]" in refused["zero-3"]
     step = lower_sharded(
-        strategies(bare_workload(4, 1.0), 3, 6)["zero-3"](),
+        generators(bare_workload(4, 1.0), 3, 6)["zero-3"](),
         layered(config),
         make_mesh(3, devices=jax.devices()[:3]),
     )

@@ -84,7 +84,10 @@ def test_a_plan_file_is_run_as_it_says(tmp_path):
     found = lay_out_plan(plan_path(tmp_path))
     assert (found.microbatch_size, found.rows, found.recompute) == (2, 16, "block")
     assert found.schedule.placement is Placement.SHARDED
-    ring = lay_out_plan(plan_path(tmp_path, shard=1, ring=2, replicas=2, order=Order.SIDE_BY_SIDE))
+    rings = {"shard": 1, "ring": 2, "replicas": 2, "order": Order.SIDE_BY_SIDE}
+    with pytest.raises(UsageError, match="is not run: it splits state over 2 replicas"):
+        lay_out_plan(plan_path(tmp_path, **rings))
+    ring = lay_out_plan(plan_path(tmp_path, **rings, state=State.WHOLE))
     assert ring.schedule.name == "weipipe-interleave"
     assert (dict(ring.mesh.shape), ring.rows) == ({"data": 2, "ring": 2}, 16)
 

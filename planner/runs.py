@@ -1,0 +1,67 @@
+"""Whether a plan runs on the trainer, and if not, why: one answer that all who ask share.
+
+    why_not(plan)                     -> None, or the reason in words
+    why_not_schedule(schedule, ...)   -> the same of a schedule and a recompute policy
+    that_runs(space)                  -> the part of a space that `why_not` has nothing against
+
+`jaxsys plan` searches no further than that where a plan is to be written, `jaxsys train` refuses
+plan files by it, and `schedule="auto"` passes over what it names.
+"""
+
+from jaxsys.lowering.refusal import why_not_lowered
+from jaxsys.mesh import AXES
+from jaxsys.planner.evaluate import POLICY
+from jaxsys.planner.plans import Plan, State
+from jaxsys.planner.space import Space
+from jaxsys.schedule import Placement, Schedule
+from jaxsys.strategies import RECOMPUTES
+
+
+def why_not(plan: Plan) -> str | None:
+    """Why `jaxsys.train` cannot run a plan; None if it can."""
+    for axis in AXES.values():
+        parts = getattr(plan, axis.name)
+        if axis.mesh is None and parts > 1:
+            return f"it splits {axis.name} over {parts} devices, which no schedule runs"
+    if plan.state is State.SPLIT and plan.shard == 1:
+        return (
+            f"it splits state over {plan.replicas} replicas, and replicas keep all of the state "
+            "that a stage or ring keeps"
+        )
+    recompute = RECOMPUTES[placement_of(plan)]
+    policies = dict.fromkeys(POLICY[path.residual] for path in plan.layers)
+    if len(policies) > 1 and not recompute.by_layer:
+        return (
+            f"it recomputes by layer ({', '.join(policies)}), which only schedules that shard run"
+        )
+    return None
+
+
+def why_not_schedule(schedule: Schedule, recompute: str) -> str | None:
+    """Why `jaxsys.train` cannot run a schedule with a recompute policy; None if it can."""
+    taken = RECOMPUTES[schedule.placement].policies
+    if recompute not in taken:
+        return f"recompute {recompute} is none of {', '.join(taken)}"
+    return why_not_lowered(schedule)
+
+
+def placement_of(plan: Plan) -> Placement:
+    """Where a plan's layers rest."""
+    if plan.owners > 1:
+        return Placement.OWNER
+    return Placement.REPLICATED if plan.state is State.WHOLE else Placement.SHARDED
+
+
+def that_runs(space: Space) -> Space:
+    """The part of a space that `why_not` has nothing against, unlike recompute left aside.
+
+    Where it is asked of layers, `Space` lets stages and rings recompute alike anyway.
+    """
+    for axis in AXES.values():
+        if axis.mesh is None:
+            space = space.split(axis.name, 1)
+    return space.require(
+        "state is split over a shard group alone",
+        ("state", "shard"),
+        lambda state, shard: state == State.WHOLE or shard > 1,
+    )
