@@ -133,8 +133,9 @@ def token_array(path: Path, *, separator: int) -> Corpus:
     """
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise UsageError(f"{path} is not a readable .npy file: {error}") from None
+    except Exception as error:  # numpy parses the header as Python, and raises as that does
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(f"{path} is not a readable .npy file: {reason}") from error
     if tokens.ndim != 1 or tokens.dtype.kind not in "ui":
         raise UsageError(
             f"{path} holds {tokens.dtype} {list(tokens.shape)}; token ids must be integers [N]"

@@ -53,8 +53,9 @@ def render_chat(
             add_generation_prompt=add_generation_prompt,
             **(special_tokens or {}),
         )
-    except (jinja2.TemplateError, TypeError, KeyError) as error:
-        raise UsageError(f"the chat template refuses these messages: {error}") from error
+    except Exception as error:  # a template is a program of others: it may raise anything
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UsageError(f"the chat template refuses these messages: {reason}") from error
 
 
 @functools.lru_cache(maxsize=16)
