@@ -295,7 +295,7 @@ def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def odd(random: random.Random) -> Any:
-    value = random.choice(ODD_VALUES)
+    value = copy.deepcopy(random.choice(ODD_VALUES))
     if random.random() < 0.05:  # deep, or long
         for _ in range(random.choice((70, 900))):
             value = [value]
@@ -319,7 +319,7 @@ def other_values(content: bytes, random: random.Random) -> bytes:
         elif what < 0.85:
             del holder[path[-1]]
         elif isinstance(holder, list):
-            holder.extend([odd(random)] * random.choice((1, 300)))
+            holder.extend(odd(random) for _ in range(random.choice((1, 300))))
         else:
             holder[random.choice((path[-1] + "x", "\ud800", "", "x" * 5000))] = odd(random)
     return json.dumps(value).encode()

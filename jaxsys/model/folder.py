@@ -29,6 +29,8 @@ MOST_SETTINGS_BYTES = 8 * MIB
 MOST_TOKENIZER_BYTES = 256 * MIB
 """Of a tokenizer.json; those of 260,000 tokens have some 35 MB."""
 MOST_TOKENS = 2**31
+MOST_NAME = 255
+"""Bytes of the name of a file in an index, as file systems have it."""
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -47,6 +49,8 @@ def read_config(folder: Path) -> DecoderConfig:
         return DecoderConfig.from_hf(content)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
+    except LookupError as error:
+        raise UsageError(f"{path}: a value is of the wrong kind ({error!r})") from error
 
 
 def read_parameters(folder: Path, config: DecoderConfig, dtype: DTypeLike) -> Parameters:
@@ -122,7 +126,9 @@ def _weight_files(folder: Path) -> list[str]:
         weight_map = read_fields(index, hint="fetch the folder again").fields("weight_map")
         names = sorted({weight_map.text(tensor) for tensor in weight_map})
         # A name from inside a file must not lead out of the folder.
-        strays = [name for name in names if Path(name).name != name]
+        strays = [
+            name for name in names if Path(name).name != name or len(name.encode()) > MOST_NAME
+        ]
         if strays:
             raise UsageError(f"{index} names {shown(strays[0])}, which is no file of its folder")
         missing = [name for name in names if not (folder / name).is_file()]

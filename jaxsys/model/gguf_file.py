@@ -21,6 +21,7 @@ from jaxsys.errors import UsageError
 from jaxsys.layered import Parameters
 from jaxsys.model.assemble import assemble, check_layers, check_tensors, expected_tensors
 from jaxsys.model.config import DecoderConfig, Llama3RopeScaling
+from jaxsys.model.gguf_header import check_header
 from jaxsys.model.names import Leaf
 from jaxsys.model.rope import inverse_frequencies
 from jaxsys.model.tokenizer import Tokenizer
@@ -48,7 +49,7 @@ LLAMA3_SPLIT = (
 CONTROL, USER_DEFINED = 3, 4
 """`tokenizer.ggml.token_type` of tokens that are matched whole."""
 
-FAULTS = (ValueError, IndexError, KeyError, TypeError, OverflowError, struct.error)
+FAULTS = (ValueError, LookupError, TypeError, ArithmeticError, struct.error)
 """What the `gguf` package raises for a file that is damaged or something else."""
 
 
@@ -61,6 +62,7 @@ class GgufFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        check_header(path)
         try:
             self._reader = gguf.GGUFReader(path)
         except FAULTS as error:
