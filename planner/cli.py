@@ -190,11 +190,12 @@ def main(argv: Sequence[str], prog: str) -> int:
     if options.schedule is not None and options.plan is not None:
         print(f"{options.schedule} is a part of {options.plan}, to look at: train with the latter")
     elif options.schedule is not None and not Path(options.model).is_dir():
+        gradients = "" if options.gradients == "float32" else f" --gradients {options.gradients}"
         recompute = POLICY[plan.layers[0].residual] if plan else best.recompute if best else "block"
         print(
             f"what it does not say: `jaxsys train --model {options.model} --schedule "
             f"{options.schedule} --recompute {recompute} --microbatch-size {size} "
-            f"--sequence-length {sequence_length} --dtype bfloat16`"
+            f"--sequence-length {sequence_length} --dtype bfloat16{gradients}`"
         )
     return 0
 

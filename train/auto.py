@@ -33,6 +33,7 @@ def choose(
     link: str | None = None,
     memory_gib: float | None = None,
     weight_bytes: float = 2.0,
+    gradient_bytes: float = 4.0,
 ) -> Choice:
     """Compares all known strategies for a ring of these devices.
 
@@ -44,6 +45,7 @@ def choose(
             host's memory between CPU devices if not given.
         memory_gib: the limit per device; most of the device's memory if not given.
         weight_bytes: of a parameter in compute.
+        gradient_bytes: of its gradient, summed and sent.
 
     Raises:
         UsageError: if the devices have no preset, or nothing fits.
@@ -63,7 +65,7 @@ def choose(
         cluster,
         microbatches=microbatches,
         memory_bytes=None if memory_gib is None else memory_gib * hardware.GIB,
-        precision=Precision(weight_bytes=weight_bytes),
+        precision=Precision(weight_bytes=weight_bytes, gradient_bytes=gradient_bytes),
     )
     fitting = sorted((row for row in found.rows if row.fits), key=lambda row: row.step_s)
     runnable = [row for row in fitting if row.not_run is None]

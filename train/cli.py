@@ -20,7 +20,7 @@ from jaxsys.strategies import STRATEGIES
 from jaxsys.train import corpus, plan_file, samples
 from jaxsys.train.checkpoint import check_unused
 from jaxsys.train.hosts import Hosts, choose_devices, join
-from jaxsys.train.layout import lay_out
+from jaxsys.train.layout import DTYPE, lay_out
 from jaxsys.train.loader import Batches
 from jaxsys.train.loop import Report
 from jaxsys.train.recipe import Recipe, decoder_flops_per_token
@@ -63,6 +63,12 @@ def parser(prog: str) -> argparse.ArgumentParser:
         dest="compute_dtype",
         choices=("float32", "bfloat16"),
         help="of compute (default float32, or as a plan says)",
+    )
+    how.add_argument(
+        "--gradients",
+        dest="gradient_dtype",
+        choices=("float32", "bfloat16"),
+        help="dtype in which gradients are summed and sent (default float32, or as a plan says)",
     )
     how.add_argument(
         "--recompute",
@@ -203,6 +209,7 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
         recompute=arguments.recompute,
         memory_gib=arguments.memory_gib,
         dtype=arguments.compute_dtype,
+        gradient_dtype=arguments.gradient_dtype,
     )
     recipe = Recipe(
         model=arguments.model,
@@ -230,6 +237,7 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
         schedule=layout.schedule,
         mesh=layout.mesh,
         compute_dtype=recipe.compute_dtype,
+        gradient_dtype=layout.gradient_dtype,
         recompute=layout.recompute,
         unroll=arguments.unroll,
         clip_norm=arguments.clip_norm,
@@ -239,7 +247,8 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
             for name in ("inputs", "targets")
         },
         non_finite=arguments.non_finite,
-        settings=recipe.settings(data=training.fingerprint()),
+        settings=recipe.settings(data=training.fingerprint())
+        | ({} if layout.gradient_dtype == DTYPE else {"gradient_dtype": layout.gradient_dtype}),
         flops_per_token=decoder_flops_per_token(config, recipe.sequence_length),
     )
     # Said only now: what is refused is refused in one line.

@@ -21,7 +21,7 @@ SEQUENCE_LENGTH = 128
 """Tokens, likewise."""
 
 DTYPE = "float32"
-"""Of compute, likewise."""
+"""Of compute and of gradients, likewise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +35,8 @@ class Layout:
     sequence_length: int
     dtype: str
     """Of compute."""
+    gradient_dtype: str
+    """In which gradients are summed and sent."""
     rows: int
     """Microbatches of a step, over all replicas."""
     reason: str | None
@@ -53,6 +55,7 @@ def lay_out(
     recompute: Recompute | None,
     memory_gib: float | None = None,
     dtype: str | None = None,
+    gradient_dtype: str | None = None,
 ) -> Layout:
     """Fills in what was not asked for; a plan file's own sizes win over defaults, never over asks.
 
@@ -67,6 +70,7 @@ def lay_out(
         recompute: what backward computes again.
         memory_gib: the limit per device, for "auto".
         dtype: of compute; as a plan says, else float32, if not given.
+        gradient_dtype: in which gradients are summed and sent; likewise.
 
     Raises:
         UsageError: if the devices, the batch and the schedule do not fit together.
@@ -93,8 +97,13 @@ def lay_out(
             differs.append(f"planned with recompute {planned.recompute}, running {recompute}")
         if dtype != planned.dtype and planned.dtype is not None:
             differs.append(f"planned in {planned.dtype}, running {dtype}")
+        gradient_dtype = gradient_dtype or planned.gradients
+        if planned.gradients not in (gradient_dtype, None):
+            differs.append(
+                f"planned with gradients in {planned.gradients}, running {gradient_dtype}"
+            )
         reason = "; ".join(differs) or None
-    dtype = dtype or DTYPE
+    dtype, gradient_dtype = dtype or DTYPE, gradient_dtype or DTYPE
     replicas = 1 if replicas is None else replicas
     size = MICROBATCH_SIZE if microbatch_size is None else microbatch_size
     length = SEQUENCE_LENGTH if sequence_length is None else sequence_length
@@ -121,6 +130,7 @@ def lay_out(
             microbatches=microbatches or 2 * ring,
             memory_gib=memory_gib,
             weight_bytes=jnp.dtype(dtype).itemsize,
+            gradient_bytes=jnp.dtype(gradient_dtype).itemsize,
         )
         chosen, recompute = choice.schedule, recompute or choice.recompute
         reason = choice.reason
@@ -134,6 +144,7 @@ def lay_out(
         microbatch_size=size,
         sequence_length=length,
         dtype=dtype,
+        gradient_dtype=gradient_dtype,
         rows=replicas * resolved.microbatches,
         reason=reason,
     )

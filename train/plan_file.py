@@ -14,6 +14,9 @@ from jaxsys.planner.lower import to_schedule
 from jaxsys.planner.runs import why_not
 from jaxsys.schedule import Schedule
 
+DTYPES = ("float32", "bfloat16")
+"""Of compute and of gradients, as plans name them."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedRun:
@@ -29,6 +32,8 @@ class PlannedRun:
     """Tokens that it was planned for; None where the file does not say."""
     dtype: str | None
     """Of compute, likewise."""
+    gradients: str | None
+    """In what gradients are summed and sent, likewise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,12 +81,13 @@ def read_plan(path: str | Path, *, layers: int) -> PlannedRun:
     schedule = to_schedule(asked, plan)
     policies = tuple(POLICY[path.residual] for path in plan.layers)
     recompute: Any = policies[0] if len(set(policies)) == 1 else policies
-    length = dtype = None
+    length = dtype = gradients = None
     if "request" in file:
         request = file.fields("request")
         if "sequence_length" in request:
             length = request.integer("sequence_length", least=1)
-        dtype = request.choice("dtype", ("float32", "bfloat16"), None)
+        dtype = request.choice("dtype", DTYPES, None)
+        gradients = request.choice("gradients", DTYPES, None)
     return PlannedRun(
         schedule=schedule,
         recompute=cast(Recompute, recompute),
@@ -89,4 +95,5 @@ def read_plan(path: str | Path, *, layers: int) -> PlannedRun:
         microbatch_size=plan.microbatch_size,
         sequence_length=length,
         dtype=dtype,
+        gradients=gradients,
     )

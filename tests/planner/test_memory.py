@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,13 @@ from jaxsys.hardware import device, link
 from jaxsys.mesh import make_mesh
 from jaxsys.model import abstract_parameters, initial_parameters, layered, preset
 from jaxsys.planner.cluster import Cluster
+from jaxsys.planner.costs import Precision
 from jaxsys.planner.evaluate import POLICY, Evaluator
 from jaxsys.planner.lower import to_schedule
 from jaxsys.planner.named import compare, generators
 from jaxsys.planner.plans import PATHS
 from jaxsys.planner.problem import Problem
-from jaxsys.planner.runs import that_runs
+from jaxsys.planner.runs import that_runs, why_not
 from jaxsys.planner.space import Space
 from jaxsys.planner.workload import decoder_workload
 from jaxsys.schedule import Schedule
@@ -35,7 +37,9 @@ def config_of(layers: int):
     return dataclasses.replace(preset("byte-llama"), num_layers=layers)
 
 
-def trainers_bytes(schedule, config, recompute, *, size: int = 1) -> float:
+def trainers_bytes(
+    schedule, config, recompute, *, size: int = 1, gradients: Any = jnp.float32
+) -> float:
     ids = jax.ShapeDtypeStruct((size, TOKENS), jnp.int32)
     return step_bytes(
         StepShape(
@@ -45,7 +49,7 @@ def trainers_bytes(schedule, config, recompute, *, size: int = 1) -> float:
             state_bytes=12 * config.parameter_count(),
             microbatch={"inputs": ids, "targets": ids},
             compute_dtype=jnp.bfloat16,
-            gradient_dtype=jnp.float32,
+            gradient_dtype=gradients,
             recompute=recompute,
         )
     )
@@ -82,13 +86,14 @@ def plans_of(layers: int):
     space = that_runs(Space.of(problem, microbatch_sizes=[2]))
     rng = np.random.default_rng(0)
     bases = list(space.bases())
-    for base in [bases[i] for i in rng.permutation(len(bases))[:40]]:
+    halves = dataclasses.replace(problem, precision=Precision(gradient_bytes=2.0))
+    for number, base in enumerate(bases[i] for i in rng.permutation(len(bases))[:40]):
         options = space.codes_of(base)
         assert options is not None
         apart = dataclasses.replace(base, layers=tuple(PATHS[rng.choice(one)] for one in options))
         code = rng.choice(sorted(set.intersection(*(set(map(int, one)) for one in options))))
         alike = dataclasses.replace(base, layers=(PATHS[code],) * layers)
-        yield problem, alike if why_not(apart) else apart
+        yield halves if number % 2 else problem, alike if why_not(apart) else apart
 
 
 @pytest.mark.parametrize("layers", [pytest.param(4, marks=pytest.mark.slow), 6])
@@ -98,7 +103,10 @@ def test_every_plan_that_runs_holds_what_the_trainer_says(layers):
         assert why_not(plan) is None
         schedule = to_schedule(problem, plan)
         policies = tuple(POLICY[path.residual] for path in plan.layers)
-        expected = trainers_bytes(schedule, config_of(layers), policies, size=2)
+        gradients = jnp.float32 if problem.precision.gradient_bytes == 4 else jnp.bfloat16
+        expected = trainers_bytes(
+            schedule, config_of(layers), policies, size=2, gradients=gradients
+        )
         found = Evaluator(problem).plan(plan).peak_bytes[0]
         assert found == pytest.approx(expected, rel=1e-6), plan
         count += 1

@@ -430,7 +430,11 @@ def test_a_schedule_comes_with_the_options_that_it_does_not_say(tmp_path, capsys
     words = line.split("`jaxsys train ")[1].rstrip("`").split()
     asked = train_parser("jaxsys train").parse_args(words)
     assert (asked.schedule, asked.microbatch_size, asked.sequence_length) == (str(file), 2, 16)
-    assert asked.compute_dtype == "bfloat16"
+    assert (asked.compute_dtype, asked.gradient_dtype) == ("bfloat16", None)
+    other = tmp_path / "other.json"
+    more = ["--gradients", "bfloat16", "--sequence-length", "16", "--schedule", str(other)]
+    assert main([*arguments, *more]) == 0
+    assert " --dtype bfloat16 --gradients bfloat16`" in capsys.readouterr().out
 
 
 def test_plan_files_of_another_version_or_cluster_are_refused(tmp_path):

@@ -115,6 +115,21 @@ def test_a_plan_is_run_in_the_dtype_it_is_for(tmp_path):
         assert (found.dtype, found.reason) == (runs, says)
 
 
+def test_gradients_are_summed_in_what_they_are_planned_in(tmp_path):
+    path = plan_path(tmp_path)
+    content = json.loads(path.read_text())
+    content["request"]["gradients"] = "bfloat16"
+    path.write_text(json.dumps(content))
+    assert lay_out_plan(path).gradient_dtype == "bfloat16"
+    wide = lay_out_plan(path, gradient_dtype="float32")
+    assert wide.gradient_dtype == "float32"
+    assert wide.reason == "planned with gradients in bfloat16, running float32"
+    content["request"]["gradients"] = "float16"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match="'request.gradients' is 'float16', and must be one of"):
+        lay_out_plan(path)
+
+
 def test_sequences_are_as_long_as_planned_for(tmp_path):
     path = plan_path(tmp_path)
     assert lay_out_plan(path, sequence_length=None).sequence_length == 16
