@@ -371,6 +371,7 @@ def _serve(app: fastapi.FastAPI, engine: Engine, listener: socket.socket, drain_
         yield
         watching.cancel()
         ended = await engine.drain(0.0)
+        app.state.close()
         await asyncio.to_thread(compilation.stop)
         if ended:
             logging.getLogger(__name__).warning("ended unfinished requests: %d", ended)

@@ -41,6 +41,8 @@ class TokenLogprobs(NamedTuple):
     logprob: float
     top_tokens: list[int]
     top_logprobs: list[float]
+    rank: int = 0
+    """Place among all tokens by likelihood, from 1; 0 where it was not looked for."""
 
 
 class Outcome(NamedTuple):

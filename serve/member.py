@@ -31,6 +31,8 @@ class TokenEvent(NamedTuple):
     """What went wrong, where `finish_reason` is "error"."""
     lost: bool = False
     """An instance or the way to it failed, not the request: it may be begun again elsewhere."""
+    prompt: "list[TokenLogprobs | None] | None" = None
+    """With the first token, where it was asked for: what was computed of the prompt's tokens."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,10 @@ from jaxsys.errors import UsageError
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
+class ContextLengthExceeded(UsageError):
+    """Prompt and answer together are longer than a request may be."""
+
+
 class RequestState(enum.Enum):
     """Where a request stands within one instance."""
 
@@ -62,6 +66,8 @@ class SamplingParameters:
     """Tokens put out before one of `stop_token_ids` can be chosen."""
     logprobs: int | None = None
     """How many alternatives to report beside each chosen token; None reports nothing."""
+    prompt_logprobs: int | None = None
+    """The same of the prompt's tokens, but for the first."""
 
     def __post_init__(self) -> None:
         # Written so that NaN fails each check.
@@ -76,10 +82,15 @@ class SamplingParameters:
             ("repetition_penalty", "over 0 and at most 10", 0 < self.repetition_penalty <= 10),
             ("presence_penalty", "from -2 to 2", -2 <= self.presence_penalty <= 2),
             ("frequency_penalty", "from -2 to 2", -2 <= self.frequency_penalty <= 2),
-            ("logprobs", "from 0 to 20", self.logprobs is None or 0 <= self.logprobs <= 20),
+            ("logprobs", "from 0 to 20", _few(self.logprobs)),
+            ("prompt_logprobs", "from 0 to 20", _few(self.prompt_logprobs)),
         ):
             if not holds:
                 raise UsageError(f"{name}={getattr(self, name)} must be {rule}")
+
+
+def _few(count: int | None) -> bool:
+    return count is None or 0 <= count <= 20
 
 
 class Timing:

@@ -18,7 +18,7 @@ from typing import Literal
 
 from jaxsys.errors import UsageError
 from jaxsys.serve.kv_cache import BlockKey, PageAllocator, block_keys
-from jaxsys.serve.requests import FinishReason, Request, RequestState
+from jaxsys.serve.requests import ContextLengthExceeded, FinishReason, Request, RequestState
 
 Role = Literal["both", "prefill", "decode"]
 
@@ -53,14 +53,15 @@ class SchedulerConfig:
                 raise UsageError(f"{name}={getattr(self, name)} must be at least 1")
 
     def check_fits(self, prompt_length: int, max_tokens: int) -> None:
-        """Raises UsageError where such a request could never be served by such an instance."""
+        """Raises ContextLengthExceeded where no such instance could ever serve such a request."""
         capacity = min(self.max_length, self.page_count * self.page_size)
         if prompt_length + max_tokens > capacity:
-            raise UsageError(
-                f"prompt of {prompt_length} tokens and max_tokens={max_tokens} need "
-                f"{prompt_length + max_tokens} tokens; at most {capacity} fit. Shorten the prompt "
-                f"or lower max_tokens"
-                + (f" to {capacity - prompt_length}" if prompt_length < capacity else "")
+            alone = prompt_length >= capacity  # the words that clients look for
+            raise ContextLengthExceeded(
+                ("prompt is too long: " if alone else "prompt of ")
+                + f"{prompt_length} tokens and max_tokens={max_tokens} need "
+                f"{prompt_length + max_tokens} tokens; at most {capacity} fit. Shorten the prompt"
+                + ("" if alone else f" or lower max_tokens to {capacity - prompt_length}")
             )
 
 

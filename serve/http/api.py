@@ -1,47 +1,68 @@
 """The HTTP face: OpenAI's completions and chats, models, health and metrics, as a FastAPI app.
 
 Every refusal is a 4xx (or a deliberate 503) whose body says the value, the rule and the way out. A
-client that goes away ends its request in the engine.
+client that goes away ends its request in the engine. Each token becomes text as it arrives, before
+anything counts it: where the text ends, so does the request, and nothing computed ahead is seen.
 """
 
 import asyncio
 import contextlib
-import hmac
-import json
 import logging
-import math
 import time
-import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import fastapi
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import (
+    HTMLResponse,
+    JSONResponse,
+    PlainTextResponse,
+    Response,
+    StreamingResponse,
+)
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from jaxsys import __version__
 from jaxsys.errors import RunError, UsageError
 from jaxsys.model import Tokenizer
-from jaxsys.serve.engine import Engine, Generation, Overloaded
+from jaxsys.serve.engine import Engine, Generation, Overloaded, Watch
 from jaxsys.serve.executor import TokenLogprobs, check_sampling
+from jaxsys.serve.http.answers import ChatShape, Choice, CompletionShape, Shape, Usage, event
+from jaxsys.serve.http.bodies import Bodies
+from jaxsys.serve.http.description import body_of, describe, page
+from jaxsys.serve.http.gate import Gate
 from jaxsys.serve.http.metrics import Metrics
 from jaxsys.serve.http.protocol import (
     ChatRequest,
     CompletionRequest,
+    DetokenizeRequest,
     ErrorAnswer,
     Model,
     ModelList,
+    Text,
+    TokenizeRequest,
+    Tokens,
+    Version,
+    check_tokens,
+    encode,
     what_is_wrong,
 )
-from jaxsys.serve.http.text_stream import TextStream
-from jaxsys.serve.member import TokenEvent
-from jaxsys.serve.requests import FinishReason, SamplingParameters
+from jaxsys.serve.http.templates import Templates
+from jaxsys.serve.http.text_stream import Spoken, TextStream, text_of
+from jaxsys.serve.http.vocabulary import Vocabulary
+from jaxsys.serve.member import NOT_FINITE, TokenEvent
+from jaxsys.serve.requests import ContextLengthExceeded, SamplingParameters
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+
+SLACK = 4
+"""How many characters of a text a tokenizer may join into one before it looks for tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +74,10 @@ class ApiConfig:
     """Most tokens of a request, prompt and output."""
     api_keys: frozenset[str] = frozenset()
     """Keys that are let in; without any, everybody is."""
+    key_for_all: bool = False
+    """Whether metrics, dashboard and description ask for a key too."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins whose pages may ask; "*" is any."""
     max_body_bytes: int = 8 << 20
 
 
@@ -60,73 +85,75 @@ class NotFinite(RunError):
     """The model computed NaN or infinity."""
 
 
-@dataclass(slots=True)
-class Choice:
-    """One choice of an answer, complete or as far as it has come."""
+class ModelNotFound(HTTPException):
+    """Another model is asked for than is served."""
 
-    index: int
-    text: str
-    tokens: list[tuple[int, TokenLogprobs | None]]
-    finish_reason: FinishReason | None = None
-    message: str = ""
-
-
-@dataclass(slots=True)
-class Usage:
-    """What a request took."""
-
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cached_tokens: int = 0
-    energy_j: float | None = None
-
-    def body(self, method: str) -> dict[str, Any]:
-        """As OpenAI's `usage`, with energy beside it where it is known."""
-        body: dict[str, Any] = {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
-        }
-        if self.energy_j is not None:
-            body["energy_j"] = round(self.energy_j, 6)
-            body["energy_method"] = method
-        return body
+    def __init__(self, asked: str, served: str):
+        super().__init__(404, f"model {asked!r} is not served; use {served!r}")
 
 
 def create_app(
     engine: Engine, tokenizer: Tokenizer, config: ApiConfig, metrics: Metrics
 ) -> fastapi.FastAPI:
-    """The application; `engine` must be started on the same event loop."""
+    """The application; `engine` must be started on the same event loop.
+
+    `app.state.close()` ends what it has started beside the engine.
+    """
     app = fastapi.FastAPI(
         title="jaxsys",
         version=__version__,
         description="OpenAI-compatible completions over a JAX decode server.",
+        docs_url=None,
+        redoc_url=None,
         # 4xx and 503 answers share one body, so the description says so everywhere.
         responses={
-            status: {"model": ErrorAnswer} for status in (400, 401, 404, 405, 413, 422, 429, 503)
+            status: {"model": ErrorAnswer}
+            for status in (400, 401, 404, 405, 408, 413, 415, 422, 429, 503)
         },
     )
     created_s = int(time.time())
     face = _Face(engine, tokenizer, config, metrics)
+    app.state.close = face.close
 
     streams: dict[int | str, dict[str, Any]] = {
         200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
     }
 
-    @app.post("/v1/completions", responses=streams)
-    async def completions(body: CompletionRequest, request: fastapi.Request) -> Response:
-        return await face.completions(body, request)
+    @app.post("/v1/completions", responses=streams, openapi_extra=body_of(CompletionRequest))
+    async def completions(request: fastapi.Request) -> Response:
+        return await face.completions(request)
 
-    @app.post("/v1/chat/completions", responses=streams)
-    async def chat(body: ChatRequest, request: fastapi.Request) -> Response:
-        return await face.chat(body, request)
+    @app.post("/v1/chat/completions", responses=streams, openapi_extra=body_of(ChatRequest))
+    async def chat(request: fastapi.Request) -> Response:
+        return await face.chat(request)
+
+    served = Model(id=config.model_name, created=created_s, max_model_len=config.max_length)
 
     @app.get("/v1/models")
     async def models() -> ModelList:
-        return ModelList(
-            data=[Model(id=config.model_name, created=created_s, max_model_len=config.max_length)]
-        )
+        return ModelList(data=[served])
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Model:
+        if name != config.model_name:
+            raise ModelNotFound(name[:200], config.model_name)
+        return served
+
+    @app.post("/tokenize", openapi_extra=body_of(TokenizeRequest))
+    async def tokenize(request: fastapi.Request) -> Tokens:
+        return await face.tokenize(request)
+
+    @app.post("/detokenize", openapi_extra=body_of(DetokenizeRequest))
+    async def detokenize(request: fastapi.Request) -> Text:
+        return await face.detokenize(request)
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> dict[str, str | None]:
+        return {**tokenizer.special_tokens, "chat_template": tokenizer.chat_template}
+
+    @app.get("/version")
+    async def version() -> Version:
+        return Version(version=__version__)
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -140,9 +167,23 @@ def create_app(
             {"status": status, "failed": engine.failed, "unfinished": engine.unfinished}
         )
 
+    @app.get("/ping")
+    async def ping() -> JSONResponse:
+        return await health()
+
     @app.get("/metrics", response_class=PlainTextResponse)
     async def show_metrics() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/docs", response_class=HTMLResponse, include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(page(app.openapi()))
+
+    @app.exception_handler(ContextLengthExceeded)
+    async def refuse_length(request: fastapi.Request, error: ContextLengthExceeded) -> JSONResponse:
+        param = "messages" if request.url.path.startswith("/v1/chat") else "prompt"
+        code = "context_length_exceeded"
+        return face.refuse(400, str(error), "invalid_request_error", param=param, code=code)
 
     @app.exception_handler(UsageError)
     async def refuse_usage(_: fastapi.Request, error: UsageError) -> JSONResponse:
@@ -153,11 +194,6 @@ def create_app(
         answer = face.refuse(429, str(error), "rate_limit_error", code="overloaded")
         answer.headers["Retry-After"] = str(error.retry_after_s)
         return answer
-
-    @app.exception_handler(Exception)
-    async def confess(_: fastapi.Request, error: Exception) -> JSONResponse:
-        # The server logs the traceback.
-        return face.refuse(500, f"the server is at fault: {type(error).__name__}", "server_error")
 
     @app.exception_handler(NotFinite)
     async def refuse_numbers(_: fastapi.Request, error: NotFinite) -> JSONResponse:
@@ -171,6 +207,11 @@ def create_app(
     async def refuse_body(_: fastapi.Request, error: RequestValidationError) -> JSONResponse:
         return face.refuse_validation(error)
 
+    @app.exception_handler(ModelNotFound)
+    async def refuse_model(_: fastapi.Request, error: ModelNotFound) -> JSONResponse:
+        message, code = str(error.detail), "model_not_found"
+        return face.refuse(404, message, "invalid_request_error", param="model", code=code)
+
     @app.exception_handler(HTTPException)
     async def refuse_http(_: fastapi.Request, error: HTTPException) -> JSONResponse:
         kind = "not_found_error" if error.status_code == 404 else "invalid_request_error"
@@ -178,7 +219,23 @@ def create_app(
         answer.headers.update(error.headers or {})
         return answer
 
-    app.add_middleware(_Gate, config=config, refuse=face.refuse)
+    app.add_middleware(
+        Gate,
+        keys=config.api_keys,
+        key_for_all=config.key_for_all,
+        max_bytes=config.max_body_bytes,
+        size_rule=face.bodies.size_rule,
+        refuse=face.refuse,
+    )
+    if config.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    describe(app, [CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest])
     return app
 
 
@@ -190,6 +247,15 @@ class _Face:
         self.tokenizer = tokenizer
         self.config = config
         self.metrics = metrics
+        self.vocabulary = Vocabulary(tokenizer)
+        self.templates = Templates(tokenizer)
+        self.bodies = Bodies(max_bytes=config.max_body_bytes, max_length=config.max_length)
+        self._most_characters = SLACK * config.max_length * self.vocabulary.longest()
+
+    def close(self) -> None:
+        """Ends the processes and threads that are not the engine's."""
+        self.templates.close()
+        self.bodies.close()
 
     # --- refusals -----------------------------------------------------------------------------
 
@@ -204,74 +270,148 @@ class _Face:
     ) -> JSONResponse:
         """An answer of 400 or above."""
         self.metrics.refused.labels(str(status)).inc()
+        # Lone surrogates may come back in values; they have no place in an answer.
+        message = message.encode(errors="replace").decode()
         error = {"message": message, "type": kind, "param": param, "code": code}
         return JSONResponse({"error": error}, status)
 
     def refuse_validation(self, error: RequestValidationError) -> JSONResponse:
         """The first thing wrong with a body, in one line."""
-        message, param = what_is_wrong(error.errors())
+        message, param = what_is_wrong(error.errors(), str(error.body))
         return self.refuse(400, message, "invalid_request_error", param=param)
 
     # --- endpoints ----------------------------------------------------------------------------
 
-    async def completions(self, body: CompletionRequest, request: fastapi.Request) -> Response:
-        self._check(body)
-        prompts = await asyncio.to_thread(body.prompts, self.tokenizer)
-        max_tokens = body.max_tokens or 16
-        sampling = body.sampling(self.tokenizer, max_tokens=max_tokens, logprobs=body.logprobs)
-        shape = _CompletionShape(self.config.model_name, self.tokenizer, body.logprobs is not None)
+    async def completions(self, request: fastapi.Request) -> Response:
+        body = await self.bodies.read(CompletionRequest, request)
+        self._check_model(body.model)
+        body.refuse_unimplemented()
+        # Before the tokenizer is put to work.
+        self.engine.admit(len(body.given()) * body.choices)
+        most, asked = self.config.max_length, body.asked_tokens
+        found = await asyncio.to_thread(body.prompts, self.tokenizer, self._most_characters)
+        prompts = [body.cut(prompt, most - (asked or 1)) for prompt in found]
+        max_tokens = asked or max(1, min(16, most - max(map(len, prompts))))
+        sampling = body.sampling(
+            self.tokenizer,
+            max_tokens=max_tokens,
+            logprobs=body.logprobs,
+            prompt_logprobs=_most(body.prompt_logprobs, body.logprobs if body.echo else None),
+        )
+        shape = CompletionShape(self.config.model_name, self.vocabulary, body.logprobs is not None)
         return await self._answer(body, prompts, sampling, shape, request)
 
-    async def chat(self, body: ChatRequest, request: fastapi.Request) -> Response:
-        self._check(body)
+    async def chat(self, request: fastapi.Request) -> Response:
+        body = await self.bodies.read(ChatRequest, request)
+        self._check_model(body.model)
+        body.refuse_unimplemented()
         if body.top_logprobs is not None and not body.logprobs:
             raise UsageError(
                 f"top_logprobs={body.top_logprobs} needs logprobs=true; set it or leave both out"
             )
-        prompt = await asyncio.to_thread(body.prompt, self.tokenizer)
-        asked = body.max_completion_tokens or body.max_tokens
-        max_tokens = asked or max(1, self.config.max_length - len(prompt))
-        logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        sampling = body.sampling(self.tokenizer, max_tokens=max_tokens, logprobs=logprobs)
-        shape = _ChatShape(self.config.model_name, self.tokenizer, bool(body.logprobs))
+        self.engine.admit(body.choices)
+        variables = dict(body.chat_template_kwargs or {})
+        if body.reasoning_effort is not None:
+            if not self.templates.names("reasoning_effort"):
+                raise UsageError("reasoning_effort is unknown to this model; leave it out")
+            variables["reasoning_effort"] = body.reasoning_effort
+        text = await self._rendered(body, variables)
+        most, asked = self.config.max_length, body.asked_tokens
+        prompt = await self._encoded(text, add_special=bool(body.add_special_tokens))
+        prompt = body.cut(prompt, most - (asked or 1))
+        sampling = body.sampling(
+            self.tokenizer,
+            max_tokens=asked or max(1, most - len(prompt)),
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            prompt_logprobs=body.prompt_logprobs,
+        )
+        shape = ChatShape(self.config.model_name, self.vocabulary, bool(body.logprobs))
         return await self._answer(body, [prompt], sampling, shape, request)
 
-    def _check(self, body: CompletionRequest | ChatRequest) -> None:
-        if body.model and body.model != self.config.model_name:
-            message = f"model {body.model!r} is not served; use {self.config.model_name!r}"
-            raise HTTPException(404, message)
-        body.refuse_unimplemented()
+    async def tokenize(self, request: fastapi.Request) -> Tokens:
+        body = await self.bodies.read(TokenizeRequest, request)
+        self._check_model(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise UsageError("give a prompt or messages, one of them")
+        add_special = body.add_special_tokens
+        if body.messages is not None:
+            chat = ChatRequest.model_construct(
+                messages=body.messages,
+                add_generation_prompt=body.add_generation_prompt,
+                continue_final_message=body.continue_final_message,
+            )
+            text = await self._rendered(chat, body.chat_template_kwargs or {})
+            tokens = await self._encoded(text, add_special=bool(add_special))
+        elif body.prompt:
+            tokens = await self._encoded(body.prompt, add_special=add_special is not False)
+        else:
+            tokens = self.tokenizer.encode("", add_special=add_special is not False)
+        names = None
+        if body.return_token_strs:
+            names = [self.tokenizer.backend.id_to_token(token) or "" for token in tokens]
+        most = self.config.max_length
+        return Tokens(count=len(tokens), max_model_len=most, tokens=tokens, token_strs=names)
+
+    async def detokenize(self, request: fastapi.Request) -> Text:
+        body = await self.bodies.read(DetokenizeRequest, request)
+        self._check_model(body.model)
+        tokens = check_tokens(self.tokenizer, body.tokens) if body.tokens else []
+        text = await asyncio.to_thread(self.tokenizer.decode, tokens, skip_special=False)
+        return Text(prompt=text)
+
+    def _check_model(self, asked: str | None) -> None:
+        if asked and asked != self.config.model_name:
+            raise ModelNotFound(asked, self.config.model_name)
+
+    async def _rendered(self, body: ChatRequest, variables: dict[str, Any]) -> str:
+        messages = body.plain()
+        text = await self.templates.render(
+            messages, add_generation_prompt=body.opens_turn, variables=variables
+        )
+        return body.ended(text, messages)
+
+    async def _encoded(self, text: str, *, add_special: bool) -> list[int]:
+        return await asyncio.to_thread(
+            encode,
+            self.tokenizer,
+            text,
+            add_special=add_special,
+            most_characters=self._most_characters,
+        )
 
     async def _answer(
         self,
         body: CompletionRequest | ChatRequest,
         prompts: list[list[int]],
         sampling: SamplingParameters,
-        shape: "_CompletionShape | _ChatShape",
+        shape: Shape,
         request: fastapi.Request,
     ) -> Response:
         check_sampling(sampling, self.tokenizer.vocab_size)
-        choices = body.n or 1
+        choices = body.choices
         for prompt in prompts:
             self.engine.check(len(prompt), sampling.max_tokens)
         self.engine.admit(len(prompts) * choices)
         usage = Usage()
-        generations: list[Generation] = []
-        runs = []
+        answers: list[_Answer] = []
         for index in range(len(prompts) * choices):
-            prompt = prompts[index // choices]
-            own = sampling
-            if sampling.seed is not None and choices > 1:
-                own = replace(sampling, seed=sampling.seed + index % choices)
+            own = sampling if choices == 1 else replace(sampling, stream=index % choices)
             name = f"{shape.identity}-{index}" if len(prompts) * choices > 1 else shape.identity
+            answer = _Answer(self, body, index, name, usage, counts=index % choices == 0)
+            answers.append(answer)
             # Now, while they are admitted: once a stream has begun, none could be refused.
-            generation = self.engine.submit(prompt, own, request_id=name)
-            generations.append(generation)
-            runs.append(self._run(name, index, generation, usage, count=index % choices == 0))
+            answer.submit(prompts[index // choices], own)
+        generations = [answer.generation for answer in answers]
+        runs = [answer.run() for answer in answers]
         if body.stream:
             options = body.stream_options
-            include_usage = options is not None and options.include_usage
-            parts = self._stream(runs, shape, usage, include_usage)
+            parts = self._stream(
+                runs,
+                shape,
+                usage,
+                include_usage=bool(options and options.include_usage),
+                always=bool(options and options.continuous_usage_stats),
+            )
             return _EventStream(parts, self.engine, generations)
         try:
             collected = await _unless_disconnected(
@@ -284,94 +424,170 @@ class _Face:
             return Response(status_code=499)  # nobody reads it
         for choice in collected:
             if choice.finish_reason == "error":
-                raise RunError(choice.message or "the request failed")
-        return JSONResponse(shape.whole(collected, usage.body(self._method)))
-
-    @property
-    def _method(self) -> str:
-        return self.engine.energy_method
-
-    async def _run(
-        self,
-        name: str,
-        index: int,
-        generation: Generation,
-        usage: Usage,
-        *,
-        count: bool,
-    ) -> AsyncGenerator[Choice, None]:
-        """One choice's increments."""
-        request = generation.request
-        text = TextStream(self.tokenizer, request.sampling.stop)
-        usage.prompt_tokens += request.prompt_length if count else 0
-        last: TokenEvent | None = None
-        events = self.engine.events(generation)
-        async with contextlib.aclosing(events):
-            async for event in events:
-                last = event
-                tokens = []
-                piece = ""
-                reason = event.finish_reason
-                if event.token is not None and not text.stopped:
-                    if event.logprobs is not None and not _finite(event.logprobs):
-                        raise NotFinite("the model's outputs are not finite")
-                    usage.completion_tokens += 1
-                    tokens = [(event.token, event.logprobs)]
-                    if reason == "stop":  # the end-of-text token is no text
-                        tokens = []
-                    else:
-                        piece = text.push(event.token)
-                if reason is not None:
-                    piece += text.flush()
-                if text.stopped:
-                    reason = "stop"
-                yield Choice(index, piece, tokens, reason, event.message)
-                if reason is not None:
-                    break
-        if last is not None:
-            timing = last.request.timing
-            if count:
-                usage.cached_tokens += last.request.cached_tokens
-            if timing.energy_j is not None:
-                usage.energy_j = (usage.energy_j or 0.0) + timing.energy_j
-            logger.info(
-                "request",
-                extra={
-                    "request_id": name,
-                    "prompt_tokens": request.prompt_length,
-                    "cached_tokens": last.request.cached_tokens,
-                    "output_tokens": last.request.generated,
-                    "finish_reason": "stop" if text.stopped else last.finish_reason,
-                    "ttft_s": _rounded(timing.ttft_s),
-                    "total_s": _rounded(last.time_s - timing.arrival_s),
-                    "preemptions": timing.preemptions,
-                    "energy_j": _rounded(timing.energy_j),
-                },
-            )
+                raise _failure(choice.message)
+        return JSONResponse(shape.whole(collected, usage.body(self.engine.energy_method)))
 
     async def _stream(
         self,
         runs: Sequence[AsyncGenerator[Choice, None]],
-        shape: "_CompletionShape | _ChatShape",
+        shape: Shape,
         usage: Usage,
+        *,
         include_usage: bool,
+        always: bool,
     ) -> AsyncIterator[bytes]:
         for index in range(len(runs)):
             for first in shape.opening(index):
-                yield _event(first)
+                yield event(first)
         try:
             async for choice in _merged(runs):
                 if choice.finish_reason == "error":
-                    raise RunError(choice.message or "the request failed")
-                if choice.text or choice.tokens or choice.finish_reason:
-                    yield _event(shape.increment(choice))
+                    raise _failure(choice.message)
+                if choice.text or choice.tokens or choice.finish_reason or choice.prompt:
+                    so_far = usage.body(self.engine.energy_method) if always else None
+                    yield event(shape.increment(choice, so_far))
         except (RunError, UsageError) as error:
             # The status is out already: an error event is all that is left.
-            yield _event({"error": {"message": str(error), "type": "server_error"}})
+            body = {"message": str(error), "type": "server_error", "param": None, "code": None}
+            yield event({"error": body})
             return
         if include_usage:
-            yield _event(shape.closing(usage.body(self._method)))
+            yield event(shape.closing(usage.body(self.engine.energy_method)))
         yield b"data: [DONE]\n\n"
+
+
+class _Answer:
+    """One choice on its way: a request of the engine, and the text that comes of it."""
+
+    generation: Generation
+
+    def __init__(
+        self,
+        face: _Face,
+        body: CompletionRequest | ChatRequest,
+        index: int,
+        name: str,
+        usage: Usage,
+        *,
+        counts: bool,
+    ):
+        """
+        Args:
+            usage: of all choices.
+            counts: whether the prompt is counted here.
+        """
+        self.face = face
+        self.body = body
+        self.index = index
+        self.name = name
+        self.usage = usage
+        self.counts = counts
+        self.tokens = 0
+        """Tokens that were put out."""
+        self._released: deque[list[Spoken]] = deque()
+        """What became certain with each event that is on its way to `run`."""
+
+    def submit(self, prompt: Sequence[int], sampling: SamplingParameters) -> None:
+        """Begins the request; raises as `Engine.submit`."""
+        body = self.body
+        self._include_stop = bool(body.include_stop_str_in_output)
+        self._skip_special = body.skip_special_tokens is not False
+        self._text = TextStream(
+            self.face.vocabulary,
+            sampling.stop,
+            prompt=prompt,
+            skip_special=self._skip_special,
+            include_stop=self._include_stop,
+            min_tokens=sampling.min_tokens,
+        )
+        watch: Watch = self._watch
+        self.generation = self.face.engine.submit(
+            prompt, sampling, request_id=self.name, watch=watch
+        )
+
+    def _watch(self, event: TokenEvent) -> bool:
+        """Takes a token in, as it reaches the engine's thread; whether the text ends with it."""
+        assert event.token is not None
+        # A token that ends the output is no text, unless it is asked for.
+        if event.finish_reason != "stop" or self._include_stop:
+            self._text.push(event.token, event.logprobs)
+        self._released.append(self._text.take())
+        return self._text.stopped
+
+    async def run(self) -> AsyncGenerator[Choice, None]:
+        """The choice's increments."""
+        request, usage, text = self.generation.request, self.usage, self._text
+        usage.prompt_tokens += request.prompt_length if self.counts else 0
+        last: TokenEvent | None = None
+        offset = 0
+        events = self.face.engine.events(self.generation)
+        async with contextlib.aclosing(events):
+            async for event in events:
+                spoken: list[Spoken] = []
+                prompt = None
+                if event.token is not None:
+                    usage.completion_tokens += 1
+                    self.tokens += 1
+                    if self.tokens == 1:
+                        spoken, prompt = self._prompt(request.prompt_tokens, event)
+                    spoken += self._released.popleft()
+                reason = event.finish_reason
+                if last is None and self.counts:
+                    usage.cached_tokens += event.request.cached_tokens
+                last = event
+                if reason is not None:
+                    text.flush()
+                    spoken += text.take()
+                part = text_of(spoken)
+                yield Choice(
+                    self.index, part, spoken, reason, event.message, offset=offset, prompt=prompt
+                )
+                offset += len(part)
+                if reason is not None:
+                    break
+        if last is not None:
+            self._account(last)
+
+    def _prompt(
+        self, prompt: Sequence[int], event: TokenEvent
+    ) -> tuple[list[Spoken], list[tuple[int, TokenLogprobs | None]] | None]:
+        """What is said of the prompt before the first token: its text, its log-probabilities."""
+        beside = event.prompt or [None] * len(prompt)
+        spoken = []
+        if isinstance(self.body, CompletionRequest) and self.body.echo:
+            text = TextStream(self.face.vocabulary, skip_special=self._skip_special)
+            for token, entry in zip(prompt, beside, strict=True):
+                text.push(token, entry)
+            text.flush()
+            spoken = text.take()
+        if self.body.prompt_logprobs is None:
+            return spoken, None
+        return spoken, list(zip(prompt, beside, strict=True))
+
+    def _account(self, last: TokenEvent) -> None:
+        timing, usage = last.request.timing, self.usage
+        if timing.energy_j is not None:
+            usage.energy_j = (usage.energy_j or 0.0) + timing.energy_j
+        logger.info(
+            "request",
+            extra={
+                "request_id": self.name,
+                "prompt_tokens": last.request.prompt_length,
+                "cached_tokens": last.request.cached_tokens,
+                "output_tokens": self.tokens,
+                "finish_reason": last.finish_reason,
+                "ttft_s": _rounded(timing.ttft_s),
+                "total_s": _rounded(last.time_s - timing.arrival_s),
+                "preemptions": timing.preemptions,
+                "energy_j": _rounded(timing.energy_j),
+            },
+        )
+
+
+def _failure(message: str) -> RunError:
+    if message == NOT_FINITE:
+        return NotFinite(message)
+    return RunError(message or "the request failed")
 
 
 class _EventStream(StreamingResponse):
@@ -391,175 +607,6 @@ class _EventStream(StreamingResponse):
         finally:
             for generation in self._generations:
                 self._engine.leave(generation)
-
-
-class _Shape:
-    """How answers of one endpoint look."""
-
-    prefix = ""
-    object_name = ""
-    stream_object = ""
-
-    def __init__(self, model: str, tokenizer: Tokenizer, logprobs: bool):
-        self.identity = f"{self.prefix}-{uuid.uuid4().hex}"
-        self.tokenizer = tokenizer
-        self.logprobs = logprobs
-        self._head = {"id": self.identity, "created": int(time.time()), "model": model}
-
-    def whole(self, choices: Sequence[Choice], usage: dict[str, Any]) -> dict[str, Any]:
-        """The answer at once."""
-        return {
-            **self._head,
-            "object": self.object_name,
-            "choices": [self._choice(choice, whole=True) for choice in choices],
-            "usage": usage,
-        }
-
-    def opening(self, index: int) -> list[dict[str, Any]]:
-        """What a stream begins with."""
-        return []
-
-    def increment(self, choice: Choice) -> dict[str, Any]:
-        """One event of a stream."""
-        return {
-            **self._head,
-            "object": self.stream_object,
-            "choices": [self._choice(choice, whole=False)],
-        }
-
-    def closing(self, usage: dict[str, Any]) -> dict[str, Any]:
-        """The last event where usage was asked for."""
-        return {**self._head, "object": self.stream_object, "choices": [], "usage": usage}
-
-    def _choice(self, choice: Choice, *, whole: bool) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def _token_text(self, token: int) -> str:
-        return self.tokenizer.decode([token], skip_special=False)
-
-
-class _CompletionShape(_Shape):
-    prefix, object_name, stream_object = "cmpl", "text_completion", "text_completion"
-
-    def _choice(self, choice: Choice, *, whole: bool) -> dict[str, Any]:
-        logprobs = None
-        if self.logprobs:
-            given = [(token, entry) for token, entry in choice.tokens if entry is not None]
-            texts = [self._token_text(token) for token, _ in given]
-            offsets = [sum(map(len, texts[:at])) for at in range(len(texts))]
-            logprobs = {
-                "tokens": texts,
-                "token_logprobs": [entry.logprob for _, entry in given],
-                "text_offset": offsets,
-                "top_logprobs": [
-                    {
-                        self._token_text(token): value
-                        for token, value in zip(entry.top_tokens, entry.top_logprobs, strict=True)
-                    }
-                    for _, entry in given
-                ],
-            }
-        return {
-            "index": choice.index,
-            "text": choice.text,
-            "logprobs": logprobs,
-            "finish_reason": choice.finish_reason,
-        }
-
-
-class _ChatShape(_Shape):
-    prefix, object_name, stream_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
-
-    def opening(self, index: int) -> list[dict[str, Any]]:
-        delta = {"role": "assistant", "content": ""}
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-        return [{**self._head, "object": self.stream_object, "choices": [choice]}]
-
-    def _choice(self, choice: Choice, *, whole: bool) -> dict[str, Any]:
-        logprobs = None
-        if self.logprobs:
-            logprobs = {
-                "content": [
-                    {
-                        **self._entry(token, entry.logprob),
-                        "top_logprobs": [
-                            self._entry(other, value)
-                            for other, value in zip(
-                                entry.top_tokens, entry.top_logprobs, strict=True
-                            )
-                        ],
-                    }
-                    for token, entry in choice.tokens
-                    if entry is not None
-                ]
-            }
-        content: dict[str, Any] = {"content": choice.text}
-        if whole:
-            body: dict[str, Any] = {"message": {"role": "assistant", **content}}
-        else:
-            body = {"delta": content if choice.text else {}}
-        return {
-            "index": choice.index,
-            **body,
-            "logprobs": logprobs,
-            "finish_reason": choice.finish_reason,
-        }
-
-    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self._token_text(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
-
-
-class _Gate:
-    """Keys and body sizes, before anything is parsed."""
-
-    def __init__(self, app: ASGIApp, *, config: ApiConfig, refuse: Callable[..., JSONResponse]):
-        self.app = app
-        self.config = config
-        self.refuse = refuse
-        self.keys = [key.encode() for key in config.api_keys]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
-            await self.app(scope, receive, send)
-            return
-        headers = dict(scope["headers"])
-        if self.keys and not self._known(headers.get(b"authorization", b"")):
-            message = "a known key is needed; send it as `Authorization: Bearer KEY`"
-            answer = self.refuse(401, message, "authentication_error", code="invalid_api_key")
-            answer.headers["WWW-Authenticate"] = "Bearer"
-            await answer(scope, receive, send)
-            return
-        most = self.config.max_body_bytes
-        length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > most:
-            await self._too_large(scope, receive, send)
-            return
-        seen = 0
-
-        async def counted() -> Message:
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > most:
-                raise HTTPException(413, self._size_rule())
-            return message
-
-        await self.app(scope, counted, send)
-
-    async def _too_large(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answer = self.refuse(413, self._size_rule(), "invalid_request_error")
-        answer.headers["Connection"] = "close"
-        await answer(scope, receive, send)
-
-    def _size_rule(self) -> str:
-        return f"the body exceeds {self.config.max_body_bytes} bytes; send a shorter prompt"
-
-    def _known(self, authorization: bytes) -> bool:
-        scheme, _, key = authorization.partition(b" ")
-        # Every key is compared, in constant time, so that timing tells nothing.
-        matches = [hmac.compare_digest(key.strip(), known) for known in self.keys]
-        return scheme.lower() == b"bearer" and any(matches)
 
 
 async def _collect(run: AsyncIterator[Choice]) -> Choice:
@@ -629,12 +676,9 @@ async def _unless_disconnected(request: fastapi.Request, work: Awaitable[T]) -> 
         await asyncio.gather(task, watch, return_exceptions=True)
 
 
-def _event(body: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(body, ensure_ascii=False).encode(errors="replace") + b"\n\n"
-
-
-def _finite(logprobs: TokenLogprobs) -> bool:
-    return all(map(math.isfinite, (logprobs.logprob, *logprobs.top_logprobs)))
+def _most(*counts: int | None) -> int | None:
+    """The largest of those that are asked for."""
+    return max((count for count in counts if count is not None), default=None)
 
 
 def _rounded(value: float | None) -> float | None:

@@ -1,9 +1,10 @@
 """The OpenAI request bodies that the server understands, and what it makes of them.
 
-Fields that would change the answer and are not implemented are refused, never ignored; fields that
-only describe the caller (`user`, `metadata`, ...) are ignored, and so are those that are not known,
-which the log names. What is said of a field's value is its `description`. Values are of their
-field's type as JSON has it: "4" and 1.0 are no whole numbers.
+Fields that would change the answer and are not implemented are refused, never ignored: those that
+OpenAI and other servers have, by name. Fields that only describe the caller (`user`, `metadata`,
+...) are ignored, and so are those that nobody has, which the log names. What is said of a field's
+value is its `description`. Values are of their field's type as JSON has it: "4" and 1.0 are no
+whole numbers.
 """
 
 import logging
@@ -15,20 +16,118 @@ from pydantic import Field
 
 from jaxsys.errors import UsageError
 from jaxsys.model import Tokenizer
-from jaxsys.serve.requests import SamplingParameters
+from jaxsys.serve.requests import ContextLengthExceeded, SamplingParameters
 
 MAX_CHOICES = 16
 MAX_STOPS = 4
+MAX_STOP_TOKENS = 32
+MAX_BIASES = 300
+MAX_MESSAGES = 10_000
+MAX_NAME = 512
+"""Characters of a name or a stop string."""
 LOGPROBS = "a whole number from 0 to 20 for a completion, true or false for a chat"
-DESCRIBE_THE_CALLER = {"metadata", "prompt_cache_key", "safety_identifier", "store", "user"}
+DESCRIBE_THE_CALLER = {
+    "cache_salt",
+    "metadata",
+    "parallel_tool_calls",  # says nothing without tools
+    "prediction",
+    "priority",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "request_id",
+    "safety_identifier",
+    "service_tier",
+    "store",
+    "user",
+}
+"""Fields that change no answer."""
+UNIMPLEMENTED: dict[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True, False),  # these are a chat's
+    "allowed_token_ids": (),
+    "audio": (),
+    "bad_words": (),
+    "best_of": (1,),
+    "chat_template": (),
+    "chat_template_kwargs": (),
+    "continue_final_message": (False,),
+    "detokenize": (True,),
+    "do_sample": (True,),
+    "documents": (),
+    "early_stopping": (False,),
+    "ebnf": (),
+    "echo": (False,),
+    "function_call": ("none", "auto"),
+    "functions": (),
+    "grammar": (),
+    "include_reasoning": (True,),
+    "json_schema": (),
+    "kv_transfer_params": (),
+    "length_penalty": (1,),
+    "logits_processors": (),
+    "lora_path": (),
+    "max_new_tokens": (),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "mirostat": (0,),
+    "modalities": (["text"],),
+    "n_predict": (),
+    "no_repeat_ngram_size": (0,),
+    "no_stop_trim": (False,),
+    "num_beams": (1,),
+    "num_predict": (),
+    "penalty_alpha": (0,),
+    "reasoning": (),
+    "reasoning_effort": (),
+    "regex": (),
+    "repeat_penalty": (1,),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "separate_reasoning": (False,),
+    "spaces_between_special_tokens": (True,),
+    "stop_regex": (),
+    "suffix": (),
+    "tfs_z": (1,),
+    "thinking": (),
+    "thinking_token_budget": (),
+    "tool_choice": ("none", "auto"),
+    "tools": (),
+    "top_a": (0,),
+    "top_logprobs": (0,),
+    "typical_p": (1,),
+    "use_beam_search": (False,),
+    "verbosity": (),
+    "web_search_options": (),
+}
+"""Fields that would change the answer, and their values beside null and nothing that do not."""
+UNIMPLEMENTED_KINDS = ("guided_", "structured_", "dry_", "xtc_", "mirostat_", "dynatemp_")
+"""How the names of more of them begin."""
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+ListOf = Annotated[list[T], Field(fail_fast=True)]
+"""A list of which only the first wrong item is named: of millions, all would take many seconds."""
+TokenId = Annotated[int, Field(ge=0)]
+Name = Annotated[str, Field(max_length=MAX_NAME)]
 
 
 class StreamOptions(pydantic.BaseModel):
     """`stream_options`."""
 
-    include_usage: bool = Field(False, description="true or false")
+    include_usage: bool | None = Field(False, description="true or false")
+    continuous_usage_stats: bool | None = Field(False, description="true or false")
+
+
+def _number(value: Any) -> float | None:
+    """A neutral value as a number, if it is one: 1 and 1.0 say the same, true does not."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _small(value: Any) -> Any:
+    """Of a large object all faults would be named: its size is looked at first."""
+    if isinstance(value, dict) and len(value) > MAX_BIASES:
+        raise ValueError(f"{len(value)} entries")
+    return value
 
 
 class _Sampled(pydantic.BaseModel):
@@ -36,8 +135,9 @@ class _Sampled(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="allow", strict=True)
 
-    model: str = Field("", description="a text")
+    model: Name | None = Field("", description=f"a text of at most {MAX_NAME} characters")
     max_tokens: int | None = Field(None, ge=1, description="a whole number, at least 1")
+    max_completion_tokens: int | None = Field(None, ge=1, description="a whole number, at least 1")
     temperature: float | None = Field(1.0, ge=0, le=2, description="a number from 0 to 2")
     top_p: float | None = Field(1.0, gt=0, le=1, description="a number above 0, at most 1")
     n: int | None = Field(
@@ -45,14 +145,23 @@ class _Sampled(pydantic.BaseModel):
     )
     stream: bool | None = Field(False, description="true or false")
     stream_options: StreamOptions | None = Field(None, description="an object")
-    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = Field(
-        None, description=f"a text or a list of at most {MAX_STOPS} texts"
+    stop: Name | Annotated[list[Name], Field(max_length=MAX_STOPS)] | None = Field(
+        None,
+        description=f"a text or a list of at most {MAX_STOPS} texts, none over {MAX_NAME} "
+        f"characters",
     )
     seed: int | None = Field(None, description="a whole number")
     presence_penalty: float | None = Field(0.0, ge=-2, le=2, description="a number from -2 to 2")
     frequency_penalty: float | None = Field(0.0, ge=-2, le=2, description="a number from -2 to 2")
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
-        None, description="an object from token ids to numbers from -100 to 100"
+    logit_bias: (
+        Annotated[
+            dict[str, Annotated[float, Field(ge=-100, le=100)]], pydantic.BeforeValidator(_small)
+        ]
+        | None
+    ) = Field(
+        None,
+        description=f"an object from token ids to numbers from -100 to 100, of at most "
+        f"{MAX_BIASES} entries",
     )
     # Beyond OpenAI's fields, as vLLM and SGLang name them.
     top_k: int | None = Field(
@@ -63,35 +172,73 @@ class _Sampled(pydantic.BaseModel):
         1.0, ge=0.01, le=10, description="a number from 0.01 to 10"
     )
     ignore_eos: bool | None = Field(False, description="true or false")
-    # Not implemented: refused where they ask for anything.
-    tools: list[Any] | None = None
-    functions: list[Any] | None = None
-    response_format: dict[str, Any] | None = None
-    best_of: int | None = None
-    echo: bool | None = None
-    suffix: str | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS)] | None = Field(
+        None, description=f"a list of at most {MAX_STOP_TOKENS} token ids"
+    )
+    min_tokens: int | None = Field(0, ge=0, description="a whole number, at most max_tokens")
+    include_stop_str_in_output: bool | None = Field(False, description="true or false")
+    skip_special_tokens: bool | None = Field(True, description="true or false")
+    add_special_tokens: bool | None = Field(None, description="true or false")
+    truncate_prompt_tokens: int | None = Field(
+        None, ge=-1, description="a whole number from 1 on; -1 cuts to what fits"
+    )
+    prompt_logprobs: int | None = Field(None, ge=0, le=20, description="a whole number, 0 to 20")
+
+    @property
+    def choices(self) -> int:
+        """How many answers are wanted to each prompt."""
+        return self.n or 1
+
+    @property
+    def asked_tokens(self) -> int | None:
+        """Most tokens of an answer; None where it is not said."""
+        return self.max_completion_tokens or self.max_tokens
 
     def refuse_unimplemented(self) -> None:
         """Raises UsageError for fields that would change the answer; logs those not known."""
-        ignored = sorted(set(self.model_extra or {}) - DESCRIBE_THE_CALLER)
+        extra = self.model_extra or {}
+        for name, value in extra.items():
+            known = name in UNIMPLEMENTED or name.startswith(UNIMPLEMENTED_KINDS)
+            if not known or value in (None, "", [], {}):
+                continue
+            neutral = (*UNIMPLEMENTED.get(name, ()), self.choices if name == "best_of" else None)
+            if not any(type(value) is type(one) and value == one for one in neutral) and not (
+                (number := _number(value)) is not None and number in map(_number, neutral)
+            ):
+                raise UsageError(f"{name[:60]} is not implemented; leave it out")
+        format = extra.get("response_format")
+        if format and not (isinstance(format, dict) and format.get("type") == "text"):
+            raise UsageError("response_format is not implemented, but for text; leave it out")
+        ignored = sorted(
+            name
+            for name in set(extra) - DESCRIBE_THE_CALLER - {*UNIMPLEMENTED, "response_format"}
+            if not name.startswith(UNIMPLEMENTED_KINDS)
+        )
         if ignored:
             names = ", ".join(repr(name[:40]) for name in ignored[:10])
             logger.info("ignored fields of a body", extra={"fields": names})
-        asked = {
-            "tools": bool(self.tools),
-            "functions": bool(self.functions),
-            "response_format": bool(self.response_format)
-            and (self.response_format or {}).get("type") != "text",
-            "best_of": self.best_of not in (None, self.n, 1),
-            "echo": bool(self.echo),
-            "suffix": bool(self.suffix),
-        }
-        for name, value in asked.items():
-            if value:
-                raise UsageError(f"{name} is not implemented; leave it out")
+
+    def cut(self, tokens: list[int], room: int) -> list[int]:
+        """A prompt's last tokens, as many as `truncate_prompt_tokens` leaves.
+
+        Args:
+            room: tokens that fit.
+        """
+        most = self.truncate_prompt_tokens
+        if most is None:
+            return tokens
+        if most == 0:
+            raise UsageError("truncate_prompt_tokens=0 leaves no prompt; use 1 or more, or -1")
+        most = max(1, room) if most == -1 else most
+        return tokens[-most:]
 
     def sampling(
-        self, tokenizer: Tokenizer, *, max_tokens: int, logprobs: int | None
+        self,
+        tokenizer: Tokenizer,
+        *,
+        max_tokens: int,
+        logprobs: int | None,
+        prompt_logprobs: int | None = None,
     ) -> SamplingParameters:
         """The parameters of one choice."""
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -100,10 +247,11 @@ class _Sampled(pydantic.BaseModel):
         bias: dict[int, float] = {}
         for key, value in (self.logit_bias or {}).items():
             if not (key.isascii() and key.isdigit() and len(key) < 10):
-                raise UsageError(f"logit_bias key {key!r} is no token id")
+                raise UsageError(f"logit_bias key {key[:40]!r} is no token id")
             bias[int(key)] = value
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
-            raise UsageError(f"seed={self.seed} must fit 64 bits")
+            raise UsageError(f"seed={str(self.seed)[:40]} must fit 64 bits")
+        ends = check_tokens(tokenizer, self.stop_token_ids) if self.stop_token_ids else []
 
         def given(value: Any, default: Any) -> Any:
             return default if value is None else value
@@ -120,15 +268,12 @@ class _Sampled(pydantic.BaseModel):
             frequency_penalty=given(self.frequency_penalty, 0.0),
             logit_bias=bias,
             stop=tuple(stops),
-            stop_token_ids=frozenset() if self.ignore_eos else frozenset(tokenizer.eos_ids),
+            stop_token_ids=frozenset(ends)
+            | (frozenset() if self.ignore_eos else frozenset(tokenizer.eos_ids)),
+            min_tokens=given(self.min_tokens, 0),
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
         )
-
-
-T = TypeVar("T")
-ListOf = Annotated[list[T], Field(fail_fast=True)]
-"""A list of which only the first wrong item is named: of millions, all would take many seconds."""
-TokenId = Annotated[int, Field(ge=0)]
 
 
 class CompletionRequest(_Sampled):
@@ -138,28 +283,36 @@ class CompletionRequest(_Sampled):
         description="a text, a list of texts, a list of token ids, or a list of such lists"
     )
     logprobs: int | None = Field(None, ge=0, le=20, description=LOGPROBS)
+    echo: bool | None = Field(False, description="true or false")
 
-    def prompts(self, tokenizer: Tokenizer) -> list[list[int]]:
-        """The prompts as tokens."""
+    def given(self) -> list[str | list[int]]:
+        """The prompts as they came.
+
+        Raises:
+            UsageError: if there is none.
+        """
         prompt: Any = self.prompt
         if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
             prompt = [prompt]
         if not prompt:
             raise UsageError("prompt is an empty list; give a text or token ids")
-        if len(prompt) * (self.n or 1) > MAX_CHOICES:
-            raise UsageError(
-                f"{len(prompt)} prompts times n={self.n} exceed {MAX_CHOICES}; send fewer at once"
-            )
+        return prompt
+
+    def prompts(self, tokenizer: Tokenizer, most_characters: int | None = None) -> list[list[int]]:
+        """The prompts as tokens; `most_characters` as in `encode`."""
+        add_special = self.add_special_tokens is not False
         return [
-            encode(tokenizer, one) if isinstance(one, str) else check_tokens(tokenizer, one)
-            for one in prompt
+            encode(tokenizer, one, add_special=add_special, most_characters=most_characters)
+            if isinstance(one, str)
+            else check_tokens(tokenizer, one)
+            for one in self.given()
         ]
 
 
 class TextPart(pydantic.BaseModel):
     """A piece of a message's content."""
 
-    type: str
+    type: Name
     text: str | None = Field(None, description="a text")
 
 
@@ -195,41 +348,143 @@ class Message(pydantic.BaseModel):
             content = "".join(part.text or "" for part in content)
         # What OpenAI calls the developer's word, chat templates call the system's.
         role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": content or ""}
+        named = {} if self.name is None else {"name": self.name}
+        return {"role": role, "content": content or ""} | named
 
 
-class ChatRequest(_Sampled):
+class _Chat(pydantic.BaseModel):
+    """What makes a prompt of messages."""
+
+    messages: Annotated[ListOf[Message], Field(min_length=1, max_length=MAX_MESSAGES)] = Field(
+        description='a list of at least one {"role": "user", "content": "Hi"}, and at most '
+        f"{MAX_MESSAGES}"
+    )
+    add_generation_prompt: bool | None = Field(None, description="true or false")
+    continue_final_message: bool | None = Field(False, description="true or false")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="an object")
+    reasoning_effort: Name | None = Field(None, description="a text")
+
+    def plain(self) -> list[dict[str, Any]]:
+        """The messages as chat templates take them.
+
+        Raises:
+            UsageError: if one is not understood, or holds half of a surrogate pair.
+        """
+        messages = [message.plain() for message in self.messages]
+        check_text("".join(text for message in messages for text in message.values()))
+        if self.continue_final_message:
+            if self.add_generation_prompt:
+                raise UsageError(
+                    "continue_final_message and add_generation_prompt exclude each other; leave "
+                    "one out"
+                )
+            if not messages[-1]["content"].strip():
+                raise UsageError("continue_final_message needs a last message with content")
+        return messages
+
+    @property
+    def opens_turn(self) -> bool:
+        """Whether the prompt ends with the head of the assistant's next turn."""
+        if self.add_generation_prompt is None:
+            return not self.continue_final_message
+        return self.add_generation_prompt
+
+    def ended(self, rendered: str, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The rendered chat, cut behind the last message's content where that is to go on."""
+        if not self.continue_final_message:
+            return rendered
+        content = messages[-1]["content"]
+        at = rendered.rfind(content.strip())
+        if at < 0:
+            raise UsageError(
+                "continue_final_message: the chat template does not render the last message's "
+                "content as it stands"
+            )
+        # Templates may trim: the spaces behind it stay where the template has left them.
+        for kept in (content.lstrip(), content.strip()):
+            if rendered.startswith(kept, at):
+                break
+        return rendered[: at + len(kept)]
+
+
+class ChatRequest(_Chat, _Sampled):
     """Body of `/v1/chat/completions`."""
 
-    messages: ListOf[Message] = Field(
-        min_length=1, description='a list of at least one {"role": "user", "content": "Hi"}'
-    )
-    max_completion_tokens: int | None = Field(None, ge=1, description="a whole number, at least 1")
     logprobs: bool | None = Field(False, description=LOGPROBS)
     top_logprobs: int | None = Field(None, ge=0, le=20, description="a whole number from 0 to 20")
 
-    def prompt(self, tokenizer: Tokenizer) -> list[int]:
-        """The chat as tokens."""
-        messages = [message.plain() for message in self.messages]
-        check_text("".join(message["content"] + message["role"] for message in messages))
-        return tokenizer.encode_chat(messages)
+
+class TokenizeRequest(pydantic.BaseModel):
+    """Body of `/tokenize`: a prompt, or messages as a chat has them."""
+
+    model_config = pydantic.ConfigDict(strict=True)
+
+    model: Name | None = Field("", description=f"a text of at most {MAX_NAME} characters")
+    prompt: str | None = Field(None, description="a text")
+    messages: ListOf[Message] | None = Field(
+        None, max_length=MAX_MESSAGES, description='a list of {"role": "user", "content": "Hi"}'
+    )
+    add_special_tokens: bool | None = Field(None, description="true or false")
+    add_generation_prompt: bool | None = Field(None, description="true or false")
+    continue_final_message: bool | None = Field(False, description="true or false")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="an object")
+    return_token_strs: bool | None = Field(False, description="true or false")
+
+
+class DetokenizeRequest(pydantic.BaseModel):
+    """Body of `/detokenize`."""
+
+    model_config = pydantic.ConfigDict(strict=True)
+
+    model: Name | None = Field("", description=f"a text of at most {MAX_NAME} characters")
+    tokens: ListOf[TokenId] = Field(description="a list of token ids")
+
+
+class Tokens(pydantic.BaseModel):
+    """Answer of `/tokenize`."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class Text(pydantic.BaseModel):
+    """Answer of `/detokenize`."""
+
+    prompt: str
+
+
+class Version(pydantic.BaseModel):
+    """Answer of `/version`."""
+
+    version: str
+
+
+def _rules(*bodies: type[pydantic.BaseModel]) -> dict[str, str]:
+    return {
+        name: field.description
+        for body in (StreamOptions, TextPart, Message, *bodies)
+        for name, field in body.model_fields.items()
+        if field.description
+    }
 
 
 RULES = {
-    name: field.description
-    for body in (StreamOptions, TextPart, Message, CompletionRequest, ChatRequest)
-    for name, field in body.model_fields.items()
-    if field.description
+    kind.__name__: _rules(kind)
+    for kind in (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
 }
-"""What the value of each field must be."""
+"""What the value of each field must be, by the body it is in."""
 
 
-def what_is_wrong(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
+def what_is_wrong(errors: Sequence[Mapping[str, Any]], kind: str = "") -> tuple[str, str | None]:
     """What a client is told of a body that is not as described, and the field it is about.
 
     Args:
         errors: of pydantic; the first one counts.
+        kind: the body's, as in `RULES`.
     """
+    rules = RULES.get(kind, {})
     first = errors[0]
     where, given = [part for part in first["loc"] if part != "body"], first.get("input")
     if first["type"] == "json_invalid":
@@ -242,11 +497,13 @@ def what_is_wrong(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]
             return "the body came as no JSON; send the header Content-Type: application/json", None
         return 'the body must be a JSON object, such as {"prompt": "Hi"}', None
     # Behind a field pydantic names the alternatives of its type, which are ours.
-    while len(where) > 1 and where[-1] not in RULES:
+    while len(where) > 1 and where[-1] not in rules:
         where.pop()
     param = ".".join(map(str, where))
+    if isinstance(given, str):
+        given = given[:80]
     value = "" if isinstance(given, dict | list) else f"={given!r}"[:80]
-    rule = RULES.get(where[-1])
+    rule = rules.get(where[-1])
     message = (
         f"{param}{value}: {first['msg']}" if rule is None else f"{param}{value} must be {rule}"
     )
@@ -286,14 +543,30 @@ class ErrorAnswer(pydantic.BaseModel):
     error: ErrorBody
 
 
-def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+def encode(
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    add_special: bool = True,
+    most_characters: int | None = None,
+) -> list[int]:
     """A prompt's text as tokens.
 
+    Args:
+        add_special: put the beginning-of-text token in front, where the model has one.
+        most_characters: of a text whose tokens could still fit.
+
     Raises:
+        ContextLengthExceeded: if it is longer.
         UsageError: if there is nothing in it, or it is no valid text.
     """
+    if most_characters is not None and len(text) > most_characters:
+        raise ContextLengthExceeded(
+            f"prompt is too long: {len(text)} characters; no text of over {most_characters} "
+            f"characters can fit. Shorten it"
+        )
     check_text(text)
-    tokens = tokenizer.encode(text)
+    tokens = tokenizer.encode(text, add_special=add_special)
     if not tokens:
         raise UsageError("the prompt is empty; give at least one token")
     return tokens

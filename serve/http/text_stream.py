@@ -160,7 +160,7 @@ class TextStream:
     def _release(self, settled: list[Spoken], *, last: bool) -> str:
         released = settled if not self._stop else self._search(settled, last=last)
         self._released += released
-        return "".join(one.text for one in released)
+        return text_of(released)
 
     def _search(self, settled: list[Spoken], *, last: bool) -> list[Spoken]:
         """What can be put out, now that these are known too."""
@@ -204,6 +204,11 @@ class TextStream:
         self._held.clear()
         self._tail = ""
         return released
+
+
+def text_of(tokens: Sequence[Spoken]) -> str:
+    """The text that tokens join to."""
+    return "".join(one.text for one in tokens)
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -139,6 +139,7 @@ class Front:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._serving
         await self.engine.drain(0.0)
+        self.app.state.close()
         await self.fleet.close()
 
 

@@ -1,0 +1,242 @@
+"""How answers look: OpenAI's completions and chats, whole or as events of a stream."""
+
+import dataclasses
+import json
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from jaxsys.serve.executor import TokenLogprobs
+from jaxsys.serve.http.text_stream import Spoken
+from jaxsys.serve.http.vocabulary import Vocabulary
+from jaxsys.serve.requests import FinishReason
+
+LEAST_LOGPROB = -9999.0
+"""What OpenAI says of tokens that cannot be; minus infinity is no JSON."""
+
+
+@dataclasses.dataclass(slots=True)
+class Choice:
+    """One choice of an answer, complete or as far as it has come."""
+
+    index: int
+    text: str
+    tokens: list[Spoken]
+    finish_reason: FinishReason | None = None
+    message: str = ""
+    offset: int = 0
+    """Characters of the choice's text before this part of it."""
+    prompt: list[tuple[int, TokenLogprobs | None]] | None = None
+    """The prompt's tokens, where what was computed of them is asked for."""
+
+
+@dataclasses.dataclass(slots=True)
+class Usage:
+    """What a request took."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    energy_j: float | None = None
+
+    def body(self, method: str) -> dict[str, Any]:
+        """As OpenAI's `usage`, with energy beside it where it is known."""
+        body: dict[str, Any] = {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+        if self.energy_j is not None:
+            body["energy_j"] = round(self.energy_j, 6)
+            body["energy_method"] = method
+        return body
+
+
+class Shape:
+    """How answers of one endpoint look."""
+
+    prefix = ""
+    object_name = ""
+    stream_object = ""
+
+    def __init__(self, model: str, vocabulary: Vocabulary, logprobs: bool):
+        self.identity = f"{self.prefix}-{uuid.uuid4().hex}"
+        self.vocabulary = vocabulary
+        self.logprobs = logprobs
+        self._head = {"id": self.identity, "created": int(time.time()), "model": model}
+
+    def whole(self, choices: Sequence[Choice], usage: dict[str, Any]) -> dict[str, Any]:
+        """The answer at once."""
+        return {
+            **self._head,
+            "object": self.object_name,
+            "choices": [self._choice(choice, whole=True) for choice in choices],
+            "usage": usage,
+        }
+
+    def opening(self, index: int) -> list[dict[str, Any]]:
+        """What a stream begins with."""
+        return []
+
+    def increment(self, choice: Choice, usage: dict[str, Any] | None = None) -> dict[str, Any]:
+        """One event of a stream, with what it has taken so far where that is asked for."""
+        event = {
+            **self._head,
+            "object": self.stream_object,
+            "choices": [self._choice(choice, whole=False)],
+        }
+        return event if usage is None else event | {"usage": usage}
+
+    def closing(self, usage: dict[str, Any]) -> dict[str, Any]:
+        """The last event where usage was asked for."""
+        return {**self._head, "object": self.stream_object, "choices": [], "usage": usage}
+
+    def _choice(self, choice: Choice, *, whole: bool) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _of_prompt(self, choice: Choice) -> dict[str, Any]:
+        """Log-probabilities of the prompt, as vLLM gives them: by token id."""
+        if choice.prompt is None:
+            return {}
+        entries: list[dict[str, Any] | None] = []
+        for token, beside in choice.prompt:
+            if beside is None:
+                entries.append(None)
+                continue
+            ranked = [
+                (other, value, rank)
+                for rank, (other, value) in enumerate(
+                    zip(beside.top_tokens, beside.top_logprobs, strict=True), 1
+                )
+            ]
+            if token not in beside.top_tokens:
+                ranked.append((token, beside.logprob, beside.rank))
+            entries.append(
+                {
+                    str(other): {
+                        "logprob": finite(value),
+                        "rank": rank,
+                        "decoded_token": self.vocabulary.name(other),
+                    }
+                    for other, value, rank in ranked
+                }
+            )
+        return {"prompt_logprobs": entries}
+
+
+class CompletionShape(Shape):
+    """`/v1/completions`."""
+
+    prefix, object_name, stream_object = "cmpl", "text_completion", "text_completion"
+
+    def _choice(self, choice: Choice, *, whole: bool) -> dict[str, Any]:
+        logprobs = None
+        if self.logprobs:
+            offsets, at = [], choice.offset
+            for one in choice.tokens:
+                offsets.append(at)
+                at += len(one.text)
+            logprobs = {
+                "tokens": [one.text for one in choice.tokens],
+                "token_logprobs": [
+                    None if one.beside is None else finite(one.beside.logprob)
+                    for one in choice.tokens
+                ],
+                "text_offset": offsets,
+                "top_logprobs": [self._alternatives(one) for one in choice.tokens],
+            }
+        return {
+            "index": choice.index,
+            "text": choice.text,
+            "logprobs": logprobs,
+            "finish_reason": choice.finish_reason,
+            **self._of_prompt(choice),
+        }
+
+    def _alternatives(self, one: Spoken) -> dict[str, float] | None:
+        """Text to log-probability, the likeliest first, the chosen token always among them.
+
+        Tokens that share a text go by their ids, all but the chosen one and the likeliest.
+        """
+        beside = one.beside
+        if beside is None:
+            return None
+        ranked = dict(zip(beside.top_tokens, beside.top_logprobs, strict=True))
+        ranked.setdefault(one.token, beside.logprob)
+        found: dict[str, float] = {}
+        for token, value in ranked.items():
+            name = one.text
+            if token != one.token:
+                name = self.vocabulary.name(token, first=one.first)
+                if name in found or name == one.text:
+                    name = f"token_id:{token}"
+            found[name] = finite(value)
+        return found
+
+
+class ChatShape(Shape):
+    """`/v1/chat/completions`."""
+
+    prefix, object_name, stream_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def whole(self, choices: Sequence[Choice], usage: dict[str, Any]) -> dict[str, Any]:
+        return super().whole(choices, usage) | self._of_prompt(choices[0])
+
+    def opening(self, index: int) -> list[dict[str, Any]]:
+        delta = {"role": "assistant", "content": ""}
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        return [{**self._head, "object": self.stream_object, "choices": [choice]}]
+
+    def _choice(self, choice: Choice, *, whole: bool) -> dict[str, Any]:
+        logprobs = None
+        if self.logprobs:
+            logprobs = {
+                "content": [
+                    {
+                        **_entry(one.text, one.data, one.beside.logprob),
+                        "top_logprobs": [
+                            self._alternative(one, other, value)
+                            for other, value in zip(
+                                one.beside.top_tokens, one.beside.top_logprobs, strict=True
+                            )
+                        ],
+                    }
+                    for one in choice.tokens
+                    if one.beside is not None
+                ]
+            }
+        content: dict[str, Any] = {"content": choice.text}
+        if whole:
+            body: dict[str, Any] = {"message": {"role": "assistant", **content}}
+        else:
+            body = {"delta": content if choice.text else {}}
+        return {
+            "index": choice.index,
+            **body,
+            "logprobs": logprobs,
+            "finish_reason": choice.finish_reason,
+        }
+
+    def _alternative(self, one: Spoken, other: int, value: float) -> dict[str, Any]:
+        if other == one.token:
+            return _entry(one.text, one.data, value)
+        piece = self.vocabulary.piece(other)
+        text = piece.first if one.first else piece.text
+        data = piece.data if text is None else text.encode(errors="replace")
+        return _entry(self.vocabulary.name(other, first=one.first), data, value)
+
+
+def _entry(text: str, data: bytes, logprob: float) -> dict[str, Any]:
+    return {"token": text, "logprob": finite(logprob), "bytes": list(data)}
+
+
+def finite(logprob: float) -> float:
+    """A log-probability as JSON can say it."""
+    return max(logprob, LEAST_LOGPROB)
+
+
+def event(body: dict[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json.dumps(body, ensure_ascii=False).encode(errors="replace") + b"\n\n"

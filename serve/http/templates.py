@@ -1,0 +1,192 @@
+"""Chat templates, rendered apart from the server: bounded in time, memory and length.
+
+Templates come with models and are programs. A few processes render them (`template_process`),
+started when they are needed and kept; one that takes too long ends itself, and its messages are
+refused.
+"""
+
+import asyncio
+import contextlib
+import json
+import select
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from jaxsys.errors import RunError, UsageError
+from jaxsys.model import Tokenizer, chat
+from jaxsys.serve.http.template_process import LENGTH
+
+LIMIT_S = 5.0
+"""Longest time that one rendering may take."""
+START_S = 30.0
+"""Longest time that a process may take to start."""
+PROCESSES = 4
+"""Most processes at once: so many renderings that take long hold up others."""
+MOST_CHARACTERS = 16 << 20
+RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
+"""Variables of templates that fields of a body have a name for."""
+_ROOT = Path(chat.__file__).parents[2]
+_SCRIPT = Path(__file__).with_name("template_process.py")
+
+
+class Templates:
+    """The chat template of one tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer, *, limit_s: float = LIMIT_S):
+        self.source = tokenizer.chat_template
+        self.limit_s = limit_s
+        self._special_tokens = dict(tokenizer.special_tokens)
+        self._threads = ThreadPoolExecutor(PROCESSES, "template")
+        self._idle: list[subprocess.Popen[bytes]] = []
+        self._all: set[subprocess.Popen[bytes]] = set()
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._finalizer = weakref.finalize(self, _end, self._all, self._lock)
+
+    def names(self, variable: str) -> bool:
+        """Whether the template speaks of a variable."""
+        return variable in (self.source or "")
+
+    async def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Messages to the text that the model was tuned on.
+
+        Args:
+            variables: that the template is given beside its own.
+
+        Raises:
+            UsageError: if there is no template, it refuses the messages, or takes too much.
+        """
+        if self.source is None:
+            raise UsageError("this model has no chat template; use plain completions instead")
+        variables = dict(variables or {})
+        taken = sorted(RESERVED & set(variables))
+        if taken:
+            raise UsageError(
+                f"chat_template_kwargs holds {taken[0]!r}, which the request itself sets; leave it "
+                f"out"
+            )
+        asked = {
+            "template": self.source,
+            "messages": list(messages),
+            "add_generation_prompt": add_generation_prompt,
+            "variables": self._special_tokens | variables,
+            "limit_s": self.limit_s,
+            "most": MOST_CHARACTERS,
+        }
+        loop = asyncio.get_running_loop()
+        answer = await loop.run_in_executor(self._threads, self._ask, asked)
+        if "error" in answer:
+            raise UsageError(answer["error"])
+        return answer["text"]
+
+    def close(self) -> None:
+        """Ends the processes, whatever they are doing."""
+        self._closed.set()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._finalizer()
+
+    def _ask(self, asked: dict[str, Any]) -> dict[str, Any]:
+        data = json.dumps(asked).encode()
+        process = self._take()
+        try:
+            answer = self._exchange(process, data)
+        except BaseException:
+            self._drop(process)
+            raise
+        if answer is None:
+            self._drop(process)
+            if self._closed.is_set():
+                raise RunError("the server is shutting down; use another one")
+            raise UsageError(
+                f"the chat template took over {self.limit_s:g} s, or too much memory, for these "
+                f"messages; send fewer or shorter ones"
+            )
+        with self._lock:
+            self._idle.append(process)
+        return answer
+
+    def _exchange(self, process: subprocess.Popen[bytes], data: bytes) -> dict[str, Any] | None:
+        """An answer; None where the process has ended, or does not."""
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            left = memoryview(LENGTH.pack(len(data)) + data)
+            while left:
+                left = left[process.stdin.write(left) :]
+        except OSError:
+            return None
+        # Its own alarm comes first; this is for one that is not even scheduled.
+        deadline_s = time.monotonic() + START_S + self.limit_s
+        header = _read(process.stdout, LENGTH.size, deadline_s)
+        if header is None:
+            return None
+        answer = _read(process.stdout, LENGTH.unpack(header)[0], deadline_s)
+        return None if answer is None else json.loads(answer)
+
+    def _take(self) -> subprocess.Popen[bytes]:
+        with self._lock:
+            while self._idle:
+                process = self._idle.pop()
+                if process.poll() is None:
+                    return process
+                self._all.discard(process)
+        process = subprocess.Popen(
+            [sys.executable, "-P", str(_SCRIPT), str(_ROOT), str(chat.__file__)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # an interrupt from the terminal is the server's to deal with
+            bufsize=0,
+        )
+        with self._lock:
+            self._all.add(process)
+        return process
+
+    def _drop(self, process: subprocess.Popen[bytes]) -> None:
+        with self._lock:
+            self._all.discard(process)
+        _kill(process)
+
+
+def _read(pipe: Any, count: int, deadline_s: float) -> bytes | None:
+    """`count` bytes of a pipe; None where they do not come."""
+    found = bytearray()
+    ready = select.poll()
+    ready.register(pipe, select.POLLIN)
+    while len(found) < count:
+        if not ready.poll(max(0.0, 1e3 * (deadline_s - time.monotonic()))):
+            return None
+        piece = pipe.read(count - len(found))
+        if not piece:
+            return None
+        found += piece
+    return bytes(found)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with contextlib.suppress(OSError):
+                pipe.close()
+    process.wait()
+
+
+def _end(processes: set[subprocess.Popen[bytes]], lock: threading.Lock) -> None:
+    with lock:
+        ending = list(processes)
+        processes.clear()
+    for process in ending:
+        _kill(process)
