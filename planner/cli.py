@@ -13,8 +13,9 @@ from jaxsys.errors import RunError, UsageError
 from jaxsys.files import check_writable, write_whole
 from jaxsys.hardware import GIB, gib
 from jaxsys.lowering.tables import buffers_of
-from jaxsys.model.config import DecoderConfig, preset
+from jaxsys.model.config import DecoderConfig
 from jaxsys.model.folder import read_config
+from jaxsys.model.shapes import preset
 from jaxsys.options import Parser, whole
 from jaxsys.planner import explain, report
 from jaxsys.planner.cluster import Cluster

@@ -22,7 +22,8 @@ from jaxsys.fields import Fields
 from jaxsys.files import check_writable, read_json, shown, write_whole
 from jaxsys.hardware import DEVICES, WAITING, DeviceSpec, LinkSpec
 from jaxsys.mesh import make_mesh, request_devices
-from jaxsys.model.config import DecoderConfig, preset
+from jaxsys.model.config import DecoderConfig
+from jaxsys.model.shapes import preset
 from jaxsys.options import Parser, whole
 from jaxsys.planner.costs import Precision, block_cost
 from jaxsys.planner.rates import (

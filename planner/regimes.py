@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from jaxsys.hardware import LinkSpec, device, link
-from jaxsys.model.config import preset
+from jaxsys.model.shapes import preset
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.costs import Precision
 from jaxsys.planner.evaluate import Evaluator

@@ -75,7 +75,7 @@ def decode_pass(
     """
     page_size = cache[0].keys.shape[1]
     x = weights.embedding[tokens[:, None]]
-    turn = rotary_tables(positions[:, None], config)
+    turn = _turn(config, positions[:, None])
     pages = jnp.take_along_axis(tables, (positions // page_size)[:, None], axis=1)[:, 0]
     offsets = positions % page_size
     written = []
@@ -116,7 +116,7 @@ def prefill_pass(
     x = weights.embedding[tokens[None]]
     steps = jnp.arange(tokens.shape[0], dtype=jnp.int32)
     positions = start + steps
-    turn = rotary_tables(positions[None], config)
+    turn = _turn(config, positions[None])
     pages = table.at[positions // page_size].get(mode="fill", fill_value=page_count)
     pages = jnp.where(steps < length, pages, page_count)
     offsets = positions % page_size
@@ -155,6 +155,12 @@ def insert_pages(cache: Cache, contents: Contents, pages: Int[Array, " W"]) -> C
         for pool, content in zip(pools, contents, strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(cache), written)
+
+
+def _turn(config: DecoderConfig, positions: Int[Array, "B T"]) -> tuple[jax.Array, jax.Array]:
+    rope = config.rope()
+    assert rope is not None
+    return rotary_tables(positions, rope)
 
 
 def _normal(config: DecoderConfig, x: jax.Array, scale: jax.Array) -> jax.Array:

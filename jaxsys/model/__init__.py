@@ -1,9 +1,9 @@
-"""The Llama-family decoder: its configuration, module, plain pytree, files and tokenizers."""
+"""Decoders by description: configurations, mathematics, plain pytrees, files and tokenizers."""
 
 from jaxsys.model.attention import attend, choose_implementation
-from jaxsys.model.config import DecoderConfig, Llama3RopeScaling, preset
+from jaxsys.model.block import Block
+from jaxsys.model.config import DecoderConfig
 from jaxsys.model.decoder import (
-    Block,
     Decoder,
     Edge,
     abstract_parameters,
@@ -14,21 +14,43 @@ from jaxsys.model.decoder import (
     initial_parameters,
     parameters,
 )
+from jaxsys.model.families import FAMILIES, Family, register
+from jaxsys.model.kinds import BlockKind, Experts, Latent, Positions
 from jaxsys.model.layers import layered
 from jaxsys.model.load import LoadedModel, default_model_path, load
+from jaxsys.model.rope import (
+    DynamicRopeScaling,
+    LinearRopeScaling,
+    Llama3RopeScaling,
+    LongRopeScaling,
+    Rope,
+    YarnRopeScaling,
+)
 from jaxsys.model.save import save_safetensors
+from jaxsys.model.shapes import preset
 from jaxsys.model.tokenizer import ByteTokenizer, StreamDecoder, Tokenizer
 
 __all__ = [
+    "FAMILIES",
     "Block",
+    "BlockKind",
     "ByteTokenizer",
     "Decoder",
     "DecoderConfig",
+    "DynamicRopeScaling",
     "Edge",
+    "Experts",
+    "Family",
+    "Latent",
+    "LinearRopeScaling",
     "Llama3RopeScaling",
     "LoadedModel",
+    "LongRopeScaling",
+    "Positions",
+    "Rope",
     "StreamDecoder",
     "Tokenizer",
+    "YarnRopeScaling",
     "abstract_parameters",
     "attend",
     "bind_block",
@@ -42,5 +64,6 @@ __all__ = [
     "load",
     "parameters",
     "preset",
+    "register",
     "save_safetensors",
 ]

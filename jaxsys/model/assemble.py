@@ -1,62 +1,157 @@
-"""From a checkpoint's tensors, read one at a time, to the stacked parameters.
+"""From a checkpoint's tensors, read one at a time, to the parameters, straight onto devices.
 
-At most one stacked leaf is held on the host beside what is already on the device: a tensor is
-fetched, turned, cast into its layer's place, and forgotten.
+Beside the result, the host and each device hold one layer's leaf at most: a tensor is fetched, cut
+into leaves, cast, and written into its layer's place of the stacked array.
 """
 
-from collections.abc import Callable, Collection, Iterable
+import functools
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 
 from jaxsys.errors import UsageError
 from jaxsys.layered import Parameters
 from jaxsys.model.config import DecoderConfig
-from jaxsys.model.names import Leaf, block_leaves, edge_leaves
+from jaxsys.model.decoder import by_kind, nest
+from jaxsys.model.kinds import BlockKind
+from jaxsys.model.leaves import Leaf, Path
+from jaxsys.model.names import FileTensor
 
-Fetch = Callable[[Leaf, str], np.ndarray]
-"""(leaf, tensor name) -> the tensor as the checkpoint has it, [out, in] for kernels."""
+Fetch = Callable[[str], np.ndarray]
+"""Tensor name -> its values as the checkpoint has them."""
+Tensors = Callable[[BlockKind | None], Sequence[FileTensor]]
+"""The tensors of one block of a kind; of the edge where it is None."""
+Placement = Callable[[Path], Sharding | None]
+"""Where a leaf of the parameters, by its path from the root, rests; None: the default device."""
 
 
 def assemble(
     config: DecoderConfig,
     fetch: Fetch,
+    tensors: Tensors,
     *,
-    name_of: Callable[[Leaf], str],
     dtype: DTypeLike,
+    placement: Placement | None = None,
 ) -> Parameters:
     """Reads every leaf.
 
     Args:
         config: sizes; checked against the checkpoint's by `check_tensors` before.
         fetch: reads one tensor.
-        name_of: picks the name form, `{layer}` unfilled.
+        tensors: which tensors hold the leaves.
         dtype: of the result.
+        placement: of each leaf, stacked for blocks; the default device if not given.
 
     Raises:
         UsageError: if a tensor holds NaN or infinity, or values beyond what `dtype` can express.
     """
     dtype = jnp.dtype(dtype)
-    edge: dict[str, Any] = {}
-    for leaf in edge_leaves(config):
-        # A copy: the array on the device must outlive the file behind `value`.
-        value = _turn(leaf, fetch(leaf, name_of(leaf)))
-        placed = jax.device_put(np.array(value, dtype, order="C"))
-        _check_finite(placed[None], name_of(leaf))
-        _put(edge, leaf.path, placed)
-    blocks: dict[str, Any] = {}
-    for leaf in block_leaves(config):
-        shape = leaf.shape[::-1] if leaf.transposed else leaf.shape
-        stacked = np.empty((config.num_layers, *shape), dtype)
-        for layer in range(config.num_layers):
-            stacked[layer] = _turn(leaf, fetch(leaf, name_of(leaf).format(layer=layer)))
-        placed = jax.device_put(stacked)
-        _check_finite(placed, name_of(leaf))
-        _put(blocks, leaf.path, placed)
-    return {"edge": edge, "blocks": blocks}
+    where = placement or (lambda path: None)
+    edge: dict[Path, jax.Array] = {}
+    for tensor in tensors(None):
+        for leaf, value in _read(tensor, fetch, {}):
+            place = where(("edge", *leaf.path))
+            # A copy: the array on the device must outlive the file behind `value`.
+            placed = jax.device_put(_cast(value, dtype), place)
+            _check_finite([_is_finite(placed)], [tensor.name], dtype)
+            edge[leaf.path] = placed
+    blocks = {}
+    for kind in config.kinds:
+        lead = ("blocks", kind.name) if config.pattern else ("blocks",)
+        blocks[kind.name] = _stack(
+            config.layers_of(kind),
+            tensors(kind),
+            fetch,
+            dtype,
+            lambda path, lead=lead: where((*lead, *path)),
+        )
+    return {"edge": nest(edge.items()), "blocks": by_kind(config, blocks)}
+
+
+def _stack(
+    layers: Sequence[int],
+    tensors: Sequence[FileTensor],
+    fetch: Fetch,
+    dtype: np.dtype,
+    where: Placement,
+) -> dict[str, Any]:
+    """The leaves of the layers of one kind, stacked."""
+    made: list[tuple[Path, jax.Array]] = []
+    for tensor in tensors:
+        places = [where(leaf.path) for leaf in tensor.leaves]
+        stacks = [
+            jnp.zeros((len(layers), *leaf.shape), dtype, device=place)
+            for leaf, place in zip(tensor.leaves, places, strict=True)
+        ]
+        flags, names = [], []
+        for index, layer in enumerate(layers):
+            for number, (_, value) in enumerate(_read(tensor, fetch, {"layer": layer})):
+                placed = jax.device_put(_cast(value, dtype), _of_layer(places[number]))
+                stacks[number], finite = _write(stacks[number], placed, index)
+                flags.append(finite)
+                names.append(_named(tensor.name, layer=layer))
+        _check_finite(flags, names, dtype)
+        made += [(leaf.path, stack) for leaf, stack in zip(tensor.leaves, stacks, strict=True)]
+    return nest(made)
+
+
+def _cast(value: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """A copy in `dtype`; what it cannot express becomes infinity, which is found later."""
+    with np.errstate(over="ignore"):
+        return np.array(value, dtype, order="C")
+
+
+def _of_layer(place: Sharding | None) -> Sharding | None:
+    """Where one layer of a stack placed so belongs."""
+    if not isinstance(place, NamedSharding):
+        return place
+    return NamedSharding(place.mesh, PartitionSpec(*tuple(place.spec)[1:]))
+
+
+def _read(
+    tensor: FileTensor, fetch: Fetch, filled: Mapping[str, int]
+) -> Iterable[tuple[Leaf, np.ndarray]]:
+    """The leaves that a tensor holds, items put together."""
+    name = _named(tensor.name, **filled)
+    if tensor.items is None:
+        values = tensor.take(fetch(name))
+    else:
+        each = [tensor.take(fetch(_named(name, item=item))) for item in range(tensor.items)]
+        values = [np.stack(parts) for parts in zip(*each, strict=True)]
+    return zip(tensor.leaves, values, strict=True)
+
+
+def _named(name: str, **filled: int) -> str:
+    for key, value in filled.items():
+        name = name.replace(f"{{{key}}}", str(value))
+    return name
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write(stack: jax.Array, value: jax.Array, index: int) -> tuple[jax.Array, jax.Array]:
+    """The stack with one layer written, in place, and whether the layer is finite."""
+    written = jax.lax.dynamic_update_index_in_dim(stack, value, index, 0)
+    return written, jnp.isfinite(value).all()
+
+
+@jax.jit
+def _is_finite(value: jax.Array) -> jax.Array:
+    return jnp.isfinite(value).all()
+
+
+def _check_finite(flags: Sequence[jax.Array], names: Sequence[str], dtype: np.dtype) -> None:
+    """Raises UsageError naming the first tensor that is not finite."""
+    for finite, name in zip(flags, names, strict=True):
+        if not bool(finite):
+            raise UsageError(
+                f"tensor {name!r} holds NaN or infinity as {dtype}; the checkpoint is damaged, "
+                "of a run that diverged, or needs a dtype of more range"
+            )
 
 
 def check_layers(source: str, config: DecoderConfig, found: Collection[str]) -> None:
@@ -68,15 +163,24 @@ def check_layers(source: str, config: DecoderConfig, found: Collection[str]) -> 
         )
 
 
-def expected_tensors(
-    config: DecoderConfig, name_of: Callable[[Leaf], str]
-) -> dict[str, tuple[int, ...]]:
+def expected_tensors(config: DecoderConfig, tensors: Tensors) -> dict[str, tuple[int, ...]]:
     """Every tensor a checkpoint of this configuration must hold, with its shape there."""
-    tensors = {name_of(leaf): leaf.shape for leaf in edge_leaves(config)}
-    for leaf in block_leaves(config):
-        for layer in range(config.num_layers):
-            tensors[name_of(leaf).format(layer=layer)] = leaf.shape
-    return tensors
+    found: dict[str, tuple[int, ...]] = {}
+
+    def add(tensor: FileTensor, **filled: int) -> None:
+        if tensor.items is None:
+            found[_named(tensor.name, **filled)] = tensor.shape
+            return
+        for item in range(tensor.items):
+            found[_named(tensor.name, item=item, **filled)] = tensor.shape
+
+    for tensor in tensors(None):
+        add(tensor)
+    for kind in config.kinds:
+        for tensor in tensors(kind):
+            for layer in config.layers_of(kind):
+                add(tensor, layer=layer)
+    return found
 
 
 def check_tensors(
@@ -109,30 +213,3 @@ def check_tensors(
                 f"{source}: tensor {name!r} has shape {tuple(found[name])}, its configuration "
                 f"says {shape}"
             )
-
-
-@jax.jit
-def _finite_rows(stacked: jax.Array) -> jax.Array:
-    """Whether all of each row is finite, bool [rows]."""
-    return jnp.isfinite(stacked).all(axis=range(1, stacked.ndim))
-
-
-def _check_finite(stacked: jax.Array, name: str) -> None:
-    """Raises UsageError naming the first tensor, of a row a layer, that is not finite."""
-    finite = np.asarray(_finite_rows(stacked))
-    if not finite.all():
-        name = name.format(layer=int(finite.argmin()))
-        raise UsageError(
-            f"tensor {name!r} holds NaN or infinity as {stacked.dtype}; the checkpoint is damaged, "
-            "of a run that diverged, or needs a dtype of more range"
-        )
-
-
-def _turn(leaf: Leaf, value: np.ndarray) -> np.ndarray:
-    return value.T if leaf.transposed else value
-
-
-def _put(tree: dict[str, Any], path: tuple[str, ...], value: jax.Array) -> None:
-    for name in path[:-1]:
-        tree = tree.setdefault(name, {})
-    tree[path[-1]] = value

@@ -5,9 +5,11 @@ cuDNN's fused attention runs on NVIDIA GPUs for 16-bit floats and head widths th
 XLA, which does form them: 4 * B * N * T * S bytes. The choice is made while tracing, and
 `choose_implementation` says which and why.
 
-Legend: B batch, T query tokens, S key tokens, N query heads, G key/value heads, K head width.
+Legend: B batch, T query tokens, S key tokens, N query heads, G key/value heads, K head width, V
+width of values.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -67,35 +69,46 @@ def choose_implementation(
 def attend(
     q: Float[Array, "B T N K"],
     k: Float[Array, "B S G K"],
-    v: Float[Array, "B S G K"],
+    v: Float[Array, "B S G V"],
     *,
     causal: bool = True,
     key_lengths: Int[Array, " B"] | None = None,
     query_positions: Int[Array, "B T"] | None = None,
     mask: Bool[Array, "B #N #T S"] | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
     implementation: Implementation | None = None,
-) -> Float[Array, "B T N K"]:
+) -> Float[Array, "B T N V"]:
     """softmax(q k^T / sqrt(K)) v, each group of N / G query heads sharing a key/value head.
 
     Args:
         q: queries [B, T, N, K].
         k: keys [B, S, G, K].
-        v: values [B, S, G, K].
+        v: values [B, S, G, V]; V need not be K, where it may be narrower.
         causal: query t sees keys up to t, counted from the start of both. It needs S == T unless
             `query_positions` says where the queries stand.
         key_lengths: int32 [B]; keys at or past this index are padding.
         query_positions: int32 [B, T], the key index each query stands at: for queries that
             continue a cached sequence. Materialises a [B, 1, T, S] mask.
         mask: extra boolean mask, True where attention is allowed.
+        window: keys that a query sees, its own the last of them; needs `causal`.
+        scale: of the scores, in place of 1 / sqrt(K).
+        softcap: c, scores become c tanh(scores / c). Scores are formed then.
+        sinks: a score of each head that takes part in its softmax and adds nothing; likewise.
         implementation: overrides `choose_implementation`; `shapes` looks at q, k and v alone.
 
     Returns:
-        [B, T, N, K] in the dtype of `q`. The softmax is float32.
+        [B, T, N, V] in the dtype of `q`. The softmax is float32.
 
     Raises:
-        UsageError: if `causal` meets unequal lengths without `query_positions`.
+        UsageError: if `causal` meets unequal lengths without `query_positions`, or `window` comes
+            without `causal`.
     """
     length, keys = q.shape[1], k.shape[1]
+    if window is not None and not causal:
+        raise UsageError(f"window={window} needs causal=True")
     if causal and query_positions is None and length != keys:
         raise UsageError(
             f"causal attention of {length} queries over {keys} keys is ambiguous; "
@@ -104,23 +117,93 @@ def attend(
     if causal and query_positions is not None:
         index = jnp.arange(keys, dtype=query_positions.dtype)[None, None, None, :]
         behind = index <= query_positions[:, None, :, None]
+        if window is not None:
+            behind &= index > query_positions[:, None, :, None] - window
+            window = None
         mask = behind if mask is None else behind & mask
         causal = False
+    if window is not None and window >= length:
+        window = None  # it cuts nothing off
+    if softcap is not None or sinks is not None:
+        seen = _seen(length, keys, causal, window, key_lengths, mask)
+        return _scored(q, k, v, seen, scale, softcap, sinks)
     if implementation is None:
         implementation = choose_implementation(
             dtype=q.dtype, head_dim=q.shape[-1], masked=mask is not None
         ).implementation
+    narrow = v.shape[-1]
+    if narrow != q.shape[-1]:
+        # Kernels want one width: what zeros add is cut off again.
+        v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, q.shape[-1] - narrow)))
     if implementation == "shapes":
-        return _kernel_shapes(q, k, v)
-    return jax.nn.dot_product_attention(
+        return _kernel_shapes(q, k, v)[..., :narrow]
+    attended = jax.nn.dot_product_attention(
         q,
         k,
         v,
         mask=mask,
+        scale=scale,
         is_causal=causal,
         key_value_seq_lengths=key_lengths,
+        local_window_size=None if window is None else (window - 1, 0),
         implementation=implementation,
     )
+    return attended if narrow == q.shape[-1] else attended[..., :narrow]
+
+
+def _seen(
+    length: int,
+    keys: int,
+    causal: bool,
+    window: int | None,
+    key_lengths: jax.Array | None,
+    mask: jax.Array | None,
+) -> jax.Array | None:
+    """Everything that limits what queries see, as one mask [B, N, T, S] or smaller; None: all."""
+    found = [] if mask is None else [mask]
+    rows = jnp.arange(length, dtype=jnp.int32)[None, None, :, None]
+    columns = jnp.arange(keys, dtype=jnp.int32)[None, None, None, :]
+    if causal:
+        found.append(columns <= rows)
+    if window is not None:
+        found.append(columns > rows - window)
+    if key_lengths is not None:
+        found.append(columns < key_lengths[:, None, None, None])
+    return functools.reduce(jnp.logical_and, found) if found else None
+
+
+def _scored(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    seen: jax.Array | None,
+    scale: float | None,
+    softcap: float | None,
+    sinks: jax.Array | None,
+) -> jax.Array:
+    """Attention over scores that are formed, for what no kernel computes."""
+    groups, width = k.shape[2], q.shape[-1]
+    grouped = q.reshape(*q.shape[:2], groups, -1, width)
+    scores = jnp.einsum("btgrk,bsgk->bgrts", grouped, k, preferred_element_type=jnp.float32)
+    scores = scores * (width**-0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    if seen is not None:
+        heads = seen.shape[1]
+        split = (seen.shape[0], *((1, 1) if heads == 1 else (groups, -1)), *seen.shape[2:])
+        scores = jnp.where(seen.reshape(split), scores, jnp.finfo(jnp.float32).min)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    if sinks is not None:
+        sink = sinks.astype(jnp.float32).reshape(1, groups, -1, 1, 1)
+        top = jnp.maximum(top, sink)
+    top = jax.lax.stop_gradient(top)
+    weights = jnp.exp(scores - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    if sinks is not None:
+        total = total + jnp.exp(sink - top)
+    weights = (weights / total).astype(q.dtype)
+    out = jnp.einsum("bgrts,bsgv->btgrv", weights, v)
+    return out.reshape(*q.shape[:3], v.shape[-1])
 
 
 def _kernel(name: str) -> Primitive:

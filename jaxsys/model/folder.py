@@ -1,5 +1,7 @@
 """Reads a Hugging Face model folder: config.json, safetensors (sharded or not), tokenizer files."""
 
+import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +12,19 @@ from jaxsys.errors import UsageError
 from jaxsys.fields import Fields, read_fields
 from jaxsys.files import MIB, read_text, shown
 from jaxsys.layered import Parameters
-from jaxsys.model.assemble import assemble, check_layers, check_tensors, expected_tensors
+from jaxsys.model import packed
+from jaxsys.model.assemble import (
+    Fetch,
+    Placement,
+    assemble,
+    check_layers,
+    check_tensors,
+    expected_tensors,
+)
 from jaxsys.model.config import DecoderConfig
-from jaxsys.model.names import Leaf
+from jaxsys.model.families import FAMILIES
+from jaxsys.model.kinds import BlockKind
+from jaxsys.model.names import FileTensor, block_tensors, edge_tensors
 from jaxsys.model.safetensors_file import SafetensorsFile
 from jaxsys.model.tokenizer import Tokenizer
 
@@ -53,8 +65,19 @@ def read_config(folder: Path) -> DecoderConfig:
         raise UsageError(f"{path}: a value is of the wrong kind ({error!r})") from error
 
 
-def read_parameters(folder: Path, config: DecoderConfig, dtype: DTypeLike) -> Parameters:
+def read_parameters(
+    folder: Path, config: DecoderConfig, dtype: DTypeLike, placement: Placement | None = None
+) -> tuple[DecoderConfig, Parameters]:
     """All parameters, read tensor by tensor and cast to `dtype`.
+
+    Args:
+        folder: the model's.
+        config: as `read_config` found it.
+        dtype: of the result.
+        placement: of each leaf; the default device if not given.
+
+    Returns:
+        The configuration, whose head is untied where the file holds another one, and parameters.
 
     Raises:
         UsageError: if a file is missing or cut short, or the tensors are not the configuration's.
@@ -67,18 +90,50 @@ def read_parameters(folder: Path, config: DecoderConfig, dtype: DTypeLike) -> Pa
                 raise UsageError(f"{folder}: tensor {tensor!r} is in two files")
             home[tensor] = file
     found = {name: file.shapes[name] for name, file in home.items()}
-    # Old exporters also wrote the rotary constants, and a tied head's copy.
-    ignored = [name for name in found if name.endswith("rotary_emb.inv_freq")]
-    if config.tie_embeddings:
-        ignored.append("lm_head.weight")
+
+    def fetch(name: str) -> np.ndarray:
+        if name in home:
+            return home[name].read(name)
+        return packed.expand(home[name + packed.BLOCKS], home[name + packed.SCALES], name)
+
+    found = packed.present(found)
+    config = _untied(config, found, fetch)
+
+    def tensors(kind: BlockKind | None) -> list[FileTensor]:
+        return edge_tensors(config) if kind is None else block_tensors(config, kind)
+
     check_layers(str(folder), config, found)
-    expected = expected_tensors(config, lambda leaf: leaf.hf)
-    check_tensors(str(folder), expected, found, ignored=ignored)
+    ignored = [name for name in found if _is_ignored(config, name)]
+    check_tensors(str(folder), expected_tensors(config, tensors), found, ignored=ignored)
+    read = assemble(config, fetch, tensors, dtype=dtype, placement=placement)
+    return config, read
 
-    def fetch(leaf: Leaf, name: str) -> np.ndarray:
-        return home[name].read(name)
 
-    return assemble(config, fetch, name_of=lambda leaf: leaf.hf, dtype=dtype)
+HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def _untied(
+    config: DecoderConfig, found: dict[str, tuple[int, ...]], fetch: Fetch
+) -> DecoderConfig:
+    """A head in the file that is not the embedding is used, whatever the configuration says.
+
+    As transformers does, which warns of it.
+    """
+    if not config.tie_embeddings or HEAD not in found or found[HEAD] != found.get(TABLE):
+        return config
+    if np.array_equal(fetch(HEAD), fetch(TABLE)):
+        return config
+    return dataclasses.replace(config, tie_embeddings=False)
+
+
+def _is_ignored(config: DecoderConfig, name: str) -> bool:
+    # Old exporters also wrote the rotary constants, and a tied head's copy.
+    if name.endswith("rotary_emb.inv_freq") or (config.tie_embeddings and name == HEAD):
+        return True
+    if not FAMILIES[config.family].unread_layers:
+        return False
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    return layer is not None and int(layer[1]) >= config.num_layers
 
 
 def read_tokenizer(folder: Path) -> Tokenizer | None:

@@ -19,11 +19,19 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from jaxsys.errors import UsageError
 from jaxsys.layered import Parameters
-from jaxsys.model.assemble import assemble, check_layers, check_tensors, expected_tensors
-from jaxsys.model.config import DecoderConfig, Llama3RopeScaling
+from jaxsys.model.assemble import (
+    Placement,
+    assemble,
+    check_layers,
+    check_tensors,
+    expected_tensors,
+)
+from jaxsys.model.config import DecoderConfig
 from jaxsys.model.gguf_header import check_header
-from jaxsys.model.names import Leaf
-from jaxsys.model.rope import inverse_frequencies
+from jaxsys.model.gguf_names import gguf_tensors
+from jaxsys.model.kinds import BlockKind
+from jaxsys.model.names import FileTensor
+from jaxsys.model.rope import Llama3RopeScaling, inverse_frequencies
 from jaxsys.model.tokenizer import Tokenizer
 
 KNOWN_ARCHITECTURES = ("llama",)
@@ -115,23 +123,24 @@ class GgufFile:
             return config
         return self._with_rope_scaling(config)
 
-    def parameters(self, config: DecoderConfig, dtype: DTypeLike) -> Parameters:
-        """Dequantises every tensor, cast to `dtype`."""
+    def parameters(
+        self, config: DecoderConfig, dtype: DTypeLike, placement: Placement | None = None
+    ) -> tuple[DecoderConfig, Parameters]:
+        """Dequantises every tensor, cast to `dtype`; `config` comes back as it is."""
         found = {
             name: tuple(int(size) for size in tensor.shape[::-1])
             for name, tensor in self._tensors.items()
         }
+
+        def tensors(kind: BlockKind | None) -> list[FileTensor]:
+            return gguf_tensors(config, kind)
+
         check_layers(str(self.path), config, found)
-        expected = expected_tensors(config, lambda leaf: leaf.gguf)
-        check_tensors(str(self.path), expected, found, ignored=[ROPE_FACTORS])
-
-        def fetch(leaf: Leaf, name: str) -> np.ndarray:
-            value = self._dequantise(name)
-            if leaf.rotary_heads is None:
-                return value
-            return unpermute_rotary(value, leaf.rotary_heads)
-
-        return assemble(config, fetch, name_of=lambda leaf: leaf.gguf, dtype=dtype)
+        check_tensors(
+            str(self.path), expected_tensors(config, tensors), found, ignored=[ROPE_FACTORS]
+        )
+        read = assemble(config, self._dequantise, tensors, dtype=dtype, placement=placement)
+        return config, read
 
     def tokenizer(self) -> Tokenizer:
         """Rebuilds the tokenizer from the metadata.
@@ -239,19 +248,14 @@ class GgufFile:
             original_max_positions=8192,
         )
         scaled = dataclasses.replace(config, rope_scaling=guess)
-        wanted = inverse_frequencies(config) / divisors
-        if not np.allclose(inverse_frequencies(scaled), wanted, rtol=1e-4):
+        before, after = config.rope(), scaled.rope()
+        assert before is not None and after is not None
+        wanted = inverse_frequencies(before) / divisors
+        if not np.allclose(inverse_frequencies(after), wanted, rtol=1e-4):
             raise UsageError(
                 f"{self.path}: {ROPE_FACTORS} is not Llama 3's rope scaling, the one supported"
             )
         return scaled
-
-
-def unpermute_rotary(kernel: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of an [out, in] kernel from pairs side by side to halves: (2i, 2i+1) -> (i, i+K/2)."""
-    rows, columns = kernel.shape
-    pairs = kernel.reshape(heads, rows // heads // 2, 2, columns)
-    return pairs.swapaxes(1, 2).reshape(rows, columns)
 
 
 def _pre_tokenizer(source: str, name: str | None) -> tuple[pre_tokenizers.PreTokenizer, bool]:

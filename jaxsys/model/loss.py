@@ -70,7 +70,9 @@ def head_loss(
     edge_module = bind_edge(config, edge)
     hidden = edge_module.norm(rows[None])[0]
     kernel, hidden = _alike(edge_module.head_kernel(), hidden)
-    return linear_cross_entropy(kernel, hidden, goals, chunk), weight
+    if config.logit_scale != 1.0:
+        hidden = hidden * config.logit_scale
+    return linear_cross_entropy(kernel, hidden, goals, chunk, config.logit_softcap), weight
 
 
 def _alike(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -90,9 +92,13 @@ def _varying_axes(x: jax.Array) -> frozenset[str]:
     return frozenset(getattr(kind, "vma", ()) if axes is None else axes.varying)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def linear_cross_entropy(
-    kernel: Float[Array, "D V"], hidden: Float[Array, "T D"], targets: Int[Array, " T"], chunk: int
+    kernel: Float[Array, "D V"],
+    hidden: Float[Array, "T D"],
+    targets: Int[Array, " T"],
+    chunk: int,
+    softcap: float | None = None,
 ) -> Float[Array, ""]:
     """Summed cross-entropy of hidden @ kernel, `chunk` tokens at a time; float32.
 
@@ -101,9 +107,10 @@ def linear_cross_entropy(
         hidden: normalised residuals [T, D], T a multiple of `chunk`.
         targets: int [T]; -1 is ignored.
         chunk: tokens whose logits are held at once.
+        softcap: c, logits become c tanh(logits / c).
     """
     losses = jax.lax.map(
-        lambda part: summed_cross_entropy(_logits(kernel, part[0]), part[1]),
+        lambda part: summed_cross_entropy(_capped(_logits(kernel, part[0]), softcap), part[1]),
         (hidden.reshape(-1, chunk, hidden.shape[-1]), targets.reshape(-1, chunk)),
     )
     return jnp.sum(losses)
@@ -113,13 +120,21 @@ def _logits(kernel: jax.Array, hidden: jax.Array) -> jax.Array:
     return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
 
 
-def _loss_and_gradients(kernel: jax.Array, hidden: jax.Array, targets: jax.Array, chunk: int):
+def _capped(logits: jax.Array, softcap: float | None) -> jax.Array:
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
+def _loss_and_gradients(
+    kernel: jax.Array, hidden: jax.Array, targets: jax.Array, chunk: int, softcap: float | None
+):
     def of_chunk(hidden: jax.Array, targets: jax.Array):
-        logits = _logits(kernel, hidden)
+        logits = _capped(_logits(kernel, hidden), softcap)
         loss = summed_cross_entropy(logits, targets)
         counted = (targets != IGNORED)[:, None]
         chosen = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 1) == targets[:, None]
         error = jnp.where(counted, jax.nn.softmax(logits, axis=-1) - chosen, 0.0)
+        if softcap is not None:  # the slope of the cap, 1 - tanh^2
+            error = error * (1.0 - jnp.square(logits / softcap))
         error = error.astype(kernel.dtype)
         to_kernel = jnp.matmul(hidden.T, error, preferred_element_type=jnp.float32)
         to_hidden = jnp.matmul(error, kernel.T, preferred_element_type=jnp.float32)
@@ -140,7 +155,7 @@ def _loss_and_gradients(kernel: jax.Array, hidden: jax.Array, targets: jax.Array
     return loss, (to_kernel, to_hidden, jnp.zeros((), kernel.dtype))
 
 
-def _scaled(chunk: int, kept, scale: jax.Array):
+def _scaled(chunk: int, softcap: float | None, kept, scale: jax.Array):
     to_kernel, to_hidden, like = kept
     wide = to_hidden.astype(jnp.float32)
     return (scale * to_kernel).astype(like.dtype), (scale * wide).astype(to_hidden.dtype), None

@@ -1,99 +1,195 @@
-"""Where each leaf of the parameters lives in checkpoint files, stated once for reading and writing.
+"""Which tensors of a checkpoint hold which leaves, stated once for reading and writing.
 
-A leaf is a path into {"edge": ..., "blocks": ...}. Checkpoints keep kernels [out, in], we keep them
-[in, out]; blocks are one tensor a layer there and stacked here.
+Checkpoints keep kernels [out, in], one tensor a layer, experts apart or together, some matrices
+joined; we keep kernels [in, out], layers stacked and matrices apart. A `FileTensor` says which
+leaves one tensor holds and how. Families differ in names alone, see `jaxsys.model.families`.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
 
 from jaxsys.model.config import DecoderConfig
+from jaxsys.model.families import FAMILIES, Family
+from jaxsys.model.kinds import BlockKind
+from jaxsys.model.leaves import Leaf, Path, block_leaves, edge_leaves
+
+Form = Literal["plain", "turned", "rows", "woven"]
+
+MODULES: Mapping[str, str] = {
+    "embed": "model.embed_tokens",
+    "norm": "model.norm",
+    "head": "lm_head",
+    "attention_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    "attention_post_norm": "post_attention_layernorm",
+    "mlp_post_norm": "post_feedforward_layernorm",
+    "attention/query": "self_attn.q_proj",
+    "attention/key": "self_attn.k_proj",
+    "attention/value": "self_attn.v_proj",
+    "attention/out": "self_attn.o_proj",
+    "attention/query_norm": "self_attn.q_norm",
+    "attention/key_norm": "self_attn.k_norm",
+    "attention/query_down": "self_attn.q_a_proj",
+    "attention/query_down_norm": "self_attn.q_a_layernorm",
+    "attention/query_up": "self_attn.q_b_proj",
+    "attention/latent_down": "self_attn.kv_a_proj_with_mqa",
+    "attention/latent_norm": "self_attn.kv_a_layernorm",
+    "attention/latent_up": "self_attn.kv_b_proj",
+    "mlp/gate": "mlp.gate_proj",
+    "mlp/up": "mlp.up_proj",
+    "mlp/down": "mlp.down_proj",
+    "experts/router": "mlp.gate",
+    "experts/gate": "mlp.experts.{item}.gate_proj",
+    "experts/up": "mlp.experts.{item}.up_proj",
+    "experts/down": "mlp.experts.{item}.down_proj",
+    "shared/gate": "mlp.shared_experts.gate_proj",
+    "shared/up": "mlp.shared_experts.up_proj",
+    "shared/down": "mlp.shared_experts.down_proj",
+    "shared/weight": "mlp.shared_expert_gate",
+}
+"""Llama's names, and those that most families give what Llama lacks."""
+
+WHOLE: Mapping[str, str] = {
+    "attention/sinks": "self_attn.sinks",
+    "experts/correction": "mlp.gate.e_score_correction_bias",
+}
+"""Tensors that are no module's weight or bias."""
+
+LAYER = "model.layers.{layer}."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Leaf:
-    """One array of the parameters and its names elsewhere.
+class FileTensor:
+    """One tensor of a checkpoint, of one layer where it belongs to a block."""
 
-    Names of blocks hold `{layer}`.
-    """
+    name: str
+    """With {layer} and {item} unfilled; items are the places of the leaves' first axis."""
+    leaves: tuple[Leaf, ...]
+    form: Form = "plain"
+    """`turned`: the last two axes change places. `rows`: leaves one below the other, each turned
+    where it is a kernel. `woven`: two leaves take turns on the last axis."""
+    halves: bool = False
+    """Whether rotary pairs lie side by side here and apart in the leaf."""
 
-    path: tuple[str, ...]
-    hf: str
-    gguf: str
-    shape: tuple[int, ...]
-    """In the checkpoint, of one layer."""
-    transposed: bool = False
-    """Whether the checkpoint's [out, in] is our [in, out]."""
-    rotary_heads: int | None = None
-    """Heads whose rows llama.cpp stores with rotary pairs side by side."""
+    @property
+    def items(self) -> int | None:
+        """How many tensors share the name."""
+        return self.leaves[0].shape[0] if "{item}" in self.name else None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor, of one item."""
+        shapes = [self._own(leaf) for leaf in self.leaves]
+        if self.form == "woven":
+            return (*shapes[0][:-1], 2 * shapes[0][-1])
+        if self.form == "rows":
+            turned = [_turned_shape(shape) for shape in shapes]
+            return (sum(shape[0] for shape in turned), *turned[0][1:])
+        return _turned_shape(shapes[0]) if self.form == "turned" else shapes[0]
+
+    def take(self, value: np.ndarray) -> list[np.ndarray]:
+        """The leaves out of the tensor, each of one item; views where that is possible."""
+        if self.form == "woven":
+            return [value[..., 0::2], value[..., 1::2]]
+        if self.form == "rows":
+            ends = np.cumsum([_turned_shape(self._own(leaf))[0] for leaf in self.leaves])[:-1]
+            parts = np.split(value, ends)
+        else:
+            parts = [value]
+        if self.halves:
+            parts = [
+                part if leaf.turning_heads is None else apart(part, leaf.turning_heads)
+                for part, leaf in zip(parts, self.leaves, strict=True)
+            ]
+        if self.form == "plain":
+            return parts
+        return [np.swapaxes(part, -1, -2) if part.ndim > 1 else part for part in parts]
+
+    def give(self, values: Sequence[np.ndarray]) -> np.ndarray:
+        """The tensor made of its leaves, each of one item."""
+        if self.form == "woven":
+            return np.stack(values, axis=-1).reshape(self.shape)
+        if self.form == "plain":
+            return values[0]
+        turned = [np.swapaxes(part, -1, -2) if part.ndim > 1 else part for part in values]
+        return turned[0] if self.form == "turned" else np.concatenate(turned)
+
+    def _own(self, leaf: Leaf) -> tuple[int, ...]:
+        return leaf.shape if self.items is None else leaf.shape[1:]
 
 
-def edge_leaves(config: DecoderConfig) -> list[Leaf]:
-    """Leaves outside the blocks."""
-    table = (config.vocab_size, config.hidden_size)
-    leaves = [
-        Leaf(
-            path=("embed", "table"),
-            hf="model.embed_tokens.weight",
-            gguf="token_embd.weight",
-            shape=table,
-        ),
-        Leaf(
-            path=("norm", "scale"),
-            hf="model.norm.weight",
-            gguf="output_norm.weight",
-            shape=(config.hidden_size,),
-        ),
-    ]
-    if not config.tie_embeddings:
-        leaves.append(
-            Leaf(
-                path=("head", "kernel"),
-                hf="lm_head.weight",
-                gguf="output.weight",
-                shape=table,
-                transposed=True,
-            )
-        )
-    return leaves
+def _turned_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape if len(shape) < 2 else (*shape[:-2], shape[-1], shape[-2])
 
 
-def block_leaves(config: DecoderConfig) -> list[Leaf]:
-    """Leaves of one block."""
-    width, inner = config.hidden_size, config.intermediate_size
-    heads, shared = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+def apart(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows [out, ...] from pairs side by side to halves: (2i, 2i+1) -> (i, i+K/2)."""
+    rest = rows.shape[1:]
+    pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rest)
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
 
-    def norm(name: str, hf: str, gguf: str) -> Leaf:
-        return Leaf(
-            path=(name, "scale"),
-            hf=f"model.layers.{{layer}}.{hf}.weight",
-            gguf=f"blk.{{layer}}.{gguf}.weight",
-            shape=(width,),
-        )
 
-    def kernel(
-        path: tuple[str, str], hf: str, gguf: str, shape: tuple[int, int], rotary: int | None = None
-    ) -> Leaf:
-        return Leaf(
-            path=path,
-            hf=f"model.layers.{{layer}}.{hf}.weight",
-            gguf=f"blk.{{layer}}.{gguf}.weight",
-            shape=shape,
-            transposed=True,
-            rotary_heads=rotary,
-        )
+def edge_tensors(config: DecoderConfig) -> list[FileTensor]:
+    """A Hugging Face checkpoint's tensors outside the blocks."""
+    family = FAMILIES[config.family]
+    return [_alone(family, leaf, "") for leaf in edge_leaves(config)]
 
-    return [
-        norm("attention_norm", "input_layernorm", "attn_norm"),
-        norm("mlp_norm", "post_attention_layernorm", "ffn_norm"),
-        kernel(
-            ("attention", "query"), "self_attn.q_proj", "attn_q", (heads, width), config.num_heads
-        ),
-        kernel(
-            ("attention", "key"), "self_attn.k_proj", "attn_k", (shared, width), config.num_kv_heads
-        ),
-        kernel(("attention", "value"), "self_attn.v_proj", "attn_v", (shared, width)),
-        kernel(("attention", "out"), "self_attn.o_proj", "attn_output", (width, heads)),
-        kernel(("mlp", "gate"), "mlp.gate_proj", "ffn_gate", (inner, width)),
-        kernel(("mlp", "up"), "mlp.up_proj", "ffn_up", (inner, width)),
-        kernel(("mlp", "down"), "mlp.down_proj", "ffn_down", (width, inner)),
-    ]
+
+def block_tensors(config: DecoderConfig, kind: BlockKind) -> list[FileTensor]:
+    """A Hugging Face checkpoint's tensors of one block of a kind."""
+    family = FAMILIES[config.family]
+    leaves = {"/".join(leaf.path): leaf for leaf in block_leaves(config, kind)}
+    tensors = join(leaves, family.joined, family.woven, LAYER)
+    return tensors + [_alone(family, leaf, LAYER) for leaf in leaves.values()]
+
+
+def join(
+    leaves: dict[str, Leaf],
+    joined: Mapping[str, tuple[str, ...]],
+    woven: Mapping[str, tuple[str, ...]],
+    prefix: str,
+) -> list[FileTensor]:
+    """Tensors of several leaves; takes those leaves out of `leaves`."""
+    tensors = []
+    for form, table in (("rows", joined), ("woven", woven)):
+        for name, parts in table.items():
+            for suffix, end in (("", ".weight" if form == "rows" else ""), ("_bias", "_bias")):
+                found = [leaves.get(part + suffix) for part in parts]
+                if any(leaf is None for leaf in found):
+                    continue
+                end = ".bias" if form == "rows" and suffix else end
+                held = tuple(leaf for leaf in found if leaf is not None)
+                tensors.append(FileTensor(name=f"{prefix}{name}{end}", leaves=held, form=form))
+                for part in parts:
+                    del leaves[part + suffix]
+    return tensors
+
+
+def _alone(family: Family, leaf: Leaf, prefix: str) -> FileTensor:
+    name = hf_name(family, leaf.path)
+    # What is kept whole in one tensor for all experts is kept [in, out] there too.
+    whole = leaf.path[0] == "experts" and "{item}" not in name and len(leaf.shape) == 3
+    turned = leaf.is_matrix and not whole
+    return FileTensor(name=prefix + name, leaves=(leaf,), form="turned" if turned else "plain")
+
+
+def hf_name(family: Family, path: Path) -> str:
+    """A leaf's name in the family's Hugging Face checkpoints, within its layer."""
+    key = "/".join(path)
+    for table in (family.whole, WHOLE):
+        if key in table:
+            return table[key]
+    part, is_bias = key, False
+    if path[-1] in ("scale", "kernel", "table"):
+        part = "/".join(path[:-1])
+    elif path[-1] == "bias":
+        part, is_bias = "/".join(path[:-1]), True
+    elif path[-1].endswith("_bias"):
+        part, is_bias = key.removesuffix("_bias"), True
+    module = family.modules.get(part, MODULES.get(part))
+    if module is None:
+        raise KeyError(f"no name is known for {key}")
+    return module + (".bias" if is_bias else ".weight")

@@ -1,51 +1,305 @@
-"""Rotary position embedding: pairs (i, i + K/2) of a head turn by position / theta^(2i/K).
+"""Rotary position embedding: pairs of a head's channels turn by position times a frequency.
 
-    y[i]       = x[i] cos(p w_i) - x[i + K/2] sin(p w_i)
-    y[i + K/2] = x[i + K/2] cos(p w_i) + x[i] sin(p w_i),    w_i = theta^(-2i/K)
+    y[a] = x[a] cos(p w_i) - x[b] sin(p w_i)
+    y[b] = x[b] cos(p w_i) + x[a] sin(p w_i),    w_i = theta^(-2i/W)
 
-The half-split pairing is that of Hugging Face checkpoints. Su et al., arXiv 2104.09864; the
-stretching of long wavelengths is Llama 3.1's. Angles are float32 whatever the model's dtype.
+The pair i is (i, i + W/2) or, where `interleaved`, (2i, 2i + 1); W <= K channels turn, the rest of
+the head stays. Su et al., arXiv 2104.09864. How long contexts stretch the wavelengths is one of
+the scalings below; each reproduces transformers' `rope_type` of that name. Angles are float32
+whatever the model's dtype.
 """
 
 import math
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxsys.model.config import DecoderConfig
+from jaxsys.errors import UsageError
 
 
-def inverse_frequencies(config: DecoderConfig) -> np.ndarray:
-    """w_i in radians a position, [K/2], float64 on the host: a constant of the compiled step."""
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
-    frequencies = config.rope_theta**-exponents
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    wavelengths = 2 * math.pi / frequencies
-    # 0 where the wavelength exceeds original/low, 1 below original/high, linear between.
-    keep = (scaling.original_max_positions / wavelengths - scaling.low_freq_factor) / (
-        scaling.high_freq_factor - scaling.low_freq_factor
-    )
-    keep = np.clip(keep, 0.0, 1.0)
-    return keep * frequencies + (1 - keep) * frequencies / scaling.factor
+def _check_factor(factor: float) -> None:
+    if not factor >= 1:
+        raise UsageError(f"rope scaling factor={factor} must be at least 1")
+
+
+def _check_original(positions: int) -> None:
+    if positions < 1:
+        raise UsageError(f"rope scaling original_max_positions={positions} must be at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearRopeScaling:
+    """All frequencies divided by `factor`. Chen et al., 2306.15595."""
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        if not self.factor > 0:
+            raise UsageError(f"rope scaling factor={self.factor} must be above 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DynamicRopeScaling:
+    """Theta grows with the sequence once that is past the trained positions ("dynamic NTK").
+
+    theta (factor S / P - (factor - 1))^(W / (W - 2)),  S the sequence, P the trained positions.
+    """
+
+    factor: float
+    original_max_positions: int
+
+    def __post_init__(self) -> None:
+        _check_factor(self.factor)
+        _check_original(self.original_max_positions)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class YarnRopeScaling:
+    """Slow frequencies divided by `factor`, fast ones kept, a ramp between.
+
+    The ramp runs between the pairs that turn `beta_fast` and `beta_slow` times over the trained
+    positions; cosines and sines are multiplied by `attention_factor`. Peng et al., 2309.00071.
+    """
+
+    factor: float
+    original_max_positions: int
+    attention_factor: float | None = None
+    """Of cosines and sines; by `mscale` and `mscale_all_dim`, or 0.1 ln(factor) + 1, if None."""
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    """Whether the ramp's ends are whole pairs."""
+
+    def __post_init__(self) -> None:
+        _check_factor(self.factor)
+        _check_original(self.original_max_positions)
+        if not self.beta_fast >= self.beta_slow > 0:
+            raise UsageError(
+                f"rope scaling needs beta_fast={self.beta_fast} >= beta_slow={self.beta_slow} > 0"
+            )
+
+    def magnitude(self, scale: float | None = 1.0) -> float:
+        """0.1 scale ln(factor) + 1, what attention is sharpened by."""
+        return 1.0 if self.factor <= 1 else 0.1 * (scale or 0.0) * math.log(self.factor) + 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LongRopeScaling:
+    """A divisor of its own for each frequency, another set past the trained positions.
+
+    Ding et al., 2402.13753.
+    """
+
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]
+    original_max_positions: int
+    attention_factor: float
+    """Of cosines and sines."""
+
+    def __post_init__(self) -> None:
+        _check_original(self.original_max_positions)
+        for name in ("short_factor", "long_factor"):
+            if not all(value > 0 for value in getattr(self, name)):
+                raise UsageError(f"rope scaling {name} must hold numbers above 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Llama3RopeScaling:
+    """Llama 3.1's stretching of the long rotary wavelengths.
+
+    Frequencies whose wavelength is below `original_max_positions / high_freq_factor` stay, those
+    above `original_max_positions / low_freq_factor` are divided by `factor`, and those between are
+    blended linearly in the inverse wavelength.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+    def __post_init__(self) -> None:
+        _check_factor(self.factor)
+        if not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise UsageError(
+                f"rope scaling needs 0 < low_freq_factor={self.low_freq_factor} < "
+                f"high_freq_factor={self.high_freq_factor}"
+            )
+        _check_original(self.original_max_positions)
+
+
+RopeScaling = (
+    LinearRopeScaling | DynamicRopeScaling | YarnRopeScaling | LongRopeScaling | Llama3RopeScaling
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rope:
+    """How the positions of one kind of layer turn its heads."""
+
+    theta: float
+    width: int
+    """W: the channels of a head that turn, its first ones; even."""
+    scaling: RopeScaling | None = None
+    interleaved: bool = False
+    """Pairs (2i, 2i + 1) instead of (i, i + W/2)."""
+
+    def __post_init__(self) -> None:
+        if not self.theta > 0:
+            raise UsageError(f"rope_theta={self.theta!r} must be above 0")
+        if self.width < 2 or self.width % 2:
+            raise UsageError(f"rotary width {self.width} must be even: rotary turns pairs")
+        scaling = self.scaling
+        if isinstance(scaling, LongRopeScaling):
+            for name in ("short_factor", "long_factor"):
+                found = len(getattr(scaling, name))
+                if found != self.width // 2:
+                    raise UsageError(
+                        f"rope scaling {name} holds {found} numbers, not one for each of "
+                        f"{self.width // 2} pairs"
+                    )
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether frequencies change with the length of the whole sequence."""
+        return isinstance(self.scaling, DynamicRopeScaling | LongRopeScaling)
+
+    @property
+    def magnitude(self) -> float:
+        """What cosines and sines are multiplied by."""
+        scaling = self.scaling
+        if isinstance(scaling, LongRopeScaling):
+            return scaling.attention_factor
+        if not isinstance(scaling, YarnRopeScaling):
+            return 1.0
+        if scaling.attention_factor is not None:
+            return scaling.attention_factor
+        if scaling.mscale and scaling.mscale_all_dim:
+            return scaling.magnitude(scaling.mscale) / scaling.magnitude(scaling.mscale_all_dim)
+        return scaling.magnitude()
+
+
+def inverse_frequencies(rope: Rope, length: int | None = None) -> np.ndarray:
+    """w_i in radians a position, [W/2], float64 on the host: a constant of the compiled step.
+
+    Args:
+        rope: theta, width, scaling.
+        length: tokens of the whole sequence, where frequencies depend on it; within the trained
+            positions if None.
+    """
+    exponents = np.arange(0, rope.width, 2, dtype=np.float64) / rope.width
+    scaling, theta = rope.scaling, rope.theta
+    if isinstance(scaling, DynamicRopeScaling):
+        most = max(length or 0, scaling.original_max_positions)
+        stretch = scaling.factor * most / scaling.original_max_positions - (scaling.factor - 1)
+        theta *= stretch ** (rope.width / (rope.width - 2)) if rope.width > 2 else 1.0
+    frequencies = theta**-exponents
+    if isinstance(scaling, LinearRopeScaling):
+        return frequencies / scaling.factor
+    if isinstance(scaling, LongRopeScaling):
+        past = length is not None and length > scaling.original_max_positions
+        return frequencies / np.asarray(scaling.long_factor if past else scaling.short_factor)
+    if isinstance(scaling, YarnRopeScaling):
+        return _yarn(rope, scaling, frequencies)
+    if isinstance(scaling, Llama3RopeScaling):
+        wavelengths = 2 * math.pi / frequencies
+        # 0 where the wavelength exceeds original/low, 1 below original/high, linear between.
+        keep = (scaling.original_max_positions / wavelengths - scaling.low_freq_factor) / (
+            scaling.high_freq_factor - scaling.low_freq_factor
+        )
+        keep = np.clip(keep, 0.0, 1.0)
+        return keep * frequencies + (1 - keep) * frequencies / scaling.factor
+    return frequencies
+
+
+def _yarn(rope: Rope, scaling: YarnRopeScaling, frequencies: np.ndarray) -> np.ndarray:
+    def pair_of(turns: float) -> float:
+        over = scaling.original_max_positions / (turns * 2 * math.pi)
+        return rope.width * math.log(over) / (2 * math.log(rope.theta))
+
+    low, high = pair_of(scaling.beta_fast), pair_of(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.width - 1)
+    if low == high:
+        high += 0.001  # a ramp of no width would divide by zero
+    ramp = np.clip((np.arange(rope.width // 2) - low) / (high - low), 0.0, 1.0)
+    return frequencies / scaling.factor * ramp + frequencies * (1 - ramp)
 
 
 def rotary_tables(
-    positions: Int[Array, "B T"], config: DecoderConfig
+    positions: Int[Array, "B T"], rope: Rope, length: int | jax.Array | None = None
 ) -> tuple[Float[Array, "B T 1 H"], Float[Array, "B T 1 H"]]:
-    """Cosines and sines of every position, float32 [B, T, 1, K/2], ready to meet [B, T, N, K]."""
-    frequencies = jnp.asarray(inverse_frequencies(config), jnp.float32)
-    angles = positions.astype(jnp.float32)[..., None, None] * frequencies[None, None, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
+    """Cosines and sines of every position, float32 [B, T, 1, W/2], ready to meet [B, T, N, K].
+
+    Args:
+        positions: of the tokens.
+        rope: the layer's.
+        length: tokens of the whole sequence, for scalings that depend on it: an int, an int32
+            array [] or [B], or None for one past the largest position (transformers' rule).
+    """
+    frequencies: jax.Array
+    if not rope.depends_on_length or isinstance(length, int):
+        known = length if isinstance(length, int) else None
+        frequencies = jnp.asarray(inverse_frequencies(rope, known), jnp.float32)[None, None, None]
+    else:
+        found = jnp.max(positions) + 1 if length is None else length
+        frequencies = _frequencies_at(rope, jnp.asarray(found, jnp.float32))
+        frequencies = frequencies.reshape(-1, 1, 1, rope.width // 2)
+    angles = positions.astype(jnp.float32)[..., None, None] * frequencies
+    cosines, sines = jnp.cos(angles), jnp.sin(angles)
+    if rope.magnitude != 1.0:
+        cosines, sines = cosines * rope.magnitude, sines * rope.magnitude
+    return cosines, sines
+
+
+def _frequencies_at(rope: Rope, length: jax.Array) -> jax.Array:
+    """As `inverse_frequencies`, of lengths [...] known only when running: float32 [..., W/2]."""
+    scaling, length = rope.scaling, length[..., None]
+    if isinstance(scaling, LongRopeScaling):
+        most = scaling.original_max_positions
+        short, past = (
+            jnp.asarray(inverse_frequencies(rope, size), jnp.float32).reshape(
+                (1,) * (length.ndim - 1) + (-1,)
+            )
+            for size in (most, most + 1)
+        )
+        return jnp.where(length > most, past, short)
+    assert isinstance(scaling, DynamicRopeScaling)
+    most = scaling.original_max_positions
+    stretch = scaling.factor * jnp.maximum(length, most) / most - (scaling.factor - 1)
+    exponents = np.arange(0, rope.width, 2) / rope.width
+    power = exponents * (rope.width / (rope.width - 2) if rope.width > 2 else 0.0)
+    base = inverse_frequencies(rope)
+    shape = (1,) * (length.ndim - 1) + (-1,)
+    power, base = (jnp.asarray(x, jnp.float32).reshape(shape) for x in (power, base))
+    return base * stretch**-power
 
 
 def rotate(
-    x: Float[Array, "B T N K"], cosines: jax.Array, sines: jax.Array
-) -> Float[Array, "B T N K"]:
-    """Turns the heads of `x` [B, T, N, K]; computed in float32, returned in the dtype of `x`."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    x: Float[Array, "B T *N K"], cosines: jax.Array, sines: jax.Array, *, interleaved: bool = False
+) -> Float[Array, "B T *N K"]:
+    """Turns the heads of `x` [B, T, ..., K]; computed in float32, returned in the dtype of `x`.
+
+    Tables of W/2 columns turn the first W channels of each head.
+    """
+    for _ in range(x.ndim - cosines.ndim):
+        cosines, sines = cosines[:, :, None], sines[:, :, None]
+    width = 2 * cosines.shape[-1]
+    whole = width == x.shape[-1]
+    wide = (x if whole else x[..., :width]).astype(jnp.float32)
+    if interleaved:
+        pairs = wide.reshape(*wide.shape[:-1], width // 2, 2)
+        first, second = pairs[..., 0], pairs[..., 1]
+    else:
+        first, second = jnp.split(wide, 2, axis=-1)
     turned = [first * cosines - second * sines, second * cosines + first * sines]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    if interleaved:
+        done = jnp.stack(turned, axis=-1).reshape(wide.shape).astype(x.dtype)
+    else:
+        done = jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    return done if whole else jnp.concatenate([done, x[..., width:]], axis=-1)

@@ -86,10 +86,19 @@ class SafetensorsFile:
         entry = self._entries[name]
         if entry.dtype not in DTYPES:
             raise UsageError(
-                f"{self.path}: tensor {name!r} is {shown(entry.dtype)[1:-1]}; known: "
-                f"{', '.join(DTYPES)}"
+                f"{self.path}: tensor {name!r} is {shown(entry.dtype)[1:-1]}, which is not read as "
+                f"weights; known: {', '.join(DTYPES)}. Use the model's files in one of these"
             )
-        dtype = DTYPES[entry.dtype]
+        return self._view(name, entry, DTYPES[entry.dtype])
+
+    def read_bytes(self, name: str) -> np.ndarray:
+        """As `read`, of a tensor of unsigned bytes."""
+        entry = self._entries[name]
+        if entry.dtype != "U8":
+            raise UsageError(f"{self.path}: tensor {name!r} is {shown(entry.dtype)[1:-1]}, not U8")
+        return self._view(name, entry, np.dtype(np.uint8))
+
+    def _view(self, name: str, entry: _Entry, dtype: np.dtype) -> np.ndarray:
         if entry.end - entry.begin != math.prod(entry.shape) * dtype.itemsize:
             raise UsageError(
                 f"{self.path}: tensor {name!r} has {entry.end - entry.begin} bytes, not those of "

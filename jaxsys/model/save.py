@@ -20,8 +20,8 @@ from jaxsys.errors import UsageError
 from jaxsys.layered import Parameters, PyTree
 from jaxsys.model import folder as names
 from jaxsys.model.config import DecoderConfig
-from jaxsys.model.decoder import abstract_parameters
-from jaxsys.model.names import block_leaves, edge_leaves
+from jaxsys.model.decoder import abstract_parameters, kind_of_blocks
+from jaxsys.model.names import FileTensor, block_tensors, edge_tensors
 from jaxsys.model.safetensors_file import TensorToWrite, write_safetensors
 from jaxsys.model.tokenizer import Tokenizer
 
@@ -94,22 +94,38 @@ def _check_parameters(config: DecoderConfig, parameters: Parameters) -> None:
 
 
 def _tensors(config: DecoderConfig, parameters: Parameters) -> Iterator[TensorToWrite]:
-    def entry(name: str, array: Any, transposed: bool, layer: int | None) -> TensorToWrite:
-        shape = tuple(array.shape if layer is None else array.shape[1:])
-
-        def values() -> np.ndarray:
-            host = np.asarray(array if layer is None else array[layer])
-            return host.T if transposed else host
-
-        shape = shape[::-1] if transposed else shape
-        return TensorToWrite(name=name, shape=shape, dtype=np.dtype(array.dtype), values=values)
-
-    for leaf in edge_leaves(config):
-        yield entry(leaf.hf, _at(parameters["edge"], leaf.path), leaf.transposed, None)
+    for tensor in edge_tensors(config):
+        yield from _written(tensor, parameters["edge"], {}, None)
+    kept = {
+        kind.name: (
+            block_tensors(config, kind),
+            kind_of_blocks(config, parameters["blocks"], kind),
+            {layer: place for place, layer in enumerate(config.layers_of(kind))},
+        )
+        for kind in config.kinds
+    }
     for layer in range(config.num_layers):
-        for leaf in block_leaves(config):
-            array = _at(parameters["blocks"], leaf.path)
-            yield entry(leaf.hf.format(layer=layer), array, leaf.transposed, layer)
+        tensors, stack, places = kept[config.kind(layer).name]
+        for tensor in tensors:
+            yield from _written(tensor, stack, {"layer": layer}, places[layer])
+
+
+def _written(
+    tensor: FileTensor, tree: PyTree, filled: dict[str, int], place: int | None
+) -> Iterator[TensorToWrite]:
+    """The entries of one tensor: one, or one for each item."""
+    arrays = [_at(tree, leaf.path) for leaf in tensor.leaves]
+    for item in [None] if tensor.items is None else range(tensor.items):
+        index = tuple(part for part in (place, item) if part is not None)
+        name = tensor.name
+        for key, value in (filled | ({} if item is None else {"item": item})).items():
+            name = name.replace(f"{{{key}}}", str(value))
+
+        def values(index: tuple[int, ...] = index) -> np.ndarray:
+            return tensor.give([np.asarray(array[index]) for array in arrays])
+
+        dtype = np.dtype(arrays[0].dtype)
+        yield TensorToWrite(name=name, shape=tensor.shape, dtype=dtype, values=values)
 
 
 def _write_weights(folder: Path, tensors: list[TensorToWrite], max_shard_bytes: int) -> None:

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from jaxsys.errors import UsageError
-from jaxsys.model import DecoderConfig, abstract_parameters, preset
-from jaxsys.model.config import PRESETS, Llama3RopeScaling
+from jaxsys.model import BlockKind, DecoderConfig, abstract_parameters, preset
+from jaxsys.model.rope import Llama3RopeScaling
+from jaxsys.model.shapes import PRESETS
 
 # Model cards on the Hugging Face Hub give these totals.
 PUBLISHED = {
@@ -64,12 +65,10 @@ def test_unknown_preset_lists_the_known():
             {"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"]},
             "architecture 'GPTNeoXForCausalLM'.*known: LlamaForCausalLM .llama., Mistral",
         ),
-        ({"sliding_window": 16}, "sliding_window=16 is below max_position_embeddings=256"),
-        ({"attention_bias": True}, "attention_bias=True is not supported"),
-        ({"mlp_bias": True}, "mlp_bias=True is not supported"),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
+        ({"hidden_act": "xielu"}, "hidden_act='xielu' is not computed; known: 'silu', "),
+        ({"clip_qkv": 8.0}, "clip_qkv=8.0 is not understood in llama; what it changes is not"),
         ({"quantization_config": {"bits": 4}}, "quantization_config=.* is not supported"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn' is not supported"),
+        ({"rope_parameters": {"rope_type": "axial"}}, "rope_type='axial' is not supported; known"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 is not"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8}}, "lacks low_freq_factor"),
         ({"hidden_size": None}, "lacks hidden_size"),
@@ -88,13 +87,23 @@ def test_what_is_not_computed_is_refused(change, message):
         DecoderConfig.from_hf(preset("tiny").to_hf() | change)
 
 
-def test_mistral_without_a_cutting_window_is_the_same_model():
+def test_a_llama_file_may_name_a_window_that_transformers_ignores():
+    settings = preset("tiny").to_hf() | {"sliding_window": 16}
+    assert DecoderConfig.from_hf(settings) == preset("tiny")
+
+
+@pytest.mark.parametrize(
+    ("given", "window"),
+    [({"sliding_window": 64}, 64), ({"sliding_window": None}, None), ({}, 4096)],
+)
+def test_mistral_has_its_familys_window(given, window):
     settings = preset("tiny").to_hf() | {
         "model_type": "mistral",
         "architectures": ["MistralForCausalLM"],
-        "sliding_window": 256,
     }
-    assert DecoderConfig.from_hf(settings) == preset("tiny")
+    config = DecoderConfig.from_hf(settings | given)
+    assert config.kinds == (BlockKind(window=window),)
+    assert config.to_hf()["sliding_window"] == window
 
 
 @pytest.mark.parametrize(

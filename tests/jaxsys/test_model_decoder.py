@@ -22,9 +22,9 @@ from jaxsys.model import (
     parameters,
     preset,
 )
-from jaxsys.model.config import Llama3RopeScaling
+from jaxsys.model.block import turn
 from jaxsys.model.decoder import bind_edge
-from jaxsys.model.rope import inverse_frequencies
+from jaxsys.model.rope import Llama3RopeScaling, inverse_frequencies
 
 SCALED = Llama3RopeScaling(
     factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=32
@@ -43,7 +43,7 @@ def plain_norm(x, scale, epsilon):
 
 
 def plain_rotate(x, positions, config):
-    angles = positions[:, None] * inverse_frequencies(config)[None, :]
+    angles = positions[:, None] * inverse_frequencies(config.rope())[None, :]
     first, second = np.split(x, 2, axis=-1)
     cosines, sines = np.cos(angles), np.sin(angles)
     return np.concatenate(
@@ -174,11 +174,12 @@ def test_pieces_make_up_the_block():
     block = bind_block(config, layer)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 7, 32)), jnp.float32)
     positions = jnp.arange(7, dtype=jnp.int32)[None]
-    q, k, v = block.attention.project(block.attention_norm(x), positions)
+    q, k, v = block.project(x, turn(config, block.kind, positions))
     assert (q.shape, k.shape, v.shape) == ((2, 7, 4, 8), (2, 7, 2, 8), (2, 7, 2, 8))
     attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-    y = x + block.attention.output(attended)
-    np.testing.assert_allclose(y + block.mlp(block.mlp_norm(y)), block(x), rtol=1e-5, atol=1e-6)
+    y, load = block.finish(x, attended)
+    assert load is None
+    np.testing.assert_allclose(y, block(x), rtol=1e-5, atol=1e-6)
 
 
 def test_positions_shift_nothing_but_the_rotation():

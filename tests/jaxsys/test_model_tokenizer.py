@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jaxsys.errors import UsageError
 from jaxsys.model import ByteTokenizer, Tokenizer
 from jaxsys.model.chat import render_chat
-from jaxsys.model.config import BYTE_VOCABULARY
+from jaxsys.model.shapes import BYTE_VOCABULARY
 
 BYTES = ByteTokenizer()
 TEXT = st.text(st.characters(codec="utf-8"))

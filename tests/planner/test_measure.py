@@ -8,7 +8,7 @@ import pytest
 
 from jaxsys.hardware import device, link
 from jaxsys.mesh import make_mesh
-from jaxsys.model.config import preset
+from jaxsys.model.shapes import preset
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.measure import (
     LONG,

@@ -14,7 +14,7 @@ from jaxsys.hardware import LinkSpec, device, link
 from jaxsys.lowering import lower, lower_sharded
 from jaxsys.mesh import make_mesh
 from jaxsys.model import abstract_parameters, layered
-from jaxsys.model.config import preset
+from jaxsys.model.shapes import preset
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.costs import Precision, cut, full_chunks, schedule_costs
 from jaxsys.planner.files import load_plan, plan_file

@@ -10,7 +10,7 @@ from jaxsys.errors import UsageError
 from jaxsys.hardware import LinkSpec, device
 from jaxsys.lowering.programs import block_program
 from jaxsys.model import abstract_parameters, layered
-from jaxsys.model.config import preset
+from jaxsys.model.shapes import preset
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.evaluate import plan_costs, schedule_link
 from jaxsys.planner.lower import to_schedule

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from jaxsys.hardware import LinkSpec, device, link
-from jaxsys.model.config import preset
+from jaxsys.model.shapes import preset
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.constraints import Conflict
 from jaxsys.planner.costs import Precision

@@ -9,7 +9,7 @@ import pytest
 
 from jaxsys.errors import UsageError
 from jaxsys.hardware import device, link
-from jaxsys.model.config import preset
+from jaxsys.model.shapes import preset
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.constraints import Conflict, Relation, culprits, propagate, satisfiable
 from jaxsys.planner.lower import to_schedule

@@ -1,0 +1,425 @@
+"""The mathematics of one decoder layer, stated once, over weights that are held in any way.
+
+    n = norm(x);  q, k, v = project(n);  o = attend(q, k, v);  x' = finish(x, o)
+
+`project` and `finish` leave attention in between to the caller, who may put a paged cache there.
+How matrices are kept (apart, fused, quantised, split over devices) is the business of `Held`; its
+plain form, `HeldTree`, reads a layer of the parameters. Norms, rotary tables and softmax are
+float32 inside; the rest computes in the weights' dtype.
+
+Legend: B batch, T tokens, D width, F feed-forward, N heads, G key/value heads, K head width.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxsys.layered import PyTree
+from jaxsys.model import experts as mixture
+from jaxsys.model.attention import Implementation, attend
+from jaxsys.model.config import DecoderConfig
+from jaxsys.model.kinds import Activation, BlockKind, Latent
+from jaxsys.model.leaves import Path
+from jaxsys.model.rope import rotary_tables, rotate
+
+Turn = tuple[jax.Array, jax.Array] | None
+"""Cosines and sines of the tokens' positions; None where a layer has no positions."""
+
+
+class Held(Protocol):
+    """One layer's weights and the products with them.
+
+    Products take normalised inputs [..., D] and add biases where there are any. Heads may come out
+    on one axis [N, K] or grouped [G, N / G, K].
+    """
+
+    def vector(self, *path: str) -> jax.Array | None:
+        """A norm's scale or bias, sinks, a router's correction; None where there is none."""
+        ...
+
+    def query_key_value(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """[B, T, D] -> q [B, T, N, K], k and v [B, T, G, K], before norms and rotary."""
+        ...
+
+    def product(self, x: jax.Array, *path: str) -> jax.Array:
+        """The last axis of x times one matrix, its bias added."""
+        ...
+
+    def heads_out(self, o: jax.Array) -> jax.Array:
+        """Joins the heads: [B, T, N, K] -> [B, T, D]."""
+        ...
+
+    def up(self, x: jax.Array, name: str) -> tuple[jax.Array | None, jax.Array]:
+        """Gate (None where there is none) and up of a feed-forward: [..., D] -> [..., F] each."""
+        ...
+
+    def grouped_up(
+        self, rows: jax.Array, groups: mixture.Groups
+    ) -> tuple[jax.Array | None, jax.Array]:
+        """As `up`, of each expert with its group of rows [R, D]."""
+        ...
+
+    def grouped_down(self, rows: jax.Array, groups: mixture.Groups) -> jax.Array:
+        """Each expert's down with its group of rows: [R, F] -> [R, D]."""
+        ...
+
+
+class HeldTree:
+    """One layer as the parameters have it: a kernel an array, [in, out]."""
+
+    def __init__(self, config: DecoderConfig, tree: PyTree) -> None:
+        self._config = config
+        self._tree = tree
+
+    def vector(self, *path: str) -> jax.Array | None:
+        """The leaf at `path`, or None."""
+        node: Any = self._tree
+        for name in path:
+            if not isinstance(node, Mapping) or name not in node:
+                return None
+            node = node[name]
+        return node
+
+    def query_key_value(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Three products, heads split off."""
+        split = (*x.shape[:-1], -1, self._config.head_dim)
+        q, k, v = (
+            self.product(x, "attention", name).reshape(split) for name in ("query", "key", "value")
+        )
+        return q, k, v
+
+    def product(self, x: jax.Array, *path: str) -> jax.Array:
+        """x times the kernel at `path`."""
+        node = self._tree
+        for name in path[:-1]:
+            node = node[name]
+        y = x @ node[path[-1]]
+        bias = node.get(f"{path[-1]}_bias")
+        return y if bias is None else y + _last(bias, y)
+
+    def heads_out(self, o: jax.Array) -> jax.Array:
+        """Heads joined, then one product."""
+        return self.product(o.reshape(*o.shape[:-2], -1), "attention", "out")
+
+    def up(self, x: jax.Array, name: str) -> tuple[jax.Array | None, jax.Array]:
+        """One product each."""
+        gate = self.product(x, name, "gate") if self._config.gated else None
+        return gate, self.product(x, name, "up")
+
+    def grouped_up(
+        self, rows: jax.Array, groups: mixture.Groups
+    ) -> tuple[jax.Array | None, jax.Array]:
+        """Two ragged products."""
+        gate = self._grouped(rows, "gate", groups) if self._config.gated else None
+        return gate, self._grouped(rows, "up", groups)
+
+    def grouped_down(self, rows: jax.Array, groups: mixture.Groups) -> jax.Array:
+        """One ragged product."""
+        return self._grouped(rows, "down", groups)
+
+    def _grouped(self, rows: jax.Array, name: str, groups: mixture.Groups) -> jax.Array:
+        node = self._tree["experts"]
+        y = jax.lax.ragged_dot(rows, node[name], groups.sizes)
+        bias = node.get(f"{name}_bias")
+        return y if bias is None else y + bias[groups.experts]
+
+
+class Block(NamedTuple):
+    """One layer bound to its weights; cheap to make while tracing."""
+
+    config: DecoderConfig
+    kind: BlockKind
+    held: Held
+
+    def project(
+        self, x: Float[Array, "B T D"], turn: Turn
+    ) -> tuple[Float[Array, "B T N K"], Float[Array, "B T G K"], Float[Array, "B T G K"]]:
+        """The residual [B, T, D] -> q, k, v as attention takes them, norms and rotary done."""
+        return project(self.config, self.held, x, turn)
+
+    def finish(
+        self, x: Float[Array, "B T D"], o: Float[Array, "B T N K"]
+    ) -> tuple[Float[Array, "B T D"], mixture.Load | None]:
+        """Adds attention's output and the feed-forward; says how experts were used."""
+        return finish(self.config, self.kind, self.held, x, o)
+
+    def attend(
+        self,
+        q: Float[Array, "B T N K"],
+        k: Float[Array, "B T G K"],
+        v: Float[Array, "B T G K"],
+        implementation: Implementation | None = None,
+    ) -> Float[Array, "B T N K"]:
+        """Causal self-attention over whole sequences, as this kind of layer does it."""
+        return attend(
+            q,
+            k,
+            v,
+            causal=True,
+            window=self.kind.window,
+            scale=attention_scale(self.config),
+            softcap=self.config.attention_softcap,
+            sinks=self.held.vector("attention", "sinks"),
+            implementation=implementation,
+        )
+
+    def run(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"] | None = None,
+        *,
+        implementation: Implementation | None = None,
+    ) -> tuple[Float[Array, "B T D"], mixture.Load | None]:
+        """The whole layer; `positions` count from 0 unless given."""
+        length = None
+        if positions is None:
+            length = x.shape[1]
+            positions = jnp.arange(length, dtype=jnp.int32)[None, :]
+        q, k, v = self.project(x, turn(self.config, self.kind, positions, length))
+        return self.finish(x, self.attend(q, k, v, implementation))
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"] | None = None,
+        *,
+        implementation: Implementation | None = None,
+    ) -> Float[Array, "B T D"]:
+        """x [B, T, D] -> [B, T, D]."""
+        return self.run(x, positions, implementation=implementation)[0]
+
+
+def turn(
+    config: DecoderConfig,
+    kind: BlockKind,
+    positions: Int[Array, "B T"],
+    length: int | jax.Array | None = None,
+) -> Turn:
+    """The rotary tables of one kind of layer; see `rotary_tables`."""
+    rope = config.rope(kind)
+    return None if rope is None else rotary_tables(positions, rope, length)
+
+
+def attention_scale(config: DecoderConfig) -> float | None:
+    """What scores are multiplied by; None: 1 / sqrt of the queries' head width."""
+    return config.attention_scale
+
+
+def project(
+    config: DecoderConfig, held: Held, x: Float[Array, "B T D"], turn: Turn
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See `Block.project`."""
+    n = normalise(config, held, "attention_norm", x) if config.norm_places != "after" else x
+    if config.latent is not None:
+        query, latent, key = latent_project(config, held, n, turn)
+        k, v = unfold(config, held, latent, key)
+        return query, k, v
+    q, k, v = held.query_key_value(n)
+    after = config.qk_norm_after_rope
+    if config.qk_norm is not None and not after:
+        q, k = _head_norm(config, held, "query_norm", q), _head_norm(config, held, "key_norm", k)
+    if turn is not None:
+        q, k = (rotate(a, *turn, interleaved=config.rope_interleaved) for a in (q, k))
+    if config.qk_norm is not None and after:
+        q, k = _head_norm(config, held, "query_norm", q), _head_norm(config, held, "key_norm", k)
+    return q, k, v
+
+
+def latent_project(
+    config: DecoderConfig, held: Held, n: Float[Array, "B T D"], turn: Turn
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What latent attention computes of its input, and what a latent cache keeps.
+
+    Returns:
+        q [B, T, N, P + R], whose last R channels are turned; the normalised latent vector
+        [B, T, C]; the turned key [B, T, 1, R] that all heads share.
+    """
+    latent = _latent(config)
+    if latent.query_rank is None:
+        q = held.product(n, "attention", "query")
+    else:
+        squeezed = held.product(n, "attention", "query_down")
+        scale = held.vector("attention", "query_down_norm")
+        squeezed = _scaled(latent.epsilon, squeezed, scale)
+        q = held.product(squeezed, "attention", "query_up")
+    q = q.reshape(*n.shape[:-1], config.num_heads, -1)
+    narrow = held.product(n, "attention", "latent_down")
+    scale = held.vector("attention", "latent_norm")
+    vector = _scaled(latent.epsilon, narrow[..., : latent.rank], scale)
+    key = narrow[..., None, latent.rank :]
+    plain, turning = q[..., : latent.plain_dim], q[..., latent.plain_dim :]
+    if turn is not None:
+        turning, key = (
+            rotate(a, *turn, interleaved=config.rope_interleaved) for a in (turning, key)
+        )
+    return jnp.concatenate([plain, turning], axis=-1), vector, key
+
+
+def unfold(
+    config: DecoderConfig,
+    held: Held,
+    vector: Float[Array, "B S C"],
+    key: Float[Array, "B S 1 R"],
+) -> tuple[Float[Array, "B S N K"], Float[Array, "B S N V"]]:
+    """Latent vectors and shared keys -> keys [B, S, N, P + R] and values [B, S, N, V] of heads."""
+    latent = _latent(config)
+    both = held.product(vector, "attention", "latent_up")
+    both = both.reshape(*vector.shape[:-1], config.num_heads, -1)
+    plain, values = both[..., : latent.plain_dim], both[..., latent.plain_dim :]
+    shared = jnp.broadcast_to(key, (*plain.shape[:-1], latent.rotary_dim))
+    return jnp.concatenate([plain, shared], axis=-1), values
+
+
+def finish(
+    config: DecoderConfig,
+    kind: BlockKind,
+    held: Held,
+    x: Float[Array, "B T D"],
+    o: Float[Array, "B T N K"],
+) -> tuple[Float[Array, "B T D"], mixture.Load | None]:
+    """See `Block.finish`."""
+    before, after = config.norm_places != "after", config.norm_places != "before"
+    attended = held.heads_out(o)
+    if after:
+        attended = normalise(config, held, "attention_post_norm", attended)
+    if config.parallel:
+        n = normalise(config, held, "attention_norm", x) if before else x
+        fed, load = feed_forward(config, kind, held, n)
+        if after:
+            fed = normalise(config, held, "mlp_post_norm", fed)
+        return x + _weighed(config, attended) + _weighed(config, fed), load
+    x = x + _weighed(config, attended)
+    n = normalise(config, held, "mlp_norm", x) if before else x
+    fed, load = feed_forward(config, kind, held, n)
+    if after:
+        fed = normalise(config, held, "mlp_post_norm", fed)
+    return x + _weighed(config, fed), load
+
+
+def feed_forward(
+    config: DecoderConfig, kind: BlockKind, held: Held, n: Float[Array, "B T D"]
+) -> tuple[Float[Array, "B T D"], mixture.Load | None]:
+    """The dense feed-forward, or the experts and what is shared beside them."""
+    if not kind.experts:
+        return _dense(config, held, n, "mlp"), None
+    experts = config.experts
+    assert experts is not None
+    rows = n.reshape(-1, n.shape[-1])
+    logits = held.product(rows, "experts", "router").astype(jnp.float32)
+    chosen = mixture.route(experts, logits, held.vector("experts", "correction"))
+    groups, places = mixture.group(chosen.experts, experts.count)
+    gate, up = held.grouped_up(rows[places.rows], groups)
+    inner = mixture.activate(experts, lambda a: activation(config.activation, a), gate, up)
+    fed = mixture.gather(held.grouped_down(inner, groups), places, chosen.weights)
+    fed = fed.reshape(n.shape)
+    if experts.shared_size:
+        shared = _dense(config, held, n, "shared")
+        if experts.shared_gate:
+            shared = jax.nn.sigmoid(held.product(n, "shared", "weight")) * shared
+        fed = fed + shared
+    return fed, mixture.load(experts, logits, groups)
+
+
+def normalise(
+    config: DecoderConfig, held: Held, name: str, x: Float[Array, "B T D"]
+) -> Float[Array, "B T D"]:
+    """The named norm of the layer on the last axis; statistics in float32."""
+    return norm(config, x, held.vector(name, "scale"), held.vector(name, "bias"))
+
+
+def norm(
+    config: DecoderConfig, x: jax.Array, scale: jax.Array | None, bias: jax.Array | None = None
+) -> jax.Array:
+    """RMS or layer normalisation of the last axis, by the configuration.
+
+    Zhang & Sennrich, 1910.07467; Ba et al., 1607.06450.
+    """
+    if config.norm == "rms" and not config.norm_plus_one:
+        return _scaled(config.rms_norm_eps, x, scale)
+    wide = x.astype(jnp.float32)
+    if config.norm == "layer":
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+    normal = wide * jax.lax.rsqrt(mean_square + config.rms_norm_eps)
+    # Scales near one less one, and biases, meet float32: their bits are few enough as it is.
+    assert scale is not None
+    factor = _last(scale, x).astype(jnp.float32)
+    normal = normal * (1.0 + factor if config.norm_plus_one else factor)
+    if bias is not None:
+        normal = normal + _last(bias, x).astype(jnp.float32)
+    return normal.astype(x.dtype)
+
+
+def _scaled(epsilon: float, x: jax.Array, scale: jax.Array | None) -> jax.Array:
+    """RMS normalisation whose scale meets the dtype of x, as Llama's does."""
+    wide = x.astype(jnp.float32)
+    mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+    normal = (wide * jax.lax.rsqrt(mean_square + epsilon)).astype(x.dtype)
+    assert scale is not None
+    return normal * _last(scale, x)
+
+
+def _head_norm(config: DecoderConfig, held: Held, name: str, heads: jax.Array) -> jax.Array:
+    """Norm of queries or keys [B, T, ..., K], by the configuration's `qk_norm`."""
+    scale = held.vector("attention", name)
+    if config.qk_norm == "all":
+        joined = heads.reshape(*heads.shape[:2], -1)
+        return norm(config, joined, scale).reshape(heads.shape)
+    if config.qk_norm == "each":
+        assert scale is not None
+        scale = scale.reshape(heads.shape[2:])
+    return norm(config, heads, scale)
+
+
+def _dense(config: DecoderConfig, held: Held, n: jax.Array, name: str) -> jax.Array:
+    """Down(act(Gate n) * Up n), or Down(act(Up n)). Shazeer, 2002.05202."""
+    gate, up = held.up(n, name)
+    inner = activation(config.activation, up if gate is None else gate)
+    return held.product(inner if gate is None else inner * up, name, "down")
+
+
+def activation(name: Activation, x: jax.Array) -> jax.Array:
+    """The named function of each number."""
+    if name == "silu":
+        return jax.nn.silu(x)
+    if name == "relu":
+        return jax.nn.relu(x)
+    if name == "relu2":
+        return jnp.square(jax.nn.relu(x))
+    return jax.nn.gelu(x, approximate=name == "gelu_tanh")
+
+
+def _weighed(config: DecoderConfig, x: jax.Array) -> jax.Array:
+    return x if config.residual_scale == 1.0 else x * config.residual_scale
+
+
+def _last(vector: jax.Array, like: jax.Array) -> jax.Array:
+    """A vector with the leading axes of `like`, for strict rank promotion."""
+    return vector[(None,) * (like.ndim - vector.ndim)]
+
+
+def _latent(config: DecoderConfig) -> Latent:
+    assert config.latent is not None
+    return config.latent
+
+
+__all__ = [
+    "Block",
+    "Held",
+    "HeldTree",
+    "Path",
+    "Turn",
+    "activation",
+    "attention_scale",
+    "feed_forward",
+    "finish",
+    "latent_project",
+    "norm",
+    "normalise",
+    "project",
+    "turn",
+    "unfold",
+]
