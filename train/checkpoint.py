@@ -4,9 +4,10 @@ Arrays are stored in layer order, through Orbax, in the background. A step's fol
 rename when all of it is written, so a kill at any moment leaves the steps before it whole. With
 each leaf goes a 32-bit sum of its bits weighted by position, computed on the devices before and
 after: what is read back is what was saved, or it is not used. Beside the arrays lies a JSON record:
-step, data position, settings, model shape.
+step, data position, settings, model shape, and a hash of all these.
 """
 
+import hashlib
 import json
 import logging
 import shutil
@@ -25,7 +26,9 @@ from jaxsys.files import write_whole
 from jaxsys.layered import PyTree
 from jaxsys.train.state import path_names
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_UNSEALED = 1
+"""The format before, whose records carry no hash."""
 FOLDER = "checkpoints"
 """Of a run's folder, what holds its checkpoints."""
 _BROKEN = "broken-"
@@ -51,10 +54,47 @@ class Record:
     """Schedule, devices and versions; for people, nothing depends on it."""
     format: int = FORMAT_VERSION
 
+    def sealed(self) -> dict[str, Any]:
+        """The record as JSON values, with a hash of them under "seal"."""
+        values = json.loads(json.dumps(asdict(self)))
+        return {**values, "seal": _seal(values)}
+
+    @classmethod
+    def unsealed(cls, values: Mapping[str, Any], *, step: int) -> "Record":
+        """The record that `sealed` made, of a step.
+
+        Raises:
+            RunError: if it is not the one that was written, or of another step.
+            UsageError: if it is whole and of a version that this one does not read.
+        """
+        fields = dict(values)
+        seal = fields.pop("seal", None)
+        version = fields.get("format")
+        if seal != _seal(fields) if seal is not None else version != _UNSEALED:
+            raise RunError("its record is damaged: it differs from the hash that was saved with it")
+        if version not in (_UNSEALED, FORMAT_VERSION):
+            raise UsageError(
+                f"step {step} has checkpoint format {version}; this version reads {FORMAT_VERSION}"
+            )
+        record = cls(**fields)
+        if record.step != step:
+            raise RunError(f"its record is of step {record.step!r}")
+        return record
+
+
+def _seal(values: Mapping[str, Any]) -> str:
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """The finished steps of a folder of checkpoints; whatever else lies there is left alone."""
+    return [path for path in folder.glob("[0-9]*") if path.name.isdecimal() and path.is_dir()]
+
 
 def check_unused(folder: Path) -> None:
     """Raises UsageError if a run's folder holds checkpoints of a run already."""
-    steps = [int(path.name) for path in (folder / FOLDER).glob("*") if path.name.isdigit()]
+    steps = [int(path.name) for path in step_folders(folder / FOLDER)]
     if steps:
         raise UsageError(
             f"{folder} holds a run at step {max(steps)}; resume it (resume=True) or choose "
@@ -100,7 +140,7 @@ class CheckpointStore:
         if jax.process_index() or not self._unsettled or self._manager.is_saving_in_progress():
             return
         self._unsettled = False
-        for step in (p for p in self.folder.glob("*") if p.name.isdigit()):
+        for step in step_folders(self.folder):
             if not (step / _SIZES).exists():
                 write_whole(step / _SIZES, json.dumps(_sizes(step)))
 
@@ -139,7 +179,7 @@ class CheckpointStore:
                 record.step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(tree),
-                    run=ocp.args.JsonSave(asdict(record)),
+                    run=ocp.args.JsonSave(record.sealed()),
                 ),
                 force=True,
             ),
@@ -174,16 +214,11 @@ class CheckpointStore:
         """
         try:
             raw = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))
-            fields = dict(raw["run"])
-            version = fields.get("format")
-            if version != FORMAT_VERSION:
-                raise UsageError(
-                    f"{self.folder / str(step)} has checkpoint format {version}; "
-                    f"this version reads {FORMAT_VERSION}"
-                )
-            return Record(**fields)
+            return Record.unsealed(raw["run"], step=step)
         except UsageError:
             raise
+        except RunError as error:
+            raise RunError(f"step {step}: {error}") from None
         except Exception as error:  # Orbax raises as many kinds as files can be broken in ways
             raise RunError(f"step {step}: {_first_line(error)}") from error
 

@@ -109,6 +109,14 @@ def parser(prog: str) -> argparse.ArgumentParser:
         choices=("stop", "skip"),
         help="what a loss that is not finite does (default %(default)s)",
     )
+    keep.add_argument(
+        "--wait",
+        type=float,
+        default=0.0,
+        dest="wait_s",
+        metavar="S",
+        help="for another run to let go of --out (default: refuse at once)",
+    )
     keep.add_argument("--tensorboard", action="store_true", help="event files in --out")
     keep.add_argument(
         "--profile", action="store_true", help="record 3 steps for xprof, in --out/profile"
@@ -223,7 +231,8 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
         seed=arguments.seed,
     )
     training, held_out = corpus.split(_read(arguments.data, tokenizer))
-    samples.check_vocabulary(training, config.vocab_size)
+    for part in (training, held_out):
+        samples.check_vocabulary(part, config.vocab_size)
     data = Batches(
         _cut(training, recipe, tokenizer),
         rows=layout.rows,
@@ -247,7 +256,7 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
             for name in ("inputs", "targets")
         },
         non_finite=arguments.non_finite,
-        settings=recipe.settings(data=training.fingerprint())
+        settings=recipe.settings(data=training.fingerprint(), held_out=held_out.fingerprint())
         | ({} if layout.gradient_dtype == DTYPE else {"gradient_dtype": layout.gradient_dtype}),
         flops_per_token=decoder_flops_per_token(config, recipe.sequence_length),
     )
@@ -274,6 +283,7 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
         profile=arguments.profile,
         hang_timeout_s=arguments.hang_timeout_s,
         lost_after_s=arguments.lost_after_s,
+        wait_s=arguments.wait_s,
     )
     if report.loss is not None:
         say(_ending(report))
@@ -286,7 +296,15 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
         parameters = trainer.host_parameters()
         if jax.process_index() == 0:
             may = arguments.resume
-            save_safetensors(arguments.export, config, parameters, tokenizer, overwrite=may)
+            try:
+                save_safetensors(arguments.export, config, parameters, tokenizer, overwrite=may)
+            except OSError as error:
+                kept = f"--out {arguments.out} has the run: " if arguments.out else ""
+                raise RunError(
+                    f"the model could not be exported to {arguments.export}: "
+                    f"{error.strerror or error}; {kept}make room, and give --export again with "
+                    "--resume"
+                ) from None
         say(f"exported to {arguments.export}; try: jaxsys serve --model {arguments.export}")
     return report
 

@@ -10,11 +10,13 @@ import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from jaxsys.errors import UsageError
 from jaxsys.files import parse_json, read_lines, read_text
+from jaxsys.train.token_file import TokenFile
 
 HELD_OUT_EVERY = 20
 """One document in this many is kept out of training."""
@@ -26,6 +28,19 @@ MOST_IN_A_LINE = 10_000
 Encode = Callable[[str], "np.ndarray | list[int]"]
 """Text to token ids."""
 
+_PIECE = 1 << 22
+"""Tokens looked at a time, where all of them are."""
+
+
+class Tokens(Protocol):
+    """Token ids [N], in memory or on disk; slices are arrays."""
+
+    @property
+    def dtype(self) -> np.dtype: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, place: slice, /) -> np.ndarray: ...
+
+
 _NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 
 
@@ -33,8 +48,8 @@ _NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests"
 class Corpus:
     """Tokens of many documents, end to end."""
 
-    tokens: np.ndarray
-    """uint8, uint16 or int32 [N]; a separator ends every document."""
+    tokens: Tokens
+    """Integers [N]; a separator ends every document."""
     starts: np.ndarray
     """int64 [documents + 1]: document d is tokens[starts[d] : starts[d + 1]]."""
     source: str
@@ -49,9 +64,40 @@ class Corpus:
         """A hash of tokens and boundaries: equal for equal data."""
         digest = hashlib.blake2b(digest_size=16)
         digest.update(str(self.tokens.dtype).encode())
-        digest.update(np.ascontiguousarray(self.tokens).data)
+        for piece in self.pieces():
+            digest.update(np.ascontiguousarray(piece).data)
         digest.update(np.ascontiguousarray(self.starts).data)
         return digest.hexdigest()
+
+    def pieces(self) -> Iterator[np.ndarray]:
+        """All tokens, some megabytes at a time."""
+        for start in range(0, len(self.tokens), _PIECE):
+            yield self.tokens[start : start + _PIECE]
+
+
+class _Within:
+    """Some stretches of other tokens, end to end: a view, which copies what is read."""
+
+    def __init__(self, base: Tokens, begins: np.ndarray, lengths: np.ndarray) -> None:
+        self._base, self._begins = base, begins
+        self._ends = np.cumsum(lengths)
+        self.dtype = base.dtype
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, place: slice) -> np.ndarray:
+        start, stop, step = place.indices(len(self))
+        assert step == 1, "samples are consecutive tokens"
+        parts = [np.empty(0, self.dtype)]
+        index = int(np.searchsorted(self._ends, start, side="right"))
+        while start < stop:
+            upto = min(stop, int(self._ends[index]))
+            before = int(self._ends[index - 1]) if index else 0
+            at = int(self._begins[index]) + start - before
+            parts.append(self._base[at : at + upto - start])
+            start, index = upto, index + 1
+        return np.concatenate(parts)
 
 
 def split(corpus: Corpus, *, every: int = HELD_OUT_EVERY) -> tuple[Corpus, Corpus]:
@@ -64,8 +110,14 @@ def split(corpus: Corpus, *, every: int = HELD_OUT_EVERY) -> tuple[Corpus, Corpu
         train = np.append(corpus.starts[corpus.starts < cut], cut)
         rest = np.append(cut, corpus.starts[corpus.starts > cut]) - cut
         return (
-            Corpus(tokens=corpus.tokens[:cut], starts=train, source=corpus.source),
-            Corpus(tokens=corpus.tokens[cut:], starts=rest, source=f"{corpus.source}, held out"),
+            _stretches(corpus, train[:1], train[-1:] - train[:1], train, corpus.source),
+            _stretches(
+                corpus,
+                rest[:1] + cut,
+                rest[-1:] - rest[:1],
+                rest,
+                f"{corpus.source}, held out",
+            ),
         )
     held = np.arange(corpus.documents) % every == every - 1
     return (
@@ -126,26 +178,20 @@ def read(path: str | Path, encode: Encode, *, separator: int, field: str = "text
 
 
 def token_array(path: Path, *, separator: int) -> Corpus:
-    """A .npy file of token ids, integer [N], read through a memory map; `separator` ends documents.
+    """A .npy file of token ids, integer [N], read from disk as needed; `separator` ends documents.
 
     Raises:
         UsageError: if the file is not such an array.
     """
-    try:
-        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # numpy parses the header as Python, and raises as that does
-        reason = " ".join(str(error).split())[:300]
-        raise UsageError(f"{path} is not a readable .npy file: {reason}") from error
-    if tokens.ndim != 1 or tokens.dtype.kind not in "ui":
-        raise UsageError(
-            f"{path} holds {tokens.dtype} {list(tokens.shape)}; token ids must be integers [N]"
-        )
-    if not len(tokens):
-        raise UsageError(f"{path} holds no tokens")
-    if tokens.dtype.kind == "i" and tokens.min() < 0:
-        raise UsageError(f"{path} holds the negative id {tokens.min()}; ids count from 0")
-    ends = np.flatnonzero(tokens == separator) + 1
-    starts = np.unique(np.concatenate([[0], ends, [len(tokens)]])).astype(np.int64)
+    tokens = TokenFile(path)
+    ends = [np.zeros(1, np.int64)]
+    at = 0
+    for piece in tokens.pieces():
+        if piece.dtype.kind == "i" and piece.min() < 0:
+            raise UsageError(f"{path} holds the negative id {piece.min()}; ids count from 0")
+        ends.append(np.flatnonzero(piece == separator) + at + 1)
+        at += len(piece)
+    starts = np.unique(np.concatenate([*ends, [len(tokens)]])).astype(np.int64)
     return Corpus(tokens=tokens, starts=starts, source=str(path))
 
 
@@ -171,11 +217,19 @@ def from_texts(texts: Iterable[str], encode: Encode, *, separator: int, source: 
 
 
 def _select(corpus: Corpus, keep: np.ndarray, source: str) -> Corpus:
-    lengths = np.diff(corpus.starts)
+    lengths = np.diff(corpus.starts)[keep]
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return _stretches(corpus, corpus.starts[:-1][keep], lengths, starts, source)
+
+
+def _stretches(
+    corpus: Corpus, begins: np.ndarray, lengths: np.ndarray, starts: np.ndarray, source: str
+) -> Corpus:
+    """Parts of a corpus: copied where it is in memory, else read when they are asked for."""
+    within = _Within(corpus.tokens, begins, lengths)
+    in_memory = isinstance(corpus.tokens, np.ndarray)
     return Corpus(
-        tokens=corpus.tokens[np.repeat(keep, lengths)],
-        starts=np.concatenate([[0], np.cumsum(lengths[keep])]).astype(np.int64),
-        source=source,
+        tokens=within[0 : len(within)] if in_memory else within, starts=starts, source=source
     )
 
 

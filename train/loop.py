@@ -19,11 +19,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxsys.errors import RunError, UsageError
 from jaxsys.layered import PyTree
-from jaxsys.train.checkpoint import FOLDER, CheckpointStore, check_unused
+from jaxsys.train.checkpoint import FOLDER, CheckpointStore, check_unused, step_folders
 from jaxsys.train.energy import EnergyMeter
 from jaxsys.train.flops import CONVENTION, device_peak
 from jaxsys.train.interrupt import StopRequest, Watchdog
 from jaxsys.train.loader import Batches
+from jaxsys.train.lock import RunLock
 from jaxsys.train.metrics import Meter, MetricsLog, peak_memory_bytes
 from jaxsys.train.peers import PeerMonitor
 from jaxsys.train.progress import Progress
@@ -75,6 +76,7 @@ def fit(
     profile: bool = False,
     hang_timeout_s: float | None = None,
     lost_after_s: float = 15.0,
+    wait_s: float = 0.0,
 ) -> Report:
     """Trains until `steps` batches are taken in all.
 
@@ -97,12 +99,13 @@ def fit(
         profile: write an xprof trace of a few steps into `folder`/profile.
         hang_timeout_s: leave the process when a step takes longer.
         lost_after_s: in a run of many processes, how long one may be silent.
+        wait_s: how long to wait for another run to let go of `folder`.
 
     Returns:
         How it ended.
 
     Raises:
-        UsageError: if the folder holds another run, or the data does not fit.
+        UsageError: if the folder holds another run or is in use by one, or the data does not fit.
         RunError: if the loss is not finite under the policy "stop", a parameter is not finite when
             it is to be saved or at the end, a checkpoint cannot be written, or a peer is lost.
     """
@@ -133,7 +136,12 @@ def fit(
     )
     with contextlib.ExitStack() as stack:
         loop.open(
-            stack, keep=keep, resume=resume, accept_changes=accept_changes, tensorboard=tensorboard
+            stack,
+            keep=keep,
+            resume=resume,
+            accept_changes=accept_changes,
+            tensorboard=tensorboard,
+            wait_s=wait_s,
         )
         peers = stack.enter_context(
             PeerMonitor(lost_after_s=lost_after_s, last_word=loop.last_checkpoint)
@@ -187,12 +195,15 @@ class _Loop:
         resume: bool,
         accept_changes: bool,
         tensorboard: bool,
+        wait_s: float,
     ) -> None:
         trainer, start = self.trainer, None
         local = [d for d in trainer.mesh.devices.flat if d.process_index == jax.process_index()]
         self.energy = EnergyMeter(local)
         stack.callback(self.energy.close)
         if self.folder is not None:
+            if jax.process_index() == 0:
+                stack.enter_context(RunLock(self.folder, wait_s=wait_s, notice=_warn))
             if not resume:
                 check_unused(self.folder)
             self.store = CheckpointStore(self.folder / FOLDER, keep=keep, notice=self.say)
@@ -428,11 +439,11 @@ class _Loop:
         """The last checkpoint, in words; `good` where what came after it was not."""
         if self.store is None:
             return "no checkpoints were asked for"
-        steps = [path.name for path in self.store.folder.glob("[0-9]*") if path.name.isdigit()]
+        steps = [int(path.name) for path in step_folders(self.store.folder)]
         if not steps:
             return f"there is no checkpoint in {self.store.folder} yet"
         last = "last good checkpoint" if good else "last checkpoint"
-        return f"the {last} is step {max(map(int, steps))} in {self.store.folder}"
+        return f"the {last} is step {max(steps)} in {self.store.folder}"
 
     def written_checkpoint(self, *, good: bool = False) -> str:
         """The same, once a save that is under way is on disk or has failed."""
@@ -448,8 +459,15 @@ class _Loop:
             Progress(start=0, steps=0).say(text)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        if self.log is not None:
+        if self.log is None:
+            return
+        try:
             self.log.write(kind, step, values)
+        except OSError as error:
+            raise RunError(
+                f"step {step}: the metrics could not be written to {self.folder}: "
+                f"{error.strerror or error}; {self.written_checkpoint()}; make room and resume"
+            ) from None
 
 
 def _warn(text: str) -> None:

@@ -48,13 +48,14 @@ class Recipe:
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise UsageError(f"compute_dtype={self.compute_dtype!r} must be float32 or bfloat16")
 
-    def settings(self, *, data: str) -> dict[str, Any]:
+    def settings(self, *, data: str, held_out: str) -> dict[str, Any]:
         """What a checkpoint remembers and a resumed run must not change unasked.
 
         Args:
-            data: the fingerprint of the data.
+            data: the fingerprint of what is trained on.
+            held_out: of what is kept out.
         """
-        return {**asdict(self), "data": data}
+        return {**asdict(self), "data": data, "held_out": held_out}
 
     def optimizer(self) -> optax.GradientTransformation:
         """AdamW over the recipe's learning rates."""

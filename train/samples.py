@@ -101,7 +101,7 @@ def whole_documents(corpus: Corpus, sequence_length: int, *, padding: int = 0) -
 
 def check_vocabulary(corpus: Corpus, vocab_size: int) -> None:
     """Raises UsageError if the corpus holds an id the model has no row for."""
-    largest = int(corpus.tokens.max())
+    largest = max((int(piece.max()) for piece in corpus.pieces()), default=0)
     if largest >= vocab_size:
         raise UsageError(
             f"{corpus.source} holds token {largest}, but the model's vocabulary ends at "

@@ -5,6 +5,7 @@ target is never half-written. Replacing a folder takes two renames: a crash betw
 old one beside the target under a hidden name ending in `.old`.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -55,8 +56,11 @@ def save_safetensors(
     check_target(target, overwrite=overwrite)
     _check_parameters(config, parameters)
     target.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(target)
     partial = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
     partial.mkdir()
+    held = os.open(partial, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)  # says to `_sweep` that somebody is at work on it
     try:
         _write_weights(partial, list(_tensors(config, parameters)), max_shard_bytes)
         _write_settings(partial, config, parameters, tokenizer)
@@ -64,6 +68,23 @@ def save_safetensors(
         _move(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        os.close(held)
+
+
+def _sweep(target: Path) -> None:
+    """Removes what a killed save left beside `target`; puts back a model that it had moved."""
+    for left in sorted(target.parent.glob(f".{target.name}.????????.partial*")):
+        handle = os.open(left, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if left.name.endswith(".old") and not target.exists():
+                os.replace(left, target)
+            else:
+                shutil.rmtree(left, ignore_errors=True)
+        except BlockingIOError:
+            continue  # at work
+        finally:
+            os.close(handle)
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:

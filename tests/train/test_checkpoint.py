@@ -1,9 +1,13 @@
 """Checkpoints: the same trajectory under any schedule, and nothing broken is ever trusted."""
 
+import dataclasses
 import errno
 import gc
 import json
+import os
 import shutil
+import socket
+import threading
 from pathlib import Path
 
 import jax
@@ -16,7 +20,9 @@ from jaxsys.errors import RunError, UsageError
 from jaxsys.layered import LayeredModel
 from jaxsys.mesh import make_mesh
 from jaxsys.train import Batches, CheckpointStore, Trainer
-from jaxsys.train.checkpoint import checksums_of
+from jaxsys.train.checkpoint import Record, checksums_of
+from jaxsys.train.lock import RunLock
+from jaxsys.train.metrics import MetricsLog
 
 G = 8
 """Samples in a batch, however it is cut."""
@@ -165,6 +171,63 @@ def test_wrong_values_are_noticed_by_their_checksum(make, saved):
     store.close()
 
 
+@pytest.mark.parametrize("damage", ["position", "a bit", "another step"])
+def test_a_damaged_record_falls_back_a_step(make, saved, damage):
+    steps = saved / "checkpoints"
+    if damage == "another step":
+        shutil.rmtree(steps / "4/run")
+        shutil.copytree(steps / "2/run", steps / "4/run")
+        says = "its record is of step 2"
+    else:
+        (file,) = [p for p in (steps / "4/run").rglob("*") if b'"position"' in p.read_bytes()]
+        text = file.read_bytes()
+        spoilt = text.replace(b'"position": 32', b'"position": 33')
+        if damage == "a bit":
+            at = text.index(b'"settings"') + 3
+            spoilt = text[:at] + bytes([text[at] ^ 4]) + text[at + 1 :]
+        assert spoilt != text
+        file.write_bytes(spoilt)
+        says = "its record is damaged"
+    (steps / "4/.sizes.json").unlink()
+    said: list[str] = []
+    store = CheckpointStore(steps)
+    assert make(settings={"learning_rate": 0.01}).restore(store, notice=said.append) == 2
+    store.close()
+    assert any(line.startswith(f"checkpoint of step 4: {says}") for line in said), said
+
+
+def test_records_of_the_format_before_are_read(saved):
+    store = CheckpointStore(saved / "checkpoints")
+    record = store.record(4)
+    store.close()
+    fields = {**record.sealed(), "format": 1}
+    del fields["seal"]
+    assert Record.unsealed(fields, step=4).position == record.position
+    with pytest.raises(UsageError, match="format 3; this version reads 2"):
+        Record.unsealed(dataclasses.replace(record, format=3).sealed(), step=4)
+
+
+def test_stray_files_among_the_steps_are_left_alone(make, data, saved):
+    steps = saved / "checkpoints"
+    strays = [steps / "notes.txt", steps / "7"]
+    for stray in strays:
+        stray.write_text("mine")
+    trainer = make(settings={"learning_rate": 0.01})
+    assert trainer.fit(data, steps=5, folder=saved, resume=True, progress=False).step == 5
+    assert [stray.read_text() for stray in strays] == ["mine", "mine"]
+
+
+def test_a_folder_has_one_run_at_a_time(make, data, tmp_path):
+    says = rf"is in use by a run of pid {os.getpid()} on .*wait for it to end, or choose another"
+    with RunLock(tmp_path), pytest.raises(UsageError, match=says):
+        make().fit(data, steps=1, folder=tmp_path, progress=False)
+    held, waited = RunLock(tmp_path).__enter__(), []
+    threading.Timer(0.5, held.__exit__).start()
+    with RunLock(tmp_path, wait_s=30, notice=waited.append):  # a job that was requeued
+        holder = f"pid {os.getpid()} on {socket.gethostname()}"
+        assert waited == [f"waiting for {tmp_path}, in use by {holder}"]
+
+
 def test_checksums_see_values_and_places_but_not_shardings():
     values = np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32)
     mesh = make_mesh(4, devices=jax.devices()[:4])
@@ -222,6 +285,17 @@ def test_full_disk_names_the_last_good_step(make, data, saved, monkeypatch):
     monkeypatch.setattr(ocp.CheckpointManager, "save", full)
     with pytest.raises(RunError, match=r"No space left on device; the last good one is step 4"):
         trainer.fit(data, steps=5, folder=folder, resume=True, progress=False)
+
+
+def test_a_full_disk_under_the_metrics_is_one_line(make, data, saved, monkeypatch):
+    def full(self, *_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    trainer = make(settings={"learning_rate": 0.01})
+    monkeypatch.setattr(MetricsLog, "write", full)
+    says = r"metrics could not be written .*No space left on device; the last checkpoint is step 4"
+    with pytest.raises(RunError, match=says):
+        trainer.fit(data, steps=5, folder=saved, resume=True, progress=False)
 
 
 def test_changed_settings_are_listed_and_refused_or_accepted(make, data, saved, capsys):

@@ -1,13 +1,14 @@
 """Text, JSONL and token arrays become one flat array; faults are named."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 
-from jaxsys.errors import UsageError
+from jaxsys.errors import RunError, UsageError
 from jaxsys.model import ByteTokenizer
-from jaxsys.train import corpus
+from jaxsys.train import Batches, corpus, samples
 
 END = 256
 
@@ -45,11 +46,40 @@ def test_jsonl_documents(tmp_path, encode):
     assert text.starts.tolist() == [0, 3, 5]
 
 
-def test_token_array_is_mapped_and_cut_at_the_separator(tmp_path, encode):
-    np.save(tmp_path / "a.npy", np.array([5, 6, END, 7], np.uint16))
-    text = corpus.read(tmp_path / "a.npy", encode, separator=END)
-    assert isinstance(text.tokens, np.memmap)
-    assert text.starts.tolist() == [0, 3, 4]
+def test_token_array_stays_on_disk_and_is_cut_at_the_separator(tmp_path, encode):
+    ids = np.random.default_rng(0).integers(0, 50_000, 120_000).astype(np.int32)
+    ids[3000::3000] = END
+    for name, values in (("a.npy", ids[:2000]), ("b.npy", ids)):
+        np.save(tmp_path / name, values)
+        text = corpus.read(tmp_path / name, encode, separator=END)
+        held = corpus.Corpus(tokens=values, starts=text.starts, source="in memory")
+        assert not isinstance(text.tokens, np.ndarray)
+        assert text.fingerprint() == held.fingerprint()
+        for found, wanted in zip(corpus.split(text), corpus.split(held), strict=True):
+            assert found.fingerprint() == wanted.fingerprint()
+            for start, stop in ((0, 5), (97, 4001), (0, len(wanted.tokens))):
+                assert (found.tokens[start:stop] == wanted.tokens[start:stop]).all()
+
+
+@pytest.mark.parametrize("change", ["overwritten", "cut short"])
+def test_data_that_changes_under_a_run_is_named(tmp_path, encode, change):
+    path = tmp_path / "a.npy"
+    np.save(path, np.arange(100_000, dtype=np.int32) % 200)
+    text = corpus.read(path, encode, separator=END)
+    text.tokens[0:100_000]
+    with path.open("r+b") as file:
+        if change == "cut short":
+            file.truncate(200_000)
+        else:
+            file.seek(300_000)
+            file.write(bytes(64))
+    text.tokens[0:1000]  # what is still as it was can be read
+    batches = Batches(
+        samples.windows(text, 1000), rows=2, microbatch_size=50, shuffle=False, prefetch=2
+    )
+    said = "was cut short" if change == "cut short" else "was written to"
+    with pytest.raises(RunError, match=f"{re.escape(str(path))} {said} while the run"):
+        next(batches.read(0))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from jaxsys.cli import main
@@ -120,3 +121,22 @@ def test_empty_and_short_text(tmp_path, capsys):
     empty.write_text("short")
     assert main(options(empty, "--devices", "2")) == 2
     assert "one sample of --sequence-length 16 needs 17" in capsys.readouterr().err
+
+
+def test_held_out_tokens_are_checked_like_those_trained_on(tmp_path, capsys):
+    ids = np.random.default_rng(0).integers(0, 200, 2000).astype(np.int32)
+    path = tmp_path / "a.npy"
+    wrong = ids.copy()
+    wrong[-5] = 5000  # the last twentieth is held out
+    np.save(path, wrong)
+    more = ("--devices", "1", "--steps", "2", "--out", str(tmp_path / "run"))
+    assert main(options(path, *more)) == 2
+    assert "a.npy, held out holds token 5000" in capsys.readouterr().err
+    np.save(path, ids)
+    assert main(options(path, *more, "--stop-at", "1")) == 0
+    ids[-5] += 1
+    np.save(path, ids)
+    capsys.readouterr()
+    assert main(options(path, *more, "--resume")) == 2
+    error = capsys.readouterr().err
+    assert "was made with other settings: held_out: " in error and "data:" not in error
