@@ -7,9 +7,11 @@ after: what is read back is what was saved, or it is not used. Beside the arrays
 step, data position, settings, model shape, and a hash of all these.
 """
 
+import errno
 import hashlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -31,6 +33,9 @@ _UNSEALED = 1
 """The format before, whose records carry no hash."""
 FOLDER = "checkpoints"
 """Of a run's folder, what holds its checkpoints."""
+ROOM = 1.05
+"""What a save is given on disk, of the state's bytes; `ROOM_BYTES` on top is for its records."""
+ROOM_BYTES = 1 << 16
 _BROKEN = "broken-"
 _SIZES = ".sizes.json"
 """In a finished step's folder: the size of every file, so that one cut short is named."""
@@ -116,8 +121,8 @@ class CheckpointStore:
     ) -> None:
         if keep < 1:
             raise UsageError(f"keep={keep} checkpoints must be at least 1")
-        # Orbax narrates every save; what matters here is said by `notice`.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # Orbax narrates every save and each part that fails; what matters is said here, once.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.folder = Path(folder).absolute()
         self._notice = notice
         self._unsettled = False
@@ -172,6 +177,7 @@ class CheckpointStore:
         """
         if self._unsettled:
             self.wait()
+        self._check_room(tree, record.step)
         self._unsettled = True
         self._guard(
             record.step,
@@ -252,6 +258,20 @@ class CheckpointStore:
         self._manager.reload()
         return aside
 
+    def _check_room(self, tree: PyTree, step: int) -> None:
+        """Raises RunError where a save may not fit the disk, before a part of it is written."""
+        state = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) / jax.process_count()
+        needed, free = ROOM * state + ROOM_BYTES, shutil.disk_usage(self.folder).free
+        if free < needed:
+
+            def refuse() -> None:
+                raise OSError(
+                    f"no space left on device: {free / 1e6:.1f} MB are free of "
+                    f"{needed / 1e6:.1f} MB that it may take"
+                )
+
+            self._guard(step, refuse)
+
     def _guard(self, step: int | None, action: Callable[[], Any]) -> None:
         try:
             action()
@@ -326,4 +346,9 @@ def changed_settings(record: Record, settings: Mapping[str, Any]) -> list[str]:
 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
+    full = os.strerror(errno.ENOSPC)
+    if isinstance(error, OSError) and text:
+        return text[0]
+    if full in str(error):  # TensorStore's own report of it is four paths long
+        return full
     return f"{type(error).__name__}: {text[0][:300] if text else ''}".rstrip(": ")
