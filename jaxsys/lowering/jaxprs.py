@@ -1,7 +1,7 @@
 """Jaxprs taken apart: calls written out, parts run, and what an output depends on."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -47,14 +47,17 @@ def named(closed: core.ClosedJaxpr, arguments: Any) -> dict[Any, Any]:
 def run(equations: list[Any], values: dict[Any, Any]) -> None:
     """Evaluates equations, whose inputs are in `values`, into it."""
     for equation in equations:
-        inputs = [value_of(v, values) for v in equation.invars]
-        bound = equation.primitive.get_bind_params(equation.params)
-        # A pair (functions, parameters) in some JAX releases, parameters alone in others.
-        functions, parameters = bound if isinstance(bound, tuple) else ((), bound)
-        outputs = equation.primitive.bind(*functions, *inputs, **parameters)
-        if not equation.primitive.multiple_results:
-            outputs = [outputs]
+        outputs = results_of(equation, [value_of(v, values) for v in equation.invars])
         values.update(zip(equation.outvars, outputs, strict=True))
+
+
+def results_of(equation: Any, inputs: Sequence[Any]) -> list[Any]:
+    """What one equation makes of other inputs than its own."""
+    bound = equation.primitive.get_bind_params(equation.params)
+    # A pair (functions, parameters) in some JAX releases, parameters alone in others.
+    functions, parameters = bound if isinstance(bound, tuple) else ((), bound)
+    outputs = equation.primitive.bind(*functions, *inputs, **parameters)
+    return list(outputs) if equation.primitive.multiple_results else [outputs]
 
 
 def slice_of(jaxpr: Any, outputs: list[Any], given: Iterable[Any] = ()) -> list[Any]:
