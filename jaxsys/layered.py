@@ -142,6 +142,13 @@ class LayeredModel:
         own = jax.tree.map(lambda p: p[row], self.stacks(blocks)[kind])
         return self.kinds[kind](own, x, microbatch, Layer(index=jnp.int32(index)))
 
+    view: Callable[[Any], PyTree] | None = None
+    """Parameters, blocks stacked in layer order -> the tree that optimizers see: the user's own.
+
+    May place leaves and take layers out of stacks (`leaf[i]`), no more. None: `Parameters` with all
+    layers of a stacked leaf side by side in its place.
+    """
+
 
 def reference_loss(model: LayeredModel, parameters: Parameters, batch: PyTree) -> jax.Array:
     """The loss every schedule must reproduce, on one device and without a schedule.

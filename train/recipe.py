@@ -70,13 +70,8 @@ class Recipe:
 
 
 def decays(parameters: PyTree) -> PyTree:
-    """Which leaves decay: matrices do, norm scales (vectors, stacked or not) do not."""
-
-    def is_matrix(path: tuple[Any, ...], leaf: jax.Array) -> bool:
-        stacked = jax.tree_util.keystr(path[:1], simple=True) == "blocks"
-        return leaf.ndim - stacked >= 2
-
-    return jax.tree_util.tree_map_with_path(is_matrix, parameters)
+    """Which leaves decay: matrices do, norm scales (vectors) do not."""
+    return jax.tree.map(lambda leaf: leaf.ndim >= 2, parameters)
 
 
 def decoder_flops_per_token(config: DecoderConfig, sequence_length: int) -> float:

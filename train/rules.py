@@ -6,7 +6,6 @@ stacked with the other layers' and lies where that leaf lies; what follows nothi
 everywhere.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -19,11 +18,14 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxsys.errors import UsageError
 from jaxsys.layered import Parameters, PyTree
 from jaxsys.mesh import RING
-from jaxsys.train.rolled import Rolled, Source, traced
-from jaxsys.train.view import Names, UserTree, View, path_names, trains, user_tree
+from jaxsys.train.alike import traced
+from jaxsys.train.refusals import asking, check_same
+from jaxsys.train.rolled import Rolled
+from jaxsys.train.rolling import Source
+from jaxsys.train.state import Names, path_names
+from jaxsys.train.view import UserTree, View, trains, user_tree
 
 Rows = Mapping[Names, tuple[np.ndarray, int]]
 """Stacked leaf -> the row that holds each layer, and how many rows there are."""
@@ -77,10 +79,19 @@ class Rule:
                 return jax.ShapeDtypeStruct((*lead, *row.shape[len(lead) :]), row.dtype)
             return jax.ShapeDtypeStruct((counts[leaf], *row.shape), row.dtype)
 
-        return self._kept({key: shape(key) for key in self.keys})
+        return self.kept({key: shape(key) for key in self.keys})
 
-    def shardings(self, mesh: Mesh, parameters: Parameters, state: PyTree, at: Parameters) -> PyTree:
-        """Where the kept state lies, given shapes of parameters and state and parameters' places."""
+    def shardings(
+        self, mesh: Mesh, parameters: Parameters, state: PyTree, at: Parameters
+    ) -> PyTree:
+        """Where the kept state lies.
+
+        Args:
+            mesh: where.
+            parameters: shapes, at rest or in layer order.
+            state: shapes of the kept state, likewise.
+            at: where the parameters lie.
+        """
         shapes, places = by_name(parameters), by_name(at)
         ring = mesh.shape[RING]
 
@@ -97,29 +108,23 @@ class Rule:
             cut = [None] * axes[0] + [RING] if axes and RING in spec else []
             return NamedSharding(mesh, PartitionSpec(*cut))
 
-        return self._kept({key: place(key, leaf) for key, leaf in self._apart(state).items()})
+        return self.kept({key: place(key, leaf) for key, leaf in self.apart(state).items()})
 
-    def reorder(self, state: PyTree, move: Callable[[jax.Array, Names], jax.Array]) -> PyTree:
-        """The kept state with `move(stack, parameter that it follows)` done to what is stacked."""
-        moved = {
-            key: move(leaf, self.stacked[key]) if key in self.stacked else leaf
-            for key, leaf in self._apart(state).items()
-        }
-        return self._kept(moved)
+    def kept(self, arrays: Mapping[Names, Any]) -> PyTree:
+        """The state as it is kept, of its leaves by key."""
+        return jax.tree.unflatten(self.structure, [arrays[key] for key in self.keys])
+
+    def apart(self, state: PyTree) -> Arrays:
+        """The leaves of a kept state by key."""
+        return dict(zip(self.keys, self.structure.flatten_up_to(state), strict=True))
 
     def user_state(self, state: PyTree) -> PyTree:
         """A kept state in layer order, as the user's own loop would have it."""
-        arrays = self._apart(state)
+        arrays = self.apart(state)
         leaves = [
             arrays[s.key] if s.layer is None else arrays[s.key][s.layer] for s in self.sources
         ]
         return jax.tree.unflatten(self.state_structure, leaves)
-
-    def _kept(self, arrays: Mapping[Names, Any]) -> PyTree:
-        return jax.tree.unflatten(self.structure, [arrays[key] for key in self.keys])
-
-    def _apart(self, state: PyTree) -> Arrays:
-        return dict(zip(self.keys, self.structure.flatten_up_to(state), strict=True))
 
     def _is_whole(self, key: Names) -> bool:
         return key in self._whole
@@ -148,7 +153,7 @@ def rule_of(
             take the user's tree.
     """
     tree = user_tree(view, parameters)
-    state = _asking(optimizer, lambda: jax.eval_shape(optimizer.init, tree.tree()))
+    state = asking(optimizer, lambda: jax.eval_shape(optimizer.init, tree.tree()))
     layers = {n: leaf.shape[0] for n, leaf in by_name(parameters).items() if n[0] == "blocks"}
     flat, state_structure = jax.tree_util.tree_flatten_with_path(state)
     sources = _sources([(path_names(path), leaf) for path, leaf in flat], tree, layers)
@@ -196,10 +201,8 @@ class RuleAtRest:
             updates, state = optimizer.update(gradients, state, parameters)
             return optax.apply_updates(parameters, updates), state
 
-        updated, out = _asking(
-            optimizer, lambda: traced(update, tree.tree(), state, tree.tree())
-        )
-        _check_same(optimizer, (tree.tree(), state), out)
+        updated, out = asking(optimizer, lambda: traced(update, tree.tree(), state, tree.tree()))
+        check_same(optimizer, (tree.tree(), state), out)
         self._update = self._rolled(updated, [*gradients, *kept, *self._in], [*self._in, *kept])
 
     @property
@@ -210,7 +213,7 @@ class RuleAtRest:
     def init(self, parameters: Parameters) -> PyTree:
         """The state for parameters at rest."""
         found = self._init(self._named("parameters", by_name(parameters)))
-        return self.rule._kept({key: found["state", *key] for key in self.rule.keys})
+        return self.rule.kept({key: found["state", *key] for key in self.rule.keys})
 
     def update(
         self, gradients: Parameters, state: PyTree, parameters: Parameters
@@ -220,13 +223,48 @@ class RuleAtRest:
             {
                 **self._named("parameters", by_name(parameters)),
                 **self._named("gradients", by_name(gradients)),
-                **self._named("state", self.rule._apart(state)),
+                **self._named("state", self.rule.apart(state)),
             }
         )
         new = jax.tree_util.tree_map_with_path(
             lambda path, leaf: found.get(("parameters", *path_names(path)), leaf), parameters
         )
-        return new, self.rule._kept({key: found["state", *key] for key in self.rule.keys})
+        return new, self.rule.kept({key: found["state", *key] for key in self.rule.keys})
+
+    def to_layer_order(self, state: PyTree, at: PyTree) -> PyTree:
+        """A state at rest -> layer order; `at` says where it then lies."""
+        places = self.rule.apart(at)
+
+        def move(key: Names, stack: jax.Array) -> jax.Array:
+            order, count = self._rows[self.rule.stacked[key]]
+            if np.array_equal(order, np.arange(count)):
+                return stack
+            # Cut along another axis first: the layers' order then changes within each device.
+            stack = jax.lax.with_sharding_constraint(stack, places[key])
+            return jnp.take(stack, order, axis=0)
+
+        return self._moved(state, move)
+
+    def to_rest(self, state: PyTree) -> PyTree:
+        """A state in layer order -> at rest; rows that hold no layer are zero."""
+
+        def move(key: Names, stack: jax.Array) -> jax.Array:
+            order, count = self._rows[self.rule.stacked[key]]
+            back = np.full(count, len(order))
+            back[order] = np.arange(len(order))
+            if len(order) < count:
+                stack = jnp.pad(stack, [(0, 1)] + [(0, 0)] * (stack.ndim - 1))
+            return jnp.take(stack, back, axis=0)
+
+        return self._moved(state, move)
+
+    def _moved(self, state: PyTree, move: Callable[[Names, jax.Array], jax.Array]) -> PyTree:
+        return self.rule.kept(
+            {
+                key: move(key, leaf) if key in self.rule.stacked else leaf
+                for key, leaf in self.rule.apart(state).items()
+            }
+        )
 
     def _named(self, part: str, arrays: Arrays) -> Arrays:
         return {(part, *name): leaf for name, leaf in arrays.items()}
@@ -313,9 +351,9 @@ def _in_own_structure(rule: Rule, parameters: Parameters) -> Rule | None:
     stacks = jax.tree.map(lambda leaf: shape_of(leaf) if trains(leaf) else None, parameters)
     try:
         state = jax.eval_shape(rule.optimizer.init, stacks)
-    except Exception:  # the user's own functions, on a tree they are not meant for
+    except Exception:  # noqa: BLE001  the user's own functions, on a tree not meant for them
         return None
-    wanted = rule._apart(rule.shapes())
+    wanted = rule.apart(rule.shapes())
     named = by_name(state)
     same = named.keys() == wanted.keys() and all(
         (leaf.shape, leaf.dtype) == (wanted[key].shape, wanted[key].dtype)
@@ -324,71 +362,3 @@ def _in_own_structure(rule: Rule, parameters: Parameters) -> Rule | None:
     if not same:
         return None
     return replace(rule, structure=jax.tree.structure(state), keys=tuple(named))
-
-
-def _asking(optimizer: optax.GradientTransformation, call: Callable[[], Any]) -> Any:
-    """What `call` returns; what it raises as a UsageError that names the optimizer's parts."""
-    try:
-        return call()
-    except UsageError:
-        raise
-    except Exception as error:
-        names = ", ".join(part_names(optimizer)) or "of your own"
-        lacking = re.findall(r"'(\w+)'", str(error)) if "missing" in str(error) else []
-        if isinstance(error, TypeError) and lacking:
-            raise UsageError(
-                f"the optimizer ({names}) needs {', '.join(lacking)} at every update, which a "
-                "scheduled step does not have: use one that takes gradients, state and parameters"
-            ) from error
-        text = str(error).strip().split("\n")[0][:300]
-        raise UsageError(
-            f"the optimizer ({names}) does not take the model's parameters: "
-            f"{type(error).__name__}: {text}"
-        ) from error
-
-
-def part_names(optimizer: optax.GradientTransformation) -> list[str]:
-    """The optax functions that an optimizer is made of, as far as its closures show them."""
-    names: dict[str, None] = {}
-    seen: set[int] = set()
-    waiting: list[Any] = [optimizer.update, optimizer.init]
-    while waiting:
-        value = waiting.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, tuple | list):
-            waiting += value
-        elif isinstance(value, Mapping):
-            waiting += value.values()
-        elif callable(value) and hasattr(value, "__qualname__"):
-            if ".<locals>." in value.__qualname__ and value.__name__ in ("init_fn", "update_fn"):
-                names[value.__qualname__.split(".<locals>.")[0]] = None
-            for cell in getattr(value, "__closure__", None) or ():
-                waiting.append(cell.cell_contents)
-    return sorted(names)
-
-
-def _check_same(optimizer: optax.GradientTransformation, given: Any, out: Any) -> None:
-    """Raises UsageError if an update returns another tree than it was given."""
-    if jax.tree.structure(given) == jax.tree.structure(out):
-        unlike = next(
-            (
-                (jax.tree_util.keystr(path), a, b)
-                for (path, a), b in zip(
-                    jax.tree_util.tree_leaves_with_path(given), jax.tree.leaves(out), strict=True
-                )
-                if (a.shape, a.dtype) != (b.shape, b.dtype)
-            ),
-            None,
-        )
-        if unlike is None:
-            return
-        what = f"{unlike[0]}: {unlike[1].dtype}{list(unlike[1].shape)} became "
-        what += f"{unlike[2].dtype}{list(unlike[2].shape)}"
-    else:
-        what = "another structure than its own init made"
-    raise UsageError(
-        f"the optimizer ({', '.join(part_names(optimizer))}) returns {what}; a step's state must "
-        "keep its shapes"
-    )

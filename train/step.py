@@ -11,9 +11,9 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jaxsys.layered import PyTree
+from jaxsys.train.rules import RuleAtRest
 from jaxsys.train.state import LoweredStep, TrainState
 
 NonFinite = Literal["stop", "skip"]
@@ -47,7 +47,7 @@ def global_norm(tree: PyTree) -> jax.Array:
 
 def make_step(
     lowered: LoweredStep,
-    optimizer: optax.GradientTransformation,
+    rule: RuleAtRest,
     shardings: TrainState,
     options: StepOptions,
 ) -> Callable[[TrainState, PyTree], tuple[TrainState, StepResult]]:
@@ -60,9 +60,7 @@ def make_step(
         if options.clip_norm is not None:
             scale = jnp.minimum(1.0, options.clip_norm / jnp.maximum(norm, 1e-30))
             gradients = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients)
-        masters: Any = state.parameters
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, masters)
-        parameters = optax.apply_updates(masters, updates)
+        parameters, optimizer_state = rule.update(gradients, state.optimizer, state.parameters)
         apply = finite if options.non_finite == "skip" else finite & (state.skipped == 0)
 
         def choose(new: Any, old: Any) -> Any:

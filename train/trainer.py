@@ -32,13 +32,8 @@ from jaxsys.train.evaluate import make_loss
 from jaxsys.train.flops import count_parameters
 from jaxsys.train.loader import Batches
 from jaxsys.train.memory import Limit, StepShape, check_fits, check_state_fits, limit_of
-from jaxsys.train.state import (
-    TrainState,
-    layer_shardings,
-    reorder,
-    state_shapes,
-    state_shardings,
-)
+from jaxsys.train.rules import RuleAtRest, by_name, rule_of, shape_of
+from jaxsys.train.state import TrainState, layer_shardings
 from jaxsys.train.step import NonFinite, StepOptions, StepResult, make_step
 
 if TYPE_CHECKING:
@@ -149,7 +144,11 @@ class Trainer:
             recompute=recompute,
             unroll=unroll,
         )
-        self._layer_shapes = state_shapes(optimizer, jax.eval_shape(lambda: _masters(parameters)))
+        shapes = jax.tree.map(shape_of, jax.eval_shape(lambda: _masters(parameters)))
+        rule = rule_of(optimizer, shapes, model.view)
+        self._layer_shapes = _state(shapes, rule.shapes(), jax.ShapeDtypeStruct((), jnp.int32))
+        at_rest = jax.eval_shape(self._lowered.to_rest, shapes)
+        self._rule = RuleAtRest(rule, at_rest, _rows(self._lowered, at_rest), mesh)
         if microbatch is None:
             check_state_fits(self.schedule, self._state_bytes, self._limit)
         else:
@@ -157,7 +156,7 @@ class Trainer:
         self.state = self._initial_state(parameters)
         self._step = make_step(
             self._lowered,
-            optimizer,
+            self._rule,
             jax.tree.map(lambda leaf: leaf.sharding, self.state),
             StepOptions(clip_norm=clip_norm, non_finite=non_finite),
         )
@@ -280,6 +279,10 @@ class Trainer:
         spread = jax.jit(lambda leaf: leaf, out_shardings=everywhere)
         # One leaf at a time: only that one is ever whole on a device.
         return jax.tree.map(lambda leaf: np.asarray(spread(leaf)), self.parameters())
+
+    def optimizer_state(self) -> PyTree:
+        """The optimizer's state as a loop over the user's own tree would have it, layer order."""
+        return self._rule.rule.user_state(self._layer_order_state.optimizer)
 
     def fit(self, data: Any, *, steps: int, **options: Any) -> "Report":
         """Trains until `steps` batches are taken; see `jaxsys.train.loop.fit` for the options."""
@@ -413,31 +416,32 @@ class Trainer:
         self._memory_checked = True
 
     def _initial_state(self, parameters: Parameters | Callable[[], Parameters]) -> TrainState:
+        def made() -> Parameters:
+            return self._lowered.to_rest(_masters(parameters))
+
+        shapes = jax.eval_shape(made)
+        self._layer_shardings = self._shardings(
+            self._layer_shapes, layer_shardings(self.mesh)(self._layer_shapes.parameters)
+        )
+        self._rest_shardings = self._shardings(
+            _state(shapes, self._rule.state_shapes, self._layer_shapes.step),
+            self._lowered.rest_shardings(shapes),
+        )
         if callable(parameters):
-
-            def made() -> Parameters:
-                return self._lowered.to_rest(_masters(parameters))
-
-            shardings = self._lowered.rest_shardings(jax.eval_shape(made))
-            placed = jax.jit(made, out_shardings=shardings)()
+            placed = jax.jit(made, out_shardings=self._rest_shardings.parameters)()
         else:
             given = jax.device_get(parameters) if jax.process_count() > 1 else parameters
-            placed = self._lowered.to_rest(_masters(given))
-        self._layer_shardings = state_shardings(
-            self.mesh, self._layer_shapes, layer_shardings(self.mesh)
-        )
-        rest_shapes = state_shapes(self.optimizer, placed)
-        self._rest_shardings = state_shardings(self.mesh, rest_shapes, self._lowered.rest_shardings)
+            placed = _apart_from(given, self._lowered.to_rest(_masters(given)))
 
         def start(parameters: Any) -> TrainState:
-            return TrainState(
-                parameters=parameters,
-                optimizer=self.optimizer.init(parameters),
-                step=jnp.int32(0),
-                skipped=jnp.int32(0),
-            )
+            return _state(parameters, self._rule.init(parameters), jnp.int32(0))
 
         return jax.jit(start, out_shardings=self._rest_shardings, donate_argnums=0)(placed)
+
+    def _shardings(self, shapes: TrainState, parameters: Parameters) -> TrainState:
+        rule = self._rule.rule
+        optimizer = rule.shardings(self.mesh, shapes.parameters, shapes.optimizer, parameters)
+        return _state(parameters, optimizer, NamedSharding(self.mesh, PartitionSpec()))
 
     @property
     def _layer_order_state(self) -> TrainState:
@@ -445,9 +449,14 @@ class Trainer:
 
     @cached_property
     def _from_rest(self) -> Callable[[TrainState], TrainState]:
-        return jax.jit(
-            lambda state: reorder(state, self._layer_order), out_shardings=self._layer_shardings
-        )
+        def move(state: TrainState) -> TrainState:
+            at = self._layer_shardings.optimizer
+            return state._replace(
+                parameters=self._layer_order(state.parameters),
+                optimizer=self._rule.to_layer_order(state.optimizer, at),
+            )
+
+        return jax.jit(move, out_shardings=self._layer_shardings)
 
     @cached_property
     def _parameters_from_rest(self) -> Callable[[Parameters], Parameters]:
@@ -460,10 +469,13 @@ class Trainer:
 
     @cached_property
     def _to_rest(self) -> Callable[[TrainState], TrainState]:
-        return jax.jit(
-            lambda state: reorder(state, self._lowered.to_rest),
-            out_shardings=self._rest_shardings,
-        )
+        def move(state: TrainState) -> TrainState:
+            return state._replace(
+                parameters=self._lowered.to_rest(state.parameters),
+                optimizer=self._rule.to_rest(state.optimizer),
+            )
+
+        return jax.jit(move, out_shardings=self._rest_shardings)
 
     @cached_property
     def _loss(self) -> Callable[[Parameters, PyTree], tuple[jax.Array, jax.Array]]:
@@ -487,3 +499,38 @@ def _masters(parameters: Parameters | Callable[[], Parameters]) -> Parameters:
         return leaf.astype(jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
     return jax.tree.map(widen, parameters() if callable(parameters) else parameters)
+
+
+def _state(parameters: Any, optimizer: Any, scalar: Any) -> TrainState:
+    return TrainState(parameters=parameters, optimizer=optimizer, step=scalar, skipped=scalar)
+
+
+def _rows(lowered: Any, at_rest: Parameters) -> dict[tuple[str, ...], tuple[np.ndarray, int]]:
+    """For each stacked leaf the row at rest that holds each layer, and how many rows there are."""
+    numbered = jax.tree.map(lambda leaf: jnp.arange(leaf.shape[0]), at_rest["blocks"])
+    order = lowered.from_rest({"edge": {}, "blocks": numbered})
+    counts = by_name({"blocks": numbered})
+    return {
+        name: (np.asarray(rows), len(counts[name]))
+        for name, rows in by_name({"blocks": order["blocks"]}).items()
+    }
+
+
+def _apart_from(given: Parameters, placed: Parameters) -> Parameters:
+    """`placed`, copied where it still is the caller's memory: the state will be donated."""
+
+    def spans(leaf: Any) -> list[tuple[int, int]]:
+        if isinstance(leaf, np.ndarray):
+            start = leaf.__array_interface__["data"][0]
+            return [(start, start + leaf.nbytes)]
+        if not isinstance(leaf, jax.Array):
+            return []
+        parts = [shard.data for shard in leaf.addressable_shards]
+        return [(p.unsafe_buffer_pointer(), p.unsafe_buffer_pointer() + p.nbytes) for p in parts]
+
+    def apart(mine: jax.Array, theirs: Any) -> jax.Array:
+        held = spans(theirs)
+        shared = any(a < d and c < b for a, b in spans(mine) for c, d in held)
+        return jnp.copy(mine) if shared else mine
+
+    return jax.tree.map(apart, placed, given)

@@ -1,4 +1,4 @@
-"""How an optimizer sees the parameters: each layer's leaf by itself, as the user's own model has it.
+"""How an optimizer sees the parameters: each layer's leaf by itself, as in the user's own model.
 
 Schedules keep blocks stacked [L, ...]. A rule that reads ranks, shapes, norms or the tree (a decay
 mask, Muon, LAMB, Adafactor, clipping) must not see the stack: it would take vectors for matrices
@@ -16,16 +16,10 @@ import jax.numpy as jnp
 
 from jaxsys.errors import UsageError
 from jaxsys.layered import Parameters, PyTree
+from jaxsys.train.state import Names, path_names
 
 View = Callable[[Any], PyTree]
 """Stacked parameters in layer order -> the user's tree. May index stacks (`leaf[i]`), no more."""
-
-Names = tuple[str, ...]
-
-
-def path_names(path: tuple[Any, ...]) -> Names:
-    """A pytree path as plain names, the same for dicts, attributes and indices."""
-    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
 class Place(NamedTuple):
@@ -198,16 +192,20 @@ def _is_trained(leaf: Any) -> bool:
 def _check_once(places: list[Place], tokens: list[_Token]) -> None:
     """Raises UsageError unless every part of every parameter stands in the user's tree once."""
     seen = set(places)
-    twice = next((p for i, p in enumerate(places) if p in places[:i]), None) if (
-        len(seen) < len(places)
-    ) else None
+    twice = (
+        next((p for i, p in enumerate(places) if p in places[:i]), None)
+        if (len(seen) < len(places))
+        else None
+    )
     for token in tokens:
         leaf = token.place.leaf
         name = "/".join(leaf)
         whole = token.place in seen
-        layers = [i for i in range(token.shape[0]) if Place(leaf, i) in seen] if (
-            leaf[0] == "blocks"
-        ) else []
+        layers = (
+            [i for i in range(token.shape[0]) if Place(leaf, i) in seen]
+            if (leaf[0] == "blocks")
+            else []
+        )
         if (whole and layers) or (twice is not None and twice.leaf == leaf):
             raise UsageError(f"the view places parameter {name} twice; place each leaf once")
         if not whole and (leaf[0] != "blocks" or len(layers) < token.shape[0]):
