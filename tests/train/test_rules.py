@@ -207,9 +207,10 @@ ARGUMENTS = {
 REFUSED = {
     "lbfgs", "polyak_sgd", "scale_by_polyak", "momo", "momo_adam", "reduce_on_plateau", "sophia",
     "hutchinson_estimator_diag_hessian", "dpsgd", "differentially_private_aggregate",
-    "scale_by_muon", "scale_by_backtracking_linesearch", "scale_by_zoom_linesearch",
+    "scale_by_muon", "scale_by_distance_over_gradients", "scale_by_backtracking_linesearch",
+    "scale_by_zoom_linesearch",
 }  # fmt: skip
-"""Need values, functions or other updates; `scale_by_muon` does not take what its init makes."""
+"""Need values, functions or other updates; two do not take what their own init makes."""
 
 UNSTABLE = {"scale_by_lbfgs"}
 """Divides differences of random gradients by each other: few steps tell."""
