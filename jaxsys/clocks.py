@@ -1,14 +1,16 @@
 """One protocol for a GPU's clock, power and energy, whatever stands behind it.
 
-Bodies: NVML (`jaxsys.nvml`), observe-only (here: reads through another body, never sets) and
-simulated (here: a state machine in virtual or real time). Governors hold a `GpuClocks` and nothing
-else, so the same decision code drives a real GPU, a shared one that may only be watched, and none.
+Bodies: NVML (`jaxsys.nvml`), observe-only (here: reads through another body, never sets), a group
+of GPUs that work as one (here: joint power and energy) and simulated (here: a state machine in
+virtual or real time). Governors hold a `GpuClocks` and nothing else, so the same decision code
+drives a real GPU, a shared one that may only be watched, and none.
 
 A reading that does not exist is `None`, never 0; why is in `reason`.
 """
 
 import bisect
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -81,6 +83,10 @@ class GpuClocks(Protocol):
 
     def reset(self) -> None:
         """Returns the clock to the GPU's own rule."""
+        ...
+
+    def heed(self, alive: Callable[[], bool]) -> None:
+        """Lets go of the clock while `alive` says False, where setting it is a lease."""
         ...
 
     def close(self) -> None:
@@ -177,8 +183,84 @@ class ObserveOnly:
     def reset(self) -> None:
         self._wished_mhz = None
 
+    def heed(self, alive: Callable[[], bool]) -> None:
+        return
+
     def close(self) -> None:
         self._inner.close()
+
+
+class GroupClocks:
+    """GPUs that work as one, as a tensor-parallel instance's do: one clock, joint power and energy.
+
+    What one of them cannot tell, the group cannot: a sum with a part missing would be taken for the
+    whole.
+    """
+
+    def __init__(self, members: Sequence[GpuClocks]) -> None:
+        if not members:
+            raise UsageError("a group of GPUs needs at least one")
+        self.members = tuple(members)
+
+    @property
+    def name(self) -> str:
+        return f"{len(self.members)} x {self.members[0].name}"
+
+    @property
+    def available_mhz(self) -> tuple[int, ...]:
+        """Those that all of them list."""
+        common = set(self.members[0].available_mhz)
+        for member in self.members[1:]:
+            common &= set(member.available_mhz)
+        return tuple(sorted(common))
+
+    @property
+    def can_set(self) -> bool:
+        return all(member.can_set for member in self.members)
+
+    @property
+    def reason(self) -> str:
+        return next((member.reason for member in self.members if member.reason), "")
+
+    def set_clock(self, clock_mhz: int) -> None:
+        for member in self.members:
+            member.set_clock(clock_mhz)
+
+    def asked_mhz(self) -> int | None:
+        return self.members[0].asked_mhz()
+
+    def actual_mhz(self) -> int | None:
+        """The slowest: the others wait for it."""
+        clocks = [member.actual_mhz() for member in self.members]
+        known = [mhz for mhz in clocks if mhz is not None]
+        return min(known) if len(known) == len(clocks) else None
+
+    def power_w(self) -> float | None:
+        return _sum([member.power_w() for member in self.members])
+
+    def energy_j(self) -> float | None:
+        return _sum([member.energy_j() for member in self.members])
+
+    def throttle_reasons(self) -> frozenset[str]:
+        return frozenset().union(*(member.throttle_reasons() for member in self.members))
+
+    def reset(self) -> None:
+        for member in self.members:
+            member.reset()
+
+    def heed(self, alive: Callable[[], bool]) -> None:
+        for member in self.members:
+            member.heed(alive)
+
+    def close(self) -> None:
+        with contextlib.ExitStack() as stack:  # each, whatever another raises
+            for member in self.members:
+                stack.callback(member.close)
+
+
+def _sum(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
 
 
 @dataclass(slots=True)
@@ -264,6 +346,9 @@ class SimulatedClocks:
         self._settle()
         self._asked_mhz = None
         self._schedule(self.max_mhz)
+
+    def heed(self, alive: Callable[[], bool]) -> None:
+        return
 
     def close(self) -> None:
         self.reset()

@@ -17,7 +17,7 @@ from typing import Any
 
 import pynvml
 
-from jaxsys.clocks import ClockError, GpuClocks, ObserveOnly, check_clock
+from jaxsys.clocks import ClockError, GpuClocks, GroupClocks, ObserveOnly, check_clock
 from jaxsys.errors import RunError
 from jaxsys.nvml_gpu import NvmlGpu, start_nvml
 from jaxsys.nvml_lease import Lease
@@ -46,6 +46,8 @@ class NvmlClocks:
         self._asked_mhz: int | None = None
         self._readings: dict[str, Any] = {}
         self._lost = False
+        self._closed = False
+        self._closing = threading.Lock()
         self._stop = threading.Event()
         self._poll()
         self._thread = threading.Thread(
@@ -63,7 +65,8 @@ class NvmlClocks:
 
     @property
     def can_set(self) -> bool:
-        return self._lease is not None and not self._lost and not self._lease.fault
+        lease = self._lease
+        return lease is not None and not (self._lost or self._closed or lease.fault)
 
     def set_clock(self, clock_mhz: int) -> None:
         check_clock(clock_mhz, self.available_mhz)
@@ -92,12 +95,21 @@ class NvmlClocks:
         if self._lease is not None:
             self._lease.reset()
 
+    def heed(self, alive: Callable[[], bool]) -> None:
+        if self._lease is not None:
+            self._lease.alive = alive
+
     def close(self) -> None:
-        """Gives the lease back and stops reading."""
-        self._stop.set()
-        self._thread.join(timeout=5.0)
+        """Gives the clock back, then stops reading. A second call does nothing."""
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+        self._asked_mhz = None
         if self._lease is not None:
             self._lease.close()
+        self._stop.set()
+        self._thread.join(timeout=5.0)
         self._gpu.close()
 
     def _poll(self) -> None:
@@ -154,6 +166,35 @@ def open_clocks(
             return NvmlClocks(device, lease)
     logger.warning("%s: clocks are observed, not set: %s", device.name, reason)
     return ObserveOnly(NvmlClocks(device), reason)
+
+
+def open_group(gpus: Sequence[int | str], *, control: bool = False) -> GpuClocks:
+    """The GPUs of one instance as one: governed where all of them can be, else observed.
+
+    Raises:
+        RunError: where there is no driver.
+        UsageError: where there is no such GPU.
+    """
+    if len(gpus) == 1:
+        return open_clocks(gpus[0], control=control)
+    members: list[GpuClocks] = []
+    try:
+        for gpu in gpus:
+            members.append(open_clocks(gpu, control=control))
+        group = GroupClocks(members)
+        if not control or group.can_set:
+            return group
+        # One that keeps its own clock would hold the others up: then none is set.
+        reason = group.reason
+        group.close()
+        members = []
+        for gpu in gpus:
+            members.append(open_clocks(gpu))
+        return ObserveOnly(GroupClocks(members), reason)
+    except BaseException:
+        for member in members:
+            member.close()
+        raise
 
 
 # --- command line -----------------------------------------------------------------------------

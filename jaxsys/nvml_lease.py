@@ -38,13 +38,20 @@ class Lease:
         lease_s: float = 2.0,
     ) -> None:
         self._uuid = uuid
-        self._alive = alive
+        self.alive = alive
+        """Asked before each heartbeat: the lease lapses while it says False."""
         self._heartbeat_s = heartbeat_s
         self._lease_s = lease_s
         self._process: subprocess.Popen[bytes] | None = None
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
         self._wanted: bytes | None = None
+        """What could not be sent yet."""
+        self._asked: bytes | None = None
+        """The clock last asked for; None after a reset."""
+        self._lapsed = False
+        self._writing = threading.Lock()
+        """A pipe that another thread closes meanwhile must not be written to."""
         self.fault = ""
         """Why the lease no longer sets clocks; empty while it does."""
 
@@ -77,10 +84,13 @@ class Lease:
 
     def set_clock(self, clock_mhz: int) -> None:
         """Asks for a clock; returns at once."""
-        self._send(b"set %d\n" % clock_mhz)
+        self._asked = b"set %d\n" % clock_mhz
+        self._lapsed = False
+        self._send(self._asked)
 
     def reset(self) -> None:
         """Asks for the GPU's own rule; returns at once."""
+        self._asked = None
         self._send(b"reset\n")
 
     def close(self) -> None:
@@ -89,7 +99,7 @@ class Lease:
         process = self._process
         if process is None or process.stdin is None:
             return
-        with contextlib.suppress(OSError):
+        with self._writing, contextlib.suppress(OSError):
             process.stdin.close()
         try:
             process.wait(timeout=10.0)
@@ -108,7 +118,8 @@ class Lease:
             return
         try:
             # Below the pipe's atomic size, so lines of two threads never mix.
-            os.write(process.stdin.fileno(), line)
+            with self._writing:
+                os.write(process.stdin.fileno(), line)
             self._wanted = None
         except BlockingIOError:
             self._wanted = line  # the helper is stuck in the driver; the next beat tries again
@@ -117,8 +128,11 @@ class Lease:
 
     def _beat(self) -> None:
         while not self._stop.wait(self._heartbeat_s):
-            if self._alive is None or self._alive():
-                self._send(self._wanted or b"beat\n")
+            if self.alive is not None and not self.alive():
+                continue
+            if self._lapsed and self._asked is not None:  # it hung and goes on: as it was
+                self._lapsed, self._wanted = False, self._asked
+            self._send(self._wanted or b"beat\n")
 
     def _listen(self) -> None:
         process = self._process
@@ -126,6 +140,7 @@ class Lease:
         for raw in process.stdout:
             word, _, rest = raw.decode().strip().partition(" ")
             if word == "lapsed":
+                self._lapsed = True
                 logger.warning("no heartbeat for %.1f s: the clock was given back", self._lease_s)
             elif word == "error":
                 self._fail(rest)

@@ -40,7 +40,8 @@ from jaxsys.serve.deployment import (
 )
 from jaxsys.serve.energy.energy_log import EnergyLog
 from jaxsys.serve.energy.engine_sweep import EngineSweep, short_plan
-from jaxsys.serve.energy.governors import GovernorChoice, make_governor
+from jaxsys.serve.energy.governors import GovernorChoice, Served, make_governor
+from jaxsys.serve.energy.meters import Reading
 from jaxsys.serve.energy.profile import Profile, fingerprint_here
 from jaxsys.serve.energy.slo import SharedSlo
 from jaxsys.serve.executor import JaxExecutor
@@ -74,14 +75,14 @@ class TimedGovernor:
 
     @property
     def method(self) -> str:
-        return getattr(self.inner, "method", "the governor's")
+        return self.inner.method
 
     @property
-    def clock_mhz(self) -> float | None:
-        return getattr(self.inner, "clock_mhz", None)
+    def idle_after_s(self) -> float | None:
+        return self.inner.idle_after_s
 
-    def energy_j(self) -> float | None:
-        return getattr(self.inner, "energy_j", lambda: None)()
+    def start(self, now_s: float) -> None:
+        self.inner.start(now_s)
 
     def before_iteration(self, iteration: Any, waiting: Any, now_s: float) -> None:
         if self._running and self._ended_s is not None:
@@ -92,6 +93,19 @@ class TimedGovernor:
     def after_iteration(self, iteration: Any, latency_s: float, now_s: float) -> None:
         self._running, self._ended_s = self._running - 1, now_s
         self._time("observe", self.inner.after_iteration, iteration, latency_s, now_s)
+
+    def dropped(self, count: int, now_s: float) -> None:
+        self._running = 0
+        self.inner.dropped(count, now_s)
+
+    def idle(self, now_s: float, quiet_since_s: float) -> None:
+        self.inner.idle(now_s, quiet_since_s)
+
+    def reading(self, now_s: float) -> Reading:
+        return self.inner.reading(now_s)
+
+    def close(self) -> None:
+        self.inner.close()
 
     def _time(self, what: str, call: Callable[..., None], *arguments: Any) -> None:
         wall_s, cpu_s = time.perf_counter(), time.thread_time()
@@ -161,7 +175,7 @@ def take_profile(
             log.close()
     common = statistics.mode(clocks_mhz)
     profile = Profile(
-        fingerprint=fingerprint_here(device.device_kind, config.num_layers, config.hidden_size),
+        fingerprint=fingerprint_here(device.device_kind, config, str(executor.weights.dtype)),
         samples=[dataclasses.replace(sample, clock_mhz=common) for sample in samples],
         buckets=instance.scheduler.config.decode_buckets,
         notes=(*notes, "at the default clock alone; nothing was set"),
@@ -239,8 +253,8 @@ def main() -> int:
     )
     governors: list[tuple[TimedGovernor, Any]] = []
 
-    def governor(device: Any) -> TimedGovernor:
-        governors.append((TimedGovernor(), device))
+    def governor(group: Any, sharing: int) -> TimedGovernor:
+        governors.append((TimedGovernor(), group))
         return governors[-1][0]
 
     tell(stage="engine")
@@ -282,8 +296,15 @@ def main() -> int:
         # On CPU the governor's GPU is simulated, of which this profile says nothing.
         profile=None if gpu is None else str(profile_path),
     )
-    for timed, where in governors:
-        timed.inner = make_governor(choice, config, slo, where)
+    served = Served(
+        model=config,
+        weights=str(dtype),
+        prefill_budget=instances[0].scheduler.config.max_prefill_tokens,
+    )
+    for timed, group in governors:
+        timed.inner = make_governor(choice, served, slo, group)
+    for instance in instances:  # it has been asked before there was a governor
+        instance.energy_method = instance.governor.method
     api = ApiConfig(model_name=arguments.model, max_length=arguments.max_length)
     app = build_app(engine, word_tokenizer(config.vocab_size), api, slo)
 

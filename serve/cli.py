@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import gc
 import importlib.util
 import logging
@@ -31,9 +32,16 @@ from jaxsys.serve.deployment import (
     choose_devices,
     compile_ahead,
     default_dtype,
+    prefill_budget,
 )
-from jaxsys.serve.energy.governors import GovernorChoice, make_decode_router, make_governor
+from jaxsys.serve.energy.governors import (
+    GovernorChoice,
+    Served,
+    make_decode_router,
+    make_governor,
+)
 from jaxsys.serve.energy.gpu_model import GPUS
+from jaxsys.serve.energy.registry import CLOCK_POLICIES, ROUTERS
 from jaxsys.serve.energy.slo import SharedSlo, Slo
 from jaxsys.serve.engine import Engine
 from jaxsys.serve.http.api import ApiConfig
@@ -80,6 +88,7 @@ def main(argv: Sequence[str], prog: str) -> int:
         deployment=deployment,
         governor=GovernorChoice(
             gpu=arguments.gpu,
+            policy=arguments.policy,
             clocks=arguments.clocks,
             profile=None if arguments.profile is None else str(arguments.profile.absolute()),
         ),
@@ -128,12 +137,20 @@ def _serve_here(spec: FrontSpec, drain_s: float) -> None:
                 f"{worker.model} has no tokenizer.json; add the one the model came with"
             )
         shape, slo, governor = model.config, SharedSlo(worker.slo), worker.governor
+        served = Served(
+            model=shape,
+            weights=config.quantisation or dtype,
+            tensor_parallel=config.tensor_parallel,
+            prefill_budget=prefill_budget(config, devices[0]),
+        )
         engine = build_engine(
             model,
             config,
             devices=devices,
-            governors=lambda device: make_governor(governor, shape, slo, device),
-            decode_router=make_decode_router(spec.route, governor.gpu, shape, slo),
+            governors=lambda group, sharing: make_governor(
+                governor, dataclasses.replace(served, sharing=sharing), slo, group
+            ),
+            decode_router=make_decode_router(spec.route, governor.gpu, served, slo),
         )
         api = ApiConfig(
             model_name=spec.model_name, max_length=config.max_length, api_keys=spec.api_keys
@@ -340,11 +357,17 @@ def parser(prog: str) -> argparse.ArgumentParser:
         "(default %(default)s)",
     )
     energy.add_argument(
+        "--policy",
+        choices=list(CLOCK_POLICIES),
+        help="what chooses the clock of each iteration (default: ecofreq, or own-rule where the "
+        "GPU's costs are not known)",
+    )
+    energy.add_argument(
         "--route",
-        choices=("fewest", "energy"),
+        choices=list(ROUTERS),
         default="fewest",
-        help="which decode instance gets a request: of the fewest requests, or of the least "
-        "energy (default %(default)s)",
+        help="which decode instance gets a request, such as that of the fewest requests or of the "
+        "least energy (default %(default)s)",
     )
     energy.add_argument(
         "--gpu",

@@ -95,7 +95,7 @@ def build_engine(
     config: DeploymentConfig,
     *,
     devices: Sequence[Device] | None = None,
-    governors: Callable[[Device], Governor] | None = None,
+    governors: Callable[[tuple[Device, ...], int], Governor] | None = None,
     prefill_router: Router | None = None,
     decode_router: Router | None = None,
 ) -> Engine:
@@ -103,7 +103,8 @@ def build_engine(
 
     Args:
         devices: `tensor_parallel` for each instance in turn, as `choose_devices` gives them.
-        governors: makes the governor of the instance with a given first device.
+        governors: makes the governor of an instance from its devices, and the number of instances
+            that have them.
     """
     roles = config.roles
     if devices is None:
@@ -123,6 +124,7 @@ def build_engine(
             weights[group] = place_weights(model, config, group)
         number = numbers[role] = numbers.get(role, -1) + 1
         name = instance_name(role, number)
+        sharing = sum(other == group for other in groups)
         instance = build_instance(
             model.config,
             weights[group],
@@ -130,8 +132,8 @@ def build_engine(
             name=name,
             role=role,
             group=group,
-            sharing=sum(other == group for other in groups),
-            governor=None if governors is None else governors(group[0]),
+            sharing=sharing,
+            governor=None if governors is None else governors(group, sharing),
             sink=engine.sink(name),
         )
         connect(instance, functools.partial(engine.exchange.forward, instance))
@@ -147,6 +149,11 @@ def instance_name(role: Role, number: int) -> str:
 def default_dtype(device: Device) -> str:
     """The dtype that a device is fastest with: CPUs compute bfloat16 slowly."""
     return "float32" if device.platform == "cpu" else "bfloat16"
+
+
+def prefill_budget(config: DeploymentConfig, device: Device) -> int:
+    """Prompt tokens an iteration computes."""
+    return config.max_prefill_tokens or (256 if device.platform == "cpu" else 2048)
 
 
 def place_weights(
@@ -342,7 +349,7 @@ def _scheduler_config(
         page_count=page_count,
         page_size=page_size,
         max_batch=max_batch,
-        max_prefill_tokens=config.max_prefill_tokens or (256 if on_cpu else 2048),
+        max_prefill_tokens=prefill_budget(config, device),
         max_length=config.max_length,
         decode_buckets=tuple(buckets),
         role=role,

@@ -1,11 +1,13 @@
 """Where control attaches to the engine: a governor around iterations, a router before instances.
 
-The engine calls these; EcoFreq and EcoRoute are one pair of bodies. The defaults do nothing and
-pick the least loaded instance.
+The engine calls these. `NoGovernor` and `FewestRequestsRouter` do nothing and pick the least loaded
+instance; what chooses clocks and routes by energy lies in `jaxsys.serve.energy`.
 """
 
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Protocol
+
+from jaxsys.serve.energy.meters import Reading
 
 if TYPE_CHECKING:
     from jaxsys.serve.requests import Request
@@ -15,6 +17,20 @@ if TYPE_CHECKING:
 class Governor(Protocol):
     """Called by an instance's loop around each iteration; must return in well under 0.5 ms."""
 
+    @property
+    def method(self) -> str:
+        """How energy is known."""
+        ...
+
+    @property
+    def idle_after_s(self) -> float | None:
+        """Quiet time after which `idle` has something to do; None for never."""
+        ...
+
+    def start(self, now_s: float) -> None:
+        """The loop begins."""
+        ...
+
     def before_iteration(
         self, iteration: "Iteration", waiting: "Collection[Request]", now_s: float
     ) -> None:
@@ -22,7 +38,23 @@ class Governor(Protocol):
         ...
 
     def after_iteration(self, iteration: "Iteration", latency_s: float, now_s: float) -> None:
-        """The iteration's tokens are known, `latency_s` after the device could start on it."""
+        """The oldest iteration in flight is done, `latency_s` after the device could begin it."""
+        ...
+
+    def dropped(self, count: int, now_s: float) -> None:
+        """The `count` iterations in flight were lost."""
+        ...
+
+    def idle(self, now_s: float, quiet_since_s: float) -> None:
+        """The loop found nothing to do since; called several times a second."""
+        ...
+
+    def reading(self, now_s: float) -> Reading:
+        """Energy and clock so far; changes nothing."""
+        ...
+
+    def close(self) -> None:
+        """The loop has ended, or hangs and is given up: the clock goes back at once."""
         ...
 
 
@@ -53,6 +85,16 @@ class InstanceView(Protocol):
         ...
 
     @property
+    def waiting_requests(self) -> int:
+        """Prompts that wait or are partly computed; all in flight where that is not known."""
+        ...
+
+    @property
+    def busy_until_s(self) -> float | None:
+        """When the iteration in flight ends; None where idle or not known."""
+        ...
+
+    @property
     def clock_mhz(self) -> float | None:
         """The clock the governor last asked for; None where none is governed."""
         ...
@@ -67,9 +109,14 @@ class Router(Protocol):
 
 
 class NoGovernor:
-    """Leaves the clock alone."""
+    """Leaves the clock alone, and reads nothing."""
 
     __slots__ = ()
+    method = "none: nothing reads energy"
+    idle_after_s: float | None = None
+
+    def start(self, now_s: float) -> None:
+        return
 
     def before_iteration(
         self, iteration: "Iteration", waiting: "Collection[Request]", now_s: float
@@ -77,6 +124,18 @@ class NoGovernor:
         return
 
     def after_iteration(self, iteration: "Iteration", latency_s: float, now_s: float) -> None:
+        return
+
+    def dropped(self, count: int, now_s: float) -> None:
+        return
+
+    def idle(self, now_s: float, quiet_since_s: float) -> None:
+        return
+
+    def reading(self, now_s: float) -> Reading:
+        return Reading()
+
+    def close(self) -> None:
         return
 
 

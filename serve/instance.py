@@ -2,29 +2,30 @@
 
 While iteration n runs on the device, the loop plans and dispatches n+1; only then does it wait for
 n's tokens. Everything an instance owns (scheduler, executor, governor) is touched by its thread
-alone: others `post` a function to be called there between iterations.
+alone: others `post` a function to be called there between iterations. When the loop ends, however
+it does, the governor gives the GPU's clock back.
 
 A fault of the device voids what lay on it: its requests end as lost, to be begun again, and the
 instance goes on with empty pages if the device still answers. Any other exception is its end.
 """
 
-import collections
 import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from jax.errors import JaxRuntimeError
 
 from jaxsys.errors import RunError
 from jaxsys.serve.clock import Clock
-from jaxsys.serve.executor import Executor, JaxExecutor, RequestFault, TokenLogprobs
+from jaxsys.serve.executor import Executor, JaxExecutor, Outcome, RequestFault, TokenLogprobs
 from jaxsys.serve.hooks import Governor
 from jaxsys.serve.member import NOT_FINITE, InstanceLoad, Member, TokenEvent
 from jaxsys.serve.requests import FinishReason, Request, RequestState
 from jaxsys.serve.sampling import NOTHING
 from jaxsys.serve.scheduler import Completion, Iteration, Scheduler
+from jaxsys.serve.turns import Transfer, Turns
 
 if TYPE_CHECKING:
     from jaxsys.serve.handover import Message
@@ -35,30 +36,6 @@ IDLE_LOOK_S = 0.25
 """How often an idle instance looks up, so that idle energy and the idle clock are kept current."""
 MAX_FAULTS = 10
 """Faults of the device in a row, without a completed iteration between, that end an instance."""
-
-
-class Transfer(Protocol):
-    """An instance's part in handing requests over; called on the instance's thread."""
-
-    def planned(self, iteration: Iteration) -> None:
-        """An iteration was dispatched."""
-        ...
-
-    def completed(self, completion: Completion) -> None:
-        """An iteration's tokens are known."""
-        ...
-
-    def between(self) -> None:
-        """Between iterations."""
-        ...
-
-    def aborted(self, request: Request) -> None:
-        """A request of this instance is about to be ended from outside."""
-        ...
-
-    def take(self, message: "Message") -> None:
-        """The other side has something to say."""
-        ...
 
 
 class Instance(Member):
@@ -81,23 +58,29 @@ class Instance(Member):
         super().__init__(
             name,
             page_count=scheduler.config.page_count,
-            energy_method=getattr(governor, "method", "none: nothing reads energy"),
+            energy_method=governor.method,
         )
         self.scheduler = scheduler
         self.executor = executor
         self.governor = governor
         self.clock = clock
         self.sink = sink
-        self.transfer: Transfer | None = None
+        self.turns = Turns(scheduler, governor, clock, self)
         self.requests: dict[str | int, Request] = {}
         """Requests known here that have not ended."""
-        self._energy_j: Callable[[], float | None] = getattr(governor, "energy_j", lambda: None)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._in_flight: collections.deque[tuple[Iteration, Any, float]] = collections.deque()
-        self._stopping = False
         self._faults = 0
         self._faults_in_a_row = 0
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
+
+    @property
+    def transfer(self) -> Transfer | None:
+        """Its part in hand-overs; None where it has none."""
+        return self.turns.transfer
+
+    @transfer.setter
+    def transfer(self, transfer: Transfer) -> None:
+        self.turns.transfer = transfer
 
     # --- from any thread ----------------------------------------------------------------------
 
@@ -124,9 +107,14 @@ class Instance(Member):
             self.post(lambda: transfer.take(message))
 
     def stop(self, timeout_s: float | None = None) -> bool:
-        """Ends the loop after the iterations in flight; True once the thread is gone."""
+        """Ends the loop after the iterations in flight; True once the thread is gone.
+
+        The clock is given back also where it does not end in time, or never began.
+        """
         self.post(self._stop_now)
-        self._thread.join(timeout_s)
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+        self._give_back()
         return not self._thread.is_alive()
 
     # --- on the instance's thread -------------------------------------------------------------
@@ -159,7 +147,7 @@ class Instance(Member):
         self.requests[request.request_id] = request
 
     def _stop_now(self) -> None:
-        self._stopping = True
+        self.turns.stopping = True
 
     def _main(self) -> None:
         try:
@@ -167,10 +155,20 @@ class Instance(Member):
         except BaseException as error:
             self.failure = error
             logger.exception("instance failed", extra={"instance": self.name})
+            self._give_back()
             self._fail_everything(f"instance {self.name} failed: {error}")
+        else:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        try:
+            self.governor.close()
+        except Exception:
+            logger.exception("the clock was not given back", extra={"instance": self.name})
 
     def _loop(self) -> None:
-        self._ended_s = self.clock.now_s()
+        self.turns.start()
+        self.governor.start(self.clock.now_s())
         while True:
             try:
                 return self._turns()
@@ -180,29 +178,18 @@ class Instance(Member):
             self._recover(reason)
 
     def _turns(self) -> None:
-        """Plans, dispatches and completes until the instance is to stop."""
-        scheduler, clock, in_flight = self.scheduler, self.clock, self._in_flight
-        # Only a message can change anything after a turn that did nothing and left nothing behind.
-        stuck = not scheduler.requests
+        """Takes turns until the instance is to stop."""
+        turns = self.turns
         while True:
-            self._read_inbox(wait=stuck)
-            if self._stopping and not in_flight:
+            self._read_inbox(wait=turns.stuck)
+            if turns.done:
                 return
-            if self.transfer is not None:
-                self.transfer.between()
-            now_s = clock.now_s()
-            preemptions = scheduler.preemptions
-            iteration = None if self._stopping else scheduler.next_iteration(now_s)
-            if iteration is not None:
-                queued = scheduler.waiting or scheduler.incoming
-                self.governor.before_iteration(iteration, queued, now_s)
-                in_flight.append((iteration, self._dispatch(iteration), clock.now_s()))
-                if self.transfer is not None:
-                    self.transfer.planned(iteration)
-            stuck = not in_flight and scheduler.preemptions == preemptions
-            if in_flight and (iteration is None or len(in_flight) == 2):
-                self._complete(*in_flight.popleft())
-            self._publish(iteration)
+            flight = turns.turn()
+            if flight is not None:
+                outcome = self.executor.collect(flight.handle)
+                self._faults_in_a_row = 0
+                turns.end(outcome)
+            self._publish(turns.iteration)
 
     def _recover(self, reason: str) -> None:
         """Goes on with empty pages; requests that had some are lost, the others still wait.
@@ -216,18 +203,16 @@ class Instance(Member):
             raise RunError(f"{MAX_FAULTS} faults of the device in a row, the last: {reason}")
         self.executor.rebuild()
         self._faults += 1
-        self._in_flight.clear()
         for request in list(self.requests.values()):
             if request.state is not RequestState.WAITING:
                 message = f"the device of instance {self.name} failed: {reason}"
                 self.abort_now(request.request_id, "error", message, lost=True)
-        now_s = self.clock.now_s()
-        for iteration in self.scheduler.forget():
-            self.governor.after_iteration(iteration, now_s - self._ended_s, now_s)
-        self._ended_s = now_s
+        self.turns.drop()
         self._publish(None)
 
-    def _dispatch(self, iteration: Iteration) -> Any:
+    # --- of its turns -------------------------------------------------------------------------
+
+    def dispatch(self, iteration: Iteration) -> Any:
         """Dispatches; a request that cannot be computed ends with the reason, and nothing else."""
         while True:
             try:
@@ -238,22 +223,21 @@ class Instance(Member):
                 logger.exception("bad request", extra={"request_id": fault.request.request_id})
                 self.abort_now(fault.request.request_id, "error", str(fault))
 
-    def _complete(self, iteration: Iteration, handle: Any, dispatched_s: float) -> None:
-        outcome = self.executor.collect(handle)
-        self._faults_in_a_row = 0
-        self._end_broken(iteration, outcome.tokens)
-        now_s = self.clock.now_s()
-        # The device works in order: it could start when the iteration before had ended.
-        latency_s = now_s - max(dispatched_s, self._ended_s)
-        self._ended_s = now_s
-        completion = self.scheduler.complete(iteration, now_s, outcome.tokens)
-        self.governor.after_iteration(iteration, latency_s, now_s)
+    def ended(
+        self, iteration: Iteration, outcome: Outcome | None, latency_s: float, now_s: float
+    ) -> None:
+        """Ends requests that came to nothing, and tells gauges."""
+        if outcome is not None:
+            self._end_broken(iteration, outcome.tokens)
         if self.on_latency is not None:
             self.on_latency(latency_s)
-        if completion.emitted:
+
+    def completed(
+        self, iteration: Iteration, outcome: Outcome | None, completion: Completion, now_s: float
+    ) -> None:
+        """Sends tokens on."""
+        if completion.emitted and outcome is not None:
             self._emit(iteration, outcome.logprobs, completion, now_s)
-        if self.transfer is not None:
-            self.transfer.completed(completion)
 
     def _end_broken(self, iteration: Iteration, tokens: Sequence[int]) -> None:
         """Ends the requests whose logits were not finite; what they leave in pages is cleared."""
@@ -297,7 +281,9 @@ class Instance(Member):
     def _read_inbox(self, *, wait: bool) -> None:
         inbox = self._inbox
         if wait:
+            quiet_since_s = self.clock.now_s()
             while True:
+                self.governor.idle(self.clock.now_s(), quiet_since_s)
                 self._publish(None)
                 try:
                     inbox.get(timeout=IDLE_LOOK_S)()
@@ -309,6 +295,7 @@ class Instance(Member):
 
     def _publish(self, iteration: Iteration | None) -> None:
         scheduler = self.scheduler
+        reading = self.governor.reading(self.clock.now_s())
         self.load = InstanceLoad(
             batch=len(scheduler.running),
             kv_tokens=scheduler.kv_tokens if iteration is None else iteration.kv_tokens,
@@ -318,9 +305,10 @@ class Instance(Member):
             preemptions=scheduler.preemptions,
             iterations=scheduler.iterations,
             faults=self._faults,
-            energy_j=self._energy_j(),
-            energy_at_max_j=getattr(self.governor, "energy_at_max_j", None),
-            clock_mhz=getattr(self.governor, "clock_mhz", None),
+            energy_j=reading.energy_j,
+            energy_at_max_j=reading.energy_at_max_j,
+            power_w=reading.power_w,
+            clock_mhz=reading.clock_mhz,
         )
 
     def _fail_everything(self, message: str) -> None:
@@ -333,6 +321,6 @@ class Instance(Member):
                 self.scheduler.abort(request, now_s, "error")
                 self.sink([TokenEvent(request, None, None, "error", now_s, message, True)])
             self.requests.clear()
-            if self._stopping:
+            if self.turns.stopping:
                 return
             self._inbox.get()()

@@ -52,6 +52,8 @@ class InstanceLoad:
     """As the governor reads it; None where nothing does."""
     energy_at_max_j: float | None = None
     """What the same work would have taken at the maximum clock, where the governor models it."""
+    power_w: float | None = None
+    """Measured now; None where nothing measures it, as on a CPU."""
     clock_mhz: float | None = None
     """The clock the governor last asked for; None where none is governed."""
 
@@ -84,6 +86,16 @@ class Member(abc.ABC):
     @property
     def waiting_tokens(self) -> int:
         return self.load.waiting_tokens
+
+    @property
+    def waiting_requests(self) -> int:
+        """All in flight: how many of them wait is known only as of the last turn."""
+        return self.in_flight
+
+    @property
+    def busy_until_s(self) -> float | None:
+        """Not known."""
+        return None
 
     @property
     def clock_mhz(self) -> float | None:

@@ -16,14 +16,10 @@ time is worth less there: v falls from `worth` to `broken_worth` as that share g
 """
 
 import bisect
-from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from jaxsys.serve.energy.gpu_model import Load
-
-if TYPE_CHECKING:
-    from jaxsys.serve.requests import Request
-    from jaxsys.serve.scheduler import Iteration
+from jaxsys.serve.energy.policy import Queue
 
 BROKEN_SHARES = (0.2, 0.4)
 """Shares of arrivals lost at every clock between which their worth falls."""
@@ -31,8 +27,7 @@ BROKEN_SHARES = (0.2, 0.4)
 
 def batches_at_hand(
     load: Load,
-    iteration: "Iteration",
-    waiting: "Collection[Request]",
+    queue: Queue,
     *,
     left_s: float,
     budget: int,
@@ -42,6 +37,7 @@ def batches_at_hand(
 
     Args:
         load: of the iteration.
+        queue: prompts in it and behind it.
         left_s: time from now to the deadline of a prompt that arrives at time zero.
         budget: prompt tokens of a batch.
         most: batches of the queue told apart; the rest counts as one more.
@@ -52,14 +48,14 @@ def batches_at_hand(
     loads, deadlines_s = [load], [[]]
     lengths: list[int] = []
     dues_s: list[float] = []
-    for piece in iteration.prefills:
+    for piece in queue.pieces:
         due_s = left_s + piece.request.timing.arrival_s
         if piece.last:
             deadlines_s[0].append(due_s)
         else:  # the rest of a long prompt comes first of all that waits
             lengths.append(piece.request.total_length - piece.start - piece.length)
             dues_s.append(due_s)
-    for request in waiting:
+    for request in queue.waiting:
         lengths.append(request.prompt_length + request.generated)
         dues_s.append(left_s + request.timing.arrival_s)
     first = tokens = 0

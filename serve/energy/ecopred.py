@@ -439,6 +439,12 @@ class EcoPred:
             else:
                 phase.boosting = self._threads.submit(self._boost, phase, *self._snapshot(phase))
 
+    def close(self) -> None:
+        """Ends the thread that boosts; what it is at is not waited for."""
+        if self._threads is not None:
+            self._threads.shutdown(wait=False)
+            self._threads = None
+
     def residual_error(self, prefill: bool) -> float:
         """Mean absolute relative error over the window, the correction in force included."""
         return _window_error(self._prefill if prefill else self._decode)

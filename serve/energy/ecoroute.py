@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxsys.errors import UsageError
-from jaxsys.serve.energy.ecofreq import Predictor
 from jaxsys.serve.energy.gpu_model import TILE, Load
+from jaxsys.serve.energy.predictors import Predictor
 from jaxsys.serve.energy.slo import SharedSlo
 from jaxsys.serve.hooks import InstanceView
 
@@ -239,9 +239,7 @@ class QueueRouter:
     """Prefill: the instance whose first token for this prompt is predicted earliest.
 
     A prompt waits for the iteration in flight and is then computed with all that wait before it.
-    Where an instance says when its iteration ends (`busy_until_s`) and how many prompts wait
-    (`waiting_requests`), both are used; else every request in flight counts as waiting. Ties within
-    `tie_s` go to the instance with the longer wait, so that others may idle.
+    Ties within `tie_s` go to the instance with the longer wait, so that others may idle.
     """
 
     def __init__(
@@ -267,10 +265,9 @@ class QueueRouter:
         now_s = request.timing.arrival_s
         states, residual_s = [], []
         for instance in instances:
-            waiting = getattr(instance, "waiting_requests", instance.in_flight)
             tokens = instance.waiting_tokens + request.prompt_length
-            states.append((tokens, waiting + 1, 0, 0, 0))
-            ends_s = getattr(instance, "busy_until_s", None)
+            states.append((tokens, instance.waiting_requests + 1, 0, 0, 0))
+            ends_s = instance.busy_until_s
             residual_s.append(0.0 if ends_s is None else max(0.0, ends_s - now_s))
         times, _ = _what_if(self.predictor, states, (self._clock_mhz,))
         waits = [

@@ -1,7 +1,8 @@
 """Profiles: measured iterations from which EcoPred is trained, and where they were measured.
 
-A profile is refused where its fingerprint (GPU, model, engine) differs from what it is asked to
-predict: latencies do not carry over between them.
+A profile is refused where its fingerprint (GPU, the model's sizes and heads, form of the weights,
+GPUs an instance, engine) differs from what it is asked to predict: latencies do not carry over
+between them.
 """
 
 import importlib.metadata
@@ -17,6 +18,7 @@ from jaxsys import __version__
 from jaxsys.errors import UsageError
 from jaxsys.fields import Fields
 from jaxsys.files import read_json
+from jaxsys.model import DecoderConfig
 from jaxsys.serve.energy.gpu_model import Load, SimulatedGpu
 
 FORM = "jaxsys-profile-2"
@@ -34,9 +36,13 @@ class Fingerprint:
 
     gpu: str
     model: str
-    """Layers x hidden size."""
+    """Its sizes, heads among them."""
     engine: str
     """What ran the iterations, e.g. "simulated" or "jaxsys 0.1.0, jax 0.10.2"."""
+    weights: str = "not recorded"
+    """Form of the matrices: a dtype or a quantisation."""
+    tensor_parallel: int = 0
+    """GPUs an instance; 0 where an earlier release did not record it."""
 
     def check(self, other: "Fingerprint", where: str = "profile") -> None:
         """Refuses a profile of other origin, naming what differs."""
@@ -51,24 +57,37 @@ class Fingerprint:
             )
 
 
-def fingerprint_here(gpu: str, layers: int, hidden: int) -> Fingerprint:
+def fingerprint_here(
+    gpu: str, model: DecoderConfig, weights: str, tensor_parallel: int = 1
+) -> Fingerprint:
     """The fingerprint of what this installation measures.
 
     Args:
         gpu: what JAX calls the device's kind.
+        weights: form of the matrices: a dtype or a quantisation.
     """
     jax_version = importlib.metadata.version("jax")
     return Fingerprint(
         gpu=gpu,
-        model=f"{layers}x{hidden}",
+        model=f"{model.num_layers} layers of {model.hidden_size}, {model.num_heads} heads and "
+        f"{model.num_kv_heads} of keys and values of {model.head_dim}, feed-forward "
+        f"{model.intermediate_size}, vocabulary {model.vocab_size}",
         engine=f"jaxsys {__version__}, jax {jax_version}, {platform.machine()}",
+        weights=weights,
+        tensor_parallel=tensor_parallel,
     )
 
 
 def simulated_fingerprint(gpu: SimulatedGpu) -> Fingerprint:
     """The fingerprint of a sweep of this simulated GPU."""
+    shape = gpu.shape
     return Fingerprint(
-        gpu=gpu.spec.name, model=f"{gpu.shape.layers}x{gpu.shape.hidden}", engine="simulated"
+        gpu=gpu.spec.name,
+        model=f"{shape.layers} layers of {shape.hidden}, {shape.kv_bytes_per_token:.0f} bytes of "
+        f"keys and values a token, {shape.parameters:.2g} parameters",
+        engine="simulated",
+        weights=f"{shape.weight_bytes_per_parameter:g} bytes a parameter",
+        tensor_parallel=shape.tensor_parallel,
     )
 
 

@@ -27,9 +27,13 @@ from jaxsys.serve.energy.profile import (
 )
 
 if TYPE_CHECKING:
+    from jaxsys.mesh import Device
     from jaxsys.model import LoadedModel
     from jaxsys.serve.scheduler import SchedulerConfig
+    from jaxsys.serve.weights import Quantisation
 
+QUANTISATIONS = ("int8", "fp8")
+"""Those of `jaxsys.serve.weights`, which need JAX to be imported."""
 COUNTER_S = 0.5
 """Time a load is repeated for where an energy counter is to tell its power."""
 
@@ -45,14 +49,25 @@ def main(argv: Sequence[str], prog: str) -> int:
             simulated_gpu(arguments.simulated, arguments.shape), noise=arguments.noise
         )
     else:
-        from jaxsys.model import default_model_path, load
+        import jax
+        import jax.numpy as jnp
 
+        from jaxsys.model import default_model_path, load
+        from jaxsys.serve.deployment import choose_devices, default_dtype
+
+        # As `jaxsys serve` loads it.
+        device = choose_devices(arguments.tensor_parallel)[0]
+        path = default_model_path() if arguments.model is None else arguments.model
+        with jax.default_device(jax.devices("cpu")[0]):
+            model = load(path, jnp.dtype(arguments.dtype or default_dtype(device)))
         profile = measure(
-            load(default_model_path() if arguments.model is None else arguments.model),
+            model,
             max_batch=arguments.max_batch,
             max_length=arguments.max_length,
             repeats=arguments.repeats,
             control=arguments.control_clocks,
+            quantisation=arguments.quantisation,
+            tensor_parallel=arguments.tensor_parallel,
         )
     profile.save(arguments.out)
     clocks = ", ".join(str(mhz) for mhz in profile.clocks_mhz)
@@ -72,6 +87,23 @@ def parser(prog: str) -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("profile.json"), help="file to write (default %(default)s)"
     )
     add("--model", type=Path, help="folder or .gguf file (default: SmolLM2-135M-Instruct)")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of the weights, as in serve (default: float32 on CPU, else bfloat16)",
+    )
+    add(
+        "--quantise",
+        choices=QUANTISATIONS,
+        dest="quantisation",
+        help="form of the weight matrices, as in serve (default: that of --dtype)",
+    )
+    add(
+        "--tensor-parallel",
+        type=whole(most=1024),
+        default=1,
+        help="GPUs that share the instance, as in serve (default %(default)s)",
+    )
     add("--max-batch", type=whole(), default=16, help="largest batch (default %(default)s)")
     add(
         "--max-length", type=whole(), default=1024, help="tokens of a request (default %(default)s)"
@@ -98,29 +130,43 @@ def measure(
     max_length: int = 1024,
     repeats: int = 3,
     control: bool = False,
+    quantisation: "Quantisation | None" = None,
+    tensor_parallel: int = 1,
 ) -> Profile:
     """Runs the sweep on the real executor of one instance.
 
     Raises:
         UsageError: if the sizes make no sweep.
     """
-    import jax
-
-    from jaxsys.serve.deployment import DeploymentConfig, build_engine, compile_ahead
+    from jaxsys.serve.deployment import (
+        DeploymentConfig,
+        build_engine,
+        choose_devices,
+        compile_ahead,
+    )
     from jaxsys.serve.energy.engine_sweep import EngineSweep
+    from jaxsys.serve.executor import JaxExecutor
     from jaxsys.serve.instance import Instance
 
     if repeats < 1:
         raise UsageError(f"repeats={repeats} must be at least 1")
     config = DeploymentConfig(
-        prefill=1, decode=0, max_batch=max_batch, max_length=max_length, prefix_caching=False
+        prefill=1,
+        decode=0,
+        max_batch=max_batch,
+        max_length=max_length,
+        prefix_caching=False,
+        quantisation=quantisation,
+        tensor_parallel=tensor_parallel,
     )
-    engine = build_engine(model, config)
+    group = choose_devices(tensor_parallel)
+    engine = build_engine(model, config, devices=group)
     compile_ahead(engine.instances)
     instance = engine.instances[0]
     assert isinstance(instance, Instance)
-    device = jax.devices()[0]
-    clocks, notes = _clocks(device, control)
+    executor = instance.executor
+    assert isinstance(executor, JaxExecutor)
+    clocks, notes = _clocks(group, control)
     log = None if clocks is None else EnergyLog(clocks.energy_j)
     sweep = EngineSweep(
         instance,
@@ -154,7 +200,10 @@ def measure(
         notes.append("clocks were not swept: all samples are at the default clock")
     return Profile(
         fingerprint=fingerprint_here(
-            device.device_kind, model.config.num_layers, model.config.hidden_size
+            group[0].device_kind,
+            model.config,
+            quantisation or str(executor.weights.dtype),
+            tensor_parallel,
         ),
         samples=samples,
         buckets=tuple(buckets),
@@ -162,13 +211,14 @@ def measure(
     )
 
 
-def _clocks(device, control: bool) -> tuple[GpuClocks | None, list[str]]:  # type: ignore[no-untyped-def]
-    if device.platform == "cpu":
+def _clocks(group: "Sequence[Device]", control: bool) -> tuple[GpuClocks | None, list[str]]:
+    if group[0].platform == "cpu":
         return None, ["no GPU here: no clock and no power"]
-    from jaxsys.nvml import open_clocks
+    from jaxsys.nvml import open_group
+    from jaxsys.serve.processes.gpus import gpu_of
 
     try:
-        return open_clocks(device.local_hardware_id, control=control), []
+        return open_group([gpu_of(device) for device in group], control=control), []
     except (RunError, UsageError) as error:
         return None, [f"no clock and no power: {error}"]
 

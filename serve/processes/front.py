@@ -20,7 +20,7 @@ from jaxsys.model.folder import read_config, read_tokenizer
 from jaxsys.model.gguf_file import GgufFile
 from jaxsys.model.load import no_model
 from jaxsys.serve.clock import WallClock
-from jaxsys.serve.energy.governors import Route, make_decode_router
+from jaxsys.serve.energy.governors import Served, make_decode_router
 from jaxsys.serve.energy.slo import SharedSlo
 from jaxsys.serve.engine import Engine
 from jaxsys.serve.http.api import ApiConfig, create_app
@@ -44,7 +44,8 @@ class FrontSpec:
     port: int = 8000
     model_name: str
     api_keys: frozenset[str] = dataclasses.field(default=frozenset(), repr=False)
-    route: Route = "fewest"
+    route: str = "fewest"
+    """Of `ROUTERS`."""
     worker: WorkerSpec
     """What the instances have in common."""
 
@@ -61,10 +62,15 @@ class Front:
         worker = spec.worker
         config, tokenizer = read_face(Path(worker.model))
         slo = SharedSlo(worker.slo)
+        served = Served(
+            model=config,
+            weights=worker.deployment.quantisation or worker.dtype or "bfloat16",
+            tensor_parallel=worker.deployment.tensor_parallel,
+        )
         self.engine = Engine(
             clock=WallClock(),
             max_requests=worker.deployment.max_requests,
-            decode_router=make_decode_router(spec.route, worker.governor.gpu, config, slo),
+            decode_router=make_decode_router(spec.route, worker.governor.gpu, served, slo),
         )
         self.app = build_app(
             self.engine,

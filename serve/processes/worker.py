@@ -32,8 +32,9 @@ from jaxsys.serve.deployment import (
     connect,
     default_dtype,
     place_weights,
+    prefill_budget,
 )
-from jaxsys.serve.energy.governors import GovernorChoice, make_governor
+from jaxsys.serve.energy.governors import GovernorChoice, Served, make_governor
 from jaxsys.serve.energy.slo import SharedSlo, Slo
 from jaxsys.serve.handover import Message, Offer
 from jaxsys.serve.logs import log_to_stderr
@@ -100,10 +101,17 @@ class Worker:
             jax.config.update("jax_compilation_cache_dir", spec.compilation_cache)
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
         group = tuple(choose_devices(spec.deployment.tensor_parallel))
+        dtype = spec.dtype or default_dtype(group[0])
         with jax.default_device(jax.devices("cpu")[0]):
-            model = load(Path(spec.model), jnp.dtype(spec.dtype or default_dtype(group[0])))
+            model = load(Path(spec.model), jnp.dtype(dtype))
         weights = place_weights(model, spec.deployment, group)
         slo = SharedSlo(spec.slo)
+        served = Served(
+            model=model.config,
+            weights=spec.deployment.quantisation or dtype,
+            tensor_parallel=spec.deployment.tensor_parallel,
+            prefill_budget=prefill_budget(spec.deployment, group[0]),
+        )
         self.instance = build_instance(
             model.config,
             weights,
@@ -112,7 +120,7 @@ class Worker:
             role=spec.role,
             group=group,
             sink=self._sink,
-            governor=make_governor(spec.governor, model.config, slo, group[0]),
+            governor=make_governor(spec.governor, served, slo, group),
         )
         self.pages = None if spec.role == "both" else PageServer(group[0], host, secret=spec.token)
         connect(self.instance, self._send_message, self.pages)

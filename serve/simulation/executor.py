@@ -45,10 +45,17 @@ class SimExecutor:
         self.seconds_at_mhz: defaultdict[int, float] = defaultdict(float)
         """Busy seconds at each clock set; where the power cap binds, the GPU runs below it."""
         self.capped_s = 0.0
+        self.finished_j = 0.0
+        """Energy of the iteration that ended last."""
         self._loads: tuple[Load, ...] = ()
         self._segments: list[_Segment] = []
         self._end_s = 0.0
         self._idle_from_s = 0.0
+
+    @property
+    def began_s(self) -> float:
+        """When the iteration in flight began."""
+        return self._segments[0].start_s if self._segments else self._end_s
 
     @property
     def end_s(self) -> float:
@@ -99,6 +106,7 @@ class SimExecutor:
             if outcome.power_capped:
                 self.capped_s += duration_s
         self.busy_j += energy_j
+        self.finished_j = energy_j
         self._segments = []
         self._idle_from_s = self._end_s
         return energy_j

@@ -1,73 +1,82 @@
 """Policies by name, replays of them side by side, and `jaxsys replay`.
 
-A policy is a governor and a pair of routers. All of a comparison's policies see the same trace, the
-same simulated GPUs and the same SLO; savings are stated against the static maximum clock, with the
-attainment of both beside them, and energy counts idle instances.
+A policy is a clock policy and a router, each by its name in `jaxsys.serve.energy.registry`:
+"ecofreq+energy"; a clock policy's name alone routes plainly. All of a comparison's policies see the
+same trace, the same simulated GPUs and the same SLO; savings are stated against the static maximum
+clock, with the attainment of both beside them, and energy counts idle instances.
 """
 
 import argparse
 import copy
+import functools
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from jaxsys.clocks import SimulatedClocks
 from jaxsys.errors import UsageError
 from jaxsys.files import check_writable
 from jaxsys.options import Parser, whole
 from jaxsys.results import hardware, versions, write_result
-from jaxsys.serve.energy.ecofreq import EcoFreq, EcoFreqConfig, ModelPredictor, Predictor
 from jaxsys.serve.energy.ecopred import EcoPred
-from jaxsys.serve.energy.ecoroute import (
-    EnergyRouter,
-    QueueRouter,
-    RoundRobinRouter,
-    StateSpaceRouter,
-)
 from jaxsys.serve.energy.gpu_model import GPUS, SHAPES, Load, SimulatedGpu, gpu_spec, served_shape
+from jaxsys.serve.energy.predictors import ModelPredictor, Predictor
 from jaxsys.serve.energy.profile import simulated_profile
+from jaxsys.serve.energy.registry import CLOCK_POLICIES, ROUTERS, Situation
 from jaxsys.serve.energy.slo import SharedSlo, Slo
-from jaxsys.serve.hooks import FewestRequestsRouter, Governor, Router
-from jaxsys.serve.simulation.baselines import FixedClock, WindowControl
-from jaxsys.serve.simulation.simulator import ClusterConfig, ReplayResult, Role, Simulator
+from jaxsys.serve.simulation.simulator import ClusterConfig, ReplayResult, Simulator
 from jaxsys.serve.simulation.traces import Trace, read_trace, synthetic_trace
 
 MOST_REQUESTS = 500_000
 MOST_INSTANCES = 4096
-Control = Literal["max", "sweet-spot", "window", "ecofreq"]
-Routing = Literal["plain", "ecoroute", "energy"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
     """How clocks are set and requests are routed."""
 
-    control: Control
-    routing: Routing = "plain"
-
-    @property
-    def predicts(self) -> bool:
-        """Whether anything is decided by predictions."""
-        return self.control in ("window", "ecofreq") or self.routing != "plain"
+    clock: str
+    """Of `CLOCK_POLICIES`."""
+    route: str | None = None
+    """Of `ROUTERS`, for decode; None routes plainly: prompts in turn, then the fewest requests."""
 
 
 POLICIES: dict[str, Policy] = {
-    "max": Policy(control="max"),
-    "sweet-spot": Policy(control="sweet-spot"),
-    "window": Policy(control="window"),
-    "ecofreq": Policy(control="ecofreq"),
-    "ecoroute": Policy(control="max", routing="ecoroute"),
-    "both": Policy(control="ecofreq", routing="ecoroute"),
-    "both-energy": Policy(control="ecofreq", routing="energy"),
+    "max": Policy(clock="max"),
+    "sweet-spot": Policy(clock="sweet-spot"),
+    "window": Policy(clock="window"),
+    "ecofreq": Policy(clock="ecofreq"),
+    "ecoroute": Policy(clock="max", route="ecoroute"),
+    "both": Policy(clock="ecofreq", route="ecoroute"),
+    "both-energy": Policy(clock="ecofreq", route="energy"),
 }
-"""`ecoroute` alone: the published router at the maximum clock. `both-energy`: EcoFreq with the
-router of least energy increase."""
+"""Those that have a name of their own. `ecoroute` alone: the published router at the maximum clock.
+`both-energy`: EcoFreq with the router of least energy increase."""
+
+
+def policy_named(name: str) -> Policy:
+    """The policy called `name`, or CLOCK+ROUTER, or a clock policy alone.
+
+    Raises:
+        UsageError: if a part of it is not known.
+    """
+    if name in POLICIES:
+        return POLICIES[name]
+    clock, plus, route = name.partition("+")
+    if clock not in CLOCK_POLICIES:
+        known = dict.fromkeys((*POLICIES, *CLOCK_POLICIES))
+        raise UsageError(
+            f"policy {name!r} is not known; use one of {', '.join(known)}, or CLOCK+ROUTER with a "
+            f"router of {', '.join(ROUTERS)}"
+        )
+    if plus:
+        ROUTERS.check(route)
+    return Policy(clock=clock, route=route if plus else None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,10 +91,11 @@ class Setting:
     predictor: Literal["model", "ecopred"] = "ecopred"
     predictor_scale: float = 1.0
     """Multiplies predicted times: an error put in on purpose. "ecopred" may learn it away."""
-    governor: EcoFreqConfig = field(default_factory=EcoFreqConfig)
+    clock_options: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the clock policy's own."""
     quick_prefill: bool = True
-    """Route prompts to the earliest predicted first token instead of in turn (governed policies
-    with a router only)."""
+    """Route prompts to the earliest predicted first token instead of in turn (policies with a
+    router only)."""
 
 
 def setting(
@@ -129,54 +139,34 @@ def simulate(
     policy: Policy,
     setting: Setting,
     *,
-    predictor: Predictor | None = None,
+    predictor: Callable[[], Predictor] | None = None,
     sample_every_s: float | None = None,
 ) -> ReplayResult:
     """Replays `trace` under one policy.
 
     Args:
-        predictor: the setting's, fresh; made here where None.
+        predictor: makes the setting's, fresh; trained here where None.
     """
     slo = SharedSlo(setting.slo)
     # One for all: the instances are alike, and each learns from the others' iterations.
-    if not policy.predicts:
-        predictor = ModelPredictor(setting.gpu)
-    elif predictor is None:
-        predictor = make_predictor(setting)
-    spec = setting.gpu.spec
-    top, floor = spec.max_mhz, setting.clocks_mhz[0]
-
-    def make_governor(clocks: SimulatedClocks, role: Role) -> Governor:
-        if policy.control == "max":
-            return FixedClock(clocks, top)
-        if policy.control == "sweet-spot":
-            return FixedClock(clocks, floor)
-        if policy.control == "window":
-            return WindowControl(clocks, predictor, slo, clocks_mhz=setting.clocks_mhz)
-        config = replace(setting.governor, prefill_budget=setting.cluster.max_prefill_tokens)
-        return EcoFreq(clocks, predictor, slo, clocks_mhz=setting.clocks_mhz, config=config)
-
-    prefill_router: Router = RoundRobinRouter()
-    decode_router: Router = FewestRequestsRouter()
-    if policy.routing != "plain":
-        if setting.quick_prefill:
-            prefill_router = QueueRouter(predictor, clock_mhz=top, slo=slo)
-        if policy.routing == "ecoroute":
-            decode_router = StateSpaceRouter(predictor, slo, clocks_mhz=setting.clocks_mhz)
-        else:
-            decode_router = EnergyRouter(
-                predictor,
-                slo,
-                clocks_mhz=setting.clocks_mhz,
-                idle_power_w=setting.gpu.idle_power_w(floor),
-            )
+    one_predictor = functools.cache(predictor or functools.partial(make_predictor, setting))
+    situation = Situation(
+        gpu=setting.gpu,
+        slo=slo,
+        clocks_mhz=tuple(sorted(setting.clocks_mhz)),
+        top_mhz=setting.gpu.spec.max_mhz,
+        predictor=one_predictor,
+        prefill_budget=setting.cluster.max_prefill_tokens,
+        options=setting.clock_options,
+    )
+    prompts = "queue" if policy.route is not None and setting.quick_prefill else "round-robin"
     return Simulator(
         trace,
         setting.cluster,
-        slo=slo,
-        make_governor=make_governor,
-        prefill_router=prefill_router,
-        decode_router=decode_router,
+        make_policy=lambda role: CLOCK_POLICIES.make(policy.clock, situation),
+        clocks_mhz=situation.clocks_mhz,
+        prefill_router=ROUTERS.make(prompts, situation),
+        decode_router=ROUTERS.make(policy.route or "fewest", situation),
         sample_every_s=sample_every_s,
     ).run()
 
@@ -217,14 +207,14 @@ def compare(
     check_policies(policies)
     names = ["max", *(name for name in policies if name != "max")]
     rows: dict[str, dict[str, Any]] = {}
-    fresh = None
+    trained = functools.cache(functools.partial(make_predictor, setting))
     for name in names:
-        policy, predictor = POLICIES[name], None
-        if policy.predicts:
-            fresh = fresh or make_predictor(setting)
-            predictor = copy.deepcopy(fresh)  # each policy learns for itself
         result = simulate(
-            trace, policy, setting, predictor=predictor, sample_every_s=sample_every_s
+            trace,
+            policy_named(name),
+            setting,
+            predictor=lambda: copy.deepcopy(trained()),  # each policy learns for itself
+            sample_every_s=sample_every_s,
         )
         row: dict[str, Any] = dict(figures(result, setting.slo))
         base = rows.get("max", row)
@@ -242,8 +232,7 @@ def compare(
 def check_policies(names: Sequence[str]) -> None:
     """Raises UsageError for a policy's name that is not known."""
     for name in names:
-        if name not in POLICIES:
-            raise UsageError(f"policy {name!r} is not known; use one of {', '.join(POLICIES)}")
+        policy_named(name)
 
 
 def unmeetable(trace: Trace, setting: Setting) -> list[str]:

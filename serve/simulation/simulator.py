@@ -1,7 +1,8 @@
 """Replays a trace on N prefill and M decode instances in virtual time.
 
-The brain is the live server's: its `Scheduler`, its governors, its routers. Only the bodies differ:
-`SimExecutor` says how long an iteration takes and what it draws. One heap of events drives all.
+The brain is the live server's: its `Scheduler`, its `Turns`, its `Governor` around any clock
+policy, its routers. Only the bodies differ: `SimExecutor` says how long an iteration takes and what
+it draws. One heap of events drives all.
 
 Where nothing can interrupt it, a decode instance plans many steps as one iteration; a newcomer cuts
 that iteration at the next step's end, so times come out as if each step had been planned alone
@@ -16,22 +17,24 @@ from array import array
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 
 from jaxsys.clocks import SimulatedClocks
 from jaxsys.errors import UsageError
 from jaxsys.serve.clock import VirtualClock
+from jaxsys.serve.energy.governor import Governor
 from jaxsys.serve.energy.gpu_model import Load, SimulatedGpu
-from jaxsys.serve.energy.slo import SharedSlo
-from jaxsys.serve.hooks import Governor, InstanceView, Router
+from jaxsys.serve.energy.meters import Metered, Reading
+from jaxsys.serve.energy.policy import ClockPolicy
+from jaxsys.serve.energy.shares import Shares
+from jaxsys.serve.executor import Outcome
+from jaxsys.serve.hooks import InstanceView, Router
 from jaxsys.serve.requests import Request, SamplingParameters
-from jaxsys.serve.scheduler import Iteration, Scheduler, SchedulerConfig
+from jaxsys.serve.scheduler import Completion, Iteration, Role, Scheduler, SchedulerConfig
 from jaxsys.serve.simulation.executor import SimExecutor
 from jaxsys.serve.simulation.traces import Trace
-
-Role = Literal["prefill", "decode", "both"]
+from jaxsys.serve.turns import Turns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,19 +89,38 @@ class ClusterConfig:
             )
 
 
+class ReplayMeter:
+    """What the replay's device books, at every change of clock."""
+
+    method = "simulated: booked by the replay's device, idle included"
+
+    def __init__(self, executor: SimExecutor) -> None:
+        self.executor = executor
+
+    def begin(self, now_s: float) -> None:
+        self.executor.idle_until(now_s)
+
+    def iteration(self, load: Load, steps: int, latency_s: float, now_s: float) -> Metered:
+        return Metered(latency_s, self.executor.finished_j)
+
+    def idle(self, now_s: float) -> None:
+        self.executor.idle_until(now_s)
+
+    def read(self, now_s: float) -> Reading:
+        executor = self.executor
+        return Reading(executor.busy_j + executor.idle_j, None, executor.idle_j)
+
+
 class SimInstance:
-    """One simulated instance: scheduler, executor and governor. Is an `InstanceView`."""
+    """One simulated instance: its turns, and what they work with. Is an `InstanceView`."""
 
     def __init__(
-        self,
-        name: str,
-        role: Role,
-        config: ClusterConfig,
-        clock: VirtualClock,
-        make_governor: Callable[[SimulatedClocks, Role], Governor],
+        self, name: str, role: Role, simulator: "Simulator", policy: ClockPolicy, *, shares: bool
     ) -> None:
         self.name = name
         self.role: Role = role
+        self.simulator = simulator
+        config, clock = simulator.config, simulator.clock
         spec = config.gpu.spec
         self.clocks = SimulatedClocks(
             available_mhz=spec.available_mhz,
@@ -112,7 +134,14 @@ class SimInstance:
             time_noise=config.time_noise,
             seed=zlib.crc32(name.encode()),
         )
-        self.governor = make_governor(self.clocks, role)
+        self.governor = Governor(
+            policy,
+            self.clocks,
+            ReplayMeter(self.executor),
+            choices_mhz=simulator.clocks_mhz,
+            shares=Shares(spec, config.gpu.shape) if shares else None,
+            now_s=clock.now_s,
+        )
         capacity = config.gpu.kv_capacity_tokens
         self.scheduler = Scheduler(
             SchedulerConfig(
@@ -126,13 +155,28 @@ class SimInstance:
                 prefix_caching=False,
             )
         )
+        self.turns = Turns(
+            self.scheduler,
+            self.governor,
+            clock,
+            self,
+            depth=2 if config.plan_ahead else 1,
+            max_steps=config.max_steps if role == "decode" and not config.plan_ahead else 1,
+        )
+        if role != "both":
+            self.turns.transfer = SimTransfer(self)
         self.in_flight = 0
         self.kv_tokens = 0
         self.iteration: Iteration | None = None
-        self.planned: Iteration | None = None
-        """What follows the iteration in flight, where it is planned ahead."""
+        """On the device."""
+        self.queued: Iteration | None = None
+        """Dispatched behind it."""
+        self.waits = False
+        """Whether its loop waits for the device, or is busy itself, so that who comes must wait."""
         self.version = 0
         """Counts changes of the end in flight: an event of an older version is stale."""
+        self.plans = 0
+        """Likewise of turns to come."""
         self.newcomers: list[Request] = []
         self.started_s = 0.0
         self.held_up_s = 0.0
@@ -153,12 +197,55 @@ class SimInstance:
 
     @property
     def clock_mhz(self) -> float | None:
-        return getattr(self.governor, "clock_mhz", None)
+        return self.governor.clock_mhz
 
     @property
     def busy_until_s(self) -> float | None:
         """When the iteration in flight ends; None where idle. For queueing predictions."""
         return self.executor.end_s if self.iteration is not None else None
+
+    # --- of its turns -------------------------------------------------------------------------
+
+    def dispatch(self, iteration: Iteration) -> None:
+        """Begins it, or has it begin when the one on the device has ended."""
+        self.simulator.dispatched(self, iteration)
+
+    def ended(
+        self, iteration: Iteration, outcome: Outcome | None, latency_s: float, now_s: float
+    ) -> None:
+        """Books the gaps between its tokens."""
+        if iteration.decodes:
+            self.simulator.count_gaps(self, iteration, now_s)
+
+    def completed(
+        self, iteration: Iteration, outcome: Outcome | None, completion: Completion, now_s: float
+    ) -> None:
+        """Books first tokens and requests that ended."""
+        self.simulator.completed(self, iteration, completion, now_s)
+
+
+class SimTransfer:
+    """A simulated instance's part in handing requests over."""
+
+    def __init__(self, instance: SimInstance) -> None:
+        self.instance = instance
+
+    def planned(self, iteration: Iteration) -> None:
+        return
+
+    def completed(self, completion: Completion) -> None:
+        for request in completion.handed_over:
+            self.instance.simulator.hand_over(self.instance, request)
+
+    def between(self) -> None:
+        if self.instance.scheduler.incoming:
+            self.instance.simulator.receive(self.instance)
+
+    def aborted(self, request: Request) -> None:
+        return
+
+    def take(self, message: object) -> None:
+        raise TypeError(f"a replay sends no messages, such as {message!r}")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -184,6 +271,8 @@ class ReplayResult:
     decisions: int
     infeasible: int
     overruns: int
+    """Iterations that outlasted the policy's patience; one that was met while it ran counts twice:
+    when the alarm rang, and when it ended."""
     clock_changes: int
     preemptions: int
     wall_s: float
@@ -228,25 +317,30 @@ class Simulator:
         trace: Trace,
         config: ClusterConfig,
         *,
-        slo: SharedSlo,
-        make_governor: Callable[[SimulatedClocks, Role], Governor],
+        make_policy: Callable[[Role], ClockPolicy],
+        clocks_mhz: Sequence[int] | None = None,
         prefill_router: Router,
         decode_router: Router,
         sample_every_s: float | None = None,
+        shares: bool = False,
     ) -> None:
         """
         Args:
-            make_governor: builds the governor of one instance from its clocks and role.
+            make_policy: makes the clock policy of one instance.
+            clocks_mhz: the clocks that policies choose among; the GPU's control clocks where None.
             sample_every_s: record power, batch and clock over time at this interval.
+            shares: whether each request is given its share of the energy (`timing.energy_j`).
         """
         self.trace = trace
         self.config = config
-        self.slo = slo
+        self.clocks_mhz = tuple(clocks_mhz or config.gpu.spec.control_mhz)
         self.clock = VirtualClock()
+        self.shared_j = 0.0
+        """Energy of the requests that ended, where shares are given."""
 
         def some(role: Role, count: int) -> list[SimInstance]:
             return [
-                SimInstance(f"{role}{i}", role, config, self.clock, make_governor)
+                SimInstance(f"{role}{i}", role, self, make_policy(role), shares=shares)
                 for i in range(count)
             ]
 
@@ -259,7 +353,9 @@ class Simulator:
         if self.decode:
             self._roles["decode"] = self.decode
         for instance in self.instances:
-            # What a governor asks for when it is made has settled before the trace begins.
+            instance.turns.start()
+            instance.governor.start(0.0)
+            # What a policy begins with has settled before the trace begins.
             instance.clocks.set_latency_s = 0.0
             asked = instance.clocks.asked_mhz()
             if asked is not None:
@@ -335,30 +431,59 @@ class Simulator:
         instance.scheduler.add(request)
         instance.in_flight += 1
         request.note = instance
-        self._start(instance, now_s)
+        self._turn(instance, now_s)
 
     def _route(self, router: Router, instances: list[SimInstance], request: Request) -> SimInstance:
         views: Sequence[InstanceView] = instances
         return instances[router.choose(views, request)]
 
-    def _start(self, instance: SimInstance, now_s: float) -> None:
-        """Plans and begins the next iteration, unless one is in flight or nothing is to do."""
-        if instance.iteration is not None:
+    def _turn(self, instance: SimInstance, now_s: float) -> None:
+        """The loop of an instance goes on, unless it waits for something."""
+        if instance.waits:
             return
-        config, scheduler = self.config, instance.scheduler
-        iteration, instance.planned = instance.planned, None
-        ahead = iteration is not None
-        if iteration is None:
-            many = instance.role == "decode" and not config.plan_ahead
-            iteration = scheduler.next_iteration(now_s, config.max_steps if many else 1)
+        turns = instance.turns
+        while True:
+            if turns.turn() is not None:
+                instance.waits = True  # for the device
+                return
+            if turns.iteration is not None:  # and another may be planned behind it
+                # There are no tokens to hand on first.
+                self._plan_at(instance, self._began_s(instance))
+                return
+            if turns.stuck:
+                instance.held_up_s = 0.0
+                self._await_idle(instance, now_s)
+                return
+
+    def _began_s(self, instance: SimInstance) -> float:
+        return max(instance.executor.began_s, self.clock.now_s())
+
+    def _plan_at(self, instance: SimInstance, at_s: float) -> None:
+        instance.waits = True  # for its host
+        self._push(at_s, self._plan, instance, instance.plans)
+
+    def _plan(self, now_s: float, instance: SimInstance, plans: int) -> None:
+        if plans == instance.plans:
+            instance.waits = False
+            self._turn(instance, now_s)
+
+    def dispatched(self, instance: SimInstance, iteration: Iteration) -> None:
+        """An iteration is planned and its clock set."""
+        now_s = self.clock.now_s()
+        if instance.iteration is None:
+            self._begin(instance, iteration, now_s, ahead=False)
+            return
+        instance.queued = iteration
+        if instance.clocks.next_change() is not None:  # it comes while another runs
+            self._replan(instance, instance.executor.reclock(now_s))
+
+    def _begin(
+        self, instance: SimInstance, iteration: Iteration, now_s: float, *, ahead: bool
+    ) -> None:
+        """The device begins an iteration."""
         held_up_s, instance.held_up_s = instance.held_up_s, 0.0
-        if iteration is None:
-            self._await_idle(instance, now_s)
-            return
-        instance.executor.idle_until(now_s)
-        instance.governor.before_iteration(iteration, scheduler.waiting, now_s)
-        if config.plan_ahead and not ahead:
-            now_s += config.dispatch_s
+        if self.config.plan_ahead and not ahead:
+            now_s += self.config.dispatch_s
         instance.started_s = now_s
         now_s += held_up_s
         steps = iteration.steps
@@ -367,20 +492,9 @@ class Simulator:
         instance.iteration = iteration
         instance.version += 1
         self._push(end_s, self._end, instance, instance.version)
-        patience = getattr(instance.governor, "patience_s", None)
-        if patience is not None:
-            alarm_s = now_s + patience(steps)
-            if alarm_s < end_s:
-                self._push(alarm_s, self._overrun, instance, instance.version)
-        if config.plan_ahead:
-            # Behind an iteration that nothing ran ahead of, there are no tokens to hand on first.
-            plan_s = now_s + (config.plan_after_s if ahead else 0.0)
-            self._push(plan_s, self._plan_next, instance, iteration)
-
-    def _plan_next(self, now_s: float, instance: SimInstance, running: Iteration) -> None:
-        """Plans what follows the iteration in flight."""
-        if instance.iteration is running:  # else it ended before its host was ready
-            instance.planned = instance.scheduler.next_iteration(now_s)
+        alarm_s = now_s + instance.governor.patience_s(steps)
+        if alarm_s < end_s:
+            self._push(alarm_s, self._overrun, instance, instance.version)
 
     def _loads(self, iteration: Iteration) -> tuple[Load, tuple[Load, ...]]:
         """The iteration's work: one step, and those behind it where pieces are steps apart."""
@@ -402,14 +516,14 @@ class Simulator:
 
     def _await_idle(self, instance: SimInstance, now_s: float) -> None:
         instance.version += 1
-        wait_s = getattr(getattr(instance.governor, "config", None), "idle_after_s", None)
+        wait_s = instance.governor.idle_after_s
         if wait_s is not None:
             self._push(now_s + wait_s, self._idle, instance, instance.version, now_s)
 
     def _overrun(self, now_s: float, instance: SimInstance, version: int) -> None:
         if version != instance.version or instance.iteration is None:
             return
-        instance.governor.on_overrun(now_s)  # type: ignore[attr-defined]
+        instance.governor.late(now_s)
         self._replan(instance, instance.executor.reclock(now_s))
 
     def _replan(self, instance: SimInstance, end_s: float) -> None:
@@ -418,43 +532,30 @@ class Simulator:
 
     def _idle(self, now_s: float, instance: SimInstance, version: int, since_s: float) -> None:
         if version == instance.version and instance.iteration is None:
-            instance.executor.idle_until(now_s)
-            instance.governor.on_idle(now_s, since_s)  # type: ignore[attr-defined]
+            instance.governor.idle(now_s, since_s)
 
     def _end(self, now_s: float, instance: SimInstance, version: int) -> None:
         if version != instance.version or instance.iteration is None:
             return
-        iteration = instance.iteration
         instance.iteration = None
         instance.executor.finish()
-        latency_s = now_s - instance.started_s
-        if iteration.decodes:
-            self._count_gaps(instance, iteration, now_s, latency_s)
-        completion = instance.scheduler.complete(iteration, now_s)
-        instance.governor.after_iteration(iteration, latency_s, now_s)
-        for piece in iteration.prefills:
-            timing = piece.request.timing
-            # A preempted request computed again has its first token already.
-            if instance.role != "decode" and timing.first_token_s == now_s:
-                self._ttft.append(now_s - timing.arrival_s)
-        if instance.role == "decode":
-            instance.kv_tokens += len(iteration.decodes) * iteration.steps
-        for request in completion.finished:
-            self._finished(instance, request)
-        for request in completion.handed_over:
-            self._hand_over(instance, request, now_s)
-            if instance.planned is None:
-                instance.held_up_s += self.config.hand_out_s
+        instance.turns.end(None)
         if instance.scheduler.incoming:
-            self._receive(instance, now_s)
-        self._start(instance, now_s)
+            self.receive(instance)
+        instance.waits = False
+        instance.plans += 1
+        queued, instance.queued = instance.queued, None
+        if queued is None:
+            self._turn(instance, now_s)
+        else:
+            self._begin(instance, queued, now_s, ahead=True)
+            # The host hands tokens on before it plans anew.
+            self._plan_at(instance, now_s + self.config.plan_after_s)
 
-    def _count_gaps(
-        self, instance: SimInstance, iteration: Iteration, now_s: float, latency_s: float
-    ) -> None:
+    def count_gaps(self, instance: SimInstance, iteration: Iteration, now_s: float) -> None:
         """Books the time between tokens: the step's own, and for newcomers their wait too."""
         steps, batch = iteration.steps, len(iteration.decodes)
-        step_s = latency_s / steps
+        step_s = (now_s - instance.started_s) / steps
         # Who came while this ran is in a later iteration.
         decoding = set(map(id, iteration.decodes))
         newcomers = [one for one in instance.newcomers if id(one) in decoding]
@@ -469,11 +570,26 @@ class Simulator:
             self._itl.append(waited_s + step_s)
             self._itl_weight.append(1.0)
 
+    def completed(
+        self, instance: SimInstance, iteration: Iteration, completion: Completion, now_s: float
+    ) -> None:
+        """Books first tokens, and requests that ended."""
+        for piece in iteration.prefills:
+            timing = piece.request.timing
+            # A preempted request computed again has its first token already.
+            if instance.role != "decode" and timing.first_token_s == now_s:
+                self._ttft.append(now_s - timing.arrival_s)
+        if instance.role == "decode":
+            instance.kv_tokens += len(iteration.decodes) * iteration.steps
+        for request in completion.finished:
+            self._finished(instance, request)
+
     def _finished(self, instance: SimInstance, request: Request) -> None:
         instance.in_flight -= 1
         self._left -= 1
         self._output_tokens += request.generated
         timing = request.timing
+        self.shared_j += timing.energy_j or 0.0
         if instance.role == "decode":
             instance.kv_tokens -= request.prompt_length + request.generated
         if (
@@ -485,17 +601,21 @@ class Simulator:
                 (timing.last_token_s - timing.first_token_s) / (request.generated - 1)
             )
 
-    def _hand_over(self, instance: SimInstance, request: Request, now_s: float) -> None:
+    def hand_over(self, instance: SimInstance, request: Request) -> None:
+        """A prompt is computed: its pages go to a decode instance."""
         twin = request.handed_over()
         twin.note = (instance, request)
         target = self._route(self._decode_router, self.decode, twin)
         target.scheduler.add_incoming(twin)
         target.in_flight += 1
         target.kv_tokens += twin.prompt_length + twin.generated
-        self._receive(target, now_s)
+        self.receive(target)
+        if instance.queued is None:
+            instance.held_up_s += self.config.hand_out_s
 
-    def _receive(self, instance: SimInstance, now_s: float) -> None:
+    def receive(self, instance: SimInstance) -> None:
         """Reserves pages for who fits; their contents arrive a transfer later."""
+        now_s = self.clock.now_s()
         for request in instance.scheduler.reserve_incoming():
             transfer_s = self.config.hand_over_s + (
                 request.prompt_length * self._kv_bytes / self.config.link_bytes_per_s
@@ -506,18 +626,20 @@ class Simulator:
         source, original = twin.note  # type: ignore[misc]
         source.scheduler.release_handed_over(original)
         source.in_flight -= 1
-        self._start(source, now_s)  # pages came free
+        self._turn(source, now_s)  # pages came free
         instance.scheduler.start_received(twin)
         instance.newcomers.append(twin)
-        if instance.iteration is None:
-            self._start(instance, now_s)
+        iteration = instance.iteration
+        if iteration is None:
+            self._turn(instance, now_s)
             return
         instance.held_up_s += self.config.landing_s
-        if instance.iteration.steps > 1:
+        if iteration.steps > 1:
             done = instance.executor.steps_done(now_s)
             steps = max(1, int(done) + 1)
-            if steps < instance.iteration.steps:
-                instance.iteration = instance.scheduler.shorten(instance.iteration, steps)
+            if steps < iteration.steps:
+                shorter = instance.scheduler.shorten(iteration, steps)
+                instance.iteration = instance.turns.in_flight[0].iteration = shorter
                 self._replan(instance, instance.executor.cut_after(steps, now_s))
 
     def _sample(self, now_s: float) -> None:
@@ -549,7 +671,7 @@ class Simulator:
                     merged[mhz] += seconds
             clock_seconds[role] = dict(sorted(merged.items()))
         executors = [instance.executor for instance in self.instances]
-        records = [getattr(instance.governor, "record", None) for instance in self.instances]
+        records = [instance.governor.record for instance in self.instances]
         return ReplayResult(
             requests=len(self.trace),
             output_tokens=self._output_tokens,
@@ -568,9 +690,9 @@ class Simulator:
             itl_s=np.array(self._itl),
             itl_weight=np.array(self._itl_weight),
             clock_seconds=clock_seconds,
-            decisions=sum(r.decisions for r in records if r is not None),
-            infeasible=sum(r.infeasible for r in records if r is not None),
-            overruns=sum(r.overruns for r in records if r is not None),
+            decisions=sum(r.decisions for r in records),
+            infeasible=sum(r.infeasible for r in records),
+            overruns=sum(r.overruns + r.alarms for r in records),
             clock_changes=sum(instance.clocks.changes for instance in self.instances),
             preemptions=sum(instance.scheduler.preemptions for instance in self.instances),
             wall_s=wall_s,

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import pytest
 
 from jaxsys.errors import UsageError
-from jaxsys.serve.energy.ecofreq import ModelPredictor
 from jaxsys.serve.energy.ecoroute import (
     EcoRouteConfig,
     EnergyRouter,
@@ -15,6 +14,7 @@ from jaxsys.serve.energy.ecoroute import (
     StateSpaceRouter,
 )
 from jaxsys.serve.energy.gpu_model import Load, simulated_gpu
+from jaxsys.serve.energy.predictors import ModelPredictor
 from jaxsys.serve.energy.slo import SharedSlo, Slo
 from jaxsys.serve.requests import Request, SamplingParameters
 
@@ -30,8 +30,14 @@ class View:
     clock_mhz: float | None = 1005
     name: str = "view"
 
+    busy_until_s: float | None = None
+
     @property
     def batch(self) -> int:
+        return self.in_flight
+
+    @property
+    def waiting_requests(self) -> int:
         return self.in_flight
 
 

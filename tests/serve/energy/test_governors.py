@@ -6,31 +6,31 @@ import jax
 import pytest
 
 from jaxsys.errors import UsageError
-from jaxsys.model import DecoderConfig
-from jaxsys.serve.energy.ecofreq import SimulatedGovernor
+from jaxsys.model import preset
+from jaxsys.serve.energy.ecofreq import EcoFreq
 from jaxsys.serve.energy.ecopred import EcoPred
-from jaxsys.serve.energy.governors import GovernorChoice, make_governor
+from jaxsys.serve.energy.ecoroute import EnergyRouter, RoundRobinRouter
+from jaxsys.serve.energy.fixed_clock import FixedClock
+from jaxsys.serve.energy.governor import Governor
+from jaxsys.serve.energy.governors import (
+    GovernorChoice,
+    Served,
+    make_decode_router,
+    make_governor,
+)
 from jaxsys.serve.energy.gpu_model import SHAPES, SimulatedGpu, gpu_spec
 from jaxsys.serve.energy.profile import Profile, Sample, simulated_profile, spread_over_clocks
 from jaxsys.serve.energy.slo import SharedSlo, Slo
-from jaxsys.serve.hooks import NoGovernor
+from jaxsys.serve.hooks import FewestRequestsRouter, NoGovernor
 
 CPU = jax.devices("cpu")[0]
 SHAPE = SHAPES["smollm2-135m"]
 H100 = SimulatedGpu(gpu_spec("h100"), SHAPE)
-MODEL = DecoderConfig(
-    vocab_size=64,
-    hidden_size=SHAPE.hidden,
-    intermediate_size=64,
-    num_layers=SHAPE.layers,
-    num_heads=9,
-    num_kv_heads=3,
-    head_dim=64,
-)
+SERVED = Served(model=preset("smollm2-135m"))
 
 
-def make(slo: Slo | None = None, **choice):
-    return make_governor(GovernorChoice(**choice), MODEL, SharedSlo(slo), CPU)
+def make(slo: Slo | None = None, served: Served = SERVED, **choice):
+    return make_governor(GovernorChoice(**choice), served, SharedSlo(slo), [CPU])
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +43,39 @@ def profiles(tmp_path_factory):
 
 
 def test_on_cpu_the_gpu_is_modelled_and_none_leaves_it_alone():
-    assert isinstance(make(), SimulatedGovernor)
+    governor = make()
+    assert isinstance(governor, Governor) and isinstance(governor.policy, EcoFreq)
+    assert governor.method.startswith("modelled")
     assert isinstance(make(gpu="none"), NoGovernor)
+
+
+def test_the_policy_and_the_router_are_those_asked_for():
+    governor = make(policy="sweet-spot")
+    assert isinstance(governor, Governor) and isinstance(governor.policy, FixedClock)
+    governor.start(0.0)
+    assert governor.clock_mhz == 1080
+    with pytest.raises(UsageError, match="'magic' is not known; use one of max, sweet-spot"):
+        GovernorChoice(policy="magic")
+    slo = SharedSlo()
+    assert isinstance(make_decode_router("energy", "h100", SERVED, slo), EnergyRouter)
+    assert isinstance(make_decode_router("round-robin", "h100", SERVED, slo), RoundRobinRouter)
+    assert isinstance(make_decode_router("fewest", "none", SERVED, slo), FewestRequestsRouter)
+    with pytest.raises(UsageError, match="--route energy needs a model of the GPU"):
+        make_decode_router("energy", "none", SERVED, slo)
 
 
 def test_a_profile_is_what_predictions_begin_from(profiles):
     governor = make(profile=str(profiles / "h100"))
-    assert isinstance(governor, SimulatedGovernor)
-    assert isinstance(governor.inner.predictor, EcoPred)
+    assert isinstance(governor.policy.predictor, EcoPred)
+
+
+def test_a_profile_of_other_weights_is_refused(profiles):
+    int8 = Served(model=SERVED.model, weights="int8")
+    with pytest.raises(UsageError, match="weights='2 bytes a parameter' instead of '1 bytes"):
+        make(served=int8, profile=str(profiles / "h100"))
+    two = Served(model=SERVED.model, tensor_parallel=2)
+    with pytest.raises(UsageError, match="tensor_parallel=1 instead of 2"):
+        make(served=two, profile=str(profiles / "h100"))
 
 
 @pytest.mark.parametrize(
@@ -58,7 +83,7 @@ def test_a_profile_is_what_predictions_begin_from(profiles):
     [
         ({"profile": "a100-80g"}, "gpu='A100-SXM4-80GB' instead of 'H100-SXM5-80GB'"),
         ({"profile": "absent"}, "does not exist"),
-        ({"profile": "h100", "gpu": "none"}, "name one with --gpu"),
+        ({"profile": "h100", "gpu": "none"}, "--profile needs a model of the GPU"),
     ],
 )
 def test_a_profile_of_other_origin_is_refused(profiles, choice, message):

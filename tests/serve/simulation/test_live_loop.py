@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 
 from jaxsys.serve.clock import WallClock
+from jaxsys.serve.energy.fixed_clock import FixedClock
 from jaxsys.serve.energy.gpu_model import Load, Outcome, SimulatedGpu, simulated_gpu
-from jaxsys.serve.energy.slo import SharedSlo
 from jaxsys.serve.executor import Outcome as Sampled
 from jaxsys.serve.hooks import FewestRequestsRouter, NoGovernor
 from jaxsys.serve.instance import Instance
 from jaxsys.serve.requests import Request, SamplingParameters
 from jaxsys.serve.scheduler import Scheduler, SchedulerConfig
-from jaxsys.serve.simulation.baselines import FixedClock
 from jaxsys.serve.simulation.simulator import ClusterConfig, Simulator
 from jaxsys.serve.simulation.traces import synthetic_trace
 
@@ -98,8 +97,7 @@ def test_the_live_loop_takes_what_the_simulator_says():
         trace,
         ClusterConfig(gpu=gpu, prefill_instances=1, decode_instances=0, piece_buckets=PIECES,
                       decode_buckets=BATCHES, plan_ahead=True, **sizes),
-        slo=SharedSlo(),
-        make_governor=lambda clocks, role: FixedClock(clocks, clocks.max_mhz),
+        make_policy=lambda role: FixedClock(gpu.spec.max_mhz),
         prefill_router=FewestRequestsRouter(),
         decode_router=FewestRequestsRouter(),
     ).run()  # fmt: skip

@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 
 from jaxsys import cli
-from jaxsys.clocks import SimulatedClocks
 from jaxsys.errors import UsageError
-from jaxsys.serve.energy.ecofreq import ModelPredictor
 from jaxsys.serve.energy.gpu_model import simulated_gpu
+from jaxsys.serve.energy.predictors import ModelPredictor
 from jaxsys.serve.energy.slo import SharedSlo, Slo
-from jaxsys.serve.simulation.baselines import FixedClock, WindowControl
+from jaxsys.serve.energy.window_control import WindowControl
 from jaxsys.serve.simulation.calibration import lmsys_trace, published, run_static, scenario
 from jaxsys.serve.simulation.replay import POLICIES, compare, parse_instances, setting, unmeetable
 from jaxsys.serve.simulation.traces import synthetic_trace
@@ -75,17 +74,21 @@ def test_unmeetable_bounds_are_said():
     assert unmeetable(LIGHT, setting("h100")) == []
 
 
-def test_fixed_clock_stays():
-    clocks = SimulatedClocks(available_mhz=(1005, 1410), now_s=lambda: 0.0, set_latency_s=0.0)
-    FixedClock(clocks, 1005)
-    assert clocks.actual_mhz() == 1005
-
-
 def test_window_control_needs_a_window():
     gpu = simulated_gpu("h100", "llama-3-8b")
-    clocks = SimulatedClocks(available_mhz=gpu.spec.available_mhz, now_s=lambda: 0.0)
     with pytest.raises(UsageError, match="window_s=0"):
-        WindowControl(clocks, ModelPredictor(gpu), SharedSlo(), clocks_mhz=(1080,), window_s=0.0)
+        WindowControl(ModelPredictor(gpu), SharedSlo(), window_s=0.0)
+
+
+def test_any_clock_policy_goes_with_any_router():
+    rows = compare(LIGHT, setting("h100", predictor="model"), ["both-energy", "ecofreq+energy"])
+    assert rows["both-energy"]["energy_j"] == rows["ecofreq+energy"]["energy_j"]
+    for name, message in (
+        ("magic", "policy 'magic' is not known; use one of max, sweet-spot, window, ecofreq"),
+        ("max+magic", "router 'magic' is not known; use one of fewest, round-robin"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            compare(LIGHT, setting("h100"), [name])
 
 
 # --- command line -----------------------------------------------------------------------------

@@ -7,17 +7,19 @@ import pytest
 
 from jaxsys.clocks import SimulatedClocks
 from jaxsys.errors import UsageError
-from jaxsys.serve.energy.ecofreq import EcoFreq, ModelPredictor
+from jaxsys.serve.energy.ecofreq import EcoFreq
 from jaxsys.serve.energy.ecoroute import (
     EnergyRouter,
     QueueRouter,
     RoundRobinRouter,
     StateSpaceRouter,
 )
+from jaxsys.serve.energy.fixed_clock import FixedClock
 from jaxsys.serve.energy.gpu_model import Load, simulated_gpu
+from jaxsys.serve.energy.predictors import ModelPredictor
 from jaxsys.serve.energy.slo import SharedSlo, Slo
+from jaxsys.serve.energy.window_control import WindowControl
 from jaxsys.serve.hooks import FewestRequestsRouter
-from jaxsys.serve.simulation.baselines import FixedClock, WindowControl
 from jaxsys.serve.simulation.executor import SimExecutor
 from jaxsys.serve.simulation.simulator import ClusterConfig, Simulator
 from jaxsys.serve.simulation.traces import Trace, synthetic_trace
@@ -26,15 +28,16 @@ GPU = simulated_gpu("h100", "llama-3-8b")
 TRACE = synthetic_trace(rate_per_s=12, duration_s=20, seed=5)
 
 
-def simulate(trace=TRACE, make=None, slo=None, **changes):
+def simulate(trace=TRACE, make=None, slo=None, clocks_mhz=None, shares=False, **changes):
     decode_router = changes.pop("decode_router", FewestRequestsRouter())
     shared = SharedSlo(slo)
-    make = make or (lambda clocks, role, slo: FixedClock(clocks, clocks.max_mhz))
+    make = make or (lambda slo: FixedClock(1980))
     simulator = Simulator(
         trace,
         ClusterConfig(gpu=GPU, **changes),
-        slo=shared,
-        make_governor=lambda clocks, role: make(clocks, role, shared),
+        make_policy=lambda role: make(shared),
+        clocks_mhz=clocks_mhz,
+        shares=shares,
         prefill_router=RoundRobinRouter(),
         decode_router=decode_router,
         sample_every_s=5.0,
@@ -43,8 +46,8 @@ def simulate(trace=TRACE, make=None, slo=None, **changes):
     return result, simulator
 
 
-def eco(clocks, role, slo):
-    return EcoFreq(clocks, ModelPredictor(GPU), slo, clocks_mhz=GPU.spec.control_mhz)
+def eco(slo):
+    return EcoFreq(ModelPredictor(GPU), slo)
 
 
 def test_every_request_and_token_is_served_and_no_page_stays():
@@ -68,6 +71,16 @@ def test_energy_covers_every_instance_all_the_time():
     idle_s = sum(i.executor.idle_s for i in simulator.instances)
     assert result.idle_j == pytest.approx(idle_s * GPU.idle_power_w(1980), rel=1e-6)
     assert sum(result.energy_j_by_role.values()) == pytest.approx(result.energy_j)
+
+
+@pytest.mark.parametrize("changes", [{}, {"plan_ahead": True}])
+def test_shares_and_idle_time_add_up_to_all_energy(changes):
+    """Of every request that ended, when all have."""
+    result, simulator = simulate(make=eco, shares=True, **changes)
+    assert simulator.shared_j + result.idle_j == pytest.approx(result.energy_j)
+    for instance in simulator.instances:
+        reading = instance.governor.reading(result.duration_s)
+        assert reading.energy_j == pytest.approx(instance.clocks.energy_j())
 
 
 @pytest.mark.parametrize("make", [None, eco], ids=["fixed", "ecofreq"])
@@ -126,10 +139,7 @@ def test_window_control_and_queue_router_serve_everything():
     result = Simulator(
         TRACE,
         ClusterConfig(gpu=GPU),
-        slo=shared,
-        make_governor=lambda clocks, role: WindowControl(
-            clocks, ModelPredictor(GPU), shared, clocks_mhz=GPU.spec.control_mhz
-        ),
+        make_policy=lambda role: WindowControl(ModelPredictor(GPU), shared),
         prefill_router=QueueRouter(ModelPredictor(GPU), clock_mhz=1980),
         decode_router=FewestRequestsRouter(),
     ).run()
@@ -150,8 +160,7 @@ def test_memory_pressure_preempts_and_still_serves():
     result = Simulator(
         trace,
         ClusterConfig(gpu=small, prefill_instances=1, decode_instances=1),
-        slo=SharedSlo(),
-        make_governor=lambda clocks, role: FixedClock(clocks, 1980),
+        make_policy=lambda role: FixedClock(1980),
         prefill_router=RoundRobinRouter(),
         decode_router=RoundRobinRouter(),
     ).run()
@@ -160,11 +169,11 @@ def test_memory_pressure_preempts_and_still_serves():
 
 
 def test_a_watchdog_boosts_inside_the_iteration():
-    def under_predicting(clocks, role, slo):
-        return EcoFreq(clocks, ModelPredictor(GPU, scale=0.2), slo, clocks_mhz=(1080, 1980))
+    def under_predicting(slo):
+        return EcoFreq(ModelPredictor(GPU, scale=0.2), slo)
 
     trace = synthetic_trace(rate_per_s=3, duration_s=10, seed=1, prompt_mean=2500)
-    result, _ = simulate(trace, make=under_predicting, slo=Slo(ttft_s=0.2))
+    result, _ = simulate(trace, make=under_predicting, slo=Slo(ttft_s=0.2), clocks_mhz=(1080, 1980))
     assert result.overruns > 0
     assert result.clock_seconds["prefill"].get(1980, 0.0) > 0
 

@@ -1,0 +1,53 @@
+"""Whose energy it was: an iteration's joules apportioned to the requests that caused them.
+
+Batching makes any attribution a convention. This one takes what each request adds to the iteration,
+in seconds at the rates of the device: the products of its tokens, the attention of its pieces and
+the keys and values read for it. Reading the weights is shared by tokens. With T tokens in all,
+
+    piece of n tokens after s others    n (c + W / T) + a n (s + n / 2) + k (s + n)
+    decode step at length l             c + W / T + k l
+
+where c, a and k are the times of a token's products, of a pair's attention and of reading a
+token's keys and values, and W that of reading the weights. The parts sum to the whole.
+"""
+
+from typing import TYPE_CHECKING
+
+from jaxsys.serve.energy.gpu_model import GpuSpec, ServedShape
+
+if TYPE_CHECKING:
+    from jaxsys.serve.scheduler import Iteration
+
+
+class Shares:
+    """Weighs what requests cause on one device with one model."""
+
+    def __init__(self, spec: GpuSpec, shape: ServedShape) -> None:
+        rate = spec.flops_per_cycle * spec.max_mhz * 1e6
+        self._token_s = 2.0 * shape.parameters / rate
+        self._weights_s = shape.weight_bytes / spec.hbm_bytes_per_s
+        self._pair_s = 4.0 * shape.layers * shape.hidden / rate
+        self._kv_s = shape.kv_bytes_per_token / spec.hbm_bytes_per_s
+
+    def give(self, iteration: "Iteration", energy_j: float) -> None:
+        """Adds to each request its part of `energy_j`; a part for nobody goes to nobody."""
+        steps = max(1, iteration.steps)
+        pieces, decodes = iteration.prefills, iteration.decodes
+        tokens = iteration.prefill_tokens + len(decodes) * steps
+        if not tokens:
+            return
+        each_s = self._token_s + self._weights_s / tokens
+        pair_s, kv_s = self._pair_s, self._kv_s
+        weights = [
+            p.length * each_s
+            + pair_s * p.length * (p.start + p.length / 2)
+            + kv_s * (p.start + p.length)
+            for p in pieces
+        ]
+        step_s, steps_kv_s = each_s * steps, kv_s * steps
+        weights += [step_s + steps_kv_s * (r.prompt_length + r.generated) for r in decodes]
+        unit_j = energy_j / sum(weights)
+        requests = [*(piece.request for piece in pieces), *decodes]
+        for request, weight in zip(requests, weights, strict=True):
+            timing = request.timing
+            timing.energy_j = (timing.energy_j or 0.0) + unit_j * weight
