@@ -13,7 +13,7 @@ import math
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from jaxsys.errors import UsageError
 from jaxsys.serve.energy.gpu_model import Load
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from jaxsys.serve.scheduler import Iteration, PrefillPiece
 
 
-@dataclass(frozen=True, slots=True)
-class Queue:
+class Queue(NamedTuple):
     """Prompts whose first token is still to come; `request.timing.arrival_s` says since when."""
 
     pieces: "Sequence[PrefillPiece]" = ()
@@ -50,8 +49,7 @@ class Clocks:
         return self.choices_mhz[-1]
 
 
-@dataclass(frozen=True, slots=True)
-class Ran:
+class Ran(NamedTuple):
     """An iteration that has run."""
 
     load: Load
