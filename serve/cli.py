@@ -8,21 +8,23 @@ import gc
 import importlib.util
 import logging
 import math
+import re
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import fastapi
 import jax
 import jax.numpy as jnp
-import uvicorn
 
 from jaxsys.errors import RunError, UsageError
 from jaxsys.files import MIB, read_text
+from jaxsys.interrupt import leave
 from jaxsys.model import default_model_path, load
 from jaxsys.options import Parser, whole
 from jaxsys.serve.deployment import (
@@ -44,12 +46,15 @@ from jaxsys.serve.energy.gpu_model import GPUS
 from jaxsys.serve.energy.registry import CLOCK_POLICIES, ROUTERS
 from jaxsys.serve.energy.slo import SharedSlo, Slo
 from jaxsys.serve.engine import Engine
-from jaxsys.serve.http.api import ApiConfig
+from jaxsys.serve.http.listening import BACKLOG, HttpServer, raise_descriptor_limit
+from jaxsys.serve.http.starting import Gateway, Progress
 from jaxsys.serve.logs import log_to_stderr
 from jaxsys.serve.processes.fleet import LocalProcesses
-from jaxsys.serve.processes.front import KEEP_ALIVE_S, Front, FrontSpec, bind, build_app, read_face
+from jaxsys.serve.processes.front import Front, FrontSpec, bind, build_app, read_face
 from jaxsys.serve.processes.worker import WorkerSpec
 from jaxsys.serve.weights import QUANTISATIONS
+
+T = TypeVar("T")
 
 LOOK_S = 2.0
 """How often a server on a cluster is asked whether it has failed."""
@@ -64,6 +69,11 @@ def main(argv: Sequence[str], prog: str) -> int:
     arguments = parser(prog).parse_args(argv)
     if not (math.isfinite(arguments.drain) and arguments.drain >= 0):
         raise UsageError(f"--drain {arguments.drain} must be 0 or more seconds")
+    if arguments.key_for_all and arguments.api_key_file is None:
+        raise UsageError("--key-for-all needs --api-key-file; give one, or leave it out")
+    for origin in arguments.cors or ():
+        if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
+            raise UsageError(f"--cors {origin!r} is no origin; use the like of https://example.org")
     path = default_model_path() if arguments.model is None else arguments.model
     max_length = arguments.max_length
     if max_length is None:
@@ -104,95 +114,188 @@ def main(argv: Sequence[str], prog: str) -> int:
         port=arguments.port,
         model_name=arguments.model_name or _name(path),
         api_keys=_read_keys(arguments.api_key_file),
+        key_for_all=arguments.key_for_all,
+        cors_origins=tuple(arguments.cors or ()),
         route=arguments.route,
         worker=worker,
     )
     log_to_stderr(as_json=worker.json_log)
+    raise_descriptor_limit()
     if arguments.cluster is None:
-        _serve_here(spec, arguments.drain)
-    elif arguments.cluster == "local":
-        asyncio.run(_serve_processes(spec, arguments.drain))
-    else:
-        _serve_cluster(spec, arguments.cluster, arguments.drain)
+        return _serve_here(spec, arguments.drain)
+    if arguments.cluster == "local":
+        return asyncio.run(_serve_processes(spec, arguments.drain))
+    _serve_cluster(spec, arguments.cluster, arguments.drain)
     return 0
 
 
-def _serve_here(spec: FrontSpec, drain_s: float) -> None:
-    """Serves with instances on threads of this process."""
+def _serve_here(spec: FrontSpec, drain_s: float) -> int:
+    """Serves with instances on threads of this process; returns the exit code."""
+    with contextlib.closing(bind(spec.host, spec.port)) as listener:
+        listener.listen(BACKLOG)
+        code = asyncio.run(_serve_threads(spec, listener, drain_s))
+    return code
+
+
+async def _serve_threads(spec: FrontSpec, listener: socket.socket, drain_s: float) -> int:
+    host, port = listener.getsockname()[:2]
+    progress = Progress()
+    gateway = Gateway(progress)
+    server = HttpServer(gateway, drain_s=drain_s)
+    stop, serving = _stopped(), asyncio.create_task(server.serve(sockets=[listener]))
+    built: asyncio.Future[_Built] = _on_thread(lambda: _build(spec, progress, f"{host}:{port}"))
+    await asyncio.wait([built, stop], return_when=asyncio.FIRST_COMPLETED)
+    if not built.done():  # compiling threads cannot be ended, and need not be waited for
+        leave(128 + stop.result())
+    try:
+        found = built.result()
+    except BaseException:
+        server.should_exit = True
+        await serving
+        raise
+    engine = found.engine
+    await engine.start()
+    compilation = BackgroundCompilation(engine.instances)
+    # What is there now stays: looked through for garbage again and again, it would hold up tokens.
+    gc.collect()
+    gc.freeze()
+    gateway.app = found.app
+    _tell(found.description)
+    _tell_address(host, port, f"; energy is {engine.energy_method}")
+    failing = asyncio.create_task(engine.until_failure())
+    await asyncio.wait([stop, failing, serving], return_when=asyncio.FIRST_COMPLETED)
+    failing.cancel()
+    server.should_exit = True  # listens no more, and waits `drain_s` for open requests
+    await serving
+    ended = await engine.drain(0.0)
+    found.app.state.close()
+    await asyncio.to_thread(compilation.stop)
+    if ended:
+        logging.getLogger(__name__).warning("ended unfinished requests: %d", ended)
+    if engine.failure is not None:
+        raise RunError(engine.failure)
+    return 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Built:
+    engine: Engine
+    app: fastapi.FastAPI
+    description: str
+
+
+def _build(spec: FrontSpec, progress: Progress, address: str) -> _Built:
+    """All that serving needs, compiled; nothing runs yet."""
     worker = spec.worker
     config = worker.deployment
-    with contextlib.closing(bind(spec.host, spec.port)) as listener:
-        jax.config.update("jax_compilation_cache_dir", worker.compilation_cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-        # Before anything starts JAX: a host without accelerator is divided.
-        devices = choose_devices(len(config.roles) * config.tensor_parallel)
-        dtype = worker.dtype or default_dtype(devices[0])
-        started_s = time.monotonic()
-        # What is loaded is fused, quantised and placed later: until then it lies in the host's
-        # memory, so that the accelerator's is left to weights and pages.
-        with jax.default_device(jax.devices("cpu")[0]):
-            model = load(worker.model, jnp.dtype(dtype))
-        if model.tokenizer is None:
-            raise UsageError(
-                f"{worker.model} has no tokenizer.json; add the one the model came with"
-            )
-        shape, slo, governor = model.config, SharedSlo(worker.slo), worker.governor
-        served = Served(
-            model=shape,
-            weights=config.quantisation or dtype,
-            tensor_parallel=config.tensor_parallel,
-            prefill_budget=prefill_budget(config, devices[0]),
-        )
-        engine = build_engine(
-            model,
-            config,
-            devices=devices,
-            governors=lambda group, sharing: make_governor(
-                governor, dataclasses.replace(served, sharing=sharing), slo, group
-            ),
-            decode_router=make_decode_router(spec.route, governor.gpu, served, slo),
-        )
-        api = ApiConfig(
-            model_name=spec.model_name, max_length=config.max_length, api_keys=spec.api_keys
-        )
-        app = build_app(engine, model.tokenizer, api, slo)
-        del model  # the engine holds its own weights
-        compile_ahead(engine.instances)
-        _tell(
+    jax.config.update("jax_compilation_cache_dir", worker.compilation_cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    # Before anything starts JAX: a host without accelerator is divided.
+    devices = choose_devices(len(config.roles) * config.tensor_parallel)
+    dtype = worker.dtype or default_dtype(devices[0])
+    started_s = time.monotonic()
+    progress.enter("reading the model")
+    # What is loaded is fused, quantised and placed later: until then it lies in the host's
+    # memory, so that the accelerator's is left to weights and pages.
+    with jax.default_device(jax.devices("cpu")[0]):
+        model = load(worker.model, jnp.dtype(dtype))
+    if model.tokenizer is None:
+        raise UsageError(f"{worker.model} has no tokenizer.json; add the one the model came with")
+    shape, slo, governor = model.config, SharedSlo(worker.slo), worker.governor
+    progress.enter("placing weights")
+    served = Served(
+        model=shape,
+        weights=config.quantisation or dtype,
+        tensor_parallel=config.tensor_parallel,
+        prefill_budget=prefill_budget(config, devices[0]),
+    )
+    engine = build_engine(
+        model,
+        config,
+        devices=devices,
+        governors=lambda group, sharing: make_governor(
+            governor, dataclasses.replace(served, sharing=sharing), slo, group
+        ),
+        decode_router=make_decode_router(spec.route, governor.gpu, served, slo),
+    )
+    app = build_app(engine, model.tokenizer, spec.api(), slo)
+    del model  # the engine holds its own weights
+    _tell_starting(address)  # now that nothing is wrong with what was asked for
+    compile_ahead(
+        engine.instances,
+        begin=lambda count: progress.enter("compiling steps", count),
+        done=progress.advance,
+    )
+    return _Built(
+        engine=engine,
+        app=app,
+        description=(
             f"{spec.model_name} ({shape.parameter_count() / 1e6:.0f}M, {dtype}) on "
             f"{devices[0].device_kind}: {_describe(config)}; "
             f"ready in {time.monotonic() - started_s:.1f} s"
-        )
-        listener.listen(128)  # before anyone is told that they may connect
-        host, port = listener.getsockname()[:2]
-        _tell_address(host, port, f"; energy is {engine.energy_method}")
-        _serve(app, engine, listener, drain_s)
+        ),
+    )
 
 
-async def _serve_processes(spec: FrontSpec, drain_s: float) -> None:
-    """Serves with instances in processes of this machine."""
-    stop = asyncio.Event()
+def _on_thread(work: Callable[[], T]) -> "asyncio.Future[T]":
+    """The result of `work` on a thread that the process's end does not wait for."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(set_it: Callable[[Any], None], value: Any) -> None:
+        if not future.done():
+            set_it(value)
+
+    def run() -> None:
+        try:
+            result = work()
+        except BaseException as error:  # noqa: BLE001 - raised again where it is awaited
+            loop.call_soon_threadsafe(settle, future.set_exception, error)
+        else:
+            loop.call_soon_threadsafe(settle, future.set_result, result)
+
+    threading.Thread(target=run, name="start", daemon=True).start()
+    return future
+
+
+def _stopped() -> "asyncio.Future[int]":
+    """The first SIGTERM or SIGINT from now on."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[int] = loop.create_future()
+
+    def receive(number: int) -> None:
+        if not future.done():
+            future.set_result(number)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, receive, number)
+    return future
+
+
+async def _serve_processes(spec: FrontSpec, drain_s: float) -> int:
+    """Serves with instances in processes of this machine; returns the exit code."""
+    stop = _stopped()
     front = Front(spec, LocalProcesses(), reached_at="127.0.0.1")
     started_s = time.monotonic()
+    host, port = await front.listen()
+    _tell_starting(f"{host}:{port}")
     starting = asyncio.ensure_future(front.start())
-    stopping = asyncio.ensure_future(stop.wait())
-    await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait([starting, stop], return_when=asyncio.FIRST_COMPLETED)
     if not starting.done():
         starting.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await starting
-        return
-    host, port = starting.result()
+        return 128 + stop.result()
+    starting.result()
     _tell_ready(spec, time.monotonic() - started_s)
     _tell_address(host, port)
     failing = asyncio.ensure_future(front.engine.until_failure())
-    await asyncio.wait([stopping, failing], return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait([stop, failing], return_when=asyncio.FIRST_COMPLETED)
     await front.stop(drain_s)
     if failing.done():
         raise RunError(failing.result())
     failing.cancel()
+    return 0
 
 
 def _serve_cluster(spec: FrontSpec, address: str, drain_s: float) -> None:
@@ -224,6 +327,10 @@ def _tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def _tell_starting(address: str) -> None:
+    _tell(f"starting on http://{address} (/health says how far it is)")
+
+
 def _tell_ready(spec: FrontSpec, seconds: float) -> None:
     described = _describe(spec.worker.deployment)
     _tell(f"{spec.model_name}: {described} in processes of their own; ready in {seconds:.1f} s")
@@ -247,6 +354,18 @@ def parser(prog: str) -> argparse.ArgumentParser:
         help="0 takes a free one (default %(default)s)",
     )
     add("--api-key-file", type=Path, help="file with one key a line; without it all are let in")
+    add(
+        "--key-for-all",
+        action="store_true",
+        help="ask for a key at /metrics, /dashboard, /docs, /openapi.json and /version too; "
+        "/health stays open",
+    )
+    add(
+        "--cors",
+        action="append",
+        metavar="ORIGIN",
+        help="origin whose pages may ask from a browser, * for any; may be given several times",
+    )
     add(
         "--max-requests",
         type=whole(),
@@ -383,55 +502,6 @@ def parser(prog: str) -> argparse.ArgumentParser:
         "--gpu)",
     )
     return result
-
-
-def _serve(app: fastapi.FastAPI, engine: Engine, listener: socket.socket, drain_s: float) -> None:
-    @contextlib.asynccontextmanager
-    async def lifespan(_: fastapi.FastAPI) -> AsyncIterator[None]:
-        await engine.start()
-        compilation = BackgroundCompilation(engine.instances)
-        watching = asyncio.create_task(end_on_failure())
-        yield
-        watching.cancel()
-        ended = await engine.drain(0.0)
-        app.state.close()
-        await asyncio.to_thread(compilation.stop)
-        if ended:
-            logging.getLogger(__name__).warning("ended unfinished requests: %d", ended)
-
-    async def end_on_failure() -> None:
-        await engine.until_failure()
-        server.should_exit = True
-
-    app.router.lifespan_context = lifespan
-    server = _Server(
-        uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            lifespan="on",
-            timeout_keep_alive=KEEP_ALIVE_S,
-            # uvicorn stops listening at SIGTERM and waits this long for open requests.
-            timeout_graceful_shutdown=max(1, round(drain_s)),
-        )
-    )
-    # What is there now stays: looked through for garbage again and again, it would hold up tokens.
-    gc.collect()
-    gc.freeze()
-    asyncio.run(server.serve(sockets=[listener]))
-    if engine.failure is not None:
-        raise RunError(engine.failure)
-
-
-class _Server(uvicorn.Server):
-    """A server for which a signal is the ordinary end: it does not die of it afterwards."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.handle_exit, number, None)
-        yield
 
 
 def _read_keys(path: Path | None) -> frozenset[str]:

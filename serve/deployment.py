@@ -244,19 +244,42 @@ def choose_devices(count: int) -> list[Device]:
     return [present[index % len(present)] for index in range(count)]
 
 
-def compile_ahead(instances: Iterable[Member], *, everything: bool = False) -> None:
+def compile_ahead(
+    instances: Iterable[Member],
+    *,
+    everything: bool = False,
+    begin: Callable[[int], None] | None = None,
+    done: Callable[[], None] | None = None,
+) -> None:
     """Compiles what serving cannot do without, or every step there is, and runs it once.
 
     The instances, which must not have been started, do so in parallel.
+
+    Args:
+        begin: told how many steps there are.
+        done: told of each that is ready, on whatever thread.
+
+    Raises:
+        Exception: the first that a step ended with.
     """
-    threads = [
-        threading.Thread(target=_compile, args=(executor, everything))
-        for _, executor in _local(instances)
-    ]
+    local = _local(instances)
+    if begin is not None:
+        begin(sum(len(_steps(executor, everything)) for _, executor in local))
+    failures: list[Exception] = []
+
+    def run(executor: JaxExecutor) -> None:
+        try:
+            _compile(executor, everything, done)
+        except Exception as error:  # noqa: BLE001 - raised again below
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=(one,), daemon=True) for _, one in local]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    if failures:
+        raise failures[0]
 
 
 class BackgroundCompilation:
@@ -293,11 +316,16 @@ def _local(instances: Iterable[Member]) -> list[tuple[Instance, JaxExecutor]]:
     ]
 
 
-def _compile(executor: JaxExecutor, everything: bool) -> None:
-    steps = executor.steps
-    for key in (*steps.essential(), *(steps.others() if everything else ())):
-        steps.compile(key)
+def _steps(executor: JaxExecutor, everything: bool) -> list[tuple]:
+    return [*executor.steps.essential(), *(executor.steps.others() if everything else ())]
+
+
+def _compile(executor: JaxExecutor, everything: bool, done: Callable[[], None] | None) -> None:
+    for key in _steps(executor, everything):
+        executor.steps.compile(key)
         executor.run_once(key)
+        if done is not None:
+            done()
 
 
 def _run_if_idle(instance: Instance, executor: JaxExecutor, key: tuple) -> None:

@@ -142,16 +142,22 @@ class Templates:
                 if process.poll() is None:
                     return process
                 self._all.discard(process)
-        process = subprocess.Popen(
-            [sys.executable, "-P", str(_SCRIPT), str(_ROOT), str(chat.__file__)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # an interrupt from the terminal is the server's to deal with
-            bufsize=0,
-        )
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-P", str(_SCRIPT), str(_ROOT), str(chat.__file__)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # an interrupt from the terminal is the server's
+                bufsize=0,
+            )
+        except OSError as error:
+            raise RunError(f"no process renders chats: {error.strerror}; try again later") from None
         with self._lock:
             self._all.add(process)
+            late = self._closed.is_set()
+        if late:
+            process.kill()
         return process
 
     def _drop(self, process: subprocess.Popen[bytes]) -> None:
@@ -188,5 +194,6 @@ def _end(processes: set[subprocess.Popen[bytes]], lock: threading.Lock) -> None:
     with lock:
         ending = list(processes)
         processes.clear()
-    for process in ending:
-        _kill(process)
+    for process in ending:  # whoever reads from one sees it end, and closes its pipes
+        process.kill()
+        process.wait()

@@ -15,7 +15,7 @@ import secrets
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from jaxsys.errors import RunError, UsageError
@@ -147,6 +147,8 @@ class Fleet:
         self.board = Switchboard(
             engine, self.template.token, on_up=self._came_up, on_down=self._went_down
         )
+        self.on_up: Callable[[str], None] = lambda _: None
+        """Told the name of each instance that has come up."""
         self._numbers: dict[Role, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._losses: deque[float] = deque(maxlen=MAX_LOSSES)
@@ -249,6 +251,7 @@ class Fleet:
         place.up.set_result(instance)
         self.engine.add(instance, decodes=place.role == "decode")
         logger.info("up", extra={"instance": instance.name})
+        self.on_up(instance.name)
 
     def _went_down(self, instance: RemoteInstance) -> None:
         place = self.places.get(instance.name)

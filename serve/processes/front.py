@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import fastapi
-import uvicorn
 
 from jaxsys.errors import UsageError
 from jaxsys.model import DecoderConfig, Tokenizer
@@ -25,15 +24,13 @@ from jaxsys.serve.energy.slo import SharedSlo
 from jaxsys.serve.engine import Engine
 from jaxsys.serve.http.api import ApiConfig, create_app
 from jaxsys.serve.http.dashboard import Dashboard
+from jaxsys.serve.http.listening import BACKLOG, HttpServer
 from jaxsys.serve.http.metrics import Metrics
+from jaxsys.serve.http.starting import Gateway, Progress
 from jaxsys.serve.member import TokenEvent
 from jaxsys.serve.processes.fleet import Fleet, Launcher
 from jaxsys.serve.processes.worker import WorkerSpec
 from jaxsys.serve.requests import Request
-
-KEEP_ALIVE_S = 30
-"""Longer than clients keep a connection that they do not use (httpx: 5 s): otherwise one may be
-closed under a request that has just been sent."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,10 +41,22 @@ class FrontSpec:
     port: int = 8000
     model_name: str
     api_keys: frozenset[str] = dataclasses.field(default=frozenset(), repr=False)
+    key_for_all: bool = False
+    cors_origins: tuple[str, ...] = ()
     route: str = "fewest"
     """Of `ROUTERS`."""
     worker: WorkerSpec
     """What the instances have in common."""
+
+    def api(self) -> ApiConfig:
+        """What of it the HTTP face needs to know."""
+        return ApiConfig(
+            model_name=self.model_name,
+            max_length=self.worker.deployment.max_length,
+            api_keys=self.api_keys,
+            key_for_all=self.key_for_all,
+            cors_origins=self.cors_origins,
+        )
 
 
 class Front:
@@ -72,48 +81,49 @@ class Front:
             max_requests=worker.deployment.max_requests,
             decode_router=make_decode_router(spec.route, worker.governor.gpu, served, slo),
         )
-        self.app = build_app(
-            self.engine,
-            tokenizer,
-            ApiConfig(
-                model_name=spec.model_name,
-                max_length=worker.deployment.max_length,
-                api_keys=spec.api_keys,
-            ),
-            slo,
-        )
+        self.app = build_app(self.engine, tokenizer, spec.api(), slo)
+        self.progress = Progress()
+        self._gateway = Gateway(self.progress)
         self.fleet = Fleet(self.engine, launcher, worker, host=reached_at)
-        self._server: uvicorn.Server | None = None
+        self.fleet.on_up = lambda _: self.progress.advance()
+        self._server = HttpServer(self._gateway)
+        self._listener: socket.socket | None = None
         self._serving: asyncio.Task[None] | None = None
 
+    async def listen(self) -> tuple[str, int]:
+        """Listens, which `start` does otherwise, and says how far that is; returns host and port.
+
+        Raises:
+            UsageError: if the address cannot be listened on.
+        """
+        self._listener = listener = bind(self.spec.host, self.spec.port)
+        listener.listen(BACKLOG)
+        self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))
+        host, port = listener.getsockname()[:2]
+        return host, port
+
     async def start(self) -> tuple[str, int]:
-        """Brings the instances up, then listens; returns host and port.
+        """Brings the instances up, then serves; returns host and port.
 
         Raises:
             UsageError: if the address cannot be listened on.
             RunError: if an instance does not come up.
         """
-        listener = bind(self.spec.host, self.spec.port)
+        if self._listener is None:
+            await self.listen()
+        assert self._listener is not None
         deployment = self.spec.worker.deployment
+        address = self._listener.getsockname()[:2]
+        self.progress.enter("instances that are up", len(deployment.roles))
         try:
             await self.engine.start()
             await self.fleet.start(prefill=deployment.prefill, decode=deployment.decode)
         except BaseException:
-            listener.close()
+            self._server.should_exit = True
+            self.app.state.close()
             raise
-        listener.listen(128)
-        self._server = uvicorn.Server(
-            uvicorn.Config(
-                self.app,
-                log_config=None,
-                access_log=False,
-                lifespan="off",
-                timeout_keep_alive=KEEP_ALIVE_S,
-            )
-        )
-        self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))
-        host, port = listener.getsockname()[:2]
-        return host, port
+        self._gateway.app = self.app
+        return address
 
     async def scale(self, prefill: int, decode: int) -> None:
         """Brings the numbers of instances to these while serving."""
@@ -139,8 +149,8 @@ class Front:
 
     async def stop(self, drain_s: float) -> None:
         """Stops listening, finishes open requests for `drain_s` seconds, ends the instances."""
-        if self._server is not None and self._serving is not None:
-            self._server.config.timeout_graceful_shutdown = max(1, round(drain_s))
+        if self._serving is not None:
+            self._server.drain(drain_s)
             self._server.should_exit = True
             with contextlib.suppress(asyncio.CancelledError):
                 await self._serving

@@ -71,15 +71,37 @@ def server(folder, tmp_path, request):
     process.wait()
 
 
-def test_a_server_that_is_starting_ends_at_once(folder, tmp_path):
-    command = [sys.executable, "-m", "jaxsys", "serve", "--model", str(folder), "--port", "0"]
-    command += ["--compilation-cache", str(tmp_path)]  # empty: there are steps to compile
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(5)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 130
-        assert process.stderr is not None and "serving on" not in process.stderr.read()
+SLOW_START = """
+import time
+from jaxsys.serve import cli
+
+cli.compile_ahead = lambda *_, begin, done: (begin(7), done(), time.sleep(300))
+"""
+
+
+@pytest.mark.parametrize(
+    ("cluster", "number"), [([], signal.SIGTERM), (["--cluster", "local"], signal.SIGINT)]
+)
+def test_a_server_that_is_starting_says_so_and_ends_at_once(folder, tmp_path, cluster, number):
+    command = [sys.executable, "-c", SLOW_START + START, "serve", "--model", str(folder)]
+    command += ["--port", "0", "--compilation-cache", str(tmp_path), *cluster]
+    with (
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process,
+        contextlib.ExitStack() as stack,
+    ):
+        stack.callback(process.kill)
+        assert process.stderr is not None
+        lines = iter(process.stderr)
+        found = next(match for line in lines if (match := re.search(r"on (http://\S+) ", line)))
+        health = httpx.get(found.group(1) + "/health")
+        assert health.status_code == 503 and int(health.headers["retry-after"]) > 0
+        said = health.json()
+        assert said["status"] == "starting" and said["total"] == (2 if cluster else 7)
+        early = httpx.post(found.group(1) + "/v1/completions", json={"prompt": "a"})
+        assert early.status_code == 503 and early.json()["error"]["code"] == "starting"
+        process.send_signal(number)
+        assert process.wait(20) == 128 + number
+        assert "serving on" not in process.stderr.read()
 
 
 def test_the_openai_client_and_a_graceful_end(server):
