@@ -355,7 +355,10 @@ def _as_lowered(workload: Workload, model: LayeredModel, params: PyTree, rows: P
     traced, head = traced_memory(model, shapes_of(params), microbatch)
     return dataclasses.replace(
         workload,
-        blocks=tuple(dataclasses.replace(block, traced=traced) for block in workload.blocks),
+        blocks=tuple(
+            dataclasses.replace(block, traced=traced[index if model.pattern else 0])
+            for index, block in enumerate(workload.blocks)
+        ),
         edge=dataclasses.replace(workload.edge, workspace_bytes=head),
     )
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from jaxsys.errors import UsageError
@@ -28,6 +29,8 @@ from jaxsys.lowering import Recompute
 from jaxsys.lowering.memory import BlockBytes, block_bytes, head_bytes
 from jaxsys.model import abstract_parameters, layered
 from jaxsys.model.config import DecoderConfig
+from jaxsys.model.contract import attended, attention_widths, products
+from jaxsys.model.kinds import BlockKind
 
 POLICIES: tuple[Recompute, ...] = ("none", "selective", "block")
 """What a plan may compute again."""
@@ -152,7 +155,7 @@ def decoder_workload(
     fused_attention: bool = True,
     dtype: DTypeLike = jnp.bfloat16,
 ) -> Workload:
-    """The workload of a Llama-family decoder.
+    """The workload of a decoder.
 
     Args:
         name: for tables.
@@ -177,30 +180,26 @@ def decoder_workload(
     c = config
     tokens = sequence_length * microbatch_size
     dtype = jnp.dtype(dtype)
-    heads, shared = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    matrices = c.block_parameter_count() - 2 * c.hidden_size
-    attention = 2.0 * sequence_length * heads * tokens
-    passes = (
-        4 * c.hidden_size  # both norms read and write
-        + 6 * c.hidden_size  # both additions read two and write one
-        + 2 * (heads + shared)  # rotary
-        + 3 * c.intermediate_size  # silu(gate) * up
-    )
     traced, head_held = _decoder_memory(
         c, sequence_length, microbatch_size, loss_chunk_tokens, fused_attention, str(dtype)
     )
-    block = BlockWork(
-        parameters=c.block_parameter_count(),
-        product_flops=2.0 * matrices * tokens,
-        attention_flops=attention,
-        elementwise_bytes=float(dtype.itemsize * passes * tokens),
-        traced=traced,
-    )
+    of_kind = dict(zip(c.pattern or (c.kinds[0].name,), traced, strict=not c.pattern))
+    work = {
+        kind.name: _block_work(c, kind, sequence_length, tokens, dtype, of_kind[kind.name])
+        for kind in c.kinds
+    }
+    blocks = tuple(work[c.kind(layer).name] for layer in range(c.num_layers))
     head = 2.0 * c.vocab_size * c.hidden_size * tokens
-    products = c.num_layers * block.product_flops + head
+    matrices = dict.fromkeys(
+        leaf.shape for kind in c.kinds for product in products(c, kind) for leaf in product.leaves
+    )
+    inner = {
+        c.experts.intermediate_size if kind.experts and c.experts else c.intermediate_size
+        for kind in c.kinds
+    }
     return Workload(
         name=name,
-        blocks=(block,) * c.num_layers,
+        blocks=blocks,
         edge=EdgeWork(
             parameters=c.edge_parameter_count(),
             # The loss is computed with its gradient, in B.
@@ -209,20 +208,50 @@ def decoder_workload(
         ),
         activation_bytes=float(dtype.itemsize * c.hidden_size * tokens),
         tokens=tokens,
-        model_flops=3 * products + 3 * c.num_layers * attention,
-        matrices=(
-            (c.hidden_size, heads),
-            (c.hidden_size, shared),
-            (c.hidden_size, c.intermediate_size),
-        ),
+        model_flops=3 * sum(block.product_flops + block.attention_flops for block in blocks)
+        + 3 * head,
+        matrices=tuple(matrices),
         feature_ways=tuple(
             ways
             for ways in (1, 2, 4, 8, 16, 32, 64)
             if c.num_kv_heads % ways == 0
             and c.num_heads % ways == 0
-            and c.intermediate_size % ways == 0
+            and all(size % ways == 0 for size in inner)
             and sequence_length % ways == 0
         ),
+    )
+
+
+def _block_work(
+    config: DecoderConfig,
+    kind: BlockKind,
+    sequence_length: int,
+    tokens: int,
+    dtype: np.dtype,
+    traced: Traced,
+) -> BlockWork:
+    """One block of a kind: what its tokens multiply, not what it holds."""
+    c = config
+    queries, values = attention_widths(c)
+    shared = c.num_kv_heads * c.head_dim
+    inner = c.intermediate_size
+    if kind.experts and c.experts is not None:
+        inner = c.experts.active * c.experts.intermediate_size + c.experts.shared_size
+    passes = (
+        4 * c.hidden_size  # both norms read and write
+        + 6 * c.hidden_size  # both additions read two and write one
+        + 2 * (queries + shared)  # rotary
+        + 3 * inner  # silu(gate) * up
+    )
+    keys = attended(kind.window, sequence_length)
+    return BlockWork(
+        parameters=c.block_parameter_count(kind),
+        product_flops=2.0
+        * sum(product.active_parameters for product in products(c, kind))
+        * tokens,
+        attention_flops=2.0 * keys * (queries + values) * tokens,
+        elementwise_bytes=float(dtype.itemsize * passes * tokens),
+        traced=traced,
     )
 
 
@@ -234,7 +263,7 @@ def _decoder_memory(
     loss_chunk_tokens: int,
     fused: bool,
     dtype: str,
-) -> tuple[Traced, float]:
+) -> tuple[tuple[Traced, ...], float]:
     model = layered(
         config,
         loss_chunk_tokens=loss_chunk_tokens,
@@ -246,21 +275,30 @@ def _decoder_memory(
 
 def traced_memory(
     model: LayeredModel, parameters: Parameters, microbatch: PyTree
-) -> tuple[Traced, float]:
-    """What a block keeps and holds by policy, and what head and loss hold.
+) -> tuple[tuple[Traced, ...], float]:
+    """What blocks keep and hold by policy, and what head and loss hold.
 
     Args:
         model: the layered model.
         parameters: shapes and dtypes, those of compute.
         microbatch: shapes and dtypes of one.
+
+    Returns:
+        An entry for each layer of a model with kinds, a single one where blocks are alike.
     """
     edge = parameters["edge"]
-    layer = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), parameters["blocks"]
-    )
     x = jax.eval_shape(model.embed, edge, microbatch)
-    blocks: Traced = tuple(
-        (policy, block_bytes(model, layer, x, microbatch, policy, split=True))
-        for policy in POLICIES
-    )
-    return blocks, head_bytes(model, edge, x, microbatch)
+    of_kind: dict[str, Traced] = {}
+    for kind, stack in model.stacks(parameters["blocks"]).items():
+        layer = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), stack)
+        alone = LayeredModel(
+            embed=model.embed, block=model.kinds[kind], head_loss=model.head_loss, layers=1
+        )
+        of_kind[kind] = tuple(
+            (policy, block_bytes(alone, layer, x, microbatch, policy, split=True))
+            for policy in POLICIES
+        )
+    head = head_bytes(model, edge, x, microbatch)
+    if model.pattern is None:
+        return tuple(of_kind.values()), head
+    return tuple(of_kind[kind] for kind in model.pattern), head

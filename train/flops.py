@@ -20,15 +20,16 @@ CONVENTION = "6 x parameters + 6 x sequence x heads x head width per layer (caus
 
 
 def training_flops_per_token(
-    *, parameters: int, layers: int = 0, sequence_length: int = 0, attention_width: int = 0
+    *, parameters: float, layers: float = 0, sequence_length: int = 0, attention_width: float = 0
 ) -> float:
     """FLOP to train on one token; see the module's text.
 
     Args:
-        parameters: N.
-        layers: L, of causal attention.
+        parameters: N, those that a token uses.
+        layers: L, of causal attention; one that sees a part of it counts as that part.
         sequence_length: S.
-        attention_width: H, heads times head width; 0 leaves attention out.
+        attention_width: H, heads times head width (the mean of keys' and values'); 0 leaves
+            attention out.
     """
     return 6.0 * parameters + 6.0 * layers * sequence_length * attention_width
 

@@ -13,6 +13,7 @@ import optax
 from jaxsys.errors import UsageError
 from jaxsys.layered import PyTree
 from jaxsys.model import DecoderConfig
+from jaxsys.model.contract import attended, attention_widths
 from jaxsys.train.flops import training_flops_per_token
 
 MOST_FLOAT32 = float(jnp.finfo(jnp.float32).max)
@@ -75,10 +76,19 @@ def decays(parameters: PyTree) -> PyTree:
 
 
 def decoder_flops_per_token(config: DecoderConfig, sequence_length: int) -> float:
-    """FLOP to train a decoder on one token, see `jaxsys.train.flops`."""
+    """FLOP to train a decoder on one token, see `jaxsys.train.flops`.
+
+    Parameters are those that a token uses; a layer with a window attends to that.
+    """
+    queries, values = attention_widths(config)
+    # Layers of full attention count S H each; those that see less, as many times less.
+    keys = sum(
+        len(config.layers_of(kind)) * 2 * attended(kind.window, sequence_length)
+        for kind in config.kinds
+    )
     return training_flops_per_token(
-        parameters=config.parameter_count(),
-        layers=config.num_layers,
+        parameters=config.active_parameter_count(),
+        layers=keys / sequence_length,
         sequence_length=sequence_length,
-        attention_width=config.num_heads * config.head_dim,
+        attention_width=(queries + values) / 2,
     )
