@@ -306,6 +306,7 @@ class Instance(Member):
             iterations=scheduler.iterations,
             faults=self._faults,
             energy_j=reading.energy_j,
+            idle_energy_j=reading.idle_j,
             energy_at_max_j=reading.energy_at_max_j,
             power_w=reading.power_w,
             clock_mhz=reading.clock_mhz,

@@ -50,6 +50,8 @@ class InstanceLoad:
     """Faults of the device that the instance has outlived."""
     energy_j: float | None = None
     """As the governor reads it; None where nothing does."""
+    idle_energy_j: float | None = None
+    """Of this, what passed while nothing ran."""
     energy_at_max_j: float | None = None
     """What the same work would have taken at the maximum clock, where the governor models it."""
     power_w: float | None = None

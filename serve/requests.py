@@ -103,6 +103,7 @@ class Timing:
         "first_token_s",
         "last_token_s",
         "preemptions",
+        "prefill_energy_j",
         "scheduled_s",
         "token_times_s",
     )
@@ -117,6 +118,8 @@ class Timing:
         self.token_times_s: list[float] = []
         self.energy_j: float | None = None
         """Energy attributed to the request; None where no reading exists."""
+        self.prefill_energy_j: float | None = None
+        """Of this, for computing its prompt."""
         self.preemptions = 0
 
     @property

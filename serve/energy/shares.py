@@ -47,7 +47,10 @@ class Shares:
         step_s, steps_kv_s = each_s * steps, kv_s * steps
         weights += [step_s + steps_kv_s * (r.prompt_length + r.generated) for r in decodes]
         unit_j = energy_j / sum(weights)
-        requests = [*(piece.request for piece in pieces), *decodes]
-        for request, weight in zip(requests, weights, strict=True):
+        for piece, weight in zip(pieces, weights, strict=False):
+            timing = piece.request.timing
+            timing.prefill_energy_j = (timing.prefill_energy_j or 0.0) + unit_j * weight
+            timing.energy_j = (timing.energy_j or 0.0) + unit_j * weight
+        for request, weight in zip(decodes, weights[len(pieces) :], strict=True):
             timing = request.timing
             timing.energy_j = (timing.energy_j or 0.0) + unit_j * weight

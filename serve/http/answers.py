@@ -39,6 +39,8 @@ class Usage:
     completion_tokens: int = 0
     cached_tokens: int = 0
     energy_j: float | None = None
+    prefill_energy_j: float = 0.0
+    """Of this, for computing the prompt."""
 
     def body(self, method: str) -> dict[str, Any]:
         """As OpenAI's `usage`, with energy beside it where it is known."""
@@ -49,8 +51,16 @@ class Usage:
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
         if self.energy_j is not None:
+            decode_j = self.energy_j - self.prefill_energy_j
+            tokens = max(1, self.completion_tokens)
             body["energy_j"] = round(self.energy_j, 6)
+            body["energy_kind"] = method.partition(":")[0]
             body["energy_method"] = method
+            body["joules_per_output_token"] = round(self.energy_j / tokens, 6)
+            body["joules_per_output_token_by_role"] = {
+                "prefill": round(self.prefill_energy_j / tokens, 6),
+                "decode": round(decode_j / tokens, 6),
+            }
         return body
 
 

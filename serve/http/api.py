@@ -568,6 +568,7 @@ class _Answer:
         timing, usage = last.request.timing, self.usage
         if timing.energy_j is not None:
             usage.energy_j = (usage.energy_j or 0.0) + timing.energy_j
+            usage.prefill_energy_j += timing.prefill_energy_j or 0.0
         logger.info(
             "request",
             extra={

@@ -1,8 +1,10 @@
 """`/dashboard`: one live page with each instance's clock, power, batch and SLO attainment.
 
 The page is self-contained (no script or font from elsewhere) and asks `/dashboard/data` once a
-second. Power is the slope of the instance's energy between two answers; attainment counts since the
-server started. What is not known is shown as a dash, never as zero.
+second. Power is the slope of the instance's energy counter between two answers, and shown only
+where it is measured: nobody draws what a modelled GPU would take, so its energy is marked as
+modelled. Attainment counts since the server started. What is not known is shown as a dash, never as
+zero.
 """
 
 import dataclasses
@@ -79,19 +81,21 @@ async function refresh() {
     const rows = document.getElementById("rows"); rows.textContent = "";
     for (const one of data.instances) {
       const before = last[one.name];
-      const power = before && one.energy_j !== null && before.energy_j !== null &&
+      const power = one.measured && before && one.energy_j !== null && before.energy_j !== null &&
         data.time_s > before.time_s
         ? (one.energy_j - before.energy_j) / (data.time_s - before.time_s) : null;
       last[one.name] = {energy_j: one.energy_j, time_s: data.time_s};
       const tr = document.createElement("tr");
       for (const text of [one.name, shown(one.clock_mhz), shown(power), one.batch, one.waiting,
           shown(one.ttft_attainment_pct, 1), shown(one.itl_attainment_pct, 1),
-          shown(one.energy_j, 1), one.energy_method]) {
+          (one.measured || one.energy_j === null ? "" : "modelled ") + shown(one.energy_j, 1),
+          one.energy_method]) {
         const td = document.createElement("td"); td.textContent = text; tr.append(td);
       }
       rows.append(tr);
       for (const [label, unit, value] of [["clock", " (MHz)", one.clock_mhz],
           ["power", " (W)", power], ["batch", "", one.batch]]) {
+        if (label === "power" && !one.measured) continue;
         const values = series[one.name + label] ??= [];
         values.push(value); if (values.length > kept) values.shift();
         line(one.name, values, label, unit);
@@ -170,6 +174,7 @@ class Dashboard:
                     "waiting": instance.load.waiting,
                     "ttft_attainment_pct": self.by_instance[instance.name].ttft_pct,
                     "itl_attainment_pct": self.by_instance[instance.name].itl_pct,
+                    "measured": instance.energy_method.startswith("measured"),
                     "energy_j": instance.load.energy_j,
                     "energy_method": instance.energy_method,
                 }

@@ -2,11 +2,13 @@
 
 Latencies are taken where tokens reach the host: TTFT from arrival at the server to the first token,
 ITL between consecutive tokens of a request. Energy is what each instance's governor reads, by the
-method it states; a request's share of an iteration is by the tokens computed for it, and is absent
-where nothing reads energy.
+method it states; a request's share of an iteration is by the tokens and bytes it causes, and is
+absent where nothing reads energy. Energy per output token counts all that instances of a role took,
+idle time included, those that are gone too.
 """
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 
 import prometheus_client
 from prometheus_client.core import (
@@ -64,13 +66,15 @@ class Metrics:
         self.prompt_tokens = counter("jaxsys_prompt_tokens", "Prompt tokens of ended requests.")
         self.cached_tokens = counter("jaxsys_cached_tokens", "Of these, found in the prefix cache.")
         self.output_tokens = counter("jaxsys_output_tokens", "Tokens generated.")
-        self.registry.register(_EngineCollector(engine))
+        self._tokens = 0
+        self.registry.register(_EngineCollector(engine, lambda: self._tokens))
 
     def on_token(self, request: Request, event: TokenEvent) -> None:
         """Counts one event of `Engine`."""
         timing = request.timing
         if event.token is not None:
             self.output_tokens.inc()
+            self._tokens += 1
             times = timing.token_times_s
             if len(times) <= 1 or event.time_s <= times[0]:
                 self.ttft.observe(event.time_s - timing.arrival_s)
@@ -107,8 +111,11 @@ class Metrics:
 class _EngineCollector(Collector):
     """Reads the instances when asked."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, output_tokens: Callable[[], float]):
         self.engine = engine
+        self.output_tokens = output_tokens
+        self._energies_j: dict[str, tuple[str, str, float]] = {}
+        """By instance: role, kind and what it took, also of those that are gone."""
 
     def collect(self) -> Iterable[Metric]:
         gauges = {
@@ -121,6 +128,7 @@ class _EngineCollector(Collector):
                 ("kv_pages_used", "Pages held by requests."),
                 ("kv_pages", "Pages there are."),
                 ("clock_mhz", "Clock last asked for by the governor."),
+                ("power_watts", "Power measured; absent where a GPU is only modelled."),
             )
         }
         counters = {
@@ -130,6 +138,7 @@ class _EngineCollector(Collector):
                 ("preemptions", "Requests whose pages were taken back."),
                 ("device_faults", "Faults of the device outlived; its requests began again."),
                 ("energy_joules", "Energy of the instance, by the method stated."),
+                ("idle_energy_joules", "Of this, what passed while nothing ran."),
                 ("energy_at_max_clock_joules", "What the same work would take ungoverned."),
             )
         }
@@ -149,6 +158,10 @@ class _EngineCollector(Collector):
             counters["device_faults"].add_metric(label, load.faults)
             if instance.clock_mhz is not None:
                 gauges["clock_mhz"].add_metric(label, instance.clock_mhz)
+            if load.power_w is not None:
+                gauges["power_watts"].add_metric(label, load.power_w)
+            if load.idle_energy_j is not None:
+                counters["idle_energy_joules"].add_metric(label, load.idle_energy_j)
             if load.energy_j is not None:
                 counters["energy_joules"].add_metric(label, load.energy_j)
             if load.energy_at_max_j is not None:
@@ -156,4 +169,29 @@ class _EngineCollector(Collector):
             method.add_metric(label, {"method": instance.energy_method})
         total = GaugeMetricFamily("jaxsys_requests_unfinished", "Requests in the engine.")
         total.add_metric([], self.engine.unfinished)
-        return [*gauges.values(), *counters.values(), method, total]
+        return [*gauges.values(), *counters.values(), method, total, self._per_token()]
+
+    def _per_token(self) -> Metric:
+        """Joules a token of output, by role and kind of knowledge."""
+        engine = self.engine
+        for role, members in (
+            ("prefill" if engine.apart else "both", engine.entries),
+            ("decode", engine.decoders),
+        ):
+            for one in members:
+                if one.load.energy_j is not None:
+                    kind = one.energy_method.partition(":")[0]
+                    self._energies_j[one.name] = role, kind, one.load.energy_j
+        sums: defaultdict[tuple[str, str], float] = defaultdict(float)
+        for role, kind, energy_j in self._energies_j.values():
+            sums[role, kind] += energy_j
+        found = GaugeMetricFamily(
+            "jaxsys_joules_per_output_token",
+            "Energy of a role's instances over all output tokens, idle time included.",
+            labels=("role", "kind"),
+        )
+        tokens = self.output_tokens()
+        for labels, energy_j in sums.items():
+            if tokens:
+                found.add_metric(labels, energy_j / tokens)
+        return found

@@ -61,7 +61,8 @@ class RemoteInstance(Member):
         self.requests: dict[str | int, Request] = {}
         """Requests known there that have not ended."""
         self.stopped = threading.Event()
-        self._energy_j: dict[str | int, float] = {}
+        self._energies_j: dict[str | int, tuple[float, float]] = {}
+        """Of each request, what it told last: in all, and for its prompt."""
         self._transport = transport
         self._loop = asyncio.get_running_loop()
 
@@ -141,7 +142,7 @@ class RemoteInstance(Member):
 
     def _forget(self, request_id: str | int) -> None:
         self.requests.pop(request_id, None)
-        self._energy_j.pop(request_id, None)
+        self._energies_j.pop(request_id, None)
 
     def _event(self, entry: list[Any], now_s: float) -> TokenEvent | None:
         """An event as it came: [name, token], or with all that may go beside it."""
@@ -159,11 +160,16 @@ class RemoteInstance(Member):
             timing.token_times_s.append(now_s)
         if not beside:
             return TokenEvent(request, token, None, None, now_s)
-        reason, logprobs, message, lost, energy_j, request.cached_tokens, preemptions = beside
+        reason, logprobs, message, lost, energies_j, request.cached_tokens, preemptions = beside
         timing.preemptions = max(timing.preemptions, preemptions)
+        energy_j, prefill_j = energies_j
         if energy_j is not None:
-            timing.energy_j = (timing.energy_j or 0.0) + energy_j - self._energy_j.get(name, 0.0)
-            self._energy_j[name] = energy_j
+            known_j, known_prefill_j = self._energies_j.get(name, (0.0, 0.0))
+            prefill_j = prefill_j or 0.0
+            timing.energy_j = (timing.energy_j or 0.0) + energy_j - known_j
+            before_j = timing.prefill_energy_j or 0.0
+            timing.prefill_energy_j = before_j + prefill_j - known_prefill_j
+            self._energies_j[name] = energy_j, prefill_j
         if reason is not None:
             timing.finished_s, request.finish_reason = now_s, reason
             self._forget(name)

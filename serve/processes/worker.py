@@ -240,7 +240,7 @@ def _entry(event: TokenEvent) -> list[Any]:
         None if event.logprobs is None else list(event.logprobs),
         event.message,
         event.lost,
-        request.timing.energy_j,
+        (request.timing.energy_j, request.timing.prefill_energy_j),
         request.cached_tokens,
         request.timing.preemptions,
     ]

@@ -115,7 +115,13 @@ def test_the_openai_client_and_a_graceful_end(server):
         model=model, messages=messages, max_tokens=8, temperature=0, extra_body=extra
     )
     assert answer.usage.completion_tokens == 8
-    assert answer.usage.energy_j > 0 and answer.usage.energy_method.startswith("modelled")
+    usage = answer.usage
+    assert usage.energy_j > 0 and usage.energy_method.startswith("modelled")
+    assert usage.energy_kind == "modelled"
+    assert usage.joules_per_output_token == pytest.approx(usage.energy_j / 8, rel=1e-3)
+    by_role = usage.joules_per_output_token_by_role
+    assert sum(by_role.values()) == pytest.approx(usage.joules_per_output_token, rel=1e-3)
+    assert min(by_role.values()) > 0
     with pytest.raises(openai.BadRequestError, match="at most 200 fit"):
         client.completions.create(model=model, prompt="a" * 300)
     with pytest.raises(openai.AuthenticationError):

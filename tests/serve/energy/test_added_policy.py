@@ -57,26 +57,26 @@ class LastRouter:
 def registered(monkeypatch):
     for registry in (CLOCK_POLICIES, ROUTERS):
         monkeypatch.setattr(registry, "_own", dict(registry._own))
-    register_clock_policy("prompts-fast", lambda situation: PromptsFast())
+    register_clock_policy("toy-fast", lambda situation: PromptsFast())
     register_router("last", lambda situation: LastRouter())
 
 
 def test_it_is_replayed_by_the_command(capsys):
-    names = "sweet-spot,prompts-fast,prompts-fast+last"
+    names = "sweet-spot,toy-fast,toy-fast+last"
     command = ["replay", "--predictor", "model", "--rate", "6", "--duration", "10"]
     assert cli.main([*command, "--policy", names, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["policies"]
-    toy = rows["prompts-fast"]["clock_seconds"]
+    toy = rows["toy-fast"]["clock_seconds"]
     assert set(toy["prefill"]) == {"1980"} and "1080" in toy["decode"]
     low, high = (rows[name]["energy_j"] for name in ("sweet-spot", "max"))
-    assert low < rows["prompts-fast"]["energy_j"] < high
-    assert rows["prompts-fast+last"]["energy_j"] != rows["prompts-fast"]["energy_j"]
+    assert low < rows["toy-fast"]["energy_j"] < high
+    assert rows["toy-fast+last"]["energy_j"] != rows["toy-fast"]["energy_j"]
 
 
 def test_the_server_offers_it():
-    options = serve_cli.parser("serve").parse_args(["--policy", "prompts-fast", "--route", "last"])
-    assert (options.policy, options.route) == ("prompts-fast", "last")
-    assert GovernorChoice(policy="prompts-fast").policy == "prompts-fast"
+    options = serve_cli.parser("serve").parse_args(["--policy", "toy-fast", "--route", "last"])
+    assert (options.policy, options.route) == ("toy-fast", "last")
+    assert GovernorChoice(policy="toy-fast").policy == "toy-fast"
     served = Served(model=preset("llama-3-8b"))
     assert isinstance(make_decode_router("last", "h100", served, SharedSlo()), LastRouter)
 
@@ -96,7 +96,7 @@ def test_it_sets_a_live_instances_clock(driver):
 
     clocks = nvml.open_clocks(0, control=True)
     served = Served(model=preset("llama-3-8b"))
-    governor = real_governor(clocks, "Fake H100", served, SharedSlo(), "prompts-fast")
+    governor = real_governor(clocks, "Fake H100", served, SharedSlo(), "toy-fast")
     events = []
     config = SchedulerConfig(page_count=400, max_length=5000, max_batch=4, decode_buckets=(4,))
     instance = Instance("one", Scheduler(config), Ones(), governor=governor, clock=WallClock(),

@@ -345,6 +345,8 @@ def test_a_request_bears_what_it_causes():
     )
     shares.give(mixed, 100.0)
     assert prompt.timing.energy_j > 98
+    assert prompt.timing.prefill_energy_j == prompt.timing.energy_j
+    assert beside.timing.prefill_energy_j is None
     assert prompt.timing.energy_j + beside.timing.energy_j == pytest.approx(100)
 
 

@@ -22,9 +22,15 @@ def make():
             name="decode-0",
             clock_mhz=1080,
             load=InstanceLoad(batch=3, waiting=1, energy_j=12.5),
-            energy_method="modelled",
+            energy_method="measured: a counter",
         ),
         SimpleNamespace(name="decode-1", clock_mhz=None, load=InstanceLoad(), energy_method="none"),
+        SimpleNamespace(
+            name="decode-2",
+            clock_mhz=1980,
+            load=InstanceLoad(energy_j=99.5),
+            energy_method="modelled: a simulated GPU",
+        ),
     ]
     dashboard = Dashboard(
         SimpleNamespace(instances=instances),  # type: ignore[arg-type]
@@ -72,7 +78,7 @@ def test_page_and_data_are_served():
     page = client.get("/dashboard")
     assert page.status_code == 200 and "jaxsys dashboard" in page.text
     assert "http://" not in page.text and "https://" not in page.text  # self-contained
-    first, second = client.get("/dashboard/data").json()["instances"]
+    first, second, third = client.get("/dashboard/data").json()["instances"]
     assert first == {
         "name": "decode-0",
         "clock_mhz": 1080,
@@ -80,9 +86,11 @@ def test_page_and_data_are_served():
         "waiting": 1,
         "ttft_attainment_pct": None,
         "itl_attainment_pct": None,
+        "measured": True,
         "energy_j": 12.5,
-        "energy_method": "modelled",
+        "energy_method": "measured: a counter",
     }
+    assert third["measured"] is False and third["energy_j"] == 99.5
     assert second["clock_mhz"] is None and second["energy_j"] is None
 
 
@@ -107,4 +115,6 @@ def test_the_page_fills_in_in_a_browser():
     server.should_exit = True
     thread.join(timeout=10)
     assert "decode-0" in seen and "1080" in seen and "100.0 %" in seen
-    assert 'id="plot-decode-0clock"' in seen
+    assert 'id="plot-decode-0clock"' in seen and 'id="plot-decode-0power"' in seen
+    # Of a GPU that is only modelled no watts are shown, and its joules are marked.
+    assert 'id="plot-decode-2power"' not in seen and "modelled 99.5" in seen

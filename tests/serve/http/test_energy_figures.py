@@ -1,0 +1,88 @@
+"""What answers and /metrics say of energy: shares by role, per token, measured or modelled."""
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from jaxsys.serve.clock import VirtualClock
+from jaxsys.serve.http.answers import Usage
+from jaxsys.serve.http.metrics import Metrics
+from jaxsys.serve.instance import InstanceLoad, TokenEvent
+from jaxsys.serve.processes.remote import RemoteInstance
+from jaxsys.serve.requests import Request, SamplingParameters
+from jaxsys.serve.scheduler import SchedulerConfig
+
+
+def instance(name: str, energy_method: str, **load: Any) -> SimpleNamespace:
+    return SimpleNamespace(
+        name=name, clock_mhz=1080, page_count=9, energy_method=energy_method,
+        load=InstanceLoad(**load), on_latency=None,
+    )  # fmt: skip
+
+
+def request(name: Any = 0) -> Request:
+    return Request(name, sampling=SamplingParameters(), arrival_s=0.0, prompt_length=5)
+
+
+def figures(metrics: Metrics) -> dict[str, float]:
+    lines = metrics.text().decode().splitlines()
+    rows = [line.rsplit(" ", 1) for line in lines if not line.startswith("#")]
+    return {name: float(value) for name, value in rows}
+
+
+def test_usage_says_by_role_and_kind():
+    usage = Usage(10, 5, 0, 20.0, 15.0)
+    body = usage.body("modelled: a simulated GPU")
+    assert (body["energy_j"], body["energy_kind"]) == (20.0, "modelled")
+    assert body["joules_per_output_token"] == 4.0
+    assert body["joules_per_output_token_by_role"] == {"prefill": 3.0, "decode": 1.0}
+    assert "energy_kind" not in Usage(10, 5).body("none: nothing reads energy")
+
+
+def test_metrics_count_every_joule_of_a_role_also_of_instances_that_are_gone():
+    prefill = instance("prefill-0", "measured: a counter", energy_j=60.0, power_w=300.0)
+    decode = [
+        instance(f"decode-{k}", "measured: a counter", energy_j=20.0, idle_energy_j=5.0)
+        for k in range(2)
+    ]
+    engine: Any = SimpleNamespace(apart=True, entries=[prefill], decoders=decode, unfinished=0)
+    engine.instances = [prefill, *decode]
+    metrics = Metrics(engine)
+    assert not any("per_output_token{" in name for name in figures(metrics))  # no token, no ratio
+    one = request()
+    for k in range(10):
+        metrics.on_token(one, TokenEvent(one, 7, None, None, 0.1 * k))
+    found = figures(metrics)
+    per_token = 'jaxsys_joules_per_output_token{kind="measured",role="%s"}'
+    assert found[per_token % "prefill"] == pytest.approx(6.0)
+    assert found[per_token % "decode"] == pytest.approx(4.0)
+    assert found['jaxsys_power_watts{instance="prefill-0"}'] == 300.0
+    assert 'jaxsys_power_watts{instance="decode-0"}' not in found
+    assert found['jaxsys_idle_energy_joules_total{instance="decode-0"}'] == 5.0
+    engine.decoders, engine.instances = decode[:1], [prefill, decode[0]]  # one is retired
+    assert figures(metrics)[per_token % "decode"] == pytest.approx(4.0)
+
+
+def test_a_request_through_two_processes_keeps_its_energy_by_role():
+    async def run():
+        engine: Any = SimpleNamespace(clock=VirtualClock())
+        config = SchedulerConfig(page_count=9)
+        sides = [
+            RemoteInstance(name, config, energy_method="measured", process="", engine=engine,
+                           transport=SimpleNamespace(write=lambda data: None,  # type: ignore[arg-type]
+                                                     is_closing=lambda: False))
+            for name in ("prefill-0", "decode-0")
+        ]  # fmt: skip
+        one = request("r")
+        for side in sides:
+            side.requests["r"] = one
+        sides[0]._event(["r", 7, None, None, "", False, [3.0, 3.0], 0, 0], 0.1)
+        sides[1]._event(["r", 8, None, None, "", False, [1.0, None], 0, 0], 0.2)
+        # Preempted there, its prompt was computed again.
+        sides[1]._event(["r", 9, "length", None, "", False, [4.0, 2.0], 0, 1], 0.3)
+        return one.timing
+
+    timing = asyncio.run(run())
+    assert (timing.energy_j, timing.prefill_energy_j) == (7.0, 5.0)
