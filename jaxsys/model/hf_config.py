@@ -667,10 +667,11 @@ def _write_layers(config: "DecoderConfig", family: Family) -> dict[str, Any]:
     if rule.how == "by_type":
         types = ["full_attention" if one is None else "sliding_attention" for one in windows]
         written["layer_types"] = types
-        if family.plain_layers == "full_if_window" and window is None:
-            turned = all(kind.rotary for kind in kinds)
-            # All layers full and none turned: a window that no layer has.
-            written["sliding_window"] = None if turned else family.windows.default
+        if window is None and not rule.switch:
+            # A window that no layer has: transformers makes its mask all the same, and takes none
+            # for positions in all layers where only window layers have them.
+            absent = family.plain_layers == "full_if_window" and all(k.rotary for k in kinds)
+            written["sliding_window"] = None if absent else rule.default
     if family.plain_layers == "listed":
         written["no_rope_layers"] = [int(kind.rotary) for kind in kinds]
     dense = [not kind.experts for kind in kinds]

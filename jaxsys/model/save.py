@@ -176,6 +176,8 @@ def _write_settings(
     dtype = str(jax.tree.leaves(parameters["blocks"])[0].dtype)
     # transformers 5 reads `dtype`, 4 reads `torch_dtype`.
     settings = config.to_hf() | {"dtype": dtype, "torch_dtype": dtype}
+    # Absent ids would be those of the family's configuration class.
+    settings |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     if tokenizer is not None:
         ends = list(tokenizer.eos_ids)
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends[0] if ends else None}

@@ -67,7 +67,7 @@ CASES = {
     "ministral": (
         WINDOW | {"head_dim": 8, "layer_types": MIXED * 2},
         WINDOW | {"head_dim": 16},
-        {"head_dim": 8, "sliding_window": None, **YARN},
+        {"head_dim": 8, "layer_types": ["full_attention"] * 4, **WINDOW, **YARN},
     ),
     "qwen2": (
         {"use_sliding_window": True, "max_window_layers": 2, **WINDOW},

@@ -8,6 +8,7 @@ import pytest
 
 from jaxsys.errors import UsageError
 from jaxsys.model import BlockKind, DecoderConfig, abstract_parameters, preset
+from jaxsys.model.decoder import kind_of_blocks
 from jaxsys.model.rope import Llama3RopeScaling
 from jaxsys.model.shapes import PRESETS
 
@@ -18,6 +19,13 @@ PUBLISHED = {
     "llama-3.2-1b": 1_235_814_400,
     "llama-2-7b": 6_738_415_616,
     "smollm2-135m": 134_515_008,
+    "Mixtral-8x7B-v0.1": 46_702_792_704,
+    "Qwen2.5-7B": 7_615_616_512,
+    "Qwen3-8B": 8_190_735_360,
+    "Qwen3-30B-A3B": 30_532_122_624,
+    "gemma-2-9b": 9_241_705_984,
+    "gpt-oss-20b": 20_914_757_184,
+    "DeepSeek-V3": 671_026_419_200,
 }
 
 
@@ -31,11 +39,14 @@ def test_counts_are_those_of_the_arrays(name):
     config = preset(name)
     shapes = abstract_parameters(config, jnp.bfloat16)
     edge = sum(leaf.size for leaf in jax.tree.leaves(shapes["edge"]))
-    blocks = sum(leaf.size for leaf in jax.tree.leaves(shapes["blocks"]))
     assert edge == config.edge_parameter_count()
-    assert blocks == config.num_layers * config.block_parameter_count()
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(shapes))
-    assert all(leaf.shape[0] == config.num_layers for leaf in jax.tree.leaves(shapes["blocks"]))
+    for kind in config.kinds:
+        stack = jax.tree.leaves(kind_of_blocks(config, shapes["blocks"], kind))
+        layers = len(config.layers_of(kind))
+        assert all(leaf.shape[0] == layers for leaf in stack)
+        size = sum(leaf.size for leaf in stack)
+        assert size == layers * config.block_parameter_count(kind)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -53,8 +64,17 @@ def test_hf_keys_round_trip(name):
 
 
 def test_unknown_preset_lists_the_known():
-    with pytest.raises(UsageError, match="'gpt-5' is not known; known: llama-3-8b, .*tiny"):
+    with pytest.raises(UsageError, match="'gpt-5' is not known; known: Llama-2-7b, .*tiny"):
         preset("gpt-5")
+    with pytest.raises(UsageError, match="not known; did you mean 'Qwen3-30B-A3B'[?] known"):
+        preset("qwen3-30B-A3")
+
+
+@pytest.mark.parametrize(
+    "name", ["llama-3-8b", "meta-llama/Meta-Llama-3-8B", "Llama-3-8B-Instruct", "LLAMA-3-8B"]
+)
+def test_presets_are_found_by_their_names_on_the_hub(name):
+    assert preset(name) is PRESETS["Llama-3-8B"]
 
 
 @pytest.mark.parametrize(

@@ -310,7 +310,7 @@ def test_a_plan_that_no_schedule_runs_is_passed_over():
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--model", "llama-9"], 2, "known: llama-3-8b"),
+        (["--model", "llama-9"], 2, "known: Llama-2-7b"),
         (["--model", "tiny", "--link", "wire"], 2, "known: nvlink"),
         (["--model", "tiny", "--device", "abacus"], 2, "known: h100"),
         (["--model", "tiny", "--microbatches", "0"], 2, "--microbatches 0"),
