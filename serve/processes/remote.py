@@ -257,8 +257,7 @@ class _Line(asyncio.Protocol):
             self._transport.abort()
             return
         self.board.lines.add(self)
-        # asyncio's selector transport reads at most so much at once.
-        self._transport.max_size = STRANGER_BYTES
+        self._read_at_most(STRANGER_BYTES)
         self._transport.write(self._challenge)
         self._proving = self._loop.call_later(PROVE_S, self._turn_away)
 
@@ -275,7 +274,7 @@ class _Line(asyncio.Protocol):
                 self._turn_away()
                 return
             self._answer = None
-            self._transport.max_size = READ_BYTES
+            self._read_at_most(READ_BYTES)
             if self._proving is not None:
                 self._proving.cancel()
         self.heard_s = self._loop.time()
@@ -309,6 +308,11 @@ class _Line(asyncio.Protocol):
         if self.instance is not None:
             self.instance.lost(reason)
         self._transport.abort()
+
+    def _read_at_most(self, count: int) -> None:
+        # asyncio's own transport can be told; uvloop's, as under Ray, reads 256 KiB at most.
+        if hasattr(self._transport, "max_size"):
+            self._transport.max_size = count
 
     def _turn_away(self) -> None:
         if not self.board.told:
