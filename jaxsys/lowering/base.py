@@ -5,6 +5,7 @@ a step in the compute dtype, and their gradients are reduced back to the shards 
 """
 
 import functools
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -108,13 +109,24 @@ class Step:
         return jax.tree.map(lambda _: sharding, batch)
 
     def check_layers(self, parameters: Parameters) -> None:
-        """Raises UsageError unless all blocks are stacked [L, ...]."""
-        layers = self.model.layers
-        for leaf in jax.tree.leaves(parameters["blocks"]):
-            if leaf.shape[:1] != (layers,):
-                raise UsageError(
-                    f"a block parameter has shape {leaf.shape}; expected [{layers}, ...]"
-                )
+        """Raises UsageError unless all blocks are stacked [L, ...], those of a kind [its, ...]."""
+        counts = Counter(self.model.kind_of)
+        blocks = parameters["blocks"]
+        if not callable(self.model.block) and {*blocks} != {*counts}:
+            raise UsageError(
+                f"blocks are stacked by kinds {', '.join(map(repr, blocks))}; the model has "
+                f"{', '.join(map(repr, counts))}"
+            )
+        for kind, stack in self.model.stacks(blocks).items():
+            for leaf in jax.tree.leaves(stack):
+                if leaf.shape[:1] != (counts[kind],):
+                    raise UsageError(
+                        f"a {kind} parameter has shape {leaf.shape}; expected [{counts[kind]}, ...]"
+                    )
+                if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+                    raise UsageError(
+                        f"a {kind} parameter is {leaf.dtype}; keep its real and imaginary parts"
+                    )
 
     def check_batch(self, batch: PyTree) -> None:
         """Raises UsageError unless the batch holds D M microbatches."""

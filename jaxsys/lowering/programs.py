@@ -24,6 +24,7 @@ from jaxsys.layered import ALIKE, LayeredModel, PyTree
 
 from .flat import FlatModel, Leaves, check_block, flat_of, floats, pull_back
 from .jaxprs import inlined, named, run, slice_of, value_of
+from .kinds import Choice, Shared
 from .residuals import what_to_keep
 from .split import split_backward
 
@@ -57,7 +58,7 @@ class ChunkProgram:
     """(weights, buffer, slot, dy, microbatch, first_layer) -> (dweights, dx, buffer). Where
     layers are written out, dweights are a list of theirs; else stacked as weights are."""
     residuals: list[jax.ShapeDtypeStruct]
-    """What one slot holds, [K, ...] each."""
+    """What one slot holds, layer by layer."""
     empty_residuals: Callable[[int], PyTree]
     """slots -> a buffer of residuals, zero."""
     split: "SplitChunkProgram | None"
@@ -181,18 +182,17 @@ class _Store:
     a buffer and out again.
     """
 
-    specs: list[jax.ShapeDtypeStruct]
-    layers: int
+    specs: list[list[jax.ShapeDtypeStruct]]
+    """Of each layer; looped layers have the same."""
     unroll: bool
 
     def empty(self, slots: int) -> PyTree:
         """All slots, zero."""
         if not self.unroll:
-            return [jnp.zeros((slots, self.layers, *s.shape), s.dtype) for s in self.specs]
+            lead = slots, len(self.specs)
+            return [jnp.zeros((*lead, *s.shape), s.dtype) for s in self.specs[0]]
         lead = () if slots == 1 else (slots,)
-        return [
-            [jnp.zeros((*lead, *s.shape), s.dtype) for s in self.specs] for _ in range(self.layers)
-        ]
+        return [[jnp.zeros((*lead, *s.shape), s.dtype) for s in specs] for specs in self.specs]
 
     def put(self, buffer: PyTree, values: list[jax.Array], slot: Any, layer: Any) -> PyTree:
         """The buffer with one layer's values in one slot."""
@@ -212,7 +212,7 @@ class _Store:
         Slices of layers that are written out would otherwise all be taken at once, and held. With
         one slot there are none.
         """
-        pairs = zip(buffer[layer], self.specs, strict=True) if self.unroll else ()
+        pairs = zip(buffer[layer], self.specs[layer], strict=True) if self.unroll else ()
         if any(b.ndim > len(s.shape) for b, s in pairs):
             value, row = lax.optimization_barrier((value, buffer[layer]))
             buffer = [*buffer[:layer], row, *buffer[layer + 1 :]]
@@ -222,7 +222,7 @@ class _Store:
         """One layer's values in one slot."""
         if not self.unroll:
             return [_get(b, (slot, layer)) for b in buffer]
-        pairs = zip(buffer[layer], self.specs, strict=True)
+        pairs = zip(buffer[layer], self.specs[layer], strict=True)
         return [b if b.ndim == len(s.shape) else _get(b, (slot,)) for b, s in pairs]
 
 
@@ -241,7 +241,7 @@ def chunk_program(
 
     Args:
         model: the layered model.
-        weights: shapes and dtypes of a chunk's parameters, leaves [K, ...].
+        weights: shapes and dtypes of a chunk's parameters, leaves [K, ...], whatever their kinds.
         x: shapes and dtypes of the chunk's input.
         microbatch: shapes and dtypes of one microbatch.
         recompute: what backward computes again.
@@ -251,9 +251,20 @@ def chunk_program(
     """
     layers = jax.tree.leaves(weights)[0].shape[0]
     one = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape[1:], w.dtype), weights)
-    inner = block_program(model, one, x, microbatch, "none" if recompute == "chunk" else recompute)
-    kept = _Store(specs=inner.residuals, layers=layers, unroll=unroll)
+    policy: Recompute = "none" if recompute == "chunk" else recompute
+    inner = {kind: block_program(model, one, x, microbatch, policy, kind) for kind in model.kinds}
+    choice = Choice(model, layers, unroll=unroll)
+    shared = {
+        possible: Shared({kind: inner[kind].residuals for kind in possible})
+        for possible in map(choice.possible, range(layers))
+    }
+    kept = _Store(
+        specs=[shared[choice.possible(layer)].specs for layer in range(layers)], unroll=unroll
+    )
     no_gradient = floats(one)
+
+    def held(index: Any) -> Shared:
+        return shared[choice.possible(index if unroll else 0)]
 
     def if_present(first_layer, index, run, skip):
         return lax.cond(first_layer + index < model.layers, run, skip) if padded else run()
@@ -275,11 +286,17 @@ def chunk_program(
     def forward(weights, x, microbatch, buffer, slot, first_layer):
         def layer(carry, index, w):
             x, buffer = carry
+            number = first_layer + index
+
+            def of_kind(kind):
+                y, residuals = inner[kind].forward(w, x, microbatch, number)
+                return y, held(index).put(kind, residuals)
+
             y, residuals = if_present(
                 first_layer,
                 index,
-                lambda: inner.forward(w, x, microbatch, first_layer + index),
-                lambda: (x, _zeros(inner.residuals)),
+                lambda: choice.run(index, number, of_kind),
+                lambda: (x, _zeros(held(index).specs)),
             )
             return (y, kept.put(buffer, residuals, slot, index)), None
 
@@ -289,10 +306,16 @@ def chunk_program(
         def layer(carry, index, w):
             dx, buffer = carry
             dx, residuals = kept.get_with(dx, buffer, slot, index)
+            number = first_layer + index
+
+            def of_kind(kind):
+                own = held(index).get(kind, residuals)
+                return inner[kind].backward(w, own, dx, microbatch, number)
+
             dw, dx = if_present(
                 first_layer,
                 index,
-                lambda: inner.backward(w, residuals, dx, microbatch, first_layer + index),
+                lambda: choice.run(index, number, of_kind),
                 lambda: (_zeros(no_gradient), dx),
             )
             if recompute == "block":
@@ -305,20 +328,38 @@ def chunk_program(
         return dw, dx, buffer
 
     def split_program() -> SplitChunkProgram:
-        halves = split_backward(inner.backward, one, inner.residuals, floats(x), microbatch, INDEX)
-        tapped = _Store(specs=halves.taps, layers=layers, unroll=unroll)
+        halves = {
+            kind: split_backward(
+                inner[kind].backward, one, inner[kind].residuals, floats(x), microbatch, INDEX
+            )
+            for kind in model.kinds
+        }
+        tap_of = {
+            possible: Shared({kind: halves[kind].taps for kind in possible}) for possible in shared
+        }
+        tapped = _Store(
+            specs=[tap_of[choice.possible(layer)].specs for layer in range(layers)], unroll=unroll
+        )
+
+        def tap(index: Any) -> Shared:
+            return tap_of[choice.possible(index if unroll else 0)]
 
         def input_gradient(weights, buffer, slot, dy, microbatch, first_layer, taps, tap_slot):
             def layer(carry, index, w):
                 dx, buffer, taps = carry
                 dx, residuals = kept.get_with(dx, buffer, slot, index)
+                number = first_layer + index
+
+                def of_kind(kind):
+                    own = held(index).get(kind, residuals)
+                    made, values = halves[kind].input_gradient(w, own, dx, microbatch, number)
+                    return made, tap(index).put(kind, values)
+
                 dx, values = if_present(
                     first_layer,
                     index,
-                    lambda: halves.input_gradient(
-                        w, residuals, dx, microbatch, first_layer + index
-                    ),
-                    lambda: (dx, _zeros(halves.taps)),
+                    lambda: choice.run(index, number, of_kind),
+                    lambda: (dx, _zeros(tap(index).specs)),
                 )
                 taps = tapped.put(taps, values, tap_slot, index)
                 return (dx, _handed_on(buffer), taps), None
@@ -331,7 +372,11 @@ def chunk_program(
                 dw = if_present(
                     first_layer,
                     index,
-                    lambda: halves.weight_gradient(values),
+                    lambda: choice.run(
+                        index,
+                        first_layer + index,
+                        lambda kind: halves[kind].weight_gradient(tap(index).get(kind, values)),
+                    ),
                     lambda: _zeros(no_gradient),
                 )
                 return _handed_on(taps), dw
@@ -348,7 +393,7 @@ def chunk_program(
     whole = ChunkProgram(
         forward=forward,
         backward=backward,
-        residuals=[jax.ShapeDtypeStruct((layers, *r.shape), r.dtype) for r in inner.residuals],
+        residuals=[spec for specs in kept.specs for spec in specs],
         empty_residuals=kept.empty,
         split=split_program() if split else None,
     )
@@ -357,7 +402,7 @@ def chunk_program(
 
 def _from_input(inner: ChunkProgram, x: list[jax.ShapeDtypeStruct]) -> ChunkProgram:
     """The same programs with a chunk's input as the only residual."""
-    kept = _Store(specs=x, layers=1, unroll=False)
+    kept = _Store(specs=[x], unroll=False)
 
     def again(weights, buffer, slot, microbatch, first_layer):
         x = kept.get(buffer, slot, 0)
@@ -387,7 +432,7 @@ def _from_input(inner: ChunkProgram, x: list[jax.ShapeDtypeStruct]) -> ChunkProg
     return ChunkProgram(
         forward=forward,
         backward=backward,
-        residuals=[jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype) for leaf in x],
+        residuals=x,
         empty_residuals=kept.empty,
         split=split,
     )

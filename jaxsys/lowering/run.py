@@ -8,9 +8,9 @@ residual slot it frees can be written again at once.
 Legend: P devices, C chunks, K layers a chunk, V = C / P chunks at rest on a device, T ticks.
 """
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from jaxsys.schedule import Data, MoveKind, Placement, TaskKind
 from .base import Outcome, Step, add_to
 from .bodies import BufferKey, GroupSignature, Segment, TaskSignature, TickSignature
 from .flat import Leaves, cast, flat_model, floats, head_back, like, pull_back
+from .kinds import RestOrder
 from .packing import Packing
 from .programs import ChunkProgram, Recompute, SplitChunkProgram, chunk_program
 from .tables import Tables
@@ -45,6 +46,14 @@ class TabledStep(Step):
     def chunk_layers(self) -> int:
         """K, the layers of a chunk; the last chunk may hold fewer and is padded."""
         return -(-self.model.layers // self.schedule.chunks)
+
+    @cached_property
+    def rest_order(self) -> RestOrder:
+        """Where each layer rests: on its chunk's owner, or everywhere."""
+        chunks = np.arange(self.schedule.chunks)[None]
+        if self.schedule.placement is Placement.OWNER:
+            chunks = self.tables.local_chunks
+        return RestOrder(self.model, chunks, self.chunk_layers)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -83,16 +92,23 @@ class Run:
         self.batch = batch
         self.edge = lowered.gather_edge(parameters["edge"], self.specs["edge"])
         model = self.model
-        own = jax.tree.map(
-            lambda p: p.reshape(-1, lowered.chunk_layers, *p.shape[1:]),
-            cast(parameters["blocks"], lowered.compute_dtype),
-        )
-        if any(m.kind is MoveKind.PERMUTE and m.block.data is Data.WEIGHT for m in moves):
-            layer = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape[2:], p.dtype), own)
-            self.packing = Packing(layer)
-            (block,) = model.kinds.values()
-            model = dataclasses.replace(model, block=self.packing.packed_block(block))
-            own = self.packing.pack(own)
+        stacks = model.stacks(cast(parameters["blocks"], lowered.compute_dtype))
+        rows_of = lowered.rest_order.rows
+        stacks = {
+            kind: jax.tree.map(lambda p, n=rows_of[kind]: p.reshape(-1, n, *p.shape[1:]), stack)
+            for kind, stack in stacks.items()
+        }
+        layers = {
+            kind: jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape[2:], p.dtype), stack)
+            for kind, stack in stacks.items()
+        }
+        travel = any(m.kind is MoveKind.PERMUTE and m.block.data is Data.WEIGHT for m in moves)
+        first, *others = layers.values()
+        if travel or any(other != first for other in others):
+            self.packing = packing = Packing(layers)
+            model = packing.packed(model)
+            stacks = {kind: packing.pack(kind, stack) for kind, stack in stacks.items()}
+        own = lowered.rest_order.by_position(stacks)
         chunk = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape[1:], p.dtype), own)
         microbatch = jax.tree.map(lambda b: jax.ShapeDtypeStruct(b.shape[1:], b.dtype), batch)
         self.flat = flat_model(self.model, self.edge, microbatch)
@@ -421,22 +437,29 @@ class Run:
             ]
             sums = jax.tree.map(lambda *p: jnp.stack(p), *parts)
         assert sums is not None, "replicated chunks are summed over all devices"
+        by_kind = self.lowered.rest_order.by_kind(sums)
         if self.packing is not None:
-            sums = self.packing.unpack_gradient(sums)
+            unpack = self.packing.unpack_gradient
+            by_kind = {kind: unpack(kind, rows) for kind, rows in by_kind.items()}
 
         def block_gradient(total: jax.Array, at_rest: jax.Array) -> jax.Array:
             total = total.reshape(at_rest.shape).astype(at_rest.dtype)
             return self.lowered.over_replicas(total) / weight
 
-        blocks = parameters["blocks"]
-        gradients = [block_gradient(g, p) for g, p in zip(sums, floats(blocks), strict=True)]
+        stacks = {
+            kind: like(
+                stack,
+                [block_gradient(g, p) for g, p in zip(by_kind[kind], floats(stack), strict=True)],
+            )
+            for kind, stack in self.model.stacks(parameters["blocks"]).items()
+        }
         return Outcome(
             loss=loss / weight,
             gradients=Parameters(
                 edge=self.lowered.reduce_edge(
                     state.edge_gradient, parameters["edge"], self.specs["edge"], weight
                 ),
-                blocks=like(blocks, gradients),
+                blocks=self.model.blocks(stacks),
             ),
             weight=weight,
             metrics=metrics,

@@ -38,7 +38,7 @@ from jaxsys.schedule import Move, MoveKind, Placement, Schedule, Task, TaskKind,
 from jaxsys.strategies import RECOMPUTES
 
 from .base import Outcome, Step, add_to, check_fit, is_spec, sharded_spec
-from .flat import Leaves, cast, flat_model, floats, head_back, is_float, pull_back
+from .flat import Leaves, cast, flat_model, floats, head_back, is_float, like, pull_back
 from .programs import BlockProgram, Recompute, block_program
 from .refusal import why_not_lowered
 
@@ -153,6 +153,24 @@ class ShardedStep(Step):
         )
 
 
+class _Stack:
+    """The shards of all blocks of a kind, [layers of the kind, ...] each."""
+
+    def __init__(self, shards: PyTree, specs: PyTree) -> None:
+        self.leaves, self.structure = jax.tree.flatten(shards)
+        self.axes = [s.index(RING) if RING in s else None for s in _spec_leaves(specs)]
+
+    def layer(self, devices: int) -> PyTree:
+        """Shapes and dtypes of one layer's whole parameters."""
+        found = []
+        for leaf, axis in zip(self.leaves, self.axes, strict=True):
+            shape = list(leaf.shape)
+            if axis is not None:
+                shape[axis] *= devices
+            found.append(jax.ShapeDtypeStruct(shape[1:], leaf.dtype))
+        return jax.tree.unflatten(self.structure, found)
+
+
 class _ChunkLayout:
     """How a chunk's shards lie in rows, and how whole leaves come back from P of each.
 
@@ -258,14 +276,19 @@ class _Run:
         lowered, schedule = self.lowered, self.schedule
         self.batch = batch
         self.edge = lowered.gather_edge(parameters["edge"], self.specs["edge"])
-        own, self.structure = jax.tree.flatten(cast(parameters["blocks"], lowered.compute_dtype))
-        axes = [s.index(RING) if RING in s else None for s in _spec_leaves(self.specs["blocks"])]
-        self.shards = [[p[part.start : part.stop] for p in own] for part in lowered.chunk_layers]
-        self.layouts = [_ChunkLayout(part, axes, schedule.devices) for part in self.shards]
-        learned = [axis for axis, p in zip(axes, own, strict=True) if is_float(p)]
-        self.gradient_layouts = [
-            _ChunkLayout(floats(part), learned, schedule.devices) for part in self.shards
+        stacks = self.model.stacks(cast(parameters["blocks"], lowered.compute_dtype))
+        self.stacks = {kind: _Stack(stack, self.spec_of(kind)) for kind, stack in stacks.items()}
+        self.parts = [self.parts_of(chunk) for chunk in lowered.chunk_layers]
+        self.shards = [
+            [p[rows.start : rows.stop] for kind, rows in parts for p in self.stacks[kind].leaves]
+            for parts in self.parts
         ]
+        self.layouts, self.gradient_layouts = [], []
+        for parts, shards in zip(self.parts, self.shards, strict=True):
+            axes = [axis for kind, _ in parts for axis in self.stacks[kind].axes]
+            learned = [axis for axis, p in zip(axes, shards, strict=True) if is_float(p)]
+            self.layouts.append(_ChunkLayout(shards, axes, schedule.devices))
+            self.gradient_layouts.append(_ChunkLayout(floats(shards), learned, schedule.devices))
         microbatch = jax.tree.map(lambda b: jax.ShapeDtypeStruct(b.shape[1:], b.dtype), batch)
         self.flat = flat_model(self.model, self.edge, microbatch)
         self.programs = self.block_programs(microbatch)
@@ -376,31 +399,38 @@ class _Run:
             self.drop(tick)
         state.landing = [(due - len(ticks), move, value) for due, move, value in state.landing]
 
+    def spec_of(self, kind: str) -> PyTree:
+        """The PartitionSpecs of a kind's stack."""
+        return self.model.stacks(self.specs["blocks"])[kind]
+
+    def parts_of(self, chunk: range) -> list[tuple[str, range]]:
+        """The kinds in a chunk and which rows of their stacks it has: they lie together."""
+        rows: dict[str, list[int]] = {}
+        for layer in chunk:
+            kind, row = self.model.places[layer]
+            rows.setdefault(kind, []).append(row)
+        return [(kind, range(mine[0], mine[-1] + 1)) for kind, mine in rows.items()]
+
     def block_programs(self, microbatch: PyTree) -> list[BlockProgram]:
-        layer = self.layer([jax.ShapeDtypeStruct(w.shape[1:], w.dtype) for w in self.whole(0)])
         x = jax.tree.unflatten(self.flat.structure, self.flat.x)
-        made = {
-            policy: block_program(self.model, layer, x, microbatch, policy)
-            for policy in dict.fromkeys(self.lowered.recompute)
-        }
-        return [made[policy] for policy in self.lowered.recompute]
+        made: dict[tuple[Recompute, str], BlockProgram] = {}
+        pairs = list(zip(self.lowered.recompute, self.model.kind_of, strict=True))
+        for policy, kind in dict.fromkeys(pairs):
+            layer = self.stacks[kind].layer(self.schedule.devices)
+            made[policy, kind] = block_program(self.model, layer, x, microbatch, policy, kind)
+        return [made[pair] for pair in pairs]
 
-    def layer(self, leaves: Leaves) -> PyTree:
-        """A layer's parameters as the model has them."""
-        return jax.tree.unflatten(self.structure, leaves)
-
-    def whole(self, chunk: int) -> Leaves:
-        """Shapes and dtypes of a chunk's whole leaves."""
-
-        def gathered(shards: Leaves) -> Leaves:
-            layout = self.layouts[chunk]
-            rows = [
-                jnp.broadcast_to(row, (self.schedule.devices, *row.shape))
-                for row in layout.pack(shards)
-            ]
-            return layout.unpack(rows, shards)
-
-        return jax.eval_shape(gathered, self.shards[chunk])
+    def weights_of(self, chunk: int, layer: int) -> PyTree:
+        """A layer's whole parameters, as the model has them, from its chunk's."""
+        kind, row = self.model.places[layer]
+        start = 0
+        for other, rows in self.parts[chunk]:
+            stack = self.stacks[other]
+            if other == kind:
+                whole = self.state.weights[chunk][start : start + len(stack.leaves)]
+                return jax.tree.unflatten(stack.structure, [w[row - rows.start] for w in whole])
+            start += len(stack.leaves)
+        raise AssertionError(f"chunk {chunk} has no layer {layer}")
 
     @cached_property
     def last_uses(self) -> dict[tuple[int, int], bool]:
@@ -484,9 +514,9 @@ class _Run:
             microbatch = self.tie(microbatch)
             self.embed_backward()
             state.carrier = self.flat.embed(self.edge, microbatch)
-        x, weights, kept = state.carrier, state.weights[chunk], []
-        for index, layer in enumerate(self.lowered.chunk_layers[chunk]):
-            own = self.layer([w[index] for w in weights])
+        x, kept = state.carrier, []
+        for layer in self.lowered.chunk_layers[chunk]:
+            own = self.weights_of(chunk, layer)
             x, residuals = self.programs[layer].forward(own, x, microbatch, jnp.int32(layer))
             kept.append(residuals)
         state.residuals[chunk] = kept
@@ -499,18 +529,19 @@ class _Run:
             found, d_edge, dy = head_back(self.flat, self.edge, dy, microbatch)
             self.add_to_edge(d_edge)
             state.scores = jax.tree.map(jnp.add, state.scores, found)
-        kept, weights = state.residuals.pop(chunk), state.weights[chunk]
-        parts = []
+        kept = state.residuals.pop(chunk)
+        parts: dict[str, list[Leaves]] = {kind: [] for kind, _ in self.parts[chunk]}
         for index, layer in reversed(list(enumerate(self.lowered.chunk_layers[chunk]))):
-            own = self.layer([w[index] for w in weights])
+            own = self.weights_of(chunk, layer)
             # Recompute must not begin before the cotangent is there.
             residuals, dy = lax.optimization_barrier((kept[index], dy))
             program, number = self.programs[layer], jnp.int32(layer)
             dw, dy = program.backward(own, residuals, dy, microbatch, number)
-            parts.append(dw)
+            parts[self.model.kind_of[layer]].append(dw)
         gradient = [
             jnp.stack(leaves).astype(self.lowered.gradient_dtype)
-            for leaves in zip(*parts[::-1], strict=True)
+            for layers in parts.values()
+            for leaves in zip(*layers[::-1], strict=True)
         ]
         there = state.gradients.get(chunk)
         if there is not None:
@@ -538,14 +569,23 @@ class _Run:
 
     def finish(self, parameters: Parameters) -> Outcome:
         loss, weight, metrics = lax.psum(self.state.scores, (DATA, RING))
-        chunks = [self.state.reduced[chunk] for chunk in range(self.schedule.chunks)]
-        totals = iter([jnp.concatenate(parts) for parts in zip(*chunks, strict=True)])
+        totals: dict[str, list[Leaves]] = {kind: [] for kind in self.stacks}
+        for chunk, parts in enumerate(self.parts):
+            rest = iter(self.state.reduced[chunk])
+            for kind, _ in parts:
+                totals[kind].append([next(rest) for _ in floats(self.stacks[kind].leaves)])
 
-        def block(at_rest: jax.Array, spec: PartitionSpec) -> jax.Array:
-            if not is_float(at_rest):
-                return jnp.zeros_like(at_rest)
-            total = self.lowered.over_replicas(next(totals).astype(at_rest.dtype))
-            return (total if RING in spec else lax.psum(total, RING)) / weight
+        def block(total: jax.Array, at_rest: jax.Array, axis: int | None) -> jax.Array:
+            total = self.lowered.over_replicas(total.astype(at_rest.dtype))
+            return (total if axis is not None else lax.psum(total, RING)) / weight
+
+        gradients = {}
+        for kind, at_rest in self.model.stacks(parameters["blocks"]).items():
+            stack = self.stacks[kind]
+            whole = [jnp.concatenate(parts) for parts in zip(*totals[kind], strict=True)]
+            axes = [a for a, p in zip(stack.axes, stack.leaves, strict=True) if is_float(p)]
+            rows = zip(whole, floats(at_rest), axes, strict=True)
+            gradients[kind] = like(at_rest, [block(*row) for row in rows])
 
         return Outcome(
             loss=loss / weight,
@@ -553,7 +593,7 @@ class _Run:
                 edge=self.lowered.reduce_edge(
                     self.state.edge_gradient, parameters["edge"], self.specs["edge"], weight
                 ),
-                blocks=jax.tree.map(block, parameters["blocks"], self.specs["blocks"]),
+                blocks=self.model.blocks(gradients),
             ),
             weight=weight,
             metrics=metrics,

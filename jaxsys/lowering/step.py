@@ -7,8 +7,8 @@ order, and runs the step. What happens inside is in `run`.
 Legend: P devices, C chunks, K = ceil(L / C) layers a chunk.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import jax
@@ -83,41 +83,28 @@ def lower(
 class LoweredStep(TabledStep):
     """A schedule ready to run. Made by `lower`."""
 
-    @cached_property
-    def rest_chunks(self) -> np.ndarray:
-        """The chunks in the order they rest: position -> chunk."""
-        if self.schedule.placement is Placement.OWNER:
-            return self.tables.local_chunks.reshape(-1)
-        return np.arange(self.schedule.chunks)
-
     def to_rest(self, parameters: Parameters) -> Parameters:
-        """Layer order [L, ...] -> order at rest [C K, ...], placed on the mesh."""
+        """Layer order [L, ...] -> order at rest [C K, ...], placed on the mesh; by kind."""
         self.check_layers(parameters)
-        layers = self.model.layers
-        order = self._layer_order()
 
         def place(parameters: Parameters) -> Parameters:
-            def rest(leaf: jax.Array) -> jax.Array:
-                spare = order.size - layers
-                padded = jnp.pad(leaf, [(0, spare)] + [(0, 0)] * (leaf.ndim - 1)) if spare else leaf
-                return jnp.take(padded, order, axis=0)
-
-            return Parameters(
-                edge=parameters["edge"], blocks=jax.tree.map(rest, parameters["blocks"])
-            )
+            return self._moved(parameters, self.rest_order.to_rest)
 
         shapes = jax.eval_shape(place, parameters)
         return jax.jit(place, out_shardings=self.rest_shardings(shapes))(parameters)
 
     def from_rest(self, parameters: Parameters) -> Parameters:
-        """Order at rest [C K, ...] -> layer order [L, ...]."""
-        back = np.argsort(self._layer_order())[: self.model.layers]
+        """Order at rest [C K, ...] -> layer order [L, ...]; by kind."""
+        return jax.jit(lambda p: self._moved(p, self.rest_order.from_rest))(parameters)
 
-        def unplace(parameters: Parameters) -> Parameters:
-            blocks = jax.tree.map(lambda leaf: jnp.take(leaf, back, axis=0), parameters["blocks"])
-            return Parameters(edge=parameters["edge"], blocks=blocks)
-
-        return jax.jit(unplace)(parameters)
+    def _moved(
+        self, parameters: Parameters, move: Callable[[str, jax.Array], jax.Array]
+    ) -> Parameters:
+        stacks = {
+            kind: jax.tree.map(lambda leaf, k=kind: move(k, leaf), stack)
+            for kind, stack in self.model.stacks(parameters["blocks"]).items()
+        }
+        return Parameters(edge=parameters["edge"], blocks=self.model.blocks(stacks))
 
     def loss_and_gradients(self, parameters: Parameters, batch: PyTree) -> Outcome:
         """The step's loss, gradients and metrics; trace it inside a jit of your own.
@@ -150,10 +137,6 @@ class LoweredStep(TabledStep):
             check_vma=False,
         )
         return step(jnp.asarray(self.tables.rows), parameters, batch)
-
-    def _layer_order(self) -> np.ndarray:
-        k = self.chunk_layers
-        return (self.rest_chunks[:, None] * k + np.arange(k)[None, :]).reshape(-1)
 
     def rest_specs(self, parameters: Parameters) -> Parameters:
         """PartitionSpecs: blocks by owner along their stacked axis, or whole on every device."""
