@@ -151,6 +151,11 @@ def plan(
         Conflict: if `narrow` leaves nothing; says what conflicts.
     """
     layered = isinstance(loss_fn, LayeredModel)
+    if isinstance(loss_fn, LayeredModel) and not callable(loss_fn.block):
+        raise UsageError(
+            f"blocks are of kinds {', '.join(map(repr, loss_fn.block))}; a search takes "
+            "blocks that are alike: give the trainer a schedule by name instead"
+        )
     function = _layered_loss(loss_fn) if isinstance(loss_fn, LayeredModel) else loss_fn
     if not any(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in _leaves(params)):
         raise UsageError("params hold no floating-point array: there is nothing to train")

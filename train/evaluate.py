@@ -5,6 +5,7 @@ of the parameters, one layer and one microbatch. It takes parameters in layer or
 axis of their own (`state.layer_shardings`), and every device runs its share of the rows.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -45,17 +46,28 @@ def make_loss(
         edge = jax.tree.map(lambda p, s: gather(p, s, 0), parameters["edge"], specs["edge"])
         one = jax.tree.map(lambda b: jax.ShapeDtypeStruct(b.shape[1:], b.dtype), batch)
         flat = flat_model(model, edge, one)
+        stacks, stack_specs = model.stacks(parameters["blocks"]), model.stacks(specs["blocks"])
+        kinds = tuple(model.kinds)
 
         def row(carry: Sums, item: tuple[PyTree, jax.Array]) -> tuple[Sums, None]:
             microbatch, counts = item
 
-            def layer(x: Leaves, item: tuple[PyTree, jax.Array]) -> tuple[Leaves, None]:
-                shard, index = item
-                whole = jax.tree.map(lambda p, s: gather(p, s, 1), shard, specs["blocks"])
-                return flat.block(whole, x, microbatch, index), None
+            def of_kind(kind: str, x: Leaves, row: jax.Array, index: jax.Array) -> Leaves:
+                shard = jax.tree.map(lambda p: p[row], stacks[kind])
+                whole = jax.tree.map(lambda p, s: gather(p, s, 1), shard, stack_specs[kind])
+                return flat.block(whole, x, microbatch, index, kind)
 
-            blocks = parameters["blocks"], jnp.arange(model.layers)
-            x, _ = lax.scan(layer, flat.embed(edge, microbatch), blocks)
+            def layer(x: Leaves, item: tuple[jax.Array, ...]) -> tuple[Leaves, None]:
+                number, *place = item
+                if len(kinds) == 1:
+                    return of_kind(kinds[0], x, *place), None
+                branches = [functools.partial(of_kind, kind) for kind in kinds]
+                return lax.switch(number, branches, x, *place), None
+
+            numbers = [kinds.index(kind) for kind, _ in model.places]
+            rows = [row for _, row in model.places]
+            items = jnp.array(numbers), jnp.array(rows), jnp.arange(model.layers)
+            x, _ = lax.scan(layer, flat.embed(edge, microbatch), items)
             loss, weight, _ = flat.head(edge, x, microbatch)
             # A padded row may hold anything: zero times a NaN would not be zero.
             zero = jnp.float32(0)

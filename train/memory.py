@@ -5,21 +5,26 @@ model and state. Alternatives that would fit are looked for alike.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxsys.errors import UsageError
 from jaxsys.hardware import free_host_bytes, gib
 from jaxsys.layered import LayeredModel, Parameters, PyTree
 from jaxsys.lowering import Recompute
+from jaxsys.lowering.flat import floats
+from jaxsys.lowering.kinds import RestOrder
 from jaxsys.lowering.memory import (
     Around,
     block_bytes,
     head_bytes,
+    longest_block_bytes,
+    longest_layer_bytes,
     sharded_static_bytes,
     tabled_bytes,
     tree_bytes,
@@ -64,44 +69,73 @@ def step_bytes(step: StepShape) -> float:
         jax.tree.map(lambda s: _cast(s, step.compute_dtype), step.parameters[part])
         for part in ("edge", "blocks")
     )
-    layer = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), blocks)
+    layer_of = {
+        kind: jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), stack)
+        for kind, stack in model.stacks(blocks).items()
+    }
     x = jax.eval_shape(model.embed, edge, microbatch)
     policies = step.policies
     split = any(task.kind is TaskKind.INPUT_GRADIENT for task in schedule.tasks)
-    found = {
-        policy: block_bytes(model, layer, x, microbatch, policy, split=split)
+    # Steps with buffers have room for a layer of any kind wherever they have one.
+    longest_of = {
+        policy: longest_block_bytes(model, layer_of, x, microbatch, policy, split=split)
         for policy in set(policies)
+        if not sharded
+    }
+    pairs = list(zip(policies, model.kind_of, strict=True))
+    found = {
+        pair: block_bytes(
+            model, layer_of[pair[1]], x, microbatch, pair[0], split=split, kind=pair[1]
+        )
+        if sharded
+        else longest_of[pair[0]]
+        for pair in dict.fromkeys(pairs)
+    }
+    weight_of = {kind: tree_bytes(layer) for kind, layer in layer_of.items()}
+    gradient_of = {
+        kind: tree_bytes(floats(layer), step.gradient_dtype) for kind, layer in layer_of.items()
     }
     parts = (cut if sharded else full_chunks)(model.layers, schedule.chunks)
     longest = max(len(part) for part in parts)
-    layers = [len(part) if sharded else longest for part in parts]
+    longest_weight, longest_floats = longest_layer_bytes(layer_of)
+    longest_gradient = longest_floats * (
+        jnp.dtype(step.gradient_dtype).itemsize / jnp.dtype(step.compute_dtype).itemsize
+    )
+
+    def weighed(part: Sequence[int], each: Mapping[str, float], most: float) -> float:
+        return sum(each[model.kind_of[i]] for i in part) if sharded else longest * most
+
     # Of a chunk that is computed again all its layers' residuals are there by then.
-    again = longest * found["chunk"].residual if "chunk" in found else 0.0
+    again = longest * longest_of["chunk"].residual if "chunk" in longest_of else 0.0
 
     def kept(part: Sequence[int]) -> float:
         if policies[0] == "chunk":
             return tree_bytes(x)
-        whole = sum(found[policies[i]].residual for i in part)
-        return whole if sharded else longest * found[policies[0]].residual
+        whole = sum(found[pairs[i]].residual for i in part)
+        return whole if sharded else longest * longest_of[policies[0]].residual
 
     costs = Costs(
         forward_s=0.0,
         backward_s=0.0,
-        weight_bytes=[count * tree_bytes(layer) for count in layers],
-        gradient_bytes=[count * tree_bytes(layer, step.gradient_dtype) for count in layers],
+        weight_bytes=[weighed(part, weight_of, longest_weight) for part in parts],
+        gradient_bytes=[weighed(part, gradient_of, longest_gradient) for part in parts],
         activation_bytes=tree_bytes(x),
         residual_bytes=[kept(part) for part in parts],
-        tap_bytes=[count * found[policies[0]].tap for count in layers],
+        tap_bytes=[0.0 if sharded else longest * longest_of[policies[0]].tap for _ in parts],
     )
     # Chunks are as long as the longest where they rest; what pads them has its state too.
     rest = step.state_bytes
     if schedule.placement is Placement.OWNER:
-        padding = sum(layers) - model.layers
-        rest *= 1 + padding * tree_bytes(layer) / tree_bytes((edge, blocks))
+        order = RestOrder(model, np.arange(schedule.chunks)[None], longest)
+        padded = sum(
+            (schedule.chunks * rows - model.kind_of.count(kind)) * weight_of[kind]
+            for kind, rows in order.rows.items()
+        )
+        rest *= 1 + padded / tree_bytes((edge, blocks))
     around = Around(
         rest=rest if schedule.placement is Placement.REPLICATED else rest / schedule.devices,
         edge=tree_bytes(edge),
-        edge_sums=tree_bytes(edge, step.gradient_dtype),
+        edge_sums=tree_bytes(floats(edge), step.gradient_dtype),
         block=max(each.work for each in found.values()) + again,
         head=head_bytes(model, edge, x, microbatch),
     )

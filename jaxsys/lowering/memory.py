@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsys.layered import LayeredModel, PyTree
+from jaxsys.layered import ALIKE, LayeredModel, PyTree
 from jaxsys.schedule import Block, Costs, Data, MoveKind, Placement, Schedule
 
-from .flat import flat_of, floats, head_back
+from .flat import Leaves, flat_of, floats, head_back
+from .kinds import Shared
 from .liveness import peak_bytes
 from .programs import INDEX, BlockProgram, Recompute, block_program
 from .split import split_backward
@@ -60,7 +61,10 @@ class Around:
 def tree_bytes(tree: PyTree, dtype: Any = None) -> float:
     """Bytes of a tree of arrays or shapes, in a dtype of their own or another."""
     return float(
-        sum(leaf.size * jnp.dtype(dtype or leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+        sum(
+            leaf.size * (leaf.dtype if dtype is None else jnp.dtype(dtype)).itemsize
+            for leaf in jax.tree.leaves(tree)
+        )
     )
 
 
@@ -72,6 +76,7 @@ def block_bytes(
     policy: Recompute,
     *,
     split: bool,
+    kind: str = ALIKE,
 ) -> BlockBytes:
     """Traces one block.
 
@@ -82,19 +87,69 @@ def block_bytes(
         microbatch: of one microbatch.
         policy: what backward computes again; of `chunk` what a block's own part is.
         split: whether backward is cut into I and W; there are no taps otherwise.
+        kind: of the block.
     """
-    inner: Recompute = "none" if policy == "chunk" else policy
-    found: BlockProgram = block_program(model, layer, x, microbatch, inner)
-    backward = found.backward, layer, found.residuals, floats(x), microbatch, INDEX
-    taps = 0.0
-    if split:
-        halves = split_backward(*backward)
-        taps = tree_bytes(halves.taps)
+    residuals, taps, work = _traced(model, layer, x, microbatch, policy, split, kind)
+    return BlockBytes(residual=tree_bytes(residuals), tap=tree_bytes(taps), work=work)
+
+
+def longest_block_bytes(
+    model: LayeredModel,
+    layers: Mapping[str, PyTree],
+    x: PyTree,
+    microbatch: PyTree,
+    policy: Recompute,
+    *,
+    split: bool,
+) -> BlockBytes:
+    """What a step with buffers keeps of a block whatever its kind, which its room must do for.
+
+    Args:
+        model: whose blocks are traced.
+        layers: kind -> shapes and dtypes of one block's parameters.
+        x: of a block's input.
+        microbatch: of one microbatch.
+        policy: what backward computes again.
+        split: whether backward is cut into I and W.
+    """
+    found = {
+        kind: _traced(model, layer, x, microbatch, policy, split, kind)
+        for kind, layer in layers.items()
+    }
     return BlockBytes(
-        residual=tree_bytes(found.residuals),
-        tap=taps,
-        work=peak_bytes(*backward),
+        residual=tree_bytes(Shared({kind: each[0] for kind, each in found.items()}).specs),
+        tap=tree_bytes(Shared({kind: each[1] for kind, each in found.items()}).specs),
+        work=max(work for _, _, work in found.values()),
     )
+
+
+def longest_layer_bytes(layers: Mapping[str, PyTree]) -> tuple[float, float]:
+    """Bytes of a layer of any kind, as a step with buffers lays it out, and of its floats."""
+    rows = Counter()
+    for layer in layers.values():
+        mine = Counter()
+        for leaf in jax.tree.leaves(layer):
+            mine[leaf.dtype] += leaf.size * leaf.dtype.itemsize
+        rows |= mine
+    whole = float(sum(rows.values()))
+    return whole, float(sum(n for dtype, n in rows.items() if jnp.issubdtype(dtype, jnp.floating)))
+
+
+def _traced(
+    model: LayeredModel,
+    layer: PyTree,
+    x: PyTree,
+    microbatch: PyTree,
+    policy: Recompute,
+    split: bool,
+    kind: str,
+) -> tuple[Leaves, Leaves, float]:
+    """Residuals, taps, and the bytes that backward holds."""
+    inner: Recompute = "none" if policy == "chunk" else policy
+    found: BlockProgram = block_program(model, layer, x, microbatch, inner, kind)
+    backward = found.backward, layer, found.residuals, floats(x), microbatch, INDEX
+    taps = split_backward(*backward).taps if split else []
+    return found.residuals, taps, peak_bytes(*backward)
 
 
 def head_bytes(model: LayeredModel, edge: PyTree, x: PyTree, microbatch: PyTree) -> float:

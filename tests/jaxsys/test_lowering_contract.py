@@ -25,6 +25,8 @@ from jaxsys.lowering.kinds import Shared
 from jaxsys.mesh import make_mesh
 from jaxsys.schedule import Placement
 from jaxsys.strategies import NAMES, build
+from jaxsys.train.evaluate import make_loss
+from jaxsys.train.state import layer_shardings
 
 WIDTH, VOCABULARY, SEQUENCES, TOKENS = 8, 16, 2, 4
 TOLERANCE = 1e-5
@@ -237,3 +239,12 @@ def test_refuses_what_is_no_model():
     step = lower(build("1f1b", devices=2, microbatches=2), grown, mesh)
     with pytest.raises(UsageError, match="block 'dense' maps .* it must keep structure"):
         jax.eval_shape(step.loss_and_gradients, step.to_rest(parameters), keyed_batch(2))
+
+
+def test_evaluation_runs_unlike_blocks():
+    model, parameters = unlike_blocks(5)
+    mesh = make_mesh(2, devices=jax.devices()[:2])
+    shardings = layer_shardings(mesh)(parameters)
+    loss = make_loss(model, mesh, shardings, compute_dtype=jnp.float32)
+    total, weight = loss(jax.device_put(parameters, shardings), keyed_batch(3))
+    np.testing.assert_allclose(total / weight, reference(5, 3)[0], rtol=1e-6)
