@@ -16,7 +16,7 @@ no copy from one microbatch to the next, so there the whole batch is one microba
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,22 +33,24 @@ from jaxsys.mesh import AXES
 from jaxsys.planner import explain
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.costs import Precision
-from jaxsys.planner.evaluate import Evaluator
+from jaxsys.planner.evaluate import POLICY, Evaluator
+from jaxsys.planner.feature_axes import feature_split
 from jaxsys.planner.jaxpr_costs import (
     FunctionCost,
     function_cost,
-    residual_bytes,
     shapes_of,
     trace_loss,
+    trace_residuals,
+    variable_bytes,
 )
 from jaxsys.planner.lower import to_schedule
 from jaxsys.planner.named import USABLE_MEMORY
-from jaxsys.planner.plans import PATHS, Plan, State, Weights
+from jaxsys.planner.plans import PATHS, Plan, Residual, State, Weights
 from jaxsys.planner.problem import Problem
 from jaxsys.planner.recognise import describe, recognise
 from jaxsys.planner.search import Effort, Found, Progress, Result, search
 from jaxsys.planner.space import Space
-from jaxsys.planner.workload import BlockWork, EdgeWork, Workload, traced_memory
+from jaxsys.planner.workload import BlockWork, EdgeWork, Joins, Workload, traced_memory
 from jaxsys.schedule import Schedule
 
 PyTree = Any
@@ -88,6 +90,20 @@ class Planned:
     def name(self) -> str:
         """The strategy the plan amounts to."""
         return recognise(self.plan)
+
+    @property
+    def recompute(self) -> str:
+        """What the plan counts on being computed again of a function's layers: none or block."""
+        policies = {POLICY[path.residual] for path in self.plan.layers}
+        return policies.pop() if len(policies) == 1 else "by layer"
+
+    def checkpoint(self, layer: Callable[..., Any]) -> Callable[..., Any]:
+        """A function of one layer as the plan counts it: in `jax.checkpoint`, or as it is.
+
+        Wrap what a scan runs, or what is called once a layer. Of a `LayeredModel` nothing is to be
+        wrapped: its steps compute again what the plan says.
+        """
+        return jax.checkpoint(layer) if self.recompute == "block" else layer
 
     def mesh(self, devices: Sequence[Any] | None = None) -> Mesh:
         """A mesh of axes replica, shard and features, neighbours in features nearest."""
@@ -129,6 +145,7 @@ def plan(
     precision: Precision | None = None,
     narrow: Callable[[Space], Space] | None = None,
     effort: Effort | None = None,
+    recompute: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Planned:
     """Plans a training step for a cluster.
@@ -143,6 +160,9 @@ def plan(
         precision: bytes per parameter of weights, gradients and state.
         narrow: takes plans away from the space before it is searched.
         effort: how hard to search.
+        recompute: the layers of `loss_fn` may be computed again in the backward pass, which is for
+            its author to do: wrap the layer's function in `Planned.checkpoint`. Not counted on
+            otherwise. A `LayeredModel`'s steps do it themselves.
         progress: called as the search goes on.
 
     Raises:
@@ -184,24 +204,27 @@ def plan(
     )
     sizes = [1] if layered else [n for n in range(1, examples + 1) if examples % n == 0]
     space = Space.of(problem, microbatch_sizes=sizes)
+    effort = effort or Effort(refine=2, chains=16, steps=40, restarts=1, tolerance=1e-3)
     if not layered:
         space = space.domain("turns", 1).domain("stages", 1).domain("ring", 1)
         space = space.domain("lookahead", 1)
+        # One sharding stands for all layers, and one policy of recompute.
+        effort = dataclasses.replace(effort, refine=0)
+    spaces = [space] if layered else [_kept(space, kept) for kept in (True, False)]
     if narrow is not None:
-        space = narrow(space)
-    result = search(
-        space,
-        effort=effort or Effort(refine=2, chains=16, steps=40, restarts=1, tolerance=1e-3),
-        progress=progress,
-    )
+        spaces = [narrow(one) for one in spaces]
+    tried = spaces if layered or recompute else spaces[:1]
+    results = [search(one, effort=effort, progress=progress) for one in tried]
+    result = min(results, key=lambda one: one.best.rank)
     if not result.fits:
-        least = _smallest(space)
-        raise UsageError(
-            f"nothing fits {gib(limit)} per device; the smallest limit that would do is "
-            f"{gib(least, up=True)}: raise memory_gib, add devices or shrink the batch"
-        )
+        raise UsageError(_nothing_fits(limit, tried, spaces))
     best = result.best.plan
-    specs, state_specs = _specs(params, layers, best)
+    cuts: Mapping[int, int] = {}
+    if best.features > 1:
+        leaves = jax.tree.leaves(shapes_of(params))
+        matrices = _matrices(leaves, layers)
+        cuts = feature_split(closed, matrices, best.features, parameters=count).axes
+    specs, state_specs = _specs(params, layers, best, cuts)
     return Planned(
         plan=best,
         found=result.best,
@@ -216,6 +239,27 @@ def plan(
         ),
         schedule=to_schedule(problem, best) if layered else None,
     )
+
+
+def _kept(space: Space, kept: bool) -> Space:
+    """The part in which every layer's residuals are kept, or every layer is computed again."""
+    names = [f"residual[{layer}]" for layer in range(space.problem.layers)]
+    label = "recompute is not applied" if kept else "every layer is computed again"
+    for name in names:
+        space = space.require(label, (name,), lambda r: (r == Residual.KEEP) is kept)
+    return space
+
+
+def _nothing_fits(limit: float, tried: Sequence[Space], spaces: Sequence[Space]) -> str:
+    """What to say, with what computing layers again would do where that was not allowed."""
+    least = min(_smallest(one) for one in tried)
+    text = (
+        f"nothing fits {gib(limit)} per device; the smallest limit that would do is "
+        f"{gib(least, up=True)}: raise memory_gib, add devices or shrink the batch"
+    )
+    if len(tried) < len(spaces) and (less := min(_smallest(one) for one in spaces)) < least:
+        text += f"; with layers computed again (recompute=True) {gib(less, up=True)} would do"
+    return text
 
 
 def _layered_loss(model: LayeredModel) -> Callable[[PyTree, PyTree], jax.Array]:
@@ -320,8 +364,10 @@ def _workload(
     cluster: Cluster,
 ) -> Workload:
     leaves = jax.tree.leaves(shapes_of(params))
-    cost = function_cost(trace_loss(function, params, batch))
-    kept = residual_bytes(function, params, batch)
+    closed = trace_loss(function, params, batch)
+    cost = function_cost(closed)
+    residuals = trace_residuals(function, params, batch)
+    kept = float(sum(variable_bytes(v) for v in residuals.jaxpr.outvars))
     inside = set(layers.leaves)
     in_blocks = float(sum(leaves[i].size for i in inside))
     in_edge = float(sum(leaf.size for i, leaf in enumerate(leaves) if i not in inside))
@@ -332,11 +378,26 @@ def _workload(
     # Memory traffic and residuals go with the products, for want of a better key.
     share = 1.0 - edge_flops / cost.product_flops if cost.product_flops else 1.0
     passed = cost.carry_bytes.get(layers.count, 0.0) if layers.stacked else 0.0
+    ways = _feature_ways(leaves, layers, cluster.devices)
+    joins, cut_share = None, 1.0
+    if len(ways) > 1:
+        matrices = _matrices(leaves, layers)
+        split = feature_split(closed, matrices, ways[1], parameters=len(leaves))
+        again = feature_split(residuals, matrices, ways[1], parameters=len(leaves), axes=split.axes)
+        cut_share = again.cut_bytes / kept if kept else 1.0
+        joins = Joins(
+            forward_bytes=split.forward_bytes / layers.count,
+            forward_times=split.forward_joins / layers.count,
+            backward_bytes=split.backward_bytes / layers.count,
+            backward_times=split.backward_joins / layers.count,
+        )
     block = BlockWork(
         parameters=in_blocks / layers.count,
         product_flops=block_flops,
         elementwise_bytes=share * cost.elementwise_bytes / layers.count,
         residual_bytes=share * kept / layers.count,
+        joins=joins,
+        cut_share=cut_share,
     )
     return Workload(
         name=getattr(function, "__name__", "loss"),
@@ -350,7 +411,8 @@ def _workload(
         activation_bytes=passed or block.residual_bytes / 10,
         tokens=size,
         model_flops=3 * cost.product_flops,
-        feature_ways=_feature_ways([leaves[i] for i in layers.leaves], layers, cluster.devices),
+        feature_ways=ways,
+        splits_between=False,
     )
 
 
@@ -368,16 +430,22 @@ def _as_lowered(workload: Workload, model: LayeredModel, params: PyTree, rows: P
     )
 
 
-def _feature_ways(leaves: list[Any], layers: Layers, devices: int) -> tuple[int, ...]:
+def _matrices(leaves: Sequence[Any], layers: Layers) -> list[int]:
+    """The parameters of layers whose features can be split."""
+    first = 1 if layers.stacked else 0
+    return [i for i in layers.leaves if len(leaves[i].shape) - first >= 2]
+
+
+def _feature_ways(leaves: Sequence[Any], layers: Layers, devices: int) -> tuple[int, ...]:
     """Counts that divide some axis of every matrix of a layer."""
     first = 1 if layers.stacked else 0
-    matrices = [leaf.shape[first:] for leaf in leaves if len(leaf.shape) - first >= 2]
+    matrices = [leaves[i].shape[first:] for i in _matrices(leaves, layers)]
     return tuple(
         ways
         for ways in range(1, devices + 1)
         if devices % ways == 0
         and (ways == 1 or matrices)
-        and all(any(n % ways == 0 for n in shape[-2:]) for shape in matrices)
+        and all(any(n % ways == 0 for n in shape) for shape in matrices)
     )
 
 
@@ -388,8 +456,17 @@ def _axis_sizes(plan: Plan) -> dict[str, int]:
     return sizes
 
 
-def _specs(params: PyTree, layers: Layers, plan: Plan) -> tuple[PyTree, PyTree]:
-    """PartitionSpecs of parameters and of optimizer state."""
+def _specs(
+    params: PyTree, layers: Layers, plan: Plan, cuts: Mapping[int, int]
+) -> tuple[PyTree, PyTree]:
+    """PartitionSpecs of parameters and of optimizer state.
+
+    Args:
+        params: as they are given.
+        layers: the repeated part.
+        plan: what is to be run.
+        cuts: parameter -> the axis along which its features are split.
+    """
     split_weights = any(path.weights is not Weights.STAY for path in plan.layers)
     split_state = plan.state is State.SPLIT and plan.shard > 1
     inside = set(layers.leaves)
@@ -399,10 +476,8 @@ def _specs(params: PyTree, layers: Layers, plan: Plan) -> tuple[PyTree, PyTree]:
         names: list[Any] = [None] * len(leaf.shape)
         first = 1 if layers.stacked and index in inside else 0
         axes = sorted(range(first, len(leaf.shape)), key=lambda a: -leaf.shape[a])
-        if plan.features > 1 and index in inside and len(leaf.shape) - first >= 2:
-            axis = next((a for a in reversed(axes) if leaf.shape[a] % plan.features == 0), None)
-            if axis is not None:
-                names[axis] = FEATURES
+        if index in cuts:
+            names[cuts[index]] = FEATURES
         if sharded:
             axis = next((a for a in axes if not names[a] and leaf.shape[a] % plan.shard == 0), None)
             if axis is not None:

@@ -60,6 +60,8 @@ class BlockCost:
     """Held only while the block's B runs: what recompute brings back among it."""
     sent_bytes: float
     """Sent by F and B together to join split features."""
+    join_s: float = 0.0
+    """What F and B together wait for that; within their times."""
 
     @property
     def backward_s(self) -> float:
@@ -111,7 +113,8 @@ def block_cost(
     """Time and bytes of a block, a part of whose features each of a group of devices computes.
 
     Split features are joined twice a pass, around attention and around the feed-forward part: an
-    all_gather before and a reduce_scatter after, of activations, nothing hidden.
+    all_gather before and a reduce_scatter after, of activations, nothing hidden. Of a block that
+    says its `joins` these are all_reduces instead.
 
     Raises:
         UsageError: if the recompute policy is unknown, or what it keeps of this block is.
@@ -122,27 +125,65 @@ def block_cost(
     memory = block.memory(recompute, activation_bytes)
     split = split or Split()
     ways = split.features
-    join = sent = 0.0
+    down = up = Joined()
     if ways > 1:
-        join = 4 * split.feature_link.collective_s(activation_bytes, devices=ways)
-        sent = 4 * (ways - 1) / ways * activation_bytes
+        down, up = _joined(block, split, activation_bytes)
     products = block.product_flops / device.product_flops_per_s / ways
     attention = block.attention_flops / device.attention_flops_per_s / ways
     passes = block.elementwise_bytes / device.memory_bytes_per_s / ways
-    forward = products + attention + passes + join
+    forward = products + attention + passes + down.time_s
     again = {"none": 0.0, "selective": passes, "block": forward}[recompute]
+    passes_down = 2 if recompute == "block" else 1
+
+    def part(size: float) -> float:
+        return size * (block.cut_share / ways + 1.0 - block.cut_share)
+
     parameters = block.parameters / ways
     gradient_bytes = parameters * precision.gradient_bytes
     return BlockCost(
         forward_s=forward,
-        input_gradient_s=products + ATTENTION_BACKWARD * attention + 2 * passes + join + again,
+        input_gradient_s=products + ATTENTION_BACKWARD * attention + 2 * passes + up.time_s + again,
         weight_gradient_s=products + SUM_PASSES * gradient_bytes / device.memory_bytes_per_s,
         weight_bytes=parameters * precision.weight_bytes,
         gradient_bytes=gradient_bytes,
-        residual_bytes=memory.residual / ways,
-        tap_bytes=memory.tap / ways,
-        work_bytes=memory.work / ways,
-        sent_bytes=sent * (3 if recompute == "block" else 2),
+        residual_bytes=part(memory.residual),
+        tap_bytes=part(memory.tap),
+        work_bytes=part(memory.work),
+        sent_bytes=passes_down * down.sent_bytes + up.sent_bytes,
+        join_s=passes_down * down.time_s + up.time_s,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Joined:
+    """What a pass sends to join split features, and how long it waits for it."""
+
+    time_s: float = 0.0
+    sent_bytes: float = 0.0
+
+
+def _joined(block: BlockWork, split: Split, activation_bytes: float) -> tuple[Joined, Joined]:
+    """Forward and backward."""
+    ways, link = split.features, split.feature_link
+    if block.joins is None:
+        each = Joined(
+            time_s=4 * link.collective_s(activation_bytes, devices=ways),
+            sent_bytes=4 * (ways - 1) / ways * activation_bytes,
+        )
+        return each, each
+    joins = block.joins
+
+    def summed(size_bytes: float, times: float) -> Joined:
+        if not times:
+            return Joined()
+        return Joined(
+            time_s=times * link.collective_s(size_bytes / times, devices=ways, rounds=2),
+            sent_bytes=2 * (ways - 1) / ways * size_bytes,
+        )
+
+    return (
+        summed(joins.forward_bytes, joins.forward_times),
+        summed(joins.backward_bytes, joins.backward_times),
     )
 
 
@@ -163,8 +204,10 @@ def frame(
     their gradients up after that.
     """
     split = split or Split()
-    edge_parameters = workload.edge.parameters / split.features
-    parameters = workload.parameters / split.features
+    edge_ways = split.features if workload.splits_between else 1
+    edge_parameters = workload.edge.parameters / edge_ways
+    in_blocks = workload.parameters - workload.edge.parameters
+    parameters = in_blocks / split.features + edge_parameters
     replicated = placement is Placement.REPLICATED
     share = 1 if replicated else devices
     weight, gradient = precision.weight_bytes, precision.gradient_bytes
@@ -190,7 +233,7 @@ def frame(
                 owned * gradient, devices=split.replicas, rounds=2
             )
             sent += 2 * ring * owned * gradient
-    flops_per_s = device.product_flops_per_s * split.features
+    flops_per_s = device.product_flops_per_s * edge_ways
     return Frame(
         embed_s=workload.edge.forward_flops / flops_per_s,
         head_s=workload.edge.backward_flops / flops_per_s
@@ -276,6 +319,7 @@ def schedule_costs(
     # Every device runs F and B of as many layers, whichever they are.
     passes = schedule.microbatches * workload.layers / devices
     joined = sum(cost.sent_bytes for cost in costs) / workload.layers * passes
+    between = split.features if workload.splits_between else 1
     result = Costs(
         forward_s=total("forward_s"),
         backward_s=total("backward_s"),
@@ -288,7 +332,7 @@ def schedule_costs(
         after_s=around.after_s,
         weight_bytes=total("weight_bytes"),
         gradient_bytes=total("gradient_bytes"),
-        activation_bytes=workload.activation_bytes / split.features,
+        activation_bytes=workload.activation_bytes / between,
         residual_bytes=total("residual_bytes"),
         tap_bytes=total("tap_bytes"),
         other_sent_bytes=around.sent_bytes + joined,
@@ -298,7 +342,7 @@ def schedule_costs(
         edge=around.edge_bytes,
         edge_sums=around.edge_sum_bytes,
         block=max(cost.work_bytes for cost in costs),
-        head=workload.edge.workspace_bytes / split.features,
+        head=workload.edge.workspace_bytes / between,
     )
     if placement is Placement.SHARDED:
         static = sharded_static_bytes(schedule, result, held)

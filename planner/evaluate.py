@@ -143,8 +143,29 @@ class Evaluator:
             step_s=np.array([step]),
             peak_bytes=np.array([peak]),
             sent_bytes=np.array([sent]),
-            compute_s=np.array([busy]),
+            compute_s=np.array([busy - self._joins_s(plan, total)]),
         )
+
+    def _joins_s(self, plan: Plan, total: int) -> float:
+        """What a device waits for split features in a step; its tasks' times have it in them."""
+        if plan.features == 1:
+            return 0.0
+        workload = self.problem.workload(plan.microbatch_size)
+        split = plan_split(self.problem, plan)
+        each = {
+            (block, path.residual): block_cost(
+                block,
+                self.problem.cluster.device,
+                activation_bytes=workload.activation_bytes,
+                precision=self.problem.precision,
+                recompute=POLICY[path.residual],
+                split=split,
+            ).join_s
+            for block, path in zip(workload.blocks, plan.layers, strict=True)
+        }
+        layers = zip(workload.blocks, plan.layers, strict=True)
+        # Every device runs F and B of as many layers, whichever they are.
+        return total / plan.owners * sum(each[block, path.residual] for block, path in layers)
 
     def _schedule(self, plan: Plan, count: int) -> tuple[Schedule, Trace, Buffers | None]:
         ordered = replace(
@@ -244,7 +265,9 @@ class ShardedEvaluator:
         self.residual_bytes = np.array([[c.residual_bytes for c in row] for row in costs])
         self.work_bytes = np.array([[c.work_bytes for c in row] for row in costs])
         self.joined_bytes = np.array([[c.sent_bytes for c in row] for row in costs])
-        self.activation_bytes = workload.activation_bytes / base.features
+        self.join_s = np.array([[c.join_s for c in row] for row in costs])
+        between = base.features if workload.splits_between else 1
+        self.activation_bytes = workload.activation_bytes / between
         self.contention = link.contention
         alone = base.shard == 1
         rounds = 2 if self.whole else 1
@@ -266,7 +289,7 @@ class ShardedEvaluator:
             precision=problem.precision,
             split=split,
         )
-        self.workspace_bytes = workload.edge.workspace_bytes / base.features
+        self.workspace_bytes = workload.edge.workspace_bytes / between
         self.occupancy = self._occupancy()
         self.tabled = problem.lowered and self.whole
         if self.tabled:  # slots are each device's own, however many there are
@@ -298,9 +321,9 @@ class ShardedEvaluator:
         index = np.arange(self.layers)
         backward = self.backward_s[residuals, index]
         step = self._time(weights, gradients, backward)
-        compute = self.turns * (
-            self.forward_s.sum() + backward.sum(1) + 2 * self.frame.embed_s + self.frame.head_s
-        )
+        joins = self.join_s[residuals, index].sum(1)
+        passes = self.forward_s.sum() + backward.sum(1) - joins
+        compute = self.turns * (passes + 2 * self.frame.embed_s + self.frame.head_s)
         return Estimates(
             step_s=step,
             peak_bytes=self._peak(codes),

@@ -89,6 +89,12 @@ def trace_loss(loss_fn: Callable[..., Any], params: PyTree, batch: PyTree) -> co
 
 def residual_bytes(loss_fn: Callable[..., Any], params: PyTree, batch: PyTree) -> float:
     """Bytes that the backward pass needs of the forward pass, parameters and batch not counted."""
+    kept = trace_residuals(loss_fn, params, batch).jaxpr.outvars
+    return float(sum(variable_bytes(v) for v in kept))
+
+
+def trace_residuals(loss_fn: Callable[..., Any], params: PyTree, batch: PyTree) -> core.ClosedJaxpr:
+    """The forward pass as a jaxpr that returns what the backward pass needs of it."""
 
     def residuals(params: PyTree, batch: PyTree) -> PyTree:
         def scalar(p: PyTree) -> jax.Array:
@@ -99,8 +105,8 @@ def residual_bytes(loss_fn: Callable[..., Any], params: PyTree, batch: PyTree) -
 
     closed = jax.make_jaxpr(residuals)(shapes_of(params), shapes_of(batch))
     given = set(closed.jaxpr.invars) | set(closed.jaxpr.constvars)
-    kept = {v for v in closed.jaxpr.outvars if isinstance(v, core.Var) and v not in given}
-    return float(sum(_bytes(v) for v in kept))
+    kept = {v: None for v in closed.jaxpr.outvars if isinstance(v, core.Var) and v not in given}
+    return closed.replace(jaxpr=closed.jaxpr.replace(outvars=list(kept)))
 
 
 def shapes_of(tree: PyTree) -> PyTree:
@@ -131,7 +137,7 @@ def _walk(
             for one in inner:
                 _walk(one, _pass_in(one, equation.invars, origins), each, cost)
         elif name not in FREE:
-            cost.elementwise_bytes += 2 * times * sum(_bytes(v) for v in equation.outvars)
+            cost.elementwise_bytes += 2 * times * sum(variable_bytes(v) for v in equation.outvars)
         if name in PASSES_WEIGHTS_ON and not inner:
             source = next((v for v in equation.invars if _known(v, origins)), None)
             if source is not None:
@@ -166,7 +172,7 @@ def _scan(
         for mine, theirs in zip(body.outvars, equation.outvars, strict=True)
     )
     carried = equation.invars[sum(alike) - handed_on : sum(alike)]
-    held = sum(_bytes(v) for v in carried)
+    held = sum(variable_bytes(v) for v in carried)
     cost.carry_bytes[length] = max(cost.carry_bytes.get(length, 0.0), held)
     _walk(body, _pass_in(body, equation.invars, origins), times * length, cost)
 
@@ -174,7 +180,7 @@ def _scan(
 def _while(equation: Any, origins: dict[Any, int], times: float, cost: FunctionCost) -> None:
     """Its operands are the condition's constants, the body's, and what is carried."""
     cost.while_loops += 1
-    condition, body = (_open(equation.params[f"{part}_jaxpr"]) for part in ("cond", "body"))
+    condition, body = (opened(equation.params[f"{part}_jaxpr"]) for part in ("cond", "body"))
     asked, given = equation.params["cond_nconsts"], equation.invars
     carried = len(given) - asked - equation.params["body_nconsts"]
     tested = [*given[:asked], *given[len(given) - carried :]]
@@ -214,10 +220,10 @@ def _inner_jaxprs(equation: Any) -> Iterator[core.Jaxpr]:
     for value in equation.params.values():
         for one in value if isinstance(value, tuple | list) else (value,):
             if isinstance(one, core.ClosedJaxpr | core.Jaxpr):
-                yield _open(one)
+                yield opened(one)
 
 
-def _open(one: core.ClosedJaxpr | core.Jaxpr) -> core.Jaxpr:
+def opened(one: core.ClosedJaxpr | core.Jaxpr) -> core.Jaxpr:
     """An inner jaxpr as JAX 0.11 and later hold it, without its constants."""
     return one.jaxpr if isinstance(one, core.ClosedJaxpr) else one
 
@@ -246,7 +252,8 @@ def _convolution_flops(equation: Any) -> float:
     return 2.0 * math.prod(equation.outvars[0].aval.shape) * per_output
 
 
-def _bytes(variable: Any) -> float:
+def variable_bytes(variable: Any) -> float:
+    """What a variable of a jaxpr takes."""
     aval = variable.aval
     if not hasattr(aval, "shape") or not hasattr(aval, "dtype"):
         return 0.0

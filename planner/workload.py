@@ -39,6 +39,16 @@ Traced = tuple[tuple[Recompute, BlockBytes], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Joins:
+    """Partial sums of one block that split features add up, over all of their devices."""
+
+    forward_bytes: float
+    forward_times: float
+    backward_bytes: float
+    backward_times: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BlockWork:
     """One block on one microbatch."""
 
@@ -55,6 +65,10 @@ class BlockWork:
     """What it needs when all but products and attention is computed again; None: not known."""
     tap_bytes: float | None = None
     """What dL/dx leaves for dL/dw; as much as the residual if not given."""
+    joins: Joins | None = None
+    """What split features send; None: twice a pass around attention and feed-forward part."""
+    cut_share: float = 1.0
+    """Of residuals and taps, the share that split features cut; the rest is whole everywhere."""
     traced: Traced = ()
     """What its programs keep and hold by policy, where they were traced: in place of the above."""
 
@@ -108,6 +122,8 @@ class Workload:
     """Forward and backward of a microbatch as MFU counts it: nothing twice, half the square."""
     feature_ways: tuple[int, ...] = (1,)
     """In how many parts a block can be split along its features: the legal counts."""
+    splits_between: bool = True
+    """Whether split features also cut embedding and head, and the sequence between blocks."""
     matrices: tuple[tuple[int, ...], ...] = ()
     """Shapes of a block's matrices, where they are known: what is sharded is cut along an axis."""
 
