@@ -275,10 +275,53 @@ def schedule_costs(
     Raises:
         UsageError: if there are more chunks than layers, or a policy is unknown.
     """
+    costs, held = costs_around(
+        workload,
+        device,
+        link,
+        schedule=schedule,
+        precision=precision,
+        recompute=recompute,
+        split=split,
+    )
+    if schedule.placement is Placement.SHARDED:
+        static = sharded_static_bytes(schedule, costs, held)
+    elif lowered is None:
+        static = held.rest + held.edge + held.edge_sums + max(held.block, held.head)
+    else:
+        found, buffers = lowered
+        peak = lowered_peak_bytes(schedule, buffers, costs, held)
+        static = peak - max(alive_bytes(schedule, costs, found))
+    return replace(costs, static_bytes=static)
+
+
+def lowered_peak_bytes(schedule: Schedule, buffers: Buffers, costs: Costs, around: Around) -> float:
+    """The most that a device holds as `jaxsys.lowering` allocates it, where nothing is sharded."""
+    size = {
+        data: max(costs.block_bytes(Block(data=data, chunk=c)) for c in range(schedule.chunks))
+        for data in Data
+    }
+    return float(tabled_bytes(schedule, buffers, size, around))
+
+
+def costs_around(
+    workload: Workload,
+    device: DeviceSpec,
+    link: Link,
+    *,
+    schedule: Schedule,
+    precision: Precision,
+    recompute: str | Sequence[str],
+    split: Split | None = None,
+) -> tuple[Costs, Around]:
+    """What `schedule_costs` is made of: costs without static bytes, and what makes those up.
+
+    Of the schedule only its sizes and placement are read.
+    """
     split = split or Split()
     devices, placement = schedule.devices, schedule.placement
     policies = [recompute] * workload.layers if isinstance(recompute, str) else recompute
-    costs = [
+    blocks = [
         block_cost(
             block,
             device,
@@ -296,8 +339,8 @@ def schedule_costs(
     spare = len(parts[0]) if alike else 0
 
     def total(field: str) -> tuple[float, ...]:
-        found = [[getattr(costs[i], field) for i in part] for part in parts]
-        largest = max(getattr(cost, field) for cost in costs)
+        found = [[getattr(blocks[i], field) for i in part] for part in parts]
+        largest = max(getattr(cost, field) for cost in blocks)
         empty = largest if field.endswith("_bytes") else 0.0
         return tuple(sum(row) + empty * max(0, spare - len(row)) for row in found)
 
@@ -318,9 +361,9 @@ def schedule_costs(
         rest += precision.rest_bytes * padding * largest / split.features / state_share
     # Every device runs F and B of as many layers, whichever they are.
     passes = schedule.microbatches * workload.layers / devices
-    joined = sum(cost.sent_bytes for cost in costs) / workload.layers * passes
+    joined = sum(cost.sent_bytes for cost in blocks) / workload.layers * passes
     between = split.features if workload.splits_between else 1
-    result = Costs(
+    costs_of_step = Costs(
         forward_s=total("forward_s"),
         backward_s=total("backward_s"),
         input_gradient_s=total("input_gradient_s"),
@@ -341,22 +384,10 @@ def schedule_costs(
         rest=rest,
         edge=around.edge_bytes,
         edge_sums=around.edge_sum_bytes,
-        block=max(cost.work_bytes for cost in costs),
+        block=max(cost.work_bytes for cost in blocks),
         head=workload.edge.workspace_bytes / between,
     )
-    if placement is Placement.SHARDED:
-        static = sharded_static_bytes(schedule, result, held)
-    elif lowered is None:
-        static = rest + held.edge + held.edge_sums + max(held.block, held.head)
-    else:
-        size = {
-            data: max(result.block_bytes(Block(data=data, chunk=c)) for c in range(len(parts)))
-            for data in Data
-        }
-        found, buffers = lowered
-        peak = float(tabled_bytes(schedule, buffers, size, held))
-        static = peak - max(alive_bytes(schedule, result, found))
-    return replace(result, static_bytes=static)
+    return costs_of_step, held
 
 
 def full_chunks(layers: int, chunks: int) -> list[Sequence[int]]:

@@ -11,6 +11,7 @@ Legend: B plans, L layers, K microbatches a device, T ticks.
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -18,13 +19,25 @@ from jaxsys.errors import UsageError
 from jaxsys.lowering import Recompute
 from jaxsys.lowering.memory import Around, tabled_bytes
 from jaxsys.lowering.tables import Buffers, buffers_of
-from jaxsys.planner.costs import NO_LINK, BlockCost, Split, block_cost, frame, schedule_costs
+from jaxsys.planner.costs import (
+    NO_LINK,
+    BlockCost,
+    Split,
+    block_cost,
+    costs_around,
+    frame,
+    lowered_peak_bytes,
+    schedule_costs,
+)
 from jaxsys.planner.orders import staged_schedule
 from jaxsys.planner.plans import PATHS, Gradient, Plan, Residual, State, Weights
 from jaxsys.planner.problem import Problem
-from jaxsys.schedule import Costs, Data, Link, Placement, Schedule, Trace, simulate, trace
+from jaxsys.schedule import Costs, Data, Link, Placement, Schedule, Trace, trace
+from jaxsys.schedule.quick import QuickSchedule, Totals
 from jaxsys.strategies.data_parallel import data_parallel
 
+COMPILED = 24
+"""Schedules of pipelines and rings that are kept, compiled; some MiB each."""
 STEADY_TURNS = 4
 """Microbatches that are followed one by one; what lies between is multiplied."""
 POLICY: Mapping[Residual, Recompute] = {
@@ -72,7 +85,8 @@ class Evaluator:
         """How many plans have been evaluated."""
         self._sharded: dict[Plan, ShardedEvaluator] = {}
         self._staged: dict[tuple[Plan, tuple[int, ...]], Estimates] = {}
-        self._traces: dict[tuple[Plan, int], tuple[Schedule, Trace, Buffers | None]] = {}
+        self.tasks = 0
+        """How many tasks of pipelines and rings have been simulated."""
 
     def evaluate(self, base: Plan, codes: np.ndarray) -> Estimates:
         """Estimates plans that share everything of `base` but their layers.
@@ -123,22 +137,19 @@ class Evaluator:
         few -= few % period
         results = []
         for count in [few - period, few] if total > few else [few]:
-            schedule, found, buffers = self._schedule(plan, count)
-            link = schedule_link(self.problem, plan)
-            lowered = None if buffers is None else (found, buffers)
-            costs = plan_costs(self.problem, plan, schedule, lowered)
-            results.append(simulate(schedule, costs, link, known_trace=found))
-        last = results[-1]
-        step, sent, busy = last.step_s, max(last.sent_bytes), max(last.busy_s)
-        peak = max(last.peak_bytes)
+            staged = _staged(_ordered(plan), count, self.problem.lowered)
+            self.tasks += staged.tasks
+            results.append(self._totals(plan, staged))
+        (last, peak) = results[-1]
+        step, sent, busy = last.step_s, last.sent_bytes, last.busy_s
         if total > few:
-            before = results[0]
+            before, held = results[0]
             periods = (total - few) / period
             step += periods * (last.step_s - before.step_s)
-            sent += periods * (max(last.sent_bytes) - max(before.sent_bytes))
-            busy += periods * (max(last.busy_s) - max(before.busy_s))
+            sent += periods * (last.sent_bytes - before.sent_bytes)
+            busy += periods * (last.busy_s - before.busy_s)
             # Of an order that runs every forward pass first, with the microbatches.
-            peak += periods * (peak - max(before.peak_bytes))
+            peak += periods * (peak - held)
         return Estimates(
             step_s=np.array([step]),
             peak_bytes=np.array([peak]),
@@ -167,16 +178,49 @@ class Evaluator:
         # Every device runs F and B of as many layers, whichever they are.
         return total / plan.owners * sum(each[block, path.residual] for block, path in layers)
 
-    def _schedule(self, plan: Plan, count: int) -> tuple[Schedule, Trace, Buffers | None]:
-        ordered = replace(
-            plan, layers=(), replicas=1, features=1, microbatch_size=1, state=State.WHOLE
+    def _totals(self, plan: Plan, staged: "_Staged") -> tuple[Totals, float]:
+        """A simulated step of a plan, and the most that a device holds."""
+        costs, around = costs_around(
+            self.problem.workload(plan.microbatch_size),
+            self.problem.cluster.device,
+            schedule_link(self.problem, plan),
+            schedule=staged.shape,
+            precision=self.problem.precision,
+            recompute=[POLICY[path.residual] for path in plan.layers],
+            split=plan_split(self.problem, plan),
         )
-        if (ordered, count) not in self._traces:
-            schedule = staged_schedule(plan, count)
-            found = trace(schedule)
-            buffers = buffers_of(schedule, found) if self.problem.lowered else None
-            self._traces[ordered, count] = (schedule, found, buffers)
-        return self._traces[ordered, count]
+        totals = staged.quick.run(costs, schedule_link(self.problem, plan))
+        if staged.buffers is not None:
+            return totals, lowered_peak_bytes(staged.shape, staged.buffers, costs, around)
+        static = around.rest + around.edge + around.edge_sums + max(around.block, around.head)
+        return totals, static + totals.alive_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Staged:
+    """A schedule of owners, compiled; its tasks, moves and trace are not kept."""
+
+    shape: Schedule
+    quick: QuickSchedule
+    buffers: Buffers | None
+    tasks: int
+
+
+def _ordered(plan: Plan) -> Plan:
+    """What of a plan its schedule depends on."""
+    return replace(plan, layers=(), replicas=1, features=1, microbatch_size=1, state=State.WHOLE)
+
+
+@lru_cache(maxsize=COMPILED)
+def _staged(ordered: Plan, count: int, lowered: bool) -> _Staged:
+    schedule = staged_schedule(ordered, count)
+    found = trace(schedule)
+    return _Staged(
+        shape=replace(schedule, tasks=(), moves=(), starts=()),
+        quick=QuickSchedule(schedule, found),
+        buffers=buffers_of(schedule, found) if lowered else None,
+        tasks=len(schedule.tasks),
+    )
 
 
 def microbatches(problem: Problem, plan: Plan) -> int:
