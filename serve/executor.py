@@ -18,10 +18,12 @@ from jaxsys.model import DecoderConfig
 from jaxsys.serve import paged_model
 from jaxsys.serve.paged_attention import choose_kernels
 from jaxsys.serve.paged_model import Contents
+from jaxsys.serve.prompt_scores import Scores
 from jaxsys.serve.requests import Request, RequestState, SamplingParameters
 from jaxsys.serve.sampling import (
     MAX_BIASED,
     MAX_STOPS,
+    NOTHING,
     History,
     Rules,
     Sample,
@@ -89,6 +91,17 @@ class _Pending(NamedTuple):
     sample: Sample
     requests: Sequence[Request | None]
     """Whose tokens they are; empty where there are none."""
+    scored: "_Scored | None" = None
+
+
+class _Scored(NamedTuple):
+    """What is being found out of a prompt's tokens."""
+
+    request: Request
+    start: int
+    """Position of the first of them; the token scored first is the next one."""
+    count: int
+    scores: Scores
 
 
 _NOBODYS = _Pending(Sample(cast(Any, np.zeros(1, np.int32)), None, None, None), [None])
@@ -105,6 +118,9 @@ class _Piece(NamedTuple):
     sampling: tuple[Rules, SamplingNeeds] | None
     """For the last piece."""
     history: tuple[np.ndarray, ...] | None
+    start: int = 0
+    following: np.ndarray | None = None
+    """The token behind each of the piece's, where how likely they are is asked for."""
 
 
 class JaxExecutor:
@@ -186,20 +202,21 @@ class JaxExecutor:
                 if planned.last:
                     pending.append(_NOBODYS)
                 continue
-            logits = self._prefill(piece)
+            logits, scored = self._prefill(piece)
             if piece.sampling is None:
-                pending.append(_Pending(Sample(logits, None, None, None), ()))
+                pending.append(_Pending(Sample(logits, None, None, None), (), scored))
             else:
                 request = piece.request
                 self._load_history(request.slot, piece.history)
                 rules, needs = piece.sampling
                 where = np.array([[request.slot, piece.end - 1]], np.int32)
-                pending.append(_Pending(self._sample(needs, logits, where, rules), [request]))
+                sampled = self._sample(needs, logits, where, rules)
+                pending.append(_Pending(sampled, [request], scored))
         if iteration.decodes:
             pending.append(self._decode(iteration.decodes, iteration.bucket))
-        for sampled, requests in pending:
-            for array in sampled:
-                if requests and isinstance(array, jax.Array):
+        for sampled, requests, scored in pending:
+            for array in (*(sampled if requests else ()), *(scored.scores if scored else ())):
+                if isinstance(array, jax.Array):
                     array.copy_to_host_async()
         return pending
 
@@ -208,11 +225,13 @@ class JaxExecutor:
         tokens: list[int] = []
         logprobs: list[TokenLogprobs | None] = []
         asked = False
-        for sampled, requests in handle:
+        for sampled, requests, scored in handle:
+            whole = scored is None or _note(scored)
             if not requests:
                 jax.block_until_ready(sampled.tokens)
                 continue
-            tokens += np.asarray(sampled.tokens)[: len(requests)].tolist()
+            found = np.asarray(sampled.tokens)[: len(requests)].tolist()
+            tokens += found if whole else [NOTHING] * len(found)
             if sampled.logprobs is None:
                 logprobs += [None] * len(requests)
                 continue
@@ -333,20 +352,32 @@ class JaxExecutor:
         packed = np.full(2 + size + table, self.page_count, np.int32)
         packed[:2] = start, length
         packed[2 : 2 + size] = 0
-        sampling = history = None
+        sampling = history = following = None
         try:
             packed[2 : 2 + length] = _tokens(request, start, length)
             packed[2 + size : 2 + size + needed] = request.pages[:needed]
+            if request.sampling.prompt_logprobs is not None and not request.generated:
+                following = np.zeros(size, np.int32)
+                behind = request.prompt_tokens[start + 1 : end + 1]
+                following[: len(behind)] = behind
             if piece.last:
                 sampling, history = self._rules([request], 1), self._history_of(request)
         except Exception as error:
             raise RequestFault(request, error) from error
-        return _Piece(request, end, (size, table, continued), packed, sampling, history)
+        shape = (size, table, continued)
+        return _Piece(request, end, shape, packed, sampling, history, start, following)
 
-    def _prefill(self, piece: _Piece) -> jax.Array:
-        step = self.steps.get("prefill", *piece.shape)
-        logits, self._cache = step(self.weights, self._cache, piece.packed)
-        return logits
+    def _prefill(self, piece: _Piece) -> tuple[jax.Array, _Scored | None]:
+        following = piece.following
+        if following is None:
+            step = self.steps.get("prefill", *piece.shape)
+            logits, self._cache = step(self.weights, self._cache, piece.packed)
+            return logits, None
+        step = self.steps.get("score", *piece.shape)
+        packed = np.concatenate([piece.packed, following])
+        logits, self._cache, scores = step(self.weights, self._cache, packed)
+        count = min(piece.end, piece.request.prompt_length - 1) - piece.start
+        return logits, _Scored(piece.request, piece.start, count, scores)
 
     def _decode(self, requests: tuple[Request, ...], bucket: int) -> _Pending:
         shapes = self.shapes
@@ -489,6 +520,25 @@ def seed_of(request: Request) -> int:
         return request.sampling.seed
     name = str(request.request_id).partition("~")[0]
     return zlib.crc32(repr((name, request.timing.arrival_s)).encode())
+
+
+def _note(scored: _Scored) -> bool:
+    """Puts down with the request what was found out of its prompt; whether all of it is finite."""
+    request, count = scored.request, scored.count
+    alternatives = request.sampling.prompt_logprobs
+    logprobs, ranks, top_tokens, top_logprobs = (
+        np.asarray(column)[:count] for column in scored.scores
+    )
+    if request.prompt_logprobs is None:
+        request.prompt_logprobs = [None] * request.prompt_length
+    for row, (logprob, rank) in enumerate(zip(logprobs.tolist(), ranks.tolist(), strict=True)):
+        request.prompt_logprobs[scored.start + 1 + row] = TokenLogprobs(
+            logprob,
+            top_tokens[row, :alternatives].tolist(),
+            top_logprobs[row, :alternatives].tolist(),
+            rank,
+        )
+    return bool(np.isfinite(logprobs).all())
 
 
 def _tokens(request: Request, start: int, length: int) -> Sequence[int]:

@@ -271,6 +271,7 @@ class Instance(Member):
                 beside.get(id(request)),
                 request.finish_reason,
                 now_s,
+                prompt=request.prompt_logprobs if request.generated == 1 else None,
             )
             for request in completion.emitted
         ]

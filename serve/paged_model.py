@@ -13,6 +13,7 @@ Legend: B requests, T tokens of a prompt piece, W pages of a block table, P page
 D width, G key/value heads, R query heads for each, K head width, V vocabulary.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from jaxsys.model import DecoderConfig
 from jaxsys.model.rope import rotary_tables, rotate
 from jaxsys.serve.paged_attention import AttentionKernels
+from jaxsys.serve.prompt_scores import Scores, score
 from jaxsys.serve.weights import LayerWeights, ServingWeights, matmul
 
 
@@ -112,6 +114,42 @@ def prefill_pass(
     Returns:
         float32 logits [1, V] after the piece's last token and the cache.
     """
+    x, cache = _piece(config, kernels, continued, weights, cache, tokens, start, length, table)
+    last = jax.lax.dynamic_slice_in_dim(x, length - 1, 1, axis=1)
+    return _logits(config, weights, last)[:, 0], cache
+
+
+def score_pass(
+    config: DecoderConfig,
+    kernels: AttentionKernels,
+    continued: bool,
+    weights: ServingWeights,
+    cache: Cache,
+    tokens: Int[Array, " T"],
+    start: Int[Array, ""],
+    length: Int[Array, ""],
+    table: Int[Array, " W"],
+    following: Int[Array, " T"],
+) -> tuple[Float[Array, "1 V"], Cache, Scores]:
+    """`prefill_pass` that says how likely the token `following` each of `tokens` is, too."""
+    x, cache = _piece(config, kernels, continued, weights, cache, tokens, start, length, table)
+    last = jax.lax.dynamic_slice_in_dim(x, length - 1, 1, axis=1)
+    scores = score(functools.partial(_logits, config, weights), x[0], following)
+    return _logits(config, weights, last)[:, 0], cache, scores
+
+
+def _piece(
+    config: DecoderConfig,
+    kernels: AttentionKernels,
+    continued: bool,
+    weights: ServingWeights,
+    cache: Cache,
+    tokens: Int[Array, " T"],
+    start: Int[Array, ""],
+    length: Int[Array, ""],
+    table: Int[Array, " W"],
+) -> tuple[Float[Array, "1 T D"], Cache]:
+    """A piece through all blocks: the residual behind the last, and the cache."""
     page_count, page_size = cache[0].keys.shape[:2]
     x = weights.embedding[tokens[None]]
     steps = jnp.arange(tokens.shape[0], dtype=jnp.int32)
@@ -128,8 +166,7 @@ def prefill_pass(
         written.append(LayerCache(keys, values))
         o = kernels.prefill(q, k, v, keys, values, table, start, continued)
         x = _finish(config, layer, x, o)
-    last = jax.lax.dynamic_slice_in_dim(x, length - 1, 1, axis=1)
-    return _logits(config, weights, last)[:, 0], tuple(written)
+    return x, tuple(written)
 
 
 def copy_pages(cache: Cache, sources: Int[Array, " C"], targets: Int[Array, " C"]) -> Cache:

@@ -12,7 +12,7 @@ dispatched whose values the host has not seen. While a request decodes,
 import dataclasses
 import enum
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from jaxsys.errors import UsageError
 
@@ -142,6 +142,7 @@ class Request:
         "pages",
         "pending",
         "prompt_length",
+        "prompt_logprobs",
         "prompt_tokens",
         "request_id",
         "sampling",
@@ -188,6 +189,8 @@ class Request:
         self.pending = 0
         self.computed = 0
         self.cached_tokens = 0
+        self.prompt_logprobs: list[Any] | None = None
+        """What was found out of the prompt's tokens, where that is asked for."""
         self.pages: list[int] = []
         self.shared_pages = 0
         """Receiving: how many of `pages`, from the first, hold their contents already."""

@@ -477,7 +477,9 @@ class Scheduler:
         page_size = config.page_size
         length = request.total_length
         shared: list[int] = []
-        if config.prefix_caching:
+        # How likely a prompt's tokens are is known of those only that are computed.
+        scored = request.sampling.prompt_logprobs is not None and not request.generated
+        if config.prefix_caching and not scored:
             keys = self._keys(request)
             if keys:
                 shared = allocator.share(keys[: length // page_size])

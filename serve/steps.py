@@ -1,9 +1,10 @@
 """The compiled steps of an executor: which there are, how each is built, which one fits.
 
 A step's key is its kind and its shape: ("decode", batch, table), ("inputs", batch, table),
-("prefill", piece, table, continued), ("sample", batch, needs), ("copy", pages), ("clear", pages),
-("extract", pages), ("insert", pages), ("set_last",). Every call of a step has the arguments of its
-shape, so none is compiled again; what a step changes is donated to it and written in place.
+("prefill", piece, table, continued), ("score", piece, table, continued), ("sample", batch, needs),
+("copy", pages), ("clear", pages), ("extract", pages), ("insert", pages), ("set_last",). Every call
+of a step has the arguments of its shape, so none is compiled again; what a step changes is donated
+to it and written in place.
 """
 
 import dataclasses
@@ -211,6 +212,11 @@ class Steps:
             step = functools.partial(_prefill, self.config, self.kernels, piece, continued)
             function = jax.jit(step, donate_argnums=1, out_shardings=(whole, split))
             arguments = (self.weights, cache, like((2 + piece + table,)))
+        elif kind == "score":
+            piece, table, continued = shape
+            step = functools.partial(_score, self.config, self.kernels, piece, table, continued)
+            function = jax.jit(step, donate_argnums=1, out_shardings=(whole, split, whole))
+            arguments = (self.weights, cache, like((2 + piece + table + piece,)))
         elif kind == "sample":
             batch, needs = shape
             function = jax.jit(
@@ -268,6 +274,15 @@ def _prefill(config, kernels, piece, continued, weights, cache, packed):
     tokens, table = packed[2 : 2 + piece], packed[2 + piece :]
     return paged_model.prefill_pass(
         config, kernels, continued, weights, cache, tokens, packed[0], packed[1], table
+    )
+
+
+def _score(config, kernels, piece, width, continued, weights, cache, packed):
+    tokens, table = packed[2 : 2 + piece], packed[2 + piece : 2 + piece + width]
+    following = packed[2 + piece + width :]
+    start, length = packed[0], packed[1]
+    return paged_model.score_pass(
+        config, kernels, continued, weights, cache, tokens, start, length, table, following
     )
 
 

@@ -160,7 +160,8 @@ class RemoteInstance(Member):
             timing.token_times_s.append(now_s)
         if not beside:
             return TokenEvent(request, token, None, None, now_s)
-        reason, logprobs, message, lost, energies_j, request.cached_tokens, preemptions = beside
+        reason, logprobs, message, lost, energies_j, cached, preemptions, prompt = beside
+        request.cached_tokens = cached
         timing.preemptions = max(timing.preemptions, preemptions)
         energy_j, prefill_j = energies_j
         if energy_j is not None:
@@ -174,7 +175,8 @@ class RemoteInstance(Member):
             timing.finished_s, request.finish_reason = now_s, reason
             self._forget(name)
         found = None if logprobs is None else TokenLogprobs(*logprobs)
-        return TokenEvent(request, token, found, reason, now_s, message, lost)
+        scored = None if prompt is None else [one and TokenLogprobs(*one) for one in prompt]
+        return TokenEvent(request, token, found, reason, now_s, message, lost, scored)
 
 
 class Switchboard:

@@ -243,6 +243,7 @@ def _entry(event: TokenEvent) -> list[Any]:
         (request.timing.energy_j, request.timing.prefill_energy_j),
         request.cached_tokens,
         request.timing.preemptions,
+        None if event.prompt is None else [one and list(one) for one in event.prompt],
     ]
 
 
