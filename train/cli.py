@@ -1,6 +1,7 @@
 """`jaxsys train`: trains a byte-level Llama on text, by default the standard library's sources."""
 
 import argparse
+import contextlib
 import logging
 import math
 import os
@@ -23,6 +24,7 @@ from jaxsys.train.hosts import Hosts, choose_devices, join
 from jaxsys.train.layout import DTYPE, lay_out
 from jaxsys.train.loader import Batches
 from jaxsys.train.loop import Report
+from jaxsys.train.peers import PeerMonitor
 from jaxsys.train.recipe import Recipe, decoder_flops_per_token
 from jaxsys.train.trainer import Trainer
 
@@ -161,8 +163,12 @@ def main(argv: list[str], prog: str) -> int:
             arguments.schedule, replicas=arguments.replicas or 1
         )
     join(hosts, devices=arguments.devices)
+    watched = contextlib.nullcontext()
+    if hosts.many:  # from here on: making parameters waits for peers, and compiling takes long
+        watched = PeerMonitor(lost_after_s=arguments.lost_after_s, from_start=True)
     try:
-        report = train(arguments, hosts)
+        with watched:
+            report = train(arguments, hosts)
     except (UsageError, RunError) as error:
         if not hosts.many:
             raise

@@ -4,6 +4,7 @@ JAX itself recognises Slurm, Open MPI, MPICH and Kubernetes; elsewhere the coord
 the number of processes and this one's place among them are given.
 """
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax
 
 from jaxsys.errors import RunError, UsageError
 from jaxsys.mesh import request_devices
+from jaxsys.train.meeting import meet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +54,7 @@ def join(hosts: Hosts, *, devices: int | None, timeout_s: int = 300) -> None:
         timeout_s: how long to wait for all of them.
 
     Raises:
-        RunError: if they do not all come.
+        RunError: if they do not all come; where the coordinator is given, by number.
     """
     if not hosts.many:
         return
@@ -63,6 +65,14 @@ def join(hosts: Hosts, *, devices: int | None, timeout_s: int = 300) -> None:
             )
         jax.config.update("jax_num_cpu_devices", devices // hosts.processes)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if hosts.coordinator is not None and hosts.processes is not None:
+        meet(
+            hosts.coordinator,
+            processes=hosts.processes,
+            process=hosts.process or 0,
+            timeout_s=timeout_s,
+            say=lambda text: print(text, file=sys.stderr, flush=True),
+        )
     try:
         jax.distributed.initialize(
             coordinator_address=hosts.coordinator,

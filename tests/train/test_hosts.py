@@ -148,6 +148,24 @@ def test_a_killed_process_is_named_and_the_rest_stop_and_resume(start, tmp_path)
                      again[0].said())  # fmt: skip
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("moment", ["compiling", "running"])
+def test_a_frozen_process_is_named_in_time(start, tmp_path, lost, moment):
+    runs = start(2, tmp_path / "run", "--steps", "100000", "--lost-after", "8")
+    wait_for(runs[0], "compiling" if moment == "compiling" else "step 1/")
+    runs[lost].process.send_signal(signal.SIGSTOP)
+    frozen = time.monotonic()
+    other = runs[1 - lost]
+    assert other.wait(60) == 1
+    assert time.monotonic() - frozen < 20
+    last = other.said().strip().splitlines()[-1]
+    assert (
+        f"process {lost} of the run ({socket.gethostname()} pid {runs[lost].process.pid})" in last
+    )
+    runs[lost].process.kill()
+
+
 def can_make_namespaces() -> bool:
     made = subprocess.run(
         ["ip", "netns", "add", "jaxsys-probe"], capture_output=True, check=False
