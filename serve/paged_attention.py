@@ -218,9 +218,13 @@ def _cudnn_prefill(q, k, v, keys, values, table, start, continued):
     if not continued:
         return own.reshape(q.shape)
     pages = jnp.clip(table, 0, keys.shape[0] - 1)
+    before = values[pages].reshape(1, -1, groups, width)
+    # Behind `start` pages may hold anything; cuDNN weighs it with zero, which keeps no NaN out.
+    written = jnp.arange(before.shape[1], dtype=jnp.int32) < start
+    before = jnp.where(written[None, :, None, None], before, 0)
     earlier, earlier_sum = fused(
         keys[pages].reshape(1, -1, groups, width),
-        values[pages].reshape(1, -1, groups, width),
+        before,
         cudnn.MaskType.PADDING,
         q_seqlen=jnp.full(1, steps, jnp.int32),
         # cuDNN wants at least one key; where there is none its weight is put to zero below.

@@ -14,6 +14,7 @@ import contextlib
 import functools
 import ipaddress
 import logging
+import math
 import queue
 import secrets
 import socket
@@ -24,6 +25,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxsys.errors import RunError
@@ -47,6 +49,9 @@ SEND_S = 60.0
 """Longest time in which the other side may take nothing of what is sent to it."""
 LINGER_S = 30.0
 """How long what is on its way stays, once the other side has said that it has all."""
+PARTS = 8
+"""Parts of what arrives that go to an accelerator one after the other."""
+PIECE_BYTES = 8 << 20
 NUMBER = struct.Struct("!Q")
 """A ticket's number, and the length of an answer."""
 
@@ -75,6 +80,7 @@ class PageServer:
         if not secret and not _is_loopback(host):
             raise ValueError(f"host={host!r} is reached from elsewhere: pages there need a secret")
         self.timeout_s = timeout_s
+        self._device = device
         self._secret = secret or "pages of one machine"
         self._published: dict[int, tuple[RequestId, Contents]] = {}
         self._numbers: dict[RequestId, list[int]] = {}
@@ -218,12 +224,13 @@ class PageServer:
 
     def _pull_from(self, address: str, pulls: "queue.SimpleQueue[_Pull]") -> None:
         connection: socket.socket | None = None
+        buffers = _Buffers(reused=self._device.platform != "cpu")
         while True:
             pull = pulls.get()
             try:
                 if connection is None:
                     connection = self._connect(address, pull.deadline_s)
-                result: Contents | Exception = self._pull(connection, pull)
+                result: Contents | Exception = self._pull(connection, pull, buffers)
             except (OSError, RuntimeError, ValueError) as error:
                 if connection is not None:  # the next pull connects anew
                     connection.close()
@@ -246,23 +253,59 @@ class PageServer:
             raise
         return connection
 
-    def _pull(self, connection: socket.socket, pull: _Pull) -> Contents:
+    def _pull(self, connection: socket.socket, pull: _Pull, buffers: "_Buffers") -> Contents:
         like = pull.like
         connection.settimeout(_left_s(pull.deadline_s))
         connection.sendall(NUMBER.pack(pull.number))
         (length,) = NUMBER.unpack(read_exactly(connection, NUMBER.size))
         if length == 0:
             raise NotPublished("nothing is published under the ticket's number")
-        pages = np.empty(like.shape, like.dtype)
-        if length != pages.nbytes:
-            raise RunError(f"pages of {length} bytes came where {pages.nbytes} are due")
-        view = _bytes_of(pages)
-        while view:
-            connection.settimeout(_left_s(pull.deadline_s))
-            part = view[: 8 << 20]
-            read_into(connection, part)
-            view = view[len(part) :]
-        return jax.block_until_ready(jax.device_put(pages, like.sharding))
+        due = math.prod(like.shape) * np.dtype(like.dtype).itemsize
+        if length != due:
+            raise RunError(f"pages of {length} bytes came where {due} are due")
+        pages = buffers.of(like)
+        parts: list[jax.Array] = []
+        # What has arrived goes to the device while the rest arrives.
+        step = max(1, -(-len(pages) // PARTS)) if buffers.reused else len(pages)
+        for first in range(0, len(pages), step):
+            part = pages[first : first + step]
+            view = _bytes_of(part)
+            while view:
+                connection.settimeout(_left_s(pull.deadline_s))
+                piece = view[:PIECE_BYTES]
+                read_into(connection, piece)
+                view = view[len(piece) :]
+            parts.append(jax.device_put(part, like.sharding))
+        whole = parts[0] if len(parts) == 1 else _joined(like.sharding)(*parts)
+        return jax.block_until_ready(whole)
+
+
+class _Buffers:
+    """Host memory that pages arrive in."""
+
+    def __init__(self, *, reused: bool):
+        """
+        Args:
+            reused: whether devices copy what they are given, so that it can be used again: to
+                touch fresh memory takes as long as to fill it. On CPU arrays keep it.
+        """
+        self.reused = reused
+        self._bytes = np.empty(0, np.uint8)
+
+    def of(self, like: jax.ShapeDtypeStruct) -> np.ndarray:
+        """An array of the form of `like`; with `reused`, in the place of the one before."""
+        if not self.reused:
+            return np.empty(like.shape, like.dtype)
+        dtype = np.dtype(like.dtype)
+        count = math.prod(like.shape) * dtype.itemsize
+        if self._bytes.nbytes < count:
+            self._bytes = np.empty(count, np.uint8)
+        return self._bytes[:count].view(dtype).reshape(like.shape)
+
+
+@functools.lru_cache(maxsize=8)
+def _joined(sharding: jax.sharding.Sharding) -> Callable[..., jax.Array]:
+    return jax.jit(lambda *parts: jnp.concatenate(parts), out_shardings=sharding)
 
 
 class NotPublished(RunError):
