@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxsys.errors import RunError, UsageError
 from jaxsys.files import check_writable
-from jaxsys.lowering import RECOMPUTE_POLICIES
+from jaxsys.lowering import RECOMPUTE_POLICIES, lacks
 from jaxsys.model import ByteTokenizer, Tokenizer, initial_parameters, layered, preset
 from jaxsys.model.save import check_target, save_safetensors
 from jaxsys.options import Parser, in_options, whole
@@ -269,6 +269,8 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
     # Said only now: what is refused is refused in one line.
     if layout.reason is not None:
         say(layout.reason)
+    for sentence in lacks(layout.mesh):
+        say(sentence)
     say(
         f"{training.source}: {len(training.tokens):,} tokens in {training.documents} documents to "
         f"train on, {len(held_out.tokens):,} held out; {data.samples_per_epoch:,} samples"

@@ -1,6 +1,6 @@
 """From a Schedule to one jitted `shard_map` step."""
 
-from .base import Outcome
+from .base import Outcome, lacks
 from .programs import RECOMPUTE_POLICIES, Recompute
 from .sharded import ShardedStep, lower_sharded
 from .step import LoweredStep, lower
@@ -11,6 +11,7 @@ __all__ = [
     "Outcome",
     "Recompute",
     "ShardedStep",
+    "lacks",
     "lower",
     "lower_sharded",
 ]

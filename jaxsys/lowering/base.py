@@ -5,7 +5,9 @@ a step in the compute dtype, and their gradients are reduced back to the shards 
 """
 
 import functools
+import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -51,6 +53,44 @@ def gpu_compiler_options(mesh: Mesh) -> dict[str, Any]:
     except jax.errors.JaxRuntimeError:
         return GPU_COMPILER_OPTIONS
     return GPU_COMPILER_OPTIONS | {EARLY_START: True}
+
+
+@functools.cache
+def lacks(mesh: Mesh) -> tuple[str, ...]:
+    """What the installed JAX does not do of what steps lean on, each in a sentence.
+
+    Asked of a compiled program and not of a version: a pass that is switched off by a name that the
+    compiler does not know is accepted all the same.
+    """
+    if mesh.devices.flat[0].platform == "cpu":
+        if products_beside_a_barrier(CPU_COMPILER_OPTIONS) != 1:
+            return ()
+        lack = (
+            "merges equal products across barriers on a CPU: what a plan computes again is kept "
+            "instead, and steps hold more memory than planned"
+        )
+        return (f"JAX {jax.__version__} {lack}",)
+    if EARLY_START in gpu_compiler_options(mesh):
+        return ()
+    lack = (
+        "does not start transfers early: a neighbour may wait for compute beside which its data "
+        "would have travelled"
+    )
+    return (f"JAX {jax.__version__} {lack}",)
+
+
+def products_beside_a_barrier(compiler_options: Mapping[str, Any]) -> int:
+    """How many of two equal products, of which the second lies behind a barrier, a CPU computes."""
+
+    def twice(a: jax.Array) -> jax.Array:
+        first = a @ a
+        a, first = lax.optimization_barrier((a, first))
+        return first + a @ a
+
+    here = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    value = jax.ShapeDtypeStruct((32, 32), jnp.float32, sharding=here)
+    text = jax.jit(twice).lower(value).compile(compiler_options=dict(compiler_options)).as_text()
+    return len(re.findall(r"= f32\[32,32\]\S* dot\(", text or ""))
 
 
 class Outcome(NamedTuple):

@@ -1,0 +1,47 @@
+"""What steps lean on in a release of JAX, asked of compiled programs."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxsys.lowering import base
+from jaxsys.mesh import RING, make_mesh
+
+
+@pytest.fixture
+def mesh():
+    return make_mesh(4)
+
+
+def test_barriers_stay_between_equal_products(mesh):
+    assert base.products_beside_a_barrier(base.CPU_COMPILER_OPTIONS) == 2
+    assert base.lacks(mesh) == ()
+
+
+def test_a_release_that_merges_across_barriers_is_named(mesh, monkeypatch):
+    monkeypatch.setattr(base, "products_beside_a_barrier", lambda options: 1)
+    (sentence,) = base.lacks.__wrapped__(mesh)
+    assert sentence.startswith(f"JAX {jax.__version__} merges equal products across barriers")
+
+
+def test_a_donated_state_is_written_in_place(mesh):
+    """What a step takes and gives back lies in one place, so that two states are never held."""
+    spread = NamedSharding(mesh, PartitionSpec(RING))
+    state = jax.ShapeDtypeStruct((4, 1024), jnp.float32, sharding=spread)
+    step = jax.jit(lambda x: x + 1, donate_argnums=0, out_shardings=spread)
+    memory = step.lower(state).compile().memory_analysis()
+    assert memory.alias_size_in_bytes == memory.output_size_in_bytes == 4096
+
+
+def test_a_ring_passes_on_and_gathers_in_the_order_of_its_axis(mesh):
+    def around(x):
+        there = lax.ppermute(x, RING, [(i, (i + 1) % 4) for i in range(4)])
+        return there, lax.all_gather(x, RING, axis=0, tiled=True)
+
+    spec = PartitionSpec(RING)
+    run = jax.jit(jax.shard_map(around, mesh=mesh, in_specs=spec, out_specs=(spec, spec)))
+    passed, gathered = run(jnp.arange(4.0))
+    assert passed.tolist() == [3, 0, 1, 2]
+    assert gathered.reshape(4, 4).tolist() == [[0, 1, 2, 3]] * 4
