@@ -84,6 +84,14 @@ HEADLINES = (
         ),
     ),
     Headline(
+        title="What releases of JAX make of the same programs",
+        kind="measured",
+        claim="none; counted in compiled programs, nothing is timed.",
+        files=("jax_releases_*.json",),
+        show=tables.releases,
+        runs=(),
+    ),
+    Headline(
         title="What the lowering costs on one GPU",
         kind="measured",
         claim="none; a plain `jax.jit` step with FSDP shardings (`gspmd-fsdp`) is what it is held "

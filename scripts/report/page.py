@@ -85,7 +85,8 @@ def _section(headline: Headline, root: Path, up: Path) -> str:
         parts.append(f"**Not run yet**{': needs ' + '; '.join(needs) if all(needs) else ''}.")
     words = {"gpu": "GPU", "gpus": "N", "traces": "TRACES"}
     commands = [command.format_map(words) for run in headline.runs for command in run.commands]
-    parts.append("```console\n" + "\n".join(f"$ {command}" for command in commands) + "\n```")
+    if commands:
+        parts.append("```console\n" + "\n".join(f"$ {command}" for command in commands) + "\n```")
     return "\n\n".join(parts)
 
 

@@ -1,6 +1,7 @@
 """How each kind of result is shown: result files in, Markdown out."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from headline import Result, Row, number, processor, table
 
@@ -120,6 +121,26 @@ def _over_the_ring(rows: Sequence[Row]) -> str:
          "predicted (s)"],
         cells,
     )  # fmt: skip
+
+
+def releases(results: Sequence[Result]) -> str:
+    """A column a file, in order of processor and release."""
+
+    def place(result: Result) -> tuple[str, list[int]]:
+        release = result.record["versions"]["jax"]
+        return processor(result.record), [int(part) for part in release.split(".")]
+
+    ordered = sorted(results, key=place)
+    columns = [{row["figure"]: row["value"] for row in result.rows} for result in ordered]
+    names = dict.fromkeys(name for column in columns for name in column)
+
+    def cell(value: Any) -> str | None:
+        return number(value, ".0f") if isinstance(value, float) else str(value).partition(":")[0]
+
+    return table(
+        ["", *(f"{processor(r.record)}, JAX {r.record['versions']['jax']}" for r in ordered)],
+        [[name, *(cell(column.get(name)) for column in columns)] for name in names],
+    )
 
 
 def long_context(results: Sequence[Result]) -> str:
