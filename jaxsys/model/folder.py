@@ -44,7 +44,11 @@ MOST_TOKENS = 2**31
 MOST_NAME = 255
 """Bytes of the name of a file in an index, as file systems have it."""
 
-SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+SPECIAL_TOKENS_MAP = "special_tokens_map.json"
+SPECIAL_NAMES = tuple(
+    f"{name}_token" for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
+)
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 def read_config(folder: Path) -> DecoderConfig:
@@ -143,7 +147,7 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
         return None
     backend = read_backend(path)
     settings = _settings(folder / TOKENIZER_CONFIG)
-    named = {name: _token_text(settings, name) for name in SPECIAL_NAMES if name in settings}
+    named = _special_tokens(folder, settings)
     ends: list[int] = []
     for source in (GENERATION_CONFIG, CONFIG):
         ends += _ids(_settings(folder / source), "eos_token_id")
@@ -158,6 +162,38 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
         chat_template=_chat_template(folder, settings),
         special_tokens=named,
     )
+
+
+def _special_tokens(folder: Path, settings: Fields) -> dict[str, str]:
+    """Names of special tokens and their text, out of the three places that give them.
+
+    `special_tokens_map.json` fills in what tokenizer_config.json lacks, and wins where that is of
+    the old form, which lists no added tokens; `extra_special_tokens` names further ones.
+    """
+    table = _settings(folder / SPECIAL_TOKENS_MAP)
+    sources = [table, settings] if "added_tokens_decoder" in settings else [settings, table]
+    named: dict[str, str] = {}
+    for source in sources:
+        named |= {name: _token_text(source, name) for name in SPECIAL_NAMES if name in source}
+        if isinstance(source.get("extra_special_tokens", None), dict):
+            extra = source.fields("extra_special_tokens")
+            named |= {name: _token_text(extra, name) for name in extra if name in extra}
+    return named
+
+
+def read_generation(folder: Path) -> dict[str, float]:
+    """How a model's makers sample from it: the settings of generation_config.json that are given.
+
+    Raises:
+        UsageError: if one is no number.
+    """
+    settings = _settings(folder / GENERATION_CONFIG)
+    found: dict[str, float] = {}
+    for name in SAMPLING:
+        if name in settings:
+            number = settings.number(name)
+            found[name] = int(number) if name == "top_k" else number
+    return found
 
 
 def read_backend(path: Path) -> tokenizers.Tokenizer:

@@ -6,7 +6,8 @@ Nothing is downloaded. The default model is SmolLM2-135M-Instruct as the PyPI pa
 
 import functools
 import importlib.util
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -16,7 +17,12 @@ from jaxsys.errors import UsageError
 from jaxsys.layered import Parameters
 from jaxsys.model.assemble import Placement
 from jaxsys.model.config import DecoderConfig
-from jaxsys.model.folder import read_config, read_parameters, read_tokenizer
+from jaxsys.model.folder import (
+    read_config,
+    read_generation,
+    read_parameters,
+    read_tokenizer,
+)
 from jaxsys.model.gguf_file import GgufFile
 from jaxsys.model.shapes import find_preset
 from jaxsys.model.tokenizer import Tokenizer
@@ -35,6 +41,9 @@ class LoadedModel:
     chat_template: str | None
     source: str
     """The path it came from."""
+    generation: Mapping[str, float] = field(default_factory=dict)
+    """How its makers sample from it, by generation_config.json: temperature, top_p, top_k, min_p,
+    repetition_penalty, those that are given."""
 
 
 def load(
@@ -68,11 +77,11 @@ def load(
         read = functools.partial(file.parameters, config, dtype, placement)
     else:
         raise UsageError(f"{path} is neither a model folder nor a .gguf file")
-    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-        raise UsageError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model only "
-            f"{config.vocab_size}; they do not belong together"
-        )
+    if tokenizer is not None:
+        try:
+            tokenizer.check_fits(config.vocab_size)
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from error
     config, parameters = read()
     return LoadedModel(
         config=config,
@@ -80,6 +89,7 @@ def load(
         tokenizer=tokenizer,
         chat_template=None if tokenizer is None else tokenizer.chat_template,
         source=str(path),
+        generation=read_generation(path) if path.is_dir() else {},
     )
 
 

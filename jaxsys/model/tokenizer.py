@@ -5,6 +5,7 @@ generation, the chat template, and decoding token by token without splitting a c
 `ByteTokenizer` is the byte-level one: id b is byte b, special tokens follow.
 """
 
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -30,7 +31,11 @@ class Tokenizer:
         eos_ids: ids that end a generation, in no order of rank except that the first is `</s>`'s.
         chat_template: Jinja source, or None where the model has none.
         special_tokens: names templates use ("bos_token", "eos_token", ...) and their text.
+        limit: ids that the model has vectors for, from 0; None where that is not known. Added
+            tokens may lie beyond (those of images in a text model), but no text may hold them.
     """
+
+    limit: int | None = None
 
     def __init__(
         self,
@@ -49,8 +54,36 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, special ones included."""
-        return self.backend.get_vocab_size(with_added_tokens=True)
+        """One past the largest id that texts may hold, special ones included."""
+        return self._ids if self.limit is None else min(self._ids, self.limit)
+
+    @functools.cached_property
+    def _ids(self) -> int:
+        """One past the largest id; some between may be free."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    def check_fits(self, vocabulary: int) -> None:
+        """Takes note of how many vectors the model has.
+
+        Raises:
+            UsageError: if an id of the vocabulary proper has none.
+        """
+        largest = max(self.backend.get_vocab(with_added_tokens=False).values(), default=-1)
+        if largest >= vocabulary:
+            raise UsageError(
+                f"the tokenizer has {largest + 1} ids, the model only {vocabulary}; they do not "
+                "belong together"
+            )
+        self.limit = vocabulary
+
+    def _within(self, ids: list[int]) -> list[int]:
+        if self.limit is not None and ids and max(ids) >= self.limit:
+            token = max(ids)
+            raise UsageError(
+                f"the text holds the token {self.backend.id_to_token(token)!r} of id {token}, but "
+                f"the model has vectors for {self.limit} ids; leave it out"
+            )
+        return ids
 
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
         """Text to ids; special tokens written out in `text` become their ids.
@@ -65,9 +98,10 @@ class Tokenizer:
         """
         _check_encodable(text)
         if len(text) < LONG_TEXT:
-            return self.backend.encode(text, add_special_tokens=add_special).ids
+            return self._within(self.backend.encode(text, add_special_tokens=add_special).ids)
         # The same ids; only batches let other threads run meanwhile.
-        return self.backend.encode_batch_fast([text], add_special_tokens=add_special)[0].ids
+        batch = self.backend.encode_batch_fast([text], add_special_tokens=add_special)
+        return self._within(batch[0].ids)
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Ids to text; bytes that are no UTF-8 become U+FFFD."""

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxsys.errors import UsageError
 from jaxsys.model import (
@@ -27,7 +28,7 @@ from jaxsys.model import (
 from jaxsys.model.decoder import layer_of
 from jaxsys.model.gguf_names import gguf_tensors
 from jaxsys.model.names import apart
-from jaxsys.model.rope import Llama3RopeScaling
+from jaxsys.model.rope import LinearRopeScaling, Llama3RopeScaling
 
 TIED = dataclasses.replace(preset("tiny"), tie_embeddings=True)
 UNTIED = preset("tiny")
@@ -279,8 +280,112 @@ def test_a_fault_of_the_configuration_names_its_file_once(folder):
 
 def test_foreign_tokenizer(folder):
     edit_config(folder, vocab_size=100)
-    with pytest.raises(UsageError, match="tokenizer has 264 ids, the model only 100"):
+    with pytest.raises(UsageError, match="tokenizer has 256 ids, the model only 100"):
         load(folder)
+
+
+def test_vocabularies_are_measured_by_their_largest_id(folder):
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["vocab"]["Ā"] = 999  # few ids, one of them far out
+    path.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match="tokenizer has 1000 ids, the model only 264"):
+        load(folder)
+
+
+def test_added_tokens_past_the_table_load_and_are_refused_in_texts(folder):
+    """Gemma 3's text models know a token of images that has no vector."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    added = dict(content["added_tokens"][0], id=264, content="<image>")
+    content["added_tokens"].append(added)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = load(folder).tokenizer
+    assert tokenizer.vocab_size == 264
+    assert tokenizer.encode("a b") == [97, 32, 98]
+    with pytest.raises(UsageError, match="the token '<image>' of id 264, but the model has vec"):
+        tokenizer.encode("a <image>")
+
+
+def test_special_tokens_come_from_three_places(folder):
+    settings = {"bos_token": {"content": "<|im_start|>"}, "eos_token": None}
+    settings["extra_special_tokens"] = {"image_token": "<|pad|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "special_tokens_map.json").write_text(
+        json.dumps({"bos_token": "<|pad|>", "eos_token": "<|im_end|>", "sep_token": "<|pad|>"})
+    )
+    named = load(folder).tokenizer.special_tokens
+    # The old form: the map wins where both say something.
+    assert named == {
+        "bos_token": "<|pad|>",
+        "eos_token": "<|im_end|>",
+        "sep_token": "<|pad|>",
+        "image_token": "<|pad|>",
+    }
+    settings["added_tokens_decoder"] = {}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert load(folder).tokenizer.special_tokens == named | {"bos_token": "<|im_start|>"}
+
+
+def test_the_makers_sampling_is_read(folder):
+    assert load(folder).generation == {}
+    settings = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": None, "do_sample": True}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    assert load(folder).generation == {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
+    (folder / "generation_config.json").write_text(json.dumps({"top_p": "high"}))
+    with pytest.raises(UsageError, match="generation_config.json: its field 'top_p' is 'high'"):
+        load(folder)
+
+
+def test_a_tied_configuration_with_another_head_uses_the_head(tmp_path):
+    weights = initial_parameters(UNTIED, seed=4)
+    save_safetensors(tmp_path / "m", UNTIED, weights)
+    edit_config(tmp_path / "m", tie_word_embeddings=True)
+    model = load(tmp_path / "m")
+    assert model.config == UNTIED
+    assert_equal_bits(model.parameters, weights)
+    copied = dict(weights, edge=dict(weights["edge"]))
+    copied["edge"]["head"] = {"kernel": weights["edge"]["embed"]["table"].T}
+    save_safetensors(tmp_path / "n", UNTIED, copied)
+    edit_config(tmp_path / "n", tie_word_embeddings=True)
+    assert load(tmp_path / "n").config == TIED
+
+
+@pytest.mark.parametrize(
+    ("scaling", "expected"),
+    [
+        ({"type": "linear", "factor": 4.0}, LinearRopeScaling(factor=4.0)),
+        (
+            {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+            Llama3RopeScaling(
+                factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=32
+            ),
+        ),
+    ],
+)
+def test_rope_scaling_wins_over_rope_parameters(folder, scaling, expected):
+    edit_config(folder, rope_scaling=scaling)
+    assert load(folder).config.rope_scaling == expected
+
+
+def test_leaves_go_straight_onto_their_shards(folder):
+    mesh = jax.make_mesh((2,), ("tensor",), devices=jax.devices()[:2])
+
+    def placement(path):
+        wide = path[-1] in ("gate", "up", "query")
+        spec = PartitionSpec(None, None, "tensor") if wide else PartitionSpec()
+        return NamedSharding(mesh, spec)
+
+    placed = load(folder, placement=placement)
+    assert_equal_bits(placed.parameters, load(folder).parameters)
+    up = placed.parameters["blocks"]["mlp"]["up"]
+    assert up.sharding == placement(("blocks", "mlp", "up"))
+    assert up.addressable_shards[0].data.shape == (4, 32, 32)
 
 
 def test_index_with_missing_or_stray_shards(tmp_path):

@@ -112,3 +112,29 @@ def test_without_a_template_there_is_no_chat():
     plain = Tokenizer(BYTES.backend)
     with pytest.raises(UsageError, match="no chat template; use plain completions"):
         plain.apply_chat_template([])
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        # SmolLM3 and others mark what the assistant says.
+        (
+            "{% for m in messages %}{% generation %}{{m.content}};{% endgeneration %}{% endfor %}",
+            "x;y;",
+        ),
+        (
+            "{% set n = 'x' %}{% generation %}{% set n = 'z' %}{{ n }}{% endgeneration %}{{ n }}",
+            "zx",
+        ),
+        (
+            "{{ {'b': 'é', 'a': 1} | tojson(sort_keys=true, separators=(',', ':')) }}",
+            '{"a":1,"b":"é"}',
+        ),
+        ("{{ 'é' | tojson(ensure_ascii=true) }}", '"\\u00e9"'),
+        ("{{ [1] | tojson(indent=1) }}", "[\n 1\n]"),
+        ("{{ messages[0].reasoning_content }}{{ messages[0].thinking }}", "hmhm"),
+    ],
+)
+def test_what_templates_of_published_models_use(template, text):
+    messages = [{"role": "user", "content": "x", "reasoning": "hm"}, {"role": "a", "content": "y"}]
+    assert render_chat(template, messages) == text
