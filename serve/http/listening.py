@@ -25,6 +25,8 @@ KEEP_ALIVE_S = 30
 closed under a request that has just been sent."""
 HEAD_S = 10.0
 """How long a connection may take to send the head of a request."""
+LAST_S = 0.3
+"""How long a server that is to end still takes requests, so that none is lost on its way."""
 BACKLOG = 128
 """Connections that wait to be taken."""
 MOST_DESCRIPTORS = 1 << 20
@@ -174,6 +176,11 @@ class HttpServer(uvicorn.Server):
     async def serve(self, sockets: Any = None) -> None:
         asyncio.get_running_loop().set_exception_handler(self.open_connections.handle)
         await super().serve(sockets)
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        if self.open_connections.open:  # whoever has just connected may still ask
+            await asyncio.sleep(LAST_S)
+        await super().shutdown(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
