@@ -6,7 +6,7 @@ torchrun --nproc-per-node 2 scripts/bench_torch.py --shape 1b --parallel fsdp2 -
 Blocks are compiled, attention is `scaled_dot_product_attention`, masters are float32, compute is
 bfloat16, the optimizer is fused AdamW: what PyTorch's own examples use. FSDP2 gathers a block's
 weights for each microbatch and reduces gradients once a step. FLOP are counted as for every other
-row (`jaxsys.train.flops`). `scripts/bench_gpus` calls this for its rows `torch-*`.
+row (`jaxsys.train.flops`). `scripts/bench_gpus.py` calls this for its rows `torch-*`.
 """
 
 import argparse

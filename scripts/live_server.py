@@ -1,4 +1,4 @@
-"""The server side of scripts/bench_energy_live: a profile of the engine, then serving over HTTP.
+"""The server side of scripts/bench_energy_live.py: a profile of the engine, then serving over HTTP.
 
 The weights are random, everything else is what `jaxsys serve` runs: engine, HTTP face, and the
 governor in its loop, whose decisions are timed. It talks with its parent in lines of JSON on

@@ -18,7 +18,7 @@ its first microbatch in a tick of its own, since only one of them can hold chunk
 
 Source: WeiPipe (Lin et al., PPoPP 2025) for the idea of the ring and of its four variants; the
 exact ticks of all plans, the mirrored start of the backward stream and the way home of the
-gradients are derived here. `scripts/search_wzb` searches small rings for better plans.
+gradients are derived here. `scripts/search_wzb.py` searches small rings for better plans.
 """
 
 from collections.abc import Sequence

@@ -13,28 +13,28 @@ CPU_DEVICES = (
     "that the comparison runs, not how well GPUs are predicted."
 )
 
-STEP = "scripts/bench_train step"
+STEP = "scripts/bench_train.py step"
 ONE = f"{STEP} --devices 1 --microbatches 4"
-PAGES = "scripts/bench_pages --model smollm2-135m --tokens 64 256 1024 2048 --repeats 15"
+PAGES = "scripts/bench_pages.py --model smollm2-135m --tokens 64 256 1024 2048 --repeats 15"
 
 
 def planner(study: str) -> Run:
-    return Run(name=study, commands=(f"scripts/bench_planner {study}",))
+    return Run(name=study, commands=(f"scripts/bench_planner.py {study}",))
 
 
 def energy(study: str) -> Run:
-    command = f"scripts/bench_energy {study} --data {{traces}}"
+    command = f"scripts/bench_energy.py {study} --data {{traces}}"
     return Run(name=study, traces=True, commands=(command,))
 
 
 MEASURE = (
-    Run(name="measure", commands=("scripts/bench_planner measure --seconds 36000",)),
+    Run(name="measure", commands=("scripts/bench_planner.py measure --seconds 36000",)),
     Run(
         name="measure-links",
         gpus=2,
         commands=(
-            "scripts/bench_planner measure --link host --seconds 36000",
-            "scripts/bench_planner measure --link sockets --seconds 36000",
+            "scripts/bench_planner.py measure --link host --seconds 36000",
+            "scripts/bench_planner.py measure --link sockets --seconds 36000",
         ),
     ),
 )
@@ -48,7 +48,7 @@ HEADLINES = (
         "with PCIe and InfiniBand, up to 32 GPUs; scales better than FSDP.",
         files=("gpus_*.json",),
         show=tables.several,
-        runs=(Run(name="gpus", gpus=2, commands=("scripts/bench_gpus --seconds 36000",)),),
+        runs=(Run(name="gpus", gpus=2, commands=("scripts/bench_gpus.py --seconds 36000",)),),
     ),
     Headline(
         title="What a transfer under way costs the compute beside it",
@@ -73,9 +73,9 @@ HEADLINES = (
                 name="network",
                 root=True,
                 commands=(
-                    "scripts/bench_network",
+                    "scripts/bench_network.py",
                     (
-                        "scripts/bench_network --hosts 8 --cpu-share 0.2 --rates 10 --sizes 8 "
+                        "scripts/bench_network.py --hosts 8 --cpu-share 0.2 --rates 10 --sizes 8 "
                         "--repeats 1 --schedules weipipe-interleave 1f1b-overlap zero-3 "
                         "gspmd-fsdp --out results/network_8.json"
                     ),
@@ -129,7 +129,7 @@ HEADLINES = (
                         "--label {gpu}_128k --repeats 1 "
                         "--schedules dp:selective dp:block gspmd-fsdp:block"
                     ),
-                    "scripts/plot_train",
+                    "scripts/plot_train.py",
                 ),
             ),
         ),
@@ -144,7 +144,9 @@ HEADLINES = (
             Run(
                 name="block",
                 gpus=1,
-                commands=("scripts/bench_train block --unroll --recompute none selective block",),
+                commands=(
+                    "scripts/bench_train.py block --unroll --recompute none selective block",
+                ),
             ),
         ),
     ),
@@ -166,7 +168,10 @@ HEADLINES = (
                         "--recompute selective --learning-rate 1e-3 "
                         "--out runs/python --export runs/python-model"
                     ),
-                    "scripts/finetune_smollm2 --steps 300 --sequence-length 1024 --microbatches 1",
+                    (
+                        "scripts/finetune_smollm2.py --steps 300 --sequence-length 1024 "
+                        "--microbatches 1"
+                    ),
                 ),
             ),
         ),
@@ -184,12 +189,13 @@ HEADLINES = (
                 gpus=1,
                 commands=(
                     (
-                        "scripts/bench_train step --compile-only --devices 2 --recompute selective "
-                        "--schedules weipipe-interleave:none weipipe-interleave 1f1b-overlap zb-h1 "
-                        "weipipe-wzb1 zero-3 gspmd-fsdp:block --label 1b"
+                        "scripts/bench_train.py step --compile-only --devices 2 "
+                        "--recompute selective --schedules weipipe-interleave:none "
+                        "weipipe-interleave 1f1b-overlap zb-h1 weipipe-wzb1 zero-3 "
+                        "gspmd-fsdp:block --label 1b"
                     ),
                     (
-                        "scripts/bench_train step --compile-only --devices 8 --shape 8b "
+                        "scripts/bench_train.py step --compile-only --devices 8 --shape 8b "
                         "--recompute block --microbatches 16 "
                         "--sequence-lengths 4096 16384 65536 --schedules "
                         "gspmd-fsdp weipipe-interleave 1f1b-overlap --label 8b"
@@ -211,11 +217,11 @@ HEADLINES = (
                 gpus=1,
                 commands=(
                     (
-                        "scripts/bench_long_context --devices {gpus} "
+                        "scripts/bench_long_context.py --devices {gpus} "
                         "--schedules dp weipipe-interleave gspmd-fsdp"
                     ),
                     (
-                        "scripts/bench_long_context --devices 2 --compile-only --start 262144 "
+                        "scripts/bench_long_context.py --devices 2 --compile-only --start 262144 "
                         "--most 2097152 --schedules weipipe-interleave gspmd-fsdp"
                     ),
                 ),
@@ -232,7 +238,11 @@ HEADLINES = (
         show=tables.serving,
         pictures=("docs/serving_h100.png",),
         runs=(
-            Run(name="serve", gpus=1, commands=("scripts/bench_serve gpu", "scripts/plot_serve")),
+            Run(
+                name="serve",
+                gpus=1,
+                commands=("scripts/bench_serve.py gpu", "scripts/plot_serve.py"),
+            ),
         ),
     ),
     Headline(
@@ -249,7 +259,7 @@ HEADLINES = (
         claim="none; a killed and resumed run must compute what an uninterrupted one does.",
         files=("crash_test.json",),
         show=tables.crashes,
-        runs=(Run(name="crash", commands=("scripts/crash_test",)),),
+        runs=(Run(name="crash", commands=("scripts/crash_test.py",)),),
     ),
     Headline(
         title="Predicted against measured steps",
@@ -274,7 +284,7 @@ HEADLINES = (
         claim="none; instances are simulated, the front and its connections are real.",
         files=("front_capacity.json",),
         show=tables.front,
-        runs=(Run(name="front", commands=("scripts/bench_front",)),),
+        runs=(Run(name="front", commands=("scripts/bench_front.py",)),),
     ),
     Headline(
         title="Cache pages between processes",
@@ -296,7 +306,7 @@ HEADLINES = (
                 gpus=1,
                 traces=True,
                 commands=(
-                    "scripts/bench_energy_live --trace {traces}/AzureLLMInferenceTrace_conv.csv",
+                    "scripts/bench_energy_live.py --trace {traces}/AzureLLMInferenceTrace_conv.csv",
                 ),
             ),
         ),
@@ -314,8 +324,8 @@ HEADLINES = (
             Run(
                 name="schedules",
                 commands=(
-                    "scripts/table_schedules --out results/schedules.json",
-                    "scripts/plot_schedules",
+                    "scripts/table_schedules.py --out results/schedules.json",
+                    "scripts/plot_schedules.py",
                 ),
             ),
         ),
@@ -329,7 +339,7 @@ HEADLINES = (
         runs=(
             Run(
                 name="ring-search",
-                commands=("scripts/search_wzb --out results/search_wzb.json",),
+                commands=("scripts/search_wzb.py --out results/search_wzb.json",),
             ),
         ),
     ),

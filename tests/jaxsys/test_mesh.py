@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.slow
 def test_collectives_of_two_virtual_devices_do_not_wait_for_each_other(tmp_path):
     """A ring's last permute and the reduction of the edge have no order between them."""
-    line = [sys.executable, str(ROOT / "scripts/bench_train"), "step", "--shape", "tiny"]
+    line = [sys.executable, str(ROOT / "scripts/bench_train.py"), "step", "--shape", "tiny"]
     line += ["--sequence-lengths", "128", "--devices", "2", "--repeats", "2", "--unroll"]
     line += ["--dtype", "float32", "--schedules", "weipipe-interleave", "--out", str(tmp_path)]
     environment = {key: value for key, value in os.environ.items() if key != "PJRT_NPROC"}

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[3]
 @pytest.mark.parametrize("instances", ["colocated", "1P1D"])
 def test_the_command_serves_measures_and_predicts(tmp_path, instances):
     out = tmp_path / "live.json"
-    line = [sys.executable, str(ROOT / "scripts/bench_energy_live"), "--model", "tiny"]
+    line = [sys.executable, str(ROOT / "scripts/bench_energy_live.py"), "--model", "tiny"]
     line += ["--duration", "4", "--rate", "4", "--instances", instances, "--out", str(out)]
     done = subprocess.run(line, check=False, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -32,7 +32,7 @@ def test_the_command_serves_measures_and_predicts(tmp_path, instances):
     assert all(row["decide_wall_p99_us"] > 0 for row in result["decisions"])
     assert result["profile"]["samples"]
     # The same simulator says the same of the record.
-    line = [sys.executable, str(ROOT / "scripts/bench_energy_live"), "--again", str(out)]
+    line = [sys.executable, str(ROOT / "scripts/bench_energy_live.py"), "--again", str(out)]
     done = subprocess.run(line, check=False, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr[-2000:]
     again = json.loads(out.read_text())

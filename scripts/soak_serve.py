@@ -6,8 +6,8 @@ that requests wait, are preempted and are refused. Clients complete, chat and st
 of parameters, leave at random moments, read slowly, send too much, half of it, or no UTF-8. After
 each round every page, slot, task, thread and file must be back, and no answer may be a 5xx.
 
-    scripts/soak_serve                                   # 10,000 requests
-    scripts/soak_serve --minutes 10 --disaggregated      # writes results/soak_disaggregated.json
+    scripts/soak_serve.py                                   # 10,000 requests
+    scripts/soak_serve.py --minutes 10 --disaggregated      # writes results/soak_disaggregated.json
 """
 
 import argparse

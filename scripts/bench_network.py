@@ -28,7 +28,7 @@ from jaxsys.train.schedules import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 HIDDEN, WIDE, SEQUENCE, CHUNK_LAYERS = 64, 171, 288, 1
-"""Of the shape `network` in scripts/bench_train; 288 tokens are a quarter of 18 H L/P."""
+"""Of the shape `network` in scripts/bench_train.py; 288 tokens are a quarter of 18 H L/P."""
 RING, CALIBRATION = "weipipe-interleave", "dp"
 PREFIX, PORT = "jaxsys-net", 29555
 CPU_PERIOD_US = 20_000
@@ -92,7 +92,7 @@ class Network:
             (self.group(i) / "cpu.cfs_quota_us").write_text(str(quota))
 
     def run(self, *words: str, rates: list[float | None], timeout_s: float) -> None:
-        """Runs scripts/bench_train on every host as one JAX program, once for each send rate.
+        """Runs scripts/bench_train.py on every host as one JAX program, once for each send rate.
 
         Nothing is limited until all have compiled.
         """
@@ -126,7 +126,7 @@ class Network:
 
     def start(self, host: int, *words: str) -> subprocess.Popen:
         where = ("--coordinator", f"host0:{PORT}", "--processes", str(self.hosts))
-        line = [sys.executable, str(ROOT / "scripts/bench_train"), *words, *where]
+        line = [sys.executable, str(ROOT / "scripts/bench_train.py"), *words, *where]
         line += ["--process", str(host)]
         # The quota first: inside, `ip netns exec` has mounted another /sys.
         script = f'echo $$ > {self.group(host)}/cgroup.procs; exec "$@"'
@@ -289,7 +289,7 @@ def plot(path: Path) -> Path:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="scripts/bench_network", description=__doc__)
+    parser = argparse.ArgumentParser(prog="scripts/bench_network.py", description=__doc__)
     parser.add_argument("--hosts", type=int, default=4)
     parser.add_argument("--rates", type=float, nargs="+", default=[100, 25], help="Mbit/s a host")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 4, 8, 32], help="sequences")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Draws every schedule of docs/schedules.md from its simulation.
 
-scripts/plot_schedules [--to docs/schedules] [--devices 4] [--microbatches 8]
+scripts/plot_schedules.py [--to docs/schedules] [--devices 4] [--microbatches 8]
 """
 
 import argparse

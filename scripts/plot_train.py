@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Draws training on one GPU: steps by kind, of results/train_step_*.json, and the curves of runs.
 
-scripts/plot_train [--results FOLDER] [--out PNG] [--curves PNG]
+scripts/plot_train.py [--results FOLDER] [--out PNG] [--curves PNG]
 """
 
 import argparse
@@ -16,7 +16,7 @@ from jaxsys.results import read_result
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="scripts/plot_train", description=__doc__)
+    parser = argparse.ArgumentParser(prog="scripts/plot_train.py", description=__doc__)
     parser.add_argument("--results", type=Path, default=Path("results"))
     parser.add_argument("--out", type=Path, default=Path("docs/train_gpu.png"))
     parser.add_argument("--curves", type=Path, default=Path("docs/train_python.png"))

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Searches small weight rings for plans shorter than WeiPipe's, and writes what it finds as JSON.
 
-scripts/search_wzb [--out results/search_wzb.json] [--quick]
+scripts/search_wzb.py [--out results/search_wzb.json] [--quick]
 """
 
 import argparse

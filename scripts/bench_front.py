@@ -7,7 +7,7 @@ speaks the protocol of real ones and gives tokens at a fixed pace without comput
 send the next request when the last one is answered, from the front's process for the engine rows
 and from a third process for the HTTP rows.
 
-    scripts/bench_front                          # writes results/front_capacity.json
+    scripts/bench_front.py                          # writes results/front_capacity.json
 """
 
 import argparse

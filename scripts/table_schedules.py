@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Simulates every schedule of docs/schedules.md and prints its bubble, memory and traffic.
 
-scripts/table_schedules [--out results/schedules.json] [--devices 8] [--microbatches 32]
+scripts/table_schedules.py [--out results/schedules.json] [--devices 8] [--microbatches 32]
 """
 
 import argparse

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """Whole steps on all GPUs of this machine: schedules, models, lengths and links, with predictions.
 
-scripts/bench_gpus                      every cell not measured yet, the most telling ones first
-scripts/bench_gpus --links direct --lengths 16384 --shapes 1b --seconds 480
+scripts/bench_gpus.py                      every cell not measured yet, the most telling ones first
+scripts/bench_gpus.py --links direct --lengths 16384 --shapes 1b --seconds 480
 
-A group of cells (link, model, length) is one run of scripts/bench_train, because NCCL takes its
+A group of cells (link, model, length) is one run of scripts/bench_train.py, because NCCL takes its
 link from the environment when JAX starts. Before it runs, each strategy's step is predicted and its
 recompute policy chosen by the planner; the planner's own choice is marked. What has been measured
 is kept in results/gpus_N.json, so that the script may be called until nothing is left.
@@ -87,7 +87,7 @@ def run_group(
     if not steps:
         return torch_rows
     with tempfile.TemporaryDirectory() as folder:
-        line = [sys.executable, str(ROOT / "scripts/bench_train"), "step", "--shape", shape]
+        line = [sys.executable, str(ROOT / "scripts/bench_train.py"), "step", "--shape", shape]
         line += ["--schedules", *steps]
         line += ["--sequence-lengths", str(length), "--devices", str(options.devices)]
         line += ["--microbatch-sizes", str(max(1, TOKENS // length))]
@@ -157,7 +157,7 @@ def torch_row(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="scripts/bench_gpus", description=__doc__)
+    parser = argparse.ArgumentParser(prog="scripts/bench_gpus.py", description=__doc__)
     add = parser.add_argument
     add("--devices", type=int, help="all of this machine's GPUs, if not given")
     add("--device", default="h200", help="of jaxsys.hardware, for predictions")

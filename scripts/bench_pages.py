@@ -9,9 +9,9 @@ Within a process: a prefill and a decode instance on two devices. While one requ
 come one after another, each read in pieces; what counts is the time from a prompt's first token to
 its second, which holds the hand-over, and how long the request that decodes is kept waiting.
 
-    scripts/bench_pages --model llama-3-8b       # on a GPU; writes results/page_transfer.json
-    scripts/bench_pages --model smollm2-135m --tokens 64 256 1024
-    scripts/bench_pages --within                 # two GPUs, or CPU; writes results/hand_over.json
+    scripts/bench_pages.py --model llama-3-8b       # on a GPU; writes results/page_transfer.json
+    scripts/bench_pages.py --model smollm2-135m --tokens 64 256 1024
+    scripts/bench_pages.py --within                 # two GPUs, or CPU; results/hand_over.json
 """
 
 import argparse

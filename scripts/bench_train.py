@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Measures training on the devices at hand and prints tables; JSON goes to results/.
 
-scripts/bench_train block   one block, forward and backward, against its products and attention
-scripts/bench_train step    whole steps: schedules and plain JAX FSDP, model TFLOP/s and memory
+scripts/bench_train.py block   one block, forward and backward, against its products and attention
+scripts/bench_train.py step    whole steps: schedules and plain JAX FSDP, model TFLOP/s and memory
 
 `step --compile-only --devices N` compiles for N GPUs of which one need be here, runs nothing, and
 sets the memory that XLA gave the program beside the prediction.
@@ -38,8 +38,8 @@ from train_steps import (
 from jaxsys.errors import UsageError
 from jaxsys.lowering import RECOMPUTE_POLICIES, lower
 from jaxsys.mesh import devices_ahead, make_mesh, request_devices
-from jaxsys.model.layers import layered
 from jaxsys.model.decoder import initial_parameters
+from jaxsys.model.layers import layered
 from jaxsys.planner.timing import compiled_together
 from jaxsys.results import table, write_result
 from jaxsys.train.flops import training_flops_per_token
@@ -217,7 +217,7 @@ def _config(options: argparse.Namespace) -> dict:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="scripts/bench_train", description=__doc__)
+    parser = argparse.ArgumentParser(prog="scripts/bench_train.py", description=__doc__)
     commands = parser.add_subparsers(required=True)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--shape", choices=SHAPES, default="1b")

@@ -1,14 +1,14 @@
 #!/usr/bin/env python
 """The longest context that trains, and what it costs: schedules against plain JAX FSDP.
 
-Each try is one run of scripts/bench_train in a process of its own, so that a failed allocation ends
-nothing else and the peak is that try's. Lengths double from --start until a try fails; then the gap
-is halved --refine times. Figures of all tries go to results/long_context_NAME.json. With
+Each try is one run of scripts/bench_train.py in a process of its own, so that a failed allocation
+ends nothing else and the peak is that try's. Lengths double from --start until a try fails; then
+the gap is halved --refine times. Figures of all tries go to results/long_context_NAME.json. With
 --compile-only nothing runs: what fits is read off the compiled program, also for more GPUs than are
 here, and the file is named ..._compiled.json.
 
-scripts/bench_long_context --devices 1 --schedules dp gspmd-fsdp
-scripts/bench_long_context --devices 2 --schedules weipipe-interleave gspmd-fsdp
+scripts/bench_long_context.py --devices 1 --schedules dp gspmd-fsdp
+scripts/bench_long_context.py --devices 2 --schedules weipipe-interleave gspmd-fsdp
 """
 
 import argparse
@@ -99,8 +99,8 @@ def longest(options: argparse.Namespace, schedule: str, recompute: str) -> list[
 
 def main() -> int:
     """Runs the search and prints the longest context of each configuration."""
-    parser = argparse.ArgumentParser(prog="scripts/bench_long_context", description=__doc__)
-    parser.add_argument("--shape", default="1b", help="of scripts/bench_train")
+    parser = argparse.ArgumentParser(prog="scripts/bench_long_context.py", description=__doc__)
+    parser.add_argument("--shape", default="1b", help="of scripts/bench_train.py")
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--schedules", nargs="+", default=["dp", "gspmd-fsdp"])
     parser.add_argument("--recompute", nargs="+", default=["block"])
@@ -130,9 +130,9 @@ def main() -> int:
             best[key] = row
     print("\nlongest context that trains:")
     print(table(list(best.values()), COLUMNS) if best else "none")
+    ending = "_compiled" * options.compile_only
     write_result(
-        options.out
-        / f"long_context_{options.shape}_{options.devices}{'_compiled' * options.compile_only}.json",
+        options.out / f"long_context_{options.shape}_{options.devices}{ending}.json",
         benchmark="long_context",
         kind="measured",
         config={k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Energy against attainment on simulated GPUs: studies that write results/energy_*.json and plots.
 
-    scripts/bench_energy SECTION... --data FOLDER [--out results] [--quick] [--resume]
+    scripts/bench_energy.py SECTION... --data FOLDER [--out results] [--quick] [--resume]
 
 Sections: calibration (is the published experiment met?), published (savings at its rates),
 matrix (traces x models x GPUs x loads), ablation (prediction error, set latency, clock sets),

@@ -22,7 +22,7 @@ from jaxsys.train.recipe import decoder_flops_per_token
 
 def main() -> int:
     """Trains, says both losses, and exports."""
-    parser = argparse.ArgumentParser(prog="scripts/finetune_smollm2", description=__doc__)
+    parser = argparse.ArgumentParser(prog="scripts/finetune_smollm2.py", description=__doc__)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=5e-4)

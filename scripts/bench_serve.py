@@ -1,12 +1,12 @@
 #!/usr/bin/env python
 """Measures the decode server's engine on the device at hand: JSON into results/, a table on stdout.
 
-scripts/bench_serve gpu     Llama-3-8B's shape, random bfloat16 weights: latency between tokens and
+scripts/bench_serve.py gpu  Llama-3-8B's shape, random bfloat16 weights: latency between tokens and
                             energy a token by batch, prefill rate, host overhead
-scripts/bench_serve gpu_quantised
+scripts/bench_serve.py gpu_quantised
                             the same with int8 and fp8 weights, beside a few batches without
-scripts/bench_serve cpu     SmolLM2-135M: tokens a second
-scripts/bench_serve tiny    a tiny shape, to try the script
+scripts/bench_serve.py cpu     SmolLM2-135M: tokens a second
+scripts/bench_serve.py tiny    a tiny shape, to try the script
 """
 
 import argparse
@@ -18,7 +18,7 @@ from jaxsys.serve import benchmark
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="scripts/bench_serve", description=__doc__)
+    parser = argparse.ArgumentParser(prog="scripts/bench_serve.py", description=__doc__)
     parser.add_argument("study", choices=benchmark.STUDIES)
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the JSON")
     arguments = parser.parse_args()

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
 """What the planner finds, how fast, and how well it predicts.
 
-    scripts/bench_planner regimes    each known strategy, found in the setting where it is best
-    scripts/bench_planner map        the best plan by link, tokens and memory, as a picture
-    scripts/bench_planner zero       ZeRO-3.5 and ZeRO-4 against a prefetching ZeRO-3 and ZeRO-2
-    scripts/bench_planner memory     what ZeRO-3.5 and ZeRO-4 hold below ZeRO-2, and where
-    scripts/bench_planner sweep      every plan of Llama-3-8B on 64 devices
-    scripts/bench_planner measure    predicted against measured steps on this machine's devices
+    scripts/bench_planner.py regimes    each known strategy, found in the setting where it is best
+    scripts/bench_planner.py map        the best plan by link, tokens and memory, as a picture
+    scripts/bench_planner.py zero       ZeRO-3.5 and ZeRO-4 against a prefetching ZeRO-3 and ZeRO-2
+    scripts/bench_planner.py memory     what ZeRO-3.5 and ZeRO-4 hold below ZeRO-2, and where
+    scripts/bench_planner.py sweep      every plan of Llama-3-8B on 64 devices
+    scripts/bench_planner.py measure    predicted against measured steps on this machine's devices
 
 All but `measure` are simulated and need no accelerator. `measure` profiles the machine on its first
 call and keeps what it has measured, so that it may be called again until no plan is left. JSON goes

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """A slice of a trace served live over HTTP, beside what the simulator predicts of it.
 
-    scripts/bench_energy_live                                     random weights of Llama-3-8B
-    scripts/bench_energy_live --trace AzureLLMInferenceTrace_conv.csv --rate 4 --duration 90
-    scripts/bench_energy_live --model tiny --duration 5 --rate 4         on a CPU, to try it
-    scripts/bench_energy_live --again results/energy_live_h100.json --trace ...   without a server
+    scripts/bench_energy_live.py                                     random weights of Llama-3-8B
+    scripts/bench_energy_live.py --trace AzureLLMInferenceTrace_conv.csv --rate 4 --duration 90
+    scripts/bench_energy_live.py --model tiny --duration 5 --rate 4         on a CPU, to try it
+    scripts/bench_energy_live.py --again results/energy_live_h100.json --trace ... without a server
 
 One command: it starts the server (one prefill and one decode instance on two GPUs, on one a single
 instance that does both), takes a short profile of the engine there, sends a few requests for what

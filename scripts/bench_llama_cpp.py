@@ -4,7 +4,7 @@
 Needs `llama-cpp-python` (it compiles llama.cpp), in any environment: `--python` names its
 interpreter. The packaged weights are written out again as float32 and as Q8_0, the precisions
 nearest to the engine's float32 and int8. JSON goes to results/serve_llama_cpp.json;
-`scripts/bench_serve cpu` measures the engine.
+`scripts/bench_serve.py cpu` measures the engine.
 """
 
 import argparse
@@ -53,7 +53,7 @@ print(json.dumps({"version": llama_cpp.__version__, "rows": rows}))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="scripts/bench_llama_cpp", description=__doc__)
+    parser = argparse.ArgumentParser(prog="scripts/bench_llama_cpp.py", description=__doc__)
     parser.add_argument("--python", default=sys.executable, help="one that has llama-cpp-python")
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=128)

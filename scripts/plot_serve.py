@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Draws results/serve_gpu.json: latency and energy a token against batch, with the floor.
 
-scripts/plot_serve [--result FILE] [--out PNG]
+scripts/plot_serve.py [--result FILE] [--out PNG]
 """
 
 import argparse
@@ -16,12 +16,14 @@ from jaxsys.results import read_result
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="scripts/plot_serve", description=__doc__)
+    parser = argparse.ArgumentParser(prog="scripts/plot_serve.py", description=__doc__)
     parser.add_argument("--result", type=Path, default=Path("results/serve_gpu.json"))
     parser.add_argument("--out", type=Path, default=Path("docs/serving_h100.png"))
     arguments = parser.parse_args()
     result = read_result(arguments.result)
-    rows = [row for row in result["rows"] if row["study"] == "decode" and row["weights"] == "bfloat16"]
+    rows = [
+        row for row in result["rows"] if row["study"] == "decode" and row["weights"] == "bfloat16"
+    ]
     batch = [row["batch"] for row in rows]
     figure, (latency, energy) = plt.subplots(1, 2, figsize=(11, 4.2))
     for bucket in sorted({row["bucket"] for row in rows}):
