@@ -7,7 +7,7 @@ optimizer; `Trainer.fit` trains, saves and resumes. `jaxsys.train.lora` adds ada
 if __name__ != "jaxsys.train":
     raise ImportError(f"import jaxsys.train, not {__name__}")
 
-from jaxsys.train.adapt import Adapted, from_linen, from_nnx, next_token_loss
+from jaxsys.train.adapt import Adapted, from_function, from_linen, from_nnx, next_token_loss
 from jaxsys.train.checkpoint import CheckpointStore
 from jaxsys.train.corpus import Corpus
 from jaxsys.train.loader import Batches
@@ -25,6 +25,7 @@ __all__ = [
     "Report",
     "Trainer",
     "fit",
+    "from_function",
     "from_linen",
     "from_nnx",
     "next_token_loss",

@@ -1,4 +1,7 @@
-"""Users' own Linen and NNX models, unchanged, give the loss and gradients of their own call."""
+"""Users' own models, unchanged, give the loss and every gradient of their own call, or are refused.
+
+Whether schedules then compute the same is asked in test_adapt_scripts.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +10,9 @@ import pytest
 from flax import linen, nnx
 
 from jaxsys.errors import UsageError
-from jaxsys.layered import Layer, reference_loss
+from jaxsys.layered import Layer, microbatch_keys, reference_loss
 from jaxsys.train import from_linen, from_nnx, next_token_loss
+from jaxsys.train.adapt import KEY, from_function
 
 V, D, T = 11, 8, 5
 
@@ -66,14 +70,6 @@ class NnxModel(nnx.Module):
         return self.embed.attend(self.norm(x))
 
 
-def mean_loss(logits_of, batch) -> jax.Array:
-    sums = [
-        next_token_loss(logits_of(batch["inputs"][i]), {"targets": batch["targets"][i]})
-        for i in range(2)
-    ]
-    return jnp.sum(jnp.stack([s[0] for s in sums])) / jnp.sum(jnp.stack([s[1] for s in sums]))
-
-
 def first(batch):
     return jax.tree.map(lambda leaf: leaf[0], batch)
 
@@ -82,27 +78,61 @@ def assert_close(found, wanted):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), found, wanted)
 
 
-def test_linen_loss_and_gradients():
-    data, module = batch(), LinenModel()
-    variables = module.init(jax.random.key(0), data["inputs"][0])
-    adapted = from_linen(module, variables, first(data), blocks="layer_")
-    assert adapted.model.layers == 3
-    wanted = jax.value_and_grad(lambda v: mean_loss(lambda t: module.apply(v, t), data))(variables)
-    found = jax.value_and_grad(lambda p: reference_loss(adapted.model, p, data))(adapted.parameters)
+def compare(adapted, loss, parameters, data, user_tree=lambda tree: tree):
+    """Asserts loss and every gradient equal `loss(parameters, microbatch)` -> (sum, weight)."""
+
+    def plain(parameters):
+        sums = [loss(parameters, jax.tree.map(lambda a, i=i: a[i], data)) for i in range(2)]
+        return sum(s for s, _ in sums) / sum(w for _, w in sums)
+
+    def mine(parameters):
+        return reference_loss(adapted.model, parameters, data)
+
+    wanted = jax.jit(jax.value_and_grad(plain))(parameters)
+    found = jax.jit(jax.value_and_grad(mine))(adapted.parameters)
     assert found[0] == pytest.approx(float(wanted[0]), rel=1e-6)
-    assert_close(adapted.rebuild(found[1]), wanted[1])
-    assert_close(adapted.rebuild(adapted.parameters), dict(variables))
+    assert_close(jax.tree.leaves(user_tree(adapted.rebuild(found[1]))), jax.tree.leaves(wanted[1]))
+
+
+def compare_linen(module, blocks, loss=next_token_loss, data=None, rngs=None, **options):
+    data = batch() if data is None else data
+    params = module.init(rngs or jax.random.key(0), data["inputs"][0])["params"]
+    adapted = from_linen(
+        module, {"params": params}, first(data), blocks=blocks, loss=loss, **options
+    )
+
+    def own(params, microbatch):
+        drawn = {"rngs": {"dropout": microbatch[KEY]}} if KEY in microbatch else {}
+        return loss(
+            module.apply({"params": params}, microbatch["inputs"], **drawn, **options), microbatch
+        )
+
+    compare(adapted, own, params, data, lambda variables: variables["params"])
+    return adapted
+
+
+def compare_nnx(module, blocks="layers", loss=next_token_loss, **options):
+    data = batch()
+    adapted = from_nnx(module, first(data), blocks=blocks, loss=loss, **options)
+    graph, params, rest = nnx.split(module, nnx.Param, ...)
+
+    def own(params, microbatch):
+        return loss(nnx.merge(graph, params, rest)(microbatch["inputs"], **options), microbatch)
+
+    compare(adapted, own, params, data, lambda module: nnx.state(module, nnx.Param))
+    return adapted
+
+
+def test_linen_loss_and_gradients():
+    adapted = compare_linen(LinenModel(), "layer_")
+    assert adapted.model.layers == 3
+    module, data = LinenModel(), batch()
+    params = module.init(jax.random.key(0), data["inputs"][0])["params"]
+    assert_close(adapted.rebuild(adapted.parameters)["params"], params)
 
 
 def test_nnx_loss_and_gradients():
-    data, module = batch(), NnxModel(nnx.Rngs(0))
-    adapted = from_nnx(module, first(data), blocks="layers")
-    graph, state = nnx.split(module, nnx.Param)
-    wanted = jax.value_and_grad(lambda s: mean_loss(lambda t: nnx.merge(graph, s)(t), data))(state)
-    found = jax.value_and_grad(lambda p: reference_loss(adapted.model, p, data))(adapted.parameters)
-    assert found[0] == pytest.approx(float(wanted[0]), rel=1e-6)
-    rebuilt = nnx.to_pure_dict(nnx.state(adapted.rebuild(found[1]), nnx.Param))
-    assert_close(rebuilt, nnx.to_pure_dict(wanted[1]))
+    compare_nnx(NnxModel(nnx.Rngs(0)))
 
 
 def test_what_precedes_the_blocks_is_not_run_for_the_head():
@@ -120,54 +150,256 @@ def test_what_precedes_the_blocks_is_not_run_for_the_head():
     assert "gather" not in (compiled.compile().as_text() or "gather")
 
 
-def between(between_blocks=False, unlike=False, from_parameters=False):
-    class Model(linen.Module):
-        @linen.compact
-        def __call__(self, tokens):
-            x = linen.Embed(V, D)(tokens)
-            mask = jnp.ones((1, T, T), bool)
-            if from_parameters:
-                mask = mask & (x[:, :, :1] > 0)
-            for index in range(2):
-                width_scale = 1.0 + index if unlike else 1.0
-                x = LinenBlock(D, name=f"layer_{index}")(x, mask, scale=width_scale)
-                x = x * 2 if between_blocks else x
-            return linen.Dense(V)(x)
+class Dropping(linen.Module):
+    """A pre-norm block with dropout, as scans and loops call it."""
 
-    return Model()
+    @linen.compact
+    def __call__(self, x, _=None):
+        h = linen.gelu(linen.Dense(2 * D)(linen.LayerNorm()(x)))
+        return x + linen.Dropout(0.25, deterministic=False)(linen.Dense(D)(h)), None
+
+
+class Wrapped(linen.Module):
+    kind: str
+
+    @linen.compact
+    def __call__(self, tokens):
+        table = linen.Embed(V, D)
+        x = table(tokens)
+        if self.kind == "scan":
+            scan = linen.scan(
+                linen.remat(Dropping),
+                variable_axes={"params": 1},
+                split_rngs={"params": True, "dropout": True},
+                length=3,
+            )
+            x, _ = scan(name="blocks")(x, None)
+        else:
+            wrap = {"remat": linen.remat, "jit": linen.jit}[self.kind]
+            for index in range(3):
+                x, _ = wrap(Dropping)(name=f"block_{index}")(x)
+        return table.attend(linen.LayerNorm()(x))
 
 
 @pytest.mark.parametrize(
-    ("fault", "says"),
+    ("kind", "blocks"),
     [
-        ({"between_blocks": True}, "changes x between block 0 and block 1"),
-        ({"unlike": True}, "block 1 is called with other arguments than block 0"),
-        ({"from_parameters": True}, "depends on parameters outside them"),
+        ("scan", "blocks"),
+        pytest.param("remat", "block_", marks=pytest.mark.slow),
+        pytest.param("jit", "block_", marks=pytest.mark.slow),
     ],
 )
-def test_what_cannot_be_cut_is_refused(fault, says):
-    data, module = batch(), between(**fault)
-    variables = module.init(jax.random.key(0), data["inputs"][0])
-    with pytest.raises(UsageError, match=says):
-        from_linen(module, variables, first(data), blocks="layer_")
+def test_wrapped_blocks_with_dropout(kind, blocks):
+    data = batch()
+    data[KEY] = microbatch_keys(jax.random.key(7), 2)
+    keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    adapted = compare_linen(Wrapped(kind), blocks, data=data, rngs=keys)
+    assert adapted.draws and adapted.model.pattern is None
+    assert adapted.parameters["blocks"]["Dense_0"]["kernel"].shape == (3, D, 2 * D)
 
 
-def test_names_state_and_unlike_blocks_are_refused():
+class Routed(linen.Module):
+    """A block that sows a loss which is no sum over tokens."""
+
+    @linen.compact
+    def __call__(self, x):
+        gates = linen.softmax(linen.Dense(3)(x))
+        self.sow("losses", "balance", jnp.sum(jnp.mean(gates, (0, 1)) ** 2))
+        return x + linen.Dense(D)(x) * gates[..., :1]
+
+
+class Sowing(linen.Module):
+    @linen.compact
+    def __call__(self, tokens):
+        table = linen.Embed(V, D)
+        x = table(tokens)
+        for index in range(3):
+            x = Routed(name=f"layer_{index}")(x)
+        return table.attend(x)
+
+
+def test_sown_losses_reach_the_loss():
+    def loss(output, microbatch):
+        logits, sown = output
+        total, weight = next_token_loss(logits, microbatch)
+        return total + weight * sum(jax.tree.leaves(sown)), weight
+
+    adapted = compare_linen(Sowing(), "layer_", loss, mutable=["losses"])
+    data = first(batch())
+    x = jax.eval_shape(adapted.model.embed, adapted.parameters["edge"], data)
+    # The sum over layers travels in one scalar, not in a slot a layer.
+    assert sorted(leaf.shape for leaf in jax.tree.leaves(x)) == [(), (2, T, D)]
+
+
+class Various(nnx.Module):
+    """A block with what blocks of real models hold and return."""
+
+    def __init__(self, rngs, kind="", shared=None):
+        self.norm = nnx.LayerNorm(D, rngs=rngs)
+        self.up, self.down = nnx.Linear(D, 2 * D, rngs=rngs), nnx.Linear(2 * D, D, rngs=rngs)
+        self.kind, self.shared = kind, shared
+        if kind == "experts":
+            self.router = nnx.Linear(D, 2, rngs=rngs)
+        self.table = np.linspace(0.5, 1.5, T, dtype=np.float32)
+        self.scale = nnx.Variable(jnp.float32(0.5))
+
+    def __call__(self, x, context=None):
+        h = self.norm(x) * self.table[None, :, None]
+        if self.shared is not None:
+            h = h + self.shared(jnp.arange(T))[None]
+        h = self.down(nnx.gelu(self.up(h))) * self.scale[...]
+        if self.kind == "experts":
+            h = h * jax.nn.softmax(self.router(x))[..., :1]
+        if context is not None:
+            h = h + jnp.mean(context, 1, keepdims=True)
+        return (x + h, jnp.mean(h)) if self.kind == "auxiliary" else x + h
+
+
+class Whole(nnx.Module):
+    def __init__(self, mode, kinds=("", "", "")):
+        rngs = nnx.Rngs(0)
+        self.embed = nnx.Embed(V, D, rngs=rngs)
+        shared = nnx.Embed(T, D, rngs=rngs) if mode == "shared" else None
+        self.layers = nnx.List([Various(rngs, kind, shared) for kind in kinds])
+        self.encoder = nnx.Linear(D, D, rngs=rngs)
+        self.mode = mode
+
+    def __call__(self, tokens):
+        x, extra = self.embed(tokens), jnp.float32(0)
+        context = self.encoder(x) if self.mode == "context" else None
+        for index, layer in enumerate(self.layers):
+            if self.mode == "auxiliary":
+                x, mean = layer(x)
+                extra = extra + mean
+            elif self.mode == "index":
+                x = layer(x, jnp.full((1, 1, D), float(index)))
+            elif self.mode == "remat":
+                x = nnx.remat(lambda layer, x: layer(x))(layer, x) * 0.5
+            elif self.mode == "checkpoint":
+                x = jax.checkpoint(layer)(x * 0.5)
+            elif self.mode == "deep":
+                x = layer(x)
+                extra = extra + self.embed.attend(x)
+            else:
+                x = layer(x, context)
+        logits = self.embed.attend(x)
+        return logits + extra.reshape((1, 1, -1) if self.mode != "deep" else logits.shape)
+
+
+MODES = ["shared", "deep", "auxiliary", "context", "index", "remat", "checkpoint", "plain"]
+
+
+@pytest.mark.parametrize(
+    "mode", [m if m in MODES[:2] else pytest.param(m, marks=pytest.mark.slow) for m in MODES]
+)
+def test_what_blocks_are_given_hold_and_return(mode):
+    kinds = ("auxiliary",) * 3 if mode == "auxiliary" else ("", "", "")
+    adapted = compare_nnx(Whole(mode, kinds))
+    assert adapted.model.pattern is None, "alike blocks are one kind"
+    if mode == "shared":
+        assert adapted.parameters["blocks"].keys() == {"norm", "up", "down"}
+
+
+def test_unlike_blocks_are_kinds():
+    adapted = compare_nnx(Whole("plain", ("", "experts", "", "experts", "experts")))
+    kinds = adapted.model.pattern
+    assert kinds is not None
+    assert [kind == kinds[1] for kind in kinds] == [False, True, False, True, True]
+
+
+def test_any_function_of_parameters():
+    """A plain loop over stacked parameters, with a key, an integer table and slashes in names."""
+    rng = np.random.default_rng(0)
+    parameters = {
+        "net/embed": {"w": rng.standard_normal((V, D)).astype(np.float32)},
+        "net/layer": {"w": rng.standard_normal((3, D, D)).astype(np.float32)},
+        "net/order": np.arange(V)[::-1].copy(),
+    }
+
+    def loss(parameters, microbatch):
+        x = parameters["net/embed"]["w"][jnp.asarray(parameters["net/order"])[microbatch["inputs"]]]
+        x, means = jax.lax.scan(
+            lambda x, w: (x + jnp.tanh(x @ w), jnp.mean(x)), x, parameters["net/layer"]["w"]
+        )
+        total, weight = next_token_loss(x @ parameters["net/embed"]["w"].T, microbatch)
+        return total + weight * jnp.sum(means), weight
+
+    data = batch()
+    adapted = from_function(loss, parameters, first(data), blocks="net/layer")
+    whole = jax.value_and_grad(lambda p: reference_loss(adapted.model, p, data), allow_int=True)(
+        adapted.parameters
+    )
+    weights = {name: parameters[name] for name in ("net/embed", "net/layer")}
+    order = {"net/order": parameters["net/order"]}
+
+    def plain(weights):
+        sums = [loss({**weights, **order}, jax.tree.map(lambda a, i=i: a[i], data)) for i in (0, 1)]
+        return sum(s for s, _ in sums) / sum(w for _, w in sums)
+
+    wanted = jax.value_and_grad(plain)(weights)
+    assert whole[0] == pytest.approx(float(wanted[0]), rel=1e-6)
+    rebuilt = adapted.rebuild(whole[1])
+    assert (rebuilt["net/order"] == parameters["net/order"]).all()
+    assert_close({name: rebuilt[name] for name in weights}, wanted[1])
+
+
+def test_nnx_dropout_draws_by_layer_and_microbatch():
+    module = NnxModel(nnx.Rngs(0))
+    for layer in module.layers:
+        layer.drop = nnx.Dropout(0.5, rngs=nnx.Rngs(3))  # the same seed for all
+    own = NnxBlock.__call__
+    try:
+        NnxBlock.__call__ = lambda self, x: self.drop(own(self, x))
+        adapted = from_nnx(module, first(batch()), blocks="layers")
+        assert adapted.draws
+        data = {**batch(), KEY: microbatch_keys(jax.random.key(0), 2)}
+        losses = [
+            float(
+                reference_loss(adapted.model, adapted.parameters, {**data, KEY: data[KEY][order]})
+            )
+            for order in (np.array([0, 1]), np.array([1, 0]))
+        ]
+        assert losses[0] != losses[1]
+        with pytest.raises(UsageError, match="no leaf 'key'"):
+            adapted.model.embed(adapted.parameters["edge"], first(batch()))
+    finally:
+        NnxBlock.__call__ = own
+
+
+def test_names_and_state_are_refused():
     data, module = batch(), LinenModel()
     variables = module.init(jax.random.key(0), data["inputs"][0])
-    with pytest.raises(UsageError, match="no parameters named block_0.*the model has table"):
+    with pytest.raises(UsageError, match="no parameters named block_0.*the model has .*table"):
         from_linen(module, variables, first(data), blocks="block_")
-    with pytest.raises(UsageError, match="keeps batch_stats"):
-        from_linen(module, {**variables, "batch_stats": {}}, first(data), blocks="layer_")
+    with pytest.raises(UsageError, match="writes to losses"):
+        from_linen(
+            module, {**variables, "losses": {}}, first(data), blocks="layer_", mutable=["losses"]
+        )
     model = NnxModel(nnx.Rngs(0))
-    with pytest.raises(UsageError, match="no list of blocks 'stages'"):
+    with pytest.raises(UsageError, match="no parameters named stages0"):
         from_nnx(model, first(data), blocks="stages")
-    model.dropout = nnx.Dropout(  # type: ignore[attr-defined]
-        0.1, rngs=nnx.Rngs(1)
-    )
-    with pytest.raises(UsageError, match="beside its parameters"):
+    model.norm = nnx.BatchNorm(D, rngs=nnx.Rngs(0))  # type: ignore[assignment]
+    with pytest.raises(UsageError, match="writes to norm.mean.*model.eval"):
         from_nnx(model, first(data), blocks="layers")
-    model = NnxModel(nnx.Rngs(0))
-    model.layers[1].up = nnx.Linear(D, 3 * D, rngs=nnx.Rngs(0))
-    with pytest.raises(UsageError, match=r"layers\[1\] is made unlike layers\[0\]"):
-        from_nnx(model, first(data), blocks="layers")
+
+
+def test_what_cannot_be_cut_is_refused():
+    class Skipping(NnxModel):
+        def __call__(self, tokens):
+            return self.embed.attend(self.layers[0](self.embed(tokens)))
+
+    with pytest.raises(UsageError, match="block 1 has no effect on the loss"):
+        from_nnx(Skipping(nnx.Rngs(0)), first(batch()), blocks="layers")
+
+    def decayed(parameters, microbatch):
+        x, _ = jax.lax.scan(lambda x, w: (x @ w, None), parameters["embed"], parameters["layers"])
+        return jnp.sum(x[microbatch["inputs"]]) + jnp.sum(parameters["layers"] ** 2), 1.0
+
+    parameters = {"embed": jnp.ones((V, D)), "layers": {"w": jnp.ones((3, D, D))}}
+    with pytest.raises(UsageError, match="stacked parameter w is used whole"):
+        from_function(
+            lambda p, m: decayed({**p, "layers": p["layers"]["w"]}, m),
+            parameters,
+            first(batch()),
+            blocks="layers",
+        )

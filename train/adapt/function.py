@@ -1,0 +1,363 @@
+"""Takes any function of parameters and a microbatch apart into embed, blocks, head and loss."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsys.errors import UsageError
+from jaxsys.layered import ALIKE, LayeredModel, Parameters, PyTree
+from jaxsys.layered import Layer as LayerInfo
+from jaxsys.train.adapt.places import (
+    Block,
+    Edge,
+    Fixed,
+    Names,
+    Place,
+    Stack,
+    leaf_of,
+    names_of,
+    nested,
+    places,
+)
+from jaxsys.train.adapt.plan import Plan
+from jaxsys.train.adapt.program import (
+    BatchLeaf,
+    BlockLeaf,
+    EdgeLeaf,
+    Layer,
+    StackedLeaf,
+    Value,
+    trace,
+)
+
+Loss = Callable[[Any, PyTree], Any]
+"""(the model's output, microbatch) -> (summed loss, weight), scalars."""
+
+Inputs = Callable[[PyTree], tuple[Any, ...]]
+"""Microbatch -> the model's positional arguments."""
+
+Aliases = Mapping[Names, Sequence[Names]]
+
+KEY = "key"
+"""The microbatch's leaf that holds its random key, see `jaxsys.layered.microbatch_keys`."""
+
+LossFunction = Callable[[PyTree, PyTree], Any]
+"""(parameters, microbatch) -> (summed loss, weight), scalars."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapted:
+    """A user's model in the form schedules run."""
+
+    model: LayeredModel
+    parameters: Parameters
+    rebuild: Callable[[Parameters], Any]
+    """Trained parameters back in the user's own form: Linen variables, or the NNX model."""
+    draws: bool = False
+    """Whether the model draws random numbers: a microbatch then has its own key in `KEY`."""
+
+
+def next_token_loss(logits: jax.Array, microbatch: PyTree) -> tuple[jax.Array, jax.Array]:
+    """Summed cross-entropy of logits [B, T, V] with microbatch["targets"] [B, T], -1 ignored."""
+    targets = microbatch["targets"]
+    counted = targets >= 0
+    logits = logits.astype(jnp.float32)
+    chosen = jnp.take_along_axis(logits, jnp.where(counted, targets, 0)[..., None], axis=-1)
+    losses = jax.nn.logsumexp(logits, axis=-1) - chosen[..., 0]
+    return jnp.sum(jnp.where(counted, losses, 0.0)), jnp.sum(counted).astype(jnp.float32)
+
+
+def first_argument(microbatch: PyTree) -> tuple[Any, ...]:
+    """The usual `inputs`: the microbatch's "inputs" alone."""
+    return (microbatch["inputs"],)
+
+
+def from_function(
+    loss: LossFunction,
+    parameters: PyTree,
+    example: PyTree,
+    *,
+    blocks: str | Sequence[str],
+    aliases: Aliases | None = None,
+) -> Adapted:
+    """Adapts a function of parameters and a microbatch.
+
+    Args:
+        loss: (parameters, microbatch) -> (summed loss, weight), scalars. If it draws random
+            numbers, from the microbatch's leaf "key".
+        parameters: any tree of arrays; integers and booleans among them are constants.
+        example: one microbatch, arrays or shapes; a key need not be in it.
+        blocks: where blocks are among the parameters, see `places`; one path a group of blocks.
+        aliases: other paths of a leaf, by its path; what several blocks hold is theirs together.
+
+    Raises:
+        UsageError: if the model cannot be cut; says why.
+    """
+    paths = (blocks,) if isinstance(blocks, str) else tuple(blocks)
+    if isinstance(example, Mapping) and KEY not in example:
+        drawing = {**example, KEY: jax.eval_shape(lambda: jax.random.key(0))}
+        adapter = _Adapter(loss, parameters, drawing, paths, aliases)
+        if adapter.draws:
+            return adapter.adapted()
+    adapter = _Adapter(loss, parameters, example, paths, aliases)
+    return adapter.adapted()
+
+
+class _Adapter:
+    """One model; plans of it are made for each shape of microbatch, and kept."""
+
+    def __init__(
+        self,
+        loss: LossFunction,
+        parameters: PyTree,
+        example: PyTree,
+        paths: Sequence[str],
+        aliases: Aliases | None,
+    ) -> None:
+        self.loss, self.example = loss, example
+        self.leaves, self.structure = jax.tree.flatten(parameters)
+        self.places: list[Place] = places(parameters, paths, aliases)
+        self.plans: dict[Any, Plan] = {}
+        self.draws_if_known = False
+        self.plan = self._plan(None, example)
+        self.draws_if_known = self.draws
+        self.kinds = [f"kind_{n}" for n in range(len(self.plan.roles))]
+        if len(self.kinds) == 1:
+            self.kinds = [ALIKE]
+
+    @property
+    def draws(self) -> bool:
+        """Whether the loss depends on the example's key."""
+        if not (isinstance(self.example, Mapping) and KEY in self.example):
+            return False
+        leaves = jax.tree_util.tree_flatten_with_path(self.example)[0]
+        number = next(n for n, (path, _) in enumerate(leaves) if names_of(path) == (KEY,))
+        return any(
+            isinstance(value, BatchLeaf) and value.number == number
+            for operation in self.plan.program.operations
+            for value in operation.inputs
+        )
+
+    def adapted(self) -> Adapted:
+        plan, draws = self.plan, self.draws
+
+        def embed(edge: PyTree, microbatch: PyTree) -> PyTree:
+            mine, leaves = self._edge(edge)
+            return self._plan(mine, microbatch).embed(leaves, jax.tree.leaves(microbatch))
+
+        def block(number: int) -> Callable[..., PyTree]:
+            def run(own: PyTree, x: PyTree, microbatch: PyTree, layer: LayerInfo) -> PyTree:
+                leaves = {name: leaf_of(own, name) for name in plan.roles[number].kind.leaves}
+                mine = _compute_dtype(
+                    [(leaf.dtype, dtypes[number][name]) for name, leaf in leaves.items()]
+                )
+                run = self._plan(mine, microbatch).block(number)
+                return run(leaves, x, jax.tree.leaves(microbatch), layer)
+
+            return run
+
+        def head_loss(edge: PyTree, x: PyTree, microbatch: PyTree) -> tuple[Any, ...]:
+            mine, leaves = self._edge(edge)
+            chosen = self._plan(mine, microbatch)
+            loss, weight = chosen.head(leaves, x, jax.tree.leaves(microbatch))
+            return jnp.asarray(loss, jnp.float32), jnp.asarray(weight, jnp.float32)
+
+        shapes = self._shapes_of_layers(plan.program.stack_axes)
+        dtypes = [
+            {name: dtype for name, (_, dtype) in shapes[plan.layers[role.stages[0] - 1]].items()}
+            for role in plan.roles
+        ]
+        alike = len(self.kinds) == 1
+        model = LayeredModel(
+            embed=embed,
+            block=block(0) if alike else {name: block(n) for n, name in enumerate(self.kinds)},
+            head_loss=head_loss,
+            layers=len(plan.layers),
+            pattern=None if alike else tuple(self.kinds[n] for n in plan.pattern),
+            view=self._user_tree,
+        )
+        return Adapted(model=model, parameters=self._cut(), rebuild=self._rebuilt, draws=draws)
+
+    def _edge(self, edge: PyTree) -> tuple[Any, list[Any]]:
+        leaves = [
+            leaf_of(edge, place.names) if isinstance(place, Edge) else None for place in self.places
+        ]
+        dtypes = [
+            (leaf.dtype, own.dtype)
+            for leaf, own in zip(leaves, self.leaves, strict=True)
+            if leaf is not None
+        ]
+        return _compute_dtype(dtypes), leaves
+
+    def _plan(self, dtype: Any, microbatch: PyTree) -> Plan:
+        if self.draws_if_known and KEY not in microbatch:
+            raise UsageError(
+                f"the model draws random numbers, but the batch has no leaf {KEY!r}: one key a "
+                "microbatch, jaxsys.layered.microbatch_keys(step_key(key, step), trainer.rows)"
+            )
+        leaves, structure = jax.tree.flatten(microbatch)
+        shapes = [jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype) for leaf in leaves]
+        key = (dtype, structure, tuple((s.shape, s.dtype) for s in shapes))
+        if key not in self.plans:
+            self.plans[key] = self._made(dtype, jax.tree.unflatten(structure, shapes))
+        return self.plans[key]
+
+    def _made(self, dtype: Any, microbatch: PyTree) -> Plan:
+        avals, values = [], []
+        for number, (place, leaf) in enumerate(zip(self.places, self.leaves, strict=True)):
+            if isinstance(place, Fixed):
+                continue
+            aval = jax.core.ShapedArray(np.shape(leaf), dtype or leaf.dtype)
+            avals.append(jax.ShapeDtypeStruct(aval.shape, aval.dtype))
+            values.append(_value(place, aval, number))
+
+        def whole(leaves: Sequence[Any], microbatch: PyTree) -> Any:
+            given = iter(leaves)
+            mine = [
+                jnp.asarray(leaf) if isinstance(place, Fixed) else next(given)
+                for place, leaf in zip(self.places, self.leaves, strict=True)
+            ]
+            return self._outputs(self.loss(jax.tree.unflatten(self.structure, mine), microbatch))
+
+        program, _ = trace(whole, values, avals, microbatch)
+        layers = sorted(
+            {(p.group, p.number) for p in self.places if isinstance(p, Block)}
+            | {(g, n) for g, length in program.lengths.items() for n in range(length)}
+        )
+        for place in self.places:
+            if isinstance(place, Stack) and place.group not in program.lengths:
+                raise UsageError(
+                    f"the blocks' parameters ({'/'.join(place.names)}, ...) are neither numbered "
+                    "nor taken apart by a scan over layers"
+                )
+        plan = Plan(program, layers, self._shapes_of_layers(program.stack_axes))
+        if self.plans and plan.pattern != self.plan.pattern:
+            raise UsageError(
+                "with microbatches of this shape other blocks are alike than with the example's: "
+                f"kinds {plan.pattern} and {self.plan.pattern}"
+            )
+        return plan
+
+    def _outputs(self, result: Any) -> Any:
+        if not (isinstance(result, tuple) and len(result) == 2):
+            raise UsageError(f"loss must return two scalars (sum, weight), not {result}")
+        return [jnp.asarray(part, jnp.float32) for part in result]
+
+    def _shapes_of_layers(
+        self, axes: dict[tuple[int, Names], int]
+    ) -> dict[Layer, dict[Names, Any]]:
+        """Layer -> name -> (shape, dtype) of its parameters."""
+        found: dict[Layer, dict[Names, Any]] = {}
+        for place, leaf in zip(self.places, self.leaves, strict=True):
+            shape = np.shape(leaf)
+            if isinstance(place, Block):
+                here = found.setdefault((place.group, place.number), {})
+                here[place.names] = (shape, str(leaf.dtype))
+            elif isinstance(place, Stack):
+                axis = axes.get((place.group, place.names), 0)
+                rest = shape[:axis] + shape[axis + 1 :]
+                for number in range(shape[axis]):
+                    here = found.setdefault((place.group, number), {})
+                    here[place.names] = (rest, str(leaf.dtype))
+        return found
+
+    def _cut(self) -> Parameters:
+        """The user's parameters in a layered model's form; copies, never the user's arrays."""
+        edge: dict[Names, Any] = {}
+        layers: dict[Layer, dict[Names, Any]] = {layer: {} for layer in self.plan.layers}
+        for place, leaf in zip(self.places, self.leaves, strict=True):
+            if isinstance(place, Edge):
+                edge[place.names] = jnp.array(leaf, copy=True)
+            elif isinstance(place, Block):
+                layers[place.group, place.number][place.names] = leaf
+            elif isinstance(place, Stack):
+                axis = self.plan.program.stack_axes.get((place.group, place.names), 0)
+                for layer in self.plan.layers:
+                    if layer[0] == place.group:
+                        layers[layer][place.names] = jnp.take(leaf, layer[1], axis=axis)
+        stacks = {}
+        for number, kind in enumerate(self.kinds):
+            members = [
+                layers[layer]
+                for layer, mine in zip(self.plan.layers, self.plan.pattern, strict=True)
+                if mine == number
+            ]
+            stacks[kind] = nested(
+                {name: jnp.stack([member[name] for member in members]) for name in members[0]}
+            )
+        blocks = stacks[ALIKE] if len(self.kinds) == 1 else stacks
+        return {"edge": nested(edge), "blocks": blocks}
+
+    def _rebuilt(self, parameters: Parameters) -> PyTree:
+        """Parameters of the layered model as the user's own tree."""
+        tree = self._user_tree(parameters, jnp.stack)
+        leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: leaf is None)
+        leaves = [
+            own if leaf is None else leaf for own, leaf in zip(self.leaves, leaves, strict=True)
+        ]
+        return jax.tree.unflatten(self.structure, leaves)
+
+    def _user_tree(self, parameters: Any, stack: Callable[..., Any] | None = None) -> PyTree:
+        """Parameters of the layered model in the user's tree; None for what is no parameter.
+
+        Without `stack`, which puts layers together, it only places leaves and indexes layers: a
+        stacked leaf is then as the layered model holds it, or its layers side by side.
+        """
+        places_of: dict[Layer, tuple[str, int]] = {}
+        counts = dict.fromkeys(range(len(self.kinds)), 0)
+        for layer, number in zip(self.plan.layers, self.plan.pattern, strict=True):
+            places_of[layer] = (self.kinds[number], counts[number])
+            counts[number] += 1
+        blocks = parameters["blocks"]
+        stacks = {ALIKE: blocks} if len(self.kinds) == 1 else blocks
+
+        def own(layer: Layer, names: Names) -> Any:
+            kind, row = places_of[layer]
+            return leaf_of(stacks[kind], names)[row]
+
+        leaves: list[Any] = []
+        for place in self.places:
+            if isinstance(place, Fixed):
+                leaves.append(None)
+            elif isinstance(place, Edge):
+                leaves.append(leaf_of(parameters["edge"], place.names))
+            elif isinstance(place, Block):
+                leaves.append(own((place.group, place.number), place.names))
+            else:
+                mine = sorted(layer for layer in self.plan.layers if layer[0] == place.group)
+                if stack is not None:
+                    axis = self.plan.program.stack_axes.get((place.group, place.names), 0)
+                    leaves.append(stack([own(layer, place.names) for layer in mine], axis=axis))
+                elif len(self.kinds) == 1 and list(self.plan.layers) == mine:
+                    leaves.append(leaf_of(blocks, place.names))
+                else:
+                    leaves.append(tuple(own(layer, place.names) for layer in mine))
+        return jax.tree.unflatten(self.structure, leaves)
+
+
+def _value(place: Place, aval: Any, number: int) -> Value:
+    """What a leaf is to a program."""
+    if isinstance(place, Block):
+        layer = (place.group, place.number)
+        return BlockLeaf(
+            aval=aval,
+            depends=True,
+            late=True,
+            pure=frozenset([(*layer, place.names)]),
+            layer=layer,
+            name=place.names,
+        )
+    if isinstance(place, Stack):
+        return StackedLeaf(aval=aval, depends=True, late=True, group=place.group, name=place.names)
+    return EdgeLeaf(aval=aval, depends=True, number=number)
+
+
+def _compute_dtype(dtypes: Sequence[tuple[Any, Any]]) -> Any:
+    """The dtype that parameters are computed in, None for their own: from (given, own) pairs."""
+    if all(given == own for given, own in dtypes):
+        return None
+    return jnp.dtype(dtypes[0][0])

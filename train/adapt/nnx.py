@@ -1,0 +1,123 @@
+"""NNX models."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxsys.errors import UsageError
+from jaxsys.layered import Parameters, PyTree
+from jaxsys.train.adapt.function import (
+    KEY,
+    Adapted,
+    Inputs,
+    Loss,
+    first_argument,
+    from_function,
+    next_token_loss,
+)
+
+
+def from_nnx(
+    module: nnx.Module,
+    example: PyTree,
+    *,
+    blocks: str | Sequence[str],
+    loss: Loss = next_token_loss,
+    inputs: Inputs = first_argument,
+    **options: Any,
+) -> Adapted:
+    """Adapts an NNX model.
+
+    What it holds beside nnx.Param (tables, frozen statistics) is constant. Where its call draws
+    random numbers (dropout), every microbatch has its own key in its leaf "key", which is folded
+    into each of the model's own keys.
+
+    Args:
+        module: the whole model; left as it is.
+        example: one microbatch, arrays or shapes.
+        blocks: where blocks are: the attribute that holds their list ("layers", "body.layers"), or
+            one module whose parameters are stacked for nnx.scan; several for several groups.
+        loss: from the model's output and the microbatch.
+        inputs: the model's arguments from the microbatch.
+        **options: passed to the model's call.
+
+    Raises:
+        UsageError: if the model cannot be cut; says why.
+    """
+    params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
+    keys = nnx.to_pure_dict(nnx.state(module, nnx.RngKey))
+
+    def whole(params: PyTree, microbatch: PyTree) -> Any:
+        mine = nnx.clone(module)
+        nnx.update(mine, params)
+        if isinstance(microbatch, Mapping) and KEY in microbatch:
+            words = _words(microbatch[KEY])
+            nnx.update(mine, jax.tree.map(lambda key: _folded(key, words), keys))
+        before = _kept(mine)
+        output = mine(*inputs(microbatch), **options)
+        for path, value in _kept(mine).items():
+            if value is not before.get(path, value):
+                raise UsageError(
+                    f"the model's call writes to {path}, beside its parameters; a schedule has no "
+                    "place for that. Switch it off (model.eval() uses stored statistics) or use a "
+                    "layer that keeps nothing (LayerNorm, GroupNorm)"
+                )
+        return loss(output, microbatch)
+
+    paths: dict[int, list[tuple[str, ...]]] = {}
+    for path, variable in _variables(module):
+        paths.setdefault(id(variable), []).append(path)
+    aliases = {path: several for several in paths.values() for path in several}
+    adapted = from_function(whole, params, example, blocks=blocks, aliases=aliases)
+
+    def rebuild(parameters: Parameters) -> nnx.Module:
+        trained = nnx.clone(module)
+        nnx.update(trained, adapted.rebuild(parameters))
+        return trained
+
+    return dataclasses.replace(adapted, rebuild=rebuild)
+
+
+def _folded(key: jax.Array, words: list[jax.Array]) -> jax.Array:
+    """A key of the model's own with a microbatch's words folded in; a stack of keys one by one."""
+    if key.ndim:
+        return jax.vmap(lambda one: _folded(one, words))(key)
+    for word in words:
+        key = jax.random.fold_in(key, word)
+    return key
+
+
+def _words(key: jax.Array) -> list[jax.Array]:
+    typed = jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return list(jax.random.key_data(key) if typed else key)
+
+
+def _kept(module: nnx.Module) -> dict[str, Any]:
+    """What a module keeps beside parameters, by its path; random numbers and sown values aside."""
+    skip = nnx.Param | nnx.RngState | nnx.Intermediate
+    return {
+        ".".join(path): variable.get_value()
+        for path, variable in _variables(module)
+        if not isinstance(variable, skip)
+    }
+
+
+def _variables(
+    node: Any, path: tuple[str, ...] = (), above: tuple[int, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], nnx.Variable]]:
+    """All variables by all paths that lead to them."""
+    if isinstance(node, nnx.Variable):
+        yield path, node
+    elif id(node) not in above:
+        items: Iterable[tuple[Any, Any]] = ()
+        if isinstance(node, nnx.Pytree):
+            items = [(k, v) for k, v in vars(node).items() if not k.startswith("_pytree__")]
+        elif isinstance(node, dict):
+            items = node.items()
+        elif isinstance(node, list | tuple):
+            items = enumerate(node)
+        for name, value in items:
+            yield from _variables(value, (*path, str(name)), (*above, id(node)))

@@ -1,0 +1,446 @@
+"""A traced function as a flat list of operations whose every use can be followed.
+
+Calls (`jit`, `nn.jit`) are written out, and so is a `remat` around whole blocks, because schedules
+recompute on their own. A loop over stacked blocks (`nn.scan`, `nnx.scan`, `lax.scan`) is unrolled
+into one body a layer, each with the layer's own slices of the stack as its parameters.
+Everything else stays one operation. What does not depend on blocks and is computed twice from the
+same values is one value.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxsys.errors import UsageError
+from jaxsys.train.adapt.fingerprint import Derivatives, aval_of_type, fingerprint, opened, words_of
+
+Layer = tuple[int, int]
+"""A block before blocks have an order: (which of the groups of blocks, its number in it)."""
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class Value:
+    """What an operation reads or makes; compared by identity."""
+
+    aval: Any
+    maker: "Operation | None" = None
+    place: int = 0
+    """Which of its maker's results."""
+    depends: bool = False
+    """On parameters."""
+    varies: bool = False
+    """With the microbatch."""
+    late: bool = False
+    """Depends on parameters of blocks."""
+    pure: frozenset[Any] = frozenset()
+    """Leaves of blocks, where it is made of such leaves alone."""
+
+    @property
+    def bytes(self) -> int:
+        """Of what it holds; keys count as two words."""
+        itemsize = getattr(self.aval.dtype, "itemsize", 8)
+        return math.prod(self.aval.shape) * itemsize
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class Constant(Value):
+    """A value known now: a literal, a table that the model holds."""
+
+    words: np.ndarray
+    """Its elements, on the host: of keys their words."""
+    keys: Any = None
+    """How keys are made of words, if they are keys."""
+    content: Any
+    """Equal for constants of equal dtype, shape and elements."""
+
+    def array(self) -> Any:
+        """The constant as JAX takes it."""
+        return (
+            self.words
+            if self.keys is None
+            else jax.random.wrap_key_data(self.words, impl=self.keys)
+        )
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class EdgeLeaf(Value):
+    """A parameter outside the blocks."""
+
+    number: int
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class BlockLeaf(Value):
+    """A parameter of one block."""
+
+    layer: Layer
+    name: tuple[str, ...]
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class StackedLeaf(Value):
+    """A parameter of all blocks of a group together, and what was done to it before the loop."""
+
+    group: int
+    name: tuple[str, ...]
+    chain: tuple[Any, ...] = ()
+    """Equations of one input, first to last."""
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class BatchLeaf(Value):
+    """A leaf of the microbatch."""
+
+    number: int
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class Operation:
+    """One primitive on values."""
+
+    primitive: Any
+    parameters: dict[str, Any]
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...] = ()
+    mark: Any = None
+    """Equal for operations that compute the same of equal inputs."""
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class Program:
+    """A function, flat: operations in the order in which they ran, only those that are needed."""
+
+    operations: list[Operation]
+    outputs: list[Value]
+    stack_axes: dict[tuple[int, tuple[str, ...]], int]
+    """(group, leaf) -> the axis along which blocks are stacked."""
+    lengths: dict[int, int]
+    """Group -> its blocks, where it is stacked."""
+
+
+def run(operations: Iterable[Operation], values: dict[Value, Any]) -> None:
+    """Evaluates operations, whose inputs are in `values` or constant, into it."""
+    for operation in operations:
+        inputs = [value_of(value, values) for value in operation.inputs]
+        outputs = bind(operation.primitive, operation.parameters, inputs)
+        values.update(zip(operation.outputs, outputs, strict=True))
+
+
+def bind(primitive: Any, parameters: dict[str, Any], inputs: Sequence[Any]) -> Sequence[Any]:
+    """A primitive's results, as a sequence."""
+    bound = primitive.get_bind_params(parameters)
+    # A pair (functions, parameters) in some JAX releases, parameters alone in others.
+    functions, parameters = bound if isinstance(bound, tuple) else ((), bound)
+    outputs = primitive.bind(*functions, *inputs, **parameters)
+    return outputs if primitive.multiple_results else [outputs]
+
+
+def value_of(value: Value, values: dict[Value, Any]) -> Any:
+    """What an operation reads."""
+    return value.array() if isinstance(value, Constant) else values[value]
+
+
+def trace(
+    function: Callable[..., Any],
+    leaves: Sequence[Value],
+    avals: Sequence[Any],
+    microbatch: Any,
+) -> tuple[Program, Any]:
+    """Traces `function(leaves, microbatch)` flat.
+
+    Args:
+        function: of a list of parameter leaves and a microbatch.
+        leaves: what each parameter leaf is.
+        avals: their shapes and dtypes.
+        microbatch: shapes and dtypes.
+
+    Returns:
+        The program, and the structure of the function's result.
+    """
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(list(avals), microbatch)
+    flat = _Flat(leaf_counts=_leaf_counts(leaves))
+    batch = [
+        BatchLeaf(aval=v.aval, number=n, varies=True)
+        for n, v in enumerate(closed.jaxpr.invars[len(avals) :])
+    ]
+    outputs = flat.jaxpr(closed.jaxpr, closed.consts, [*leaves, *batch])
+    operations = needed(flat.operations, outputs)
+    for operation in operations:
+        for value in operation.inputs:
+            if isinstance(value, StackedLeaf):
+                raise UsageError(
+                    f"the stacked parameter {'/'.join(value.name)} is used whole by "
+                    f"{operation.primitive.name}, not layer by layer by a scan; hand over a model "
+                    "whose blocks use their own slice alone"
+                )
+    program = Program(
+        operations=operations,
+        outputs=outputs,
+        stack_axes=flat.axes,
+        lengths=flat.lengths,
+    )
+    return program, jax.tree.structure(shapes)
+
+
+def needed(
+    operations: Sequence[Operation], outputs: Iterable[Value], given: Iterable[Value] = ()
+) -> list[Operation]:
+    """The operations that outputs depend on, in order, where `given` values are there."""
+    given = set(given)
+    wanted = set(outputs) - given
+    kept = []
+    for operation in reversed(operations):
+        if any(value in wanted for value in operation.outputs):
+            kept.append(operation)
+            wanted.update(value for value in operation.inputs if value not in given)
+    return kept[::-1]
+
+
+_CALLS = ("pjit", "jit", "closed_call", "core_call")
+_REMAT = ("remat", "remat2", "checkpoint")
+_VIEWS = (
+    "convert_element_type",
+    "transpose",
+    "copy",
+    "copy_p",
+    "reduce_precision",
+    "sharding_constraint",
+)
+"""Of a stacked parameter, done to the whole or to each layer's slice alike."""
+
+
+@dataclass(slots=True)
+class _Flat:
+    leaf_counts: dict[Any, int]
+    """Leaves of a block, by layer or, where they are stacked, by group."""
+    operations: list[Operation] = field(default_factory=list)
+    known: dict[Any, tuple[Value, ...]] = field(default_factory=dict)
+    """Operations that depend on no block, by what they compute."""
+    axes: dict[tuple[int, tuple[str, ...]], int] = field(default_factory=dict)
+    lengths: dict[int, int] = field(default_factory=dict)
+    slices: dict[tuple[int, int, tuple[str, ...]], BlockLeaf] = field(default_factory=dict)
+    constants: dict[Any, Constant] = field(default_factory=dict)
+    derivatives: Derivatives = field(default_factory=dict)
+
+    def jaxpr(self, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Value]) -> list[Value]:
+        """Appends a jaxpr's equations; returns its outputs."""
+        values: dict[Any, Value] = dict(zip(jaxpr.invars, inputs, strict=True))
+        for variable, const in zip(jaxpr.constvars, consts, strict=True):
+            values[variable] = self.constant(const, variable.aval)
+
+        def read(atom: Any) -> Value:
+            return self.constant(atom.val, atom.aval) if hasattr(atom, "val") else values[atom]
+
+        for equation in jaxpr.eqns:
+            outputs = self.equation(equation, [read(atom) for atom in equation.invars])
+            values.update(zip(equation.outvars, outputs, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def function(self, function: Callable[..., Any], *inputs: Value) -> list[Value]:
+        """Appends what a function does to values."""
+        shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in inputs]
+        closed = jax.make_jaxpr(function)(*shapes)
+        return self.jaxpr(closed.jaxpr, closed.consts, inputs)
+
+    def constant(self, value: Any, aval: Any) -> Constant:
+        words, keys = words_of(value)
+        content = (aval_of_type(aval), words.tobytes())
+        if content not in self.constants:
+            self.constants[content] = Constant(aval=aval, words=words, keys=keys, content=content)
+        return self.constants[content]
+
+    def equation(self, equation: Any, inputs: list[Value]) -> Sequence[Value]:
+        name = equation.primitive.name
+        inner = equation.params.get("jaxpr") or equation.params.get("call_jaxpr")
+        if name in _CALLS and inner is not None:
+            return self.call(inner, inputs)
+        if name in _REMAT and inner is not None and self.around_blocks(inputs):
+            return self.call(inner, inputs)
+        stacked = [value for value in inputs if isinstance(value, StackedLeaf)]
+        if stacked and name == "scan":
+            return self.loop(equation, inputs)
+        if stacked and name == "slice":
+            sliced = self.slice_of_stack(equation, stacked[0])
+            if sliced is not None:
+                return sliced
+        outputs = self.operation(equation, inputs)
+        if stacked and len(inputs) == 1 and name in _VIEWS:
+            (whole,) = stacked
+            output = StackedLeaf(
+                aval=outputs[0].aval,
+                maker=outputs[0].maker,
+                depends=True,
+                late=True,
+                group=whole.group,
+                name=whole.name,
+                chain=(*whole.chain, equation),
+            )
+            self.operations[-1].outputs = (output,)
+            return (output,)
+        return outputs
+
+    def call(self, inner: Any, inputs: list[Value]) -> list[Value]:
+        return self.jaxpr(*opened(inner), inputs)
+
+    def around_blocks(self, inputs: list[Value]) -> bool:
+        """Whether a `remat` wraps whole blocks: then it must not hide where they begin and end."""
+        found: dict[Layer, int] = {}
+        for leaf in frozenset().union(*(value.pure for value in inputs)):
+            found[leaf[:2]] = found.get(leaf[:2], 0) + 1
+        whole = (
+            2 * count > self.leaf_counts.get(layer, self.leaf_counts.get(layer[0], 0))
+            for layer, count in found.items()
+        )
+        return len(found) > 1 or any(whole)
+
+    def operation(self, equation: Any, inputs: list[Value]) -> tuple[Value, ...]:
+        mark = fingerprint(equation, self.derivatives)
+        depends = any(value.depends for value in inputs)
+        varies = any(value.varies for value in inputs)
+        late = any(value.late for value in inputs)
+        key = None
+        if not late:
+            key = (mark, tuple(v.content if isinstance(v, Constant) else v for v in inputs))
+            if key in self.known and not equation.effects:
+                return self.known[key]
+        pure: frozenset[Any] = frozenset()
+        if depends and not varies and all(value.pure or not value.depends for value in inputs):
+            pure = frozenset().union(*(value.pure for value in inputs))
+        operation = Operation(
+            primitive=equation.primitive,
+            parameters=equation.params,
+            inputs=tuple(inputs),
+            mark=mark,
+        )
+        operation.outputs = tuple(
+            Value(
+                aval=variable.aval,
+                maker=operation,
+                place=place,
+                depends=depends,
+                varies=varies,
+                late=late,
+                pure=pure,
+            )
+            for place, variable in enumerate(equation.outvars)
+        )
+        self.operations.append(operation)
+        if key is not None:
+            self.known[key] = operation.outputs
+        return operation.outputs
+
+    def loop(self, equation: Any, inputs: list[Value]) -> list[Value]:
+        """A scan over stacked blocks, one body a layer."""
+        parameters = equation.params
+        length, body = parameters["length"], parameters["jaxpr"]
+        consts, carry, xs = _scan_parts(equation, inputs)
+        whole = next((v for v in (*consts, *carry) if isinstance(v, StackedLeaf)), None)
+        if whole is not None:
+            raise UsageError(
+                f"a loop over layers gets the stacked parameter {'/'.join(whole.name)} whole and "
+                "picks its layer by index; scan over the stack (lax.scan's xs) instead"
+            )
+        order = range(length)[::-1] if parameters["reverse"] else range(length)
+        made: dict[int, list[Value]] = {}
+        for index in order:
+            slices = [
+                self.slice(v, index, length)
+                if isinstance(v, StackedLeaf)
+                else self.function(lambda a, i=index: lax.index_in_dim(a, i, 0, keepdims=False), v)[
+                    0
+                ]
+                for v in xs
+            ]
+            outputs = self.jaxpr(*opened(body), [*consts, *carry, *slices])
+            carry, made[index] = outputs[: len(carry)], outputs[len(carry) :]
+        columns = zip(*(made[index] for index in range(length)), strict=True)
+        stacks = [self.function(lambda *rows: jnp.stack(rows), *column)[0] for column in columns]
+        return [*carry, *stacks]
+
+    def slice(self, whole: StackedLeaf, index: int, length: int) -> Value:
+        """One layer's slice of a stacked parameter whose axis 0 a scan takes apart."""
+        axis = 0
+        for equation in reversed(whole.chain):
+            if equation.primitive.name == "transpose":
+                axis = equation.params["permutation"][axis]
+
+        def as_done(leaf: Any) -> Any:
+            value = jnp.expand_dims(leaf, axis)
+            for equation in whole.chain:
+                (value,) = bind(equation.primitive, equation.params, [value])
+            return jnp.squeeze(value, 0)
+
+        leaf = self.leaf(whole, index, axis, length)
+        return leaf if axis == 0 and not whole.chain else self.function(as_done, leaf)[0]
+
+    def slice_of_stack(self, equation: Any, whole: StackedLeaf) -> list[Value] | None:
+        """`stack[i]` in a loop of Python's: the layer's own parameter, its axis kept as 1."""
+        shape, parameters = whole.aval.shape, equation.params
+        starts, stops = parameters["start_indices"], parameters["limit_indices"]
+        cut = [a for a in range(len(shape)) if (starts[a], stops[a]) != (0, shape[a])]
+        if whole.chain or len(cut) != 1 or stops[cut[0]] - starts[cut[0]] != 1:
+            return None
+        (axis,) = cut
+        leaf = self.leaf(whole, starts[axis], axis, shape[axis])
+        return self.function(lambda a: jnp.expand_dims(a, axis), leaf)
+
+    def leaf(self, whole: StackedLeaf, index: int, axis: int, length: int) -> BlockLeaf:
+        if self.axes.setdefault((whole.group, whole.name), axis) != axis:
+            raise UsageError(
+                f"the stacked parameter {'/'.join(whole.name)} is taken apart along two axes"
+            )
+        if self.lengths.setdefault(whole.group, length) != length:
+            raise UsageError(
+                f"the stacked parameter {'/'.join(whole.name)} holds {length} layers, another "
+                f"{self.lengths[whole.group]}; all of the group must hold as many"
+            )
+        key = (whole.group, index, whole.name)
+        if key not in self.slices:
+            # The chain's first shape: what the user handed over.
+            shape = list(_first_aval(whole).shape)
+            del shape[axis]
+            self.slices[key] = BlockLeaf(
+                aval=jax.core.ShapedArray(tuple(shape), _first_aval(whole).dtype),
+                depends=True,
+                late=True,
+                pure=frozenset([key]),
+                layer=(whole.group, index),
+                name=whole.name,
+            )
+        return self.slices[key]
+
+
+def _leaf_counts(leaves: Sequence[Value]) -> dict[Any, int]:
+    counts: dict[Any, int] = {}
+    for leaf in leaves:
+        if isinstance(leaf, BlockLeaf):
+            counts[leaf.layer] = counts.get(leaf.layer, 0) + 1
+        elif isinstance(leaf, StackedLeaf):
+            counts[leaf.group] = counts.get(leaf.group, 0) + 1
+    return counts
+
+
+def _first_aval(whole: StackedLeaf) -> Any:
+    return whole.chain[0].invars[0].aval if whole.chain else whole.aval
+
+
+def _scan_parts(equation: Any, inputs: list[Value]) -> tuple[list[Value], list[Value], list[Value]]:
+    """A scan's (constants, carry, xs).
+
+    How many there are of each is said in another way by each JAX release; shapes tell alike: what
+    is taken apart, or stacked, has one axis more outside the body than in it.
+    """
+    body, _ = opened(equation.params["jaxpr"])
+
+    def alike(inner: Any, outer: Any) -> int:
+        return sum(a.aval.ndim == b.aval.ndim for a, b in zip(inner, outer, strict=True))
+
+    before_xs = alike(body.invars, equation.invars)
+    consts = before_xs - alike(body.outvars, equation.outvars)
+    return inputs[:consts], inputs[consts:before_xs], inputs[before_xs:]
