@@ -1,8 +1,11 @@
 """Splits a backward pass into what gives dx (I) and what gives dw (W), for any block.
 
-The backward pass is traced to a jaxpr. Whatever dx depends on is I; the rest is W. The values that
-cross from I to W, mostly each product's input and output cotangent, are the taps: kept from I until
-W runs, which may be much later and needs no weights (zero-bubble schedules: Qi et al., ICLR 2024).
+The backward pass is traced to a jaxpr. Whatever dx depends on is I; what is left, from its first
+products on, is W. The values that cross from I to W are the taps: kept from I until W runs, which
+may be much later and needs no weights (zero-bubble schedules: Qi et al., ICLR 2024). For a product
+y = x W they are x and dy. What is cheap and ends small, as the sum over tokens that is a norm's
+scale's gradient, is done in I, or what it sums would be kept; and what elementwise operations make
+from less is made again in W (`residuals`).
 """
 
 from collections.abc import Callable
@@ -13,6 +16,7 @@ import jax
 
 from .flat import Leaves
 from .jaxprs import VIEWS, inlined, is_literal, named, run, slice_of, value_of
+from .residuals import ELEMENTWISE, what_to_keep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,33 +43,24 @@ def split_backward(backward: Callable[..., tuple[Leaves, Leaves]], *args: Any) -
     count = len(shapes[0])
     dw, dx = jaxpr.outvars[:count], jaxpr.outvars[count:]
     for_dx = slice_of(jaxpr, dx)
-    for_dw = [e for e in slice_of(jaxpr, dw) if not any(e is other for other in for_dx)]
-    made_by = {variable: e for e in jaxpr.eqns for variable in e.outvars}
-    made_in_w = {variable for e in for_dw for variable in e.outvars}
-
-    taps: list[Any] = []
-    again: list[Any] = []
-    wanted = [v for e in for_dw for v in e.invars] + list(dw)
-    while wanted:
-        variable = wanted.pop()
-        if is_literal(variable) or variable in made_in_w or variable in taps:
-            continue
-        if variable in jaxpr.constvars:
-            continue
-        maker = made_by.get(variable)
-        if maker is not None and maker.primitive.name in VIEWS:
-            again.append(maker)
-            made_in_w.update(maker.outvars)
-            wanted.extend(maker.invars)
-        else:
-            taps.append(variable)
-    in_w = {id(e) for e in for_dw} | {id(e) for e in again}
-    second = [e for e in jaxpr.eqns if id(e) in in_w]
-    taps = [v for v in [*jaxpr.invars, *made_by] if v in set(taps)]
+    in_i = {id(e) for e in for_dx}
+    for_dw = [e for e in slice_of(jaxpr, dw) if id(e) not in in_i]
+    made_in_w: set[Any] = set()
+    second: list[Any] = []
+    for equation in for_dw:
+        if _is_product(equation) or any(v in made_in_w for v in _read(equation)):
+            second.append(equation)
+            made_in_w.update(equation.outvars)
+    wanted = [v for e in second for v in _read(e)] + [v for v in dw if not is_literal(v)]
+    wanted = [v for v in dict.fromkeys(wanted) if v not in made_in_w and v not in jaxpr.constvars]
+    taps = what_to_keep(jaxpr, wanted, set())
+    first = slice_of(jaxpr, [*dx, *taps])
+    again = {id(e) for e in slice_of(jaxpr, wanted, given=taps)} | {id(e) for e in second}
+    second = [e for e in jaxpr.eqns if id(e) in again]
 
     def input_gradient(*args: Any) -> tuple[Leaves, Leaves]:
         values = named(closed, args)
-        run(for_dx, values)
+        run(first, values)
         return [value_of(v, values) for v in dx], [values[v] for v in taps]
 
     def weight_gradient(kept: Leaves) -> Leaves:
@@ -79,3 +74,13 @@ def split_backward(backward: Callable[..., tuple[Leaves, Leaves]], *args: Any) -
         weight_gradient=weight_gradient,
         taps=[jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in taps],
     )
+
+
+def _is_product(equation: Any) -> bool:
+    """Whether an equation is work worth putting off: no elementwise operation, view or sum."""
+    name = equation.primitive.name
+    return not (name in ELEMENTWISE or name in VIEWS or name.startswith("reduce_"))
+
+
+def _read(equation: Any) -> list[Any]:
+    return [v for v in equation.invars if not is_literal(v)]

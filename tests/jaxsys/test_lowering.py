@@ -197,15 +197,40 @@ def test_written_out_layers_change_no_value(name):
     assert_matches_reference(schedule, 4, recompute="none", unroll=True)
 
 
-def test_taps_hold_no_weights():
-    model, parameters = small_model(2)
-    one = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape[1:], p.dtype), parameters["blocks"])
-    x = jax.ShapeDtypeStruct((SEQUENCES, TOKENS, WIDTH), jnp.float32)
-    microbatch = jax.tree.map(lambda b: jax.ShapeDtypeStruct(b.shape[1:], b.dtype), random_batch(1))
-    program = block_program(model, one, x, microbatch, "none")
-    halves = split_backward(program.backward, one, program.residuals, [x], microbatch, INDEX)
-    assert halves.taps
-    assert all(tap.shape[0] == SEQUENCES for tap in halves.taps)
+def test_taps_are_what_products_read():
+    """Neither weights nor what a norm's sum reads: of each product x and dy, no more than once."""
+
+    def normed(weights, x, microbatch, layer):
+        mean = jnp.mean(x**2, axis=-1, keepdims=True)
+        inner = x / jnp.sqrt(1.0 + mean) * weights["scale"][None, None]
+        return (
+            x + (jax.nn.silu(inner @ weights["gate"]) * (inner @ weights["up"])) @ weights["down"]
+        )
+
+    def spec(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    model = LayeredModel(embed=embed, block=normed, head_loss=head_loss, layers=1)
+    wide = 3 * WIDTH
+    weights = {"gate": spec(WIDTH, wide), "up": spec(WIDTH, wide), "down": spec(wide, WIDTH)}
+    weights["scale"] = spec(WIDTH)
+    x = spec(SEQUENCES, TOKENS, WIDTH)
+    program = block_program(model, weights, x, {}, "none")
+    halves = split_backward(program.backward, weights, program.residuals, [x], {}, INDEX)
+    kept = sorted(tap.shape for tap in halves.taps)
+    assert kept == sorted(
+        [(WIDTH,), *[(SEQUENCES, TOKENS, WIDTH)] * 2, *[(SEQUENCES, TOKENS, wide)] * 3]
+    )
+
+    random = np.random.default_rng(0)
+    values = jax.tree.map(
+        lambda s: jnp.asarray(random.normal(size=s.shape), s.dtype), (weights, program.residuals, x)
+    )
+    arguments = values[0], values[1], [values[2]], {}, jnp.int32(0)
+    dw, dx = program.backward(*arguments)
+    found_dx, taps = halves.input_gradient(*arguments)
+    for got, wanted in zip([*found_dx, *halves.weight_gradient(taps)], [*dx, *dw], strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_rest_order_round_trips():
