@@ -5,6 +5,7 @@ as long as the kernels themselves. A step starts its kernels far ahead of the de
 part of their time. Programs are compiled as steps are, so that what overlaps there overlaps here.
 """
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -16,12 +17,18 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxsys.lowering.base import CPU_COMPILER_OPTIONS, gpu_compiler_options
+from jaxsys.lowering.base import (
+    CPU_COMPILER_OPTIONS,
+    gpu_compiler_options,
+    products_beside_a_barrier,
+)
 from jaxsys.mesh import RING
 
 PROGRAM_S = 0.05
 """How long a program is to run, so that starting it hardly counts."""
 MOST_TIMES = 256
+LIFTING_PASSES = "while-loop-invariant-code-motion,while-loop-expensive-invariant-code-motion"
+"""Of XLA:CPU, what lifts out of a loop."""
 
 
 def kernel_seconds(
@@ -77,8 +84,20 @@ def everywhere(run: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     return jax.jit(
         jax.shard_map(on_one, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False),
-        compiler_options=CPU_COMPILER_OPTIONS if on_cpu else gpu_compiler_options(mesh),
+        compiler_options=_cpu_options() if on_cpu else gpu_compiler_options(mesh),
     )
+
+
+@functools.cache
+def _cpu_options() -> dict[str, Any]:
+    """XLA options under which every turn of a loop computes its results, and in full.
+
+    JAX 0.11 and later keep barriers for as long as it matters here, and lift out of loops what does
+    not change in them, unless those passes are switched off.
+    """
+    if products_beside_a_barrier({}) == 2:
+        return {"xla_disable_hlo_passes": LIFTING_PASSES}
+    return dict(CPU_COMPILER_OPTIONS)
 
 
 def compiled_together(
