@@ -6,6 +6,7 @@ Whether schedules then compute the same is asked in test_adapt_scripts.
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen, nnx
 
@@ -403,3 +404,49 @@ def test_what_cannot_be_cut_is_refused():
             first(batch()),
             blocks="layers",
         )
+
+
+def masked_mean(logits, microbatch):
+    total, weight = next_token_loss(logits, microbatch)
+    return total / jnp.maximum(weight, 1), {"entropy": -jnp.mean(jax.nn.log_softmax(logits))}
+
+
+def plain_mean(logits, microbatch):
+    chosen = optax.softmax_cross_entropy_with_integer_labels(logits, microbatch["inputs"])
+    return chosen.mean() + 0.1 * jnp.square(logits).mean(axis=-1).sum(-1).mean()
+
+
+def nested_sums(logits, microbatch):
+    total, weight = next_token_loss(logits, microbatch)
+    return total, (weight, {"seen": weight})
+
+
+@pytest.mark.parametrize("loss", [masked_mean, plain_mean, nested_sums])
+def test_forms_of_losses(loss):
+    """A mean over samples, or over a mask, is that of the whole batch however it is cut."""
+    data, module = batch(), NnxModel(nnx.Rngs(0), layers=1)
+    adapted = from_nnx(module, first(data), blocks="layers", loss=loss)
+    whole = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), data)
+    logits = module(whole["inputs"])
+    wanted = loss(logits, whole)
+    wanted = wanted[0] if isinstance(wanted, tuple) else wanted
+    if loss is nested_sums:
+        wanted = wanted / next_token_loss(logits, whole)[1]
+    found = reference_loss(adapted.model, adapted.parameters, data)
+    assert float(found) == pytest.approx(float(wanted), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("loss", "says"),
+    [
+        (lambda y, m: jnp.mean(jnp.square(jnp.mean(y, (0, 1)))), "not seen to be a mean"),
+        (lambda y, m: 0.001 * jnp.sum(y), "not divided by their number"),
+        (lambda y, m: jnp.mean(y) + jnp.sum(y * (m["targets"][..., None] > 2)) / jnp.sum(
+            m["targets"] > 2), "means over different numbers"),
+        (lambda y, m: jnp.mean(y, 0), "all scalars"),
+        (lambda y, m: jnp.mean(jnp.cumsum(y, 0)), "not seen to be a mean"),
+    ],
+)  # fmt: skip
+def test_losses_that_are_no_mean_are_refused(loss, says):
+    with pytest.raises(UsageError, match=says):
+        from_nnx(NnxModel(nnx.Rngs(0), layers=1), first(batch()), blocks="layers", loss=loss)

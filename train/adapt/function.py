@@ -7,10 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxsys.errors import UsageError
 from jaxsys.layered import ALIKE, LayeredModel, Parameters, PyTree
 from jaxsys.layered import Layer as LayerInfo
+from jaxsys.train.adapt.mean import OUTPUT, check_scales, mean_of
 from jaxsys.train.adapt.places import (
     Block,
     Edge,
@@ -29,13 +31,16 @@ from jaxsys.train.adapt.program import (
     BlockLeaf,
     EdgeLeaf,
     Layer,
+    Program,
     StackedLeaf,
     Value,
+    needed,
     trace,
 )
 
 Loss = Callable[[Any, PyTree], Any]
-"""(the model's output, microbatch) -> (summed loss, weight), scalars."""
+"""(the model's output, microbatch) -> (summed loss, weight), scalars, or what else `LossFunction`
+may return."""
 
 Inputs = Callable[[PyTree], tuple[Any, ...]]
 """Microbatch -> the model's positional arguments."""
@@ -46,7 +51,20 @@ KEY = "key"
 """The microbatch's leaf that holds its random key, see `jaxsys.layered.microbatch_keys`."""
 
 LossFunction = Callable[[PyTree, PyTree], Any]
-"""(parameters, microbatch) -> (summed loss, weight), scalars."""
+"""(parameters, microbatch) -> one of
+
+    summed loss, weight             a step's loss is sum(losses) / sum(weights)
+    summed loss, weight, metrics    a dict of sums beside it; also summed loss, (weight, metrics)
+    mean                            over samples, or over a mask that the microbatch gives
+    mean, metrics                   and a dict of means of the same kind
+
+A mean is taken apart into sum and weight if it is seen to be one, else refused: see `mean`.
+"""
+
+_FORMS = (
+    "a loss returns (sum, weight), (sum, weight, metrics), a mean over samples or (mean, metrics), "
+    "all scalars"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +87,13 @@ def next_token_loss(logits: jax.Array, microbatch: PyTree) -> tuple[jax.Array, j
     chosen = jnp.take_along_axis(logits, jnp.where(counted, targets, 0)[..., None], axis=-1)
     losses = jax.nn.logsumexp(logits, axis=-1) - chosen[..., 0]
     return jnp.sum(jnp.where(counted, losses, 0.0)), jnp.sum(counted).astype(jnp.float32)
+
+
+def named_output(output: PyTree) -> PyTree:
+    """A model's output, its arrays marked: from there on a mean over samples is looked for."""
+    return jax.tree.map(
+        lambda leaf: checkpoint_name(leaf, OUTPUT) if isinstance(leaf, jax.Array) else leaf, output
+    )
 
 
 def first_argument(microbatch: PyTree) -> tuple[Any, ...]:
@@ -163,8 +188,13 @@ class _Adapter:
         def head_loss(edge: PyTree, x: PyTree, microbatch: PyTree) -> tuple[Any, ...]:
             mine, leaves = self._edge(edge)
             chosen = self._plan(mine, microbatch)
-            loss, weight = chosen.head(leaves, x, jax.tree.leaves(microbatch))
-            return jnp.asarray(loss, jnp.float32), jnp.asarray(weight, jnp.float32)
+            loss, weight, *metrics = chosen.sums(
+                chosen.head(leaves, x, jax.tree.leaves(microbatch))
+            )
+            loss, weight = jnp.asarray(loss, jnp.float32), jnp.asarray(weight, jnp.float32)
+            if not self.metrics:
+                return loss, weight
+            return loss, weight, dict(zip(self.metrics, metrics, strict=True))
 
         shapes = self._shapes_of_layers(plan.program.stack_axes)
         dtypes = [
@@ -223,7 +253,8 @@ class _Adapter:
             ]
             return self._outputs(self.loss(jax.tree.unflatten(self.structure, mine), microbatch))
 
-        program, _ = trace(whole, values, avals, microbatch)
+        program = trace(whole, values, avals, microbatch)
+        sums = self._as_sums(program, microbatch, lambda m: trace(whole, values, avals, m))
         layers = sorted(
             {(p.group, p.number) for p in self.places if isinstance(p, Block)}
             | {(g, n) for g, length in program.lengths.items() for n in range(length)}
@@ -235,6 +266,7 @@ class _Adapter:
                     "nor taken apart by a scan over layers"
                 )
         plan = Plan(program, layers, self._shapes_of_layers(program.stack_axes))
+        plan.sums = sums
         if self.plans and plan.pattern != self.plan.pattern:
             raise UsageError(
                 "with microbatches of this shape other blocks are alike than with the example's: "
@@ -243,9 +275,63 @@ class _Adapter:
         return plan
 
     def _outputs(self, result: Any) -> Any:
-        if not (isinstance(result, tuple) and len(result) == 2):
-            raise UsageError(f"loss must return two scalars (sum, weight), not {result}")
-        return [jnp.asarray(part, jnp.float32) for part in result]
+        """The loss function's result as (loss, weight or None, metrics); see `LossFunction`."""
+        loss, weight, metrics = result, None, {}
+        if isinstance(result, tuple):
+            loss, *rest = result
+            if len(rest) == 1 and isinstance(rest[0], tuple):
+                rest = list(rest[0])
+            if rest and isinstance(rest[-1], Mapping):
+                metrics = dict(rest.pop())
+            if len(rest) > 1:
+                raise UsageError(f"loss returned {len(result)} values; {_FORMS}")
+            weight = rest[0] if rest else None
+        scalars = {"loss": loss, "weight": 0.0 if weight is None else weight, **metrics}
+        for name, value in scalars.items():
+            if not isinstance(value, int | float) and np.shape(value) != ():
+                raise UsageError(f"loss returned {name} of shape {np.shape(value)}; {_FORMS}")
+        values = [jnp.asarray(value, jnp.float32) for value in scalars.values()]
+        self.metrics = tuple(metrics)
+        self.mean = weight is None
+        return values
+
+    def _as_sums(self, program: Program, microbatch: PyTree, again: Callable[[PyTree], Program]):
+        """What the head evaluates, and how (sum, weight, metrics) come of it."""
+        loss, _, *metrics = program.outputs
+        if not self.mean:
+            return lambda values: values
+        leaves = [leaf for leaf in jax.tree.leaves(microbatch) if leaf.ndim]
+        samples = leaves[0].shape[0] if leaves else 0
+        if not samples:
+            raise UsageError(f"the microbatch has no samples to take a mean over; {_FORMS}")
+        mean = mean_of(loss, samples)
+        doubled = jax.tree.map(
+            lambda leaf: (
+                jax.ShapeDtypeStruct((2 * samples, *leaf.shape[1:]), leaf.dtype)
+                if leaf.ndim and leaf.shape[0] == samples
+                else leaf
+            ),
+            microbatch,
+        )
+        check_scales(mean, mean_of(again(doubled).outputs[0], 2 * samples))
+        read = [*(v for v, _ in mean.sums), *(v for v, _ in mean.rests)]
+        factors = [f for _, f in (*mean.sums, *mean.rests)]
+        count = len(mean.sums)
+        program.outputs = [*read, *([mean.divisor] if mean.divisor else []), *metrics]
+        program.operations = needed(program.operations, program.outputs)
+
+        def sums(values: list[Any]) -> list[Any]:
+            terms = [f * jnp.float32(v) for f, v in zip(factors, values, strict=False)]
+            rest = values[len(factors) :]
+            if mean.divisor is not None:
+                weight, *rest = rest
+                weight = jnp.float32(weight)
+                total = sum(terms[:count]) + weight * sum(terms[count:])
+            else:
+                weight, total = jnp.float32(samples), samples * sum(terms)
+            return [total, weight, *(weight * value for value in rest)]
+
+        return sums
 
     def _shapes_of_layers(
         self, axes: dict[tuple[int, Names], int]

@@ -16,6 +16,7 @@ from jaxsys.train.adapt.function import (
     Loss,
     first_argument,
     from_function,
+    named_output,
     next_token_loss,
 )
 
@@ -85,7 +86,7 @@ def from_linen(
                 "the model draws random numbers from a stream that is not among "
                 f"rngs={streams}; name all of them. Flax says: {_first_line(error)}"
             ) from None
-        return loss(output, microbatch)
+        return loss(named_output(output), microbatch)
 
     adapted = from_function(whole, params, example, blocks=blocks)
 

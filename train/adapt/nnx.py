@@ -16,6 +16,7 @@ from jaxsys.train.adapt.function import (
     Loss,
     first_argument,
     from_function,
+    named_output,
     next_token_loss,
 )
 
@@ -65,7 +66,7 @@ def from_nnx(
                     "place for that. Switch it off (model.eval() uses stored statistics) or use a "
                     "layer that keeps nothing (LayerNorm, GroupNorm)"
                 )
-        return loss(output, microbatch)
+        return loss(named_output(output), microbatch)
 
     paths: dict[int, list[tuple[str, ...]]] = {}
     for path, variable in _variables(module):

@@ -42,6 +42,7 @@ class Plan:
         layers: blocks in the order in which they run.
         pattern: the role of each.
         roles: what blocks there are.
+        sums: what makes summed loss, weight and metrics of the head's outputs.
     """
 
     def __init__(self, program: Program, layers: Sequence[Layer], leaves: dict[Layer, Leaves]):
@@ -56,6 +57,7 @@ class Plan:
             UsageError: if it cannot be cut.
         """
         self.program = program
+        self.sums: Callable[[list[Any]], list[Any]] = list
         best: tuple[Stages, Freight] | None = None
         for stages in cuts(program, layers):
             found = freight(stages, kinds_of(stages, leaves), program.outputs)

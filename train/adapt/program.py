@@ -151,7 +151,7 @@ def trace(
     leaves: Sequence[Value],
     avals: Sequence[Any],
     microbatch: Any,
-) -> tuple[Program, Any]:
+) -> Program:
     """Traces `function(leaves, microbatch)` flat.
 
     Args:
@@ -161,9 +161,9 @@ def trace(
         microbatch: shapes and dtypes.
 
     Returns:
-        The program, and the structure of the function's result.
+        The program; its outputs are the leaves of the function's result.
     """
-    closed, shapes = jax.make_jaxpr(function, return_shape=True)(list(avals), microbatch)
+    closed = jax.make_jaxpr(function)(list(avals), microbatch)
     flat = _Flat(leaf_counts=_leaf_counts(leaves))
     batch = [
         BatchLeaf(aval=v.aval, number=n, varies=True)
@@ -179,13 +179,12 @@ def trace(
                     f"{operation.primitive.name}, not layer by layer by a scan; hand over a model "
                     "whose blocks use their own slice alone"
                 )
-    program = Program(
+    return Program(
         operations=operations,
         outputs=outputs,
         stack_axes=flat.axes,
         lengths=flat.lengths,
     )
-    return program, jax.tree.structure(shapes)
 
 
 def needed(
