@@ -184,9 +184,11 @@ def profile_of(value: Mapping[str, Any], *, source: str) -> Profile:
     file = Fields(value, name=f"the profile ({source})", hint="measure again")
     device = file.fields("device")
     link = file.fields("link") if "link" in file else None
+    if "clocks" in device:
+        raise device.fault("its field 'device.clocks' is not read: plans are at one clock")
     return Profile(
         device=device.record(
-            DeviceSpec, sources={name: source for name in device if name != "name"}
+            DeviceSpec, clocks=None, sources={name: source for name in device if name != "name"}
         ),
         link=None if link is None else link.record(LinkSpec, sources={"bytes_per_s": source}),
         devices=file.integer("devices", least=1),
