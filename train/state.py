@@ -28,6 +28,8 @@ class TrainState(NamedTuple):
     """int32: batches taken, skipped ones too."""
     skipped: jax.Array
     """int32: batches whose loss or gradient was not finite."""
+    average: PyTree = ()
+    """Of the parameters over steps, if one is kept; else empty."""
 
 
 class LoweredStep(Protocol):
