@@ -4,7 +4,7 @@ Every row is a real Schedule run through `jaxsys.schedule.simulate`; for each st
 recompute policy that fits memory is shown, or the leanest where none fits.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from jaxsys.errors import UsageError
@@ -120,6 +120,7 @@ def compare(
     microbatches: int,
     memory_bytes: float | None = None,
     precision: Precision | None = None,
+    recompute: str | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Comparison:
     """Simulates every known strategy.
@@ -130,6 +131,7 @@ def compare(
         microbatches: M of a step, over all devices.
         memory_bytes: the limit per device; `USABLE_MEMORY` of the device's if not given.
         precision: bytes per parameter.
+        recompute: the policy; of each strategy the best, if not given.
         progress: told, in a few words, which strategy is next.
 
     Raises:
@@ -153,7 +155,10 @@ def compare(
         except (UsageError, ScheduleError) as error:
             refused.append((name, str(error)))
             continue
-        rows.append(_best_policy(name, schedule, workload, device, link, memory_bytes, precision))
+        policies = workload.recompute_policies if recompute is None else (recompute,)
+        rows.append(
+            _best_policy(name, schedule, workload, device, link, memory_bytes, precision, policies)
+        )
     if not rows:
         names_of: dict[str, list[str]] = {}  # a rule is said once, however many it refuses
         for name, why in refused:
@@ -171,12 +176,13 @@ def _best_policy(
     link: Link,
     memory_bytes: float,
     precision: Precision,
+    policies: Sequence[str],
 ) -> Row:
     found = trace(schedule)
     sharded = schedule.placement is Placement.SHARDED
     lowered = None if sharded else (found, buffers_of(schedule, found))
     rows = []
-    for recompute in workload.recompute_policies:
+    for recompute in policies:
         costs = schedule_costs(
             workload,
             device,

@@ -118,11 +118,9 @@ def _fastest(
         microbatches=microbatches,
         memory_bytes=None if memory_gib is None else memory_gib * hardware.GIB,
         precision=precision,
+        recompute=recompute,
     )
-    fitting = sorted(
-        (row for row in found.rows if row.fits and recompute in (None, row.recompute)),
-        key=lambda row: row.step_s,
-    )
+    fitting = sorted((row for row in found.rows if row.fits), key=lambda row: row.step_s)
     runnable = [row for row in fitting if row.not_run is None]
     if not runnable:
         only = "" if recompute is None else f" with recompute {recompute}"
