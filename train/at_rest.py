@@ -13,7 +13,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxsys.layered import Parameters
 from jaxsys.train.own_mesh import without_axis_types
 from jaxsys.train.rules import RuleAtRest, by_name, rule_of, shape_of
-from jaxsys.train.state import LoweredStep, Names, TrainState, layer_shardings
+from jaxsys.train.state import (
+    AveragedState,
+    LoweredStep,
+    Names,
+    State,
+    TrainState,
+    layer_shardings,
+)
 from jaxsys.train.view import View
 
 Given = Parameters | Callable[[], Parameters]
@@ -62,7 +69,7 @@ class StateAtRest:
             self._state(at_rest, self.rule.state_shapes, count), lowered.rest_shardings(at_rest)
         )
 
-    def initial(self, parameters: Given) -> TrainState:
+    def initial(self, parameters: Given) -> State:
         """The state before the first step; the caller's arrays stay the caller's."""
         if callable(parameters):
             made = jax.jit(
@@ -74,23 +81,19 @@ class StateAtRest:
             given = jax.device_get(parameters) if jax.process_count() > 1 else parameters
             placed = _apart_from(given, self._lowered.to_rest(masters(given)))
 
-        def start(parameters: Any) -> TrainState:
+        def start(parameters: Any) -> State:
             optimizer = self.rule.init(parameters)
             return self._state(parameters, optimizer, jnp.int32(0), copy=jnp.copy)
 
         return jax.jit(start, out_shardings=self.shardings, donate_argnums=0)(placed)
 
     @cached_property
-    def in_layer_order(self) -> Callable[[TrainState], TrainState]:
+    def in_layer_order(self) -> Callable[[State], State]:
         """A state at rest -> layer order."""
 
-        def move(state: TrainState) -> TrainState:
-            at = self.layer_shardings.optimizer
-            return state._replace(
-                parameters=self._layer_order(state.parameters),
-                optimizer=self.rule.to_layer_order(state.optimizer, at),
-                average=self._layer_order(state.average) if self._averaged else (),
-            )
+        def move(state: State) -> State:
+            optimizer = self.rule.to_layer_order(state.optimizer, self.layer_shardings.optimizer)
+            return self._moved(state, self._layer_order, optimizer)
 
         return jax.jit(move, out_shardings=self.layer_shardings)
 
@@ -100,15 +103,11 @@ class StateAtRest:
         return jax.jit(self._layer_order, out_shardings=self.layer_shardings.parameters)
 
     @cached_property
-    def to_rest(self) -> Callable[[TrainState], TrainState]:
+    def to_rest(self) -> Callable[[State], State]:
         """A state in layer order -> at rest."""
 
-        def move(state: TrainState) -> TrainState:
-            return state._replace(
-                parameters=self._lowered.to_rest(state.parameters),
-                optimizer=self.rule.to_rest(state.optimizer),
-                average=self._lowered.to_rest(state.average) if self._averaged else (),
-            )
+        def move(state: State) -> State:
+            return self._moved(state, self._lowered.to_rest, self.rule.to_rest(state.optimizer))
 
         return jax.jit(move, out_shardings=self.shardings)
 
@@ -117,7 +116,14 @@ class StateAtRest:
         cut = layer_shardings(self._mesh)(parameters)
         return self._lowered.from_rest(jax.lax.with_sharding_constraint(parameters, cut))
 
-    def _shardings(self, shapes: TrainState, parameters: Parameters) -> TrainState:
+    @staticmethod
+    def _moved(state: State, move: Callable[[Any], Any], optimizer: Any) -> State:
+        moved = state._replace(parameters=move(state.parameters), optimizer=optimizer)
+        if isinstance(moved, AveragedState):
+            moved = moved._replace(average=move(moved.average))
+        return moved
+
+    def _shardings(self, shapes: State, parameters: Parameters) -> State:
         optimizer = self.rule.rule.shardings(
             self._mesh, shapes.parameters, shapes.optimizer, parameters
         )
@@ -130,15 +136,11 @@ class StateAtRest:
         scalar: Any,
         *,
         copy: Callable[[Any], Any] = lambda leaf: leaf,
-    ) -> TrainState:
-        average = jax.tree.map(copy, parameters) if self._averaged else ()
-        return TrainState(
-            parameters=parameters,
-            optimizer=optimizer,
-            step=scalar,
-            skipped=scalar,
-            average=average,
-        )
+    ) -> State:
+        state = TrainState(parameters=parameters, optimizer=optimizer, step=scalar, skipped=scalar)
+        if not self._averaged:
+            return state
+        return AveragedState(*state, average=jax.tree.map(copy, parameters))
 
 
 def masters(parameters: Given) -> Parameters:

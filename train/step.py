@@ -24,7 +24,7 @@ from jaxsys.errors import UsageError
 from jaxsys.layered import Parameters, PyTree
 from jaxsys.lowering import Outcome
 from jaxsys.train.rules import RuleAtRest
-from jaxsys.train.state import LoweredStep, TrainState
+from jaxsys.train.state import AveragedState, LoweredStep, State
 
 NonFinite = Literal["stop", "skip"]
 
@@ -97,13 +97,13 @@ class StepParts:
 
     def finish(
         self,
-        state: TrainState,
+        state: State,
         parameters: Parameters,
         optimizer: PyTree,
         loss: jax.Array,
         gradients: Parameters,
         metrics: dict[str, jax.Array] | None = None,
-    ) -> tuple[TrainState, StepResult]:
+    ) -> tuple[State, StepResult]:
         """The state after the step, or as it was where the loss or the gradients are not finite."""
         norm = global_norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -114,22 +114,22 @@ class StepParts:
             return jnp.where(apply, new, old)
 
         skipped = state.skipped + (~finite).astype(jnp.int32)
-        new = TrainState(
+        new = state._replace(
             parameters=jax.tree.map(choose, parameters, state.parameters),
             optimizer=jax.tree.map(choose, optimizer, state.optimizer),
             step=state.step + 1,
             skipped=skipped,
-            average=jax.tree.map(choose, self._average(state, parameters), state.average),
         )
+        if isinstance(state, AveragedState):
+            average = self._average(state, parameters)
+            new = new._replace(average=jax.tree.map(choose, average, state.average))
         result = StepResult(
             loss=jnp.float32(loss), gradient_norm=norm, skipped=skipped, metrics=metrics or {}
         )
         return new, result
 
-    def _average(self, state: TrainState, parameters: Parameters) -> PyTree:
-        decay = self.options.average_decay
-        if decay is None:
-            return state.average
+    def _average(self, state: AveragedState, parameters: Parameters) -> Parameters:
+        decay: Any = self.options.average_decay
         kept = decay(state.step) if callable(decay) else decay
 
         def mix(old: jax.Array, new: jax.Array) -> jax.Array:
@@ -138,7 +138,7 @@ class StepParts:
         return jax.tree.map(mix, state.average, parameters)
 
 
-CustomStep = Callable[[StepParts, TrainState, PyTree], tuple[TrainState, StepResult]]
+CustomStep = Callable[[StepParts, State, PyTree], tuple[State, StepResult]]
 """(parts, state, batch) -> (state, result)."""
 
 
@@ -149,7 +149,7 @@ def global_norm(tree: PyTree) -> jax.Array:
     return jnp.sqrt(sum(squares, jnp.float32(0)))
 
 
-def usual_step(parts: StepParts, state: TrainState, batch: PyTree) -> tuple[TrainState, StepResult]:
+def usual_step(parts: StepParts, state: State, batch: PyTree) -> tuple[State, StepResult]:
     """Gradients, clipping, the optimizer."""
     loss, gradients, _, metrics = parts.loss_and_gradients(state.parameters, batch)
     clipped = parts.clip(gradients)
@@ -158,15 +158,15 @@ def usual_step(parts: StepParts, state: TrainState, batch: PyTree) -> tuple[Trai
 
 
 def make_step(
-    lowered: LoweredStep, rule: RuleAtRest, shardings: TrainState, options: Updates
-) -> Callable[[TrainState, PyTree], tuple[TrainState, StepResult]]:
+    lowered: LoweredStep, rule: RuleAtRest, shardings: State, options: Updates
+) -> Callable[[State, PyTree], tuple[State, StepResult]]:
     """The jitted step (state, batch) -> (state, result); the state is donated."""
     parts = StepParts(
         loss_and_gradients=lowered.loss_and_gradients, update=rule.update, options=options
     )
     body = options.custom_step or usual_step
 
-    def step(state: TrainState, batch: PyTree) -> tuple[TrainState, StepResult]:
+    def step(state: State, batch: PyTree) -> tuple[State, StepResult]:
         new, result = body(parts, state, batch)
         if options.custom_step is not None:
             _check_own(state, new, result)

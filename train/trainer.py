@@ -36,6 +36,7 @@ from jaxsys.train.memory import StepShape, check_fits, check_state_fits
 from jaxsys.train.options import About, Compute, Memory, with_fields
 from jaxsys.train.own_mesh import are_typed, on_own_mesh, without_axis_types
 from jaxsys.train.rules import shape_of
+from jaxsys.train.state import AveragedState
 from jaxsys.train.step import NonFinite, StepResult, Updates, make_step
 
 if TYPE_CHECKING:
@@ -339,10 +340,12 @@ class Trainer:
     @on_own_mesh
     def parameters(self, *, averaged: bool = False) -> Parameters:
         """The parameters in layer order, float32; or their average, if `average_decay` is set."""
-        if averaged and self._updates.average_decay is None:
-            raise UsageError("no average is kept; give Trainer average_decay=, such as 0.999")
-        state = self.state
-        return self._rest.parameters_in_layer_order(state.average if averaged else state.parameters)
+        parameters = self.state.parameters
+        if averaged:
+            if not isinstance(self.state, AveragedState):
+                raise UsageError("no average is kept; give Trainer average_decay=, such as 0.999")
+            parameters = self.state.average
+        return self._rest.parameters_in_layer_order(parameters)
 
     @on_own_mesh
     def host_parameters(self, *, averaged: bool = False) -> Parameters:

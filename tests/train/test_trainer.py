@@ -323,7 +323,7 @@ def test_averages_of_parameters_are_kept_saved_and_evaluated(
     jax.tree.map(np.testing.assert_array_equal, again.parameters(averaged=True), found)
     with pytest.raises(UsageError, match="average_decay"):
         made().restore(store, notice=lambda _: None)
-    store.release()
+    store.close()
     with pytest.raises(UsageError, match="no average is kept"):
         made().parameters(averaged=True)
 
