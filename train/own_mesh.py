@@ -7,45 +7,38 @@ type every operation by those.
 
 import functools
 from collections.abc import Callable
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
+from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from jaxsys.layered import PyTree
 
-P, R = ParamSpec("P"), TypeVar("R")
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-class _OnMesh(Protocol):
-    @property
-    def mesh(self) -> Mesh: ...
-
-
-S = TypeVar("S", bound=_OnMesh)
-
-
-def on_own_mesh(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+def on_own_mesh(method: Method) -> Method:
     """The method with `self.mesh` as the current mesh; not to be called while tracing."""
 
     @functools.wraps(method)
-    def wrapped(self: S, /, *arguments: P.args, **named: P.kwargs) -> R:
+    def wrapped(self: Any, *arguments: Any, **named: Any) -> Any:
         with jax.set_mesh(self.mesh):
             return method(self, *arguments, **named)
 
-    return wrapped
+    return cast(Method, wrapped)
 
 
 def without_axis_types(tree: PyTree) -> PyTree:
     """Arrays on explicit axes, as they lie, on the same mesh of automatic ones; others as given."""
 
     def plain(leaf: Any) -> Any:
-        if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
+        if not isinstance(leaf, jax.Array) or isinstance(leaf, Tracer):
             return leaf
         sharding = leaf.sharding
         if not isinstance(sharding, NamedSharding) or not _is_typed(sharding.mesh):
             return leaf
-        mesh = sharding.mesh
+        mesh: Any = sharding.mesh
         types = (AxisType.Auto,) * len(mesh.axis_names)
         where = NamedSharding(
             Mesh(mesh.devices, mesh.axis_names, axis_types=types),

@@ -130,7 +130,7 @@ class StepParts:
 
     def _average(self, state: AveragedState, parameters: Parameters) -> Parameters:
         decay: Any = self.options.average_decay
-        kept = decay(state.step) if callable(decay) else decay
+        kept: Any = decay(state.step) if callable(decay) else decay
 
         def mix(old: jax.Array, new: jax.Array) -> jax.Array:
             return kept * old + (1 - kept) * new if _trains(new) else new

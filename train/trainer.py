@@ -23,7 +23,7 @@ import jaxsys
 from jaxsys.errors import RunError, UsageError
 from jaxsys.hardware import GIB
 from jaxsys.layered import LayeredModel, Parameters, PyTree
-from jaxsys.lowering import Recompute, lower
+from jaxsys.lowering import RECOMPUTE_POLICIES, Recompute, lower
 from jaxsys.lowering.memory import tree_bytes
 from jaxsys.mesh import DATA, RING
 from jaxsys.schedule import Schedule
@@ -101,10 +101,9 @@ class Trainer:
                 state, or a step on `memory.microbatch`, not the memory; if the optimizer needs
                 more than gradients; if a plan is not run, or is for something else than is asked.
         """
-        groups: Any = (
-            compute or Compute(), updates or Updates(), memory or Memory(), about or About()
-        )  # fmt: skip
-        compute, updates, memory, about = with_fields(groups, named)
+        given: Any = (compute or Compute(), updates or Updates(), memory or Memory())
+        groups: Any = with_fields((*given, about or About()), named)
+        chosen_compute, self._updates, self._memory, self._about = groups
         if plan is not None and schedule is not None:
             raise UsageError(f"plan and schedule={schedule!r} are both given; leave one out")
         asked = schedules.Asked(
@@ -112,7 +111,7 @@ class Trainer:
             mesh=mesh,
             devices=devices,
             microbatches=microbatches,
-            compute=compute,
+            compute=chosen_compute,
             named=frozenset(named),
         )
         if callable(parameters) and are_typed(jax.eval_shape(parameters)):
@@ -121,25 +120,28 @@ class Trainer:
         self.optimizer = optimizer
         self.position = 0
         self._asked, self._parameters = asked, parameters
-        self._updates, self._memory, self._about = updates, memory, about
-        self._settings = {**updates.settings, **about.settings}
+        self._settings = {**self._updates.settings, **self._about.settings}
         self._memory_checked = False
         if asked.schedule == schedules.AUTO:
             self.mesh = schedules.mesh_of(asked)
             # Of a host's free memory the state will soon have its part: it is asked before.
-            self._limit = memory.limit(self.mesh.local_devices[0])
-            if memory.microbatch is not None:
-                self._choose(memory.microbatch)
+            self._limit = self._memory.limit(self.mesh.local_devices[0])
+            if self._memory.microbatch is not None:
+                self._choose(self._memory.microbatch)
             return
         chosen = schedules.choose(asked, layers=model.layers)
         self.mesh = chosen.mesh
-        self._limit = memory.limit(self.mesh.local_devices[0])
+        self._limit = self._memory.limit(self.mesh.local_devices[0])
         self._set_up(chosen)
 
     @on_own_mesh
     def _choose(self, microbatch: PyTree) -> None:
         """Asks the planner for a schedule, once there is a microbatch to plan for."""
         asked = self._asked
+        policy: Any = asked.compute.recompute if "recompute" in asked.named else None
+        if policy not in (None, *RECOMPUTE_POLICIES):
+            legal = ", ".join(RECOMPUTE_POLICIES)
+            raise UsageError(f"schedule 'auto' takes one recompute of {legal}, not {policy!r}")
         shapes = jax.tree.map(shape_of, jax.eval_shape(lambda: masters(self._parameters)))
         choice = auto.choose_layered(
             self.model,
@@ -149,7 +151,7 @@ class Trainer:
             microbatches=asked.microbatches or 2 * self.mesh.shape[RING],
             memory_gib=self._limit.bytes / GIB,
             compute=asked.compute,
-            recompute=asked.compute.recompute if "recompute" in asked.named else None,
+            recompute=policy,
         )
         self.chosen = choice.reason
         self._set_up(
