@@ -67,6 +67,8 @@ class About:
     """What else the trajectory depends on; compared when a run is resumed."""
     flops_per_token: float | None = None
     """For MFU, see `jaxsys.train.flops`."""
+    seed: int = 0
+    """Of the keys that a model that draws random numbers (dropout) finds in its batches."""
 
 
 def with_fields(groups: tuple[T, ...], named: Mapping[str, Any]) -> tuple[T, ...]:

@@ -31,6 +31,7 @@ from jaxsys.train import auto, checkpoint, schedules
 from jaxsys.train.at_rest import StateAtRest, masters
 from jaxsys.train.evaluate import make_loss
 from jaxsys.train.flops import count_parameters
+from jaxsys.train.keys import Keys
 from jaxsys.train.loader import Batches
 from jaxsys.train.memory import StepShape, check_fits, check_state_fits
 from jaxsys.train.options import About, Compute, Memory, with_fields
@@ -101,6 +102,11 @@ class Trainer:
                 state, or a step on `memory.microbatch`, not the memory; if the optimizer needs
                 more than gradients; if a plan is not run, or is for something else than is asked.
         """
+        if not isinstance(model, LayeredModel):
+            raise UsageError(
+                f"the model is a {type(model).__name__}; take it apart first: from_nnx, from_linen "
+                "or from_function of jaxsys.train give model and parameters"
+            )
         given: Any = (compute or Compute(), updates or Updates(), memory or Memory())
         groups: Any = with_fields((*given, about or About()), named)
         chosen_compute, self._updates, self._memory, self._about = groups
@@ -121,6 +127,9 @@ class Trainer:
         self.position = 0
         self._asked, self._parameters = asked, parameters
         self._settings = {**self._updates.settings, **self._about.settings}
+        self._keys, self._counted = Keys(model, self._about.seed), None
+        if model.draws is not None:
+            self._settings["seed"] = self._about.seed
         self._memory_checked = False
         if asked.schedule == schedules.AUTO:
             self.mesh = schedules.mesh_of(asked)
@@ -146,7 +155,7 @@ class Trainer:
         choice = auto.choose_layered(
             self.model,
             shapes,
-            jax.tree.map(shape_of, microbatch),
+            jax.tree.map(shape_of, self._keys.with_shape(microbatch)),
             list(self.mesh.devices[0]),
             microbatches=asked.microbatches or 2 * self.mesh.shape[RING],
             memory_gib=self._limit.bytes / GIB,
@@ -242,12 +251,14 @@ class Trainer:
         Args:
             batch: leaves [rows, B, ...], numpy or already placed by `place`.
         """
-        batch = self._placed(batch)
+        batch = self._with_keys(self._placed(batch))
         if not self._memory_checked:
             self._check_memory(
                 jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batch)
             )
         self.state, result = self._step(self.state, batch)
+        if self._counted is not None:
+            self._counted = (self.state, self._counted[1] + 1)
         return result
 
     def split(self, batch: PyTree) -> PyTree:
@@ -318,7 +329,7 @@ class Trainer:
     def loss_and_gradients(self, batch: PyTree) -> tuple[float, Parameters]:
         """A batch's loss and its gradients in layer order; nothing is updated. For inspection."""
         found = jax.jit(self._lowered.loss_and_gradients)(
-            self.state.parameters, self._placed(batch)
+            self.state.parameters, self._with_keys(self._placed(batch))
         )
         return float(found.loss), self._lowered.from_rest(found.gradients)
 
@@ -333,6 +344,8 @@ class Trainer:
         sums = []
         for batch in batches:
             self._seen(batch)
+            if (self.model.evaluation or self.model).draws is not None:
+                batch = self._with_keys(batch)
             sums.append(self._loss(self.parameters(averaged=averaged), self._spread(batch)))
         if not sums:
             raise UsageError("there are no batches to evaluate on")
@@ -486,7 +499,8 @@ class Trainer:
                     parameters=self._rest.layer_shapes.parameters,
                     state_bytes=self._state_bytes,
                     microbatch=jax.tree.map(
-                        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), microbatch
+                        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
+                        self._keys.with_shape(microbatch),
                     ),
                     compute_dtype=self.compute_dtype,
                     gradient_dtype=self._lowered.gradient_dtype,
@@ -500,7 +514,7 @@ class Trainer:
     @cached_property
     def _loss(self) -> Callable[[Parameters, PyTree], tuple[jax.Array, jax.Array]]:
         return make_loss(
-            self.model,
+            self.model.evaluation or self.model,
             self.mesh,
             self._rest.layer_shardings.parameters,
             compute_dtype=self.compute_dtype,
@@ -511,6 +525,18 @@ class Trainer:
             return self.place(batch)
         self._seen(batch)
         return without_axis_types(batch)
+
+    def _with_keys(self, batch: PyTree) -> PyTree:
+        """The batch with the step's keys, if the model draws and it has none of its own."""
+        if not self._keys.lacks(batch):
+            return batch
+        # Counted here: to ask the devices would wait for the last step.
+        if self._counted is None or self._counted[0] is not self.state:
+            self._counted = (self.state, int(self.state.step))
+        rows = np.shape(jax.tree.leaves(batch)[0])[0]
+        keys = self._keys.of_step(self._counted[1], rows)
+        placed = isinstance(jax.tree.leaves(batch)[0], jax.Array)
+        return {**batch, **(self.place(keys) if placed else keys)}
 
     def _spread(self, batch: PyTree) -> PyTree:
         """A batch of any cut on the devices, as the step's own batches lie where it is one."""
