@@ -103,7 +103,11 @@ class Served:
             tensor_parallel=self.tensor_parallel,
             bytes_per_value=kv_bytes,
         )
-        return dataclasses.replace(shape, weight_bytes_per_parameter=value_bytes)
+        return dataclasses.replace(
+            shape,
+            weight_bytes_per_parameter=value_bytes,
+            active_parameters=config.active_parameter_count(),
+        )
 
 
 def make_governor(

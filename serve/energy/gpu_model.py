@@ -23,6 +23,7 @@ published points.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -99,6 +100,13 @@ class ServedShape:
     kv_bytes_per_token: float
     weight_bytes_per_parameter: float = 2.0
     tensor_parallel: int = 1
+    active_parameters: float | None = None
+    """What a token is multiplied with, where that is not all of them: experts are chosen. All of
+    them are read in an iteration: many tokens choose many."""
+
+    @property
+    def used_parameters(self) -> float:
+        return self.parameters if self.active_parameters is None else self.active_parameters
 
     @property
     def weight_bytes(self) -> float:
@@ -167,11 +175,13 @@ _ENGINES: dict[str, dict[str, float]] = {
 """What an engine takes beside the device's work, by device."""
 
 
-def _modelled(device: DeviceSpec, engine: Mapping[str, float]) -> GpuSpec:
+def _modelled(device: DeviceSpec, engine: Mapping[str, Any]) -> GpuSpec:
     """A row of the hardware table under an engine."""
     clocks = device.clocks
     assert clocks is not None
-    own = {name: getattr(clocks, name) for name in ClockSpec.__slots__ if name in _SAME}
+    own: dict[str, Any] = {
+        name: getattr(clocks, name) for name in ClockSpec.__slots__ if name in _SAME
+    }
     return GpuSpec(
         name=clocks.product,
         hbm_bytes=clocks.high_bandwidth_bytes,
@@ -263,7 +273,7 @@ class SimulatedGpu:
         self.gpus = shape.tensor_parallel
         self._weight_share_bytes = shape.weight_bytes / self.gpus
         self._kv_share_bytes = shape.kv_bytes_per_token / self.gpus
-        self._flops_per_token = 2.0 * shape.parameters / self.gpus
+        self._flops_per_token = 2.0 * shape.used_parameters / self.gpus
         self._attention_flops = 4.0 * shape.layers * shape.hidden / self.gpus
         # Two all-reduces a layer; about 8 us each at small sizes over NVLink (assumption).
         self.collective_s = 2 * shape.layers * 8e-6 if self.gpus > 1 else 0.0
@@ -381,7 +391,8 @@ def run_many(
     per_prompt = np.maximum(prompts, 1.0)
     attention = prompt * (prompt / per_prompt / 2 + cached / per_prompt)
     flops = (
-        2.0 * shape.parameters * (rows + prompt) + 4.0 * shape.layers * shape.hidden * attention
+        2.0 * shape.used_parameters * (rows + prompt)
+        + 4.0 * shape.layers * shape.hidden * attention
     ) / gpu.gpus
     weight_bytes = shape.weight_bytes / gpu.gpus
     kv_bytes = (kv + cached) * shape.kv_bytes_per_token / gpu.gpus
