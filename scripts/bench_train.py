@@ -131,11 +131,7 @@ def prepare_steps(options, config, dtype, mesh, optimizer, parameters, shapes):
     ]
 
     def prepare(case):
-        length, size, name, recompute = case
-        return prepare_step(
-            length, size, name, recompute,
-            options, config, dtype, mesh, optimizer, parameters, shapes,
-        )  # fmt: skip
+        return prepare_step(*case, options, config, dtype, mesh, optimizer, parameters, shapes)
 
     if options.jobs == 1:
         yield from map(prepare, cases)

@@ -3,7 +3,6 @@
 import math
 import random
 import time
-from typing import Any
 
 import pytest
 
@@ -48,12 +47,12 @@ class Bench:
             available_mhz=GPU.spec.available_mhz, now_s=lambda: self.now, set_latency_s=latency_s
         )
         defaults = {"minimum_dwell_s": 0.0, "hysteresis": 0.0, "growth_guard": 0.0}
-        self.policy: Any = EcoFreq(
+        self.policy = EcoFreq(
             ModelPredictor(GPU),
             self.slo,
             config=EcoFreqConfig(**{**defaults, **config}),  # type: ignore[arg-type]
         )
-        self.governor: Any = Governor(
+        self.governor = Governor(
             self.policy,
             self.clocks,
             CounterMeter(self.clocks),
@@ -62,7 +61,7 @@ class Bench:
         )
         self.governor.start(float("-inf"))
 
-    def decide(self, work: Iteration, waiting=()) -> Any:
+    def decide(self, work: Iteration, waiting=()) -> int:
         self.governor.before_iteration(work, waiting, self.now)
         return self.governor.clock_mhz
 

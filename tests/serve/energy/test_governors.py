@@ -1,7 +1,6 @@
 """Which governor a server's options give, and what they refuse or warn of."""
 
 import logging
-from typing import Any
 
 import jax
 import pytest
@@ -30,7 +29,7 @@ H100 = SimulatedGpu(gpu_spec("h100"), SHAPE)
 SERVED = Served(model=preset("smollm2-135m"))
 
 
-def make(slo: Slo | None = None, served: Served = SERVED, **choice) -> Any:
+def make(slo: Slo | None = None, served: Served = SERVED, **choice):
     return make_governor(GovernorChoice(**choice), served, SharedSlo(slo), [CPU])
 
 
