@@ -187,6 +187,7 @@ def prepare_step(
                 mesh,
                 compute_dtype=dtype,
                 gradient_dtype=jnp.dtype(options.gradient_dtype),
+                travel_dtype=options.travel_dtype and jnp.dtype(options.travel_dtype),
                 recompute=recompute,
                 unroll=options.unroll,
             )
@@ -260,6 +261,7 @@ def main() -> int:
     )
     step.add_argument("--compile-only", action="store_true", help="memory of --devices GPUs")
     step.add_argument("--gradient-dtype", default="float32")
+    step.add_argument("--travel-dtype", help="of a ring's gradients on their way")
     step.add_argument("--label", default="run", help="names the result file")
     step.set_defaults(run=bench_step)
     options = parser.parse_args()

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
@@ -41,18 +42,65 @@ EARLY_START = "xla_gpu_experimental_collective_start_as_early_as_possible"
 then waits for this device's compute and not for its data, and a slow link is not hidden."""
 
 
+PEER_COPIES = {"xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY"}
+"""Permutes are copies by peer access, which take no multiprocessors from the compute beside them;
+what `XLA_FLAGS` calls `peer`."""
+
+
 @functools.cache
 def gpu_compiler_options(mesh: Mesh) -> dict[str, Any]:
-    """XLA options for steps on GPUs, those that their compiler knows: unknown ones are errors."""
+    """XLA options for steps on GPUs: those that their compiler knows and that give right values."""
     devices = list(mesh.devices.flat)
     here = [device for device in devices if device.process_index == jax.process_index()]
     device = (here or devices)[0]  # a process compiles for its own; none is, of GPUs elsewhere
     value = jax.ShapeDtypeStruct((), jnp.float32, sharding=SingleDeviceSharding(device))
+    options = dict(GPU_COMPILER_OPTIONS)
     try:
         jax.jit(lambda x: x).lower(value).compile(compiler_options={EARLY_START: True})
+        options[EARLY_START] = True
     except jax.errors.JaxRuntimeError:
-        return GPU_COMPILER_OPTIONS
-    return GPU_COMPILER_OPTIONS | {EARLY_START: True}
+        pass
+    # Peers are of one host, and only devices that are here can show what arrives.
+    if mesh.shape[RING] > 1 and len(here) == len(devices) and _are_here(devices):
+        options |= PEER_COPIES if permutes_rightly(mesh, options | PEER_COPIES) else {}
+    return options
+
+
+def _are_here(devices: list[Any]) -> bool:
+    """Whether devices can run programs, and are not only compiled for."""
+    try:
+        local = jax.local_devices(backend=devices[0].platform)
+    except RuntimeError:  # no such device here at all
+        return False
+    return all(any(device is other for other in local) for device in devices)
+
+
+def permutes_rightly(mesh: Mesh, compiler_options: Mapping[str, Any]) -> bool:
+    """Whether rings compiled with these options take them, and bring what was sent.
+
+    Three turns of an odd and a large array in two dtypes, so that what arrives is sent on.
+    """
+    ring = mesh.shape[RING]
+    onward = [(device, (device + 1) % ring) for device in range(ring)]
+
+    def turn(values: list[jax.Array]) -> list[jax.Array]:
+        for _ in range(3):
+            values = [lax.ppermute(value, RING, onward) for value in values]
+        return values
+
+    cut = PartitionSpec(RING)
+    run = jax.shard_map(turn, mesh=mesh, in_specs=(cut,), out_specs=cut, check_vma=False)
+    random = np.random.default_rng(0)
+    sent = [
+        jax.device_put(random.normal(size=(ring, size)).astype(dtype), NamedSharding(mesh, cut))
+        for size, dtype in ((1021, jnp.float32), (2**20, jnp.bfloat16))
+    ]
+    try:
+        found = jax.jit(run, compiler_options=dict(compiler_options))(sent)
+        pairs = zip(jax.device_get(sent), jax.device_get(found), strict=True)
+        return all(np.array_equal(np.roll(before, 3, axis=0), after) for before, after in pairs)
+    except jax.errors.JaxRuntimeError:
+        return False
 
 
 @functools.cache
@@ -70,13 +118,18 @@ def lacks(mesh: Mesh) -> tuple[str, ...]:
             "instead, and steps hold more memory than planned"
         )
         return (f"JAX {jax.__version__} {lack}",)
-    if EARLY_START in gpu_compiler_options(mesh):
-        return ()
-    lack = (
-        "does not start transfers early: a neighbour may wait for compute beside which its data "
-        "would have travelled"
-    )
-    return (f"JAX {jax.__version__} {lack}",)
+    options, found = gpu_compiler_options(mesh), []
+    if EARLY_START not in options:
+        found.append(
+            "does not start transfers early: a neighbour may wait for compute beside which its "
+            "data would have travelled"
+        )
+    if mesh.shape[RING] > 1 and not PEER_COPIES.items() <= options.items():
+        found.append(
+            "does not send by peer copies between these devices: a ring's transfers take "
+            "multiprocessors from its compute"
+        )
+    return tuple(f"JAX {jax.__version__} {lack}" for lack in found)
 
 
 def products_beside_a_barrier(compiler_options: Mapping[str, Any]) -> int:
@@ -116,7 +169,7 @@ class Step:
     compute_dtype: Any
     """Of gathered or travelling weights and of all compute."""
     gradient_dtype: Any
-    """In which gradients are summed and travel."""
+    """In which gradients are summed, and travel where nothing else is asked for."""
 
     @property
     def compiler_options(self) -> dict[str, Any]:

@@ -41,6 +41,8 @@ class TabledStep(Step):
     recompute: Recompute
     unroll: bool
     tables: Tables
+    travel_dtype: Any
+    """In which sums of gradients go from device to device; they are added in `gradient_dtype`."""
 
     @property
     def chunk_layers(self) -> int:
@@ -221,6 +223,8 @@ class Run:
         key = group.source
         value = _read(state.buffers[key], self.tables.slots[key], cell[f"{group.name}.send"])
         if group.kind is MoveKind.PERMUTE:
+            if key[0] is Data.GRADIENT:
+                value = cast(value, self.lowered.travel_dtype)
             return jax.tree.map(lambda v: lax.ppermute(v, RING, sorted(group.pairs)), value)
         if group.kind is MoveKind.ALL_REDUCE:
             return jax.tree.map(lambda v: lax.psum(v.astype(jnp.float32), RING), value)
@@ -234,6 +238,8 @@ class Run:
             total = jax.tree.map(jnp.add, there, arrived)
             return _replace(state, reduced=_write(state.reduced, max(count, 2), slot, total, None))
         key = group.target
+        if key[0] is Data.GRADIENT:
+            arrived = cast(arrived, self.lowered.gradient_dtype)
         count = self.tables.slots[key]
         valid = cell[f"{group.name}.valid"] == 1
         if group.merge:

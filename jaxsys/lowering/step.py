@@ -19,7 +19,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel, Parameters, PyTree
 from jaxsys.mesh import DATA, RING
-from jaxsys.schedule import Placement, Schedule, check
+from jaxsys.schedule import Data, MoveKind, Placement, Schedule, check
 
 from .base import Outcome, check_fit, sharded_spec
 from .programs import RECOMPUTE_POLICIES, Recompute
@@ -37,6 +37,7 @@ def lower(
     gradient_dtype: Any = jnp.float32,
     recompute: Recompute = "block",
     unroll: bool = False,
+    travel_dtype: Any = None,
 ) -> "LoweredStep | ShardedStep":
     """Checks a schedule and prepares its step.
 
@@ -49,11 +50,21 @@ def lower(
         recompute: what backward computes again, see `programs.Recompute`.
         unroll: write a chunk's layers out instead of looping over them; sharded schedules always
             are.
+        travel_dtype: dtype in which sums of gradients are sent around a ring, `gradient_dtype` if
+            not given: bfloat16 halves what is sent, each addition is still in `gradient_dtype`.
 
     Raises:
         ScheduleError: if the schedule is not legal.
         UsageError: if the mesh, the layers or the options do not fit it.
     """
+    if travel_dtype is not None and not any(
+        move.kind is MoveKind.PERMUTE and move.block.data is Data.GRADIENT
+        for move in schedule.moves
+    ):
+        raise UsageError(
+            f"travel_dtype={jnp.dtype(travel_dtype)}, but no gradients go around a ring in "
+            f"schedule {schedule.name}; leave it out, or use a ring such as weipipe-interleave"
+        )
     if schedule.placement is Placement.SHARDED:
         return lower_sharded(
             schedule,
@@ -73,6 +84,7 @@ def lower(
         mesh=mesh,
         compute_dtype=jnp.dtype(compute_dtype),
         gradient_dtype=jnp.dtype(gradient_dtype),
+        travel_dtype=jnp.dtype(gradient_dtype if travel_dtype is None else travel_dtype),
         recompute=recompute,
         unroll=unroll,
         tables=build_tables(schedule, check(schedule)),

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import re
 import time
 
 import jax
@@ -12,7 +13,7 @@ import pytest
 
 from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel, Parameters, reference_loss
-from jaxsys.lowering import RECOMPUTE_POLICIES, LoweredStep, lower
+from jaxsys.lowering import RECOMPUTE_POLICIES, LoweredStep, base, lower
 from jaxsys.lowering.bodies import MOST_TICKS_THAT_PAY
 from jaxsys.lowering.programs import INDEX, block_program
 from jaxsys.lowering.split import split_backward
@@ -231,6 +232,35 @@ def test_taps_are_what_products_read():
     found_dx, taps = halves.input_gradient(*arguments)
     for got, wanted in zip([*found_dx, *halves.weight_gradient(taps)], [*dx, *dw], strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_travel_in_a_dtype_of_their_own():
+    """Half as wide on the way, added in float32; schedules that send none refuse it."""
+    model, parameters = small_model(2)
+    mesh = make_mesh(2, devices=jax.devices()[:2])
+    step = lower(interleave(2, 4), model, mesh, travel_dtype=jnp.bfloat16)
+    rest, batch = step.to_rest(parameters), random_batch(4)
+    lowered = jax.jit(step.loss_and_gradients).lower(rest, batch)
+    sent = re.findall(r"collective_permute.*?-> tensor<\S*x(\w+)>", lowered.as_text())
+    assert set(sent) == {"f32", "bf16"}
+    found = lowered.compile()(rest, batch)
+    _, wanted = reference(2, 4)
+    for got, leaf in zip(
+        jax.tree.leaves(step.from_rest(found.gradients)), jax.tree.leaves(wanted), strict=True
+    ):
+        assert np.linalg.norm(got - leaf) < 1e-2 * np.linalg.norm(leaf)
+    with pytest.raises(UsageError, match="no gradients go around a ring in schedule 1f1b"):
+        lower(one_f_one_b(2, 4), model, mesh, travel_dtype=jnp.bfloat16)
+
+
+def test_a_compiler_option_that_permutes_wrongly_is_not_used(monkeypatch):
+    """By values: an option may be taken and bring something else."""
+    mesh = make_mesh(2, devices=jax.devices()[:2])
+    assert base.permutes_rightly(mesh, {})
+    assert base.permutes_rightly(mesh, base.PEER_COPIES)  # a CPU's compiler knows the name
+    assert not base.permutes_rightly(mesh, {"xla_gpu_no_such_option": True})
+    monkeypatch.setattr(base.lax, "ppermute", lambda value, *_: value)
+    assert not base.permutes_rightly(mesh, {})
 
 
 def test_rest_order_round_trips():
