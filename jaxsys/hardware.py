@@ -1,9 +1,18 @@
-"""What devices and links can do, each figure with its source.
+"""What devices and links can do, each figure with its source: one row a device, one a link.
 
 Two rates a device: the data sheet's peak, which MFU is counted against, and what products and fused
 attention reach in practice, which times are predicted from. `measured` sources are this project's
 own runs; `assumed` ones say what they were carried over from, and `jaxsys profile cluster` replaces
 them.
+
+Rates follow the clock, and long products do not run at the highest: the power cap holds an H200
+at 1455 to 1500 of 1980 MHz (results/device_rates_h200.json). So `product_flops_per_s` is what a
+program gets that runs for seconds, and
+
+    product_flops_per_s = clocks.product_flops_per_cycle * clocks.sustained_mhz
+
+`ClockSpec` is how rates and power follow the clock; serving's modelled GPUs
+(`jaxsys.serve.energy.gpu_model`) are made from it.
 """
 
 import math
@@ -11,8 +20,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from jaxsys.errors import UsageError, did_you_mean
+from jaxsys.errors import UsageError
 from jaxsys.schedule import Link
 
 GIB = 2**30
@@ -25,6 +35,47 @@ def gib(size_bytes: float, *, up: bool = False) -> str:
     if up and float(shown) < size:
         return gib(size_bytes + 10.0 ** min(math.floor(math.log10(size)) - 2, -1) * GIB)
     return f"{shown} GiB"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClockSpec:
+    """How a device's rates and power follow the clock of its multiprocessors.
+
+    With x = f in GHz, c and m the shares of the time in which the matrix units and the memory are
+    busy:
+
+        busy: P = active + memory * m + (base + compute * c) * x**exponent, at most the power cap
+        idle: P = idle + idle_clock * x**3.17
+    """
+
+    product: str
+    """What the maker calls it."""
+    min_mhz: int
+    max_mhz: int
+    step_mhz: int
+    sweet_spot_mhz: int
+    """Clock of least energy per unit of compute-bound work."""
+    sustained_mhz: float
+    """The clock at which products of that rate a cycle give `DeviceSpec.product_flops_per_s`."""
+    product_flops_per_cycle: float
+    """Achieved in bf16 products while serving, whatever the clock."""
+    high_bandwidth_bytes: float
+    """Memory on the package; programs get `memory_bytes` of it."""
+    achieved_bytes_per_s: float
+    """Of memory, at or above `memory_knee_mhz`; below it bandwidth falls with the clock."""
+    memory_knee_mhz: float
+    power_cap_w: float
+    active_w: float
+    memory_w: float
+    base_w: float
+    compute_w: float
+    power_exponent: float
+    voltage_floor_mhz: float = 0.0
+    """Clock below which lower clocks save no voltage, so power is linear there; 0 for none."""
+    idle_w: float
+    idle_clock_w: float
+    extrapolated: bool = False
+    """No published clock or power point stands behind it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +94,8 @@ class DeviceSpec:
     memory_bytes_per_s: float
     fused_attention: bool = True
     """Whether a kernel attends without forming the scores."""
+    clocks: ClockSpec | None = None
+    """None where nothing is known of how it follows its clock."""
     sources: Mapping[str, str] = field(default_factory=dict)
     """Field -> where its figure comes from."""
 
@@ -56,6 +109,11 @@ class DeviceSpec:
         ):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{self.name}: {name}={getattr(self, name)!r} must be above 0")
+
+    def is_called(self, name: str) -> bool:
+        """Whether a driver or JAX means it by `name`, such as "NVIDIA H100 80GB HBM3"."""
+        kind = self.name.partition("-")[0].upper()
+        return kind in name.upper().replace("-", " ").split()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +159,28 @@ _H100_RATES = (
 _H100_ATTENTION = "measured: cuDNN fused attention, likewise"
 _SHARE = "assumed: the H100's measured share of its peak"
 
+_HOPPER_CLOCKS: dict[str, Any] = {
+    "min_mhz": 345,
+    "max_mhz": 1980,
+    "step_mhz": 15,
+    "sweet_spot_mhz": 1080,
+    "sustained_mhz": 1746.5,
+    "product_flops_per_cycle": 540_672 * 0.70,
+    "memory_knee_mhz": 900.0,
+    "power_cap_w": 700.0,
+    "active_w": 200.0,
+    "base_w": 50.0,
+    "compute_w": 165.0,
+    "power_exponent": 2.28,
+    "idle_w": 82.0,
+    "idle_clock_w": 10.8,
+}
+"""Clocks as nvidia-smi lists them. FLOP a cycle: 70 % of 132 multiprocessors x 4096, a fit to
+ML.ENERGY v3's ITL of Llama-3.1-8B; the products of an H200 alone do 78 to 85 %, at 1455 to 1500 MHz
+(results/device_rates_h200.json). Power: fits to DualScale's H100 table (Llama-3-70B prefill, TP2
+rows: A=216 B=210 g=2.28 at 2048 tokens, A=215 B=75 at 32), idle 82 + 10.8 x**3.17 likewise. Sweet
+spot: its minimum of P/f."""
+
 DEVICES: dict[str, DeviceSpec] = {
     "h100": DeviceSpec(
         name="h100",
@@ -109,12 +189,20 @@ DEVICES: dict[str, DeviceSpec] = {
         attention_flops_per_s=551e12,
         memory_bytes=79.1 * GIB,
         memory_bytes_per_s=3.35e12,
+        clocks=ClockSpec(
+            product="H100-SXM5-80GB",
+            high_bandwidth_bytes=80 * GIB,
+            achieved_bytes_per_s=2.95e12,
+            memory_w=25.0,
+            **_HOPPER_CLOCKS,
+        ),
         sources={
             "peak_flops_per_s": "NVIDIA H100 SXM5 data sheet, bf16 without sparsity",
             "product_flops_per_s": _H100_RATES,
             "attention_flops_per_s": _H100_ATTENTION,
             "memory_bytes": "80 GB HBM3 less the driver's share, as nvidia-smi shows it",
             "memory_bytes_per_s": "NVIDIA H100 SXM5 data sheet",
+            "clocks": "as said at _HOPPER_CLOCKS; achieved_bytes_per_s: fit to ML.ENERGY v3's ITL",
         },
     ),
     "h200": DeviceSpec(
@@ -124,12 +212,47 @@ DEVICES: dict[str, DeviceSpec] = {
         attention_flops_per_s=551e12,
         memory_bytes=139.8 * GIB,
         memory_bytes_per_s=4.8e12,
+        clocks=ClockSpec(
+            product="H200-SXM-141GB",
+            high_bandwidth_bytes=141 * GIB,
+            achieved_bytes_per_s=4.2e12,
+            memory_w=35.0,
+            extrapolated=True,
+            **_HOPPER_CLOCKS,
+        ),
         sources={
             "peak_flops_per_s": "NVIDIA H200 data sheet, bf16 without sparsity",
-            "product_flops_per_s": "assumed: as the H100, whose compute die it shares",
+            "product_flops_per_s": "as the H100, whose compute die it shares; measured, products "
+            "alone: 625 to 665 TFLOP/s by shape (results/device_rates_h200.json)",
             "attention_flops_per_s": "assumed: as the H100, whose compute die it shares",
             "memory_bytes": "141 GB HBM3e less the driver's share, as nvidia-smi shows it",
             "memory_bytes_per_s": "NVIDIA H200 data sheet",
+            "clocks": "power: the H100's; achieved_bytes_per_s: assumed, the H100's share of the "
+            "data sheet",
+        },
+    ),
+    "gh200": DeviceSpec(
+        name="gh200",
+        peak_flops_per_s=989.4e12,
+        product_flops_per_s=661e12,
+        attention_flops_per_s=551e12,
+        memory_bytes=88.5 * GIB,
+        memory_bytes_per_s=4.0e12,
+        clocks=ClockSpec(
+            product="GH200-96GB",
+            high_bandwidth_bytes=96e9,
+            achieved_bytes_per_s=3.5e12,
+            memory_w=30.0,
+            extrapolated=True,
+            **_HOPPER_CLOCKS,
+        ),
+        sources={
+            "peak_flops_per_s": "NVIDIA GH200 data sheet, bf16 without sparsity",
+            "product_flops_per_s": "assumed: as the H100, whose compute die it shares",
+            "attention_flops_per_s": "assumed: as the H100, whose compute die it shares",
+            "memory_bytes": "assumed: 96 GB HBM3 less a driver's share",
+            "memory_bytes_per_s": "NVIDIA GH200 data sheet, 96 GB HBM3",
+            "clocks": "the H100's; 700 W are the GPU's share, without the Grace CPU",
         },
     ),
     "a100-80g": DeviceSpec(
@@ -139,12 +262,37 @@ DEVICES: dict[str, DeviceSpec] = {
         attention_flops_per_s=174e12,
         memory_bytes=79.1 * GIB,
         memory_bytes_per_s=2.039e12,
+        clocks=ClockSpec(
+            product="A100-SXM4-80GB",
+            min_mhz=210,
+            max_mhz=1410,
+            step_mhz=15,
+            sweet_spot_mhz=1005,
+            sustained_mhz=1306.0,
+            product_flops_per_cycle=221_184 * 0.72,
+            high_bandwidth_bytes=80 * GIB,
+            achieved_bytes_per_s=1.70e12,
+            memory_knee_mhz=700.0,
+            power_cap_w=400.0,
+            active_w=77.7,
+            memory_w=19.8,
+            base_w=85.5,
+            compute_w=73.0,
+            power_exponent=2.28,
+            voltage_floor_mhz=1005.0,
+            idle_w=40.0,
+            idle_clock_w=11.0,
+        ),
         sources={
             "peak_flops_per_s": "NVIDIA A100 80GB SXM data sheet, bf16 without sparsity",
             "product_flops_per_s": _SHARE,
             "attention_flops_per_s": _SHARE,
             "memory_bytes": "80 GB HBM2e less the driver's share, as nvidia-smi shows it",
             "memory_bytes_per_s": "NVIDIA A100 80GB SXM data sheet",
+            "clocks": "clocks: VoltanaLLM; 72 % of 108 multiprocessors x 2048 FLOP a cycle and "
+            "power: fitted to VoltanaLLM's static runs (jaxsys.serve.simulation.calibration); "
+            "sustained_mhz: assumed, where these give the product rate above; power exponent: the "
+            "H100's; voltage floor: the published sweet spot (throttLL'eM says some 1050 MHz)",
         },
     ),
     "cpu": DeviceSpec(
@@ -324,9 +472,13 @@ def device(name: str) -> DeviceSpec:
         UsageError: if there is none; lists those there are.
     """
     if name not in DEVICES:
-        near = did_you_mean(name, DEVICES)
-        raise UsageError(f"device {name!r} is not known{near}; known: {', '.join(DEVICES)}")
+        raise UsageError(f"device {name!r} is not known; known: {', '.join(DEVICES)}")
     return DEVICES[name]
+
+
+def device_called(name: str) -> DeviceSpec | None:
+    """The preset of what a driver or JAX calls `name`; None where there is none."""
+    return next((spec for spec in DEVICES.values() if spec.is_called(name)), None)
 
 
 def link(name: str) -> LinkSpec:
@@ -336,6 +488,5 @@ def link(name: str) -> LinkSpec:
         UsageError: if there is none; lists those there are.
     """
     if name not in LINKS:
-        near = did_you_mean(name, LINKS)
-        raise UsageError(f"link {name!r} is not known{near}; known: {', '.join(LINKS)}")
+        raise UsageError(f"link {name!r} is not known; known: {', '.join(LINKS)}")
     return LINKS[name]

@@ -76,6 +76,13 @@ class LayeredModel:
     pattern: tuple[str, ...] | None = None
     """The kinds of the L blocks in their order, where blocks are of kinds."""
 
+    draws: str | None = None
+    """The leaf of a microbatch from whose key the model draws random numbers, None if it draws
+    none. A trainer puts keys there if the batch has none."""
+
+    evaluation: "LayeredModel | None" = None
+    """The model as it is evaluated (without dropout), on the same parameters; None: as it is."""
+
     def __post_init__(self) -> None:
         """Raises UsageError if blocks, layers and pattern do not fit together."""
         for kind, block in self.kinds.items():

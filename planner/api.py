@@ -32,6 +32,7 @@ from jaxsys.lowering.flat import flat_model
 from jaxsys.mesh import AXES
 from jaxsys.planner import explain
 from jaxsys.planner.cluster import Cluster
+from jaxsys.planner.constraints import Conflict
 from jaxsys.planner.costs import Precision
 from jaxsys.planner.evaluate import POLICY, Evaluator
 from jaxsys.planner.feature_axes import feature_split
@@ -48,6 +49,7 @@ from jaxsys.planner.named import USABLE_MEMORY
 from jaxsys.planner.plans import PATHS, Plan, Residual, State, Weights
 from jaxsys.planner.problem import Problem
 from jaxsys.planner.recognise import describe, recognise
+from jaxsys.planner.runs import that_runs
 from jaxsys.planner.search import Effort, Found, Progress, Result, search
 from jaxsys.planner.space import Space
 from jaxsys.planner.workload import BlockWork, EdgeWork, Joins, Workload, traced_memory
@@ -213,6 +215,8 @@ def plan(
     spaces = [space] if layered else [_kept(space, kept) for kept in (True, False)]
     if narrow is not None:
         spaces = [narrow(one) for one in spaces]
+    if layered:
+        spaces = [_that_runs(one) for one in spaces]
     tried = spaces if layered or recompute else spaces[:1]
     results = [search(one, effort=effort, progress=progress) for one in tried]
     result = min(results, key=lambda one: one.best.rank)
@@ -414,6 +418,30 @@ def _workload(
         feature_ways=ways,
         splits_between=False,
     )
+
+
+def _that_runs(space: Space) -> Space:
+    """The part that the trainer runs, or all of it where what is asked for leaves none of that."""
+    runs = that_runs(space)
+    try:
+        _ = runs.left
+    except Conflict:
+        return space
+    return runs
+
+
+def layered_workload(
+    model: LayeredModel, params: PyTree, microbatch: PyTree, cluster: Cluster
+) -> Workload:
+    """A layered model's work on one microbatch of these arrays or shapes, [B, ...]."""
+    rows = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), shapes_of(microbatch)
+    )
+    function = _layered_loss(model)
+    cost = function_cost(trace_loss(function, params, rows))
+    layers = _find_layers(params, cost, len(jax.tree.leaves(params)))
+    found = _workload(function, params, rows, 1, layers, cluster)
+    return _as_lowered(found, model, params, rows)
 
 
 def _as_lowered(workload: Workload, model: LayeredModel, params: PyTree, rows: PyTree) -> Workload:

@@ -9,12 +9,13 @@ from jaxsys.planner.plans import Gradient, Plan, State, Weights
 from jaxsys.planner.problem import Problem
 from jaxsys.planner.recognise import recognise
 from jaxsys.schedule import Schedule
-from jaxsys.strategies import for_layers
+from jaxsys.strategies.data_parallel import data_parallel
 from jaxsys.strategies.zero import trajectory
 
 
 def to_schedule(problem: Problem, plan: Plan) -> Schedule:
-    """The schedule of one replica; features are inside its tasks, replicas around it.
+    """The schedule of one replica; it says over how many devices features are
+    split inside its tasks, and how many replicas stand around it.
 
     Raises:
         UsageError: if the plan does not fit the problem.
@@ -24,11 +25,12 @@ def to_schedule(problem: Problem, plan: Plan) -> Schedule:
             f"the plan is for {len(plan.layers)} layers, the model has {problem.layers}"
         )
     total = microbatches(problem, plan)
+    around = {"replicas": plan.replicas, "features": plan.features}
     if plan.owners > 1:
-        return replace(staged_schedule(plan, total), name=recognise(plan))
+        return replace(staged_schedule(plan, total), name=recognise(plan), **around)
     layers = range(len(plan.layers))
     if plan.state is State.WHOLE:
-        return for_layers("dp", devices=plan.shard, microbatches=total, layers=len(plan.layers))
+        return replace(data_parallel(plan.shard, total, chunks=len(plan.layers)), **around)
 
     def where(field: str, *values: object) -> list[int]:
         return [i for i in layers if getattr(plan.layers[i], field) in values]
@@ -43,4 +45,4 @@ def to_schedule(problem: Problem, plan: Plan) -> Schedule:
         accumulate=where("gradient", Gradient.ONCE),
         lookahead=plan.lookahead,
     )
-    return replace(found, name=recognise(plan))
+    return replace(found, name=recognise(plan), **around)

@@ -346,8 +346,8 @@ async def measure(
                 found["energy_j"] = await asyncio.to_thread(total_j, logs, began_s, answers.ended_s)
             else:
                 after_j = await modelled_energy_j(client)
-                known = before_j is not None and after_j is not None
-                found["energy_j"] = after_j - before_j if known else None
+                unknown = before_j is None or after_j is None
+                found["energy_j"] = None if unknown else after_j - before_j
     found["duration_s"] = answers.ended_s - began_s
     found["answers"] = answers
     if clocks_mhz:

@@ -9,6 +9,9 @@ weights for each microbatch and reduces gradients once a step. FLOP are counted 
 row (`jaxsys.train.flops`). `scripts/bench_gpus.py` calls this for its rows `torch-*`.
 """
 
+# pyright: reportMissingImports=false, reportOptionalCall=false
+# PyTorch is no dependency: this runs where it is installed.
+
 import argparse
 import json
 import os
@@ -207,7 +210,7 @@ def main() -> int:
     size = (options.microbatches, options.microbatch_size, options.length + 1)
     tokens = torch.randint(0, config.vocab_size, size).to(device)
     inputs, targets = tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous()
-    samples, loss = [], None
+    samples, loss = [], 0.0
     begun = time.perf_counter()
     for number in range(options.repeats + 2):  # the first two compile
         start = time.perf_counter()

@@ -131,7 +131,11 @@ def prepare_steps(options, config, dtype, mesh, optimizer, parameters, shapes):
     ]
 
     def prepare(case):
-        return prepare_step(*case, options, config, dtype, mesh, optimizer, parameters, shapes)
+        length, size, name, recompute = case
+        return prepare_step(
+            length, size, name, recompute,
+            options, config, dtype, mesh, optimizer, parameters, shapes,
+        )  # fmt: skip
 
     if options.jobs == 1:
         yield from map(prepare, cases)

@@ -20,6 +20,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsys import strategies
+from jaxsys.errors import RunError
 from jaxsys.lowering import lower
 from jaxsys.lowering.base import CPU_COMPILER_OPTIONS, EARLY_START, gpu_compiler_options
 from jaxsys.lowering.compiled import parse
@@ -144,7 +145,10 @@ def donated(other: Any = jnp.float32) -> float:
         return {"weights": state["weights"] - moments, "moments": moments.astype(other)}
 
     program = jax.jit(update, donate_argnums=0).lower(state).compile()
-    return program.memory_analysis().alias_size_in_bytes / 1024
+    analysis = program.memory_analysis()
+    if analysis is None:
+        raise RunError("this backend does not say what memory a program takes")
+    return analysis.alias_size_in_bytes / 1024
 
 
 def permute_order() -> str:
@@ -237,7 +241,8 @@ def early_start(devices: int) -> str:
         ("without", {"xla_gpu_enable_latency_hiding_scheduler": True}),
         ("with our options", gpu_compiler_options(mesh)),
     ):
-        text = mapped.lower(x, w).compile(compiler_options=chosen).as_text() or ""
+        options_here: dict[str, str | bool] = {**chosen}
+        text = mapped.lower(x, w).compile(compiler_options=options_here).as_text() or ""
         lines = text[text.index("ENTRY") :].splitlines()
         marks = [
             "start" if "collective-permute-start(" in line else "product"

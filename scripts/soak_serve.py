@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import collections
 import contextlib
+import gzip
 import json
 import os
 import random
@@ -266,6 +267,8 @@ async def sends_nonsense(all: Clients, rng: Random) -> str:
         (b'{"prompt": "a", "top_p": -1}', 400),
         (b'{"prompt": "a", "logit_bias": {"-3": 1}}', 400),
         (b'{"prompt": "a", "model": "another"}', 404),
+        (b'{"prompt": "a", "guided_json": {"type": "object"}}', 400),
+        (b"{" + b",".join(b'"k%d": 1' % key for key in range(4000)) + b"}", 400),
     ]
     body, status = rng.choice(bodies)
     answer = await all.http.post(
@@ -285,6 +288,44 @@ def refused(answer: httpx.Response) -> bool:
     return answer.status_code == 429
 
 
+async def echoes(all: Clients, rng: Random) -> str:
+    """A prompt with how likely each of its tokens is, from a body that is packed."""
+    given = {"prompt": words(rng), "max_tokens": 1, "echo": True, "logprobs": rng.randint(0, 3)}
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    body = gzip.compress(json.dumps(given).encode())
+    answer = await all.http.post("/v1/completions", content=body, headers=headers)
+    if refused(answer):
+        return "429"
+    choice = answer.json()["choices"][0]
+    if "".join(choice["logprobs"]["tokens"]) != choice["text"]:
+        raise RuntimeError(f"tokens do not join to {choice['text']!r}")
+    return "echoed"
+
+
+async def is_silent(all: Clients, rng: Random) -> str:
+    """Connections that say nothing, or never end their head, while somebody asks for health."""
+    opened = [await asyncio.open_connection("127.0.0.1", all.port) for _ in range(5)]
+    try:
+        opened[0][1].write(b"GET /health HTTP/1.1\r\nHost:")
+        if (await all.http.get("/health")).status_code != 200:
+            raise RuntimeError("not healthy beside silent connections")
+        await asyncio.sleep(rng.random() * 0.2)
+    finally:
+        for _, writer in opened:
+            writer.transport.abort()
+    return "silent"
+
+
+async def asks_itself(all: Clients, rng: Random) -> str:
+    """A text to tokens and back."""
+    text = words(rng)
+    found = await all.http.post("/tokenize", json={"prompt": text})
+    back = await all.http.post("/detokenize", json={"tokens": found.json()["tokens"]})
+    if back.json()["prompt"] != text:
+        raise RuntimeError(f"{text!r} came back as {back.text[:200]}")
+    return "tokenized"
+
+
 KINDS: list[tuple[Client, int]] = [
     (completes, 30),
     (chats, 25),
@@ -293,6 +334,9 @@ KINDS: list[tuple[Client, int]] = [
     (reads_slowly, 6),
     (sends_half, 5),
     (sends_nonsense, 10),
+    (echoes, 6),
+    (is_silent, 3),
+    (asks_itself, 4),
 ]
 
 

@@ -14,6 +14,7 @@ Legend: D width, F feed-forward, N query heads, G key/value heads, R = N / G, K 
 vocabulary, L layers.
 """
 
+import dataclasses
 import math
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -101,8 +102,10 @@ def serving_weights(
             where they lie if None.
 
     Raises:
-        UsageError: if the mesh cannot divide the heads or the feed-forward evenly.
+        UsageError: if the mesh cannot divide the heads or the feed-forward evenly, or the decoder's
+            mathematics are not Llama's.
     """
+    check_served(config)
     if isinstance(placement, NamedSharding) and isinstance(placement.mesh, Mesh):
         check_tensor_parallel(config, placement.mesh)
     edge, blocks = parameters["edge"], parameters["blocks"]
@@ -141,6 +144,24 @@ def serving_weights(
         norm=_place(edge["norm"]["scale"], PartitionSpec(), placement),
         head=head,
     )
+
+
+def check_served(config: DecoderConfig) -> None:
+    """Raises UsageError for a decoder that the passes do not compute."""
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
+    more = ("num_kv_heads", "head_dim", "rope_theta", "rope_scaling", "rms_norm_eps", "family")
+    kept = (*sizes, *more, "tie_embeddings", "max_positions")
+    plain = DecoderConfig(**{name: getattr(config, name) for name in kept})
+    fields = (field.name for field in dataclasses.fields(config))
+    unlike = [name for name in fields if getattr(config, name) != getattr(plain, name)]
+    rope = plain.rope()
+    if rope is not None and rope.depends_on_length:
+        unlike.append("rope_scaling")
+    if unlike:
+        raise UsageError(
+            f"{config.family} with {unlike[0]}={getattr(config, unlike[0])!r} is not served; "
+            "models of Llama's mathematics are"
+        )
 
 
 def layer_specs() -> tuple[PartitionSpec, ...]:

@@ -1,4 +1,4 @@
-"""The README's figures are those of the result files that it links."""
+"""The figures of the README and docs/measured.md are those of the result files they link."""
 
 from pathlib import Path
 
@@ -6,29 +6,30 @@ from jaxsys.results import read_result
 
 ROOT = Path(__file__).parents[1]
 README = " ".join((ROOT / "README.md").read_text().split())
+PAGE = " ".join((ROOT / "docs/measured.md").read_text().split())
 
 
 def rows(name: str, **wanted):
     found = read_result(ROOT / f"results/{name}.json")["rows"]
-    assert f"(results/{name}.json)" in README
+    assert f"(../results/{name}.json)" in PAGE
     return [row for row in found if wanted.items() <= row.items()]
 
 
 def test_training_figures():
     (best,) = rows("train_step_h100_16k_dp", recompute="none")
-    assert f"**{best['model_tflops_per_gpu']:.0f} model TFLOP/s** with 16,384 tokens" in README
+    assert f"**{best['model_tflops_per_gpu']:.0f} model TFLOP/s** with 16,384 tokens" in PAGE
     assert best["sequence_length"] == 16384
     plain = rows("train_step_h100_16k_fsdp") + rows("train_step_h100_16k_again")
     plain = [row["model_tflops_per_gpu"] for row in plain if row["schedule"] == "gspmd-fsdp"]
-    assert f"`jax.jit` step does {min(plain):.0f} to {max(plain):.0f} (" in README
+    assert f"`jax.jit` step does {min(plain):.0f} to {max(plain):.0f} (" in PAGE
     (again,) = (
         row["model_tflops_per_gpu"]
         for row in rows("train_step_h100_16k_again")
         if row["schedule"] == "dp"
     )
-    assert f"(`jaxsys train --unroll`), {again:.0f} when run again" in README
+    assert f"(`jaxsys train --unroll`), {again:.0f} when run again" in PAGE
     short, its = (row["model_tflops_per_gpu"] for row in rows("train_step_h100_4k"))
-    assert f"layers written out, {short:.0f}, where the plain step does {its:.0f}" in README
+    assert f"layers written out, {short:.0f}, where the plain step does {its:.0f}" in PAGE
     (own, held), (other, its) = (
         (row["model_tflops_per_gpu"], row["temp_gib"])
         for row in rows("train_step_h100_16k_looped", recompute="none")
@@ -36,7 +37,7 @@ def test_training_figures():
     looped = (
         f"{own:.0f} in {held:.1f} GiB of temporary memory, where the plain step does {other:.0f}"
     )
-    assert f"{looped} in {its:.1f}" in README
+    assert f"{looped} in {its:.1f}" in PAGE
 
 
 def test_training_figures_of_an_h200():
@@ -45,16 +46,16 @@ def test_training_figures_of_an_h200():
         return f"{row['model_tflops_per_gpu']:.0f}"
 
     ours, plain = (made("16k", schedule=s, recompute="none") for s in ("dp", "gspmd-fsdp"))
-    assert f"does {ours} with 16,384 tokens a sequence, plain `jax.jit` {plain}" in README
+    assert f"does {ours} with 16,384 tokens a sequence, plain `jax.jit` {plain}" in PAGE
     ours, plain = (made("64k", schedule=s, recompute="none") for s in ("dp", "gspmd-fsdp"))
-    assert f"{ours} and {plain} with 65,536, nothing computed again" in README
-    assert f"gates computed again, {made('128k', schedule='dp', recompute='selective')}" in README
+    assert f"{ours} and {plain} with 65,536, nothing computed again" in PAGE
+    assert f"gates computed again, {made('128k', schedule='dp', recompute='selective')}" in PAGE
 
 
 def test_two_gpu_training_figures():
     links = ("direct", "host", "sockets")
     names = {"plain `jax.jit`": "gspmd-fsdp"}
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs/measured.md").read_text()
     for line in text[text.index("| | NVLink |") :].splitlines()[2:7]:
         name, *cells = [cell.strip(" *") for cell in line.strip(" |").split("|")]
         schedule = names.get(name.split(",")[0], name.split("`")[1])
@@ -69,8 +70,8 @@ def test_two_gpu_serving_figures():
     late = [f"{-found[name]['prediction_error_pct']:.0f}" for name in
             ("ttft_mean_ms", "itl_mean_ms", "ttft_p99_ms", "itl_p99_ms")]  # fmt: skip
     first, others = (found[f"{name}_mean_ms"]["measured"] for name in ("ttft", "itl"))
-    assert f"after {first:.0f} ms and the others every {others:.1f} ms" in README
-    assert "{} and {} % too early, at p99 {} and {} %".format(*late) in README
+    assert f"after {first:.0f} ms and the others every {others:.1f} ms" in PAGE
+    assert "{} and {} % too early, at p99 {} and {} %".format(*late) in PAGE
 
 
 def test_serving_figures_of_an_h200():
@@ -79,23 +80,23 @@ def test_serving_figures_of_an_h200():
         for row in rows("energy_live_h200")
         if row["prediction_error_pct"] is not None
     }
-    assert f"and {error.pop('itl_p90_ms'):.0f} % off at p90 of ITL" in README
+    assert f"and {error.pop('itl_p90_ms'):.0f} % off at p90 of ITL" in PAGE
     assert max(error.values()) < 7
-    assert "within 7 % of mean, median and p99 and of energy a token" in README
+    assert "within 7 % of mean, median and p99 and of energy a token" in PAGE
 
 
 def test_planned_figures_of_an_h200():
     rows("planner_measure_h200")
     found = read_result(ROOT / "results/planner_measure_h200.json")["summary"]
-    assert f"{found['cells']} steps, predicted from a profile" in README
+    assert f"{found['cells']} steps, predicted from a profile" in PAGE
     time, memory = found["median_error_pct"], found["median_memory_error_pct"]
-    assert f"off by {time:.1f} % of time and {memory:.1f} % of memory at the median" in README
+    assert f"off by {time:.1f} % of time and {memory:.1f} % of memory at the median" in PAGE
     assert found["chosen_behind_best_pct"] == 0
 
 
 def test_serving_figures():
     (row,) = rows("serve_gpu", study="decode", batch=64, weights="bfloat16")
-    assert f"**{row['itl_ms']:.1f} ms**, {row['itl_floor_ratio']:.2f} times what reading" in README
+    assert f"**{row['itl_ms']:.1f} ms**, {row['itl_floor_ratio']:.2f} times what reading" in PAGE
 
 
 def test_network_figures():
@@ -114,13 +115,13 @@ def test_network_figures():
         f"({expected[0]:.2f} was predicted), {gains[1]:.2f} times at it ({expected[1]:.2f}), "
         f"{gains[2]:.1f} times at twice ({expected[2]:.1f}) and {gains[3]:.1f} times at eight "
         f"times ({expected[3]:.1f})"
-    ) in README
+    ) in PAGE
     fast, free = ([slower("1f1b-overlap", at, rate) for at in sizes] for rate in (100, None))
-    assert "took {:.2f}, {:.2f}, {:.1f} and {:.1f} times as long, with no".format(*fast) in README
-    assert "limit on the network {:.1f}, {:.1f}, {:.1f} and {:.1f}.".format(*free) in README
+    assert "took {:.2f}, {:.2f}, {:.1f} and {:.1f} times as long, with no".format(*fast) in PAGE
+    assert "limit on the network {:.1f}, {:.1f}, {:.1f} and {:.1f}.".format(*free) in PAGE
     plain = {rate: [slower("gspmd-fsdp", at, rate) for at in sizes] for rate in (100, 25)}
     low, high = (f"{min(p):.1f} to {max(p):.1f} times" for p in plain.values())
-    assert f"took {low} the ring's time at 100 Mbit/s and {high} at 25" in README
+    assert f"took {low} the ring's time at 100 Mbit/s and {high} at 25" in PAGE
     for at in sizes:
         assert max(slower("dp", at, rate) for rate in (None, 100, 25)) < 1
         assert slower("zero-3", at, 25) < 1
@@ -135,4 +136,48 @@ def test_network_figures_of_eight_hosts():
 
     ring = step_s("weipipe-interleave")
     pipeline, sharded = (step_s(name) / ring for name in ("1f1b-overlap", "zero-3"))
-    assert f"1F1B took {pipeline:.1f} times the ring's time and ZeRO-3 {sharded:.1f} (" in README
+    assert f"1F1B took {pipeline:.1f} times the ring's time and ZeRO-3 {sharded:.1f} (" in PAGE
+
+
+def test_the_readmes_table():
+    def made(name, **wanted):
+        found = read_result(ROOT / f"results/{name}.json")
+        assert f"(results/{name}.json)" in README
+        (row,) = [row for row in found["rows"] if wanted.items() <= row.items()]
+        return row
+
+    ours, plain = (
+        made("train_step_h200_16k", schedule=s, recompute="none")["model_tflops_per_gpu"]
+        for s in ("dp", "gspmd-fsdp")
+    )
+    assert f"**{ours:.0f}** model TFLOP/s; plain `jax.jit` {plain:.0f}" in README
+    links = ("direct", "host", "sockets")
+
+    def cells(schedule, count):
+        found = read_result(ROOT / "results/gpus_2.json")["rows"]
+        wanted = {"schedule": schedule, "recompute": "none", "sequence_length": 16384}
+        best = (
+            max(
+                row["model_tflops_per_gpu"]
+                for row in found
+                if {**wanted, "link": at, "gradient_dtype": "float32"}.items() <= row.items()
+            )
+            for at in links[:count]
+        )
+        return " / ".join(f"{value:.0f}" for value in best)
+
+    text = README.replace("**", "")
+    ours, plain, ring = (
+        cells(*at) for at in (("zero-1", 3), ("gspmd-fsdp", 3), ("weipipe-interleave", 2))
+    )
+    assert f"`zero-1` {ours}; plain `jax.jit` FSDP {plain}; ring {ring} / -" in text
+    found = [read_result(ROOT / f"results/planner_measure_h200x2_{at}.json") for at in links]
+    errors = " / ".join(f"{result['summary']['median_error_pct']:.1f}" for result in found)
+    assert f"| {errors} % |" in README
+    gains = next(g for g in found[1]["summary"]["gains"] if g["gradients"] == "bfloat16")
+    assert (
+        f"**{gains['zero-3.5_measured_speedup_over_zero_3']:.2f}** times as fast; "
+        f"{gains['zero-3.5_predicted_speedup_over_zero_3']:.2f} predicted"
+    ) in README
+    row = made("serve_gpu", study="decode", batch=64, weights="bfloat16")
+    assert f"**{row['itl_ms']:.1f} ms**, {row['itl_floor_ratio']:.2f} times reading" in README

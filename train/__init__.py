@@ -12,18 +12,26 @@ from jaxsys.train.checkpoint import CheckpointStore
 from jaxsys.train.corpus import Corpus
 from jaxsys.train.loader import Batches
 from jaxsys.train.loop import Report, fit
+from jaxsys.train.options import About, Compute, Memory
 from jaxsys.train.recipe import Recipe
 from jaxsys.train.samples import whole_documents, windows
+from jaxsys.train.step import StepParts, StepResult, Updates
 from jaxsys.train.trainer import Trainer
 
 __all__ = [
+    "About",
     "Adapted",
     "Batches",
     "CheckpointStore",
+    "Compute",
     "Corpus",
+    "Memory",
     "Recipe",
     "Report",
+    "StepParts",
+    "StepResult",
     "Trainer",
+    "Updates",
     "fit",
     "from_function",
     "from_linen",

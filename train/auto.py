@@ -3,9 +3,13 @@
 from dataclasses import dataclass
 from typing import Any, cast
 
+import jax.numpy as jnp
+
 from jaxsys import hardware
 from jaxsys.errors import UsageError
+from jaxsys.layered import LayeredModel, Parameters, PyTree
 from jaxsys.lowering import Recompute
+from jaxsys.planner.api import layered_workload
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.costs import Precision
 from jaxsys.planner.named import compare
@@ -13,6 +17,7 @@ from jaxsys.planner.workload import Workload
 from jaxsys.schedule import Schedule
 from jaxsys.strategies import for_layers
 from jaxsys.train.flops import preset_of
+from jaxsys.train.options import Compute
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,35 +30,14 @@ class Choice:
     """In words: what was predicted, and what would be faster but cannot be run."""
 
 
-def devices_of_a_node(devices: list[Any]) -> int | None:
-    """How many of the devices, which are neighbours in this order, each node has.
-
-    A process is on one node; another one's devices are on the next unless their numbers on the host
-    go on where the last one's ended. None where all are on one node, or nodes have unlike parts.
-    """
-    lengths: list[int] = []
-    last: tuple[Any, Any] | None = None
-    for one in devices:
-        here = getattr(one, "local_hardware_id", None), getattr(one, "process_index", 0)
-        counted = last is not None and None not in (last[0], here[0])
-        if last is not None and (last[1] == here[1] or (counted and last[0] < here[0])):
-            lengths[-1] += 1
-        else:
-            lengths.append(1)
-        last = here
-    return lengths[0] if len(lengths) > 1 and len(set(lengths)) == 1 else None
-
-
 def choose(
     workload: Workload,
     devices: list[Any],
     *,
     microbatches: int,
     link: str | None = None,
-    node_link: str = "ib-400",
     memory_gib: float | None = None,
     weight_bytes: float = 2.0,
-    gradient_bytes: float = 4.0,
 ) -> Choice:
     """Compares all known strategies for a ring of these devices.
 
@@ -63,14 +47,53 @@ def choose(
         microbatches: of one ring and step.
         link: between neighbours, a name of `jaxsys.hardware.LINKS`; NVLink between GPUs and the
             host's memory between CPU devices if not given.
-        node_link: likewise between nodes, where the devices are on several.
         memory_gib: the limit per device; most of the device's memory if not given.
         weight_bytes: of a parameter in compute.
-        gradient_bytes: of its gradient, summed and sent.
 
     Raises:
         UsageError: if the devices have no preset, or nothing fits.
     """
+    cluster = _cluster(devices, link)
+    precision = Precision(weight_bytes=weight_bytes)
+    return _fastest(workload, cluster, microbatches, memory_gib, precision, None)
+
+
+def choose_layered(
+    model: LayeredModel,
+    parameters: Parameters,
+    microbatch: PyTree,
+    devices: list[Any],
+    *,
+    microbatches: int,
+    memory_gib: float | None,
+    compute: Compute,
+    recompute: Recompute | None,
+) -> Choice:
+    """The same for any layered model.
+
+    Args:
+        model: the model.
+        parameters: shapes, in layer order.
+        microbatch: shapes, [B, ...].
+        devices: of one ring, all alike.
+        microbatches: of one ring and step.
+        memory_gib: the limit per device.
+        compute: the dtypes.
+        recompute: the only policy to choose from, if there is one.
+
+    Raises:
+        UsageError: if the devices have no preset, or nothing fits.
+    """
+    cluster = _cluster(devices, None)
+    precision = Precision(
+        weight_bytes=float(jnp.dtype(compute.compute_dtype).itemsize),
+        gradient_bytes=float(jnp.dtype(compute.gradient_dtype).itemsize),
+    )
+    workload = layered_workload(model, parameters, microbatch, cluster)
+    return _fastest(workload, cluster, microbatches, memory_gib, precision, recompute)
+
+
+def _cluster(devices: list[Any], link: str | None) -> Cluster:
     name = preset_of(devices[0])
     if name is None:
         raise UsageError(
@@ -78,34 +101,39 @@ def choose(
             f"or plan for another device with `jaxsys plan` ({', '.join(hardware.DEVICES)})"
         )
     between = link or ("host-memory" if devices[0].platform == "cpu" else "nvlink")
-    node = devices_of_a_node(devices)
-    cluster = Cluster(
-        device=hardware.device(name),
-        devices=len(devices),
-        link=hardware.link(between),
-        node_devices=node,
-        node_link=None if node is None else hardware.link(node_link),
-    )
+    return Cluster(device=hardware.device(name), devices=len(devices), link=hardware.link(between))
+
+
+def _fastest(
+    workload: Workload,
+    cluster: Cluster,
+    microbatches: int,
+    memory_gib: float | None,
+    precision: Precision,
+    recompute: Recompute | None,
+) -> Choice:
     found = compare(
         workload,
         cluster,
         microbatches=microbatches,
         memory_bytes=None if memory_gib is None else memory_gib * hardware.GIB,
-        precision=Precision(weight_bytes=weight_bytes, gradient_bytes=gradient_bytes),
+        precision=precision,
+        recompute=recompute,
     )
     fitting = sorted((row for row in found.rows if row.fits), key=lambda row: row.step_s)
     runnable = [row for row in fitting if row.not_run is None]
     if not runnable:
+        only = "" if recompute is None else f" with recompute {recompute}"
         raise UsageError(
-            f"no strategy fits {hardware.gib(found.memory_bytes)} a device; the least that any "
-            f"needs is {hardware.gib(found.smallest_memory_bytes)}: use more devices or shorter "
-            "sequences"
+            f"no strategy{only} fits {hardware.gib(found.memory_bytes)} a device; the least that "
+            f"any needs is {hardware.gib(found.smallest_memory_bytes)}: use more devices or "
+            "shorter sequences"
         )
     best = runnable[0]
     reason = (
         f"auto took {best.strategy}, recompute {best.recompute}: predicted "
         f"{best.step_s:.3g} s a step and {hardware.gib(best.memory_bytes)} a device "
-        f"({name} over {between}{'' if node is None else f', {node_link} between nodes of {node}'})"
+        f"({cluster.device.name} over {cluster.link.name})"
     )
     if fitting[0] is not best:
         other = fitting[0]
@@ -115,7 +143,7 @@ def choose(
     return Choice(
         schedule=for_layers(
             best.strategy,
-            devices=len(devices),
+            devices=cluster.devices,
             microbatches=microbatches,
             layers=workload.layers,
         ),

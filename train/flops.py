@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from jaxsys.hardware import DEVICES
+from jaxsys.hardware import DEVICES, device_called
 from jaxsys.layered import Parameters
 
 CONVENTION = "6 x parameters + 6 x sequence x heads x head width per layer (causal), a token"
@@ -66,5 +66,5 @@ def preset_of(device: Any) -> str | None:
     """The name in `jaxsys.hardware.DEVICES` of a JAX device, or None."""
     if device.platform == "cpu":
         return "cpu" if "cpu" in DEVICES else None
-    kind = device.device_kind.lower()
-    return next((name for name in DEVICES if name.partition("-")[0] in kind), None)
+    known = device_called(device.device_kind)
+    return None if known is None else known.name

@@ -2,20 +2,23 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from jaxsys.errors import UsageError
 from jaxsys.fields import read_fields
 from jaxsys.files import read_json, read_text
 from jaxsys.lowering import Recompute
+from jaxsys.planner.api import Planned
 from jaxsys.planner.evaluate import POLICY
 from jaxsys.planner.files import FORMAT, load_plan
 from jaxsys.planner.lower import to_schedule
+from jaxsys.planner.plans import Plan
 from jaxsys.planner.runs import why_not
 from jaxsys.schedule import Schedule
 
 DTYPES = ("float32", "bfloat16")
 """Of compute and of gradients, as plans name them."""
+_BY_BYTES = {4.0: "float32", 2.0: "bfloat16"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +27,7 @@ class PlannedRun:
 
     schedule: Schedule
     """Of one replica."""
-    recompute: Recompute
+    recompute: Recompute | tuple[Recompute, ...]
     """One policy for all layers; a schedule that shards takes a tuple, one a layer."""
     replicas: int
     microbatch_size: int
@@ -63,6 +66,53 @@ def devices_of(path: str | Path, *, replicas: int = 1) -> int | None:
         return None
 
 
+def run_of(found: Planned, *, layers: int) -> PlannedRun:
+    """What `jaxsys.planner.plan` found for a `LayeredModel`, as a run of a model of L layers.
+
+    Raises:
+        UsageError: if it is no such plan, is for another number of layers, or is not run, see
+            `jaxsys.planner.runs.why_not`.
+    """
+    if not isinstance(found, Planned):
+        raise UsageError(
+            f"{type(found).__name__} is no plan; use what `jaxsys.planner.plan` returned, or the "
+            "path of a file that `jaxsys plan` wrote"
+        )
+    if not found.problem.lowered:
+        raise UsageError(
+            "the plan is of a loss function, which XLA runs by its shardings; plan with the "
+            "LayeredModel to train it here"
+        )
+    refused = why_not(found.plan)
+    if refused is not None:
+        raise UsageError(f"the plan is not run: {refused}; narrow the space, and plan again")
+    precision = found.problem.precision
+    asked: Any = _Asked(layers=layers, batch=found.problem.batch)
+    return PlannedRun(
+        schedule=to_schedule(asked, found.plan),
+        recompute=_recompute(found.plan),
+        replicas=found.plan.replicas,
+        microbatch_size=found.plan.microbatch_size,
+        sequence_length=None,
+        dtype=_dtype("weight_bytes", precision.weight_bytes),
+        gradients=_dtype("gradient_bytes", precision.gradient_bytes),
+    )
+
+
+def _recompute(plan: Plan) -> Any:
+    policies = tuple(POLICY[path.residual] for path in plan.layers)
+    return policies[0] if len(set(policies)) == 1 else policies
+
+
+def _dtype(name: str, size: float) -> str:
+    if size not in _BY_BYTES:
+        raise UsageError(
+            f"the plan is reckoned with {name}={size:g}, which no dtype of a step has; plan with "
+            "2 (bfloat16) or 4 (float32)"
+        )
+    return _BY_BYTES[size]
+
+
 def read_plan(path: str | Path, *, layers: int) -> PlannedRun:
     """Reads a plan file for a model of L layers.
 
@@ -79,8 +129,6 @@ def read_plan(path: str | Path, *, layers: int) -> PlannedRun:
         )
     asked: Any = _Asked(layers=layers, batch=file.fields("for").integer("batch"))
     schedule = to_schedule(asked, plan)
-    policies = tuple(POLICY[path.residual] for path in plan.layers)
-    recompute: Any = policies[0] if len(set(policies)) == 1 else policies
     length = dtype = gradients = None
     if "request" in file:
         request = file.fields("request")
@@ -90,7 +138,7 @@ def read_plan(path: str | Path, *, layers: int) -> PlannedRun:
         gradients = request.choice("gradients", DTYPES, None)
     return PlannedRun(
         schedule=schedule,
-        recompute=cast(Recompute, recompute),
+        recompute=_recompute(plan),
         replicas=plan.replicas,
         microbatch_size=plan.microbatch_size,
         sequence_length=length,

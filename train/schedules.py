@@ -1,12 +1,87 @@
-"""What `schedule=` may be: a strategy's name, a Schedule, or a file that holds one or a plan."""
+"""What a trainer runs: a strategy's name, a Schedule, a plan, or a file that holds one of the two.
 
+A plan is run as planned, whole: its devices and replicas, what each layer computes again, the
+dtypes it was reckoned in. What is asked besides and differs is refused.
+"""
+
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxsys.errors import UsageError, did_you_mean
 from jaxsys.files import MIB, read_text
+from jaxsys.lowering.refusal import why_not_lowered
+from jaxsys.mesh import DATA, RING, make_mesh, request_devices
 from jaxsys.schedule import Schedule
 from jaxsys.strategies import STRATEGIES, for_layers
-from jaxsys.train.plan_file import is_plan_file, read_plan
+from jaxsys.train.options import Compute
+from jaxsys.train.plan_file import PlannedRun, is_plan_file, read_plan, run_of
+
+USUAL = "weipipe-interleave"
+"""The strategy where none is named."""
+AUTO = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What of a step's lay-out is asked for; None leaves it to the plan, or to what is usual."""
+
+    schedule: Any
+    """A name, a Schedule, a path, or what `jaxsys.planner.plan` found."""
+    mesh: Mesh | None
+    devices: int | None
+    """Of the ring; with a plan, of all its replicas."""
+    microbatches: int | None
+    """Of one ring and step."""
+    compute: Compute
+    named: frozenset[str]
+    """Fields of `compute` that are asked for by name, be they what is usual."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """What is run."""
+
+    schedule: Schedule
+    mesh: Mesh
+    compute: Compute
+
+
+def choose(asked: Asked, *, layers: int) -> Chosen:
+    """Settles schedule, mesh and numbers for a model of L layers.
+
+    Raises:
+        UsageError: if there is no such name or file, it is not run, or it is for something else
+            than what is asked.
+    """
+    planned = _planned(asked.schedule, layers)
+    if isinstance(asked.schedule, Schedule) and (refused := why_not_lowered(asked.schedule)):
+        raise UsageError(refused)
+    if planned is not None:
+        mesh = _mesh(asked, planned.schedule.devices, planned.replicas, planned.schedule.name)
+        schedule: Any = planned.schedule
+        compute = _as_planned(asked, planned)
+    else:
+        schedule, compute = asked.schedule, asked.compute
+        if not isinstance(schedule, Schedule) and schedule not in STRATEGIES:
+            schedule = _read(schedule)
+        if isinstance(schedule, Schedule):
+            mesh = _mesh(asked, schedule.devices, schedule.replicas, schedule.name)
+        else:
+            mesh = _mesh(asked, asked.devices, 1, "")
+    resolved = resolve(
+        schedule, devices=mesh.shape[RING], layers=layers, microbatches=asked.microbatches
+    )
+    return Chosen(schedule=resolved, mesh=mesh, compute=compute)
+
+
+def mesh_of(asked: Asked) -> Mesh:
+    """The mesh where a schedule is still to be chosen: as given, or one ring."""
+    return _mesh(asked, asked.devices, 1, "")
 
 
 def resolve(
@@ -53,7 +128,66 @@ def resolve(
     return schedule
 
 
-def _read(path: str | Path) -> Schedule:
+def _planned(schedule: Any, layers: int) -> PlannedRun | None:
+    if isinstance(schedule, Schedule):
+        return None
+    if isinstance(schedule, str | Path):
+        known = isinstance(schedule, str) and schedule in STRATEGIES
+        return read_plan(schedule, layers=layers) if not known and is_plan_file(schedule) else None
+    return run_of(schedule, layers=layers)
+
+
+def _mesh(asked: Asked, ring: int | None, replicas: int, name: str) -> Mesh:
+    """The mesh given, or one for `replicas` rings; refused where they are not as planned."""
+    mesh, devices = asked.mesh, asked.devices
+    if mesh is None:
+        wanted = len(jax.devices()) if ring is None else ring
+        if devices is not None and devices != wanted * replicas:
+            rings = f"{replicas} replicas of {wanted}" if replicas > 1 else f"{wanted}"
+            raise UsageError(
+                f"devices={devices}, but schedule {name} is for {rings} devices; "
+                f"use devices={wanted * replicas}, or plan again"
+            )
+        return make_mesh(wanted, replicas, devices=request_devices(wanted * replicas))
+    if devices is not None and devices not in (mesh.shape[RING], mesh.size):
+        raise UsageError(f"devices={devices} but the mesh's ring has {mesh.shape[RING]}")
+    if replicas > 1 and mesh.shape[DATA] != replicas:
+        raise UsageError(
+            f"the mesh has {mesh.shape[DATA]} rings, but schedule {name} is planned for "
+            f"{replicas} side by side; use make_mesh({ring}, {replicas}), or plan again"
+        )
+    return mesh
+
+
+def _as_planned(asked: Asked, planned: PlannedRun) -> Compute:
+    """The numbers of the plan, which what is asked for besides may not contradict."""
+    usual, compute = Compute(), asked.compute
+    says = {
+        "compute_dtype": planned.dtype,
+        "gradient_dtype": planned.gradients,
+        "recompute": planned.recompute,
+    }
+    for field in fields(Compute):
+        name, value = field.name, says.get(field.name)
+        if value is None:
+            continue
+        have = getattr(compute, name)
+        if name != "recompute":
+            value, have = jnp.dtype(value), jnp.dtype(have)
+        named = name in asked.named or have != getattr(usual, name)
+        if named and have != value:
+            raise UsageError(
+                f"{name}={have}, but the plan is for {name}={value}; leave it out, or plan again"
+            )
+        compute = replace(compute, **{name: value})
+    return compute
+
+
+def _read(path: Any) -> Schedule:
+    if not isinstance(path, str | Path):
+        raise UsageError(
+            f"schedule={path!r} is none; use a name, a Schedule, a plan or the path of a file"
+        )
     file = Path(path)
     if file.suffix != ".json":
         names = ", ".join(STRATEGIES)

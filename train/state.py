@@ -30,6 +30,21 @@ class TrainState(NamedTuple):
     """int32: batches whose loss or gradient was not finite."""
 
 
+class AveragedState(NamedTuple):
+    """The same of a run that keeps an average of its parameters, see `step.Updates`."""
+
+    parameters: Parameters
+    optimizer: PyTree
+    step: jax.Array
+    skipped: jax.Array
+    average: Parameters
+    """Of the parameters over steps."""
+
+
+State = TrainState | AveragedState
+"""What a step takes and returns."""
+
+
 class LoweredStep(Protocol):
     """What the trainer needs of `jaxsys.lowering.lower`'s result."""
 

@@ -7,7 +7,8 @@ Masters are float32 and rest where the schedule keeps them; optimizer state rest
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,26 +18,30 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jax.typing import DTypeLike
 
 import jaxsys
 from jaxsys.errors import RunError, UsageError
 from jaxsys.hardware import GIB
 from jaxsys.layered import LayeredModel, Parameters, PyTree
-from jaxsys.lowering import Recompute, lower
+from jaxsys.lowering import RECOMPUTE_POLICIES, Recompute, lower
 from jaxsys.lowering.memory import tree_bytes
-from jaxsys.mesh import DATA, RING, make_mesh, request_devices
+from jaxsys.mesh import DATA, RING
 from jaxsys.schedule import Schedule
-from jaxsys.train import checkpoint, schedules
+from jaxsys.train import auto, checkpoint, schedules
+from jaxsys.train.at_rest import StateAtRest, masters
 from jaxsys.train.evaluate import make_loss
 from jaxsys.train.flops import count_parameters
+from jaxsys.train.keys import Keys
 from jaxsys.train.loader import Batches
-from jaxsys.train.memory import Limit, StepShape, check_fits, check_state_fits, limit_of
-from jaxsys.train.rules import RuleAtRest, by_name, rule_of, shape_of
-from jaxsys.train.state import TrainState, layer_shardings
-from jaxsys.train.step import NonFinite, StepOptions, StepResult, make_step
+from jaxsys.train.memory import StepShape, check_fits, check_state_fits
+from jaxsys.train.options import About, Compute, Memory, with_fields
+from jaxsys.train.own_mesh import are_typed, on_own_mesh, without_axis_types
+from jaxsys.train.rules import shape_of
+from jaxsys.train.state import AveragedState
+from jaxsys.train.step import NonFinite, StepResult, Updates, make_step
 
 if TYPE_CHECKING:
+    from jaxsys.planner import Planned
     from jaxsys.train.loop import Report
 
 
@@ -48,7 +53,10 @@ class Trainer:
         schedule: of one ring.
         state: the arrays; parameters in the order at rest.
         position: the global index of the next sample, where batches count them.
+        chosen: what `schedule="auto"` took and why, in words; None where it was not asked.
     """
+
+    chosen: str | None = None
 
     def __init__(
         self,
@@ -56,20 +64,16 @@ class Trainer:
         parameters: Parameters | Callable[[], Parameters],
         optimizer: optax.GradientTransformation,
         *,
-        schedule: str | Path | Schedule = "weipipe-interleave",
+        schedule: str | Path | Schedule | None = None,
+        plan: "Planned | str | Path | None" = None,
         mesh: Mesh | None = None,
         devices: int | None = None,
         microbatches: int | None = None,
-        compute_dtype: DTypeLike = jnp.float32,
-        gradient_dtype: DTypeLike = jnp.float32,
-        recompute: Recompute = "block",
-        unroll: bool = False,
-        clip_norm: float | None = None,
-        non_finite: NonFinite = "stop",
-        settings: Mapping[str, Any] | None = None,
-        flops_per_token: float | None = None,
-        memory_gib: float | None = None,
-        microbatch: PyTree | None = None,
+        compute: Compute | None = None,
+        updates: Updates | None = None,
+        memory: Memory | None = None,
+        about: About | None = None,
+        **named: Any,
     ) -> None:
         """Places the parameters and prepares the step; nothing is compiled yet.
 
@@ -77,118 +81,184 @@ class Trainer:
             model: the layered model.
             parameters: in layer order, or a function that makes them, which is then traced so that
                 no device ever holds all of them.
-            optimizer: any optax transformation; sees blocks stacked [L, ...].
-            schedule: a strategy's name, a Schedule, or a plan file.
-            mesh: of `jaxsys.mesh.make_mesh`; one ring over `devices` if not given.
-            devices: how many form the ring; all of them if neither this nor `mesh` is given.
+            optimizer: any optax transformation that takes (updates, state, params); it sees the
+                tree that `model.view` makes, each layer's leaf by itself.
+            schedule: a strategy's name, a Schedule, a plan file, or "auto": what the planner finds
+                fastest for the first batch; "weipipe-interleave" if not given.
+            plan: what `jaxsys.planner.plan` found for the model, or a plan file: run as planned.
+            mesh: of `jaxsys.mesh.make_mesh`; one ring over `devices` if not given, with a plan its
+                replicas too.
+            devices: how many form the ring; all of them, or as many as a plan is for, if neither
+                this nor `mesh` is given.
             microbatches: of one ring and step; twice the ring's devices if not given.
-            compute_dtype: of weights in use and activations.
-            gradient_dtype: of gradient sums on their way.
-            recompute: what the backward pass computes again.
-            unroll: write a chunk's layers out instead of looping over them: steps that keep
-                residuals are faster, compiling takes longer (one body a layer). ZeRO's always are.
-            clip_norm: the largest global gradient norm.
-            non_finite: "stop" at a loss or gradient that is not finite, or "skip" that batch.
-            settings: what else the trajectory depends on; compared when a run is resumed.
-            flops_per_token: for MFU, see `jaxsys.train.flops`.
-            memory_gib: what a step may need on a device; a first batch that is predicted to need
-                more is refused before anything is compiled. What the device has, if not given
-                (of CPU devices each its part of what the host has free); `math.inf` goes on
-                whatever is predicted.
-            microbatch: arrays or shapes of one, [B, ...]; with it what is predicted not to fit is
-                refused here, before parameters are made, and not at the first batch.
+            compute: dtypes and recompute; of a plan, if not given.
+            updates: clipping, what is not finite, averages, a step of one's own.
+            memory: the limit, and a microbatch to see by.
+            about: settings to remember, and FLOP to count.
+            **named: any field of these four by its name, such as `clip_norm=1.0`.
 
         Raises:
             UsageError: if schedule, devices, microbatches and model do not fit together, or the
-                state, or a step on `microbatch`, not the memory.
+                state, or a step on `memory.microbatch`, not the memory; if the optimizer needs
+                more than gradients; if a plan is not run, or is for something else than is asked.
         """
-        if non_finite not in ("stop", "skip"):
-            raise UsageError(f"non_finite={non_finite!r} must be 'stop' or 'skip'")
-        if clip_norm is not None and not clip_norm > 0:
-            raise UsageError(f"clip_norm={clip_norm} must be above 0")
-        if mesh is None:
-            ring = len(jax.devices()) if devices is None else devices
-            if isinstance(schedule, Schedule) and devices is None:
-                ring = schedule.devices
-            mesh = make_mesh(ring, devices=request_devices(ring))
-        elif devices is not None and devices != mesh.shape[RING]:
-            raise UsageError(f"devices={devices} but the mesh's ring has {mesh.shape[RING]}")
-        self.mesh = mesh
+        if not isinstance(model, LayeredModel):
+            raise UsageError(
+                f"the model is a {type(model).__name__}; take it apart first: from_nnx, from_linen "
+                "or from_function of jaxsys.train give model and parameters"
+            )
+        given: Any = (compute or Compute(), updates or Updates(), memory or Memory())
+        groups: Any = with_fields((*given, about or About()), named)
+        chosen_compute, self._updates, self._memory, self._about = groups
+        if plan is not None and schedule is not None:
+            raise UsageError(f"plan and schedule={schedule!r} are both given; leave one out")
+        asked = schedules.Asked(
+            schedule=plan if plan is not None else schedule or schedules.USUAL,
+            mesh=mesh,
+            devices=devices,
+            microbatches=microbatches,
+            compute=chosen_compute,
+            named=frozenset(named),
+        )
+        if callable(parameters) and are_typed(jax.eval_shape(parameters)):
+            parameters = parameters()  # made on a mesh of explicit axes, it is traced on no other
         self.model = model
         self.optimizer = optimizer
-        self.schedule = schedules.resolve(
-            schedule, devices=mesh.shape[RING], layers=model.layers, microbatches=microbatches
-        )
-        if memory_gib is not None and not memory_gib > 0:
-            raise UsageError(f"memory_gib={memory_gib} must be above 0")
-        # Of a host's free memory the state will soon have its part: it is asked before.
-        self._limit = (
-            limit_of(self.mesh.local_devices[0])
-            if memory_gib is None
-            else Limit(bytes=memory_gib * GIB)
-        )
-        self._memory_checked = False
-        self.compute_dtype = jnp.dtype(compute_dtype)
-        self.recompute: Recompute | tuple[Recompute, ...] = recompute
-        self.flops_per_token = flops_per_token
-        self.non_finite: NonFinite = non_finite
         self.position = 0
-        self._settings = {"clip_norm": clip_norm, **(settings or {})}
-        self.unroll = unroll
-        self._lowered = lower(
-            self.schedule,
-            model,
-            mesh,
-            compute_dtype=compute_dtype,
-            gradient_dtype=gradient_dtype,
-            recompute=recompute,
-            unroll=unroll,
+        self._asked, self._parameters = asked, parameters
+        self._settings = {**self._updates.settings, **self._about.settings}
+        self._keys, self._counted = Keys(model, self._about.seed), None
+        if model.draws is not None:
+            self._settings["seed"] = self._about.seed
+        self._memory_checked = False
+        if asked.schedule == schedules.AUTO:
+            self.mesh = schedules.mesh_of(asked)
+            # Of a host's free memory the state will soon have its part: it is asked before.
+            self._limit = self._memory.limit(self.mesh.local_devices[0])
+            if self._memory.microbatch is not None:
+                self._choose(self._memory.microbatch)
+            return
+        chosen = schedules.choose(asked, layers=model.layers)
+        self.mesh = chosen.mesh
+        self._limit = self._memory.limit(self.mesh.local_devices[0])
+        self._set_up(chosen)
+
+    @on_own_mesh
+    def _choose(self, microbatch: PyTree) -> None:
+        """Asks the planner for a schedule, once there is a microbatch to plan for."""
+        asked = self._asked
+        policy: Any = asked.compute.recompute if "recompute" in asked.named else None
+        if policy not in (None, *RECOMPUTE_POLICIES):
+            legal = ", ".join(RECOMPUTE_POLICIES)
+            raise UsageError(f"schedule 'auto' takes one recompute of {legal}, not {policy!r}")
+        shapes = jax.tree.map(shape_of, jax.eval_shape(lambda: masters(self._parameters)))
+        choice = auto.choose_layered(
+            self.model,
+            shapes,
+            jax.tree.map(shape_of, self._keys.with_shape(microbatch)),
+            list(self.mesh.devices[0]),
+            microbatches=asked.microbatches or 2 * self.mesh.shape[RING],
+            memory_gib=self._limit.bytes / GIB,
+            compute=asked.compute,
+            recompute=policy,
         )
-        shapes = jax.tree.map(shape_of, jax.eval_shape(lambda: _masters(parameters)))
-        rule = rule_of(optimizer, shapes, model.view)
-        self._layer_shapes = _state(shapes, rule.shapes(), jax.ShapeDtypeStruct((), jnp.int32))
-        at_rest = jax.eval_shape(self._lowered.to_rest, shapes)
-        self._rule = RuleAtRest(rule, at_rest, _rows(self._lowered, at_rest), mesh)
-        if microbatch is None:
+        self.chosen = choice.reason
+        self._set_up(
+            schedules.Chosen(
+                schedule=choice.schedule,
+                mesh=self.mesh,
+                compute=replace(asked.compute, recompute=choice.recompute),
+            )
+        )
+
+    @on_own_mesh
+    def _set_up(self, chosen: schedules.Chosen) -> None:
+        compute = chosen.compute
+        self.schedule = chosen.schedule
+        self.compute_dtype = jnp.dtype(compute.compute_dtype)
+        self.recompute: Recompute | tuple[Recompute, ...] = compute.recompute
+        self.unroll = compute.unroll
+        options: Any = {
+            "compute_dtype": compute.compute_dtype,
+            "gradient_dtype": compute.gradient_dtype,
+            "recompute": compute.recompute,
+            "unroll": compute.unroll,
+        }
+        self._lowered = lower(self.schedule, self.model, self.mesh, **options)
+        self._rest = StateAtRest(
+            self._lowered,
+            self.mesh,
+            self.optimizer,
+            self.model.view,
+            self._parameters,
+            averaged=self._updates.average_decay is not None,
+        )
+        if self._memory.microbatch is None:
             check_state_fits(self.schedule, self._state_bytes, self._limit)
         else:
-            self._check_memory(microbatch)
-        self.state = self._initial_state(parameters)
-        self._step = make_step(
-            self._lowered,
-            self._rule,
-            jax.tree.map(lambda leaf: leaf.sharding, self.state),
-            StepOptions(clip_norm=clip_norm, non_finite=non_finite),
-        )
+            self._check_memory(self._memory.microbatch)
+        self.state = self._rest.initial(self._parameters)
+        del self._parameters
+        self._step = make_step(self._lowered, self._rest.rule, self._rest.shardings, self._updates)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _AFTER_CHOICE and "_parameters" in self.__dict__:
+            raise UsageError(
+                f"schedule 'auto' is chosen for the first batch, and {name.strip('_')} is known "
+                "after it; give Trainer a microbatch to choose for (microbatch=, arrays or shapes)"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def _seen(self, batch: PyTree) -> None:
+        """Sees a batch [rows, B, ...], for which schedule "auto" may still have to choose."""
+        if "schedule" not in self.__dict__:
+            self._choose(
+                jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batch)
+            )
+
+    @property
+    def non_finite(self) -> NonFinite:
+        """What a loss or gradient that is not finite does."""
+        return self._updates.non_finite
+
+    @property
+    def flops_per_token(self) -> float | None:
+        """For MFU."""
+        return self._about.flops_per_token
 
     @property
     def rows(self) -> int:
         """Microbatches in a batch, over all replicas of the ring."""
-        return self.mesh.shape[DATA] * self.schedule.microbatches
+        if "schedule" in self.__dict__:
+            return self.mesh.shape[DATA] * self.schedule.microbatches
+        each = self._asked.microbatches or 2 * self.mesh.shape[RING]
+        return self.mesh.shape[DATA] * each
 
     @property
     def step_number(self) -> int:
         """Batches taken so far; waits for the last one."""
-        return int(self.state.step)
+        return int(self.state.step) if "state" in self.__dict__ else 0
 
     @cached_property
     def parameter_count(self) -> int:
         """N, padding at rest not counted."""
-        return count_parameters(self._layer_shapes.parameters)
+        return count_parameters(self._rest.layer_shapes.parameters)
 
+    @on_own_mesh
     def step(self, batch: PyTree) -> StepResult:
         """Takes one step; returns at once, the result still being computed.
 
         Args:
             batch: leaves [rows, B, ...], numpy or already placed by `place`.
         """
-        if not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(batch)):
-            batch = self.place(batch)
+        batch = self._with_keys(self._placed(batch))
         if not self._memory_checked:
             self._check_memory(
                 jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batch)
             )
         self.state, result = self._step(self.state, batch)
+        if self._counted is not None:
+            self._counted = (self.state, self._counted[1] + 1)
         return result
 
     def split(self, batch: PyTree) -> PyTree:
@@ -204,6 +274,7 @@ class Trainer:
 
         return jax.tree.map(cut, batch)
 
+    @on_own_mesh
     def place(self, batch: PyTree, *, rows: list[int] | None = None) -> PyTree:
         """Puts a batch on the devices.
 
@@ -211,6 +282,7 @@ class Trainer:
             batch: leaves [rows, B, ...] on the host.
             rows: which rows of the whole batch these are, ascending; all if not given.
         """
+        self._seen(batch)
         shardings = self._lowered.batch_shardings(batch)
         where = None if rows is None else {row: index for index, row in enumerate(rows)}
 
@@ -253,36 +325,57 @@ class Trainer:
         for batch in data.read(self.position, rows):
             yield self.place(batch, rows=rows)
 
+    @on_own_mesh
     def loss_and_gradients(self, batch: PyTree) -> tuple[float, Parameters]:
         """A batch's loss and its gradients in layer order; nothing is updated. For inspection."""
         found = jax.jit(self._lowered.loss_and_gradients)(
-            self.state.parameters, self._placed(batch)
+            self.state.parameters, self._with_keys(self._placed(batch))
         )
         return float(found.loss), self._lowered.from_rest(found.gradients)
 
-    def evaluate(self, batches: Iterator[PyTree] | list[PyTree]) -> float:
-        """The mean loss over all that counts in the batches; nothing is updated."""
-        parameters = self.parameters()
-        sums = [self._loss(parameters, self._placed(batch)) for batch in batches]
+    @on_own_mesh
+    def evaluate(self, batches: Iterable[PyTree], *, averaged: bool = False) -> float:
+        """The mean loss over all that counts in the batches; nothing is updated.
+
+        Args:
+            batches: leaves [R, B, ...], any number R of microbatches of any size B.
+            averaged: of the averaged parameters.
+        """
+        sums = []
+        for batch in batches:
+            self._seen(batch)
+            if (self.model.evaluation or self.model).draws is not None:
+                batch = self._with_keys(batch)
+            sums.append(self._loss(self.parameters(averaged=averaged), self._spread(batch)))
         if not sums:
             raise UsageError("there are no batches to evaluate on")
         losses, weights = zip(*jax.device_get(sums), strict=True)
         return float(np.sum(losses) / np.sum(weights))
 
-    def parameters(self) -> Parameters:
-        """The parameters in layer order, float32."""
-        return self._parameters_from_rest(self.state.parameters)
+    @on_own_mesh
+    def parameters(self, *, averaged: bool = False) -> Parameters:
+        """The parameters in layer order, float32; or their average, if `average_decay` is set."""
+        parameters = self.state.parameters
+        if averaged:
+            if not isinstance(self.state, AveragedState):
+                raise UsageError("no average is kept; give Trainer average_decay=, such as 0.999")
+            parameters = self.state.average
+        return self._rest.parameters_in_layer_order(parameters)
 
-    def host_parameters(self) -> Parameters:
+    @on_own_mesh
+    def host_parameters(self, *, averaged: bool = False) -> Parameters:
         """The parameters in layer order on this host, numpy float32; every process must call it."""
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         spread = jax.jit(lambda leaf: leaf, out_shardings=everywhere)
         # One leaf at a time: only that one is ever whole on a device.
-        return jax.tree.map(lambda leaf: np.asarray(spread(leaf)), self.parameters())
+        return jax.tree.map(
+            lambda leaf: np.asarray(spread(leaf)), self.parameters(averaged=averaged)
+        )
 
+    @on_own_mesh
     def optimizer_state(self) -> PyTree:
         """The optimizer's state as a loop over the user's own tree would have it, layer order."""
-        return self._rule.rule.user_state(self._layer_order_state.optimizer)
+        return self._rest.rule.rule.user_state(self._rest.in_layer_order(self.state).optimizer)
 
     def fit(self, data: Any, *, steps: int, **options: Any) -> "Report":
         """Trains until `steps` batches are taken; see `jaxsys.train.loop.fit` for the options."""
@@ -291,9 +384,10 @@ class Trainer:
         trainer: Any = self
         return fit(trainer, data, steps=steps, **options)
 
+    @on_own_mesh
     def save(self, store: checkpoint.CheckpointStore) -> int:
         """Starts a checkpoint of the state as it is; returns its step."""
-        tree = self._layer_order_state
+        tree = self._rest.in_layer_order(self.state)
         step = int(tree.step)
         record = checkpoint.Record(
             step=step,
@@ -312,6 +406,7 @@ class Trainer:
         store.save(tree, record)
         return step
 
+    @on_own_mesh
     def restore(
         self,
         store: checkpoint.CheckpointStore,
@@ -342,8 +437,8 @@ class Trainer:
                 store.check_sizes(step)
                 record = store.record(step)
                 self._check(record, store, accept_changes, notice)
-                shapes = self._layer_shapes
-                shardings = self._layer_shardings
+                shapes = self._rest.layer_shapes
+                shardings = self._rest.layer_shardings
                 target = jax.tree.map(
                     lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at),
                     shapes,
@@ -354,7 +449,7 @@ class Trainer:
                 warn(f"checkpoint of {error}; trying the one before")
                 broken.append(step)
                 continue
-            self.state = self._to_rest(tree)
+            self.state = self._rest.to_rest(tree)
             self.position = record.position
             for bad in broken:
                 warn(f"step {bad} was put aside as {store.set_aside(bad)}")
@@ -378,7 +473,7 @@ class Trainer:
         accept_changes: bool,
         notice: Callable[[str], None],
     ) -> None:
-        shapes = checkpoint.shapes_of(self._layer_shapes.parameters)
+        shapes = checkpoint.shapes_of(self._rest.layer_shapes.parameters)
         checkpoint.check_same_model(record, shapes, store.folder)
         changed = checkpoint.changed_settings(record, self._settings)
         if changed and not accept_changes:
@@ -392,7 +487,7 @@ class Trainer:
 
     @property
     def _state_bytes(self) -> float:
-        return tree_bytes(self._layer_shapes)
+        return tree_bytes(self._rest.layer_shapes)
 
     def _check_memory(self, microbatch: PyTree) -> None:
         """Raises UsageError if the step on such microbatches is predicted not to fit."""
@@ -401,10 +496,11 @@ class Trainer:
                 StepShape(
                     schedule=self.schedule,
                     model=self.model,
-                    parameters=self._layer_shapes.parameters,
+                    parameters=self._rest.layer_shapes.parameters,
                     state_bytes=self._state_bytes,
                     microbatch=jax.tree.map(
-                        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), microbatch
+                        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
+                        self._keys.with_shape(microbatch),
                     ),
                     compute_dtype=self.compute_dtype,
                     gradient_dtype=self._lowered.gradient_dtype,
@@ -415,122 +511,53 @@ class Trainer:
             )
         self._memory_checked = True
 
-    def _initial_state(self, parameters: Parameters | Callable[[], Parameters]) -> TrainState:
-        def made() -> Parameters:
-            return self._lowered.to_rest(_masters(parameters))
-
-        shapes = jax.eval_shape(made)
-        self._layer_shardings = self._shardings(
-            self._layer_shapes, layer_shardings(self.mesh)(self._layer_shapes.parameters)
-        )
-        self._rest_shardings = self._shardings(
-            _state(shapes, self._rule.state_shapes, self._layer_shapes.step),
-            self._lowered.rest_shardings(shapes),
-        )
-        if callable(parameters):
-            placed = jax.jit(made, out_shardings=self._rest_shardings.parameters)()
-        else:
-            given = jax.device_get(parameters) if jax.process_count() > 1 else parameters
-            placed = _apart_from(given, self._lowered.to_rest(_masters(given)))
-
-        def start(parameters: Any) -> TrainState:
-            return _state(parameters, self._rule.init(parameters), jnp.int32(0))
-
-        return jax.jit(start, out_shardings=self._rest_shardings, donate_argnums=0)(placed)
-
-    def _shardings(self, shapes: TrainState, parameters: Parameters) -> TrainState:
-        rule = self._rule.rule
-        optimizer = rule.shardings(self.mesh, shapes.parameters, shapes.optimizer, parameters)
-        return _state(parameters, optimizer, NamedSharding(self.mesh, PartitionSpec()))
-
-    @property
-    def _layer_order_state(self) -> TrainState:
-        return self._from_rest(self.state)
-
-    @cached_property
-    def _from_rest(self) -> Callable[[TrainState], TrainState]:
-        def move(state: TrainState) -> TrainState:
-            at = self._layer_shardings.optimizer
-            return state._replace(
-                parameters=self._layer_order(state.parameters),
-                optimizer=self._rule.to_layer_order(state.optimizer, at),
-            )
-
-        return jax.jit(move, out_shardings=self._layer_shardings)
-
-    @cached_property
-    def _parameters_from_rest(self) -> Callable[[Parameters], Parameters]:
-        return jax.jit(self._layer_order, out_shardings=self._layer_shardings.parameters)
-
-    def _layer_order(self, parameters: Parameters) -> Parameters:
-        # Cut along another axis first: the layers' order then changes within each device.
-        cut = layer_shardings(self.mesh)(parameters)
-        return self._lowered.from_rest(jax.lax.with_sharding_constraint(parameters, cut))
-
-    @cached_property
-    def _to_rest(self) -> Callable[[TrainState], TrainState]:
-        def move(state: TrainState) -> TrainState:
-            return state._replace(
-                parameters=self._lowered.to_rest(state.parameters),
-                optimizer=self._rule.to_rest(state.optimizer),
-            )
-
-        return jax.jit(move, out_shardings=self._rest_shardings)
-
     @cached_property
     def _loss(self) -> Callable[[Parameters, PyTree], tuple[jax.Array, jax.Array]]:
         return make_loss(
-            self.model,
+            self.model.evaluation or self.model,
             self.mesh,
-            self._layer_shardings.parameters,
+            self._rest.layer_shardings.parameters,
             compute_dtype=self.compute_dtype,
         )
 
     def _placed(self, batch: PyTree) -> PyTree:
-        placed = all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(batch))
-        return batch if placed else self.place(batch)
+        if not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(batch)):
+            return self.place(batch)
+        self._seen(batch)
+        return without_axis_types(batch)
+
+    def _with_keys(self, batch: PyTree) -> PyTree:
+        """The batch with the step's keys, if the model draws and it has none of its own."""
+        if not self._keys.lacks(batch):
+            return batch
+        # Counted here: to ask the devices would wait for the last step.
+        if self._counted is None or self._counted[0] is not self.state:
+            self._counted = (self.state, int(self.state.step))
+        rows = np.shape(jax.tree.leaves(batch)[0])[0]
+        keys = self._keys.of_step(self._counted[1], rows)
+        placed = isinstance(jax.tree.leaves(batch)[0], jax.Array)
+        return {**batch, **(self.place(keys) if placed else keys)}
+
+    def _spread(self, batch: PyTree) -> PyTree:
+        """A batch of any cut on the devices, as the step's own batches lie where it is one."""
+        leaves = jax.tree.leaves(batch)
+        if all(isinstance(leaf, jax.Array) for leaf in leaves):
+            return without_axis_types(batch)
+        counts = {np.shape(leaf)[:1] for leaf in leaves}
+        if len(counts) != 1 or not all(counts):
+            raise UsageError("a batch's leaves must have one leading axis, its microbatches")
+        if counts == {(self.rows,)}:
+            return self.place(batch)
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+
+        def put(leaf: Any) -> jax.Array:
+            leaf = np.asarray(leaf)
+            return jax.make_array_from_callback(leaf.shape, everywhere, lambda at: leaf[at])
+
+        return jax.tree.map(put, batch)
 
 
-def _masters(parameters: Parameters | Callable[[], Parameters]) -> Parameters:
-    """The parameters, made if they are a function, floats as float32."""
-
-    def widen(leaf: Any) -> jax.Array:
-        leaf = jnp.asarray(leaf)
-        return leaf.astype(jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
-
-    return jax.tree.map(widen, parameters() if callable(parameters) else parameters)
-
-
-def _state(parameters: Any, optimizer: Any, scalar: Any) -> TrainState:
-    return TrainState(parameters=parameters, optimizer=optimizer, step=scalar, skipped=scalar)
-
-
-def _rows(lowered: Any, at_rest: Parameters) -> dict[tuple[str, ...], tuple[np.ndarray, int]]:
-    """For each stacked leaf the row at rest that holds each layer, and how many rows there are."""
-    numbered = jax.tree.map(lambda leaf: jnp.arange(leaf.shape[0]), at_rest["blocks"])
-    order = lowered.from_rest({"edge": {}, "blocks": numbered})
-    counts = by_name({"blocks": numbered})
-    return {
-        name: (np.asarray(rows), len(counts[name]))
-        for name, rows in by_name({"blocks": order["blocks"]}).items()
-    }
-
-
-def _apart_from(given: Parameters, placed: Parameters) -> Parameters:
-    """`placed`, copied where it still is the caller's memory: the state will be donated."""
-
-    def spans(leaf: Any) -> list[tuple[int, int]]:
-        if isinstance(leaf, np.ndarray):
-            start = leaf.__array_interface__["data"][0]
-            return [(start, start + leaf.nbytes)]
-        if not isinstance(leaf, jax.Array):
-            return []
-        parts = [shard.data for shard in leaf.addressable_shards]
-        return [(p.unsafe_buffer_pointer(), p.unsafe_buffer_pointer() + p.nbytes) for p in parts]
-
-    def apart(mine: jax.Array, theirs: Any) -> jax.Array:
-        held = spans(theirs)
-        shared = any(a < d and c < b for a, b in spans(mine) for c, d in held)
-        return jnp.copy(mine) if shared else mine
-
-    return jax.tree.map(apart, placed, given)
+_AFTER_CHOICE = (
+    "schedule", "state", "compute_dtype", "recompute", "unroll", "_lowered", "_rest", "_step"
+)  # fmt: skip
+"""Attributes that `schedule="auto"` has after the first batch."""

@@ -1,21 +1,19 @@
-"""Reads GGUF: llama.cpp's one-file models, quantised or not, with tokenizer and chat template.
+"""Reads GGUF: llama.cpp's models of one file or several, with tokenizer and chat template.
 
-Tensors stay memory-mapped and are dequantised one by one through the `gguf` package. llama.cpp
-keeps the rotary pairs of a head side by side, (2i, 2i + 1); the rows of query and key kernels are
-put back to the half-split order (i, i + K/2) here.
+Tensors stay memory-mapped and are dequantised one by one through the `gguf` package. What the
+metadata mean is `gguf_config`'s and `gguf_vocabulary`'s; where tensors lie, `gguf_names`'.
 """
 
 import dataclasses
+import re
 import struct
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
-import tokenizers
 from gguf.quants import dequantize
 from jax.typing import DTypeLike
-from tokenizers import decoders, models, pre_tokenizers
 
 from jaxsys.errors import UsageError
 from jaxsys.layered import Parameters
@@ -27,63 +25,52 @@ from jaxsys.model.assemble import (
     expected_tensors,
 )
 from jaxsys.model.config import DecoderConfig
+from jaxsys.model.gguf_config import ARCHITECTURES, read_config, shortest
 from jaxsys.model.gguf_header import check_header
 from jaxsys.model.gguf_names import gguf_tensors
+from jaxsys.model.gguf_vocabulary import read_vocabulary
 from jaxsys.model.kinds import BlockKind
 from jaxsys.model.names import FileTensor
 from jaxsys.model.rope import Llama3RopeScaling, inverse_frequencies
 from jaxsys.model.tokenizer import Tokenizer
 
-KNOWN_ARCHITECTURES = ("llama",)
 ROPE_FACTORS = "rope_freqs.weight"
 """Divisors of the rotary frequencies [K/2], how llama.cpp stores Llama 3.1's scaling."""
-
-END_OF_GENERATION = (
-    "<|endoftext|>",
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|end_of_text|>",
-    "</s>",
-)
-"""Control tokens that end a turn whatever the file names as its end-of-text."""
-
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-"""How Llama 3's tokenizer.json splits text before merging."""
-
-CONTROL, USER_DEFINED = 3, 4
-"""`tokenizer.ggml.token_type` of tokens that are matched whole."""
+UNREAD = (ROPE_FACTORS, "rope_factors_long.weight", "rope_factors_short.weight")
+"""Tensors that are settings, not weights."""
 
 FAULTS = (ValueError, LookupError, TypeError, ArithmeticError, struct.error)
 """What the `gguf` package raises for a file that is damaged or something else."""
 
+PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+MOST_PARTS = 1000
+
 
 class GgufFile:
-    """One open GGUF file.
+    """One open model, of one file or of the parts `NAME-00001-of-00003.gguf`.
 
     Raises:
-        UsageError: on opening, if the file is no GGUF, is cut short, or is of another architecture.
+        UsageError: on opening, if a file is no GGUF, is cut short, missing, or of another
+            architecture.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        check_header(path)
-        try:
-            self._reader = gguf.GGUFReader(path)
-        except FAULTS as error:
-            raise UsageError(
-                f"{path} is not a whole GGUF file ({error}); fetch it again or check the name"
-            ) from error
+        self._reader = _open(path)
         self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+        self._add_parts()
         architecture = self.field("general.architecture")
-        if architecture not in KNOWN_ARCHITECTURES:
+        if architecture not in ARCHITECTURES:
             raise UsageError(
                 f"{path} is of architecture {architecture!r}; known in GGUF: "
-                f"{', '.join(KNOWN_ARCHITECTURES)}"
+                f"{', '.join(ARCHITECTURES)}"
             )
+        self._architecture: str = architecture
+
+    @property
+    def name(self) -> str:
+        """For errors."""
+        return str(self.path)
 
     def field(self, name: str, default: Any = None) -> Any:
         """A metadata value, or `default` where the file has none."""
@@ -95,30 +82,32 @@ class GgufFile:
                 f"{self.path}: metadata {name!r} cannot be read ({error}); fetch the file again"
             ) from error
 
+    def need(self, name: str) -> Any:
+        """A metadata value; UsageError where the file has none."""
+        value = self.field(name)
+        if value is None:
+            raise UsageError(f"{self.path} lacks metadata {name!r}")
+        return value
+
+    def shape(self, tensor: str) -> tuple[int, ...] | None:
+        """A tensor's shape, None where there is none; ggml lists the fastest axis first."""
+        found = self._tensors.get(tensor)
+        return None if found is None else tuple(int(size) for size in found.shape[::-1])
+
+    def values(self, tensor: str) -> np.ndarray:
+        """A tensor's numbers, dequantised."""
+        found = self._tensors[tensor]
+        try:
+            return dequantize(found.data, found.tensor_type)
+        except NotImplementedError as error:
+            raise UsageError(
+                f"{self.path}: tensor {tensor!r} is quantised as {found.tensor_type.name}, which "
+                "the gguf package cannot expand; use another quantisation of this model"
+            ) from error
+
     def config(self) -> DecoderConfig:
         """The configuration that the metadata describes."""
-        heads = self._need("llama.attention.head_count")
-        width = self._need("llama.embedding_length")
-        head_dim = self.field("llama.attention.key_length", width // heads)
-        positions = self._need("llama.context_length")
-        self._refuse_variants(head_dim, positions)
-        table = self._tensors.get("token_embd.weight")
-        if table is None:
-            raise UsageError(f"{self.path} lacks tensor 'token_embd.weight'")
-        config = DecoderConfig(
-            # ggml lists the fastest-moving dimension first.
-            vocab_size=int(table.shape[1]),
-            hidden_size=width,
-            intermediate_size=self._need("llama.feed_forward_length"),
-            num_layers=self._need("llama.block_count"),
-            num_heads=heads,
-            num_kv_heads=self.field("llama.attention.head_count_kv", heads),
-            head_dim=head_dim,
-            rope_theta=_shortest(self.field("llama.rope.freq_base", 10000.0)),
-            rms_norm_eps=_shortest(self._need("llama.attention.layer_norm_rms_epsilon")),
-            tie_embeddings="output.weight" not in self._tensors,
-            max_positions=positions,
-        )
+        config = read_config(self, self._architecture)
         if ROPE_FACTORS not in self._tensors:
             return config
         return self._with_rope_scaling(config)
@@ -127,19 +116,14 @@ class GgufFile:
         self, config: DecoderConfig, dtype: DTypeLike, placement: Placement | None = None
     ) -> tuple[DecoderConfig, Parameters]:
         """Dequantises every tensor, cast to `dtype`; `config` comes back as it is."""
-        found = {
-            name: tuple(int(size) for size in tensor.shape[::-1])
-            for name, tensor in self._tensors.items()
-        }
+        found = {name: self.shape(name) or () for name in self._tensors}
 
         def tensors(kind: BlockKind | None) -> list[FileTensor]:
             return gguf_tensors(config, kind)
 
         check_layers(str(self.path), config, found)
-        check_tensors(
-            str(self.path), expected_tensors(config, tensors), found, ignored=[ROPE_FACTORS]
-        )
-        read = assemble(config, self._dequantise, tensors, dtype=dtype, placement=placement)
+        check_tensors(str(self.path), expected_tensors(config, tensors), found, ignored=UNREAD)
+        read = assemble(config, self.values, tensors, dtype=dtype, placement=placement)
         return config, read
 
     def tokenizer(self) -> Tokenizer:
@@ -148,101 +132,36 @@ class GgufFile:
         Raises:
             UsageError: if its model or pre-tokenizer is unknown.
         """
-        kind, split = self.field("tokenizer.ggml.model"), self.field("tokenizer.ggml.pre")
-        if kind != "gpt2":
-            raise UsageError(
-                f"{self.path}: tokenizer model {kind!r} is not supported; known: 'gpt2' "
-                "(byte-level BPE). Load the Hugging Face folder of this model instead"
-            )
-        tokens: list[str] = self._need("tokenizer.ggml.tokens")
-        kinds: list[int] = self.field("tokenizer.ggml.token_type", [1] * len(tokens))
-        merges = [tuple(line.split(" ")) for line in self._need("tokenizer.ggml.merges")]
-        pre_tokenizer, ignore_merges = _pre_tokenizer(str(self.path), split)
-        vocabulary = {token: index for index, token in enumerate(tokens)}
-        try:
-            model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=ignore_merges)
-        except Exception as error:  # the library raises bare Exception for every fault
-            raise UsageError(
-                f"{self.path}: the tokenizer metadata do not fit together ({error})"
-            ) from error
-        backend = tokenizers.Tokenizer(model)
-        backend.pre_tokenizer = pre_tokenizer
-        backend.decoder = decoders.ByteLevel()
-        for kind, special in ((CONTROL, True), (USER_DEFINED, False)):
-            added = [token for token, which in zip(tokens, kinds, strict=True) if which == kind]
-            backend.add_tokens(
-                [tokenizers.AddedToken(text, special=special, normalized=False) for text in added]
-            )
-        bos, eos, eot, unknown, padding = (
-            self._token_id(name, len(tokens))
-            for name in ("bos", "eos", "eot", "unknown", "padding")
-        )
-        if self.field("tokenizer.ggml.add_bos_token", False) and bos is not None:
-            backend.post_processor = tokenizers.processors.TemplateProcessing(
-                single=f"{tokens[bos]} $A",
-                pair=f"{tokens[bos]} $A $B",
-                special_tokens=[(tokens[bos], bos)],
-            )
-        ends = [eos, eot]
-        ends += [i for i, token in enumerate(tokens) if token in END_OF_GENERATION]
-        named = {
-            f"{name}_token": tokens[index]
-            for name, index in (("bos", bos), ("eos", eos), ("unk", unknown), ("pad", padding))
-            if index is not None
-        }
-        return Tokenizer(
-            backend,
-            bos_id=bos,
-            eos_ids=[index for index in ends if index is not None],
-            chat_template=self.field("tokenizer.chat_template"),
-            special_tokens=named,
-        )
+        return read_vocabulary(self)
 
-    def _token_id(self, name: str, count: int) -> int | None:
-        index = self.field(f"tokenizer.ggml.{name}_token_id")
-        if index is not None and not 0 <= index < count:
+    def _add_parts(self) -> None:
+        """Opens the other files of a model in parts."""
+        count = self.field("split.count", 0) or 0
+        if count < 2:
+            return
+        part = PART.fullmatch(self.path.name)
+        if self.field("split.no", 0) != 0 or part is None or int(part[3]) != count:
             raise UsageError(
-                f"{self.path}: {name}_token_id={index} is outside the vocabulary of {count}"
+                f"{self.path} is part {self.field('split.no', 0) + 1} of {count} of a model; give "
+                f"the first one, named NAME-00001-of-{count:05d}.gguf"
             )
-        return index
-
-    def _need(self, name: str) -> Any:
-        value = self.field(name)
-        if value is None:
-            raise UsageError(f"{self.path} lacks metadata {name!r}")
-        return value
-
-    def _dequantise(self, name: str) -> np.ndarray:
-        tensor = self._tensors[name]
-        try:
-            return dequantize(tensor.data, tensor.tensor_type)
-        except NotImplementedError as error:
-            raise UsageError(
-                f"{self.path}: tensor {name!r} is quantised as {tensor.tensor_type.name}, which "
-                "the gguf package cannot expand; use another quantisation of this model"
-            ) from error
-
-    def _refuse_variants(self, head_dim: int, positions: int) -> None:
-        turned = self.field("llama.rope.dimension_count", head_dim)
-        if turned != head_dim:
-            raise UsageError(f"{self.path}: rotary over {turned} of {head_dim} is not supported")
-        if self.field("llama.expert_count", 0):
-            raise UsageError(f"{self.path}: mixtures of experts are not supported")
-        window = self.field("llama.attention.sliding_window", 0)
-        if window and window < positions:
-            raise UsageError(
-                f"{self.path}: sliding_window={window} below context {positions} is not supported"
-            )
-        scaling = self.field("llama.rope.scaling.type", "none")
-        if scaling != "none" and self.field("llama.rope.scaling.factor", 1.0) != 1.0:
-            raise UsageError(f"{self.path}: rope scaling of type {scaling!r} is not supported")
+        if count > MOST_PARTS:
+            raise UsageError(f"{self.path} says that it has {count} parts; at most {MOST_PARTS}")
+        for number in range(2, count + 1):
+            path = self.path.with_name(f"{part[1]}-{number:05d}-of-{count:05d}.gguf")
+            if not path.is_file():
+                raise UsageError(f"{self.path} has {count} parts, of which {path.name} is missing")
+            for tensor in _open(path).tensors:
+                if tensor.name in self._tensors:
+                    raise UsageError(f"{path}: tensor {tensor.name!r} is in two parts")
+                self._tensors[tensor.name] = tensor
 
     def _with_rope_scaling(self, config: DecoderConfig) -> DecoderConfig:
         # The file holds the divisors, not Llama 3.1's four numbers. The largest divisor is the
         # factor; the others are the same in every published model: so guess, then verify.
-        divisors = self._dequantise(ROPE_FACTORS).astype(np.float64).reshape(-1)
+        divisors = self.values(ROPE_FACTORS).astype(np.float64).reshape(-1)
         guess = Llama3RopeScaling(
-            factor=_shortest(divisors.max()),
+            factor=shortest(divisors.max()),
             low_freq_factor=1.0,
             high_freq_factor=4.0,
             original_max_positions=8192,
@@ -258,24 +177,11 @@ class GgufFile:
         return scaled
 
 
-def _pre_tokenizer(source: str, name: str | None) -> tuple[pre_tokenizers.PreTokenizer, bool]:
-    """The splitter of a named tokenizer, and whether whole words skip the merges."""
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    if name in ("gpt-2", "default", None):
-        return byte_level, False
-    if name == "smollm":
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        return pre_tokenizers.Sequence([digits, byte_level]), False
-    if name in ("llama-bpe", "llama-v3", "llama3"):
-        split = pre_tokenizers.Split(tokenizers.Regex(LLAMA3_SPLIT), behavior="isolated")
-        plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        return pre_tokenizers.Sequence([split, plain]), True
-    raise UsageError(
-        f"{source}: pre-tokenizer {name!r} is not known; known: gpt-2, smollm, llama-bpe. "
-        "Load the Hugging Face folder of this model instead"
-    )
-
-
-def _shortest(value: float) -> float:
-    # Metadata are float32: 1e-05 comes back as 9.999999747378752e-06.
-    return float(str(np.float32(value)))
+def _open(path: Path) -> gguf.GGUFReader:
+    check_header(path)
+    try:
+        return gguf.GGUFReader(path)
+    except FAULTS as error:
+        raise UsageError(
+            f"{path} is not a whole GGUF file ({error}); fetch it again or check the name"
+        ) from error

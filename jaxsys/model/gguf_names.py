@@ -2,7 +2,8 @@
 
 Kernels lie [out, in] as in Hugging Face checkpoints, all experts of a layer in one tensor. Families
 whose positions turn halves of a head but which llama.cpp turns by neighbours have the rows of
-query and key kernels in that order, (2i, 2i + 1); they are put back to (i, i + K/2) here.
+query and key kernels in that order, (2i, 2i + 1); they are put back to (i, i + K/2) here. Norms
+that multiply by one more than their scale are kept with that one added.
 """
 
 import dataclasses
@@ -102,4 +103,7 @@ def _alone(config: DecoderConfig, leaf: Leaf, prefix: str) -> FileTensor:
     if module is None:
         raise UsageError(f"GGUF has no name for {part} of family {config.family}")
     form = "turned" if leaf.is_matrix else "plain"
-    return FileTensor(name=f"{prefix}{module}{suffix}", leaves=(leaf,), form=form)
+    # Scales that are kept less one elsewhere are whole here.
+    scale = last == "scale" or last.endswith("_norm")
+    more = 1.0 if config.norm_plus_one and scale else 0.0
+    return FileTensor(name=f"{prefix}{module}{suffix}", leaves=(leaf,), form=form, more=more)

@@ -401,6 +401,11 @@ def _rope_keys(positions: Positions) -> dict[str, Any]:
     scaling = positions.scaling
     keys: dict[str, Any] = {"rope_theta": positions.theta, "rope_type": "default"}
     if isinstance(scaling, LinearRopeScaling):
+        if scaling.attention_factor != 1.0:
+            raise UsageError(
+                f"a config.json has no attention_factor={scaling.attention_factor} of linear rope "
+                "scaling"
+            )
         keys |= {"rope_type": "linear", "factor": scaling.factor}
     elif isinstance(scaling, DynamicRopeScaling):
         keys |= {"rope_type": "dynamic", "factor": scaling.factor}

@@ -73,6 +73,8 @@ class FileTensor:
     where it is a kernel. `woven`: two leaves take turns on the last axis."""
     halves: bool = False
     """Whether rotary pairs lie side by side here and apart in the leaf."""
+    more: float = 0.0
+    """What the tensor's numbers are more than the leaf's."""
 
     @property
     def items(self) -> int | None:
@@ -92,6 +94,8 @@ class FileTensor:
 
     def take(self, value: np.ndarray) -> list[np.ndarray]:
         """The leaves out of the tensor, each of one item; views where that is possible."""
+        if self.more:
+            value = value - np.asarray(self.more, value.dtype)
         if self.form == "woven":
             return [value[..., 0::2], value[..., 1::2]]
         if self.form == "rows":
@@ -113,7 +117,7 @@ class FileTensor:
         if self.form == "woven":
             return np.stack(values, axis=-1).reshape(self.shape)
         if self.form == "plain":
-            return values[0]
+            return values[0] + np.asarray(self.more, values[0].dtype) if self.more else values[0]
         turned = [np.swapaxes(part, -1, -2) if part.ndim > 1 else part for part in values]
         return turned[0] if self.form == "turned" else np.concatenate(turned)
 

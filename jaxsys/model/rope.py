@@ -35,6 +35,8 @@ class LinearRopeScaling:
     """All frequencies divided by `factor`. Chen et al., 2306.15595."""
 
     factor: float
+    attention_factor: float = 1.0
+    """Of cosines and sines."""
 
     def __post_init__(self) -> None:
         if not self.factor > 0:
@@ -172,7 +174,7 @@ class Rope:
     def magnitude(self) -> float:
         """What cosines and sines are multiplied by."""
         scaling = self.scaling
-        if isinstance(scaling, LongRopeScaling):
+        if isinstance(scaling, LongRopeScaling | LinearRopeScaling):
             return scaling.attention_factor
         if not isinstance(scaling, YarnRopeScaling):
             return 1.0

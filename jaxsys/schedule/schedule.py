@@ -174,9 +174,13 @@ class Schedule:
     """The lane F reads weights from."""
     backward_lane: str = ""
     """The lane B and I read weights from."""
+    replicas: int = 1
+    """How many such rings a plan puts side by side, each with its own microbatches."""
+    features: int = 1
+    """Over how many devices a plan splits every task; what is lowered splits none."""
 
     def __post_init__(self) -> None:
-        for field in ("devices", "chunks", "microbatches"):
+        for field in ("devices", "chunks", "microbatches", "replicas", "features"):
             if getattr(self, field) < 1:
                 raise ScheduleError(f"{field}={getattr(self, field)} must be at least 1")
         if self.placement is Placement.OWNER:

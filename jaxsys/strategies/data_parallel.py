@@ -102,7 +102,6 @@ STRATEGIES = (
         placement=Placement.REPLICATED,
         place=Place(axis="shard"),
         recognises=lambda signs: signs.schedule.placement is Placement.REPLICATED,
-        even_microbatches=True,
         layers_are_chunks=True,
     ),
 )

@@ -153,8 +153,11 @@ class Governor:
             if actual_mhz < self.clocks.mhz and policy.controls and device.throttle_reasons():
                 record.clamped += 1
         policy.learn(Ran(load, steps, latency_s, predicted_s, actual_mhz, device.power_w()))
-        judged = predicted_s is not None and self._judge_latency
-        if judged and latency_s > policy.patience_s(predicted_s * steps):
+        if (
+            predicted_s is not None
+            and self._judge_latency
+            and latency_s > policy.patience_s(predicted_s * steps)
+        ):
             record.overruns += 1
             policy.overran()
             self._to_top(now_s)

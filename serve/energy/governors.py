@@ -9,6 +9,7 @@ from typing import Literal
 
 from jaxsys.clocks import GpuClocks, SimulatedClocks
 from jaxsys.errors import UsageError
+from jaxsys.hardware import device_called
 from jaxsys.mesh import Device
 from jaxsys.model import DecoderConfig
 from jaxsys.nvml import open_group
@@ -102,7 +103,11 @@ class Served:
             tensor_parallel=self.tensor_parallel,
             bytes_per_value=kv_bytes,
         )
-        return dataclasses.replace(shape, weight_bytes_per_parameter=value_bytes)
+        return dataclasses.replace(
+            shape,
+            weight_bytes_per_parameter=value_bytes,
+            active_parameters=config.active_parameter_count(),
+        )
 
 
 def make_governor(
@@ -270,10 +275,8 @@ def _policy(
 
 def spec_of(name: str) -> GpuSpec | None:
     """The preset for what a GPU calls itself, e.g. "NVIDIA H100 80GB HBM3"."""
-    for key, spec in GPUS.items():
-        if key.partition("-")[0].upper() in name.upper().replace("-", " ").split():
-            return spec
-    return None
+    known = device_called(name)
+    return None if known is None else GPUS.get(known.name)
 
 
 def control_clocks(available_mhz: tuple[int, ...], gpu: SimulatedGpu) -> tuple[int, ...]:

@@ -15,17 +15,20 @@ the memory are busy:
     idle: P = idle + idle_clock * x**3.17   (model loaded, nothing running)
 
 Below the clock where the voltage reaches its floor, x**g goes on as a straight line through zero.
-P/f has its minimum at a middle clock, which is the published U-curve. Where each constant comes
-from is said beside it, and measured against published points in docs/energy.md.
+P/f has its minimum at a middle clock, which is the published U-curve. The devices' constants are
+rows of `jaxsys.hardware.DEVICES`, each with its source; docs/energy.md measures them against
+published points.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from jaxsys.errors import UsageError
+from jaxsys.hardware import DEVICES, ClockSpec, DeviceSpec
 
 IDLE_EXPONENT = 3.17
 """Fit of loaded-idle power against clock on H100 (DualScale's table, TP4 rows)."""
@@ -97,6 +100,13 @@ class ServedShape:
     kv_bytes_per_token: float
     weight_bytes_per_parameter: float = 2.0
     tensor_parallel: int = 1
+    active_parameters: float | None = None
+    """What a token is multiplied with, where that is not all of them: experts are chosen. All of
+    them are read in an iteration: many tokens choose many."""
+
+    @property
+    def used_parameters(self) -> float:
+        return self.parameters if self.active_parameters is None else self.active_parameters
 
     @property
     def weight_bytes(self) -> float:
@@ -153,101 +163,39 @@ SHAPES: dict[str, ServedShape] = {
     ),
 }
 
-GIB = 2.0**30
+_ENGINES: dict[str, dict[str, float]] = {
+    # Fitted to VoltanaLLM's published static runs, which were SGLang 0.4.7 with prefill and decode
+    # apart (serve/simulation/calibration.py says how well they meet it).
+    "a100-80g": {"host_s": 0.0031, "sequence_s": 9.7e-6, "turn_s": 0.1625, "request_s": 0.0052},
+    # Host and sequence times: fit to ML.ENERGY v3's ITL of Llama-3.1-8B, the defaults above.
+    "h100": {},
+    "h200": {},
+    "gh200": {},
+}
+"""What an engine takes beside the device's work, by device."""
+
+
+def _modelled(device: DeviceSpec, engine: Mapping[str, Any]) -> GpuSpec:
+    """A row of the hardware table under an engine."""
+    clocks = device.clocks
+    assert clocks is not None
+    own: dict[str, Any] = {
+        name: getattr(clocks, name) for name in ClockSpec.__slots__ if name in _SAME
+    }
+    return GpuSpec(
+        name=clocks.product,
+        hbm_bytes=clocks.high_bandwidth_bytes,
+        hbm_bytes_per_s=clocks.achieved_bytes_per_s,
+        flops_per_cycle=clocks.product_flops_per_cycle,
+        **own,
+        **engine,
+    )
+
+
+_SAME = frozenset(ClockSpec.__slots__) & frozenset(GpuSpec.__slots__)
 
 GPUS: dict[str, GpuSpec] = {
-    # Clocks 210..1410 step 15: VoltanaLLM. Efficiency, host, turn, request and sequence times and
-    # the power constants: fitted to VoltanaLLM's published energy and attainment at static clocks
-    # (serve/simulation/calibration.py says how well they meet it). Power exponent as the H100's.
-    "a100-80g": GpuSpec(
-        name="A100-SXM4-80GB",
-        min_mhz=210,
-        max_mhz=1410,
-        step_mhz=15,
-        sweet_spot_mhz=1005,
-        hbm_bytes=80 * GIB,
-        hbm_bytes_per_s=1.70e12,  # datasheet 2.039e12
-        memory_knee_mhz=700.0,
-        flops_per_cycle=221_184 * 0.72,  # 108 SMs x 2048, datasheet 312 TFLOP/s at 1410 MHz
-        power_cap_w=400.0,
-        active_w=77.7,
-        memory_w=19.8,
-        base_w=85.5,
-        compute_w=73.0,
-        power_exponent=2.28,
-        voltage_floor_mhz=1005.0,  # the published sweet spot (VoltanaLLM; throttLL'eM says ~1050)
-        idle_w=40.0,
-        idle_clock_w=11.0,
-        host_s=0.0031,
-        sequence_s=9.7e-6,
-        turn_s=0.1625,
-        request_s=0.0052,
-    ),
-    # Power: fits to DualScale's H100 table (Llama-3-70B prefill, TP2 rows: A=216 B=210 g=2.28 at
-    # 2048 tokens, A=215 B=75 at 32), idle 82 + 10.8 x**3.17 likewise. Sweet spot: its minimum of
-    # P/f (1080 MHz). Host and sequence times: fit to ML.ENERGY v3's ITL of Llama-3.1-8B.
-    "h100": GpuSpec(
-        name="H100-SXM5-80GB",
-        min_mhz=345,
-        max_mhz=1980,
-        step_mhz=15,
-        sweet_spot_mhz=1080,
-        hbm_bytes=80 * GIB,
-        hbm_bytes_per_s=2.95e12,  # datasheet 3.35e12
-        memory_knee_mhz=900.0,
-        flops_per_cycle=540_672 * 0.70,  # 132 SMs x 4096
-        power_cap_w=700.0,
-        active_w=200.0,
-        memory_w=25.0,
-        base_w=50.0,
-        compute_w=165.0,
-        power_exponent=2.28,
-        idle_w=82.0,
-        idle_clock_w=10.8,
-    ),
-    # The H100's die with 141 GB of HBM3e at 4.8e12 B/s (datasheet): power constants are the H100's.
-    "h200": GpuSpec(
-        name="H200-SXM-141GB",
-        min_mhz=345,
-        max_mhz=1980,
-        step_mhz=15,
-        sweet_spot_mhz=1080,
-        hbm_bytes=141e9,
-        hbm_bytes_per_s=4.2e12,
-        memory_knee_mhz=900.0,
-        flops_per_cycle=540_672 * 0.70,
-        power_cap_w=700.0,
-        active_w=200.0,
-        memory_w=35.0,
-        base_w=50.0,
-        compute_w=165.0,
-        power_exponent=2.28,
-        idle_w=82.0,
-        idle_clock_w=10.8,
-        extrapolated=True,
-    ),
-    # The H100's die with 96 GB of HBM3 at 4.0e12 B/s (datasheet); no public clock/power point was
-    # found for it. Its 700 W here is the GPU's share, without the Grace CPU.
-    "gh200": GpuSpec(
-        name="GH200-96GB",
-        min_mhz=345,
-        max_mhz=1980,
-        step_mhz=15,
-        sweet_spot_mhz=1080,
-        hbm_bytes=96e9,
-        hbm_bytes_per_s=3.5e12,
-        memory_knee_mhz=900.0,
-        flops_per_cycle=540_672 * 0.70,
-        power_cap_w=700.0,
-        active_w=200.0,
-        memory_w=30.0,
-        base_w=50.0,
-        compute_w=165.0,
-        power_exponent=2.28,
-        idle_w=82.0,
-        idle_clock_w=10.8,
-        extrapolated=True,
-    ),
+    name: _modelled(DEVICES[name], engine) for name, engine in _ENGINES.items()
 }
 
 
@@ -325,7 +273,7 @@ class SimulatedGpu:
         self.gpus = shape.tensor_parallel
         self._weight_share_bytes = shape.weight_bytes / self.gpus
         self._kv_share_bytes = shape.kv_bytes_per_token / self.gpus
-        self._flops_per_token = 2.0 * shape.parameters / self.gpus
+        self._flops_per_token = 2.0 * shape.used_parameters / self.gpus
         self._attention_flops = 4.0 * shape.layers * shape.hidden / self.gpus
         # Two all-reduces a layer; about 8 us each at small sizes over NVLink (assumption).
         self.collective_s = 2 * shape.layers * 8e-6 if self.gpus > 1 else 0.0
@@ -443,7 +391,8 @@ def run_many(
     per_prompt = np.maximum(prompts, 1.0)
     attention = prompt * (prompt / per_prompt / 2 + cached / per_prompt)
     flops = (
-        2.0 * shape.parameters * (rows + prompt) + 4.0 * shape.layers * shape.hidden * attention
+        2.0 * shape.used_parameters * (rows + prompt)
+        + 4.0 * shape.layers * shape.hidden * attention
     ) / gpu.gpus
     weight_bytes = shape.weight_bytes / gpu.gpus
     kv_bytes = (kv + cached) * shape.kv_bytes_per_token / gpu.gpus

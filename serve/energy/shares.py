@@ -24,7 +24,7 @@ class Shares:
 
     def __init__(self, spec: GpuSpec, shape: ServedShape) -> None:
         rate = spec.flops_per_cycle * spec.max_mhz * 1e6
-        self._token_s = 2.0 * shape.parameters / rate
+        self._token_s = 2.0 * shape.used_parameters / rate
         self._weights_s = shape.weight_bytes / spec.hbm_bytes_per_s
         self._pair_s = 4.0 * shape.layers * shape.hidden / rate
         self._kv_s = shape.kv_bytes_per_token / spec.hbm_bytes_per_s

@@ -17,6 +17,7 @@ import numpy as np
 import pydantic
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from jaxsys.errors import UsageError
 
@@ -29,6 +30,8 @@ MAX_FIELDS = 256
 """Fields of a body."""
 PIECE_S = 30.0
 """How long a client may take for the next piece of a body."""
+PART = 512 << 10
+"""Bytes looked through at once."""
 _MARKS = np.zeros(256, bool)
 _MARKS[[*b",:[{"]] = True
 
@@ -93,6 +96,8 @@ class Bodies:
                     piece = await anext(iterator)
             except StopAsyncIteration:
                 return b"".join(found)
+            except ClientDisconnect:  # nobody reads it
+                raise HTTPException(400, "the body was not sent to its end") from None
             except TimeoutError:
                 message = f"nothing more of the body came for {PIECE_S:g} s"
                 raise HTTPException(408, message, {"Connection": "close"}) from None
@@ -160,12 +165,23 @@ _UNPACKERS: dict[str, Unpack] = {
 
 
 def _marks(data: bytes, enough: int) -> int:
-    """Commas, colons and opening brackets outside of strings; at most those at all, if few."""
+    """Commas, colons and opening brackets outside of strings.
+
+    Where there are no more than `enough` at all, those in strings are counted too; counting ends
+    with the part that goes over it.
+    """
     most = sum(data.count(mark) for mark in (b",", b":", b"[", b"{"))
     if most <= enough:
         return most
     # Pairs of backslashes first, from the left: then a backslash before a quote escapes it.
     plain = data.replace(b"\\\\", b"").replace(b'\\"', b"")
     characters = np.frombuffer(plain, np.uint8)
-    outside = np.bitwise_xor.accumulate(characters == ord('"')) == 0
-    return int(np.count_nonzero(_MARKS[characters] & outside))
+    found, quoted = 0, np.False_
+    for at in range(0, len(characters), PART):  # others get their turn in between
+        part = characters[at : at + PART]
+        inside = np.bitwise_xor.accumulate(part == ord('"')) ^ quoted
+        found += int(np.count_nonzero(_MARKS[part] & ~inside))
+        quoted = inside[-1]
+        if found > enough:
+            break
+    return found

@@ -6,16 +6,40 @@ import math
 import pytest
 
 from jaxsys.errors import UsageError
-from jaxsys.hardware import DEVICES, GIB, LINKS, device, gib, link
+from jaxsys.hardware import DEVICES, GIB, LINKS, device, device_called, gib, link
 
 
 @pytest.mark.parametrize("name", DEVICES)
 def test_every_device_figure_has_a_source(name: str) -> None:
     spec = device(name)
     figures = {f.name for f in dataclasses.fields(spec)} - {"name", "fused_attention", "sources"}
-    assert figures == set(spec.sources)
+    assert figures - ({"clocks"} if spec.clocks is None else set()) == set(spec.sources)
     assert spec.name == name
     assert spec.product_flops_per_s <= spec.peak_flops_per_s
+
+
+@pytest.mark.parametrize("name", [name for name, spec in DEVICES.items() if spec.clocks])
+def test_a_device_has_one_product_rate(name: str) -> None:
+    """What plans count with is the rate a cycle, which serving counts with, at the clock said."""
+    spec = device(name)
+    clocks = spec.clocks
+    assert clocks is not None and clocks.min_mhz < clocks.sustained_mhz < clocks.max_mhz
+    sustained = clocks.product_flops_per_cycle * clocks.sustained_mhz * 1e6
+    assert spec.product_flops_per_s == pytest.approx(sustained, rel=0.01)
+    assert clocks.achieved_bytes_per_s < spec.memory_bytes_per_s
+    assert spec.memory_bytes < clocks.high_bandwidth_bytes
+
+
+def test_devices_are_known_by_what_drivers_call_them() -> None:
+    for called, name in (
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA GH200 480GB", "gh200"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80g"),
+    ):
+        found = device_called(called)
+        assert found is not None and found.name == name
+    assert device_called("NVIDIA T4") is None
 
 
 @pytest.mark.parametrize("name", LINKS)

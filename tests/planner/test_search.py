@@ -71,13 +71,19 @@ def narrowed(problem: Problem, size: str) -> Space:
 
 
 SETTINGS = (
-    [("two of two", 8, seed) for seed in range(26)]
-    + [("four of three", 5, seed) for seed in range(26, 40)]
-    + [("all", 4, seed) for seed in range(40, 50)]
+    [("two of two", 8, seed, 4) for seed in range(26)]
+    + [("four of three", 5, seed, 29) for seed in range(26, 40)]
+    + [("all", 4, seed, 43) for seed in range(40, 50)]
 )
 
 
-@pytest.mark.parametrize(("size", "layers", "seed"), SETTINGS)
+@pytest.mark.parametrize(
+    ("size", "layers", "seed"),
+    [
+        pytest.param(size, layers, seed, marks=[] if seed < quick else [pytest.mark.slow])
+        for size, layers, seed, quick in SETTINGS
+    ],
+)
 def test_search_equals_exhaustive_search(size, layers, seed):
     space = narrowed(random_problem(seed, layers), size)
     start = time.process_time()
@@ -167,7 +173,10 @@ def test_stages_that_do_not_divide_the_layers_win_where_they_should():
 
 def test_search_starts_from_data_parallelism_and_only_improves():
     problem = llama_problem()
-    result = search(Space.of(problem), effort=Effort(refine=1, restarts=1, tolerance=1e-2))
+    result = search(
+        Space.of(problem),
+        effort=Effort(refine=1, chains=4, steps=10, pairs=4_000, restarts=1, tolerance=1e-2),
+    )
     first = result.history[0].best.plan
     assert replace(first, layers=()) == replace(data_parallel_plan(8, 32), layers=())
     potentials = [moment.best.potential for moment in result.history]
@@ -186,19 +195,15 @@ def test_eighty_layers_within_a_minute():
     assert Space.of(problem).contains(result.best.plan)
 
 
-def test_a_budget_is_counted_and_finds_the_same_every_time():
-    """Not in seconds: how busy a machine is changes nothing. What was known before is not lost."""
+def test_time_limit_returns_the_best_so_far():
+    start = time.monotonic()
     seen = []
-    space = Space.of(llama_problem(devices=8))
-    effort = Effort(work=1e5)
-    result = search(space, effort=effort, progress=seen.append)
-    again = search(space, effort=effort)
-    assert (result.best, result.evaluated) == (again.best, again.evaluated)
+    result = search(
+        Space.of(llama_problem(devices=64)), effort=Effort(time_s=1.0), progress=seen.append
+    )
+    assert time.monotonic() - start < 6
+    assert seen
     assert result.best.potential == min(moment.best.potential for moment in seen)
-    more = search(space, effort=Effort(work=4e5, refine=0))
-    assert more.best.potential <= result.best.potential
-    known = search(space, effort=Effort(work=1.0), known=[more.best.plan])
-    assert known.best.potential <= more.best.potential
 
 
 def test_constraints_bind_the_search():

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from typing import Any
 
 import pytest
 from jax.errors import JaxRuntimeError
@@ -43,7 +44,7 @@ class ToyExecutor:
         raise JaxRuntimeError("the device does not answer")
 
 
-def make(policy="ecofreq"):
+def make(policy="ecofreq") -> Any:
     """An instance that governs the fake GPU, decoding one long request."""
     clocks = nvml.open_clocks(0, control=True, heartbeat_s=0.03, lease_s=0.2)
     governor = real_governor(clocks, "Fake H100", SERVED, SharedSlo(), policy)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsys.model import forward, initial_parameters, preset
+from jaxsys.errors import UsageError
+from jaxsys.model import BlockKind, forward, initial_parameters, preset
 from jaxsys.serve import paged_model
 from jaxsys.serve.paged_attention import choose_kernels
 from jaxsys.serve.weights import QUANTISATIONS, matmul, serving_weights
@@ -76,3 +77,12 @@ def test_logits_move_little(parameters, form, most):
     change = np.asarray(found[0]) - expected
     ratio = np.sqrt((change**2).mean() / (expected**2).mean())
     assert 1e-4 < ratio < most
+
+
+@pytest.mark.parametrize(
+    "changes", [{"qkv_bias": True}, {"qk_norm": "head"}, {"kinds": (BlockKind(window=8),)}]
+)
+def test_what_the_passes_do_not_compute_is_refused(changes):
+    config = dataclasses.replace(preset("tiny"), **changes)
+    with pytest.raises(UsageError, match=f"llama with {next(iter(changes))}=.* is not served"):
+        serving_weights(config, initial_parameters(config))

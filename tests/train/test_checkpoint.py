@@ -163,8 +163,8 @@ def test_wrong_values_are_noticed_by_their_checksum(make, saved):
     name = next(iter(record.checksums))
     target = jax.tree.map(
         lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at),
-        trainer._layer_shapes,
-        trainer._layer_shardings,
+        trainer._rest.layer_shapes,
+        trainer._rest.layer_shardings,
     )
     with pytest.raises(RunError, match="1 arrays differ from what was saved"):
         store.arrays(4, target, {**record.checksums, name: record.checksums[name] ^ 1})
@@ -352,7 +352,7 @@ def test_any_optimizer_state_follows_its_parameters(
 
     four, two = trainer(4), trainer(2)
     # No step is compiled here: numbers that tell leaves and layers apart are put in their place.
-    flat, structure = jax.tree.flatten(four._layer_shapes)
+    flat, structure = jax.tree.flatten(four._rest.layer_shapes)
     marked = jax.tree.unflatten(
         structure,
         [
@@ -360,14 +360,14 @@ def test_any_optimizer_state_follows_its_parameters(
             for index, leaf in enumerate(flat)
         ],
     )
-    four.state = four._to_rest(jax.device_put(marked, four._layer_shardings))
+    four.state = four._rest.to_rest(jax.device_put(marked, four._rest.layer_shardings))
     store = CheckpointStore(tmp_path)
     step = four.save(store)
     store.wait()
     assert two.restore(store) == step
     store.close()
     for found, wanted in zip(
-        jax.tree.leaves(two._layer_order_state), jax.tree.leaves(marked), strict=True
+        jax.tree.leaves(two._rest.in_layer_order(two.state)), jax.tree.leaves(marked), strict=True
     ):
         np.testing.assert_array_equal(found, wanted)
     # The moments rest beside their parameters: as much is cut over the ring.

@@ -20,6 +20,7 @@ from jaxsys.lowering.liveness import peak_bytes
 from jaxsys.model import abstract_parameters, initial_parameters, layered, preset
 from jaxsys.results import read_result
 from jaxsys.train import Trainer, memory
+from jaxsys.train.at_rest import StateAtRest
 from jaxsys.train.memory import StepShape, step_bytes
 from jaxsys.train.schedules import resolve
 
@@ -95,7 +96,7 @@ def test_what_the_host_cannot_hold_is_refused_before_anything_is_made(monkeypatc
     def making(*_):
         raise Making
 
-    monkeypatch.setattr(Trainer, "_initial_state", making)
+    monkeypatch.setattr(StateAtRest, "initial", making)
     devices = jax.local_device_count()
     monkeypatch.setattr(memory, "free_host_bytes", lambda: 20.0 * 2**30)
     text = rf"GiB a device, of {20 / devices:.3g} GiB \(20 GiB free on this host, for {devices} dev"

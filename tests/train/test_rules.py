@@ -361,3 +361,63 @@ def test_a_decay_mask_by_rank_in_the_trainer(small_model, small_parameters):
 def test_names_of_parts():
     chained = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
     assert {"clip_by_global_norm", "scale_by_adam"} <= {*part_names(chained)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["weipipe-interleave", "1f1b", "zero-3"])
+@pytest.mark.parametrize("name", ["clipped, with a mask of the model's own tree", "muon"])
+def test_a_flax_model_under_every_kind_of_schedule(schedule, name):
+    """What a Linen script hands to optax is what the optimizer sees; three layers do not divide."""
+    from flax import linen
+
+    from jaxsys.train import from_linen, next_token_loss
+
+    class Block(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            return x + linen.Dense(8)(jnp.tanh(linen.Dense(16)(linen.LayerNorm()(x))))
+
+    class Model(linen.Module):
+        @linen.compact
+        def __call__(self, tokens):
+            embedding = linen.Embed(16, 8)
+            x = embedding(tokens)
+            for _ in range(3):
+                x = Block()(x)
+            return embedding.attend(linen.LayerNorm()(x))
+
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 16, (2, 4, 2, 6)).astype(np.int32)
+    batches = [{"inputs": part, "targets": np.roll(part, -1, -1)} for part in tokens]
+    model = Model()
+    parameters = model.init(jax.random.key(0), batches[0]["inputs"][0])["params"]
+    optimizer = optax.contrib.muon(1e-2)
+    if name != "muon":
+        mask = matrices(parameters)
+        optimizer = optax.chain(
+            optax.clip_by_global_norm(0.3), optax.adamw(1e-2, weight_decay=0.5, mask=mask)
+        )
+
+    @jax.jit
+    def step(parameters, state, batch):
+        def loss(parameters):
+            rows = jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), batch)
+            total, weight = next_token_loss(
+                model.apply({"params": parameters}, rows["inputs"]), rows
+            )
+            return total / weight
+
+        updates, state = optimizer.update(jax.grad(loss)(parameters), state, parameters)
+        return optax.apply_updates(parameters, updates), state
+
+    example = {key: leaf[0] for key, leaf in batches[0].items()}
+    adapted = from_linen(model, {"params": parameters}, example, blocks="Block_")
+    trainer = Trainer(
+        adapted.model, adapted.parameters, optimizer, schedule=schedule, devices=2, microbatches=4
+    )
+    wanted, state = parameters, optimizer.init(parameters)
+    for index in range(20):
+        wanted, state = step(wanted, state, batches[index % 2])
+        trainer.step(batches[index % 2])
+    assert errors(adapted.rebuild(trainer.parameters())["params"], wanted) < 1e-4
+    assert jax.tree.structure(trainer.optimizer_state()) == jax.tree.structure(state)

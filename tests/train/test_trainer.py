@@ -13,7 +13,8 @@ from jaxsys.errors import RunError, UsageError
 from jaxsys.layered import reference_loss
 from jaxsys.mesh import make_mesh
 from jaxsys.model import initial_parameters, layered, preset
-from jaxsys.train import Trainer
+from jaxsys.train import Compute, Trainer, Updates
+from jaxsys.train.checkpoint import CheckpointStore
 
 ROWS, SIZE, TOKENS = 4, 2, 6
 
@@ -240,3 +241,145 @@ def test_a_batch_of_other_length(small_model, small_parameters):
     trainer = Trainer(small_model, small_parameters, optax.sgd(0.1), devices=2, microbatches=4)
     with pytest.raises(UsageError, match=r"first axis must be the 4 microbatches"):
         trainer.step(batch_of(0, rows=3))
+
+
+def test_parameters_and_batches_on_explicit_axes(small_model, small_parameters):
+    """`jax.make_mesh` types its axes, and `jax.set_mesh` every operation: none of it reaches in."""
+    plain = Trainer(small_model, small_parameters, optax.sgd(0.1), devices=2, schedule="zero-3")
+    batch = batch_of(0)
+    wanted = [float(plain.step(batch).loss), plain.evaluate([batch])]
+    typed = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+    where = jax.sharding.NamedSharding(typed, jax.sharding.PartitionSpec("x"))
+    given, placed = jax.device_put((small_parameters, batch), where)
+    for parameters in (given, lambda: given, small_parameters):
+        with jax.set_mesh(typed):
+            trainer = Trainer(small_model, parameters, optax.sgd(0.1), devices=2, microbatches=ROWS)
+            found = [float(trainer.step(placed).loss), trainer.evaluate([placed])]
+            assert jax.sharding.get_abstract_mesh().axis_names == ("x",)
+        np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    np.testing.assert_array_equal(given["edge"]["table"], small_parameters["edge"]["table"])
+
+
+def test_arrays_handed_over_stay_the_callers(small_model, small_parameters):
+    """Placed already where and as the schedule rests them, and donated by every step."""
+    for schedule in ("zero-3", "dp"):
+        first = Trainer(small_model, small_parameters, optax.sgd(0.1), devices=1, schedule=schedule)
+        given = first.state.parameters
+        trainer = Trainer(small_model, given, optax.sgd(0.1), devices=1, schedule=schedule)
+        trainer.step(batch_of(0, rows=trainer.rows))
+        np.testing.assert_array_equal(given["edge"]["table"], small_parameters["edge"]["table"])
+
+
+def test_constants_among_the_parameters_stay(small_model, small_parameters):
+    """Integers and booleans have no gradient, no optimizer state and no decay."""
+    numbers = np.arange(4, dtype=np.int32) + 1
+    parameters = {
+        "edge": {**small_parameters["edge"], "on": np.array([True, False])},
+        "blocks": {**small_parameters["blocks"], "number": numbers},
+    }
+    trainer = Trainer(
+        small_model, parameters, optax.adamw(0.1, weight_decay=0.5), devices=2, schedule="dp"
+    )
+    plain = Trainer(
+        small_model, small_parameters, optax.adamw(0.1, weight_decay=0.5), devices=2,
+        schedule="dp",
+    )  # fmt: skip
+    batch = batch_of(0)
+    for _ in range(2):
+        assert float(trainer.step(batch).loss) == float(plain.step(batch).loss)
+    found = trainer.parameters()
+    np.testing.assert_array_equal(found["blocks"]["number"], numbers)
+    np.testing.assert_array_equal(found["edge"]["on"], [True, False])
+    state = jax.tree.leaves(trainer.optimizer_state())
+    assert {leaf.dtype for leaf in state if leaf.ndim} == {np.dtype(np.float32)}
+
+
+def test_averages_of_parameters_are_kept_saved_and_evaluated(
+    small_model, small_parameters, tmp_path
+):
+    def made(**options):
+        return Trainer(
+            small_model, small_parameters, optax.sgd(0.5), schedule="weipipe-interleave",
+            devices=2, microbatches=ROWS, **options,
+        )  # fmt: skip
+
+    trainer = made(average_decay=0.75)
+    wanted = jax.tree.map(jnp.asarray, small_parameters)
+    batches = [batch_of(i) for i in range(3)]
+    for batch in batches:
+        trainer.step(batch)
+        now = trainer.parameters()
+        wanted = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, wanted, now)
+    found = trainer.parameters(averaged=True)
+    errors = jax.tree.map(relative_error, found, wanted)
+    assert max(jax.tree.leaves(errors)) < 1e-6, errors
+    assert trainer.evaluate(batches, averaged=True) != trainer.evaluate(batches)
+
+    store = CheckpointStore(tmp_path, notice=lambda _: None)
+    trainer.save(store)
+    store.wait()
+    again = made(average_decay=0.75)
+    assert again.restore(store, notice=lambda _: None) == 3
+    jax.tree.map(np.testing.assert_array_equal, again.parameters(averaged=True), found)
+    with pytest.raises(UsageError, match="average_decay"):
+        made().restore(store, notice=lambda _: None)
+    store.close()
+    with pytest.raises(UsageError, match="no average is kept"):
+        made().parameters(averaged=True)
+
+
+def test_a_step_of_ones_own_around_loss_and_gradients(small_model, small_parameters):
+    def own(parts, state, batch):
+        loss, gradients, _, metrics = parts.loss_and_gradients(state.parameters, batch)
+        gradients = jax.tree.map(lambda g: g / loss, gradients)
+        parameters, optimizer = parts.update(gradients, state.optimizer, state.parameters)
+        metrics = {**metrics, "log_loss": jnp.log(loss)}
+        return parts.finish(state, parameters, optimizer, loss, gradients, metrics)
+
+    def made(step):
+        return Trainer(
+            small_model, small_parameters, optax.sgd(0.5), devices=2, schedule="dp",
+            custom_step=step,
+        )  # fmt: skip
+
+    trainer, batch = made(own), batch_of(0)
+    loss, gradients = trainer.loss_and_gradients(batch)
+    result = trainer.step(batch)
+    assert float(result.metrics["log_loss"]) == pytest.approx(np.log(loss), rel=1e-6)
+    wanted = jax.tree.map(lambda p, g: p - 0.5 * g / loss, small_parameters, gradients)
+    errors = jax.tree.map(relative_error, trainer.parameters(), wanted)
+    assert max(jax.tree.leaves(errors)) < 1e-6, errors
+    for wrong, message in (
+        (lambda parts, state, batch: (state, 1.0), "float beside the state"),
+        (lambda parts, state, batch: (state.step, own(parts, state, batch)[1]), "structure"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            made(wrong).step(batch)
+
+
+def test_evaluation_takes_batches_of_another_cut(small_model, small_parameters):
+    trainer = Trainer(small_model, small_parameters, optax.sgd(0.1), devices=2, schedule="dp")
+    batch = batch_of(0, rows=3)
+    cuts = [
+        batch,
+        jax.tree.map(lambda leaf: leaf.reshape(1, 3 * SIZE, TOKENS), batch),
+        jax.tree.map(lambda leaf: leaf.reshape(3 * SIZE, 1, TOKENS), batch),
+        jax.tree.map(jnp.asarray, batch),
+    ]
+    wanted = float(reference_loss(small_model, small_parameters, batch))
+    for cut in cuts:
+        assert trainer.evaluate([cut]) == pytest.approx(wanted, rel=1e-6)
+    uneven = {"inputs": batch["inputs"], "targets": batch["targets"][:2]}
+    with pytest.raises(UsageError, match="one leading axis"):
+        trainer.evaluate([uneven])
+
+
+def test_options_by_group_or_by_name(small_model, small_parameters):
+    grouped = Trainer(
+        small_model, small_parameters, optax.sgd(0.1), devices=1, schedule="dp",
+        compute=Compute(recompute="none"), updates=Updates(clip_norm=2.0), non_finite="skip",
+    )  # fmt: skip
+    assert (grouped.recompute, grouped.non_finite) == ("none", "skip")
+    assert grouped._settings == {"clip_norm": 2.0}
+    with pytest.raises(TypeError, match="unknown options clip_normal; there are compute_dtype"):
+        Trainer(small_model, small_parameters, optax.sgd(0.1), clip_normal=1.0)

@@ -1,5 +1,6 @@
 """Takes any function of parameters and a microbatch apart into embed, blocks, head and loss."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -132,6 +133,25 @@ def from_function(
     return adapter.adapted()
 
 
+def with_evaluation(adapted: Adapted, evaluation: Adapted) -> Adapted:
+    """A model that is evaluated as another adaptation of it is: without dropout.
+
+    Raises:
+        UsageError: if that one holds its parameters otherwise.
+    """
+    shapes = [
+        jax.tree_util.tree_flatten_with_path(jax.tree.map(np.shape, one.parameters))
+        for one in (adapted, evaluation)
+    ]
+    if shapes[0] != shapes[1] or adapted.model.pattern != evaluation.model.pattern:
+        raise UsageError(
+            "as it is evaluated, the model's blocks are alike in another way than in training; "
+            "call it so that evaluation only switches random numbers off"
+        )
+    model = dataclasses.replace(adapted.model, evaluation=evaluation.model)
+    return dataclasses.replace(adapted, model=model)
+
+
 class _Adapter:
     """One model; plans of it are made for each shape of microbatch, and kept."""
 
@@ -209,6 +229,7 @@ class _Adapter:
             layers=len(plan.layers),
             pattern=None if alike else tuple(self.kinds[n] for n in plan.pattern),
             view=self._user_tree,
+            draws=KEY if draws else None,
         )
         return Adapted(model=model, parameters=self._cut(), rebuild=self._rebuilt, draws=draws)
 
@@ -233,7 +254,9 @@ class _Adapter:
         shapes = [jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype) for leaf in leaves]
         key = (dtype, structure, tuple((s.shape, s.dtype) for s in shapes))
         if key not in self.plans:
-            self.plans[key] = self._made(dtype, jax.tree.unflatten(structure, shapes))
+            # On no mesh: the caller's would be written into every operation's types.
+            with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+                self.plans[key] = self._made(dtype, jax.tree.unflatten(structure, shapes))
         return self.plans[key]
 
     def _made(self, dtype: Any, microbatch: PyTree) -> Plan:

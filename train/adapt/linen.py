@@ -18,6 +18,7 @@ from jaxsys.train.adapt.function import (
     from_function,
     named_output,
     next_token_loss,
+    with_evaluation,
 )
 
 
@@ -30,6 +31,7 @@ def from_linen(
     loss: Loss = next_token_loss,
     inputs: Inputs = first_argument,
     rngs: str | Sequence[str] = "dropout",
+    evaluation: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Adapted:
     """Adapts a Linen model.
@@ -44,6 +46,7 @@ def from_linen(
         inputs: the model's arguments from the microbatch.
         rngs: names of the random streams that the call may draw from. Where it does, a microbatch
             has its own key in its leaf "key": the model is called with rngs={"dropout": that key}.
+        evaluation: options that `Trainer.evaluate` passes instead ({"deterministic": True}).
         **options: passed to the model's call, such as deterministic=False or mutable=["losses"].
 
     Raises:
@@ -89,6 +92,18 @@ def from_linen(
         return loss(named_output(output), microbatch)
 
     adapted = from_function(whole, params, example, blocks=blocks)
+    if evaluation is not None:
+        still = from_linen(
+            module,
+            variables,
+            example,
+            blocks=blocks,
+            loss=loss,
+            inputs=inputs,
+            rngs=rngs,
+            **{**options, **evaluation},
+        )
+        adapted = with_evaluation(adapted, still)
 
     def rebuild(parameters: Parameters) -> dict[str, Any]:
         return {"params": adapted.rebuild(parameters), **others}

@@ -78,6 +78,8 @@ def check_scales(mean: Mean, twice: Mean) -> None:
 
     A mean over a number of elements divides by it; a bare sum has the same factor for any number.
     """
+    if len(mean.sums) != len(twice.sums):
+        raise UsageError(f"the loss adds other sums for more samples; {_WAY_OUT}")
     ratio = 0.5 if mean.divisor is None else 1.0
     for (_, one), (_, other) in zip(mean.sums, twice.sums, strict=True):
         if abs(other - ratio * one) > 1e-6 * abs(one):
@@ -151,6 +153,8 @@ def _is_sum(value: Value, samples: int) -> bool:
     if name != "reduce_sum":
         return False
     operand = maker.inputs[0]
+    if samples == 1:
+        return 0 in maker.parameters["axes"]  # whether it is one is seen at two, see `check_scales`
     return 0 in maker.parameters["axes"] and _by_sample(operand, samples, {})
 
 

@@ -18,6 +18,7 @@ from jaxsys.train.adapt.function import (
     from_function,
     named_output,
     next_token_loss,
+    with_evaluation,
 )
 
 
@@ -34,7 +35,7 @@ def from_nnx(
 
     What it holds beside nnx.Param (tables, frozen statistics) is constant. Where its call draws
     random numbers (dropout), every microbatch has its own key in its leaf "key", which is folded
-    into each of the model's own keys.
+    into each of the model's own keys; `Trainer.evaluate` runs the model after its `eval()`.
 
     Args:
         module: the whole model; left as it is.
@@ -48,6 +49,28 @@ def from_nnx(
     Raises:
         UsageError: if the model cannot be cut; says why.
     """
+    adapted = _adapt(module, example, blocks, loss, inputs, options)
+    if adapted.draws:
+        still = nnx.clone(module)
+        still.eval()
+        adapted = with_evaluation(adapted, _adapt(still, example, blocks, loss, inputs, options))
+
+    def rebuild(parameters: Parameters) -> nnx.Module:
+        trained = nnx.clone(module)
+        nnx.update(trained, adapted.rebuild(parameters))
+        return trained
+
+    return dataclasses.replace(adapted, rebuild=rebuild)
+
+
+def _adapt(
+    module: nnx.Module,
+    example: PyTree,
+    blocks: str | Sequence[str],
+    loss: Loss,
+    inputs: Inputs,
+    options: dict[str, Any],
+) -> Adapted:
     params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
     keys = nnx.to_pure_dict(nnx.state(module, nnx.RngKey))
 
@@ -72,14 +95,7 @@ def from_nnx(
     for path, variable in _variables(module):
         paths.setdefault(id(variable), []).append(path)
     aliases = {path: several for several in paths.values() for path in several}
-    adapted = from_function(whole, params, example, blocks=blocks, aliases=aliases)
-
-    def rebuild(parameters: Parameters) -> nnx.Module:
-        trained = nnx.clone(module)
-        nnx.update(trained, adapted.rebuild(parameters))
-        return trained
-
-    return dataclasses.replace(adapted, rebuild=rebuild)
+    return from_function(whole, params, example, blocks=blocks, aliases=aliases)
 
 
 def _folded(key: jax.Array, words: list[jax.Array]) -> jax.Array:

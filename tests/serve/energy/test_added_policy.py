@@ -88,8 +88,8 @@ def test_it_sets_a_live_instances_clock(driver):
         def dispatch(self, iteration):
             return iteration
 
-        def collect(self, iteration):
-            return Outcome([1] * len(iteration.sampling), None)
+        def collect(self, handle):
+            return Outcome([1] * len(handle.sampling), None)
 
         def rebuild(self):
             raise AssertionError

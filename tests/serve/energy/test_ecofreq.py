@@ -3,6 +3,7 @@
 import math
 import random
 import time
+from typing import Any
 
 import pytest
 
@@ -47,12 +48,12 @@ class Bench:
             available_mhz=GPU.spec.available_mhz, now_s=lambda: self.now, set_latency_s=latency_s
         )
         defaults = {"minimum_dwell_s": 0.0, "hysteresis": 0.0, "growth_guard": 0.0}
-        self.policy = EcoFreq(
+        self.policy: Any = EcoFreq(
             ModelPredictor(GPU),
             self.slo,
             config=EcoFreqConfig(**{**defaults, **config}),  # type: ignore[arg-type]
         )
-        self.governor = Governor(
+        self.governor: Any = Governor(
             self.policy,
             self.clocks,
             CounterMeter(self.clocks),
@@ -61,7 +62,7 @@ class Bench:
         )
         self.governor.start(float("-inf"))
 
-    def decide(self, work: Iteration, waiting=()) -> int:
+    def decide(self, work: Iteration, waiting=()) -> Any:
         self.governor.before_iteration(work, waiting, self.now)
         return self.governor.clock_mhz
 

@@ -33,7 +33,7 @@ SERVED = Served(model=preset("llama-3-8b"))
 GPU = simulated_gpu("h100", "llama-3-8b")
 
 
-def request(length: int = 10) -> Request:
+def request(length: int = 10) -> Any:
     return Request(0, sampling=SamplingParameters(), arrival_s=0.0, prompt_length=length)
 
 
@@ -321,7 +321,7 @@ def test_shares_and_idle_time_add_up_to_the_counter(error):
             clocks.spend(0.25, 90.0)
             now += 0.25
             governor.idle(now, quiet_since_s)
-    reading = governor.reading(now)
+    reading: Any = governor.reading(now)
     shared_j = sum(one.timing.energy_j for one in everyone)
     assert shared_j + reading.idle_j == pytest.approx(clocks._energy_j, rel=0.01)
     assert reading.idle_j == pytest.approx(6 * 2.0 * 90.0, rel=0.35)
@@ -374,14 +374,14 @@ def test_a_modelled_gpu_accounts_for_work_and_idleness():
         governor.before_iteration(work, (), now)
         now += 0.05
         governor.after_iteration(work, 0.05, now)
-    busy = governor.reading(now)
+    busy: Any = governor.reading(now)
     assert 0 < busy.energy_j < busy.energy_at_max_j
     shared_j = sum(r.timing.energy_j or 0.0 for r in [work.prefills[0].request, *work.decodes])
     assert shared_j + busy.idle_j == pytest.approx(busy.energy_j)
     assert busy.power_w is None  # a GPU that is not there draws nothing
     governor.idle(now + 0.5, now)
     governor.idle(now + 10.0, now)
-    idle = governor.reading(now + 10.0)
+    idle: Any = governor.reading(now + 10.0)
     assert idle.energy_j - busy.energy_j == pytest.approx(10 * GPU.idle_power_w(1080), rel=0.02)
     assert idle.idle_j - busy.idle_j == pytest.approx(idle.energy_j - busy.energy_j)
 

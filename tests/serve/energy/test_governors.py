@@ -1,6 +1,7 @@
 """Which governor a server's options give, and what they refuse or warn of."""
 
 import logging
+from typing import Any
 
 import jax
 import pytest
@@ -29,7 +30,7 @@ H100 = SimulatedGpu(gpu_spec("h100"), SHAPE)
 SERVED = Served(model=preset("smollm2-135m"))
 
 
-def make(slo: Slo | None = None, served: Served = SERVED, **choice):
+def make(slo: Slo | None = None, served: Served = SERVED, **choice) -> Any:
     return make_governor(GovernorChoice(**choice), served, SharedSlo(slo), [CPU])
 
 

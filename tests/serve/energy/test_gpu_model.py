@@ -148,3 +148,14 @@ def test_unknown_names_and_models_too_large_are_refused():
         simulated_gpu("h100", "gpt-9")
     with pytest.raises(UsageError, match="does not fit 1 x"):
         SimulatedGpu(GPUS["h100"], replace(SHAPES["llama-3-70b"], tensor_parallel=1))
+
+
+def test_experts_that_are_not_chosen_cost_bytes_and_no_products():
+    sparse = SimulatedGpu(H100.spec, replace(H100.shape, active_parameters=1e9))
+    prompt, step = Load(prefill_tokens=8000, prefill_requests=1), Load(batch=1, kv_tokens=100)
+    assert sparse.run(prompt, 1980).time_s < 0.35 * H100.run(prompt, 1980).time_s
+    assert sparse.run(step, 1980).time_s == pytest.approx(H100.run(step, 1980).time_s, rel=0.01)
+    times, _ = run_many(sparse, [prompt, step], (1980,))
+    assert times[:, 0].tolist() == pytest.approx(
+        [sparse.run(load, 1980).time_s for load in (prompt, step)]
+    )

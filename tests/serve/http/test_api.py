@@ -129,6 +129,21 @@ def test_several_choices_and_prompts(server):
     server.idle()
 
 
+def test_each_choice_draws_from_a_stream_of_its_own(server):
+    """Choice 0 is what one choice alone is; choice k is not that of the seed k further on."""
+    body = {"prompt": "ab", "max_tokens": 8, "seed": 3, "ignore_eos": True}
+
+    def texts(**more):
+        choices = server.post("/v1/completions", body | more).json()["choices"]
+        return [choice["text"] for choice in choices]
+
+    several = texts(n=4)
+    assert several[0] == texts()[0] and len(set(several)) == 4
+    others = [texts(seed=3 + k)[0] for k in range(1, 4)]
+    assert not set(several[1:]) & set(others)
+    server.idle()
+
+
 def test_stop_strings_end_the_text_before_them(server):
     body = {"prompt": "hello", "max_tokens": 40, "temperature": 0, "ignore_eos": True}
     text = server.post("/v1/completions", body).json()["choices"][0]["text"]

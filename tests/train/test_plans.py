@@ -1,0 +1,156 @@
+"""Plans and schedule "auto" given to a Trainer from Python: run as planned, or refused."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxsys import planner
+from jaxsys.errors import UsageError
+from jaxsys.hardware import device, link
+from jaxsys.mesh import DATA, RING, make_mesh
+from jaxsys.planner.files import plan_file
+from jaxsys.planner.plans import Plan, Residual, State
+from jaxsys.schedule import Schedule
+from jaxsys.strategies import for_layers
+from jaxsys.train import Trainer
+
+CLUSTER = planner.Cluster(device=device("cpu"), devices=4, link=link("host-memory"))
+SHAPE = (2, 6)
+
+
+def batch_of(rows: int) -> dict[str, np.ndarray]:
+    tokens = np.random.default_rng(0).integers(0, 16, (rows, *SHAPE)).astype(np.int32)
+    return {"inputs": tokens, "targets": tokens}
+
+
+@pytest.fixture(scope="module")
+def found(small_model, small_parameters):
+    """A plan for 2 replicas of 2 devices, by the planner's own hand."""
+
+    def narrow(space):
+        return space.domain("replicas", 2).domain("stages", 2)
+
+    return planner.plan(
+        small_model, small_parameters, batch_of(8), cluster=CLUSTER, narrow=narrow,
+    )  # fmt: skip
+
+
+def trainer_of(small_model, small_parameters, **options):
+    return Trainer(
+        small_model, small_parameters, optax.sgd(0.1), memory_gib=float("inf"), **options
+    )
+
+
+def test_a_plan_is_run_whole(found, small_model, small_parameters):
+    trainer = trainer_of(small_model, small_parameters, plan=found)
+    assert dict(trainer.mesh.shape) == {DATA: 2, RING: 2}
+    assert trainer.rows == 8
+    # The planner's own default: weights of two bytes, gradients of four.
+    assert trainer.compute_dtype == jnp.bfloat16
+    assert trainer._lowered.gradient_dtype == jnp.float32
+    policies = {"keep": "none", "selective": "selective", "recompute": "block"}
+    assert trainer.recompute == policies[found.plan.layers[0].residual]
+    # Its schedule alone says as much of the devices.
+    alone = trainer_of(small_model, small_parameters, schedule=found.schedule)
+    assert dict(alone.mesh.shape) == {DATA: 2, RING: 2}
+
+
+def test_recompute_by_layer_is_that_of_the_plan(found, small_model, small_parameters):
+    kinds = (Residual.KEEP, Residual.RECOMPUTE) * 2
+    paths = tuple(replace(found.plan.layers[0], residual=kind) for kind in kinds)
+    sharded = Plan(shard=4, state=State.SPLIT, layers=paths)
+    trainer = trainer_of(small_model, small_parameters, plan=replace(found, plan=sharded))
+    assert trainer.recompute == ("none", "block") * 2
+    assert dict(trainer.mesh.shape) == {DATA: 1, RING: 4}
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"devices": 2}, "devices=2, but schedule .* 2 replicas of 2 devices; use devices=4"),
+        ({"microbatches": 2}, "takes 4 microbatches, not microbatches=2"),
+        ({"compute_dtype": "float32"}, "compute_dtype=float32, but the plan is for .*bfloat16"),
+        ({"schedule": "dp"}, "plan and schedule='dp' are both given"),
+    ],
+)
+def test_what_differs_from_the_plan_is_refused(
+    found, small_model, small_parameters, asked, message
+):
+    with pytest.raises(UsageError, match=message):
+        trainer_of(small_model, small_parameters, plan=found, **asked)
+
+
+def test_a_mesh_of_too_few_rings_is_refused(found, small_model, small_parameters):
+    mesh = make_mesh(2, 1, devices=jax.devices()[:2])
+    with pytest.raises(UsageError, match="has 1 rings, but .* for 2 side by side"):
+        trainer_of(small_model, small_parameters, schedule=found.schedule, mesh=mesh)
+
+
+def test_split_features_are_refused_with_the_reason(found, small_model, small_parameters):
+    layers = found.plan.layers
+    split = replace(found, plan=Plan(features=4, layers=layers))
+    with pytest.raises(UsageError, match="splits features over 4 devices"):
+        trainer_of(small_model, small_parameters, plan=split)
+    schedule = planner.plan(
+        small_model, small_parameters, batch_of(8), cluster=CLUSTER,
+        narrow=lambda space: space.split("features", 2),
+    ).schedule  # fmt: skip
+    assert isinstance(schedule, Schedule)
+    for devices in (None, 2, 4):
+        with pytest.raises(UsageError, match="splits features over 2 devices"):
+            trainer_of(small_model, small_parameters, schedule=schedule, devices=devices)
+
+
+def test_what_is_no_plan_for_the_trainer_is_refused(found, small_model, small_parameters):
+    with pytest.raises(UsageError, match="Plan is no plan; use what `jaxsys.planner.plan`"):
+        trainer_of(small_model, small_parameters, plan=found.plan)
+    function = replace(found, problem=replace(found.problem, lowered=False))
+    with pytest.raises(UsageError, match="is of a loss function"):
+        trainer_of(small_model, small_parameters, plan=function)
+
+
+def test_a_plan_file_sets_recompute_and_dtype(found, small_model, small_parameters, tmp_path):
+    import json
+
+    path = tmp_path / "plan.json"
+    kept = tuple(replace(layer, residual=Residual.KEEP) for layer in found.plan.layers)
+    chosen = replace(found.found, plan=replace(found.plan, layers=kept))
+    value = plan_file(found.problem, chosen, request={"dtype": "bfloat16"})
+    path.write_text(json.dumps(value), encoding="utf-8")
+    trainer = trainer_of(small_model, small_parameters, schedule=str(path))
+    assert (trainer.recompute, trainer.compute_dtype) == ("none", jnp.bfloat16)
+    with pytest.raises(UsageError, match="recompute=selective, but the plan is for"):
+        trainer_of(small_model, small_parameters, schedule=path, recompute="selective")
+
+
+def test_a_schedule_keeps_replicas_and_features_in_json():
+    made = replace(for_layers("dp", devices=2, microbatches=4, layers=4), replicas=2, features=3)
+    assert Schedule.from_json(made.to_json()) == made
+
+
+def test_auto_chooses_for_the_first_batch(small_model, small_parameters):
+    trainer = trainer_of(small_model, small_parameters, schedule="auto", devices=2)
+    assert (trainer.rows, trainer.step_number, trainer.chosen) == (4, 0, None)
+    with pytest.raises(UsageError, match="chosen for the first batch, and schedule is known"):
+        _ = trainer.schedule
+    batch = batch_of(4)
+    loss = float(trainer.step(batch).loss)
+    wanted = trainer_of(small_model, small_parameters, schedule="dp", devices=1, microbatches=4)
+    assert loss == pytest.approx(float(wanted.step(batch).loss), rel=1e-5)
+    assert trainer.chosen is not None
+    assert trainer.chosen.startswith(f"auto took {trainer.schedule.name}, recompute ")
+
+
+def test_auto_chooses_at_once_for_a_microbatch_and_only_what_is_asked(
+    small_model, small_parameters
+):
+    microbatch = {name: leaf[0] for name, leaf in batch_of(1).items()}
+    trainer = trainer_of(
+        small_model, small_parameters, schedule="auto", devices=2, microbatch=microbatch,
+        recompute="block", microbatches=6,
+    )  # fmt: skip
+    assert (trainer.recompute, trainer.rows) == ("block", 6)

@@ -1,0 +1,88 @@
+"""What a run may be told besides its model, optimizer and schedule: small values with defaults.
+
+`Trainer` takes them whole, or any of their fields by name: `Trainer(..., clip_norm=1.0)` is
+`Trainer(..., updates=Updates(clip_norm=1.0))`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jaxsys.errors import UsageError
+from jaxsys.hardware import GIB
+from jaxsys.layered import PyTree
+from jaxsys.lowering import Recompute
+from jaxsys.train.memory import Limit, limit_of
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compute:
+    """In what numbers a step computes, and what it computes twice."""
+
+    compute_dtype: DTypeLike = jnp.float32
+    """Of weights in use and activations."""
+    gradient_dtype: DTypeLike = jnp.float32
+    """Of gradient sums on their way."""
+    recompute: Recompute | tuple[Recompute, ...] = "block"
+    """What the backward pass computes again; by layer where the schedule shards."""
+    unroll: bool = False
+    """Write a chunk's layers out instead of looping over them: steps that keep residuals are
+    faster, compiling takes longer (one body a layer). ZeRO's always are."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """What a step may need on a device.
+
+    A step that is predicted to need more is refused before anything is compiled.
+    """
+
+    memory_gib: float | None = None
+    """What the device has, if not given (of CPU devices each its part of what the host has free);
+    `math.inf` goes on whatever is predicted."""
+    microbatch: PyTree | None = field(default=None, repr=False)
+    """Arrays or shapes of one, [B, ...]. With it what does not fit is refused before parameters are
+    made, and not at the first batch; and `schedule="auto"` chooses then."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError if the limit is none."""
+        if self.memory_gib is not None and not self.memory_gib > 0:
+            raise UsageError(f"memory_gib={self.memory_gib} must be above 0")
+
+    def limit(self, device: Any) -> Limit:
+        """In bytes."""
+        return limit_of(device) if self.memory_gib is None else Limit(bytes=self.memory_gib * GIB)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class About:
+    """What is remembered of a run, and said of its speed."""
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What else the trajectory depends on; compared when a run is resumed."""
+    flops_per_token: float | None = None
+    """For MFU, see `jaxsys.train.flops`."""
+    seed: int = 0
+    """Of the keys that a model that draws random numbers (dropout) finds in its batches."""
+
+
+def with_fields(groups: tuple[T, ...], named: Mapping[str, Any]) -> tuple[T, ...]:
+    """The groups with fields given by name put into those that have them.
+
+    Raises:
+        UsageError: if no group has such a field.
+    """
+    left = dict(named)
+    found = []
+    for group in groups:
+        own = {f.name for f in fields(group)} & left.keys()  # type: ignore[arg-type]
+        found.append(replace(group, **{name: left.pop(name) for name in own}))  # type: ignore[type-var]
+    if left:
+        known = ", ".join(f.name for group in groups for f in fields(group))  # type: ignore[arg-type]
+        raise TypeError(f"unknown options {', '.join(left)}; there are {known}")
+    return tuple(found)
