@@ -44,9 +44,9 @@ class _Itself:
         return id(self.value)
 
 
-Derivatives = dict[int, tuple[Any, Any]]
+Derivatives = dict[Any, tuple[Any, Any]]
 """What is known of custom derivatives, by an equation's identity: the equation, so that its
-identity stays its own, and its mark."""
+identity stays its own, and its mark. And the calls whose derivative is being looked at."""
 
 
 def fingerprint(equation: Any, derivatives: Derivatives) -> Any:
@@ -54,10 +54,12 @@ def fingerprint(equation: Any, derivatives: Derivatives) -> Any:
     name = equation.primitive.name
     shapes = tuple(aval_of(variable) for variable in equation.invars)
     parts = [name, shapes, _parameters(equation, derivatives)]
-    if name.startswith("custom_jvp_call"):
-        parts.append(_derivative(equation, derivatives, forward=True))
-    elif name.startswith("custom_vjp_call"):
-        parts.append(_derivative(equation, derivatives, forward=False))
+    call = tuple(parts)
+    # A derivative may call its own function again (relu's does): that is the same one.
+    if name.startswith(("custom_jvp_call", "custom_vjp_call")) and call not in derivatives:
+        derivatives[call] = (None, None)
+        parts.append(_derivative(equation, derivatives, forward="jvp" in name))
+        del derivatives[call]
     return tuple(parts)
 
 

@@ -206,6 +206,12 @@ def _made_so(value: Value, samples: int, known: dict[Value, bool]) -> bool:
         return value.aval.shape[0] == first.aval.shape[0]
     if name == "concatenate":
         return parameters["dimension"] != 0 and all(_by_sample(v, samples, known) for v in inputs)
+    if name == "dot_general":
+        (contracted, _), (batch, other_batch) = parameters["dimension_numbers"]
+        if batch:
+            paired = batch[0] == 0 and other_batch[0] == 0
+            return paired and _by_sample(inputs[1], samples, known)
+        return 0 not in contracted and not inputs[1].varies
     if name == "gather":
         numbers = parameters["dimension_numbers"]
         if 0 in numbers.offset_dims:  # rows whole, the same place of each
