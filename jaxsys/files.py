@@ -61,6 +61,12 @@ def shown(value: Any) -> str:
     return _SHORT.repr(value)
 
 
+def one_line(text: str, most: int = 600) -> str:
+    """A text of others within an error: on one line, cut where it goes on and on."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[:most]} ..."
+
+
 def read_bytes(path: str | Path, *, what: str = "", most_bytes: int = MOST_BYTES) -> bytes:
     """A whole file, if it is not larger than `most_bytes`.
 

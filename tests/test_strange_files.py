@@ -297,7 +297,7 @@ def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 def odd(random: random.Random) -> Any:
     value = copy.deepcopy(random.choice(ODD_VALUES))
     if random.random() < 0.05:  # deep, or long
-        for _ in range(random.choice((70, 900))):
+        for _ in range(random.choice((70, 200))):
             value = [value]
     return value
 

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from jaxsys.errors import UsageError
 from jaxsys.fields import Fields, read_fields
-from jaxsys.files import MIB, read_text, shown
+from jaxsys.files import MIB, one_line, read_text, shown
 from jaxsys.layered import Parameters
 from jaxsys.model import packed
 from jaxsys.model.assemble import (
@@ -64,7 +64,7 @@ def read_config(folder: Path) -> DecoderConfig:
     try:
         return DecoderConfig.from_hf(content)
     except UsageError as error:
-        raise UsageError(f"{path}: {error}") from error
+        raise UsageError(f"{path}: {one_line(str(error))}") from error
     except LookupError as error:
         raise UsageError(f"{path}: a value is of the wrong kind ({error!r})") from error
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxsys.errors import UsageError
 from jaxsys.model.config import DecoderConfig
+from jaxsys.model.hf_config import refuse_many_layers
 from jaxsys.model.rope import LinearRopeScaling
 
 
@@ -318,6 +319,7 @@ def read_config(source: Source, architecture: str) -> DecoderConfig:
     else:
         epsilon, key = "attention.layer_norm_rms_epsilon", "rms_norm_eps"
     experts = metadata.get("expert_count", 0)
+    refuse_many_layers("block_count", metadata.need("block_count"))
     keys: Keys = {
         "vocab_size": table[0],
         "hidden_size": width,

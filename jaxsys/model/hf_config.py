@@ -157,6 +157,10 @@ class _Reader:
         return found if key.read is None else key.read(found)
 
 
+MOST_LAYERS = 10_000
+"""Of a configuration in a file."""
+
+
 def read(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of `DecoderConfig` that a config.json says.
 
@@ -208,6 +212,7 @@ def _read_sizes(reader: _Reader, family: Family, fields: dict[str, Any]) -> None
     ]
     if missing:
         raise UsageError(f"the configuration lacks {', '.join(missing)}")
+    refuse_many_layers("num_hidden_layers", values["num_hidden_layers"])
     heads = values["num_attention_heads"]
     fields |= {
         "vocab_size": values["vocab_size"],
@@ -219,6 +224,12 @@ def _read_sizes(reader: _Reader, family: Family, fields: dict[str, Any]) -> None
         "head_dim": values["head_dim"] or values["hidden_size"] // heads,
         "max_positions": values["max_position_embeddings"],
     }
+
+
+def refuse_many_layers(key: str, layers: Any) -> None:
+    """Raises UsageError for more layers than can be meant, before each is described."""
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise UsageError(f"{key}={layers} is more than {MOST_LAYERS} layers, the most that is read")
 
 
 def _activation(key: str, name: Any) -> Activation:
