@@ -191,7 +191,8 @@ def read_schedule(path: Path) -> None:
 def cluster_profile(folder: Path) -> Path:
     specs = {"device": asdict(device("h100")), "link": asdict(link("nvlink"))}
     for spec in specs.values():
-        del spec["sources"]
+        for name in ("sources", "clocks"):  # not of a profile
+            spec.pop(name, None)
     head = {"format": "jaxsys-profile-cluster", "version": 2, "devices": 2}
     (folder / "p.json").write_text(json.dumps(head | specs))
     return folder / "p.json"
