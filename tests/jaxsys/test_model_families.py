@@ -16,18 +16,23 @@ from jaxsys.model import (
     FAMILIES,
     BlockKind,
     DecoderConfig,
+    Family,
     abstract_parameters,
+    families,
     forward,
     initial_parameters,
     layered,
     load,
     preset,
+    register,
     save_safetensors,
 )
 from jaxsys.model.assemble import expected_tensors
 from jaxsys.model.contract import layer_cache, products
+from jaxsys.model.families import Key, Windows
 from jaxsys.model.names import block_tensors, edge_tensors
 from jaxsys.model.safetensors_file import SafetensorsFile, TensorToWrite, write_safetensors
+from jaxsys.planner.workload import decoder_workload
 
 
 def _cases():
@@ -220,3 +225,37 @@ def test_a_family_cannot_be_written_as_another():
 def test_descriptions_that_do_not_fit_together(changes, message):
     with pytest.raises(UsageError, match=message):
         dataclasses.replace(preset("tiny"), **changes)
+
+
+def test_a_family_from_outside(monkeypatch):
+    """One entry of known building blocks: it is read, written, trained and planned."""
+    monkeypatch.setattr("jaxsys.model.families.FAMILIES", dict(FAMILIES))
+    for place in ("hf_config", "names"):
+        monkeypatch.setattr(f"jaxsys.model.{place}.FAMILIES", families.FAMILIES)
+    register(
+        Family(
+            name="toy",
+            architecture="ToyForCausalLM",
+            sizes=(64, 32, 48, 3, 4, 2, 8, 64),
+            keys=(Key(name="biased", fields=("qkv_bias",), default=True),),
+            fixed={"qk_norm": "head", "norm": "layer", "gated": False},
+            activation=("act", "relu"),
+            windows=Windows(how="all", default=4),
+            modules={"mlp/up": "mlp.wide"},
+        )
+    )
+    config = DecoderConfig.from_hf({"model_type": "toy", "biased": False})
+    assert (config.qkv_bias, config.kinds[0].window, config.activation) == (False, 4, "relu")
+    assert DecoderConfig.from_hf(config.to_hf()) == config
+    assert tensors_of(config)["model.layers.2.mlp.wide.weight"] == (48, 32)
+    work = decoder_workload("toy", config, sequence_length=16, microbatch_size=1)
+    assert work.parameters == config.parameter_count()
+    ids = jax.ShapeDtypeStruct((1, 1, 8), jnp.int32)
+    loss = jax.eval_shape(
+        lambda w, rows: reference_loss(layered(config), w, rows),
+        abstract_parameters(config),
+        {"inputs": ids, "targets": ids},
+    )
+    assert loss.shape == ()
+    with pytest.raises(UsageError, match="family 'toy' is registered already"):
+        register(families.FAMILIES["toy"])
