@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from jaxsys import __version__
-from jaxsys.errors import RunError, UsageError
+from jaxsys.errors import RunError, UsageError, did_you_mean
 from jaxsys.interrupt import Interruptible
 from jaxsys.options import in_options
 
@@ -71,7 +71,8 @@ def _run(arguments: list[str]) -> int:
     if name not in SUBCOMMANDS:
         longer = [known for known in SUBCOMMANDS if known.startswith(f"{name} ")]
         known = ", ".join(longer or SUBCOMMANDS)
-        print(f"jaxsys: {name!r} is not a command; use one of {known}", file=sys.stderr)
+        near = did_you_mean(" ".join(arguments[:2]), SUBCOMMANDS) or did_you_mean(name, SUBCOMMANDS)
+        print(f"jaxsys: {name!r} is not a command{near}; use one of {known}", file=sys.stderr)
         return 2
     debug = "--debug" in rest
     rest = [word for word in rest if word != "--debug"]

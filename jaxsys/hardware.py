@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jaxsys.errors import UsageError
+from jaxsys.errors import UsageError, did_you_mean
 from jaxsys.schedule import Link
 
 GIB = 2**30
@@ -472,7 +472,8 @@ def device(name: str) -> DeviceSpec:
         UsageError: if there is none; lists those there are.
     """
     if name not in DEVICES:
-        raise UsageError(f"device {name!r} is not known; known: {', '.join(DEVICES)}")
+        near = did_you_mean(name, DEVICES)
+        raise UsageError(f"device {name!r} is not known{near}; known: {', '.join(DEVICES)}")
     return DEVICES[name]
 
 
@@ -488,5 +489,6 @@ def link(name: str) -> LinkSpec:
         UsageError: if there is none; lists those there are.
     """
     if name not in LINKS:
-        raise UsageError(f"link {name!r} is not known; known: {', '.join(LINKS)}")
+        near = did_you_mean(name, LINKS)
+        raise UsageError(f"link {name!r} is not known{near}; known: {', '.join(LINKS)}")
     return LINKS[name]

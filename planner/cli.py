@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from jaxsys.planner.evaluate import POLICY, plan_costs, schedule_link
 from jaxsys.planner.files import plan_file
 from jaxsys.planner.lower import to_schedule
 from jaxsys.planner.named import best_that_runs, compare, with_found
-from jaxsys.planner.plans import Plan
+from jaxsys.planner.plans import PATHS, Plan, Residual
 from jaxsys.planner.problem import Problem
 from jaxsys.planner.profile import load_profile
 from jaxsys.planner.recognise import describe
@@ -32,20 +33,27 @@ from jaxsys.planner.runs import that_runs, why_not
 from jaxsys.planner.search import Effort, Found, Progress, search
 from jaxsys.planner.space import Space
 from jaxsys.planner.workload import Workload, decoder_workload
-from jaxsys.schedule import Placement, Simulation, simulate, trace
+from jaxsys.schedule import Placement, Schedule, Simulation, simulate, trace
 from jaxsys.schedule.render import draw, write_chrome_trace
+from jaxsys.strategies import for_layers
 
-MOST_DEVICES = 1024
-"""Every task of every device is simulated: this many take minutes a strategy."""
+MOST_DEVICES = 16_384
+"""Beyond it the ways to divide devices are too many to be looked through at once."""
 MOST_MICROBATCHES = 8 * MOST_DEVICES
-"""Likewise."""
+EVERY_S = 5.0
+"""Between lines of progress where nobody watches a terminal."""
 EFFORT = Effort(refine=4, chains=24, steps=60, pairs=8000, restarts=1, tolerance=1e-3)
-GLANCE_S = 5.0
-"""How long the plans that mix or repeat the known strategies are searched for the table."""
+GLANCE = 1e6
+"""How much is searched for the table, of plans that mix or repeat the known strategies."""
+MICROSECONDS = 1e6
+_said_s = time.monotonic()
+"""When a line of progress was last printed, where none is put in place of another."""
 
 
 def main(argv: Sequence[str], prog: str) -> int:
     """Runs the command; returns 0, or raises UsageError or RunError."""
+    global _said_s
+    _said_s = time.monotonic()
     options = parser(prog).parse_args(argv)
     if options.memory_gib is not None and not options.memory_gib > 0:
         raise UsageError(f"--memory-gib {options.memory_gib:g} must be above 0; inf sets no limit")
@@ -55,7 +63,7 @@ def main(argv: Sequence[str], prog: str) -> int:
         )
     if options.devices > MOST_DEVICES:
         raise UsageError(
-            f"--devices {options.devices} is more than can be simulated device by device; plan for "
+            f"--devices {options.devices} is more than is planned for at once; plan for "
             f"at most {MOST_DEVICES}, and run replicas of that plan"
         )
     config = read_model(options.model)
@@ -103,10 +111,12 @@ def main(argv: Sequence[str], prog: str) -> int:
         workload,
         cluster,
         microbatches=microbatches,
+        microbatch_size=size,
         memory_bytes=memory_bytes,
         precision=precision,
         progress=_show,
     )
+    named = [row.plan for row in comparison.rows if row.plan is not None]
     problem = Problem(
         workload_of=workload_of,
         cluster=cluster,
@@ -118,7 +128,8 @@ def main(argv: Sequence[str], prog: str) -> int:
     searching = options.search or options.plan is not None
     if not searching:
         space = that_runs(Space.of(problem, microbatch_sizes=[size]))
-        glance = search(space, effort=replace(EFFORT, time_s=GLANCE_S), progress=_progress)
+        effort = replace(EFFORT, work=GLANCE)
+        glance = search(space, effort=effort, known=named, progress=_progress)
         comparison = with_found(comparison, problem, glance)
     _show("")
     print(
@@ -143,10 +154,10 @@ def main(argv: Sequence[str], prog: str) -> int:
         "dtype": "bfloat16",  # what `Precision` and a workload count by default
     }
     found, best, plan = None, comparison.best, None
-    simulation, fits, smallest = None, best is not None, comparison.smallest_memory_bytes
+    fits, smallest = best is not None, comparison.smallest_memory_bytes
     if searching:
         space = Space.of(problem, microbatch_sizes=None if free else [size])
-        found = _search(space, options.search_seconds, to_run=options.plan is not None)
+        found = _search(space, options.search_seconds, named, to_run=options.plan is not None)
         if found.plan.microbatch_size != size:
             print(
                 f"\nIt takes microbatches of {found.plan.microbatch_size} sequences, and so "
@@ -157,7 +168,7 @@ def main(argv: Sequence[str], prog: str) -> int:
         fits = found.peak_bytes <= comparison.memory_bytes * (1 + 1e-9)
         smallest = min(smallest, found.peak_bytes)
     elif best is not None:
-        plan, simulation = best.plan, best.simulation
+        plan = best.plan
     if not fits:  # and nothing is written
         raise RunError(
             f"no plan fits {gib(comparison.memory_bytes)} per device; the smallest limit "
@@ -184,15 +195,26 @@ def main(argv: Sequence[str], prog: str) -> int:
             "`jaxsys train` takes presets, no folders: train this model from Python, with "
             "jaxsys.train.Trainer"
         )
-    if plan is not None:
-        simulation = _simulation(problem, plan)
-    if simulation is not None:
-        _write_pictures(simulation, options)
+    if any((options.schedule, options.trace, options.png)):
+        if plan is not None:
+            schedule = to_schedule(problem, plan)
+        else:  # of a strategy without a place in the space of plans
+            assert best is not None
+            schedule = for_layers(
+                best.strategy,
+                devices=options.devices,
+                microbatches=microbatches,
+                layers=workload.layers,
+            )
+            residual = next(one for one in Residual if POLICY[one] == best.recompute)
+            layers = (replace(PATHS[0], residual=residual),) * workload.layers
+            plan = Plan(shard=options.devices, microbatch_size=size, layers=layers)
+        _write_pictures(_simulation(problem, plan, schedule), options)
     if options.schedule is not None and options.plan is not None:
         print(f"{options.schedule} is a part of {options.plan}, to look at: train with the latter")
     elif options.schedule is not None and not Path(options.model).is_dir():
         gradients = "" if options.gradients == "float32" else f" --gradients {options.gradients}"
-        recompute = POLICY[plan.layers[0].residual] if plan else best.recompute if best else "block"
+        recompute = POLICY[plan.layers[0].residual] if plan else "block"
         print(
             f"what it does not say: `jaxsys train --model {options.model} --schedule "
             f"{options.schedule} --recompute {recompute} --microbatch-size {size} "
@@ -214,12 +236,13 @@ def _beyond_schedule(plan: Plan, microbatch_size: int) -> str:
     return ", ".join(more) or (refused or "")
 
 
-def _search(space: Space, time_s: float, *, to_run: bool) -> Found:
+def _search(space: Space, seconds: float, known: Sequence[Plan], *, to_run: bool) -> Found:
     """Searches with a line of progress, and prints what is found and why."""
     problem = space.problem
     if to_run:
         space = that_runs(space)
-    result = search(space, effort=replace(EFFORT, time_s=time_s), progress=_progress)
+    effort = replace(EFFORT, work=seconds * MICROSECONDS)
+    result = search(space, effort=effort, known=known, progress=_progress)
     _show("")
     print(
         f"\nsearched {result.evaluated} plans in {result.elapsed_s:.1f} s from data parallelism; "
@@ -231,8 +254,7 @@ def _search(space: Space, time_s: float, *, to_run: bool) -> Found:
     return (best_that_runs(result) if to_run else None) or result.best
 
 
-def _simulation(problem: Problem, plan: Plan) -> Simulation:
-    schedule = to_schedule(problem, plan)
+def _simulation(problem: Problem, plan: Plan, schedule: Schedule) -> Simulation:
     found = trace(schedule)
     sharded = schedule.placement is Placement.SHARDED
     lowered = None if sharded else (found, buffers_of(schedule, found))
@@ -249,9 +271,16 @@ def _progress(moment: Progress) -> None:
 
 
 def _show(progress: str) -> None:
-    """Puts one line of progress in place of the last, where somebody watches."""
+    """Puts one line of progress in place of the last, or now and then one below it.
+
+    The latter where standard error is no terminal: a log gets a line every few seconds.
+    """
+    global _said_s
     if sys.stderr.isatty():
         print(f"\r{progress[:118]:<118}\r", end="", file=sys.stderr, flush=True)
+    elif progress and time.monotonic() - _said_s > EVERY_S:
+        _said_s = time.monotonic()
+        print(progress, file=sys.stderr, flush=True)
 
 
 def _write_pictures(simulation: Simulation, options: argparse.Namespace) -> None:
@@ -339,7 +368,12 @@ def parser(prog: str) -> argparse.ArgumentParser:
     add("--node-devices", type=whole(), help="devices of a node (default: all in one)")
     add("--node-link", help="link between nodes, per device")
     add("--search", action="store_true", help="search all plans, not the known strategies alone")
-    add("--search-seconds", type=float, default=600.0, help="stop the search then (default: 600)")
+    add(
+        "--search-seconds",
+        type=float,
+        default=600.0,
+        help="search as much as a quiet core does in so long; counted, not timed (default: 600)",
+    )
     add("--json", type=Path, help="write the comparison to this file")
     add("--plan", type=Path, help="search, and write the best plan for `jaxsys train --schedule`")
     add(

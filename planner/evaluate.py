@@ -8,7 +8,7 @@ then multiplied. Pipelines and rings have few plans each and are simulated as sc
 Legend: B plans, L layers, K microbatches a device, T ticks.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -33,11 +33,18 @@ from jaxsys.planner.orders import staged_schedule
 from jaxsys.planner.plans import PATHS, Gradient, Plan, Residual, State, Weights
 from jaxsys.planner.problem import Problem
 from jaxsys.schedule import Costs, Data, Link, Placement, Schedule, Trace, trace
-from jaxsys.schedule.quick import QuickSchedule, Totals
-from jaxsys.strategies.data_parallel import data_parallel
+from jaxsys.schedule.quick import QuickMemory, QuickSchedule, Totals
+from jaxsys.strategies import for_layers, strategy_at
 
+COMPILED_TASK, SIMULATED = 30.0, 1.5
+"""Microseconds that a task of a pipeline or ring takes, to be compiled and in each simulation."""
+TICK, TICK_OF_PLAN = 15.0, 0.2
+"""Likewise a tick of plans that shard, and each plan in it."""
 COMPILED = 24
 """Schedules of pipelines and rings that are kept, compiled; some MiB each."""
+FOLLOWED = 16_000
+"""Tasks of a pipeline or ring that may be followed one by one before a period is multiplied; enough
+microbatches to fill it always are."""
 STEADY_TURNS = 4
 """Microbatches that are followed one by one; what lies between is multiplied."""
 POLICY: Mapping[Residual, Recompute] = {
@@ -85,8 +92,9 @@ class Evaluator:
         """How many plans have been evaluated."""
         self._sharded: dict[Plan, ShardedEvaluator] = {}
         self._staged: dict[tuple[Plan, tuple[int, ...]], Estimates] = {}
-        self.tasks = 0
-        """How many tasks of pipelines and rings have been simulated."""
+        self._compiled: set[tuple[str, Plan, int]] = set()
+        self.work = 0.0
+        """What has been computed, in about microseconds of a quiet core; counted, not measured."""
 
     def evaluate(self, base: Plan, codes: np.ndarray) -> Estimates:
         """Estimates plans that share everything of `base` but their layers.
@@ -107,7 +115,9 @@ class Evaluator:
                     for name in ("step_s", "peak_bytes", "sent_bytes", "compute_s")
                 }
             )
-        return self.sharded(base).evaluate(codes)
+        sharded = self.sharded(base)
+        self.work += sharded.ticks * (TICK + TICK_OF_PLAN * len(codes))
+        return sharded.evaluate(codes)
 
     def sharded(self, base: Plan) -> "ShardedEvaluator":
         """What evaluates the plans that share a common part without stages and ring."""
@@ -129,27 +139,34 @@ class Evaluator:
         return self._staged[key]
 
     def _simulate_staged(self, plan: Plan) -> Estimates:
-        """A few microbatches simulated, the steady part multiplied."""
+        """A few microbatches simulated, the steady part multiplied.
+
+        Times are steady once all owners are at work, memory when the last has what it ever has.
+        """
         ways = plan.owners
         total = microbatches(self.problem, plan)
-        period = plan.ring if plan.ring > 1 else ways if plan.chunks > 1 else 1
-        few = min(total, 3 * ways + 2 * period)
-        few -= few % period
-        results = []
-        for count in [few - period, few] if total > few else [few]:
-            staged = _staged(_ordered(plan), count, self.problem.lowered)
-            self.tasks += staged.tasks
-            results.append(self._totals(plan, staged))
-        (last, peak) = results[-1]
+        known = strategy_at(plan.choices)
+        even = plan.ring > 1 or plan.chunks > 1 or (known is not None and known.even_microbatches)
+        period = ways if even else 1
+        few = max(3 * ways + 2 * period, min(12 * ways, FOLLOWED // (2 * ways)))
+        few = min(total, few - few % period)
+        last = self._totals(plan, few)
         step, sent, busy = last.step_s, last.sent_bytes, last.busy_s
         if total > few:
-            before, held = results[0]
+            before = self._totals(plan, few - period)
             periods = (total - few) / period
             step += periods * (last.step_s - before.step_s)
             sent += periods * (last.sent_bytes - before.sent_bytes)
             busy += periods * (last.busy_s - before.busy_s)
-            # Of an order that runs every forward pass first, with the microbatches.
-            peak += periods * (peak - held)
+        enough = min(total, 3 * ways if even else 2 * ways + 1)
+        peak, held = self._peak_bytes(plan, enough)
+        if total > enough and held >= enough:
+            # Of an order that runs every forward pass first memory grows with the microbatches.
+            more = min(total, 3 * ways + 2 * period)
+            more -= more % period
+            peak, _ = self._peak_bytes(plan, more)
+            less, _ = self._peak_bytes(plan, more - period)
+            peak += (total - more) / period * (peak - less)
         return Estimates(
             step_s=np.array([step]),
             peak_bytes=np.array([peak]),
@@ -178,31 +195,64 @@ class Evaluator:
         # Every device runs F and B of as many layers, whichever they are.
         return total / plan.owners * sum(each[block, path.residual] for block, path in layers)
 
-    def _totals(self, plan: Plan, staged: "_Staged") -> tuple[Totals, float]:
-        """A simulated step of a plan, and the most that a device holds."""
-        costs, around = costs_around(
+    def _costs(self, plan: Plan, shape: Schedule) -> tuple[Costs, Around]:
+        return costs_around(
             self.problem.workload(plan.microbatch_size),
             self.problem.cluster.device,
             schedule_link(self.problem, plan),
-            schedule=staged.shape,
+            schedule=shape,
             precision=self.problem.precision,
             recompute=[POLICY[path.residual] for path in plan.layers],
             split=plan_split(self.problem, plan),
         )
-        totals = staged.quick.run(costs, schedule_link(self.problem, plan))
-        if staged.buffers is not None:
-            return totals, lowered_peak_bytes(staged.shape, staged.buffers, costs, around)
-        static = around.rest + around.edge + around.edge_sums + max(around.block, around.head)
-        return totals, static + totals.alive_bytes
+
+    def _totals(self, plan: Plan, count: int) -> Totals:
+        """A step of so many microbatches."""
+        ordered = _ordered(plan)
+        staged = _staged(ordered, count)
+        self._count(("times", ordered, count), staged.tasks)
+        self.work += staged.tasks * SIMULATED
+        costs, _ = self._costs(plan, staged.shape)
+        return staged.quick.run(costs, schedule_link(self.problem, plan))
+
+    def _peak_bytes(self, plan: Plan, count: int) -> tuple[float, int]:
+        """The most that a device holds of so many microbatches, and residuals of how many."""
+        ordered = _ordered(plan)
+        held = _held(ordered, count, self.problem.lowered)
+        self._count(("memory", ordered, count), held.tasks)
+        costs, around = self._costs(plan, held.shape)
+        if held.buffers is not None:
+            peak = lowered_peak_bytes(held.shape, held.buffers, costs, around)
+        else:
+            static = around.rest + around.edge + around.edge_sums + max(around.block, around.head)
+            peak = static + held.memory.alive_bytes(costs)
+        return peak, held.residuals
+
+    def _count(self, key: tuple[str, Plan, int], tasks: int) -> None:
+        """Counts compiling as work once, whether or not it was kept from another search."""
+        if key not in self._compiled:
+            self._compiled.add(key)
+            self.work += tasks * COMPILED_TASK
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Staged:
-    """A schedule of owners, compiled; its tasks, moves and trace are not kept."""
+    """A schedule of owners, compiled; its tasks and moves are not kept."""
 
     shape: Schedule
     quick: QuickSchedule
+    tasks: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Held:
+    """What it holds; its trace is not kept."""
+
+    shape: Schedule
+    memory: QuickMemory
     buffers: Buffers | None
+    residuals: int
+    """The most, counted in microbatches, that a device keeps residuals of a chunk of."""
     tasks: int
 
 
@@ -212,13 +262,33 @@ def _ordered(plan: Plan) -> Plan:
 
 
 @lru_cache(maxsize=COMPILED)
-def _staged(ordered: Plan, count: int, lowered: bool) -> _Staged:
+def _staged(ordered: Plan, count: int) -> _Staged:
     schedule = staged_schedule(ordered, count)
-    found = trace(schedule)
     return _Staged(
         shape=replace(schedule, tasks=(), moves=(), starts=()),
-        quick=QuickSchedule(schedule, found),
+        quick=QuickSchedule(schedule),
+        tasks=len(schedule.tasks),
+    )
+
+
+@lru_cache(maxsize=COMPILED)
+def _held(ordered: Plan, count: int, lowered: bool) -> _Held:
+    schedule = staged_schedule(ordered, count)
+    found = trace(schedule)
+    lanes: Counter[tuple[int, int, int]] = Counter()
+    for copy in found.copies:
+        if copy.block.data is Data.RESIDUAL:
+            lanes[copy.device, copy.block.chunk, copy.born] += 1
+            lanes[copy.device, copy.block.chunk, copy.last_use + 1] -= 1
+    most, live, at = 0, 0, (-1, -1)
+    for (device, chunk, _), change in sorted(lanes.items()):
+        live = change + (live if (device, chunk) == at else 0)
+        most, at = max(most, live), (device, chunk)
+    return _Held(
+        shape=replace(schedule, tasks=(), moves=(), starts=()),
+        memory=QuickMemory(schedule, found),
         buffers=buffers_of(schedule, found) if lowered else None,
+        residuals=most,
         tasks=len(schedule.tasks),
     )
 
@@ -295,6 +365,7 @@ class ShardedEvaluator:
         self.whole = base.state is State.WHOLE
         self.lookahead = base.lookahead
         self.turns = microbatches(problem, base) // base.shard
+        self.ticks = 2 * self.layers * min(self.turns, STEADY_TURNS)
         split = plan_split(problem, base)
         link = schedule_link(problem, base)
         # Of a policy that the workload knows nothing of the space holds no plan.
@@ -336,8 +407,11 @@ class ShardedEvaluator:
         self.workspace_bytes = workload.edge.workspace_bytes / between
         self.occupancy = self._occupancy()
         self.tabled = problem.lowered and self.whole
-        if self.tabled:  # slots are each device's own, however many there are
-            self.schedule = data_parallel(1, min(self.turns, 3), chunks=self.layers)
+        if self.tabled:  # slots are each device's own: two stand for any number
+            some = min(base.shard, 2)
+            self.schedule = for_layers(
+                "dp", devices=some, microbatches=some * min(self.turns, 3), layers=self.layers
+            )
             self.buffers = buffers_of(self.schedule, trace(self.schedule))
 
     @staticmethod
@@ -518,12 +592,18 @@ class ShardedEvaluator:
 
     def _tabled_peak(self, residuals: np.ndarray, work: np.ndarray) -> np.ndarray:
         """What programs with buffers allocate, whose parameters are whole on every device."""
+        kept = self.residual_bytes[residuals, np.arange(self.layers)]
+        whole = self.schedule.chunks == 1  # all layers are the one chunk
+
+        def chunk(sizes: np.ndarray) -> np.ndarray:
+            return sizes.sum(-1) if whole else sizes.max(-1)
+
         size = {
-            Data.WEIGHT: self.weight_bytes.max(),
-            Data.GRADIENT: self.gradient_bytes.max(),
+            Data.WEIGHT: chunk(self.weight_bytes),
+            Data.GRADIENT: chunk(self.gradient_bytes),
             Data.ACTIVATION: self.activation_bytes,
             Data.COTANGENT: self.activation_bytes,
-            Data.RESIDUAL: self.residual_bytes[residuals, np.arange(self.layers)].max(1),
+            Data.RESIDUAL: chunk(kept),
         }
         around = Around(
             rest=self.frame.rest_bytes,

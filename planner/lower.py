@@ -9,7 +9,7 @@ from jaxsys.planner.plans import Gradient, Plan, State, Weights
 from jaxsys.planner.problem import Problem
 from jaxsys.planner.recognise import recognise
 from jaxsys.schedule import Schedule
-from jaxsys.strategies.data_parallel import data_parallel
+from jaxsys.strategies import for_layers
 from jaxsys.strategies.zero import trajectory
 
 
@@ -30,7 +30,8 @@ def to_schedule(problem: Problem, plan: Plan) -> Schedule:
         return replace(staged_schedule(plan, total), name=recognise(plan), **around)
     layers = range(len(plan.layers))
     if plan.state is State.WHOLE:
-        return replace(data_parallel(plan.shard, total, chunks=len(plan.layers)), **around)
+        made = for_layers("dp", devices=plan.shard, microbatches=total, layers=len(plan.layers))
+        return replace(made, **around)
 
     def where(field: str, *values: object) -> list[int]:
         return [i for i in layers if getattr(plan.layers[i], field) in values]

@@ -1,35 +1,30 @@
 """The known strategies, each simulated on the user's model and cluster, side by side.
 
-Every row is a real Schedule run through `jaxsys.schedule.simulate`; for each strategy the fastest
-recompute policy that fits memory is shown, or the leanest where none fits.
+Every row is the plan at a strategy's place, estimated as a search estimates plans: its schedule's
+recursion, a steady period of it multiplied. A strategy without a place is simulated task by task.
+The fastest recompute policy that fits memory is shown, or the leanest where none fits.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from jaxsys.errors import UsageError
-from jaxsys.hardware import DeviceSpec
 from jaxsys.lowering.tables import buffers_of
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.costs import Precision, schedule_costs
-from jaxsys.planner.evaluate import POLICY
-from jaxsys.planner.plans import Plan
+from jaxsys.planner.evaluate import POLICY, Evaluator
+from jaxsys.planner.plans import Gradient, LayerPath, Plan, Weights
 from jaxsys.planner.problem import Problem
 from jaxsys.planner.recognise import recognise
 from jaxsys.planner.runs import why_not, why_not_schedule
 from jaxsys.planner.search import Found, Result
 from jaxsys.planner.workload import Workload
-from jaxsys.schedule import (
-    Link,
-    Placement,
-    Schedule,
-    ScheduleError,
-    Simulation,
-    simulate,
-    trace,
-)
-from jaxsys.strategies import STRATEGIES, for_layers
+from jaxsys.schedule import Placement, Schedule, ScheduleError, simulate, trace
+from jaxsys.strategies import STRATEGIES, Place, Strategy, for_layers
+from jaxsys.strategies.data_parallel import check_microbatches
 
+MOST_TASKS = 200_000
+"""Of a schedule that is simulated task by task."""
 USABLE_MEMORY = 0.92
 """The share of a device's memory that a step may take by default; the rest is for the runtime,
 collectives' buffers and fragmentation."""
@@ -53,10 +48,11 @@ class Row:
     mfu: float
     fits: bool
     plan: Plan | None = None
-    """Of a row that a search found."""
+    """What it does, if it has a place in the space of plans."""
+    found: bool = False
+    """Whether a search found it."""
     not_run: str | None = None
     """Why `jaxsys.train` cannot run it, if so."""
-    simulation: Simulation | None = field(default=None, repr=False, compare=False)
 
     @property
     def waits_s(self) -> float:
@@ -78,7 +74,7 @@ class Comparison:
     def best(self) -> Row | None:
         """The fastest row that fits; of equals, but for rounding, one with a strategy's name."""
         fitting = [row for row in self.rows if row.fits]
-        rank = lambda row: (float(f"{row.step_s:.9g}"), row.plan is not None)  # noqa: E731
+        rank = lambda row: (float(f"{row.step_s:.9g}"), row.found)  # noqa: E731
         return min(fitting, key=rank) if fitting else None
 
     @property
@@ -87,37 +83,12 @@ class Comparison:
         return min(row.memory_bytes for row in self.rows)
 
 
-Generator = Callable[[], Schedule]
-
-
-def generators(workload: Workload, devices: int, microbatches: int) -> dict[str, Generator]:
-    """Name -> how to make its schedule here; making it raises UsageError where it is not legal."""
-
-    def generator(name: str) -> Generator:
-        def generate() -> Schedule:
-            sharded = STRATEGIES[name].placement is Placement.SHARDED
-            shape = workload.uncut(devices) if sharded else None
-            if shape is not None:
-                raise UsageError(
-                    f"devices={devices} divide no axis of a matrix {list(shape)}, which would rest "
-                    "whole on each"
-                )
-            layers = workload.layers
-            schedule = for_layers(name, devices=devices, microbatches=microbatches, layers=layers)
-            if schedule.chunks > layers:
-                raise UsageError(f"chunks={schedule.chunks} are more than layers={layers}")
-            return schedule
-
-        return generate
-
-    return {name: generator(name) for name in STRATEGIES}
-
-
 def compare(
     workload: Workload,
     cluster: Cluster,
     *,
     microbatches: int,
+    microbatch_size: int = 1,
     memory_bytes: float | None = None,
     precision: Precision | None = None,
     recompute: str | None = None,
@@ -129,6 +100,7 @@ def compare(
         workload: the model and its microbatch.
         cluster: what runs it.
         microbatches: M of a step, over all devices.
+        microbatch_size: sequences of each, as the rows' plans say it.
         memory_bytes: the limit per device; `USABLE_MEMORY` of the device's if not given.
         precision: bytes per parameter.
         recompute: the policy; of each strategy the best, if not given.
@@ -139,26 +111,30 @@ def compare(
     """
     if microbatches < 1:
         raise UsageError(f"microbatches={microbatches} must be at least 1")
-    device, devices = cluster.device, cluster.devices
-    link = cluster.group(devices)
     if memory_bytes is None:
-        memory_bytes = USABLE_MEMORY * device.memory_bytes
+        memory_bytes = USABLE_MEMORY * cluster.device.memory_bytes
     if not memory_bytes > 0:
         raise UsageError(f"memory of {memory_bytes / 2**30:.3g} GiB must be above 0")
     precision = precision or Precision()
+    problem = Problem(
+        workload_of=lambda _: workload,
+        cluster=cluster,
+        batch=microbatches * microbatch_size,
+        memory_bytes=memory_bytes,
+        precision=precision,
+        lowered=True,
+    )
+    evaluator = Evaluator(problem)
+    policies = workload.recompute_policies if recompute is None else (recompute,)
     rows, refused = [], []
-    found = generators(workload, devices, microbatches)
-    for number, (name, generate) in enumerate(found.items(), 1):
-        progress(f"simulating {name} ({number} of {len(found)})")
+    for number, name in enumerate(STRATEGIES, 1):
+        progress(f"simulating {name} ({number} of {len(STRATEGIES)})")
         try:
-            schedule = generate()
+            row = _row(evaluator, STRATEGIES[name], microbatches, microbatch_size, policies)
         except (UsageError, ScheduleError) as error:
             refused.append((name, str(error)))
-            continue
-        policies = workload.recompute_policies if recompute is None else (recompute,)
-        rows.append(
-            _best_policy(name, schedule, workload, device, link, memory_bytes, precision, policies)
-        )
+        else:
+            rows.append(row)
     if not rows:
         names_of: dict[str, list[str]] = {}  # a rule is said once, however many it refuses
         for name, why in refused:
@@ -168,53 +144,149 @@ def compare(
     return Comparison(rows=tuple(rows), refused=tuple(refused), memory_bytes=memory_bytes)
 
 
-def _best_policy(
-    name: str,
-    schedule: Schedule,
-    workload: Workload,
-    device: DeviceSpec,
-    link: Link,
-    memory_bytes: float,
-    precision: Precision,
+def _row(
+    evaluator: Evaluator,
+    strategy: Strategy,
+    microbatches: int,
+    microbatch_size: int,
     policies: Sequence[str],
 ) -> Row:
+    """The fastest recompute policy that fits, or the leanest where none does.
+
+    Raises:
+        UsageError: if the strategy is not legal here.
+    """
+    problem = evaluator.problem
+    workload, devices = problem.workload(microbatch_size), problem.cluster.devices
+    chunks = strategy.chunks(devices=devices, layers=workload.layers)
+    if chunks > workload.layers:
+        raise UsageError(f"chunks={chunks} are more than layers={workload.layers}")
+    if strategy.even_microbatches:
+        check_microbatches(devices, microbatches)
+    sharded = strategy.placement is Placement.SHARDED
+    shape = workload.uncut(devices) if sharded else None
+    if shape is not None:
+        raise UsageError(
+            f"devices={devices} divide no axis of a matrix {list(shape)}, which would rest whole "
+            "on each"
+        )
+    place = strategy.place
+    if place is not None and (place.axis == "shard" or devices > 1):
+        estimates = [
+            _planned(evaluator, plan_at(place, policy, devices, workload.layers, microbatch_size))
+            for policy in policies
+        ]
+    else:
+        made = for_layers(
+            strategy.name, devices=devices, microbatches=microbatches, layers=workload.layers
+        )
+        estimates = _simulated(problem, made, microbatch_size, policies)
+    fitting = [one for one in estimates if one.peak_bytes <= problem.memory_bytes]
+    best = (
+        min(fitting, key=lambda one: one.step_s)
+        if fitting
+        else min(estimates, key=lambda one: one.peak_bytes)
+    )
+    flops = workload.model_flops * microbatches
+    peak_flops = devices * problem.cluster.device.peak_flops_per_s
+    return Row(
+        strategy=strategy.name,
+        recompute=best.recompute,
+        chunks=chunks,
+        step_s=best.step_s,
+        compute_s=best.compute_s,
+        memory_bytes=best.peak_bytes,
+        sent_bytes=best.sent_bytes,
+        tokens_per_s=workload.tokens * microbatches / best.step_s,
+        mfu=flops / (best.step_s * peak_flops),
+        fits=bool(fitting),
+        plan=best.plan,
+        not_run=best.not_run,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Estimate:
+    """A strategy with one recompute policy."""
+
+    recompute: str
+    plan: Plan | None
+    not_run: str | None
+    step_s: float
+    compute_s: float
+    peak_bytes: float
+    sent_bytes: float
+
+
+def _planned(evaluator: Evaluator, plan: Plan) -> _Estimate:
+    found = evaluator.plan(plan)
+    return _Estimate(
+        recompute=POLICY[plan.layers[0].residual],
+        plan=plan,
+        not_run=why_not(plan),
+        step_s=float(found.step_s[0]),
+        compute_s=float(found.compute_s[0]),
+        peak_bytes=float(found.peak_bytes[0]),
+        sent_bytes=float(found.sent_bytes[0]),
+    )
+
+
+def _simulated(
+    problem: Problem, schedule: Schedule, microbatch_size: int, policies: Sequence[str]
+) -> list[_Estimate]:
+    """Task by task, of a strategy that has no place in the space of plans."""
+    if len(schedule.tasks) > MOST_TASKS:
+        raise UsageError(
+            f"{schedule.name} has no place in the space of plans and {len(schedule.tasks)} tasks; "
+            f"at most {MOST_TASKS} are simulated one by one"
+        )
+    workload, device = problem.workload(microbatch_size), problem.cluster.device
+    link = problem.cluster.group(schedule.devices)
     found = trace(schedule)
     sharded = schedule.placement is Placement.SHARDED
     lowered = None if sharded else (found, buffers_of(schedule, found))
-    rows = []
+    estimates = []
     for recompute in policies:
         costs = schedule_costs(
             workload,
             device,
             link,
             schedule=schedule,
-            precision=precision,
+            precision=problem.precision,
             recompute=recompute,
             lowered=lowered,
         )
         result = simulate(schedule, costs, link, known_trace=found)
-        flops = workload.model_flops * schedule.microbatches
-        peak = max(result.peak_bytes)
-        rows.append(
-            Row(
-                strategy=name,
+        estimates.append(
+            _Estimate(
                 recompute=recompute,
-                chunks=schedule.chunks,
+                plan=None,
+                not_run=why_not_schedule(schedule, recompute),
                 step_s=result.step_s,
                 compute_s=max(result.busy_s),
-                memory_bytes=peak,
+                peak_bytes=max(result.peak_bytes),
                 sent_bytes=max(result.sent_bytes),
-                tokens_per_s=workload.tokens * schedule.microbatches / result.step_s,
-                mfu=flops / (result.step_s * schedule.devices * device.peak_flops_per_s),
-                fits=peak <= memory_bytes,
-                not_run=why_not_schedule(schedule, recompute),
-                simulation=result,
             )
         )
-    fitting = [row for row in rows if row.fits]
-    if fitting:
-        return min(fitting, key=lambda row: row.step_s)
-    return min(rows, key=lambda row: row.memory_bytes)
+    return estimates
+
+
+def plan_at(place: Place, recompute: str, devices: int, layers: int, microbatch_size: int) -> Plan:
+    """The plan of a strategy's place on so many devices, all layers alike."""
+    residual = next(one for one, policy in POLICY.items() if policy == recompute)
+    path = LayerPath(weights=place.weights, gradient=place.gradient, residual=residual)
+    plain = LayerPath(weights=Weights.STAY, gradient=Gradient.ONCE, residual=residual)
+    owned = place.axis != "shard"
+    return Plan(
+        **{place.axis: devices},
+        microbatch_size=microbatch_size,
+        state=place.state,
+        order=place.order,
+        backward=place.backward,
+        delay=place.delay,
+        chunks=place.chunks,
+        layers=((plain if owned else path),) * layers,
+    )
 
 
 def best_that_runs(result: Result) -> Found | None:
@@ -245,5 +317,6 @@ def with_found(comparison: Comparison, problem: Problem, result: Result) -> Comp
         mfu=step_flops / (cluster.devices * cluster.device.peak_flops_per_s),
         fits=found.peak_bytes <= comparison.memory_bytes * (1 + 1e-9),
         plan=plan,
+        found=True,
     )
     return replace(comparison, rows=(*comparison.rows, row))

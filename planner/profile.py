@@ -7,7 +7,8 @@ pass, beside what these rates predict for it. And how much products are slowed b
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import jaxsys
 from jaxsys.errors import UsageError
 from jaxsys.fields import Fields
 from jaxsys.files import check_writable, read_json, shown, write_whole
-from jaxsys.hardware import DEVICES, WAITING, DeviceSpec, LinkSpec
+from jaxsys.hardware import DEVICES, WAITING, DeviceSpec, LinkSpec, free_host_bytes, gib
 from jaxsys.mesh import make_mesh, request_devices
 from jaxsys.model.config import DecoderConfig
 from jaxsys.model.shapes import preset
@@ -30,6 +31,7 @@ from jaxsys.planner.rates import (
     measure_collectives,
     measure_contention,
     measure_device,
+    product_widths,
     random_inputs,
 )
 from jaxsys.planner.workload import decoder_workload
@@ -75,6 +77,32 @@ def sent_share(kind: str, devices: int) -> float:
     }[kind]
 
 
+def host_bytes(config: DecoderConfig, devices: int, *, tokens: int, largest_bytes: int) -> float:
+    """What measuring holds at its peak, over devices that share one memory.
+
+    Each has the kernels' inputs in bfloat16, and attention that is not fused its scores; a block to
+    be sent is there once on the host, once on its device and once where it arrives.
+    """
+    width, inner = config.hidden_size, config.intermediate_size
+    matrices = 2 * width * sum(product_widths(config))
+    layer = config.block_parameter_count()
+    heads = 2 * config.num_heads * config.head_dim + 2 * config.num_kv_heads * config.head_dim
+    activations = tokens * (width + heads + 4 * inner)
+    scores = 2.0 * config.num_heads * tokens**2
+    inputs = 2.0 * (matrices + layer + activations)
+    sent = 3.0 * largest_bytes if devices > 1 else 0.0
+    return devices * (inputs + max(scores, sent))
+
+
+def _refuse_more_than_free(needed: float, free: float | None, *, devices: int, tokens: int) -> None:
+    if free is not None and needed > free:
+        raise UsageError(
+            f"measuring devices={devices} of this host at tokens={tokens} takes about "
+            f"{gib(needed, up=True)}, of {gib(free)} that are free; use fewer devices or tokens, "
+            "a smaller --largest-mib or --model"
+        )
+
+
 def build_profile(
     model: str,
     config: DecoderConfig,
@@ -83,11 +111,24 @@ def build_profile(
     tokens: int,
     repeats: int,
     largest_bytes: int,
+    say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Measures everything and returns the profile's JSON value."""
+    """Measures everything and returns the profile's JSON value.
+
+    Raises:
+        UsageError: if there are not so many devices, or they are the host's and its memory would
+            not do.
+    """
     chosen = request_devices(devices)
     kind = chosen[0].device_kind
     mesh = make_mesh(devices, devices=chosen)
+    if chosen[0].platform == "cpu":  # all of them have the host's memory
+        needed = host_bytes(config, devices, tokens=tokens, largest_bytes=largest_bytes)
+        _refuse_more_than_free(needed, free_host_bytes(), devices=devices, tokens=tokens)
+    say(
+        f"measuring products, attention, passes over memory and a block of {model} at {tokens} "
+        f"tokens on {devices} x {kind}, {repeats} runs each"
+    )
     inputs = random_inputs(config, mesh, tokens=tokens, dtype=jnp.bfloat16)
     rates = measure_device(config, mesh, inputs, repeats=repeats)
     near = min(
@@ -108,6 +149,7 @@ def build_profile(
     link = None
     if devices > 1:
         sizes = [size for size in SIZES_BYTES if size <= largest_bytes]
+        say(f"measuring 4 collectives at {len(sizes)} sizes up to {gib(sizes[-1])}")
         measured = measure_collectives(mesh, sizes_bytes=sizes, repeats=repeats)
         for name, rows in measured.items():
             sent = [size * sent_share(name, devices) for size, _ in rows]
@@ -237,6 +279,7 @@ def main(argv: Sequence[str], prog: str) -> int:
         tokens=options.tokens,
         repeats=options.repeats,
         largest_bytes=options.largest_mib * 2**20,
+        say=lambda text: print(text, file=sys.stderr, flush=True),
     )
     write_whole(options.out, json.dumps(value, indent=1) + "\n")
     device = value["device"]

@@ -59,7 +59,7 @@ def verdict(comparison: Comparison) -> str:
             row
             for row in comparison.rows
             # A search often finds the best strategy itself.
-            if row.fits and row is not best and not (row.plan and _as_good(row, best))
+            if row.fits and row is not best and not (row.found and _as_good(row, best))
         ),
         key=lambda r: r.step_s,
     )
@@ -77,7 +77,7 @@ def verdict(comparison: Comparison) -> str:
         text += (
             f"; {row.strategy} would take {seconds(row.step_s)} but needs {gib(row.memory_bytes)}"
         )
-    if best.plan is not None:
+    if best.found:
         text += "; --plan FILE searches on and writes it for `jaxsys train --schedule FILE`"
     return text + "."
 

@@ -35,6 +35,10 @@ from jaxsys.schedule import Placement
 
 AIMED = 128
 """Moves tried first, those that relieve the problem most."""
+UNTIL_FITTING = 3.0
+"""How many times as much is tried while nothing fits the memory."""
+BOUND = 300.0
+"""Microseconds of a bound."""
 BATCH = 16_384
 """Plans evaluated at once; bounds the search's own memory."""
 
@@ -101,8 +105,10 @@ class Effort:
     """The most pairs of moves that are all tried; beyond it a sample of this size is."""
     restarts: int = 2
     """Annealings in a row that must find nothing before a common part is left."""
-    time_s: float = float("inf")
-    """Stop improving after this long; the best plan so far is returned."""
+    work: float = float("inf")
+    """Stop improving after this much, counted in about microseconds of a quiet core: what is found
+    does not depend on how busy a machine is. The best plan so far is returned. Three times as much
+    is tried while nothing fits."""
     tolerance: float = 0.0
     """Leave a common part alone where its bound promises less than this relative gain."""
 
@@ -113,6 +119,7 @@ def search(
     effort: Effort | None = None,
     seed: int = 0,
     evaluator: Evaluator | None = None,
+    known: Sequence[Plan] = (),
     progress: Callable[[Progress], None] | None = None,
 ) -> Result:
     """Searches the space, starting from plain data parallelism.
@@ -122,6 +129,8 @@ def search(
         effort: how hard to try.
         seed: of the annealing.
         evaluator: reuses what it has prepared, if given.
+        known: plans that are looked at first, where they are in the space: nothing worse than the
+            best of them is returned.
         progress: called when the best plan changes and now and then in between.
 
     Raises:
@@ -130,7 +139,7 @@ def search(
     """
     return _Search(
         space, effort or Effort(), seed, evaluator or Evaluator(space.problem), progress
-    ).run()
+    ).run(known)
 
 
 def exhaustive(space: Space, *, limit: int = 2_000_000) -> Found:
@@ -174,24 +183,39 @@ class _Search:
         self.history: list[Progress] = []
         self.seen: dict[Plan, Found] = {}
         self.skipped = 0
+        self.work_before, self.bounds = evaluator.work, 0
+        self.known: list[Found] = []
 
-    def run(self) -> Result:
+    def run(self, known: Sequence[Plan]) -> Result:
         bases = {replace(base, layers=()): base for base in self.space.bases()}
         if not bases:
             _ = self.space.left  # raises the conflict, if that is why
             raise UsageError("the space holds no plan that fits batch and devices")
+        for number, plan in enumerate(known):
+            if self.space.contains(plan):
+                found = _best_of(self.space, self.evaluator, plan, np.array([plan.codes]))
+                self.known.append(found)
+                self.note(found, "known strategies", number, len(known))
         self.descend(bases)
         self.sweep(bases)
         self.refine()
         assert self.best is not None
         return Result(
             best=self.best,
-            by_base=tuple(sorted(self.seen.values(), key=lambda f: f.rank)),
+            by_base=tuple(sorted(self.by_base().values(), key=lambda f: f.rank)),
             history=tuple(self.history),
             evaluated=self.evaluator.evaluated,
             skipped=self.skipped,
             elapsed_s=self.elapsed_s,
         )
+
+    def by_base(self) -> dict[Plan, Found]:
+        """The best of each common part, what was known before included."""
+        best = dict(self.seen)
+        for found in self.known:
+            base = replace(found.plan, layers=())
+            best[base] = _better(best.get(base), found)
+        return best
 
     @property
     def elapsed_s(self) -> float:
@@ -199,7 +223,15 @@ class _Search:
 
     @property
     def late(self) -> bool:
-        return self.elapsed_s > self.effort.time_s and self.best is not None
+        if self.best is None:
+            return False
+        fits = self.best.potential <= self.best.step_s * (1 + 1e-12)
+        return self.work > self.effort.work * (1 if fits else UNTIL_FITTING)
+
+    @property
+    def work(self) -> float:
+        """What this search has computed, as `Effort.work` counts it."""
+        return self.evaluator.work - self.work_before + self.bounds * BOUND
 
     def note(self, found: Found, phase: str, done: int, total: int) -> None:
         better = self.best is None or found.rank < self.best.rank
@@ -284,6 +316,7 @@ class _Search:
 
     def bound(self, base: Plan) -> float:
         """No plan with this common part has a lower potential."""
+        self.bounds += 1
         problem = self.space.problem
         workload = problem.workload(base.microbatch_size)
         split = plan_split(problem, base)
@@ -330,7 +363,7 @@ class _Search:
     # Part 3: layers apart.
 
     def refine(self) -> None:
-        promising = sorted(self.seen.values(), key=lambda f: f.potential)
+        promising = sorted(self.by_base().values(), key=lambda f: f.potential)
         chosen = [f for f in promising if f.plan.owners == 1][: self.effort.refine]
         for index, found in enumerate(chosen):
             assert self.best is not None

@@ -30,6 +30,36 @@ class Choice:
     """In words: what was predicted, and what would be faster but cannot be run."""
 
 
+NODE_LINK = "ib-400"
+"""Between nodes, where devices are on several: a name of `jaxsys.hardware.LINKS`."""
+
+
+def _joined(cluster: Cluster) -> str:
+    text = f"{cluster.device.name} over {cluster.link.name}"
+    if cluster.node_link is None:
+        return text
+    return f"{text}, {cluster.node_link.name} between nodes of {cluster.node_devices}"
+
+
+def devices_of_a_node(devices: list[Any]) -> int | None:
+    """How many of the devices, which are neighbours in this order, each node has.
+
+    A process is on one node; another one's devices are on the next unless their numbers on the host
+    go on where the last one's ended. None where all are on one node, or nodes have unlike parts.
+    """
+    lengths: list[int] = []
+    last: tuple[Any, Any] | None = None
+    for one in devices:
+        here = getattr(one, "local_hardware_id", None), getattr(one, "process_index", 0)
+        counted = last is not None and None not in (last[0], here[0])
+        if last is not None and (last[1] == here[1] or (counted and last[0] < here[0])):
+            lengths[-1] += 1
+        else:
+            lengths.append(1)
+        last = here
+    return lengths[0] if len(lengths) > 1 and len(set(lengths)) == 1 else None
+
+
 def choose(
     workload: Workload,
     devices: list[Any],
@@ -101,7 +131,14 @@ def _cluster(devices: list[Any], link: str | None) -> Cluster:
             f"or plan for another device with `jaxsys plan` ({', '.join(hardware.DEVICES)})"
         )
     between = link or ("host-memory" if devices[0].platform == "cpu" else "nvlink")
-    return Cluster(device=hardware.device(name), devices=len(devices), link=hardware.link(between))
+    node = devices_of_a_node(devices)
+    return Cluster(
+        device=hardware.device(name),
+        devices=len(devices),
+        link=hardware.link(between),
+        node_devices=node,
+        node_link=None if node is None else hardware.link(NODE_LINK),
+    )
 
 
 def _fastest(
@@ -133,7 +170,7 @@ def _fastest(
     reason = (
         f"auto took {best.strategy}, recompute {best.recompute}: predicted "
         f"{best.step_s:.3g} s a step and {hardware.gib(best.memory_bytes)} a device "
-        f"({cluster.device.name} over {cluster.link.name})"
+        f"({_joined(cluster)})"
     )
     if fitting[0] is not best:
         other = fitting[0]

@@ -24,24 +24,21 @@ DATA = tuple(Data)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Totals:
-    """A step: seconds, and of the device that has most the seconds computed and the bytes."""
+    """A step: seconds, and of the device that has most the seconds computed and the bytes sent."""
 
     step_s: float
     busy_s: float
     sent_bytes: float
-    alive_bytes: float
-    """The most alive of the schedule's data, static bytes not included."""
 
 
 class QuickSchedule:
     """A schedule ready to be simulated with many costs."""
 
-    def __init__(self, schedule: Schedule, found: Trace) -> None:
+    def __init__(self, schedule: Schedule) -> None:
         """Compiles it.
 
         Args:
             schedule: legal, its chunks on owners.
-            found: its trace.
 
         Raises:
             ValueError: if its chunks do not rest on owners.
@@ -55,14 +52,6 @@ class QuickSchedule:
         self.tasks = [[self._task(schedule, t) for t in row] for row in schedule.tasks_by_tick]
         self.slot_count = len(self.slots)
         del self.slots  # only numbers are kept
-        copies = found.copies
-        index = {data: i for i, data in enumerate(DATA)}
-        self._device = np.array([c.device for c in copies], np.int32)
-        self._first = np.array([c.made_at for c in copies], np.int32)
-        self._last = np.array([min(c.last_use, schedule.ticks) + 1 for c in copies], np.int32)
-        self._data = np.array([index[c.block.data] for c in copies], np.int8)
-        self._chunk = np.array([c.block.chunk for c in copies], np.int32)
-        self._ticks = schedule.ticks
 
     def _slot(self, block: Block, device: int) -> int:
         return self.slots.setdefault((block, device), len(self.slots))
@@ -97,7 +86,7 @@ class QuickSchedule:
         """Simulates it with these costs; see `simulate`."""
         p = self.devices
         work_s = self._work_s(costs)
-        size = self._sizes(costs)
+        size = _sizes(costs, self.chunks)
         transfer_s = [[link.transfer_s(one) for one in row] for row in size]
         ready = [0.0] * self.slot_count
         for slot in self.starts:
@@ -164,35 +153,7 @@ class QuickSchedule:
             step_s=last + costs.after_s + costs.update_s,
             busy_s=max(busy),
             sent_bytes=max(sent) + costs.other_sent_bytes,
-            alive_bytes=self.alive_bytes(costs),
         )
-
-    def alive_bytes(self, costs: Costs) -> float:
-        """The most that any device has alive of the schedule's data."""
-        size = np.array(self._sizes(costs))[self._data, self._chunk]
-        width = self._ticks + 2
-        change = np.bincount(
-            self._device * width + self._first, weights=size, minlength=self.devices * width
-        )
-        change -= np.bincount(
-            self._device * width + self._last, weights=size, minlength=self.devices * width
-        )
-        live = change.reshape(self.devices, width).cumsum(1)[:, : self._ticks]
-        return float(live.max(initial=0.0))
-
-    def _sizes(self, costs: Costs) -> list[list[float]]:
-        """[data][chunk]; an activation may be one past the last chunk, the head's."""
-        return [
-            _each(one, self.chunks + 1)
-            for one in (
-                costs.weight_bytes,
-                costs.gradient_bytes,
-                costs.activation_bytes,
-                costs.activation_bytes,
-                costs.residual_bytes,
-                costs.tap_bytes,
-            )
-        ]
 
     def _work_s(self, costs: Costs) -> list[list[float]]:
         """[kind][chunk]"""
@@ -237,3 +198,42 @@ def _computed_s(beside: deque, begin: float, compute_s: float) -> float:
             return now + left * (1.0 + share)
         now, left = end, left - done
     return now + left
+
+
+class QuickMemory:
+    """The lifetimes of a schedule's data, to be weighed with many costs."""
+
+    def __init__(self, schedule: Schedule, found: Trace) -> None:
+        """Reads them from the schedule's trace."""
+        copies, index = found.copies, {data: i for i, data in enumerate(DATA)}
+        self.devices, self.chunks, self.ticks = schedule.devices, schedule.chunks, schedule.ticks
+        self.device = np.array([c.device for c in copies], np.int32)
+        self.first = np.array([c.made_at for c in copies], np.int32)
+        self.last = np.array([min(c.last_use, schedule.ticks) + 1 for c in copies], np.int32)
+        self.data = np.array([index[c.block.data] for c in copies], np.int8)
+        self.chunk = np.array([c.block.chunk for c in copies], np.int32)
+
+    def alive_bytes(self, costs: Costs) -> float:
+        """The most that any device has alive of the schedule's data, static bytes not included."""
+        size = np.array(_sizes(costs, self.chunks))[self.data, self.chunk]
+        width = self.ticks + 2
+        places = self.devices * width
+        change = np.bincount(self.device * width + self.first, weights=size, minlength=places)
+        change -= np.bincount(self.device * width + self.last, weights=size, minlength=places)
+        live = change.reshape(self.devices, width).cumsum(1)[:, : self.ticks]
+        return float(live.max(initial=0.0))
+
+
+def _sizes(costs: Costs, chunks: int) -> list[list[float]]:
+    """[data][chunk]; an activation may be one past the last chunk, the head's."""
+    return [
+        _each(one, chunks + 1)
+        for one in (
+            costs.weight_bytes,
+            costs.gradient_bytes,
+            costs.activation_bytes,
+            costs.activation_bytes,
+            costs.residual_bytes,
+            costs.tap_bytes,
+        )
+    ]

@@ -102,6 +102,7 @@ STRATEGIES = (
         placement=Placement.REPLICATED,
         place=Place(axis="shard"),
         recognises=lambda signs: signs.schedule.placement is Placement.REPLICATED,
+        even_microbatches=True,
         layers_are_chunks=True,
     ),
 )

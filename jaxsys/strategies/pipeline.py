@@ -193,6 +193,8 @@ STRATEGIES = (
         build=interleaved_one_f_one_b,
         placement=Placement.OWNER,
         place=Place(axis="stages", order=Order.EARLIEST_BACKWARD, chunks=2),
+        even_microbatches=True,
+        chunks_per_device=2,
         recognises=lambda signs: (
             signs.staged and not signs.split and signs.schedule.chunks > signs.schedule.devices
         ),

@@ -95,6 +95,10 @@ class Strategy:
     """Where it lies in the space of plans; None: it is compared and trained, and not searched."""
     recognises: Callable[[Signs], bool] | None = None
     """Whether a schedule with these signs is one of its own; by building it anew, if not given."""
+    chunks_per_device: int = 1
+    """Of one whose chunks rest on owners."""
+    even_microbatches: bool = False
+    """Whether every device takes as many microbatches: their number is a multiple of devices."""
     layers_are_chunks: bool = False
     """Whether its `chunks` are the model's layers unless told otherwise, one each."""
     offered: bool = False
@@ -117,6 +121,12 @@ class Strategy:
         """
         whole = devices == 1 and self.placement is Placement.REPLICATED
         return {"chunks": layers} if self.layers_are_chunks and not whole else {}
+
+    def chunks(self, *, devices: int, layers: int) -> int:
+        """Into how many chunks it cuts a model's layers by default."""
+        if self.placement is Placement.OWNER:
+            return self.chunks_per_device * devices
+        return self.defaults(devices=devices, layers=layers).get("chunks", 1)
 
     def schedule(self, choices: Choices, microbatches: int) -> Schedule:
         """Its schedule at its place."""

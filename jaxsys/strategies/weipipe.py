@@ -348,6 +348,7 @@ STRATEGIES = (
         name="weipipe-naive",
         build=naive,
         placement=Placement.OWNER,
+        even_microbatches=True,
         place=Place(axis="ring", order=Order.DEPTH_FIRST),
         recognises=lambda signs: _ring(signs, split=False) and not signs.pairs,
     ),
@@ -355,6 +356,7 @@ STRATEGIES = (
         name="weipipe-interleave",
         build=interleave,
         placement=Placement.OWNER,
+        even_microbatches=True,
         place=Place(axis="ring", order=Order.SIDE_BY_SIDE),
         recognises=lambda signs: _ring(signs, split=False) and bool(signs.pairs),
         offered=True,
@@ -363,6 +365,7 @@ STRATEGIES = (
         name="weipipe-wzb1",
         build=wzb1,
         placement=Placement.OWNER,
+        even_microbatches=True,
         place=Place(axis="ring", order=Order.SIDE_BY_SIDE, backward=Backward.SPLIT),
         recognises=lambda signs: (
             _ring(signs, split=True) and TaskKind.INPUT_GRADIENT in signs.pairs
@@ -372,6 +375,7 @@ STRATEGIES = (
         name="weipipe-wzb2",
         build=wzb2,
         placement=Placement.OWNER,
+        even_microbatches=True,
         place=Place(axis="ring", order=Order.DEPTH_FIRST, backward=Backward.SPLIT),
         recognises=lambda signs: _ring(signs, split=True) and not signs.pairs,
     ),
@@ -379,6 +383,7 @@ STRATEGIES = (
         name="weipipe-wzb2-paired",
         build=wzb2_paired,
         placement=Placement.OWNER,
+        even_microbatches=True,
         place=Place(axis="ring", order=Order.DEPTH_FIRST, backward=Backward.SPLIT, delay=1),
         recognises=lambda signs: (
             _ring(signs, split=True) and signs.pairs == {TaskKind.WEIGHT_GRADIENT}

@@ -328,6 +328,7 @@ def _strategy(
         placement=Placement.SHARDED,
         place=Place(axis="shard", state=State.SPLIT, weights=weights, gradient=gradient),
         recognises=recognises,
+        even_microbatches=True,
         layers_are_chunks=True,
         offered=offered,
     )

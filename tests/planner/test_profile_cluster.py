@@ -9,6 +9,8 @@ import pytest
 from jaxsys.cli import main
 from jaxsys.errors import UsageError
 from jaxsys.mesh import make_mesh
+from jaxsys.model import preset
+from jaxsys.planner import profile
 from jaxsys.planner.profile import fit_line, load_profile
 from jaxsys.planner.rates import COLLECTIVES
 from jaxsys.planner.timing import everywhere, repeated
@@ -75,3 +77,13 @@ def test_other_files_are_refused(tmp_path):
     path.write_text(json.dumps({"format": "jaxsys-profile-cluster", "version": 7}))
     with pytest.raises(UsageError, match="has version 7"):
         load_profile(path)
+
+
+def test_what_the_host_cannot_hold_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(profile, "free_host_bytes", lambda: 1e9)
+    with pytest.raises(UsageError, match=r"devices=2 .* takes about .* GiB, of 0.931 GiB .* free"):
+        profile.main(["--out", str(tmp_path / "p.json"), "--devices", "2"], "jaxsys profile")
+    config = preset("byte-llama")
+    small = {"tokens": 64, "largest_bytes": 2**16}
+    assert profile.host_bytes(config, 2, **small) < 1e9
+    assert profile.host_bytes(config, 4, **small) == 2 * profile.host_bytes(config, 2, **small)

@@ -206,3 +206,28 @@ def test_a_plan_file_that_does_not_fit(tmp_path):
     three = tuple(plan_file.load_plan(path).layers[:3])
     with pytest.raises(UsageError, match="the plan is for 3 layers, the model has 4"):
         lay_out_plan(plan_path(tmp_path, layers=three))
+
+
+def ranks(*places):
+    """Devices as (process, number on its host)."""
+    return [
+        SimpleNamespace(
+            platform="gpu", device_kind="NVIDIA H100 80GB HBM3", process_index=process,
+            local_hardware_id=number,
+        )
+        for process, number in places
+    ]  # fmt: skip
+
+
+def test_devices_of_a_node_are_told_from_those_of_others():
+    a_process_a_node = ranks(*((p, d) for p in range(4) for d in range(2)))
+    assert auto.devices_of_a_node(a_process_a_node) == 2
+    a_process_a_device = ranks(*((2 * n + d, d) for n in range(2) for d in range(2)))
+    assert auto.devices_of_a_node(a_process_a_device) == 2
+    assert auto.devices_of_a_node(ranks((0, 0), (1, 1), (2, 2))) is None  # one host
+    assert auto.devices_of_a_node(ranks((0, 0), (0, 1), (1, 0))) is None  # unlike parts
+    assert auto.devices_of_a_node(jax.devices()) is None
+    near = auto.choose(WORKLOAD, ranks(*((0, d) for d in range(8))), microbatches=16)
+    far = auto.choose(WORKLOAD, ranks(*((p, 0) for p in range(8))), microbatches=16)
+    assert "between nodes" not in near.reason
+    assert "nvlink, ib-400 between nodes of 1" in far.reason
