@@ -132,12 +132,12 @@ def test_twenty_steps_of_a_mixed_model(schedule):
     trainer = Trainer(
         adapted.model,
         adapted.parameters,
-        optax.adam(1e-2),
+        optax.adam(1e-3),
         schedule=schedule,
         devices=4,
         microbatches=8,
     )
-    optimizer = optax.adam(1e-2)
+    optimizer = optax.adam(1e-3)
 
     @jax.jit
     def plain(params, state, batch):

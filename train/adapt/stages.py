@@ -216,8 +216,25 @@ class _Cut:
                 pairs = trial
                 inside.update(operation.outputs)
             keep = self._that_shrink(added[model], placed)
+            chosen = {
+                s: [op for op, kept in zip(added[s], keep, strict=True) if kept] for s in members
+            }
+            # A sum over layers must be taken up by every layer on the way.
+            while (place := self._unreachable(chosen, placed)) is not None:
+                chosen = {s: [*ops[:place], *ops[place + 1 :]] for s, ops in chosen.items()}
             for stage in members:
-                segments[stage] += [op for op, kept in zip(added[stage], keep, strict=True) if kept]
+                segments[stage] += chosen[stage]
+
+    def _unreachable(self, chosen: dict[int, list[Operation]], placed: set[Value]) -> int | None:
+        """The place of an operation that reads, in some layer, what no segment makes."""
+        here = {op.outputs[0] for ops in chosen.values() for op in ops} | placed
+        for ops in chosen.values():
+            for place, operation in enumerate(ops):
+                for value in operation.inputs:
+                    late = value.maker is not None and self.flow.stage_of(value) > 0
+                    if late and value.maker.outputs[0] not in here:
+                        return place
+        return None
 
     def _that_shrink(self, added: list[Operation], placed: set[Value]) -> list[bool]:
         """Which of the operations to take in, so that the fewest bytes are kept for the head."""
