@@ -24,7 +24,13 @@ from jaxsys.serve.instance import Instance
 from jaxsys.serve.member import Member, TokenEvent
 from jaxsys.serve.scheduler import Role, Scheduler, SchedulerConfig
 from jaxsys.serve.steps import ExecutorConfig
-from jaxsys.serve.weights import TENSOR, Quantisation, ServingWeights, serving_weights
+from jaxsys.serve.weights import (
+    TENSOR,
+    Quantisation,
+    ServingWeights,
+    check_served,
+    serving_weights,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -345,6 +351,7 @@ def _scheduler_config(
     on_cpu = device.platform == "cpu"
     page_size = config.page_size or (16 if on_cpu else ACCELERATOR_PAGE)
     max_batch = config.max_batch or (16 if on_cpu else 128)
+    check_served(shape, config.max_length)
     if config.max_length > shape.max_positions:
         raise UsageError(
             f"max_length={config.max_length} exceeds the model's {shape.max_positions} positions; "

@@ -2,6 +2,8 @@
 
     o = softmax(q k^T / sqrt(K)) v  over the positions a request's block table lists
 
+A `Rule` says what a kind of layer does otherwise: a window, another scale, a cap on scores, sinks.
+
 Portable kernels walk the table in chunks with a running maximum and sum (the online softmax of
 Milakov & Gimelshein, 1805.02867), for as many chunks as the longest request of the call has: one
 compiled step serves every context length, and a chunk's pages stay in the CPU's cache.
@@ -32,6 +34,34 @@ CHUNK_TOKENS = 128
 """Tokens looked at in one turn of the portable walk."""
 
 
+LOWEST = -1e30
+"""Below any score, and finite: a chunk without a key that is seen weighs nothing and divides none
+by zero."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """What attention of one kind of layer is, where it is not the plain one."""
+
+    window: int | None = None
+    """Keys a query sees, its own the last of them; None: all before it."""
+    scale: float | None = None
+    """Of scores; 1 / sqrt(K) if None."""
+    softcap: float | None = None
+    """c: scores become c tanh(scores / c)."""
+
+    def of_width(self, width: int) -> float:
+        """The scale for heads of a width."""
+        return 1 / math.sqrt(width) if self.scale is None else self.scale
+
+    def kernels_know(self, sinks: jax.Array | None) -> bool:
+        """Whether cuDNN's paged kernels compute it."""
+        return self.window is None and self.softcap is None and sinks is None
+
+
+PLAIN = Rule()
+
+
 class DecodeAttention(Protocol):
     """One query token a request."""
 
@@ -42,6 +72,8 @@ class DecodeAttention(Protocol):
         values: Float[Array, "P S G K"],
         tables: Int[Array, "B W"],
         positions: Int[Array, " B"],
+        rule: Rule = PLAIN,
+        sinks: Float[Array, "G R"] | None = None,
     ) -> Float[Array, "B G R K"]: ...
 
 
@@ -58,6 +90,8 @@ class PrefillAttention(Protocol):
         table: Int[Array, " W"],
         start: Int[Array, ""],
         continued: bool,
+        rule: Rule = PLAIN,
+        sinks: Float[Array, "G R"] | None = None,
     ) -> Float[Array, "1 T G R K"]: ...
 
 
@@ -97,12 +131,16 @@ def attend_pages(
     values: Float[Array, "P S G K"],
     tables: Int[Array, "B W"],
     positions: Int[Array, "B T"],
+    rule: Rule = PLAIN,
+    sinks: Float[Array, "G R"] | None = None,
 ) -> Float[Array, "B T G R K"]:
-    """The portable walk: each query sees the positions up to its own.
+    """The portable walk: each query sees the positions up to its own, or a window of them.
 
     Args:
         tables: page numbers; entries past a request's last page may be anything.
         positions: int32 [B, T], where each query stands.
+        rule: of this kind of layer.
+        sinks: scores that take part in each head's softmax and add nothing.
 
     Returns:
         [B, T, G, R, K] in the dtype of `q`; softmax in float32.
@@ -112,7 +150,7 @@ def attend_pages(
     pages = max(1, min(CHUNK_TOKENS // page_size, tables.shape[1]))
     tables = jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % pages)))
     length = pages * page_size
-    split = q * (1 / math.sqrt(width))
+    split = q * rule.of_width(width)
     offsets = jnp.arange(length, dtype=positions.dtype)
 
     def turn(chunk: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]):
@@ -125,9 +163,13 @@ def attend_pages(
         own = (chunk * length + offsets)[None, :] <= positions.max(axis=1)[:, None]
         v = jnp.where(own[:, :, None, None], v, 0)
         scores = jnp.einsum("btgrk,bsgk->bgrts", split, k, preferred_element_type=jnp.float32)
-        seen = (chunk * length + offsets)[None, None, :] <= positions[:, :, None]
+        if rule.softcap is not None:
+            scores = rule.softcap * jnp.tanh(scores / rule.softcap)
+        places = (chunk * length + offsets)[None, None, :]
+        seen = places <= positions[:, :, None]
+        if rule.window is not None:
+            seen &= places > positions[:, :, None] - rule.window
         scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
-        # The first chunk holds position 0, which every query sees: no row is ever all -inf.
         raised = jnp.maximum(highest, scores.max(axis=-1, keepdims=True))
         weights = jnp.exp(scores - raised)
         fade = jnp.exp(highest - raised)
@@ -138,28 +180,35 @@ def attend_pages(
         return raised, total, output * fade + fresh
 
     shape = (batch, groups, rows, steps)
-    start = (
-        jnp.full((*shape, 1), -jnp.inf, jnp.float32),
-        jnp.zeros((*shape, 1), jnp.float32),
-        jnp.zeros((*shape, width), jnp.float32),
-    )
+    if sinks is None:
+        highest = jnp.full((*shape, 1), LOWEST, jnp.float32)
+        total = jnp.zeros((*shape, 1), jnp.float32)
+    else:
+        highest = jnp.broadcast_to(sinks.astype(jnp.float32)[None, :, :, None, None], (*shape, 1))
+        total = jnp.ones((*shape, 1), jnp.float32)
+    start = (highest, total, jnp.zeros((*shape, width), jnp.float32))
+    first = jnp.int32(0)
+    if rule.window is not None:  # what lies before every query's window is not walked
+        first = jnp.maximum(jnp.min(positions) - rule.window + 1, 0) // length
     turns = jnp.max(positions) // length + 1
-    _, total, output = jax.lax.fori_loop(0, turns, turn, start)
+    _, total, output = jax.lax.fori_loop(first, turns, turn, start)
     return (output / total).transpose(0, 3, 1, 2, 4).astype(q.dtype)
 
 
-def portable_decode(q, keys, values, tables, positions):
+def portable_decode(q, keys, values, tables, positions, rule=PLAIN, sinks=None):
     """`DecodeAttention` by the portable walk."""
-    return attend_pages(q[:, None], keys, values, tables, positions[:, None])[:, 0]
+    return attend_pages(q[:, None], keys, values, tables, positions[:, None], rule, sinks)[:, 0]
 
 
-def portable_prefill(q, k, v, keys, values, table, start, continued):
+def portable_prefill(q, k, v, keys, values, table, start, continued, rule=PLAIN, sinks=None):
     """`PrefillAttention` by the portable walk: the piece's own tokens are read from their pages."""
     positions = start + jnp.arange(q.shape[1], dtype=jnp.int32)
-    return attend_pages(q, keys, values, table[None], positions[None])
+    return attend_pages(q, keys, values, table[None], positions[None], rule, sinks)
 
 
-def _cudnn_decode(q, keys, values, tables, positions):
+def _cudnn_decode(q, keys, values, tables, positions, rule=PLAIN, sinks=None):
+    if not rule.kernels_know(sinks):
+        return portable_decode(q, keys, values, tables, positions, rule, sinks)
     # The only door to cuDNN's paged attention that JAX has. Its public wrapper demands a pool of
     # exactly B * W pages; the primitive under it does not.
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
@@ -180,7 +229,7 @@ def _cudnn_decode(q, keys, values, tables, positions):
         nothing,
         pages,
         pages,
-        1 / math.sqrt(width),
+        rule.of_width(width),
         42,
         0.0,
         (False, False),
@@ -195,7 +244,9 @@ def _cudnn_decode(q, keys, values, tables, positions):
     return output.reshape(q.shape)
 
 
-def _cudnn_prefill(q, k, v, keys, values, table, start, continued):
+def _cudnn_prefill(q, k, v, keys, values, table, start, continued, rule=PLAIN, sinks=None):
+    if not rule.kernels_know(sinks):
+        return portable_prefill(q, k, v, keys, values, table, start, continued, rule, sinks)
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     one, steps, groups, rows, width = q.shape
@@ -207,7 +258,7 @@ def _cudnn_prefill(q, k, v, keys, values, table, start, continued):
             flat,
             k,
             v,
-            scale=1 / math.sqrt(width),
+            scale=rule.of_width(width),
             mask_type=mask_type,
             qkv_layout="BTNH",
             return_residual=True,
@@ -242,24 +293,25 @@ def _split_heads(kernels: AttentionKernels, mesh: Mesh, axis: str) -> AttentionK
     spec = PartitionSpec
     pool = spec(None, None, axis, None)
 
-    def decode(q, keys, values, tables, positions):
+    def decode(q, keys, values, tables, positions, rule=PLAIN, sinks=None):
+        own = () if sinks is None else (sinks,)
         return jax.shard_map(
-            kernels.decode,
+            lambda *arrays: kernels.decode(*arrays[:5], rule, *arrays[5:]),
             mesh=mesh,
-            in_specs=(spec(None, axis), pool, pool, spec(), spec()),
+            in_specs=(spec(None, axis), pool, pool, spec(), spec(), *(spec(axis) for _ in own)),
             out_specs=spec(None, axis),
             check_vma=False,  # the kernels' loops start from constants, the same on every device
-        )(q, keys, values, tables, positions)
+        )(q, keys, values, tables, positions, *own)
 
-    def prefill(q, k, v, keys, values, table, start, continued):
-        own = spec(None, None, axis)
+    def prefill(q, k, v, keys, values, table, start, continued, rule=PLAIN, sinks=None):
+        own, heads = () if sinks is None else (sinks,), spec(None, None, axis)
         return jax.shard_map(
-            lambda *arrays: kernels.prefill(*arrays, continued=continued),  # pyright: ignore
+            lambda *arrays: kernels.prefill(*arrays[:7], continued, rule, *arrays[7:]),
             mesh=mesh,
-            in_specs=(own, own, own, pool, pool, spec(), spec()),
-            out_specs=own,
+            in_specs=(heads, heads, heads, pool, pool, spec(), spec(), *(spec(axis) for _ in own)),
+            out_specs=heads,
             check_vma=False,
-        )(q, k, v, keys, values, table, start)
+        )(q, k, v, keys, values, table, start, *own)
 
     return AttentionKernels(
         decode=decode, prefill=prefill, reason=f"{kernels.reason}; heads split over {axis!r}"

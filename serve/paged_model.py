@@ -5,7 +5,7 @@ lists its pages in order, so position p lies in page `table[p // S]` at offset `
 in and go out of every pass, so that a caller who donates them has pages written in place. Rows that
 pad a bucket carry page P, one past the end: their writes are dropped.
 
-The mathematics are those of `jaxsys.model`, over the fused weights of `weights`. Layers are
+The mathematics are those of `jaxsys.model.block`, over the fused weights of `weights`. Layers are
 unrolled over separate arrays: a scan over stacked weights would copy each layer's slice before use
 on CPU, and a stacked cache could not be handed to attention kernels without a copy.
 
@@ -20,11 +20,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxsys.model import DecoderConfig
-from jaxsys.model.rope import rotary_tables, rotate
-from jaxsys.serve.paged_attention import AttentionKernels
+from jaxsys.model import Block, DecoderConfig
+from jaxsys.model.block import Turn, attention_scale, norm, turn
+from jaxsys.model.contract import layer_cache
+from jaxsys.model.decoder import finish_logits
+from jaxsys.serve.paged_attention import AttentionKernels, Rule
 from jaxsys.serve.prompt_scores import Scores, score
-from jaxsys.serve.weights import LayerWeights, ServingWeights, matmul
+from jaxsys.serve.weights import HeldFused, LayerWeights, ServingWeights, matmul
 
 
 class LayerCache(NamedTuple):
@@ -49,12 +51,13 @@ def empty_cache(
     placement: jax.sharding.Sharding,
 ) -> Cache:
     """Pools of zeros, each laid out by `placement`."""
-    shape = (page_count, page_size, config.num_kv_heads, config.head_dim)
 
-    def pool() -> jax.Array:
-        return jnp.zeros(shape, dtype, device=placement)
+    def pools(layer: int) -> LayerCache:
+        shapes = layer_cache(config, config.kind(layer)).shapes
+        pair = (jnp.zeros((page_count, page_size, *s), dtype, device=placement) for s in shapes)
+        return LayerCache(*pair)
 
-    return tuple(LayerCache(pool(), pool()) for _ in range(config.num_layers))
+    return tuple(pools(layer) for layer in range(config.num_layers))
 
 
 def decode_pass(
@@ -76,18 +79,19 @@ def decode_pass(
         float32 logits [B, V] of the next token and the cache.
     """
     page_size = cache[0].keys.shape[1]
-    x = weights.embedding[tokens[:, None]]
-    turn = _turn(config, positions[:, None])
+    x = _embed(config, weights, tokens[:, None])
+    turns = _turns(config, positions[:, None])
     pages = jnp.take_along_axis(tables, (positions // page_size)[:, None], axis=1)[:, 0]
     offsets = positions % page_size
     written = []
-    for layer, (keys, values) in zip(weights.layers, cache, strict=True):
-        q, k, v = _project(config, layer, x, turn)
+    for index, (layer, (keys, values)) in enumerate(zip(weights.layers, cache, strict=True)):
+        block, rule, sinks = _bound(config, index, layer)
+        q, k, v = block.project(x, turns[block.kind.name])
         keys = keys.at[pages, offsets].set(k[:, 0], mode="drop")
         values = values.at[pages, offsets].set(v[:, 0], mode="drop")
         written.append(LayerCache(keys, values))
-        o = kernels.decode(q[:, 0], keys, values, tables, positions)
-        x = _finish(config, layer, x, o[:, None])
+        o = kernels.decode(q[:, 0], keys, values, tables, positions, rule, sinks)
+        x = block.finish(x, o[:, None])[0]
     return _logits(config, weights, x)[:, 0], tuple(written)
 
 
@@ -151,21 +155,22 @@ def _piece(
 ) -> tuple[Float[Array, "1 T D"], Cache]:
     """A piece through all blocks: the residual behind the last, and the cache."""
     page_count, page_size = cache[0].keys.shape[:2]
-    x = weights.embedding[tokens[None]]
+    x = _embed(config, weights, tokens[None])
     steps = jnp.arange(tokens.shape[0], dtype=jnp.int32)
     positions = start + steps
-    turn = _turn(config, positions[None])
+    turns = _turns(config, positions[None])
     pages = table.at[positions // page_size].get(mode="fill", fill_value=page_count)
     pages = jnp.where(steps < length, pages, page_count)
     offsets = positions % page_size
     written = []
-    for layer, (keys, values) in zip(weights.layers, cache, strict=True):
-        q, k, v = _project(config, layer, x, turn)
+    for index, (layer, (keys, values)) in enumerate(zip(weights.layers, cache, strict=True)):
+        block, rule, sinks = _bound(config, index, layer)
+        q, k, v = block.project(x, turns[block.kind.name])
         keys = keys.at[pages, offsets].set(k[0], mode="drop")
         values = values.at[pages, offsets].set(v[0], mode="drop")
         written.append(LayerCache(keys, values))
-        o = kernels.prefill(q, k, v, keys, values, table, start, continued)
-        x = _finish(config, layer, x, o)
+        o = kernels.prefill(q, k, v, keys, values, table, start, continued, rule, sinks)
+        x = block.finish(x, o)[0]
     return x, tuple(written)
 
 
@@ -194,54 +199,41 @@ def insert_pages(cache: Cache, contents: Contents, pages: Int[Array, " W"]) -> C
     return jax.tree.unflatten(jax.tree.structure(cache), written)
 
 
-def _turn(config: DecoderConfig, positions: Int[Array, "B T"]) -> tuple[jax.Array, jax.Array]:
-    rope = config.rope()
-    assert rope is not None
-    return rotary_tables(positions, rope)
-
-
-def _normal(config: DecoderConfig, x: jax.Array, scale: jax.Array) -> jax.Array:
-    """RMS normalisation of the last axis, statistics in float32."""
-    wide = x.astype(jnp.float32)
-    mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
-    normal = (wide * jax.lax.rsqrt(mean_square + config.rms_norm_eps)).astype(x.dtype)
-    return normal * scale[None, None, :]
-
-
-def _project(
-    config: DecoderConfig,
-    layer: LayerWeights,
-    x: Float[Array, "B T D"],
-    turn: tuple[jax.Array, jax.Array],
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """x [B, T, D] -> q [B, T, G, R, K], k and v [B, T, G, K]; q and k turned by position."""
-    fused = matmul(_normal(config, x, layer.attention_norm), layer.qkv)
-    rows = fused.shape[3] - 2
-    cosines, sines = (table[:, :, None] for table in turn)
-    turned = rotate(fused[:, :, :, : rows + 1], cosines, sines)
-    return turned[:, :, :, :rows], turned[:, :, :, rows], fused[:, :, :, rows + 1]
-
-
-def _finish(
-    config: DecoderConfig,
-    layer: LayerWeights,
-    x: Float[Array, "B T D"],
-    o: Float[Array, "B T G R K"],
+def _embed(
+    config: DecoderConfig, weights: ServingWeights, tokens: Int[Array, "B T"]
 ) -> Float[Array, "B T D"]:
-    """Adds the attention's output and the feed-forward to the residual."""
-    x = x + matmul(o, layer.out, inputs=3)
-    inner = matmul(_normal(config, x, layer.mlp_norm), layer.gate_up)
-    return x + matmul(jax.nn.silu(inner[:, :, 0]) * inner[:, :, 1], layer.down)
+    x = weights.embedding[tokens]
+    return x if config.embedding_scale == 1.0 else x * config.embedding_scale
+
+
+def _turns(config: DecoderConfig, positions: Int[Array, "B T"]) -> dict[str, Turn]:
+    """Rotary tables by kind of layer, within the positions that a model was trained on: a server
+    refuses longer requests where frequencies would change with their length."""
+    return {kind.name: turn(config, kind, positions, length=1) for kind in config.kinds}
+
+
+def _bound(
+    config: DecoderConfig, index: int, layer: LayerWeights
+) -> tuple[Block, Rule, jax.Array | None]:
+    """A layer's mathematics over its weights, and its attention's rule and sinks."""
+    block = Block(config, config.kind(index), HeldFused(config, layer))
+    rule = Rule(
+        window=block.kind.window,
+        scale=attention_scale(config),
+        softcap=config.attention_softcap,
+    )
+    return block, rule, block.held.vector("attention", "sinks")
 
 
 def _logits(
     config: DecoderConfig, weights: ServingWeights, x: Float[Array, "B T D"]
 ) -> Float[Array, "B T V"]:
     """float32 logits of the residual, the final norm included."""
-    x = _normal(config, x, weights.norm)
+    x = norm(config, x, weights.norm, weights.norm_bias)
     if weights.head is not None:
-        return matmul(x, weights.head, dtype=jnp.dtype(jnp.float32))
+        return finish_logits(config, matmul(x, weights.head, dtype=jnp.dtype(jnp.float32)))
     table = weights.embedding
-    return jax.lax.dot_general(
+    product = jax.lax.dot_general(
         x, table, (((2,), (1,)), ((), ())), preferred_element_type=jnp.float32
     )
+    return finish_logits(config, product)

@@ -3,18 +3,18 @@
 Matrices that read the same input are one: queries, keys and values of a layer as [D, G, R+2, K]
 (each key/value head beside the query heads it serves), gate and up as [D, 2, F]. At batch 1 on an
 H100 the fused pair ran 20 % faster than apart. Both split evenly over a mesh axis along G and F, so
-tensor parallelism needs no other layout.
+tensor parallelism needs no other layout. Which matrices and vectors a layer has is the model's
+description; `HeldFused` is how `jaxsys.model.block` computes with them.
 
 A quantised matrix (int8, or fp8: e4m3fn) keeps one scale an output column, W = value * scale,
 such that the column's largest value is the largest of the form. Values are widened, exactly, to
 what the pass computes in on their way into the product, whose result is scaled: a step reads half
 the bytes, and activations stay as they are.
 
-Legend: D width, F feed-forward, N query heads, G key/value heads, R = N / G, K head width, V
-vocabulary, L layers.
+Legend: D width, F feed-forward, N query heads, G key/value heads, R = N / G, K head width, E
+experts, V vocabulary, L layers.
 """
 
-import dataclasses
 import math
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -26,6 +26,9 @@ from jaxtyping import Array, Float
 from jaxsys.errors import UsageError
 from jaxsys.layered import Parameters
 from jaxsys.model import DecoderConfig
+from jaxsys.model.decoder import layer_of
+from jaxsys.model.experts import Groups
+from jaxsys.model.leaves import Leaf, block_leaves
 
 TENSOR = "tensor"
 """Mesh axis over which heads and feed-forward are split."""
@@ -49,20 +52,15 @@ class Matrix(NamedTuple):
 
 
 class LayerWeights(NamedTuple):
-    """One decoder layer."""
+    """One decoder layer, by names that are paths of its leaves, fused ones by a name of their own.
 
-    attention_norm: jax.Array
-    """[D]."""
-    qkv: Matrix
-    """[D, G, R+2, K]."""
-    out: Matrix
-    """[G, R, K, D]."""
-    mlp_norm: jax.Array
-    """[D]."""
-    gate_up: Matrix
-    """[D, 2, F]."""
-    down: Matrix
-    """[F, D]."""
+    Matrices: `qkv` [D, G, R+2, K]; `out` [G, R, K, D]; `mlp/up` and `shared/up` [D, 2, F], gate
+    first ([D, 1, F] without one); others as the parameters have them, experts' [E, in, out].
+    """
+
+    matrices: dict[str, Matrix]
+    vectors: dict[str, jax.Array]
+    """Norms, biases (fused like their matrices), sinks [G, R], corrections."""
 
 
 class ServingWeights(NamedTuple):
@@ -75,6 +73,8 @@ class ServingWeights(NamedTuple):
     """[D]."""
     head: Matrix | None
     """[D, V]; None where it is the embedding."""
+    norm_bias: jax.Array | None = None
+    """[D]."""
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -109,72 +109,177 @@ def serving_weights(
     if isinstance(placement, NamedSharding) and isinstance(placement.mesh, Mesh):
         check_tensor_parallel(config, placement.mesh)
     edge, blocks = parameters["edge"], parameters["blocks"]
-    groups, width = config.num_kv_heads, config.head_dim
-    rows = config.num_heads // groups
-
-    def layer(index: int) -> LayerWeights:
-        attention = {name: leaf[index] for name, leaf in blocks["attention"].items()}
-        mlp = {name: leaf[index] for name, leaf in blocks["mlp"].items()}
-        split = (config.hidden_size, groups, -1, width)
-        heads = [attention[name].reshape(split) for name in ("query", "key", "value")]
-        qkv = jnp.concatenate(heads, axis=2)
-        gate_up = jnp.stack([mlp["gate"], mlp["up"]], axis=1)
-        out = attention["out"].reshape(groups, rows, width, config.hidden_size)
-        return LayerWeights(
-            attention_norm=blocks["attention_norm"]["scale"][index],
-            qkv=_matrix(qkv, 1, quantisation),
-            out=_matrix(out, 3, quantisation),
-            mlp_norm=blocks["mlp_norm"]["scale"][index],
-            gate_up=_matrix(gate_up, 1, quantisation),
-            down=_matrix(mlp["down"], 1, quantisation),
-        )
-
-    specs = layer_specs()
     layers = []
     for index in range(config.num_layers):
         # Placed one by one: never more than one fused layer beside the original.
-        layers.append(_place(layer(index), specs, placement))
+        tree = layer_of(config, blocks, index)
+        leaves = block_leaves(config, config.kind(index))
+        layers.append(_place_layer(_fused(config, leaves, tree, quantisation), placement))
     head = None
     if not config.tie_embeddings:
         head = _matrix(edge["head"]["kernel"], 1, quantisation)
         head = _place(head, PartitionSpec(None, TENSOR), placement)
+    bias = edge["norm"].get("bias")
     return ServingWeights(
         embedding=_place(edge["embed"]["table"], PartitionSpec(), placement),
         layers=tuple(layers),
         norm=_place(edge["norm"]["scale"], PartitionSpec(), placement),
         head=head,
+        norm_bias=None if bias is None else _place(bias, PartitionSpec(), placement),
     )
 
 
-def check_served(config: DecoderConfig) -> None:
-    """Raises UsageError for a decoder that the passes do not compute."""
-    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
-    more = ("num_kv_heads", "head_dim", "rope_theta", "rope_scaling", "rms_norm_eps", "family")
-    kept = (*sizes, *more, "tie_embeddings", "max_positions")
-    plain = DecoderConfig(**{name: getattr(config, name) for name in kept})
-    fields = (field.name for field in dataclasses.fields(config))
-    unlike = [name for name in fields if getattr(config, name) != getattr(plain, name)]
-    rope = plain.rope()
-    if rope is not None and rope.depends_on_length:
-        unlike.append("rope_scaling")
-    if unlike:
+_QKV = tuple(("attention", name) for name in ("query", "key", "value"))
+_FEEDS = ("mlp", "shared")
+
+
+def _fused(
+    config: DecoderConfig,
+    leaves: tuple[Leaf, ...],
+    tree: Any,
+    quantisation: Quantisation | None,
+) -> LayerWeights:
+    """One layer's leaves, fused where they read the same input, and quantised."""
+    groups, width = config.num_kv_heads, config.head_dim
+    rows = config.num_heads // groups
+    found = {leaf.path: _at(tree, leaf.path) for leaf in leaves}
+    matrices: dict[str, Matrix] = {}
+    vectors: dict[str, jax.Array] = {}
+
+    def joined(suffix: str, lead: tuple[int, ...]) -> jax.Array:
+        heads = [found.pop((a, name + suffix)) for a, name in _QKV]
+        return jnp.concatenate([h.reshape(*lead, groups, -1, width) for h in heads], axis=-2)
+
+    matrices["qkv"] = _matrix(joined("", (config.hidden_size,)), 1, quantisation)
+    if ("attention", "query_bias") in found:
+        vectors["qkv_bias"] = joined("_bias", ())
+    out = found.pop(("attention", "out")).reshape(groups, rows, width, config.hidden_size)
+    matrices["out"] = _matrix(out, 3, quantisation)
+    if (sinks := found.pop(("attention", "sinks"), None)) is not None:
+        vectors["attention/sinks"] = sinks.reshape(groups, rows)
+    for name in _FEEDS:
+        for suffix in ("", "_bias"):
+            parts = [found.pop((name, part + suffix), None) for part in ("gate", "up")]
+            held = [part for part in parts if part is not None]
+            if not held:
+                continue
+            stacked = jnp.stack(held, axis=-2)
+            if suffix:
+                vectors[f"{name}/up_bias"] = stacked
+            else:
+                matrices[f"{name}/up"] = _matrix(stacked, 1, quantisation)
+    is_matrix = {leaf.path: leaf.is_matrix for leaf in leaves}
+    for path, value in found.items():
+        name = "/".join(path)
+        if not is_matrix[path]:
+            vectors[name] = value
+        elif value.ndim == 3:  # an expert's scale is a column's of that expert
+            small = None if quantisation is None else _matrix(value.swapaxes(0, 1), 1, quantisation)
+            matrices[name] = (
+                Matrix(value) if small is None else Matrix(small.values.swapaxes(0, 1), small.scale)
+            )
+        else:
+            # Routers and gates of one column decide: they keep their bits.
+            decides = path[-1] in ("router", "weight")
+            matrices[name] = _matrix(value, 1, None if decides else quantisation)
+    return LayerWeights(matrices, vectors)
+
+
+def _at(tree: Any, path: tuple[str, ...]) -> jax.Array:
+    for name in path:
+        tree = tree[name]
+    return tree
+
+
+class HeldFused:
+    """One served layer, for the mathematics of `jaxsys.model.block`: see `Held` there."""
+
+    def __init__(self, config: DecoderConfig, layer: LayerWeights) -> None:
+        self._config, self._layer = config, layer
+
+    def vector(self, *path: str) -> jax.Array | None:
+        """The vector at `path`, or None."""
+        return self._layer.vectors.get("/".join(path))
+
+    def query_key_value(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """[B, T, D] -> q [B, T, G, R, K], k and v [B, T, G, K]: one product."""
+        fused = self._biased(matmul(x, self._layer.matrices["qkv"]), "qkv_bias")
+        rows = fused.shape[-2] - 2
+        return fused[..., :rows, :], fused[..., rows, :], fused[..., rows + 1, :]
+
+    def product(self, x: jax.Array, *path: str) -> jax.Array:
+        """The last axis of x times one matrix."""
+        name = "/".join(path)
+        return self._biased(matmul(x, self._layer.matrices[name]), f"{name}_bias")
+
+    def heads_out(self, o: jax.Array) -> jax.Array:
+        """[B, T, G, R, K] -> [B, T, D]."""
+        return self._biased(matmul(o, self._layer.matrices["out"], inputs=3), "attention/out_bias")
+
+    def up(self, x: jax.Array, name: str) -> tuple[jax.Array | None, jax.Array]:
+        """Gate and up: one product."""
+        both = self._biased(matmul(x, self._layer.matrices[f"{name}/up"]), f"{name}/up_bias")
+        return (both[..., 0, :] if self._config.gated else None), both[..., -1, :]
+
+    def grouped_up(self, rows: jax.Array, groups: Groups) -> tuple[jax.Array | None, jax.Array]:
+        """Two ragged products."""
+        gate = self._grouped(rows, "experts/gate", groups) if self._config.gated else None
+        return gate, self._grouped(rows, "experts/up", groups)
+
+    def grouped_down(self, rows: jax.Array, groups: Groups) -> jax.Array:
+        """One ragged product."""
+        return self._grouped(rows, "experts/down", groups)
+
+    def _grouped(self, rows: jax.Array, name: str, groups: Groups) -> jax.Array:
+        matrix = self._layer.matrices[name]
+        product = jax.lax.ragged_dot(rows, matrix.values.astype(rows.dtype), groups.sizes)
+        if matrix.scale is not None:
+            product = (product * matrix.scale[groups.experts]).astype(rows.dtype)
+        bias = self.vector(f"{name}_bias")
+        return product if bias is None else product + bias[groups.experts]
+
+    def _biased(self, product: jax.Array, name: str) -> jax.Array:
+        bias = self._layer.vectors.get(name)
+        if bias is None:
+            return product
+        return product + bias.reshape((1,) * (product.ndim - bias.ndim) + bias.shape)
+
+
+def check_served(config: DecoderConfig, max_length: int | None = None) -> None:
+    """Raises UsageError for a decoder that the passes do not compute.
+
+    Args:
+        max_length: tokens of the longest request; None does not ask.
+    """
+    if config.latent is not None:
         raise UsageError(
-            f"{config.family} with {unlike[0]}={getattr(config, unlike[0])!r} is not served; "
-            "models of Llama's mathematics are"
+            f"{config.family} with latent attention is not served yet; it loads, trains and plans"
         )
+    for kind in config.kinds:
+        rope = config.rope(kind)
+        if rope is None or not rope.depends_on_length:
+            continue
+        most: int = rope.scaling.original_max_positions  # type: ignore[union-attr]
+        if max_length is not None and max_length > most:
+            raise UsageError(
+                f"max_length={max_length} is past the {most} positions up to which this model's "
+                f"rotary scaling does not change with a request's length; use {most} or less"
+            )
 
 
-def layer_specs() -> tuple[PartitionSpec, ...]:
-    """How each field of `LayerWeights` is split; a matrix's scale follows its outputs."""
-    spec = PartitionSpec
-    return (
-        spec(),
-        spec(None, TENSOR, None, None),
-        spec(TENSOR, None, None, None),
-        spec(),
-        spec(None, None, TENSOR),
-        spec(TENSOR, None),
-    )
+_SPLIT: dict[str, PartitionSpec] = {
+    "qkv": PartitionSpec(None, TENSOR, None, None),
+    "qkv_bias": PartitionSpec(TENSOR, None, None),
+    "out": PartitionSpec(TENSOR, None, None, None),
+    "attention/sinks": PartitionSpec(TENSOR, None),
+    **{f"{name}/up": PartitionSpec(None, None, TENSOR) for name in _FEEDS},
+    **{f"{name}/up_bias": PartitionSpec(None, TENSOR) for name in _FEEDS},
+    **{f"{name}/down": PartitionSpec(TENSOR, None) for name in _FEEDS},
+    **{f"experts/{name}": PartitionSpec(None, None, TENSOR) for name in ("gate", "up")},
+    "experts/down": PartitionSpec(None, TENSOR, None),
+}
+"""How a mesh splits what it splits; all else is whole on each device. A matrix's scale follows its
+outputs."""
 
 
 def check_tensor_parallel(config: DecoderConfig, mesh: Mesh) -> None:
@@ -182,12 +287,19 @@ def check_tensor_parallel(config: DecoderConfig, mesh: Mesh) -> None:
     ways = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True)).get(TENSOR)
     if ways is None:
         raise UsageError(f"the mesh has axes {mesh.axis_names}; it needs one named {TENSOR!r}")
-    common = math.gcd(config.num_kv_heads, config.intermediate_size, config.vocab_size)
+    sizes = {name: getattr(config, name) for name in ("num_kv_heads", "vocab_size")}
+    if any(not kind.experts for kind in config.kinds):
+        sizes["intermediate_size"] = config.intermediate_size
+    if config.experts is not None:
+        sizes["experts intermediate_size"] = config.experts.intermediate_size
+        if config.experts.shared_size:
+            sizes["experts shared_size"] = config.experts.shared_size
+    common = math.gcd(*sizes.values())
     if common % ways:
         fitting = [str(n) for n in range(1, common + 1) if common % n == 0]
+        said = [f"{name}={value}" for name, value in sizes.items()]
         raise UsageError(
-            f"tensor_parallel={ways} does not divide num_kv_heads={config.num_kv_heads}, "
-            f"intermediate_size={config.intermediate_size} and vocab_size={config.vocab_size}; "
+            f"tensor_parallel={ways} does not divide {', '.join(said[:-1])} and {said[-1]}; "
             f"use {', '.join(fitting)}"
         )
 
@@ -227,22 +339,30 @@ def _matrix(values: jax.Array, inputs: int, quantisation: Quantisation | None) -
     return Matrix((jnp.round(scaled) if dtype == jnp.int8 else scaled).astype(dtype), scale)
 
 
-def _place(tree: Any, specs: Any, placement: Sharding | None) -> Any:
-    """Puts arrays where they belong; `specs` says how a mesh splits each matrix or vector."""
+def _place_layer(layer: LayerWeights, placement: Sharding | None) -> LayerWeights:
+    whole = PartitionSpec()
+
+    def placed(group: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: _place(value, _SPLIT.get(name, whole), placement) for name, value in group.items()
+        }
+
+    return LayerWeights(placed(layer.matrices), placed(layer.vectors))
+
+
+def _place(node: Any, spec: PartitionSpec, placement: Sharding | None) -> Any:
+    """Puts a matrix or vector where it belongs; `spec` says how a mesh splits it."""
     if placement is None:
-        return tree
+        return node
     if not isinstance(placement, NamedSharding):
-        return jax.device_put(tree, placement)
-
-    def put(spec: PartitionSpec, node: Any) -> Any:
-        if not isinstance(node, Matrix):
-            return jax.device_put(node, NamedSharding(placement.mesh, spec))
-        scale = node.scale
-        if scale is not None:
-            last = PartitionSpec(*tuple(spec)[len(spec) - scale.ndim :])
-            scale = jax.device_put(scale, NamedSharding(placement.mesh, last))
-        return Matrix(jax.device_put(node.values, NamedSharding(placement.mesh, spec)), scale)
-
-    if isinstance(specs, PartitionSpec):
-        return put(specs, tree)
-    return type(tree)(*(put(spec, node) for spec, node in zip(specs, tree, strict=True)))
+        return jax.device_put(node, placement)
+    if not isinstance(node, Matrix):
+        return jax.device_put(node, NamedSharding(placement.mesh, spec))
+    scale = node.scale
+    if scale is not None:
+        axes = tuple(spec) + (None,) * (node.values.ndim - len(spec))
+        last = PartitionSpec(*axes[len(axes) - scale.ndim :])
+        if node.values.ndim == 3 and scale.ndim == 2 and scale.shape[0] == node.values.shape[0]:
+            last = PartitionSpec(axes[0], axes[2])  # an expert's, [E, outputs]
+        scale = jax.device_put(scale, NamedSharding(placement.mesh, last))
+    return Matrix(jax.device_put(node.values, NamedSharding(placement.mesh, spec)), scale)

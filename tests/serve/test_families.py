@@ -1,0 +1,140 @@
+"""Every family's paged passes give the logits of its whole forward pass.
+
+Prompts in pieces, then single steps for a batch whose rows stand at unlike positions; windows,
+caps, sinks, norms in other places, parallel blocks, experts and biases with it.
+"""
+
+import functools
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsys.errors import UsageError
+from jaxsys.model import DecoderConfig, forward, initial_parameters
+from jaxsys.model.experts import Groups
+from jaxsys.serve import paged_model
+from jaxsys.serve.paged_attention import choose_kernels
+from jaxsys.serve.weights import QUANTISATIONS, HeldFused, check_served, serving_weights
+
+ROOT = Path(__file__).parents[2]
+spec = importlib.util.spec_from_file_location("family_cases", ROOT / "tests/jaxsys/family_cases.py")
+assert spec is not None and spec.loader is not None
+family_cases = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(family_cases)
+
+STORED = json.loads(family_cases.STORED.read_text())["families"]
+TELLING = ("gemma2", "gpt_oss")
+"""Windows, caps, norms on both sides; sinks, biases and experts. The others are slow tests."""
+
+
+def described(family: str) -> DecoderConfig:
+    return DecoderConfig.from_hf(STORED[family]["config"])
+
+
+def fresh(config: DecoderConfig):
+    """Parameters whose every leaf matters: norms, biases and sinks too."""
+    leaves, tree = jax.tree.flatten(initial_parameters(config, seed=1))
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    moved = [
+        leaf * 3 + 0.1 * jax.random.normal(key, leaf.shape)
+        for leaf, key in zip(leaves, keys, strict=True)
+    ]
+    return jax.tree.unflatten(tree, moved)
+
+
+def paged_logits(config, weights, tokens, pieces, more):
+    """Logits behind each piece of one prompt, and of `more` single tokens behind it."""
+    device = jax.devices()[0]
+    kernels = choose_kernels(dtype=jnp.dtype("float32"), head_dim=config.head_dim, device=device)
+    prefill = functools.partial(paged_model.prefill_pass, config, kernels, True)
+    decode = functools.partial(paged_model.decode_pass, config, kernels)
+    place = jax.sharding.SingleDeviceSharding(device)
+    cache = paged_model.empty_cache(config, 24, 4, jnp.dtype("float32"), place)
+    tables = np.array([[5, 2, 9, 0, 7, 3, 11, 8, 12, 14], [1, 4, 6, 10, 13, 15, 16, 17, 18, 19]])
+    tables = tables.astype(np.int32)
+    found, at = [], 0
+    for length in pieces:
+        piece = np.zeros(16, np.int32)
+        piece[:length] = tokens[at : at + length]
+        for row in (0,) if at else (1, 0):  # the second row stays short
+            logits, cache = prefill(
+                weights, cache, jnp.asarray(piece), jnp.int32(at), jnp.int32(length),
+                jnp.asarray(tables[row]),
+            )  # fmt: skip
+        found.append(np.asarray(logits[0]))
+        at += length
+    for step in range(more):
+        positions = np.array([at + step, pieces[0] + step], np.int32)
+        arrays = (jnp.asarray(a) for a in (tokens[positions], positions, tables))
+        logits, cache = decode(weights, cache, *arrays)
+        found.append(np.asarray(logits[0]))
+        found.append(np.asarray(logits[1]))
+    return found
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        family if family in TELLING else pytest.param(family, marks=pytest.mark.slow)
+        for family in STORED
+    ],
+)
+def test_paged_passes_are_the_forward_pass(family):
+    config = described(family)
+    if config.latent is not None:
+        with pytest.raises(UsageError, match="latent attention is not served yet"):
+            serving_weights(config, initial_parameters(config))
+        return
+    parameters = fresh(config)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, config.vocab_size, 23).astype(np.int32)
+    # Operation by operation: shapes are those of other families, so little is compiled.
+    with jax.disable_jit():
+        whole = np.asarray(forward(config, parameters, jnp.asarray(tokens[None]))[0])
+        found = paged_logits(config, serving_weights(config, parameters), tokens, (6, 13), 3)
+    wanted = [whole[5], whole[18]]
+    for step in range(3):
+        wanted += [whole[19 + step], whole[6 + step]]
+    for one, other in zip(found, wanted, strict=True):
+        assert np.abs(one - other).max() < 2e-4 * np.abs(other).max(), family
+
+
+@pytest.mark.parametrize("form", QUANTISATIONS)
+def test_a_quantised_experts_product_is_that_of_the_values_it_stands_for(form):
+    config = described("qwen2_moe")
+    layer = serving_weights(config, fresh(config), quantisation=form).layers[0]
+    assert layer.matrices["experts/router"].scale is None  # what decides keeps its bits
+    values, scale = layer.matrices["experts/up"]
+    assert scale is not None and values.dtype.itemsize == 1
+    assert scale.shape == (values.shape[0], values.shape[2])
+    experts = np.array([0, 0, 1, 3], np.int32)
+    sizes = np.bincount(experts, minlength=values.shape[0]).astype(np.int32)
+    rows = np.random.default_rng(0).normal(size=(4, values.shape[1])).astype(np.float32)
+    found = HeldFused(config, layer).grouped_up(
+        jnp.asarray(rows), Groups(jnp.asarray(sizes), jnp.asarray(experts))
+    )[1]
+    meant = np.asarray(values.astype(jnp.float32)) * np.asarray(scale)[:, None]
+    wanted = np.stack([row @ meant[e] for row, e in zip(rows, experts, strict=True)])
+    np.testing.assert_allclose(np.asarray(found), wanted, atol=1e-4)
+
+
+def test_lengths_past_a_changing_rotary_scale_are_refused():
+    config = described("phi3")
+    scaling = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+    }
+    settings = STORED["phi3"]["config"] | {"original_max_position_embeddings": 16}
+    half = (config.rotary_dim or config.head_dim) // 2
+    scaling |= {"short_factor": [1.0] * half, "long_factor": [2.0] * half}
+    changed = DecoderConfig.from_hf(settings | {"rope_parameters": scaling})
+    check_served(changed, 16)
+    with pytest.raises(UsageError, match="max_length=17 is past the 16 positions"):
+        check_served(changed, 17)
