@@ -118,7 +118,9 @@ def compare_nnx(module, blocks="layers", loss=next_token_loss, **options):
     graph, params, rest = nnx.split(module, nnx.Param, ...)
 
     def own(params, microbatch):
-        return loss(nnx.merge(graph, params, rest)(microbatch["inputs"], **options), microbatch)
+        return loss(
+            nnx.merge(graph, params, rest, copy=True)(microbatch["inputs"], **options), microbatch
+        )
 
     compare(adapted, own, params, data, lambda module: nnx.state(module, nnx.Param))
     return adapted

@@ -82,6 +82,11 @@ class Adapted:
 
 def next_token_loss(logits: jax.Array, microbatch: PyTree) -> tuple[jax.Array, jax.Array]:
     """Summed cross-entropy of logits [B, T, V] with microbatch["targets"] [B, T], -1 ignored."""
+    if not isinstance(logits, jax.Array):
+        raise UsageError(
+            f"the model returns a {type(logits).__name__}, not logits alone; give the loss that is "
+            "computed from it (loss=)"
+        )
     targets = microbatch["targets"]
     counted = targets >= 0
     logits = logits.astype(jnp.float32)

@@ -20,6 +20,7 @@ from jaxsys.train.adapt.function import (
     next_token_loss,
     with_evaluation,
 )
+from jaxsys.train.adapt.program import is_still, values_of
 
 
 def from_nnx(
@@ -74,7 +75,8 @@ def _adapt(
     params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
     keys = nnx.to_pure_dict(nnx.state(module, nnx.RngKey))
 
-    def whole(params: PyTree, microbatch: PyTree) -> Any:
+    def called(params: PyTree, microbatch: PyTree) -> tuple[Any, dict[str, Any]]:
+        """The call's output, and what it leaves otherwise in what is kept beside parameters."""
         mine = nnx.clone(module)
         nnx.update(mine, params)
         if isinstance(microbatch, Mapping) and KEY in microbatch:
@@ -82,14 +84,22 @@ def _adapt(
             nnx.update(mine, jax.tree.map(lambda key: _folded(key, words), keys))
         before = _kept(mine)
         output = mine(*inputs(microbatch), **options)
-        for path, value in _kept(mine).items():
-            if value is not before.get(path, value):
-                raise UsageError(
-                    f"the model's call writes to {path}, beside its parameters; a schedule has no "
-                    "place for that. Switch it off (model.eval() uses stored statistics) or use a "
-                    "layer that keeps nothing (LayerNorm, GroupNorm)"
-                )
-        return loss(named_output(output), microbatch)
+        after = _kept(mine)
+        return output, {k: v for k, v in after.items() if v is not before.get(k, v)}
+
+    # nnx.remat and nnx.scan hand back all that they are given: written is what is another value.
+    start = _kept(module)
+    left = values_of(lambda params, microbatch: called(params, microbatch)[1], params, example)
+    for path, value in left.items():
+        if not is_still(value, start[path]):
+            raise UsageError(
+                f"the model's call writes to {path}, beside its parameters; a schedule has no "
+                "place for that. Switch it off (model.eval() uses stored statistics) or use a "
+                "layer that keeps nothing (LayerNorm, GroupNorm)"
+            )
+
+    def whole(params: PyTree, microbatch: PyTree) -> Any:
+        return loss(named_output(called(params, microbatch)[0]), microbatch)
 
     paths: dict[int, list[tuple[str, ...]]] = {}
     for path, variable in _variables(module):

@@ -151,6 +151,8 @@ def trace(
     leaves: Sequence[Value],
     avals: Sequence[Any],
     microbatch: Any,
+    *,
+    apart: bool = False,
 ) -> Program:
     """Traces `function(leaves, microbatch)` flat.
 
@@ -159,12 +161,13 @@ def trace(
         leaves: what each parameter leaf is.
         avals: their shapes and dtypes.
         microbatch: shapes and dtypes.
+        apart: write out every remat and scan, to see what comes through them unchanged.
 
     Returns:
         The program; its outputs are the leaves of the function's result.
     """
     closed = jax.make_jaxpr(function)(list(avals), microbatch)
-    flat = _Flat(leaf_counts=_leaf_counts(leaves))
+    flat = _Flat(leaf_counts=_leaf_counts(leaves), apart=apart)
     batch = [
         BatchLeaf(aval=v.aval, number=n, varies=True)
         for n, v in enumerate(closed.jaxpr.invars[len(avals) :])
@@ -185,6 +188,43 @@ def trace(
         stack_axes=flat.axes,
         lengths=flat.lengths,
     )
+
+
+def values_of(function: Callable[..., Any], parameters: Any, microbatch: Any) -> Any:
+    """The tree that a function of parameters and a microbatch returns, of values of a program."""
+    shapes: list[Any] = []
+
+    def flat(leaves: Sequence[Any], microbatch: Any) -> list[Any]:
+        results, structure = jax.tree.flatten(
+            function(jax.tree.unflatten(whole, leaves), microbatch)
+        )
+        shapes[:] = [structure]
+        return results
+
+    leaves, whole = jax.tree.flatten(parameters)
+    avals = [jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype) for leaf in leaves]
+    values = [EdgeLeaf(aval=aval, depends=True, number=n) for n, aval in enumerate(avals)]
+    outputs = trace(flat, values, avals, microbatch, apart=True).outputs
+    return jax.tree.unflatten(shapes[0], outputs)
+
+
+def is_still(value: Value, original: Any) -> bool:
+    """Whether a value of a program is what a constant was before it."""
+    if value.depends or value.varies:
+        return False
+    values: dict[Value, Any] = {}
+
+    def make(one: Value) -> None:
+        if one.maker is not None and one not in values:
+            for other in one.maker.inputs:
+                make(other)
+            run([one.maker], values)
+
+    with jax.ensure_compile_time_eval():
+        make(value)
+        now = words_of(value_of(value, values))[0]
+    before = words_of(original)[0]
+    return now.dtype == before.dtype and np.array_equal(now, before)
 
 
 def needed(
@@ -218,6 +258,7 @@ _VIEWS = (
 class _Flat:
     leaf_counts: dict[Any, int]
     """Leaves of a block, by layer or, where they are stacked, by group."""
+    apart: bool
     operations: list[Operation] = field(default_factory=list)
     known: dict[Any, tuple[Value, ...]] = field(default_factory=dict)
     """Operations that depend on no block, by what they compute."""
@@ -259,10 +300,10 @@ class _Flat:
         inner = equation.params.get("jaxpr") or equation.params.get("call_jaxpr")
         if name in _CALLS and inner is not None:
             return self.call(inner, inputs)
-        if name in _REMAT and inner is not None and self.around_blocks(inputs):
+        if name in _REMAT and inner is not None and (self.apart or self.around_blocks(inputs)):
             return self.call(inner, inputs)
         stacked = [value for value in inputs if isinstance(value, StackedLeaf)]
-        if stacked and name == "scan":
+        if name == "scan" and (stacked or self.apart):
             return self.loop(equation, inputs)
         if stacked and name == "slice":
             sliced = self.slice_of_stack(equation, stacked[0])
