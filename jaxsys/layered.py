@@ -26,7 +26,7 @@ ALIKE = "block"
 class Layer(NamedTuple):
     """Which block of the model runs."""
 
-    index: jax.Array
+    index: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] tuple's own is hidden
     """int32 scalar, 0 for the first block. An array, known only when the step runs: compute with
     it, or give blocks kinds where they are made differently."""
 
@@ -63,8 +63,9 @@ class LayeredModel:
     block: Block | Mapping[str, Block]
     """One function where blocks are alike, else kind -> function."""
 
-    head_loss: Callable[[PyTree, PyTree, PyTree], tuple[jax.Array, ...]]
-    """(edge, x, microbatch) -> (summed loss, weight), both float32 scalars.
+    head_loss: Callable[[PyTree, PyTree, PyTree], tuple[Any, ...]]
+    """(edge, x, microbatch) -> (summed loss, weight), both float32 scalars, or these and metrics, a
+    dict of scalars.
 
     A step's loss is sum(losses) / sum(weights) over all its microbatches, so that masked tokens
     count rightly however the batch is cut.

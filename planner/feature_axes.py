@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from jax.extend import core
 
-from jaxsys.planner.jaxpr_costs import opened, variable_bytes
+from jaxsys.planner.jaxpr_costs import opened, rank, variable_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +155,7 @@ class _Walk:
                 self.join(equation.outvars[0], times)
                 return Seen()
             if axis == pairs[x.cut]:
-                return Seen(cut=out_axes[weight, axis])
+                return Seen(cut=out_axes[weight, pairs[x.cut]])
         if x.cut is not None:  # parts of rows, or a matrix that is settled otherwise: joined first
             self.join(equation.invars[other], times)
         shape = equation.invars[weight].aval.shape
@@ -205,7 +205,7 @@ class _Walk:
         body = opened(equation.params["jaxpr"])
         given = []
         for mine, theirs, one in zip(body.invars, equation.invars, seen, strict=True):
-            if mine.aval.ndim == theirs.aval.ndim:
+            if rank(mine) == rank(theirs):
                 given.append(one)
             else:  # taken apart along its leading axis
                 cut = None if one.cut in (None, 0) else one.cut - 1
@@ -213,7 +213,7 @@ class _Walk:
         results = self.run(body, given, times * equation.params["length"])
         found = []
         for mine, theirs, one in zip(body.outvars, equation.outvars, results, strict=True):
-            stacked = mine.aval.ndim != theirs.aval.ndim
+            stacked = rank(mine) != rank(theirs)
             if one.cut is None:
                 found.append(Seen())
             elif stacked:

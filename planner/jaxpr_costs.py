@@ -161,14 +161,14 @@ def _scan(
     # Which are constants and which carried is said in another way by each JAX; shapes tell alike:
     # what is taken apart, or stacked, has one axis more outside the body than in it.
     alike = [
-        mine.aval.ndim == theirs.aval.ndim
+        rank(mine) == rank(theirs)
         for mine, theirs in zip(body.invars, equation.invars, strict=True)
     ]
     for variable, whole in zip(equation.invars, alike, strict=True):
         if not whole and _known(variable, origins):
             cost.scanned[origins[variable]] = length
     handed_on = sum(
-        mine.aval.ndim == theirs.aval.ndim
+        rank(mine) == rank(theirs)
         for mine, theirs in zip(body.outvars, equation.outvars, strict=True)
     )
     carried = equation.invars[sum(alike) - handed_on : sum(alike)]
@@ -250,6 +250,11 @@ def _convolution_flops(equation: Any) -> float:
     # Each output takes every kernel element of its output channel once.
     per_output = math.prod(kernel) / kernel[numbers.rhs_spec[0]]
     return 2.0 * math.prod(equation.outvars[0].aval.shape) * per_output
+
+
+def rank(variable: Any) -> int:
+    """How many axes a jaxpr's variable has."""
+    return variable.aval.ndim
 
 
 def variable_bytes(variable: Any) -> float:

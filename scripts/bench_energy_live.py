@@ -346,8 +346,10 @@ async def measure(
                 found["energy_j"] = await asyncio.to_thread(total_j, logs, began_s, answers.ended_s)
             else:
                 after_j = await modelled_energy_j(client)
-                unknown = before_j is None or after_j is None
-                found["energy_j"] = None if unknown else after_j - before_j
+                if before_j is None or after_j is None:
+                    found["energy_j"] = None
+                else:
+                    found["energy_j"] = after_j - before_j
     found["duration_s"] = answers.ended_s - began_s
     found["answers"] = answers
     if clocks_mhz:
@@ -441,7 +443,7 @@ def simulate(
     return result, front_s
 
 
-def hand_over_times(seen: dict[str, float] | None, prompt_s: float) -> dict[str, float]:
+def hand_over_times(seen: dict[str, float] | None, prompt_s: float) -> dict[str, Any]:
     """What the simulator is told of hand-overs; nothing where none were timed.
 
     Args:

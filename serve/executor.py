@@ -100,7 +100,7 @@ class _Scored(NamedTuple):
     request: Request
     start: int
     """Position of the first of them; the token scored first is the next one."""
-    count: int
+    tokens: int
     scores: Scores
 
 
@@ -524,7 +524,7 @@ def seed_of(request: Request) -> int:
 
 def _note(scored: _Scored) -> bool:
     """Puts down with the request what was found out of its prompt; whether all of it is finite."""
-    request, count = scored.request, scored.count
+    request, count = scored.request, scored.tokens
     alternatives = request.sampling.prompt_logprobs
     logprobs, ranks, top_tokens, top_logprobs = (
         np.asarray(column)[:count] for column in scored.scores

@@ -296,7 +296,7 @@ def _split_heads(kernels: AttentionKernels, mesh: Mesh, axis: str) -> AttentionK
     def decode(q, keys, values, tables, positions, rule=PLAIN, sinks=None):
         own = () if sinks is None else (sinks,)
         return jax.shard_map(
-            lambda *arrays: kernels.decode(*arrays[:5], rule, *arrays[5:]),
+            lambda q, k, v, t, p, *own: kernels.decode(q, k, v, t, p, rule, *own),
             mesh=mesh,
             in_specs=(spec(None, axis), pool, pool, spec(), spec(), *(spec(axis) for _ in own)),
             out_specs=spec(None, axis),
@@ -305,8 +305,12 @@ def _split_heads(kernels: AttentionKernels, mesh: Mesh, axis: str) -> AttentionK
 
     def prefill(q, k, v, keys, values, table, start, continued, rule=PLAIN, sinks=None):
         own, heads = () if sinks is None else (sinks,), spec(None, None, axis)
+
+        def attend(q, k, v, keys, values, table, start, *own):
+            return kernels.prefill(q, k, v, keys, values, table, start, continued, rule, *own)
+
         return jax.shard_map(
-            lambda *arrays: kernels.prefill(*arrays[:7], continued, rule, *arrays[7:]),
+            attend,
             mesh=mesh,
             in_specs=(heads, heads, heads, pool, pool, spec(), spec(), *(spec(axis) for _ in own)),
             out_specs=heads,

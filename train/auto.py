@@ -68,6 +68,7 @@ def choose(
     link: str | None = None,
     memory_gib: float | None = None,
     weight_bytes: float = 2.0,
+    gradient_bytes: float = 4.0,
 ) -> Choice:
     """Compares all known strategies for a ring of these devices.
 
@@ -79,12 +80,13 @@ def choose(
             host's memory between CPU devices if not given.
         memory_gib: the limit per device; most of the device's memory if not given.
         weight_bytes: of a parameter in compute.
+        gradient_bytes: of a parameter's gradient, summed and sent.
 
     Raises:
         UsageError: if the devices have no preset, or nothing fits.
     """
     cluster = _cluster(devices, link)
-    precision = Precision(weight_bytes=weight_bytes)
+    precision = Precision(weight_bytes=weight_bytes, gradient_bytes=gradient_bytes)
     return _fastest(workload, cluster, microbatches, memory_gib, precision, None)
 
 

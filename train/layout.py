@@ -30,7 +30,7 @@ class Layout:
 
     mesh: Mesh
     schedule: Schedule
-    recompute: Recompute
+    recompute: Recompute | tuple[Recompute, ...]
     microbatch_size: int
     sequence_length: int
     dtype: str
@@ -52,7 +52,7 @@ def lay_out(
     replicas: int | None,
     microbatches: int | None,
     microbatch_size: int | None,
-    recompute: Recompute | None,
+    recompute: Recompute | tuple[Recompute, ...] | None,
     memory_gib: float | None = None,
     dtype: str | None = None,
     gradient_dtype: str | None = None,

@@ -39,13 +39,15 @@ class TokenFile:
                 read = {
                     (1, 0): np.lib.format.read_array_header_1_0,
                     (2, 0): np.lib.format.read_array_header_2_0,
-                }[version]
+                }.get(version)
+                if read is None:
+                    raise UsageError(
+                        f"{path} is a .npy file of version {version}; 1.0 and 2.0 are read"
+                    )
                 shape, _, self.dtype = read(file)
                 self._offset = file.tell()
-        except KeyError:
-            raise UsageError(
-                f"{path} is a .npy file of version {version}; 1.0 and 2.0 are read"
-            ) from None
+        except UsageError:
+            raise
         except Exception as error:  # numpy parses the header as Python, and raises as that does
             reason = " ".join(str(error).split())[:300]
             raise UsageError(f"{path} is not a readable .npy file: {reason}") from error

@@ -131,7 +131,8 @@ def _recomputing_block(block: Callable[..., Leaves], x: list[jax.ShapeDtypeStruc
         # otherwise all be recomputed at once, and held.
         x, dy = lax.optimization_barrier((residuals, dy))
         _, vjp = pull_back(lambda w, v: block(w, v, microbatch, index), weights, x)
-        return vjp(dy)
+        dw, dx = vjp(dy)
+        return dw, dx
 
     return BlockProgram(forward=forward, backward=backward, residuals=x)
 

@@ -193,13 +193,13 @@ def _scored(
         split = (seen.shape[0], *((1, 1) if heads == 1 else (groups, -1)), *seen.shape[2:])
         scores = jnp.where(seen.reshape(split), scores, jnp.finfo(jnp.float32).min)
     top = jnp.max(scores, axis=-1, keepdims=True)
-    if sinks is not None:
-        sink = sinks.astype(jnp.float32).reshape(1, groups, -1, 1, 1)
+    sink = None if sinks is None else sinks.astype(jnp.float32).reshape(1, groups, -1, 1, 1)
+    if sink is not None:
         top = jnp.maximum(top, sink)
     top = jax.lax.stop_gradient(top)
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    if sinks is not None:
+    if sink is not None:
         total = total + jnp.exp(sink - top)
     weights = (weights / total).astype(q.dtype)
     out = jnp.einsum("bgrts,bsgv->btgrv", weights, v)

@@ -75,7 +75,8 @@ def _with_reasoning(message: Mapping[str, Any]) -> Mapping[str, Any]:
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}` to `{% endgeneration %}` renders as the text between them."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    # jinja2 reads the class's, though it declares an instance's.
+    tags: ClassVar[set[str]] = {"generation"}  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno

@@ -351,11 +351,11 @@ def read_config(source: Source, architecture: str) -> DecoderConfig:
     except UsageError as error:
         raise UsageError(f"{source.name}: {error}") from error
     attention = metadata.number("rope.scaling.attn_factor", 1.0)
-    plain = config.rope_scaling is None or isinstance(config.rope_scaling, LinearRopeScaling)
-    if attention == 1.0 or not plain:
+    scaling = config.rope_scaling
+    if attention == 1.0 or not (scaling is None or isinstance(scaling, LinearRopeScaling)):
         return config
     # No config.json says this.
-    factor = 1.0 if config.rope_scaling is None else config.rope_scaling.factor
+    factor = 1.0 if scaling is None else scaling.factor
     scaling = LinearRopeScaling(factor=factor, attention_factor=attention)
     return dataclasses.replace(config, rope_scaling=scaling)
 

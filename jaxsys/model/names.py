@@ -158,7 +158,9 @@ def join(
 ) -> list[FileTensor]:
     """Tensors of several leaves; takes those leaves out of `leaves`."""
     tensors = []
-    for form, table in (("rows", joined), ("woven", woven)):
+    tables: tuple[tuple[Form, Mapping[str, tuple[str, ...]]], ...]
+    tables = (("rows", joined), ("woven", woven))
+    for form, table in tables:
         for name, parts in table.items():
             for suffix, end in (("", ".weight" if form == "rows" else ""), ("_bias", "_bias")):
                 found = [leaves.get(part + suffix) for part in parts]

@@ -321,7 +321,7 @@ def _left_s(deadline_s: float) -> float:
 
 def _bytes_of(array: np.ndarray) -> memoryview:
     """An array's own bytes; numpy's view takes dtypes that buffers do not know, as bfloat16."""
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _is_loopback(host: str) -> bool:

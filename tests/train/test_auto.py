@@ -44,6 +44,26 @@ def test_takes_what_fits_the_limit_that_the_trainer_has():
         auto.choose(WORKLOAD, [H100] * 8, microbatches=16, memory_gib=20)
 
 
+def test_auto_counts_gradients_in_the_dtype_they_are_summed_in():
+    def memory_gib(gradient_dtype):
+        found = lay_out(
+            config=preset("tiny"),
+            devices=jax.devices()[:2],
+            sequence_length=16,
+            schedule="auto",
+            replicas=None,
+            microbatches=4,
+            microbatch_size=1,
+            recompute=None,
+            memory_gib=1,
+            gradient_dtype=gradient_dtype,
+        )
+        assert found.gradient_dtype == gradient_dtype and found.reason is not None
+        return float(found.reason.split(" GiB")[0].split()[-1])
+
+    assert memory_gib("bfloat16") < memory_gib("float32")
+
+
 def test_says_so_when_nothing_fits_or_the_device_is_unknown():
     with pytest.raises(UsageError, match="no strategy fits"):
         auto.choose(WORKLOAD, [H100], microbatches=2)

@@ -70,8 +70,8 @@ def fingerprint_of_array(value: Any, aval: Any) -> Any:
 
 def words_of(value: Any) -> tuple[np.ndarray, Any]:
     """A constant's elements on the host; of keys their words, and how keys are made of them."""
-    keys = None
-    if jnp.issubdtype(getattr(value, "dtype", None), jax.dtypes.prng_key):
+    keys, dtype = None, getattr(value, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
         with jax.ensure_compile_time_eval():
             keys, value = jax.random.key_impl(value), jax.random.key_data(value)
     return np.asarray(value), keys

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.core import ShapedArray
 
 from jaxsys.errors import UsageError
 from jaxsys.layered import ALIKE, LayeredModel, Parameters, PyTree
@@ -269,7 +270,7 @@ class _Adapter:
         for number, (place, leaf) in enumerate(zip(self.places, self.leaves, strict=True)):
             if isinstance(place, Fixed):
                 continue
-            aval = jax.core.ShapedArray(np.shape(leaf), dtype or leaf.dtype)
+            aval = ShapedArray(np.shape(leaf), dtype or leaf.dtype)
             avals.append(jax.ShapeDtypeStruct(aval.shape, aval.dtype))
             values.append(_value(place, aval, number))
 

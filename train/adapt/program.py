@@ -10,12 +10,13 @@ same values is one value.
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import ShapedArray
 
 from jaxsys.errors import UsageError
 from jaxsys.train.adapt.fingerprint import Derivatives, aval_of_type, fingerprint, opened, words_of
@@ -64,7 +65,8 @@ class Constant(Value):
         return (
             self.words
             if self.keys is None
-            else jax.random.wrap_key_data(self.words, impl=self.keys)
+            # Typed for arrays on a device; words on the host do, and stay constants.
+            else jax.random.wrap_key_data(cast(Any, self.words), impl=self.keys)
         )
 
 
@@ -446,7 +448,7 @@ class _Flat:
             shape = list(_first_aval(whole).shape)
             del shape[axis]
             self.slices[key] = BlockLeaf(
-                aval=jax.core.ShapedArray(tuple(shape), _first_aval(whole).dtype),
+                aval=ShapedArray(tuple(shape), _first_aval(whole).dtype),
                 depends=True,
                 late=True,
                 pure=frozenset([key]),

@@ -55,8 +55,8 @@ def signature(operations: Iterable[Operation], layer: Layer) -> tuple[object, ..
     for index, operation in enumerate(operations):
         row: list[object] = [operation.mark]
         for value in operation.inputs:
-            own = isinstance(value, BlockLeaf) and value.layer == layer
-            row.append(numbers.get(value, value.name if own else None))
+            own = value.name if isinstance(value, BlockLeaf) and value.layer == layer else None
+            row.append(numbers.get(value, own))
         for value in operation.outputs:
             numbers[value] = (index, value.place)
         rows.append(tuple(row))
@@ -231,8 +231,10 @@ class _Cut:
         for ops in chosen.values():
             for place, operation in enumerate(ops):
                 for value in operation.inputs:
-                    late = value.maker is not None and self.flow.stage_of(value) > 0
-                    if late and value.maker.outputs[0] not in here:
+                    maker = value.maker
+                    if maker is None or self.flow.stage_of(value) <= 0:
+                        continue
+                    if maker.outputs[0] not in here:
                         return place
         return None
 
