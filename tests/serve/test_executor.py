@@ -245,7 +245,7 @@ def test_collect_waits_for_pieces_that_sample_nothing(executor):
     iteration = scheduler.next_iteration(0.0)
     handle = executor.dispatch(iteration)
     assert executor.collect(handle).tokens == []
-    assert [sampled.tokens.is_ready() for sampled, _ in handle] == [True]
+    assert [sampled.tokens.is_ready() for sampled, *_ in handle] == [True]
     scheduler.complete(iteration, 0.0, [])
     # Of a request that has ended since, such a piece has no token either.
     rest = scheduler.next_iteration(0.0)

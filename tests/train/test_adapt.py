@@ -310,6 +310,7 @@ def test_unlike_blocks_are_kinds():
     assert [kind == kinds[1] for kind in kinds] == [False, True, False, True, True]
 
 
+@pytest.mark.slow
 def test_any_function_of_parameters():
     """A plain loop over stacked parameters, with a key, an integer table and slashes in names."""
     rng = np.random.default_rng(0)

@@ -44,6 +44,7 @@ def mean_loss(logits, batch):
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"]).mean()
 
 
+@pytest.mark.slow
 def test_draws_and_evaluation_are_the_same_under_every_schedule():
     example = {name: leaf[:1] for name, leaf in batches()[0].items()}
     adapted = from_nnx(Model(), example, blocks="blocks", loss=mean_loss)

@@ -145,6 +145,7 @@ def test_auto_chooses_for_the_first_batch(small_model, small_parameters):
     assert trainer.chosen.startswith(f"auto took {trainer.schedule.name}, recompute ")
 
 
+@pytest.mark.slow
 def test_auto_chooses_at_once_for_a_microbatch_and_only_what_is_asked(
     small_model, small_parameters
 ):

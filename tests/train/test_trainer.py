@@ -243,6 +243,7 @@ def test_a_batch_of_other_length(small_model, small_parameters):
         trainer.step(batch_of(0, rows=3))
 
 
+@pytest.mark.slow
 def test_parameters_and_batches_on_explicit_axes(small_model, small_parameters):
     """`jax.make_mesh` types its axes, and `jax.set_mesh` every operation: none of it reaches in."""
     plain = Trainer(small_model, small_parameters, optax.sgd(0.1), devices=2, schedule="zero-3")
@@ -294,6 +295,7 @@ def test_constants_among_the_parameters_stay(small_model, small_parameters):
     assert {leaf.dtype for leaf in state if leaf.ndim} == {np.dtype(np.float32)}
 
 
+@pytest.mark.slow
 def test_averages_of_parameters_are_kept_saved_and_evaluated(
     small_model, small_parameters, tmp_path
 ):

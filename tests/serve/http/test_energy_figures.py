@@ -78,10 +78,10 @@ def test_a_request_through_two_processes_keeps_its_energy_by_role():
         one = request("r")
         for side in sides:
             side.requests["r"] = one
-        sides[0]._event(["r", 7, None, None, "", False, [3.0, 3.0], 0, 0], 0.1)
-        sides[1]._event(["r", 8, None, None, "", False, [1.0, None], 0, 0], 0.2)
+        sides[0]._event(["r", 7, None, None, "", False, [3.0, 3.0], 0, 0, None], 0.1)
+        sides[1]._event(["r", 8, None, None, "", False, [1.0, None], 0, 0, None], 0.2)
         # Preempted there, its prompt was computed again.
-        sides[1]._event(["r", 9, "length", None, "", False, [4.0, 2.0], 0, 1], 0.3)
+        sides[1]._event(["r", 9, "length", None, "", False, [4.0, 2.0], 0, 1, None], 0.3)
         return one.timing
 
     timing = asyncio.run(run())
