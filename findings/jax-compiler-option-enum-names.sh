@@ -3,7 +3,7 @@
 # as {"xla_gpu_collective_permute_mode": "peer"}
 # What happens: compiler_options refuse "peer" as no valid enum value and take the protocol buffer's
 # own name, COLLECTIVES_PEER_MEMORY
-# Seen: jax 0.10.2, 0.11.2 and 0.12.0.1, on a CPU, 2026-11-30
+# Seen: the refusal on jax 0.10.2, 0.11.2 and 0.12.0.1, the flag on 0.12.0.1; on a CPU, 2026-11-30
 set -euo pipefail
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
