@@ -19,6 +19,7 @@ pytestmark = pytest.mark.parity
 spec = importlib.util.spec_from_file_location(
     "family_cases", Path(__file__).parent / "family_cases.py"
 )
+assert spec is not None and spec.loader is not None
 cases = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(cases)
 

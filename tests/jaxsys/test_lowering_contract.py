@@ -4,7 +4,7 @@ One model has all of it, and every schedule must give its loss, its metrics and 
 """
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -140,7 +140,7 @@ def assert_matches_reference(name: str, layers: int, *, devices=2, microbatches=
     )
     gradients = step.from_rest(found.gradients)
     for path, leaf in jax.tree_util.tree_leaves_with_path(wanted):
-        got = functools.reduce(lambda tree, key: tree[key.key], path, gradients)
+        got = functools.reduce(lambda tree, key: tree[key.key], path, cast(Any, gradients))
         if leaf.dtype == jax.dtypes.float0:
             assert not np.any(got), f"{jax.tree_util.keystr(path)} is a constant"
             continue
@@ -225,7 +225,7 @@ def test_refuses_what_is_no_model():
     with pytest.raises(UsageError, match="layers=3 but the pattern has 2"):
         LayeredModel(block={"dense": dense}, layers=3, pattern=("dense",) * 2, **some)
     with pytest.raises(UsageError, match="block does not take"):
-        LayeredModel(block=lambda weights, x, microbatch: x, layers=2, **some)
+        LayeredModel(block=cast(Any, lambda weights, x, microbatch: x), layers=2, **some)
     model, parameters = unlike_blocks(4)
     mesh = make_mesh(2, devices=jax.devices()[:2])
     step = lower(build("1f1b", devices=2, microbatches=2), model, mesh)

@@ -39,6 +39,7 @@ def _cases():
     spec = importlib.util.spec_from_file_location(
         "family_cases", Path(__file__).parent / "family_cases.py"
     )
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -139,7 +140,9 @@ def test_training_is_the_forward_pass(family, tmp_path):
 def test_router_losses_travel_beside_the_residual():
     """E sum f p a layer: the number of experts a token uses where all are used alike."""
     config = DecoderConfig.from_hf(STORED["mixtral"]["config"])
-    balance = dataclasses.replace(config.experts, balance=0.5)
+    experts = config.experts
+    assert experts is not None
+    balance = dataclasses.replace(experts, balance=0.5)
     weights = initial_parameters(config)
     router = jnp.zeros_like(weights["blocks"]["experts"]["router"])
     weights["blocks"]["experts"]["router"] = router  # all alike: p = 1 / E, whoever is chosen
@@ -149,11 +152,11 @@ def test_router_losses_travel_beside_the_residual():
     def loss(config):
         return float(jax.jit(lambda w: reference_loss(layered(config), w, batch))(weights))
 
-    plain = dataclasses.replace(config.experts, balance=0.0)
+    plain = dataclasses.replace(experts, balance=0.0)
     with_loss, without = (
         loss(dataclasses.replace(config, experts=one)) for one in (balance, plain)
     )
-    assert with_loss - without == pytest.approx(0.5 * config.experts.active, rel=1e-4)
+    assert with_loss - without == pytest.approx(0.5 * experts.active, rel=1e-4)
 
 
 def test_caches_and_products_say_what_layers_hold():

@@ -7,6 +7,7 @@ import os
 import struct
 import types
 from pathlib import Path
+from typing import Any, cast
 
 import gguf
 import jax
@@ -18,6 +19,7 @@ import safetensors.numpy
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxsys.errors import UsageError
+from jaxsys.layered import Parameters
 from jaxsys.model import (
     ByteTokenizer,
     DecoderConfig,
@@ -305,7 +307,7 @@ def test_added_tokens_past_the_table_load_and_are_refused_in_texts(folder):
     content["added_tokens"].append(added)
     (folder / "tokenizer.json").write_text(json.dumps(content))
     tokenizer = load(folder).tokenizer
-    assert tokenizer.vocab_size == 264
+    assert tokenizer is not None and tokenizer.vocab_size == 264
     assert tokenizer.encode("a b") == [97, 32, 98]
     with pytest.raises(UsageError, match="the token '<image>' of id 264, but the model has vec"):
         tokenizer.encode("a <image>")
@@ -318,7 +320,13 @@ def test_special_tokens_come_from_three_places(folder):
     (folder / "special_tokens_map.json").write_text(
         json.dumps({"bos_token": "<|pad|>", "eos_token": "<|im_end|>", "sep_token": "<|pad|>"})
     )
-    named = load(folder).tokenizer.special_tokens
+
+    def special_tokens():
+        tokenizer = load(folder).tokenizer
+        assert tokenizer is not None
+        return tokenizer.special_tokens
+
+    named = special_tokens()
     # The old form: the map wins where both say something.
     assert named == {
         "bos_token": "<|pad|>",
@@ -328,7 +336,7 @@ def test_special_tokens_come_from_three_places(folder):
     }
     settings["added_tokens_decoder"] = {}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert load(folder).tokenizer.special_tokens == named | {"bos_token": "<|im_start|>"}
+    assert special_tokens() == named | {"bos_token": "<|im_start|>"}
 
 
 def test_the_makers_sampling_is_read(folder):
@@ -348,8 +356,8 @@ def test_a_tied_configuration_with_another_head_uses_the_head(tmp_path):
     model = load(tmp_path / "m")
     assert model.config == UNTIED
     assert_equal_bits(model.parameters, weights)
-    copied = dict(weights, edge=dict(weights["edge"]))
-    copied["edge"]["head"] = {"kernel": weights["edge"]["embed"]["table"].T}
+    head = {"kernel": weights["edge"]["embed"]["table"].T}
+    copied = Parameters(edge={**weights["edge"], "head": head}, blocks=weights["blocks"])
     save_safetensors(tmp_path / "n", UNTIED, copied)
     edit_config(tmp_path / "n", tie_word_embeddings=True)
     assert load(tmp_path / "n").config == TIED
@@ -558,6 +566,7 @@ def test_gguf_without_a_word_on_the_first_token(tmp_path, split, begins):
     changes = {"tokenizer_pre": split, "add_bos": False}
     path = write_gguf(tmp_path / "m.gguf", UNTIED, initial_parameters(UNTIED), **changes)
     tokenizer = load(path).tokenizer
+    assert tokenizer is not None
     assert tokenizer.encode("ab") == ([256] if begins else []) + [260]
 
 
@@ -606,7 +615,10 @@ def test_gguf_sentence_piece(tmp_path):
         "tokenizer.ggml.token_type": kinds,
         "tokenizer.ggml.scores": scores,
     }
-    source = types.SimpleNamespace(name="a file", field=fields.get, need=fields.__getitem__)
+    # No more of a file than is read.
+    source = cast(
+        Any, types.SimpleNamespace(name="a file", field=fields.get, need=fields.__getitem__)
+    )
     tokenizer = read_vocabulary(source)
     by_piece = {piece: index for index, piece in enumerate(pieces)}
     # bc (-1) is made before ▁a (-2), which is made before ab (-3).

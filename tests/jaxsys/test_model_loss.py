@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jaxsys.errors import UsageError
-from jaxsys.layered import Layer, reference_loss
+from jaxsys.layered import ALIKE, Layer, reference_loss
 from jaxsys.mesh import RING, make_mesh
 from jaxsys.model import bind_edge, initial_parameters, layered, preset
 from jaxsys.model.loss import head_loss
@@ -122,12 +122,13 @@ def test_inside_shard_map_as_a_schedule_would_run_it():
         "targets": jnp.asarray(generator.integers(-1, 264, (2, 2, 10)), jnp.int32),
     }
     model = layered(config, loss_chunk_tokens=7)
+    block = model.kinds[ALIKE]
 
     def local(weights, batch):
         microbatch = jax.tree.map(lambda leaf: leaf[0], batch)
         x = model.embed(weights["edge"], microbatch)
         x, _ = jax.lax.scan(
-            lambda x, layer: (model.block(layer, x, microbatch, Layer(index=jnp.int32(0))), None),
+            lambda x, layer: (block(layer, x, microbatch, Layer(index=jnp.int32(0))), None),
             x,
             weights["blocks"],
         )

@@ -9,12 +9,18 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from jaxsys.model import preset
-from jaxsys.model.rope import Llama3RopeScaling, inverse_frequencies, rotary_tables, rotate
+from jaxsys.model import DecoderConfig, preset
+from jaxsys.model.rope import Llama3RopeScaling, Rope, inverse_frequencies, rotary_tables, rotate
 
 SCALING = Llama3RopeScaling(
     factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192
 )
+
+
+def rope_of(config: DecoderConfig) -> Rope:
+    rope = config.rope()
+    assert rope is not None
+    return rope
 
 
 def plain_frequency(index, config):
@@ -53,7 +59,7 @@ def test_rotation_is_the_formula(scaling, theta):
             expected[b, t, n, i] = first * math.cos(angle) - second * math.sin(angle)
             expected[b, t, n, i + half] = second * math.cos(angle) + first * math.sin(angle)
     typed = jaxtyping.jaxtyped(rotate, typechecker=beartype.beartype)
-    got = typed(jnp.asarray(x), *rotary_tables(jnp.asarray(positions), config.rope()))
+    got = typed(jnp.asarray(x), *rotary_tables(jnp.asarray(positions), rope_of(config)))
     # float32 holds angles up to 3000 to 1.2e-4 radians.
     np.testing.assert_allclose(got, expected, atol=1e-3)
 
@@ -62,8 +68,8 @@ def test_llama_31_scaling_touches_all_three_bands():
     config = dataclasses.replace(
         preset("tiny"), head_dim=128, rope_theta=500000.0, rope_scaling=SCALING
     )
-    ratio = inverse_frequencies(dataclasses.replace(config, rope_scaling=None).rope()) / (
-        inverse_frequencies(config.rope())
+    ratio = inverse_frequencies(rope_of(dataclasses.replace(config, rope_scaling=None))) / (
+        inverse_frequencies(rope_of(config))
     )
     assert ratio[0] == 1.0
     assert ratio[-1] == pytest.approx(8.0)
@@ -75,7 +81,7 @@ def test_rotation_keeps_bfloat16_but_angles_do_not_suffer():
     config = dataclasses.replace(preset("tiny"), head_dim=64)
     positions = jnp.full((1, 1), 4097, jnp.int32)  # not representable in bfloat16
     x = jnp.ones((1, 1, 1, 64), jnp.bfloat16)
-    got = rotate(x, *rotary_tables(positions, config.rope()))
-    wide = rotate(x.astype(jnp.float32), *rotary_tables(positions, config.rope()))
+    got = rotate(x, *rotary_tables(positions, rope_of(config)))
+    wide = rotate(x.astype(jnp.float32), *rotary_tables(positions, rope_of(config)))
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(got.astype(jnp.float32), wide, atol=2**-7)

@@ -32,6 +32,7 @@ def test_a_donated_state_is_written_in_place(mesh):
     state = jax.ShapeDtypeStruct((4, 1024), jnp.float32, sharding=spread)
     step = jax.jit(lambda x: x + 1, donate_argnums=0, out_shardings=spread)
     memory = step.lower(state).compile().memory_analysis()
+    assert memory is not None
     assert memory.alias_size_in_bytes == memory.output_size_in_bytes == 4096
 
 

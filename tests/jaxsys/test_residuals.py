@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxsys.layered import LayeredModel
+from jaxsys.lowering import Recompute
 from jaxsys.lowering.programs import block_program
 
 TOKENS, WIDTH, WIDE = 6, 4, 10
@@ -51,7 +52,7 @@ def case(block):
     return weights, drawn(TOKENS, WIDTH), microbatch
 
 
-def program_of(block, weights, x, microbatch, policy="none"):
+def program_of(block, weights, x, microbatch, policy: Recompute = "none"):
     model = LayeredModel(
         layers=1,
         block=lambda w, x, m, layer: block(w, x, m),
@@ -82,8 +83,8 @@ def test_gradients_are_those_of_the_block(block, policy):
 def test_a_gate_and_a_norm_are_kept_once():
     """Of silu(g) * u: g, u and the product; of the norm its input, output and a sum."""
     weights, x, microbatch = case(gated)
-    low = jax.tree.map(lambda w: w.astype(jnp.bfloat16), (weights, x))
-    kept = program_of(gated, *low, microbatch).residuals
+    weights, x = jax.tree.map(lambda w: w.astype(jnp.bfloat16), (weights, x))
+    kept = program_of(gated, weights, x, microbatch).residuals
     wide = [s for s in kept if s.shape == (TOKENS, WIDE)]
     narrow = [s for s in kept if s.shape == (TOKENS, WIDTH)]
     assert len(wide) == 3

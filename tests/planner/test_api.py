@@ -340,7 +340,9 @@ def split_features(loss_fn, params, batch, ways: int):
         placed(batch, found.batch_shardings(mesh)),
     )
     program = jax.jit(jax.value_and_grad(loss_fn)).lower(*arguments).compile()
-    computations = parse(program.as_text())
+    text = program.as_text()
+    assert text is not None
+    computations = parse(text)
     runs = executions(computations)
     sent: dict[str, float] = {}
     for name, one in computations.items():

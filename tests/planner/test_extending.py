@@ -1,6 +1,8 @@
 """A strategy from outside the package: it trains, is planned, searched for and recognised."""
 
 import dataclasses
+import math
+from typing import Any
 
 import numpy as np
 import optax
@@ -93,6 +95,7 @@ def test_it_trains_as_others_do(toy):
         devices=2,
         microbatches=4,
     )
+    plain = math.inf
     for _ in range(2):  # before and after an update, as the model without any schedule has it
         plain = trainer.evaluate([batch])
         np.testing.assert_allclose(float(trainer.step(batch).loss), plain, rtol=1e-5)
@@ -180,5 +183,6 @@ def test_every_axis_of_a_plan_is_in_the_table():
 
     sizes = {field.name for field in dataclasses.fields(Plan)}
     assert set(AXES) <= sizes
-    plan = Plan(layers=(), **{name: 2 for name in AXES})
+    twos: dict[str, Any] = {name: 2 for name in AXES}
+    plan = Plan(layers=(), **twos)
     assert plan.devices == 2 ** len(AXES)

@@ -57,7 +57,7 @@ def paged_logits(config, weights, tokens, pieces, more):
     cache = paged_model.empty_cache(config, 24, 4, jnp.dtype("float32"), place)
     tables = np.array([[5, 2, 9, 0, 7, 3, 11, 8, 12, 14], [1, 4, 6, 10, 13, 15, 16, 17, 18, 19]])
     tables = tables.astype(np.int32)
-    found, at = [], 0
+    found, at, logits = [], 0, jnp.empty(0)
     for length in pieces:
         piece = np.zeros(16, np.int32)
         piece[:length] = tokens[at : at + length]

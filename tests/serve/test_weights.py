@@ -32,6 +32,7 @@ def test_each_weight_is_the_nearest_of_its_column(parameters, whole, form):
     for name, inputs in (("qkv", 1), ("out", 3), ("mlp/up", 1), ("mlp/down", 1)):
         exact = np.asarray(whole.layers[1].matrices[name].values)
         values, scale = small.layers[1].matrices[name]
+        assert scale is not None
         assert values.dtype.itemsize == 1 and scale.shape == exact.shape[inputs:]
         error = np.abs(np.asarray(values.astype(jnp.float32)) * np.asarray(scale) - exact)
         # Half a step of an integer; of e4m3 half a unit in the last of three bits, or half its

@@ -3,6 +3,8 @@
 Whether schedules then compute the same is asked in test_adapt_scripts.
 """
 
+from typing import Any, cast
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 from flax import linen, nnx
 
 from jaxsys.errors import UsageError
-from jaxsys.layered import Layer, microbatch_keys, reference_loss
+from jaxsys.layered import ALIKE, Layer, microbatch_keys, reference_loss
 from jaxsys.train import from_linen, from_nnx, next_token_loss
 from jaxsys.train.adapt import KEY, from_function
 
@@ -143,7 +145,7 @@ def test_what_precedes_the_blocks_is_not_run_for_the_head():
     variables = module.init(jax.random.key(0), data["inputs"][0])
     model = from_linen(module, variables, first(data), blocks="layer_").model
     parameters = from_linen(module, variables, first(data), blocks="layer_").parameters
-    compiled = jax.jit(model.block).lower(
+    compiled = jax.jit(model.kinds[ALIKE]).lower(
         jax.tree.map(lambda leaf: leaf[0], parameters["blocks"]),
         jnp.zeros((2, T, D)),
         first(data),
@@ -193,8 +195,7 @@ class Wrapped(linen.Module):
     ],
 )
 def test_wrapped_blocks_with_dropout(kind, blocks):
-    data = batch()
-    data[KEY] = microbatch_keys(jax.random.key(7), 2)
+    data = {**batch(), KEY: microbatch_keys(jax.random.key(7), 2)}
     keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
     adapted = compare_linen(Wrapped(kind), blocks, data=data, rngs=keys)
     assert adapted.draws and adapted.model.pattern is None
@@ -246,7 +247,7 @@ class Various(nnx.Module):
         self.table = np.linspace(0.5, 1.5, T, dtype=np.float32)
         self.scale = nnx.Variable(jnp.float32(0.5))
 
-    def __call__(self, x, context=None):
+    def __call__(self, x, context=None) -> Any:
         h = self.norm(x) * self.table[None, :, None]
         if self.shared is not None:
             h = h + self.shared(jnp.arange(T))[None]
@@ -349,11 +350,15 @@ def test_any_function_of_parameters():
 
 def test_nnx_dropout_draws_by_layer_and_microbatch():
     module = NnxModel(nnx.Rngs(0))
-    for layer in module.layers:
+    for layer in cast(Any, module.layers):
         layer.drop = nnx.Dropout(0.5, rngs=nnx.Rngs(3))  # the same seed for all
     own = NnxBlock.__call__
+
+    def dropping(self: Any, x: Any) -> Any:
+        return self.drop(own(self, x))
+
     try:
-        NnxBlock.__call__ = lambda self, x: self.drop(own(self, x))
+        NnxBlock.__call__ = dropping
         adapted = from_nnx(module, first(batch()), blocks="layers")
         assert adapted.draws
         data = {**batch(), KEY: microbatch_keys(jax.random.key(0), 2)}

@@ -2,7 +2,8 @@
 
 import inspect
 import warnings
-from typing import Any
+from collections.abc import Hashable
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxsys.errors import UsageError
-from jaxsys.layered import LayeredModel
+from jaxsys.layered import LayeredModel, Parameters
 from jaxsys.mesh import RING, make_mesh
 from jaxsys.train import Trainer
 from jaxsys.train.refusals import part_names
@@ -84,12 +85,12 @@ class AtRest:
     def __init__(self, optimizer: Any, view: Any, layout: str) -> None:
         self.order, self.count, spec = LAYOUTS[layout]
         mesh = make_mesh(4, devices=jax.devices()[:4])
-        self.at = {
-            "edge": jax.tree.map(
+        self.at = Parameters(
+            edge=jax.tree.map(
                 lambda _: NamedSharding(mesh, PartitionSpec(RING)), PARAMETERS["edge"]
             ),
-            "blocks": jax.tree.map(lambda _: NamedSharding(mesh, spec), PARAMETERS["blocks"]),
-        }
+            blocks=jax.tree.map(lambda _: NamedSharding(mesh, spec), PARAMETERS["blocks"]),
+        )
         self.parameters = self.rest(PARAMETERS)
         self.rule = rule_of(optimizer, jax.eval_shape(lambda: PARAMETERS), view)
         rows = {leaf: (self.order, self.count) for leaf in self.rule.layers}
@@ -126,7 +127,7 @@ def errors(found: Any, wanted: Any) -> float:
     assert jax.tree.structure(found) == jax.tree.structure(wanted)
     worst = 0.0
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        if not jax.dtypes.issubdtype(b.dtype, jax.dtypes.prng_key):
+        if not jnp.issubdtype(b.dtype, jax.dtypes.prng_key):
             a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
             largest = np.max(np.abs(b), initial=0) + 1e-30
             worst = max(worst, float(np.max(np.abs(a - b), initial=0) / largest))
@@ -280,12 +281,15 @@ def test_elementwise_rules_move_nothing_and_norms_a_number_a_layer():
     mine = AtRest(optax.adamw(0.1, weight_decay=0.5, mask=matrices), None, "owner")
     lowered = mine.update.lower(mine.rest(GRADIENTS[0]), mine.state, mine.parameters)
     text = lowered.compile().as_text()
+    assert text is not None
     moves = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
     assert not [line for line in text.splitlines() for move in moves if f" {move}(" in line]
 
     mine = AtRest(optax.clip_by_global_norm(0.1), None, "owner")
-    text = mine.update.lower(mine.rest(GRADIENTS[0]), mine.state, mine.parameters).compile()
-    moved = [line for line in text.as_text().splitlines() if any(f" {m}(" in line for m in moves)]
+    lowered = mine.update.lower(mine.rest(GRADIENTS[0]), mine.state, mine.parameters)
+    text = lowered.compile().as_text()
+    assert text is not None
+    moved = [line for line in text.splitlines() if any(f" {m}(" in line for m in moves)]
     assert moved
     assert not [line for line in moved if f"{WIDTH}]" in line.split("=")[1].split("{")[0]]
 
@@ -297,8 +301,9 @@ def test_layers_with_rules_of_their_own():
         return {name: jax.tree.map(lambda _, n=name: n, part) for name, part in tree.items()}
 
     rates = {"embedding": 0.1, "Block_0": 0.1, "Block_2": 0.4}
-    rules = {name: optax.adam(rate) for name, rate in rates.items()}
-    optimizer = optax.partition(rules | {"Block_1": optax.set_to_zero()}, labels)
+    rules: dict[Hashable, Any] = {name: optax.adam(rate) for name, rate in rates.items()}
+    rules["Block_1"] = optax.set_to_zero()
+    optimizer = optax.partition(rules, labels)
     mine = check(optimizer, "owner", by_layer)
     assert not mine.at_rest.layer_by_layer
     np.testing.assert_array_equal(
@@ -318,7 +323,7 @@ def test_what_one_layer_tells_the_next_runs_layer_by_layer():
         blocks = {**updates["blocks"], "kernel": Layers(kernels, "kernel")}
         return {"edge": jax.tree.map(lambda g: g * total, updates["edge"]), "blocks": blocks}, state
 
-    optimizer = optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+    optimizer = optax.GradientTransformation(lambda params: optax.EmptyState(), update)
     mine = check(optimizer, "owner", steps=2)
     assert mine.at_rest.layer_by_layer == {("blocks", "kernel")}
 
@@ -402,9 +407,8 @@ def test_a_flax_model_under_every_kind_of_schedule(schedule, name):
     def step(parameters, state, batch):
         def loss(parameters):
             rows = jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), batch)
-            total, weight = next_token_loss(
-                model.apply({"params": parameters}, rows["inputs"]), rows
-            )
+            logits = cast(jax.Array, model.apply({"params": parameters}, rows["inputs"]))
+            total, weight = next_token_loss(logits, rows)
             return total / weight
 
         updates, state = optimizer.update(jax.grad(loss)(parameters), state, parameters)

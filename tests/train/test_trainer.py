@@ -10,7 +10,7 @@ import pytest
 
 from jaxsys import strategies
 from jaxsys.errors import RunError, UsageError
-from jaxsys.layered import reference_loss
+from jaxsys.layered import Parameters, reference_loss
 from jaxsys.mesh import make_mesh
 from jaxsys.model import initial_parameters, layered, preset
 from jaxsys.train import Compute, Trainer, Updates
@@ -274,10 +274,10 @@ def test_arrays_handed_over_stay_the_callers(small_model, small_parameters):
 def test_constants_among_the_parameters_stay(small_model, small_parameters):
     """Integers and booleans have no gradient, no optimizer state and no decay."""
     numbers = np.arange(4, dtype=np.int32) + 1
-    parameters = {
-        "edge": {**small_parameters["edge"], "on": np.array([True, False])},
-        "blocks": {**small_parameters["blocks"], "number": numbers},
-    }
+    parameters = Parameters(
+        edge={**small_parameters["edge"], "on": np.array([True, False])},
+        blocks={**small_parameters["blocks"], "number": numbers},
+    )
     trainer = Trainer(
         small_model, parameters, optax.adamw(0.1, weight_decay=0.5), devices=2, schedule="dp"
     )

@@ -158,10 +158,10 @@ def test_queue_router_takes_the_earliest_first_token():
     views = [View(4, waiting_tokens=9000), View(9, waiting_tokens=500), View(6, waiting_tokens=700)]
     assert router.choose(views, request()) == 1  # nine waiting prompts cost less than 9000 tokens
 
-    @dataclass
     class Telling(View):
-        busy_until_s: float | None = None
-        waiting_requests: int = 0
+        @property
+        def waiting_requests(self) -> int:
+            return 0
 
     # An idle instance against one that ends its iteration soon and one that does late.
     views = [Telling(1, busy_until_s=0.5), Telling(1, busy_until_s=0.1), Telling(0)]

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -34,7 +35,7 @@ def server(model, start, quickly_compiled, request):
 
 def expected(model, tokens):
     """Log-probabilities [T - 1, V] of what follows each token, by the whole forward pass."""
-    logits = forward(model.config, model.parameters, np.array([tokens]))[0]
+    logits = forward(model.config, model.parameters, jnp.asarray([tokens]))[0]
     return np.asarray(jax.nn.log_softmax(logits, axis=-1))[:-1]
 
 
