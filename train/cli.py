@@ -38,7 +38,12 @@ def parser(prog: str) -> argparse.ArgumentParser:
     add = result.add_argument
     add("--model", default="byte-llama", help="preset to train (default %(default)s)")
     add("--data", help="text, .jsonl, .npy tokens or a folder (default: the standard library)")
-    add("--steps", type=whole(), default=100, help="batches in all (default %(default)s)")
+    add(
+        "--steps",
+        type=whole(1, 2**31 - 1),
+        default=100,
+        help="batches in all (default %(default)s)",
+    )
     add("--out", type=Path, help="folder for checkpoints and metrics.jsonl")
     add("--resume", action="store_true", help="go on from the last good checkpoint in --out")
     add("--export", type=Path, help="write the trained model here, for `jaxsys serve`")
@@ -205,6 +210,11 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
             check_writable(folder if folder == arguments.out else folder.parent)
     # Asking JAX which process this is starts it: not before the devices are chosen.
     say = _silent if arguments.quiet or (hosts.many and jax.process_index()) else _print
+    if arguments.stop_at is not None and arguments.stop_at > arguments.steps:
+        raise UsageError(
+            f"--stop-at {arguments.stop_at} is past --steps {arguments.steps}, where the run ends; "
+            "leave it out, or give a smaller one"
+        )
     if arguments.resume and arguments.out is None:
         raise UsageError("--resume needs --out, the folder of the run to go on with")
     if arguments.out is not None and not arguments.resume:

@@ -199,7 +199,8 @@ class _Sampled(pydantic.BaseModel):
         extra = self.model_extra or {}
         for name, value in extra.items():
             known = name in UNIMPLEMENTED or name.startswith(UNIMPLEMENTED_KINDS)
-            if not known or value in (None, "", [], {}):
+            constrains = name.startswith(("guided_", "structured_"))  # {} is still "any JSON"
+            if not known or value is None or (not constrains and value in ("", [], {})):
                 continue
             neutral = (*UNIMPLEMENTED.get(name, ()), self.choices if name == "best_of" else None)
             if not any(type(value) is type(one) and value == one for one in neutral) and not (

@@ -241,6 +241,7 @@ def test_a_chat_goes_on_where_its_last_message_ends(letters):
     [
         {"tool_choice": "required"},
         {"guided_json": {"type": "object"}},
+        {"guided_json": {}},
         {"structured_outputs": {"choice": ["z"]}},
         {"response_format": {"type": "json_object"}},
         {"chat_template": "{{ 'z' }}"},
