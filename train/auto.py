@@ -69,6 +69,7 @@ def choose(
     memory_gib: float | None = None,
     weight_bytes: float = 2.0,
     gradient_bytes: float = 4.0,
+    recompute: Recompute | None = None,
 ) -> Choice:
     """Compares all known strategies for a ring of these devices.
 
@@ -81,13 +82,14 @@ def choose(
         memory_gib: the limit per device; most of the device's memory if not given.
         weight_bytes: of a parameter in compute.
         gradient_bytes: of a parameter's gradient, summed and sent.
+        recompute: the only policy to choose from, if there is one.
 
     Raises:
         UsageError: if the devices have no preset, or nothing fits.
     """
     cluster = _cluster(devices, link)
     precision = Precision(weight_bytes=weight_bytes, gradient_bytes=gradient_bytes)
-    return _fastest(workload, cluster, microbatches, memory_gib, precision, None)
+    return _fastest(workload, cluster, microbatches, memory_gib, precision, recompute)
 
 
 def choose_layered(

@@ -131,6 +131,7 @@ def lay_out(
             memory_gib=memory_gib,
             weight_bytes=jnp.dtype(dtype).itemsize,
             gradient_bytes=jnp.dtype(gradient_dtype).itemsize,
+            recompute=recompute if isinstance(recompute, str) else None,
         )
         chosen, recompute = choice.schedule, recompute or choice.recompute
         reason = choice.reason

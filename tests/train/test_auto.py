@@ -40,6 +40,8 @@ def test_takes_what_fits_the_limit_that_the_trainer_has():
         auto.choose(WORKLOAD, [H100] * 8, microbatches=16, memory_gib=limit) for limit in (100, 45)
     )
     assert (free.recompute, tight.recompute) == ("none", "block")
+    asked = auto.choose(WORKLOAD, [H100] * 8, microbatches=16, memory_gib=100, recompute="block")
+    assert asked.recompute == "block" and "recompute block: predicted" in asked.reason
     with pytest.raises(UsageError, match="no strategy fits 20 GiB"):
         auto.choose(WORKLOAD, [H100] * 8, microbatches=16, memory_gib=20)
 
