@@ -109,7 +109,7 @@ def run_group(
     rows = torch_rows
     for row in measured:
         guess = predicted.get(row["schedule"])
-        if guess and guess.recompute != row["recompute"]:
+        if guess and (guess.recompute != row["recompute"] or row["travel_dtype"]):
             guess = None
         rows.append(
             {
@@ -131,6 +131,7 @@ def torch_row(
     """PyTorch's step, NAME or NAME:POLICY, over the same link."""
     name, _, policy = name.partition(":")
     row = {
+        "travel_dtype": None,
         "link": between,
         "shape": shape,
         "gradient_dtype": "float32",
@@ -168,7 +169,8 @@ def main() -> int:
         "--schedules",
         nargs="+",
         default=list(SCHEDULES),
-        help="NAME, whose recompute policy the planner chooses, or NAME:POLICY",
+        help="NAME, whose recompute policy the planner chooses, NAME:POLICY, or "
+        "NAME:POLICY:DTYPE with a ring's gradients travelling in that type",
     )
     add("--jobs", type=int, default=8, help="compile so many at a time, before timing")
     add("--gradient-dtype", default="float32")
@@ -187,11 +189,12 @@ def main() -> int:
 
         def measured(between: str, shape: str, length: int, name: str) -> bool:
             """Whether a strategy (NAME, or NAME:POLICY) has its row."""
-            schedule, _, policy = name.partition(":")
-            wanted = (between, shape, length, schedule, options.gradient_dtype)
+            schedule, policy, travel = (*name.split(":"), "", "")[:3]
+            wanted = (between, shape, length, schedule, options.gradient_dtype, travel or None)
             keys = ("link", "shape", "sequence_length", "schedule", "gradient_dtype")
             return any(
-                wanted == tuple(row[key] for key in keys) and policy in ("", row["recompute"])
+                wanted == (*(row[key] for key in keys), row.get("travel_dtype"))
+                and policy in ("", row["recompute"])
                 for row in rows
             )
 
@@ -221,6 +224,7 @@ def main() -> int:
 
 def summary(rows: list[dict]) -> str:
     columns = {"link": "", "shape": "", "sequence_length": "", "schedule": "", "recompute": ""}
+    columns |= {"travel_dtype": ""}
     columns |= {"step_s": ".3f", "predicted_s": ".3f", "model_tflops_per_gpu": ".0f"}
     columns |= {"temp_gib": ".1f", "argument_gib": ".1f", "predicted_gib": ".1f"}
     return table(rows, columns | {"planners_choice": "", "failed": ""})

@@ -120,20 +120,23 @@ def prepare_steps(options, config, dtype, mesh, optimizer, parameters, shapes):
 
     With `--jobs` all are compiled before the first is yielded.
     """
-    named = [name.partition(":") for name in options.schedules]
-    steps = [(name, [policy] if policy else options.recompute) for name, _, policy in named]
+    named = [(*name.split(":"), "", "")[:3] for name in options.schedules]
+    steps = [
+        (name, [policy] if policy else options.recompute, travel or options.travel_dtype)
+        for name, policy, travel in named
+    ]
     cases = [
-        (length, size, name, recompute)
-        for length, size, (name, policies) in itertools.product(
+        (length, size, name, recompute, travel)
+        for length, size, (name, policies, travel) in itertools.product(
             options.sequence_lengths, options.microbatch_sizes, steps
         )
         for recompute in policies
     ]
 
     def prepare(case):
-        length, size, name, recompute = case
+        length, size, name, recompute, travel = case
         return prepare_step(
-            length, size, name, recompute,
+            length, size, name, recompute, travel,
             options, config, dtype, mesh, optimizer, parameters, shapes,
         )  # fmt: skip
 
@@ -144,7 +147,18 @@ def prepare_steps(options, config, dtype, mesh, optimizer, parameters, shapes):
 
 
 def prepare_step(
-    length, size, name, recompute, options, config, dtype, mesh, optimizer, parameters, shapes
+    length,
+    size,
+    name,
+    recompute,
+    travel,
+    options,
+    config,
+    dtype,
+    mesh,
+    optimizer,
+    parameters,
+    shapes,
 ):
     """A row and its compiled step, or None where that failed."""
     devices, microbatches = mesh.devices.size, options.microbatches
@@ -164,6 +178,7 @@ def prepare_step(
         "sequence_length": length,
         "microbatch_size": size,
         "devices": devices,
+        "travel_dtype": travel,
     }
     try:
         lowered = None
@@ -191,7 +206,7 @@ def prepare_step(
                 mesh,
                 compute_dtype=dtype,
                 gradient_dtype=jnp.dtype(options.gradient_dtype),
-                travel_dtype=options.travel_dtype and jnp.dtype(options.travel_dtype),
+                travel_dtype=travel and jnp.dtype(travel),
                 recompute=recompute,
                 unroll=options.unroll,
             )
@@ -241,7 +256,8 @@ def main() -> int:
         "--schedules",
         nargs="+",
         default=["weipipe-interleave", "gspmd-fsdp"],
-        help="names, gspmd-fsdp, ring-by-hand; NAME:POLICY overrides --recompute",
+        help="names, gspmd-fsdp, ring-by-hand; NAME:POLICY overrides --recompute, "
+        "NAME:POLICY:DTYPE --travel-dtype too",
     )
     step.add_argument("--sequence-lengths", nargs="+", type=int, default=[16384])
     step.add_argument("--microbatches", type=int, default=8)
