@@ -46,3 +46,21 @@ def test_a_ring_passes_on_and_gathers_in_the_order_of_its_axis(mesh):
     passed, gathered = run(jnp.arange(4.0))
     assert passed.tolist() == [3, 0, 1, 2]
     assert gathered.reshape(4, 4).tolist() == [[0, 1, 2, 3]] * 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "allowed"),
+    [
+        ({}, True),
+        ({"NCCL_P2P_DISABLE": "0"}, True),
+        ({"NCCL_P2P_DISABLE": "1"}, False),
+        ({"NCCL_P2P_LEVEL": "NVL"}, True),
+        ({"NCCL_P2P_LEVEL": "LOC"}, False),
+    ],
+)
+def test_settings_that_turn_peer_access_off_hold_for_peer_copies(settings, allowed, monkeypatch):
+    monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
+    monkeypatch.delenv("NCCL_P2P_LEVEL", raising=False)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    assert base.peer_access_is_allowed() == allowed
