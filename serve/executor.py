@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jaxsys.errors import RunError, UsageError
 from jaxsys.model import DecoderConfig
+from jaxsys.model.contract import layer_cache
 from jaxsys.serve import paged_model
 from jaxsys.serve.paged_attention import choose_kernels
 from jaxsys.serve.paged_model import Contents
@@ -150,7 +151,9 @@ class JaxExecutor:
         mesh = placement.mesh if isinstance(placement, NamedSharding) else None
         self._cache_placement: Sharding = placement
         if isinstance(mesh, Mesh):
-            self._cache_placement = NamedSharding(mesh, PartitionSpec(None, None, TENSOR))
+            split = layer_cache(config, config.kinds[0]).split
+            axes = () if split is None else (None, None, *(None,) * split, TENSOR)
+            self._cache_placement = NamedSharding(mesh, PartitionSpec(*axes))
         self.kernels = choose_kernels(
             dtype=weights.dtype,
             head_dim=config.head_dim,

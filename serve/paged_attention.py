@@ -49,6 +49,8 @@ class Rule:
     """Of scores; 1 / sqrt(K) if None."""
     softcap: float | None = None
     """c: scores become c tanh(scores / c)."""
+    value_channels: int | None = None
+    """Where keys are latent vectors: values are so many of their first channels, all else None."""
 
     def of_width(self, width: int) -> float:
         """The scale for heads of a width."""
@@ -56,7 +58,12 @@ class Rule:
 
     def kernels_know(self, sinks: jax.Array | None) -> bool:
         """Whether cuDNN's paged kernels compute it."""
-        return self.window is None and self.softcap is None and sinks is None
+        return (
+            self.window is None
+            and self.softcap is None
+            and sinks is None
+            and self.value_channels is None
+        )
 
 
 PLAIN = Rule()
@@ -69,7 +76,7 @@ class DecodeAttention(Protocol):
         self,
         q: Float[Array, "B G R K"],
         keys: Float[Array, "P S G K"],
-        values: Float[Array, "P S G K"],
+        values: Float[Array, "P S G K"] | None,
         tables: Int[Array, "B W"],
         positions: Int[Array, " B"],
         rule: Rule = PLAIN,
@@ -84,9 +91,9 @@ class PrefillAttention(Protocol):
         self,
         q: Float[Array, "1 T G R K"],
         k: Float[Array, "1 T G K"],
-        v: Float[Array, "1 T G K"],
+        v: Float[Array, "1 T G K"] | None,
         keys: Float[Array, "P S G K"],
-        values: Float[Array, "P S G K"],
+        values: Float[Array, "P S G K"] | None,
         table: Int[Array, " W"],
         start: Int[Array, ""],
         continued: bool,
@@ -128,7 +135,7 @@ def choose_kernels(
 def attend_pages(
     q: Float[Array, "B T G R K"],
     keys: Float[Array, "P S G K"],
-    values: Float[Array, "P S G K"],
+    values: Float[Array, "P S G K"] | None,
     tables: Int[Array, "B W"],
     positions: Int[Array, "B T"],
     rule: Rule = PLAIN,
@@ -137,15 +144,17 @@ def attend_pages(
     """The portable walk: each query sees the positions up to its own, or a window of them.
 
     Args:
+        values: None where `rule.value_channels` says which channels of the keys they are.
         tables: page numbers; entries past a request's last page may be anything.
         positions: int32 [B, T], where each query stands.
         rule: of this kind of layer.
         sinks: scores that take part in each head's softmax and add nothing.
 
     Returns:
-        [B, T, G, R, K] in the dtype of `q`; softmax in float32.
+        [B, T, G, R, K] in the dtype of `q`, K the width of values; softmax in float32.
     """
     batch, steps, groups, rows, width = q.shape
+    channels = width if rule.value_channels is None else rule.value_channels
     page_size = keys.shape[1]
     pages = max(1, min(CHUNK_TOKENS // page_size, tables.shape[1]))
     tables = jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % pages)))
@@ -157,7 +166,10 @@ def attend_pages(
         highest, total, output = carry
         index = jax.lax.dynamic_slice_in_dim(tables, chunk * pages, pages, axis=1)
         k = keys.at[index].get(mode="clip").reshape(batch, length, groups, width)
-        v = values.at[index].get(mode="clip").reshape(batch, length, groups, width)
+        if values is None:
+            v = k[..., :channels]
+        else:
+            v = values.at[index].get(mode="clip").reshape(batch, length, groups, width)
         # Pages may hold anything behind a request's last token, NaN too, which no weight of zero
         # would keep out of the sum.
         own = (chunk * length + offsets)[None, :] <= positions.max(axis=1)[:, None]
@@ -186,7 +198,7 @@ def attend_pages(
     else:
         highest = jnp.broadcast_to(sinks.astype(jnp.float32)[None, :, :, None, None], (*shape, 1))
         total = jnp.ones((*shape, 1), jnp.float32)
-    start = (highest, total, jnp.zeros((*shape, width), jnp.float32))
+    start = (highest, total, jnp.zeros((*shape, channels), jnp.float32))
     first = jnp.int32(0)
     if rule.window is not None:  # what lies before every query's window is not walked
         first = jnp.maximum(jnp.min(positions) - rule.window + 1, 0) // length
@@ -289,33 +301,61 @@ def _cudnn_prefill(q, k, v, keys, values, table, start, continued, rule=PLAIN, s
 
 
 def _split_heads(kernels: AttentionKernels, mesh: Mesh, axis: str) -> AttentionKernels:
-    """Each device of the mesh's `axis` attends with its own key/value heads."""
+    """Each device of the mesh's `axis` attends with its own heads.
+
+    Those of keys and values, with the queries that they serve; or, where all queries share one
+    latent head, which every device keeps, with its own queries.
+    """
     spec = PartitionSpec
-    pool = spec(None, None, axis, None)
+
+    def places(rule: Rule) -> tuple[PartitionSpec, PartitionSpec]:
+        """Of pools [P, S, G, K], and of queries behind their first axis."""
+        if rule.value_channels is None:
+            return spec(None, None, axis, None), spec(None, axis)
+        return spec(), spec(None, None, axis)
 
     def decode(q, keys, values, tables, positions, rule=PLAIN, sinks=None):
-        own = () if sinks is None else (sinks,)
-        return jax.shard_map(
-            lambda q, k, v, t, p, *own: kernels.decode(q, k, v, t, p, rule, *own),
-            mesh=mesh,
-            in_specs=(spec(None, axis), pool, pool, spec(), spec(), *(spec(axis) for _ in own)),
-            out_specs=spec(None, axis),
-            check_vma=False,  # the kernels' loops start from constants, the same on every device
-        )(q, keys, values, tables, positions, *own)
+        pool, heads = places(rule)
+        given = {"values": (values, pool), "sinks": (sinks, spec(axis))}
+        given = {name: one for name, one in given.items() if one[0] is not None}
 
-    def prefill(q, k, v, keys, values, table, start, continued, rule=PLAIN, sinks=None):
-        own, heads = () if sinks is None else (sinks,), spec(None, None, axis)
-
-        def attend(q, k, v, keys, values, table, start, *own):
-            return kernels.prefill(q, k, v, keys, values, table, start, continued, rule, *own)
+        def attend(q, keys, tables, positions, more):
+            values, sinks = more.get("values"), more.get("sinks")
+            return kernels.decode(q, keys, values, tables, positions, rule, sinks)
 
         return jax.shard_map(
             attend,
             mesh=mesh,
-            in_specs=(heads, heads, heads, pool, pool, spec(), spec(), *(spec(axis) for _ in own)),
+            in_specs=(heads, pool, spec(), spec(), {n: place for n, (_, place) in given.items()}),
             out_specs=heads,
+            check_vma=False,  # the kernels' loops start from constants, the same on every device
+        )(q, keys, tables, positions, {name: one for name, (one, _) in given.items()})
+
+    def prefill(q, k, v, keys, values, table, start, continued, rule=PLAIN, sinks=None):
+        pool, heads = places(rule)
+        queries = spec(None, *heads)
+        own = spec(None, *pool[1:]) if pool else spec()
+        given = {"v": (v, own), "values": (values, pool), "sinks": (sinks, spec(axis))}
+        given = {name: one for name, one in given.items() if one[0] is not None}
+
+        def attend(q, k, keys, table, start, more):
+            v, values, sinks = (more.get(name) for name in ("v", "values", "sinks"))
+            return kernels.prefill(q, k, v, keys, values, table, start, continued, rule, sinks)
+
+        return jax.shard_map(
+            attend,
+            mesh=mesh,
+            in_specs=(
+                queries,
+                own,
+                pool,
+                spec(),
+                spec(),
+                {n: place for n, (_, place) in given.items()},
+            ),
+            out_specs=queries,
             check_vma=False,
-        )(q, k, v, keys, values, table, start, *own)
+        )(q, k, keys, table, start, {name: one for name, (one, _) in given.items()})
 
     return AttentionKernels(
         decode=decode, prefill=prefill, reason=f"{kernels.reason}; heads split over {axis!r}"

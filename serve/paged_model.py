@@ -1,6 +1,7 @@
 """The decoder's forward passes over a paged key-value cache: pure functions for `jax.jit`.
 
-Each layer keeps its keys and values in a pool [P, S, G, K] of P pages; a request's block table
+Each layer keeps its keys and values in a pool [P, S, G, K] of P pages, or its latent vectors and
+their turning key in one [P, S, 1, C + R]; a request's block table
 lists its pages in order, so position p lies in page `table[p // S]` at offset `p % S`. Pools come
 in and go out of every pass, so that a caller who donates them has pages written in place. Rows that
 pad a bucket carry page P, one past the end: their writes are dropped.
@@ -30,17 +31,18 @@ from jaxsys.serve.weights import HeldFused, LayerWeights, ServingWeights, matmul
 
 
 class LayerCache(NamedTuple):
-    """One layer's keys and values, each [P, S, G, K]."""
+    """One layer's keys and values, each [P, S, G, K]; or its latent vectors and key as `keys`."""
 
     keys: jax.Array
-    values: jax.Array
+    values: jax.Array | None = None
 
 
 Cache = tuple[LayerCache, ...]
 
 Contents = Float[Array, "N W S G K"]
-"""What some pages hold: keys and values of each layer in turn, N = 2 * layers. One array: to send
-and receive 2 * layers of them keeps the host from its next steps for longer than the data takes."""
+"""What some pages hold: each pool of each layer in turn, N = 2 * layers, or layers where latent.
+One array: to send and receive N of them keeps the host from its next steps for longer than the data
+takes."""
 
 
 def empty_cache(
@@ -86,12 +88,13 @@ def decode_pass(
     written = []
     for index, (layer, (keys, values)) in enumerate(zip(weights.layers, cache, strict=True)):
         block, rule, sinks = _bound(config, index, layer)
-        q, k, v = block.project(x, turns[block.kind.name])
+        q, k, v = block.project_kept(x, turns[block.kind.name])
         keys = keys.at[pages, offsets].set(k[:, 0], mode="drop")
-        values = values.at[pages, offsets].set(v[:, 0], mode="drop")
+        if v is not None:
+            values = values.at[pages, offsets].set(v[:, 0], mode="drop")
         written.append(LayerCache(keys, values))
         o = kernels.decode(q[:, 0], keys, values, tables, positions, rule, sinks)
-        x = block.finish(x, o[:, None])[0]
+        x = block.finish(x, block.read_kept(o[:, None]))[0]
     return _logits(config, weights, x)[:, 0], tuple(written)
 
 
@@ -165,12 +168,13 @@ def _piece(
     written = []
     for index, (layer, (keys, values)) in enumerate(zip(weights.layers, cache, strict=True)):
         block, rule, sinks = _bound(config, index, layer)
-        q, k, v = block.project(x, turns[block.kind.name])
+        q, k, v = block.project_kept(x, turns[block.kind.name])
         keys = keys.at[pages, offsets].set(k[0], mode="drop")
-        values = values.at[pages, offsets].set(v[0], mode="drop")
+        if v is not None:
+            values = values.at[pages, offsets].set(v[0], mode="drop")
         written.append(LayerCache(keys, values))
         o = kernels.prefill(q, k, v, keys, values, table, start, continued, rule, sinks)
-        x = block.finish(x, o)[0]
+        x = block.finish(x, block.read_kept(o))[0]
     return x, tuple(written)
 
 
@@ -186,12 +190,12 @@ def clear_pages(cache: Cache, pages: Int[Array, " C"]) -> Cache:
 
 def extract_pages(cache: Cache, pages: Int[Array, " W"]) -> Contents:
     """The contents of `pages` as they go to another instance."""
-    return jnp.stack([pool[pages] for layer in cache for pool in layer])
+    return jnp.stack([pool[pages] for pool in jax.tree.leaves(cache)])
 
 
 def insert_pages(cache: Cache, contents: Contents, pages: Int[Array, " W"]) -> Cache:
     """Writes extracted contents into `pages`; those past the end are dropped."""
-    pools = [pool for layer in cache for pool in layer]
+    pools = jax.tree.leaves(cache)
     written = [
         pool.at[pages].set(content, mode="drop")
         for pool, content in zip(pools, contents, strict=True)
@@ -217,10 +221,13 @@ def _bound(
 ) -> tuple[Block, Rule, jax.Array | None]:
     """A layer's mathematics over its weights, and its attention's rule and sinks."""
     block = Block(config, config.kind(index), HeldFused(config, layer))
+    latent = config.latent
     rule = Rule(
         window=block.kind.window,
-        scale=attention_scale(config),
+        # Latent keys are wider than the heads whose scale it is.
+        scale=attention_scale(config) or (config.head_dim**-0.5 if latent else None),
         softcap=config.attention_softcap,
+        value_channels=None if latent is None else latent.rank,
     )
     return block, rule, block.held.vector("attention", "sinks")
 

@@ -103,7 +103,7 @@ class Steps:
         placement = pool.sharding
         if isinstance(placement, NamedSharding):
             placement = NamedSharding(placement.mesh, PartitionSpec(None, *placement.spec))
-        shape = (2 * len(self._cache), width, *pool.shape[1:])
+        shape = (len(jax.tree.leaves(self._cache)), width, *pool.shape[1:])
         return jax.ShapeDtypeStruct(shape, pool.dtype, sharding=placement)
 
     def essential(self) -> list[tuple]:

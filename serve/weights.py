@@ -55,7 +55,9 @@ class LayerWeights(NamedTuple):
     """One decoder layer, by names that are paths of its leaves, fused ones by a name of their own.
 
     Matrices: `qkv` [D, G, R+2, K]; `out` [G, R, K, D]; `mlp/up` and `shared/up` [D, 2, F], gate
-    first ([D, 1, F] without one); others as the parameters have them, experts' [E, in, out].
+    first ([D, 1, F] without one); others as the parameters have them, experts' [E, in, out]. Of
+    latent attention: `attention/latent_up` [C, N, P+V], which is multiplied from both sides and
+    keeps its bits, and `out` [N, 1, V, D].
     """
 
     matrices: dict[str, Matrix]
@@ -102,10 +104,8 @@ def serving_weights(
             where they lie if None.
 
     Raises:
-        UsageError: if the mesh cannot divide the heads or the feed-forward evenly, or the decoder's
-            mathematics are not Llama's.
+        UsageError: if the mesh cannot divide the heads or the feed-forward evenly.
     """
-    check_served(config)
     if isinstance(placement, NamedSharding) and isinstance(placement.mesh, Mesh):
         check_tensor_parallel(config, placement.mesh)
     edge, blocks = parameters["edge"], parameters["blocks"]
@@ -142,6 +142,9 @@ def _fused(
     """One layer's leaves, fused where they read the same input, and quantised."""
     groups, width = config.num_kv_heads, config.head_dim
     rows = config.num_heads // groups
+    latent = config.latent
+    if latent is not None:
+        groups, rows, width = config.num_heads, 1, latent.value_dim
     found = {leaf.path: _at(tree, leaf.path) for leaf in leaves}
     matrices: dict[str, Matrix] = {}
     vectors: dict[str, jax.Array] = {}
@@ -150,7 +153,11 @@ def _fused(
         heads = [found.pop((a, name + suffix)) for a, name in _QKV]
         return jnp.concatenate([h.reshape(*lead, groups, -1, width) for h in heads], axis=-2)
 
-    matrices["qkv"] = _matrix(joined("", (config.hidden_size,)), 1, quantisation)
+    if latent is None:
+        matrices["qkv"] = _matrix(joined("", (config.hidden_size,)), 1, quantisation)
+    else:
+        unfolding = found.pop(("attention", "latent_up"))
+        matrices["attention/latent_up"] = Matrix(unfolding.reshape(latent.rank, groups, -1))
     if ("attention", "query_bias") in found:
         vectors["qkv_bias"] = joined("_bias", ())
     out = found.pop(("attention", "out")).reshape(groups, rows, width, config.hidden_size)
@@ -214,7 +221,13 @@ class HeldFused:
 
     def heads_out(self, o: jax.Array) -> jax.Array:
         """[B, T, G, R, K] -> [B, T, D]."""
-        return self._biased(matmul(o, self._layer.matrices["out"], inputs=3), "attention/out_bias")
+        out = self._layer.matrices["out"]
+        o = o.reshape(*o.shape[:2], *out.values.shape[:-1])
+        return self._biased(matmul(o, out, inputs=3), "attention/out_bias")
+
+    def latent_up(self) -> jax.Array:
+        """As it is kept."""
+        return self._layer.matrices["attention/latent_up"].values
 
     def up(self, x: jax.Array, name: str) -> tuple[jax.Array | None, jax.Array]:
         """Gate and up: one product."""
@@ -251,10 +264,6 @@ def check_served(config: DecoderConfig, max_length: int | None = None) -> None:
     Args:
         max_length: tokens of the longest request; None does not ask.
     """
-    if config.latent is not None:
-        raise UsageError(
-            f"{config.family} with latent attention is not served yet; it loads, trains and plans"
-        )
     for kind in config.kinds:
         rope = config.rope(kind)
         if rope is None or not rope.depends_on_length:
@@ -272,6 +281,9 @@ _SPLIT: dict[str, PartitionSpec] = {
     "qkv_bias": PartitionSpec(TENSOR, None, None),
     "out": PartitionSpec(TENSOR, None, None, None),
     "attention/sinks": PartitionSpec(TENSOR, None),
+    "attention/query": PartitionSpec(None, TENSOR),
+    "attention/query_up": PartitionSpec(None, TENSOR),
+    "attention/latent_up": PartitionSpec(None, TENSOR, None),
     **{f"{name}/up": PartitionSpec(None, None, TENSOR) for name in _FEEDS},
     **{f"{name}/up_bias": PartitionSpec(None, TENSOR) for name in _FEEDS},
     **{f"{name}/down": PartitionSpec(TENSOR, None) for name in _FEEDS},

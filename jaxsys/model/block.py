@@ -56,6 +56,10 @@ class Held(Protocol):
         """Gate (None where there is none) and up of a feed-forward: [..., D] -> [..., F] each."""
         ...
 
+    def latent_up(self) -> jax.Array:
+        """The matrix that unfolds latent vectors, heads split off: [C, N, P + V]."""
+        ...
+
     def grouped_up(
         self, rows: jax.Array, groups: mixture.Groups
     ) -> tuple[jax.Array | None, jax.Array]:
@@ -109,6 +113,11 @@ class HeldTree:
         gate = self.product(x, name, "gate") if self._config.gated else None
         return gate, self.product(x, name, "up")
 
+    def latent_up(self) -> jax.Array:
+        """The kernel, its columns split by head."""
+        kernel = self._tree["attention"]["latent_up"]
+        return kernel.reshape(kernel.shape[0], self._config.num_heads, -1)
+
     def grouped_up(
         self, rows: jax.Array, groups: mixture.Groups
     ) -> tuple[jax.Array | None, jax.Array]:
@@ -139,6 +148,28 @@ class Block(NamedTuple):
     ) -> tuple[Float[Array, "B T N K"], Float[Array, "B T G K"], Float[Array, "B T G K"]]:
         """The residual [B, T, D] -> q, k, v as attention takes them, norms and rotary done."""
         return project(self.config, self.held, x, turn)
+
+    def project_kept(
+        self, x: Float[Array, "B T D"], turn: Turn
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """As `project`, in the form that a cache keeps: see `jaxsys.model.contract.layer_cache`.
+
+        Latent attention keeps one narrow head [B, T, 1, C + R], whose first C channels are its
+        values too (None is returned for them), and its queries come as [B, T, 1, N, C + R]. What
+        attention gives, `read_kept` turns into what `finish` takes.
+        """
+        if self.config.latent is None:
+            return self.project(x, turn)
+        n = _attention_input(self.config, self.held, x)
+        q, vector, key = latent_project(self.config, self.held, n, turn)
+        kept = jnp.concatenate([vector[..., None, :], key], axis=-1)
+        return absorb(self.config, self.held, q)[..., None, :, :], kept, None
+
+    def read_kept(self, o: jax.Array) -> jax.Array:
+        """What attention over the kept form gives, as `finish` takes it."""
+        if self.config.latent is None:
+            return o
+        return read_out(self.config, self.held, o[..., 0, :, :])
 
     def finish(
         self, x: Float[Array, "B T D"], o: Float[Array, "B T N K"]
@@ -212,7 +243,7 @@ def project(
     config: DecoderConfig, held: Held, x: Float[Array, "B T D"], turn: Turn
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `Block.project`."""
-    n = normalise(config, held, "attention_norm", x) if config.norm_places != "after" else x
+    n = _attention_input(config, held, x)
     if config.latent is not None:
         query, latent, key = latent_project(config, held, n, turn)
         k, v = unfold(config, held, latent, key)
@@ -226,6 +257,11 @@ def project(
     if config.qk_norm is not None and after:
         q, k = _head_norm(config, held, "query_norm", q), _head_norm(config, held, "key_norm", k)
     return q, k, v
+
+
+def _attention_input(config: DecoderConfig, held: Held, x: jax.Array) -> jax.Array:
+    """The residual as attention reads it."""
+    return x if config.norm_places == "after" else normalise(config, held, "attention_norm", x)
 
 
 def latent_project(
@@ -271,6 +307,27 @@ def unfold(
     plain, values = both[..., : latent.plain_dim], both[..., latent.plain_dim :]
     shared = jnp.broadcast_to(key, (*plain.shape[:-1], latent.rotary_dim))
     return jnp.concatenate([plain, shared], axis=-1), values
+
+
+def absorb(
+    config: DecoderConfig, held: Held, q: Float[Array, "B T N K"]
+) -> Float[Array, "B T N C+R"]:
+    """Queries for latent vectors as they are: q . (U c) = (U^T q) . c, of each head.
+
+    One narrow head then serves all queries, and no key is unfolded (DeepSeek-V2, 2405.04434, 2.1).
+    """
+    plain = _latent(config).plain_dim
+    unfolding = held.latent_up()[..., :plain]
+    narrow = jnp.einsum("btnp,cnp->btnc", q[..., :plain], unfolding.astype(q.dtype))
+    return jnp.concatenate([narrow, q[..., plain:]], axis=-1)
+
+
+def read_out(
+    config: DecoderConfig, held: Held, o: Float[Array, "B T N C"]
+) -> Float[Array, "B T N V"]:
+    """Sums of latent vectors -> the heads' sums of values."""
+    unfolding = held.latent_up()[..., _latent(config).plain_dim :]
+    return jnp.einsum("btnc,cnv->btnv", o, unfolding.astype(o.dtype))
 
 
 def finish(
@@ -412,6 +469,7 @@ __all__ = [
     "HeldTree",
     "Path",
     "Turn",
+    "absorb",
     "activation",
     "attention_scale",
     "feed_forward",
@@ -420,6 +478,7 @@ __all__ = [
     "norm",
     "normalise",
     "project",
+    "read_out",
     "turn",
     "unfold",
 ]

@@ -26,7 +26,7 @@ class LayerCache:
     """`whole`: all tokens' keys and values; `window`: the last ones'; `latent`: one narrow vector
     and a shared key of all tokens."""
     shapes: tuple[tuple[int, ...], ...]
-    """Of the arrays of one token: keys and values [G, K], or latent vector [C] and key [R]."""
+    """Of the arrays of one token: keys and values [G, K], or latent vector and key [1, C + R]."""
     window: int | None = None
     """Tokens that are still seen, the newest included; None: all."""
     split: int | None = 0
@@ -72,7 +72,7 @@ class Product:
 def layer_cache(config: DecoderConfig, kind: BlockKind) -> LayerCache:
     """What the cache of a layer of this kind keeps."""
     if config.latent is not None:
-        shapes = ((config.latent.rank,), (config.latent.rotary_dim,))
+        shapes = ((1, config.latent.rank + config.latent.rotary_dim),)
         return LayerCache(kind="latent", shapes=shapes, window=kind.window, split=None)
     heads = (config.num_kv_heads, config.head_dim)
     how = "whole" if kind.window is None else "window"

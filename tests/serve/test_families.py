@@ -28,8 +28,8 @@ family_cases = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(family_cases)
 
 STORED = json.loads(family_cases.STORED.read_text())["families"]
-TELLING = ("gpt_oss",)
-"""Windows, sinks, biases and experts; the others are slow tests."""
+TELLING = ("gpt_oss", "deepseek_v3")
+"""Windows, sinks, biases and experts; latent attention. The others are slow tests."""
 
 
 def described(family: str) -> DecoderConfig:
@@ -86,10 +86,6 @@ def paged_logits(config, weights, tokens, pieces, more):
 )
 def test_paged_passes_are_the_forward_pass(family):
     config = described(family)
-    if config.latent is not None:
-        with pytest.raises(UsageError, match="latent attention is not served yet"):
-            serving_weights(config, initial_parameters(config))
-        return
     parameters = fresh(config)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, config.vocab_size, 23).astype(np.int32)
