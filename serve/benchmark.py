@@ -31,6 +31,7 @@ from jaxsys.model import (
     load,
     preset,
 )
+from jaxsys.model.contract import cache_numbers
 from jaxsys.serve.executor import JaxExecutor
 from jaxsys.serve.requests import Request, SamplingParameters
 from jaxsys.serve.sampling import SamplingNeeds
@@ -208,9 +209,9 @@ def measure_decode(
     loop.finish()
     config = executor.config
     itemsize = executor.weights.dtype.itemsize
-    token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
     kv_tokens = statistics.mean(loop.kv_tokens)
-    moved_bytes = executor.weights.step_bytes + kv_tokens * token_bytes
+    kept_bytes = batch * cache_numbers(config, round(kv_tokens / batch)) * itemsize
+    moved_bytes = executor.weights.step_bytes + kept_bytes
     floor_s = None if copy_bytes_per_s is None else moved_bytes / copy_bytes_per_s
     itl_s = statistics.median(loop.latencies_s)
     return {

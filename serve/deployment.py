@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxsys.errors import UsageError
 from jaxsys.mesh import Device, request_devices
 from jaxsys.model import DecoderConfig, LoadedModel
+from jaxsys.model.contract import cache_parts, layer_cache
 from jaxsys.serve.clock import WallClock
 from jaxsys.serve.engine import Engine
 from jaxsys.serve.executor import JaxExecutor
@@ -363,9 +364,10 @@ def _scheduler_config(
         stats = None if on_cpu else device.memory_stats()
         if stats:
             itemsize = np.dtype(dtype).itemsize
-            token_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * itemsize
+            token_bytes = sum(cache_parts(shape).values()) * itemsize
+            ways = 1 if layer_cache(shape, shape.kinds[0]).split is None else len(group)
             free_bytes = (
-                (stats["bytes_limit"] - stats["bytes_in_use"]) * CACHE_SHARE / sharing * len(group)
+                (stats["bytes_limit"] - stats["bytes_in_use"]) * CACHE_SHARE / sharing * ways
             )
             page_count = int(free_bytes) // (token_bytes * page_size)
             if page_count * page_size < config.max_length:

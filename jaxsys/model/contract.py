@@ -79,13 +79,26 @@ def layer_cache(config: DecoderConfig, kind: BlockKind) -> LayerCache:
     return LayerCache(kind=how, shapes=(heads, heads), window=kind.window)
 
 
-def cache_numbers(config: DecoderConfig, length: int) -> int:
-    """Numbers that all layers keep of a sequence of `length` tokens."""
-    total = 0
+def cache_parts(config: DecoderConfig) -> dict[int | None, int]:
+    """Numbers kept of one token, all layers together, by how many of the last tokens count.
+
+    Keys are windows; None, which is always there: all tokens count. Server, plans and energy model
+    price caches by it.
+    """
+    parts: dict[int | None, int] = {None: 0}
     for kind in config.kinds:
         cache = layer_cache(config, kind)
-        total += len(config.layers_of(kind)) * cache.token_numbers * cache.tokens(length)
-    return total
+        numbers = len(config.layers_of(kind)) * cache.token_numbers
+        parts[cache.window] = parts.get(cache.window, 0) + numbers
+    return parts
+
+
+def cache_numbers(config: DecoderConfig, length: int) -> int:
+    """Numbers that all layers keep of a sequence of `length` tokens."""
+    return sum(
+        numbers * (length if window is None else min(length, window))
+        for window, numbers in cache_parts(config).items()
+    )
 
 
 def products(config: DecoderConfig, kind: BlockKind) -> tuple[Product, ...]:

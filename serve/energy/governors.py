@@ -12,6 +12,7 @@ from jaxsys.errors import UsageError
 from jaxsys.hardware import device_called
 from jaxsys.mesh import Device
 from jaxsys.model import DecoderConfig
+from jaxsys.model.contract import cache_parts
 from jaxsys.nvml import open_group
 from jaxsys.serve.energy.ecopred import EcoPred
 from jaxsys.serve.energy.governor import Governor
@@ -103,8 +104,11 @@ class Served:
             tensor_parallel=self.tensor_parallel,
             bytes_per_value=kv_bytes,
         )
+        kept = {window: numbers * kv_bytes for window, numbers in cache_parts(config).items()}
         return dataclasses.replace(
             shape,
+            kv_bytes_per_token=kept.pop(None),
+            kv_windows=tuple((window, each) for window, each in kept.items() if window),
             weight_bytes_per_parameter=value_bytes,
             active_parameters=config.active_parameter_count(),
         )

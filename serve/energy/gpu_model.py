@@ -98,6 +98,9 @@ class ServedShape:
     layers: int
     hidden: int
     kv_bytes_per_token: float
+    """What layers keep that see all tokens."""
+    kv_windows: tuple[tuple[int, float], ...] = ()
+    """Tokens that other layers see, and what these keep of each."""
     weight_bytes_per_parameter: float = 2.0
     tensor_parallel: int = 1
     active_parameters: float | None = None
@@ -111,6 +114,13 @@ class ServedShape:
     @property
     def weight_bytes(self) -> float:
         return self.parameters * self.weight_bytes_per_parameter
+
+    def kv_bytes(self, tokens: Any, requests: Any = 1) -> Any:
+        """What is read to attend to `tokens` of so many requests of like length."""
+        total = tokens * self.kv_bytes_per_token
+        for window, each in self.kv_windows:
+            total = total + np.minimum(tokens, window * requests) * each
+        return total
 
 
 def shape_from_sizes(
@@ -272,7 +282,8 @@ class SimulatedGpu:
         self.shape = shape
         self.gpus = shape.tensor_parallel
         self._weight_share_bytes = shape.weight_bytes / self.gpus
-        self._kv_share_bytes = shape.kv_bytes_per_token / self.gpus
+        whole = shape.kv_bytes_per_token + sum(each for _, each in shape.kv_windows)
+        self._kv_share_bytes = whole / self.gpus
         self._flops_per_token = 2.0 * shape.used_parameters / self.gpus
         self._attention_flops = 4.0 * shape.layers * shape.hidden / self.gpus
         # Two all-reduces a layer; about 8 us each at small sizes over NVLink (assumption).
@@ -285,7 +296,7 @@ class SimulatedGpu:
 
     @property
     def kv_capacity_tokens(self) -> int:
-        """Tokens of KV cache that fit beside the weights."""
+        """Tokens of KV cache that fit beside the weights, of requests within all windows."""
         room = self.spec.hbm_bytes * self.MEMORY_FOR_CACHE - self._weight_share_bytes
         return int(room / self._kv_share_bytes)
 
@@ -338,13 +349,14 @@ class SimulatedGpu:
             load.batch + self.STAIR_SHARE * (padded_batch(load.batch) - load.batch)
         )
         flops = self._flops_per_token * (rows + load.prefill_tokens)
-        kv_tokens = load.kv_tokens + load.cached_tokens
+        kv_bytes = self.shape.kv_bytes(load.kv_tokens, load.batch)
+        kv_bytes += self.shape.kv_bytes(load.cached_tokens, load.prefill_requests)
         if load.prefill_tokens:
             mean_length = load.prefill_tokens / max(1, load.prefill_requests)
             mean_cached = load.cached_tokens / max(1, load.prefill_requests)
             flops += self._attention_flops * load.prefill_tokens * (mean_length / 2 + mean_cached)
         weight_s = self._weight_share_bytes / bandwidth
-        kv_s = kv_tokens * self._kv_share_bytes / bandwidth
+        kv_s = kv_bytes / self.gpus / bandwidth
         matrix_s = flops / rate
         prompts_s = 0.0
         if load.prefill_requests:
@@ -395,7 +407,7 @@ def run_many(
         + 4.0 * shape.layers * shape.hidden * attention
     ) / gpu.gpus
     weight_bytes = shape.weight_bytes / gpu.gpus
-    kv_bytes = (kv + cached) * shape.kv_bytes_per_token / gpu.gpus
+    kv_bytes = (shape.kv_bytes(kv, batch) + shape.kv_bytes(cached, prompts)) / gpu.gpus
     fixed_s = (
         spec.host_s
         + gpu.collective_s

@@ -83,7 +83,7 @@ def simulated_fingerprint(gpu: SimulatedGpu) -> Fingerprint:
     shape = gpu.shape
     return Fingerprint(
         gpu=gpu.spec.name,
-        model=f"{shape.layers} layers of {shape.hidden}, {shape.kv_bytes_per_token:.0f} bytes of "
+        model=f"{shape.layers} layers of {shape.hidden}, {shape.kv_bytes(1):.0f} bytes of "
         f"keys and values a token, {shape.parameters:.2g} parameters",
         engine="simulated",
         weights=f"{shape.weight_bytes_per_parameter:g} bytes a parameter",

@@ -8,7 +8,8 @@ the keys and values read for it. Reading the weights is shared by tokens. With T
     decode step at length l             c + W / T + k l
 
 where c, a and k are the times of a token's products, of a pair's attention and of reading a
-token's keys and values, and W that of reading the weights. The parts sum to the whole.
+token's keys and values (of a layer with a window: of the tokens in it), and W that of reading the
+weights. The parts sum to the whole.
 """
 
 from typing import TYPE_CHECKING
@@ -27,7 +28,15 @@ class Shares:
         self._token_s = 2.0 * shape.used_parameters / rate
         self._weights_s = shape.weight_bytes / spec.hbm_bytes_per_s
         self._pair_s = 4.0 * shape.layers * shape.hidden / rate
-        self._kv_s = shape.kv_bytes_per_token / spec.hbm_bytes_per_s
+        self._shape, self._hbm_bytes_per_s = shape, spec.hbm_bytes_per_s
+
+    def _kv_s(self, length: int) -> float:
+        """Time of reading the keys and values that one query at this length sees."""
+        shape = self._shape
+        kept = length * shape.kv_bytes_per_token
+        for window, each in shape.kv_windows:
+            kept += min(length, window) * each
+        return kept / self._hbm_bytes_per_s
 
     def give(self, iteration: "Iteration", energy_j: float) -> None:
         """Adds to each request its part of `energy_j`; a part for nobody goes to nobody."""
@@ -37,15 +46,15 @@ class Shares:
         if not tokens:
             return
         each_s = self._token_s + self._weights_s / tokens
-        pair_s, kv_s = self._pair_s, self._kv_s
+        pair_s = self._pair_s
         weights = [
             p.length * each_s
             + pair_s * p.length * (p.start + p.length / 2)
-            + kv_s * (p.start + p.length)
+            + self._kv_s(p.start + p.length)
             for p in pieces
         ]
-        step_s, steps_kv_s = each_s * steps, kv_s * steps
-        weights += [step_s + steps_kv_s * (r.prompt_length + r.generated) for r in decodes]
+        step_s = each_s * steps
+        weights += [step_s + steps * self._kv_s(r.prompt_length + r.generated) for r in decodes]
         unit_j = energy_j / sum(weights)
         for piece, weight in zip(pieces, weights, strict=False):
             timing = piece.request.timing

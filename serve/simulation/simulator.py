@@ -369,7 +369,7 @@ class Simulator:
         self._sequence = 0
         self._left = 0
         self._next_arrival = 0
-        self._kv_bytes = config.gpu.shape.kv_bytes_per_token
+        self._kv_bytes = config.gpu.shape.kv_bytes
         self._ttft = array("d")
         self._tpot = array("d")
         self._itl = array("d")
@@ -618,7 +618,7 @@ class Simulator:
         now_s = self.clock.now_s()
         for request in instance.scheduler.reserve_incoming():
             transfer_s = self.config.hand_over_s + (
-                request.prompt_length * self._kv_bytes / self.config.link_bytes_per_s
+                self._kv_bytes(request.prompt_length) / self.config.link_bytes_per_s
             )
             self._push(now_s + transfer_s, self._received, instance, request)
 

@@ -8,6 +8,7 @@ import pytest
 
 from jaxsys.errors import UsageError
 from jaxsys.model import preset
+from jaxsys.model.contract import cache_numbers
 from jaxsys.serve.energy.ecofreq import EcoFreq
 from jaxsys.serve.energy.ecopred import EcoPred
 from jaxsys.serve.energy.ecoroute import EnergyRouter, RoundRobinRouter
@@ -48,6 +49,18 @@ def test_on_cpu_the_gpu_is_modelled_and_none_leaves_it_alone():
     assert isinstance(governor, Governor) and isinstance(governor.policy, EcoFreq)
     assert governor.method.startswith("modelled")
     assert isinstance(make(gpu="none"), NoGovernor)
+
+
+@pytest.mark.parametrize("name", ["gpt-oss-20b", "gemma-2-2b", "DeepSeek-V3", "Qwen3-8B"])
+def test_caches_are_priced_by_what_layers_keep(name):
+    """Windows end what is read; a latent vector is narrow; all else grows with the length."""
+    config = preset(name)
+    shape = Served(model=config).shape()
+    for length in (1, 100, 5000):
+        kept = shape.kv_bytes(3 * length, 3)
+        assert kept == pytest.approx(3 * 2 * cache_numbers(config, length))
+    if config.latent is not None:
+        assert shape.kv_bytes(1) == 2 * 61 * 576
 
 
 def test_the_policy_and_the_router_are_those_asked_for():
