@@ -44,7 +44,7 @@ def choose_implementation(
         masked: whether an explicit mask is needed besides causality and lengths.
         device: a jax.Device where it will run; the default device if not given.
     """
-    device = device or _default_device()
+    device = device or default_device()
     if device.platform not in ("gpu", "cuda"):
         return _xla(f"cuDNN needs an NVIDIA GPU, this is {device.platform}")
     if "cuda" not in device.client.platform_version.lower():
@@ -247,9 +247,10 @@ def _xla(reason: str) -> Choice:
     return Choice(implementation="xla", reason=reason)
 
 
-def _default_device() -> Any:  # jax.Device is no class to type checkers
+def default_device() -> Any:  # jax.Device is no class to type checkers
+    """The device that operations run on where nothing else is said."""
     settings: Any = jax.config
-    configured = settings.jax_default_device
+    configured = settings.jaxdefault_device
     if configured is None:
         return jax.devices()[0]
     return jax.devices(configured)[0] if isinstance(configured, str) else configured

@@ -4,12 +4,50 @@ A matrix [E, in, out] lies as `_blocks` [E, out, in / 32, 16], two numbers a byt
 first, and `_scales` [E, out, in / 32], exponents plus 127 (OCP Microscaling Formats 1.0).
 """
 
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxsys.errors import UsageError
 from jaxsys.model.safetensors_file import SafetensorsFile
 
 BLOCKS, SCALES = "_blocks", "_scales"
+
+BLOCK = 32
+"""Numbers that share an exponent."""
+
+
+class Packed(NamedTuple):
+    """Matrices as they are published, outputs first; numbers 2i and 2i + 1 of an output share byte
+    i, the lower half first."""
+
+    codes: jax.Array
+    """uint8 [..., out, in / 2]."""
+    exponents: jax.Array
+    """uint8 [..., out, in / 32], of two, plus 127."""
+
+
+def decoded(codes: jax.Array) -> jax.Array:
+    """Codes 0..15, as integers, to the float32 values that they stand for."""
+    power, low = (codes >> 1) & 3, codes & 1
+    twice = jnp.where(power == 0, low, (2 + low) << jnp.maximum(power - 1, 0))
+    return jnp.where(codes >= 8, -0.5, 0.5) * twice.astype(jnp.float32)
+
+
+def factor(exponents: jax.Array) -> jax.Array:
+    """Powers of two, float32, made of their bits; the least, 2**-127, becomes zero."""
+    return jax.lax.bitcast_convert_type(exponents.astype(jnp.int32) << 23, jnp.float32)
+
+
+def unpacked(weights: Packed) -> jax.Array:
+    """The matrices [..., out, in] in float32."""
+    codes = weights.codes.astype(jnp.int32)
+    pairs = jnp.stack([codes & 15, codes >> 4], axis=-1)
+    values = decoded(pairs).reshape(*codes.shape[:-1], 2 * codes.shape[-1])
+    return values * jnp.repeat(factor(weights.exponents), BLOCK, axis=-1)
+
 
 VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 """Of the sixteen codes."""

@@ -1,0 +1,278 @@
+"""Triton kernels of `jaxsys.model.grouped`, through Pallas; on CPUs they run interpreted, in tests.
+
+A program multiplies one tile of an expert's rows with a block of that expert's columns, summing
+over K in float32. MXFP4 matrices are unpacked in registers: the two halves of a byte are K's even
+and odd numbers, so rows come as their even and odd channels and nothing is put back in order.
+
+Legend: R rows, E experts, K inputs, N outputs, T tiles.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+from jaxtyping import Array, Float, Int
+
+from jaxsys.model.packed import BLOCK, Packed, decoded, factor
+
+
+class Tiles(NamedTuple):
+    """Which rows of which expert a tile has; those past `count` have none."""
+
+    expert: Int[Array, " T"]
+    start: Int[Array, " T"]
+    stop: Int[Array, " T"]
+    """Of the expert's rows: a tile may end before."""
+    count: Int[Array, ""]
+
+
+def tiles(sizes: Int[Array, " E"], rows: int, height: int) -> Tiles:
+    """Cuts the rows of each expert into tiles of `height`; T is as many as there can be."""
+    experts = sizes.shape[0]
+    most = rows // height + min(experts, rows)
+    each = -(-sizes // height)
+    ends = jnp.cumsum(each)
+    tile = jnp.arange(most, dtype=jnp.int32)
+    expert = jnp.searchsorted(ends, tile, side="right").astype(jnp.int32)
+    expert = jnp.minimum(expert, experts - 1)
+    before = jnp.cumsum(sizes)
+    start = (before - sizes)[expert] + (tile - (ends - each)[expert]) * height
+    there = tile < ends[-1]
+    return Tiles(
+        expert,
+        jnp.where(there, start, 0).astype(jnp.int32),
+        jnp.where(there, before[expert], 0).astype(jnp.int32),
+        ends[-1].astype(jnp.int32),
+    )
+
+
+def single(experts: Int[Array, " R"]) -> Tiles:
+    """A tile each for rows in any order: nothing is sorted, and an expert of two is read twice."""
+    rows = jnp.arange(experts.shape[0], dtype=jnp.int32)
+    return Tiles(experts.astype(jnp.int32), rows, rows + 1, jnp.int32(experts.shape[0]))
+
+
+class Blocks(NamedTuple):
+    """Sizes of a program."""
+
+    rows: int
+    outputs: int
+    inputs: int
+    warps: int
+    stages: int
+
+
+def blocks_for(rows: int, experts: int, inputs: int) -> Blocks:
+    """Tiles as high as experts have rows; few and narrow where reading weights is the work."""
+    height = _power(-(-rows // experts), 16, 128)
+    deep = 128 if height == 16 else 64
+    depth = next(
+        (d for d in (128, 64, 32) if d <= deep and inputs % d == 0), _power(inputs, 16, 64)
+    )
+    if height == 16:
+        return Blocks(16, 32 if rows <= 128 else 64, depth, 4, 4)
+    if height == 32:
+        return Blocks(32, 64, depth, 4, 4)
+    return Blocks(height, 128, min(depth, 64), 4 if height == 64 else 8, 3)
+
+
+def product(
+    rows: Float[Array, "R K"],
+    weights: Float[Array, "E K N"],
+    cut: Tiles,
+    blocks: Blocks,
+    *,
+    outputs_first: bool = False,
+    share: int = 1,
+    interpret: bool | None = None,
+) -> Float[Array, "share*R N"]:
+    """Each row with the matrix of its tile's expert; every row must be in a tile.
+
+    Args:
+        cut: tiles of at most `blocks.rows` rows.
+        outputs_first: whether weights are [E, N, K].
+        share: so many rows of the result in turn read the same row.
+        interpret: run without a GPU; where there is none if None.
+    """
+    count, inputs = rows.shape
+    outputs = weights.shape[1 if outputs_first else 2]
+    kernel = functools.partial(
+        _product_kernel,
+        blocks=blocks,
+        inputs=inputs,
+        outputs=outputs,
+        outputs_first=outputs_first,
+        share=share,
+    )
+    shape = (share * count, outputs)
+    return _call(kernel, blocks, cut, (rows, weights), shape, rows.dtype, interpret)
+
+
+def packed_product(
+    rows: Float[Array, "R K"],
+    weights: Packed,
+    cut: Tiles,
+    blocks: Blocks,
+    *,
+    share: int = 1,
+    interpret: bool | None = None,
+) -> Float[Array, "share*R N"]:
+    """As `product`, of packed matrices [E, N, K]; `blocks.inputs` counts pairs."""
+    count, inputs = rows.shape
+    outputs = weights.codes.shape[1]
+    kernel = functools.partial(
+        _packed_kernel, blocks=blocks, inputs=inputs // 2, outputs=outputs, share=share
+    )
+    operands = (rows[:, 0::2], rows[:, 1::2], weights.codes, weights.exponents)
+    return _call(kernel, blocks, cut, operands, (share * count, outputs), rows.dtype, interpret)
+
+
+def _call(kernel, blocks, cut, operands, shape, dtype, interpret) -> jax.Array:
+    call = pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct(shape, dtype),
+        grid=(cut.expert.shape[0], -(-shape[1] // blocks.outputs)),
+        interpret=_no_gpu() if interpret is None else interpret,
+        compiler_params=triton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
+    )
+    return call(cut.expert, cut.start, cut.stop, *operands)
+
+
+def _no_gpu() -> bool:
+    return jax.default_backend() == "cpu"
+
+
+def outer(
+    rows: Float[Array, "R K"],
+    others: Float[Array, "R N"],
+    sizes: Int[Array, " E"],
+    *,
+    interpret: bool | None = None,
+) -> Float[Array, "E K N"]:
+    """Each expert's rows, turned, with its other rows: what a product's gradient is for weights."""
+    (count, inputs), outputs, experts = rows.shape, others.shape[1], sizes.shape[0]
+    height = min(64, _power(-(-count // experts), 16, 64))
+    blocks = Blocks(height, _power(outputs, 16, 128), _power(inputs, 16, 128), 8, 3)
+    stops = jnp.cumsum(sizes).astype(jnp.int32)
+    kernel = functools.partial(_outer_kernel, blocks=blocks, inputs=inputs, outputs=outputs)
+    return pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((experts, inputs, outputs), rows.dtype),
+        grid=(-(-inputs // blocks.inputs), -(-outputs // blocks.outputs), experts),
+        out_specs=pl.BlockSpec((None, inputs, outputs), lambda i, j, expert: (expert, 0, 0)),
+        interpret=_no_gpu() if interpret is None else interpret,
+        compiler_params=triton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
+    )(stops - sizes.astype(jnp.int32), stops, rows, others)
+
+
+# Kernels ------------------------------------------------------------------------------------------
+
+
+def _span(start, size: int, end: int):
+    """Indices from `start`, and which of them are before `end`."""
+    index = start + jnp.arange(size, dtype=jnp.int32)
+    return index, index < end
+
+
+def _load(ref, first, second, seen):
+    return triton.load(ref.at[first[:, None], second[None, :]], mask=seen, other=0)
+
+
+def _both(first, second):
+    return first[:, None] & second[None, :]
+
+
+def _product_kernel(
+    expert_ref,
+    start_ref,
+    stop_ref,
+    x_ref,
+    w_ref,
+    out_ref,
+    *,
+    blocks,
+    inputs,
+    outputs,
+    outputs_first,
+    share,
+):
+    tile, part = pl.program_id(0), pl.program_id(1)
+    expert, start, stop = expert_ref[tile], start_ref[tile], stop_ref[tile]
+
+    @pl.when(start < stop)
+    def _():
+        row, of_expert = _span(start, blocks.rows, stop)
+        column, there = _span(part * blocks.outputs, blocks.outputs, outputs)
+        matrix = w_ref.at[expert]
+
+        def turn(step, total):
+            k, inside = _span(step * blocks.inputs, blocks.inputs, inputs)
+            x = _load(x_ref, row // share, k, _both(of_expert, inside))
+            if outputs_first:
+                w = _load(matrix, column, k, _both(there, inside)).astype(x.dtype).T
+            else:
+                w = _load(matrix, k, column, _both(inside, there)).astype(x.dtype)
+            return total + triton.dot(x, w)
+
+        zeros = jnp.zeros((blocks.rows, blocks.outputs), jnp.float32)
+        total = jax.lax.fori_loop(0, -(-inputs // blocks.inputs), turn, zeros)
+        _store(out_ref, row, column, total, _both(of_expert, there))
+
+
+def _packed_kernel(
+    expert_ref, start_ref, stop_ref, even_ref, odd_ref, codes_ref, exponents_ref, out_ref,
+    *, blocks, inputs, outputs, share,
+):  # fmt: skip
+    tile, part = pl.program_id(0), pl.program_id(1)
+    expert, start, stop = expert_ref[tile], start_ref[tile], stop_ref[tile]
+
+    @pl.when(start < stop)
+    def _():
+        row, of_expert = _span(start, blocks.rows, stop)
+        column, there = _span(part * blocks.outputs, blocks.outputs, outputs)
+        codes, exponents = codes_ref.at[expert], exponents_ref.at[expert]
+
+        def turn(step, total):
+            k, inside = _span(step * blocks.inputs, blocks.inputs, inputs)
+            own, seen = _both(of_expert, inside), _both(there, inside)
+            even, odd = (_load(ref, row // share, k, own) for ref in (even_ref, odd_ref))
+            pair = _load(codes, column, k, seen).astype(jnp.int32)
+            scale = factor(_load(exponents, column, k // (BLOCK // 2), seen))
+            low = (decoded(pair & 15) * scale).astype(even.dtype)
+            high = (decoded(pair >> 4) * scale).astype(even.dtype)
+            return total + triton.dot(even, low.T) + triton.dot(odd, high.T)
+
+        zeros = jnp.zeros((blocks.rows, blocks.outputs), jnp.float32)
+        total = jax.lax.fori_loop(0, -(-inputs // blocks.inputs), turn, zeros)
+        _store(out_ref, row, column, total, _both(of_expert, there))
+
+
+def _outer_kernel(start_ref, stop_ref, x_ref, y_ref, out_ref, *, blocks, inputs, outputs):
+    expert = pl.program_id(2)
+    start, stop = start_ref[expert], stop_ref[expert]
+    k, inside = _span(pl.program_id(0) * blocks.inputs, blocks.inputs, inputs)
+    column, there = _span(pl.program_id(1) * blocks.outputs, blocks.outputs, outputs)
+
+    def turn(step, total):
+        row, own = _span(start + step * blocks.rows, blocks.rows, stop)
+        x = _load(x_ref, row, k, _both(own, inside))
+        y = _load(y_ref, row, column, _both(own, there))
+        return total + triton.dot(x.T, y)
+
+    zeros = jnp.zeros((blocks.inputs, blocks.outputs), jnp.float32)
+    turns = (stop - start + blocks.rows - 1) // blocks.rows
+    total = jax.lax.fori_loop(0, turns, turn, zeros)
+    _store(out_ref, k, column, total, _both(inside, there))
+
+
+def _store(ref, first, second, values, seen):
+    place = ref.at[first[:, None], second[None, :]]
+    triton.store(place, values.astype(ref.dtype), mask=seen)
+
+
+def _power(value: int, least: int, most: int) -> int:
+    """The next power of two, within bounds."""
+    return min(most, max(least, 1 << (value - 1).bit_length()))
