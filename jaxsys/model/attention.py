@@ -250,7 +250,7 @@ def _xla(reason: str) -> Choice:
 def default_device() -> Any:  # jax.Device is no class to type checkers
     """The device that operations run on where nothing else is said."""
     settings: Any = jax.config
-    configured = settings.jaxdefault_device
+    configured = settings.jax_default_device
     if configured is None:
         return jax.devices()[0]
     return jax.devices(configured)[0] if isinstance(configured, str) else configured
