@@ -133,7 +133,9 @@ def measured(row, run, rows, weights, routings, wanted, floor_s, show) -> None:
 
 def candidates(name: str, rows: int, experts: int, inputs: int, form: str) -> list[Blocks]:
     """What `blocks_for` chooses, and others near it."""
-    chosen = grouped_triton.blocks_for(rows, experts, inputs // 2 if form == "mxfp4" else inputs)
+    height = grouped_triton.height_for(rows, experts)
+    depth = inputs // 2 if form == "mxfp4" else inputs
+    chosen = grouped_triton.blocks_for(height, rows, depth)
     found = [chosen]
     if jax.default_backend() == "cpu" or "down" in name:
         return found

@@ -29,6 +29,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxsys.mesh import Device
 from jaxsys.model import choose_implementation
+from jaxsys.model.grouped import serving_way
+from jaxsys.serve.expert_weights import Grouped, grouped_over, used_by_walk
 
 CHUNK_TOKENS = 128
 """Tokens looked at in one turn of the portable walk."""
@@ -104,11 +106,12 @@ class PrefillAttention(Protocol):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionKernels:
-    """The two attentions of a server, and in words why these."""
+    """The two attentions of a server, its products with experts, and in words why these."""
 
     decode: DecodeAttention
     prefill: PrefillAttention
     reason: str
+    grouped: Grouped = used_by_walk
 
 
 def choose_kernels(
@@ -129,6 +132,8 @@ def choose_kernels(
         kernels = AttentionKernels(
             decode=portable_decode, prefill=portable_prefill, reason=f"portable: {choice.reason}"
         )
+    grouped = grouped_over(serving_way(dtype, device), mesh, axis)
+    kernels = dataclasses.replace(kernels, grouped=grouped)
     return kernels if mesh is None else _split_heads(kernels, mesh, axis)
 
 
@@ -357,6 +362,5 @@ def _split_heads(kernels: AttentionKernels, mesh: Mesh, axis: str) -> AttentionK
             check_vma=False,
         )(q, k, keys, table, start, {name: one for name, (one, _) in given.items()})
 
-    return AttentionKernels(
-        decode=decode, prefill=prefill, reason=f"{kernels.reason}; heads split over {axis!r}"
-    )
+    reason = f"{kernels.reason}; heads split over {axis!r}"
+    return dataclasses.replace(kernels, decode=decode, prefill=prefill, reason=reason)

@@ -87,7 +87,7 @@ def decode_pass(
     offsets = positions % page_size
     written = []
     for index, (layer, (keys, values)) in enumerate(zip(weights.layers, cache, strict=True)):
-        block, rule, sinks = _bound(config, index, layer)
+        block, rule, sinks = _bound(config, kernels, index, layer)
         q, k, v = block.project_kept(x, turns[block.kind.name])
         keys = keys.at[pages, offsets].set(k[:, 0], mode="drop")
         if v is not None:
@@ -167,7 +167,7 @@ def _piece(
     offsets = positions % page_size
     written = []
     for index, (layer, (keys, values)) in enumerate(zip(weights.layers, cache, strict=True)):
-        block, rule, sinks = _bound(config, index, layer)
+        block, rule, sinks = _bound(config, kernels, index, layer)
         q, k, v = block.project_kept(x, turns[block.kind.name])
         keys = keys.at[pages, offsets].set(k[0], mode="drop")
         if v is not None:
@@ -217,10 +217,10 @@ def _turns(config: DecoderConfig, positions: Int[Array, "B T"]) -> dict[str, Tur
 
 
 def _bound(
-    config: DecoderConfig, index: int, layer: LayerWeights
+    config: DecoderConfig, kernels: AttentionKernels, index: int, layer: LayerWeights
 ) -> tuple[Block, Rule, jax.Array | None]:
     """A layer's mathematics over its weights, and its attention's rule and sinks."""
-    block = Block(config, config.kind(index), HeldFused(config, layer))
+    block = Block(config, config.kind(index), HeldFused(config, layer, kernels.grouped))
     latent = config.latent
     rule = Rule(
         window=block.kind.window,

@@ -15,6 +15,7 @@ Legend: D width, F feed-forward, N query heads, G key/value heads, R = N / G, K 
 experts, V vocabulary, L layers.
 """
 
+import functools
 import math
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -27,8 +28,10 @@ from jaxsys.errors import UsageError
 from jaxsys.layered import Parameters
 from jaxsys.model import DecoderConfig
 from jaxsys.model.decoder import layer_of
-from jaxsys.model.experts import Groups
+from jaxsys.model.experts import Chosen
 from jaxsys.model.leaves import Leaf, block_leaves
+from jaxsys.serve.expert_weights import ExpertWeights, Grouped, expert_weights, mix
+from jaxsys.serve.expert_weights import placed as expert_weights_placed
 
 TENSOR = "tensor"
 """Mesh axis over which heads and feed-forward are split."""
@@ -55,7 +58,7 @@ class LayerWeights(NamedTuple):
     """One decoder layer, by names that are paths of its leaves, fused ones by a name of their own.
 
     Matrices: `qkv` [D, G, R+2, K]; `out` [G, R, K, D]; `mlp/up` and `shared/up` [D, 2, F], gate
-    first ([D, 1, F] without one); others as the parameters have them, experts' [E, in, out]. Of
+    first ([D, 1, F] without one); others as the parameters have them. Of
     latent attention: `attention/latent_up` [C, N, P+V], which is multiplied from both sides and
     keeps its bits, and `out` [N, 1, V, D].
     """
@@ -63,6 +66,7 @@ class LayerWeights(NamedTuple):
     matrices: dict[str, Matrix]
     vectors: dict[str, jax.Array]
     """Norms, biases (fused like their matrices), sinks [G, R], corrections."""
+    experts: ExpertWeights | None = None
 
 
 class ServingWeights(NamedTuple):
@@ -175,21 +179,29 @@ def _fused(
                 vectors[f"{name}/up_bias"] = stacked
             else:
                 matrices[f"{name}/up"] = _matrix(stacked, 1, quantisation)
+    experts = None
+    if ("experts", "down") in found:
+        experts = expert_weights(found, functools.partial(_of_experts, quantisation))
     is_matrix = {leaf.path: leaf.is_matrix for leaf in leaves}
     for path, value in found.items():
         name = "/".join(path)
         if not is_matrix[path]:
             vectors[name] = value
-        elif value.ndim == 3:  # an expert's scale is a column's of that expert
-            small = None if quantisation is None else _matrix(value.swapaxes(0, 1), 1, quantisation)
-            matrices[name] = (
-                Matrix(value) if small is None else Matrix(small.values.swapaxes(0, 1), small.scale)
-            )
         else:
             # Routers and gates of one column decide: they keep their bits.
             decides = path[-1] in ("router", "weight")
             matrices[name] = _matrix(value, 1, None if decides else quantisation)
-    return LayerWeights(matrices, vectors)
+    return LayerWeights(matrices, vectors, experts)
+
+
+def _of_experts(
+    quantisation: Quantisation | None, kernels: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+    """See `expert_weights.Quantise`: an expert's scale is a column's of that expert."""
+    if quantisation is None:
+        return kernels, None
+    small = _matrix(kernels.swapaxes(0, 1), 1, quantisation)
+    return small.values.swapaxes(0, 1), small.scale
 
 
 def _at(tree: Any, path: tuple[str, ...]) -> jax.Array:
@@ -201,8 +213,9 @@ def _at(tree: Any, path: tuple[str, ...]) -> jax.Array:
 class HeldFused:
     """One served layer, for the mathematics of `jaxsys.model.block`: see `Held` there."""
 
-    def __init__(self, config: DecoderConfig, layer: LayerWeights) -> None:
-        self._config, self._layer = config, layer
+    def __init__(self, config: DecoderConfig, layer: LayerWeights, grouped: Grouped) -> None:
+        """`grouped` multiplies by experts."""
+        self._config, self._layer, self._grouped = config, layer, grouped
 
     def vector(self, *path: str) -> jax.Array | None:
         """The vector at `path`, or None."""
@@ -234,22 +247,11 @@ class HeldFused:
         both = self._biased(matmul(x, self._layer.matrices[f"{name}/up"]), f"{name}/up_bias")
         return (both[..., 0, :] if self._config.gated else None), both[..., -1, :]
 
-    def grouped_up(self, rows: jax.Array, groups: Groups) -> tuple[jax.Array | None, jax.Array]:
-        """Two ragged products."""
-        gate = self._grouped(rows, "experts/gate", groups) if self._config.gated else None
-        return gate, self._grouped(rows, "experts/up", groups)
-
-    def grouped_down(self, rows: jax.Array, groups: Groups) -> jax.Array:
-        """One ragged product."""
-        return self._grouped(rows, "experts/down", groups)
-
-    def _grouped(self, rows: jax.Array, name: str, groups: Groups) -> jax.Array:
-        matrix = self._layer.matrices[name]
-        product = jax.lax.ragged_dot(rows, matrix.values.astype(rows.dtype), groups.sizes)
-        if matrix.scale is not None:
-            product = (product * matrix.scale[groups.experts]).astype(rows.dtype)
-        bias = self.vector(f"{name}_bias")
-        return product if bias is None else product + bias[groups.experts]
+    def mix(self, rows: jax.Array, chosen: Chosen) -> jax.Array:
+        """The experts used, and no others."""
+        experts = self._layer.experts
+        assert experts is not None
+        return mix(self._config, experts, self._grouped, rows, chosen)
 
     def _biased(self, product: jax.Array, name: str) -> jax.Array:
         bias = self._layer.vectors.get(name)
@@ -287,8 +289,6 @@ _SPLIT: dict[str, PartitionSpec] = {
     **{f"{name}/up": PartitionSpec(None, None, TENSOR) for name in _FEEDS},
     **{f"{name}/up_bias": PartitionSpec(None, TENSOR) for name in _FEEDS},
     **{f"{name}/down": PartitionSpec(TENSOR, None) for name in _FEEDS},
-    **{f"experts/{name}": PartitionSpec(None, None, TENSOR) for name in ("gate", "up")},
-    "experts/down": PartitionSpec(None, TENSOR, None),
 }
 """How a mesh splits what it splits; all else is whole on each device. A matrix's scale follows its
 outputs."""
@@ -303,6 +303,7 @@ def check_tensor_parallel(config: DecoderConfig, mesh: Mesh) -> None:
     if any(not kind.experts for kind in config.kinds):
         sizes["intermediate_size"] = config.intermediate_size
     if config.experts is not None:
+        sizes["hidden_size"] = config.hidden_size
         sizes["experts intermediate_size"] = config.experts.intermediate_size
         if config.experts.shared_size:
             sizes["experts shared_size"] = config.experts.shared_size
@@ -359,7 +360,10 @@ def _place_layer(layer: LayerWeights, placement: Sharding | None) -> LayerWeight
             name: _place(value, _SPLIT.get(name, whole), placement) for name, value in group.items()
         }
 
-    return LayerWeights(placed(layer.matrices), placed(layer.vectors))
+    experts = layer.experts
+    if experts is not None:
+        experts = expert_weights_placed(experts, placement, TENSOR)
+    return LayerWeights(placed(layer.matrices), placed(layer.vectors), experts)
 
 
 def _place(node: Any, spec: PartitionSpec, placement: Sharding | None) -> Any:
@@ -374,7 +378,5 @@ def _place(node: Any, spec: PartitionSpec, placement: Sharding | None) -> Any:
     if scale is not None:
         axes = tuple(spec) + (None,) * (node.values.ndim - len(spec))
         last = PartitionSpec(*axes[len(axes) - scale.ndim :])
-        if node.values.ndim == 3 and scale.ndim == 2 and scale.shape[0] == node.values.shape[0]:
-            last = PartitionSpec(axes[0], axes[2])  # an expert's, [E, outputs]
         scale = jax.device_put(scale, NamedSharding(placement.mesh, last))
     return Matrix(jax.device_put(node.values, NamedSharding(placement.mesh, spec)), scale)

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxsys.layered import PyTree
 from jaxsys.model import experts as mixture
+from jaxsys.model import grouped
 from jaxsys.model.attention import Implementation, attend
 from jaxsys.model.config import DecoderConfig
 from jaxsys.model.kinds import Activation, BlockKind, Latent
@@ -60,14 +61,8 @@ class Held(Protocol):
         """The matrix that unfolds latent vectors, heads split off: [C, N, P + V]."""
         ...
 
-    def grouped_up(
-        self, rows: jax.Array, groups: mixture.Groups
-    ) -> tuple[jax.Array | None, jax.Array]:
-        """As `up`, of each expert with its group of rows [R, D]."""
-        ...
-
-    def grouped_down(self, rows: jax.Array, groups: mixture.Groups) -> jax.Array:
-        """Each expert's down with its group of rows: [R, F] -> [R, D]."""
+    def mix(self, rows: jax.Array, chosen: mixture.Chosen) -> jax.Array:
+        """What each token's experts make of its row, weighed and summed: [R, D] -> [R, D]."""
         ...
 
 
@@ -118,20 +113,20 @@ class HeldTree:
         kernel = self._tree["attention"]["latent_up"]
         return kernel.reshape(kernel.shape[0], self._config.num_heads, -1)
 
-    def grouped_up(
-        self, rows: jax.Array, groups: mixture.Groups
-    ) -> tuple[jax.Array | None, jax.Array]:
-        """Two ragged products."""
-        gate = self._grouped(rows, "gate", groups) if self._config.gated else None
-        return gate, self._grouped(rows, "up", groups)
-
-    def grouped_down(self, rows: jax.Array, groups: mixture.Groups) -> jax.Array:
-        """One ragged product."""
-        return self._grouped(rows, "down", groups)
+    def mix(self, rows: jax.Array, chosen: mixture.Chosen) -> jax.Array:
+        """Rows sorted by expert, then grouped products."""
+        config, experts = self._config, self._config.experts
+        assert experts is not None
+        groups, places = mixture.group(chosen.experts, experts.count)
+        x = rows[places.rows]
+        gate = self._grouped(x, "gate", groups) if config.gated else None
+        up = self._grouped(x, "up", groups)
+        inner = mixture.activate(experts, lambda a: activation(config.activation, a), gate, up)
+        return mixture.gather(self._grouped(inner, "down", groups), places, chosen.weights)
 
     def _grouped(self, rows: jax.Array, name: str, groups: mixture.Groups) -> jax.Array:
         node = self._tree["experts"]
-        y = jax.lax.ragged_dot(rows, node[name], groups.sizes)
+        y = grouped.product(rows, node[name], groups.sizes)
         bias = node.get(f"{name}_bias")
         return y if bias is None else y + bias[groups.experts]
 
@@ -367,17 +362,13 @@ def feed_forward(
     rows = n.reshape(-1, n.shape[-1])
     logits = held.product(rows, "experts", "router").astype(jnp.float32)
     chosen = mixture.route(experts, logits, held.vector("experts", "correction"))
-    groups, places = mixture.group(chosen.experts, experts.count)
-    gate, up = held.grouped_up(rows[places.rows], groups)
-    inner = mixture.activate(experts, lambda a: activation(config.activation, a), gate, up)
-    fed = mixture.gather(held.grouped_down(inner, groups), places, chosen.weights)
-    fed = fed.reshape(n.shape)
+    fed = held.mix(rows, chosen).reshape(n.shape)
     if experts.shared_size:
         shared = _dense(config, held, n, "shared")
         if experts.shared_gate:
             shared = jax.nn.sigmoid(held.product(n, "shared", "weight")) * shared
         fed = fed + shared
-    return fed, mixture.load(experts, logits, groups)
+    return fed, mixture.load(experts, logits, chosen.experts)
 
 
 def normalise(

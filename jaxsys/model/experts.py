@@ -119,9 +119,10 @@ def activate(
     return (up + 1) * (gate * jax.nn.sigmoid(gate * experts.slope))
 
 
-def load(experts: Experts, logits: Float[Array, "R E"], groups: Groups) -> Load:
+def load(experts: Experts, logits: Float[Array, "R E"], chosen: Int[Array, "R A"]) -> Load:
     """How evenly the router spread its tokens."""
     tokens = logits.shape[0]
+    rows = jnp.sum(jax.nn.one_hot(chosen, experts.count, dtype=jnp.float32), axis=(0, 1))
     probabilities = jnp.mean(jax.nn.softmax(logits, axis=-1), axis=0)
-    shares = groups.sizes.astype(jnp.float32) / tokens
+    shares = rows / tokens
     return Load(experts.count * jnp.sum(shares * probabilities))

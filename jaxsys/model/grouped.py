@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from jaxsys.model import grouped_triton, packed
 from jaxsys.model.attention import default_device
 from jaxsys.model.experts import Places, group
-from jaxsys.model.grouped_triton import Blocks, Tiles
+from jaxsys.model.grouped_triton import Tiles
 from jaxsys.model.packed import Packed
 
 Way = Literal["triton", "walk"]
@@ -56,25 +56,33 @@ class Work(NamedTuple):
     """Which rows an expert's products have to do."""
 
     cut: Tiles
-    blocks: Blocks
-    """Static."""
+    height: int
+    """Static: most rows of a tile."""
     share: int
-    """Static: rows of the first product that read the same token in turn."""
+    """Static: rows of the result that read the same row in turn."""
 
 
-def work_of(chosen: Int[Array, "R A"], count: int, inputs: int) -> tuple[Work, Places | None]:
-    """Tiles for the choices of R tokens, and where sorted rows come from if they are sorted.
+class Plan(NamedTuple):
+    """Rows of a batch in the order that products take them."""
 
-    Args:
-        count: of experts.
-        inputs: of the narrowest product.
-    """
+    work: Work
+    """Of the first product; behind it every row has its own."""
+    experts: Int[Array, " RA"]
+    """Of each row of the result."""
+    places: Places | None
+    """Where sorted rows come from; None where they are as chosen."""
+
+
+def work_of(chosen: Int[Array, "R A"], count: int) -> Plan:
+    """Sorts the choices of R tokens among `count` experts, unless they are few."""
     rows = chosen.size
-    blocks = grouped_triton.blocks_for(rows, count, inputs)
     if rows <= FEW:
-        return Work(grouped_triton.single(chosen.reshape(-1)), blocks, chosen.shape[1]), None
+        flat = chosen.reshape(-1)
+        return Plan(Work(grouped_triton.single(flat), 1, chosen.shape[1]), flat, None)
     groups, places = group(chosen, count)
-    return Work(grouped_triton.tiles(groups.sizes, rows, blocks.rows), blocks, 1), places
+    height = grouped_triton.height_for(rows, count)
+    cut = grouped_triton.tiles(groups.sizes, rows, height)
+    return Plan(Work(cut, height, 1), groups.experts, places)
 
 
 def used_product(
@@ -96,13 +104,13 @@ def used_product(
     if way == "walk":
         return _walk(rows, weights, work, count, outputs)
     flat = jax.tree.map(lambda leaf: leaf.reshape(shape[0], -1, leaf.shape[-1]), weights)
+    depth = rows.shape[1] // 2 if packs else rows.shape[1]
+    blocks = grouped_triton.blocks_for(work.height, count, depth)
     if packs:
-        # Pairs are counted, so that a program's registers hold as many numbers.
-        blocks = work.blocks._replace(inputs=max(16, work.blocks.inputs // 2))
         found = grouped_triton.packed_product(rows, flat, work.cut, blocks, share=work.share)
     else:
         found = grouped_triton.product(
-            rows, flat, work.cut, work.blocks, outputs_first=True, share=work.share
+            rows, flat, work.cut, blocks, outputs_first=True, share=work.share
         )
     return found.reshape(count, *outputs)
 
@@ -111,8 +119,7 @@ def _walk(
     rows: jax.Array, weights: jax.Array | Packed, work: Work, count: int, outputs: tuple[int, ...]
 ) -> jax.Array:
     """Tile by tile, as many as there are."""
-    cut, share = work.cut, work.share
-    height = 1 if share > 1 else work.blocks.rows
+    cut, height, share = work
     padded = jnp.pad(rows, ((0, height), (0, 0)))
     places = jnp.arange(height, dtype=jnp.int32)
 
@@ -168,8 +175,9 @@ def _tiled(
     rows: jax.Array, weights: jax.Array, sizes: jax.Array, *, outputs_first: bool = False
 ) -> jax.Array:
     count, inputs = rows.shape
-    blocks = grouped_triton.blocks_for(count, weights.shape[0], inputs)
-    cut = grouped_triton.tiles(sizes, count, blocks.rows)
+    height = grouped_triton.height_for(count, weights.shape[0])
+    blocks = grouped_triton.blocks_for(height, count, inputs)
+    cut = grouped_triton.tiles(sizes, count, height)
     return grouped_triton.product(rows, weights, cut, blocks, outputs_first=outputs_first)
 
 

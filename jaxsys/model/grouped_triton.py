@@ -65,9 +65,14 @@ class Blocks(NamedTuple):
     stages: int
 
 
-def blocks_for(rows: int, experts: int, inputs: int) -> Blocks:
-    """Tiles as high as experts have rows; few and narrow where reading weights is the work."""
-    height = _power(-(-rows // experts), 16, 128)
+def height_for(rows: int, experts: int) -> int:
+    """Tiles as high as experts have rows."""
+    return _power(-(-rows // experts), 16, 128)
+
+
+def blocks_for(height: int, rows: int, inputs: int) -> Blocks:
+    """A program's sizes for tiles of `height`: narrow where reading weights is the work."""
+    height = max(16, height)  # what a tensor core multiplies at least
     deep = 128 if height == 16 else 64
     depth = next(
         (d for d in (128, 64, 32) if d <= deep and inputs % d == 0), _power(inputs, 16, 64)
@@ -76,7 +81,7 @@ def blocks_for(rows: int, experts: int, inputs: int) -> Blocks:
         return Blocks(16, 32 if rows <= 128 else 64, depth, 4, 4)
     if height == 32:
         return Blocks(32, 64, depth, 4, 4)
-    return Blocks(height, 128, min(depth, 64), 4 if height == 64 else 8, 3)
+    return Blocks(height, 128, depth, 4 if height == 64 else 8, 3)
 
 
 def product(

@@ -47,10 +47,10 @@ def test_all_codes_stand_for_their_values():
     np.testing.assert_array_equal(high[0, 1::2], VALUES)
 
 
-def sorted_work(sizes, inputs=INPUTS):
+def sorted_work(sizes):
     rows = int(sizes.sum())
-    blocks = grouped_triton.blocks_for(rows, EXPERTS, inputs)
-    return grouped.Work(grouped_triton.tiles(jnp.asarray(sizes), rows, blocks.rows), blocks, 1)
+    height = grouped_triton.height_for(rows, EXPERTS)
+    return grouped.Work(grouped_triton.tiles(jnp.asarray(sizes), rows, height), height, 1)
 
 
 def given(form, sizes):
@@ -79,9 +79,9 @@ def test_few_rows_are_not_sorted(form, way):
     weights, values = given(form, np.ones(EXPERTS, np.int32))
     weights = jax.tree.map(lambda leaf: leaf.reshape(EXPERTS, 2, -1, leaf.shape[-1]), weights)
     rows = normal((3, INPUTS))
-    work, places = grouped.work_of(jnp.asarray(chosen), EXPERTS, INPUTS)
-    assert places is None and work.share == 2
-    found = grouped.used_product(jnp.asarray(rows), weights, work, way)
+    plan = grouped.work_of(jnp.asarray(chosen), EXPERTS)
+    assert plan.places is None and plan.work.share == 2
+    found = grouped.used_product(jnp.asarray(rows), weights, plan.work, way)
     wanted = np.stack([values[e] @ rows[i // 2] for i, e in enumerate(chosen.reshape(-1))])
     np.testing.assert_allclose(found, wanted.reshape(6, 2, -1), atol=2e-4)
 

@@ -16,8 +16,9 @@ import pytest
 
 from jaxsys.errors import UsageError
 from jaxsys.model import DecoderConfig, forward, initial_parameters
-from jaxsys.model.experts import Groups
+from jaxsys.model.experts import Chosen
 from jaxsys.serve import paged_model
+from jaxsys.serve.expert_weights import grouped_over
 from jaxsys.serve.paged_attention import choose_kernels
 from jaxsys.serve.weights import HeldFused, check_served, serving_weights
 
@@ -105,17 +106,25 @@ def test_a_quantised_experts_product_is_that_of_the_values_it_stands_for(form):
     config = described("qwen2_moe")
     layer = serving_weights(config, fresh(config), quantisation=form).layers[0]
     assert layer.matrices["experts/router"].scale is None  # what decides keeps its bits
-    values, scale = layer.matrices["experts/up"]
-    assert scale is not None and values.dtype.itemsize == 1
-    assert scale.shape == (values.shape[0], values.shape[2])
-    experts = np.array([0, 0, 1, 3], np.int32)
-    sizes = np.bincount(experts, minlength=values.shape[0]).astype(np.int32)
-    rows = np.random.default_rng(0).normal(size=(4, values.shape[1])).astype(np.float32)
-    found = HeldFused(config, layer).grouped_up(
-        jnp.asarray(rows), Groups(jnp.asarray(sizes), jnp.asarray(experts))
-    )[1]
-    meant = np.asarray(values.astype(jnp.float32)) * np.asarray(scale)[:, None]
-    wanted = np.stack([row @ meant[e] for row, e in zip(rows, experts, strict=True)])
+    assert layer.experts is not None
+    values, scale = layer.experts.up
+    assert isinstance(values, jax.Array) and scale is not None
+    assert values.dtype.itemsize == 1 and scale.shape == values.shape[:-1]
+    chosen = np.array([[0, 3], [3, 1], [0, 1], [2, 0]], np.int32)
+    weights = np.random.default_rng(1).random(chosen.shape).astype(np.float32)
+    rows = np.random.default_rng(0).normal(size=(4, values.shape[-1])).astype(np.float32)
+    held = HeldFused(config, layer, grouped_over("walk", None, ""))
+    found = held.mix(jnp.asarray(rows), Chosen(jnp.asarray(chosen), jnp.asarray(weights)))
+
+    def meant(matrix):
+        return np.asarray(matrix.values.astype(jnp.float32)) * np.asarray(matrix.scale)[..., None]
+
+    up, down = meant(layer.experts.up), meant(layer.experts.down)
+    wanted = np.zeros_like(rows)
+    for row in range(4):
+        for expert, weight in zip(chosen[row], weights[row], strict=True):
+            gate, inner = up[expert] @ rows[row]
+            wanted[row] += weight * (down[expert] @ (gate / (1 + np.exp(-gate)) * inner))
     np.testing.assert_allclose(np.asarray(found), wanted, atol=1e-4)
 
 

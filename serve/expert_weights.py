@@ -1,0 +1,159 @@
+"""Experts as the server computes with them: outputs first, gate beside up, packed if they came so.
+
+    y = sum over a token's experts e of w_e (down_e act(up_e x))
+
+Products read the experts that a batch uses and no others (`jaxsys.model.grouped`). MXFP4 matrices
+stay as they are published, half a byte a number, and are unpacked inside the product; int8 and fp8
+keep one scale an output of an expert and are widened there.
+
+Legend: E experts, D width, F feed-forward, U 2 with a gate and 1 without, R tokens, A experts a
+token uses.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jaxtyping import Array, Float
+
+from jaxsys.model import DecoderConfig
+from jaxsys.model import experts as mixture
+from jaxsys.model.block import activation
+from jaxsys.model.grouped import Way, Work, used_product, work_of
+from jaxsys.model.packed import Packed
+
+
+class ExpertMatrix(NamedTuple):
+    """One matrix of every expert."""
+
+    values: jax.Array | Packed
+    """[E, U, F, D] or [E, D, F]."""
+    scale: jax.Array | None = None
+    """Of each output, where values are quantised."""
+
+
+class ExpertWeights(NamedTuple):
+    """The experts of a layer, its router apart."""
+
+    up: ExpertMatrix
+    """[E, U, F, D], gate first."""
+    down: ExpertMatrix
+    """[E, D, F]."""
+    up_bias: jax.Array | None = None
+    """[E, U, F]."""
+    down_bias: jax.Array | None = None
+    """[E, D]."""
+
+
+Quantise = Callable[[jax.Array], tuple[jax.Array, jax.Array | None]]
+"""Kernels [E, in, out] -> values [E, in, out] and, where they are scaled, scales [E, out]."""
+Grouped = Callable[[jax.Array, Any, Work], jax.Array]
+"""`used_product`, by what a device is quickest with."""
+
+
+def expert_weights(found: dict[tuple[str, ...], Any], quantise: Quantise) -> ExpertWeights:
+    """Takes the experts' leaves out of a layer's."""
+
+    def taken(*names: str) -> ExpertMatrix:
+        held = [found.pop(("experts", name), None) for name in names]
+        kernels = [one for one in held if one is not None]
+        if isinstance(kernels[0], Packed):
+            return ExpertMatrix(_beside(kernels))
+        pairs = [quantise(kernel) for kernel in kernels]
+        values = _beside([value.swapaxes(1, 2) for value, _ in pairs])
+        scales = [scale for _, scale in pairs if scale is not None]
+        return ExpertMatrix(values, _beside(scales) if scales else None)
+
+    def _beside(parts: list[Any]) -> Any:
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *parts)
+
+    up, down = taken("gate", "up"), taken("down")
+    down = jax.tree.map(lambda leaf: leaf[:, 0], down)
+    biases = [found.pop(("experts", f"{name}_bias"), None) for name in ("gate", "up")]
+    biases = [bias for bias in biases if bias is not None]
+    up_bias = _beside(biases) if biases else None
+    return ExpertWeights(up, down, up_bias, found.pop(("experts", "down_bias"), None))
+
+
+def placed(weights: ExpertWeights, placement: Sharding | None, axis: str) -> ExpertWeights:
+    """On its devices; a mesh's `axis` cuts each matrix's outputs."""
+    if placement is None:
+        return weights
+    if not isinstance(placement, NamedSharding):
+        return jax.device_put(weights, placement)
+    mesh = placement.mesh
+
+    def put(node: Any, spec: PartitionSpec) -> Any:
+        return jax.device_put(node, NamedSharding(mesh, spec))
+
+    def matrix(node: ExpertMatrix, spec: PartitionSpec) -> ExpertMatrix:
+        return jax.tree.map(lambda leaf: put(leaf, spec), node)
+
+    whole = PartitionSpec()
+    return ExpertWeights(
+        matrix(weights.up, PartitionSpec(None, None, axis)),
+        matrix(weights.down, PartitionSpec(None, axis)),
+        put(weights.up_bias, whole),
+        put(weights.down_bias, whole),
+    )
+
+
+def grouped_over(way: Way, mesh: Mesh | None, axis: str) -> Grouped:
+    """Products whose matrices lie whole on a device, or cut over a mesh as `placed` cuts them."""
+    if mesh is None:
+        return lambda rows, weights, work: used_product(rows, weights, work, way)
+
+    def product(rows: jax.Array, weights: Any, work: Work) -> jax.Array:
+        axes = jax.tree.leaves(weights)[0].ndim
+
+        def own(rows: jax.Array, weights: Any, cut: Any) -> jax.Array:
+            return used_product(rows, weights, work._replace(cut=cut), way)
+
+        return jax.shard_map(
+            own,
+            mesh=mesh,
+            in_specs=(
+                PartitionSpec(),
+                PartitionSpec(*(None,) * (axes - 2), axis),
+                PartitionSpec(),
+            ),
+            out_specs=PartitionSpec(*(None,) * (axes - 2), axis),
+            check_vma=False,  # loops start from constants, the same on every device
+        )(rows, weights, work.cut)
+
+    return product
+
+
+used_by_walk = grouped_over("walk", None, "")
+"""On any one device."""
+
+
+def mix(
+    config: DecoderConfig,
+    weights: ExpertWeights,
+    grouped: Grouped,
+    rows: Float[Array, "R D"],
+    chosen: mixture.Chosen,
+) -> Float[Array, "R D"]:
+    """What each token's experts make of it, weighed and summed."""
+    experts = config.experts
+    assert experts is not None
+    plan = work_of(chosen.experts, experts.count)
+    x = rows if plan.places is None else rows[plan.places.rows]
+
+    def times(x: jax.Array, matrix: ExpertMatrix, bias: jax.Array | None, work: Work) -> jax.Array:
+        y = grouped(x, matrix.values, work)
+        if matrix.scale is not None:
+            y = (y * matrix.scale[plan.experts]).astype(x.dtype)
+        return y if bias is None else y + bias[plan.experts]
+
+    both = times(x, weights.up, weights.up_bias, plan.work)
+    gate = both[:, 0] if config.gated else None
+    inner = mixture.activate(experts, lambda a: activation(config.activation, a), gate, both[:, -1])
+    fed = times(inner, weights.down, weights.down_bias, plan.work._replace(share=1))
+    if plan.places is not None:
+        return mixture.gather(fed, plan.places, chosen.weights)
+    each = fed.reshape(*chosen.weights.shape, -1)
+    return jnp.sum(each * chosen.weights[..., None].astype(fed.dtype), axis=1)
