@@ -5,8 +5,12 @@ scripts/bench_serve.py gpu  Llama-3-8B's shape, random bfloat16 weights: latency
                             energy a token by batch, prefill rate, host overhead
 scripts/bench_serve.py gpu_quantised
                             the same with int8 and fp8 weights, beside a few batches without
+scripts/bench_serve.py qwen3_30b_a3b, gpt_oss_20b
+                            shapes with experts, the latter's packed (MXFP4): against the bytes of
+                            the experts that a batch is expected to use
 scripts/bench_serve.py cpu     SmolLM2-135M: tokens a second
-scripts/bench_serve.py tiny    a tiny shape, to try the script
+scripts/bench_serve.py tiny, tiny_experts
+                            tiny shapes, to try the script
 """
 
 import argparse

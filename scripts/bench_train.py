@@ -164,7 +164,7 @@ def prepare_step(
     devices, microbatches = mesh.devices.size, options.microbatches
     model = layered(config)
     flops = training_flops_per_token(
-        parameters=config.parameter_count(),
+        parameters=config.active_parameter_count(),
         layers=config.num_layers,
         sequence_length=length,
         attention_width=config.num_heads * config.head_dim,

@@ -30,7 +30,6 @@ import uvicorn
 from jaxsys.errors import RunError
 from jaxsys.model import DecoderConfig, LoadedModel, Tokenizer, preset
 from jaxsys.nvml import NvmlGpu
-from jaxsys.serve.benchmark import random_parameters
 from jaxsys.serve.deployment import (
     DeploymentConfig,
     build_engine,
@@ -50,6 +49,7 @@ from jaxsys.serve.http.api import ApiConfig
 from jaxsys.serve.instance import Instance
 from jaxsys.serve.processes.front import bind, build_app
 from jaxsys.serve.processes.gpus import gpu_of
+from jaxsys.serve.random_weights import random_parameters
 from jaxsys.serve.sampling import SamplingNeeds
 
 COMPILERS = 8

@@ -7,5 +7,9 @@ SHAPES = {
     "8b": preset("Llama-3-8B"),
     "network": preset("bench-network"),
     "tiny": preset("bench-tiny"),
+    "moe-3b": preset("bench-moe-3b"),
+    "moe-3b-dense": preset("bench-moe-3b-dense"),
+    "tiny-moe": preset("bench-tiny-moe"),
 }
-"""1b: L=16 H=2048 F=5632 V=32000, the shape of the tables; 8b: Llama-3; tiny: to try the script."""
+"""1b: L=16 H=2048 F=5632 V=32000, the shape of the tables; 8b: Llama-3; moe-3b: Qwen3-MoE's
+layout, and a dense decoder of as many active parameters; tiny, tiny-moe: to try the script."""

@@ -5,6 +5,8 @@ loop does, one iteration ahead. Latency between tokens is compared with the floo
 
     (weights a step reads + keys and values it attends to) / measured copy bandwidth
 
+of experts those that a batch uses, expected where all are as likely,
+
 and the host's own work is timed apart. Prefill is compared with the measured rate of a large matrix
 product. Energy is the device's own counter over the run, where there is one.
 """
@@ -14,7 +16,6 @@ import dataclasses
 import gc
 import statistics
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -26,18 +27,18 @@ import numpy as np
 from jaxsys.mesh import Device
 from jaxsys.model import (
     DecoderConfig,
-    abstract_parameters,
     default_model_path,
     load,
     preset,
 )
-from jaxsys.model.contract import cache_numbers
+from jaxsys.model.contract import cache_numbers, experts_used
 from jaxsys.serve.executor import JaxExecutor
+from jaxsys.serve.random_weights import random_parameters
 from jaxsys.serve.requests import Request, SamplingParameters
 from jaxsys.serve.sampling import SamplingNeeds
 from jaxsys.serve.scheduler import Scheduler, SchedulerConfig
 from jaxsys.serve.steps import ExecutorConfig
-from jaxsys.serve.weights import QUANTISATIONS, Quantisation, serving_weights
+from jaxsys.serve.weights import QUANTISATIONS, Quantisation, ServingWeights, serving_weights
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +47,8 @@ class Study:
 
     model: str
     """A preset with random weights, or "default" for the packaged model."""
+    packed: bool = False
+    """Whether experts are MXFP4."""
     dtype: str
     page_size: int
     pool_tokens: int
@@ -61,6 +64,21 @@ class Study:
     quantised_batches: tuple[int, ...] = ()
     seconds: float = 1.5
     """Least time of one measurement."""
+
+
+def _experts_study(model: str, *, packed: bool = False) -> Study:
+    return Study(
+        model=model,
+        packed=packed,
+        dtype="bfloat16",
+        page_size=64,
+        pool_tokens=100_032,
+        buckets=(1, 8, 64),
+        batches=(1, 8, 64),
+        context=1024,
+        prompts=(2048,),
+        piece=2048,
+    )
 
 
 STUDIES = {
@@ -100,6 +118,20 @@ STUDIES = {
         piece=256,
         seconds=4.0,
     ),
+    "qwen3_30b_a3b": _experts_study("Qwen3-30B-A3B"),
+    "gpt_oss_20b": _experts_study("gpt-oss-20b", packed=True),
+    "tiny_experts": dataclasses.replace(
+        _experts_study("bench-tiny-gpt-oss", packed=True),
+        dtype="float32",
+        page_size=8,
+        pool_tokens=2048,
+        batches=(1, 8),
+        buckets=(1, 8),
+        context=64,
+        prompts=(32,),
+        piece=32,
+        seconds=0.2,
+    ),
     "tiny": Study(
         model="tiny",
         dtype="float32",
@@ -136,8 +168,12 @@ def run(
         f"multiplies {figures['matmul_flops_per_s'] / 1e12:.2f} TFLOP/s"
     )
     rows: list[Row] = []
-    config, parameters = model_of(study.model, study.dtype)
+    started_s = time.perf_counter()
+    config, parameters = model_of(study.model, study.dtype, packed=study.packed)
     executor = _executor(study, config, parameters, None)
+    jax.block_until_ready(executor.weights)
+    figures["weights_s"] = _round(time.perf_counter() - started_s)
+    progress(f"weights made in {figures['weights_s']} s")
     del parameters  # the fused weights are a copy
     figures["attention"] = executor.kernels.reason
     figures["compile_s"] = _compile(study, executor, study.batches, study.prompts)
@@ -211,7 +247,7 @@ def measure_decode(
     itemsize = executor.weights.dtype.itemsize
     kv_tokens = statistics.mean(loop.kv_tokens)
     kept_bytes = batch * cache_numbers(config, round(kv_tokens / batch)) * itemsize
-    moved_bytes = executor.weights.step_bytes + kept_bytes
+    moved_bytes = expected_bytes(config, executor.weights, batch) + kept_bytes
     floor_s = None if copy_bytes_per_s is None else moved_bytes / copy_bytes_per_s
     itl_s = statistics.median(loop.latencies_s)
     return {
@@ -258,7 +294,10 @@ def measure_prefill(
         pass
     elapsed_s = (time.perf_counter() - started_s) / repeats
     config = executor.config
-    per_token = 2 * config.num_layers * config.block_parameter_count()
+    per_token = 2 * sum(
+        len(config.layers_of(kind)) * config.active_block_parameter_count(kind)
+        for kind in config.kinds
+    )
     # Scores and sums over the lower triangle: 4 N K operations a pair and layer.
     attention = 2 * config.num_layers * config.num_heads * config.head_dim * prompt**2
     flops = per_token * prompt + attention + 2 * config.vocab_size * config.hidden_size
@@ -370,33 +409,24 @@ class _EnergyMeter:
             return None
 
 
-def model_of(name: str, dtype_name: str) -> tuple[DecoderConfig, Any]:
+def expected_bytes(config: DecoderConfig, weights: ServingWeights, tokens: int) -> float:
+    """Bytes of weights that a step of so many tokens must read: of experts, those they use."""
+    held = [layer.experts for layer in weights.layers if layer.experts is not None]
+    experts = sum(leaf.nbytes for leaf in jax.tree.leaves(held))
+    if config.experts is None or not experts:
+        return weights.step_bytes
+    share = experts_used(config, tokens) / config.experts.count
+    return weights.step_bytes - experts * (1.0 - share)
+
+
+def model_of(name: str, dtype_name: str, *, packed: bool = False) -> tuple[DecoderConfig, Any]:
     """The packaged model if `name` is "default", else a preset with random weights."""
     dtype = jnp.dtype(dtype_name)
     if name == "default":
         model = load(default_model_path(), dtype)
         return model.config, model.parameters
     config = preset(name)
-    return config, random_parameters(config, dtype)
-
-
-def random_parameters(config: DecoderConfig, dtype: jnp.dtype) -> Any:
-    """Normal weights of a shape's size: what they compute means nothing, but costs the same."""
-
-    def fill(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        if "norm" in jax.tree_util.keystr(path):
-            return jnp.ones(leaf.shape, dtype)
-        key = jax.random.key(zlib.crc32(jax.tree_util.keystr(path).encode()))
-        # Layer by layer: the generator's own buffers stay small beside the weights.
-        layers = [
-            0.02 * jax.random.normal(jax.random.fold_in(key, index), leaf.shape[1:], dtype)
-            for index in range(leaf.shape[0] if len(leaf.shape) > 2 else 1)
-        ]
-        if len(leaf.shape) > 2:
-            return jnp.stack(layers)
-        return 0.02 * jax.random.normal(key, leaf.shape, dtype)
-
-    return jax.tree_util.tree_map_with_path(fill, abstract_parameters(config))
+    return config, random_parameters(config, dtype, packed=packed)
 
 
 def _scheduler(study: Study, executor: JaxExecutor, **changes: Any) -> Scheduler:

@@ -101,6 +101,14 @@ def cache_numbers(config: DecoderConfig, length: int) -> int:
     )
 
 
+def experts_used(config: DecoderConfig, tokens: int) -> float:
+    """Experts of a layer that so many tokens use, expected where all are as likely."""
+    experts = config.experts
+    if experts is None:
+        return 0.0
+    return experts.count * (1.0 - (1.0 - experts.active / experts.count) ** tokens)
+
+
 def products(config: DecoderConfig, kind: BlockKind) -> tuple[Product, ...]:
     """The products of one block of a kind, in the order that they run."""
     by_input: dict[str, list[Leaf]] = {}

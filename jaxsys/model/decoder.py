@@ -187,7 +187,9 @@ def kind_of_blocks(config: DecoderConfig, blocks: PyTree, kind: BlockKind) -> Py
 
 
 def layer_of(config: DecoderConfig, blocks: PyTree, layer: int) -> PyTree:
-    """One layer's own arrays out of parameters' `blocks`."""
+    """One layer's own arrays out of parameters' `blocks`; these may be a function of its number."""
+    if callable(blocks):
+        return blocks(layer)
     kind = config.kind(layer)
     place = config.layers_of(kind).index(layer)
     return jax.tree.map(lambda leaf: leaf[place], kind_of_blocks(config, blocks, kind))

@@ -74,6 +74,20 @@ def _gpt_oss(layers: int, experts: int) -> DecoderConfig:
     return _shape("gpt_oss", sizes, 131072, head_dim=64, num_local_experts=experts)
 
 
+def _experts_bench(sizes: Sizes, count: int, active: int, inner: int) -> DecoderConfig:
+    return _shape(
+        "qwen3_moe",
+        sizes,
+        131072,
+        head_dim=128 if sizes[1] > 64 else 16,
+        rope_theta=1e6,
+        num_experts=count,
+        num_experts_per_tok=active,
+        moe_intermediate_size=inner,
+        norm_topk_prob=True,
+    )
+
+
 def _bytes(width: int, inner: int, layers: int, heads: int, shared: int) -> DecoderConfig:
     sizes = (BYTE_VOCABULARY, width, inner, layers, heads, shared)
     return _llama(sizes, 2048, 1e4, tie_word_embeddings=True)
@@ -189,6 +203,22 @@ PRESETS: dict[str, DecoderConfig] = {
     "bench-1b": _llama((32000, 2048, 5632, 16, 16, 16), 131072, 1e4),
     "bench-network": _llama((256, 64, 171, 8, 4, 4), 131072, 1e4),
     "bench-tiny": _llama((256, 64, 192, 4, 4, 4), 131072, 1e4),
+    # Experts: 3 billion parameters of which a token uses 0.48, as Qwen3-MoE lays them out;
+    # the dense decoder of as many active parameters; and small ones.
+    "bench-moe-3b": _experts_bench((32000, 2048, 768, 12, 16, 4), 48, 4, 768),
+    "bench-moe-3b-dense": _shape(
+        "qwen3", (32000, 2048, 3072, 12, 16, 4), 131072, head_dim=128, rope_theta=1e6
+    ),
+    "bench-tiny-moe": _experts_bench((256, 64, 32, 4, 4, 4), 8, 2, 32),
+    "bench-tiny-gpt-oss": _shape(
+        "gpt_oss",
+        (256, 64, 64, 4, 4, 2),
+        131072,
+        head_dim=16,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        sliding_window=16,
+    ),
 }
 
 _ALIASES = {"meta-llama-3-": "llama-3-", "meta-llama-3.1-": "llama-3.1-"}
