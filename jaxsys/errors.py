@@ -16,8 +16,31 @@ class RunError(RuntimeError):
     """A run that began could not go on: says what stopped it and what is left behind."""
 
 
+MOST_NAMES = 4
+"""Names that are put forward at once."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """ " (did you mean 'dp'?)" if a known name is near the one that is not, else nothing."""
-    by_case = {one.lower(): one for one in known}
-    near = difflib.get_close_matches(str(name).lower(), by_case, n=1, cutoff=0.6)
-    return f" (did you mean {by_case[near[0]]!r}?)" if near else ""
+    """ " (did you mean 'dp'?)" if known names are near the one that is not, else nothing.
+
+    Names are families, such as `weipipe-naive` and `weipipe-interleave`: what is near the beginning
+    that several share means any of them.
+    """
+    typed, likeness = str(name).lower(), {}
+    for one in known:
+        words = one.lower().split("-")
+        beginnings = ("-".join(words[:count]) for count in range(1, len(words) + 1))
+        of_beginnings = [_likeness(typed, beginning) for beginning in beginnings]
+        likeness[one] = max(of_beginnings), of_beginnings[-1]
+    best = max((most for most, _ in likeness.values()), default=0.0)
+    if best < 0.6:
+        return ""
+    near = [one for one, (most, _) in likeness.items() if most == best]
+    whole = [one for one in near if likeness[one][1] == best]
+    chosen = [repr(one) for one in whole or near][:MOST_NAMES]
+    said = " or ".join(filter(None, (", ".join(chosen[:-1]), chosen[-1])))
+    return f" (did you mean {said}?)"
+
+
+def _likeness(a: str, b: str) -> float:
+    return difflib.SequenceMatcher(None, a, b).ratio()

@@ -4,10 +4,9 @@ Names are those of the Hugging Face Hub without the owner; case and an owner in 
 Sizes are as published in each model's config.json there.
 """
 
-import difflib
 from typing import Any
 
-from jaxsys.errors import UsageError
+from jaxsys.errors import UsageError, did_you_mean
 from jaxsys.model.config import DecoderConfig
 
 BYTE_VOCABULARY = 264
@@ -248,7 +247,8 @@ def preset(name: str) -> DecoderConfig:
     found = find_preset(name)
     if found is not None:
         return PRESETS[found]
-    by_case = {known.casefold(): known for known in PRESETS}
-    near = difflib.get_close_matches(name.rpartition("/")[2].casefold(), by_case, n=1, cutoff=0.6)
-    hint = f"did you mean {by_case[near[0]]!r}? " if near else ""
-    raise UsageError(f"model {name!r} is not known; {hint}known: {', '.join(PRESETS)}")
+    near = did_you_mean(name.rpartition("/")[2], PRESETS).strip(" ()")
+    hint = f"{near.removesuffix('?')}? " if near else ""
+    is_path = name.startswith((".", "~", "/")) or name.count("/") > 1
+    is_what = "is no folder here, nor a preset" if is_path else "is not known"
+    raise UsageError(f"model {name!r} {is_what}; {hint}known: {', '.join(PRESETS)}")
