@@ -181,6 +181,20 @@ ML.ENERGY v3's ITL of Llama-3.1-8B; the products of an H200 alone do 78 to 85 %,
 rows: A=216 B=210 g=2.28 at 2048 tokens, A=215 B=75 at 32), idle 82 + 10.8 x**3.17 likewise. Sweet
 spot: its minimum of P/f."""
 
+
+def sustained_at(clocks: Mapping[str, Any], memory_w: float, power_cap_w: float) -> float:
+    """Megahertz at which a device whose products and memory are busy all the time draws its cap."""
+    moving = power_cap_w - clocks["active_w"] - memory_w
+    return 1e3 * (moving / (clocks["base_w"] + clocks["compute_w"])) ** (
+        1 / clocks["power_exponent"]
+    )
+
+
+_CAPPED_AT_500_W = sustained_at(_HOPPER_CLOCKS, 25.0, 500.0) / sustained_at(
+    _HOPPER_CLOCKS, 25.0, 700.0
+)
+"""The share of its clock that a Hopper GPU keeps at 500 of 700 W: 0.79."""
+
 DEVICES: dict[str, DeviceSpec] = {
     "h100": DeviceSpec(
         name="h100",
@@ -310,6 +324,38 @@ DEVICES: dict[str, DeviceSpec] = {
             "attention_flops_per_s": "assumed: XLA's unfused attention, bound by memory",
             "memory_bytes": "assumed: a share of a small machine",
             "memory_bytes_per_s": "assumed: one DDR4 channel or a share of it",
+        },
+    ),
+    "h100-96g-500w": DeviceSpec(
+        name="h100-96g-500w",
+        peak_flops_per_s=989.4e12,
+        product_flops_per_s=661e12 * _CAPPED_AT_500_W,
+        attention_flops_per_s=551e12 * _CAPPED_AT_500_W,
+        memory_bytes=95.0 * GIB,
+        memory_bytes_per_s=2.4e12,
+        clocks=ClockSpec(
+            product="H100-SXM5-96GB-HBM2e",
+            high_bandwidth_bytes=96 * GIB,
+            achieved_bytes_per_s=2.1e12,
+            memory_w=25.0,
+            extrapolated=True,
+            **(
+                _HOPPER_CLOCKS
+                | {
+                    "power_cap_w": 500.0,
+                    "sustained_mhz": _HOPPER_CLOCKS["sustained_mhz"] * _CAPPED_AT_500_W,
+                }
+            ),
+        ),
+        sources={
+            "peak_flops_per_s": "NVIDIA H100 SXM5 data sheet, at 700 W",
+            "product_flops_per_s": "assumed: the H100's at the clock that its power curve allows "
+            "at 500 W",
+            "attention_flops_per_s": "likewise",
+            "memory_bytes": "assumed: 96 GB HBM2e less a driver's share",
+            "memory_bytes_per_s": "torchtitan's benchmark report of December 2024",
+            "clocks": "the H100's with a cap of 500 W; achieved_bytes_per_s: assumed, the H100's "
+            "share of the data sheet",
         },
     ),
 }
