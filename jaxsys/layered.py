@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from jaxsys.errors import UsageError
 
@@ -150,12 +151,90 @@ class LayeredModel:
         own = jax.tree.map(lambda p: p[row], self.stacks(blocks)[kind])
         return self.kinds[kind](own, x, microbatch, Layer(index=jnp.int32(index)))
 
+    in_parts: "Callable[[Mapping[str, int]], Parts] | None" = None
+    """(mesh axis -> devices) -> the model as one of so many devices along each axis of
+    `jaxsys.mesh.INNER` computes it; raises UsageError where it cannot be split so. None: it is
+    computed whole."""
+
     view: Callable[[Any], PyTree] | None = None
     """Parameters, blocks stacked in layer order -> the tree that optimizers see: the user's own.
 
     May place leaves and take layers out of stacks (`leaf[i]`), no more. None: `Parameters` with all
     layers of a stacked leaf side by side in its place.
     """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """A model whose blocks several devices compute together.
+
+    The functions of `model` run on one of them, inside a `jax.shard_map` whose mesh has the axes:
+    they see their parts of the weights, pass on their part of x, and bring parts together by
+    collectives of their own. What they return of loss, weight and metrics is one device's part as
+    well: the sum over the devices is meant, and derivatives are taken of it. So a leaf of which
+    each device has the whole has its gradient's sum over the devices.
+    """
+
+    model: LayeredModel
+    cuts: Parameters
+    """`jax.sharding.PartitionSpec`s of the parameters over those axes; of blocks one layer's."""
+    whole: LayeredModel
+    """What it is a part of."""
+
+
+def parts_of(model: LayeredModel, sizes: Mapping[str, int]) -> Parts | None:
+    """The model as one device of so many along each axis computes it; None where it is alone.
+
+    Raises:
+        UsageError: if the model does not say how it is split, or cannot be split so.
+    """
+    if not sizes:
+        return None
+    asked = ", ".join(f"{name}={count}" for name, count in sizes.items())
+    if model.in_parts is None:
+        raise UsageError(
+            f"{asked}: this model does not say how its blocks are split; decoders of "
+            "jaxsys.model.layered do, for others leave it out"
+        )
+    parts = model.in_parts(sizes)
+    for name in ("embed", "block", "head_loss"):
+        mine, theirs = getattr(model, name), getattr(parts.whole, name)
+        if mine is not theirs and mine != theirs:
+            raise UsageError(
+                f"{asked}: the model's `{name}` is not the one whose parts `in_parts` makes; "
+                "replace both, or leave it out"
+            )
+    return parts
+
+
+def part_shapes(parameters: Parameters, parts: Parts, sizes: Mapping[str, int]) -> Parameters:
+    """What one device has of parameters in layer order, shapes."""
+
+    def mine(leaf: Any, cut: PartitionSpec, lead: int) -> jax.ShapeDtypeStruct:
+        shape = list(leaf.shape)
+        for axis, name in enumerate(cut, lead):
+            shape[axis] //= 1 if name is None else sizes[name]
+        return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
+
+    edge, blocks = (
+        jax.tree.map(lambda p, c, n=lead: mine(p, c, n), parameters[part], parts.cuts[part])
+        for part, lead in (("edge", 0), ("blocks", 1))
+    )
+    return Parameters(edge=edge, blocks=blocks)
+
+
+def inside_parts(sizes: Mapping[str, int], trace: Callable[[], Any]) -> Any:
+    """`trace()` where the mesh axes of parts are known, without devices: for shapes and costs."""
+    if not sizes:
+        return trace()
+    found: list[Any] = []
+
+    def run() -> jax.Array:
+        found.append(trace())
+        return jnp.zeros(())
+
+    jax.make_jaxpr(run, axis_env=list(sizes.items()))()
+    return found[0]
 
 
 def reference_loss(model: LayeredModel, parameters: Parameters, batch: PyTree) -> jax.Array:

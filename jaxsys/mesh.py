@@ -1,9 +1,12 @@
 """Axes, named once: in what ways a plan splits a step over devices, and the meshes that run it.
 
 `RING` is the mesh axis along which schedules run (weights, activations or shards move on it);
-`DATA` holds replicas of whole rings.
+`DATA` holds replicas of whole rings. Two more are there where a step is split so: along `TENSOR`
+devices share the features of every block, along `EXPERT` its experts, each beside its part of the
+batch.
 """
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +21,11 @@ from jaxsys.errors import UsageError
 
 RING = "ring"
 DATA = "data"
+TENSOR = "tensor"
+EXPERT = "expert"
+
+INNER = (TENSOR, EXPERT)
+"""Axes along which a block itself is split, and whose devices run one schedule's tasks together."""
 
 MOST_VIRTUAL_DEVICES = 256
 """Into how many a CPU is divided: XLA ends the process when it gets no more threads."""
@@ -53,6 +61,14 @@ AXES: Mapping[str, Axis] = MappingProxyType(
                 costs="gradients, summed once a step: `planner.costs.frame`",
             ),
             Axis(
+                name="experts",
+                splits="every block's experts, and the batch around the ring",
+                mesh=EXPERT,
+                user="replica",
+                costs="rows to experts and back: `planner.costs.block_cost`; other gradients, "
+                "summed once a step: `planner.costs.frame`",
+            ),
+            Axis(
                 name="shard",
                 splits="the batch, and where state is split masters, weights and gradients",
                 mesh=RING,
@@ -62,7 +78,7 @@ AXES: Mapping[str, Axis] = MappingProxyType(
             Axis(
                 name="features",
                 splits="every block's features, and the sequence between blocks",
-                mesh=None,
+                mesh=TENSOR,
                 user="features",
                 costs="activations, joined twice a pass: `planner.costs.block_cost`",
             ),
@@ -124,13 +140,42 @@ def devices_ahead(count: int) -> list[Device]:
     return list(topologies.get_topology_desc("ahead", "cuda", topology=f"1x1x{count}").devices)
 
 
-def make_mesh(ring: int, data: int = 1, *, devices: list[Device] | None = None) -> Mesh:
-    """A mesh of axes (DATA, RING), sizes (`data`, `ring`), neighbours on the ring adjacent."""
-    chosen = request_devices(ring * data) if devices is None else devices
-    if len(chosen) != ring * data:
-        raise UsageError(f"{len(chosen)} devices cannot form data={data} x ring={ring}")
-    grid = np.array(chosen).reshape(data, ring)
-    return Mesh(grid, (DATA, RING), axis_types=(AxisType.Auto, AxisType.Auto))
+def make_mesh(
+    ring: int,
+    data: int = 1,
+    *,
+    tensor: int = 1,
+    expert: int = 1,
+    devices: list[Device] | None = None,
+) -> Mesh:
+    """A mesh of axes (DATA, EXPERT, RING, TENSOR), the last one's neighbours adjacent.
+
+    Of EXPERT and TENSOR those alone that have more than one device.
+    """
+    sizes = {DATA: data, EXPERT: expert, RING: ring, TENSOR: tensor}
+    sizes = {name: n for name, n in sizes.items() if n > 1 or name not in INNER}
+    count = math.prod(sizes.values())
+    chosen = request_devices(count) if devices is None else devices
+    if len(chosen) != count:
+        shape = " x ".join(f"{name}={n}" for name, n in sizes.items())
+        raise UsageError(f"{len(chosen)} devices cannot form {shape}")
+    grid = np.array(chosen).reshape(tuple(sizes.values()))
+    return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def inner_sizes(mesh: Mesh) -> dict[str, int]:
+    """Axis of `INNER` -> devices, of those that the mesh has."""
+    return {name: mesh.shape[name] for name in INNER if mesh.shape.get(name, 1) > 1}
+
+
+def batch_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The axes around the ring along which the batch is split, from the outermost in."""
+    return tuple(name for name in (DATA, EXPERT) if name in mesh.axis_names)
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """D, the rings side by side, each on its part of the batch."""
+    return math.prod(mesh.shape[name] for name in batch_axes(mesh))
 
 
 def _divide_cpu(count: int) -> None:

@@ -80,7 +80,9 @@ def run_group(
         torch_row(options, between, shape, length, name) for name in names if name.startswith(TORCH)
     ]
     steps = [
-        name if ":" in name else f"{name}:{predicted[like.get(name, name)].recompute}"
+        name
+        if ":" in name
+        else f"{name}:{predicted[like.get(name, name).partition('/')[0]].recompute}"
         for name in names
         if not name.startswith(TORCH)
     ]
@@ -109,7 +111,8 @@ def run_group(
     rows = torch_rows
     for row in measured:
         guess = predicted.get(row["schedule"])
-        if guess and (guess.recompute != row["recompute"] or row["travel_dtype"]):
+        other = row["travel_dtype"] or row["tensor"] > 1
+        if guess and (guess.recompute != row["recompute"] or other):
             guess = None
         rows.append(
             {

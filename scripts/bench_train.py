@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from shapes import SHAPES
 from train_block import time_block
 from train_steps import (
@@ -162,6 +163,8 @@ def prepare_step(
 ):
     """A row and its compiled step, or None where that failed."""
     devices, microbatches = mesh.devices.size, options.microbatches
+    name, _, parts = name.partition("/")
+    ways = int(parts or 1)
     model = layered(config)
     flops = training_flops_per_token(
         parameters=config.active_parameter_count(),
@@ -174,6 +177,7 @@ def prepare_step(
     batch = {"inputs": tokens[..., :-1], "targets": tokens[..., 1:]}
     row = {
         "schedule": name,
+        "tensor": ways,
         "recompute": recompute,
         "sequence_length": length,
         "microbatch_size": size,
@@ -195,10 +199,11 @@ def prepare_step(
             )
         else:
             by_hand = name == "ring-by-hand"
+            ring, mesh = devices // ways, of_parts(mesh, ways)
             lowered = lower(
                 resolve(
                     "weipipe-interleave" if by_hand else name,
-                    devices=devices,
+                    devices=ring,
                     layers=config.num_layers,
                     microbatches=microbatches,
                 ),
@@ -219,6 +224,13 @@ def prepare_step(
         return row, compile_step(step, make, optimizer, batch, flops * microbatches / devices)
     except (jax.errors.JaxRuntimeError, UsageError) as error:
         return row | _failed(error), None
+
+
+def of_parts(mesh: Mesh, ways: int) -> Mesh:
+    """The mesh, `ways` of whose devices in turn share the features of every block."""
+    if mesh.size % ways:
+        raise UsageError(f"/{ways} does not divide devices={mesh.size}")
+    return make_mesh(mesh.size // ways, tensor=ways, devices=list(mesh.devices.flat))
 
 
 def pause(folder: Path, number: int) -> None:
@@ -257,7 +269,8 @@ def main() -> int:
         nargs="+",
         default=["weipipe-interleave", "gspmd-fsdp"],
         help="names, gspmd-fsdp, ring-by-hand; NAME:POLICY overrides --recompute, "
-        "NAME:POLICY:DTYPE --travel-dtype too",
+        "NAME:POLICY:DTYPE --travel-dtype too; NAME/T shares every block's features among T "
+        "devices",
     )
     step.add_argument("--sequence-lengths", nargs="+", type=int, default=[16384])
     step.add_argument("--microbatches", type=int, default=8)

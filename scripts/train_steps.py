@@ -20,7 +20,7 @@ from jaxsys.errors import UsageError
 from jaxsys.hardware import GIB
 from jaxsys.layered import Layer
 from jaxsys.lowering.compiled import program_bytes
-from jaxsys.mesh import RING
+from jaxsys.mesh import RING, inner_sizes
 from jaxsys.train.memory import StepShape, step_bytes
 
 
@@ -240,5 +240,6 @@ def predicted_bytes(lowered, shapes, state, batch) -> float:
             gradient_dtype=lowered.gradient_dtype,
             recompute=lowered.recompute,
             unroll=getattr(lowered, "unroll", False),  # sharded steps always are
+            inner=inner_sizes(lowered.mesh),
         )
     )

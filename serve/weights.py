@@ -26,15 +26,14 @@ from jaxtyping import Array, Float
 
 from jaxsys.errors import UsageError
 from jaxsys.layered import Parameters
+from jaxsys.mesh import TENSOR
 from jaxsys.model import DecoderConfig
+from jaxsys.model.block import HeldWhole
 from jaxsys.model.decoder import layer_of
 from jaxsys.model.experts import Chosen
 from jaxsys.model.leaves import Leaf, block_leaves
 from jaxsys.serve.expert_weights import ExpertWeights, Grouped, expert_weights, mix
 from jaxsys.serve.expert_weights import placed as expert_weights_placed
-
-TENSOR = "tensor"
-"""Mesh axis over which heads and feed-forward are split."""
 
 Quantisation = Literal["int8", "fp8"]
 
@@ -210,7 +209,7 @@ def _at(tree: Any, path: tuple[str, ...]) -> jax.Array:
     return tree
 
 
-class HeldFused:
+class HeldFused(HeldWhole):
     """One served layer, for the mathematics of `jaxsys.model.block`: see `Held` there."""
 
     def __init__(self, config: DecoderConfig, layer: LayerWeights, grouped: Grouped) -> None:

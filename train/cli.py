@@ -61,6 +61,18 @@ def parser(prog: str) -> argparse.ArgumentParser:
     )
     how.add_argument("--replicas", type=whole(), help="rings side by side (default 1)")
     how.add_argument(
+        "--tensor",
+        type=whole(),
+        help="devices that share every block's features and the sequence between blocks "
+        "(default 1, or as a plan says)",
+    )
+    how.add_argument(
+        "--expert",
+        type=whole(),
+        help="devices that share every block's experts, each beside its own microbatches "
+        "(default 1)",
+    )
+    how.add_argument(
         "--microbatches",
         type=whole(),
         help="of one ring and step (default 2 a device, or as a file says)",
@@ -165,7 +177,8 @@ def main(argv: list[str], prog: str) -> int:
     )
     if arguments.devices is None and arguments.schedule is not None:
         arguments.devices = plan_file.devices_of(
-            arguments.schedule, replicas=arguments.replicas or 1
+            arguments.schedule,
+            around=(arguments.replicas or 1) * (arguments.tensor or 1) * (arguments.expert or 1),
         )
     join(hosts, devices=arguments.devices)
     watched = contextlib.nullcontext()
@@ -234,6 +247,8 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
         memory_gib=arguments.memory_gib,
         dtype=arguments.compute_dtype,
         gradient_dtype=arguments.gradient_dtype,
+        tensor=arguments.tensor,
+        expert=arguments.expert,
     )
     recipe = Recipe(
         model=arguments.model,

@@ -16,7 +16,6 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxsys.layered import LayeredModel, Parameters, PyTree
 from jaxsys.lowering.flat import Leaves, flat_model
-from jaxsys.mesh import DATA, RING
 
 Sums = tuple[jax.Array, jax.Array]
 """(summed loss, weight)."""
@@ -29,18 +28,19 @@ def make_loss(
 
     Args:
         model: the layered model.
-        mesh: axes (DATA, RING).
+        mesh: of `jaxsys.mesh.make_mesh`.
         shardings: where the parameters lie.
         compute_dtype: of weights in use and activations.
     """
     specs = jax.tree.map(lambda sharding: sharding.spec, shardings)
-    devices = mesh.shape[DATA] * mesh.shape[RING]
+    devices, names = mesh.size, mesh.axis_names
 
     def gather(leaf: jax.Array, spec: PartitionSpec, lead: int) -> jax.Array:
         leaf = leaf.astype(compute_dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
-        if RING not in spec:
-            return leaf
-        return lax.all_gather(leaf, RING, axis=spec.index(RING) - lead, tiled=True)
+        for axis, over in enumerate(spec):
+            if over is not None:
+                leaf = lax.all_gather(leaf, over, axis=axis - lead, tiled=True)
+        return leaf
 
     def local(parameters: Parameters, batch: PyTree, counted: jax.Array) -> Sums:
         edge = jax.tree.map(lambda p, s: gather(p, s, 0), parameters["edge"], specs["edge"])
@@ -75,9 +75,9 @@ def make_loss(
             return (carry[0] + loss, carry[1] + weight), None
 
         sums, _ = lax.scan(row, (jnp.float32(0), jnp.float32(0)), (batch, counted))
-        return lax.psum(sums, (DATA, RING))
+        return lax.psum(sums, names)
 
-    rows_over_all = PartitionSpec((DATA, RING))
+    rows_over_all = PartitionSpec(names)
     whole = jax.shard_map(
         local,
         mesh=mesh,

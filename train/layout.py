@@ -1,5 +1,6 @@
 """How `jaxsys train` lays a run out: ring and replicas, schedule, microbatches, recompute."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,7 @@ from jax.sharding import Mesh
 
 from jaxsys.errors import UsageError
 from jaxsys.lowering import Recompute
-from jaxsys.mesh import make_mesh
+from jaxsys.mesh import EXPERT, TENSOR, make_mesh
 from jaxsys.model import DecoderConfig
 from jaxsys.planner.workload import decoder_workload
 from jaxsys.schedule import Schedule
@@ -56,6 +57,8 @@ def lay_out(
     memory_gib: float | None = None,
     dtype: str | None = None,
     gradient_dtype: str | None = None,
+    tensor: int | None = None,
+    expert: int | None = None,
 ) -> Layout:
     """Fills in what was not asked for; a plan file's own sizes win over defaults, never over asks.
 
@@ -71,6 +74,8 @@ def lay_out(
         memory_gib: the limit per device, for "auto".
         dtype: of compute; as a plan says, else float32, if not given.
         gradient_dtype: in which gradients are summed and sent; likewise.
+        tensor: devices that share every block's features.
+        expert: rings that share every block's experts.
 
     Raises:
         UsageError: if the devices, the batch and the schedule do not fit together.
@@ -80,6 +85,8 @@ def lay_out(
         planned = plan_file.read_plan(schedule, layers=config.num_layers)
         for name, asked, has in (
             ("replicas", replicas, planned.replicas),
+            ("tensor", tensor, planned.schedule.features),
+            ("expert", expert, planned.schedule.experts),
             ("microbatch_size", microbatch_size, planned.microbatch_size),
             ("sequence_length", sequence_length, planned.sequence_length),
         ):
@@ -89,6 +96,7 @@ def lay_out(
                     "or plan again"
                 )
         replicas, microbatch_size = planned.replicas, planned.microbatch_size
+        tensor, expert = planned.schedule.features, planned.schedule.experts
         recompute = recompute or planned.recompute
         sequence_length = planned.sequence_length or sequence_length
         dtype = dtype or planned.dtype
@@ -113,8 +121,18 @@ def lay_out(
         )
     if replicas < 1 or len(devices) % replicas:
         raise UsageError(f"replicas={replicas} does not divide devices={len(devices)}")
-    ring = len(devices) // replicas
+    sizes = {TENSOR: 1 if tensor is None else tensor, EXPERT: 1 if expert is None else expert}
+    around = replicas * math.prod(sizes.values())
+    if len(devices) % around:
+        more = " x ".join(f"{name}={n}" for name, n in sizes.items() if n > 1)
+        raise UsageError(f"replicas={replicas} x {more} does not divide devices={len(devices)}")
+    ring = len(devices) // around
     chosen: str | Schedule = schedule or ("weipipe-interleave" if ring > 1 else "dp")
+    if chosen == "auto" and around > replicas:
+        raise UsageError(
+            "schedule 'auto' chooses for devices that each compute whole blocks; name a schedule "
+            "beside tensor and expert, or have `jaxsys plan --plan FILE` split features"
+        )
     if chosen == "auto":
         workload = decoder_workload(
             "the model",
@@ -139,13 +157,13 @@ def lay_out(
         chosen, devices=ring, layers=config.num_layers, microbatches=microbatches
     )
     return Layout(
-        mesh=make_mesh(ring, replicas, devices=devices),
+        mesh=make_mesh(ring, replicas, tensor=sizes[TENSOR], expert=sizes[EXPERT], devices=devices),
         schedule=resolved,
         recompute=recompute or "block",
         microbatch_size=size,
         sequence_length=length,
         dtype=dtype,
         gradient_dtype=gradient_dtype,
-        rows=replicas * resolved.microbatches,
+        rows=replicas * sizes[EXPERT] * resolved.microbatches,
         reason=reason,
     )

@@ -6,7 +6,7 @@ model and state. Alternatives that would fit are looked for alike.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -15,7 +15,14 @@ import numpy as np
 
 from jaxsys.errors import UsageError
 from jaxsys.hardware import free_host_bytes, gib
-from jaxsys.layered import LayeredModel, Parameters, PyTree
+from jaxsys.layered import (
+    LayeredModel,
+    Parameters,
+    PyTree,
+    inside_parts,
+    part_shapes,
+    parts_of,
+)
 from jaxsys.lowering import Recompute
 from jaxsys.lowering.flat import floats
 from jaxsys.lowering.kinds import RestOrder
@@ -52,6 +59,8 @@ class StepShape:
     recompute: Recompute | tuple[Recompute, ...]
     unroll: bool = False
     """A chunk's layers are written out."""
+    inner: Mapping[str, int] = field(default_factory=dict)
+    """Axis of `jaxsys.mesh.INNER` -> devices that compute a block together."""
 
     @property
     def policies(self) -> tuple[Recompute, ...]:
@@ -63,6 +72,20 @@ class StepShape:
 
 def step_bytes(step: StepShape) -> float:
     """The most that any device is predicted to hold."""
+    parts = parts_of(step.model, step.inner)
+    if parts is not None:
+        mine = part_shapes(step.parameters, parts, step.inner)
+        share = tree_bytes(mine) / tree_bytes(step.parameters)
+        step = replace(
+            step,
+            model=parts.model,
+            parameters=mine,
+            state_bytes=step.state_bytes * share,
+        )
+    return inside_parts(step.inner, lambda: _step_bytes(step))
+
+
+def _step_bytes(step: StepShape) -> float:
     schedule, model, microbatch = step.schedule, step.model, step.microbatch
     sharded = schedule.placement is Placement.SHARDED
     edge, blocks = (

@@ -56,12 +56,17 @@ def is_plan_file(path: str | Path) -> bool:
     return isinstance(value, dict) and value.get("format") == FORMAT
 
 
-def devices_of(path: str | Path, *, replicas: int = 1) -> int | None:
-    """How many devices the plan or schedule in a file is for; None if the file holds neither."""
+def devices_of(path: str | Path, *, around: int = 1) -> int | None:
+    """How many devices the plan or schedule in a file is for; None if the file holds neither.
+
+    Args:
+        path: the file.
+        around: devices for each of a schedule's, which it does not say.
+    """
     if is_plan_file(path):
         return load_plan(path).devices
     try:
-        return replicas * Schedule.from_json(read_text(path)).devices
+        return around * Schedule.from_json(read_text(path)).devices
     except ValueError:
         return None
 

@@ -100,12 +100,15 @@ class Rule:
             if follows is None:
                 return NamedSharding(mesh, PartitionSpec())
             spec, rows = places[follows].spec, key in self.stacked
-            if leaf.shape == shapes[follows].shape or (rows and spec[:1] == (RING,)):
+            if leaf.shape == shapes[follows].shape:
                 return NamedSharding(mesh, spec)
+            if rows and spec[:1] == (RING,):
+                return NamedSharding(mesh, PartitionSpec(RING))
             # Rows, columns or sums of a parameter: along an axis of their own, if one divides.
             free = range(int(rows), leaf.ndim)
             axes = [a for a in free if leaf.shape[a] and leaf.shape[a] % ring == 0]
-            cut = [None] * axes[0] + [RING] if axes and RING in spec else []
+            over_ring = any(RING == over or RING in (over or ()) for over in spec)
+            cut = [None] * axes[0] + [RING] if axes and over_ring else []
             return NamedSharding(mesh, PartitionSpec(*cut))
 
         return self.kept({key: place(key, leaf) for key, leaf in self.apart(state).items()})

@@ -4,6 +4,8 @@ A plan is run as planned, whole: its devices and replicas, what each layer compu
 dtypes it was reckoned in. What is asked besides and differs is refused.
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from jax.sharding import Mesh
 from jaxsys.errors import UsageError, did_you_mean
 from jaxsys.files import MIB, read_text
 from jaxsys.lowering.refusal import why_not_lowered
-from jaxsys.mesh import DATA, RING, make_mesh, request_devices
+from jaxsys.mesh import DATA, EXPERT, RING, TENSOR, inner_sizes, make_mesh, request_devices
 from jaxsys.schedule import Schedule
 from jaxsys.strategies import STRATEGIES, for_layers
 from jaxsys.train.options import Compute
@@ -34,7 +36,10 @@ class Asked:
     """A name, a Schedule, a path, or what `jaxsys.planner.plan` found."""
     mesh: Mesh | None
     devices: int | None
-    """Of the ring; with a plan, of all its replicas."""
+    """Of the ring; with a plan, of all that it plans for."""
+    replicas: int | None
+    tensor: int | None
+    expert: int | None
     microbatches: int | None
     """Of one ring and step."""
     compute: Compute
@@ -62,17 +67,14 @@ def choose(asked: Asked, *, layers: int) -> Chosen:
     if isinstance(asked.schedule, Schedule) and (refused := why_not_lowered(asked.schedule)):
         raise UsageError(refused)
     if planned is not None:
-        mesh = _mesh(asked, planned.schedule.devices, planned.replicas, planned.schedule.name)
         schedule: Any = planned.schedule
+        mesh = _mesh(asked, schedule)
         compute = _as_planned(asked, planned)
     else:
         schedule, compute = asked.schedule, asked.compute
         if not isinstance(schedule, Schedule) and schedule not in STRATEGIES:
             schedule = _read(schedule)
-        if isinstance(schedule, Schedule):
-            mesh = _mesh(asked, schedule.devices, schedule.replicas, schedule.name)
-        else:
-            mesh = _mesh(asked, asked.devices, 1, "")
+        mesh = _mesh(asked, schedule if isinstance(schedule, Schedule) else None)
     resolved = resolve(
         schedule, devices=mesh.shape[RING], layers=layers, microbatches=asked.microbatches
     )
@@ -81,7 +83,14 @@ def choose(asked: Asked, *, layers: int) -> Chosen:
 
 def mesh_of(asked: Asked) -> Mesh:
     """The mesh where a schedule is still to be chosen: as given, or one ring."""
-    return _mesh(asked, asked.devices, 1, "")
+    mesh = _mesh(asked, None)
+    if inner := inner_sizes(mesh):
+        said = ", ".join(f"{name}={count}" for name, count in inner.items())
+        raise UsageError(
+            f"schedule 'auto' chooses for devices that each compute whole blocks, not with {said}; "
+            "name a schedule, or give a plan: `jaxsys plan --plan FILE` splits features by itself"
+        )
+    return mesh
 
 
 def resolve(
@@ -137,26 +146,70 @@ def _planned(schedule: Any, layers: int) -> PlannedRun | None:
     return run_of(schedule, layers=layers)
 
 
-def _mesh(asked: Asked, ring: int | None, replicas: int, name: str) -> Mesh:
-    """The mesh given, or one for `replicas` rings; refused where they are not as planned."""
+def _mesh(asked: Asked, schedule: Schedule | None) -> Mesh:
+    """The mesh given, or one as asked; refused where it is not as the schedule says."""
     mesh, devices = asked.mesh, asked.devices
+    wanted = {
+        DATA: _agreed(asked, "replicas", schedule, 1 if schedule is None else schedule.replicas),
+        EXPERT: _agreed(asked, "expert", schedule, 1 if schedule is None else schedule.experts),
+        TENSOR: _agreed(asked, "tensor", schedule, 1 if schedule is None else schedule.features),
+    }
+    around = math.prod(wanted.values())
     if mesh is None:
-        wanted = len(jax.devices()) if ring is None else ring
-        if devices is not None and devices != wanted * replicas:
-            rings = f"{replicas} replicas of {wanted}" if replicas > 1 else f"{wanted}"
-            raise UsageError(
-                f"devices={devices}, but schedule {name} is for {rings} devices; "
-                f"use devices={wanted * replicas}, or plan again"
-            )
-        return make_mesh(wanted, replicas, devices=request_devices(wanted * replicas))
+        if schedule is not None:
+            ring = schedule.devices
+            if devices is not None and devices != ring * around:
+                rings = f"{ring}" if around == 1 else _said(ring, wanted)
+                raise UsageError(
+                    f"devices={devices}, but schedule {schedule.name} is for {rings} devices; "
+                    f"use devices={ring * around}, or plan again"
+                )
+        else:
+            ring = max(1, len(jax.devices()) // around) if devices is None else devices
+        return make_mesh(
+            ring,
+            wanted[DATA],
+            tensor=wanted[TENSOR],
+            expert=wanted[EXPERT],
+            devices=request_devices(ring * around),
+        )
     if devices is not None and devices not in (mesh.shape[RING], mesh.size):
         raise UsageError(f"devices={devices} but the mesh's ring has {mesh.shape[RING]}")
-    if replicas > 1 and mesh.shape[DATA] != replicas:
-        raise UsageError(
-            f"the mesh has {mesh.shape[DATA]} rings, but schedule {name} is planned for "
-            f"{replicas} side by side; use make_mesh({ring}, {replicas}), or plan again"
-        )
+    for axis, count in wanted.items():
+        have = mesh.shape.get(axis, 1)
+        if count > 1 and have != count:
+            if axis == DATA and schedule is not None:
+                raise UsageError(
+                    f"the mesh has {have} rings, but schedule {schedule.name} is planned for "
+                    f"{count} side by side; use make_mesh({schedule.devices}, {count}), or plan "
+                    "again"
+                )
+            name = "replicas" if axis == DATA else axis
+            raise UsageError(
+                f"{name}={count}, but the mesh's axis {axis!r} has {have}; leave one of them out"
+            )
     return mesh
+
+
+def _said(ring: int, wanted: Mapping[str, int]) -> str:
+    """How devices are divided, in words."""
+    parts = f"{wanted[DATA]} replicas of {ring}" if wanted[DATA] > 1 else f"{ring}"
+    return f"{parts}, each of {wanted[TENSOR]}" if wanted[TENSOR] > 1 else parts
+
+
+def _agreed(asked: Asked, name: str, schedule: Schedule | None, says: int) -> int:
+    """How many are asked for, which what a schedule says may not contradict."""
+    count = getattr(asked, name)
+    if count is None:
+        return says
+    if count < 1:
+        raise UsageError(f"{name}={count} must be at least 1")
+    if schedule is not None and says not in (1, count):
+        raise UsageError(
+            f"{name}={count}, but schedule {schedule.name} is planned for {says}; leave it out, or "
+            "plan again"
+        )
+    return count
 
 
 def _as_planned(asked: Asked, planned: PlannedRun) -> Compute:

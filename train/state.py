@@ -4,6 +4,7 @@ The optimizer's part is laid out, moved and saved as `rules` says: what follows 
 where that parameter does.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -12,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsys.layered import Parameters, PyTree
 from jaxsys.lowering import Outcome
-from jaxsys.mesh import RING
+from jaxsys.mesh import RING, inner_sizes
 
 Names = tuple[str, ...]
 """A leaf's path as plain names."""
@@ -67,14 +68,19 @@ def layer_shardings(mesh: Mesh) -> Callable[[Parameters], Parameters]:
     """Shardings of parameters in layer order: cut over the ring along an axis of the layer's own.
 
     So layers can be put in another order, or read one at a time, without moving anything, and any
-    number of layers will do. A leaf without an axis that divides is whole everywhere.
+    number of layers will do. The devices of `jaxsys.mesh.INNER` take their part too, where an axis
+    divides by all of them. A leaf without an axis that divides is whole everywhere.
     """
-    ring = mesh.shape[RING]
+    inner = inner_sizes(mesh)
+    every = (RING, *inner), mesh.shape[RING] * math.prod(inner.values())
 
     def spec(leaf: Any, first: int) -> NamedSharding:
-        axes = [a for a in range(first, leaf.ndim) if leaf.shape[a] and leaf.shape[a] % ring == 0]
-        cut = [None] * axes[0] + [RING] if axes and ring > 1 else []
-        return NamedSharding(mesh, PartitionSpec(*cut))
+        for names, parts in (every, ((RING,), mesh.shape[RING])):
+            for axis in range(first, leaf.ndim) if parts > 1 else ():
+                if leaf.shape[axis] and leaf.shape[axis] % parts == 0:
+                    over = names if len(names) > 1 else names[0]
+                    return NamedSharding(mesh, PartitionSpec(*[None] * axis, over))
+        return NamedSharding(mesh, PartitionSpec())
 
     def shardings(shapes: Parameters) -> Parameters:
         return {

@@ -22,10 +22,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import jaxsys
 from jaxsys.errors import RunError, UsageError
 from jaxsys.hardware import GIB
-from jaxsys.layered import LayeredModel, Parameters, PyTree
+from jaxsys.layered import LayeredModel, Parameters, PyTree, part_shapes, parts_of
 from jaxsys.lowering import RECOMPUTE_POLICIES, Recompute, lower
 from jaxsys.lowering.memory import tree_bytes
-from jaxsys.mesh import DATA, RING
+from jaxsys.mesh import DATA, RING, batch_parts, inner_sizes
 from jaxsys.schedule import Schedule
 from jaxsys.train import auto, checkpoint, schedules
 from jaxsys.train.at_rest import StateAtRest, masters
@@ -49,7 +49,7 @@ class Trainer:
     """Trains one model.
 
     Attributes:
-        mesh: axes (DATA, RING).
+        mesh: of `jaxsys.mesh.make_mesh`.
         schedule: of one ring.
         state: the arrays; parameters in the order at rest.
         position: the global index of the next sample, where batches count them.
@@ -68,6 +68,9 @@ class Trainer:
         plan: "Planned | str | Path | None" = None,
         mesh: Mesh | None = None,
         devices: int | None = None,
+        replicas: int | None = None,
+        tensor: int | None = None,
+        expert: int | None = None,
         microbatches: int | None = None,
         compute: Compute | None = None,
         updates: Updates | None = None,
@@ -90,6 +93,9 @@ class Trainer:
                 replicas too.
             devices: how many form the ring; all of them, or as many as a plan is for, if neither
                 this nor `mesh` is given.
+            replicas: rings side by side, each on its part of the batch; 1 if not given.
+            tensor: devices that share every block's features in each place of a ring; likewise.
+            expert: rings that share every block's experts, each on its part of the batch; likewise.
             microbatches: of one ring and step; twice the ring's devices if not given.
             compute: dtypes and recompute; of a plan, if not given.
             updates: clipping, what is not finite, averages, a step of one's own.
@@ -116,6 +122,9 @@ class Trainer:
             schedule=plan if plan is not None else schedule or schedules.USUAL,
             mesh=mesh,
             devices=devices,
+            replicas=replicas,
+            tensor=tensor,
+            expert=expert,
             microbatches=microbatches,
             compute=chosen_compute,
             named=frozenset(named),
@@ -156,7 +165,7 @@ class Trainer:
             self.model,
             shapes,
             jax.tree.map(shape_of, self._keys.with_shape(microbatch)),
-            list(self.mesh.devices[0]),
+            list(self.mesh.devices.reshape(-1, self.mesh.shape[RING])[0]),
             microbatches=asked.microbatches or 2 * self.mesh.shape[RING],
             memory_gib=self._limit.bytes / GIB,
             compute=asked.compute,
@@ -194,7 +203,7 @@ class Trainer:
             averaged=self._updates.average_decay is not None,
         )
         if self._memory.microbatch is None:
-            check_state_fits(self.schedule, self._state_bytes, self._limit)
+            check_state_fits(self.schedule, self._state_bytes * self._share, self._limit)
         else:
             self._check_memory(self._memory.microbatch)
         self.state = self._rest.initial(self._parameters)
@@ -230,9 +239,9 @@ class Trainer:
     def rows(self) -> int:
         """Microbatches in a batch, over all replicas of the ring."""
         if "schedule" in self.__dict__:
-            return self.mesh.shape[DATA] * self.schedule.microbatches
+            return batch_parts(self.mesh) * self.schedule.microbatches
         each = self._asked.microbatches or 2 * self.mesh.shape[RING]
-        return self.mesh.shape[DATA] * each
+        return batch_parts(self.mesh) * each
 
     @property
     def step_number(self) -> int:
@@ -293,7 +302,7 @@ class Trainer:
                 raise UsageError(
                     f"a batch leaf has shape {list(leaf.shape)}; its first axis must be the "
                     f"{self.rows} microbatches of the step (schedule {self.schedule.name}: "
-                    f"{self.schedule.microbatches} on {self.mesh.shape[DATA]} ring(s))"
+                    f"{self.schedule.microbatches} on {batch_parts(self.mesh)} ring(s))"
                 )
 
             def part(index: Any) -> np.ndarray:
@@ -489,6 +498,15 @@ class Trainer:
     def _state_bytes(self) -> float:
         return tree_bytes(self._rest.layer_shapes)
 
+    @property
+    def _share(self) -> float:
+        """The part of the parameters that a device has of what devices share."""
+        sizes, whole = inner_sizes(self.mesh), self._rest.layer_shapes.parameters
+        parts = parts_of(self.model, sizes)
+        if parts is None:
+            return 1.0
+        return tree_bytes(part_shapes(whole, parts, sizes)) / tree_bytes(whole)
+
     def _check_memory(self, microbatch: PyTree) -> None:
         """Raises UsageError if the step on such microbatches is predicted not to fit."""
         if self._limit.bytes < math.inf:
@@ -506,6 +524,7 @@ class Trainer:
                     gradient_dtype=self._lowered.gradient_dtype,
                     recompute=self.recompute,
                     unroll=self.unroll,
+                    inner=inner_sizes(self.mesh),
                 ),
                 self._limit,
             )

@@ -2,6 +2,9 @@
 
 Embedding, final norm and head rest in shards over the ring where an axis divides, are gathered once
 a step in the compute dtype, and their gradients are reduced back to the shards once.
+
+Where several devices compute a block together (`jaxsys.layered.Parts`) each holds its part of what
+is cut along their axis, all step long, and what is not cut has its gradient summed over them last.
 """
 
 import functools
@@ -10,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
@@ -19,8 +23,8 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxsys.errors import UsageError
-from jaxsys.layered import LayeredModel, Parameters, PyTree
-from jaxsys.mesh import DATA, RING
+from jaxsys.layered import LayeredModel, Parameters, Parts, PyTree, parts_of
+from jaxsys.mesh import DATA, EXPERT, RING, TENSOR, batch_axes, batch_parts, inner_sizes
 from jaxsys.schedule import Placement, Schedule
 
 from .flat import Leaves, cast, floats, is_float
@@ -198,8 +202,24 @@ class Step:
 
     @property
     def replicas(self) -> int:
-        """D, the data replicas beside each other."""
-        return self.mesh.shape[DATA]
+        """D, the data replicas beside each other: those that share experts too."""
+        return batch_parts(self.mesh)
+
+    @cached_property
+    def parts(self) -> Parts | None:
+        """How several devices compute a block together; None where none do."""
+        return parts_of(self.model, inner_sizes(self.mesh))
+
+    @property
+    def run_model(self) -> LayeredModel:
+        """The model as a device runs it: a part of it, or all."""
+        return self.model if self.parts is None else self.parts.model
+
+    def cuts(self, parameters: Parameters) -> Parameters:
+        """PartitionSpecs of parameters over the axes of parts; of blocks one layer's."""
+        if self.parts is not None:
+            return self.parts.cuts
+        return jax.tree.map(lambda _: PartitionSpec(), parameters)
 
     def rest_specs(self, parameters: Parameters) -> Parameters:
         """PartitionSpecs of parameters at rest."""
@@ -212,7 +232,7 @@ class Step:
 
     def batch_shardings(self, batch: PyTree) -> PyTree:
         """NamedShardings of a batch with leaves [D M, B, ...]."""
-        sharding = NamedSharding(self.mesh, PartitionSpec(DATA))
+        sharding = NamedSharding(self.mesh, PartitionSpec(batch_axes(self.mesh)))
         return jax.tree.map(lambda _: sharding, batch)
 
     def check_layers(self, parameters: Parameters) -> None:
@@ -270,7 +290,7 @@ class Step:
         """Each device's sums over whole floats -> mean gradients like `edge` at rest."""
 
         def reduce(total: jax.Array, at_rest: jax.Array, spec: PartitionSpec) -> jax.Array:
-            total = self.over_replicas(total.astype(at_rest.dtype))
+            total = self.over_others(total.astype(at_rest.dtype), spec)
             if RING not in spec:
                 return lax.psum(total, RING) / weight
             axis = spec.index(RING)
@@ -286,9 +306,18 @@ class Step:
             specs,
         )
 
-    def over_replicas(self, total: jax.Array) -> jax.Array:
-        """The sum over data replicas."""
-        return lax.psum(total, DATA) if self.replicas > 1 else total
+    def over_others(self, total: jax.Array, spec: PartitionSpec) -> jax.Array:
+        """The sum over all who have a part of a gradient of their own, besides the ring."""
+        others = tuple(
+            name
+            for name in self.mesh.axis_names
+            if name != RING and name not in spec and self.mesh.shape[name] > 1
+        )
+        return lax.psum(total, others) if others else total
+
+    def over_all(self, scores: PyTree) -> PyTree:
+        """The sum over all devices."""
+        return lax.psum(scores, self.mesh.axis_names)
 
 
 def check_fit(schedule: Schedule, model: LayeredModel, mesh: Mesh) -> None:
@@ -301,6 +330,14 @@ def check_fit(schedule: Schedule, model: LayeredModel, mesh: Mesh) -> None:
             f"mesh axis {RING!r} has {mesh.shape[RING]} devices but schedule {schedule.name} "
             f"has {schedule.devices}"
         )
+    parts_of(model, inner_sizes(mesh))
+    for axis, field in ((TENSOR, "features"), (EXPERT, "experts")):
+        count, ways = getattr(schedule, field), mesh.shape.get(axis, 1)
+        if count not in (1, ways):
+            raise UsageError(
+                f"schedule {schedule.name} is planned for {field} over {count} devices, the mesh "
+                f"has {axis}={ways}; use make_mesh(..., {axis}={count})"
+            )
     if model.layers < schedule.chunks:
         raise UsageError(
             f"layers={model.layers} cannot fill chunks={schedule.chunks} of schedule "
@@ -315,12 +352,35 @@ def _less(schedule: Schedule, model: LayeredModel) -> str:
     return f"devices={most} or fewer" if most else f"a schedule of at most {model.layers} chunks"
 
 
-def sharded_spec(shape: tuple[int, ...], parts: int, *, first_axis: int = 0) -> PartitionSpec:
-    """Over the ring along the first axis that `parts` divides, or along none."""
+def sharded_spec(
+    shape: tuple[int, ...],
+    parts: int,
+    *,
+    first_axis: int = 0,
+    cut: PartitionSpec = PartitionSpec(),  # noqa: B008 a value that nothing changes
+) -> PartitionSpec:
+    """Over the ring along the first axis that `parts` divides and that is not cut, or along none.
+
+    Args:
+        shape: of the leaf.
+        parts: devices of the ring.
+        first_axis: along which it may be.
+        cut: how the axes from `first_axis` on are cut already.
+    """
+    names = [*[None] * first_axis, *cut]
+    names += [None] * (len(shape) - len(names))
     for axis in range(first_axis, len(shape)):
-        if shape[axis] and shape[axis] % parts == 0:
-            return PartitionSpec(*[None] * axis, RING)
-    return PartitionSpec()
+        if names[axis] is None and shape[axis] and shape[axis] % parts == 0:
+            names[axis] = RING
+            break
+    return spec_of(names)
+
+
+def spec_of(names: list[Any]) -> PartitionSpec:
+    """The PartitionSpec, without the axes behind the last that is cut."""
+    while names and names[-1] is None:
+        names = names[:-1]
+    return PartitionSpec(*names)
 
 
 def add_to(totals: Leaves, parts: Leaves) -> Leaves:

@@ -11,11 +11,6 @@ SHARDED_MOVES = (MoveKind.ALL_GATHER, MoveKind.REDUCE_SCATTER)
 
 def why_not_lowered(schedule: Schedule) -> str | None:
     """Why no step is made of a legal schedule; None if one is."""
-    if schedule.features > 1:
-        return (
-            f"schedule {schedule.name} splits features over {schedule.features} devices, which no "
-            "step does; plan again with features=1"
-        )
     sharded = schedule.placement is Placement.SHARDED
     moves = SHARDED_MOVES if sharded else TABLED_MOVES
     for move in schedule.moves:

@@ -29,6 +29,8 @@ _LAYOUT = (
 )
 ELEMENTWISE = frozenset((*_ARITHMETIC, *_CHOICES, *_LAYOUT))
 """Primitives that a compiler fuses into the kernel that reads their result."""
+SENT_AGAIN = frozenset(("all_gather",))
+"""What devices gather from each other is gathered again: each keeps its own part."""
 
 
 def what_to_keep(jaxpr: Any, wanted: list[Any], given: set[Any]) -> list[Any]:
@@ -58,9 +60,17 @@ def what_to_keep(jaxpr: Any, wanted: list[Any], given: set[Any]) -> list[Any]:
             maker = makers.get(variable)
         return variable
 
-    def fusible(variable: Any) -> bool:
+    def is_made_by(variable: Any, names: frozenset[str]) -> bool:
         maker = makers.get(variable)
-        return maker is not None and maker.primitive.name in ELEMENTWISE
+        return maker is not None and maker.primitive.name in names
+
+    def fusible(variable: Any) -> bool:
+        return is_made_by(variable, ELEMENTWISE) or is_made_by(variable, SENT_AGAIN)
+
+    def stops(variable: Any) -> bool:
+        if is_made_by(variable, SENT_AGAIN):
+            return False
+        return variable in read_by_kernels or not fusible(variable)
 
     read_by_kernels = {
         bare(v)
@@ -83,7 +93,7 @@ def what_to_keep(jaxpr: Any, wanted: list[Any], given: set[Any]) -> list[Any]:
             v = bare(v)
             if v in free:
                 continue
-            if v in kept or v in read_by_kernels or not fusible(v):
+            if v in kept or stops(v):
                 found.add(v)
             else:
                 wanted.extend(makers[v].invars)
@@ -91,7 +101,7 @@ def what_to_keep(jaxpr: Any, wanted: list[Any], given: set[Any]) -> list[Any]:
 
     asked = {bare(v) for v in wanted if not is_literal(v)} - free
     order = [v for v in [*jaxpr.invars, *makers] if v in asked]
-    kept.update(v for v in order if v in read_by_kernels or not fusible(v))
+    kept.update(v for v in order if stops(v))
     for variable in order:
         if variable not in kept:
             instead = sources(variable) - kept

@@ -19,12 +19,12 @@ import numpy as np
 from jax import lax
 
 from jaxsys.layered import Parameters, PyTree
-from jaxsys.mesh import DATA, RING
+from jaxsys.mesh import RING
 from jaxsys.schedule import Data, MoveKind, Placement, TaskKind
 
-from .base import Outcome, Step, add_to
+from .base import Outcome, Step, add_to, is_spec
 from .bodies import BufferKey, GroupSignature, Segment, TaskSignature, TickSignature
-from .flat import Leaves, cast, flat_model, floats, head_back, like, pull_back
+from .flat import Leaves, cast, flat_model, floats, head_back, is_float, like, pull_back
 from .kinds import RestOrder
 from .packing import Packing
 from .programs import ChunkProgram, Recompute, SplitChunkProgram, chunk_program
@@ -82,7 +82,7 @@ class Run:
 
     def __init__(self, lowered: TabledStep, specs: Parameters) -> None:
         self.lowered, self.specs = lowered, specs
-        self.schedule, self.model, self.tables = lowered.schedule, lowered.model, lowered.tables
+        self.schedule, self.model, self.tables = lowered.schedule, lowered.run_model, lowered.tables
         self.edge: PyTree
         self.batch: PyTree
         self.program: ChunkProgram
@@ -430,7 +430,7 @@ class Run:
         )
 
     def finish(self, state: _State, parameters: Parameters) -> Outcome:
-        loss, weight, metrics = lax.psum(state.scores, (DATA, RING))
+        loss, weight, metrics = self.lowered.over_all(state.scores)
         if self.schedule.placement is Placement.REPLICATED:
             sums = state.reduced
         else:
@@ -448,15 +448,19 @@ class Run:
             unpack = self.packing.unpack_gradient
             by_kind = {kind: unpack(kind, rows) for kind, rows in by_kind.items()}
 
-        def block_gradient(total: jax.Array, at_rest: jax.Array) -> jax.Array:
+        def block_gradient(total: jax.Array, at_rest: jax.Array, spec: Any) -> jax.Array:
             total = total.reshape(at_rest.shape).astype(at_rest.dtype)
-            return self.lowered.over_replicas(total) / weight
+            return self.lowered.over_others(total, spec) / weight
+
+        def of_kind(kind: str, stack: PyTree) -> PyTree:
+            specs = jax.tree.leaves(self.model.stacks(self.specs["blocks"])[kind], is_leaf=is_spec)
+            pairs = zip(jax.tree.leaves(stack), specs, strict=True)
+            learned = [spec for leaf, spec in pairs if is_float(leaf)]
+            rows = zip(by_kind[kind], floats(stack), learned, strict=True)
+            return like(stack, [block_gradient(*row) for row in rows])
 
         stacks = {
-            kind: like(
-                stack,
-                [block_gradient(g, p) for g, p in zip(by_kind[kind], floats(stack), strict=True)],
-            )
+            kind: of_kind(kind, stack)
             for kind, stack in self.model.stacks(parameters["blocks"]).items()
         }
         return Outcome(

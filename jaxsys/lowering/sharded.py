@@ -33,7 +33,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel, Parameters, PyTree
-from jaxsys.mesh import DATA, RING
+from jaxsys.mesh import RING, batch_axes
 from jaxsys.schedule import Move, MoveKind, Placement, Schedule, Task, TaskKind, check
 from jaxsys.strategies import RECOMPUTES
 
@@ -135,7 +135,7 @@ class ShardedStep(Step):
         step = jax.shard_map(
             _Run(self, specs).step,
             mesh=self.mesh,
-            in_specs=(specs, PartitionSpec((DATA, RING))),
+            in_specs=(specs, PartitionSpec((*batch_axes(self.mesh), RING))),
             out_specs=self.outcome_specs(specs),
             # Third-party kernels and split residuals carry no varying-axes types.
             check_vma=False,
@@ -144,12 +144,14 @@ class ShardedStep(Step):
 
     def rest_specs(self, parameters: Parameters) -> Parameters:
         """PartitionSpecs: every leaf over the ring, blocks along an axis behind their layers'."""
-        ring = self.schedule.devices
+        ring, cuts = self.schedule.devices, self.cuts(parameters)
+
+        def spec(leaf: Any, cut: PartitionSpec, first: int) -> PartitionSpec:
+            return sharded_spec(leaf.shape, ring, first_axis=first, cut=cut)
+
         return Parameters(
-            edge=jax.tree.map(lambda p: sharded_spec(p.shape, ring), parameters["edge"]),
-            blocks=jax.tree.map(
-                lambda p: sharded_spec(p.shape, ring, first_axis=1), parameters["blocks"]
-            ),
+            edge=jax.tree.map(lambda p, c: spec(p, c, 0), parameters["edge"], cuts["edge"]),
+            blocks=jax.tree.map(lambda p, c: spec(p, c, 1), parameters["blocks"], cuts["blocks"]),
         )
 
 
@@ -158,7 +160,8 @@ class _Stack:
 
     def __init__(self, shards: PyTree, specs: PyTree) -> None:
         self.leaves, self.structure = jax.tree.flatten(shards)
-        self.axes = [s.index(RING) if RING in s else None for s in _spec_leaves(specs)]
+        self.specs = _spec_leaves(specs)
+        self.axes = [s.index(RING) if RING in s else None for s in self.specs]
 
     def layer(self, devices: int) -> PyTree:
         """Shapes and dtypes of one layer's whole parameters."""
@@ -261,7 +264,7 @@ class _Run:
     """One trace of the step, inside shard_map: shapes are per device."""
 
     def __init__(self, lowered: ShardedStep, specs: Parameters) -> None:
-        self.lowered, self.schedule, self.model = lowered, lowered.schedule, lowered.model
+        self.lowered, self.schedule, self.model = lowered, lowered.schedule, lowered.run_model
         self.specs = specs
         self.turns = self.schedule.microbatches // self.schedule.devices
         self.half = self.schedule.chunks
@@ -568,23 +571,23 @@ class _Run:
         self.state.edge_gradient = add_to(self.state.edge_gradient, part)
 
     def finish(self, parameters: Parameters) -> Outcome:
-        loss, weight, metrics = lax.psum(self.state.scores, (DATA, RING))
+        loss, weight, metrics = self.lowered.over_all(self.state.scores)
         totals: dict[str, list[Leaves]] = {kind: [] for kind in self.stacks}
         for chunk, parts in enumerate(self.parts):
             rest = iter(self.state.reduced[chunk])
             for kind, _ in parts:
                 totals[kind].append([next(rest) for _ in floats(self.stacks[kind].leaves)])
 
-        def block(total: jax.Array, at_rest: jax.Array, axis: int | None) -> jax.Array:
-            total = self.lowered.over_replicas(total.astype(at_rest.dtype))
-            return (total if axis is not None else lax.psum(total, RING)) / weight
+        def block(total: jax.Array, at_rest: jax.Array, spec: PartitionSpec) -> jax.Array:
+            total = self.lowered.over_others(total.astype(at_rest.dtype), spec)
+            return (total if RING in spec else lax.psum(total, RING)) / weight
 
         gradients = {}
         for kind, at_rest in self.model.stacks(parameters["blocks"]).items():
             stack = self.stacks[kind]
             whole = [jnp.concatenate(parts) for parts in zip(*totals[kind], strict=True)]
-            axes = [a for a, p in zip(stack.axes, stack.leaves, strict=True) if is_float(p)]
-            rows = zip(whole, floats(at_rest), axes, strict=True)
+            specs = [s for s, p in zip(stack.specs, stack.leaves, strict=True) if is_float(p)]
+            rows = zip(whole, floats(at_rest), specs, strict=True)
             gradients[kind] = like(at_rest, [block(*row) for row in rows])
 
         return Outcome(

@@ -18,10 +18,10 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel, Parameters, PyTree
-from jaxsys.mesh import DATA, RING
+from jaxsys.mesh import RING, batch_axes
 from jaxsys.schedule import Data, MoveKind, Placement, Schedule, check
 
-from .base import Outcome, check_fit, sharded_spec
+from .base import Outcome, check_fit, is_spec, sharded_spec, spec_of
 from .programs import RECOMPUTE_POLICIES, Recompute
 from .run import Run, TabledStep
 from .sharded import ShardedStep, lower_sharded
@@ -135,9 +135,9 @@ class LoweredStep(TabledStep):
                 [order + r * self.schedule.microbatches for r in range(self.replicas)]
             )
             batch = jax.tree.map(lambda leaf: jnp.take(leaf, everywhere, axis=0), batch)
-            batch_spec = PartitionSpec((DATA, RING))
+            batch_spec = PartitionSpec((*batch_axes(self.mesh), RING))
         else:
-            batch_spec = PartitionSpec(DATA)
+            batch_spec = PartitionSpec(batch_axes(self.mesh))
         specs = self.rest_specs(parameters)
         run = Run(self, specs)
         step = jax.shard_map(
@@ -154,12 +154,15 @@ class LoweredStep(TabledStep):
         """PartitionSpecs: blocks by owner along their stacked axis, or whole on every device."""
         ring = self.schedule.devices
         replicated = self.schedule.placement is Placement.REPLICATED
-        blocks = PartitionSpec() if replicated else PartitionSpec(RING)
+        cuts = self.cuts(parameters)
 
-        def edge(leaf: Any) -> PartitionSpec:
-            return PartitionSpec() if replicated else sharded_spec(leaf.shape, ring)
+        def edge(leaf: Any, cut: PartitionSpec) -> PartitionSpec:
+            return spec_of([*cut]) if replicated else sharded_spec(leaf.shape, ring, cut=cut)
+
+        def block(cut: PartitionSpec) -> PartitionSpec:
+            return spec_of([None if replicated else RING, *cut])
 
         return Parameters(
-            edge=jax.tree.map(edge, parameters["edge"]),
-            blocks=jax.tree.map(lambda _: blocks, parameters["blocks"]),
+            edge=jax.tree.map(edge, parameters["edge"], cuts["edge"]),
+            blocks=jax.tree.map(block, cuts["blocks"], is_leaf=is_spec),
         )

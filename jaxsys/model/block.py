@@ -65,8 +65,38 @@ class Held(Protocol):
         """What each token's experts make of its row, weighed and summed: [R, D] -> [R, D]."""
         ...
 
+    # Where several devices compute a block together; see `HeldWhole` for one alone.
 
-class HeldTree:
+    def length(self, x: jax.Array) -> int:
+        """T, the tokens of whole sequences, of which x may hold a part."""
+        ...
+
+    def routed(self, n: jax.Array) -> jax.Array:
+        """[B, T, D]: the tokens that choose experts here."""
+        ...
+
+    def joined(self, fed: jax.Array) -> jax.Array:
+        """What experts made of the tokens of `routed`, added up, of the tokens that are here."""
+        ...
+
+
+class HeldWhole:
+    """What nobody shares: every token and every expert is here."""
+
+    def length(self, x: jax.Array) -> int:
+        """All of x."""
+        return x.shape[1]
+
+    def routed(self, n: jax.Array) -> jax.Array:
+        """As they are."""
+        return n
+
+    def joined(self, fed: jax.Array) -> jax.Array:
+        """As it is."""
+        return fed
+
+
+class HeldTree(HeldWhole):
     """One layer as the parameters have it: a kernel an array, [in, out]."""
 
     def __init__(self, config: DecoderConfig, tree: PyTree) -> None:
@@ -115,20 +145,30 @@ class HeldTree:
 
     def mix(self, rows: jax.Array, chosen: mixture.Chosen) -> jax.Array:
         """Rows sorted by expert, then grouped products."""
-        config, experts = self._config, self._config.experts
+        experts = self._config.experts
         assert experts is not None
         groups, places = mixture.group(chosen.experts, experts.count)
-        x = rows[places.rows]
+        return mixture.gather(self._by_experts(rows[places.rows], groups), places, chosen.weights)
+
+    def _by_experts(self, x: jax.Array, groups: mixture.Groups) -> jax.Array:
+        """Sorted rows [R, D] -> what their experts make of them."""
+        config, experts = self._config, self._config.experts
+        assert experts is not None
         gate = self._grouped(x, "gate", groups) if config.gated else None
         up = self._grouped(x, "up", groups)
         inner = mixture.activate(experts, lambda a: activation(config.activation, a), gate, up)
-        return mixture.gather(self._grouped(inner, "down", groups), places, chosen.weights)
+        return self._grouped(inner, "down", groups)
 
     def _grouped(self, rows: jax.Array, name: str, groups: mixture.Groups) -> jax.Array:
         node = self._tree["experts"]
         y = grouped.product(rows, node[name], groups.sizes)
         bias = node.get(f"{name}_bias")
-        return y if bias is None else y + bias[groups.experts]
+        return y if bias is None else y + self._expert_bias(name, bias)[groups.experts]
+
+    def _expert_bias(self, name: str, bias: jax.Array) -> jax.Array:
+        """What is added here of the biases [E, N] of `name`."""
+        del name
+        return bias
 
 
 class Block(NamedTuple):
@@ -202,7 +242,7 @@ class Block(NamedTuple):
         """The whole layer; `positions` count from 0 unless given."""
         length = None
         if positions is None:
-            length = x.shape[1]
+            length = self.held.length(x)
             positions = jnp.arange(length, dtype=jnp.int32)[None, :]
         q, k, v = self.project(x, turn(self.config, self.kind, positions, length))
         return self.finish(x, self.attend(q, k, v, implementation))
@@ -276,7 +316,7 @@ def latent_project(
         scale = held.vector("attention", "query_down_norm")
         squeezed = _scaled(latent.epsilon, squeezed, scale)
         q = held.product(squeezed, "attention", "query_up")
-    q = q.reshape(*n.shape[:-1], config.num_heads, -1)
+    q = q.reshape(*q.shape[:-1], config.num_heads, -1)
     narrow = held.product(n, "attention", "latent_down")
     scale = held.vector("attention", "latent_norm")
     vector = _scaled(latent.epsilon, narrow[..., : latent.rank], scale)
@@ -359,10 +399,11 @@ def feed_forward(
         return _dense(config, held, n, "mlp"), None
     experts = config.experts
     assert experts is not None
-    rows = n.reshape(-1, n.shape[-1])
+    tokens = held.routed(n)
+    rows = tokens.reshape(-1, n.shape[-1])
     logits = held.product(rows, "experts", "router").astype(jnp.float32)
     chosen = mixture.route(experts, logits, held.vector("experts", "correction"))
-    fed = held.mix(rows, chosen).reshape(n.shape)
+    fed = held.joined(held.mix(rows, chosen).reshape(tokens.shape))
     if experts.shared_size:
         shared = _dense(config, held, n, "shared")
         if experts.shared_gate:
@@ -458,6 +499,7 @@ __all__ = [
     "Block",
     "Held",
     "HeldTree",
+    "HeldWhole",
     "Path",
     "Turn",
     "absorb",

@@ -5,16 +5,23 @@ experts are kept evenly used, the loss of that travels beside the residual:
 x = {"residual": [B, T, D], "balance": []}, summed over layers.
 """
 
+import dataclasses
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 
 from jaxsys.errors import UsageError
-from jaxsys.layered import Block, Layer, LayeredModel, PyTree
+from jaxsys.layered import Block, Layer, LayeredModel, Parts, PyTree
+from jaxsys.mesh import TENSOR
 from jaxsys.model.attention import Implementation
+from jaxsys.model.block import Block as Bound
+from jaxsys.model.block import HeldTree
 from jaxsys.model.config import DecoderConfig
-from jaxsys.model.decoder import bind_block, bind_edge
+from jaxsys.model.decoder import bind_edge
 from jaxsys.model.kinds import BlockKind
 from jaxsys.model.loss import head_loss
+from jaxsys.model.parts import HeldPart, check_parts, config_of_part, cuts, embed_part
 
 
 def layered(
@@ -32,15 +39,35 @@ def layered(
     """
     if loss_chunk_tokens < 1:
         raise UsageError(f"loss_chunk_tokens={loss_chunk_tokens} must be at least 1")
+
+    def in_parts(sizes: Mapping[str, int]) -> Parts:
+        check_parts(config, sizes)
+        part = _layered(config, loss_chunk_tokens, implementation, sizes)
+        return Parts(model=part, cuts=cuts(config, sizes), whole=model)
+
+    model = _layered(config, loss_chunk_tokens, implementation, {})
+    return dataclasses.replace(model, in_parts=in_parts)
+
+
+def _layered(
+    config: DecoderConfig,
+    loss_chunk_tokens: int,
+    implementation: Implementation | None,
+    sizes: Mapping[str, int],
+) -> LayeredModel:
+    """The model, or one device's part of it, see `jaxsys.model.parts`."""
     balanced = expert_layers(config) if config.experts and config.experts.balance else 0
+    part, split = config_of_part(config, sizes), sizes.get(TENSOR, 1) > 1
 
     def embed(edge: PyTree, microbatch: PyTree) -> PyTree:
-        x = bind_edge(config, edge).embed(microbatch["inputs"])
+        tokens = microbatch["inputs"]
+        x = embed_part(config, edge, tokens) if split else bind_edge(config, edge).embed(tokens)
         return {"residual": x, "balance": jnp.zeros((), jnp.float32)} if balanced else x
 
     def block(kind: BlockKind) -> Block:
         def run(weights: PyTree, x: PyTree, microbatch: PyTree, layer: Layer) -> PyTree:
-            bound = bind_block(config, weights, kind)
+            held = HeldPart(part, weights, sizes) if sizes else HeldTree(config, weights)
+            bound = Bound(part, kind, held)
             if not balanced:
                 return bound(x, implementation=implementation)
             residual, load = bound.run(x["residual"], implementation=implementation)
@@ -52,7 +79,12 @@ def layered(
     def score(edge: PyTree, x: PyTree, microbatch: PyTree) -> tuple[jax.Array, ...]:
         residual = x["residual"] if balanced else x
         loss, weight = head_loss(
-            config, edge, residual, microbatch["targets"], chunk_tokens=loss_chunk_tokens
+            config,
+            edge,
+            residual,
+            microbatch["targets"],
+            chunk_tokens=loss_chunk_tokens,
+            axis=TENSOR if split else None,
         )
         if not balanced:
             return loss, weight

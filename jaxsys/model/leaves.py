@@ -37,6 +37,8 @@ class Leaf:
     """The part of it that one token uses."""
     turning_heads: int | None = None
     """Heads whose channels rotary turns, on the last axis."""
+    of_experts: bool = False
+    """Whether its first axis is the experts, which devices may share."""
 
     @property
     def size(self) -> int:
@@ -52,7 +54,7 @@ class Leaf:
 def edge_leaves(config: "DecoderConfig") -> list[Leaf]:
     """Leaves outside the blocks."""
     table = (config.vocab_size, config.hidden_size)
-    leaves = [Leaf(path=("embed", "table"), shape=table), *_norm(config, "norm")]
+    leaves = [Leaf(path=("embed", "table"), shape=table, split=0), *_norm(config, "norm")]
     if not config.tie_embeddings:
         leaves.append(Leaf(path=("head", "kernel"), shape=table[::-1], reads="final", split=1))
     return leaves
@@ -131,7 +133,12 @@ def _attention(config: "DecoderConfig") -> list[Leaf]:
                 "all": (heads * config.head_dim,),
             }[config.qk_norm]
             leaves.append(
-                Leaf(path=("attention", f"{name}_norm"), shape=shape, fill=_scale_fill(config))
+                Leaf(
+                    path=("attention", f"{name}_norm"),
+                    shape=shape,
+                    fill=_scale_fill(config),
+                    split=None if config.qk_norm == "head" else 0,
+                )
             )
     if config.sinks:
         leaves.append(Leaf(path=("attention", "sinks"), shape=(own,), fill="zeros", split=0))
@@ -191,6 +198,7 @@ def _feed_forward(
                 reads=f"{name} inner" if down else name,
                 split=axes if down else axes + 1,
                 active=active,
+                of_experts=experts is not None,
             )
         )
         if bias:
@@ -201,6 +209,7 @@ def _feed_forward(
                     fill="zeros",
                     split=None if down else axes,
                     active=active,
+                    of_experts=experts is not None,
                 )
             )
     return leaves

@@ -36,6 +36,13 @@ def summed_cross_entropy(
     return jnp.sum(jnp.where(counted, losses, 0.0))
 
 
+def log_total(logits: Float[Array, "C V"], axis: str) -> Float[Array, " C"]:
+    """Log-sum-exp over a vocabulary whose parts the devices of a mesh axis have; float32."""
+    logits = logits.astype(jnp.float32)
+    top = jax.lax.pmax(jnp.max(logits, axis=-1), axis)
+    return top + jnp.log(jax.lax.psum(jnp.sum(jnp.exp(logits - top[:, None]), axis=-1), axis))
+
+
 def head_loss(
     config: DecoderConfig,
     edge: PyTree,
@@ -43,8 +50,12 @@ def head_loss(
     targets: Int[Array, "B T"],
     *,
     chunk_tokens: int,
+    axis: str | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Final norm, head and cross-entropy, `chunk_tokens` tokens at a time.
+
+    Along a mesh axis each device has its part of the sequences and of the vocabulary. It returns
+    its part of loss and count: the sums over the devices are meant.
 
     Args:
         config: the model.
@@ -52,27 +63,37 @@ def head_loss(
         x: the residual after the last block [B, T, D].
         targets: int [B, T]; -1 is ignored.
         chunk_tokens: tokens whose logits are held at once.
+        axis: the mesh axis; `x` [B, T / devices, D] and `edge` are a device's parts then.
 
     Returns:
         (summed loss, number of counted tokens), float32 scalars.
     """
-    if targets.shape != x.shape[:2]:
-        raise UsageError(f"targets of shape {targets.shape} must be {x.shape[:2]}, as x is")
+    ways = 1 if axis is None else jax.lax.axis_size(axis)
+    length = ways * x.shape[1]
+    if targets.shape != (x.shape[0], length):
+        raise UsageError(
+            f"targets of shape {targets.shape} must be {(x.shape[0], length)}, as x is"
+        )
+    mine, edge_module = targets, bind_edge(config, edge)
+    if axis is not None:
+        start = jax.lax.axis_index(axis) * x.shape[1]
+        mine = jax.lax.dynamic_slice_in_dim(targets, start, x.shape[1], axis=1)
+        # Cut evenly a sequence's tokens are here in part, its logits of all of them are.
+        x = jax.lax.all_gather(edge_module.norm(x), axis, axis=1, tiled=True)
+    weight = jnp.sum(mine != IGNORED).astype(jnp.float32)
     width = x.shape[-1]
     rows, goals = x.reshape(-1, width), targets.reshape(-1)
-    weight = jnp.sum(goals != IGNORED).astype(jnp.float32)
     chunk = min(chunk_tokens, rows.shape[0])
     spare = -rows.shape[0] % chunk
     if spare:
         rows = jnp.pad(rows, ((0, spare), (0, 0)))
         goals = jnp.pad(goals, (0, spare), constant_values=IGNORED)
 
-    edge_module = bind_edge(config, edge)
-    hidden = edge_module.norm(rows[None])[0]
+    hidden = rows if axis is not None else edge_module.norm(rows[None])[0]
     kernel, hidden = _alike(edge_module.head_kernel(), hidden)
     if config.logit_scale != 1.0:
         hidden = hidden * config.logit_scale
-    return linear_cross_entropy(kernel, hidden, goals, chunk, config.logit_softcap), weight
+    return linear_cross_entropy(kernel, hidden, goals, chunk, config.logit_softcap, axis), weight
 
 
 def _alike(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -92,13 +113,14 @@ def _varying_axes(x: jax.Array) -> frozenset[str]:
     return frozenset(getattr(kind, "vma", ()) if axes is None else axes.varying)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def linear_cross_entropy(
     kernel: Float[Array, "D V"],
     hidden: Float[Array, "T D"],
     targets: Int[Array, " T"],
     chunk: int,
     softcap: float | None = None,
+    axis: str | None = None,
 ) -> Float[Array, ""]:
     """Summed cross-entropy of hidden @ kernel, `chunk` tokens at a time; float32.
 
@@ -108,12 +130,30 @@ def linear_cross_entropy(
         targets: int [T]; -1 is ignored.
         chunk: tokens whose logits are held at once.
         softcap: c, logits become c tanh(logits / c).
+        axis: a mesh axis whose devices have a part of the vocabulary each, in order: then this is
+            one device's part of the loss and of the gradient of `hidden`.
     """
     losses = jax.lax.map(
-        lambda part: summed_cross_entropy(_capped(_logits(kernel, part[0]), softcap), part[1]),
+        lambda part: _loss(_capped(_logits(kernel, part[0]), softcap), part[1], axis)[0],
         (hidden.reshape(-1, chunk, hidden.shape[-1]), targets.reshape(-1, chunk)),
     )
     return jnp.sum(losses)
+
+
+def _loss(
+    logits: jax.Array, targets: jax.Array, axis: str | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Summed loss, softmax [C, V], and where the target is among these columns."""
+    columns = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 1)
+    if axis is None:
+        loss = summed_cross_entropy(logits, targets)
+        return loss, jax.nn.softmax(logits, axis=-1), columns == targets[:, None]
+    total = log_total(logits, axis)
+    here = columns + jax.lax.axis_index(axis) * logits.shape[1] == targets[:, None]
+    # Of log-sum-exp every device has the whole: each counts its share.
+    share = total / jax.lax.axis_size(axis) - jnp.sum(jnp.where(here, logits, 0.0), axis=-1)
+    loss = jnp.sum(jnp.where(targets != IGNORED, share, 0.0))
+    return loss, jnp.exp(logits - total[:, None]), here
 
 
 def _logits(kernel: jax.Array, hidden: jax.Array) -> jax.Array:
@@ -125,14 +165,18 @@ def _capped(logits: jax.Array, softcap: float | None) -> jax.Array:
 
 
 def _loss_and_gradients(
-    kernel: jax.Array, hidden: jax.Array, targets: jax.Array, chunk: int, softcap: float | None
+    kernel: jax.Array,
+    hidden: jax.Array,
+    targets: jax.Array,
+    chunk: int,
+    softcap: float | None,
+    axis: str | None,
 ):
     def of_chunk(hidden: jax.Array, targets: jax.Array):
         logits = _capped(_logits(kernel, hidden), softcap)
-        loss = summed_cross_entropy(logits, targets)
+        loss, probabilities, chosen = _loss(logits, targets, axis)
         counted = (targets != IGNORED)[:, None]
-        chosen = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 1) == targets[:, None]
-        error = jnp.where(counted, jax.nn.softmax(logits, axis=-1) - chosen, 0.0)
+        error = jnp.where(counted, probabilities - chosen, 0.0)
         if softcap is not None:  # the slope of the cap, 1 - tanh^2
             error = error * (1.0 - jnp.square(logits / softcap))
         error = error.astype(kernel.dtype)
@@ -155,7 +199,7 @@ def _loss_and_gradients(
     return loss, (to_kernel, to_hidden, jnp.zeros((), kernel.dtype))
 
 
-def _scaled(chunk: int, softcap: float | None, kept, scale: jax.Array):
+def _scaled(chunk: int, softcap: float | None, axis: str | None, kept, scale: jax.Array):
     to_kernel, to_hidden, like = kept
     wide = to_hidden.astype(jnp.float32)
     return (scale * to_kernel).astype(like.dtype), (scale * wide).astype(to_hidden.dtype), None

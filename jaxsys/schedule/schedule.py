@@ -177,10 +177,12 @@ class Schedule:
     replicas: int = 1
     """How many such rings a plan puts side by side, each with its own microbatches."""
     features: int = 1
-    """Over how many devices a plan splits every task; what is lowered splits none."""
+    """How many devices compute every task together, each a part of the features."""
+    experts: int = 1
+    """How many such rings share the experts of every block, each with its own microbatches."""
 
     def __post_init__(self) -> None:
-        for field in ("devices", "chunks", "microbatches", "replicas", "features"):
+        for field in ("devices", "chunks", "microbatches", "replicas", "features", "experts"):
             if getattr(self, field) < 1:
                 raise ScheduleError(f"{field}={getattr(self, field)} must be at least 1")
         if self.placement is Placement.OWNER:

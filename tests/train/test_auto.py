@@ -112,6 +112,8 @@ def test_a_plan_file_is_run_as_it_says(tmp_path):
     ring = lay_out_plan(plan_path(tmp_path, **rings, state=State.WHOLE))
     assert ring.schedule.name == "weipipe-interleave"
     assert (dict(ring.mesh.shape), ring.rows) == ({"data": 2, "ring": 2}, 16)
+    split = lay_out_plan(plan_path(tmp_path, shard=2, features=2))
+    assert dict(split.mesh.shape) == {"data": 1, "ring": 2, "tensor": 2}
 
 
 def test_a_run_that_differs_from_its_plan_says_so(tmp_path):
@@ -220,8 +222,8 @@ def test_a_plan_file_that_does_not_fit(tmp_path):
         match="microbatch_size=3, but the plan .* is for microbatch_size=2; leave it out",
     ):
         lay_out_plan(plan_path(tmp_path), microbatch_size=3)
-    with pytest.raises(UsageError, match="splits features over 2 devices"):
-        lay_out_plan(plan_path(tmp_path, shard=2, features=2))
+    with pytest.raises(UsageError, match="tensor=4, but the plan .* is for tensor=2; leave it out"):
+        lay_out_plan(plan_path(tmp_path, shard=2, features=2), tensor=4)
     path = plan_path(tmp_path, shard=2)
     with pytest.raises(UsageError, match="for 2 devices, the ring has 4"):
         lay_out_plan(path)

@@ -11,12 +11,16 @@ import pytest
 from jaxsys import planner
 from jaxsys.errors import UsageError
 from jaxsys.hardware import device, link
-from jaxsys.mesh import DATA, RING, make_mesh
+from jaxsys.mesh import DATA, RING, TENSOR, make_mesh
+from jaxsys.model import initial_parameters, layered, preset
+from jaxsys.model.kinds import BlockKind, Experts
+from jaxsys.planner.constraints import Conflict
 from jaxsys.planner.files import plan_file
 from jaxsys.planner.plans import Plan, Residual, State
 from jaxsys.schedule import Schedule
 from jaxsys.strategies import for_layers
 from jaxsys.train import Trainer
+from jaxsys.train.checkpoint import CheckpointStore
 
 CLUSTER = planner.Cluster(device=device("cpu"), devices=4, link=link("host-memory"))
 SHAPE = (2, 6)
@@ -90,19 +94,45 @@ def test_a_mesh_of_too_few_rings_is_refused(found, small_model, small_parameters
         trainer_of(small_model, small_parameters, schedule=found.schedule, mesh=mesh)
 
 
-def test_split_features_are_refused_with_the_reason(found, small_model, small_parameters):
-    layers = found.plan.layers
-    split = replace(found, plan=Plan(features=4, layers=layers))
-    with pytest.raises(UsageError, match="splits features over 4 devices"):
+def test_split_features_of_a_model_that_says_nothing_of_them_are_no_plan(
+    found, small_model, small_parameters
+):
+    split = replace(found, plan=Plan(features=4, layers=found.plan.layers))
+    with pytest.raises(UsageError, match="tensor=4: this model does not say how its blocks are"):
         trainer_of(small_model, small_parameters, plan=split)
-    schedule = planner.plan(
-        small_model, small_parameters, batch_of(8), cluster=CLUSTER,
-        narrow=lambda space: space.split("features", 2),
-    ).schedule  # fmt: skip
-    assert isinstance(schedule, Schedule)
-    for devices in (None, 2, 4):
-        with pytest.raises(UsageError, match="splits features over 2 devices"):
-            trainer_of(small_model, small_parameters, schedule=schedule, devices=devices)
+    with pytest.raises(Conflict, match="features split in 1 parts only"):
+        planner.plan(
+            small_model, small_parameters, batch_of(8), cluster=CLUSTER,
+            narrow=lambda space: space.split("features", 2),
+        )  # fmt: skip
+
+
+def test_a_plan_that_splits_features_trains_as_one_device_does():
+    """From the search to the step, in Python: `zero-1 over 2, each of 2` and its like."""
+    config = preset("tiny")
+    model, parameters = layered(config), initial_parameters(config)
+    tokens = np.random.default_rng(0).integers(0, 256, (8, 1, 9)).astype(np.int32)
+    batch = {"inputs": tokens[..., :-1], "targets": tokens[..., 1:]}
+    found = planner.plan(
+        model, parameters, batch, cluster=CLUSTER,
+        precision=planner.Precision(weight_bytes=4.0),
+        narrow=lambda space: space.split("features", 2).split("state", 2),
+    )  # fmt: skip
+    assert "each of 2 (tp-sp)" in str(found)
+    trainer = trainer_of(model, parameters, plan=found)
+    assert dict(trainer.mesh.shape) == {DATA: 1, RING: 2, TENSOR: 2}
+    loss, gradients = trainer.loss_and_gradients(batch)
+    alone, wanted = trainer_of(
+        model, parameters, schedule="dp", devices=1, microbatches=8
+    ).loss_and_gradients(batch)
+    np.testing.assert_allclose(loss, alone, rtol=1e-6)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * float(np.abs(b).max()), rtol=0),
+        jax.device_get(gradients),
+        jax.device_get(wanted),
+    )
+    assert np.isfinite(float(trainer.step(batch).loss))
+    assert trainer.evaluate([batch]) < loss
 
 
 def test_what_is_no_plan_for_the_trainer_is_refused(found, small_model, small_parameters):
@@ -155,3 +185,40 @@ def test_auto_chooses_at_once_for_a_microbatch_and_only_what_is_asked(
         recompute="block", microbatches=6,
     )  # fmt: skip
     assert (trainer.recompute, trainer.rows) == ("block", 6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{"tensor": 2}, {"expert": 2}, {"replicas": 2, "tensor": 2}])
+@pytest.mark.parametrize("schedule", ["zero-1", "weipipe-interleave"])
+def test_state_goes_to_layer_order_and_back_however_it_is_split(sizes, schedule, tmp_path):
+    """What is saved where several devices compute a block is read where one does."""
+    config = replace(
+        preset("tiny"),
+        kinds=(BlockKind(experts=True),),
+        experts=Experts(count=4, active=2, intermediate_size=32),
+    )
+    model, parameters = layered(config), initial_parameters(config)
+    optimizer = optax.chain(optax.adafactor(1e-2, min_dim_size_to_factor=4), optax.adam(1e-2))
+
+    def trainer(**options):
+        return Trainer(model, parameters, optimizer, memory_gib=float("inf"), **options)
+
+    split = trainer(schedule=schedule, devices=2, **sizes)
+    tokens = np.random.default_rng(0).integers(0, 256, (split.rows, 1, 9)).astype(np.int32)
+    batch = {"inputs": tokens[..., :-1], "targets": tokens[..., 1:]}
+    split.step(batch)
+    store = CheckpointStore(tmp_path)
+    split.save(store)
+    store.wait()
+    whole = trainer(schedule="dp", devices=1, microbatches=split.rows)
+    assert whole.restore(store) == 1
+    for found, wanted in zip(
+        jax.tree.leaves(whole.host_parameters()), jax.tree.leaves(split.host_parameters()),
+        strict=True,
+    ):  # fmt: skip
+        np.testing.assert_array_equal(found, wanted)
+    again = trainer(schedule=schedule, devices=2, **sizes)
+    again.restore(store)
+    np.testing.assert_allclose(
+        float(again.step(batch).loss), float(whole.step(batch).loss), rtol=1e-5
+    )
