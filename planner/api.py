@@ -27,9 +27,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxsys.errors import UsageError
 from jaxsys.hardware import GIB, gib
-from jaxsys.layered import LayeredModel
+from jaxsys.layered import LayeredModel, inside_parts, part_shapes, parts_of
 from jaxsys.lowering.flat import flat_model
-from jaxsys.mesh import AXES
+from jaxsys.mesh import AXES, TENSOR
 from jaxsys.planner import explain
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.constraints import Conflict
@@ -450,12 +450,33 @@ def _as_lowered(workload: Workload, model: LayeredModel, params: PyTree, rows: P
     traced, head = traced_memory(model, shapes_of(params), microbatch)
     return dataclasses.replace(
         workload,
+        feature_ways=tuple(
+            ways
+            for ways in workload.feature_ways
+            if _splits(model, shapes_of(params), microbatch, ways)
+        ),
+        splits_between=True,
         blocks=tuple(
-            dataclasses.replace(block, traced=traced[index if model.pattern else 0])
+            dataclasses.replace(
+                block, traced=traced[index if model.pattern else 0], joins=None, cut_share=1.0
+            )
             for index, block in enumerate(workload.blocks)
         ),
         edge=dataclasses.replace(workload.edge, workspace_bytes=head),
     )
+
+
+def _splits(model: LayeredModel, params: PyTree, microbatch: PyTree, ways: int) -> bool:
+    """Whether the trainer splits the features of such a model in so many parts."""
+    sizes = {TENSOR: ways} if ways > 1 else {}
+    try:
+        parts = parts_of(model, sizes)
+        if parts is not None:
+            edge = part_shapes(params, parts, sizes)["edge"]
+            inside_parts(sizes, lambda: jax.eval_shape(parts.model.embed, edge, microbatch))
+    except UsageError:
+        return False
+    return True
 
 
 def _matrices(leaves: Sequence[Any], layers: Layers) -> list[int]:

@@ -228,6 +228,10 @@ def _beyond_schedule(plan: Plan, microbatch_size: int) -> str:
     more = []
     if plan.replicas > 1:
         more.append(f"{plan.replicas} replicas of its schedule")
+    if plan.features > 1:
+        more.append(f"features split over {plan.features} devices")
+    if plan.experts > 1:
+        more.append(f"experts shared by {plan.experts} devices")
     if plan.microbatch_size != microbatch_size:
         more.append(f"microbatches of {plan.microbatch_size} sequences")
     if len({path.residual for path in plan.layers}) > 1:
@@ -301,7 +305,16 @@ def read_model(name: str) -> DecoderConfig:
     Raises:
         UsageError: if the name is neither, or the folder's config.json cannot be used.
     """
+    if not name.strip():
+        raise UsageError("model is empty; name a preset such as Llama-3-8B, or a model's folder")
     path = Path(name)
+    if path.is_file():
+        raise UsageError(
+            f"model {name} is a file; name the folder that has it beside its config.json"
+            if path.suffix != ".gguf"
+            else f"model {name} is a GGUF file, which is served but not planned for; name a preset "
+            "of its shape, or a folder with a config.json"
+        )
     if not path.is_dir():
         return preset(name)
     return read_config(path)

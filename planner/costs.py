@@ -16,7 +16,7 @@ from jaxsys.errors import UsageError
 from jaxsys.hardware import DeviceSpec
 from jaxsys.lowering.memory import Around, sharded_static_bytes, tabled_bytes
 from jaxsys.lowering.tables import Buffers
-from jaxsys.planner.workload import POLICIES, BlockWork, Workload
+from jaxsys.planner.workload import POLICIES, BlockWork, ExpertWork, Workload
 from jaxsys.schedule import Block, Costs, Data, Link, Placement, Schedule, Trace, alive_bytes
 
 ATTENTION_BACKWARD = 2.5
@@ -76,11 +76,14 @@ class Split:
     features: int = 1
     """Devices that share every block's features, and the sequence between blocks."""
     feature_link: Link = NO_LINK
+    experts: int = 1
+    """Copies of the schedule that share the experts of every block."""
+    expert_link: Link = NO_LINK
     replicas: int = 1
-    """Copies of the schedule on other parts of the batch."""
+    """Copies of all these on other parts of the batch."""
     replica_link: Link = NO_LINK
-    replicas_share_state: bool = False
-    """Whether state rests in parts over the replicas as well."""
+    copies_link: Link = NO_LINK
+    """Of all that have the same of what is no expert's: replicas x experts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,8 +116,9 @@ def block_cost(
     """Time and bytes of a block, a part of whose features each of a group of devices computes.
 
     Split features are joined twice a pass, around attention and around the feed-forward part: an
-    all_gather before and a reduce_scatter after, of activations, nothing hidden. Of a block that
-    says its `joins` these are all_reduces instead.
+    all_gather before and a reduce_scatter after, of activations, nothing hidden. Backward gathers
+    both of what the products read once more, since nobody keeps it whole. Of a block that says its
+    `joins` these are all_reduces instead.
 
     Raises:
         UsageError: if the recompute policy is unknown, or what it keeps of this block is.
@@ -122,12 +126,15 @@ def block_cost(
     if recompute not in POLICIES:
         legal = ", ".join(POLICIES)
         raise UsageError(f"recompute={recompute!r} is not a policy; use one of {legal}")
-    memory = block.memory(recompute, activation_bytes)
     split = split or Split()
+    memory = block.memory(recompute, activation_bytes, experts=split.experts)
     ways = split.features
     down = up = Joined()
     if ways > 1:
-        down, up = _joined(block, split, activation_bytes)
+        down, up = _joined(block, split, activation_bytes, recompute)
+    if split.experts > 1 and block.experts is not None:
+        rows = _exchanged(block.experts, split, device)
+        down, up = down + rows, up + rows
     products = block.product_flops / device.product_flops_per_s / ways
     attention = block.attention_flops / device.attention_flops_per_s / ways
     passes = block.elementwise_bytes / device.memory_bytes_per_s / ways
@@ -138,7 +145,7 @@ def block_cost(
     def part(size: float) -> float:
         return size * (block.cut_share / ways + 1.0 - block.cut_share)
 
-    parameters = block.parameters / ways
+    parameters = block.parameters_of(split.experts) / ways
     gradient_bytes = parameters * precision.gradient_bytes
     return BlockCost(
         forward_s=forward,
@@ -148,7 +155,8 @@ def block_cost(
         gradient_bytes=gradient_bytes,
         residual_bytes=part(memory.residual),
         tap_bytes=part(memory.tap),
-        work_bytes=part(memory.work),
+        # What is joined is whole while a product reads it, and its cotangent before it is cut.
+        work_bytes=part(memory.work) + (2 * activation_bytes if ways > 1 else 0.0),
         sent_bytes=passes_down * down.sent_bytes + up.sent_bytes,
         join_s=passes_down * down.time_s + up.time_s,
     )
@@ -161,16 +169,35 @@ class Joined:
     time_s: float = 0.0
     sent_bytes: float = 0.0
 
+    def __add__(self, other: "Joined") -> "Joined":
+        return Joined(
+            time_s=self.time_s + other.time_s, sent_bytes=self.sent_bytes + other.sent_bytes
+        )
 
-def _joined(block: BlockWork, split: Split, activation_bytes: float) -> tuple[Joined, Joined]:
-    """Forward and backward."""
+
+def _exchanged(experts: ExpertWork, split: Split, device: DeviceSpec) -> Joined:
+    """A pass's rows to their experts and back, put in their places before and after."""
+    size = experts.exchanged_bytes(split.experts)
+    there = split.expert_link.collective_s(size, devices=split.experts)
+    placed = 4 * size / device.memory_bytes_per_s
+    share = (split.experts - 1) / split.experts
+    return Joined(time_s=2 * there + placed, sent_bytes=2 * share * size)
+
+
+def _joined(
+    block: BlockWork, split: Split, activation_bytes: float, recompute: str
+) -> tuple[Joined, Joined]:
+    """Forward and backward, what recompute sends anew left aside."""
     ways, link = split.features, split.feature_link
     if block.joins is None:
-        each = Joined(
-            time_s=4 * link.collective_s(activation_bytes, devices=ways),
-            sent_bytes=4 * (ways - 1) / ways * activation_bytes,
-        )
-        return each, each
+
+        def times(count: int) -> Joined:
+            return Joined(
+                time_s=count * link.collective_s(activation_bytes, devices=ways),
+                sent_bytes=count * (ways - 1) / ways * activation_bytes,
+            )
+
+        return times(4), times(4 if recompute == "block" else 6)
     joins = block.joins
 
     def summed(size_bytes: float, times: float) -> Joined:
@@ -207,7 +234,10 @@ def frame(
     edge_ways = split.features if workload.splits_between else 1
     edge_parameters = workload.edge.parameters / edge_ways
     in_blocks = workload.parameters - workload.edge.parameters
-    parameters = in_blocks / split.features + edge_parameters
+    of_experts = in_blocks - sum(block.parameters_of(0) for block in workload.blocks)
+    shared = of_experts / split.features / split.experts if split.experts > 1 else 0.0
+    of_experts = of_experts if split.experts > 1 else 0.0
+    parameters = (in_blocks - of_experts) / split.features + edge_parameters + shared
     replicated = placement is Placement.REPLICATED
     share = 1 if replicated else devices
     weight, gradient = precision.weight_bytes, precision.gradient_bytes
@@ -219,20 +249,14 @@ def frame(
         if not replicated:
             before += link.collective_s(edge_parameters * weight, devices=devices)
             sent += edge_parameters * weight * (devices - 1) / devices
-    state_share = share
-    if split.replicas > 1:
-        ring = (split.replicas - 1) / split.replicas
-        owned = parameters / share
-        if split.replicas_share_state:
-            state_share *= split.replicas
-            after += split.replica_link.collective_s(owned * gradient, devices=split.replicas)
-            before += split.replica_link.collective_s(owned * weight, devices=split.replicas)
-            sent += ring * owned * (gradient + weight)
-        else:
-            after += split.replica_link.collective_s(
-                owned * gradient, devices=split.replicas, rounds=2
-            )
-            sent += 2 * ring * owned * gradient
+    copies = split.replicas * split.experts
+    for size, between, count in (
+        ((parameters - shared) / share, split.copies_link, copies),
+        (shared / share, split.replica_link, split.replicas),
+    ):
+        if count > 1 and size:
+            after += between.collective_s(size * gradient, devices=count, rounds=2)
+            sent += 2 * (count - 1) / count * size * gradient
     flops_per_s = device.product_flops_per_s * edge_ways
     return Frame(
         embed_s=workload.edge.forward_flops / flops_per_s,
@@ -240,10 +264,10 @@ def frame(
         + SUM_PASSES * edge_parameters * gradient / device.memory_bytes_per_s,
         before_s=before,
         after_s=after,
-        update_s=UPDATE_PASSES * 4 * parameters / state_share / device.memory_bytes_per_s,
+        update_s=UPDATE_PASSES * 4 * parameters / share / device.memory_bytes_per_s,
         edge_bytes=edge_parameters * weight,
         edge_sum_bytes=edge_parameters * gradient,
-        rest_bytes=precision.rest_bytes * parameters / state_share,
+        rest_bytes=precision.rest_bytes * parameters / share,
         sent_bytes=sent,
     )
 
@@ -293,6 +317,15 @@ def schedule_costs(
         peak = lowered_peak_bytes(schedule, buffers, costs, held)
         static = peak - max(alive_bytes(schedule, costs, found))
     return replace(costs, static_bytes=static)
+
+
+def head_held_bytes(workload: Workload, ways: int) -> float:
+    """What head and loss hold where so many devices share the vocabulary.
+
+    Of the last block's output and its cotangent each then has the whole for a while.
+    """
+    whole = 2 * workload.activation_bytes if ways > 1 else 0.0
+    return workload.edge.workspace_bytes / ways + whole
 
 
 def lowered_peak_bytes(schedule: Schedule, buffers: Buffers, costs: Costs, around: Around) -> float:
@@ -357,8 +390,7 @@ def costs_around(
     padding = spare * len(parts) - workload.layers if placement is Placement.OWNER else 0
     if padding > 0:
         largest = max(block.parameters for block in workload.blocks)
-        state_share = devices * (split.replicas if split.replicas_share_state else 1)
-        rest += precision.rest_bytes * padding * largest / split.features / state_share
+        rest += precision.rest_bytes * padding * largest / split.features / devices
     # Every device runs F and B of as many layers, whichever they are.
     passes = schedule.microbatches * workload.layers / devices
     joined = sum(cost.sent_bytes for cost in blocks) / workload.layers * passes
@@ -385,7 +417,7 @@ def costs_around(
         edge=around.edge_bytes,
         edge_sums=around.edge_sum_bytes,
         block=max(cost.work_bytes for cost in blocks),
-        head=workload.edge.workspace_bytes / between,
+        head=head_held_bytes(workload, between),
     )
     return costs_of_step, held
 

@@ -26,6 +26,7 @@ from jaxsys.planner.costs import (
     block_cost,
     costs_around,
     frame,
+    head_held_bytes,
     lowered_peak_bytes,
     schedule_costs,
 )
@@ -175,15 +176,15 @@ class Evaluator:
         )
 
     def _joins_s(self, plan: Plan, total: int) -> float:
-        """What a device waits for split features in a step; its tasks' times have it in them."""
-        if plan.features == 1:
+        """What a device waits for others within its tasks in a step, which their times contain."""
+        if plan.features == plan.experts == 1:
             return 0.0
         workload = self.problem.workload(plan.microbatch_size)
         split = plan_split(self.problem, plan)
         each = {
             (block, path.residual): block_cost(
                 block,
-                self.problem.cluster.device,
+                self.problem.cluster.slowest,
                 activation_bytes=workload.activation_bytes,
                 precision=self.problem.precision,
                 recompute=POLICY[path.residual],
@@ -198,7 +199,7 @@ class Evaluator:
     def _costs(self, plan: Plan, shape: Schedule) -> tuple[Costs, Around]:
         return costs_around(
             self.problem.workload(plan.microbatch_size),
-            self.problem.cluster.device,
+            self.problem.cluster.slowest,
             schedule_link(self.problem, plan),
             schedule=shape,
             precision=self.problem.precision,
@@ -258,7 +259,8 @@ class _Held:
 
 def _ordered(plan: Plan) -> Plan:
     """What of a plan its schedule depends on."""
-    return replace(plan, layers=(), replicas=1, features=1, microbatch_size=1, state=State.WHOLE)
+    alone = {"replicas": 1, "experts": 1, "features": 1, "microbatch_size": 1}
+    return replace(plan, layers=(), state=State.WHOLE, **alone)
 
 
 @lru_cache(maxsize=COMPILED)
@@ -299,20 +301,21 @@ def microbatches(problem: Problem, plan: Plan) -> int:
     Raises:
         UsageError: if the batch cannot be cut so.
     """
-    unit = plan.replicas * plan.shard * plan.microbatch_size
-    if problem.batch % unit:
+    around = plan.replicas * plan.experts * plan.microbatch_size
+    if problem.batch % (around * plan.shard):
         raise UsageError(
-            f"batch={problem.batch} must be a multiple of replicas x shard x microbatch_size = "
-            f"{unit}"
+            f"batch={problem.batch} must be a multiple of replicas x experts x shard x "
+            f"microbatch_size = {around * plan.shard}"
         )
-    total = problem.batch // (plan.replicas * plan.microbatch_size)
+    total = problem.batch // around
     if total % plan.ring:
         raise UsageError(f"ring={plan.ring} does not divide {total} microbatches")
     return total
 
 
 def schedule_link(problem: Problem, plan: Plan) -> Link:
-    """What joins the schedule's devices; features are nearest, then these, then replicas."""
+    """What joins the schedule's devices; features are nearest, then these, then those that share
+    experts, then replicas."""
     return problem.cluster.group(plan.schedule_devices, plan.features)
 
 
@@ -323,9 +326,15 @@ def plan_split(problem: Problem, plan: Plan) -> Split:
     return Split(
         features=plan.features,
         feature_link=cluster.group(plan.features) if plan.features > 1 else NO_LINK,
+        experts=plan.experts,
+        expert_link=cluster.group(plan.experts, inner) if plan.experts > 1 else NO_LINK,
+        copies_link=cluster.group(plan.replicas * plan.experts, inner)
+        if plan.replicas * plan.experts > 1
+        else NO_LINK,
         replicas=plan.replicas,
-        replica_link=cluster.group(plan.replicas, inner) if plan.replicas > 1 else NO_LINK,
-        replicas_share_state=plan.state is State.SPLIT and plan.shard == 1,
+        replica_link=cluster.group(plan.replicas, inner * plan.experts)
+        if plan.replicas > 1
+        else NO_LINK,
     )
 
 
@@ -345,7 +354,7 @@ def plan_costs(
     """
     return schedule_costs(
         problem.workload(plan.microbatch_size),
-        problem.cluster.device,
+        problem.cluster.slowest,
         schedule_link(problem, plan),
         schedule=schedule,
         precision=problem.precision,
@@ -397,14 +406,14 @@ class ShardedEvaluator:
         )
         self.frame = frame(
             workload,
-            problem.cluster.device,
+            problem.cluster.slowest,
             link,
             devices=base.shard,
             placement=Placement.REPLICATED if self.whole else Placement.SHARDED,
             precision=problem.precision,
             split=split,
         )
-        self.workspace_bytes = workload.edge.workspace_bytes / between
+        self.workspace_bytes = head_held_bytes(workload, between)
         self.occupancy = self._occupancy()
         self.tabled = problem.lowered and self.whole
         if self.tabled:  # slots are each device's own: two stand for any number
@@ -422,7 +431,7 @@ class ShardedEvaluator:
         return [
             block_cost(
                 block,
-                problem.cluster.device,
+                problem.cluster.slowest,
                 activation_bytes=workload.activation_bytes,
                 precision=problem.precision,
                 recompute=POLICY[residual],

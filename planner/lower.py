@@ -25,7 +25,7 @@ def to_schedule(problem: Problem, plan: Plan) -> Schedule:
             f"the plan is for {len(plan.layers)} layers, the model has {problem.layers}"
         )
     total = microbatches(problem, plan)
-    around = {"replicas": plan.replicas, "features": plan.features}
+    around = {"replicas": plan.replicas, "features": plan.features, "experts": plan.experts}
     if plan.owners > 1:
         return replace(staged_schedule(plan, total), name=recognise(plan), **around)
     layers = range(len(plan.layers))

@@ -15,7 +15,7 @@ from jaxsys.planner.costs import Precision, schedule_costs
 from jaxsys.planner.evaluate import POLICY, Evaluator
 from jaxsys.planner.plans import Gradient, LayerPath, Plan, Weights
 from jaxsys.planner.problem import Problem
-from jaxsys.planner.recognise import recognise
+from jaxsys.planner.recognise import divided
 from jaxsys.planner.runs import why_not, why_not_schedule
 from jaxsys.planner.search import Found, Result
 from jaxsys.planner.workload import Workload
@@ -240,7 +240,7 @@ def _simulated(
             f"{schedule.name} has no place in the space of plans and {len(schedule.tasks)} tasks; "
             f"at most {MOST_TASKS} are simulated one by one"
         )
-    workload, device = problem.workload(microbatch_size), problem.cluster.device
+    workload, device = problem.workload(microbatch_size), problem.cluster.slowest
     link = problem.cluster.group(schedule.devices)
     found = trace(schedule)
     sharded = schedule.placement is Placement.SHARDED
@@ -304,9 +304,8 @@ def with_found(comparison: Comparison, problem: Problem, result: Result) -> Comp
     policies = {POLICY[path.residual] for path in plan.layers}
     step_flops = workload.model_flops * total / found.step_s
     parts = plan.owners * plan.chunks
-    times = f", {plan.replicas} times" if plan.replicas > 1 else ""
     row = Row(
-        strategy=f"found: {recognise(plan)} over {plan.devices // plan.replicas}{times}",
+        strategy=f"found: {', '.join(divided(plan))}",
         recompute=policies.pop() if len(policies) == 1 else "by layer",
         chunks=parts if parts > 1 else len(plan.layers),
         step_s=found.step_s,

@@ -26,7 +26,17 @@ from jaxsys.errors import UsageError
 from jaxsys.fields import Fields
 from jaxsys.files import parse_json, shown
 from jaxsys.mesh import AXES
-from jaxsys.strategies import Backward, Choices, Gradient, Order, State, Weights, orders
+from jaxsys.schedule import Placement
+from jaxsys.strategies import (
+    RECOMPUTES,
+    Backward,
+    Choices,
+    Gradient,
+    Order,
+    State,
+    Weights,
+    orders,
+)
 
 FORMAT = "jaxsys-plan"
 FORMAT_VERSION = 2
@@ -73,6 +83,8 @@ class Plan:
 
     replicas: int = 1
     """Copies of everything else, each on its part of the batch."""
+    experts: int = 1
+    """Copies that share the experts of every block, each on its part of the batch."""
     shard: int = 1
     """Devices that split a batch, and over which state, weights and gradients may be split."""
     features: int = 1
@@ -103,6 +115,18 @@ class Plan:
     def owners(self) -> int:
         """The devices on which layers rest apart; 1 where all have all layers."""
         return self.stages * self.ring
+
+    @property
+    def placement(self) -> Placement:
+        """Where its layers rest."""
+        if self.owners > 1:
+            return Placement.OWNER
+        return Placement.REPLICATED if self.state is State.WHOLE else Placement.SHARDED
+
+    @property
+    def recomputes_alike(self) -> bool:
+        """Whether one policy of recompute must do for all layers: they run in one loop."""
+        return not RECOMPUTES[self.placement].by_layer
 
     @property
     def schedule_devices(self) -> int:

@@ -16,10 +16,10 @@ from jaxsys.strategies import STRATEGIES, Signs, called, named
 def recognise(plan: Plan) -> str:
     """The name of what a plan does over its schedule's devices.
 
-    Features, replicas and recompute are told by `describe`.
+    Features, experts, replicas and recompute are told by `describe`.
     """
     if plan.schedule_devices == 1:
-        return "tp-sp" if plan.features > 1 else "single"
+        return "tp-sp" if plan.features > 1 else "ep" if plan.experts > 1 else "single"
     name = called(plan.choices)
     if name is None:
         raise UsageError(
@@ -30,15 +30,24 @@ def recognise(plan: Plan) -> str:
     return name
 
 
-def describe(plan: Plan) -> str:
-    """A plan in one line: its name, and how devices are divided between its parts."""
+def divided(plan: Plan) -> list[str]:
+    """A plan's name, and how devices are divided between its parts."""
     name = recognise(plan)
     alone = plan.schedule_devices == 1
     parts = [name if alone else f"{name} over {plan.schedule_devices}"]
     if plan.features > 1:
         parts.append(f"of {plan.features}" if alone else f"each of {plan.features} (tp-sp)")
+    if plan.experts > 1:
+        only = alone and plan.features == 1
+        parts.append(f"of {plan.experts}" if only else f"experts over {plan.experts} (ep)")
     if plan.replicas > 1:
         parts.append(f"{plan.replicas} times")
+    return parts
+
+
+def describe(plan: Plan) -> str:
+    """A plan in one line: its name, how devices are divided, and what else it chooses."""
+    name, parts = recognise(plan), divided(plan)
     if plan.stages > 1 and plan.backward is Backward.SPLIT and name not in STRATEGIES:
         parts.append(f"{plan.order}, delay {plan.delay}")
     if plan.chunks > 1:

@@ -13,7 +13,7 @@ from jaxsys.mesh import AXES
 from jaxsys.planner.evaluate import POLICY
 from jaxsys.planner.plans import Plan, State
 from jaxsys.planner.space import Space
-from jaxsys.schedule import Placement, Schedule
+from jaxsys.schedule import Schedule
 from jaxsys.strategies import RECOMPUTES
 
 
@@ -28,7 +28,7 @@ def why_not(plan: Plan) -> str | None:
             f"it splits state over {plan.replicas} replicas, and replicas keep all of the state "
             "that a stage or ring keeps"
         )
-    recompute = RECOMPUTES[placement_of(plan)]
+    recompute = RECOMPUTES[plan.placement]
     policies = dict.fromkeys(POLICY[path.residual] for path in plan.layers)
     if len(policies) > 1 and not recompute.by_layer:
         return (
@@ -45,23 +45,12 @@ def why_not_schedule(schedule: Schedule, recompute: str) -> str | None:
     return why_not_lowered(schedule)
 
 
-def placement_of(plan: Plan) -> Placement:
-    """Where a plan's layers rest."""
-    if plan.owners > 1:
-        return Placement.OWNER
-    return Placement.REPLICATED if plan.state is State.WHOLE else Placement.SHARDED
-
-
 def that_runs(space: Space) -> Space:
-    """The part of a space that `why_not` has nothing against, unlike recompute left aside.
+    """The part of a space that `why_not` has nothing against.
 
-    Where it is asked of layers, `Space` lets stages and rings recompute alike anyway.
+    All of a `Space` runs but what is split along an axis that no schedule has.
     """
     for axis in AXES.values():
         if axis.mesh is None:
             space = space.split(axis.name, 1)
-    return space.require(
-        "state is split over a shard group alone",
-        ("state", "shard"),
-        lambda state, shard: state == State.WHOLE or shard > 1,
-    )
+    return space

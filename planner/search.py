@@ -29,9 +29,8 @@ from jaxsys.planner.evaluate import (
     plan_split,
     schedule_link,
 )
-from jaxsys.planner.plans import PATHS, Backward, Plan, Residual, State, data_parallel_plan
+from jaxsys.planner.plans import PATHS, Backward, Plan, Residual, data_parallel_plan
 from jaxsys.planner.space import ORDER, WAYS, Space
-from jaxsys.schedule import Placement
 
 AIMED = 128
 """Moves tried first, those that relieve the problem most."""
@@ -323,7 +322,7 @@ class _Search:
         costs = [
             block_cost(
                 block,
-                problem.cluster.device,
+                problem.cluster.slowest,
                 activation_bytes=workload.activation_bytes,
                 precision=problem.precision,
                 recompute="none",
@@ -334,16 +333,12 @@ class _Search:
         times = dict(zip(dict.fromkeys(workload.blocks), costs, strict=True))
         once = sum(times[b].forward_s + times[b].backward_s for b in workload.blocks)
         devices = base.schedule_devices
-        if base.owners > 1:
-            placement = Placement.OWNER
-        else:
-            placement = Placement.REPLICATED if base.state is State.WHOLE else Placement.SHARDED
         around = frame(
             workload,
-            problem.cluster.device,
+            problem.cluster.slowest,
             schedule_link(problem, base),
             devices=devices,
-            placement=placement,
+            placement=base.placement,
             precision=problem.precision,
             split=split,
         )
@@ -364,7 +359,7 @@ class _Search:
 
     def refine(self) -> None:
         promising = sorted(self.by_base().values(), key=lambda f: f.potential)
-        chosen = [f for f in promising if f.plan.owners == 1][: self.effort.refine]
+        chosen = [f for f in promising if not f.plan.recomputes_alike][: self.effort.refine]
         for index, found in enumerate(chosen):
             assert self.best is not None
             if self.late:
@@ -603,7 +598,7 @@ def _uniform(base: Plan, options: list[np.ndarray]) -> np.ndarray:
     rows = []
     for code in sorted({int(c) for layer in options for c in layer}):
         row = [code if code in layer else int(layer[0]) for layer in options]
-        if base.owners == 1 or len({PATHS[c].residual for c in row}) == 1:
+        if not base.recomputes_alike or len({PATHS[c].residual for c in row}) == 1:
             rows.append(row)
     if not rows:  # stages whose layers are bound to different residuals: one by one is all there is
         rows.append([int(layer[0]) for layer in options])
@@ -611,7 +606,7 @@ def _uniform(base: Plan, options: list[np.ndarray]) -> np.ndarray:
 
 
 def _combinations(base: Plan, options: list[np.ndarray]) -> int:
-    if base.owners > 1:
+    if base.recomputes_alike:
         return len(Residual)
     total = 1
     for layer in options:
@@ -621,7 +616,7 @@ def _combinations(base: Plan, options: list[np.ndarray]) -> int:
 
 def _all_codes(base: Plan, options: list[np.ndarray]) -> Iterator[np.ndarray]:
     """Batches of all code rows."""
-    if base.owners > 1:
+    if base.recomputes_alike:
         yield _uniform(base, options)
         return
     sizes = [len(layer) for layer in options]

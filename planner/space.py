@@ -14,8 +14,7 @@ Memory is no constraint: it is pressure in the search. What must be where and wh
 one, and is not for the user to state: no point of the space breaks it.
 """
 
-import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -309,7 +308,7 @@ class Space:
         options = self.codes_of(plan)
         if options is None:
             return False
-        if plan.owners > 1 and len({path.residual for path in plan.layers}) > 1:
+        if plan.recomputes_alike and len({path.residual for path in plan.layers}) > 1:
             return False
         return all(code in legal for code, legal in zip(plan.codes, options, strict=True))
 
@@ -323,7 +322,7 @@ class Space:
         return list(found.values())
 
     def _turns(self, plan: Plan) -> int | None:
-        unit = plan.replicas * plan.shard * plan.microbatch_size
+        unit = plan.replicas * plan.experts * plan.shard * plan.microbatch_size
         return None if self.problem.batch % unit else self.problem.batch // unit
 
 
@@ -331,27 +330,35 @@ def _rules(problem: Problem, domains: Domains) -> Iterator[Relation]:
     """Yields the built-in rules, each with its reason as label."""
     devices, layers, batch = problem.cluster.devices, problem.layers, problem.batch
     workload = problem.workload(1)
-    ways = workload.feature_ways
+    ways, shares = workload.feature_ways, workload.expert_ways
 
     def rule(label: str, names: tuple[str, ...], allows: Callable[..., bool]) -> Relation:
         return relation(f"rule: {label}", names, domains, allows)
 
-    yield rule(
-        f"{' x '.join(WAYS)} = {devices} devices",
-        WAYS,
-        lambda *parts: math.prod(parts) == devices,
+    # Written out: of all there are, the ways that multiply to the devices are few.
+    yield Relation(
+        label=f"rule: {' x '.join(WAYS)} = {devices} devices",
+        variables=WAYS,
+        allowed=frozenset(_factorings(devices, [domains[name] for name in WAYS])),
     )
     yield rule(
         f"features split in {', '.join(map(str, ways))} parts only",
         ("features",),
         ways.__contains__,
     )
+    yield rule(
+        f"experts shared by {', '.join(map(str, shares))} devices only",
+        ("experts",),
+        shares.__contains__,
+    )
     for name in ("stages", "ring"):
         yield rule(f"{name} must be at most {layers} layers", (name,), lambda n: n <= layers)
-    yield rule(
-        f"replicas x shard x microbatch size x turns = {batch} sequences of a step",
-        ("replicas", "shard", "microbatch_size", "turns"),
-        lambda r, s, b, k: r * s * b * k == batch,
+    cuts = ("replicas", "experts", "shard", "microbatch_size", "turns")
+    yield Relation(
+        label="rule: replicas x experts x shard x microbatch size x turns = "
+        f"{batch} sequences of a step",
+        variables=cuts,
+        allowed=frozenset(_factorings(batch, [domains[name] for name in cuts])),
     )
     yield rule("the ring divides the microbatches", ("ring", "turns"), lambda w, k: k % w == 0)
     yield rule(
@@ -365,11 +372,9 @@ def _rules(problem: Problem, domains: Domains) -> Iterator[Relation]:
         lambda r, s, p, w: r == 1 or s * p * w > 1,
     )
     yield rule(
-        "state is split over a shard group or over replicas",
+        "state is split over a shard group alone, and by one that stands inside replicas",
         ("state", "shard", "replicas"),
-        lambda t, s, r: (
-            t == State.WHOLE and (s == 1 or r == 1) or t == State.SPLIT and (s > 1 or r > 1)
-        ),
+        lambda t, s, r: s == 1 or r == 1 if t == State.WHOLE else s > 1,
     )
     yield rule(
         "what is split over a shard group has an axis that it divides",
@@ -413,6 +418,18 @@ def _rules(problem: Problem, domains: Domains) -> Iterator[Relation]:
         first = rule(label, (f"{what}[0]", other), allows)
         for layer in range(layers):
             yield replace(first, variables=(f"{what}[{layer}]", other))
+
+
+def _factorings(number: int, domains: Sequence[Sequence[int]]) -> Iterator[tuple[int, ...]]:
+    """The ways to write a number as a product of one of each domain."""
+    if not domains:
+        if number == 1:
+            yield ()
+        return
+    for first in domains[0]:
+        if number % first == 0:
+            for rest in _factorings(number // first, domains[1:]):
+                yield first, *rest
 
 
 def _divisors(number: int) -> list[int]:

@@ -16,7 +16,8 @@ width, V vocabulary.
 """
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +25,23 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxsys.errors import UsageError
-from jaxsys.layered import LayeredModel, Parameters, PyTree
+from jaxsys.layered import (
+    LayeredModel,
+    Parameters,
+    PyTree,
+    inside_parts,
+    part_shapes,
+    parts_of,
+)
 from jaxsys.lowering import Recompute
 from jaxsys.lowering.memory import BlockBytes, block_bytes, head_bytes
+from jaxsys.mesh import EXPERT, TENSOR
 from jaxsys.model import abstract_parameters, layered
 from jaxsys.model.config import DecoderConfig
 from jaxsys.model.contract import attended, attention_widths, products
 from jaxsys.model.kinds import BlockKind
+from jaxsys.model.leaves import block_leaves
+from jaxsys.model.parts import check_parts
 
 POLICIES: tuple[Recompute, ...] = ("none", "selective", "block")
 """What a plan may compute again."""
@@ -46,6 +57,27 @@ class Joins:
     forward_times: float
     backward_bytes: float
     backward_times: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertWork:
+    """The experts of one block on one microbatch."""
+
+    parameters: float
+    """Of all experts, the router aside."""
+    count: int
+    """E."""
+    rows: float
+    """Tokens that choose experts."""
+    active: int
+    """Experts that each chooses."""
+    row_bytes: float
+    traced: Callable[[int], "Traced"]
+    """Devices that share them -> what the block's programs keep and hold by policy."""
+
+    def exchanged_bytes(self, devices: int) -> float:
+        """What one device sends and keeps of rows: room for all that could go to each device."""
+        return devices * self.rows * min(self.active, self.count // devices) * self.row_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,14 +103,23 @@ class BlockWork:
     """Of residuals and taps, the share that split features cut; the rest is whole everywhere."""
     traced: Traced = ()
     """What its programs keep and hold by policy, where they were traced: in place of the above."""
+    experts: ExpertWork | None = None
 
-    def memory(self, policy: str, activation_bytes: float) -> BlockBytes:
-        """What the block keeps and holds under a policy.
+    def parameters_of(self, experts: int) -> float:
+        """What a device has of them where so many share the experts; 0: all but the experts'."""
+        if self.experts is None or experts == 1:
+            return self.parameters
+        mine = self.experts.parameters / experts if experts else 0.0
+        return self.parameters - self.experts.parameters + mine
+
+    def memory(self, policy: str, activation_bytes: float, *, experts: int = 1) -> BlockBytes:
+        """What the block keeps and holds under a policy, where so many devices share experts.
 
         Raises:
             UsageError: if that is not known.
         """
-        for name, found in self.traced:
+        shared = experts > 1 and self.experts is not None
+        for name, found in self.experts.traced(experts) if shared else self.traced:
             if name == policy:
                 return found
         kept = {
@@ -122,6 +163,8 @@ class Workload:
     """Forward and backward of a microbatch as MFU counts it: nothing twice, half the square."""
     feature_ways: tuple[int, ...] = (1,)
     """In how many parts a block can be split along its features: the legal counts."""
+    expert_ways: tuple[int, ...] = (1,)
+    """Over how many devices experts can be shared: the legal counts."""
     splits_between: bool = True
     """Whether split features also cut embedding and head, and the sequence between blocks."""
     matrices: tuple[tuple[int, ...], ...] = ()
@@ -204,15 +247,38 @@ def decoder_workload(
         kind.name: _block_work(c, kind, sequence_length, tokens, dtype, of_kind[kind.name])
         for kind in c.kinds
     }
+
+    def shared(kind: BlockKind, devices: int) -> Traced:
+        found, _ = _decoder_memory(
+            c,
+            sequence_length,
+            microbatch_size,
+            loss_chunk_tokens,
+            fused_attention,
+            str(dtype),
+            devices,
+        )
+        names = c.pattern or (c.kinds[0].name,)
+        return dict(zip(names, found, strict=not c.pattern))[kind.name]
+
+    for kind in c.kinds if c.experts is not None else ():
+        if not kind.experts:
+            continue
+        own = [leaf for leaf in block_leaves(c, kind) if leaf.of_experts]
+        experts = ExpertWork(
+            parameters=float(sum(leaf.size for leaf in own)),
+            count=c.experts.count,
+            active=c.experts.active,
+            rows=float(tokens),
+            row_bytes=float(dtype.itemsize * c.hidden_size),
+            traced=functools.partial(shared, kind),
+        )
+        work[kind.name] = replace(work[kind.name], experts=experts)
     blocks = tuple(work[c.kind(layer).name] for layer in range(c.num_layers))
     head = 2.0 * c.vocab_size * c.hidden_size * tokens
     matrices = dict.fromkeys(
         leaf.shape for kind in c.kinds for product in products(c, kind) for leaf in product.leaves
     )
-    inner = {
-        c.experts.intermediate_size if kind.experts and c.experts else c.intermediate_size
-        for kind in c.kinds
-    }
     return Workload(
         name=name,
         blocks=blocks,
@@ -228,14 +294,23 @@ def decoder_workload(
         + 3 * head,
         matrices=tuple(matrices),
         feature_ways=tuple(
-            ways
-            for ways in (1, 2, 4, 8, 16, 32, 64)
-            if c.num_kv_heads % ways == 0
-            and c.num_heads % ways == 0
-            and all(size % ways == 0 for size in inner)
-            and sequence_length % ways == 0
+            ways for ways in (1, 2, 4, 8, 16, 32, 64) if splits(c, ways, sequence_length)
         ),
+        expert_ways=(1,) if c.experts is None else tuple(_divisors(c.experts.count)),
     )
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def splits(config: DecoderConfig, ways: int, sequence_length: int) -> bool:
+    """Whether the trainer splits the features of a decoder, and its sequences, in so many parts."""
+    try:
+        check_parts(config, {TENSOR: ways} if ways > 1 else {})
+    except UsageError:
+        return False
+    return sequence_length % ways == 0
 
 
 def _block_work(
@@ -279,6 +354,7 @@ def _decoder_memory(
     loss_chunk_tokens: int,
     fused: bool,
     dtype: str,
+    experts: int = 1,
 ) -> tuple[tuple[Traced, ...], float]:
     model = layered(
         config,
@@ -286,7 +362,12 @@ def _decoder_memory(
         implementation="shapes" if fused and jnp.dtype(dtype).itemsize == 2 else "xla",
     )
     ids = jax.ShapeDtypeStruct((microbatch_size, sequence_length), jnp.int32)
-    return traced_memory(model, abstract_parameters(config, dtype), {"inputs": ids, "targets": ids})
+    parameters, sizes = abstract_parameters(config, dtype), {EXPERT: experts} if experts > 1 else {}
+    parts = parts_of(model, sizes)
+    if parts is not None:
+        model, parameters = parts.model, part_shapes(parameters, parts, sizes)
+    batch = {"inputs": ids, "targets": ids}
+    return inside_parts(sizes, lambda: traced_memory(model, parameters, batch))
 
 
 def traced_memory(

@@ -32,6 +32,7 @@ from jaxsys.planner.plans import (
 )
 from jaxsys.planner.problem import Problem
 from jaxsys.planner.report import verdict
+from jaxsys.planner.runs import that_runs
 from jaxsys.planner.search import Effort, Found, Result, search
 from jaxsys.planner.space import Space
 from jaxsys.planner.workload import BlockWork, EdgeWork, Workload, decoder_workload
@@ -272,7 +273,7 @@ def test_what_a_search_finds_stands_in_the_table_and_runs(tmp_path):
     )
     named = compare(workload, problem.cluster, microbatches=64, memory_bytes=1e9)
     assert {"1f1b", "weipipe-interleave"} <= {name for name, _ in named.refused}
-    space = Space.of(problem, microbatch_sizes=[1]).split("features", 1)
+    space = that_runs(Space.of(problem, microbatch_sizes=[1]))
     result = search(space, effort=Effort(refine=0))
     comparison = with_found(named, problem, result)
     found, best = comparison.rows[-1], comparison.best
@@ -289,7 +290,6 @@ def test_a_plan_that_no_schedule_runs_is_passed_over():
     plain = data_parallel_plan(4, 4)
     again = dataclasses.replace(plain.layers[0], residual=Residual.RECOMPUTE)
     mixed = (again, *plain.layers[1:])
-    wide = dataclasses.replace(plain, shard=2, features=2)
     staged = dataclasses.replace(plain, shard=1, stages=4, layers=mixed)
     whole = dataclasses.replace(plain, layers=mixed)
     sharded = dataclasses.replace(whole, state=State.SPLIT)
@@ -302,9 +302,9 @@ def test_a_plan_that_no_schedule_runs_is_passed_over():
             best=row[0], by_base=row, history=(), evaluated=len(row), skipped=0, elapsed_s=0.0
         )
 
-    found = best_that_runs(result(wide, staged, whole, shared, sharded, plain))
+    found = best_that_runs(result(staged, whole, shared, sharded, plain))
     assert found is not None and found.plan == sharded
-    assert best_that_runs(result(wide, staged, whole, shared)) is None
+    assert best_that_runs(result(staged, whole, shared)) is None
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def test_every_base_is_a_legal_schedule():
         options = space.codes_of(base)
         assert options is not None
         layers = tuple(PATHS[rng.choice(list(codes))] for codes in options)
-        if base.stages * base.ring > 1:
+        if base.recomputes_alike:
             layers = (layers[0],) * len(layers)
         plan = Plan(**{**_fields(base), "layers": layers})
         assert plan.devices == 4
@@ -102,7 +102,7 @@ def _legal(plan: Plan, problem: Problem) -> bool:
         and (plan.replicas == 1 or plan.shard * owners > 1)
         and (
             (plan.state is State.WHOLE and (plan.shard == 1 or plan.replicas == 1))
-            or (plan.state is State.SPLIT and (plan.shard > 1 or plan.replicas > 1))
+            or (plan.state is State.SPLIT and plan.shard > 1)
         )
         and _runs(plan, turns)
         and (plan.lookahead == 1 or (plan.shard > 1 and plan.state is State.SPLIT))
