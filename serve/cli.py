@@ -195,10 +195,10 @@ def _build(spec: FrontSpec, progress: Progress, address: str) -> _Built:
     dtype = worker.dtype or default_dtype(devices[0])
     started_s = time.monotonic()
     progress.enter("reading the model")
-    # What is loaded is fused, quantised and placed later: until then it lies in the host's
+    # Layers are read one at a time when they are placed; embedding and head wait in the host's
     # memory, so that the accelerator's is left to weights and pages.
     with jax.default_device(jax.devices("cpu")[0]):
-        model = load(worker.model, jnp.dtype(dtype))
+        model = load(worker.model, jnp.dtype(dtype), layerwise=True)
     if model.tokenizer is None:
         raise UsageError(f"{worker.model} has no tokenizer.json; add the one the model came with")
     shape, slo, governor = model.config, SharedSlo(worker.slo), worker.governor

@@ -103,6 +103,7 @@ def serving_weights(
     """Fuses stacked parameters {"edge", "blocks" [L, ...]}, quantises and places them.
 
     Args:
+        parameters: "blocks" may be a function that gives the layer of a number.
         placement: one device's sharding, or a `NamedSharding` whose mesh has the axis `TENSOR`;
             where they lie if None.
 
@@ -113,9 +114,14 @@ def serving_weights(
         check_tensor_parallel(config, placement.mesh)
     edge, blocks = parameters["edge"], parameters["blocks"]
     layers = []
+    first = None if placement is None else min(placement.device_set, key=lambda one: one.id)
     for index in range(config.num_layers):
-        # Placed one by one: never more than one fused layer beside the original.
-        tree = layer_of(config, blocks, index)
+        # Fused where they are to lie, and placed one by one: never more than one layer beside the
+        # result, or beside the result and the original.
+        with jax.default_device(first):
+            tree = layer_of(config, blocks, index)
+        if first is not None:
+            tree = jax.device_put(tree, jax.sharding.SingleDeviceSharding(first))
         leaves = block_leaves(config, config.kind(index))
         layers.append(_place_layer(_fused(config, leaves, tree, quantisation), placement))
     head = None

@@ -21,9 +21,12 @@ from jaxsys.model.decoder import by_kind, nest
 from jaxsys.model.kinds import BlockKind
 from jaxsys.model.leaves import Leaf, Path
 from jaxsys.model.names import FileTensor
+from jaxsys.model.packed import Packed
 
 Fetch = Callable[[str], np.ndarray]
 """Tensor name -> its values as the checkpoint has them."""
+FetchPacked = Callable[[str], Packed | None]
+"""Tensor name -> its codes and exponents, host arrays; None where it is not packed."""
 Tensors = Callable[[BlockKind | None], Sequence[FileTensor]]
 """The tensors of one block of a kind; of the edge where it is None."""
 Placement = Callable[[Path], Sharding | None]
@@ -52,14 +55,9 @@ def assemble(
     """
     dtype = jnp.dtype(dtype)
     where = placement or (lambda path: None)
-    edge: dict[Path, jax.Array] = {}
-    for tensor in tensors(None):
-        for leaf, value in _read(tensor, fetch, {}):
-            place = where(("edge", *leaf.path))
-            # A copy: the array on the device must outlive the file behind `value`.
-            placed = jax.device_put(_cast(value, dtype), place)
-            _check_finite([_is_finite(placed)], [tensor.name], dtype)
-            edge[leaf.path] = placed
+    edge = _alone(
+        tensors(None), fetch, {}, dtype, lambda path: where(("edge", *path)), lambda name: None
+    )
     blocks = {}
     for kind in config.kinds:
         lead = ("blocks", kind.name) if config.pattern else ("blocks",)
@@ -70,7 +68,67 @@ def assemble(
             dtype,
             lambda path, lead=lead: where((*lead, *path)),
         )
-    return {"edge": nest(edge.items()), "blocks": by_kind(config, blocks)}
+    return {"edge": edge, "blocks": by_kind(config, blocks)}
+
+
+def by_layer(
+    config: DecoderConfig,
+    fetch: Fetch,
+    tensors: Tensors,
+    *,
+    dtype: DTypeLike,
+    fetch_packed: FetchPacked = lambda name: None,
+) -> Parameters:
+    """The edge, and as "blocks" a function that reads the layer of a number when it is asked.
+
+    For those who keep layers in a form of their own: nothing but one layer lies beside that. Arrays
+    come to the default device.
+
+    Args:
+        fetch_packed: reads a tensor that is packed, as it is; None for others.
+
+    Raises:
+        UsageError: as `assemble`; of a layer, when it is read.
+    """
+    dtype = jnp.dtype(dtype)
+
+    def layer(number: int) -> dict[str, Any]:
+        of_kind = tensors(config.kind(number))
+        return _alone(of_kind, fetch, {"layer": number}, dtype, lambda path: None, fetch_packed)
+
+    edge = _alone(tensors(None), fetch, {}, dtype, lambda path: None, lambda name: None)
+    return {"edge": edge, "blocks": layer}
+
+
+def _alone(
+    tensors: Sequence[FileTensor],
+    fetch: Fetch,
+    filled: Mapping[str, int],
+    dtype: np.dtype,
+    where: Placement,
+    fetch_packed: FetchPacked,
+) -> dict[str, Any]:
+    """The leaves of one layer, or of the edge."""
+    made: list[tuple[Path, Any]] = []
+    flags, names = [], []
+    for tensor in tensors:
+        name = _named(tensor.name, **filled)
+        held = fetch_packed(name)
+        if held is not None:
+            parts = [held]
+            if tensor.form == "woven":  # outputs take turns
+                parts = [jax.tree.map(lambda a, at=at: a[:, at::2], held) for at in (0, 1)]
+            for leaf, part in zip(tensor.leaves, parts, strict=True):
+                made.append((leaf.path, jax.device_put(jax.tree.map(np.array, part))))
+            continue
+        for leaf, value in _read(tensor, fetch, filled):
+            # A copy: the array on the device must outlive the file behind `value`.
+            placed = jax.device_put(_cast(value, dtype), where(leaf.path))
+            flags.append(_is_finite(placed))
+            names.append(name)
+            made.append((leaf.path, placed))
+    _check_finite(flags, names, dtype)
+    return nest(made)
 
 
 def _stack(

@@ -17,6 +17,7 @@ from jaxsys.model.assemble import (
     Fetch,
     Placement,
     assemble,
+    by_layer,
     check_layers,
     check_tensors,
     expected_tensors,
@@ -70,7 +71,12 @@ def read_config(folder: Path) -> DecoderConfig:
 
 
 def read_parameters(
-    folder: Path, config: DecoderConfig, dtype: DTypeLike, placement: Placement | None = None
+    folder: Path,
+    config: DecoderConfig,
+    dtype: DTypeLike,
+    placement: Placement | None = None,
+    *,
+    layerwise: bool = False,
 ) -> tuple[DecoderConfig, Parameters]:
     """All parameters, read tensor by tensor and cast to `dtype`.
 
@@ -79,6 +85,7 @@ def read_parameters(
         config: as `read_config` found it.
         dtype: of the result.
         placement: of each leaf; the default device if not given.
+        layerwise: see `load`.
 
     Returns:
         The configuration, whose head is untied where the file holds another one, and parameters.
@@ -100,6 +107,11 @@ def read_parameters(
             return home[name].read(name)
         return packed.expand(home[name + packed.BLOCKS], home[name + packed.SCALES], name)
 
+    def fetch_packed(name: str) -> packed.Packed | None:
+        if name + packed.BLOCKS not in home:
+            return None
+        return packed.read(home[name + packed.BLOCKS], home[name + packed.SCALES], name)
+
     found = packed.present(found)
     config = _untied(config, found, fetch)
 
@@ -109,8 +121,9 @@ def read_parameters(
     check_layers(str(folder), config, found)
     ignored = [name for name in found if _is_ignored(config, name)]
     check_tensors(str(folder), expected_tensors(config, tensors), found, ignored=ignored)
-    read = assemble(config, fetch, tensors, dtype=dtype, placement=placement)
-    return config, read
+    if layerwise:
+        return config, by_layer(config, fetch, tensors, dtype=dtype, fetch_packed=fetch_packed)
+    return config, assemble(config, fetch, tensors, dtype=dtype, placement=placement)
 
 
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"

@@ -20,6 +20,7 @@ from jaxsys.layered import Parameters
 from jaxsys.model.assemble import (
     Placement,
     assemble,
+    by_layer,
     check_layers,
     check_tensors,
     expected_tensors,
@@ -113,9 +114,17 @@ class GgufFile:
         return self._with_rope_scaling(config)
 
     def parameters(
-        self, config: DecoderConfig, dtype: DTypeLike, placement: Placement | None = None
+        self,
+        config: DecoderConfig,
+        dtype: DTypeLike,
+        placement: Placement | None = None,
+        *,
+        layerwise: bool = False,
     ) -> tuple[DecoderConfig, Parameters]:
-        """Dequantises every tensor, cast to `dtype`; `config` comes back as it is."""
+        """Dequantises every tensor, cast to `dtype`; `config` comes back as it is.
+
+        `layerwise`: see `load`.
+        """
         found = {name: self.shape(name) or () for name in self._tensors}
 
         def tensors(kind: BlockKind | None) -> list[FileTensor]:
@@ -123,8 +132,9 @@ class GgufFile:
 
         check_layers(str(self.path), config, found)
         check_tensors(str(self.path), expected_tensors(config, tensors), found, ignored=UNREAD)
-        read = assemble(config, self.values, tensors, dtype=dtype, placement=placement)
-        return config, read
+        if layerwise:
+            return config, by_layer(config, self.values, tensors, dtype=dtype)
+        return config, assemble(config, self.values, tensors, dtype=dtype, placement=placement)
 
     def tokenizer(self) -> Tokenizer:
         """Rebuilds the tokenizer from the metadata.

@@ -47,7 +47,11 @@ class LoadedModel:
 
 
 def load(
-    path: str | Path, dtype: DTypeLike = jnp.float32, *, placement: Placement | None = None
+    path: str | Path,
+    dtype: DTypeLike = jnp.float32,
+    *,
+    placement: Placement | None = None,
+    layerwise: bool = False,
 ) -> LoadedModel:
     """Loads a folder with config.json and safetensors, or a .gguf file.
 
@@ -58,6 +62,9 @@ def load(
         dtype: of all parameters, and so of the computation.
         placement: where each leaf rests, by its path such as ("blocks", "mlp", "up"), stacked
             [L, ...]; the default device if not given.
+        layerwise: "blocks" of the parameters are a function that reads the layer of a number, for
+            `serving_weights`, which keeps each in a form of its own; experts in MXFP4 are left as
+            they are, as `Packed`. What is wrong with a layer's numbers is said when it is read.
 
     Raises:
         UsageError: if the path does not exist, a file is cut short, the architecture is unknown,
@@ -69,12 +76,14 @@ def load(
     if path.is_dir():
         config = read_config(path)
         tokenizer = read_tokenizer(path)
-        read = functools.partial(read_parameters, path, config, dtype, placement)
+        read = functools.partial(
+            read_parameters, path, config, dtype, placement, layerwise=layerwise
+        )
     elif path.suffix == ".gguf":
         file = GgufFile(path)
         config = file.config()
         tokenizer = file.tokenizer()
-        read = functools.partial(file.parameters, config, dtype, placement)
+        read = functools.partial(file.parameters, config, dtype, placement, layerwise=layerwise)
     else:
         raise UsageError(f"{path} is neither a model folder nor a .gguf file")
     if tokenizer is not None:

@@ -4,7 +4,7 @@ A matrix [E, in, out] lies as `_blocks` [E, out, in / 32, 16], two numbers a byt
 first, and `_scales` [E, out, in / 32], exponents plus 127 (OCP Microscaling Formats 1.0).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +73,19 @@ def present(found: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         shapes[whole] = (blocks[0], 32 * blocks[2], blocks[1])
         del shapes[name], shapes[whole + SCALES]
     return shapes
+
+
+def read(blocks: SafetensorsFile, scales: SafetensorsFile, name: str) -> Packed:
+    """The matrices [E, out, in] as they are, in host memory; views of the files.
+
+    Raises:
+        UsageError: if an exponent is the one that means NaN.
+    """
+    codes, exponents = blocks.read_bytes(name + BLOCKS), scales.read_bytes(name + SCALES)
+    if (exponents == 255).any():
+        raise UsageError(f"tensor {name + SCALES!r} holds NaN; the checkpoint is damaged")
+    held: Any = Packed(codes.reshape(*codes.shape[:2], -1), exponents)  # pyright: numpy arrays
+    return held
 
 
 def expand(blocks: SafetensorsFile, scales: SafetensorsFile, name: str) -> np.ndarray:

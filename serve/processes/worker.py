@@ -103,7 +103,7 @@ class Worker:
         group = tuple(choose_devices(spec.deployment.tensor_parallel))
         dtype = spec.dtype or default_dtype(group[0])
         with jax.default_device(jax.devices("cpu")[0]):
-            model = load(Path(spec.model), jnp.dtype(dtype))
+            model = load(Path(spec.model), jnp.dtype(dtype), layerwise=True)
         weights = place_weights(model, spec.deployment, group)
         slo = SharedSlo(spec.slo)
         served = Served(

@@ -15,7 +15,14 @@ import jax
 import numpy as np
 import pytest
 
-from jaxsys.model import DecoderConfig, LoadedModel, abstract_parameters, forward
+from jaxsys.model import (
+    DecoderConfig,
+    LoadedModel,
+    abstract_parameters,
+    forward,
+    load,
+    save_safetensors,
+)
 from jaxsys.model.contract import cache_numbers
 from jaxsys.serve.deployment import DeploymentConfig, build_engine
 from jaxsys.serve.requests import SamplingParameters
@@ -132,3 +139,45 @@ def test_latent_attention_serves_the_models_text(latent, form):
     assert held == 4 * cache_numbers(latent.config, tokens)
     rank, turning = latent.config.latent.rank, latent.config.latent.rotary_dim
     assert held == 4 * tokens * 2 * (rank + turning)
+
+
+@pytest.fixture(scope="module")
+def packed_folder(tmp_path_factory):
+    """gpt-oss as it is published: experts in MXFP4, gate and up woven."""
+    import safetensors.numpy
+
+    folder = tmp_path_factory.mktemp("packed")
+    changes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    changes["layer_types"] = ["sliding_attention", "full_attention"]
+    model = model_of("gpt_oss", **changes)
+    save_safetensors(folder, model.config, model.parameters)
+    path = next(folder.glob("*.safetensors"))
+    tensors = safetensors.numpy.load_file(path)
+    generator = np.random.default_rng(5)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        size = (experts, outputs, inputs // 32)
+        tensors[f"{name}_blocks"] = generator.integers(0, 256, (*size, 16)).astype(np.uint8)
+        tensors[f"{name}_scales"] = generator.integers(122, 125, size).astype(np.uint8)
+    safetensors.numpy.save_file(tensors, path)
+    settings = json.loads((folder / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "mxfp4"}
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_experts_in_mxfp4_are_served_as_they_are(packed_folder):
+    """Half a byte a number and one for 32 of them are held; the text is that of what they mean."""
+    expanded = load(packed_folder)
+    kept = load(packed_folder, layerwise=True)
+    found, engine = served(kept, prefill=1, decode=0)
+    assert found == [expected(expanded, prompt) for prompt in prompts(kept.config.vocab_size)]
+    numbers = 0
+    held = 0
+    for layer in engine.instances[0].executor.weights.layers:
+        matrices = layer.experts.up.values, layer.experts.down.values
+        numbers += sum(2 * matrix.codes.size for matrix in matrices)
+        held += sum(leaf.nbytes for leaf in jax.tree.leaves(matrices))
+    experts = expanded.config.experts
+    assert numbers == 2 * experts.count * 3 * 32 * experts.intermediate_size
+    assert held == numbers / 2 + numbers / 32
