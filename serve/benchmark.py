@@ -3,7 +3,7 @@
 Decode: a batch of requests with full contexts runs through scheduler and executor as an instance's
 loop does, one iteration ahead. Latency between tokens is compared with the floor
 
-    (weights a step reads + keys and values it attends to) / measured copy bandwidth
+    (weights a step reads + keys and values it attends to) / rate of a kernel that only reads
 
 of experts those that a batch uses, expected where all are as likely,
 
@@ -18,7 +18,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -33,12 +33,13 @@ from jaxsys.model import (
 )
 from jaxsys.model.contract import cache_numbers, experts_used
 from jaxsys.serve.executor import JaxExecutor
+from jaxsys.serve.paged_model import number_bytes
 from jaxsys.serve.random_weights import random_parameters
 from jaxsys.serve.requests import Request, SamplingParameters
 from jaxsys.serve.sampling import SamplingNeeds
 from jaxsys.serve.scheduler import Scheduler, SchedulerConfig
 from jaxsys.serve.steps import ExecutorConfig
-from jaxsys.serve.weights import QUANTISATIONS, Quantisation, ServingWeights, serving_weights
+from jaxsys.serve.weights import ServingWeights, serving_weights
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +62,10 @@ class Study:
     prompts: tuple[int, ...]
     piece: int
     """Most prompt tokens an iteration computes, where a prompt is longer."""
+    forms: tuple[str, ...] = ()
+    """Also measured: "int8", "fp8", "int4", or the like of "fp8+fp8": weights and cache."""
     quantised_batches: tuple[int, ...] = ()
+    quantised_prompts: tuple[int, ...] = ()
     seconds: float = 1.5
     """Least time of one measurement."""
 
@@ -92,6 +96,7 @@ STUDIES = {
         context=1024,
         prompts=(512, 2048, 8192),
         piece=8192,
+        forms=("int8", "fp8"),
         quantised_batches=(1, 64),
     ),
     "gpu_quantised": Study(
@@ -99,12 +104,15 @@ STUDIES = {
         dtype="bfloat16",
         page_size=64,
         pool_tokens=150_016,
-        buckets=(1, 8, 64, 128),
-        batches=(1, 64),
+        buckets=(1, 64, 128),
+        batches=(1, 64, 128),
         context=1024,
         prompts=(2048,),
         piece=2048,
-        quantised_batches=(1, 8, 64, 128),
+        forms=("fp8+fp8", "fp8", "int4"),
+        quantised_batches=(1, 64, 128),
+        quantised_prompts=(2048,),
+        seconds=1.0,
     ),
     "cpu": Study(
         model="default",
@@ -142,7 +150,9 @@ STUDIES = {
         context=64,
         prompts=(16, 64),
         piece=32,
+        forms=("fp8+fp8", "int4"),
         quantised_batches=(1,),
+        quantised_prompts=(16,),
         seconds=0.2,
     ),
 }
@@ -151,23 +161,39 @@ Row = dict[str, Any]
 
 
 def run(
-    study: Study, *, progress: Callable[[str], None] = print
+    study: Study,
+    *,
+    progress: Callable[[str], None] = print,
+    kept: Callable[[list["Row"], dict[str, Any]], None] | None = None,
 ) -> tuple[dict[str, Any], list[Row], dict[str, Any]]:
     """Measures a study.
+
+    Args:
+        progress: told of each row, as a line.
+        kept: given all rows so far and the figures, after each row.
 
     Returns:
         its configuration, one row a measurement, and the machine's figures they are compared with.
     """
     device = jax.devices()[0]
     figures: dict[str, Any] = {"device": device.device_kind}
-    figures["copy_bytes_per_s"] = copy_bandwidth(device)
+    figures["read_bytes_per_s"] = read_rate(device)
+    figures["copy_bytes_per_s"] = copy_rate(device)
     figures["matmul_flops_per_s"] = matmul_rate(device, jnp.dtype(study.dtype))
-    copies = figures["copy_bytes_per_s"]
+    reads, copies = figures["read_bytes_per_s"], figures["copy_bytes_per_s"]
+    memory = "" if reads is None else f"reads {reads / 1e9:.0f}, copies {copies / 1e9:.0f} GB/s, "
     progress(
-        f"{device.device_kind}: {'' if copies is None else f'copies {copies / 1e9:.0f} GB/s, '}"
+        f"{device.device_kind}: {memory}"
         f"multiplies {figures['matmul_flops_per_s'] / 1e12:.2f} TFLOP/s"
     )
     rows: list[Row] = []
+
+    def note(row: Row) -> None:
+        rows.append(row)
+        progress(_line(row))
+        if kept is not None:
+            kept(rows, figures)
+
     started_s = time.perf_counter()
     config, parameters = model_of(study.model, study.dtype, packed=study.packed)
     executor = _executor(study, config, parameters, None)
@@ -179,16 +205,14 @@ def run(
     figures["compile_s"] = _compile(study, executor, study.batches, study.prompts)
     progress(f"compiled in {figures['compile_s']:.1f} s; attention: {figures['attention']}")
     for batch in study.batches:
-        rows.append(measure_decode(study, executor, batch, figures["copy_bytes_per_s"]))
-        progress(_line(rows[-1]))
+        note(measure_decode(study, executor, batch, reads))
     for prompt in study.prompts:
         pieces = {min(prompt, study.piece), min(prompt, max(study.piece // 4, 1))}
         for piece in sorted(pieces, reverse=True):
             rate = figures["matmul_flops_per_s"]
-            rows.append(measure_prefill(study, executor, prompt, piece, rate))
-            progress(_line(rows[-1]))
+            note(measure_prefill(study, executor, prompt, piece, rate))
     del executor
-    for form in QUANTISATIONS if study.quantised_batches else ():
+    for form in study.forms:
         gc.collect()
         small = dataclasses.replace(
             study, pool_tokens=max(study.quantised_batches) * 2 * study.context
@@ -196,17 +220,19 @@ def run(
         config, parameters = model_of(study.model, study.dtype)
         executor = _executor(small, config, parameters, form)
         del parameters
-        _compile(small, executor, study.quantised_batches, ())
+        _compile(small, executor, study.quantised_batches, study.quantised_prompts)
         for batch in study.quantised_batches:
-            row = measure_decode(small, executor, batch, figures["copy_bytes_per_s"])
-            rows.append(row | {"weights": form})
-            progress(_line(rows[-1]))
+            note(measure_decode(small, executor, batch, reads) | {"weights": form})
+        for prompt in study.quantised_prompts:
+            rate = figures["matmul_flops_per_s"]
+            row = measure_prefill(small, executor, prompt, min(prompt, study.piece), rate)
+            note(row | {"weights": form})
         del executor
     return dataclasses.asdict(study), rows, figures
 
 
 def measure_decode(
-    study: Study, executor: JaxExecutor, batch: int, copy_bytes_per_s: float | None
+    study: Study, executor: JaxExecutor, batch: int, read_bytes_per_s: float | None
 ) -> Row:
     """Inter-token latency, host time and energy of one batch."""
     context = min(study.context, study.pool_tokens // batch - 2 * study.page_size)
@@ -244,11 +270,11 @@ def measure_decode(
     energy_j = meter.energy_j(elapsed_s)
     loop.finish()
     config = executor.config
-    itemsize = executor.weights.dtype.itemsize
     kv_tokens = statistics.mean(loop.kv_tokens)
-    kept_bytes = batch * cache_numbers(config, round(kv_tokens / batch)) * itemsize
-    moved_bytes = expected_bytes(config, executor.weights, batch) + kept_bytes
-    floor_s = None if copy_bytes_per_s is None else moved_bytes / copy_bytes_per_s
+    of_number = number_bytes(config, executor.weights.dtype, executor.cache_form)
+    kept_bytes = batch * cache_numbers(config, round(kv_tokens / batch)) * of_number
+    read_bytes = expected_bytes(config, executor.weights, batch) + kept_bytes
+    floor_s = None if read_bytes_per_s is None else read_bytes / read_bytes_per_s
     itl_s = statistics.median(loop.latencies_s)
     return {
         "study": "decode",
@@ -313,14 +339,28 @@ def measure_prefill(
     }
 
 
-def copy_bandwidth(device: Device) -> float | None:
-    """Bytes a second, read and written, of a large copy.
+READ_BYTES = 4 << 30
+"""Far more than a cache holds."""
 
-    None on CPU, where a copy is slowed by the fresh pages that it writes, and decoding writes none.
+
+def read_rate(device: Device) -> float | None:
+    """Bytes a second that a kernel reads which writes next to nothing: what a floor divides by.
+
+    A sum of large numbers; a step reads weights and pages likewise and writes little. On an H200
+    it is 1.3 times what copies read and write together. None on CPU, whose caches hold the small
+    models that are served there.
     """
     if device.platform == "cpu":
         return None
-    x = jax.random.normal(jax.random.key(0), (1 << 30,), jnp.bfloat16)
+    x = jnp.ones((READ_BYTES // 2,), jnp.bfloat16)
+    return READ_BYTES / _seconds(jax.jit(lambda x: x.sum(dtype=jnp.float32)), x)
+
+
+def copy_rate(device: Device) -> float | None:
+    """Bytes a second, read and written, of a large copy; None on CPU."""
+    if device.platform == "cpu":
+        return None
+    x = jnp.ones((READ_BYTES // 4,), jnp.bfloat16)
     return 2 * x.nbytes / _seconds(jax.jit(lambda x: x + 1), x)
 
 
@@ -443,9 +483,11 @@ def _scheduler(study: Study, executor: JaxExecutor, **changes: Any) -> Scheduler
 
 
 def _executor(
-    study: Study, config: DecoderConfig, parameters: Any, quantisation: Quantisation | None
+    study: Study, config: DecoderConfig, parameters: Any, form: str | None
 ) -> JaxExecutor:
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    kept, _, cached = (form or "").partition("+")
+    quantisation, cache_form = cast(Any, (kept or None, cached or None))
     weights = serving_weights(config, parameters, quantisation=quantisation, placement=place)
     size = study.page_size
     longest = max(*study.prompts, study.context) + 4 * size
@@ -466,7 +508,9 @@ def _executor(
         transfer_buckets=(1,),
         distinguish_first=jax.default_backend() != "cpu",
     )
-    return JaxExecutor(config, weights, scheduler, placement=place, shapes=shapes)
+    return JaxExecutor(
+        config, weights, scheduler, placement=place, shapes=shapes, cache_form=cache_form
+    )
 
 
 def _compile(

@@ -49,6 +49,7 @@ from jaxsys.serve.engine import Engine
 from jaxsys.serve.http.listening import BACKLOG, HttpServer, raise_descriptor_limit
 from jaxsys.serve.http.starting import Gateway, Progress
 from jaxsys.serve.logs import log_to_stderr
+from jaxsys.serve.paged_model import CACHE_FORMS
 from jaxsys.serve.processes.fleet import LocalProcesses
 from jaxsys.serve.processes.front import Front, FrontSpec, bind, build_app, read_face
 from jaxsys.serve.processes.worker import WorkerSpec
@@ -88,6 +89,7 @@ def main(argv: Sequence[str], prog: str) -> int:
         page_count=arguments.page_count,
         max_requests=arguments.max_requests,
         quantisation=arguments.quantisation,
+        cache_form=arguments.cache_form,
         tensor_parallel=arguments.tensor_parallel,
     )
     worker = WorkerSpec(
@@ -205,7 +207,7 @@ def _build(spec: FrontSpec, progress: Progress, address: str) -> _Built:
     progress.enter("placing weights")
     served = Served(
         model=shape,
-        weights=config.quantisation or dtype,
+        weights=config.weights_named(dtype),
         tensor_parallel=config.tensor_parallel,
         prefill_budget=prefill_budget(config, devices[0]),
     )
@@ -444,6 +446,12 @@ def parser(prog: str) -> argparse.ArgumentParser:
         choices=QUANTISATIONS,
         dest="quantisation",
         help="form of the weight matrices (default: that of --dtype)",
+    )
+    sizes.add_argument(
+        "--quantise-cache",
+        choices=CACHE_FORMS,
+        dest="cache_form",
+        help="form of keys and values in pages (default: that of --dtype)",
     )
     sizes.add_argument(
         "--compilation-cache",

@@ -23,6 +23,7 @@ from jaxsys.serve.handover import Message, PageTransfer, Receiver, SameProcess, 
 from jaxsys.serve.hooks import Governor, NoGovernor, Router
 from jaxsys.serve.instance import Instance
 from jaxsys.serve.member import Member, TokenEvent
+from jaxsys.serve.paged_model import CacheForm, number_bytes
 from jaxsys.serve.scheduler import Role, Scheduler, SchedulerConfig
 from jaxsys.serve.steps import ExecutorConfig
 from jaxsys.serve.weights import (
@@ -63,6 +64,8 @@ class DeploymentConfig:
     max_requests: int = 256
     quantisation: Quantisation | None = None
     """Form of the matrices; None keeps the model's dtype."""
+    cache_form: CacheForm | None = None
+    """Form of keys and values in pages; None keeps the model's dtype."""
     tensor_parallel: int = 1
     """Devices that share one instance, each with its part of the heads and the feed-forward."""
 
@@ -85,6 +88,11 @@ class DeploymentConfig:
                 raise UsageError(f"{name}={value} must be at least 1")
         if self.page_count is not None:  # on CPU a page may yet turn out to be smaller
             _check_room(self.page_count, self.page_size or ACCELERATOR_PAGE, self.max_length)
+
+    def weights_named(self, dtype: str) -> str:
+        """What profiles call weights of `dtype` in their form, and the cache if it has its own."""
+        kept = self.quantisation or dtype
+        return kept if self.cache_form is None else f"{kept}, {self.cache_form} cache"
 
     @property
     def roles(self) -> list[Role]:
@@ -204,6 +212,7 @@ def build_instance(
         shapes=ExecutorConfig.for_scheduler(
             scheduler, distinguish_first=group[0].platform != "cpu"
         ),
+        cache_form=config.cache_form,
     )
     return Instance(
         name,
@@ -363,13 +372,13 @@ def _scheduler_config(
         page_count = 4 * -(-config.max_length // page_size)
         stats = None if on_cpu else device.memory_stats()
         if stats:
-            itemsize = np.dtype(dtype).itemsize
-            token_bytes = sum(cache_parts(shape).values()) * itemsize
+            of_number = number_bytes(shape, dtype, config.cache_form)
+            token_bytes = sum(cache_parts(shape).values()) * of_number
             ways = 1 if layer_cache(shape, shape.kinds[0]).split is None else len(group)
             free_bytes = (
                 (stats["bytes_limit"] - stats["bytes_in_use"]) * CACHE_SHARE / sharing * ways
             )
-            page_count = int(free_bytes) // (token_bytes * page_size)
+            page_count = int(free_bytes / (token_bytes * page_size))
             if page_count * page_size < config.max_length:
                 raise UsageError(
                     f"{free_bytes / 2**30:.1f} GiB for pages hold "

@@ -18,7 +18,7 @@ from jaxsys.model import DecoderConfig
 from jaxsys.model.contract import layer_cache
 from jaxsys.serve import paged_model
 from jaxsys.serve.paged_attention import choose_kernels
-from jaxsys.serve.paged_model import Contents
+from jaxsys.serve.paged_model import CacheForm, Contents
 from jaxsys.serve.prompt_scores import Scores
 from jaxsys.serve.requests import Request, RequestState, SamplingParameters
 from jaxsys.serve.sampling import (
@@ -135,13 +135,16 @@ class JaxExecutor:
         *,
         placement: Sharding,
         shapes: ExecutorConfig | None = None,
+        cache_form: CacheForm | None = None,
     ):
         """Takes weights that lie on their devices already.
 
         Args:
             placement: one device's sharding, or a `NamedSharding` that spells out nothing over the
                 mesh whose axis `TENSOR` splits the weights; step inputs are whole on every device.
+            cache_form: of keys and values in pages; the weights' dtype if None.
         """
+        self.cache_form: CacheForm | None = cache_form
         self.config = config
         self.weights = weights
         self.shapes = ExecutorConfig.for_scheduler(scheduler) if shapes is None else shapes
@@ -185,6 +188,7 @@ class JaxExecutor:
             self.page_size,
             self.weights.dtype,
             self._cache_placement,
+            self.cache_form,
         )
         self._last = jax.device_put(np.zeros(self.slots, np.int32), self._placement)
         self._history: History | None = None

@@ -14,6 +14,9 @@ their log-sum-exp. On an H100 (32 query heads, 8 key/value heads of 128, 1024 to
 paged kernel took 1.02x the time of copying the keys and values at batch 128; JAX's Pallas kernel
 1.28x, gathering pages for cuDNN 3.0x, for XLA 3.3x, the portable walk 4.7x.
 
+Pages may hold float8 with a scale a token and head (`Scales`); cuDNN has no paged kernel for that
+which JAX reaches, so decoding takes our own (`float8_pages`).
+
 Legend: B requests, T tokens of a prompt piece, W pages of a block table, P pages, S tokens a page,
 G key/value heads, R query heads for each, K head width, C tokens of a chunk.
 """
@@ -30,6 +33,7 @@ from jaxtyping import Array, Float, Int
 from jaxsys.mesh import Device
 from jaxsys.model import choose_implementation
 from jaxsys.model.grouped import serving_way
+from jaxsys.serve import float8_pages
 from jaxsys.serve.expert_weights import Grouped, grouped_over, used_by_walk
 
 CHUNK_TOKENS = 128
@@ -71,6 +75,10 @@ class Rule:
 PLAIN = Rule()
 
 
+Scales = tuple[Float[Array, "P S G"], Float[Array, "P S G"] | None] | None
+"""Of keys and values in float8; None where pages hold what is computed with."""
+
+
 class DecodeAttention(Protocol):
     """One query token a request."""
 
@@ -83,6 +91,7 @@ class DecodeAttention(Protocol):
         positions: Int[Array, " B"],
         rule: Rule = PLAIN,
         sinks: Float[Array, "G R"] | None = None,
+        scales: Scales = None,
     ) -> Float[Array, "B G R K"]: ...
 
 
@@ -101,6 +110,7 @@ class PrefillAttention(Protocol):
         continued: bool,
         rule: Rule = PLAIN,
         sinks: Float[Array, "G R"] | None = None,
+        scales: Scales = None,
     ) -> Float[Array, "1 T G R K"]: ...
 
 
@@ -145,6 +155,7 @@ def attend_pages(
     positions: Int[Array, "B T"],
     rule: Rule = PLAIN,
     sinks: Float[Array, "G R"] | None = None,
+    scales: Scales = None,
 ) -> Float[Array, "B T G R K"]:
     """The portable walk: each query sees the positions up to its own, or a window of them.
 
@@ -154,6 +165,7 @@ def attend_pages(
         positions: int32 [B, T], where each query stands.
         rule: of this kind of layer.
         sinks: scores that take part in each head's softmax and add nothing.
+        scales: of pages in float8.
 
     Returns:
         [B, T, G, R, K] in the dtype of `q`, K the width of values; softmax in float32.
@@ -170,11 +182,11 @@ def attend_pages(
     def turn(chunk: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]):
         highest, total, output = carry
         index = jax.lax.dynamic_slice_in_dim(tables, chunk * pages, pages, axis=1)
-        k = keys.at[index].get(mode="clip").reshape(batch, length, groups, width)
-        if values is None:
-            v = k[..., :channels]
-        else:
-            v = values.at[index].get(mode="clip").reshape(batch, length, groups, width)
+        k, v = (
+            None if pool is None else pool.reshape(batch, length, groups, width)
+            for pool in _gathered(keys, values, scales, index, q.dtype)
+        )
+        v = k[..., :channels] if v is None else v
         # Pages may hold anything behind a request's last token, NaN too, which no weight of zero
         # would keep out of the sum.
         own = (chunk * length + offsets)[None, :] <= positions.max(axis=1)[:, None]
@@ -212,20 +224,38 @@ def attend_pages(
     return (output / total).transpose(0, 3, 1, 2, 4).astype(q.dtype)
 
 
-def portable_decode(q, keys, values, tables, positions, rule=PLAIN, sinks=None):
+def _gathered(keys, values, scales: Scales, pages, dtype) -> tuple[Any, Any]:
+    """Keys and values (None as they are given) of pages, widened where they are float8."""
+    found = []
+    for pool, of_pool in zip((keys, values), scales or (None, None), strict=True):
+        part = None if pool is None else pool.at[pages].get(mode="clip")
+        if part is not None and of_pool is not None:
+            of_pages = of_pool.at[pages].get(mode="clip")[..., None]
+            part = (part.astype(jnp.float32) * of_pages).astype(dtype)
+        found.append(part)
+    return found[0], found[1]
+
+
+def portable_decode(q, keys, values, tables, positions, rule=PLAIN, sinks=None, scales=None):
     """`DecodeAttention` by the portable walk."""
-    return attend_pages(q[:, None], keys, values, tables, positions[:, None], rule, sinks)[:, 0]
+    at = positions[:, None]
+    return attend_pages(q[:, None], keys, values, tables, at, rule, sinks, scales)[:, 0]
 
 
-def portable_prefill(q, k, v, keys, values, table, start, continued, rule=PLAIN, sinks=None):
+def portable_prefill(
+    q, k, v, keys, values, table, start, continued, rule=PLAIN, sinks=None, scales=None
+):
     """`PrefillAttention` by the portable walk: the piece's own tokens are read from their pages."""
     positions = start + jnp.arange(q.shape[1], dtype=jnp.int32)
-    return attend_pages(q, keys, values, table[None], positions[None], rule, sinks)
+    return attend_pages(q, keys, values, table[None], positions[None], rule, sinks, scales)
 
 
-def _cudnn_decode(q, keys, values, tables, positions, rule=PLAIN, sinks=None):
-    if not rule.kernels_know(sinks):
-        return portable_decode(q, keys, values, tables, positions, rule, sinks)
+def _cudnn_decode(q, keys, values, tables, positions, rule=PLAIN, sinks=None, scales=None):
+    if scales is not None and rule.kernels_know(sinks) and float8_pages.fits(q, keys):
+        of_width = rule.of_width(q.shape[-1])
+        return float8_pages.decode(q, keys, values, scales, tables, positions, of_width)
+    if scales is not None or not rule.kernels_know(sinks):
+        return portable_decode(q, keys, values, tables, positions, rule, sinks, scales)
     # The only door to cuDNN's paged attention that JAX has. Its public wrapper demands a pool of
     # exactly B * W pages; the primitive under it does not.
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
@@ -261,9 +291,11 @@ def _cudnn_decode(q, keys, values, tables, positions, rule=PLAIN, sinks=None):
     return output.reshape(q.shape)
 
 
-def _cudnn_prefill(q, k, v, keys, values, table, start, continued, rule=PLAIN, sinks=None):
+def _cudnn_prefill(
+    q, k, v, keys, values, table, start, continued, rule=PLAIN, sinks=None, scales=None
+):
     if not rule.kernels_know(sinks):
-        return portable_prefill(q, k, v, keys, values, table, start, continued, rule, sinks)
+        return portable_prefill(q, k, v, keys, values, table, start, continued, rule, sinks, scales)
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     one, steps, groups, rows, width = q.shape
@@ -286,12 +318,13 @@ def _cudnn_prefill(q, k, v, keys, values, table, start, continued, rule=PLAIN, s
     if not continued:
         return own.reshape(q.shape)
     pages = jnp.clip(table, 0, keys.shape[0] - 1)
-    before = values[pages].reshape(1, -1, groups, width)
+    keys, values = _gathered(keys, values, scales, pages, q.dtype)
+    before = values.reshape(1, -1, groups, width)
     # Behind `start` pages may hold anything; cuDNN weighs it with zero, which keeps no NaN out.
     written = jnp.arange(before.shape[1], dtype=jnp.int32) < start
     before = jnp.where(written[None, :, None, None], before, 0)
     earlier, earlier_sum = fused(
-        keys[pages].reshape(1, -1, groups, width),
+        keys.reshape(1, -1, groups, width),
         before,
         cudnn.MaskType.PADDING,
         q_seqlen=jnp.full(1, steps, jnp.int32),
@@ -303,6 +336,11 @@ def _cudnn_prefill(q, k, v, keys, values, table, start, continued, rule=PLAIN, s
     share = jax.nn.sigmoid(own_sum - earlier_sum).transpose(0, 2, 1)[..., None]
     joined = own.astype(jnp.float32) * share + earlier.astype(jnp.float32) * (1 - share)
     return joined.astype(q.dtype).reshape(q.shape)
+
+
+def _of_scales(scales: Scales, pool: PartitionSpec) -> Any:
+    """How scales [P, S, G] are split where pools [P, S, G, K] are split so."""
+    return jax.tree.map(lambda _: PartitionSpec(*tuple(pool)[:3]), scales)
 
 
 def _split_heads(kernels: AttentionKernels, mesh: Mesh, axis: str) -> AttentionKernels:
@@ -319,14 +357,18 @@ def _split_heads(kernels: AttentionKernels, mesh: Mesh, axis: str) -> AttentionK
             return spec(None, None, axis, None), spec(None, axis)
         return spec(), spec(None, None, axis)
 
-    def decode(q, keys, values, tables, positions, rule=PLAIN, sinks=None):
+    def decode(q, keys, values, tables, positions, rule=PLAIN, sinks=None, scales=None):
         pool, heads = places(rule)
-        given = {"values": (values, pool), "sinks": (sinks, spec(axis))}
+        given = {
+            "values": (values, pool),
+            "sinks": (sinks, spec(axis)),
+            "scales": (scales, _of_scales(scales, pool)),
+        }
         given = {name: one for name, one in given.items() if one[0] is not None}
 
         def attend(q, keys, tables, positions, more):
-            values, sinks = more.get("values"), more.get("sinks")
-            return kernels.decode(q, keys, values, tables, positions, rule, sinks)
+            values, *rest = (more.get(name) for name in ("values", "sinks", "scales"))
+            return kernels.decode(q, keys, values, tables, positions, rule, *rest)
 
         return jax.shard_map(
             attend,
@@ -336,16 +378,23 @@ def _split_heads(kernels: AttentionKernels, mesh: Mesh, axis: str) -> AttentionK
             check_vma=False,  # the kernels' loops start from constants, the same on every device
         )(q, keys, tables, positions, {name: one for name, (one, _) in given.items()})
 
-    def prefill(q, k, v, keys, values, table, start, continued, rule=PLAIN, sinks=None):
+    def prefill(
+        q, k, v, keys, values, table, start, continued, rule=PLAIN, sinks=None, scales=None
+    ):
         pool, heads = places(rule)
         queries = spec(None, *heads)
         own = spec(None, *pool[1:]) if pool else spec()
-        given = {"v": (v, own), "values": (values, pool), "sinks": (sinks, spec(axis))}
+        given = {
+            "v": (v, own),
+            "values": (values, pool),
+            "sinks": (sinks, spec(axis)),
+            "scales": (scales, _of_scales(scales, pool)),
+        }
         given = {name: one for name, one in given.items() if one[0] is not None}
 
         def attend(q, k, keys, table, start, more):
-            v, values, sinks = (more.get(name) for name in ("v", "values", "sinks"))
-            return kernels.prefill(q, k, v, keys, values, table, start, continued, rule, sinks)
+            v, values, *rest = (more.get(name) for name in ("v", "values", "sinks", "scales"))
+            return kernels.prefill(q, k, v, keys, values, table, start, continued, rule, *rest)
 
         return jax.shard_map(
             attend,

@@ -1,10 +1,11 @@
 """The decoder's forward passes over a paged key-value cache: pure functions for `jax.jit`.
 
 Each layer keeps its keys and values in a pool [P, S, G, K] of P pages, or its latent vectors and
-their turning key in one [P, S, 1, C + R]; a request's block table
-lists its pages in order, so position p lies in page `table[p // S]` at offset `p % S`. Pools come
-in and go out of every pass, so that a caller who donates them has pages written in place. Rows that
-pad a bucket carry page P, one past the end: their writes are dropped.
+their turning key in one [P, S, 1, C + R], in the weights' dtype or in float8 with a scale a token
+and head; a request's block table lists its pages in order, so position p lies in page
+`table[p // S]` at offset `p % S`. Pools come in and go out of every pass, so that a caller who
+donates them has pages written in place. Rows that pad a bucket carry page P, one past the end:
+their writes are dropped.
 
 The mathematics are those of `jaxsys.model.block`, over the fused weights of `weights`. Layers are
 unrolled over separate arrays: a scan over stacked weights would copy each layer's slice before use
@@ -15,26 +16,68 @@ D width, G key/value heads, R query heads for each, K head width, V vocabulary.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from jaxsys import float8
 from jaxsys.model import Block, DecoderConfig
 from jaxsys.model.block import Turn, attention_scale, norm, turn
 from jaxsys.model.contract import layer_cache
 from jaxsys.model.decoder import finish_logits
-from jaxsys.serve.paged_attention import AttentionKernels, Rule
+from jaxsys.serve.paged_attention import AttentionKernels, Rule, Scales
 from jaxsys.serve.prompt_scores import Scores, score
 from jaxsys.serve.weights import HeldFused, LayerWeights, ServingWeights, matmul
 
+CacheForm = Literal["fp8"]
+
+CACHE_FORMS: tuple[CacheForm, ...] = get_args(CacheForm)
+
 
 class LayerCache(NamedTuple):
-    """One layer's keys and values, each [P, S, G, K]; or its latent vectors and key as `keys`."""
+    """One layer's keys and values, each [P, S, G, K]; or its latent vectors and key as `keys`.
+
+    Scales [P, S, G] where they are float8.
+    """
 
     keys: jax.Array
     values: jax.Array | None = None
+    key_scales: jax.Array | None = None
+    value_scales: jax.Array | None = None
+
+    @property
+    def scales(self) -> Scales:
+        """Those of keys and of values, if there are any."""
+        return None if self.key_scales is None else (self.key_scales, self.value_scales)
+
+    @property
+    def pools(self) -> Iterator[tuple[jax.Array, jax.Array | None]]:
+        """Each pool and its scales."""
+        yield self.keys, self.key_scales
+        if self.values is not None:
+            yield self.values, self.value_scales
+
+    def written(
+        self, pages: jax.Array, offsets: jax.Array, k: jax.Array, v: jax.Array | None
+    ) -> "LayerCache":
+        """With k and v [B, G, K] at their places; those past the last page are dropped."""
+        found = []
+        for (pool, scales), fresh in zip(self.pools, (k, v), strict=False):
+            assert fresh is not None
+            if scales is not None:
+                fresh, scale = float8.scaled(fresh, pool.dtype, axis=-1)
+                scales = scales.at[pages, offsets].set(scale[..., 0], mode="drop")
+            found.append((pool.at[pages, offsets].set(fresh, mode="drop"), scales))
+        return _layer_cache(found)
+
+
+def _layer_cache(pools: list[tuple[jax.Array, jax.Array | None]]) -> LayerCache:
+    values, of_values = pools[1] if len(pools) > 1 else (None, None)
+    return LayerCache(pools[0][0], values, pools[0][1], of_values)
 
 
 Cache = tuple[LayerCache, ...]
@@ -42,7 +85,16 @@ Cache = tuple[LayerCache, ...]
 Contents = Float[Array, "N W S G K"]
 """What some pages hold: each pool of each layer in turn, N = 2 * layers, or layers where latent.
 One array: to send and receive N of them keeps the host from its next steps for longer than the data
-takes."""
+takes. Float8 goes as bytes, each head's scale in the four behind it: [N, W, S, G, K + 4]."""
+
+_SCALE_BYTES = 4
+
+
+def number_bytes(config: DecoderConfig, dtype: DTypeLike, form: CacheForm | None = None) -> float:
+    """Bytes that a number of the cache takes, its part of a scale included."""
+    if form is None:
+        return float(jnp.dtype(dtype).itemsize)
+    return 1.0 + _SCALE_BYTES / layer_cache(config, config.kinds[0]).shapes[0][-1]
 
 
 def empty_cache(
@@ -51,15 +103,32 @@ def empty_cache(
     page_size: int,
     dtype: jnp.dtype,
     placement: jax.sharding.Sharding,
+    form: CacheForm | None = None,
 ) -> Cache:
-    """Pools of zeros, each laid out by `placement`."""
+    """Pools of zeros, each laid out by `placement`; of `dtype` without a form."""
 
     def pools(layer: int) -> LayerCache:
-        shapes = layer_cache(config, config.kind(layer)).shapes
-        pair = (jnp.zeros((page_count, page_size, *s), dtype, device=placement) for s in shapes)
-        return LayerCache(*pair)
+        found: list[tuple[jax.Array, jax.Array | None]] = []
+        for shape in layer_cache(config, config.kind(layer)).shapes:
+            size = (page_count, page_size, *shape)
+            kept = dtype if form is None else float8.E4M3
+            scales = None
+            if form is not None:
+                scales = jnp.zeros(size[:-1], jnp.float32, device=placement)
+            found.append((jnp.zeros(size, kept, device=placement), scales))
+        return _layer_cache(found)
 
     return tuple(pools(layer) for layer in range(config.num_layers))
+
+
+def contents_shape(cache: Cache, width: int) -> jax.ShapeDtypeStruct:
+    """Of `width` extracted pages; where they lie is not said."""
+    pool = cache[0].keys
+    count = sum(1 for layer in cache for _ in layer.pools)
+    lead, head = (count, width, *pool.shape[1:3]), pool.shape[3]
+    if cache[0].scales is None:
+        return jax.ShapeDtypeStruct((*lead, head), pool.dtype)
+    return jax.ShapeDtypeStruct((*lead, head + _SCALE_BYTES), jnp.uint8)
 
 
 def decode_pass(
@@ -86,14 +155,14 @@ def decode_pass(
     pages = jnp.take_along_axis(tables, (positions // page_size)[:, None], axis=1)[:, 0]
     offsets = positions % page_size
     written = []
-    for index, (layer, (keys, values)) in enumerate(zip(weights.layers, cache, strict=True)):
+    for index, (layer, pool) in enumerate(zip(weights.layers, cache, strict=True)):
         block, rule, sinks = _bound(config, kernels, index, layer)
         q, k, v = block.project_kept(x, turns[block.kind.name])
-        keys = keys.at[pages, offsets].set(k[:, 0], mode="drop")
-        if v is not None:
-            values = values.at[pages, offsets].set(v[:, 0], mode="drop")
-        written.append(LayerCache(keys, values))
-        o = kernels.decode(q[:, 0], keys, values, tables, positions, rule, sinks)
+        pool = pool.written(pages, offsets, k[:, 0], None if v is None else v[:, 0])
+        written.append(pool)
+        o = kernels.decode(
+            q[:, 0], pool.keys, pool.values, tables, positions, rule, sinks, pool.scales
+        )
         x = block.finish(x, block.read_kept(o[:, None]))[0]
     return _logits(config, weights, x)[:, 0], tuple(written)
 
@@ -166,14 +235,13 @@ def _piece(
     pages = jnp.where(steps < length, pages, page_count)
     offsets = positions % page_size
     written = []
-    for index, (layer, (keys, values)) in enumerate(zip(weights.layers, cache, strict=True)):
+    for index, (layer, pool) in enumerate(zip(weights.layers, cache, strict=True)):
         block, rule, sinks = _bound(config, kernels, index, layer)
         q, k, v = block.project_kept(x, turns[block.kind.name])
-        keys = keys.at[pages, offsets].set(k[0], mode="drop")
-        if v is not None:
-            values = values.at[pages, offsets].set(v[0], mode="drop")
-        written.append(LayerCache(keys, values))
-        o = kernels.prefill(q, k, v, keys, values, table, start, continued, rule, sinks)
+        pool = pool.written(pages, offsets, k[0], None if v is None else v[0])
+        written.append(pool)
+        of_pages = (pool.keys, pool.values, table, start, continued)
+        o = kernels.prefill(q, k, v, *of_pages, rule, sinks, pool.scales)
         x = block.finish(x, block.read_kept(o))[0]
     return x, tuple(written)
 
@@ -190,17 +258,30 @@ def clear_pages(cache: Cache, pages: Int[Array, " C"]) -> Cache:
 
 def extract_pages(cache: Cache, pages: Int[Array, " W"]) -> Contents:
     """The contents of `pages` as they go to another instance."""
-    return jnp.stack([pool[pages] for pool in jax.tree.leaves(cache)])
+    return jnp.stack([_as_content(*pool, pages) for layer in cache for pool in layer.pools])
 
 
 def insert_pages(cache: Cache, contents: Contents, pages: Int[Array, " W"]) -> Cache:
     """Writes extracted contents into `pages`; those past the end are dropped."""
-    pools = jax.tree.leaves(cache)
-    written = [
-        pool.at[pages].set(content, mode="drop")
-        for pool, content in zip(pools, contents, strict=True)
-    ]
-    return jax.tree.unflatten(jax.tree.structure(cache), written)
+    rest = iter(contents)
+
+    def written(pool: jax.Array, scales: jax.Array | None, content: jax.Array):
+        if scales is not None:
+            of_heads = jax.lax.bitcast_convert_type(content[..., -_SCALE_BYTES:], scales.dtype)
+            scales = scales.at[pages].set(of_heads, mode="drop")
+            content = jax.lax.bitcast_convert_type(content[..., :-_SCALE_BYTES], pool.dtype)
+        return pool.at[pages].set(content, mode="drop"), scales
+
+    return tuple(
+        _layer_cache([written(*pool, next(rest)) for pool in layer.pools]) for layer in cache
+    )
+
+
+def _as_content(pool: jax.Array, scales: jax.Array | None, pages: jax.Array) -> jax.Array:
+    if scales is None:
+        return pool[pages]
+    parts = (jax.lax.bitcast_convert_type(p[pages], jnp.uint8) for p in (pool, scales))
+    return jnp.concatenate(list(parts), axis=-1)
 
 
 def _embed(

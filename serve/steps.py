@@ -99,12 +99,11 @@ class Steps:
 
     def contents_like(self, width: int) -> jax.ShapeDtypeStruct:
         """The form of `width` extracted pages."""
-        pool = self._cache[0].keys
-        placement = pool.sharding
+        placement = self._cache[0].keys.sharding
         if isinstance(placement, NamedSharding):
             placement = NamedSharding(placement.mesh, PartitionSpec(None, *placement.spec))
-        shape = (len(jax.tree.leaves(self._cache)), width, *pool.shape[1:])
-        return jax.ShapeDtypeStruct(shape, pool.dtype, sharding=placement)
+        like = paged_model.contents_shape(self._cache, width)
+        return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=placement)
 
     def essential(self) -> list[tuple]:
         """Keys of the steps without which the role cannot serve: the largest of each kind."""

@@ -1,29 +1,26 @@
 """A decoder's weights as the server computes with them: fused, split by layer, quantised, sharded.
 
-Matrices that read the same input are one: queries, keys and values of a layer as [D, G, R+2, K]
-(each key/value head beside the query heads it serves), gate and up as [D, 2, F]. At batch 1 on an
-H100 the fused pair ran 20 % faster than apart. Both split evenly over a mesh axis along G and F, so
-tensor parallelism needs no other layout. Which matrices and vectors a layer has is the model's
-description; `HeldFused` is how `jaxsys.model.block` computes with them.
-
-A quantised matrix (int8, or fp8: e4m3fn) keeps one scale an output column, W = value * scale,
-such that the column's largest value is the largest of the form. Values are widened, exactly, to
-what the pass computes in on their way into the product, whose result is scaled: a step reads half
-the bytes, and activations stay as they are.
+Matrices that read the same input are one: queries, keys and values of a layer give [G, R+2, K]
+(each key/value head beside the query heads it serves), gate and up [W, 2, F / W], each device's
+parts together. At batch 1 on an H100 the fused pair ran 20 % faster than apart. Both split evenly
+over a mesh axis along G and W, so tensor parallelism needs no other layout. Which matrices and
+vectors a layer has is the model's description; `HeldFused` is how `jaxsys.model.block` computes
+with them, `matrix` what one of them is and how it multiplies.
 
 Legend: D width, F feed-forward, N query heads, G key/value heads, R = N / G, K head width, E
-experts, V vocabulary, L layers.
+experts, V vocabulary, L layers, W devices of a mesh.
 """
 
+import dataclasses
 import functools
 import math
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
-from jaxtyping import Array, Float
 
+from jaxsys import float8
 from jaxsys.errors import UsageError
 from jaxsys.layered import Parameters
 from jaxsys.mesh import TENSOR
@@ -34,37 +31,32 @@ from jaxsys.model.experts import Chosen
 from jaxsys.model.leaves import Leaf, block_leaves
 from jaxsys.serve.expert_weights import ExpertWeights, Grouped, expert_weights, mix
 from jaxsys.serve.expert_weights import placed as expert_weights_placed
+from jaxsys.serve.matrix import (
+    QUANTISATIONS,
+    WIDENED,
+    Matrix,
+    Quantisation,
+    Way,
+    matmul,
+    plain,
+    quantised,
+    way,
+)
 
-Quantisation = Literal["int8", "fp8"]
-
-QUANTISATIONS: tuple[Quantisation, ...] = get_args(Quantisation)
-
-_FORMS: dict[Quantisation, tuple[Any, float]] = {
-    "int8": (jnp.int8, 127.0),
-    "fp8": (jnp.float8_e4m3fn, 448.0),
-}
-"""Dtype and largest value of each."""
-
-
-class Matrix(NamedTuple):
-    """Weights [inputs..., outputs...], with a scale [outputs...] where they are quantised."""
-
-    values: jax.Array
-    scale: jax.Array | None = None
 
 
 class LayerWeights(NamedTuple):
     """One decoder layer, by names that are paths of its leaves, fused ones by a name of their own.
 
-    Matrices: `qkv` [D, G, R+2, K]; `out` [G, R, K, D]; `mlp/up` and `shared/up` [D, 2, F], gate
-    first ([D, 1, F] without one); others as the parameters have them. Of
+    Matrices by what they give: `qkv` [G, R+2, K]; `out` [D]; `mlp/up` and `shared/up`
+    [W, 2, F / W], gate first ([W, 1, F / W] without one); others as the parameters have them. Of
     latent attention: `attention/latent_up` [C, N, P+V], which is multiplied from both sides and
-    keeps its bits, and `out` [N, 1, V, D].
+    keeps its bits.
     """
 
     matrices: dict[str, Matrix]
     vectors: dict[str, jax.Array]
-    """Norms, biases (fused like their matrices), sinks [G, R], corrections."""
+    """Norms, biases (in the form of what they are added to), sinks [G, R], corrections."""
     experts: ExpertWeights | None = None
 
 
@@ -77,7 +69,7 @@ class ServingWeights(NamedTuple):
     norm: jax.Array
     """[D]."""
     head: Matrix | None
-    """[D, V]; None where it is the embedding."""
+    """D to V; None where it is the embedding."""
     norm_bias: jax.Array | None = None
     """[D]."""
 
@@ -99,6 +91,7 @@ def serving_weights(
     *,
     quantisation: Quantisation | None = None,
     placement: Sharding | None = None,
+    how: Way | None = None,
 ) -> ServingWeights:
     """Fuses stacked parameters {"edge", "blocks" [L, ...]}, quantises and places them.
 
@@ -106,13 +99,22 @@ def serving_weights(
         parameters: "blocks" may be a function that gives the layer of a number.
         placement: one device's sharding, or a `NamedSharding` whose mesh has the axis `TENSOR`;
             where they lie if None.
+        how: quantised matrices multiply; what suits the device if None.
 
     Raises:
         UsageError: if the mesh cannot divide the heads or the feed-forward evenly.
     """
+    ways = 1
     if isinstance(placement, NamedSharding) and isinstance(placement.mesh, Mesh):
         check_tensor_parallel(config, placement.mesh)
+        ways = placement.mesh.shape[TENSOR]
     edge, blocks = parameters["edge"], parameters["blocks"]
+    if how is None:
+        how = WIDENED if quantisation is None else way(quantisation, _device(placement))
+        if ways > 1:
+            # The kernel for few rows sees one device's arrays, which no mesh splits for it.
+            how = dataclasses.replace(how, few_rows=0)
+    form = _Form(quantisation, how, ways)
     layers = []
     first = None if placement is None else min(placement.device_set, key=lambda one: one.id)
     for index in range(config.num_layers):
@@ -123,11 +125,10 @@ def serving_weights(
         if first is not None:
             tree = jax.device_put(tree, jax.sharding.SingleDeviceSharding(first))
         leaves = block_leaves(config, config.kind(index))
-        layers.append(_place_layer(_fused(config, leaves, tree, quantisation), placement))
+        layers.append(_place_layer(_fused(config, leaves, tree, form), placement))
     head = None
     if not config.tie_embeddings:
-        head = _matrix(edge["head"]["kernel"], 1, quantisation)
-        head = _place(head, PartitionSpec(None, TENSOR), placement)
+        head = _place(form.of(edge["head"]["kernel"]), "outputs", placement)
     bias = edge["norm"].get("bias")
     return ServingWeights(
         embedding=_place(edge["embed"]["table"], PartitionSpec(), placement),
@@ -138,22 +139,43 @@ def serving_weights(
     )
 
 
+class _Form(NamedTuple):
+    """What matrices become."""
+
+    quantisation: Quantisation | None
+    way: Way
+    devices: int
+
+    def of(self, kernel: jax.Array, outputs: tuple[int, ...] | None = None) -> Matrix:
+        """A kernel [K, N], whose N may stand for several axes."""
+        if self.quantisation is None:
+            return plain(kernel, outputs)
+        return _quantised(kernel, self.quantisation, self.way, outputs, self.devices)
+
+    def of_experts(self, kernels: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """See `expert_weights.Quantise`; what would be int4 is int8, a scale an output."""
+        if self.quantisation is None:
+            return kernels, None
+        small = float8.E4M3 if self.quantisation == "fp8" else jnp.int8
+        values, scale = float8.scaled(kernels, small, axis=1)
+        return values, scale[:, 0]
+
+
+_quantised = functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))(quantised)
+
+
+def _device(placement: Sharding | None) -> Any:
+    return jax.devices()[0] if placement is None else next(iter(placement.device_set))
+
+
 _QKV = tuple(("attention", name) for name in ("query", "key", "value"))
 _FEEDS = ("mlp", "shared")
 
 
-def _fused(
-    config: DecoderConfig,
-    leaves: tuple[Leaf, ...],
-    tree: Any,
-    quantisation: Quantisation | None,
-) -> LayerWeights:
+def _fused(config: DecoderConfig, leaves: tuple[Leaf, ...], tree: Any, form: _Form) -> LayerWeights:
     """One layer's leaves, fused where they read the same input, and quantised."""
     groups, width = config.num_kv_heads, config.head_dim
-    rows = config.num_heads // groups
-    latent = config.latent
-    if latent is not None:
-        groups, rows, width = config.num_heads, 1, latent.value_dim
+    rows, latent = config.num_heads // groups, config.latent
     found = {leaf.path: _at(tree, leaf.path) for leaf in leaves}
     matrices: dict[str, Matrix] = {}
     vectors: dict[str, jax.Array] = {}
@@ -163,14 +185,15 @@ def _fused(
         return jnp.concatenate([h.reshape(*lead, groups, -1, width) for h in heads], axis=-2)
 
     if latent is None:
-        matrices["qkv"] = _matrix(joined("", (config.hidden_size,)), 1, quantisation)
+        heads = joined("", (config.hidden_size,))
+        matrices["qkv"] = form.of(heads.reshape(config.hidden_size, -1), heads.shape[1:])
     else:
         unfolding = found.pop(("attention", "latent_up"))
-        matrices["attention/latent_up"] = Matrix(unfolding.reshape(latent.rank, groups, -1))
+        unfolding = unfolding.reshape(latent.rank, config.num_heads, -1)
+        matrices["attention/latent_up"] = Matrix(unfolding, outputs=unfolding.shape[1:])
     if ("attention", "query_bias") in found:
         vectors["qkv_bias"] = joined("_bias", ())
-    out = found.pop(("attention", "out")).reshape(groups, rows, width, config.hidden_size)
-    matrices["out"] = _matrix(out, 3, quantisation)
+    matrices["out"] = form.of(found.pop(("attention", "out")))
     if (sinks := found.pop(("attention", "sinks"), None)) is not None:
         vectors["attention/sinks"] = sinks.reshape(groups, rows)
     for name in _FEEDS:
@@ -179,14 +202,16 @@ def _fused(
             held = [part for part in parts if part is not None]
             if not held:
                 continue
-            stacked = jnp.stack(held, axis=-2)
+            split = [part.reshape(*part.shape[:-1], form.devices, -1) for part in held]
+            stacked = jnp.stack(split, axis=-2)
             if suffix:
                 vectors[f"{name}/up_bias"] = stacked
             else:
-                matrices[f"{name}/up"] = _matrix(stacked, 1, quantisation)
+                flat = stacked.reshape(stacked.shape[0], -1)
+                matrices[f"{name}/up"] = form.of(flat, stacked.shape[1:])
     experts = None
     if ("experts", "down") in found:
-        experts = expert_weights(found, functools.partial(_of_experts, quantisation))
+        experts = expert_weights(found, form.of_experts)
     is_matrix = {leaf.path: leaf.is_matrix for leaf in leaves}
     for path, value in found.items():
         name = "/".join(path)
@@ -195,24 +220,29 @@ def _fused(
         else:
             # Routers and gates of one column decide: they keep their bits.
             decides = path[-1] in ("router", "weight")
-            matrices[name] = _matrix(value, 1, None if decides else quantisation)
+            matrices[name] = plain(value) if decides else form.of(value)
     return LayerWeights(matrices, vectors, experts)
-
-
-def _of_experts(
-    quantisation: Quantisation | None, kernels: jax.Array
-) -> tuple[jax.Array, jax.Array | None]:
-    """See `expert_weights.Quantise`: an expert's scale is a column's of that expert."""
-    if quantisation is None:
-        return kernels, None
-    small = _matrix(kernels.swapaxes(0, 1), 1, quantisation)
-    return small.values.swapaxes(0, 1), small.scale
 
 
 def _at(tree: Any, path: tuple[str, ...]) -> jax.Array:
     for name in path:
         tree = tree[name]
     return tree
+
+
+__all__ = [
+    "QUANTISATIONS",
+    "TENSOR",
+    "HeldFused",
+    "LayerWeights",
+    "Matrix",
+    "Quantisation",
+    "ServingWeights",
+    "check_served",
+    "check_tensor_parallel",
+    "matmul",
+    "serving_weights",
+]
 
 
 class HeldFused(HeldWhole):
@@ -239,9 +269,8 @@ class HeldFused(HeldWhole):
 
     def heads_out(self, o: jax.Array) -> jax.Array:
         """[B, T, G, R, K] -> [B, T, D]."""
-        out = self._layer.matrices["out"]
-        o = o.reshape(*o.shape[:2], *out.values.shape[:-1])
-        return self._biased(matmul(o, out, inputs=3), "attention/out_bias")
+        o = o.reshape(*o.shape[:2], -1)
+        return self._biased(matmul(o, self._layer.matrices["out"]), "attention/out_bias")
 
     def latent_up(self) -> jax.Array:
         """As it is kept."""
@@ -250,7 +279,8 @@ class HeldFused(HeldWhole):
     def up(self, x: jax.Array, name: str) -> tuple[jax.Array | None, jax.Array]:
         """Gate and up: one product."""
         both = self._biased(matmul(x, self._layer.matrices[f"{name}/up"]), f"{name}/up_bias")
-        return (both[..., 0, :] if self._config.gated else None), both[..., -1, :]
+        gate, up = (both[..., part, :].reshape(*x.shape[:-1], -1) for part in (0, -1))
+        return (gate if self._config.gated else None), up
 
     def mix(self, rows: jax.Array, chosen: Chosen) -> jax.Array:
         """The experts used, and no others."""
@@ -283,20 +313,20 @@ def check_served(config: DecoderConfig, max_length: int | None = None) -> None:
             )
 
 
-_SPLIT: dict[str, PartitionSpec] = {
-    "qkv": PartitionSpec(None, TENSOR, None, None),
+_SPLIT: dict[str, Literal["inputs", "outputs"] | PartitionSpec] = {
+    "qkv": "outputs",
     "qkv_bias": PartitionSpec(TENSOR, None, None),
-    "out": PartitionSpec(TENSOR, None, None, None),
+    "out": "inputs",
     "attention/sinks": PartitionSpec(TENSOR, None),
-    "attention/query": PartitionSpec(None, TENSOR),
-    "attention/query_up": PartitionSpec(None, TENSOR),
+    "attention/query": "outputs",
+    "attention/query_up": "outputs",
     "attention/latent_up": PartitionSpec(None, TENSOR, None),
-    **{f"{name}/up": PartitionSpec(None, None, TENSOR) for name in _FEEDS},
-    **{f"{name}/up_bias": PartitionSpec(None, TENSOR) for name in _FEEDS},
-    **{f"{name}/down": PartitionSpec(TENSOR, None) for name in _FEEDS},
+    **{f"{name}/up": "outputs" for name in _FEEDS},
+    **{f"{name}/up_bias": PartitionSpec(TENSOR, None, None) for name in _FEEDS},
+    **{f"{name}/down": "inputs" for name in _FEEDS},
 }
 """How a mesh splits what it splits; all else is whole on each device. A matrix's scale follows its
-outputs."""
+outputs, that of groups its inputs too."""
 
 
 def check_tensor_parallel(config: DecoderConfig, mesh: Mesh) -> None:
@@ -322,41 +352,6 @@ def check_tensor_parallel(config: DecoderConfig, mesh: Mesh) -> None:
         )
 
 
-def matmul(
-    x: Float[Array, "B T *inputs"],
-    matrix: Matrix,
-    *,
-    inputs: int = 1,
-    dtype: jnp.dtype | None = None,
-) -> Float[Array, "B T *outputs"]:
-    """x times a matrix, over the last `inputs` axes of `x`; accumulated in float32 at least.
-
-    Args:
-        dtype: of the result; that of `x` if None.
-    """
-    values = matrix.values.astype(x.dtype)
-    axes = (tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs)))
-    product = jax.lax.dot_general(
-        x, values, (axes, ((), ())), preferred_element_type=dtype or x.dtype
-    )
-    if matrix.scale is not None:
-        shape = (1,) * (product.ndim - matrix.scale.ndim) + matrix.scale.shape
-        product = (product * matrix.scale.reshape(shape)).astype(product.dtype)
-    return product
-
-
-def _matrix(values: jax.Array, inputs: int, quantisation: Quantisation | None) -> Matrix:
-    if quantisation is None:
-        return Matrix(values)
-    dtype, most = _FORMS[quantisation]
-    wide = values.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(wide), axis=tuple(range(inputs)))
-    scale = jnp.where(largest > 0, largest, 1.0) / most
-    scaled = wide / scale.reshape((1,) * inputs + scale.shape)
-    # To an integer the cast would truncate; to a float it rounds to the nearest.
-    return Matrix((jnp.round(scaled) if dtype == jnp.int8 else scaled).astype(dtype), scale)
-
-
 def _place_layer(layer: LayerWeights, placement: Sharding | None) -> LayerWeights:
     whole = PartitionSpec()
 
@@ -371,17 +366,30 @@ def _place_layer(layer: LayerWeights, placement: Sharding | None) -> LayerWeight
     return LayerWeights(placed(layer.matrices), placed(layer.vectors), experts)
 
 
-def _place(node: Any, spec: PartitionSpec, placement: Sharding | None) -> Any:
-    """Puts a matrix or vector where it belongs; `spec` says how a mesh splits it."""
+def _place(node: Any, split: Any, placement: Sharding | None) -> Any:
+    """Puts a matrix or vector where it belongs; `split` says how a mesh cuts it."""
     if placement is None:
         return node
     if not isinstance(placement, NamedSharding):
         return jax.device_put(node, placement)
     if not isinstance(node, Matrix):
-        return jax.device_put(node, NamedSharding(placement.mesh, spec))
+        return jax.device_put(node, NamedSharding(placement.mesh, split))
+    of_values, of_scale = _specs(node, split)
     scale = node.scale
     if scale is not None:
-        axes = tuple(spec) + (None,) * (node.values.ndim - len(spec))
-        last = PartitionSpec(*axes[len(axes) - scale.ndim :])
-        scale = jax.device_put(scale, NamedSharding(placement.mesh, last))
-    return Matrix(jax.device_put(node.values, NamedSharding(placement.mesh, spec)), scale)
+        scale = jax.device_put(scale, NamedSharding(placement.mesh, of_scale))
+    values = jax.device_put(node.values, NamedSharding(placement.mesh, of_values))
+    return dataclasses.replace(node, values=values, scale=scale)
+
+
+def _specs(matrix: Matrix, split: Any) -> tuple[PartitionSpec, PartitionSpec]:
+    """How a matrix's values and scale are cut."""
+    if isinstance(split, PartitionSpec):
+        return split, PartitionSpec()
+    inputs = TENSOR if split == "inputs" else None
+    outputs = TENSOR if split == "outputs" else None
+    if matrix.packed:  # by whole groups, see `check_tensor_parallel`
+        return PartitionSpec(outputs, inputs, None), PartitionSpec(outputs, inputs)
+    if matrix.outputs_first:
+        return PartitionSpec(outputs, inputs), PartitionSpec(outputs)
+    return PartitionSpec(inputs, outputs), PartitionSpec(outputs)

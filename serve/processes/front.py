@@ -73,7 +73,7 @@ class Front:
         slo = SharedSlo(worker.slo)
         served = Served(
             model=config,
-            weights=worker.deployment.quantisation or worker.dtype or "bfloat16",
+            weights=worker.deployment.weights_named(worker.dtype or "bfloat16"),
             tensor_parallel=worker.deployment.tensor_parallel,
         )
         self.engine = Engine(

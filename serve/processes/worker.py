@@ -108,7 +108,7 @@ class Worker:
         slo = SharedSlo(spec.slo)
         served = Served(
             model=model.config,
-            weights=spec.deployment.quantisation or dtype,
+            weights=spec.deployment.weights_named(dtype),
             tensor_parallel=spec.deployment.tensor_parallel,
             prefill_budget=prefill_budget(spec.deployment, group[0]),
         )

@@ -5,11 +5,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
+from jaxsys.errors import UsageError
 from jaxsys.model import forward, initial_parameters, preset
-from jaxsys.serve import paged_model
+from jaxsys.serve import few_rows, paged_model
+from jaxsys.serve.matrix import Way, group_of, quantised
 from jaxsys.serve.paged_attention import choose_kernels
 from jaxsys.serve.weights import QUANTISATIONS, matmul, serving_weights
 
@@ -26,19 +29,35 @@ def whole(parameters):
     return serving_weights(CONFIG, parameters)
 
 
+def meant(matrix):
+    """The matrix [K, N] that quantised values stand for."""
+    scale = np.asarray(matrix.scale)
+    if not matrix.packed:
+        return (np.asarray(matrix.values.astype(jnp.float32)) * scale[:, None]).T
+    codes = np.asarray(matrix.values).astype(np.int32)
+    numbers = np.concatenate([codes & 15, codes >> 4], axis=-1) - 8
+    return (numbers * scale[..., None]).reshape(scale.shape[0], -1).T
+
+
 @pytest.mark.parametrize("form", QUANTISATIONS)
 def test_each_weight_is_the_nearest_of_its_column(parameters, whole, form):
     small = serving_weights(CONFIG, parameters, quantisation=form)
-    for name, inputs in (("qkv", 1), ("out", 3), ("mlp/up", 1), ("mlp/down", 1)):
+    for name in ("qkv", "out", "mlp/up", "mlp/down"):
         exact = np.asarray(whole.layers[1].matrices[name].values)
-        values, scale = small.layers[1].matrices[name]
-        assert scale is not None
-        assert values.dtype.itemsize == 1 and scale.shape == exact.shape[inputs:]
-        error = np.abs(np.asarray(values.astype(jnp.float32)) * np.asarray(scale) - exact)
+        matrix = small.layers[1].matrices[name]
+        scale = np.asarray(matrix.scale)
+        assert matrix.values.dtype.itemsize == 1 and matrix.values.shape[0] == exact.shape[1]
+        error = np.abs(meant(matrix) - exact)
+        if form == "int4":
+            # Half a step, but for what lies past the end of a group's range.
+            scale = np.repeat(scale, exact.shape[0] // scale.shape[1], axis=1).T
+            inside = np.abs(exact) <= 7.5 * scale
+            assert inside.mean() > 0.95 and (error <= 0.501 * scale)[inside].all()
+            continue
         # Half a step of an integer; of e4m3 half a unit in the last of three bits, or half its
         # least number, 2**-9.
-        steps = np.maximum(2.0**-4 * np.abs(exact), 2.0**-10 * np.asarray(scale))
-        bound = 0.5 * np.asarray(scale) if form == "int8" else steps
+        steps = np.maximum(2.0**-4 * np.abs(exact), 2.0**-10 * scale)
+        bound = 0.5 * scale if form == "int8" else steps
         assert (error <= 1.001 * bound).all()
         assert error.max() > 0
     assert small.step_bytes < 0.35 * whole.step_bytes
@@ -48,11 +67,10 @@ def test_each_weight_is_the_nearest_of_its_column(parameters, whole, form):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_product_is_that_of_the_values_it_stands_for(parameters, form, dtype):
     matrix = serving_weights(CONFIG, parameters, quantisation=form).layers[0].matrices["out"]
-    assert matrix.scale is not None
-    x = jax.random.normal(jax.random.key(0), (2, 3, *matrix.values.shape[:3]), jnp.dtype(dtype))
-    found = matmul(x, matrix, inputs=3)
-    meant = np.asarray(matrix.values.astype(jnp.float32)) * np.asarray(matrix.scale)
-    expected = np.einsum("btgrk,grkd->btd", np.asarray(x, np.float32), meant)
+    heads = (CONFIG.num_heads, CONFIG.head_dim)
+    x = jax.random.normal(jax.random.key(0), (2, 3, *heads), jnp.dtype(dtype))
+    found = matmul(x, matrix, inputs=2)
+    expected = np.asarray(x, np.float32).reshape(2, 3, -1) @ meant(matrix)
     assert found.dtype == x.dtype
     tolerance = 1e-5 if dtype == "float32" else 2e-2
     np.testing.assert_allclose(
@@ -60,7 +78,41 @@ def test_a_product_is_that_of_the_values_it_stands_for(parameters, form, dtype):
     )
 
 
-@pytest.mark.parametrize(("form", "most"), [("int8", 0.02), ("fp8", 0.06)])
+def test_both_sides_in_float8_are_the_product_of_two_roundings(parameters):
+    """As GPUs multiply them; CPUs compute it too, slowly."""
+    matrix = serving_weights(CONFIG, parameters, quantisation="fp8", how=Way(both=True)).layers[0]
+    matrix = matrix.matrices["mlp/up"]
+    x = jax.random.normal(jax.random.key(0), (1, 5, CONFIG.hidden_size))
+    x = x.at[0, 3].set(0).at[0, 4].multiply(1e4)
+    found = np.asarray(matmul(x, matrix)).reshape(5, -1)
+    scale = np.abs(np.asarray(x[0])).max(axis=1, keepdims=True) / 448
+    scale[3] = 1
+    rounded = (np.asarray(x[0]) / scale).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
+    np.testing.assert_allclose(found, rounded @ meant(matrix), rtol=1e-4, atol=1e-5 * scale.max())
+    assert (found[3] == 0).all()
+    sick = np.asarray(matmul(x.at[0, 1, 0].set(jnp.inf), matrix)).reshape(5, -1)
+    assert np.isnan(sick[1]).all() and np.isfinite(np.delete(sick, 1, axis=0)).all()
+
+
+@pytest.mark.parametrize("form", QUANTISATIONS)
+def test_the_kernel_for_few_rows_computes_the_same_product(form):
+    w = jax.random.normal(jax.random.key(1), (512, 64))
+    x = jax.random.normal(jax.random.key(0), (3, 512)).astype(jnp.bfloat16)
+    matrix = quantised(w, form)
+    assert matrix.scale is not None and few_rows.fits(matrix.values, x.dtype)
+    found = few_rows.product(x, matrix.values, matrix.scale, jnp.dtype("float32"), interpret=True)
+    expected = np.asarray(x, np.float32) @ meant(matrix)
+    np.testing.assert_allclose(np.asarray(found), expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_groups_of_int4_are_whole_on_each_device():
+    assert [group_of(n) for n in (4096, 576, 96, 20, 7)] == [128, 64, 32, 20, 8]
+    assert group_of(14336, 4) == 128 and group_of(192, 2) == 32
+    with pytest.raises(UsageError, match="int4 weights of 96 inputs are not whole groups of 32"):
+        group_of(96, 2)
+
+
+@pytest.mark.parametrize(("form", "most"), [("int8", 0.02), ("fp8", 0.06), ("int4", 0.2)])
 def test_logits_move_little(parameters, form, most):
     """Root mean square of the change over that of the logits, through the paged pass."""
     device = jax.devices()[0]

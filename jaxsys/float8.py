@@ -1,0 +1,76 @@
+"""Eight-bit floats: what a device computes with them, and the scale that makes numbers fit.
+
+    x ~ values * scale,  scale = max |x| / largest, over the whole array or each row of it
+
+e4m3fn reaches to 448 with three bits behind the point, e5m2 to 57344 with two (Micikevicius et al.,
+2209.05433). The scale is taken from the numbers at hand ("current scaling"). Casts in JAX give NaN
+past the largest number, where those of PyTorch stop at it: what is scaled never passes it, and what
+is not a number stays none.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jaxsys.mesh import Device
+
+E4M3 = jnp.float8_e4m3fn
+E5M2 = jnp.float8_e5m2
+LEAST_CAPABILITY = (8, 9)
+"""CUDA compute capability from which tensor cores multiply eight-bit floats (Ada, Hopper)."""
+
+
+class Answer(NamedTuple):
+    """Whether a device multiplies eight-bit floats, and why in words."""
+
+    computes: bool
+    reason: str
+
+
+def answer(device: Device) -> Answer:
+    """Whether products of two eight-bit floats run on `device` as such."""
+    if device.platform not in ("gpu", "cuda"):
+        return Answer(False, f"{device.platform} has no products of float8")
+    capability = str(getattr(device, "compute_capability", "0.0"))
+    major, _, minor = capability.partition(".")
+    if (int(major), int(minor or 0)) < LEAST_CAPABILITY:
+        return Answer(False, f"compute capability {capability} is below 8.9")
+    return Answer(True, f"compute capability {capability}")
+
+
+def largest(dtype: DTypeLike) -> float:
+    """The largest finite number of an eight-bit float or integer."""
+    dtype = jnp.dtype(dtype)
+    info = jnp.iinfo(dtype) if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo(dtype)
+    return float(info.max)
+
+
+def scaled(
+    x: jax.Array, dtype: DTypeLike, axis: int | tuple[int, ...] | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """x as small numbers and float32 scales.
+
+    Args:
+        x: any shape.
+        dtype: an eight-bit float, or int8.
+        axis: over which a scale is shared; None: one for all.
+
+    Returns:
+        Values of the shape of `x`, and scales with `axis` kept as 1. All zero where x is; NaN where
+        a scale's numbers are not all finite.
+    """
+    wide = x.astype(jnp.float32)
+    most = jnp.max(jnp.abs(wide), axis=axis, keepdims=True)
+    # A subnormal scale would divide to infinity where the device flushes it to zero.
+    scale = jnp.where(most > 0, jnp.maximum(most / largest(dtype), 1e-30), 1.0)
+    # NaN is above nothing: it must not take the scale of zeros.
+    scale = jnp.where(jnp.isnan(most), most, scale)
+    return cast(wide / scale, dtype), scale
+
+
+def cast(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """float32 to the nearest number of a small form."""
+    dtype = jnp.dtype(dtype)
+    return (jnp.round(x) if jnp.issubdtype(dtype, jnp.integer) else x).astype(dtype)

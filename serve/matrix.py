@@ -1,0 +1,217 @@
+"""A matrix as the server holds it, in one of some forms, and the product with it.
+
+    y = x W^T,  W ~ values * scale
+
+Quantised matrices lie outputs first, [N, K]: a GPU reads the numbers of one output in a row, and
+its products of two float8 matrices want them so (inputs first took 11 to 17 times as long on an
+H200). Their scales:
+
+    fp8   e4m3fn, one a row of outputs
+    int8  one a row of outputs
+    int4  one a group of inputs of each output; two numbers a byte
+
+A product runs by the matrix's `Way`: values widened, exactly, to what the pass computes in; or
+both sides in eight bits, where x gets a scale for each of its rows; or, for few rows, by a kernel
+that reads the small numbers as they are (`few_rows`). The first is everywhere; the others are for
+devices that compute them, chosen by `way` from what was measured.
+
+Legend: M rows of x, N outputs, K inputs, E experts, g numbers that share a scale.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxsys import float8
+from jaxsys.errors import UsageError
+from jaxsys.mesh import Device
+from jaxsys.serve import few_rows
+
+Quantisation = Literal["int8", "fp8", "int4"]
+
+QUANTISATIONS: tuple[Quantisation, ...] = get_args(Quantisation)
+
+GROUPS = (128, 64, 32)
+"""Inputs that share a scale in int4: the largest that divides them."""
+_SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+"""Parts of a group's largest number at which int4 may end; the one of least squared error is
+taken, since one outlier else costs all others their bits."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """How a device multiplies by a quantised matrix."""
+
+    few_rows: int = 0
+    """Up to so many rows of x, by the kernel for few rows."""
+    both: bool = False
+    """Whether more rows are cast to the matrix's form, a scale each."""
+    reason: str = "values widened on their way into products"
+
+
+WIDENED = Way()
+
+
+def way(quantisation: Quantisation, device: Device) -> Way:
+    """The way of a form on a device, and in words why."""
+    if device.platform not in ("gpu", "cuda"):
+        return Way(reason=f"{quantisation} values widened: {device.platform} computes wider only")
+    if quantisation == "fp8":
+        computes, reason = float8.answer(device)
+        if not computes:
+            return Way(reason=f"fp8 values widened: {reason}")
+        return Way(few_rows=few_rows.MOST, both=True, reason=f"both sides in fp8: {reason}")
+    if quantisation == "int4":
+        return Way(few_rows=few_rows.MOST, reason=f"int4 widened past {few_rows.MOST} rows")
+    return Way(reason="int8 values widened: activations keep their bits")
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["values", "scale"],
+    meta_fields=["outputs", "outputs_first", "way"],
+)
+@dataclasses.dataclass(frozen=True, slots=True)
+class Matrix:
+    """Weights of one product; an expert's are [E, K, N] with scales [E, N]."""
+
+    values: jax.Array
+    """[K, N], or [N, K] where outputs come first; int4 [N, K / g, g / 2], the lower half of a byte
+    the number g / 2 before that of the upper."""
+    scale: jax.Array | None = None
+    """float32 [N], of int4 [N, K / g]."""
+    outputs: tuple[int, ...] = ()
+    """The shape that N stands for."""
+    outputs_first: bool = False
+    way: Way = WIDENED
+
+    @property
+    def packed(self) -> bool:
+        """Whether two numbers share a byte."""
+        return self.values.dtype == jnp.uint8
+
+    def wide(self, dtype: jnp.dtype) -> jax.Array:
+        """The values [N, K] or [K, N] without their scale of rows; of int4 with that of groups."""
+        if not self.packed:
+            return self.values.astype(dtype)
+        assert self.scale is not None
+        pair = few_rows.unpacked(self.values)
+        both = jnp.concatenate(pair, axis=-1).astype(dtype)
+        return (both * self.scale[..., None].astype(dtype)).reshape(both.shape[0], -1)
+
+
+def plain(
+    values: jax.Array, outputs: tuple[int, ...] | None = None, *, turn: bool = False
+) -> Matrix:
+    """A matrix [K, N] that is not quantised; `turn`: kept outputs first."""
+    return Matrix(
+        values.T if turn else values,
+        outputs=values.shape[1:] if outputs is None else outputs,
+        outputs_first=turn,
+    )
+
+
+def quantised(
+    values: jax.Array,
+    quantisation: Quantisation,
+    way: Way = WIDENED,
+    outputs: tuple[int, ...] | None = None,
+    devices: int = 1,
+) -> Matrix:
+    """A matrix [K, N] in a small form; `devices`: over which its inputs may be split."""
+    outputs = values.shape[1:] if outputs is None else outputs
+    if quantisation == "int4":
+        small, scale = _grouped(values.T, devices)
+    else:
+        form = float8.E4M3 if quantisation == "fp8" else jnp.int8
+        small, scale = float8.scaled(values.T, form, axis=1)
+        scale = scale[:, 0]
+    return Matrix(small, scale, outputs, True, way)
+
+
+def group_of(inputs: int, ways: int = 1) -> int:
+    """Inputs that share a scale in int4, such that each of `ways` devices has whole groups.
+
+    Raises:
+        UsageError: if no group fits.
+    """
+    fitting = [group for group in GROUPS if inputs % (group * ways) == 0]
+    if not fitting and ways > 1:
+        raise UsageError(
+            f"int4 weights of {inputs} inputs are not whole groups of {GROUPS[-1]} on each of "
+            f"{ways} devices; use fewer devices, int8 or fp8"
+        )
+    return fitting[0] if fitting else inputs + inputs % 2
+
+
+def _grouped(rows: Float[Array, "N K"], ways: int) -> tuple[jax.Array, jax.Array]:
+    """Packed int4 [N, K / g, g / 2] and scales [N, K / g]."""
+    outputs, inputs = rows.shape
+    group = group_of(inputs, ways)
+    wide = jnp.pad(rows.astype(jnp.float32), ((0, 0), (0, -inputs % group)))
+    wide = wide.reshape(outputs, -1, group)
+    most = jnp.max(jnp.abs(wide), axis=-1, keepdims=True)
+    most = jnp.where(most > 0, most, 1.0)
+
+    def tried(shrink: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+        scale = most * (shrink / 7.5)
+        whole = jnp.clip(jnp.round(wide / scale), -8, 7)
+        return jnp.sum((whole * scale - wide) ** 2, axis=-1, keepdims=True), scale, whole
+
+    error, scale, whole = tried(_SHRINKS[0])
+    for shrink in _SHRINKS[1:]:
+        other = tried(shrink)
+        better = other[0] < error
+        error, scale, whole = (
+            jnp.where(better, new, old)
+            for new, old in zip(other, (error, scale, whole), strict=True)
+        )
+    codes = (whole + 8).astype(jnp.uint8)
+    half = group // 2
+    return codes[..., :half] | (codes[..., half:] << 4), scale[..., 0]
+
+
+def matmul(
+    x: Float[Array, "B T *inputs"],
+    matrix: Matrix,
+    *,
+    inputs: int = 1,
+    dtype: jnp.dtype | None = None,
+) -> Float[Array, "B T *outputs"]:
+    """x times a matrix, over the last `inputs` axes of `x`; accumulated in float32 at least.
+
+    Args:
+        dtype: of the result; that of `x` if None.
+    """
+    lead = x.shape[: x.ndim - inputs]
+    rows = x.reshape(math.prod(lead), -1)
+    product = _product(rows, matrix, jnp.dtype(dtype or x.dtype))
+    return product.reshape(*lead, *matrix.outputs)
+
+
+def _product(x: Float[Array, "M K"], matrix: Matrix, dtype: jnp.dtype) -> Float[Array, "M N"]:
+    scale, how = matrix.scale, matrix.way
+    if scale is None:
+        return _dot(x, matrix.values, matrix.outputs_first, dtype)
+    if x.shape[0] <= how.few_rows and few_rows.fits(matrix.values, x.dtype):
+        return few_rows.product(x, matrix.values, scale, dtype)
+    if matrix.packed:
+        spare = matrix.values.shape[1] * matrix.values.shape[2] * 2 - x.shape[1]
+        return _dot(jnp.pad(x, ((0, 0), (0, spare))), matrix.wide(x.dtype), True, dtype)
+    if how.both:
+        small, of_rows = float8.scaled(x, matrix.values.dtype, axis=1)
+        # Sums in bfloat16 halve what the product writes, and are rounded as the result is.
+        sums = _dot(small, matrix.values, True, dtype)
+        return (sums.astype(jnp.float32) * of_rows * scale[None]).astype(dtype)
+    product = _dot(x, matrix.wide(x.dtype), True, dtype)
+    return (product * scale[None]).astype(dtype)
+
+
+def _dot(x: jax.Array, w: jax.Array, outputs_first: bool, dtype: jnp.dtype) -> jax.Array:
+    axes = (((1,), (1 if outputs_first else 0,)), ((), ()))
+    return jax.lax.dot_general(x, w, axes, preferred_element_type=dtype)
