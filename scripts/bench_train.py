@@ -40,6 +40,7 @@ from jaxsys.errors import UsageError
 from jaxsys.lowering import RECOMPUTE_POLICIES, lower
 from jaxsys.mesh import devices_ahead, make_mesh, request_devices
 from jaxsys.model.decoder import initial_parameters
+from jaxsys.model.float8_products import BACKWARD, Float8
 from jaxsys.model.layers import layered
 from jaxsys.planner.timing import compiled_together
 from jaxsys.results import table, write_result
@@ -127,17 +128,18 @@ def prepare_steps(options, config, dtype, mesh, optimizer, parameters, shapes):
         for name, policy, travel in named
     ]
     cases = [
-        (length, size, name, recompute, travel)
+        (length, size, name, recompute, travel, float8)
         for length, size, (name, policies, travel) in itertools.product(
             options.sequence_lengths, options.microbatch_sizes, steps
         )
         for recompute in policies
+        for float8 in options.float8
     ]
 
     def prepare(case):
-        length, size, name, recompute, travel = case
+        length, size, name, recompute, travel, float8 = case
         return prepare_step(
-            length, size, name, recompute, travel,
+            length, size, name, recompute, travel, float8,
             options, config, dtype, mesh, optimizer, parameters, shapes,
         )  # fmt: skip
 
@@ -153,6 +155,7 @@ def prepare_step(
     name,
     recompute,
     travel,
+    float8,
     options,
     config,
     dtype,
@@ -165,7 +168,7 @@ def prepare_step(
     devices, microbatches = mesh.devices.size, options.microbatches
     name, _, parts = name.partition("/")
     ways = int(parts or 1)
-    model = layered(config)
+    model = layered(config, float8=None if float8 == "off" else Float8(backward=float8))
     flops = training_flops_per_token(
         parameters=config.active_parameter_count(),
         layers=config.num_layers,
@@ -179,6 +182,7 @@ def prepare_step(
         "schedule": name,
         "tensor": ways,
         "recompute": recompute,
+        "float8": float8,
         "sequence_length": length,
         "microbatch_size": size,
         "devices": devices,
@@ -295,6 +299,13 @@ def main() -> int:
     step.add_argument("--compile-only", action="store_true", help="memory of --devices GPUs")
     step.add_argument("--gradient-dtype", default="float32")
     step.add_argument("--travel-dtype", help="of a ring's gradients on their way")
+    step.add_argument(
+        "--float8",
+        nargs="+",
+        choices=("off", *BACKWARD),
+        default=["off"],
+        help="products of blocks and head in float8, by the form of what flows back",
+    )
     step.add_argument("--label", default="run", help="names the result file")
     step.set_defaults(run=bench_step)
     options = parser.parse_args()

@@ -44,7 +44,6 @@ from jaxsys.serve.matrix import (
 )
 
 
-
 class LayerWeights(NamedTuple):
     """One decoder layer, by names that are paths of its leaves, fused ones by a name of their own.
 

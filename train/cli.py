@@ -11,10 +11,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from jaxsys import float8 as eight_bits
 from jaxsys.errors import RunError, UsageError
 from jaxsys.files import check_writable
 from jaxsys.lowering import RECOMPUTE_POLICIES, lacks
 from jaxsys.model import ByteTokenizer, Tokenizer, initial_parameters, layered, preset
+from jaxsys.model.float8_products import Float8
 from jaxsys.model.save import check_target, save_safetensors
 from jaxsys.options import Parser, in_options, whole
 from jaxsys.strategies import STRATEGIES
@@ -88,6 +90,13 @@ def parser(prog: str) -> argparse.ArgumentParser:
         dest="gradient_dtype",
         choices=("float32", "bfloat16"),
         help="dtype in which gradients are summed and sent (default float32, or as a plan says)",
+    )
+    how.add_argument(
+        "--float8",
+        nargs="*",
+        metavar="PATH",
+        help="multiply in float8, forward and backward: all products of blocks and head, or those "
+        "of matrices at these paths, regular expressions such as 'mlp/.*' (default: none)",
     )
     how.add_argument(
         "--recompute",
@@ -270,8 +279,11 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
         microbatch_size=layout.microbatch_size,
         seed=recipe.seed,
     )
+    float8 = None
+    if arguments.float8 is not None:
+        float8 = Float8(paths=tuple(arguments.float8)) if arguments.float8 else Float8()
     trainer = Trainer(
-        layered(config),
+        layered(config, float8=float8),
         lambda: initial_parameters(config, seed=recipe.seed),
         recipe.optimizer(),
         schedule=layout.schedule,
@@ -288,7 +300,8 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
         },
         non_finite=arguments.non_finite,
         settings=recipe.settings(data=training.fingerprint(), held_out=held_out.fingerprint())
-        | ({} if layout.gradient_dtype == DTYPE else {"gradient_dtype": layout.gradient_dtype}),
+        | ({} if layout.gradient_dtype == DTYPE else {"gradient_dtype": layout.gradient_dtype})
+        | ({} if float8 is None else {"float8": list(float8.paths)}),
         flops_per_token=decoder_flops_per_token(config, recipe.sequence_length),
     )
     # Said only now: what is refused is refused in one line.
@@ -296,6 +309,10 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
         say(layout.reason)
     for sentence in lacks(layout.mesh):
         say(sentence)
+    if float8 is not None:
+        multiplies = eight_bits.answer(layout.mesh.devices.flat[0])
+        if not multiplies.computes:
+            say(f"products are rounded to float8 and computed wider: {multiplies.reason}")
     say(
         f"{training.source}: {len(training.tokens):,} tokens in {training.documents} documents to "
         f"train on, {len(held_out.tokens):,} held out; {data.samples_per_epoch:,} samples"

@@ -22,6 +22,7 @@ from jaxsys.model import experts as mixture
 from jaxsys.model import grouped
 from jaxsys.model.attention import Implementation, attend
 from jaxsys.model.config import DecoderConfig
+from jaxsys.model.float8_products import Float8, multiply
 from jaxsys.model.kinds import Activation, BlockKind, Latent
 from jaxsys.model.leaves import Path
 from jaxsys.model.rope import rotary_tables, rotate
@@ -99,9 +100,14 @@ class HeldWhole:
 class HeldTree(HeldWhole):
     """One layer as the parameters have it: a kernel an array, [in, out]."""
 
-    def __init__(self, config: DecoderConfig, tree: PyTree) -> None:
+    def __init__(self, config: DecoderConfig, tree: PyTree, float8: Float8 | None = None) -> None:
+        """
+        Args:
+            float8: the products that run in float8; none if not given.
+        """
         self._config = config
         self._tree = tree
+        self._float8 = float8
 
     def vector(self, *path: str) -> jax.Array | None:
         """The leaf at `path`, or None."""
@@ -125,9 +131,15 @@ class HeldTree(HeldWhole):
         node = self._tree
         for name in path[:-1]:
             node = node[name]
-        y = x @ node[path[-1]]
+        y = self._times(x, node[path[-1]], *path)
         bias = node.get(f"{path[-1]}_bias")
         return y if bias is None else y + _last(bias, y)
+
+    def _times(self, x: jax.Array, kernel: jax.Array, *path: str) -> jax.Array:
+        """x times the kernel that lies at `path`, without its bias."""
+        if self._float8 is None or not self._float8.takes(*path):
+            return x @ kernel
+        return multiply(x, kernel, self._float8.backward)
 
     def heads_out(self, o: jax.Array) -> jax.Array:
         """Heads joined, then one product."""

@@ -26,6 +26,7 @@ from jaxsys.layered import Parameters, PyTree
 from jaxsys.model.attention import Implementation
 from jaxsys.model.block import Block, HeldTree, norm
 from jaxsys.model.config import DecoderConfig
+from jaxsys.model.float8_products import Float8
 from jaxsys.model.kinds import BlockKind
 from jaxsys.model.leaves import Leaf, block_leaves, edge_leaves
 
@@ -201,9 +202,18 @@ def build(config: DecoderConfig, parameters: Parameters) -> Decoder:
     return nnx.merge(graph, {**parameters["edge"], "blocks": parameters["blocks"]})
 
 
-def bind_block(config: DecoderConfig, layer: PyTree, kind: BlockKind | None = None) -> Block:
-    """A `Block` around one layer's parameters (no layer axis); of the first kind if not given."""
-    return Block(config, kind or config.kinds[0], HeldTree(config, layer))
+def bind_block(
+    config: DecoderConfig,
+    layer: PyTree,
+    kind: BlockKind | None = None,
+    float8: Float8 | None = None,
+) -> Block:
+    """A `Block` around one layer's parameters (no layer axis); of the first kind if not given.
+
+    Args:
+        float8: which of its products run in float8.
+    """
+    return Block(config, kind or config.kinds[0], HeldTree(config, layer, float8))
 
 
 def bind_edge(config: DecoderConfig, edge: PyTree) -> Edge:

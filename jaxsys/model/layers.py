@@ -19,8 +19,10 @@ from jaxsys.model.block import Block as Bound
 from jaxsys.model.block import HeldTree
 from jaxsys.model.config import DecoderConfig
 from jaxsys.model.decoder import bind_edge
+from jaxsys.model.float8_products import Float8
 from jaxsys.model.kinds import BlockKind
-from jaxsys.model.loss import head_loss
+from jaxsys.model.leaves import Path, block_leaves
+from jaxsys.model.loss import HEAD, head_loss
 from jaxsys.model.parts import HeldPart, check_parts, config_of_part, cuts, embed_part
 
 
@@ -29,6 +31,7 @@ def layered(
     *,
     loss_chunk_tokens: int = 2048,
     implementation: Implementation | None = None,
+    float8: Float8 | None = None,
 ) -> LayeredModel:
     """A `LayeredModel` over the pytrees that `parameters(model)` returns.
 
@@ -36,16 +39,22 @@ def layered(
         config: the model.
         loss_chunk_tokens: tokens of a microbatch whose logits are held at once.
         implementation: of attention; chosen by device, dtype and shape if not given.
+        float8: which products run in float8, forward and backward; none if not given.
+
+    Raises:
+        UsageError: if `loss_chunk_tokens` is below 1, or `float8` names no matrix of the model.
     """
     if loss_chunk_tokens < 1:
         raise UsageError(f"loss_chunk_tokens={loss_chunk_tokens} must be at least 1")
+    if float8 is not None:
+        float8.check(matrices(config))
 
     def in_parts(sizes: Mapping[str, int]) -> Parts:
         check_parts(config, sizes)
-        part = _layered(config, loss_chunk_tokens, implementation, sizes)
+        part = _layered(config, loss_chunk_tokens, implementation, float8, sizes)
         return Parts(model=part, cuts=cuts(config, sizes), whole=model)
 
-    model = _layered(config, loss_chunk_tokens, implementation, {})
+    model = _layered(config, loss_chunk_tokens, implementation, float8, {})
     return dataclasses.replace(model, in_parts=in_parts)
 
 
@@ -53,6 +62,7 @@ def _layered(
     config: DecoderConfig,
     loss_chunk_tokens: int,
     implementation: Implementation | None,
+    float8: Float8 | None,
     sizes: Mapping[str, int],
 ) -> LayeredModel:
     """The model, or one device's part of it, see `jaxsys.model.parts`."""
@@ -66,7 +76,10 @@ def _layered(
 
     def block(kind: BlockKind) -> Block:
         def run(weights: PyTree, x: PyTree, microbatch: PyTree, layer: Layer) -> PyTree:
-            held = HeldPart(part, weights, sizes) if sizes else HeldTree(config, weights)
+            if sizes:
+                held = HeldPart(part, weights, sizes, float8)
+            else:
+                held = HeldTree(config, weights, float8)
             bound = Bound(part, kind, held)
             if not balanced:
                 return bound(x, implementation=implementation)
@@ -85,6 +98,7 @@ def _layered(
             microbatch["targets"],
             chunk_tokens=loss_chunk_tokens,
             axis=TENSOR if split else None,
+            float8=float8,
         )
         if not balanced:
             return loss, weight
@@ -98,6 +112,17 @@ def _layered(
         return LayeredModel(embed=embed, block=only, head_loss=score, layers=config.num_layers)
     blocks = {kind.name: block(kind) for kind in config.kinds}
     return LayeredModel(embed=embed, block=blocks, head_loss=score, pattern=config.pattern)
+
+
+def matrices(config: DecoderConfig) -> list[Path]:
+    """Paths of all matrices: those of each kind of block, and the head, tied or not."""
+    found = {
+        leaf.path: None
+        for kind in config.kinds
+        for leaf in block_leaves(config, kind)
+        if leaf.is_matrix
+    }
+    return [*found, HEAD]
 
 
 def expert_layers(config: DecoderConfig) -> int:

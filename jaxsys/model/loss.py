@@ -10,15 +10,29 @@ their operands in the parameters' dtype and sum in float32, over chunks too.
 """
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxsys.errors import UsageError
+from jaxsys.float8 import E4M3, scaled
 from jaxsys.layered import PyTree
 from jaxsys.model.config import DecoderConfig
 from jaxsys.model.decoder import bind_edge
+from jaxsys.model.float8_products import (
+    BACKWARD,
+    Backward,
+    Float8,
+    alike,
+    both_ways,
+    scaled_dot,
+)
+
+HEAD = ("head", "kernel")
+"""What rules on paths call the head, also where it is the embedding."""
 
 IGNORED = -1
 """The target that counts for nothing."""
@@ -51,6 +65,7 @@ def head_loss(
     *,
     chunk_tokens: int,
     axis: str | None = None,
+    float8: Float8 | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Final norm, head and cross-entropy, `chunk_tokens` tokens at a time.
 
@@ -64,6 +79,7 @@ def head_loss(
         targets: int [B, T]; -1 is ignored.
         chunk_tokens: tokens whose logits are held at once.
         axis: the mesh axis; `x` [B, T / devices, D] and `edge` are a device's parts then.
+        float8: whether the head's products run in float8.
 
     Returns:
         (summed loss, number of counted tokens), float32 scalars.
@@ -90,30 +106,17 @@ def head_loss(
         goals = jnp.pad(goals, (0, spare), constant_values=IGNORED)
 
     hidden = rows if axis is not None else edge_module.norm(rows[None])[0]
-    kernel, hidden = _alike(edge_module.head_kernel(), hidden)
+    kernel, hidden = alike(edge_module.head_kernel(), hidden)
     if config.logit_scale != 1.0:
         hidden = hidden * config.logit_scale
-    return linear_cross_entropy(kernel, hidden, goals, chunk, config.logit_softcap, axis), weight
+    backward = None
+    if float8 is not None and float8.takes(*HEAD):
+        backward = float8.backward
+    softcap = config.logit_softcap
+    return linear_cross_entropy(kernel, hidden, goals, chunk, softcap, axis, backward), weight
 
 
-def _alike(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Both varying over a checked shard_map's axes as either is: custom rules must see to it."""
-    axes = [_varying_axes(x) for x in (a, b)]
-    both = axes[0] | axes[1]
-    a, b = (
-        jax.lax.pcast(x, tuple(both - has), to="varying") if both - has else x
-        for x, has in zip((a, b), axes, strict=True)
-    )
-    return a, b
-
-
-def _varying_axes(x: jax.Array) -> frozenset[str]:
-    kind = jax.typeof(x)
-    axes = getattr(kind, "manual_axis_type", None)  # `vma` where JAX has it under that name
-    return frozenset(getattr(kind, "vma", ()) if axes is None else axes.varying)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
 def linear_cross_entropy(
     kernel: Float[Array, "D V"],
     hidden: Float[Array, "T D"],
@@ -121,6 +124,7 @@ def linear_cross_entropy(
     chunk: int,
     softcap: float | None = None,
     axis: str | None = None,
+    float8: Backward | None = None,
 ) -> Float[Array, ""]:
     """Summed cross-entropy of hidden @ kernel, `chunk` tokens at a time; float32.
 
@@ -132,9 +136,11 @@ def linear_cross_entropy(
         softcap: c, logits become c tanh(logits / c).
         axis: a mesh axis whose devices have a part of the vocabulary each, in order: then this is
             one device's part of the loss and of the gradient of `hidden`.
+        float8: the form of errors in the products with them, where all run in float8.
     """
+    head = _head(kernel, float8)
     losses = jax.lax.map(
-        lambda part: _loss(_capped(_logits(kernel, part[0]), softcap), part[1], axis)[0],
+        lambda part: _loss(_capped(head.logits(part[0]), softcap), part[1], axis)[0],
         (hidden.reshape(-1, chunk, hidden.shape[-1]), targets.reshape(-1, chunk)),
     )
     return jnp.sum(losses)
@@ -156,8 +162,42 @@ def _loss(
     return loss, jnp.exp(logits - total[:, None]), here
 
 
-def _logits(kernel: jax.Array, hidden: jax.Array) -> jax.Array:
-    return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+class _Head(NamedTuple):
+    """The head's three products with a chunk of hidden rows."""
+
+    logits: Callable[[jax.Array], jax.Array]
+    """[C, D] -> float32 [C, V]."""
+    gradients: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+    """(hidden [C, D], error [C, V]) -> float32 gradients of the kernel and of hidden."""
+
+
+def _head(kernel: jax.Array, float8: Backward | None) -> _Head:
+    wide = jnp.dtype(jnp.float32)
+    if float8 is None:
+
+        def gradients(hidden: jax.Array, error: jax.Array) -> tuple[jax.Array, jax.Array]:
+            error = error.astype(kernel.dtype)
+            to_kernel = jnp.matmul(hidden.T, error, preferred_element_type=jnp.float32)
+            return to_kernel, jnp.matmul(error, kernel.T, preferred_element_type=jnp.float32)
+
+        return _Head(
+            lambda hidden: jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32),
+            gradients,
+        )
+    # Once for all chunks.
+    (w8, w8_turned), of_w = both_ways(kernel, E4M3)
+
+    def logits(hidden: jax.Array) -> jax.Array:
+        values, scale = scaled(hidden, E4M3)
+        return scaled_dot(values, w8_turned, scale.reshape(()) * of_w, wide)
+
+    def small_gradients(hidden: jax.Array, error: jax.Array) -> tuple[jax.Array, jax.Array]:
+        (_, h8_turned), of_h = both_ways(hidden, E4M3)
+        (e8, e8_turned), of_e = both_ways(error.astype(kernel.dtype), BACKWARD[float8])
+        to_kernel = scaled_dot(h8_turned, e8_turned, of_h * of_e, wide)
+        return to_kernel, scaled_dot(e8, w8, of_e * of_w, wide)
+
+    return _Head(logits, small_gradients)
 
 
 def _capped(logits: jax.Array, softcap: float | None) -> jax.Array:
@@ -171,17 +211,18 @@ def _loss_and_gradients(
     chunk: int,
     softcap: float | None,
     axis: str | None,
+    float8: Backward | None,
 ):
+    head = _head(kernel, float8)
+
     def of_chunk(hidden: jax.Array, targets: jax.Array):
-        logits = _capped(_logits(kernel, hidden), softcap)
+        logits = _capped(head.logits(hidden), softcap)
         loss, probabilities, chosen = _loss(logits, targets, axis)
         counted = (targets != IGNORED)[:, None]
         error = jnp.where(counted, probabilities - chosen, 0.0)
         if softcap is not None:  # the slope of the cap, 1 - tanh^2
             error = error * (1.0 - jnp.square(logits / softcap))
-        error = error.astype(kernel.dtype)
-        to_kernel = jnp.matmul(hidden.T, error, preferred_element_type=jnp.float32)
-        to_hidden = jnp.matmul(error, kernel.T, preferred_element_type=jnp.float32)
+        to_kernel, to_hidden = head.gradients(hidden, error)
         return (loss, to_kernel), to_hidden.astype(hidden.dtype)
 
     parts = (hidden.reshape(-1, chunk, hidden.shape[-1]), targets.reshape(-1, chunk))
@@ -199,7 +240,14 @@ def _loss_and_gradients(
     return loss, (to_kernel, to_hidden, jnp.zeros((), kernel.dtype))
 
 
-def _scaled(chunk: int, softcap: float | None, axis: str | None, kept, scale: jax.Array):
+def _scaled(
+    chunk: int,
+    softcap: float | None,
+    axis: str | None,
+    float8: Backward | None,
+    kept,
+    scale: jax.Array,
+):
     to_kernel, to_hidden, like = kept
     wide = to_hidden.astype(jnp.float32)
     return (scale * to_kernel).astype(like.dtype), (scale * wide).astype(to_hidden.dtype), None

@@ -35,6 +35,7 @@ from jaxsys.model import experts as mixture
 from jaxsys.model.block import HeldTree
 from jaxsys.model.config import DecoderConfig
 from jaxsys.model.decoder import by_kind, nest
+from jaxsys.model.float8_products import Float8
 from jaxsys.model.leaves import Leaf, block_leaves, edge_leaves
 
 
@@ -112,8 +113,14 @@ def config_of_part(config: DecoderConfig, sizes: Mapping[str, int]) -> DecoderCo
 class HeldPart(HeldTree):
     """One device's part of a layer; what goes in and comes out is its part of the tokens."""
 
-    def __init__(self, config: DecoderConfig, tree: PyTree, sizes: Mapping[str, int]) -> None:
-        super().__init__(config, tree)
+    def __init__(
+        self,
+        config: DecoderConfig,
+        tree: PyTree,
+        sizes: Mapping[str, int],
+        float8: Float8 | None = None,
+    ) -> None:
+        super().__init__(config, tree, float8)
         self._ways, self._shares = sizes.get(TENSOR, 1), sizes.get(EXPERT, 1)
 
     def length(self, x: jax.Array) -> int:
@@ -173,7 +180,7 @@ class HeldPart(HeldTree):
 
     def _row_product(self, x: jax.Array, *path: str) -> jax.Array:
         node = self._tree[path[0]]
-        y = self._scattered(x @ node[path[-1]])
+        y = self._scattered(self._times(x, node[path[-1]], *path))
         bias = node.get(f"{path[-1]}_bias")
         return y if bias is None else y + bias[None, None]
 

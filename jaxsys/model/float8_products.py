@@ -1,0 +1,148 @@
+"""Training products in float8: y = x W, and the two products of its gradients.
+
+    y  = (x8 W8) s_x s_w        x8, W8 e4m3
+    dx = (d8 W8^T) s_d s_w      d8 e5m2 (or e4m3)
+    dW = (x8^T d8) s_x s_d
+
+Each s is one number, from the array at hand (`jaxsys.float8`): a device's own part of it where it
+is split. Masters, optimizer and sums stay as they are. GPUs want both factors of a float8 product
+with the summed axis last, and turn single bytes slowly, so an array that is needed both ways is
+cast twice, the second time from its 16-bit transpose. The cast x8 is what is kept for the backward
+pass: half the bytes.
+
+Legend: M rows, K inputs, N outputs.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxsys import float8
+from jaxsys.errors import UsageError
+from jaxsys.model.leaves import Path
+
+Backward = Literal["e5m2", "e4m3"]
+BACKWARD = {"e5m2": float8.E5M2, "e4m3": float8.E4M3}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Float8:
+    """Which products of a decoder train in float8."""
+
+    paths: tuple[str, ...] = ("attention/.*", "mlp/.*", "shared/(gate|up|down)", "head/.*")
+    """Regular expressions for whole paths of matrices, such as `mlp/down` or `head/kernel`. Experts
+    and what chooses among them are not multiplied in float8."""
+    backward: Backward = "e5m2"
+    """Of gradients that flow back."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError if an expression or a form is none."""
+        if self.backward not in BACKWARD:
+            raise UsageError(f"backward={self.backward!r} must be {' or '.join(BACKWARD)}")
+        for path in self.paths:
+            try:
+                re.compile(path)
+            except re.error as error:
+                raise UsageError(f"float8 path {path!r} is no expression: {error}") from error
+
+    def takes(self, *path: str) -> bool:
+        """Whether the matrix at `path` is multiplied in float8."""
+        name = "/".join(path)
+        return any(re.fullmatch(rule, name) for rule in self.paths)
+
+    def check(self, matrices: Iterable[Path]) -> None:
+        """Raises UsageError for a rule that names nothing, if none of the rules names anything, or
+        for one that names experts."""
+        names = ["/".join(path) for path in matrices]
+        for rule in self.paths:
+            taken = [name for name in names if re.fullmatch(rule, name)]
+            wrong = [name for name in taken if name.startswith("experts/") or "weight" in name]
+            if wrong:
+                raise UsageError(
+                    f"float8 path {rule!r} names {wrong[0]}, which is not multiplied in float8; "
+                    "use paths of attention, mlp, shared and head"
+                )
+            if not taken and rule not in DEFAULT.paths:
+                raise UsageError(
+                    f"float8 path {rule!r} names none of the model's matrices: {', '.join(names)}"
+                )
+        if not any(self.takes(*path) for path in matrices):
+            raise UsageError(f"float8 takes none of the model's matrices: {', '.join(names)}")
+
+
+DEFAULT = Float8()
+
+
+def multiply(
+    x: Float[Array, "*lead K"], kernel: Float[Array, "K N"], backward: Backward = "e5m2"
+) -> Float[Array, "*lead N"]:
+    """x times a kernel, in the dtype of x, by float8 products both ways."""
+    rows, kernel = alike(x.reshape(-1, x.shape[-1]), kernel)
+    return _product(rows, kernel, backward).reshape(*x.shape[:-1], -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(
+    x: Float[Array, "M K"], kernel: Float[Array, "K N"], backward: Backward
+) -> Float[Array, "M N"]:
+    return _forward(x, kernel, backward)[0]
+
+
+def _forward(x: jax.Array, kernel: jax.Array, backward: Backward):
+    (x8, x8_turned), of_x = both_ways(x, float8.E4M3)
+    (w8, w8_turned), of_w = both_ways(kernel, float8.E4M3)
+    y = scaled_dot(x8, w8_turned, of_x * of_w, x.dtype)
+    # Empty arrays say the dtypes that gradients have.
+    like = jnp.zeros((0,), x.dtype), jnp.zeros((0,), kernel.dtype)
+    return y, (x8_turned, of_x, w8, of_w, like)
+
+
+def _backward(backward: Backward, kept, gradient: jax.Array):
+    x8_turned, of_x, w8, of_w, like = kept
+    (d8, d8_turned), of_d = both_ways(gradient, BACKWARD[backward])
+    to_x = scaled_dot(d8, w8, of_d * of_w, like[0].dtype)
+    to_kernel = scaled_dot(x8_turned, d8_turned, of_x * of_d, like[1].dtype)
+    return to_x, to_kernel
+
+
+_product.defvjp(_forward, _backward)
+
+
+def both_ways(
+    x: Float[Array, "M K"], dtype: jnp.dtype
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    """x in float8 as it is [M, K] and turned [K, M], and its scale, a scalar."""
+    values, scale = float8.scaled(x, dtype)
+    turned = float8.cast(x.T.astype(jnp.float32) / scale, dtype)
+    return (values, turned), scale.reshape(())
+
+
+def scaled_dot(
+    a: Float[Array, "M K"], b: Float[Array, "N K"], scale: jax.Array, dtype: jnp.dtype
+) -> Float[Array, "M N"]:
+    """scale * a b^T, summed in float32."""
+    sums = jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
+    return (sums.astype(jnp.float32) * scale).astype(dtype)
+
+
+def alike(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both varying over a checked shard_map's axes as either is: custom rules must see to it."""
+    axes = [_varying_axes(x) for x in (a, b)]
+    both = axes[0] | axes[1]
+    a, b = (
+        jax.lax.pcast(x, tuple(both - has), to="varying") if both - has else x
+        for x, has in zip((a, b), axes, strict=True)
+    )
+    return a, b
+
+
+def _varying_axes(x: jax.Array) -> frozenset[str]:
+    kind = jax.typeof(x)
+    axes = getattr(kind, "manual_axis_type", None)  # `vma` where JAX has it under that name
+    return frozenset(getattr(kind, "vma", ()) if axes is None else axes.varying)

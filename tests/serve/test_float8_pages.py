@@ -1,0 +1,158 @@
+"""Keys and values in float8 pages: attention over them, and their way from page to page."""
+
+import asyncio
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsys import float8
+from jaxsys.model import forward, initial_parameters, preset
+from jaxsys.serve import float8_pages, paged_model
+from jaxsys.serve.deployment import DeploymentConfig, build_engine
+from jaxsys.serve.paged_attention import choose_kernels, portable_decode
+from jaxsys.serve.requests import SamplingParameters
+from jaxsys.serve.weights import serving_weights
+
+CONFIG = dataclasses.replace(preset("tiny"), num_layers=2)
+PLACE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+POSITIONS = np.array([63, 20, 0], np.int32)
+TABLES = np.array([[1, 2, 3, 4], [5, 6, 99, 99], [7, 99, 99, 99]], np.int32)
+
+
+@pytest.fixture(scope="module")
+def pages():
+    """Queries [3, 2, 4, 32], pools [12, 16, 2, 32] and their scales."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    q = jax.random.normal(keys[0], (3, 2, 4, 32)).astype(jnp.bfloat16)
+    k, v = (jax.random.normal(key, (12, 16, 2, 32)) for key in keys[1:])
+    # What lies behind a request's last token, or in no table, may be anything.
+    k, v = k.at[6, 6:].set(jnp.nan), v.at[6, 6:].set(jnp.nan)
+    (k, of_k), (v, of_v) = (float8.scaled(pool, float8.E4M3, axis=-1) for pool in (k, v))
+    return q, k, v, (of_k[..., 0], of_v[..., 0])
+
+
+def plainly(q, k, v, scales):
+    """Attention of each request over the numbers that its pages stand for."""
+    wide = [
+        np.asarray(pool.astype(jnp.float32)) * np.asarray(scale)[..., None]
+        for pool, scale in zip((k, v), scales, strict=True)
+    ]
+    found = []
+    for one, table, position in zip(np.asarray(q, np.float32), TABLES, POSITIONS, strict=True):
+        own = [page for page in table if page < 12]
+        keys, values = (np.concatenate(pool[own])[: position + 1] for pool in wide)
+        scores = np.einsum("grk,sgk->grs", one, keys) / np.sqrt(32)
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        found.append(np.einsum("grs,sgk->grk", weights, values))
+    return np.stack(found)
+
+
+@pytest.mark.parametrize("programs", [1, 4])
+def test_the_kernel_attends_to_the_numbers_that_pages_stand_for(pages, programs):
+    q, k, v, scales = pages
+    assert float8_pages.fits(q, k)
+    found = float8_pages.decode(
+        q, k, v, scales, TABLES, POSITIONS, 32**-0.5, programs=programs, interpret=True
+    )
+    np.testing.assert_allclose(np.asarray(found, np.float32), plainly(*pages), atol=0.02)
+
+
+def test_the_portable_walk_attends_to_them_too(pages):
+    q, k, v, scales = pages
+    found = portable_decode(q.astype(jnp.float32), k, v, TABLES, POSITIONS, scales=scales)
+    np.testing.assert_allclose(np.asarray(found), plainly(*pages), atol=1e-5)
+
+
+def test_programs_fill_a_device_and_never_outnumber_pages():
+    assert [float8_pages.programs_of(batch, 8, 32) for batch in (1, 16, 64, 512)] == [32, 8, 2, 1]
+
+
+@pytest.fixture(scope="module")
+def parameters():
+    return initial_parameters(CONFIG, seed=1)
+
+
+def test_passes_over_float8_pages_move_logits_little(parameters):
+    """A prompt in two pieces, pages handed to another cache, then two tokens decoded there."""
+    kernels = choose_kernels(
+        dtype=jnp.dtype("float32"), head_dim=CONFIG.head_dim, device=jax.devices()[0]
+    )
+    weights = serving_weights(CONFIG, parameters)
+    empty = functools.partial(
+        paged_model.empty_cache, CONFIG, 10, 4, jnp.dtype("float32"), PLACE, "fp8"
+    )
+    prefill = jax.jit(functools.partial(paged_model.prefill_pass, CONFIG, kernels, True))
+    decode = jax.jit(functools.partial(paged_model.decode_pass, CONFIG, kernels))
+    tokens = np.arange(3, 25, dtype=np.int32)
+    table = np.arange(6, dtype=np.int32)
+    cache = empty()
+    for start, end in ((0, 12), (12, 20)):
+        piece = np.pad(tokens[start:end], (0, 12 - (end - start)))
+        found, cache = prefill(weights, cache, piece, np.int32(start), np.int32(end - start), table)
+    contents = paged_model.extract_pages(cache, table)
+    like = paged_model.contents_shape(cache, 6)
+    assert (contents.shape, contents.dtype) == (like.shape, like.dtype)
+    elsewhere = paged_model.insert_pages(empty(), contents, table[::-1] + 4)
+    again = paged_model.extract_pages(elsewhere, table[::-1] + 4)
+    assert np.array_equal(np.asarray(again), np.asarray(contents))
+    logits = [found[0]]
+    for pool, at in ((cache, table), (elsewhere, table[::-1] + 4)):
+        for position in (20, 21):
+            found, pool = decode(
+                weights, pool, tokens[None, position], np.array([position], np.int32), at[None]
+            )
+            logits.append(found[0])
+    logits = np.stack([np.asarray(row) for row in logits])
+    np.testing.assert_array_equal(logits[1:3], logits[3:5])
+    whole = np.asarray(forward(CONFIG, parameters, jnp.asarray(tokens)[None])[0])[[19, 20, 21]]
+    ratio = np.sqrt(((logits[:3] - whole) ** 2).mean() / (whole**2).mean())
+    assert 1e-5 < ratio < 0.02
+
+
+def test_a_token_takes_half_the_bytes():
+    heads = 2 * CONFIG.num_layers * CONFIG.num_kv_heads
+    assert paged_model.token_bytes(CONFIG, "bfloat16") == heads * 2 * CONFIG.head_dim
+    assert paged_model.token_bytes(CONFIG, "bfloat16", "fp8") == heads * (CONFIG.head_dim + 4)
+
+
+def test_engines_hand_float8_pages_over(model):
+    """Prefill and decode apart, prompts that share a prefix: close to the tokens without float8."""
+    settings: dict[str, Any] = {
+        "max_batch": 4, "max_length": 96, "max_prefill_tokens": 16, "page_size": 4,
+        "page_count": 60,
+    }  # fmt: skip
+    common = list(range(20, 36))
+    prompts = [common + [40 + n] * (n + 1) for n in range(6)]
+
+    async def one(engine, prompt):
+        rule = SamplingParameters(max_tokens=12, temperature=0)
+        return [
+            event.token async for event in engine.generate(prompt, rule) if event.token is not None
+        ]
+
+    async def all_of(engine):
+        await engine.start()
+        try:
+            first = await one(engine, prompts[0])
+            return [first, *await asyncio.gather(*[one(engine, p) for p in prompts[1:]])]
+        finally:
+            await engine.drain(10)
+
+    found = {}
+    for form in (None, "fp8"):
+        config = DeploymentConfig(prefill=1, decode=1, cache_form=form, **settings)  # type: ignore[arg-type]
+        engine: Any = build_engine(model, config)
+        found[form] = asyncio.run(all_of(engine))
+        if form:
+            assert engine.entries[0].executor._cache[0].keys.dtype == float8.E4M3
+    assert all(len(tokens) == 12 for tokens in found["fp8"])
+    alike = [
+        a == b for pair in zip(*found.values(), strict=True) for a, b in zip(*pair, strict=True)
+    ]
+    assert sum(alike) > 0.7 * len(alike)
