@@ -12,7 +12,7 @@ from jaxsys.errors import UsageError
 from jaxsys.fields import Fields, read_fields
 from jaxsys.files import MIB, one_line, read_text, shown
 from jaxsys.layered import Parameters
-from jaxsys.model import packed
+from jaxsys.model import packed, quantised_files
 from jaxsys.model.assemble import (
     Fetch,
     Placement,
@@ -102,7 +102,14 @@ def read_parameters(
             home[tensor] = file
     found = {name: file.shapes[name] for name, file in home.items()}
 
+    small: dict[str, Fetch] = {}
+    settings = _settings(folder / CONFIG).value.get("quantization_config")
+    if settings is not None and settings.get("quant_method") != "mxfp4":
+        found, small = quantised_files.present(settings, home, found)
+
     def fetch(name: str) -> np.ndarray:
+        if name in small:
+            return small[name](name)
         if name in home:
             return home[name].read(name)
         return packed.expand(home[name + packed.BLOCKS], home[name + packed.SCALES], name)

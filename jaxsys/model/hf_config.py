@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from jaxsys.errors import UsageError
+from jaxsys.model import quantised_files
 from jaxsys.model.families import FAMILIES, Family, Key, listed_positions
 from jaxsys.model.kinds import Activation, BlockKind, Experts, Latent, Positions
 from jaxsys.model.rope import (
@@ -564,10 +565,7 @@ def _read_dense(reader: _Reader, family: Family, layers: int) -> list[bool]:
 def _check_rest(reader: _Reader, family: Family) -> None:
     config = reader.config
     if config.get("quantization_config") is not None and not _is_packed(family, config):
-        raise UsageError(
-            f"quantization_config={config['quantization_config']!r} is not supported; use the "
-            "model's files in bfloat16"
-        )
+        quantised_files.check(config["quantization_config"])
     for name, wanted in family.required.items():
         if config.get(name, wanted) not in (wanted, None):
             raise UsageError(f"{name}={config[name]!r} is not computed; only {wanted!r} is")

@@ -28,6 +28,17 @@ DTYPES: dict[str, np.dtype] = {
 }
 """The float types that weights come in."""
 
+STORED: dict[str, np.dtype] = {
+    **DTYPES,
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "I8": np.dtype("i1"),
+    "U8": np.dtype("u1"),
+    "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
+}
+"""Those, and what parts of quantised weights come in."""
+
 MAX_HEADER_BYTES = 100_000_000
 """The format's own bound."""
 MOST_CONTAINERS = 1_000_000
@@ -91,12 +102,23 @@ class SafetensorsFile:
             )
         return self._view(name, entry, DTYPES[entry.dtype])
 
+    def stored_dtype(self, name: str) -> str:
+        """What the format calls a tensor's dtype."""
+        return self._entries[name].dtype
+
+    def read_as(self, name: str, *dtypes: str) -> np.ndarray:
+        """As `read`, of a tensor in one of some dtypes of `STORED`."""
+        entry = self._entries[name]
+        if entry.dtype not in dtypes:
+            raise UsageError(
+                f"{self.path}: tensor {name!r} is {shown(entry.dtype)[1:-1]}, not "
+                f"{' or '.join(dtypes)}"
+            )
+        return self._view(name, entry, STORED[entry.dtype])
+
     def read_bytes(self, name: str) -> np.ndarray:
         """As `read`, of a tensor of unsigned bytes."""
-        entry = self._entries[name]
-        if entry.dtype != "U8":
-            raise UsageError(f"{self.path}: tensor {name!r} is {shown(entry.dtype)[1:-1]}, not U8")
-        return self._view(name, entry, np.dtype(np.uint8))
+        return self.read_as(name, "U8")
 
     def _view(self, name: str, entry: _Entry, dtype: np.dtype) -> np.ndarray:
         if entry.end - entry.begin != math.prod(entry.shape) * dtype.itemsize:

@@ -197,7 +197,7 @@ def test_caches_and_products_say_what_layers_hold():
         ("deepseek_v3", {"topk_method": "greedy"}, "topk_method='greedy' is not computed; only"),
         ("deepseek_v3", {"attention_bias": True}, "attention_bias=True is not understood in deep"),
         ("qwen3_moe", {"mlp_bias": True}, "mlp_bias=True is not understood in qwen3_moe"),
-        ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config="),
+        ("llama", {"quantization_config": {"quant_method": "hqq"}}, "quant_method='hqq' is not"),
         ("phi3", {"rope_scaling": {"rope_type": "longrope"}}, "longrope lacks short_factor"),
         ("qwen2", {"rope_scaling": {"type": "yarn", "factor": 4, "mrope_section": [1]}}, "mrope"),
         ("glm4", {"partial_rotary_factor": 1.5, "rope_parameters": None}, "partial_rotary_factor"),

@@ -122,7 +122,8 @@ def test_a_token_takes_half_the_bytes():
 
 
 def test_engines_hand_float8_pages_over(model):
-    """Prefill and decode apart, prompts that share a prefix: close to the tokens without float8."""
+    """Apart as together, prompts that share a prefix. Not to the last token: pieces differ, and a
+    sum rounded otherwise may fall to the next number of float8."""
     settings: dict[str, Any] = {
         "max_batch": 4, "max_length": 96, "max_prefill_tokens": 16, "page_size": 4,
         "page_count": 60,
@@ -144,15 +145,12 @@ def test_engines_hand_float8_pages_over(model):
         finally:
             await engine.drain(10)
 
-    found = {}
-    for form in (None, "fp8"):
-        config = DeploymentConfig(prefill=1, decode=1, cache_form=form, **settings)  # type: ignore[arg-type]
+    found = []
+    for decode in (0, 1):
+        config = DeploymentConfig(prefill=1, decode=decode, cache_form="fp8", **settings)
         engine: Any = build_engine(model, config)
-        found[form] = asyncio.run(all_of(engine))
-        if form:
-            assert engine.entries[0].executor._cache[0].keys.dtype == float8.E4M3
-    assert all(len(tokens) == 12 for tokens in found["fp8"])
-    alike = [
-        a == b for pair in zip(*found.values(), strict=True) for a, b in zip(*pair, strict=True)
-    ]
-    assert sum(alike) > 0.7 * len(alike)
+        found.append(asyncio.run(all_of(engine)))
+        assert engine.entries[0].executor._cache[0].keys.dtype == float8.E4M3
+    assert all(len(tokens) == 12 for tokens in found[1])
+    alike = [a == b for pair in zip(*found, strict=True) for a, b in zip(*pair, strict=True)]
+    assert sum(alike) > 0.8 * len(alike)
