@@ -115,10 +115,9 @@ def test_passes_over_float8_pages_move_logits_little(parameters):
     assert 1e-5 < ratio < 0.02
 
 
-def test_a_token_takes_half_the_bytes():
-    heads = 2 * CONFIG.num_layers * CONFIG.num_kv_heads
-    assert paged_model.token_bytes(CONFIG, "bfloat16") == heads * 2 * CONFIG.head_dim
-    assert paged_model.token_bytes(CONFIG, "bfloat16", "fp8") == heads * (CONFIG.head_dim + 4)
+def test_a_number_takes_half_the_bytes_and_its_part_of_a_scale():
+    assert paged_model.number_bytes(CONFIG, "bfloat16") == 2
+    assert paged_model.number_bytes(CONFIG, "bfloat16", "fp8") == 1 + 4 / CONFIG.head_dim
 
 
 def test_engines_hand_float8_pages_over(model):
