@@ -41,11 +41,11 @@ def gib(size_bytes: float, *, up: bool = False) -> str:
 class ClockSpec:
     """How a device's rates and power follow the clock of its multiprocessors.
 
-    With x = f in GHz, c and m the shares of the time in which the matrix units and the memory are
-    busy:
+    With x = f in GHz, d, c and m the shares of the time in which the device, its matrix units and
+    its memory are busy:
 
-        busy: P = active + memory * m + (base + compute * c) * x**exponent, at most the power cap
-        idle: P = idle + idle_clock * x**3.17
+        V = 1 + voltage_slope * max(0, x - voltage_floor)
+        P = idle + memory * m + (clock + busy * d + compute * c) * x V**2, at most the power cap
     """
 
     product: str
@@ -65,15 +65,17 @@ class ClockSpec:
     """Of memory, at or above `memory_knee_mhz`; below it bandwidth falls with the clock."""
     memory_knee_mhz: float
     power_cap_w: float
-    active_w: float
-    memory_w: float
-    base_w: float
-    compute_w: float
-    power_exponent: float
-    voltage_floor_mhz: float = 0.0
-    """Clock below which lower clocks save no voltage, so power is linear there; 0 for none."""
     idle_w: float
-    idle_clock_w: float
+    clock_w: float
+    busy_w: float
+    compute_w: float
+    memory_w: float
+    voltage_floor_mhz: float
+    """Below this clock the voltage does not fall with it."""
+    voltage_slope: float
+    """By what share of that floor the voltage rises a GHz above that clock."""
+    link_bytes_per_s: float
+    """One way, as a collective between GPUs of one machine sees it."""
     extrapolated: bool = False
     """No published clock or power point stands behind it."""
 
@@ -164,36 +166,48 @@ _HOPPER_CLOCKS: dict[str, Any] = {
     "max_mhz": 1980,
     "step_mhz": 15,
     "sweet_spot_mhz": 1080,
-    "sustained_mhz": 1746.5,
-    "product_flops_per_cycle": 540_672 * 0.70,
+    "sustained_mhz": 1454.0,
+    "product_flops_per_cycle": 454_600,
     "memory_knee_mhz": 900.0,
     "power_cap_w": 700.0,
-    "active_w": 200.0,
-    "base_w": 50.0,
-    "compute_w": 165.0,
-    "power_exponent": 2.28,
-    "idle_w": 82.0,
-    "idle_clock_w": 10.8,
+    "idle_w": 78.7,
+    "clock_w": 17.9,
+    "busy_w": 98.3,
+    "compute_w": 228.0,
+    "voltage_floor_mhz": 1120.0,
+    "voltage_slope": 0.255,
+    "link_bytes_per_s": 199e9,
 }
-"""Clocks as nvidia-smi lists them. FLOP a cycle: 70 % of 132 multiprocessors x 4096, a fit to
-ML.ENERGY v3's ITL of Llama-3.1-8B; the products of an H200 alone do 78 to 85 %, at 1455 to 1500 MHz
-(results/device_rates_h200.json). Power: fits to DualScale's H100 table (Llama-3-70B prefill, TP2
-rows: A=216 B=210 g=2.28 at 2048 tokens, A=215 B=75 at 32), idle 82 + 10.8 x**3.17 likewise. Sweet
-spot: its minimum of P/f."""
+"""Clocks as nvidia-smi lists them. The rest was fitted together, to 31 timed iterations each of an
+H100 and an H200 at default clocks (the profiles of results/energy_live_h100.json and
+energy_live_h200.json, power by the counter), to DualScale's H100 table of power by clock
+(Llama-3-70B prefill, TP2 rows), to three prompts of results/serve_gpu.json and to the H200's long
+products at the power cap (results/device_rates_h200.json: 421,000 to 457,000 FLOP a cycle at 1455
+to 1500 MHz); docs/energy.md says what was held out. 454,600 FLOP a cycle are 84 % of 132
+multiprocessors x 4096. Below the knee memory is assumed to starve."""
 
 
 def sustained_at(clocks: Mapping[str, Any], memory_w: float, power_cap_w: float) -> float:
-    """Megahertz at which a device whose products and memory are busy all the time draws its cap."""
-    moving = power_cap_w - clocks["active_w"] - memory_w
-    return 1e3 * (moving / (clocks["base_w"] + clocks["compute_w"])) ** (
-        1 / clocks["power_exponent"]
-    )
+    """Megahertz at which a device whose products are busy all the time draws its cap."""
+    per_ghz = clocks["clock_w"] + clocks["busy_w"] + clocks["compute_w"]
+    # Long products keep the memory busy for about a third of the time.
+    moving_w = power_cap_w - clocks["idle_w"] - memory_w / 3
+    low, high = 0.0, float(clocks["max_mhz"])
+    for _ in range(60):
+        mhz = (low + high) / 2
+        above = max(0.0, mhz - clocks["voltage_floor_mhz"]) / 1e3
+        volts = 1 + clocks["voltage_slope"] * above
+        if per_ghz * mhz / 1e3 * volts**2 > moving_w:
+            high = mhz
+        else:
+            low = mhz
+    return low
 
 
-_CAPPED_AT_500_W = sustained_at(_HOPPER_CLOCKS, 25.0, 500.0) / sustained_at(
-    _HOPPER_CLOCKS, 25.0, 700.0
+_CAPPED_AT_500_W = sustained_at(_HOPPER_CLOCKS, 99.0, 500.0) / sustained_at(
+    _HOPPER_CLOCKS, 99.0, 700.0
 )
-"""The share of its clock that a Hopper GPU keeps at 500 of 700 W: 0.79."""
+"""The share of its clock that a Hopper GPU keeps at 500 of 700 W: 0.77."""
 
 DEVICES: dict[str, DeviceSpec] = {
     "h100": DeviceSpec(
@@ -206,8 +220,8 @@ DEVICES: dict[str, DeviceSpec] = {
         clocks=ClockSpec(
             product="H100-SXM5-80GB",
             high_bandwidth_bytes=80 * GIB,
-            achieved_bytes_per_s=2.95e12,
-            memory_w=25.0,
+            achieved_bytes_per_s=3.08e12,
+            memory_w=99.0,
             **_HOPPER_CLOCKS,
         ),
         sources={
@@ -216,7 +230,7 @@ DEVICES: dict[str, DeviceSpec] = {
             "attention_flops_per_s": _H100_ATTENTION,
             "memory_bytes": "80 GB HBM3 less the driver's share, as nvidia-smi shows it",
             "memory_bytes_per_s": "NVIDIA H100 SXM5 data sheet",
-            "clocks": "as said at _HOPPER_CLOCKS; achieved_bytes_per_s: fit to ML.ENERGY v3's ITL",
+            "clocks": "as said at _HOPPER_CLOCKS, achieved_bytes_per_s and memory_w too",
         },
     ),
     "h200": DeviceSpec(
@@ -229,9 +243,8 @@ DEVICES: dict[str, DeviceSpec] = {
         clocks=ClockSpec(
             product="H200-SXM-141GB",
             high_bandwidth_bytes=141 * GIB,
-            achieved_bytes_per_s=4.2e12,
-            memory_w=35.0,
-            extrapolated=True,
+            achieved_bytes_per_s=4.32e12,
+            memory_w=175.0,
             **_HOPPER_CLOCKS,
         ),
         sources={
@@ -241,8 +254,8 @@ DEVICES: dict[str, DeviceSpec] = {
             "attention_flops_per_s": "assumed: as the H100, whose compute die it shares",
             "memory_bytes": "141 GB HBM3e less the driver's share, as nvidia-smi shows it",
             "memory_bytes_per_s": "NVIDIA H200 data sheet",
-            "clocks": "power: the H100's; achieved_bytes_per_s: assumed, the H100's share of the "
-            "data sheet",
+            "clocks": "as said at _HOPPER_CLOCKS, achieved_bytes_per_s and memory_w too; how power "
+            "follows the clock: the H100's",
         },
     ),
     "gh200": DeviceSpec(
@@ -255,8 +268,8 @@ DEVICES: dict[str, DeviceSpec] = {
         clocks=ClockSpec(
             product="GH200-96GB",
             high_bandwidth_bytes=96e9,
-            achieved_bytes_per_s=3.5e12,
-            memory_w=30.0,
+            achieved_bytes_per_s=3.68e12,
+            memory_w=120.0,
             extrapolated=True,
             **_HOPPER_CLOCKS,
         ),
@@ -266,7 +279,9 @@ DEVICES: dict[str, DeviceSpec] = {
             "attention_flops_per_s": "assumed: as the H100, whose compute die it shares",
             "memory_bytes": "assumed: 96 GB HBM3 less a driver's share",
             "memory_bytes_per_s": "NVIDIA GH200 data sheet, 96 GB HBM3",
-            "clocks": "the H100's; 700 W are the GPU's share, without the Grace CPU",
+            "clocks": "the H100's; achieved_bytes_per_s: assumed, the H100's share of the data "
+            "sheet; memory_w: assumed, between the H100's and the H200's by bandwidth; 700 W are "
+            "the GPU's share, without the Grace CPU",
         },
     ),
     "a100-80g": DeviceSpec(
@@ -282,20 +297,20 @@ DEVICES: dict[str, DeviceSpec] = {
             max_mhz=1410,
             step_mhz=15,
             sweet_spot_mhz=1005,
-            sustained_mhz=1306.0,
-            product_flops_per_cycle=221_184 * 0.72,
+            sustained_mhz=1045.0,
+            product_flops_per_cycle=221_184 * 0.90,
             high_bandwidth_bytes=80 * GIB,
-            achieved_bytes_per_s=1.70e12,
+            achieved_bytes_per_s=1.85e12,
             memory_knee_mhz=700.0,
             power_cap_w=400.0,
-            active_w=77.7,
-            memory_w=19.8,
-            base_w=85.5,
-            compute_w=73.0,
-            power_exponent=2.28,
+            idle_w=40.2,
+            clock_w=30.0,
+            busy_w=44.9,
+            compute_w=40.0,
+            memory_w=150.0,
             voltage_floor_mhz=1005.0,
-            idle_w=40.0,
-            idle_clock_w=11.0,
+            voltage_slope=1.0,
+            link_bytes_per_s=133e9,
         ),
         sources={
             "peak_flops_per_s": "NVIDIA A100 80GB SXM data sheet, bf16 without sparsity",
@@ -303,10 +318,12 @@ DEVICES: dict[str, DeviceSpec] = {
             "attention_flops_per_s": _SHARE,
             "memory_bytes": "80 GB HBM2e less the driver's share, as nvidia-smi shows it",
             "memory_bytes_per_s": "NVIDIA A100 80GB SXM data sheet",
-            "clocks": "clocks: VoltanaLLM; 72 % of 108 multiprocessors x 2048 FLOP a cycle and "
+            "clocks": "clocks: VoltanaLLM; 90 % of 108 multiprocessors x 2048 FLOP a cycle and "
             "power: fitted to VoltanaLLM's static runs (jaxsys.serve.simulation.calibration); "
-            "sustained_mhz: assumed, where these give the product rate above; power exponent: the "
-            "H100's; voltage floor: the published sweet spot (throttLL'eM says some 1050 MHz)",
+            "sustained_mhz: assumed, where these give the product rate above; "
+            "achieved_bytes_per_s: assumed, the H100's share of the data sheet; link_bytes_per_s: "
+            "assumed, as the links' row; voltage floor: the published sweet spot (throttLL'eM says "
+            "some 1050 MHz)",
         },
     ),
     "cpu": DeviceSpec(
@@ -336,8 +353,8 @@ DEVICES: dict[str, DeviceSpec] = {
         clocks=ClockSpec(
             product="H100-SXM5-96GB-HBM2e",
             high_bandwidth_bytes=96 * GIB,
-            achieved_bytes_per_s=2.1e12,
-            memory_w=25.0,
+            achieved_bytes_per_s=2.2e12,
+            memory_w=99.0,
             extrapolated=True,
             **(
                 _HOPPER_CLOCKS

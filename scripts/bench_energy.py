@@ -2,31 +2,59 @@
 """Energy against attainment on simulated GPUs: studies that write results/energy_*.json and plots.
 
     scripts/bench_energy.py SECTION... --data FOLDER [--out results] [--quick] [--resume]
+    scripts/bench_energy.py predict --model qwen3-32b --dataset lmsys --rates 40,50,60,70
+    scripts/bench_energy.py predict --shape parameters=3.3e9,layers=14,... --published FIGURES.csv
 
 Sections: calibration (is the published experiment met?), published (savings at its rates),
 matrix (traces x models x GPUs x loads), ablation (prediction error, set latency, clock sets),
 day (24 h on 64 instances), decisions (what deciding costs). FOLDER holds the public traces.
+`predict` runs the published installation with any model from its shape, at both static clocks, and
+says how far off it is where figures are given.
 """
 
 import argparse
 import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from jaxsys.results import read_result, write_result
+from jaxsys.errors import UsageError
+from jaxsys.results import read_result, table, write_result
 from jaxsys.serve.energy.ecofreq import EcoFreq
 from jaxsys.serve.energy.ecopred import EcoPred
 from jaxsys.serve.energy.ecoroute import EnergyRouter, QueueRouter, StateSpaceRouter
 from jaxsys.serve.energy.governor import Governor
-from jaxsys.serve.energy.gpu_model import Load, SimulatedGpu, gpu_spec, simulated_gpu
+from jaxsys.serve.energy.gpu_model import (
+    SHAPES,
+    Load,
+    ServedShape,
+    SimulatedGpu,
+    gpu_spec,
+    served_shape,
+    shape_from_sizes,
+    simulated_gpu,
+)
 from jaxsys.serve.energy.meters import CounterMeter
 from jaxsys.serve.energy.profile import simulated_profile
 from jaxsys.serve.energy.slo import SharedSlo, Slo
-from jaxsys.serve.simulation.calibration import SLO, lmsys_trace, published, run_static, scenario
+from jaxsys.serve.simulation.calibration import (
+    DATASETS,
+    FITTED,
+    OTHER_LINE_FITS,
+    SLO,
+    Line,
+    dataset_trace,
+    errors_of,
+    published,
+    scenario,
+    static_rows,
+    unpublished,
+)
 from jaxsys.serve.simulation.replay import POLICIES, compare, figures, setting, simulate
 from jaxsys.serve.simulation.study_plots import (
     draw_ablation,
@@ -36,7 +64,6 @@ from jaxsys.serve.simulation.study_plots import (
 )
 from jaxsys.serve.simulation.traces import Trace, lengths_from_csv, read_trace, trace_of_lengths
 
-TABLE = "voltanallm_llama8b_lmsys.csv"
 FINE = tuple(range(1005, 1411, 45))
 NOISE = 0.02
 HELD_OUT_SEED = 11
@@ -70,123 +97,202 @@ def strip(row: dict) -> dict:
 
 
 def calibration(data: Path, out: Path, quick: bool, resume: bool) -> None:
-    seeds = (3,) if quick else (3, 4)
-    rows = []
-    for point in published(data / TABLE):
-        for clock in (1410, 1005):
-            runs = [run_static(point.rate_per_s, clock, seed) for seed in seeds]
-            row = {
-                "rate_per_s": point.rate_per_s,
-                "clock_mhz": clock,
-                "energy_j": float(np.mean([run.energy_j for run in runs])),
-                "published_energy_j": point.energy_j[str(clock)],
-                "ttft_attainment_pct": 100
-                * float(np.mean([run.ttft_attainment(SLO.ttft_s) for run in runs])),
-                "published_ttft_attainment_pct": point.ttft_attainment_pct[str(clock)],
-                "itl_attainment_pct": 100
-                * float(np.mean([run.itl_attainment(SLO.itl_s) for run in runs])),
-            }
-            for key in ("energy_j", "ttft_attainment_pct"):
-                known = row[f"published_{key}"]
-                row[f"{key}_error_pct"] = None if known is None else 100 * (row[key] / known - 1)
-            rows.append(row)
-            note(f"calibration {point.rate_per_s:.0f}/s {clock} MHz")
-    energy = [abs(r["energy_j_error_pct"]) for r in rows if r["energy_j_error_pct"] is not None]
-    ttft = [
-        abs(r["ttft_attainment_pct_error_pct"])
-        for r in rows
-        if r["ttft_attainment_pct_error_pct"] is not None
-    ]
-    points = [
-        abs(r["ttft_attainment_pct"] - r["published_ttft_attainment_pct"])
-        for r in rows
-        if r["published_ttft_attainment_pct"] is not None
-    ]
+    """The two fitted lines, each predicted by a fit to the other too, and what else was fitted."""
+    rows: list[dict[str, Any]] = []
+    lines: list[dict[str, Any]] = []
+    for line in FITTED:
+        points = published(data / line.table)
+        if quick:
+            points = points[::3]
+        for fit in ("both lines", "the other line"):
+            fitted = None if fit == "both lines" else OTHER_LINE_FITS[line.dataset]
+            found = static_rows(line, points, fit=fitted)
+            errors = errors_of(found)
+            lines.append({"model": line.model, "dataset": line.dataset, "fitted_to": fit, **errors})
+            rows += [{"dataset": line.dataset, "fitted_to": fit, **row} for row in found]
+            note(f"calibration {line.dataset}, fitted to {fit}: {errors}")
+    both = [line for line in lines if line["fitted_to"] == "both lines"]
+    apart = [line for line in lines if line["fitted_to"] != "both lines"]
     path = save(
         out,
         "calibration",
         {
-            "config": {"scenario": "VoltanaLLM, 4 x A100-80G 2P2D, Llama-3.1-8B, LMSYS lengths",
-                       "seeds": list(seeds)},
-            "energy_error_pct": max(energy),
-            "energy_error_mean_pct": float(np.mean(energy)),
-            "ttft_attainment_error_pct": max(ttft),
-            "ttft_attainment_error_mean_pct": float(np.mean(ttft)),
-            "ttft_attainment_error_points": max(points),
+            "config": {"scenario": "VoltanaLLM, A100-80G 2P2D, Llama-3.1-8B, SGLang 0.4.7",
+                       "seeds": [3], "slo_ttft_ms": 600, "slo_itl_ms": 60},
+            "energy_error_pct": max(line["energy_error_worst_pct"] for line in both),
+            "energy_error_held_out_pct": max(line["energy_error_worst_pct"] for line in apart),
+            "presets": preset_errors(out),
+            "lines": lines,
             "rows": rows,
         },
     )  # fmt: skip
     draw_calibration(path)
 
 
-def held_out(data: Path, rates: set[float]) -> list[dict]:
-    """The policy `both` on arrivals that no constant was chosen with, against the maximum clock."""
-    base = replace(scenario(time_noise=NOISE), clocks_mhz=FINE, slo=replace(SLO, reserve=0.02))
-    rows = []
-    for point in published(data / TABLE):
-        if point.rate_per_s not in rates:
-            continue
-        both = compare(lmsys_trace(point.rate_per_s, HELD_OUT_SEED), base, ["both"])
-        most, row = both["max"], both["both"]
-        rows.append(
-            {
-                "rate_per_s": point.rate_per_s,
-                "published_saving_pct": point.saving_pct,
-                "energy_saving_pct": row["energy_saving_pct"],
-                "ttft_attainment_pct": row["ttft_attainment_pct"],
-                "max_ttft_attainment_pct": most["ttft_attainment_pct"],
-                "itl_attainment_pct": row["itl_attainment_pct"],
-                "max_itl_attainment_pct": most["itl_attainment_pct"],
-            }
+def preset_errors(out: Path) -> list[dict[str, Any]]:
+    """Of the presets measured by this project: how far from points fitted to, and from others."""
+    found = []
+    for gpu, name, kind in (
+        ("h100", "energy_live_h100", "fitted"),
+        ("h200", "energy_live_h200", "fitted"),
+        ("h100", "energy_live_h100x2", "held out"),
+        ("h100", "serve_gpu", "held out"),
+    ):
+        times, powers = [], []
+        for load, clock, time_s, power_w in measured_steps(Path("results") / f"{name}.json"):
+            outcome = simulated_gpu(gpu, "llama-3-8b").run(load, clock)
+            times.append(abs(100 * (outcome.time_s / time_s - 1)))
+            if power_w is not None:
+                powers.append(abs(100 * (outcome.power_w / power_w - 1)))
+        row = {"preset": gpu, "points_of": f"results/{name}.json", "kind": kind}
+        for what, values in (("time", times), ("power", powers)):
+            row |= {f"{what}_points": len(values), f"{what}_error_median_pct": np.median(values),
+                    f"{what}_error_worst_pct": max(values)}  # fmt: skip
+        found.append(row)
+    return found
+
+
+def measured_steps(path: Path) -> Iterator[tuple[Load, float, float, float | None]]:
+    """Decode steps of a file: load, clock, seconds, watts."""
+    record = read_result(path)
+    if "profile" in record:
+        for sample in record["profile"]["samples"]:
+            if sample[3]:  # prompts are timed singly and their power over many in a row
+                yield Load(*sample[:6]), sample[6], sample[7], sample[8]
+        return
+    for row in record["rows"]:
+        if row["study"] == "decode" and row["weights"] == "bfloat16":
+            kv_tokens = int(row["batch"] * row["context"])
+            load = Load(batch=row["batch"], kv_tokens=kv_tokens, bucket=row["bucket"])
+            yield load, 1980, row["itl_ms"] / 1e3, row["power_w"]
+
+
+def predict(options: argparse.Namespace) -> None:
+    """Static runs of any model, from its shape alone; beside published figures where given."""
+    shape = served_shape(options.model) if options.shape is None else shape_of(options.shape)
+    if options.tensor_parallel is not None:
+        shape = replace(shape, tensor_parallel=options.tensor_parallel)
+    slo = replace(SLO, ttft_s=options.ttft_ms / 1e3, itl_s=options.itl_ms / 1e3)
+    if options.published is not None:
+        points = published(options.published)
+    elif options.rates:
+        points = [unpublished(rate) for rate in options.rates]
+    else:
+        raise UsageError("predict needs --rates, or --published with a table of figures")
+    line = Line(model=shape.name, dataset=options.dataset, table=str(options.published))
+    rows = static_rows(line, points, model=shape, slo=slo)
+    shown = ["rate_per_s", "clock_mhz"]
+    for key in ("energy_j", "ttft_attainment_pct", "itl_attainment_pct"):
+        shown += [key, f"published_{key}"] if options.published else [key]
+    print(table([{key: row[key] for key in shown} for row in rows]))
+    content: dict[str, Any] = {
+        "config": {"model": shape.name, "gpus_per_instance": shape.tensor_parallel,
+                   "dataset": options.dataset, "slo_ttft_ms": options.ttft_ms,
+                   "slo_itl_ms": options.itl_ms, "instances": "2P2D A100-80G"},
+        "rows": rows,
+    }  # fmt: skip
+    if options.published is not None:
+        content["errors"] = errors_of(rows)
+        print(table([{"figure": k, "value": v} for k, v in content["errors"].items()]))
+    save(options.out, f"predicted_{shape.name}_{options.dataset}", content)
+
+
+def shape_of(text: str) -> ServedShape:
+    """The shape of "layers=14,hidden=4096,kv_heads=8,head_dim=128,parameters=3.3e9"."""
+    values: dict[str, Any] = {"name": "shape"}
+    for part in text.split(","):
+        key, equals, value = part.partition("=")
+        if key not in SHAPE_KEYS or not equals:
+            raise UsageError(
+                f"--shape: {part!r} must be one of {', '.join(SHAPE_KEYS)}, = a number"
+            )
+        try:
+            values[key] = float(value) if key == "parameters" else int(value)
+        except ValueError:
+            raise UsageError(f"--shape: {part!r} is not a number") from None
+    missing = {"parameters", "layers", "hidden", "kv_heads", "head_dim"} - set(values)
+    if missing:
+        raise UsageError(f"--shape lacks {', '.join(sorted(missing))}")
+    return shape_from_sizes(**values)
+
+
+SHAPE_KEYS = ("parameters", "layers", "hidden", "kv_heads", "head_dim", "heads", "vocabulary")
+
+
+def shares(policies: dict[str, dict]) -> None:
+    """Adds to each policy what it saves as a share of what lies between the maximum clock and the
+    sweet spot, and whether it attains as much as the maximum clock."""
+    most, least = policies["max"], policies["sweet-spot"]
+    between_j = most["energy_j"] - least["energy_j"]
+    for row in policies.values():
+        row["headroom_pct"] = 100 * (most["energy_j"] - row["energy_j"]) / between_j
+        row["lost_points"] = max(
+            most[key] - row[key] for key in ("ttft_attainment_pct", "itl_attainment_pct")
         )
-        note(f"held out {point.rate_per_s:.0f}/s: {row['energy_saving_pct']:.1f} %")
-    return rows
 
 
 def published_rates(data: Path, out: Path, quick: bool, resume: bool) -> None:
-    names = ["sweet-spot", "window", "ecofreq", "ecoroute", "both", "both-energy"]
+    """Policies at the published rates; beside them bursty arrivals, and others of the same kind."""
+    names = ["sweet-spot", "window", "both", "both-energy", "ahead"]
+    cases = [
+        (line, point)
+        for line in FITTED
+        for point in published(data / line.table)
+        if point.rate_per_s in MID_RATES[line.dataset] and point.headroom_pct is not None
+    ]
+    if quick:
+        cases = cases[:1]
     rows = []
-    for point in published(data / TABLE):
-        if quick and point.rate_per_s not in (75, 95, 110):
-            continue
-        trace = lmsys_trace(point.rate_per_s, 3)
-        base = replace(scenario(time_noise=NOISE), slo=replace(SLO, reserve=0.02))
-        ten = compare(trace, replace(base, clocks_mhz=FINE), names)
-        two = figures(simulate(trace, POLICIES["both"], base), base.slo)
-        two["energy_saving_pct"] = 100 * (1 - two["energy_j"] / ten["max"]["energy_j"])
-        for label, policies in (("ten", ten), ("published two", {"max": ten["max"], "both": two})):
+    base = replace(scenario(time_noise=NOISE), clocks_mhz=FINE, slo=replace(SLO, reserve=0.02))
+    for line, point in cases:
+        for arrivals, cv, seed in (
+            ("Poisson", 1.0, 3), ("bursty", 2.0, 3), ("held out", 1.0, HELD_OUT_SEED),
+        ):  # fmt: skip
+            trace = dataset_trace(line.dataset, point.rate_per_s, seed, cv=cv)
+            asked = names if arrivals == "Poisson" else ["sweet-spot", "both", "ahead"]
+            policies = compare(trace, base, asked)
+            shares(policies)
+            most = policies["max"]
             rows.append(
                 {
+                    "dataset": line.dataset,
                     "rate_per_s": point.rate_per_s,
-                    "clocks": label,
+                    "arrivals": arrivals,
+                    "cv": cv,
                     "published_saving_pct": point.saving_pct,
-                    "published_ttft_attainment_pct": point.ttft_attainment_pct["governed"],
+                    "published_headroom_pct": point.headroom_pct,
+                    # What the highest clock itself does not keep is nothing to save at.
+                    "counts": min(most[k] for k in ("ttft_attainment_pct", "itl_attainment_pct"))
+                    >= LEAST_PCT,
                     "policies": {n: strip(r) for n, r in policies.items()},
                 }
             )
-        note(f"published {point.rate_per_s:.0f}/s")
-    ten = [row for row in rows if row["clocks"] == "ten"]
-    best = [max(("both", "both-energy"), key=lambda n: r["policies"][n]["energy_saving_pct"])
-            for r in ten]  # fmt: skip
-    light = ten[0]["policies"][best[0]]
-    path = save(
-        out,
-        "published",
-        {
-            "config": {"slo_ttft_ms": 600, "slo_itl_ms": 60, "slo_reserve": 0.02,
-                       "time_noise": NOISE, "clocks_mhz": list(FINE), "predictor": "ecopred"},
-            "energy_saving_pct": light["energy_saving_pct"],
-            "energy_saving_rate_per_s": ten[0]["rate_per_s"],
-            "rates_above_published": sum(
-                r["policies"][b]["energy_saving_pct"] > r["published_saving_pct"]
-                for r, b in zip(ten, best, strict=True)
-            ),
-            "rates": len(ten),
-            "held_out": held_out(data, {row["rate_per_s"] for row in ten}),
-            "rows": rows,
-        },
-    )  # fmt: skip
-    draw_published(path)
+            ours = policies["ahead"]
+            note(
+                f"{line.dataset} {point.rate_per_s:.0f}/s {arrivals}: ahead "
+                f"{ours['headroom_pct']:.0f} % of the headroom, {ours['lost_points']:.2f} points "
+                f"lost; published {point.headroom_pct:.0f} %"
+            )
+            counted = [row for row in rows if row["counts"]]
+            save(
+                out,
+                "published",
+                {
+                    "config": {"slo_ttft_ms": 600, "slo_itl_ms": 60, "slo_reserve": 0.02,
+                               "time_noise": NOISE, "clocks_mhz": list(FINE),
+                               "predictor": "ecopred", "least_attainment_pct": LEAST_PCT},
+                    "rows_counted": len(counted),
+                    "rows_all": len(rows),
+                    "rows": rows,
+                },
+            )  # fmt: skip
+    draw_published(out / "energy_published.json")
+
+
+MID_RATES = {"lmsys": (95, 100, 105, 110), "sharegpt": (65, 70, 75, 80)}
+"""Where control can be worth something: below, the sweet spot keeps all bounds."""
+LEAST_PCT = 95.0
+"""Attainment of the maximum clock below which a point is not counted."""
 
 
 def capacity_per_s(gpu: SimulatedGpu, prompt: float, output: float, slo: Slo) -> float:
@@ -221,7 +327,7 @@ def named_trace(name: str, data: Path) -> Trace:
 
 
 def matrix(data: Path, out: Path, quick: bool, resume: bool) -> None:
-    names = ["sweet-spot", "window", "both", "both-energy"]
+    names = ["sweet-spot", "window", "both", "both-energy", "ahead"]
     cases = [
         ("h100", "llama-3-8b", trace, load, (2, 2))
         for trace in ("azure-conv", "azure-code", "sharegpt", "mooncake")
@@ -264,6 +370,7 @@ def matrix(data: Path, out: Path, quick: bool, resume: bool) -> None:
         )
         trace = trace.at_rate(rate).head(400 * p if not quick else 250)
         policies = compare(trace, chosen, names)
+        shares(policies)
         rows.append(
             {
                 "gpu": chosen.gpu.spec.name,
@@ -293,7 +400,7 @@ def matrix(data: Path, out: Path, quick: bool, resume: bool) -> None:
 
 
 def ablation(data: Path, out: Path, quick: bool, resume: bool) -> None:
-    trace = lmsys_trace(95, 3).between(0.0, 20.0 if quick else 60.0)
+    trace = dataset_trace("lmsys", 95, 3).between(0.0, 20.0 if quick else 60.0)
     base = replace(scenario(time_noise=NOISE), clocks_mhz=FINE, slo=replace(SLO, reserve=0.02))
 
     def cluster(**changes):
@@ -464,18 +571,38 @@ SECTIONS = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Energy against attainment on simulated GPUs.")
-    parser.add_argument("sections", nargs="+", choices=[*SECTIONS, "all"])
-    parser.add_argument("--data", type=Path, required=True, help="folder of the public traces")
-    parser.add_argument("--out", type=Path, default=Path("results"))
-    parser.add_argument("--quick", action="store_true", help="a small sample of each section")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with an interrupted matrix in --out"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add = parser.add_argument
+    add("sections", nargs="+", choices=[*SECTIONS, "all", "predict"])
+    add("--data", type=Path, help="folder of the public traces")
+    add("--out", type=Path, default=Path("results"))
+    add("--quick", action="store_true", help="a small sample of each section")
+    add("--resume", action="store_true", help="go on with an interrupted matrix in --out")
+    group = parser.add_argument_group("predict")
+    add = group.add_argument
+    add("--model", choices=list(SHAPES), default="llama-3-8b")
+    add("--shape", metavar="K=V,...", help=f"instead of --model: {', '.join(SHAPE_KEYS)}")
+    add("--tensor-parallel", type=int, metavar="N", help="GPUs an instance (default: the model's)")
+    add("--dataset", choices=list(DATASETS), default="lmsys", help="whose lengths")
+    add("--rates", type=lambda text: [float(x) for x in text.split(",")], metavar="R,R,...")
+    add("--published", type=Path, help="CSV of published figures to be set beside")
+    add("--ttft-ms", type=float, default=SLO.ttft_s * 1e3)
+    add("--itl-ms", type=float, default=SLO.itl_s * 1e3)
     arguments = parser.parse_args()
-    chosen = list(SECTIONS) if "all" in arguments.sections else arguments.sections
-    for name in chosen:
-        SECTIONS[name](arguments.data, arguments.out, arguments.quick, arguments.resume)
+    try:
+        if "predict" in arguments.sections:
+            predict(arguments)
+            return 0
+        if arguments.data is None:
+            raise UsageError("--data is needed: the folder of the public traces")
+        chosen = list(SECTIONS) if "all" in arguments.sections else arguments.sections
+        for name in chosen:
+            SECTIONS[name](arguments.data, arguments.out, arguments.quick, arguments.resume)
+    except UsageError as error:
+        print(f"bench_energy: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -85,12 +85,15 @@ def note(text: str) -> None:
 class Server:
     """scripts/live_server.py as a child; it ends when its standard input does."""
 
-    def __init__(self, options: argparse.Namespace, folder: Path, decode: int) -> None:
+    def __init__(
+        self, options: argparse.Namespace, folder: Path, decode: int, *, profile: bool = True
+    ) -> None:
         line = [sys.executable, str(ROOT / "scripts/live_server.py"), "--model", options.model]
         line += ["--gpu", options.gpu, "--decode", str(decode), "--folder", str(folder)]
         line += ["--max-batch", str(options.max_batch), "--pages", str(options.pages)]
         line += ["--max-length", str(options.max_length)]
         line += ["--max-prefill-tokens", str(options.max_prefill_tokens)]
+        line += [] if profile else ["--no-profile"]
         self.log = folder / "server.log"
         with self.log.open("w") as errors:
             self.process = subprocess.Popen(
@@ -390,6 +393,8 @@ def simulate(
                 hidden=config.hidden_size,
                 kv_heads=config.num_kv_heads,
                 head_dim=config.head_dim,
+                heads=config.num_heads,
+                vocabulary=0 if config.tie_embeddings else config.vocab_size,
             ),
             piece_buckets=buckets,
             idle_w=found.get("idle_w", 0.0),

@@ -222,6 +222,7 @@ def main() -> int:
     add("--max-prefill-tokens", type=int, required=True)
     add("--pages", type=int, required=True)
     add("--load-seconds", type=float, default=1.0, help="time of a load in the profile")
+    add("--no-profile", action="store_true", help="measure nothing before serving")
     add("--folder", type=Path, required=True, help="for the profile and the timings")
     arguments = parser.parse_args()
     config = preset(arguments.model)
@@ -261,7 +262,8 @@ def main() -> int:
     engine = build_engine(model, deployment, devices=devices, governors=governor)
     instances = [one for one in engine.instances if isinstance(one, Instance)]
     profiled = instances[-1]
-    if arguments.decode:  # the sweep needs an instance that does both
+    sweeps = not arguments.no_profile
+    if sweeps and arguments.decode:  # the sweep needs an instance that does both
         beside = profiled.executor
         assert isinstance(beside, JaxExecutor)
         profiled = build_instance(
@@ -276,12 +278,13 @@ def main() -> int:
     del model, parameters
     gc.collect()
     tell(stage="compile")
-    compile_greedy([*instances, *([profiled] if arguments.decode else [])])
+    compile_greedy([*instances, *([profiled] if profiled not in instances else [])])
     gpu = None if device.platform == "cpu" else NvmlGpu(gpu_of(device))
-    tell(stage="profile")
-    profile, dispatch_s = take_profile(profiled, config, gpu, device, arguments.load_seconds)
-    profile_path = arguments.folder / "profile.json"
-    profile.save(profile_path)
+    profile_path, dispatch_s = arguments.folder / "profile.json", None
+    if sweeps:
+        tell(stage="profile")
+        profile, dispatch_s = take_profile(profiled, config, gpu, device, arguments.load_seconds)
+        profile.save(profile_path)
     executor = profiled.executor
     assert isinstance(executor, JaxExecutor)
     piece_buckets = executor.shapes.piece_buckets
@@ -294,7 +297,7 @@ def main() -> int:
         gpu=arguments.gpu,
         clocks="observe",
         # On CPU the governor's GPU is simulated, of which this profile says nothing.
-        profile=None if gpu is None else str(profile_path),
+        profile=None if gpu is None or not sweeps else str(profile_path),
     )
     served = Served(
         model=config,
@@ -322,7 +325,7 @@ def main() -> int:
             port=listener.getsockname()[1],
             gpus=[] if gpu is None else [gpu_of(each) for each in dict.fromkeys(devices)],
             piece_buckets=list(piece_buckets),
-            decode_buckets=list(profile.buckets),
+            decode_buckets=list(instances[-1].scheduler.config.decode_buckets),
             dispatch_s=dispatch_s,
             page_size=instances[0].scheduler.config.page_size,
             parameters=config.parameter_count(),

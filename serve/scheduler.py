@@ -39,6 +39,9 @@ class SchedulerConfig:
     """Batch sizes that steps are compiled for, ascending."""
     role: Role = "both"
     prefix_caching: bool = True
+    reserved_tokens: int = 0
+    """Tokens of cache kept free for each request that decodes before another is received; at least
+    a page is."""
 
     def __post_init__(self) -> None:
         if list(self.decode_buckets) != sorted(set(self.decode_buckets)) or (
@@ -208,7 +211,9 @@ class Scheduler:
                 shared = allocator.share(self._keys(request)[:full])
             tokens = max(request.total_length, request.prompt_length + 1)
             count = -(-tokens // page_size) - len(shared)
-            reserve = len(self.running) + len(self.receiving)
+            reserve = (len(self.running) + len(self.receiving)) * max(
+                1, -(-self.config.reserved_tokens // page_size)
+            )
             pages = None
             if allocator.available - reserve >= count or not (reserve or self.prefilling):
                 pages = allocator.allocate(count)

@@ -312,6 +312,14 @@ HEADLINES = (
         ),
     ),
     Headline(
+        title="Three loads predicted before they are served",
+        kind="simulated",
+        claim="none.",
+        files=("energy_loads*.json",),
+        show=tables.loads,
+        runs=(Run(name="loads", commands=("scripts/bench_energy_loads.py predict",)),),
+    ),
+    Headline(
         title="Bubbles of the schedules",
         kind="simulated",
         claim=f"{WEIPIPE} speaks of minimal bubbles for WZB1 and WZB2, without a figure. "

@@ -369,6 +369,39 @@ def live(results: Sequence[Result]) -> str:
     return "\n\n".join(parts)
 
 
+def loads(results: Sequence[Result]) -> str:
+    """Loads predicted from a shape alone, and served later where that was done."""
+    parts = []
+    for result in results:
+        record = result.record
+        if record["kind"] == "simulated":
+            host = record["config"]["host"]
+            parts.append(
+                f"Predicted on {record['config']['predicted_on']} for {record['config']['model']} "
+                f"on one prefill and one decode {record['config']['gpu'].upper()}, from the GPU's "
+                f"row and the shape; the host's times ({len(host)} figures) are in the file."
+            )
+            names = ["ttft_mean_ms", "ttft_p90_ms", "ttft_p99_ms", "itl_mean_ms", "itl_p90_ms",
+                     "itl_p99_ms", "energy_j_per_token"]  # fmt: skip
+            parts.append(table(
+                ["load", "requests", *names],
+                [[row["load"], row["requests"], *(number(row[n], ".4g") for n in names)]
+                 for row in result.rows],
+            ))  # fmt: skip
+            continue
+        parts.append(
+            f"Served on {processor(record)}; {record['within_goal']} of {record['judged']} within "
+            "10 % (p99 15 %):"
+        )
+        parts.append(table(
+            ["load", "figure", "measured", "predicted", "error (%)"],
+            [[row["load"], row["figure"], number(row["measured"], ".4g"),
+              number(row["predicted"], ".4g"), number(row["prediction_error_pct"], "+.1f")]
+             for row in result.rows],
+        ))  # fmt: skip
+    return "\n\n".join(parts)
+
+
 def savings(results: Sequence[Result]) -> str:
     """At each rate the most saved by a policy whose attainment equals the maximum clock's."""
     cells = []

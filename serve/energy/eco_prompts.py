@@ -17,12 +17,58 @@ time is worth less there: v falls from `worth` to `broken_worth` as that share g
 
 import bisect
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from jaxsys.serve.energy.gpu_model import Load
 from jaxsys.serve.energy.policy import Queue
 
 BROKEN_SHARES = (0.2, 0.4)
 """Shares of arrivals lost at every clock between which their worth falls."""
+
+
+MOST_CYCLES = 24
+"""Batches followed when arrivals are played on."""
+
+
+class ToCome(NamedTuple):
+    """Prompts that are expected, and what serving them takes: n at once t[0] + (n - 1) * t[1]."""
+
+    per_s: float
+    horizon_s: float
+    one_s: Sequence[float]
+    """Of a lone prompt, at each clock."""
+    more_s: Sequence[float]
+    """Of each further one in the same batch."""
+    power_w: Sequence[float]
+
+    def played_on(self, level: int, backlog_s: float, bound_s: float) -> tuple[float, float]:
+        """Joules, and first tokens later than `bound_s`, of what comes within the horizon.
+
+        Who comes while a batch runs is the next one: its prompts arrive evenly over that time and
+        wait for its rest and their own.
+        """
+        one_s, more_s, power_w = self.one_s[level], self.more_s[level], self.power_w[level]
+        now_s = running_s = backlog_s
+        busy_s = late = 0.0
+        for _ in range(MOST_CYCLES):
+            if now_s >= self.horizon_s:
+                break
+            count = self.per_s * running_s
+            if count < 1.0:  # idle until the next one comes
+                busy_s += one_s
+                late += one_s > bound_s
+                now_s += max(one_s, 1.0 / self.per_s)
+                running_s = one_s
+                continue
+            next_s = one_s + (count - 1.0) * more_s
+            late += count * min(max((running_s + next_s - bound_s) / running_s, 0.0), 1.0)
+            busy_s += next_s
+            now_s += next_s
+            running_s = next_s
+        # Cycles do not end with the horizon: counted in proportion.
+        played_s = now_s - backlog_s
+        share = max(0.0, self.horizon_s - backlog_s) / played_s if played_s else 0.0
+        return busy_s * power_w * share, late * share
 
 
 def batches_at_hand(
@@ -77,6 +123,7 @@ def prompt_costs_j(
     clearance: Sequence[float],
     worth: float,
     broken_worth: float,
+    to_come: ToCome | None = None,
 ) -> tuple[list[float], int]:
     """The cost of each clock in joules, and how many prompts none of them serves in time.
 
@@ -88,6 +135,7 @@ def prompt_costs_j(
         clearance: share of the time to its deadline that a batch may take, [clock].
         worth: energies of a prompt that its first token in time is worth.
         broken_worth: what is left of that where a large share is late at every clock.
+        to_come: what is expected to arrive meanwhile.
     """
     levels = range(len(clearance))
     energies_j, done_s, late = [0.0] * len(levels), [0.0] * len(levels), [0.0] * len(levels)
@@ -105,6 +153,12 @@ def prompt_costs_j(
         waited_s = bound_s - min(map(min, filter(None, deadlines_s)))
         rate = prompts / max(waited_s, work_s)
         late = [count + rate * each_s for count, each_s in zip(late, done_s, strict=True)]
+    if to_come is not None:
+        prompts += to_come.per_s * to_come.horizon_s
+        for f in levels:
+            energy_j, late_more = to_come.played_on(f, done_s[f], bound_s * clearance[f])
+            energies_j[f] += energy_j
+            late[f] += late_more
     # Who comes early in this work waits for its end, and then for a batch of his own.
     broken = 1 - (bound_s - times_s[0][-1]) / work_s
     low, high = BROKEN_SHARES

@@ -17,11 +17,12 @@ The idea is VoltanaLLM's (arXiv 2509.04827); queue-wide deadlines and the watchd
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from jaxsys.errors import UsageError
-from jaxsys.serve.energy.eco_prompts import batches_at_hand, prompt_costs_j
+from jaxsys.serve.energy.eco_prompts import ToCome, batches_at_hand, prompt_costs_j
 from jaxsys.serve.energy.gpu_model import Load
 from jaxsys.serve.energy.policy import ClockPolicy, Clocks, Queue, Ran
 from jaxsys.serve.energy.predictors import Answers, Predictor
@@ -106,6 +107,27 @@ def _rows(answers: Answers) -> Sequence[Sequence[float]]:
     return answers.tolist() if isinstance(answers, np.ndarray) else answers
 
 
+class Expected(NamedTuple):
+    """Prompts that have not arrived yet."""
+
+    plan: tuple[float, float]
+    """How many come in a second, and for how long that is looked at."""
+    one: Load
+    several: Load
+
+
+def _to_come(
+    expected: Expected, times_s: Sequence[Sequence[float]], powers_w: Sequence[Sequence[float]]
+) -> ToCome:
+    more = expected.several.prefill_requests - 1
+    return ToCome(
+        *expected.plan,
+        one_s=times_s[0],
+        more_s=[max(0.0, (b - a) / more) for a, b in zip(times_s[0], times_s[1], strict=True)],
+        power_w=powers_w[1],
+    )
+
+
 class EcoFreq(ClockPolicy):
     """The policy of one instance."""
 
@@ -143,6 +165,9 @@ class EcoFreq(ClockPolicy):
             most=config.queue_chunks,
         )
         batches = len(loads)
+        expected = self.expected(now_s) if load.prefill_tokens else None
+        if expected is not None:
+            loads += expected[1:]
         if load.batch:
             for growth in self._growths(load.batch, now_s):
                 loads.append(_grown(load, 1 + config.growth_guard + growth))
@@ -160,6 +185,9 @@ class EcoFreq(ClockPolicy):
             clearance=clearance,
             worth=config.worth,
             broken_worth=config.broken_worth,
+            to_come=None
+            if expected is None
+            else _to_come(expected, times_s[batches:], powers_w[batches:]),
         )
         planned_itl_s = min(slo.planned_itl_s, slo.itl_s / self._slowness)
         levels, itl_kept = list(range(top + 1)), True
@@ -204,6 +232,10 @@ class EcoFreq(ClockPolicy):
 
     def close(self) -> None:
         self.predictor.close()
+
+    def expected(self, now_s: float) -> Expected | None:
+        """The prompts that are looked out for though they are not there yet: none here."""
+        return None
 
     def _growths(self, batch: int, now_s: float) -> list[float]:
         """Shares by which the batch lies above its exponential means: what it grew by in their

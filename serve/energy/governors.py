@@ -101,6 +101,8 @@ class Served:
             hidden=config.hidden_size,
             kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
+            heads=config.num_heads,
+            vocabulary=0 if config.tie_embeddings else config.vocab_size,
             tensor_parallel=self.tensor_parallel,
             bytes_per_value=kv_bytes,
         )

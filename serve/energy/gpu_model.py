@@ -1,37 +1,40 @@
 """Simulated GPUs: how long an iteration takes and what it draws, as functions of the SM clock.
 
-Time of one iteration at clock f (memory does not follow the SM clock until it starves):
+Time of one iteration at clock f. Products and attention follow the clock; memory does not until it
+starves below `memory_knee_mhz`; the host does not at all:
 
-    t = t_host + t_sequence * batch + (t_turn + t_request * prompts, where there are prompts)
-        + hypot(weight_bytes / bandwidth(f), flops / rate(f)) + kv_bytes / bandwidth(f)
+    device  = hypot(products / rate(f), max(weights / bandwidth, widened / (widened_per_cycle * f)))
+              + attention / (attention_share * rate(f))
+              + activations / bandwidth + keys and values / min(bandwidth, kv_bytes_per_cycle * f)
+              + collectives + layers * layer_s
+    t       = max(device, layers * prompt_layer_s where there are prompts)
+              + host_s + sequence_s * batch + prompts_s + request_s * prompts
 
 `hypot` joins the two limits of the roofline without a corner. Decode batches are padded, in part,
 to the tile of the matrix kernels, which makes the published staircase at multiples of 128.
 
 Power of one GPU, with x = f in GHz, c and m the shares of the time in which the matrix units and
-the memory are busy:
+the memory are busy, and V the voltage over its floor, which rises in a line from a clock on:
 
-    busy: P = active + memory * m + (base + compute * c) * x**g, held at the power cap by lowering f
-    idle: P = idle + idle_clock * x**3.17   (model loaded, nothing running)
+    V    = 1 + voltage_slope * max(0, x - voltage_floor)
+    idle: P = idle + clock * x V**2                                 (model loaded, nothing running)
+    busy: P = idle + memory * m + (clock + busy + compute * c) * x V**2
 
-Below the clock where the voltage reaches its floor, x**g goes on as a straight line through zero.
-P/f has its minimum at a middle clock, which is the published U-curve. The devices' constants are
-rows of `jaxsys.hardware.DEVICES`, each with its source; docs/energy.md measures them against
-published points.
+held at the power cap by lowering f. P/f has its minimum at about the voltage floor, which is the
+published U-curve. The devices' constants are rows of `jaxsys.hardware.DEVICES`, what an engine
+adds is a row of `ENGINES`; each has its source, and docs/energy.md says to how many points it was
+fitted and what was held out.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxsys.errors import UsageError
 from jaxsys.hardware import DEVICES, ClockSpec, DeviceSpec
-
-IDLE_EXPONENT = 3.17
-"""Fit of loaded-idle power against clock on H100 (DualScale's table, TP4 rows)."""
 
 TILE = 128
 """Rows of a matrix tile: the step of the published decode staircase (VoltanaLLM)."""
@@ -55,23 +58,20 @@ class GpuSpec:
     flops_per_cycle: float
     """Achieved bf16 FLOP per SM-clock cycle in large matrix products."""
     power_cap_w: float
-    active_w: float
-    memory_w: float
-    base_w: float
-    compute_w: float
-    power_exponent: float
     idle_w: float
-    idle_clock_w: float
-    voltage_floor_mhz: float = 0.0
-    """Clock below which lower clocks save no voltage, so dynamic power is linear; 0 for none."""
-    host_s: float = 0.0012
-    """Per iteration, whatever the clock: launches and the host's share that is not hidden."""
-    sequence_s: float = 25e-6
-    """Per sequence in a decode batch: sampling and bookkeeping. Fit to ML.ENERGY's H100 ITL."""
-    turn_s: float = 0.0
-    """Per batch of prompts: what the engine does between one and the next."""
-    request_s: float = 0.001
-    """Per prompt: tokens in, KV hand-over, first sample."""
+    clock_w: float
+    """A GHz of clock, at the voltage's floor, whether busy or not."""
+    busy_w: float
+    """Likewise, of kernels that run at all ..."""
+    compute_w: float
+    """... and of matrix units that are busy all the time."""
+    memory_w: float
+    """Of memory that is busy all the time."""
+    voltage_floor_mhz: float
+    voltage_slope: float
+    """By what share the voltage rises a GHz above that clock."""
+    link_bytes_per_s: float
+    """One way, between GPUs of a tensor-parallel instance."""
     extrapolated: bool = False
     """No published clock or power point stands behind this preset."""
 
@@ -90,6 +90,82 @@ class GpuSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSpec:
+    """What an engine adds to the device's work, and how it hands requests over."""
+
+    name: str
+    host_s: float
+    """Per iteration, whatever the clock: the host's share that nothing hides."""
+    sequence_s: float
+    """Per sequence in a decode batch: sampling and bookkeeping."""
+    prompts_s: float
+    """Per batch of prompts, beside `host_s` ..."""
+    request_s: float
+    """... and per prompt of it: tokens in, KV hand-over, first sample."""
+    layer_s: float
+    """Per layer on the device: kernels that begin and end."""
+    prompt_layer_s: float
+    """Per layer of a batch of prompts: what the host takes to launch it, where that is longer than
+    the device's work. 0 where steps are compiled whole."""
+    attention_share: float
+    """Of the products' rate, what attention over prompts reaches."""
+    kv_bytes_per_cycle: float
+    """Keys and values that decoding's attention reads in a cycle, where its kernels are slower than
+    the memory; infinite where they are not."""
+    activation_values: float
+    """Values that a token moves through memory in a layer outside products, in units of the hidden
+    size."""
+    widened_per_cycle: float = math.inf
+    """Weights of less than two bytes that the multiprocessors widen in a cycle."""
+    first_token_steps: float | None = None
+    """Decode steps from a request's entry to its first token, where that leaves the decode
+    instance; None where the prefill instance sends it."""
+    reserved_tokens: int = 0
+    """Tokens of cache kept free for each request that decodes, before another is let in."""
+    source: str = ""
+
+
+ENGINES: dict[str, EngineSpec] = {
+    "jaxsys": EngineSpec(
+        name="jaxsys",
+        host_s=0.0,
+        sequence_s=4.9e-6,
+        prompts_s=0.0,
+        request_s=0.0,
+        layer_s=29e-6,
+        prompt_layer_s=0.0,
+        attention_share=0.34,
+        kv_bytes_per_cycle=math.inf,
+        activation_values=35.0,
+        widened_per_cycle=1150.0,
+        source="fitted with the H100 and H200 rows to this project's profiles of both "
+        "(results/energy_live_h100.json, energy_live_h200.json): steps compiled whole, the host "
+        "hidden behind the step in flight",
+    ),
+    "sglang-0.4.7": EngineSpec(
+        name="sglang-0.4.7",
+        host_s=0.012,
+        sequence_s=0.0,
+        prompts_s=0.0,
+        request_s=0.0014,
+        layer_s=29e-6,
+        prompt_layer_s=350e-6,
+        attention_share=0.34,
+        kv_bytes_per_cycle=715.0,
+        activation_values=8.35,
+        first_token_steps=2.28,
+        reserved_tokens=512,
+        source="host_s, request_s, kv_bytes_per_cycle, activation_values, first_token_steps: "
+        "fitted to VoltanaLLM's two Llama-3.1-8B lines (jaxsys.serve.simulation.calibration); "
+        "prompt_layer_s: assumed, eager launches; reserved_tokens: the code's default; layer_s and "
+        "attention_share: this project's",
+    ),
+}
+"""By name. `reserved_tokens` and that a first token passes through the decode instance's loop are
+read off SGLang's code; "fitted" is said in `source`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServedShape:
     """What of a model the cost of serving it depends on."""
 
@@ -103,17 +179,28 @@ class ServedShape:
     """Tokens that other layers see, and what these keep of each."""
     weight_bytes_per_parameter: float = 2.0
     tensor_parallel: int = 1
+    embedding_parameters: float = 0.0
+    """Of `parameters`, a table that is looked up and neither read through nor multiplied with."""
+    attention_width: int | None = None
+    """Heads times their width; the hidden size where None."""
     active_parameters: float | None = None
     """What a token is multiplied with, where that is not all of them: experts are chosen. All of
     them are read in an iteration: many tokens choose many."""
 
     @property
     def used_parameters(self) -> float:
-        return self.parameters if self.active_parameters is None else self.active_parameters
+        """What one token is multiplied with."""
+        used = self.parameters if self.active_parameters is None else self.active_parameters
+        return used - self.embedding_parameters
 
     @property
     def weight_bytes(self) -> float:
         return self.parameters * self.weight_bytes_per_parameter
+
+    @property
+    def read_bytes(self) -> float:
+        """What an iteration reads of the weights."""
+        return (self.parameters - self.embedding_parameters) * self.weight_bytes_per_parameter
 
     def kv_bytes(self, tokens: Any, requests: Any = 1) -> Any:
         """What is read to attend to `tokens` of so many requests of like length."""
@@ -121,6 +208,10 @@ class ServedShape:
         for window, each in self.kv_windows:
             total = total + np.minimum(tokens, window * requests) * each
         return total
+
+    @property
+    def width(self) -> int:
+        return self.hidden if self.attention_width is None else self.attention_width
 
 
 def shape_from_sizes(
@@ -131,10 +222,17 @@ def shape_from_sizes(
     hidden: int,
     kv_heads: int,
     head_dim: int,
+    heads: int | None = None,
+    vocabulary: int = 0,
     tensor_parallel: int = 1,
     bytes_per_value: float = 2.0,
 ) -> ServedShape:
-    """The shape of any decoder with grouped-query attention."""
+    """The shape of any decoder with grouped-query attention.
+
+    Args:
+        heads: of queries, where they are not `hidden` wide together.
+        vocabulary: rows of an embedding table beside the head's; 0 where the two are one.
+    """
     return ServedShape(
         name=name,
         parameters=parameters,
@@ -143,50 +241,68 @@ def shape_from_sizes(
         kv_bytes_per_token=2 * layers * kv_heads * head_dim * bytes_per_value,
         weight_bytes_per_parameter=bytes_per_value,
         tensor_parallel=tensor_parallel,
+        embedding_parameters=float(vocabulary * hidden),
+        attention_width=None if heads is None else heads * head_dim,
     )
 
 
 SHAPES: dict[str, ServedShape] = {
-    "llama-3-8b": shape_from_sizes(
-        name="llama-3-8b", parameters=8.03e9, layers=32, hidden=4096, kv_heads=8, head_dim=128
-    ),
-    "llama-3-70b": shape_from_sizes(
-        name="llama-3-70b",
-        parameters=70.6e9,
-        layers=80,
-        hidden=8192,
-        kv_heads=8,
-        head_dim=128,
-        tensor_parallel=4,
-    ),
-    "qwen3-32b": shape_from_sizes(
-        name="qwen3-32b",
-        parameters=32.8e9,
-        layers=64,
-        hidden=5120,
-        kv_heads=8,
-        head_dim=128,
-        tensor_parallel=2,
-    ),
-    "smollm2-135m": shape_from_sizes(
-        name="smollm2-135m", parameters=134.5e6, layers=30, hidden=576, kv_heads=3, head_dim=64
-    ),
+    shape.name: shape
+    for shape in (
+        shape_from_sizes(
+            name="llama-3-8b",
+            parameters=8.03e9,
+            layers=32,
+            hidden=4096,
+            kv_heads=8,
+            head_dim=128,
+            vocabulary=128_256,
+        ),
+        shape_from_sizes(
+            name="llama-3-70b",
+            parameters=70.6e9,
+            layers=80,
+            hidden=8192,
+            kv_heads=8,
+            head_dim=128,
+            vocabulary=128_256,
+            tensor_parallel=4,
+        ),
+        # 14 layers: what VoltanaLLM's cache of 1,210,369 tokens beside its weights leaves.
+        shape_from_sizes(
+            name="ministral-3b",
+            parameters=3.32e9,
+            layers=14,
+            hidden=4096,
+            kv_heads=8,
+            head_dim=128,
+            vocabulary=32_768,
+        ),
+        shape_from_sizes(
+            name="qwen3-32b",
+            parameters=32.8e9,
+            layers=64,
+            hidden=5120,
+            kv_heads=8,
+            head_dim=128,
+            heads=64,
+            vocabulary=151_936,
+            tensor_parallel=2,
+        ),
+        shape_from_sizes(
+            name="smollm2-135m",
+            parameters=134.5e6,
+            layers=30,
+            hidden=576,
+            kv_heads=3,
+            head_dim=64,
+        ),
+    )
 }
 
-_ENGINES: dict[str, dict[str, float]] = {
-    # Fitted to VoltanaLLM's published static runs, which were SGLang 0.4.7 with prefill and decode
-    # apart (serve/simulation/calibration.py says how well they meet it).
-    "a100-80g": {"host_s": 0.0031, "sequence_s": 9.7e-6, "turn_s": 0.1625, "request_s": 0.0052},
-    # Host and sequence times: fit to ML.ENERGY v3's ITL of Llama-3.1-8B, the defaults above.
-    "h100": {},
-    "h200": {},
-    "gh200": {},
-}
-"""What an engine takes beside the device's work, by device."""
 
-
-def _modelled(device: DeviceSpec, engine: Mapping[str, Any]) -> GpuSpec:
-    """A row of the hardware table under an engine."""
+def _modelled(device: DeviceSpec) -> GpuSpec:
+    """A row of the hardware table."""
     clocks = device.clocks
     assert clocks is not None
     own: dict[str, Any] = {
@@ -198,15 +314,21 @@ def _modelled(device: DeviceSpec, engine: Mapping[str, Any]) -> GpuSpec:
         hbm_bytes_per_s=clocks.achieved_bytes_per_s,
         flops_per_cycle=clocks.product_flops_per_cycle,
         **own,
-        **engine,
     )
 
 
 _SAME = frozenset(ClockSpec.__slots__) & frozenset(GpuSpec.__slots__)
 
 GPUS: dict[str, GpuSpec] = {
-    name: _modelled(DEVICES[name], engine) for name, engine in _ENGINES.items()
+    name: _modelled(device) for name, device in DEVICES.items() if device.clocks is not None
 }
+
+
+def engine_spec(name: str) -> EngineSpec:
+    """The engine called `name`."""
+    if name not in ENGINES:
+        raise UsageError(f"engine={name!r} is not known here; use one of {', '.join(ENGINES)}")
+    return ENGINES[name]
 
 
 def gpu_spec(name: str) -> GpuSpec:
@@ -268,26 +390,45 @@ def padded_batch(batch: int) -> int:
 
 
 class SimulatedGpu:
-    """One serving instance (one GPU, or a tensor-parallel group) of a given model shape."""
+    """One serving instance (one GPU, or a tensor-parallel group) of a model shape and an engine."""
 
     STAIR_SHARE = 0.5
     """Share of a padded tile that costs real time. The published staircase has no figures; this
-    is an assumption, which docs/energy.md varies."""
+    is an assumption."""
 
     MEMORY_FOR_CACHE = 0.88
-    """Share of HBM for weights and KV: gives VoltanaLLM's 457,600 tokens for Llama-3.1-8B."""
+    """Share of HBM for weights and KV: gives VoltanaLLM's 457,600 tokens for Llama-3.1-8B, and
+    1,210,369 and 325,037 for its other two models."""
 
-    def __init__(self, spec: GpuSpec, shape: ServedShape) -> None:
+    COLLECTIVE_S = 8e-6
+    """Latency of one all-reduce over NVLink at small sizes (assumption, as `jaxsys.hardware`'s)."""
+
+    def __init__(
+        self, spec: GpuSpec, shape: ServedShape, engine: EngineSpec = ENGINES["jaxsys"]
+    ) -> None:
         self.spec = spec
         self.shape = shape
-        self.gpus = shape.tensor_parallel
-        self._weight_share_bytes = shape.weight_bytes / self.gpus
-        whole = shape.kv_bytes_per_token + sum(each for _, each in shape.kv_windows)
-        self._kv_share_bytes = whole / self.gpus
-        self._flops_per_token = 2.0 * shape.used_parameters / self.gpus
-        self._attention_flops = 4.0 * shape.layers * shape.hidden / self.gpus
-        # Two all-reduces a layer; about 8 us each at small sizes over NVLink (assumption).
-        self.collective_s = 2 * shape.layers * 8e-6 if self.gpus > 1 else 0.0
+        self.engine = engine
+        self.gpus = ways = shape.tensor_parallel
+        # Of one GPU: what one row, one pair of tokens that attend and one token of cache take.
+        self._row_flops = 2.0 * shape.used_parameters / ways
+        pair_flops = 4.0 * shape.layers * shape.width / ways
+        self._pair_flops = pair_flops / engine.attention_share
+        self._read_bytes = shape.read_bytes / ways
+        row_bytes = 2.0 * shape.layers * engine.activation_values * shape.hidden / ways
+        self._row_bytes = row_bytes
+        self._kv_rate = engine.kv_bytes_per_cycle * 1e6
+        self._fixed_s = shape.layers * engine.layer_s
+        narrow = shape.weight_bytes_per_parameter < 2
+        parameters = shape.parameters - shape.embedding_parameters
+        # Cycles in millions, so that they go over MHz.
+        self._widen = parameters / ways / engine.widened_per_cycle / 1e6 if narrow else 0.0
+        self._row_s = 0.0
+        if ways > 1:  # two all-reduces a layer, each over the rows' hidden values
+            sent = 2.0 * shape.hidden * 2 * (ways - 1) / ways
+            self._fixed_s += 2 * shape.layers * self.COLLECTIVE_S
+            self._row_s = 2 * shape.layers * sent / spec.link_bytes_per_s
+        self._launch_s = shape.layers * engine.prompt_layer_s
         if self.kv_capacity_tokens < 1:
             raise UsageError(
                 f"{shape.name} ({shape.weight_bytes / 1e9:.0f} GB) does not fit {self.gpus} x "
@@ -297,79 +438,123 @@ class SimulatedGpu:
     @property
     def kv_capacity_tokens(self) -> int:
         """Tokens of KV cache that fit beside the weights, of requests within all windows."""
-        room = self.spec.hbm_bytes * self.MEMORY_FOR_CACHE - self._weight_share_bytes
-        return int(room / self._kv_share_bytes)
+        room = self.spec.hbm_bytes * self.MEMORY_FOR_CACHE - self.shape.weight_bytes / self.gpus
+        return int(room * self.gpus / self.shape.kv_bytes(1))
 
     def run(self, load: Load, clock_mhz: float) -> Outcome:
         """Time, power and real clock of one iteration asked to run at `clock_mhz`."""
         if load.is_idle:
             return Outcome(0.0, self.idle_power_w(clock_mhz), clock_mhz, False)
-        spec = self.spec
-        time_s, compute, memory = self._time(load, clock_mhz)
-        steady = spec.active_w + spec.memory_w * memory
-        per_cycle = spec.base_w + spec.compute_w * compute
-        power_w = steady + per_cycle * self._dynamic(clock_mhz)
-        if power_w <= spec.power_cap_w:
+        work = self._work(load)
+        time_s, power_w = self._at(work, clock_mhz)
+        cap_w = self.spec.power_cap_w
+        if power_w <= cap_w:
             return Outcome(time_s, power_w * self.gpus, clock_mhz, False)
-        # The driver lowers the clock until the cap holds; the busy shares rise a little as it
-        # does, so this is the first step of a fixed point, and power is then the cap itself.
-        real_mhz = self._clock_of((spec.power_cap_w - steady) / per_cycle)
-        real_mhz = min(clock_mhz, max(real_mhz, spec.min_mhz))
-        time_s, _, _ = self._time(load, real_mhz)
-        return Outcome(time_s, spec.power_cap_w * self.gpus, real_mhz, True)
+        # The driver lowers the clock until the cap holds.
+        real_mhz = min(clock_mhz, self._capped_mhz(work))
+        time_s, power_w = self._at(work, real_mhz)
+        return Outcome(time_s, min(power_w, cap_w) * self.gpus, real_mhz, True)
 
     def idle_power_w(self, clock_mhz: float) -> float:
         """Power of the whole instance with the model loaded and nothing to do."""
         spec = self.spec
-        per_gpu = spec.idle_w + spec.idle_clock_w * (clock_mhz / 1000.0) ** IDLE_EXPONENT
-        return per_gpu * self.gpus
+        return (spec.idle_w + spec.clock_w * self._dynamic(clock_mhz)) * self.gpus
 
     def _dynamic(self, clock_mhz: float) -> float:
-        """x**g, or its straight continuation below the voltage floor."""
+        """x V**2."""
         spec = self.spec
-        if clock_mhz >= spec.voltage_floor_mhz:
-            return (clock_mhz / 1000.0) ** spec.power_exponent
-        at_floor = (spec.voltage_floor_mhz / 1000.0) ** spec.power_exponent
-        return at_floor * clock_mhz / spec.voltage_floor_mhz
+        above = clock_mhz - spec.voltage_floor_mhz
+        x = clock_mhz / 1000.0
+        return x if above <= 0 else x * (1 + spec.voltage_slope * above / 1000.0) ** 2
 
-    def _clock_of(self, dynamic: float) -> float:
-        """The clock whose `_dynamic` is `dynamic`."""
-        spec = self.spec
-        at_floor = (spec.voltage_floor_mhz / 1000.0) ** spec.power_exponent
-        if dynamic >= at_floor:
-            return 1000.0 * dynamic ** (1 / spec.power_exponent)
-        return spec.voltage_floor_mhz * dynamic / at_floor
-
-    def _time(self, load: Load, clock_mhz: float) -> tuple[float, float, float]:
-        """Seconds, and the shares of them in which matrix units and memory are busy."""
-        spec = self.spec
-        bandwidth = spec.hbm_bytes_per_s * min(1.0, clock_mhz / spec.memory_knee_mhz)
-        rate = spec.flops_per_cycle * clock_mhz * 1e6
+    def _work(self, load: Load) -> "_Work":
+        """What an iteration takes, apart from the clock."""
         rows = load.bucket or (
             load.batch + self.STAIR_SHARE * (padded_batch(load.batch) - load.batch)
         )
-        flops = self._flops_per_token * (rows + load.prefill_tokens)
-        kv_bytes = self.shape.kv_bytes(load.kv_tokens, load.batch)
-        kv_bytes += self.shape.kv_bytes(load.cached_tokens, load.prefill_requests)
+        rows += load.prefill_tokens
+        pairs = least_s = prompts_s = 0.0
         if load.prefill_tokens:
-            mean_length = load.prefill_tokens / max(1, load.prefill_requests)
-            mean_cached = load.cached_tokens / max(1, load.prefill_requests)
-            flops += self._attention_flops * load.prefill_tokens * (mean_length / 2 + mean_cached)
-        weight_s = self._weight_share_bytes / bandwidth
-        kv_s = kv_bytes / self.gpus / bandwidth
-        matrix_s = flops / rate
-        prompts_s = 0.0
+            prompts = max(1, load.prefill_requests)
+            pairs = (load.prefill_tokens / 2 + load.cached_tokens) * load.prefill_tokens / prompts
+            least_s = self._launch_s
         if load.prefill_requests:
-            prompts_s = spec.turn_s + spec.request_s * load.prefill_requests
-        time_s = (
-            spec.host_s
-            + self.collective_s
-            + prompts_s
-            + spec.sequence_s * load.batch
-            + math.hypot(weight_s, matrix_s)
-            + kv_s
+            prompts_s = self.engine.prompts_s + self.engine.request_s * load.prefill_requests
+        return _Work(
+            rows * self._row_flops,
+            pairs * self._pair_flops,
+            rows * self._row_bytes,
+            self._kv_bytes(load.kv_tokens, load.batch, load.cached_tokens, load.prefill_requests),
+            self._fixed_s + rows * self._row_s,
+            least_s,
+            self.engine.host_s + self.engine.sequence_s * load.batch + prompts_s,
         )
-        return time_s, matrix_s / time_s, (weight_s + kv_s) / time_s
+
+    def _kv_bytes(self, kv_tokens: Any, batch: Any, cached: Any, prompts: Any) -> Any:
+        """Of one GPU."""
+        shape = self.shape
+        return (shape.kv_bytes(kv_tokens, batch) + shape.kv_bytes(cached, prompts)) / self.gpus
+
+    def _at(self, work: "_Work", clock_mhz: float) -> tuple[float, float]:
+        """Seconds, and watts of one GPU, with no cap."""
+        spec = self.spec
+        bandwidth = spec.hbm_bytes_per_s
+        if clock_mhz < spec.memory_knee_mhz:
+            bandwidth *= clock_mhz / spec.memory_knee_mhz
+        rate = spec.flops_per_cycle * clock_mhz * 1e6
+        matrix_s, attention_s = work.product_flops / rate, work.attention_flops / rate
+        weights_s = max(self._read_bytes / bandwidth, self._widen / clock_mhz)
+        moved_s = work.moved_bytes / bandwidth
+        moved_s += work.kv_bytes / min(bandwidth, self._kv_rate * clock_mhz)
+        device_s = math.hypot(matrix_s, weights_s) + attention_s + moved_s + work.fixed_s
+        time_s = max(device_s, work.least_s) + work.host_s
+        dynamic = self._dynamic(clock_mhz)
+        busy = spec.busy_w * device_s + spec.compute_w * (matrix_s + attention_s)
+        power_w = (
+            spec.idle_w
+            + spec.memory_w * (weights_s + moved_s) / time_s
+            + (spec.clock_w + busy / time_s) * dynamic
+        )
+        return time_s, power_w
+
+    def _capped_mhz(self, work: "_Work") -> float:
+        """The clock at which power is the cap, by the regula falsi (Illinois); the lowest one where
+        even that draws more."""
+        cap_w, low, high = self.spec.power_cap_w, float(self.spec.min_mhz), float(self.spec.max_mhz)
+        below, above = self._at(work, low)[1] - cap_w, self._at(work, high)[1] - cap_w
+        if below >= 0:
+            return low
+        mhz, side = low, 0
+        for _ in range(60):
+            mhz = (low * above - high * below) / (above - below)
+            over = self._at(work, mhz)[1] - cap_w
+            if abs(over) < 1e-9 * cap_w:
+                break
+            if over > 0:
+                high, above = mhz, over
+                below *= 0.5 if side > 0 else 1.0
+                side = 1
+            else:
+                low, below = mhz, over
+                above *= 0.5 if side < 0 else 1.0
+                side = -1
+        return mhz
+
+
+class _Work(NamedTuple):
+    """An iteration, apart from the clock: numbers, or arrays of them."""
+
+    product_flops: Any
+    attention_flops: Any
+    """Weighed by how much longer than products they take."""
+    moved_bytes: Any
+    """Activations."""
+    kv_bytes: Any
+    fixed_s: Any
+    """On the device, whatever the clock."""
+    least_s: Any
+    """What the host takes to launch it meanwhile."""
+    host_s: Any
 
 
 def run_many(
@@ -380,7 +565,28 @@ def run_many(
     Returns:
         Seconds and watts, each of shape [len(loads), len(clocks_mhz)].
     """
-    spec, shape = gpu.spec, gpu.shape
+    spec = gpu.spec
+    work = _work_of(gpu, loads)
+    mhz = np.broadcast_to(np.asarray(clocks_mhz, dtype=float), (len(loads), len(clocks_mhz)))
+    time_s, power_w = _arrays_at(gpu, work, mhz)
+    capped = power_w > spec.power_cap_w
+    if capped.any():
+        rows = np.flatnonzero(capped.any(axis=1))
+        real = mhz.copy()
+        some = _Work(*(field if np.ndim(field) == 0 else field[rows] for field in work))
+        real[rows] = np.minimum(mhz[rows], _arrays_capped_mhz(gpu, some, len(rows)))
+        again_s, again_w = _arrays_at(gpu, work, real)
+        time_s = np.where(capped, again_s, time_s)
+        power_w = np.where(capped, np.minimum(again_w, spec.power_cap_w), power_w)
+    empty = np.array([load.is_idle for load in loads])
+    if empty.any():
+        idle = np.array([gpu.idle_power_w(clock) / gpu.gpus for clock in clocks_mhz])
+        time_s[empty], power_w[empty] = 0.0, idle
+    return time_s, power_w * gpu.gpus
+
+
+def _work_of(gpu: SimulatedGpu, loads: Sequence[Load]) -> _Work:
+    """`SimulatedGpu._work` of many, each field of shape [len(loads), 1]."""
     columns = np.array(
         [
             (
@@ -396,59 +602,63 @@ def run_many(
         dtype=float,
     ).reshape(-1, 6)[:, :, None]
     prompt, prompts, cached, batch, kv, bucket = (columns[:, k] for k in range(6))
-    mhz = np.asarray(clocks_mhz, dtype=float)[None, :]
     small = np.maximum(16.0, 2.0 ** np.ceil(np.log2(np.maximum(batch, 1.0))))
     padded = np.where(batch <= TILE, np.where(batch > 0, small, 0.0), TILE * np.ceil(batch / TILE))
-    rows = np.where(bucket > 0, bucket, batch + gpu.STAIR_SHARE * (padded - batch))
-    per_prompt = np.maximum(prompts, 1.0)
-    attention = prompt * (prompt / per_prompt / 2 + cached / per_prompt)
-    flops = (
-        2.0 * shape.used_parameters * (rows + prompt)
-        + 4.0 * shape.layers * shape.hidden * attention
-    ) / gpu.gpus
-    weight_bytes = shape.weight_bytes / gpu.gpus
-    kv_bytes = (shape.kv_bytes(kv, batch) + shape.kv_bytes(cached, prompts)) / gpu.gpus
-    fixed_s = (
-        spec.host_s
-        + gpu.collective_s
-        + np.where(prompts > 0, spec.turn_s + spec.request_s * prompts, 0.0)
-        + spec.sequence_s * batch
+    rows = np.where(bucket > 0, bucket, batch + gpu.STAIR_SHARE * (padded - batch)) + prompt
+    engine = gpu.engine
+    return _Work(
+        rows * gpu._row_flops,
+        (prompt / 2 + cached) * prompt / np.maximum(prompts, 1.0) * gpu._pair_flops,
+        rows * gpu._row_bytes,
+        gpu._kv_bytes(kv, batch, cached, prompts),
+        gpu._fixed_s + rows * gpu._row_s,
+        np.where(prompt > 0, gpu._launch_s, 0.0),
+        engine.host_s
+        + engine.sequence_s * batch
+        + np.where(prompts > 0, engine.prompts_s + engine.request_s * prompts, 0.0),
     )
 
-    def times(clock: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        bandwidth = spec.hbm_bytes_per_s * np.minimum(1.0, clock / spec.memory_knee_mhz)
-        matrix_s = flops / (spec.flops_per_cycle * clock * 1e6)
-        weight_s, kv_s = weight_bytes / bandwidth, kv_bytes / bandwidth
-        time_s = fixed_s + np.hypot(weight_s, matrix_s) + kv_s
-        return time_s, matrix_s / time_s, (weight_s + kv_s) / time_s
 
-    time_s, compute, memory = times(mhz)
-    floor = spec.voltage_floor_mhz
-    at_floor = (floor / 1000.0) ** spec.power_exponent
-    dynamic = np.where(
-        mhz >= floor, (mhz / 1000.0) ** spec.power_exponent, at_floor * mhz / max(floor, 1.0)
+def _arrays_at(gpu: SimulatedGpu, work: _Work, mhz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`SimulatedGpu._at` of arrays."""
+    spec = gpu.spec
+    bandwidth = spec.hbm_bytes_per_s * np.minimum(1.0, mhz / spec.memory_knee_mhz)
+    rate = spec.flops_per_cycle * mhz * 1e6
+    matrix_s, attention_s = work.product_flops / rate, work.attention_flops / rate
+    weights_s = np.maximum(gpu._read_bytes / bandwidth, gpu._widen / mhz)
+    kv_s = work.kv_bytes / np.minimum(bandwidth, gpu._kv_rate * mhz)
+    moved_s = work.moved_bytes / bandwidth + kv_s
+    device_s = np.hypot(matrix_s, weights_s) + attention_s + moved_s + work.fixed_s
+    time_s = np.maximum(device_s, work.least_s) + work.host_s
+    above = np.maximum(0.0, mhz - spec.voltage_floor_mhz) / 1000.0
+    dynamic = mhz / 1000.0 * (1 + spec.voltage_slope * above) ** 2
+    busy = spec.busy_w * device_s + spec.compute_w * (matrix_s + attention_s)
+    power_w = (
+        spec.idle_w
+        + spec.memory_w * (weights_s + moved_s) / time_s
+        + (spec.clock_w + busy / time_s) * dynamic
     )
-    steady = spec.active_w + spec.memory_w * memory
-    per_cycle = spec.base_w + spec.compute_w * compute
-    power_w = steady + per_cycle * dynamic
-    capped = power_w > spec.power_cap_w
-    if capped.any():
-        room = (spec.power_cap_w - steady) / per_cycle
-        real = np.where(
-            room >= at_floor,
-            1000.0 * room ** (1 / spec.power_exponent),
-            floor * room / max(at_floor, 1e-12),
-        )
-        real = np.minimum(mhz, np.maximum(real, spec.min_mhz))
-        time_s = np.where(capped, times(real)[0], time_s)
-        power_w = np.where(capped, spec.power_cap_w, power_w)
-    empty = (prompt == 0) & (batch == 0)
-    if empty.any():
-        idle = spec.idle_w + spec.idle_clock_w * (mhz / 1000.0) ** IDLE_EXPONENT
-        time_s, power_w = np.where(empty, 0.0, time_s), np.where(empty, idle, power_w)
-    return time_s, power_w * gpu.gpus
+    return time_s, power_w
 
 
-def simulated_gpu(gpu: str, model: str) -> SimulatedGpu:
-    """The instance of preset `gpu` serving model shape `model`."""
-    return SimulatedGpu(gpu_spec(gpu), served_shape(model))
+def _arrays_capped_mhz(gpu: SimulatedGpu, work: _Work, count: int) -> np.ndarray:
+    """`SimulatedGpu._capped_mhz` of many, [count, 1], by secants: power is smooth in the clock."""
+    spec = gpu.spec
+    cap_w, least = spec.power_cap_w, float(spec.min_mhz)
+    here = np.full((count, 1), float(spec.max_mhz))
+    before = here * 0.8
+    over, over_before = (_arrays_at(gpu, work, mhz)[1] - cap_w for mhz in (here, before))
+    for _ in range(6):
+        slope = (over - over_before) / np.where(here == before, 1.0, here - before)
+        moved = here - over / np.where(slope > 0, slope, np.inf)
+        before, over_before = here, over
+        here = np.clip(moved, least, spec.max_mhz)
+        over = _arrays_at(gpu, work, here)[1] - cap_w
+        if np.abs(over).max() < 1e-6 * cap_w:
+            break
+    return here
+
+
+def simulated_gpu(gpu: str, model: str, engine: str = "jaxsys") -> SimulatedGpu:
+    """The instance of preset `gpu` serving model shape `model` under `engine`."""
+    return SimulatedGpu(gpu_spec(gpu), served_shape(model), engine_spec(engine))

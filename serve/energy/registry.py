@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from jaxsys.errors import UsageError
+from jaxsys.serve.energy.ahead import Ahead, AheadConfig
 from jaxsys.serve.energy.ecofreq import EcoFreq, EcoFreqConfig
 from jaxsys.serve.energy.ecoroute import (
     EnergyRouter,
@@ -129,6 +130,11 @@ CLOCK_POLICIES: Registry[ClockPolicy] = Registry(
             s.predictor(),
             s.slo,
             config=EcoFreqConfig(**{"prefill_budget": s.prefill_budget, **s.options}),
+        ),
+        "ahead": lambda s: Ahead(
+            s.predictor(),
+            s.slo,
+            config=AheadConfig(**{"prefill_budget": s.prefill_budget, **s.options}),
         ),
         "own-rule": lambda s: OwnRule(),
     },

@@ -14,10 +14,13 @@ weights. The parts sum to the whole.
 
 from typing import TYPE_CHECKING
 
-from jaxsys.serve.energy.gpu_model import GpuSpec, ServedShape
+from jaxsys.serve.energy.gpu_model import ENGINES, GpuSpec, ServedShape
 
 if TYPE_CHECKING:
     from jaxsys.serve.scheduler import Iteration
+
+
+ATTENTION_SHARE = ENGINES["jaxsys"].attention_share
 
 
 class Shares:
@@ -26,8 +29,8 @@ class Shares:
     def __init__(self, spec: GpuSpec, shape: ServedShape) -> None:
         rate = spec.flops_per_cycle * spec.max_mhz * 1e6
         self._token_s = 2.0 * shape.used_parameters / rate
-        self._weights_s = shape.weight_bytes / spec.hbm_bytes_per_s
-        self._pair_s = 4.0 * shape.layers * shape.hidden / rate
+        self._weights_s = shape.read_bytes / spec.hbm_bytes_per_s
+        self._pair_s = 4.0 * shape.layers * shape.width / rate / ATTENTION_SHARE
         self._shape, self._hbm_bytes_per_s = shape, spec.hbm_bytes_per_s
 
     def _kv_s(self, length: int) -> float:

@@ -7,6 +7,7 @@ absent where nothing reads energy. Energy per output token counts all that insta
 idle time included, those that are gone too.
 """
 
+import bisect
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 
@@ -91,8 +92,10 @@ class Metrics:
         self.latency.observe(event.time_s - timing.arrival_s)
         if timing.energy_j is not None:
             self.request_energy.observe(timing.energy_j)
-            if ended.generated:
-                self.token_energy.observe(timing.energy_j / ended.generated)
+            # Those given out: the instance may have computed more of it meanwhile.
+            tokens = bisect.bisect_right(timing.token_times_s, event.time_s)
+            if tokens:
+                self.token_energy.observe(timing.energy_j / tokens)
 
     def watch(self) -> None:
         """Has every instance, and each that joins later, report its iterations."""

@@ -24,7 +24,7 @@ from jaxsys.files import check_writable
 from jaxsys.options import Parser, whole
 from jaxsys.results import hardware, versions, write_result
 from jaxsys.serve.energy.ecopred import EcoPred
-from jaxsys.serve.energy.gpu_model import GPUS, SHAPES, Load, SimulatedGpu, gpu_spec, served_shape
+from jaxsys.serve.energy.gpu_model import ENGINES, GPUS, SHAPES, Load, SimulatedGpu, simulated_gpu
 from jaxsys.serve.energy.predictors import ModelPredictor, Predictor
 from jaxsys.serve.energy.profile import simulated_profile
 from jaxsys.serve.energy.registry import CLOCK_POLICIES, ROUTERS, Situation
@@ -54,9 +54,10 @@ POLICIES: dict[str, Policy] = {
     "ecoroute": Policy(clock="max", route="ecoroute"),
     "both": Policy(clock="ecofreq", route="ecoroute"),
     "both-energy": Policy(clock="ecofreq", route="energy"),
+    "ahead": Policy(clock="ahead", route="energy"),
 }
 """Those that have a name of their own. `ecoroute` alone: the published router at the maximum clock.
-`both-energy`: EcoFreq with the router of least energy increase."""
+`both-energy`: EcoFreq with the router of least energy increase; `ahead`: Ahead with the same."""
 
 
 def policy_named(name: str) -> Policy:
@@ -104,12 +105,13 @@ def setting(
     *,
     prefill: int = 2,
     decode: int = 2,
+    engine: str = "jaxsys",
     slo: Slo | None = None,
     clocks_mhz: Sequence[int] | None = None,
     **changes: Any,
 ) -> Setting:
     """A setting from names, with any field of `Setting` or `ClusterConfig` changed."""
-    simulated = SimulatedGpu(gpu_spec(gpu), served_shape(model))
+    simulated = simulated_gpu(gpu, model, engine)
     own = {k: changes.pop(k) for k in list(changes) if k in Setting.__slots__}
     return Setting(
         gpu=simulated,
@@ -341,14 +343,19 @@ def parser(prog: str) -> argparse.ArgumentParser:
         prog=prog, description="Replay a request trace on simulated GPUs under energy policies."
     )
     add = result.add_argument
-    add("--trace", type=Path, help="CSV (Azure, Mooncake or plain form; default: a synthetic one)")
+    add(
+        "--trace",
+        type=Path,
+        help="CSV (Azure, Mooncake, BurstGPT or plain form; default: a synthetic one)",
+    )
     add(
         "--policy",
-        default="max,sweet-spot,window,ecofreq,ecoroute,both,both-energy",
+        default="max,sweet-spot,window,ecofreq,ecoroute,both,both-energy,ahead",
         help=f"comma-separated, of: {', '.join(POLICIES)} (default: all)",
     )
     add("--gpu", default="h100", help=f"of: {', '.join(GPUS)} (default %(default)s)")
     add("--model", default="llama-3-8b", help=f"of: {', '.join(SHAPES)} (default %(default)s)")
+    add("--engine", default="jaxsys", help=f"of: {', '.join(ENGINES)} (default %(default)s)")
     add("--instances", default="2P2D", help="such as 32P32D (default %(default)s)")
     add(
         "--rate",
@@ -403,6 +410,7 @@ def main(argv: Sequence[str], prog: str) -> int:
         arguments.model,
         prefill=prefill,
         decode=decode,
+        engine=arguments.engine,
         slo=slo,
         predictor=arguments.predictor,
     )

@@ -36,6 +36,9 @@ from jaxsys.serve.simulation.executor import SimExecutor
 from jaxsys.serve.simulation.traces import Trace
 from jaxsys.serve.turns import Turns
 
+MOST_PAGES = 1 << 32
+"""Of a prompt: apart by so many lie the identities of two sessions' pages."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterConfig:
@@ -152,7 +155,8 @@ class SimInstance:
                 max_length=capacity,
                 decode_buckets=config.decode_buckets or (config.max_batch,),
                 role=role,
-                prefix_caching=False,
+                prefix_caching=simulator.trace.sessions is not None,
+                reserved_tokens=config.gpu.engine.reserved_tokens,
             )
         )
         self.turns = Turns(
@@ -379,6 +383,7 @@ class Simulator:
         self._sample_every_s = sample_every_s
         self._series: dict[str, list[float]] = defaultdict(list)
         self._sampled_j = 0.0
+        self._first_token_steps = config.gpu.engine.first_token_steps if self.decode else None
 
     def run(self) -> ReplayResult:
         """Replays the whole trace and waits for its last token."""
@@ -426,12 +431,20 @@ class Simulator:
             sampling=SamplingParameters(max_tokens=self._outputs[index]),
             arrival_s=now_s,
             prompt_length=self._prompts[index],
+            block_hashes=self._blocks(index),
         )
         instance = self._route(self._prefill_router, self.prefill, request)
         instance.scheduler.add(request)
         instance.in_flight += 1
         request.note = instance
         self._turn(instance, now_s)
+
+    def _blocks(self, index: int) -> list[int] | None:
+        """Identities of a prompt's full pages: those of its session's earlier prompts, and on."""
+        if self.trace.sessions is None:
+            return None
+        first = int(self.trace.sessions[index]) * MOST_PAGES
+        return list(range(first, first + self._prompts[index] // self.config.page_size))
 
     def _route(self, router: Router, instances: list[SimInstance], request: Request) -> SimInstance:
         views: Sequence[InstanceView] = instances
@@ -567,6 +580,10 @@ class Simulator:
         for request in newcomers:
             last_s = request.timing.last_token_s
             waited_s = instance.started_s - last_s if last_s is not None else 0.0
+            if self._first_token_steps is not None:
+                first_s = instance.started_s + self._first_token_steps * step_s
+                self._ttft.append(first_s - request.timing.arrival_s)
+                waited_s = 0.0
             self._itl.append(waited_s + step_s)
             self._itl_weight.append(1.0)
 
@@ -576,6 +593,8 @@ class Simulator:
         """Books first tokens, and requests that ended."""
         for piece in iteration.prefills:
             timing = piece.request.timing
+            if self._first_token_steps is not None and piece.request.sampling.max_tokens > 1:
+                continue  # it leaves the decode instance
             # A preempted request computed again has its first token already.
             if instance.role != "decode" and timing.first_token_s == now_s:
                 self._ttft.append(now_s - timing.arrival_s)

@@ -1,15 +1,17 @@
 """Request traces: when each request arrives and how long its prompt and output are.
 
 Readers: the Azure 2023 form (TIMESTAMP, ContextTokens, GeneratedTokens), Mooncake's (timestamp_ms,
-input_length, output_length) and a plain one (arrival_s, prompt_tokens, output_tokens), told apart
-by their header. Generators make the same record from rates and length distributions.
+input_length, output_length), BurstGPT's (Timestamp, Request tokens, Response tokens, perhaps a
+Session ID) and a plain one (arrival_s, prompt_tokens, output_tokens, perhaps session_id), told
+apart by their header. Requests of one session share their beginning: each prompt is taken to hold
+the one before it. Generators make the same record from rates and length distributions.
 """
 
 import csv
 import datetime
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,9 +36,13 @@ class Trace:
     arrival_s: np.ndarray
     prompt_tokens: np.ndarray
     output_tokens: np.ndarray
+    sessions: np.ndarray | None = None
+    """Number of each request's conversation, where the trace tells them apart."""
 
     def __post_init__(self) -> None:
         sizes = {len(self.arrival_s), len(self.prompt_tokens), len(self.output_tokens)}
+        if self.sessions is not None:
+            sizes.add(len(self.sessions))
         if len(sizes) != 1:
             raise UsageError(f"trace {self.name}: columns differ in length: {sorted(sizes)}")
         if len(self.arrival_s) == 0:
@@ -68,12 +74,7 @@ class Trace:
                 f"it lasts {self.duration_s:.0f} s"
             )
         taken = self._take(kept)
-        return Trace(
-            name=self.name,
-            arrival_s=taken.arrival_s - start_s,
-            prompt_tokens=taken.prompt_tokens,
-            output_tokens=taken.output_tokens,
-        )
+        return replace(taken, arrival_s=taken.arrival_s - start_s)
 
     def at_rate(self, rate_per_s: float) -> "Trace":
         """The same requests with time stretched or squeezed to a mean rate: burstiness is kept."""
@@ -84,12 +85,7 @@ class Trace:
                 f"trace {self.name} has all its {len(self)} arrivals at one moment, and so no rate "
                 f"to bring to rate_per_s={rate_per_s:g}; leave it out"
             )
-        return Trace(
-            name=self.name,
-            arrival_s=self.arrival_s * (self.rate_per_s / rate_per_s),
-            prompt_tokens=self.prompt_tokens,
-            output_tokens=self.output_tokens,
-        )
+        return replace(self, arrival_s=self.arrival_s * (self.rate_per_s / rate_per_s))
 
     def repeated(self, duration_s: float, *, daily_swing: float = 0.0) -> "Trace":
         """Tiled to `duration_s`; with `daily_swing` s, the rate follows 1 + s * sin over 24 h.
@@ -101,6 +97,10 @@ class Trace:
         arrival_s = np.concatenate([self.arrival_s + k * step_s for k in range(times)])
         prompts = np.tile(self.prompt_tokens, times)
         outputs = np.tile(self.output_tokens, times)
+        sessions = None
+        if self.sessions is not None:  # every repetition has sessions of its own
+            apart = int(self.sessions.max()) + 1
+            sessions = np.concatenate([self.sessions + k * apart for k in range(times)])
         kept = arrival_s < duration_s
         if daily_swing:
             if not 0 <= daily_swing < 1:
@@ -112,6 +112,7 @@ class Trace:
             arrival_s=arrival_s[kept],
             prompt_tokens=prompts[kept],
             output_tokens=outputs[kept],
+            sessions=None if sessions is None else sessions[kept],
         )
 
     def clipped(self, max_total_tokens: int) -> "Trace":
@@ -127,6 +128,7 @@ class Trace:
             arrival_s=self.arrival_s[which],
             prompt_tokens=self.prompt_tokens[which],
             output_tokens=self.output_tokens[which],
+            sessions=None if self.sessions is None else self.sessions[which],
         )
 
 
@@ -149,12 +151,15 @@ def _timestamp(text: str) -> float:
 class _Form:
     columns: tuple[str, str, str]
     arrival: Callable[[str], float]
+    session: str | None = None
+    """Column that tells conversations apart, where a file has it."""
 
 
 _FORMS = (
     _Form(("TIMESTAMP", "ContextTokens", "GeneratedTokens"), _timestamp),
     _Form(("timestamp_ms", "input_length", "output_length"), lambda text: float(text) / 1e3),
-    _Form(("arrival_s", "prompt_tokens", "output_tokens"), float),
+    _Form(("Timestamp", "Request tokens", "Response tokens"), float, "Session ID"),
+    _Form(("arrival_s", "prompt_tokens", "output_tokens"), float, "session_id"),
 )
 
 
@@ -183,6 +188,9 @@ def _read(rows: Iterator[list[str]], path: Path) -> Trace:
             f"trace {path}: columns {shown(header)} are not known; use one of: {known}"
         )
     places = [header.index(column) for column in form.columns]
+    session_place = header.index(form.session) if form.session in header else None
+    numbers: dict[str, int] = {}
+    sessions: list[int] = []
     arrivals: list[float] = []
     sizes: tuple[list[int], list[int]] = ([], [])
     previous_s = -math.inf
@@ -217,6 +225,11 @@ def _read(rows: Iterator[list[str]], path: Path) -> Trace:
                     f"{MOST_TOKENS}"
                 )
             values.append(count)
+        if session_place is not None:
+            name = row[session_place].strip()
+            if not name:
+                raise UsageError(f"{where}, column {form.session}: a session's name is needed")
+            sessions.append(numbers.setdefault(name, len(numbers)))
     if not arrivals:
         raise UsageError(f"trace {path} holds no requests")
     return Trace(
@@ -225,6 +238,7 @@ def _read(rows: Iterator[list[str]], path: Path) -> Trace:
         prompt_tokens=np.array(sizes[0]),
         # A request that yields nothing still yields its first token.
         output_tokens=np.maximum(1, np.array(sizes[1])),
+        sessions=None if session_place is None else np.array(sessions),
     )
 
 

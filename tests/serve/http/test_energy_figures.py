@@ -65,6 +65,17 @@ def test_metrics_count_every_joule_of_a_role_also_of_instances_that_are_gone():
     assert figures(metrics)[per_token % "decode"] == pytest.approx(4.0)
 
 
+def test_tokens_computed_ahead_of_the_end_do_not_count():
+    engine: Any = SimpleNamespace(apart=False, entries=[], decoders=[], instances=[], unfinished=0)
+    metrics, one = Metrics(engine), request()
+    # A stop string ended it at its second token; the instance had computed two more by then.
+    one.timing.token_times_s += [0.1, 0.2, 0.3, 0.4]
+    one.generated, one.timing.energy_j = 4, 8.0
+    metrics.on_token(one, TokenEvent(one, 7, None, None, 0.1))
+    metrics.on_token(one, TokenEvent(one, 7, None, "stop", 0.2))
+    assert figures(metrics)["jaxsys_output_token_energy_joules_sum"] == 4.0
+
+
 def test_a_request_through_two_processes_keeps_its_energy_by_role():
     async def run():
         engine: Any = SimpleNamespace(clock=VirtualClock())

@@ -160,3 +160,27 @@ def test_unequal_columns_are_refused():
             prompt_tokens=np.ones(1, int),
             output_tokens=np.ones(2, int),
         )
+
+
+def test_burstgpt_form_and_sessions(tmp_path):
+    header = "Timestamp,Session ID,Elapsed time,Model,Request tokens,Response tokens,Total tokens,"
+    rows = "5,a,1,ChatGPT,472,18,490,Conversation log\n45,b,1,GPT-4,100,9,109,API log\n"
+    trace = read_trace(write(tmp_path, header + "Log Type\n" + rows))
+    assert trace.arrival_s.tolist() == [0.0, 40.0]
+    assert trace.prompt_tokens.tolist() == [472, 100] and trace.output_tokens.tolist() == [18, 9]
+    assert trace.sessions is not None and trace.sessions.tolist() == [0, 1]
+    # The first release has no sessions.
+    first = "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
+    assert read_trace(write(tmp_path, first + "5,ChatGPT,472,18,490,x\n")).sessions is None
+
+
+def test_sessions_stay_with_their_requests(tmp_path):
+    text = "arrival_s,prompt_tokens,output_tokens,session_id\n0,10,5,x\n1,20,5,y\n2,30,5,x\n"
+    trace = read_trace(write(tmp_path, text))
+    assert trace.clipped(26).sessions.tolist() == [0, 1]
+    assert trace.between(1, 3).sessions.tolist() == [1, 0]
+    assert trace.repeated(6.5).sessions.tolist() == [0, 1, 0, 2, 3, 2, 4, 5]
+    with pytest.raises(UsageError, match="row 2, column session_id: a session's name is needed"):
+        read_trace(write(tmp_path, text.splitlines()[0] + "\n0,10,5,\n"))
+    with pytest.raises(UsageError, match="row 2, column Response tokens: 'x' is not a value"):
+        read_trace(write(tmp_path, "Timestamp,Request tokens,Response tokens\n1,5,x\n"))
