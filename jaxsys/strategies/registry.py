@@ -12,7 +12,7 @@ from importlib.metadata import entry_points
 from jaxsys.errors import UsageError, did_you_mean
 from jaxsys.schedule import Schedule
 
-from . import data_parallel, pipeline, weipipe, zero, zero_bubble
+from . import data_parallel, keeping, pipeline, weipipe, zero, zero_bubble
 from .choices import Choices
 from .in_turn import InTurn
 from .strategy import Region, Signs, StagedRegion, Strategy
@@ -26,6 +26,7 @@ _BUILT_IN = (
     *zero_bubble.STRATEGIES,
     *zero.STRATEGIES,
     *weipipe.STRATEGIES,
+    *keeping.STRATEGIES,
 )
 _STAGED: tuple[StagedRegion, ...] = (InTurn(),)
 _REGIONS: tuple[Region, ...] = (*_STAGED, zero.Trajectories())

@@ -36,6 +36,8 @@ CHOICES = {
     "weipipe-interleave": {"order": Order.SIDE_BY_SIDE},
     "weipipe-wzb1": {"order": Order.SIDE_BY_SIDE, "backward": SPLIT},
     "weipipe-wzb2": {"order": Order.DEPTH_FIRST, "backward": SPLIT},
+    "weipipe-keep": {"order": Order.KEPT},
+    "weipipe-keep-weights": {"order": Order.KEPT_WEIGHTS},
     "weipipe-wzb2-paired": {"order": Order.DEPTH_FIRST, "backward": SPLIT, "delay": 1},
 }
 
