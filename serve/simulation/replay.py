@@ -351,7 +351,9 @@ def parser(prog: str) -> argparse.ArgumentParser:
     add(
         "--policy",
         default="max,sweet-spot,window,ecofreq,ecoroute,both,both-energy,ahead",
-        help=f"comma-separated, of: {', '.join(POLICIES)} (default: all)",
+        help=f"comma-separated, of: {', '.join(dict.fromkeys((*POLICIES, *CLOCK_POLICIES)))}, or "
+        f"CLOCK+ROUTER, such as window+energy, with a router of {', '.join(ROUTERS)} "
+        f"(default: %(default)s)",
     )
     add("--gpu", default="h100", help=f"of: {', '.join(GPUS)} (default %(default)s)")
     add("--model", default="llama-3-8b", help=f"of: {', '.join(SHAPES)} (default %(default)s)")
