@@ -33,6 +33,7 @@ from jaxsys.model import (
 )
 from jaxsys.model.contract import cache_numbers, experts_used
 from jaxsys.serve.executor import JaxExecutor
+from jaxsys.serve.grammars import Grammars
 from jaxsys.serve.paged_model import number_bytes
 from jaxsys.serve.random_weights import random_parameters
 from jaxsys.serve.requests import Request, SamplingParameters
@@ -196,13 +197,13 @@ def run(
 
     started_s = time.perf_counter()
     config, parameters = model_of(study.model, study.dtype, packed=study.packed)
-    executor = _executor(study, config, parameters, None)
+    executor = build_executor(study, config, parameters, None)
     jax.block_until_ready(executor.weights)
     figures["weights_s"] = _round(time.perf_counter() - started_s)
     progress(f"weights made in {figures['weights_s']} s")
     del parameters  # the fused weights are a copy
     figures["attention"] = executor.kernels.reason
-    figures["compile_s"] = _compile(study, executor, study.batches, study.prompts)
+    figures["compile_s"] = compile_steps(study, executor, study.batches, study.prompts)
     progress(f"compiled in {figures['compile_s']:.1f} s; attention: {figures['attention']}")
     for batch in study.batches:
         note(measure_decode(study, executor, batch, reads))
@@ -218,9 +219,9 @@ def run(
             study, pool_tokens=max(study.quantised_batches) * 2 * study.context
         )
         config, parameters = model_of(study.model, study.dtype)
-        executor = _executor(small, config, parameters, form)
+        executor = build_executor(small, config, parameters, form)
         del parameters
-        _compile(small, executor, study.quantised_batches, study.quantised_prompts)
+        compile_steps(small, executor, study.quantised_batches, study.quantised_prompts)
         for batch in study.quantised_batches:
             note(measure_decode(small, executor, batch, reads) | {"weights": form})
         for prompt in study.quantised_prompts:
@@ -232,9 +233,19 @@ def run(
 
 
 def measure_decode(
-    study: Study, executor: JaxExecutor, batch: int, read_bytes_per_s: float | None
+    study: Study,
+    executor: JaxExecutor,
+    batch: int,
+    read_bytes_per_s: float | None,
+    grammars: Sequence[str] = (),
+    first: int = 1,
 ) -> Row:
-    """Inter-token latency, host time and energy of one batch."""
+    """Inter-token latency, host time and energy of one batch.
+
+    Args:
+        grammars: that the first requests follow, one each; they must not end within the run.
+        first: the token that every output has begun with.
+    """
     context = min(study.context, study.pool_tokens // batch - 2 * study.page_size)
     scheduler = _scheduler(study, executor, role="decode")
     generator = np.random.default_rng(batch)
@@ -242,13 +253,16 @@ def measure_decode(
     # The run passes over the context asked for in its middle.
     before = max(1, context - 3 * study.page_size // 2)
     for index in range(batch):
+        grammar = grammars[index] if index < len(grammars) else None
         request = Request(
             index,
-            sampling=SamplingParameters(max_tokens=3 * study.page_size, temperature=0),
+            sampling=SamplingParameters(
+                max_tokens=3 * study.page_size, temperature=0, grammar=grammar
+            ),
             arrival_s=0.0,
             prompt_tokens=generator.integers(0, vocabulary, before).tolist(),
         )
-        request.output_tokens, request.generated = [1], 1
+        request.output_tokens, request.generated = [first], 1
         scheduler.add_incoming(request)
     for request in scheduler.reserve_incoming():
         scheduler.start_received(request)
@@ -404,11 +418,13 @@ class _Loop:
             self._in_flight.append((iteration, handle))
         if self._in_flight and (iteration is None or len(self._in_flight) == 2):
             done, handle = self._in_flight.popleft()
-            tokens = self.executor.collect(handle).tokens
+            outcome = self.executor.collect(handle)
             now_s = clock()
             self.latencies_s.append(now_s - self._ended_s)
             self._ended_s = now_s
-            self.scheduler.complete(done, now_s, tokens)
+            self.scheduler.complete(done, now_s, outcome.tokens, outcome.ended)
+            for fault in self.executor.release():
+                raise fault
             self.complete_s.append(clock() - now_s)
         return iteration is not None or bool(self._in_flight)
 
@@ -482,8 +498,12 @@ def _scheduler(study: Study, executor: JaxExecutor, **changes: Any) -> Scheduler
     return Scheduler(SchedulerConfig(**(values | changes)))
 
 
-def _executor(
-    study: Study, config: DecoderConfig, parameters: Any, form: str | None
+def build_executor(
+    study: Study,
+    config: DecoderConfig,
+    parameters: Any,
+    form: str | None,
+    grammars: Grammars | None = None,
 ) -> JaxExecutor:
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     kept, _, cached = (form or "").partition("+")
@@ -509,11 +529,17 @@ def _executor(
         distinguish_first=jax.default_backend() != "cpu",
     )
     return JaxExecutor(
-        config, weights, scheduler, placement=place, shapes=shapes, cache_form=cache_form
+        config,
+        weights,
+        scheduler,
+        placement=place,
+        shapes=shapes,
+        cache_form=cache_form,
+        grammars=grammars,
     )
 
 
-def _compile(
+def compile_steps(
     study: Study, executor: JaxExecutor, batches: Sequence[int], prompts: Sequence[int]
 ) -> float:
     """Compiles what the measurements use, several steps at once; returns the seconds it took."""

@@ -48,6 +48,7 @@ from jaxsys.serve.energy.slo import SharedSlo, Slo
 from jaxsys.serve.engine import Engine
 from jaxsys.serve.http.listening import BACKLOG, HttpServer, raise_descriptor_limit
 from jaxsys.serve.http.starting import Gateway, Progress
+from jaxsys.serve.http.tools import FORMATS
 from jaxsys.serve.logs import log_to_stderr
 from jaxsys.serve.paged_model import CACHE_FORMS
 from jaxsys.serve.processes.fleet import LocalProcesses
@@ -118,6 +119,7 @@ def main(argv: Sequence[str], prog: str) -> int:
         api_keys=_read_keys(arguments.api_key_file),
         key_for_all=arguments.key_for_all,
         cors_origins=tuple(arguments.cors or ()),
+        tool_format=arguments.tool_format,
         route=arguments.route,
         worker=worker,
     )
@@ -129,6 +131,11 @@ def main(argv: Sequence[str], prog: str) -> int:
         return asyncio.run(_serve_processes(spec, arguments.drain))
     _serve_cluster(spec, arguments.cluster, arguments.drain)
     return 0
+
+
+def _millions(count: int) -> str:
+    """A number of parameters: 135M, 0.3M."""
+    return f"{count / 1e6:.0f}M" if count >= 10e6 else f"{count / 1e6:.2g}M"
 
 
 def _serve_here(spec: FrontSpec, drain_s: float) -> int:
@@ -232,7 +239,7 @@ def _build(spec: FrontSpec, progress: Progress, address: str) -> _Built:
         engine=engine,
         app=app,
         description=(
-            f"{spec.model_name} ({shape.parameter_count() / 1e6:.0f}M, {dtype}) on "
+            f"{spec.model_name} ({_millions(shape.parameter_count())}, {dtype}) on "
             f"{devices[0].device_kind}: {_describe(config)}; "
             f"ready in {time.monotonic() - started_s:.1f} s"
         ),
@@ -367,6 +374,12 @@ def parser(prog: str) -> argparse.ArgumentParser:
         action="append",
         metavar="ORIGIN",
         help="origin whose pages may ask from a browser, * for any; may be given several times",
+    )
+    add(
+        "--tool-format",
+        choices=("auto", *FORMATS),
+        default="auto",
+        help="how the model writes calls of tools; auto goes by its chat template",
     )
     add(
         "--max-requests",

@@ -19,6 +19,7 @@ from jaxsys.model.contract import cache_parts, layer_cache
 from jaxsys.serve.clock import WallClock
 from jaxsys.serve.engine import Engine
 from jaxsys.serve.executor import JaxExecutor
+from jaxsys.serve.grammars import Grammars
 from jaxsys.serve.handover import Message, PageTransfer, Receiver, SameProcess, Sender
 from jaxsys.serve.hooks import Governor, NoGovernor, Router
 from jaxsys.serve.instance import Instance
@@ -133,6 +134,8 @@ def build_engine(
         prefill_router=prefill_router,
         decode_router=decode_router,
     )
+    if model.tokenizer is not None:
+        engine.grammars = Grammars(model.tokenizer, model.config.vocab_size)
     numbers: dict[Role, int] = {}
     for role, group in zip(roles, groups, strict=True):
         if group not in weights:
@@ -150,6 +153,7 @@ def build_engine(
             sharing=sharing,
             governor=None if governors is None else governors(group, sharing),
             sink=engine.sink(name),
+            grammars=engine.grammars,
         )
         connect(instance, functools.partial(engine.exchange.forward, instance))
         engine.add(instance, decodes=role == "decode")
@@ -194,6 +198,7 @@ def build_instance(
     sink: Callable[[Sequence[TokenEvent]], None],
     governor: Governor | None = None,
     sharing: int = 1,
+    grammars: Grammars | None = None,
 ) -> Instance:
     """One instance, not yet started.
 
@@ -201,6 +206,7 @@ def build_instance(
         group: its devices, where `weights` lie.
         sink: receives its events, on its thread.
         sharing: how many instances these devices have.
+        grammars: over the model's vocabulary.
     """
     scheduler = _scheduler_config(shape, config, role, group, sharing, weights.dtype)
     executor = JaxExecutor(
@@ -213,6 +219,7 @@ def build_instance(
             scheduler, distinguish_first=group[0].platform != "cpu"
         ),
         cache_form=config.cache_form,
+        grammars=grammars,
     )
     return Instance(
         name,

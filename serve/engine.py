@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from jaxsys.errors import RunError, UsageError
 from jaxsys.serve.clock import Clock
 from jaxsys.serve.exchange import Exchange, HandoverLimits
+from jaxsys.serve.grammars import Grammars
 from jaxsys.serve.handover import RequestId
 from jaxsys.serve.hooks import FewestRequestsRouter, Router
 from jaxsys.serve.member import Member, TokenEvent
@@ -92,6 +93,8 @@ class Engine:
         self.exchange = Exchange(
             decode_router or FewestRequestsRouter(), clock=clock, moved=self._moved, limits=limits
         )
+        self.grammars: Grammars | None = None
+        """Those that the instances share, where they are in this process."""
         self.draining = False
         self.healing = False
         """Whether failed instances are replaced: then requests wait for that, if they must."""

@@ -2,9 +2,13 @@
 
 `dispatch` returns as soon as the work is queued; sampled tokens stay on the device, in `last`
 [slots], as the next step's input, and travel to the host meanwhile; `collect` waits for them.
+Where a request follows a grammar, which tokens it may choose is known only with the tokens before:
+the batch's logits are computed ahead all the same, and the choice among them is held back until
+`release`, which the device does not notice as long as the host is quicker than a step.
 `Steps` has what is called, for a few sizes each, compiled before they are needed.
 """
 
+import dataclasses
 import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, cast
@@ -17,6 +21,7 @@ from jaxsys.errors import RunError, UsageError
 from jaxsys.model import DecoderConfig
 from jaxsys.model.contract import layer_cache
 from jaxsys.serve import paged_model
+from jaxsys.serve.grammars import Follower, Grammars
 from jaxsys.serve.paged_attention import choose_kernels
 from jaxsys.serve.paged_model import CacheForm, Contents
 from jaxsys.serve.prompt_scores import Scores
@@ -55,6 +60,8 @@ class Outcome(NamedTuple):
     """NOTHING (of `sampling`) for a request whose logits are not finite."""
     logprobs: list[TokenLogprobs | None] | None
     """None where no request of the iteration asked."""
+    ended: list[bool] | None = None
+    """Whose output ends with its token, by its grammar; None where no request has one."""
 
 
 class RequestFault(RunError):
@@ -81,6 +88,16 @@ class Executor(Protocol):
         """Waits for a dispatched iteration."""
         ...
 
+    def release(self) -> "list[RequestFault]":
+        """Queues what was held back until the tokens of the iteration before were known.
+
+        To be called when they were taken in, before any request changes.
+
+        Returns:
+            The requests whose grammars cannot be followed further.
+        """
+        ...
+
     def rebuild(self) -> None:
         """After a fault of the device: begins anew with empty pages."""
         ...
@@ -92,7 +109,20 @@ class _Pending(NamedTuple):
     sample: Sample
     requests: Sequence[Request | None]
     """Whose tokens they are; empty where there are none."""
-    scored: "_Scored | None" = None
+    scored: "_Scored | _Pooled | None" = None
+
+
+class _Held:
+    """A decode step whose tokens are not chosen yet."""
+
+    __slots__ = ("logits", "pending", "requests", "where")
+
+    def __init__(self, requests: tuple[Request, ...], where: jax.Array, logits: jax.Array):
+        self.requests = requests
+        self.where = where
+        self.logits = logits
+        self.pending: _Pending | None = None
+        """Once they are."""
 
 
 class _Scored(NamedTuple):
@@ -103,6 +133,15 @@ class _Scored(NamedTuple):
     """Position of the first of them; the token scored first is the next one."""
     tokens: int
     scores: Scores
+
+
+class _Pooled(NamedTuple):
+    """Hidden states of a prompt's piece."""
+
+    request: Request
+    start: int
+    scores: tuple[jax.Array]
+    """float32 [2, D]: their sum, and the last."""
 
 
 _NOBODYS = _Pending(Sample(cast(Any, np.zeros(1, np.int32)), None, None, None), [None])
@@ -122,6 +161,8 @@ class _Piece(NamedTuple):
     start: int = 0
     following: np.ndarray | None = None
     """The token behind each of the piece's, where how likely they are is asked for."""
+    mask: np.ndarray | None = None
+    """For the last piece: the tokens that its grammar admits."""
 
 
 class JaxExecutor:
@@ -136,10 +177,12 @@ class JaxExecutor:
         placement: Sharding,
         shapes: ExecutorConfig | None = None,
         cache_form: CacheForm | None = None,
+        grammars: Grammars | None = None,
     ):
         """Takes weights that lie on their devices already.
 
         Args:
+            grammars: over the model's vocabulary; without, no request may have one.
             placement: one device's sharding, or a `NamedSharding` that spells out nothing over the
                 mesh whose axis `TENSOR` splits the weights; step inputs are whole on every device.
             cache_form: of keys and values in pages; the weights' dtype if None.
@@ -147,9 +190,11 @@ class JaxExecutor:
         self.cache_form: CacheForm | None = cache_form
         self.config = config
         self.weights = weights
+        self.grammars = grammars
         self.shapes = ExecutorConfig.for_scheduler(scheduler) if shapes is None else shapes
         self.page_count, self.page_size = scheduler.page_count, scheduler.page_size
         self.slots = scheduler.max_batch
+        self._words = -(-config.vocab_size // 32)
         self._placement = placement
         mesh = placement.mesh if isinstance(placement, NamedSharding) else None
         self._cache_placement: Sharding = placement
@@ -195,15 +240,18 @@ class JaxExecutor:
         self._decode_buffers: dict[tuple[int, int], tuple[jax.Array, jax.Array, jax.Array]] = {}
         self._batch: tuple[Request, ...] = ()
         self._batch_rules: tuple[Rules, SamplingNeeds] = (pack_rules([], [], 1), SamplingNeeds())
+        self._held: _Held | None = None
+        self._faults: list[RequestFault] = []
 
     # --- running ------------------------------------------------------------------------------
 
-    def dispatch(self, iteration: Iteration) -> list[_Pending]:
+    def dispatch(self, iteration: Iteration) -> list[_Pending | _Held]:
         """Queues an iteration's steps; returns at once."""
+        self._release()
         prepared = [self._prepare(piece) for piece in iteration.prefills]
         if iteration.copies:
             self._copy(iteration.copies)
-        pending = []
+        pending: list[_Pending | _Held] = []
         for piece, planned in zip(prepared, iteration.prefills, strict=True):
             if piece is None:  # its request has ended: nobody looks at the sample
                 if planned.last:
@@ -217,28 +265,43 @@ class JaxExecutor:
                 self._load_history(request.slot, piece.history)
                 rules, needs = piece.sampling
                 where = np.array([[request.slot, piece.end - 1]], np.int32)
-                sampled = self._sample(needs, logits, where, rules)
+                sampled = self._sample(needs, logits, where, rules, piece.mask)
                 pending.append(_Pending(sampled, [request], scored))
         if iteration.decodes:
             pending.append(self._decode(iteration.decodes, iteration.bucket))
-        for sampled, requests, scored in pending:
-            for array in (*(sampled if requests else ()), *(scored.scores if scored else ())):
-                if isinstance(array, jax.Array):
-                    array.copy_to_host_async()
+        for one in pending:
+            if isinstance(one, _Pending):
+                _send(one)
         return pending
 
-    def collect(self, handle: list[_Pending]) -> Outcome:
+    def release(self) -> list[RequestFault]:
+        self._release()
+        faults, self._faults = self._faults, []
+        return faults
+
+    def collect(self, handle: list[_Pending | _Held]) -> Outcome:
         """Waits for a dispatched iteration, also where it samples nothing."""
         tokens: list[int] = []
         logprobs: list[TokenLogprobs | None] = []
+        ended: list[bool] = []
         asked = False
-        for sampled, requests, scored in handle:
-            whole = scored is None or _note(scored)
+        for one in handle:
+            if isinstance(one, _Held):
+                if one.pending is None:
+                    self._release()
+                assert one.pending is not None
+                one = one.pending
+            sampled, requests, scored = one
+            if isinstance(scored, _Pooled):
+                whole = _note_pooled(scored)
+            else:
+                whole = scored is None or _note(scored)
             if not requests:
                 jax.block_until_ready(sampled.tokens)
                 continue
             found = np.asarray(sampled.tokens)[: len(requests)].tolist()
             tokens += found if whole else [NOTHING] * len(found)
+            ended += self._follow(requests, tokens[len(ended) :])
             if sampled.logprobs is None:
                 logprobs += [None] * len(requests)
                 continue
@@ -255,7 +318,7 @@ class JaxExecutor:
                         columns[2][row, :count].tolist(),
                     )
                 )
-        return Outcome(tokens, logprobs if asked else None)
+        return Outcome(tokens, logprobs if asked else None, ended if any(ended) else None)
 
     def rebuild(self) -> None:
         """After a fault of the device: frees all but weights and compiled steps, begins anew.
@@ -293,7 +356,8 @@ class JaxExecutor:
             logits = np.zeros((batch, self.config.vocab_size), np.float32)
             nowhere = self._nobody(batch, 0)
             logits, where = jax.device_put((logits, nowhere), self._placement)
-            done = self._sample(needs, logits, where, pack_rules([], [], batch))
+            mask = None if not needs.masked else np.full((batch, self._words), -1, np.int32)
+            done = self._sample(needs, logits, where, pack_rules([], [], batch), mask)
         elif kind == "copy":
             done = self._copy([(0, self.page_count)])
         elif kind == "extract":
@@ -359,7 +423,7 @@ class JaxExecutor:
         packed = np.full(2 + size + table, self.page_count, np.int32)
         packed[:2] = start, length
         packed[2 : 2 + size] = 0
-        sampling = history = following = None
+        sampling = history = following = mask = None
         try:
             packed[2 : 2 + length] = _tokens(request, start, length)
             packed[2 + size : 2 + size + needed] = request.pages[:needed]
@@ -369,13 +433,20 @@ class JaxExecutor:
                 following[: len(behind)] = behind
             if piece.last:
                 sampling, history = self._rules([request], 1), self._history_of(request)
+                if request.sampling.grammar is not None:
+                    mask = np.full((1, self._words), -1, np.int32)
+                    self._follower(request).fill(mask)
         except Exception as error:
             raise RequestFault(request, error) from error
         shape = (size, table, continued)
-        return _Piece(request, end, shape, packed, sampling, history, start, following)
+        return _Piece(request, end, shape, packed, sampling, history, start, following, mask)
 
-    def _prefill(self, piece: _Piece) -> tuple[jax.Array, _Scored | None]:
-        following = piece.following
+    def _prefill(self, piece: _Piece) -> tuple[jax.Array, _Scored | _Pooled | None]:
+        following, request = piece.following, piece.request
+        if request.sampling.pooling is not None and not request.generated:
+            step = self.steps.get("pool", *piece.shape)
+            logits, self._cache, hidden = step(self.weights, self._cache, piece.packed)
+            return logits, _Pooled(request, piece.start, (hidden,))
         if following is None:
             step = self.steps.get("prefill", *piece.shape)
             logits, self._cache = step(self.weights, self._cache, piece.packed)
@@ -386,7 +457,7 @@ class JaxExecutor:
         count = min(piece.end, piece.request.prompt_length - 1) - piece.start
         return logits, _Scored(piece.request, piece.start, count, scores)
 
-    def _decode(self, requests: tuple[Request, ...], bucket: int) -> _Pending:
+    def _decode(self, requests: tuple[Request, ...], bucket: int) -> _Pending | _Held:
         shapes = self.shapes
         count = len(requests)
         for request in requests:
@@ -406,13 +477,68 @@ class JaxExecutor:
         packed[:count, 1] = positions
         packed[:count, 2:] = self._tables[slots, :table]
         where, logits = self._decode_step(batch, table, packed)
+        held = _Held(requests, where, logits)
+        # More than this step's sample is pending: the token before is not known yet.
+        if any(one.sampling.grammar is not None and one.pending > 1 for one in requests):
+            self._held = held
+            return held
+        return self._choose(held)
+
+    def _release(self) -> None:
+        """Chooses the tokens that were held back, if some were."""
+        held, self._held = self._held, None
+        if held is not None:
+            held.pending = self._choose(held)
+            _send(held.pending)
+
+    def _choose(self, held: _Held) -> _Pending:
+        """Queues the choice of a decode step's tokens."""
+        requests, batch = held.requests, held.logits.shape[0]
         if self._batch != requests or len(self._batch_rules[0].seed) != batch:
             rules, needs = self._rules(requests, batch)
             # The same requests run for many steps: their rules stay on the device.
             self._batch = requests
             self._batch_rules = jax.device_put(rules, self._placement), needs
         rules, needs = self._batch_rules
-        return _Pending(self._sample(needs, logits, where, rules), requests)
+        mask = None
+        if needs.masked:
+            mask = np.full((batch, self._words), -1, np.int32)
+            for row, request in enumerate(requests):
+                # Of one that has ended or was preempted nobody looks at the token.
+                if request.sampling.grammar is None or not request.pending:
+                    continue
+                try:
+                    self._follower(request).fill(mask[row : row + 1])
+                except Exception as error:  # noqa: BLE001 - whatever becomes of one request
+                    self._faults.append(RequestFault(request, error))
+        return _Pending(self._sample(needs, held.logits, held.where, rules, mask), requests)
+
+    def _follower(self, request: Request) -> Follower:
+        """Where a request's output stands in its grammar, with all its tokens."""
+        grammar = request.sampling.grammar
+        assert grammar is not None
+        if self.grammars is None:
+            raise UsageError("this instance knows no vocabulary that a grammar could be about")
+        if request.follower is None or request.follower.count > len(request.output_tokens):
+            request.follower = self.grammars.begin(grammar)
+        request.follower.follow(request.output_tokens)
+        return request.follower
+
+    def _follow(self, requests: Sequence[Request | None], tokens: Sequence[int]) -> list[bool]:
+        """Takes chosen tokens in where there is a grammar; whose output ends with its token."""
+        ended = [False] * len(tokens)
+        for row, (request, token) in enumerate(zip(requests, tokens, strict=True)):
+            if request is None or request.sampling.grammar is None or token == NOTHING:
+                continue
+            if not request.pending:  # it has ended, or was preempted and draws again
+                continue
+            try:
+                follower = self._follower(request)
+                follower.follow([*request.output_tokens, token])
+                ended[row] = follower.ended
+            except Exception as error:  # noqa: BLE001 - whatever becomes of one request
+                self._faults.append(RequestFault(request, error))
+        return ended
 
     def _nobody(self, batch: int, table: int) -> np.ndarray:
         """Rows [batch, 2 + table] of a decode step that belong to no request: slot, position,
@@ -446,11 +572,16 @@ class JaxExecutor:
         return self._decode_buffers[batch, table]
 
     def _sample(
-        self, needs: SamplingNeeds, logits: jax.Array, where: jax.Array | np.ndarray, rules: Rules
+        self,
+        needs: SamplingNeeds,
+        logits: jax.Array,
+        where: jax.Array | np.ndarray,
+        rules: Rules,
+        mask: np.ndarray | None = None,
     ) -> Sample:
         history = self._history if needs.adjusted else None
         step = self.steps.get("sample", logits.shape[0], needs)
-        sampled, self._last, history = step(logits, self._last, where, rules, history)
+        sampled, self._last, history = step(logits, self._last, where, rules, history, mask)
         if needs.adjusted:
             self._history = history
         return sampled
@@ -460,6 +591,8 @@ class JaxExecutor:
         needs = SamplingNeeds()
         for rule in parameters:
             needs |= SamplingNeeds.of(rule)
+        if needs.masked and needs.random:
+            needs = dataclasses.replace(needs, cut=True)  # one step fewer to compile
         seeds = [seed_of(request) for request in requests]
         rules = pack_rules(parameters, seeds, rows, [one.prompt_length for one in requests])
         return rules, needs
@@ -502,6 +635,14 @@ class JaxExecutor:
             self._cache = self.steps.get("copy", COPIES)(self._cache, sources, targets)
 
 
+def _send(pending: _Pending) -> None:
+    """Has what the host asks for travel there."""
+    sampled, requests, scored = pending
+    for array in (*(sampled if requests else ()), *(scored.scores if scored else ())):
+        if isinstance(array, jax.Array):
+            array.copy_to_host_async()
+
+
 def check_sampling(parameters: SamplingParameters, vocabulary: int) -> None:
     """Raises UsageError for what the device cannot take: too many biases, unknown tokens."""
     if len(parameters.logit_bias) > MAX_BIASED:
@@ -527,6 +668,16 @@ def seed_of(request: Request) -> int:
         return request.sampling.seed
     name = str(request.request_id).partition("~")[0]
     return zlib.crc32(repr((name, request.timing.arrival_s)).encode())
+
+
+def _note_pooled(pooled: _Pooled) -> bool:
+    """Puts down with the request what its prompt's pieces give; whether all of it is finite."""
+    request = pooled.request
+    hidden = np.asarray(pooled.scores[0], np.float64)
+    if pooled.start:  # pieces come in order
+        hidden[0] += request.embedding[0]
+    request.embedding = hidden
+    return bool(np.isfinite(hidden).all())
 
 
 def _note(scored: _Scored) -> bool:

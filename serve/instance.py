@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from jax.errors import JaxRuntimeError
 
 from jaxsys.errors import RunError
@@ -189,6 +190,8 @@ class Instance(Member):
                 outcome = self.executor.collect(flight.handle)
                 self._faults_in_a_row = 0
                 turns.end(outcome)
+                for fault in self.executor.release():
+                    self.abort_now(fault.request.request_id, "error", str(fault))
             self._publish(turns.iteration)
 
     def _recover(self, reason: str) -> None:
@@ -272,6 +275,7 @@ class Instance(Member):
                 request.finish_reason,
                 now_s,
                 prompt=request.prompt_logprobs if request.generated == 1 else None,
+                embedding=_embedding(request),
             )
             for request in completion.emitted
         ]
@@ -326,3 +330,14 @@ class Instance(Member):
             if self.turns.stopping:
                 return
             self._inbox.get()()
+
+
+def _embedding(request: Request) -> list[float] | None:
+    """A prompt's hidden states, pooled and brought to length 1; None where nobody asked."""
+    pooling = request.sampling.pooling
+    if pooling is None or request.generated != 1:
+        return None
+    total, last = request.embedding
+    found = last if pooling == "last" else total / request.prompt_length
+    length = float(np.linalg.norm(found))
+    return (found / length if length else found).tolist()

@@ -33,6 +33,8 @@ class TokenEvent(NamedTuple):
     """An instance or the way to it failed, not the request: it may be begun again elsewhere."""
     prompt: "list[TokenLogprobs | None] | None" = None
     """With the first token, where it was asked for: what was computed of the prompt's tokens."""
+    embedding: list[float] | None = None
+    """The same of the prompt's hidden states: pooled, of length 1."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -214,6 +214,26 @@ def score_pass(
     return _logits(config, weights, last)[:, 0], cache, scores
 
 
+def pool_pass(
+    config: DecoderConfig,
+    kernels: AttentionKernels,
+    continued: bool,
+    weights: ServingWeights,
+    cache: Cache,
+    tokens: Int[Array, " T"],
+    start: Int[Array, ""],
+    length: Int[Array, ""],
+    table: Int[Array, " W"],
+) -> tuple[Float[Array, "1 V"], Cache, Float[Array, "2 D"]]:
+    """`prefill_pass` that gives the sum and the last of the hidden states behind the final norm."""
+    x, cache = _piece(config, kernels, continued, weights, cache, tokens, start, length, table)
+    last = jax.lax.dynamic_slice_in_dim(x, length - 1, 1, axis=1)
+    hidden = norm(config, x, weights.norm, weights.norm_bias)[0].astype(jnp.float32)
+    counted = (jnp.arange(hidden.shape[0]) < length)[:, None]
+    total = jnp.sum(jnp.where(counted, hidden, 0), axis=0)
+    return _logits(config, weights, last)[:, 0], cache, jnp.stack([total, hidden[length - 1]])
+
+
 def _piece(
     config: DecoderConfig,
     kernels: AttentionKernels,

@@ -68,6 +68,10 @@ class SamplingParameters:
     """How many alternatives to report beside each chosen token; None reports nothing."""
     prompt_logprobs: int | None = None
     """The same of the prompt's tokens, but for the first."""
+    pooling: Literal["mean", "last"] | None = None
+    """The prompt's embedding is asked for: of its final hidden states, their mean or the last."""
+    grammar: str | None = None
+    """What the output follows, as `grammars` writes it; the output ends with it."""
 
     def __post_init__(self) -> None:
         # Written so that NaN fails each check.
@@ -82,6 +86,17 @@ class SamplingParameters:
             ("repetition_penalty", "over 0 and at most 10", 0 < self.repetition_penalty <= 10),
             ("presence_penalty", "from -2 to 2", -2 <= self.presence_penalty <= 2),
             ("frequency_penalty", "from -2 to 2", -2 <= self.frequency_penalty <= 2),
+            (
+                "min_tokens",
+                "0 where a grammar says when the output ends",
+                self.grammar is None or not self.min_tokens,
+            ),
+            (
+                "pooling",
+                "mean or last, of a prompt whose tokens are not scored",
+                self.pooling is None
+                or (self.pooling in ("mean", "last") and self.prompt_logprobs is None),
+            ),
             ("logprobs", "from 0 to 20", _few(self.logprobs)),
             ("prompt_logprobs", "from 0 to 20", _few(self.prompt_logprobs)),
         ):
@@ -135,7 +150,9 @@ class Request:
         "block_hashes",
         "cached_tokens",
         "computed",
+        "embedding",
         "finish_reason",
+        "follower",
         "generated",
         "note",
         "output_tokens",
@@ -191,10 +208,14 @@ class Request:
         self.cached_tokens = 0
         self.prompt_logprobs: list[Any] | None = None
         """What was found out of the prompt's tokens, where that is asked for."""
+        self.embedding: Any = None
+        """Hidden states of the prompt, pooled so far, where that is asked for."""
         self.pages: list[int] = []
         self.shared_pages = 0
         """Receiving: how many of `pages`, from the first, hold their contents already."""
         self.slot = -1
+        self.follower: Any = None
+        """The executor's: where the output stands in its grammar."""
         self.finish_reason: FinishReason | None = None
         self.note: object = None
         """For the owner's use (the server keeps its output stream here); never read here."""

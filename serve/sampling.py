@@ -10,6 +10,9 @@ whole distribution. No sort: the highest candidate under the noise is tried, and
 survive, everything no likelier than it is put aside and the next tried. Survivors are an upper set,
 so the first that survives is the argmax over all that do, after a few passes over the logits.
 
+A row that follows a grammar chooses among the tokens whose bits are set in its mask; its
+log-probabilities are then of those alone.
+
 Randomness is a function of the row's seed, its stream and the token's position alone, so that
 batch, bucket and preemption cannot change it; the choices of one request draw from a stream each.
 
@@ -47,6 +50,7 @@ class SamplingNeeds:
     cut: bool = False
     adjusted: bool = False
     logprobs: bool = False
+    masked: bool = False
 
     @classmethod
     def of(cls, parameters: SamplingParameters) -> "SamplingNeeds":
@@ -63,6 +67,7 @@ class SamplingNeeds:
                 or parameters.min_tokens
             ),
             logprobs=parameters.logprobs is not None,
+            masked=parameters.grammar is not None,
         )
 
     def __or__(self, other: "SamplingNeeds") -> "SamplingNeeds":
@@ -71,6 +76,7 @@ class SamplingNeeds:
             cut=self.cut or other.cut,
             adjusted=self.adjusted or other.adjusted,
             logprobs=self.logprobs or other.logprobs,
+            masked=self.masked or other.masked,
         )
 
 
@@ -193,6 +199,7 @@ def sample(
     positions: Int[Array, " B"],
     slots: Int[Array, " B"],
     history: History | None,
+    mask: Int[Array, "B W"] | None = None,
 ) -> tuple[Sample, History | None]:
     """Chooses a token for every row.
 
@@ -200,11 +207,15 @@ def sample(
         needs: static: what must be computed.
         positions: of the tokens to be chosen; with the seed they fix the randomness.
         slots: rows of `history`; one past the end for padding.
+        mask: where it is needed, which tokens a row may choose: bit t % 32 of word t // 32.
     """
     finite = jnp.isfinite(jnp.max(logits, axis=1)) & jnp.isfinite(jnp.min(logits, axis=1))
     if needs.adjusted:
         assert history is not None
         logits = _adjust(logits, rules, positions, slots, history)
+    if needs.masked:
+        assert mask is not None
+        logits = jnp.where(_unpacked(mask, logits.shape[1]), logits, -jnp.inf)
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     tokens = greedy
     if needs.random:
@@ -244,6 +255,12 @@ def _adjust(
     early = (positions < rules.ends_from)[:, None]
     ends = jnp.where(early, ends, logits.shape[1])
     return logits.at[rows, ends].set(-jnp.inf, mode="drop")
+
+
+def _unpacked(mask: jax.Array, vocabulary: int) -> jax.Array:
+    """Bits [B, W] of int32 as bool [B, V]."""
+    bits = (mask[:, :, None] >> jnp.arange(32, dtype=mask.dtype)[None, None, :]) & 1
+    return bits.reshape(mask.shape[0], -1)[:, :vocabulary].astype(bool)
 
 
 def _first_survivor(scaled: jax.Array, noisy: jax.Array, rules: Rules) -> jax.Array:

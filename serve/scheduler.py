@@ -351,13 +351,18 @@ class Scheduler:
         return shorter
 
     def complete(
-        self, iteration: Iteration, now_s: float, tokens: Sequence[int] | None = None
+        self,
+        iteration: Iteration,
+        now_s: float,
+        tokens: Sequence[int] | None = None,
+        ended: Sequence[bool] | None = None,
     ) -> Completion:
         """Takes in an iteration's samples.
 
         Args:
             tokens: one token for each of `iteration.sampling`, in that order; None in a replay,
                 where requests end by their `max_tokens` alone.
+            ended: whether the output ends with its token, by its grammar.
         """
         if not self._in_flight or self._in_flight[0] is not iteration:
             raise ValueError(f"iteration {iteration.index} is not the oldest one in flight")
@@ -369,19 +374,21 @@ class Scheduler:
                 continue
             request = piece.request
             token = None if tokens is None else int(tokens[position])
+            ends = ended is not None and ended[position]
             position += 1
             if request.pending == 0:  # ended or preempted since
                 continue
-            self._take(request, token, 1, now_s, completion)
+            self._take(request, token, 1, now_s, completion, ends)
             if request.state is RequestState.HANDING_OVER:
                 completion.handed_over.append(request)
         steps = iteration.steps
         for request in iteration.decodes:
             token = None if tokens is None else int(tokens[position])
+            ends = ended is not None and ended[position]
             position += 1
             if request.pending == 0:
                 continue
-            self._take(request, token, steps, now_s, completion)
+            self._take(request, token, steps, now_s, completion, ends)
         if completion.finished:
             gone = {id(request) for request in completion.finished}
             self.running = [request for request in self.running if id(request) not in gone]
@@ -483,7 +490,10 @@ class Scheduler:
         length = request.total_length
         shared: list[int] = []
         # How likely a prompt's tokens are is known of those only that are computed.
-        scored = request.sampling.prompt_logprobs is not None and not request.generated
+        sampling = request.sampling
+        scored = not request.generated and (
+            sampling.prompt_logprobs is not None or sampling.pooling is not None
+        )
         if config.prefix_caching and not scored:
             keys = self._keys(request)
             if keys:
@@ -532,7 +542,13 @@ class Scheduler:
         return length
 
     def _take(
-        self, request: Request, token: int | None, steps: int, now_s: float, completion: Completion
+        self,
+        request: Request,
+        token: int | None,
+        steps: int,
+        now_s: float,
+        completion: Completion,
+        ends: bool,
     ) -> None:
         timing, sampling = request.timing, request.sampling
         request.pending -= steps
@@ -547,7 +563,7 @@ class Scheduler:
         if token is not None:
             timing.token_times_s.append(now_s)
             request.output_tokens.append(token)
-            if token in sampling.stop_token_ids:
+            if ends or token in sampling.stop_token_ids:
                 reason = "stop"
         if reason is not None:
             self.handing_over.pop(request.request_id, None)

@@ -1,7 +1,7 @@
 """The compiled steps of an executor: which there are, how each is built, which one fits.
 
 A step's key is its kind and its shape: ("decode", batch, table), ("inputs", batch, table),
-("prefill", piece, table, continued), ("score", piece, table, continued), ("sample", batch, needs),
+("prefill", piece, table, continued), "score" and "pool" likewise, ("sample", batch, needs),
 ("copy", pages), ("clear", pages), ("extract", pages), ("insert", pages), ("set_last",). Every call
 of a step has the arguments of its shape, so none is compiled again; what a step changes is donated
 to it and written in place.
@@ -156,6 +156,8 @@ class Steps:
             keys += [*pieces, ("copy", COPIES)]
             rows = shapes.decode_buckets
         keys = [*(("sample", batch, needs) for needs in kinds for batch in rows), *keys]
+        masked = (SamplingNeeds(masked=True), SamplingNeeds(masked=True, random=True, cut=True))
+        keys += [("sample", batch, needs) for needs in masked for batch in rows]
         essential = self.essential()
         return [key for key in keys if key not in essential]
 
@@ -211,6 +213,11 @@ class Steps:
             step = functools.partial(_prefill, self.config, self.kernels, piece, continued)
             function = jax.jit(step, donate_argnums=1, out_shardings=(whole, split))
             arguments = (self.weights, cache, like((2 + piece + table,)))
+        elif kind == "pool":
+            piece, table, continued = shape
+            step = functools.partial(_pool, self.config, self.kernels, piece, continued)
+            function = jax.jit(step, donate_argnums=1, out_shardings=(whole, split, whole))
+            arguments = (self.weights, cache, like((2 + piece + table,)))
         elif kind == "score":
             piece, table, continued = shape
             step = functools.partial(_score, self.config, self.kernels, piece, table, continued)
@@ -231,7 +238,10 @@ class Steps:
                 )
                 history = jax.tree.map(lambda leaf: like(leaf.shape, leaf.dtype), history)
             logits = like((batch, self.config.vocab_size), np.float32)
-            arguments = (logits, last, like((batch, 2)), rules, history)
+            mask = None
+            if needs.masked:
+                mask = like((batch, -(-self.config.vocab_size // 32)))
+            arguments = (logits, last, like((batch, 2)), rules, history, mask)
         elif kind == "copy":
             (count,) = shape
             function = jax.jit(paged_model.copy_pages, donate_argnums=0, out_shardings=split)
@@ -276,6 +286,13 @@ def _prefill(config, kernels, piece, continued, weights, cache, packed):
     )
 
 
+def _pool(config, kernels, piece, continued, weights, cache, packed):
+    tokens, table = packed[2 : 2 + piece], packed[2 + piece :]
+    return paged_model.pool_pass(
+        config, kernels, continued, weights, cache, tokens, packed[0], packed[1], table
+    )
+
+
 def _score(config, kernels, piece, width, continued, weights, cache, packed):
     tokens, table = packed[2 : 2 + piece], packed[2 + piece : 2 + piece + width]
     following = packed[2 + piece + width :]
@@ -285,9 +302,9 @@ def _score(config, kernels, piece, width, continued, weights, cache, packed):
     )
 
 
-def _sample(needs, logits, last, where, rules, history):
+def _sample(needs, logits, last, where, rules, history, mask):
     slots, positions = where[:, 0], where[:, 1] + 1
-    sampled, history = sample(needs, logits, rules, positions, slots, history)
+    sampled, history = sample(needs, logits, rules, positions, slots, history, mask)
     return sampled, last.at[slots].set(sampled.tokens, mode="drop"), history
 
 

@@ -156,7 +156,8 @@ class Turns:
         self.ended_s = now_s
         self.owner.ended(iteration, outcome, latency_s, now_s)
         tokens = None if outcome is None else outcome.tokens
-        completion = self.scheduler.complete(iteration, now_s, tokens)
+        ended = None if outcome is None else outcome.ended
+        completion = self.scheduler.complete(iteration, now_s, tokens, ended)
         self.governor.after_iteration(iteration, latency_s, now_s)
         self.owner.completed(iteration, outcome, completion, now_s)
         if self.transfer is not None:

@@ -1,14 +1,16 @@
 """How answers look: OpenAI's completions and chats, whole or as events of a stream."""
 
 import dataclasses
+import hashlib
 import json
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jaxsys.serve.executor import TokenLogprobs
 from jaxsys.serve.http.text_stream import Spoken
+from jaxsys.serve.http.tools import CallPart, Said
 from jaxsys.serve.http.vocabulary import Vocabulary
 from jaxsys.serve.requests import FinishReason
 
@@ -29,6 +31,17 @@ class Choice:
     """Characters of the choice's text before this part of it."""
     prompt: list[tuple[int, TokenLogprobs | None]] | None = None
     """The prompt's tokens, where what was computed of them is asked for."""
+    said: Said | None = None
+    """Content, reasoning and calls, where the text is taken apart."""
+
+    @property
+    def reason(self) -> str | None:
+        """Why it ended, as chats say it."""
+        called = self.finish_reason == "stop" and self.called
+        return "tool_calls" if called else self.finish_reason
+
+    called: bool = False
+    """Whether there was a call so far."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -41,6 +54,8 @@ class Usage:
     energy_j: float | None = None
     prefill_energy_j: float = 0.0
     """Of this, for computing the prompt."""
+    reasoning_tokens: int | None = None
+    """Of the completion; None where it is not taken apart."""
 
     def body(self, method: str) -> dict[str, Any]:
         """As OpenAI's `usage`, with energy beside it where it is known."""
@@ -50,6 +65,8 @@ class Usage:
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
+        if self.reasoning_tokens is not None:
+            body["completion_tokens_details"] = {"reasoning_tokens": self.reasoning_tokens}
         if self.energy_j is not None:
             decode_j = self.energy_j - self.prefill_energy_j
             tokens = max(1, self.completion_tokens)
@@ -77,34 +94,68 @@ class Shape:
         self.logprobs = logprobs
         self._head = {"id": self.identity, "created": int(time.time()), "model": model}
 
-    def whole(self, choices: Sequence[Choice], usage: dict[str, Any]) -> dict[str, Any]:
-        """The answer at once."""
+    def whole(self, choices: Sequence[Choice], usage: Usage, method: str) -> dict[str, Any]:
+        """The answer at once; `method` says how energy is known."""
         return {
             **self._head,
             "object": self.object_name,
             "choices": [self._choice(choice, whole=True) for choice in choices],
-            "usage": usage,
+            "usage": usage.body(method),
         }
 
     def opening(self, index: int) -> list[dict[str, Any]]:
         """What a stream begins with."""
         return []
 
-    def increment(self, choice: Choice, usage: dict[str, Any] | None = None) -> dict[str, Any]:
-        """One event of a stream, with what it has taken so far where that is asked for."""
+    def increments(
+        self, choice: Choice, usage: dict[str, Any] | None = None
+    ) -> Iterable[dict[str, Any]]:
+        """Events of a stream, with what it has taken so far where that is asked for."""
         event = {
             **self._head,
             "object": self.stream_object,
             "choices": [self._choice(choice, whole=False)],
         }
-        return event if usage is None else event | {"usage": usage}
+        return [event if usage is None else event | {"usage": usage}]
 
-    def closing(self, usage: dict[str, Any]) -> dict[str, Any]:
-        """The last event where usage was asked for."""
-        return {**self._head, "object": self.stream_object, "choices": [], "usage": usage}
+    def ending(self, usage: Usage, method: str, asked: bool) -> Iterable[dict[str, Any]]:
+        """The last events; `asked` says whether usage was asked for."""
+        if not asked:
+            return []
+        body = usage.body(method)
+        return [{**self._head, "object": self.stream_object, "choices": [], "usage": body}]
+
+    def failure(self, message: str) -> Iterable[dict[str, Any]]:
+        """The last event of a stream that came to nothing."""
+        body = {"message": message, "type": "server_error", "param": None, "code": None}
+        return [{"error": body}]
 
     def _choice(self, choice: Choice, *, whole: bool) -> dict[str, Any]:
         raise NotImplementedError
+
+    def entries(self, choice: Choice) -> list[dict[str, Any]]:
+        """Log-probabilities of a choice's tokens, as chats and responses have them."""
+        return [
+            {
+                **_entry(one.text, one.data, one.beside.logprob),
+                "top_logprobs": [
+                    self._alternative(one, other, value)
+                    for other, value in zip(
+                        one.beside.top_tokens, one.beside.top_logprobs, strict=True
+                    )
+                ],
+            }
+            for one in choice.tokens
+            if one.beside is not None
+        ]
+
+    def _alternative(self, one: Spoken, other: int, value: float) -> dict[str, Any]:
+        if other == one.token:
+            return _entry(one.text, one.data, value)
+        piece = self.vocabulary.piece(other)
+        text = piece.first if one.first else piece.text
+        data = piece.data if text is None else text.encode(errors="replace")
+        return _entry(self.vocabulary.name(other, first=one.first), data, value)
 
     def _of_prompt(self, choice: Choice) -> dict[str, Any]:
         """Log-probabilities of the prompt, as vLLM gives them: by token id."""
@@ -191,8 +242,8 @@ class ChatShape(Shape):
 
     prefix, object_name, stream_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def whole(self, choices: Sequence[Choice], usage: dict[str, Any]) -> dict[str, Any]:
-        return super().whole(choices, usage) | self._of_prompt(choices[0])
+    def whole(self, choices: Sequence[Choice], usage: Usage, method: str) -> dict[str, Any]:
+        return super().whole(choices, usage, method) | self._of_prompt(choices[0])
 
     def opening(self, index: int) -> list[dict[str, Any]]:
         delta = {"role": "assistant", "content": ""}
@@ -200,42 +251,37 @@ class ChatShape(Shape):
         return [{**self._head, "object": self.stream_object, "choices": [choice]}]
 
     def _choice(self, choice: Choice, *, whole: bool) -> dict[str, Any]:
-        logprobs = None
-        if self.logprobs:
-            logprobs = {
-                "content": [
-                    {
-                        **_entry(one.text, one.data, one.beside.logprob),
-                        "top_logprobs": [
-                            self._alternative(one, other, value)
-                            for other, value in zip(
-                                one.beside.top_tokens, one.beside.top_logprobs, strict=True
-                            )
-                        ],
-                    }
-                    for one in choice.tokens
-                    if one.beside is not None
-                ]
-            }
-        content: dict[str, Any] = {"content": choice.text}
-        if whole:
-            body: dict[str, Any] = {"message": {"role": "assistant", **content}}
-        else:
-            body = {"delta": content if choice.text else {}}
+        logprobs = {"content": self.entries(choice)} if self.logprobs else None
+        said = Said(content=choice.text) if choice.said is None else choice.said
+        found: dict[str, Any] = {"content": said.content} if said.content or whole else {}
+        if said.reasoning:
+            found["reasoning_content"] = said.reasoning
+        if said.calls:
+            found["tool_calls"] = [self._call(choice, part, whole) for part in said.calls]
+            if whole:
+                found["content"] = said.content or None
         return {
             "index": choice.index,
-            **body,
+            **({"message": {"role": "assistant", **found}} if whole else {"delta": found}),
             "logprobs": logprobs,
-            "finish_reason": choice.finish_reason,
+            "finish_reason": choice.reason,
         }
 
-    def _alternative(self, one: Spoken, other: int, value: float) -> dict[str, Any]:
-        if other == one.token:
-            return _entry(one.text, one.data, value)
-        piece = self.vocabulary.piece(other)
-        text = piece.first if one.first else piece.text
-        data = piece.data if text is None else text.encode(errors="replace")
-        return _entry(self.vocabulary.name(other, first=one.first), data, value)
+    def _call(self, choice: Choice, part: CallPart, whole: bool) -> dict[str, Any]:
+        """A call, or the next part of one: only the first has id, type and name."""
+        place = {} if whole else {"index": part.index}
+        if part.name is None:
+            return place | {"function": {"arguments": part.arguments}}
+        return place | {
+            "id": self.call_id(choice.index, part.index),
+            "type": "function",
+            "function": {"name": part.name, "arguments": part.arguments},
+        }
+
+    def call_id(self, choice: int, call: int) -> str:
+        """The name of a call: nine characters, as some chat templates want it."""
+        made = hashlib.sha256(f"{self.identity}-{choice}-{call}".encode()).hexdigest()
+        return made[:9]
 
 
 def _entry(text: str, data: bytes, logprob: float) -> dict[str, Any]:
@@ -248,5 +294,7 @@ def finite(logprob: float) -> float:
 
 
 def event(body: dict[str, Any]) -> bytes:
-    """One server-sent event."""
-    return b"data: " + json.dumps(body, ensure_ascii=False).encode(errors="replace") + b"\n\n"
+    """One server-sent event, with its type where it has one."""
+    kind = f"event: {body['type']}\n".encode() if "type" in body else b""
+    data = json.dumps(body, ensure_ascii=False).encode(errors="replace")
+    return kind + b"data: " + data + b"\n\n"

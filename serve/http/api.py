@@ -9,10 +9,11 @@ import asyncio
 import contextlib
 import logging
 import time
+import uuid
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import fastapi
 from fastapi.exceptions import RequestValidationError
@@ -32,9 +33,11 @@ from jaxsys.errors import RunError, UsageError
 from jaxsys.model import Tokenizer
 from jaxsys.serve.engine import Engine, Generation, Overloaded, Watch
 from jaxsys.serve.executor import TokenLogprobs, check_sampling
+from jaxsys.serve.grammars import Grammars
 from jaxsys.serve.http.answers import ChatShape, Choice, CompletionShape, Shape, Usage, event
 from jaxsys.serve.http.bodies import Bodies
 from jaxsys.serve.http.description import body_of, describe, page
+from jaxsys.serve.http.embeddings import AT_ONCE, EmbeddingRequest, entry
 from jaxsys.serve.http.gate import Gate
 from jaxsys.serve.http.metrics import Metrics
 from jaxsys.serve.http.protocol import (
@@ -52,8 +55,18 @@ from jaxsys.serve.http.protocol import (
     encode,
     what_is_wrong,
 )
-from jaxsys.serve.http.templates import Templates
+from jaxsys.serve.http.response_shape import ResponseShape
+from jaxsys.serve.http.responses import (
+    NoSuchResponse,
+    ResponseRequest,
+    Turns,
+    head_of,
+    items_of,
+)
+from jaxsys.serve.http.templates import Templates, history_forms
 from jaxsys.serve.http.text_stream import Spoken, TextStream, text_of
+from jaxsys.serve.http.tool_bodies import ToolUse, tool_use
+from jaxsys.serve.http.tools import Marks, Reader, Said, Thinking, format_of, told
 from jaxsys.serve.http.vocabulary import Vocabulary
 from jaxsys.serve.member import NOT_FINITE, TokenEvent
 from jaxsys.serve.requests import ContextLengthExceeded, SamplingParameters
@@ -78,6 +91,8 @@ class ApiConfig:
     """Whether metrics, dashboard and description ask for a key too."""
     cors_origins: tuple[str, ...] = ()
     """Origins whose pages may ask; "*" is any."""
+    tool_format: str = "auto"
+    """How the model calls tools, as `tools.FORMATS` has it; "auto" goes by its chat template."""
     max_body_bytes: int = 8 << 20
 
 
@@ -126,6 +141,29 @@ def create_app(
     @app.post("/v1/chat/completions", responses=streams, openapi_extra=body_of(ChatRequest))
     async def chat(request: fastapi.Request) -> Response:
         return await face.chat(request)
+
+    @app.post("/v1/responses", responses=streams, openapi_extra=body_of(ResponseRequest))
+    async def responses(request: fastapi.Request) -> Response:
+        return await face.responses(request)
+
+    @app.post("/v1/embeddings", openapi_extra=body_of(EmbeddingRequest))
+    async def embeddings(request: fastapi.Request) -> Response:
+        return await face.embeddings(request)
+
+    @app.get("/v1/responses/{name}")
+    async def response(name: str) -> JSONResponse:
+        return JSONResponse(face.turns.get(name))
+
+    @app.delete("/v1/responses/{name}")
+    async def forget_response(name: str) -> JSONResponse:
+        face.turns.forget(name)
+        return JSONResponse({"id": name, "object": "response", "deleted": True})
+
+    @app.get("/v1/responses/{name}/input_items")
+    async def input_items(name: str) -> JSONResponse:
+        found = face.turns.inputs(name)
+        ends = {"first_id": found[0]["id"], "last_id": found[-1]["id"]} if found else {}
+        return JSONResponse({"object": "list", "data": found, "has_more": False, **ends})
 
     served = Model(id=config.model_name, created=created_s, max_model_len=config.max_length)
 
@@ -181,13 +219,19 @@ def create_app(
 
     @app.exception_handler(ContextLengthExceeded)
     async def refuse_length(request: fastapi.Request, error: ContextLengthExceeded) -> JSONResponse:
-        param = "messages" if request.url.path.startswith("/v1/chat") else "prompt"
+        path = request.url.path
+        param = "messages" if path.startswith("/v1/chat") else "prompt"
+        param = "input" if path.startswith("/v1/responses") else param
         code = "context_length_exceeded"
         return face.refuse(400, str(error), "invalid_request_error", param=param, code=code)
 
     @app.exception_handler(UsageError)
     async def refuse_usage(_: fastapi.Request, error: UsageError) -> JSONResponse:
         return face.refuse(400, str(error), "invalid_request_error")
+
+    @app.exception_handler(RecursionError)
+    async def refuse_depth(_: fastapi.Request, error: RecursionError) -> JSONResponse:
+        return face.refuse(400, "the body is nested too deep", "invalid_request_error")
 
     @app.exception_handler(Overloaded)
     async def refuse_load(_: fastapi.Request, error: Overloaded) -> JSONResponse:
@@ -206,6 +250,12 @@ def create_app(
     @app.exception_handler(RequestValidationError)
     async def refuse_body(_: fastapi.Request, error: RequestValidationError) -> JSONResponse:
         return face.refuse_validation(error)
+
+    @app.exception_handler(NoSuchResponse)
+    async def refuse_response(_: fastapi.Request, error: NoSuchResponse) -> JSONResponse:
+        code = "not_found" if error.param is None else "previous_response_not_found"
+        message, kind = str(error.detail), "invalid_request_error"
+        return face.refuse(404, message, kind, param=error.param, code=code)
 
     @app.exception_handler(ModelNotFound)
     async def refuse_model(_: fastapi.Request, error: ModelNotFound) -> JSONResponse:
@@ -231,12 +281,32 @@ def create_app(
         app.add_middleware(
             CORSMiddleware,
             allow_origins=config.cors_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
-    describe(app, [CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest])
+    describe(
+        app,
+        [
+            CompletionRequest,
+            ChatRequest,
+            ResponseRequest,
+            EmbeddingRequest,
+            TokenizeRequest,
+            DetokenizeRequest,
+        ],
+    )
     return app
+
+
+class Reads(NamedTuple):
+    """How an answer is written, and how it is taken apart."""
+
+    grammar: str | None = None
+    reader: Callable[[], Reader] | None = None
+    """Makes the reader of one choice; None where its text is all content."""
+    most_calls: int | None = None
+    """Calls that end the answer; None where nothing does."""
 
 
 class _Face:
@@ -249,6 +319,10 @@ class _Face:
         self.metrics = metrics
         self.vocabulary = Vocabulary(tokenizer)
         self.templates = Templates(tokenizer)
+        self.tool_format = format_of(tokenizer.chat_template, config.tool_format)
+        self.marks = Marks(tokenizer)
+        self.turns = Turns()
+        self.grammars = engine.grammars or Grammars(tokenizer, tokenizer.vocab_size)
         self.bodies = Bodies(max_bytes=config.max_body_bytes, max_length=config.max_length)
         self._most_characters = SLACK * config.max_length * self.vocabulary.longest()
 
@@ -297,6 +371,7 @@ class _Face:
             max_tokens=max_tokens,
             logprobs=body.logprobs,
             prompt_logprobs=_most(body.prompt_logprobs, body.logprobs if body.echo else None),
+            grammar=await self._ready(body.asked_grammar()),
         )
         shape = CompletionShape(self.config.model_name, self.vocabulary, body.logprobs is not None)
         return await self._answer(body, prompts, sampling, shape, request)
@@ -304,6 +379,12 @@ class _Face:
     async def chat(self, request: fastapi.Request) -> Response:
         body = await self.bodies.read(ChatRequest, request)
         self._check_model(body.model)
+        prompt, sampling, reads = await self._of_chat(body)
+        shape = ChatShape(self.config.model_name, self.vocabulary, bool(body.logprobs))
+        return await self._answer(body, [prompt], sampling, shape, request, reads)
+
+    async def _of_chat(self, body: ChatRequest) -> tuple[list[int], SamplingParameters, Reads]:
+        """A chat's prompt, and how its answer is chosen and read."""
         body.refuse_unimplemented()
         if body.top_logprobs is not None and not body.logprobs:
             raise UsageError(
@@ -315,7 +396,9 @@ class _Face:
             if not self.templates.names("reasoning_effort"):
                 raise UsageError("reasoning_effort is unknown to this model; leave it out")
             variables["reasoning_effort"] = body.reasoning_effort
-        text = await self._rendered(body, variables)
+        use = body.tool_use()
+        text = await self._rendered(body, variables, use)
+        reads = self._reads(body, use, text)
         most, asked = self.config.max_length, body.asked_tokens
         prompt = await self._encoded(text, add_special=bool(body.add_special_tokens))
         prompt = body.cut(prompt, most - (asked or 1))
@@ -324,9 +407,96 @@ class _Face:
             max_tokens=asked or max(1, most - len(prompt)),
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             prompt_logprobs=body.prompt_logprobs,
+            grammar=await self._ready(reads.grammar),
         )
-        shape = ChatShape(self.config.model_name, self.vocabulary, bool(body.logprobs))
-        return await self._answer(body, [prompt], sampling, shape, request)
+        return prompt, sampling, reads
+
+    async def responses(self, request: fastapi.Request) -> Response:
+        asked = await self.bodies.read(ResponseRequest, request)
+        self._check_model(asked.model)
+        asked.refuse()
+        own = items_of(asked.input)
+        items = self.turns.conversation(asked.previous_response_id, own)
+        body = asked.chat(items)
+        prompt, sampling, reads = await self._of_chat(body)
+
+        def keep(response: dict[str, Any]) -> None:
+            if asked.store is not False:
+                self.turns.keep(response, own, items)
+
+        head = head_of(asked, self.config.model_name, asked.tool_choice)
+        logprobs = bool(body.logprobs)
+        shape = ResponseShape(self.config.model_name, self.vocabulary, head, keep, logprobs)
+        return await self._answer(body, [prompt], sampling, shape, request, reads)
+
+    async def embeddings(self, request: fastapi.Request) -> Response:
+        body = await self.bodies.read(EmbeddingRequest, request)
+        self._check_model(body.model)
+        most = self.config.max_length - 1
+        prompts = await asyncio.to_thread(body.prompts, self.tokenizer, self._most_characters, most)
+        for prompt in prompts:
+            self.engine.check(len(prompt), 1)
+        sampling = SamplingParameters(max_tokens=1, temperature=0, pooling=body.pooling or "mean")
+        identity = f"embd-{uuid.uuid4().hex}"
+        free = asyncio.Semaphore(AT_ONCE)
+
+        async def embed(index: int, prompt: list[int]) -> list[float]:
+            async with free:
+                name = f"{identity}-{index}"
+                async for event in self.engine.generate(prompt, sampling, request_id=name):
+                    if event.finish_reason == "error":
+                        raise _failure(event.message)
+                    if event.embedding is not None:
+                        return event.embedding
+            raise RunError("the server is shutting down; use another one")
+
+        async def all_of_them() -> list[list[float]]:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(embed(*one)) for one in enumerate(prompts)]
+            return [task.result() for task in tasks]
+
+        try:
+            vectors = await _unless_disconnected(request, all_of_them())
+        except* (RunError, UsageError) as errors:
+            raise errors.exceptions[0] from None
+        if vectors is None:
+            return Response(status_code=499)  # nobody reads it
+        wide = len(vectors[0])
+        if body.dimensions not in (None, wide):
+            raise UsageError(
+                f"dimensions={body.dimensions} is not implemented: vectors of this model have "
+                f"{wide}; leave it out"
+            )
+        total = sum(map(len, prompts))
+        return JSONResponse(
+            {
+                "object": "list",
+                "model": self.config.model_name,
+                "data": [
+                    entry(index, vector, body.encoding_format)
+                    for index, vector in enumerate(vectors)
+                ],
+                "usage": {"prompt_tokens": total, "total_tokens": total},
+                "pooling": sampling.pooling,
+            }
+        )
+
+    def _reads(self, body: ChatRequest, use: ToolUse, prompt: str) -> Reads:
+        """How an answer to a rendered chat is written and taken apart."""
+        form, template = self.tool_format, self.tokenizer.chat_template or ""
+        going_on = bool(body.continue_final_message)
+        thinking: Thinking = "no" if going_on else form.thinking(template, prompt)
+        answer = body.asked_grammar()
+        grammar = answer
+        if not going_on:
+            grammar = form.grammar(self.marks, use.writing(answer), thinking, template)
+        elif use.needed:
+            raise UsageError("continue_final_message goes on with text; leave tool_choice out")
+        if going_on or (not use.callable and thinking == "no"):
+            return Reads(grammar)
+        # One call only: what comes behind it is not waited for.
+        most = None if use.many or grammar is not None else 1
+        return Reads(grammar, lambda: form.reader(use.callable, thinking), most)
 
     async def tokenize(self, request: fastapi.Request) -> Tokens:
         body = await self.bodies.read(TokenizeRequest, request)
@@ -340,7 +510,8 @@ class _Face:
                 add_generation_prompt=body.add_generation_prompt,
                 continue_final_message=body.continue_final_message,
             )
-            text = await self._rendered(chat, body.chat_template_kwargs or {})
+            use = tool_use(body.tools, None, None)
+            text = await self._rendered(chat, body.chat_template_kwargs or {}, use)
             tokens = await self._encoded(text, add_special=bool(add_special))
         elif body.prompt:
             tokens = await self._encoded(body.prompt, add_special=add_special is not False)
@@ -363,12 +534,26 @@ class _Face:
         if asked and asked != self.config.model_name:
             raise ModelNotFound(asked, self.config.model_name)
 
-    async def _rendered(self, body: ChatRequest, variables: dict[str, Any]) -> str:
+    async def _rendered(
+        self, body: ChatRequest, variables: dict[str, Any], use: ToolUse | None = None
+    ) -> str:
         messages = body.plain()
-        text = await self.templates.render(
-            messages, add_generation_prompt=body.opens_turn, variables=variables
-        )
-        return body.ended(text, messages)
+        tools = [tool.source for tool in use.tools] if use is not None and use.tools else None
+        told_messages = messages
+        if self.tool_format.name == "plain":
+            told_messages, tools = told(messages, tools or ()), None
+        refusal: UsageError | None = None
+        for form in history_forms(told_messages, self.tool_format.id_length):
+            try:
+                text = await self.templates.render(
+                    form, add_generation_prompt=body.opens_turn, variables=variables, tools=tools
+                )
+            except UsageError as error:
+                refusal = refusal or error
+            else:
+                return body.ended(text, messages)
+        assert refusal is not None
+        raise refusal
 
     async def _encoded(self, text: str, *, add_special: bool) -> list[int]:
         return await asyncio.to_thread(
@@ -379,6 +564,12 @@ class _Face:
             most_characters=self._most_characters,
         )
 
+    async def _ready(self, grammar: str | None) -> str | None:
+        """The grammar of an answer, made ready; None where it is free."""
+        if grammar is not None:
+            await asyncio.to_thread(self.grammars.prepare, grammar)
+        return grammar
+
     async def _answer(
         self,
         body: CompletionRequest | ChatRequest,
@@ -386,6 +577,7 @@ class _Face:
         sampling: SamplingParameters,
         shape: Shape,
         request: fastapi.Request,
+        reads: Reads | None = None,
     ) -> Response:
         check_sampling(sampling, self.tokenizer.vocab_size)
         choices = body.choices
@@ -397,7 +589,8 @@ class _Face:
         for index in range(len(prompts) * choices):
             own = sampling if choices == 1 else replace(sampling, stream=index % choices)
             name = f"{shape.identity}-{index}" if len(prompts) * choices > 1 else shape.identity
-            answer = _Answer(self, body, index, name, usage, counts=index % choices == 0)
+            counts = index % choices == 0
+            answer = _Answer(self, body, index, name, usage, reads, counts=counts)
             answers.append(answer)
             # Now, while they are admitted: once a stream has begun, none could be refused.
             answer.submit(prompts[index // choices], own)
@@ -425,7 +618,7 @@ class _Face:
         for choice in collected:
             if choice.finish_reason == "error":
                 raise _failure(choice.message)
-        return JSONResponse(shape.whole(collected, usage.body(self.engine.energy_method)))
+        return JSONResponse(shape.whole(collected, usage, self.engine.energy_method))
 
     async def _stream(
         self,
@@ -443,16 +636,23 @@ class _Face:
             async for choice in _merged(runs):
                 if choice.finish_reason == "error":
                     raise _failure(choice.message)
-                if choice.text or choice.tokens or choice.finish_reason or choice.prompt:
+                says = choice.text or choice.tokens if choice.said is None else choice.said
+                if (
+                    says
+                    or choice.finish_reason
+                    or choice.prompt
+                    or (shape.logprobs and choice.tokens)
+                ):
                     so_far = usage.body(self.engine.energy_method) if always else None
-                    yield event(shape.increment(choice, so_far))
+                    for one in shape.increments(choice, so_far):
+                        yield event(one)
         except (RunError, UsageError) as error:
             # The status is out already: an error event is all that is left.
-            body = {"message": str(error), "type": "server_error", "param": None, "code": None}
-            yield event({"error": body})
+            for one in shape.failure(str(error)):
+                yield event(one)
             return
-        if include_usage:
-            yield event(shape.closing(usage.body(self.engine.energy_method)))
+        for one in shape.ending(usage, self.engine.energy_method, include_usage):
+            yield event(one)
         yield b"data: [DONE]\n\n"
 
 
@@ -468,12 +668,14 @@ class _Answer:
         index: int,
         name: str,
         usage: Usage,
+        reads: Reads | None = None,
         *,
         counts: bool,
     ):
         """
         Args:
             usage: of all choices.
+            reads: how the text is taken apart, if it is.
             counts: whether the prompt is counted here.
         """
         self.face = face
@@ -484,14 +686,21 @@ class _Answer:
         self.counts = counts
         self.tokens = 0
         """Tokens that were put out."""
-        self._released: deque[list[Spoken]] = deque()
+        self._released: deque[tuple[list[Spoken], Said | None]] = deque()
         """What became certain with each event that is on its way to `run`."""
+        reader = None if reads is None else reads.reader
+        self._reader = None if reader is None else reader()
+        if self._reader is not None:
+            usage.reasoning_tokens = usage.reasoning_tokens or 0
+        self._most_calls = None if reads is None else reads.most_calls
 
     def submit(self, prompt: Sequence[int], sampling: SamplingParameters) -> None:
         """Begins the request; raises as `Engine.submit`."""
         body = self.body
+        self._ends = sampling.stop_token_ids
         self._include_stop = bool(body.include_stop_str_in_output)
-        self._skip_special = body.skip_special_tokens is not False
+        # A reader looks at special tokens, and drops those that it does not know.
+        self._skip_special = body.skip_special_tokens is not False and self._reader is None
         self._text = TextStream(
             self.face.vocabulary,
             sampling.stop,
@@ -508,11 +717,32 @@ class _Answer:
     def _watch(self, event: TokenEvent) -> bool:
         """Takes a token in, as it reaches the engine's thread; whether the text ends with it."""
         assert event.token is not None
-        # A token that ends the output is no text, unless it is asked for.
-        if event.finish_reason != "stop" or self._include_stop:
+        # A token that ends the output is no text, unless it is asked for or a grammar's last one.
+        ends = event.finish_reason == "stop" and event.token in self._ends
+        if not ends or self._include_stop:
             self._text.push(event.token, event.logprobs)
-        self._released.append(self._text.take())
+        spoken = self._text.take()
+        self._released.append((spoken, self._apart(spoken)))
+        reader, most = self._reader, self._most_calls
+        if reader is not None and most is not None and reader.finished >= most:
+            return True
         return self._text.stopped
+
+    def _apart(self, spoken: Sequence[Spoken], *, last: bool = False) -> Said | None:
+        """What tokens say: content, reasoning, calls; None where the text is not taken apart."""
+        reader = self._reader
+        if reader is None:
+            return None
+        said = Said()
+        special = self.face.vocabulary.special
+        for one in spoken:
+            if reader.reasoning:
+                self.usage.reasoning_tokens = (self.usage.reasoning_tokens or 0) + 1
+            if one.text:
+                said.add(reader.push(one.text, special=one.token in special))
+        if last:
+            said.add(reader.close())
+        return said
 
     async def run(self) -> AsyncGenerator[Choice, None]:
         """The choice's increments."""
@@ -524,23 +754,37 @@ class _Answer:
         async with contextlib.aclosing(events):
             async for event in events:
                 spoken: list[Spoken] = []
-                prompt = None
+                prompt = said = None
                 if event.token is not None:
                     usage.completion_tokens += 1
                     self.tokens += 1
                     if self.tokens == 1:
                         spoken, prompt = self._prompt(request.prompt_tokens, event)
-                    spoken += self._released.popleft()
+                    fresh, said = self._released.popleft()
+                    spoken += fresh
                 reason = event.finish_reason
                 if last is None and self.counts:
                     usage.cached_tokens += event.request.cached_tokens
                 last = event
                 if reason is not None:
                     text.flush()
-                    spoken += text.take()
+                    rest = text.take()
+                    spoken += rest
+                    more = self._apart(rest, last=True)
+                    if more is not None:
+                        said = said or Said()
+                        said.add(more)
                 part = text_of(spoken)
                 yield Choice(
-                    self.index, part, spoken, reason, event.message, offset=offset, prompt=prompt
+                    self.index,
+                    part,
+                    spoken,
+                    reason,
+                    event.message,
+                    offset=offset,
+                    prompt=prompt,
+                    said=said if said is not None or self._reader is None else Said(),
+                    called=self._reader is not None and self._reader.called,
                 )
                 offset += len(part)
                 if reason is not None:
@@ -620,6 +864,9 @@ async def _collect(run: AsyncIterator[Choice]) -> Choice:
             whole = part
         else:
             whole.tokens += part.tokens
+            whole.called = part.called
+            if whole.said is not None and part.said is not None:
+                whole.said.add(part.said)
             whole.finish_reason, whole.message = part.finish_reason, part.message
     assert whole is not None
     whole.text = "".join(pieces)

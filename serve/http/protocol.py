@@ -7,6 +7,7 @@ value is its `description`. Values are of their field's type as JSON has it: "4"
 whole numbers.
 """
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
@@ -16,6 +17,18 @@ from pydantic import Field
 
 from jaxsys.errors import UsageError
 from jaxsys.model import Tokenizer
+from jaxsys.serve.http import structured
+from jaxsys.serve.http.tool_bodies import (
+    MAX_TOOLS,
+    CallBody,
+    CallFunction,
+    Calls,
+    FunctionBody,
+    ToolBody,
+    Tools,
+    ToolUse,
+    tool_use,
+)
 from jaxsys.serve.requests import ContextLengthExceeded, SamplingParameters
 
 MAX_CHOICES = 16
@@ -30,6 +43,7 @@ DESCRIBE_THE_CALLER = {
     "cache_salt",
     "metadata",
     "parallel_tool_calls",  # says nothing without tools
+    "guided_decoding_backend",  # there is one
     "prediction",
     "priority",
     "prompt_cache_key",
@@ -82,7 +96,7 @@ UNIMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "repeat_penalty": (1,),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
-    "separate_reasoning": (False,),
+    "separate_reasoning": (True,),
     "spaces_between_special_tokens": (True,),
     "stop_regex": (),
     "suffix": (),
@@ -183,6 +197,17 @@ class _Sampled(pydantic.BaseModel):
         None, ge=-1, description="a whole number from 1 on; -1 cuts to what fits"
     )
     prompt_logprobs: int | None = Field(None, ge=0, le=20, description="a whole number, 0 to 20")
+    response_format: Any = Field(None, description="an object")
+    structured_outputs: Any = Field(None, description="an object")
+    guided_json: Any = Field(None, description="a JSON schema")
+    guided_regex: Any = Field(None, description="a text")
+    guided_choice: Any = Field(None, description="a list of texts")
+    guided_grammar: Any = Field(None, description="a text")
+    guided_whitespace_pattern: Any = Field(None, description="a text")
+
+    def asked_grammar(self) -> str | None:
+        """What the answer's form is to follow; None where it is free."""
+        return structured.grammar_of({name: getattr(self, name) for name in structured.FIELDS})
 
     @property
     def choices(self) -> int:
@@ -198,6 +223,8 @@ class _Sampled(pydantic.BaseModel):
         """Raises UsageError for fields that would change the answer; logs those not known."""
         extra = self.model_extra or {}
         for name, value in extra.items():
+            if name in DESCRIBE_THE_CALLER:
+                continue
             known = name in UNIMPLEMENTED or name.startswith(UNIMPLEMENTED_KINDS)
             constrains = name.startswith(("guided_", "structured_"))  # {} is still "any JSON"
             if not known or value is None or (not constrains and value in ("", [], {})):
@@ -207,12 +234,9 @@ class _Sampled(pydantic.BaseModel):
                 (number := _number(value)) is not None and number in map(_number, neutral)
             ):
                 raise UsageError(f"{name[:60]} is not implemented; leave it out")
-        format = extra.get("response_format")
-        if format and not (isinstance(format, dict) and format.get("type") == "text"):
-            raise UsageError("response_format is not implemented, but for text; leave it out")
         ignored = sorted(
             name
-            for name in set(extra) - DESCRIBE_THE_CALLER - {*UNIMPLEMENTED, "response_format"}
+            for name in set(extra) - DESCRIBE_THE_CALLER - {*UNIMPLEMENTED}
             if not name.startswith(UNIMPLEMENTED_KINDS)
         )
         if ignored:
@@ -240,6 +264,7 @@ class _Sampled(pydantic.BaseModel):
         max_tokens: int,
         logprobs: int | None,
         prompt_logprobs: int | None = None,
+        grammar: str | None = None,
     ) -> SamplingParameters:
         """The parameters of one choice."""
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -274,6 +299,7 @@ class _Sampled(pydantic.BaseModel):
             min_tokens=given(self.min_tokens, 0),
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            grammar=grammar,
         )
 
 
@@ -320,8 +346,8 @@ class TextPart(pydantic.BaseModel):
 class Message(pydantic.BaseModel):
     """One turn of a chat."""
 
-    role: Literal["system", "developer", "user", "assistant"] = Field(
-        description="system, developer, user or assistant"
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
+        description="system, developer, user, assistant or tool"
     )
     content: str | ListOf[TextPart] | None = Field(
         None,
@@ -329,6 +355,10 @@ class Message(pydantic.BaseModel):
         description='a text or a list of parts such as {"type": "text", "text": "Hi"}',
     )
     name: str | None = Field(None, description="a text")
+    tool_calls: Calls | None = Field(None, description="a list of calls")
+    tool_call_id: str | None = Field(None, description="a text")
+    reasoning_content: str | None = Field(None, description="a text")
+    reasoning: str | None = Field(None, description="a text")
 
     @pydantic.field_validator("content")
     @classmethod
@@ -349,8 +379,19 @@ class Message(pydantic.BaseModel):
             content = "".join(part.text or "" for part in content)
         # What OpenAI calls the developer's word, chat templates call the system's.
         role = "system" if self.role == "developer" else self.role
-        named = {} if self.name is None else {"name": self.name}
-        return {"role": role, "content": content or ""} | named
+        message: dict[str, Any] = {"role": role, "content": content or ""}
+        if self.name is not None:
+            message["name"] = self.name
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        thought = self.reasoning_content or self.reasoning
+        if thought and role == "assistant":
+            message["reasoning_content"] = thought
+        if self.tool_calls:
+            if role != "assistant":
+                raise UsageError(f"tool_calls of a {role} make no sense; only assistants call")
+            message["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+        return message
 
 
 class _Chat(pydantic.BaseModel):
@@ -372,7 +413,7 @@ class _Chat(pydantic.BaseModel):
             UsageError: if one is not understood, or holds half of a surrogate pair.
         """
         messages = [message.plain() for message in self.messages]
-        check_text("".join(text for message in messages for text in message.values()))
+        check_text(json.dumps(messages, ensure_ascii=False))
         if self.continue_final_message:
             if self.add_generation_prompt:
                 raise UsageError(
@@ -411,8 +452,17 @@ class _Chat(pydantic.BaseModel):
 class ChatRequest(_Chat, _Sampled):
     """Body of `/v1/chat/completions`."""
 
+    tools: Tools | None = Field(
+        None, description=f"a list of at most {MAX_TOOLS} tools of type function"
+    )
+    tool_choice: Any = Field(None, description="none, auto, required or a function")
+    parallel_tool_calls: bool | None = Field(None, description="true or false")
     logprobs: bool | None = Field(False, description=LOGPROBS)
     top_logprobs: int | None = Field(None, ge=0, le=20, description="a whole number from 0 to 20")
+
+    def tool_use(self) -> ToolUse:
+        """The tools, and how they may be used."""
+        return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
 
 
 class TokenizeRequest(pydantic.BaseModel):
@@ -429,6 +479,9 @@ class TokenizeRequest(pydantic.BaseModel):
     add_generation_prompt: bool | None = Field(None, description="true or false")
     continue_final_message: bool | None = Field(False, description="true or false")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="an object")
+    tools: Tools | None = Field(
+        None, description=f"a list of at most {MAX_TOOLS} tools of type function"
+    )
     return_token_strs: bool | None = Field(False, description="true or false")
 
 
@@ -462,10 +515,13 @@ class Version(pydantic.BaseModel):
     version: str
 
 
+_PARTS = (StreamOptions, TextPart, FunctionBody, ToolBody, CallFunction, CallBody, Message)
+
+
 def _rules(*bodies: type[pydantic.BaseModel]) -> dict[str, str]:
     return {
         name: field.description
-        for body in (StreamOptions, TextPart, Message, *bodies)
+        for body in (*_PARTS, *bodies)
         for name, field in body.model_fields.items()
         if field.description
     }

@@ -27,6 +27,7 @@ def render(chat: Any, asked: dict[str, Any]) -> dict[str, Any]:
             asked["template"],
             asked["messages"],
             add_generation_prompt=asked["add_generation_prompt"],
+            tools=asked["tools"],
             special_tokens=asked["variables"],
         )
     except ValueError as error:  # UsageError: it says what

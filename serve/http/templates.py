@@ -7,6 +7,7 @@ refused.
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import select
 import subprocess
@@ -60,10 +61,12 @@ class Templates:
         *,
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """Messages to the text that the model was tuned on.
 
         Args:
+            tools: that the model is told of, as requests have them.
             variables: that the template is given beside its own.
 
         Raises:
@@ -81,6 +84,7 @@ class Templates:
         asked = {
             "template": self.source,
             "messages": list(messages),
+            "tools": None if tools is None else list(tools),
             "add_generation_prompt": add_generation_prompt,
             "variables": self._special_tokens | variables,
             "limit_s": self.limit_s,
@@ -164,6 +168,54 @@ class Templates:
         with self._lock:
             self._all.discard(process)
         _kill(process)
+
+
+def history_forms(
+    messages: Sequence[Mapping[str, Any]], id_length: int | None = None
+) -> list[list[dict[str, Any]]]:
+    """Messages in the forms that chat templates want them in, the likeliest first.
+
+    Most take the arguments of a call as an object, some only as the text that clients send, and
+    then the content beside it as null.
+
+    Args:
+        id_length: characters that the id of a call must have.
+    """
+    plain = [_with_ids(message, id_length) for message in messages]
+    if not any(message.get("tool_calls") for message in plain):
+        return [plain]
+
+    def with_objects(message: dict[str, Any]) -> dict[str, Any]:
+        calls = []
+        for call in message.get("tool_calls") or ():
+            function = call["function"]
+            with contextlib.suppress(ValueError):
+                arguments = json.loads(function["arguments"] or "{}")
+                if isinstance(arguments, dict):
+                    function = function | {"arguments": arguments}
+            calls.append(call | {"function": function})
+        return message | {"tool_calls": calls} if calls else message
+
+    def with_nulls(message: dict[str, Any]) -> dict[str, Any]:
+        empty = message.get("tool_calls") and not message["content"]
+        return message | {"content": None} if empty else message
+
+    return [list(map(with_objects, plain)), list(map(with_nulls, plain))]
+
+
+def _with_ids(message: Mapping[str, Any], length: int | None) -> dict[str, Any]:
+    def named(name: str) -> str:
+        if length is None or (len(name) == length and name.isalnum()):
+            return name
+        return hashlib.sha256(name.encode()).hexdigest()[:length]
+
+    found = dict(message)
+    if message.get("tool_call_id"):
+        found["tool_call_id"] = named(message["tool_call_id"])
+    calls = message.get("tool_calls")
+    if calls:
+        found["tool_calls"] = [call | {"id": named(call.get("id") or "")} for call in calls]
+    return found
 
 
 def _read(pipe: Any, count: int, deadline_s: float) -> bytes | None:

@@ -43,6 +43,7 @@ class FrontSpec:
     api_keys: frozenset[str] = dataclasses.field(default=frozenset(), repr=False)
     key_for_all: bool = False
     cors_origins: tuple[str, ...] = ()
+    tool_format: str = "auto"
     route: str = "fewest"
     """Of `ROUTERS`."""
     worker: WorkerSpec
@@ -56,6 +57,7 @@ class FrontSpec:
             api_keys=self.api_keys,
             key_for_all=self.key_for_all,
             cors_origins=self.cors_origins,
+            tool_format=self.tool_format,
         )
 
 

@@ -160,7 +160,7 @@ class RemoteInstance(Member):
             timing.token_times_s.append(now_s)
         if not beside:
             return TokenEvent(request, token, None, None, now_s)
-        reason, logprobs, message, lost, energies_j, cached, preemptions, prompt = beside
+        reason, logprobs, message, lost, energies_j, cached, preemptions, prompt, embedding = beside
         request.cached_tokens = cached
         timing.preemptions = max(timing.preemptions, preemptions)
         energy_j, prefill_j = energies_j
@@ -176,7 +176,7 @@ class RemoteInstance(Member):
             self._forget(name)
         found = None if logprobs is None else TokenLogprobs(*logprobs)
         scored = None if prompt is None else [one and TokenLogprobs(*one) for one in prompt]
-        return TokenEvent(request, token, found, reason, now_s, message, lost, scored)
+        return TokenEvent(request, token, found, reason, now_s, message, lost, scored, embedding)
 
 
 class Switchboard:

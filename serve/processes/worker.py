@@ -36,12 +36,14 @@ from jaxsys.serve.deployment import (
 )
 from jaxsys.serve.energy.governors import GovernorChoice, Served, make_governor
 from jaxsys.serve.energy.slo import SharedSlo, Slo
+from jaxsys.serve.grammars import Grammars
 from jaxsys.serve.handover import Message, Offer
 from jaxsys.serve.logs import log_to_stderr
 from jaxsys.serve.member import TokenEvent
 from jaxsys.serve.processes.page_transfer import PageServer
 from jaxsys.serve.processes.secret import prove
 from jaxsys.serve.processes.wire import Frame, Frames, message_frame, message_of, pack, request_of
+from jaxsys.serve.requests import Request
 from jaxsys.serve.scheduler import Role
 
 logger = logging.getLogger("jaxsys.serve.processes.worker")  # __name__ would be __main__
@@ -112,6 +114,9 @@ class Worker:
             tensor_parallel=spec.deployment.tensor_parallel,
             prefill_budget=prefill_budget(spec.deployment, group[0]),
         )
+        self.grammars = None
+        if model.tokenizer is not None:
+            self.grammars = Grammars(model.tokenizer, model.config.vocab_size)
         self.instance = build_instance(
             model.config,
             weights,
@@ -121,6 +126,7 @@ class Worker:
             group=group,
             sink=self._sink,
             governor=make_governor(spec.governor, served, slo, group),
+            grammars=self.grammars,
         )
         self.pages = None if spec.role == "both" else PageServer(group[0], host, secret=spec.token)
         connect(self.instance, self._send_message, self.pages)
@@ -181,9 +187,9 @@ class Worker:
         instance = self.instance
         kind = frame[0]
         if kind == "submit":
-            instance.submit(request_of(frame[1], instance.clock.now_s()))
+            instance.submit(self._request(frame[1]))
         elif kind == "offer":
-            instance.take(Offer(request_of(frame[1], instance.clock.now_s())))
+            instance.take(Offer(self._request(frame[1])))
         elif kind == "abort":
             instance.abort(frame[1], frame[2])
         else:
@@ -191,6 +197,14 @@ class Worker:
             if message is None:
                 raise ValueError(f"frames of kind {kind!r} are unknown")
             instance.take(message)
+
+    def _request(self, data: dict[str, Any]) -> Request:
+        request = request_of(data, self.instance.clock.now_s())
+        if request.sampling.grammar is not None and self.grammars is not None:
+            # Here, while the instance computes; what is wrong with it shows there.
+            with contextlib.suppress(UsageError):
+                self.grammars.prepare(request.sampling.grammar)
+        return request
 
     # --- on the instance's thread, but for the pulse ------------------------------------------
 
@@ -244,6 +258,7 @@ def _entry(event: TokenEvent) -> list[Any]:
         request.cached_tokens,
         request.timing.preemptions,
         None if event.prompt is None else [one and list(one) for one in event.prompt],
+        event.embedding,
     ]
 
 

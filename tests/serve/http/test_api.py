@@ -200,7 +200,7 @@ def test_a_repeated_prompt_is_found_in_the_cache(server):
             "chat/completions",
             {"messages": [{"role": "zzz", "content": "a"}]},
             400,
-            "messages.0.role='zzz' must be system, developer, user or assistant",
+            "messages.0.role='zzz' must be system, developer, user, assistant or tool",
         ),
         (
             "chat/completions",
@@ -225,8 +225,9 @@ def test_a_repeated_prompt_is_found_in_the_cache(server):
             "chat/completions",
             {"messages": [{"role": "user", "content": "a"}], "tools": [{}]},
             400,
-            "tools is not implemented",
+            "tools.0.type is required",
         ),
+        ("completions", {"prompt": "a", "tools": [{}]}, 400, "tools is not implemented"),
     ],
 )
 def test_what_cannot_be_answered_is_refused(server, path, body, status, words):

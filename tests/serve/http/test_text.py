@@ -240,10 +240,9 @@ def test_a_chat_goes_on_where_its_last_message_ends(letters):
     "field",
     [
         {"tool_choice": "required"},
-        {"guided_json": {"type": "object"}},
-        {"guided_json": {}},
-        {"structured_outputs": {"choice": ["z"]}},
-        {"response_format": {"type": "json_object"}},
+        {"guided_forms": {"type": "object"}},
+        {"structured_outputs": {"structural_tag": "z"}},
+        {"response_format": {"type": "xml"}},
         {"chat_template": "{{ 'z' }}"},
         {"modalities": ["audio"]},
         {"best_of": 2},

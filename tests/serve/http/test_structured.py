@@ -1,0 +1,163 @@
+"""Structured output: what the answer's form must be, kept in any batch and on any way through."""
+
+import asyncio
+import dataclasses
+import json
+import re
+
+import pytest
+
+from jaxsys.serve.deployment import DeploymentConfig
+
+APART = DeploymentConfig(
+    prefill=1,
+    decode=1,
+    max_batch=4,
+    max_length=160,
+    max_prefill_tokens=32,
+    page_size=8,
+    page_count=96,
+    max_requests=32,
+)
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "size": {"type": "integer", "minimum": 0, "maximum": 99},
+        "kind": {"enum": ["a", "b"]},
+    },
+    "required": ["name", "size", "kind"],
+    "additionalProperties": False,
+}
+FORM = {"type": "json_schema", "json_schema": {"name": "thing", "strict": True, "schema": SCHEMA}}
+
+
+@pytest.fixture(scope="module")
+def servers(model, start, quickly_compiled):
+    """Prefill and decode apart, and together with so few pages that requests are preempted."""
+    together = dataclasses.replace(APART, decode=0, page_count=20)
+    return start(model, APART), start(model, together)
+
+
+def ask(server, *bodies):
+    """Chats that are asked at once."""
+
+    async def run():
+        async with server.client() as client:
+            return await asyncio.gather(
+                *[client.post("/v1/chat/completions", json=body) for body in bodies]
+            )
+
+    answers = server.run(run())
+    server.idle()
+    assert [answer.status_code for answer in answers] == [200] * len(bodies), answers[0].text
+    return [answer.json()["choices"] for answer in answers]
+
+
+def chat(**fields):
+    body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 100, "temperature": 1}
+    return body | {"seed": 7} | fields
+
+
+def formed(**fields):
+    return chat(response_format=FORM, guided_whitespace_pattern=" ", **fields)
+
+
+def holds(text):
+    thing = json.loads(text)
+    assert list(thing) == ["name", "size", "kind"]
+    assert isinstance(thing["name"], str) and len(thing["name"]) <= 8
+    assert type(thing["size"]) is int and 0 <= thing["size"] <= 99
+    assert thing["kind"] in ("a", "b")
+
+
+def test_a_schema_holds_in_a_mixed_batch_and_leaves_free_requests_as_they_are(servers):
+    free = chat(max_tokens=60, ignore_eos=True)
+    bodies = [
+        formed(n=2),
+        free,
+        formed(seed=8, top_p=0.9),
+    ]
+    apart, together = servers
+    ((alone,),) = ask(apart, free)
+    found = [ask(server, *bodies) for server in servers]
+    preempted = sum(one.load.preemptions for one in together.engine.instances)
+    assert preempted, "the pages were to run out"
+    for choices in found:
+        forms = [*choices[0], *choices[2]]
+        for choice in forms:
+            assert choice["finish_reason"] == "stop"
+            holds(choice["message"]["content"])
+        assert choices[0][0]["message"] != choices[0][1]["message"]
+        assert choices[1][0]["message"] == alone["message"]
+    # State is made again from tokens: the way through does not change what is drawn.
+    texts = [[one["message"] for choice in choices for one in choice] for choices in found]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    "fields, pattern",
+    [
+        ({"response_format": {"type": "json_object"}, "seed": 3}, r"\s*\{.*"),
+        ({"guided_choice": ["red", "reddish", 'bl"ue']}, r'red|reddish|bl"ue'),
+        ({"structured_outputs": {"regex": "[a-c]{5}x?"}}, "[a-c]{5}x?"),
+        ({"guided_grammar": 'start: "a" inner "b"\ninner: /[0-9]{2}/'}, "a[0-9]{2}b"),
+        ({"guided_grammar": 'root ::= "yes" | "no"'}, "yes|no"),
+        ({"guided_json": json.dumps({"type": "boolean"})}, "true|false"),
+        (
+            {
+                "structured_outputs": {
+                    "json": {"type": "array", "items": {"const": 1}, "minItems": 2, "maxItems": 2},
+                    "disable_any_whitespace": True,
+                }
+            },
+            r"\[1,1\]",
+        ),
+    ],
+)
+def test_forms(servers, fields, pattern):
+    ((choice,),) = ask(servers[0], chat(**fields))
+    text = choice["message"]["content"]
+    assert re.fullmatch(pattern, text, re.DOTALL), text
+    if choice["finish_reason"] == "stop" and "response_format" in fields:
+        assert isinstance(json.loads(text), dict)
+
+
+def test_a_completion_streams_its_last_token_too(servers):
+    body = {"prompt": "a", "guided_regex": "abc", "stream": True, "ignore_eos": True}
+    parts = servers[0].stream("/v1/completions", body)
+    assert "".join(part["choices"][0]["text"] for part in parts) == "abc"
+    assert parts[-1]["choices"][0]["finish_reason"] == "stop"
+    metrics = servers[0].ask("GET", "/metrics").text
+    assert re.search(r'jaxsys_requests_total\{.*"stop".*\} [1-9]', metrics)
+
+
+@pytest.mark.parametrize(
+    "fields, says",
+    [
+        ({"guided_json": {"not": {}}}, "not"),
+        ({"guided_json": {"x-guidance": {"lenient": True}, "not": {}}}, "not"),
+        ({"guided_json": {"type": "string", "format": "zip"}}, "zip"),
+        ({"guided_json": {"type": "frob"}}, "frob"),
+        ({"guided_json": "{"}, "no JSON"),
+        ({"guided_json": {"$ref": "http://elsewhere/x"}}, "elsewhere"),
+        ({"guided_regex": "(?=a)b"}, "look-around"),
+        ({"guided_regex": "("}, "("),
+        ({"guided_grammar": "start: missing"}, "missing"),
+        ({"guided_choice": []}, "choice"),
+        ({"guided_choice": "ab"}, "choice"),
+        ({"guided_regex": "a", "guided_choice": ["a"]}, "exclude"),
+        ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "exclude"),
+        ({"guided_regex": "a", "min_tokens": 2}, "min_tokens"),
+        ({"guided_whitespace_pattern": " "}, "whitespace_pattern"),
+        ({"structured_outputs": {"structural_tag": "x"}}, "structural_tag"),
+        ({"structured_outputs": []}, "structured_outputs"),
+        ({"response_format": {"type": "xml"}}, "json_schema"),
+        ({"response_format": {"type": "json_schema"}}, "schema"),
+        ({"guided_regex": "a" * 300_000}, "at most"),
+    ],
+)
+def test_what_cannot_be_held_is_refused(servers, fields, says):
+    answer = servers[0].post("/v1/chat/completions", chat(**fields))
+    assert answer.status_code == 400
+    assert says in answer.json()["error"]["message"]
