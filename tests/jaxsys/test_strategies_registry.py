@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxsys.errors import UsageError
+from jaxsys.errors import UsageError, did_you_mean
 from jaxsys.schedule import check
 from jaxsys.strategies import NAMES, build
 
@@ -20,6 +20,22 @@ def test_unknown_name_lists_the_names():
         UsageError, match="unknown strategy 'gpip' .did you mean 'gpipe'.*; use one of .*1f1b"
     ):
         build("gpip", devices=4, microbatches=8)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("weipe", ["weipipe-naive", "weipipe-interleave", "weipipe-wzb1", "weipipe-wzb2"]),
+        ("weipipe-interlave", ["weipipe-interleave"]),
+        ("zb", ["zb-h1", "zb-h2", "zb-overlap"]),
+        ("zero3", ["zero-3"]),
+        ("dpp", ["dp"]),
+        ("abc", []),
+    ],
+)
+def test_a_near_miss_means_what_begins_so(typed, meant):
+    said = did_you_mean(typed, NAMES)
+    assert [name for name in NAMES if repr(name) in said] == [n for n in NAMES if n in meant]
 
 
 def test_options_reach_the_generator_and_unknown_ones_are_refused():

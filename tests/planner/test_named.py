@@ -311,6 +311,9 @@ def test_a_plan_that_no_schedule_runs_is_passed_over():
     ("arguments", "code", "message"),
     [
         (["--model", "llama-9"], 2, "known: Llama-2-7b"),
+        (["--model", ""], 2, "model is empty; name a preset"),
+        (["--model", "./no/folder"], 2, "'./no/folder' is no folder here, nor a preset"),
+        (["--model", __file__], 2, "is a file; name the folder that has it"),
         (["--model", "tiny", "--link", "wire"], 2, "known: nvlink"),
         (["--model", "tiny", "--device", "abacus"], 2, "known: h100"),
         (["--model", "tiny", "--microbatches", "0"], 2, "--microbatches 0"),

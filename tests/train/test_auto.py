@@ -172,7 +172,7 @@ def test_a_file_says_how_many_devices_it_is_for(tmp_path):
     assert plan_file.devices_of(plan_path(tmp_path, shard=2, replicas=4)) == 8
     path = tmp_path / "schedule.json"
     path.write_text(strategies.build("1f1b", devices=2, microbatches=4).to_json())
-    assert plan_file.devices_of(path, replicas=2) == 4
+    assert plan_file.devices_of(path, around=2) == 4
     assert plan_file.devices_of("weipipe-interleave") is None
     with pytest.raises(UsageError, match="is not a plan file but a schedule"):
         plan_file.load_plan(path)

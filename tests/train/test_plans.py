@@ -109,7 +109,7 @@ def test_split_features_of_a_model_that_says_nothing_of_them_are_no_plan(
 
 def test_a_plan_that_splits_features_trains_as_one_device_does():
     """From the search to the step, in Python: `zero-1 over 2, each of 2` and its like."""
-    config = preset("tiny")
+    config = replace(preset("tiny"), num_layers=2)
     model, parameters = layered(config), initial_parameters(config)
     tokens = np.random.default_rng(0).integers(0, 256, (8, 1, 9)).astype(np.int32)
     batch = {"inputs": tokens[..., :-1], "targets": tokens[..., 1:]}

@@ -41,7 +41,7 @@ CONFIGS = {
         experts=Experts(count=4, active=2, intermediate_size=8, balance=0.05),
     ),
 }
-SLOW_DRAWS, FAST_DRAWS = 200, 3
+SLOW_DRAWS, FAST_DRAWS = 200, 2
 
 
 @functools.cache
