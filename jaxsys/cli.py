@@ -5,6 +5,7 @@ and with `parser(prog)` where the library's messages are to name its options.
 Exit codes: 0 done, 1 the run failed, 2 the request was wrong, 130 or 143 interrupted.
 """
 
+import errno
 import importlib
 import os
 import re
@@ -92,15 +93,20 @@ def _run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if debug or error.filename is None:
+        if debug or (error.filename is None and error.errno not in _OF_A_DISK):
             raise
-        print(f"{prog}: {error.filename}: {error.strerror}", file=sys.stderr)
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(f"{prog}: {where}{error.strerror}", file=sys.stderr)
         return 1
     except Exception as error:
         if debug or (short := _out_of_memory(error)) is None:
             raise
         print(f"{prog}: {short}", file=sys.stderr)
         return 1
+
+
+_OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+"""Of writes, which do not name their file."""
 
 
 def _out_of_memory(error: Exception) -> str | None:

@@ -7,6 +7,7 @@ after: what is read back is what was saved, or it is not used. Beside the arrays
 step, data position, settings, model shape, and a hash of all these.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -147,7 +148,8 @@ class CheckpointStore:
         self._unsettled = False
         for step in step_folders(self.folder):
             if not (step / _SIZES).exists():
-                write_whole(step / _SIZES, json.dumps(_sizes(step)))
+                with contextlib.suppress(OSError):  # a full disk: the step is good without them
+                    write_whole(step / _SIZES, json.dumps(_sizes(step)))
 
     def check_sizes(self, step: int) -> None:
         """Raises RunError if a file of a step is missing or not as long as it was.

@@ -29,7 +29,7 @@ Encode = Callable[[str], "np.ndarray | list[int]"]
 """Text to token ids."""
 
 _PIECE = 1 << 22
-"""Tokens looked at a time, where all of them are."""
+"""Tokens looked at a time, where all of them are; whole blocks of a `TokenFile`."""
 
 
 class Tokens(Protocol):
@@ -39,6 +39,12 @@ class Tokens(Protocol):
     def dtype(self) -> np.dtype: ...
     def __len__(self) -> int: ...
     def __getitem__(self, place: slice, /) -> np.ndarray: ...
+
+
+def pieces(tokens: Tokens) -> Iterator[np.ndarray]:
+    """All tokens, some megabytes at a time."""
+    for start in range(0, len(tokens), _PIECE):
+        yield tokens[start : start + _PIECE]
 
 
 _NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
@@ -64,15 +70,10 @@ class Corpus:
         """A hash of tokens and boundaries: equal for equal data."""
         digest = hashlib.blake2b(digest_size=16)
         digest.update(str(self.tokens.dtype).encode())
-        for piece in self.pieces():
+        for piece in pieces(self.tokens):
             digest.update(np.ascontiguousarray(piece).data)
         digest.update(np.ascontiguousarray(self.starts).data)
         return digest.hexdigest()
-
-    def pieces(self) -> Iterator[np.ndarray]:
-        """All tokens, some megabytes at a time."""
-        for start in range(0, len(self.tokens), _PIECE):
-            yield self.tokens[start : start + _PIECE]
 
 
 class _Within:
@@ -186,7 +187,7 @@ def token_array(path: Path, *, separator: int) -> Corpus:
     tokens = TokenFile(path)
     ends = [np.zeros(1, np.int64)]
     at = 0
-    for piece in tokens.pieces():
+    for piece in pieces(tokens):
         if piece.dtype.kind == "i" and piece.min() < 0:
             raise UsageError(f"{path} holds the negative id {piece.min()}; ids count from 0")
         ends.append(np.flatnonzero(piece == separator) + at + 1)

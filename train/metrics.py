@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from jaxsys.errors import UsageError
+from jaxsys.errors import RunError, UsageError
 from jaxsys.fields import Fields
 from jaxsys.files import parse_json, read_lines, write_whole
 
@@ -104,7 +104,8 @@ class MetricsLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [] if resume_step is None else _lines_until(path, resume_step)
         write_whole(path, "".join(f"{line}\n" for line in kept))
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        # Nothing is kept back: a disk that fills up is known at the write, and not when all ends.
+        self._file = path.open("ab", buffering=0)
         self._board = None
         if tensorboard is not None:
             try:
@@ -116,19 +117,34 @@ class MetricsLog:
             self._board = SummaryWriter(str(tensorboard))
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Appends one line; numbers go to TensorBoard too."""
+        """Appends one line; numbers go to TensorBoard too.
+
+        Raises:
+            OSError: if the line, or a part of it, cannot be written.
+        """
         line = {"kind": kind, "step": step, **values}
-        self._file.write(json.dumps(line, allow_nan=True) + "\n")
+        left = memoryview((json.dumps(line, allow_nan=True) + "\n").encode())
+        while left:
+            left = left[self._file.write(left) :]
         if self._board is not None and kind != "run":
             for name, value in values.items():
                 if isinstance(value, int | float):
                     self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
-        """Flushes and closes the files."""
+        """Closes the files.
+
+        Raises:
+            RunError: if what TensorBoard's writer has kept cannot be written.
+        """
         self._file.close()
         if self._board is not None:
-            self._board.close()
+            try:
+                self._board.close()
+            except OSError as error:
+                raise RunError(
+                    f"the event files could not be written: {error.strerror or error}"
+                ) from None
 
 
 def _lines_until(path: Path, step: int) -> list[str]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxsys.errors import UsageError
-from jaxsys.train.corpus import Corpus
+from jaxsys.train.corpus import Corpus, pieces
 
 IGNORED = -1
 OPEN_ROWS = 64
@@ -101,7 +101,7 @@ def whole_documents(corpus: Corpus, sequence_length: int, *, padding: int = 0) -
 
 def check_vocabulary(corpus: Corpus, vocab_size: int) -> None:
     """Raises UsageError if the corpus holds an id the model has no row for."""
-    largest = max((int(piece.max()) for piece in corpus.pieces()), default=0)
+    largest = max((int(piece.max()) for piece in pieces(corpus.tokens)), default=0)
     if largest >= vocab_size:
         raise UsageError(
             f"{corpus.source} holds token {largest}, but the model's vocabulary ends at "

@@ -96,12 +96,6 @@ class TokenFile:
         begin = start * item - first * BLOCK_BYTES
         return np.frombuffer(raw, self.dtype, stop - start, begin)
 
-    def pieces(self) -> Iterator[np.ndarray]:
-        """The whole, some megabytes at a time."""
-        each = _PASS_BLOCKS * BLOCK_BYTES // self.dtype.itemsize
-        for start in range(0, self._length, each):
-            yield self[start : start + each]
-
     @property
     def _bytes(self) -> int:
         return self._length * self.dtype.itemsize

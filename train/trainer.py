@@ -441,6 +441,7 @@ class Trainer:
         """
         steps, warn = store.steps(), warn or notice
         broken: list[int] = []
+        unread = ""
         for step in reversed(steps):
             try:
                 store.check_sizes(step)
@@ -457,7 +458,11 @@ class Trainer:
             except RunError as error:
                 warn(f"checkpoint of {error}; trying the one before")
                 broken.append(step)
+                unread = unread or f"checkpoint of {error}; of those before, "
                 continue
+            except UsageError as error:
+                # What the user is told of an older step begins with why it was looked at.
+                raise UsageError(f"{unread}{error}") from None
             self.state = self._rest.to_rest(tree)
             self.position = record.position
             for bad in broken:

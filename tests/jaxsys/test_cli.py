@@ -1,6 +1,7 @@
 """The command's own behaviour: finding subcommands, exit codes, one line for a fault."""
 
 import argparse
+import errno
 import importlib
 import subprocess
 import sys
@@ -145,3 +146,10 @@ def test_python_m_jaxsys_is_the_command():
 def test_every_subcommand_can_be_imported():
     for module, _ in cli.SUBCOMMANDS.values():
         assert callable(importlib.import_module(module).main)
+
+
+def test_a_full_disk_is_one_line(subcommand, capsys):
+    """A write, unlike an open, does not say which file."""
+    subcommand(OSError(errno.ENOSPC, "No space left on device"))
+    assert cli.main(["train"]) == 1
+    assert capsys.readouterr().err == "jaxsys train: No space left on device\n"

@@ -78,11 +78,11 @@ def test_save_under_weipipe_resume_under_others_as_if_never_stopped(make, data, 
     wanted = whole.fit(data, steps=6, progress=False)
     first = make("weipipe-interleave", 4)
     part = first.fit(data, steps=6, stop_at=2, folder=tmp_path / "run", progress=False)
-    second = make("zero-3", 8)
+    second = make("zero-3", 4, 2)
     middle = second.fit(
         data, steps=6, stop_at=4, folder=tmp_path / "run", resume=True, progress=False
     )
-    third = make("1f1b", 2, unroll=True)
+    third = make("1f1b", 2)
     last = third.fit(data, steps=6, folder=tmp_path / "run", resume=True, progress=False)
     assert (part.step, middle.step, last.step) == (2, 4, 6)
     losses = part.losses + middle.losses + last.losses
@@ -196,6 +196,16 @@ def test_a_damaged_record_falls_back_a_step(make, saved, damage):
     assert any(line.startswith(f"checkpoint of step 4: {says}") for line in said), said
 
 
+def test_a_refusal_of_an_older_step_says_that_the_newest_is_damaged(make, saved):
+    """Settings that were changed between the two are not all that is wrong."""
+    biggest_file(saved / "checkpoints/4").write_bytes(b"")
+    store = CheckpointStore(saved / "checkpoints")
+    says = r"checkpoint of step 4: .* has 0 bytes.*; of those before, .* step 2 was made with other"
+    with pytest.raises(UsageError, match=says):
+        make(settings={"learning_rate": 0.02}).restore(store)
+    store.close()
+
+
 def test_records_of_the_format_before_are_read(saved):
     store = CheckpointStore(saved / "checkpoints")
     record = store.record(4)
@@ -296,6 +306,19 @@ def test_a_full_disk_under_the_metrics_is_one_line(make, data, saved, monkeypatc
     says = r"metrics could not be written .*No space left on device; the last checkpoint is step 4"
     with pytest.raises(RunError, match=says):
         trainer.fit(data, steps=5, folder=saved, resume=True, progress=False)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_known_when_metrics_are_written_and_not_when_they_are_closed(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write("step", 1, {"loss": 2.0})
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, log._file.fileno())
+    os.close(full)
+    with pytest.raises(OSError, match="No space left"):
+        log.write("step", 2, {"loss": 1.5})
+    log.close()
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open()] == [1]
 
 
 def test_changed_settings_are_listed_and_refused_or_accepted(make, data, saved, capsys):
