@@ -33,6 +33,22 @@ def quickly_compiled():
     jax.config.update("jax_disable_most_optimizations", before)
 
 
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+    """Equal programs of a module are compiled once, through JAX's persistent cache."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
 class State(ctypes.Structure):
     """The fake driver's state, as fake_nvml.c lays it out."""
 

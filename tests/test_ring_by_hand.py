@@ -17,12 +17,12 @@ from jaxsys.model.layers import layered
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
-@pytest.mark.parametrize("recompute", [True, False])
-def test_loss_and_gradients(monkeypatch, recompute):
+@pytest.mark.parametrize("recompute", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_loss_and_gradients(monkeypatch, quickly_compiled, recompute):
     monkeypatch.syspath_prepend(SCRIPTS)
     by_hand = importlib.import_module("ring_by_hand")
     config = dataclasses.replace(preset("tiny"), num_layers=4)
-    model, workers, microbatches = layered(config), 4, 8
+    model, workers, microbatches = layered(config), 4, 4
     parameters = initial_parameters(config, seed=0)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (microbatches, 1, 17))
     batch = {"inputs": jnp.asarray(tokens[..., :-1]), "targets": jnp.asarray(tokens[..., 1:])}

@@ -103,12 +103,17 @@ def assert_matches_reference(schedule: Schedule, layers: int, *, data: int = 1, 
 @pytest.mark.parametrize(
     ("schedule", "layers", "data"),
     [
-        (interleave(2, 4), 4, 1),
         (interleave(4, 4), 4, 2),  # a ring in each of two data replicas
         (interleave(4, 4), 6, 1),  # chunks of two layers, the last two of them empty
-        (interleave(3, 3), 3, 1),
-        (data_parallel(2, 4, chunks=3), 7, 2),
-        (data_parallel(1, 3, chunks=2), 4, 1),
+        (data_parallel(2, 2, chunks=3), 4, 2),
+        *(
+            pytest.param(*case, 1, marks=pytest.mark.slow)
+            for case in (
+                (interleave(2, 4), 4),
+                (interleave(3, 3), 3),
+                (data_parallel(1, 3, chunks=2), 4),
+            )
+        ),
     ],
     ids=lambda value: getattr(value, "name", None) and f"{value.name}-{value.devices}",
 )
@@ -187,7 +192,9 @@ def test_split_backward_changes_no_value(layers, recompute):
     assert_matches_reference(schedule, layers, recompute=recompute)
 
 
-@pytest.mark.parametrize("name", ["interleave", "1f1b", "split"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("interleave", marks=pytest.mark.slow), "1f1b", "split"]
+)
 def test_written_out_layers_change_no_value(name):
     """Each adds its gradient to a stacked sum of its own; 1F1B has devices with nothing to add."""
     schedule = {

@@ -43,14 +43,14 @@ def test_chunks_change_nothing(tied, chunk):
     config = CONFIGS[tied]
     edge = initial_parameters(config, seed=1)["edge"]
     x, targets = sample(config)
-    wanted, wanted_grads = jax.value_and_grad(
-        lambda edge, x: plain_loss(config, edge, x, targets), argnums=(0, 1)
-    )(edge, x)
-    (loss, weight), grads = jax.value_and_grad(
+    plain = jax.value_and_grad(lambda edge, x: plain_loss(config, edge, x, targets), argnums=(0, 1))
+    wanted, wanted_grads = jax.jit(plain)(edge, x)
+    chunked = jax.value_and_grad(
         lambda edge, x: head_loss(config, edge, x, targets, chunk_tokens=chunk),
         argnums=(0, 1),
         has_aux=True,
-    )(edge, x)
+    )
+    (loss, weight), grads = jax.jit(chunked)(edge, x)
     assert float(weight) == np.sum(np.asarray(targets) >= 0)
     assert float(loss) == pytest.approx(float(wanted), rel=1e-6)
     for (path, leaf), other in zip(
@@ -64,9 +64,10 @@ def test_all_targets_ignored_is_zero_without_nan():
     config = preset("tiny")
     edge = initial_parameters(config)["edge"]
     x, targets = sample(config)
-    (loss, weight), grads = jax.value_and_grad(
+    chunked = jax.value_and_grad(
         lambda edge: head_loss(config, edge, x, targets * 0 - 1, chunk_tokens=4), has_aux=True
-    )(edge)
+    )
+    (loss, weight), grads = jax.jit(chunked)(edge)
     assert (float(loss), float(weight)) == (0.0, 0.0)
     assert all(bool(jnp.all(leaf == 0)) for leaf in jax.tree.leaves(grads))
 
@@ -98,14 +99,14 @@ def test_head_gradients_of_bfloat16_add_up_in_float32():
     x = x.astype(jnp.bfloat16)
 
     def error(chunk):
-        grad = jax.grad(lambda edge: head_loss(config, edge, x, targets, chunk_tokens=chunk)[0])(
-            narrow
-        )["head"]["kernel"]
-        exact = jax.grad(
-            lambda edge: head_loss(
-                config, edge, x.astype(jnp.float32), targets, chunk_tokens=chunk
-            )[0]
-        )(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), narrow))["head"]["kernel"]
+        @jax.jit
+        @jax.grad
+        def gradient(edge, x):
+            return head_loss(config, edge, x, targets, chunk_tokens=chunk)[0]
+
+        wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), narrow)
+        grad = gradient(narrow, x)["head"]["kernel"]
+        exact = gradient(wide, x.astype(jnp.float32))["head"]["kernel"]
         assert grad.dtype == jnp.bfloat16
         return float(jnp.linalg.norm(grad.astype(jnp.float32) - exact) / jnp.linalg.norm(exact))
 

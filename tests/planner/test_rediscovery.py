@@ -17,9 +17,14 @@ from jaxsys.strategies.pipeline import gpipe, one_f_one_b, one_f_one_b_overlap
 from jaxsys.strategies.weipipe import interleave
 
 REGIMES = {regime.name: regime for regime in regimes()}
+LONG = ("1f1b", "zb-h1", "zero-3.5")
+"""Strategies whose search takes longest, and which others of their families stand for."""
 
 
-@pytest.mark.parametrize("name", REGIMES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in REGIMES],
+)
 def test_each_strategy_is_found_where_it_is_best(name):
     problem = REGIMES[name].problem
     space = Space.of(problem, microbatch_sizes=[1])

@@ -2,11 +2,25 @@
 
 import asyncio
 import dataclasses
+import os
 
 import jax
 import pytest
 
 from jaxsys.model import ByteTokenizer, LoadedModel, initial_parameters, preset
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quickly(quickly_compiled):
+    """For every module here, and the processes that it starts."""
+    name = "JAX_DISABLE_MOST_OPTIMIZATIONS"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    yield
+    if before is None:
+        del os.environ[name]
+    else:
+        os.environ[name] = before
 
 
 @pytest.fixture(scope="session")

@@ -26,19 +26,8 @@ SMALL: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Engines of one shape share their compiled steps through JAX's persistent cache."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+def _once(compiled_once):
+    """Engines of one shape share their steps."""
 
 
 async def collect(engine, prompt, **sampling):

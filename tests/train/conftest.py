@@ -15,6 +15,12 @@ def _quickly(quickly_compiled):
     """For every module here."""
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _devices():
+    """JAX has started, with eight devices: else the first test to ask for more would get them."""
+    assert len(jax.devices()) == 8
+
+
 def _embed(edge, microbatch):
     return edge["table"][microbatch["inputs"]]
 

@@ -1,4 +1,4 @@
-"""Serving on a local Ray: four instances, one killed under load, fewer, more, and the end."""
+"""Serving on a local Ray: instances, one killed under load, more, fewer, and the end."""
 
 import concurrent.futures
 import dataclasses
@@ -36,8 +36,8 @@ def spec(tmp_path_factory):
         role="both",
         model=str(path),
         deployment=DeploymentConfig(
-            prefill=2,
-            decode=2,
+            prefill=1,
+            decode=1,
             max_batch=4,
             max_length=96,
             max_prefill_tokens=16,
@@ -85,7 +85,7 @@ def until(condition, timeout_s=120.0):
         time.sleep(0.01)
 
 
-def test_four_instances_through_death_scaling_and_the_end(started, spec):
+def test_instances_through_death_scaling_and_the_end(started, spec):
     served = cluster.Cluster(spec)
     address = f"http://{served.host}:{served.port}"
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
@@ -95,28 +95,29 @@ def test_four_instances_through_death_scaling_and_the_end(started, spec):
 
         expected = [one.result() for one in load()]
         before = {one["name"]: one for one in served.describe()}
-        assert sorted(before) == ["decode-0", "decode-1", "prefill-0", "prefill-1"]
+        assert sorted(before) == ["decode-0", "prefill-0"]
         # Pages went over, and a router that only looks at requests used both sides.
         assert all(one["iterations"] > 0 for one in before.values())
 
         running = load()
         until(lambda: sum(one["in_flight"] for one in served.describe()) > 2)
-        os.kill(int(before["decode-1"]["process"].rpartition(":")[2]), signal.SIGKILL)
+        os.kill(int(before["decode-0"]["process"].rpartition(":")[2]), signal.SIGKILL)
         assert [one.result() for one in running] == expected
-        until(lambda: "decode-2" in {one["name"] for one in served.describe()})
-        assert len(served.describe()) == 4
+        until(lambda: "decode-1" in {one["name"] for one in served.describe()})
+        assert len(served.describe()) == 2
         assert httpx.get(address + "/health").json()["status"] == "ok"
 
+        served.scale(prefill=1, decode=2)
         running = load()
+        until(lambda: sum(one["in_flight"] > 0 for one in served.describe()) > 1)
         served.scale(prefill=1, decode=1)
         assert [one.result() for one in running] == expected
         assert len(served.describe()) == 2
-        served.scale(prefill=1, decode=2)
-        assert [one.result() for one in load()] == expected
         until(lambda: all(one["pages_held"] == 0 for one in served.describe()), 10)
         assert all(one["in_flight"] == 0 for one in served.describe())
         text = httpx.get(address + "/metrics").text
-        assert 'jaxsys_energy_joules_total{instance="decode-0"}' in text
+        for one in served.describe():
+            assert f'jaxsys_energy_joules_total{{instance="{one["name"]}"}}' in text
 
         running = load()
         until(lambda: sum(one["in_flight"] for one in served.describe()) > 2)
