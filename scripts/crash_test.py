@@ -2,9 +2,11 @@
 """Kills a training run at random moments, again and again, and sees that nothing is lost.
 
 A small model trains with a checkpoint after every step. It is sent SIGKILL at a random moment after
-its first new checkpoint, restarted with --resume, and so on. Every tenth time a random file of the
-newest checkpoint is cut short as well. Each restart must go on from the newest checkpoint that is
+its first new checkpoint, restarted with --resume, and so on. Now and then a file of the newest
+checkpoint is cut short, a bit of its record is flipped, or a second run is started in the same
+folder, where strays lie among the steps. Each restart must go on from the newest checkpoint that is
 whole; the losses of all steps must be, bit for bit, those of a run that was never interrupted.
+Then the trials of scripts/crash_trials.py: data that change under a run, and a disk that fills up.
 
 Writes a JSON file (kind "measured") and exits 1 if anything was lost.
 """
@@ -22,9 +24,13 @@ import tempfile
 import time
 from pathlib import Path
 
+import crash_trials
+
 from jaxsys.results import write_result
 
 TIMEOUT_S = 300.0
+STRAYS = ("notes.txt", "old/a", "broken")
+"""Files among the checkpoints that are not the run's."""
 
 
 def command(folder: Path, text: Path, steps: int) -> list[str]:
@@ -76,10 +82,32 @@ def cut_short(folder: Path, rng: random.Random) -> str:
     return str(file.relative_to(folder / "checkpoints"))
 
 
+def flip_a_bit(folder: Path, rng: random.Random) -> str:
+    """Flips one bit of the record of the newest checkpoint; returns where."""
+    newest = folder / "checkpoints" / str(whole_steps(folder)[-1])
+    (file,) = [p for p in (newest / "run").rglob("*") if b'"position"' in p.read_bytes()]
+    content = bytearray(file.read_bytes())
+    at = rng.randrange(len(content))
+    content[at] ^= 1 << rng.randrange(8)
+    file.write_bytes(content)
+    return f"{newest.name}/{file.relative_to(newest)} at {at} of {len(content)}"
+
+
+def second_run(run: list[str], environment: dict[str, str], pid: int) -> str | None:
+    """Starts another run in a folder in use; returns what is wrong with how that is refused."""
+    done = subprocess.run(
+        run, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+    if done.returncode != 2 or f"in use by a run of pid {pid} " not in done.stderr:
+        return f"a second run ended with {done.returncode}: {done.stderr[-300:]}"
+    return None
+
+
 def main() -> int:
     """Runs the test."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--trials", type=int, default=2, help="of each other kind")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=Path("results/crash_test.json"))
     arguments = parser.parse_args()
@@ -96,7 +124,12 @@ def main() -> int:
     }
     steps = 100_000  # more than the kills leave time for; cut at the end
     folder = work / "killed"
+    for stray in STRAYS:
+        path = folder / "checkpoints" / stray
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
     begun, kills, in_save, truncated, faults = time.monotonic(), 0, 0, 0, []
+    flipped = seconds = 0
     expected: int | None = None
     doubtful: int | None = None
     while kills < arguments.kills:
@@ -119,6 +152,10 @@ def main() -> int:
         # A cut-short file that Orbax does not need to read loses nothing.
         if expected is not None and went_on not in {expected, doubtful}:
             faults.append(f"life {kills}: went on from {went_on}, {expected} was whole")
+        if kills % 10 == 7:
+            seconds += 1
+            wrong = second_run(command(folder, text, steps), environment, child.pid)
+            faults += [] if wrong is None else [f"life {kills}: {wrong}"]
         time.sleep(rng.uniform(0.0, 1.0))
         child.send_signal(signal.SIGKILL)
         child.wait()
@@ -135,6 +172,10 @@ def main() -> int:
             print(f"  cut short: {cut_short(folder, rng)}", flush=True)
             truncated += 1
             expected, doubtful = there[-2], there[-1]
+        if kills % 10 == 5 and len(there) > 1:
+            print(f"  a bit flipped: {flip_a_bit(folder, rng)}", flush=True)
+            flipped += 1
+            expected = there[-2]
         print(f"kill {kills}: went on from {went_on}, whole now {there}", flush=True)
     killed = losses(folder)
     last = max(killed, default=0)
@@ -146,10 +187,35 @@ def main() -> int:
     unlike = [step for step in range(1, last + 1) if killed.get(step) != wanted.get(step)]
     if unlike:
         faults.append(f"{len(unlike)} of {last} losses differ, first at step {unlike[0]}")
+    for stray in STRAYS:
+        path = folder / "checkpoints" / stray
+        if not path.is_file() or path.read_text() != "mine":
+            faults.append(f"{stray} among the checkpoints was touched")
+    ended = dict.fromkeys(
+        [f"data {how}" for how in crash_trials.DATA_CHANGES]
+        + [f"disk full under {what}" for what in crash_trials.FULL_DISKS],
+        0,
+    )
+    os.environ.update(environment)
+    for trial in range(arguments.trials):
+        place = work / f"trial-{trial}"
+        place.mkdir()
+        data = crash_trials.data_changes(place)
+        disks = crash_trials.full_disks(place, text, environment)
+        found = {f"data {how}": wrong for how, wrong in data.items()}
+        found |= {f"disk full under {what}": wrong for what, wrong in disks.items()}
+        for name, wrong in found.items():
+            print(f"trial {trial}: {name}: {'; '.join(wrong) or 'as it should'}", flush=True)
+            faults += [f"{name}: {one}" for one in wrong]
+            ended[name] = ended.get(name, 0) + 1
     row = {
         "kills": kills,
         "kills_during_a_save": in_save,
         "files_cut_short": truncated,
+        "bits_of_records_flipped": flipped,
+        "second_runs_refused": seconds,
+        "strays_among_the_steps": len(STRAYS),
+        **{name.replace(" ", "_"): count for name, count in ended.items()},
         "steps": last,
         "losses_that_differ": len(unlike),
         "faults": faults,

@@ -3,8 +3,10 @@
 
 A server over a tiny random model runs on a thread of its own, with few pages and a short queue, so
 that requests wait, are preempted and are refused. Clients complete, chat and stream with all kinds
-of parameters, leave at random moments, read slowly, send too much, half of it, or no UTF-8. After
-each round every page, slot, task, thread and file must be back, and no answer may be a 5xx.
+of parameters, leave at random moments, read slowly, send too much, half of it, or no UTF-8; make
+the chat template loop; strangers call where pages are handed over. After each round every page,
+slot, task, thread and file must be back, and no answer may be a 5xx. At the end, the slow tests of
+clocks are run: however an instance ends, a made-up driver gets its clock back, 20 times of 20.
 
     scripts/soak_serve.py                                   # 10,000 requests
     scripts/soak_serve.py --minutes 10 --disaggregated      # writes results/soak_disaggregated.json
@@ -14,19 +16,28 @@ import argparse
 import asyncio
 import collections
 import contextlib
+import functools
 import gzip
 import json
 import os
+import queue
 import random
+import subprocess
 import sys
+import tempfile
 import threading
 import time
+import unittest.mock
+import xml.etree.ElementTree
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 import jax
+import jax.numpy as jnp
+import numpy as np
 import openai
 
 from jaxsys.model import ByteTokenizer, LoadedModel, initial_parameters, preset
@@ -35,15 +46,25 @@ from jaxsys.serve.deployment import DeploymentConfig, build_engine, choose_devic
 from jaxsys.serve.energy.slo import SharedSlo, Slo
 from jaxsys.serve.http.api import ApiConfig
 from jaxsys.serve.http.listening import HttpServer
+from jaxsys.serve.http.templates import PROCESSES, Templates
 from jaxsys.serve.processes.front import bind, build_app
+from jaxsys.serve.processes.page_transfer import PageServer
 
 ROUND = 500
 """Requests after which everything must be back."""
 CLIENTS = 24
 MAX_BODY_BYTES = 1 << 16
 MAX_LENGTH = 192
-POOL = "pool"
-"""Of the server's loop: its four threads come when they are first needed, and stay."""
+POOL = ("pool", "template", "bodies")
+"""Threads of the server that come when they are first needed, and stay."""
+LOOPS = (
+    "{% if loops %}{% for a in range(9999) %}{% for b in range(9999) %}{{ b }}{% endfor %}"
+    "{% endfor %}{% endif %}"
+)
+TEMPLATE_S = 2.0
+"""A template may take so long here; a looping one takes for ever."""
+ROOT = Path(__file__).parents[1]
+CLOCKS = "tests/serve/test_clock_given_back.py"
 
 Random = random.Random
 Client = Callable[["Clients", Random], Awaitable[str]]
@@ -66,6 +87,7 @@ class Server:
         devices = choose_devices(len(self.config.roles))  # before anything starts JAX
         shape = preset("tiny")
         tokenizer = ByteTokenizer()
+        tokenizer.chat_template = LOOPS + tokenizer.chat_template
         model = LoadedModel(
             config=shape,
             parameters=jax.tree.map(lambda leaf: leaf * 4, initial_parameters(shape, seed=1)),
@@ -76,12 +98,17 @@ class Server:
         self.engine: Any = build_engine(model, self.config, devices=devices)
         compile_ahead(self.engine.instances, everything=True)
         api = ApiConfig(model_name="tiny", max_length=MAX_LENGTH, max_body_bytes=MAX_BODY_BYTES)
-        self.app = build_app(self.engine, tokenizer, api, SharedSlo(Slo()))
+        short = functools.partial(Templates, limit_s=TEMPLATE_S)
+        with unittest.mock.patch("jaxsys.serve.http.api.Templates", short):
+            self.app = build_app(self.engine, tokenizer, api, SharedSlo(Slo()))
+        self.pages, self.peer = (
+            PageServer(devices[0], "127.0.0.1", timeout_s=20, secret="of the soak") for _ in "ab"
+        )
         self.listener = bind("127.0.0.1", 0)
         self.listener.listen(128)
         self.port: int = self.listener.getsockname()[1]
         self.loop = asyncio.new_event_loop()
-        self.loop.set_default_executor(ThreadPoolExecutor(4, POOL))
+        self.loop.set_default_executor(ThreadPoolExecutor(4, POOL[0]))
         self._http = HttpServer(self.app)
         self._thread = threading.Thread(target=self._run, name="server")
         self._thread.start()
@@ -95,8 +122,21 @@ class Server:
 
         self.loop.run_until_complete(serve())
 
+    def hands_over(self) -> None:
+        """Raises RuntimeError unless pages still go to whoever knows the secret."""
+        contents = jnp.arange(48.0).reshape(2, 4, 3, 2, 1)
+        like = jax.ShapeDtypeStruct(contents.shape, contents.dtype, sharding=contents.sharding)
+        results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.peer.fetch(self.pages.publish("soak", contents), like, results.put)
+        found = results.get(timeout=30)
+        self.pages.release("soak", pulled=True)
+        if not isinstance(found, jax.Array) or not np.array_equal(found, contents):
+            raise RuntimeError(f"pages did not come: {found!r}")
+
     def stop(self) -> None:
         """Drains; instances and the thread end."""
+        self.pages.close()
+        self.peer.close()
         self._http.should_exit = True
         self._thread.join()
         self.loop.close()
@@ -112,6 +152,8 @@ class Server:
     def left_behind(self) -> list[str]:
         """What requests hold that have ended."""
         engine, found = self.engine, []
+        if self.pages.published:
+            found.append(f"pages of {self.pages.published} requests")
         if engine.unfinished or len(engine.exchange):
             found.append(f"{engine.unfinished} requests, {len(engine.exchange)} passages")
         for one in engine.instances:
@@ -126,8 +168,9 @@ class Server:
 class Clients:
     """What clients share."""
 
-    def __init__(self, port: int):
-        self.port = port
+    def __init__(self, server: Server):
+        self.port = port = server.port
+        self.pages = server.pages.address
         address = f"http://127.0.0.1:{port}"
         limits = httpx.Limits(max_connections=2 * CLIENTS)
         self.http = httpx.AsyncClient(base_url=address, timeout=120, limits=limits)
@@ -316,6 +359,33 @@ async def is_silent(all: Clients, rng: Random) -> str:
     return "silent"
 
 
+async def loops(all: Clients, rng: Random) -> str:
+    """A chat whose template never ends."""
+    given = {"messages": [{"role": "user", "content": words(rng)}], "max_tokens": 1}
+    body = given | {"chat_template_kwargs": {"loops": True}}
+    answer = await all.http.post("/v1/chat/completions", json=body)
+    if answer.status_code == 429:
+        return "429"
+    if answer.status_code != 400 or "took over" not in answer.text:
+        raise RuntimeError(f"a looping template: {answer.status_code} {answer.text[:200]}")
+    return "template ended"
+
+
+async def is_a_stranger(all: Clients, rng: Random) -> str:
+    """Says something where pages are handed over, without the secret."""
+    host, port = all.pages.rsplit(":", 1)
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        writer.write(rng.choice((b"good morning, is anybody there?", b"x" * 100, b"")))
+        writer.write_eof()
+        with contextlib.suppress(ConnectionError):
+            while await reader.read(1 << 16):
+                pass
+    finally:
+        writer.close()
+    return "stranger turned away"
+
+
 async def asks_itself(all: Clients, rng: Random) -> str:
     """A text to tokens and back."""
     text = words(rng)
@@ -337,6 +407,8 @@ KINDS: list[tuple[Client, int]] = [
     (echoes, 6),
     (is_silent, 3),
     (asks_itself, 4),
+    (loops, 1),
+    (is_a_stranger, 3),
 ]
 
 
@@ -353,7 +425,7 @@ async def one(all: Clients, rng: Random) -> str:
 
 async def play(server: Server, rng: Random) -> collections.Counter[str]:
     """One round; returns how often what came of it."""
-    all = Clients(server.port)
+    all = Clients(server)
     free = asyncio.Semaphore(CLIENTS)
     found: collections.Counter[str] = collections.Counter()
 
@@ -385,7 +457,7 @@ def check_nothing_is_left(server: Server, tasks: int, threads: set[str], files: 
             found.append(f"{server.tasks() - tasks} tasks")
         if now - threads:
             found.append(f"threads {sorted(now - threads)}")
-        if len(os.listdir("/proc/self/fd")) > files:
+        if len(os.listdir("/proc/self/fd")) > files + 2 * PROCESSES:  # pipes to those
             found.append("open files")
         if not found:
             break
@@ -394,6 +466,31 @@ def check_nothing_is_left(server: Server, tasks: int, threads: set[str], files: 
         time.sleep(0.05)
     for instance in server.engine.instances:
         instance.scheduler.check()
+    server.hands_over()
+
+
+def clocks_given_back() -> dict[str, str]:
+    """Runs the slow tests of clocks; how an instance ends -> "20 of 20", or what went wrong."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-m",
+            "slow",
+            CLOCKS,
+            f"--junitxml={report}",
+        ]
+        subprocess.run(command, cwd=ROOT, check=False, stdout=subprocess.DEVNULL)
+        cases = xml.etree.ElementTree.parse(report).iter("testcase")
+        found = {}
+        for case in cases:
+            name = case.get("name", "").partition("[")[2].rstrip("]")
+            wrong = [part.get("message", "") for part in case if part.tag != "properties"]
+            found[name] = "; ".join(wrong)[:300] or "20 of 20"
+    return found
 
 
 def thread_names() -> set[str]:
@@ -453,6 +550,8 @@ def main() -> int:
     left = [thread.name for thread in threading.enumerate() if thread.name in ended]
     assert not left, f"threads {left} outlive the server"
     config = {"form": form, "seed": arguments.seed, "clients": CLIENTS, "model": "tiny"}
+    clocks = clocks_given_back()
+    rows[-1] |= {f"clock: {name}": how for name, how in clocks.items()}
     path = write_result(
         arguments.out or f"results/soak_{form}.json",
         benchmark=f"soak_{form}",
@@ -462,6 +561,10 @@ def main() -> int:
     )
     print(table(rows[-1:]))
     print(f"nothing was left behind; written to {path}", file=sys.stderr)
+    kept = [name for name, how in clocks.items() if how != "20 of 20"]
+    if kept or not clocks:
+        print(f"clocks were not given back: {', '.join(kept) or 'no test ran'}", file=sys.stderr)
+        return 1
     return 0
 
 
