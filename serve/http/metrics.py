@@ -21,12 +21,15 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from jaxsys.serve.engine import Engine
+from jaxsys.serve.http.vllm_metrics import VllmNames
 from jaxsys.serve.member import Member, TokenEvent
 from jaxsys.serve.requests import Request
 
 # Seconds: fine around the 10-60 ms that decode SLOs ask for and the 0.2-2 s of TTFT.
 ITL_BUCKETS = (0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.045, 0.06, 0.08, 0.1, 0.15, 0.25, 0.5, 1, 2)
 TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1, 1.5, 2, 3, 5, 10, 30)
+QUEUE_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.3, 0.6, 1, 2, 5, 10, 30, 60)
+TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 REQUEST_BUCKETS = (0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300)
 ENERGY_BUCKETS = (0.01, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)
 
@@ -34,7 +37,11 @@ ENERGY_BUCKETS = (0.01, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)
 class Metrics:
     """Counters of one server, in a registry of their own."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, model_name: str = ""):
+        """
+        Args:
+            model_name: label of the figures that are there by vLLM's names too.
+        """
         self.registry = CollectorRegistry()
         self.engine = engine
 
@@ -54,6 +61,15 @@ class Metrics:
         self.iteration = histogram(
             "jaxsys_iteration_seconds", "One iteration on the device.", ITL_BUCKETS, ("instance",)
         )
+        self.queue = histogram(
+            "jaxsys_queue_seconds", "Arrival to the first piece of the prompt.", QUEUE_BUCKETS
+        )
+        self.prompt_lengths = histogram(
+            "jaxsys_request_prompt_tokens", "Prompt tokens of a request.", TOKEN_BUCKETS
+        )
+        self.output_lengths = histogram(
+            "jaxsys_request_output_tokens", "Tokens given out of a request.", TOKEN_BUCKETS
+        )
         self.request_energy = histogram(
             "jaxsys_request_energy_joules", "Energy attributed to a request.", ENERGY_BUCKETS
         )
@@ -69,6 +85,8 @@ class Metrics:
         self.output_tokens = counter("jaxsys_output_tokens", "Tokens generated.")
         self._tokens = 0
         self.registry.register(_EngineCollector(engine, lambda: self._tokens))
+        self._by_vllm = CollectorRegistry()
+        self._by_vllm.register(VllmNames(self.registry, engine, model_name))
 
     def on_token(self, request: Request, event: TokenEvent) -> None:
         """Counts one event of `Engine`."""
@@ -90,10 +108,14 @@ class Metrics:
         self.prompt_tokens.inc(ended.prompt_length)
         self.cached_tokens.inc(ended.cached_tokens)
         self.latency.observe(event.time_s - timing.arrival_s)
+        self.prompt_lengths.observe(ended.prompt_length)
+        # Those given out: the instance may have computed more of it meanwhile.
+        tokens = bisect.bisect_right(timing.token_times_s, event.time_s)
+        self.output_lengths.observe(tokens)
+        if timing.scheduled_s is not None:
+            self.queue.observe(max(0.0, timing.scheduled_s - timing.arrival_s))
         if timing.energy_j is not None:
             self.request_energy.observe(timing.energy_j)
-            # Those given out: the instance may have computed more of it meanwhile.
-            tokens = bisect.bisect_right(timing.token_times_s, event.time_s)
             if tokens:
                 self.token_energy.observe(timing.energy_j / tokens)
 
@@ -108,7 +130,8 @@ class Metrics:
 
     def text(self) -> bytes:
         """The exposition format."""
-        return prometheus_client.generate_latest(self.registry)
+        ours = prometheus_client.generate_latest(self.registry)
+        return ours + prometheus_client.generate_latest(self._by_vllm)
 
 
 class _EngineCollector(Collector):

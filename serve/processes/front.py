@@ -183,7 +183,7 @@ def build_app(
     engine: Engine, tokenizer: Tokenizer, config: ApiConfig, slo: SharedSlo
 ) -> fastapi.FastAPI:
     """The HTTP application over an engine, with its metrics and its dashboard."""
-    metrics = Metrics(engine)
+    metrics = Metrics(engine, config.model_name)
     dashboard = Dashboard(engine, slo)
 
     def on_token(request: Request, event: TokenEvent, source: str) -> None:

@@ -160,7 +160,10 @@ class RemoteInstance(Member):
             timing.token_times_s.append(now_s)
         if not beside:
             return TokenEvent(request, token, None, None, now_s)
-        reason, logprobs, message, lost, energies_j, cached, preemptions, prompt, embedding = beside
+        reason, logprobs, message, lost, energies_j, cached, preemptions, *found_out = beside
+        prompt, embedding, queued_s = found_out
+        if queued_s is not None and timing.scheduled_s is None:
+            timing.scheduled_s = timing.arrival_s + queued_s
         request.cached_tokens = cached
         timing.preemptions = max(timing.preemptions, preemptions)
         energy_j, prefill_j = energies_j

@@ -259,7 +259,14 @@ def _entry(event: TokenEvent) -> list[Any]:
         request.timing.preemptions,
         None if event.prompt is None else [one and list(one) for one in event.prompt],
         event.embedding,
+        _queued_s(request),
     ]
+
+
+def _queued_s(request: Request) -> float | None:
+    """How long a request waited for its first piece; None where that was elsewhere."""
+    timing = request.timing
+    return None if timing.scheduled_s is None else timing.scheduled_s - timing.arrival_s
 
 
 def main() -> int:

@@ -74,6 +74,37 @@ def test_tokens_computed_ahead_of_the_end_do_not_count():
     metrics.on_token(one, TokenEvent(one, 7, None, None, 0.1))
     metrics.on_token(one, TokenEvent(one, 7, None, "stop", 0.2))
     assert figures(metrics)["jaxsys_output_token_energy_joules_sum"] == 4.0
+    assert figures(metrics)["jaxsys_request_output_tokens_sum"] == 2.0
+
+
+def test_figures_are_there_by_vllms_names_too():
+    engine: Any = SimpleNamespace(apart=False, entries=[], decoders=[], unfinished=3)
+    engine.instances = [instance("a", "none", waiting=2, pages_held=6, preemptions=4)]
+    metrics, one = Metrics(engine, "m"), request()
+    one.timing.scheduled_s = one.timing.arrival_s + 0.5
+    one.timing.token_times_s += [1.0, 1.5]
+    metrics.on_token(one, TokenEvent(one, 7, None, None, 1.0))
+    metrics.on_token(one, TokenEvent(one, 7, None, "length", 1.5))
+    broken = request()
+    metrics.on_token(broken, TokenEvent(broken, None, None, "error", 2.0))
+    found = figures(metrics)
+    named = {name: value for name, value in found.items() if name.startswith("vllm:")}
+    assert all('model_name="m"' in name for name in named)
+    for name, value in [
+        ("time_to_first_token_seconds_sum", 1.0),
+        ("inter_token_latency_seconds_sum", 0.5),
+        ("request_queue_time_seconds_sum", 0.5),
+        ("generation_tokens_total", 2.0),
+        ("request_generation_tokens_sum", 2.0),
+        ("num_requests_waiting", 2.0),
+        ("num_requests_running", 1.0),
+        ("num_preemptions_total", 4.0),
+        ("kv_cache_usage_perc", 6 / engine.instances[0].page_count),
+    ]:
+        assert named[f'vllm:{name}{{model_name="m"}}'] == pytest.approx(value), name
+    ended = 'vllm:request_success_total{finished_reason="%s",model_name="m"}'
+    assert named[ended % "length"] == 1.0 and ended % "error" not in named
+    assert found['jaxsys_requests_total{finish_reason="error"}'] == 1.0
 
 
 def test_a_request_through_two_processes_keeps_its_energy_by_role():
@@ -89,11 +120,12 @@ def test_a_request_through_two_processes_keeps_its_energy_by_role():
         one = request("r")
         for side in sides:
             side.requests["r"] = one
-        sides[0]._event(["r", 7, None, None, "", False, [3.0, 3.0], 0, 0, None], 0.1)
-        sides[1]._event(["r", 8, None, None, "", False, [1.0, None], 0, 0, None], 0.2)
+        sides[0]._event(["r", 7, None, None, "", False, [3.0, 3.0], 0, 0, None, None, 0.25], 0.1)
+        sides[1]._event(["r", 8, None, None, "", False, [1.0, None], 0, 0, None, None, None], 0.2)
         # Preempted there, its prompt was computed again.
-        sides[1]._event(["r", 9, "length", None, "", False, [4.0, 2.0], 0, 1, None], 0.3)
+        sides[1]._event(["r", 9, "length", None, "", False, [4.0, 2.0], 0, 1, None, None, 0.5], 0.3)
         return one.timing
 
     timing = asyncio.run(run())
     assert (timing.energy_j, timing.prefill_energy_j) == (7.0, 5.0)
+    assert timing.scheduled_s == timing.arrival_s + 0.25  # the first time

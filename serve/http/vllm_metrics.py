@@ -1,0 +1,75 @@
+"""The server's figures by vLLM's names, for dashboards and autoscalers that were made for those.
+
+Each is made of ours when it is asked for, with the label `model_name`: the same numbers twice,
+never two counts of one thing.
+"""
+
+from collections.abc import Iterable, Mapping
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector, CollectorRegistry
+
+from jaxsys.serve.engine import Engine
+
+RENAMED: Mapping[str, tuple[str, ...]] = {
+    "jaxsys_ttft_seconds": ("time_to_first_token_seconds",),
+    "jaxsys_itl_seconds": ("inter_token_latency_seconds", "time_per_output_token_seconds"),
+    "jaxsys_request_seconds": ("e2e_request_latency_seconds",),
+    "jaxsys_queue_seconds": ("request_queue_time_seconds",),
+    "jaxsys_request_prompt_tokens": ("request_prompt_tokens",),
+    "jaxsys_request_output_tokens": ("request_generation_tokens",),
+    "jaxsys_prompt_tokens": ("prompt_tokens", "prefix_cache_queries"),
+    "jaxsys_cached_tokens": ("prefix_cache_hits",),
+    "jaxsys_output_tokens": ("generation_tokens",),
+    "jaxsys_requests": ("request_success",),
+}
+"""Ours, and what vLLM calls the same."""
+LABELS = {"finish_reason": "finished_reason"}
+SUCCESSES = ("stop", "length", "abort")
+"""Reasons that vLLM counts as such."""
+
+
+class VllmNames(Collector):
+    """Reads another registry when asked."""
+
+    def __init__(self, registry: CollectorRegistry, engine: Engine, model_name: str):
+        self.registry = registry
+        self.engine = engine
+        self.model_name = model_name
+
+    def collect(self) -> Iterable[Metric]:
+        for family in self.registry.collect():
+            for name in RENAMED.get(family.name, ()):
+                yield self._renamed(family, f"vllm:{name}")
+        yield from self._loads()
+
+    def _renamed(self, family: Metric, name: str) -> Metric:
+        found = Metric(name, family.documentation, family.type)
+        for sample in family.samples:
+            if sample.labels.get("finish_reason", "stop") not in SUCCESSES:
+                continue
+            labels = {LABELS.get(key, key): value for key, value in sample.labels.items()}
+            labels["model_name"] = self.model_name
+            suffix = sample.name.removeprefix(family.name)
+            found.add_sample(name + suffix, labels, sample.value)
+        return found
+
+    def _loads(self) -> Iterable[Metric]:
+        instances = self.engine.instances
+        loads = [one.load for one in instances]
+        waiting = sum(load.waiting for load in loads)
+        pages = sum(one.page_count for one in instances)
+        used = sum(load.pages_held for load in loads) / pages if pages else 0.0
+        for name, text, value in (
+            ("num_requests_running", "Requests that hold pages.", self.engine.unfinished - waiting),
+            ("num_requests_waiting", "Requests that wait for pages or prefill.", waiting),
+            ("kv_cache_usage_perc", "Share of the pages that requests hold, from 0 to 1.", used),
+        ):
+            gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=("model_name",))
+            gauge.add_metric([self.model_name], max(0.0, float(value)))
+            yield gauge
+        counter = CounterMetricFamily(
+            "vllm:num_preemptions", "Requests whose pages were taken back.", labels=("model_name",)
+        )
+        counter.add_metric([self.model_name], sum(load.preemptions for load in loads))
+        yield counter
