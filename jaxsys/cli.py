@@ -19,6 +19,7 @@ from jaxsys.options import in_options
 
 SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("jaxsys.planner.cli", "compare parallel plans for a model on a cluster"),
+    "plan serve": ("jaxsys.serve.simulation.plan_serve", "search deployments: cost, energy, SLO"),
     "profile cluster": ("jaxsys.planner.profile", "measure links and devices for `plan`"),
     "train": ("jaxsys.train.cli", "train a model with a schedule"),
     "serve": ("jaxsys.serve.cli", "serve a model over an OpenAI-compatible API"),

@@ -330,15 +330,28 @@ def zero_measured(results: Sequence[Result]) -> str:
 
 
 def calibration(results: Sequence[Result]) -> str:
+    """Errors of each line by what it was fitted to, and of the presets measured here."""
     (result,) = results
-    record = result.record
-    return table(
-        ["figure of the published static runs", "mean error (%)", "largest error (%)"],
-        [["energy of the run", number(record["energy_error_mean_pct"]),
-          number(record["energy_error_pct"])],
-         ["TTFT attainment", number(record["ttft_attainment_error_mean_pct"]),
-          number(record["ttft_attainment_error_pct"])]],
+    lines = table(
+        ["data set", "constants fitted to", "energy, median (%)", "worst (%)",
+         "ratio of the clocks, median (%)", "worst (%)", "TTFT within 10 points", "worst (points)"],
+        [[line["dataset"], line["fitted_to"], number(line["energy_error_median_pct"]),
+          number(line["energy_error_worst_pct"]), number(line["ratio_error_median_pct"]),
+          number(line["ratio_error_worst_pct"]),
+          f"{line['ttft_within_10_points']} of {line['ttft_points']}",
+          number(line["ttft_error_worst_points"])]
+         for line in result.record["lines"]],
     )  # fmt: skip
+    presets = table(
+        ["preset", "points of", "", "time: points", "median (%)", "worst (%)", "power: points",
+         "median (%)", "worst (%)"],
+        [[f"`{row['preset']}`", f"`{row['points_of']}`", row["kind"], row["time_points"],
+          number(row["time_error_median_pct"]), number(row["time_error_worst_pct"]),
+          row["power_points"], number(row["power_error_median_pct"]),
+          number(row["power_error_worst_pct"])]
+         for row in result.record["presets"]],
+    )  # fmt: skip
+    return f"{lines}\n\nDecode steps of the presets that this project measured:\n\n{presets}"
 
 
 def live(results: Sequence[Result]) -> str:
@@ -403,32 +416,33 @@ def loads(results: Sequence[Result]) -> str:
 
 
 def savings(results: Sequence[Result]) -> str:
-    """At each rate the most saved by a policy whose attainment equals the maximum clock's."""
+    """What of the headroom each policy saves, and what it loses in attainment."""
     cells = []
     for row in (row for result in results for row in result.rows):
-        most = row["policies"]["max"]
-        kept = {
-            name: policy
-            for name, policy in row["policies"].items()
-            if name != "max" and _attains(policy, most)
-        }
-        name = max(kept, key=lambda name: kept[name]["energy_saving_pct"], default=None)
-        best = kept[name] if name else None
-        both = row["policies"]["both-energy"]
+        policies = row["policies"]
+
+        def share(name: str, policies: Row = policies) -> str | None:
+            policy = policies.get(name)
+            if policy is None:
+                return None
+            return f"{policy['headroom_pct']:.0f} ({policy['lost_points']:+.1f})"
+
         cells.append(
-            [f"{row['rate_per_s']:g}", number(row["published_saving_pct"]),
-             number(best["energy_saving_pct"]) if best else "none", f"`{name}`" if name else None,
-             _attainment(best) if best else None, _attainment(most),
-             f"{both['energy_saving_pct']:.1f} at {_attainment(both)}"]
+            [row["dataset"], f"{row['rate_per_s']:g}", row["arrivals"],
+             _attainment(policies["max"]), "yes" if row["counts"] else "no",
+             number(row["published_headroom_pct"], ".0f"), share("both"), share("both-energy"),
+             share("ahead"), number(policies["ahead"]["energy_saving_pct"])]
         )  # fmt: skip
     text = table(
-        ["requests/s", "published saving (%)", "ours, equal attainment (%)", "policy",
-         "its TTFT / ITL ok (%)", "maximum clock's", "`both-energy`, whatever it attains"],
+        ["data set", "requests/s", "arrivals", "maximum clock's TTFT / ITL ok (%)", "counts",
+         "published (%)", "`both`", "`both-energy`", "`ahead`", "its saving (%)"],
         cells,
     )  # fmt: skip
     return (
-        f"Equal: neither TTFT nor ITL attainment more than {EQUAL_POINTS} points below the maximum "
-        f"clock's.\n\n{text}"
+        "Saved, in percent of what the static sweet spot saves against the maximum clock; in "
+        "brackets how many points of TTFT or ITL attainment, whichever is more, lie below the "
+        f"maximum clock's (equal: at most {EQUAL_POINTS}). A point where that itself attains too "
+        f"little does not count.\n\n{text}"
     )
 
 
@@ -446,19 +460,19 @@ def _attainment(policy: Row) -> str:
 def matrix(results: Sequence[Result]) -> str:
     cells = []
     for row in (row for result in results for row in result.rows):
-        most, both = row["policies"]["max"], row["policies"]["both-energy"]
+        most, ours = row["policies"]["max"], row["policies"]["ahead"]
         cells.append(
             [row["gpu"] + ("*" if row["extrapolated"] else ""), row["instances"], row["model"],
-             row["trace"], row["load"], number(both["energy_saving_pct"]), _attainment(both),
-             _attainment(most),
-             "yes" if _attains(both, most) else "no"]
+             row["trace"], row["load"], number(ours["energy_saving_pct"]),
+             number(ours["headroom_pct"], ".0f"), _attainment(ours), _attainment(most),
+             "yes" if _attains(ours, most) else "no"]
         )  # fmt: skip
     text = table(
-        ["GPU", "instances", "model", "trace", "load", "saving (%)", "TTFT / ITL ok (%)",
-         "maximum clock's", "equal"],
+        ["GPU", "instances", "model", "trace", "load", "saving (%)",
+         "of the sweet spot's (%)", "TTFT / ITL ok (%)", "maximum clock's", "equal"],
         cells,
     )  # fmt: skip
-    return f"Policy `both-energy`; * marks constants extrapolated from data sheets.\n\n{text}"
+    return f"Policy `ahead`; * marks constants extrapolated from data sheets.\n\n{text}"
 
 
 def decisions(results: Sequence[Result]) -> str:

@@ -74,6 +74,25 @@ class Fit:
 
 
 OTHER_LINE_FITS: dict[str, Fit] = {
+    # Fitted to LMSYS alone, which does not tell how many steps a first token waits.
+    "sharegpt": Fit(
+        engine={
+            "host_s": 0.0056,
+            "request_s": 0.00043,
+            "kv_bytes_per_cycle": 614.0,
+            "activation_values": 13.6,
+            "first_token_steps": 0.0,
+        },
+        gpu={
+            "flops_per_cycle": 221_184 * 0.867,
+            "idle_w": 35.0,
+            "clock_w": 30.0,
+            "busy_w": 42.8,
+            "compute_w": 40.0,
+            "memory_w": 145.0,
+            "voltage_slope": 1.0,
+        },
+    ),
     # Fitted to ShareGPT alone.
     "lmsys": Fit(
         engine={

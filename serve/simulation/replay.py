@@ -44,6 +44,8 @@ class Policy:
     """Of `CLOCK_POLICIES`."""
     route: str | None = None
     """Of `ROUTERS`, for decode; None routes plainly: prompts in turn, then the fewest requests."""
+    cap_w: float | None = None
+    """Power limit of each GPU, where that is what holds its clock down."""
 
 
 POLICIES: dict[str, Policy] = {
@@ -61,19 +63,22 @@ POLICIES: dict[str, Policy] = {
 
 
 def policy_named(name: str) -> Policy:
-    """The policy called `name`, or CLOCK+ROUTER, or a clock policy alone.
+    """The policy called `name`, or CLOCK+ROUTER, a clock policy alone, or cap-W: the highest clock
+    under a power limit of so many watts.
 
     Raises:
         UsageError: if a part of it is not known.
     """
     if name in POLICIES:
         return POLICIES[name]
+    if name.startswith("cap-") and name[4:].isdigit():
+        return Policy(clock="max", cap_w=float(name[4:]))
     clock, plus, route = name.partition("+")
     if clock not in CLOCK_POLICIES:
         known = dict.fromkeys((*POLICIES, *CLOCK_POLICIES))
         raise UsageError(
-            f"policy {name!r} is not known; use one of {', '.join(known)}, or CLOCK+ROUTER with a "
-            f"router of {', '.join(ROUTERS)}"
+            f"policy {name!r} is not known; use one of {', '.join(known)}, CLOCK+ROUTER with a "
+            f"router of {', '.join(ROUTERS)}, or cap-WATTS"
         )
     if plus:
         ROUTERS.check(route)
@@ -149,6 +154,8 @@ def simulate(
     Args:
         predictor: makes the setting's, fresh; trained here where None.
     """
+    if policy.cap_w is not None:
+        setting = _capped(setting, policy.cap_w)
     slo = SharedSlo(setting.slo)
     # One for all: the instances are alike, and each learns from the others' iterations.
     one_predictor = functools.cache(predictor or functools.partial(make_predictor, setting))
@@ -171,6 +178,19 @@ def simulate(
         decode_router=ROUTERS.make(policy.route or "fewest", situation),
         sample_every_s=sample_every_s,
     ).run()
+
+
+def _capped(setting: Setting, cap_w: float) -> Setting:
+    """The setting with GPUs whose power is limited: the driver lowers the clock until it holds."""
+    gpu = setting.gpu
+    idle_w = gpu.idle_power_w(gpu.spec.min_mhz) / gpu.gpus
+    if not idle_w < cap_w <= gpu.spec.power_cap_w:
+        raise UsageError(
+            f"a limit of {cap_w:.0f} W must lie above the {idle_w:.0f} W that {gpu.spec.name} "
+            f"idles at and be at most its {gpu.spec.power_cap_w:.0f} W"
+        )
+    limited = SimulatedGpu(replace(gpu.spec, power_cap_w=cap_w), gpu.shape, gpu.engine)
+    return replace(setting, gpu=limited, cluster=replace(setting.cluster, gpu=limited))
 
 
 def figures(result: ReplayResult, slo: Slo) -> dict[str, float]:

@@ -17,6 +17,7 @@ COLOURS = {
     "ecoroute": "#9467bd",
     "both": "#2ca02c",
     "both-energy": "#17becf",
+    "ahead": "#d62728",
 }
 
 

@@ -25,67 +25,84 @@ def _save(figure: Any, path: Path) -> Path:
 
 
 def draw_calibration(path: Path) -> Path:
-    """Published and simulated static runs: energy, TTFT attainment."""
+    """Published and simulated static runs of each line: energy, and both attainments."""
     record = _load(path)
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
-    for axis, key, label, scale in (
-        (axes[0], "energy_j", "energy of the run (1e5 J)", 1e-5),
-        (axes[1], "ttft_attainment_pct", "TTFT within the SLO (%)", 1.0),
-    ):
-        for clock, colour in ((1410, "#d62728"), (1005, "#1f77b4")):
-            rows = [row for row in record["rows"] if row["clock_mhz"] == clock]
-            axis.plot(
-                [row["rate_per_s"] for row in rows],
-                [row[key] * scale for row in rows],
-                color=colour,
-                label=f"{clock} MHz simulated",
-            )
-            known = [row for row in rows if row[f"published_{key}"] is not None]
-            axis.plot(
-                [row["rate_per_s"] for row in known],
-                [row[f"published_{key}"] * scale for row in known],
-                "o",
-                color=colour,
-                label=f"{clock} MHz published",
-            )
-        axis.set_xlabel("requests a second")
-        axis.set_ylabel(label)
-        axis.set_ylim(bottom=0)
-    axes[0].legend(fontsize=8)
-    figure.suptitle(
-        f"{record['config']['scenario']}: largest energy error {record['energy_error_pct']:.1f} %",
-        fontsize=10,
-    )
+    datasets = list(dict.fromkeys(row["dataset"] for row in record["rows"]))
+    figure, axes = plt.subplots(len(datasets), 2, figsize=(11, 3.6 * len(datasets)), squeeze=False)
+    for line, dataset in zip(axes, datasets, strict=True):
+        for axis, key, label, scale in (
+            (line[0], "energy_j", "energy of the run (1e5 J)", 1e-5),
+            (line[1], "ttft_attainment_pct", "TTFT within 600 ms (%)", 1.0),
+        ):
+            for clock, colour in ((1410, "#d62728"), (1005, "#1f77b4")):
+                for fit, style in (("both lines", "-"), ("the other line", ":")):
+                    rows = [
+                        row
+                        for row in record["rows"]
+                        if (row["dataset"], row["fitted_to"], row["clock_mhz"])
+                        == (dataset, fit, clock)
+                    ]
+                    axis.plot(
+                        [row["rate_per_s"] for row in rows],
+                        [row[key] * scale for row in rows],
+                        style,
+                        color=colour,
+                        label=f"{clock} MHz, fitted to {fit}",
+                    )
+                known = [row for row in rows if row[f"published_{key}"] is not None]
+                axis.plot(
+                    [row["rate_per_s"] for row in known],
+                    [row[f"published_{key}"] * scale for row in known],
+                    "o",
+                    color=colour,
+                    label=f"{clock} MHz, published",
+                )
+            axis.set_title(dataset, fontsize=9)
+            axis.set_xlabel("requests a second")
+            axis.set_ylabel(label)
+            axis.set_ylim(bottom=0)
+    axes[0][0].legend(fontsize=7)
+    figure.suptitle(record["config"]["scenario"], fontsize=10)
     return _save(figure, path)
 
 
 def draw_published(path: Path) -> Path:
-    """Savings and attainments at the published rates, each policy a line."""
+    """What of the headroom is saved at the published rates, and the attainment lost for it."""
     record = _load(path)
-    rows = [row for row in record["rows"] if row["clocks"] == "ten"]
-    rates = [row["rate_per_s"] for row in rows]
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4.2))
-    (line,) = axes[0].plot(
-        rates, [row["published_saving_pct"] for row in rows], "kx--", label="published controller"
-    )
-    for axis, key, label in (
-        (axes[0], "energy_saving_pct", "energy saved against maximum clock (%)"),
-        (axes[1], "ttft_attainment_pct", "TTFT within 600 ms (%)"),
-        (axes[2], "itl_attainment_pct", "ITL within 60 ms (%)"),
-    ):
-        for name in rows[0]["policies"]:
-            axis.plot(
-                rates,
-                [row["policies"][name][key] for row in rows],
-                marker=".",
-                color=COLOURS.get(name),
-                label=name,
-            )
-        axis.set_xlabel("requests a second")
-        axis.set_ylabel(label)
-    axes[0].legend(handles=[line], fontsize=7, loc="upper right")
-    axes[1].legend(fontsize=7)
-    figure.suptitle("Llama-3-8B on 2P2D simulated A100, LMSYS-like lengths", fontsize=10)
+    datasets = list(dict.fromkeys(row["dataset"] for row in record["rows"]))
+    figure, axes = plt.subplots(2, len(datasets), figsize=(5.5 * len(datasets), 7), squeeze=False)
+    for column, dataset in enumerate(datasets):
+        rows = [row for row in record["rows"] if row["dataset"] == dataset]
+        for arrivals, style in (("Poisson", "o-"), ("bursty", "^--"), ("held out", "s:")):
+            some = [row for row in rows if row["arrivals"] == arrivals]
+            rates = [row["rate_per_s"] for row in some]
+            for name in ("both", "both-energy", "ahead"):
+                drawn = [(x, row["policies"].get(name)) for x, row in zip(rates, some, strict=True)]
+                drawn = [(x, policy) for x, policy in drawn if policy is not None]
+                if not drawn or (name != "ahead" and arrivals != "Poisson"):
+                    continue
+                for place, key in ((0, "headroom_pct"), (1, "lost_points")):
+                    axes[place][column].plot(
+                        [x for x, _ in drawn],
+                        [policy[key] for _, policy in drawn],
+                        style,
+                        color=COLOURS.get(name),
+                        label=f"{name}, {arrivals}",
+                    )
+        known = [row for row in rows if row["arrivals"] == "Poisson"]
+        axes[0][column].plot(
+            [row["rate_per_s"] for row in known],
+            [row["published_headroom_pct"] for row in known],
+            "kx--",
+            label="published controller",
+        )
+        axes[0][column].set_title(dataset, fontsize=9)
+        axes[0][column].set_ylabel("saved, % of what the sweet spot saves")
+        axes[1][column].set_ylabel("attainment below the maximum clock's (points)")
+        axes[1][column].axhline(0.5, color="k", lw=0.8, ls=":")
+        axes[1][column].set_xlabel("requests a second")
+    axes[0][0].legend(fontsize=7)
+    figure.suptitle("Llama-3-8B on 2P2D simulated A100", fontsize=10)
     return _save(figure, path)
 
 
@@ -100,7 +117,7 @@ def draw_matrix(path: Path) -> Path:
     ]
     figure, axes = plt.subplots(1, 2, figsize=(13, 1.5 + 0.24 * len(rows)), sharey=True)
     places = range(len(rows))
-    for name, marker in (("sweet-spot", "s"), ("window", "^"), ("both", "o"), ("both-energy", "D")):
+    for name, marker in (("sweet-spot", "s"), ("both", "o"), ("ahead", "D")):
         axes[0].plot(
             [row["policies"][name]["energy_saving_pct"] for row in rows],
             places,
@@ -109,7 +126,7 @@ def draw_matrix(path: Path) -> Path:
             color=COLOURS[name],
             label=name,
         )
-    for name, marker in (("max", "|"), ("sweet-spot", "s"), ("both-energy", "D")):
+    for name, marker in (("max", "|"), ("sweet-spot", "s"), ("ahead", "D")):
         axes[1].plot(
             [
                 min(

@@ -100,6 +100,16 @@ def test_any_clock_policy_goes_with_any_router():
             compare(LIGHT, setting("h100"), [name])
 
 
+def test_a_power_limit_is_a_policy_to_compare_with():
+    """It lowers the clock where the work draws more, and does nothing where it draws less."""
+    rows = compare(LIGHT, setting("h100", predictor="model"), ["cap-700", "cap-400", "sweet-spot"])
+    assert rows["cap-700"]["energy_j"] == rows["max"]["energy_j"]
+    assert 5 < rows["cap-400"]["energy_saving_pct"] < rows["sweet-spot"]["energy_saving_pct"]
+    for watts, message in (("10", "must lie above the"), ("900", "at most its 700 W")):
+        with pytest.raises(UsageError, match=message):
+            compare(LIGHT, setting("h100"), [f"cap-{watts}"])
+
+
 # --- command line -----------------------------------------------------------------------------
 
 

@@ -1,0 +1,135 @@
+"""`jaxsys plan serve`: bounds that hold, a frontier, and refusals that say what it would take."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from jaxsys import cli
+from jaxsys.model import preset
+from jaxsys.serve.energy.slo import Slo
+from jaxsys.serve.simulation.deployments import Bounds, Deployment, candidates, demand_of
+from jaxsys.serve.simulation.plan_serve import Judged, chosen_of, frontier, judge
+from jaxsys.serve.simulation.traces import synthetic_trace
+
+CONFIG = preset("Llama-3-8B")
+TRACE = synthetic_trace(rate_per_s=25, duration_s=12, seed=1, prompt_mean=300, output_mean=120)
+BOUNDS = Bounds(CONFIG, demand_of(TRACE), Slo(reserve=0.02))
+ONE = Deployment(
+    gpu="h100", tensor_parallel=1, prefill=1, decode=0, max_batch=128, weights="bfloat16"
+)
+
+
+@pytest.mark.parametrize("policy", ["max", "ahead"])
+@pytest.mark.parametrize("counts", [(1, 0), (1, 1)])
+def test_a_replay_takes_more_energy_than_the_bound(counts, policy):
+    deployment = replace(ONE, prefill=counts[0], decode=counts[1])
+    bound = BOUNDS.of(deployment)
+    assert bound.why_not is None
+    found = judge(CONFIG, deployment, BOUNDS, TRACE, policy)
+    assert found.energy_j_per_token > bound.energy_j_per_token > 0.3 * found.energy_j_per_token
+    assert found.attainment_pct > 95
+
+
+def test_what_the_bound_rules_out_fails_in_a_replay_too():
+    hundred = synthetic_trace(
+        rate_per_s=160, duration_s=8, seed=1, prompt_mean=300, output_mean=120
+    )
+    bounds = Bounds(CONFIG, demand_of(hundred), Slo(reserve=0.02))
+    assert "% busy" in (bounds.of(replace(ONE, decode=1)).why_not or "")
+    assert judge(CONFIG, replace(ONE, decode=1), bounds, hundred, "max").attainment_pct < 50
+    assert bounds.least_rate(replace(ONE, decode=1)) == pytest.approx(0.5, abs=0.25)
+
+
+def test_shares_fall_with_instances_and_rise_with_the_rate():
+    shares = [BOUNDS.of(replace(ONE, prefill=n, decode=n)) for n in (1, 2, 4)]
+    assert [s.prefill_share for s in shares] == pytest.approx(
+        [shares[0].prefill_share / n for n in (1, 2, 4)]
+    )
+    assert shares[0].decode_share > shares[1].decode_share > shares[2].decode_share
+    faster = BOUNDS.of(replace(ONE, decode=1), 2 * BOUNDS.demand.per_s)
+    assert faster.prefill_share == pytest.approx(2 * shares[0].prefill_share)
+
+
+def test_candidates_fit_the_gpus_and_pass_the_bound():
+    known = list(
+        candidates(
+            BOUNDS, {"h100": 4}, ways=(1, 2), weights=("bfloat16", "int8"), batches=(128, 512)
+        )
+    )
+    assert known and all(d.gpus <= 4 and b.why_not is None for d, b in known)
+    assert {d.weights for d, _ in known} == {"bfloat16", "int8"}
+    assert {d.tensor_parallel for d, _ in known} == {1, 2}
+    assert {bool(d.decode) for d, _ in known} == {True, False}
+    assert len({d for d, _ in known}) == len(known)
+
+
+def judged(gpus: int, energy_j: float, attainment: float) -> Judged:
+    return Judged(
+        deployment=replace(ONE, prefill=gpus),
+        policy="max",
+        bound=BOUNDS.of(ONE),
+        ttft_attainment_pct=attainment,
+        itl_attainment_pct=100.0,
+        ttft_p99_ms=1.0,
+        itl_p99_ms=1.0,
+        energy_j_per_token=energy_j,
+    )
+
+
+def test_the_frontier_holds_what_nothing_beats():
+    small, thrifty, late = judged(1, 0.2, 99.5), judged(2, 0.1, 99.5), judged(1, 0.1, 80.0)
+    beaten, dear = judged(2, 0.2, 99.5), judged(3, 0.1, 100.0)
+    everything = [dear, beaten, thrifty, late, small]
+    assert frontier(everything) == [late, small, thrifty, dear]
+    assert chosen_of(everything, 99.0) == small
+    assert chosen_of(everything, 100.0) == dear
+    assert chosen_of([late], 99.0) is None
+
+
+# --- command line -----------------------------------------------------------------------------
+
+SHORT = ("--rate", "20", "--duration", "6", "--replays", "4", "--prompt-mean", "200")
+
+
+def run(*arguments: str) -> int:
+    return cli.main(["plan", "serve", "Llama-3-8B", *arguments])
+
+
+def test_the_command_prints_a_frontier_and_what_starts_the_choice(tmp_path, capsys):
+    out, manifest = tmp_path / "plan.json", tmp_path / "manifest.json"
+    assert run(*SHORT, "--gpus", "h100=2", "--out", str(out), "--manifest", str(manifest)) == 0
+    text = capsys.readouterr()
+    assert "J a token" in text.out and "half the energy" in text.out
+    assert "jaxsys serve --model Llama-3-8B --prefill 1 --decode 0" in text.out
+    record, chosen = json.loads(out.read_text()), json.loads(manifest.read_text())
+    assert record["kind"] == "simulated" and len(record["rows"]) == record["replays"] <= 4
+    assert chosen == record["chosen"]
+    assert chosen["instances"] == [{"role": "both", "count": 1, "gpu": "h100", "gpus_each": 1}]
+    # What it prints is a command of the server.
+    from jaxsys.serve.cli import parser
+
+    options = parser("jaxsys serve").parse_args(chosen["command"][2:])
+    assert (options.prefill, options.decode, options.clocks) == (1, 0, "control")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--gpus", "h100"], 2, "--gpus h100 must read like h100=8"),
+        (["--gpus", "v9=1"], 2, "'v9' is not modelled; use one of"),
+        (["--attainment", "0"], 2, "--attainment 0 must be above 0"),
+        (["--tensor-parallel", "3"], 2, "divides neither 32 heads nor 8"),
+        (["--itl-slo", "0.001"], 1, "ITL of 1 ms cannot be met"),
+        (["--gpus", "h100=1", "--rate", "400", "--duration", "2"], 1, "% of the rate"),
+        (["--policy", "magic"], 2, "policy 'magic' is not known"),
+    ],
+)
+def test_refusals_say_why(arguments, code, message, capsys):
+    assert run(*SHORT, *arguments) == code
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_that_fits_no_gpu_is_said(capsys):
+    assert cli.main(["plan", "serve", "Llama-3-70B", "--gpus", "h100=1", *SHORT]) == 1
+    assert "the model does not fit 1 h100" in capsys.readouterr().err
