@@ -182,8 +182,13 @@ def _span(start, size: int, end: int):
     return index, index < end
 
 
-def _load(ref, first, second, seen):
-    return triton.load(ref.at[first[:, None], second[None, :]], mask=seen, other=0)
+def _load(ref, first, second, seen, expert=None):
+    """A block; of one expert's matrix where it is given: Triton takes a single index."""
+    places = (first[:, None], second[None, :])
+    # Triton casts no integer to a float of eight bits.
+    other = 0.0 if jnp.issubdtype(ref.dtype, jnp.floating) else 0
+    place = ref.at[places if expert is None else (expert, *places)]
+    return triton.load(place, mask=seen, other=other)
 
 
 def _both(first, second):
@@ -211,15 +216,14 @@ def _product_kernel(
     def _():
         row, of_expert = _span(start, blocks.rows, stop)
         column, there = _span(part * blocks.outputs, blocks.outputs, outputs)
-        matrix = w_ref.at[expert]
 
         def turn(step, total):
             k, inside = _span(step * blocks.inputs, blocks.inputs, inputs)
             x = _load(x_ref, row // share, k, _both(of_expert, inside))
             if outputs_first:
-                w = _load(matrix, column, k, _both(there, inside)).astype(x.dtype).T
+                w = _load(w_ref, column, k, _both(there, inside), expert).astype(x.dtype).T
             else:
-                w = _load(matrix, k, column, _both(inside, there)).astype(x.dtype)
+                w = _load(w_ref, k, column, _both(inside, there), expert).astype(x.dtype)
             return total + triton.dot(x, w)
 
         zeros = jnp.zeros((blocks.rows, blocks.outputs), jnp.float32)
@@ -238,14 +242,13 @@ def _packed_kernel(
     def _():
         row, of_expert = _span(start, blocks.rows, stop)
         column, there = _span(part * blocks.outputs, blocks.outputs, outputs)
-        codes, exponents = codes_ref.at[expert], exponents_ref.at[expert]
 
         def turn(step, total):
             k, inside = _span(step * blocks.inputs, blocks.inputs, inputs)
             own, seen = _both(of_expert, inside), _both(there, inside)
             even, odd = (_load(ref, row // share, k, own) for ref in (even_ref, odd_ref))
-            pair = _load(codes, column, k, seen).astype(jnp.int32)
-            scale = factor(_load(exponents, column, k // (BLOCK // 2), seen))
+            pair = _load(codes_ref, column, k, seen, expert).astype(jnp.int32)
+            scale = factor(_load(exponents_ref, column, k // (BLOCK // 2), seen, expert))
             low = (decoded(pair & 15) * scale).astype(even.dtype)
             high = (decoded(pair >> 4) * scale).astype(even.dtype)
             return total + triton.dot(even, low.T) + triton.dot(odd, high.T)

@@ -108,3 +108,32 @@ def test_tiles_cover_each_row_once(sizes):
             covered += [(int(cut.expert[tile]), row) for row in range(int(cut.start[tile]), stop)]
         wanted = [(e, r) for r, e in enumerate(np.repeat(np.arange(EXPERTS), sizes))]
         assert covered == wanted
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "float8_e4m3fn", "packed"])
+def test_kernels_lower_for_a_gpu(dtype):
+    """Whether Triton takes what the interpreter does: no GPU is needed to see that."""
+    rows = jax.ShapeDtypeStruct((64, 256), jnp.bfloat16)
+    sizes = jax.ShapeDtypeStruct((8,), jnp.int32)
+    blocks = grouped_triton.blocks_for(16, 64, 128)
+
+    def of(shape, kind):
+        return jax.ShapeDtypeStruct((8, *shape), jnp.dtype(kind))
+
+    def run(rows, weights, sizes):
+        cut = grouped_triton.tiles(sizes, 64, 16)
+        if dtype == "packed":
+            return grouped_triton.packed_product(rows, weights, cut, blocks, interpret=False)
+        return grouped_triton.product(
+            rows, weights, cut, blocks, outputs_first=True, interpret=False
+        )
+
+    weights = of((48, 256), dtype) if dtype != "packed" else None
+    if weights is None:
+        weights = Packed(of((48, 128), "uint8"), of((48, 8), "uint8"))  # pyright: ignore
+    traced = jax.jit(run).trace(rows, weights, sizes)
+    try:
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    except RuntimeError as error:
+        pytest.skip(f"this JAX lowers for a GPU that is there: {error}")
+    assert "triton" in text
