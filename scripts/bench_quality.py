@@ -1,0 +1,104 @@
+#!/usr/bin/env python
+"""Perplexity of SmolLM2-135M in each form that it can be served in, against float32.
+
+    scripts/bench_quality.py [--windows 4] [--length 512] [--forms fp8 fp8+fp8 ...]
+
+By the served passes over pages, on the language reference that comes with Python
+(`pydoc_data.topics`), in windows that begin anew. A form is weights, or weights+cache, and `both`
+behind it for products whose two sides are small, as GPUs multiply them: a CPU computes the same
+numbers. JSON after each row.
+"""
+
+import argparse
+import functools
+import math
+import pydoc_data.topics
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsys.model import default_model_path, load
+from jaxsys.results import table, write_result
+from jaxsys.serve import paged_model
+from jaxsys.serve.matrix import Way
+from jaxsys.serve.paged_attention import choose_kernels
+from jaxsys.serve.weights import serving_weights
+
+FORMS = (
+    "float32", "float32+fp8", "int8", "fp8", "fp8 both", "fp8+fp8 both", "int4", "int4+fp8",
+)  # fmt: skip
+PAGE = 64
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=512, help="tokens of a window, in whole 64s")
+    parser.add_argument("--forms", nargs="+", default=FORMS)
+    parser.add_argument("--out", type=Path, default=Path("results/quality_smollm2.json"))
+    options = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    model = load(default_model_path(), jnp.float32)
+    assert model.tokenizer is not None
+    text = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
+    tokens = np.array(
+        model.tokenizer.encode(text[: 8 * options.windows * options.length]), np.int32
+    )
+    tokens = tokens[: options.windows * options.length + 1]
+    device = jax.devices()[0]
+    place = jax.sharding.SingleDeviceSharding(device)
+    config = model.config
+    kernels = choose_kernels(dtype=jnp.dtype("float32"), head_dim=config.head_dim, device=device)
+    score = jax.jit(
+        functools.partial(paged_model.score_pass, config, kernels, False), donate_argnums=1
+    )
+    pages = options.length // PAGE
+    for form in options.forms:
+        forms, _, both = form.partition(" ")
+        kept, _, cached = forms.partition("+")
+        settings: Any = {"quantisation": None if kept == "float32" else kept}
+        weights = serving_weights(
+            config, model.parameters, placement=place, how=Way(both=bool(both)), **settings
+        )
+        losses = []
+        for window in range(options.windows):
+            start = window * options.length
+            part = tokens[start : start + options.length]
+            following = tokens[start + 1 : start + options.length + 1]
+            made: Any = cached or None
+            cache = paged_model.empty_cache(config, pages, PAGE, jnp.dtype("float32"), place, made)
+            _, _, scores = score(
+                weights, cache, part, np.int32(0), np.int32(len(part)),
+                np.arange(pages, dtype=np.int32), following,
+            )  # fmt: skip
+            losses.append(-np.asarray(scores.logprobs, np.float64))
+        loss = float(np.mean(losses))
+        row = {
+            "form": form,
+            "tokens": int(np.size(losses)),
+            "loss": round(loss, 5),
+            "perplexity": round(math.exp(loss), 4),
+            "weights_mib": round(weights.step_bytes / 2**20, 1),
+        }
+        if rows:
+            row["over_float32_pct"] = round(100 * (math.exp(loss - rows[0]["loss"]) - 1), 3)
+        rows.append(row)
+        print("  ".join(f"{name}={value}" for name, value in row.items()), flush=True)
+        write_result(
+            options.out,
+            benchmark="quality_smollm2",
+            kind="measured",
+            config={k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
+            rows=rows,
+        )
+    print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
