@@ -30,7 +30,7 @@ def main() -> int:
         latency.axvline(bucket, color="0.88", linewidth=1, zorder=0)
     latency.plot(batch, [row["itl_ms"] for row in rows], "o-", label="measured, median")
     latency.plot(
-        batch, [row["itl_floor_ms"] for row in rows], "--", color="0.4", label="floor: bytes / copy"
+        batch, [row["itl_floor_ms"] for row in rows], "--", color="0.4", label="floor: bytes / rate"
     )
     latency.set(xlabel="batch", ylabel="time between tokens [ms]", xscale="log", ylim=0)
     latency.legend()
