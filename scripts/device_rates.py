@@ -3,9 +3,9 @@
     python scripts/device_rates.py [--seconds 3] [--out results/device_rates_h200.json]
 
 Products are of bfloat16 matrices of random numbers (equal ones draw less, so the clock falls less),
-one after the other on the device; memory is read by sums, and copied. Each runs for some seconds, in which the
-clock of the multiprocessors is read every 10 ms and power is the energy counter's rise. The first
-tenth is left out: the clock falls only when the power cap is met. Nothing is set.
+one after the other on the device; memory is read by sums, and copied. Each runs for some seconds,
+in which the clock of the multiprocessors is read every 10 ms and power is the energy counter's
+rise. The first tenth is left out: the clock falls only when the power cap is met. Nothing is set.
 """
 
 import argparse
@@ -132,8 +132,9 @@ def main() -> int:
     rows.append(measure("read 4 GiB", lambda: total(numbers), flops=0.0, size=4.0 * 2**30,
                         seconds=options.seconds, clocks=clocks, log=log))  # fmt: skip
     more = jax.jit(lambda x: x + 1)
-    rows.append(measure("copy 4 GiB, reads and writes", lambda: more(numbers), flops=0.0,
-                        size=8.0 * 2**30, seconds=options.seconds, clocks=clocks, log=log))  # fmt: skip
+    rows.append(measure("copy 4 GiB, read and write", lambda: more(numbers), flops=0.0,
+                        size=8.0 * 2**30, seconds=options.seconds,
+                        clocks=clocks, log=log))  # fmt: skip
     clocks.close()
     log.close()
     write_result(

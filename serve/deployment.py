@@ -179,12 +179,16 @@ def place_weights(
     model: LoadedModel, config: DeploymentConfig, group: tuple[Device, ...]
 ) -> ServingWeights:
     """The model's weights as `group` serves them."""
-    return serving_weights(
+    weights = serving_weights(
         model.config,
         model.parameters,
         quantisation=config.quantisation,
         placement=_placement(group),
     )
+    if config.quantisation is not None:
+        how = weights.layers[0].matrices["out"].way.reason
+        logger.info("weights", extra={"form": config.quantisation, "products": how})
+    return weights
 
 
 def build_instance(
