@@ -97,7 +97,7 @@ def forms(rows: int) -> dict[str, tuple[Callable[[jax.Array], Any], Product]]:
     found = {
         "bfloat16, inputs first": (plain, lambda x, m: by(m, x)),
         "bfloat16, outputs first": (
-            lambda w: plain(w, turn=True), lambda x, m: by(m, x)
+            lambda w: plain(w, way=Way(turned=True)), lambda x, m: by(m, x)
         ),
         "fp8 widened": small("fp8"),
         "fp8 both": small("fp8", both=True),
@@ -107,8 +107,10 @@ def forms(rows: int) -> dict[str, tuple[Callable[[jax.Array], Any], Product]]:
         "int4 widened": small("int4"),
     }  # fmt: skip
     if rows == 1:
-        found["bfloat16 summed"] = (lambda w: plain(w, turn=True), summed)
-        found["fp8 summed"] = (lambda w: quantised(w, "fp8"), summed)
+        found["bfloat16 summed"] = (lambda w: plain(w, way=Way(turned=True)), summed)
+        for form in ("fp8", "int8"):
+            found[f"{form} summed"] = (lambda w, form=form: quantised(w, form), summed)
+            found[f"{form} one row"] = small(form, one_row="kernel")
     if rows <= few_rows.MOST:
         for form in ("fp8", "int8", "int4"):
             found[f"{form} few rows"] = small(form, few_rows=few_rows.MOST)
@@ -124,7 +126,7 @@ def bench_serve(options: argparse.Namespace, reads: float | None) -> Iterator[Ro
             every = forms(rows)
             if name not in every or (options.forms and name not in options.forms):
                 continue
-            if options.interpret and "few rows" in name:
+            if options.interpret and ("few rows" in name or "one row" in name):
                 continue  # for GPUs only; tests interpret it
             make, product = every[name]
             if kept != name:
@@ -159,26 +161,29 @@ def bench_kernel(options: argparse.Namespace, reads: float | None) -> Iterator[R
     count = max(2, min(6, int(options.bytes / (inputs * outputs))))
     keys = jax.random.split(jax.random.key(0), count)
     x = jax.random.normal(jax.random.key(1), (count, 1, inputs), BF16)
-    for form in ("fp8", "int4"):
+    for form in ("fp8 one row", "fp8", "int4"):
+        one, form = "one" in form, form.split()[0]
         made = jax.jit(
             lambda key, form=form: quantised(
                 0.02 * jax.random.normal(key, (inputs, outputs), BF16), form
             )
         )
         weights = [made(key) for key in keys]
-        turns = (128, 256, 512) if form == "fp8" else (0,)
+        turns = ((512, 1024, 4096) if one else (128, 256)) if form == "fp8" else (0,)
+        owns = (4, 8, 16) if one else (32, 64)
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights[0]))
-        for own, turn, warps, stages in itertools.product((16, 32, 64), turns, (2, 4), (3, 5)):
+        for own, turn, warps, stages in itertools.product(owns, turns, (2, 4), (3,)):
             settings: Any = {"outputs": own, "warps": warps, "stages": stages}
             settings |= {"inputs": turn} if turn else {}
 
-            def product(x: jax.Array, m: Matrix, settings: Any = settings) -> jax.Array:
+            def product(
+                x: jax.Array, m: Matrix, settings: Any = settings, one: bool = one
+            ) -> jax.Array:
                 assert m.scale is not None
-                return few_rows.product(
-                    x, m.values, m.scale, BF16, interpret=options.interpret, **settings
-                )
+                of = few_rows.one_row if one else few_rows.product
+                return of(x, m.values, m.scale, BF16, interpret=options.interpret, **settings)
 
-            row = {"part": "kernel", "form": form, "rows": 1, **settings}
+            row = {"part": "kernel", "form": form, "one_row": one, "rows": 1, **settings}
             try:
                 took_s = product_seconds(product, x, weights)
             except Exception as fault:  # noqa: BLE001  a block too large for the device, say

@@ -34,6 +34,7 @@ from jaxsys.model import (
 from jaxsys.model.contract import cache_numbers, experts_used
 from jaxsys.serve.executor import JaxExecutor
 from jaxsys.serve.grammars import Grammars
+from jaxsys.serve.matrix import Way, way
 from jaxsys.serve.paged_model import number_bytes
 from jaxsys.serve.random_weights import random_parameters
 from jaxsys.serve.requests import Request, SamplingParameters
@@ -64,7 +65,9 @@ class Study:
     piece: int
     """Most prompt tokens an iteration computes, where a prompt is longer."""
     forms: tuple[str, ...] = ()
-    """Also measured: "int8", "fp8", "int4", or the like of "fp8+fp8": weights and cache."""
+    """Also measured: "int8", "fp8", "int4", or the like of "fp8+fp8": weights and cache; "turned":
+    weights as they are, outputs first; "kernel" behind a form: one row by a kernel of our own. "@1"
+    behind it: at batch 1 alone."""
     quantised_batches: tuple[int, ...] = ()
     quantised_prompts: tuple[int, ...] = ()
     seconds: float = 1.5
@@ -106,11 +109,11 @@ STUDIES = {
         page_size=64,
         pool_tokens=150_016,
         buckets=(1, 64, 128),
-        batches=(1, 64, 128),
+        batches=(),
         context=1024,
-        prompts=(2048,),
+        prompts=(),
         piece=2048,
-        forms=("fp8+fp8", "fp8", "int4"),
+        forms=("fp8+fp8", "turned", "fp8 kernel+fp8@1", "bfloat16", "fp8@64", "int8@1", "int4@1"),
         quantised_batches=(1, 64, 128),
         quantised_prompts=(2048,),
         seconds=1.0,
@@ -151,7 +154,7 @@ STUDIES = {
         context=64,
         prompts=(16, 64),
         piece=32,
-        forms=("fp8+fp8", "int4"),
+        forms=("fp8+fp8", "turned@1", "int4@1"),
         quantised_batches=(1,),
         quantised_prompts=(16,),
         seconds=0.2,
@@ -195,6 +198,22 @@ def run(
         if kept is not None:
             kept(rows, figures)
 
+    if study.batches or study.prompts:
+        _measure_whole(study, figures, note, progress)
+    for form in study.forms:
+        gc.collect()
+        _measure_form(study, form, figures, note, progress)
+    return dataclasses.asdict(study), rows, figures
+
+
+def _measure_whole(
+    study: Study,
+    figures: dict[str, Any],
+    note: Callable[[Row], None],
+    progress: Callable[[str], None],
+) -> None:
+    """Weights and cache in the study's dtype."""
+    reads = figures["read_bytes_per_s"]
     started_s = time.perf_counter()
     config, parameters = model_of(study.model, study.dtype, packed=study.packed)
     executor = build_executor(study, config, parameters, None)
@@ -212,24 +231,33 @@ def run(
         for piece in sorted(pieces, reverse=True):
             rate = figures["matmul_flops_per_s"]
             note(measure_prefill(study, executor, prompt, piece, rate))
-    del executor
-    for form in study.forms:
-        gc.collect()
-        small = dataclasses.replace(
-            study, pool_tokens=max(study.quantised_batches) * 2 * study.context
-        )
-        config, parameters = model_of(study.model, study.dtype)
-        executor = build_executor(small, config, parameters, form)
-        del parameters
-        compile_steps(small, executor, study.quantised_batches, study.quantised_prompts)
-        for batch in study.quantised_batches:
-            note(measure_decode(small, executor, batch, reads) | {"weights": form})
-        for prompt in study.quantised_prompts:
-            rate = figures["matmul_flops_per_s"]
-            row = measure_prefill(small, executor, prompt, min(prompt, study.piece), rate)
-            note(row | {"weights": form})
-        del executor
-    return dataclasses.asdict(study), rows, figures
+
+
+def _measure_form(
+    study: Study,
+    form: str,
+    figures: dict[str, Any],
+    note: Callable[[Row], None],
+    progress: Callable[[str], None],
+) -> None:
+    """Weights, and perhaps the cache, in a form."""
+    form, _, only = form.partition("@")
+    batches = (int(only),) if only else study.quantised_batches
+    prompts = () if only else study.quantised_prompts
+    small = dataclasses.replace(
+        study, pool_tokens=max(batches) * 2 * study.context, prompts=prompts or (study.context,)
+    )
+    config, parameters = model_of(study.model, study.dtype)
+    executor = build_executor(small, config, parameters, form)
+    del parameters
+    progress(f"{form}: compiled in {compile_steps(small, executor, batches, prompts):.1f} s")
+    for batch in batches:
+        row = measure_decode(small, executor, batch, figures["read_bytes_per_s"])
+        note(row | {"weights": form})
+    for prompt in prompts:
+        rate = figures["matmul_flops_per_s"]
+        row = measure_prefill(small, executor, prompt, min(prompt, study.piece), rate)
+        note(row | {"weights": form})
 
 
 def measure_decode(
@@ -507,10 +535,19 @@ def build_executor(
 ) -> JaxExecutor:
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     kept, _, cached = (form or "").partition("+")
+    kept, _, kernel = kept.partition(" ")
+    how = None
+    if kept in ("turned", study.dtype):
+        how = Way(turned=True, one_row="sum") if kept == "turned" else None
+        kept = ""
     quantisation, cache_form = cast(Any, (kept or None, cached or None))
-    weights = serving_weights(config, parameters, quantisation=quantisation, placement=place)
+    if kernel:
+        how = dataclasses.replace(way(quantisation, jax.devices()[0]), one_row="kernel")
+    weights = serving_weights(
+        config, parameters, quantisation=quantisation, placement=place, how=how
+    )
     size = study.page_size
-    longest = max(*study.prompts, study.context) + 4 * size
+    longest = max((*study.prompts, study.context)) + 4 * size
     pieces = {min(p, piece) for p in study.prompts for piece in (study.piece, study.piece // 4)}
     scheduler = SchedulerConfig(
         page_count=study.pool_tokens // size,

