@@ -190,10 +190,10 @@ def regimes() -> tuple[Regime, ...]:
             ),
         ),
         Regime(
-            name="weipipe-wzb2-paired",
-            reason="a latency that a collective pays P - 1 times, activations heavier than "
-            "weights, and few microbatches, so that the bubble counts",
-            problem=ratio_problem(ratio=0.3, residuals=34, turns=2, latency_s=4e-3),
+            name="weipipe-keep",
+            reason="activations heavier than weights, and a latency that a hop pays too, so that "
+            "it counts how often anything is sent",
+            problem=ratio_problem(ratio=0.3, residuals=34, turns=8, latency_s=30e-3),
         ),
         Regime(
             name="weipipe-interleave",
