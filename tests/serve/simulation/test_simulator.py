@@ -15,7 +15,7 @@ from jaxsys.serve.energy.ecoroute import (
     StateSpaceRouter,
 )
 from jaxsys.serve.energy.fixed_clock import FixedClock
-from jaxsys.serve.energy.gpu_model import Load, simulated_gpu
+from jaxsys.serve.energy.gpu_model import Load, SimulatedGpu, simulated_gpu
 from jaxsys.serve.energy.predictors import ModelPredictor
 from jaxsys.serve.energy.slo import SharedSlo, Slo
 from jaxsys.serve.energy.window_control import WindowControl
@@ -34,7 +34,7 @@ def simulate(trace=TRACE, make=None, slo=None, clocks_mhz=None, shares=False, **
     make = make or (lambda slo: FixedClock(1980))
     simulator = Simulator(
         trace,
-        ClusterConfig(gpu=GPU, **changes),
+        ClusterConfig(**{"gpu": GPU, **changes}),
         make_policy=lambda role: make(shared),
         clocks_mhz=clocks_mhz,
         shares=shares,
@@ -305,3 +305,41 @@ def test_what_cannot_be_replayed_is_refused():
         ClusterConfig(gpu=GPU, decode_instances=-1)
     with pytest.raises(UsageError, match="must reach max_prefill_tokens=8192"):
         ClusterConfig(gpu=GPU, piece_buckets=(32, 128))
+
+
+def test_turns_of_a_session_are_served_from_the_prefix_cache():
+    """The prompts of one conversation share their beginning; without its name nothing is known."""
+    count = 24
+    conversation = Trace(
+        name="turns",
+        arrival_s=np.arange(count) * 0.5,
+        prompt_tokens=np.repeat(np.arange(1, 7), 4) * 1000,
+        output_tokens=np.full(count, 10),
+        sessions=np.tile(np.arange(4), 6),
+    )
+    apart = dataclasses.replace(conversation, sessions=None)
+    (with_names, _), (without, _) = (
+        simulate(trace, prefill_instances=1, decode_instances=1) for trace in (conversation, apart)
+    )
+    busy = [result.busy_s_by_role["prefill"] for result in (with_names, without)]
+    # All but the thousand new tokens of a turn are there: 1/1, 1/2, ... 1/6 of the work.
+    assert busy[0] < 0.4 * busy[1]
+    assert np.median(with_names.ttft_s) < 0.5 * np.median(without.ttft_s)
+
+
+def test_a_first_token_may_leave_the_decode_instance():
+    """As some engines have it: then it waits for that one's steps, and for memory there."""
+    engine = dataclasses.replace(GPU.engine, first_token_steps=2.0)
+    late = SimulatedGpu(GPU.spec, GPU.shape, engine)
+    (early, _), (later, _) = (
+        simulate(
+            gpu=gpu,
+            trace=TRACE.head(20),
+            prefill_instances=1,
+            decode_instances=1,
+        )
+        for gpu in (GPU, late)
+    )
+    assert len(later.ttft_s) == len(early.ttft_s) == 20
+    step_s = GPU.run(Load(batch=1, kv_tokens=100), 1980).time_s
+    assert later.ttft_s.mean() > early.ttft_s.mean() + 2 * step_s
