@@ -98,7 +98,7 @@ def serving_weights(
         parameters: "blocks" may be a function that gives the layer of a number.
         placement: one device's sharding, or a `NamedSharding` whose mesh has the axis `TENSOR`;
             where they lie if None.
-        how: quantised matrices multiply; what suits the device if None.
+        how: matrices lie and multiply; what suits the form and the device if None.
 
     Raises:
         UsageError: if the mesh cannot divide the heads or the feed-forward evenly.
