@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jaxsys.context.split import ContextSplit
 from jaxsys.errors import UsageError
 
 PyTree = Any
@@ -81,6 +82,15 @@ class LayeredModel:
     draws: str | None = None
     """The leaf of a microbatch from whose key the model draws random numbers, None if it draws
     none. A trainer puts keys there if the batch has none."""
+
+    sequences: Mapping[str, int] | None = None
+    """Leaves of a microbatch that have a sequence -> the axis it lies along; of [B, T, ...] 1."""
+
+    across: "Callable[[ContextSplit], LayeredModel] | None" = None
+    """How sequences lie over devices -> this model as one of these devices runs it: its functions
+    see its pieces of each sequence, attend over all of it, and return its part of the loss; what it
+    draws for whole sequences it takes its pieces of (`ContextSplit.pieces`). Raises UsageError
+    where it cannot be cut so. None: sequences are whole."""
 
     evaluation: "LayeredModel | None" = None
     """The model as it is evaluated (without dropout), on the same parameters; None: as it is."""
@@ -150,6 +160,21 @@ class LayeredModel:
         kind, row = self.places[index]
         own = jax.tree.map(lambda p: p[row], self.stacks(blocks)[kind])
         return self.kinds[kind](own, x, microbatch, Layer(index=jnp.int32(index)))
+
+    def over(self, split: ContextSplit | None) -> "LayeredModel":
+        """The model as one of the devices runs it that share each sequence; itself if none do.
+
+        Raises:
+            UsageError: if its sequences cannot be cut, or not so.
+        """
+        if split is None:
+            return self
+        if self.across is None or not self.sequences:
+            raise UsageError(
+                f"context={split.parts} cuts sequences, and this model does not say how it runs on "
+                "a part of one; give LayeredModel sequences= and across=, or use context=1"
+            )
+        return self.across(split)
 
     in_parts: "Callable[[Mapping[str, int]], Parts] | None" = None
     """(mesh axis -> devices) -> the model as one of so many devices along each axis of

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from jaxsys.errors import UsageError
 
@@ -23,6 +23,8 @@ RING = "ring"
 DATA = "data"
 TENSOR = "tensor"
 EXPERT = "expert"
+CONTEXT = "context"
+"""Devices that share every sequence in each place of a ring."""
 
 INNER = (TENSOR, EXPERT)
 """Axes along which a block itself is split, and whose devices run one schedule's tasks together."""
@@ -146,14 +148,18 @@ def make_mesh(
     *,
     tensor: int = 1,
     expert: int = 1,
+    context: int = 1,
     devices: list[Device] | None = None,
 ) -> Mesh:
-    """A mesh of axes (DATA, EXPERT, RING, TENSOR), the last one's neighbours adjacent.
+    """A mesh of axes (DATA, EXPERT, RING, CONTEXT, TENSOR), the last one's neighbours adjacent.
 
-    Of EXPERT and TENSOR those alone that have more than one device.
+    Of EXPERT, CONTEXT and TENSOR those alone that have more than one device.
     """
-    sizes = {DATA: data, EXPERT: expert, RING: ring, TENSOR: tensor}
-    sizes = {name: n for name, n in sizes.items() if n > 1 or name not in INNER}
+    sizes = {DATA: data, EXPERT: expert, RING: ring, CONTEXT: context, TENSOR: tensor}
+    if min(sizes.values()) < 1:
+        name, size = min(sizes.items(), key=lambda item: item[1])
+        raise UsageError(f"{name}={size} must be at least 1")
+    sizes = {name: n for name, n in sizes.items() if n > 1 or name in (DATA, RING)}
     count = math.prod(sizes.values())
     chosen = request_devices(count) if devices is None else devices
     if len(chosen) != count:
@@ -166,6 +172,38 @@ def make_mesh(
 def inner_sizes(mesh: Mesh) -> dict[str, int]:
     """Axis of `INNER` -> devices, of those that the mesh has."""
     return {name: mesh.shape[name] for name in INNER if mesh.shape.get(name, 1) > 1}
+
+
+def context_of(mesh: Mesh) -> int:
+    """How many devices share each sequence."""
+    return mesh.shape.get(CONTEXT, 1)
+
+
+def shard_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The axes over which what rests in shards is cut: RING, and CONTEXT, whose devices compute
+    with the same weights."""
+    return (RING, CONTEXT) if context_of(mesh) > 1 else (RING,)
+
+
+def over(axes: tuple[str, ...]) -> Any:
+    """Axes as a PartitionSpec and collectives name them: a single one by its name."""
+    return axes[0] if len(axes) == 1 else axes
+
+
+def axes_of(spec: PartitionSpec) -> set[str]:
+    """The mesh axes that a spec cuts over."""
+    names: set[str] = set()
+    for entry in spec:
+        names |= set(entry if isinstance(entry, tuple) else () if entry is None else (entry,))
+    return names
+
+
+def ring_axis(spec: PartitionSpec) -> int | None:
+    """Along which axis of an array a spec cuts it over RING, alone or with others."""
+    for axis, entry in enumerate(spec):
+        if RING in (entry if isinstance(entry, tuple) else (entry,)):
+            return axis
+    return None
 
 
 def batch_axes(mesh: Mesh) -> tuple[str, ...]:

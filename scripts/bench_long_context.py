@@ -7,15 +7,22 @@ the gap is halved --refine times. Figures of all tries go to results/long_contex
 --compile-only nothing runs: what fits is read off the compiled program, also for more GPUs than are
 here, and the file is named ..._compiled.json.
 
+With --context sequences are shared by that many GPUs: rows of `CONTEXT_ROWS`, each a process of
+scripts/context_row.py with a timeout, compile beside each other and run one after another; the file
+long_context_SHAPE_context_N.json is written after each. `million` and `longest` are run if named.
+
 scripts/bench_long_context.py --devices 1 --schedules dp gspmd-fsdp
 scripts/bench_long_context.py --devices 2 --schedules weipipe-interleave gspmd-fsdp
+scripts/bench_long_context.py --context 2
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from jaxsys.results import table, write_result
@@ -97,6 +104,196 @@ def longest(options: argparse.Namespace, schedule: str, recompute: str) -> list[
     return tries
 
 
+CONTEXT_ROW = Path(__file__).with_name("context_row.py")
+CONTEXT_COLUMNS = {
+    "row": "",
+    "recompute": "",
+    "length": ",",
+    "step_s": ".2f",
+    "tokens_per_s": ",.0f",
+    "model_tflops_per_gpu": ".0f",
+    "compiled_gib": ".1f",
+    "predicted_gib": ".1f",
+    "peak_gib": ".1f",
+    "attention": "",
+    "failed": "",
+}
+SAVED = "around-attention"
+CONTEXT_ROWS: dict[str, list[dict]] = {
+    "check": [{"check": True, "length": 4096, "layers": 2}],
+    "one block": [{"devices": 1, "recompute": "block"}],
+    "one kept": [{"devices": 1, "recompute": SAVED}],
+    "ring block": [{"by": "ring", "recompute": "block"}],
+    "ring kept": [{"by": "ring", "recompute": SAVED}],
+    "ulysses kept": [{"by": "ulysses", "recompute": SAVED}],
+    "gather kept": [{"by": "gather", "recompute": SAVED}],
+    # Attention's output of as many layers is kept as memory has room for.
+    "8b": [
+        {"shape": "8b", "by": "ring", "recompute": f"{SAVED}*{count},block"} for count in (10, 5)
+    ]
+    + [{"shape": "8b", "by": "ring", "recompute": "block"}],
+    "million": [
+        {"by": "ring", "recompute": recompute, "length": 1_003_520}
+        for recompute in (SAVED, "block")
+    ],
+}
+"""A row -> the ways to run it, of which the first counts whose program fits the memory."""
+LONGEST = {1: (802_816, 851_968), 2: (1_605_632, 1_703_936)}
+"""GPUs -> lengths whose programs are compiled to see whether they fit."""
+
+
+def context_command(options: argparse.Namespace, asked: dict, result: Path, *more: str) -> list:
+    """The command line of one row."""
+    named = {"shape": options.shape, "devices": options.context, **asked}
+    flags = [
+        text
+        for name, value in named.items()
+        for text in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
+    ]
+    if options.length is not None and "length" not in asked:
+        flags += ["--length", str(options.length)]
+    return [sys.executable, str(CONTEXT_ROW), *flags, "--result", str(result), *more]
+
+
+class ContextRow:
+    """Processes of one row: all its ways compile, one runs."""
+
+    def __init__(self, options: argparse.Namespace, name: str, asked: list[dict]) -> None:
+        self.options, self.name, self.asked = options, name, asked
+        self.folder = Path(tempfile.mkdtemp(prefix="context-row-"))
+        environment = os.environ | {
+            # Rows wait beside each other with what they compiled, and one has the memory.
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+            "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
+        }
+        self.processes = []
+        for number, one in enumerate(asked):
+            more = () if one.get("check") else ("--turn", str(self.folder / f"turn-{number}"))
+            log = (self.folder / f"log-{number}").open("w")
+            self.processes.append(
+                subprocess.Popen(
+                    context_command(options, one, self.folder / f"{number}.json", *more),
+                    stdout=log,
+                    stderr=log,
+                    env=environment,
+                )
+            )
+
+    def compiled(self, number: int) -> dict | None:
+        """What a way says once it is compiled, or has failed; None before."""
+        ready, result = (self.folder / f"{number}.{ending}" for ending in ("ready", "json"))
+        for path in (result, ready):
+            if path.is_file():
+                try:
+                    return json.loads(path.read_text())
+                except json.JSONDecodeError:  # being written
+                    return None
+        if self.processes[number].poll() is not None:
+            said = (self.folder / f"log-{number}").read_text().strip().splitlines()
+            return {"failed": (said or ["ended without a word"])[-1][:200]}
+        return None
+
+    def is_compiled(self) -> bool:
+        """Whether all its ways are."""
+        return all(self.compiled(number) is not None for number in range(len(self.asked)))
+
+    def run(self, timeout_s: float) -> dict:
+        """Lets the first way run that fits, and says what it measured."""
+        chosen, found = None, {"failed": "not compiled in time"}
+        for number in range(len(self.asked)):
+            said = self.compiled(number)
+            if said is None:
+                continue
+            found = said
+            if said.get("compiled_gib", 0.0) > self.options.memory_gib:
+                found = said | {"failed": "more than the memory"}
+            if "failed" not in found:
+                chosen = number
+                break
+        if chosen is not None and not self.asked[chosen].get("check"):
+            self.end(but=chosen)
+            (self.folder / f"turn-{chosen}").touch()
+            try:
+                self.processes[chosen].wait(timeout_s)
+                found = self.compiled(chosen) or found
+            except subprocess.TimeoutExpired:
+                found |= {"failed": f"no result within {timeout_s:.0f} s"}
+        asked = self.asked[chosen or 0]
+        length = self.options.length or 262144
+        self.end()
+        return {"row": self.name, "length": length, "recompute": "", **asked, **found}
+
+    def end(self, but: int | None = None) -> None:
+        """Ends what still runs."""
+        for number, process in enumerate(self.processes):
+            if number != but and process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+def bench_context(options: argparse.Namespace) -> int:
+    """The rows asked for, one after another, once all are compiled."""
+    rows: list[dict] = []
+
+    def show(row: dict) -> None:
+        rows.append(row)
+        print(table([row], CONTEXT_COLUMNS), flush=True)
+        write_result(
+            options.out / f"long_context_{options.shape}_context_{options.context}.json",
+            benchmark="long_context",
+            kind="measured",
+            config={k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
+            rows=rows,
+        )
+
+    named = [name for name in options.rows if name != "longest"]
+    waiting = [ContextRow(options, name, CONTEXT_ROWS[name]) for name in named]
+    try:
+        deadline = time.monotonic() + options.compile_s
+        while time.monotonic() < deadline and not all(row.is_compiled() for row in waiting):
+            time.sleep(0.1)
+        for row in waiting:
+            found = row.run(options.timeout_s)
+            show(found)
+            not_fused = str(found.get("attention", "")).startswith("blocks")
+            if row.name == "check" and (("failed" in found) or (not_fused and not options.anyway)):
+                print("the check did not pass, or cuDNN is not used: nothing is timed (--anyway)")
+                return 1
+    finally:
+        for row in waiting:
+            row.end()
+    if "longest" in options.rows:
+        compile_longest(options, show)
+    speeds = {row["row"]: row["tokens_per_s"] for row in rows if "tokens_per_s" in row}
+    for one in ("one block", "one kept"):
+        for name, speed in speeds.items():
+            if one in speeds and not name.startswith("one") and name not in ("8b", "million"):
+                print(f"{name}: {speed / speeds[one]:.2f} times the tokens/s of {one}")
+    return 0
+
+
+def compile_longest(options: argparse.Namespace, show) -> None:
+    """What programs of long sequences take, compiled beside each other."""
+    running = []
+    for devices, lengths in LONGEST.items():
+        for length in lengths:
+            result = Path(tempfile.mkdtemp(prefix="context-row-")) / "row.json"
+            asked = {"devices": devices, "length": options.length or length, "recompute": "block"}
+            command = context_command(options, asked, result, "--compile-only")
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+            running.append((asked, result, process))
+    for asked, result, process in running:
+        try:
+            process.wait(options.compile_s)
+            found = json.loads(result.read_text())
+        except (subprocess.TimeoutExpired, OSError) as error:
+            process.kill()
+            found = {"failed": str(error)[:120]}
+        if found.get("compiled_gib", 0.0) > options.memory_gib:
+            found["failed"] = "more than the memory"
+        show({"row": f"longest of {asked['devices']}", **asked, **found})
+
+
 def main() -> int:
     """Runs the search and prints the longest context of each configuration."""
     parser = argparse.ArgumentParser(prog="scripts/bench_long_context.py", description=__doc__)
@@ -115,7 +312,17 @@ def main() -> int:
         "--memory-gib", type=float, default=73.0, help="of a GPU, for --compile-only (default 73)"
     )
     parser.add_argument("--out", type=Path, default=Path("results"))
+    parser.add_argument("--context", type=int, help="GPUs that share a sequence: other rows")
+    usual = [name for name in CONTEXT_ROWS if name != "million"]
+    parser.add_argument(
+        "--rows", nargs="+", choices=[*CONTEXT_ROWS, "longest"], default=usual, help="of --context"
+    )
+    parser.add_argument("--length", type=int, help="of --context: tokens (default 262,144)")
+    parser.add_argument("--compile-s", type=float, default=200.0, help="of --context: for all rows")
+    parser.add_argument("--anyway", action="store_true", help="time rows though cuDNN is not used")
     options = parser.parse_args()
+    if options.context is not None:
+        return bench_context(options)
     options.microbatches = options.microbatches or options.devices
     rows = [
         row

@@ -240,6 +240,7 @@ def predicted_bytes(lowered, shapes, state, batch) -> float:
             gradient_dtype=lowered.gradient_dtype,
             recompute=lowered.recompute,
             unroll=getattr(lowered, "unroll", False),  # sharded steps always are
+            context=lowered.context,
             inner=inner_sizes(lowered.mesh),
         )
     )

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsys import float8 as eight_bits
+from jaxsys.context import WAYS, ContextSplit
 from jaxsys.errors import RunError, UsageError
 from jaxsys.files import check_writable
 from jaxsys.lowering import RECOMPUTE_POLICIES, lacks
@@ -53,7 +54,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     how.add_argument(
         "--schedule",
         help=f"{', '.join(STRATEGIES)}, a plan's or schedule's .json, or auto: ask the planner "
-        "(default weipipe-interleave; dp on one device)",
+        "(default weipipe-interleave; dp on one device; zero-3 with --context)",
     )
     how.add_argument(
         "--devices",
@@ -73,6 +74,23 @@ def parser(prog: str) -> argparse.ArgumentParser:
         type=whole(),
         help="devices that share every block's experts, each beside its own microbatches "
         "(default 1)",
+    )
+    how.add_argument(
+        "--context",
+        type=whole(),
+        help="devices that share every sequence in each place of a ring (default 1)",
+    )
+    how.add_argument(
+        "--context-by",
+        choices=WAYS,
+        help="what travels between them: keys and values round a ring or to all at once, heads for "
+        "sequence, or heads among neighbours in a ring of such groups (default ring)",
+    )
+    how.add_argument(
+        "--context-exchange",
+        type=whole(),
+        metavar="U",
+        help="neighbours that exchange heads, with --context-by mixed",
     )
     how.add_argument(
         "--microbatches",
@@ -187,7 +205,10 @@ def main(argv: list[str], prog: str) -> int:
     if arguments.devices is None and arguments.schedule is not None:
         arguments.devices = plan_file.devices_of(
             arguments.schedule,
-            around=(arguments.replicas or 1) * (arguments.tensor or 1) * (arguments.expert or 1),
+            around=math.prod(
+                getattr(arguments, name) or 1
+                for name in ("replicas", "tensor", "expert", "context")
+            ),
         )
     join(hosts, devices=arguments.devices)
     watched = contextlib.nullcontext()
@@ -258,6 +279,7 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
         gradient_dtype=arguments.gradient_dtype,
         tensor=arguments.tensor,
         expert=arguments.expert,
+        context=_context(arguments),
     )
     recipe = Recipe(
         model=arguments.model,
@@ -288,6 +310,7 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
         recipe.optimizer(),
         schedule=layout.schedule,
         mesh=layout.mesh,
+        context=layout.context,
         compute_dtype=recipe.compute_dtype,
         gradient_dtype=layout.gradient_dtype,
         recompute=layout.recompute,
@@ -357,6 +380,18 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
                 ) from None
         say(f"exported to {arguments.export}; try: jaxsys serve --model {arguments.export}")
     return report
+
+
+def _context(arguments: argparse.Namespace) -> ContextSplit | None:
+    parts, by, exchange = arguments.context, arguments.context_by, arguments.context_exchange
+    if parts is None:
+        if by is not None or exchange is not None:
+            raise UsageError(
+                "--context-by and --context-exchange say what travels between the devices that "
+                "share a sequence; say how many with --context"
+            )
+        return None
+    return ContextSplit(parts=parts, by=by or "ring", exchange=exchange)
 
 
 def _read(path: str | None, tokenizer: ByteTokenizer) -> corpus.Corpus:

@@ -14,15 +14,23 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxsys.context import ContextSplit
 from jaxsys.layered import LayeredModel, Parameters, PyTree
 from jaxsys.lowering.flat import Leaves, flat_model
+from jaxsys.lowering.sequences import Sequences
+from jaxsys.mesh import CONTEXT, context_of
 
 Sums = tuple[jax.Array, jax.Array]
 """(summed loss, weight)."""
 
 
 def make_loss(
-    model: LayeredModel, mesh: Mesh, shardings: Parameters, *, compute_dtype: Any
+    model: LayeredModel,
+    mesh: Mesh,
+    shardings: Parameters,
+    *,
+    compute_dtype: Any,
+    context: ContextSplit | None = None,
 ) -> Callable[[Parameters, PyTree], Sums]:
     """A jitted (parameters in layer order, batch [R, B, ...]) -> (summed loss, weight).
 
@@ -31,9 +39,14 @@ def make_loss(
         mesh: of `jaxsys.mesh.make_mesh`.
         shardings: where the parameters lie.
         compute_dtype: of weights in use and activations.
+        context: how sequences lie over the mesh's CONTEXT axis, where it has one.
     """
+    sequences = Sequences(model=model, split=context)
+    model = model.over(context)
     specs = jax.tree.map(lambda sharding: sharding.spec, shardings)
-    devices, names = mesh.size, mesh.axis_names
+    names = mesh.axis_names
+    rows_over = tuple(name for name in names if name != CONTEXT)  # whose rows are not the same
+    devices = mesh.size // context_of(mesh)
 
     def gather(leaf: jax.Array, spec: PartitionSpec, lead: int) -> jax.Array:
         leaf = leaf.astype(compute_dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
@@ -43,6 +56,7 @@ def make_loss(
         return leaf
 
     def local(parameters: Parameters, batch: PyTree, counted: jax.Array) -> Sums:
+        batch = sequences.own(batch)
         edge = jax.tree.map(lambda p, s: gather(p, s, 0), parameters["edge"], specs["edge"])
         one = jax.tree.map(lambda b: jax.ShapeDtypeStruct(b.shape[1:], b.dtype), batch)
         flat = flat_model(model, edge, one)
@@ -77,17 +91,9 @@ def make_loss(
         sums, _ = lax.scan(row, (jnp.float32(0), jnp.float32(0)), (batch, counted))
         return lax.psum(sums, names)
 
-    rows_over_all = PartitionSpec(names)
-    whole = jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(specs, rows_over_all, rows_over_all),
-        out_specs=(PartitionSpec(), PartitionSpec()),
-        check_vma=False,
-    )
-
     @jax.jit
     def loss(parameters: Parameters, batch: PyTree) -> Sums:
+        sequences.check(batch)
         rows = jax.tree.leaves(batch)[0].shape[0]
         spare = -rows % devices
         counted = jnp.arange(rows + spare) < rows
@@ -96,6 +102,13 @@ def make_loss(
                 jnp.concatenate([leaf, jnp.repeat(leaf[:1], spare, axis=0)]) if spare else leaf
             ),
             batch,
+        )
+        whole = jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(specs, sequences.specs(padded, rows_over), PartitionSpec(rows_over)),
+            out_specs=(PartitionSpec(), PartitionSpec()),
+            check_vma=False,
         )
         return whole(parameters, padded, counted)
 

@@ -7,9 +7,10 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxsys.context import ContextSplit
 from jaxsys.errors import UsageError
 from jaxsys.lowering import Recompute
-from jaxsys.mesh import EXPERT, TENSOR, make_mesh
+from jaxsys.mesh import CONTEXT, EXPERT, TENSOR, make_mesh
 from jaxsys.model import DecoderConfig
 from jaxsys.planner.workload import decoder_workload
 from jaxsys.schedule import Schedule
@@ -40,6 +41,8 @@ class Layout:
     """In which gradients are summed and sent."""
     rows: int
     """Microbatches of a step, over all replicas."""
+    context: ContextSplit | None
+    """How each sequence lies over devices; None: it is whole on one."""
     reason: str | None
     """What the planner chose and why, or how the run differs from its plan, where it does."""
 
@@ -59,6 +62,7 @@ def lay_out(
     gradient_dtype: str | None = None,
     tensor: int | None = None,
     expert: int | None = None,
+    context: ContextSplit | None = None,
 ) -> Layout:
     """Fills in what was not asked for; a plan file's own sizes win over defaults, never over asks.
 
@@ -76,6 +80,7 @@ def lay_out(
         gradient_dtype: in which gradients are summed and sent; likewise.
         tensor: devices that share every block's features.
         expert: rings that share every block's experts.
+        context: how each sequence lies over devices.
 
     Raises:
         UsageError: if the devices, the batch and the schedule do not fit together.
@@ -121,17 +126,24 @@ def lay_out(
         )
     if replicas < 1 or len(devices) % replicas:
         raise UsageError(f"replicas={replicas} does not divide devices={len(devices)}")
-    sizes = {TENSOR: 1 if tensor is None else tensor, EXPERT: 1 if expert is None else expert}
+    sizes = {
+        TENSOR: 1 if tensor is None else tensor,
+        EXPERT: 1 if expert is None else expert,
+        CONTEXT: 1 if context is None else context.parts,
+    }
+    if context is not None:
+        context.check_length(length)
     around = replicas * math.prod(sizes.values())
     if len(devices) % around:
         more = " x ".join(f"{name}={n}" for name, n in sizes.items() if n > 1)
         raise UsageError(f"replicas={replicas} x {more} does not divide devices={len(devices)}")
     ring = len(devices) // around
-    chosen: str | Schedule = schedule or ("weipipe-interleave" if ring > 1 else "dp")
+    usual = "zero-3" if context is not None else "weipipe-interleave" if ring > 1 else "dp"
+    chosen: str | Schedule = schedule or usual
     if chosen == "auto" and around > replicas:
         raise UsageError(
             "schedule 'auto' chooses for devices that each compute whole blocks; name a schedule "
-            "beside tensor and expert, or have `jaxsys plan --plan FILE` split features"
+            "beside tensor, expert and context, or have `jaxsys plan --plan FILE` split features"
         )
     if chosen == "auto":
         workload = decoder_workload(
@@ -157,7 +169,14 @@ def lay_out(
         chosen, devices=ring, layers=config.num_layers, microbatches=microbatches
     )
     return Layout(
-        mesh=make_mesh(ring, replicas, tensor=sizes[TENSOR], expert=sizes[EXPERT], devices=devices),
+        mesh=make_mesh(
+            ring,
+            replicas,
+            tensor=sizes[TENSOR],
+            expert=sizes[EXPERT],
+            context=sizes[CONTEXT],
+            devices=devices,
+        ),
         schedule=resolved,
         recompute=recompute or "block",
         microbatch_size=size,
@@ -166,4 +185,5 @@ def lay_out(
         gradient_dtype=gradient_dtype,
         rows=replicas * sizes[EXPERT] * resolved.microbatches,
         reason=reason,
+        context=context,
     )

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsys.context import ContextSplit
 from jaxsys.errors import UsageError
 from jaxsys.hardware import free_host_bytes, gib
 from jaxsys.layered import (
@@ -36,6 +37,7 @@ from jaxsys.lowering.memory import (
     tabled_bytes,
     tree_bytes,
 )
+from jaxsys.lowering.sequences import Sequences
 from jaxsys.lowering.tables import buffers_of
 from jaxsys.planner.costs import cut, full_chunks
 from jaxsys.schedule import Block, Costs, Data, Placement, Schedule, TaskKind, alive_bytes, check
@@ -61,6 +63,13 @@ class StepShape:
     """A chunk's layers are written out."""
     inner: Mapping[str, int] = field(default_factory=dict)
     """Axis of `jaxsys.mesh.INNER` -> devices that compute a block together."""
+    context: ContextSplit | None = None
+    """How each sequence lies over devices."""
+
+    @property
+    def sharers(self) -> int:
+        """Devices that share each sequence, and what of the state rests in shards."""
+        return 1 if self.context is None else self.context.parts
 
     @property
     def policies(self) -> tuple[Recompute, ...]:
@@ -72,6 +81,11 @@ class StepShape:
 
 def step_bytes(step: StepShape) -> float:
     """The most that any device is predicted to hold."""
+    split, inner = step.context, dict(step.inner)
+    if split is not None:
+        part = Sequences(model=step.model, split=split).part(step.microbatch)
+        step = replace(step, model=step.model.over(split), microbatch=part)
+        inner[split.axis] = split.parts
     parts = parts_of(step.model, step.inner)
     if parts is not None:
         mine = part_shapes(step.parameters, parts, step.inner)
@@ -82,7 +96,7 @@ def step_bytes(step: StepShape) -> float:
             parameters=mine,
             state_bytes=step.state_bytes * share,
         )
-    return inside_parts(step.inner, lambda: _step_bytes(step))
+    return inside_parts(inner, lambda: _step_bytes(step))
 
 
 def _step_bytes(step: StepShape) -> float:
@@ -156,7 +170,7 @@ def _step_bytes(step: StepShape) -> float:
         )
         rest *= 1 + padded / tree_bytes((edge, blocks))
     around = Around(
-        rest=rest if schedule.placement is Placement.REPLICATED else rest / schedule.devices,
+        rest=rest / state_share(schedule, step.sharers),
         edge=tree_bytes(edge),
         edge_sums=tree_bytes(floats(edge), step.gradient_dtype),
         block=max(each.work for each in found.values()) + again,
@@ -165,13 +179,21 @@ def _step_bytes(step: StepShape) -> float:
     live = check(schedule)
     if sharded:
         alive = max(alive_bytes(schedule, costs, live))
-        return sharded_static_bytes(schedule, costs, around) + alive
+        group = schedule.devices * step.sharers
+        return sharded_static_bytes(schedule, costs, around, group=group) + alive
     size = {
         data: max(costs.block_bytes(Block(data=data, chunk=c)) for c in range(schedule.chunks))
         for data in Data
     }
     buffers = buffers_of(schedule, live)
     return float(tabled_bytes(schedule, buffers, size, around, unroll=step.unroll))
+
+
+def state_share(schedule: Schedule, sharers: int = 1) -> int:
+    """Over how many devices a schedule's state rests in parts; `sharers` stand for one of its."""
+    if schedule.placement is Placement.REPLICATED:
+        return 1
+    return schedule.devices * (sharers if schedule.placement is Placement.SHARDED else 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,9 +223,14 @@ def limit_of(device: Any) -> Limit:
     return Limit(bytes=math.inf if free is None else free / devices, shared_by=devices)
 
 
-def check_state_fits(schedule: Schedule, state_bytes: float, limit: Limit) -> None:
-    """Raises UsageError if masters and optimizer state do not fit as the schedule rests them."""
-    split = 1 if schedule.placement is Placement.REPLICATED else schedule.devices
+def check_state_fits(
+    schedule: Schedule, state_bytes: float, limit: Limit, *, sharers: int = 1
+) -> None:
+    """Raises UsageError if masters and optimizer state do not fit as the schedule rests them.
+
+    `sharers` devices stand for one of the schedule's.
+    """
+    split = state_share(schedule, sharers)
     if state_bytes / split > limit.bytes:
         raise UsageError(
             f"parameters and optimizer state of {schedule.name} take "

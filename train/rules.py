@@ -6,6 +6,7 @@ stacked with the other layers' and lies where that leaf lies; what follows nothi
 everywhere.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsys.layered import Parameters, PyTree
-from jaxsys.mesh import RING
+from jaxsys.mesh import RING, over, ring_axis, shard_axes
 from jaxsys.train.alike import traced
 from jaxsys.train.refusals import asking, check_same
 from jaxsys.train.rolled import Rolled
@@ -93,7 +94,6 @@ class Rule:
             at: where the parameters lie.
         """
         shapes, places = by_name(parameters), by_name(at)
-        ring = mesh.shape[RING]
 
         def place(key: Names, leaf: Any) -> NamedSharding:
             follows = self.stacked.get(key) or self._edge_of(key)
@@ -106,9 +106,12 @@ class Rule:
                 return NamedSharding(mesh, PartitionSpec(RING))
             # Rows, columns or sums of a parameter: along an axis of their own, if one divides.
             free = range(int(rows), leaf.ndim)
-            axes = [a for a in free if leaf.shape[a] and leaf.shape[a] % ring == 0]
-            over_ring = any(RING == over or RING in (over or ()) for over in spec)
-            cut = [None] * axes[0] + [RING] if axes and over_ring else []
+            along = ring_axis(spec)
+            whole = () if along is None else spec[along] if isinstance(spec[along], tuple) else ()
+            names = tuple(name for name in shard_axes(mesh) if name in (RING, *whole))
+            parts = math.prod(mesh.shape[name] for name in names)
+            axes = [a for a in free if leaf.shape[a] and leaf.shape[a] % parts == 0]
+            cut = [None] * axes[0] + [over(names)] if axes and along is not None else []
             return NamedSharding(mesh, PartitionSpec(*cut))
 
         return self.kept({key: place(key, leaf) for key, leaf in self.apart(state).items()})

@@ -14,10 +14,21 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxsys.context import ContextSplit
 from jaxsys.errors import UsageError, did_you_mean
 from jaxsys.files import MIB, read_text
 from jaxsys.lowering.refusal import why_not_lowered
-from jaxsys.mesh import DATA, EXPERT, RING, TENSOR, inner_sizes, make_mesh, request_devices
+from jaxsys.mesh import (
+    CONTEXT,
+    DATA,
+    EXPERT,
+    RING,
+    TENSOR,
+    context_of,
+    inner_sizes,
+    make_mesh,
+    request_devices,
+)
 from jaxsys.schedule import Schedule
 from jaxsys.strategies import STRATEGIES, for_layers
 from jaxsys.train.options import Compute
@@ -40,6 +51,7 @@ class Asked:
     replicas: int | None
     tensor: int | None
     expert: int | None
+    context: ContextSplit | None
     microbatches: int | None
     """Of one ring and step."""
     compute: Compute
@@ -54,6 +66,19 @@ class Chosen:
     schedule: Schedule
     mesh: Mesh
     compute: Compute
+    context: ContextSplit | None = None
+    """How each sequence lies over devices, where it is said."""
+
+
+def split_of(context: int | ContextSplit | None) -> ContextSplit | None:
+    """What is asked of a context, whole: a number is of devices round which keys and values go."""
+    if context is None or isinstance(context, ContextSplit):
+        return context
+    if not isinstance(context, int) or isinstance(context, bool):
+        raise UsageError(
+            f"context={context!r} must be a number of devices, or a jaxsys.context.ContextSplit"
+        )
+    return ContextSplit(parts=context)
 
 
 def choose(asked: Asked, *, layers: int) -> Chosen:
@@ -78,12 +103,17 @@ def choose(asked: Asked, *, layers: int) -> Chosen:
     resolved = resolve(
         schedule, devices=mesh.shape[RING], layers=layers, microbatches=asked.microbatches
     )
-    return Chosen(schedule=resolved, mesh=mesh, compute=compute)
+    return Chosen(schedule=resolved, mesh=mesh, compute=compute, context=asked.context)
 
 
 def mesh_of(asked: Asked) -> Mesh:
     """The mesh where a schedule is still to be chosen: as given, or one ring."""
     mesh = _mesh(asked, None)
+    if context_of(mesh) > 1:
+        raise UsageError(
+            f"schedule 'auto' chooses for whole sequences, not for context={context_of(mesh)}; "
+            "name a schedule such as zero-3"
+        )
     if inner := inner_sizes(mesh):
         said = ", ".join(f"{name}={count}" for name, count in inner.items())
         raise UsageError(
@@ -153,6 +183,7 @@ def _mesh(asked: Asked, schedule: Schedule | None) -> Mesh:
         DATA: _agreed(asked, "replicas", schedule, 1 if schedule is None else schedule.replicas),
         EXPERT: _agreed(asked, "expert", schedule, 1 if schedule is None else schedule.experts),
         TENSOR: _agreed(asked, "tensor", schedule, 1 if schedule is None else schedule.features),
+        CONTEXT: 1 if asked.context is None else asked.context.parts,
     }
     around = math.prod(wanted.values())
     if mesh is None:
@@ -171,6 +202,7 @@ def _mesh(asked: Asked, schedule: Schedule | None) -> Mesh:
             wanted[DATA],
             tensor=wanted[TENSOR],
             expert=wanted[EXPERT],
+            context=wanted[CONTEXT],
             devices=request_devices(ring * around),
         )
     if devices is not None and devices not in (mesh.shape[RING], mesh.size):

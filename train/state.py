@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsys.layered import Parameters, PyTree
 from jaxsys.lowering import Outcome
-from jaxsys.mesh import RING, inner_sizes
+from jaxsys.mesh import inner_sizes, over, shard_axes
 
 Names = tuple[str, ...]
 """A leaf's path as plain names."""
@@ -71,15 +71,15 @@ def layer_shardings(mesh: Mesh) -> Callable[[Parameters], Parameters]:
     number of layers will do. The devices of `jaxsys.mesh.INNER` take their part too, where an axis
     divides by all of them. A leaf without an axis that divides is whole everywhere.
     """
-    inner = inner_sizes(mesh)
-    every = (RING, *inner), mesh.shape[RING] * math.prod(inner.values())
+    shards = shard_axes(mesh)
+    groups = dict.fromkeys(((*shards, *inner_sizes(mesh)), shards, shards[:1]))
 
     def spec(leaf: Any, first: int) -> NamedSharding:
-        for names, parts in (every, ((RING,), mesh.shape[RING])):
+        for names in groups:
+            parts = math.prod(mesh.shape[name] for name in names)
             for axis in range(first, leaf.ndim) if parts > 1 else ():
                 if leaf.shape[axis] and leaf.shape[axis] % parts == 0:
-                    over = names if len(names) > 1 else names[0]
-                    return NamedSharding(mesh, PartitionSpec(*[None] * axis, over))
+                    return NamedSharding(mesh, PartitionSpec(*[None] * axis, over(names)))
         return NamedSharding(mesh, PartitionSpec())
 
     def shardings(shapes: Parameters) -> Parameters:

@@ -25,7 +25,7 @@ from jaxsys.hardware import GIB
 from jaxsys.layered import LayeredModel, Parameters, PyTree, part_shapes, parts_of
 from jaxsys.lowering import RECOMPUTE_POLICIES, Recompute, lower
 from jaxsys.lowering.memory import tree_bytes
-from jaxsys.mesh import DATA, RING, batch_parts, inner_sizes
+from jaxsys.mesh import DATA, RING, batch_axes, batch_parts, context_of, inner_sizes
 from jaxsys.schedule import Schedule
 from jaxsys.train import auto, checkpoint, schedules
 from jaxsys.train.at_rest import StateAtRest, masters
@@ -41,6 +41,7 @@ from jaxsys.train.state import AveragedState
 from jaxsys.train.step import NonFinite, StepResult, Updates, make_step
 
 if TYPE_CHECKING:
+    from jaxsys.context import ContextSplit
     from jaxsys.planner import Planned
     from jaxsys.train.loop import Report
 
@@ -71,6 +72,7 @@ class Trainer:
         replicas: int | None = None,
         tensor: int | None = None,
         expert: int | None = None,
+        context: "int | ContextSplit | None" = None,
         microbatches: int | None = None,
         compute: Compute | None = None,
         updates: Updates | None = None,
@@ -96,6 +98,9 @@ class Trainer:
             replicas: rings side by side, each on its part of the batch; 1 if not given.
             tensor: devices that share every block's features in each place of a ring; likewise.
             expert: rings that share every block's experts, each on its part of the batch; likewise.
+            context: devices that share every sequence in each place of a ring, keys and values
+                going round them, or a `jaxsys.context.ContextSplit` that says what travels;
+                likewise.
             microbatches: of one ring and step; twice the ring's devices if not given.
             compute: dtypes and recompute; of a plan, if not given.
             updates: clipping, what is not finite, averages, a step of one's own.
@@ -125,6 +130,7 @@ class Trainer:
             replicas=replicas,
             tensor=tensor,
             expert=expert,
+            context=schedules.split_of(context),
             microbatches=microbatches,
             compute=chosen_compute,
             named=frozenset(named),
@@ -192,6 +198,7 @@ class Trainer:
             "gradient_dtype": compute.gradient_dtype,
             "recompute": compute.recompute,
             "unroll": compute.unroll,
+            "context": chosen.context,
         }
         self._lowered = lower(self.schedule, self.model, self.mesh, **options)
         self._rest = StateAtRest(
@@ -203,7 +210,8 @@ class Trainer:
             averaged=self._updates.average_decay is not None,
         )
         if self._memory.microbatch is None:
-            check_state_fits(self.schedule, self._state_bytes * self._share, self._limit)
+            needed, sharers = self._state_bytes * self._share, context_of(self.mesh)
+            check_state_fits(self.schedule, needed, self._limit, sharers=sharers)
         else:
             self._check_memory(self._memory.microbatch)
         self.state = self._rest.initial(self._parameters)
@@ -318,9 +326,7 @@ class Trainer:
     def local_rows(self) -> list[int]:
         """The rows of a batch that this process's devices need."""
         shape = (self.rows,)
-        sharding = jax.tree.leaves(
-            self._lowered.batch_shardings({"row": jax.ShapeDtypeStruct(shape, jnp.int32)})
-        )[0]
+        sharding = NamedSharding(self.mesh, PartitionSpec(batch_axes(self.mesh)))
         indices = sharding.addressable_devices_indices_map(shape).values()
         return sorted({row for (index,) in indices for row in range(*index.indices(self.rows))})
 
@@ -408,6 +414,7 @@ class Trainer:
                 "schedule": self.schedule.name,
                 "ring": self.mesh.shape[RING],
                 "data": self.mesh.shape[DATA],
+                "context": context_of(self.mesh),
                 "jaxsys": jaxsys.__version__,
                 "jax": jax.__version__,
             },
@@ -530,6 +537,7 @@ class Trainer:
                     recompute=self.recompute,
                     unroll=self.unroll,
                     inner=inner_sizes(self.mesh),
+                    context=self._lowered.context,
                 ),
                 self._limit,
             )
@@ -542,6 +550,7 @@ class Trainer:
             self.mesh,
             self._rest.layer_shardings.parameters,
             compute_dtype=self.compute_dtype,
+            context=self._lowered.context,
         )
 
     def _placed(self, batch: PyTree) -> PyTree:

@@ -8,11 +8,12 @@ is cut along their axis, all step long, and what is not cut has its gradient sum
 """
 
 import functools
+import math
 import os
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -22,12 +23,29 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from jaxsys.context import ContextSplit
+from jaxsys.context.fused import why_not_fused
 from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel, Parameters, Parts, PyTree, parts_of
-from jaxsys.mesh import DATA, EXPERT, RING, TENSOR, batch_axes, batch_parts, inner_sizes
+from jaxsys.mesh import (
+    CONTEXT,
+    DATA,
+    EXPERT,
+    RING,
+    TENSOR,
+    axes_of,
+    batch_axes,
+    batch_parts,
+    context_of,
+    inner_sizes,
+    over,
+    ring_axis,
+    shard_axes,
+)
 from jaxsys.schedule import Placement, Schedule
 
 from .flat import Leaves, cast, floats, is_float
+from .sequences import Sequences
 
 GPU_COMPILER_OPTIONS: dict[str, Any] = {
     # XLA keeps one collective in flight unless told otherwise, so that of a ring's three streams
@@ -188,6 +206,8 @@ class Step:
     """Of gathered or travelling weights and of all compute."""
     gradient_dtype: Any
     """In which gradients are summed, and travel where nothing else is asked for."""
+    context: ContextSplit | None = None
+    """How every sequence lies over the mesh's CONTEXT axis; None: each is whole on a device."""
 
     @property
     def compiler_options(self) -> dict[str, Any]:
@@ -208,12 +228,27 @@ class Step:
     @cached_property
     def parts(self) -> Parts | None:
         """How several devices compute a block together; None where none do."""
-        return parts_of(self.model, inner_sizes(self.mesh))
+        return parts_of(self.model.over(self.context), inner_sizes(self.mesh))
 
     @property
     def run_model(self) -> LayeredModel:
-        """The model as a device runs it: a part of it, or all."""
-        return self.model if self.parts is None else self.parts.model
+        """The model as a device runs it: a part of it or all, on pieces of sequences or all."""
+        return self.model.over(self.context) if self.parts is None else self.parts.model
+
+    @cached_property
+    def sequences(self) -> Sequences:
+        """What of a batch is cut, and how."""
+        return Sequences(model=self.model, split=self.context)
+
+    @property
+    def shard_axes(self) -> tuple[str, ...]:
+        """The mesh axes over which what rests in shards is cut."""
+        return shard_axes(self.mesh)
+
+    @property
+    def shards(self) -> int:
+        """The devices of these axes."""
+        return math.prod(self.mesh.shape[name] for name in self.shard_axes)
 
     def cuts(self, parameters: Parameters) -> Parameters:
         """PartitionSpecs of parameters over the axes of parts; of blocks one layer's."""
@@ -232,8 +267,8 @@ class Step:
 
     def batch_shardings(self, batch: PyTree) -> PyTree:
         """NamedShardings of a batch with leaves [D M, B, ...]."""
-        sharding = NamedSharding(self.mesh, PartitionSpec(batch_axes(self.mesh)))
-        return jax.tree.map(lambda _: sharding, batch)
+        specs = self.sequences.specs(batch, batch_axes(self.mesh))
+        return jax.tree.map(lambda s: NamedSharding(self.mesh, s), specs, is_leaf=is_spec)
 
     def check_layers(self, parameters: Parameters) -> None:
         """Raises UsageError unless all blocks are stacked [L, ...], those of a kind [its, ...]."""
@@ -264,6 +299,7 @@ class Step:
                     f"batch has {leaf.shape[0]} microbatches but schedule {self.schedule.name} "
                     f"takes {each} on each of {replicas} data replicas: {replicas * each} in all"
                 )
+        self.sequences.check(batch)
 
     def outcome_specs(self, specs: Parameters) -> Outcome:
         """PartitionSpecs of what a step returns, from those of parameters at rest."""
@@ -276,9 +312,10 @@ class Step:
         """The edge's parameters at rest -> whole, in the compute dtype."""
 
         def gather(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
-            if RING not in spec:
+            axis = ring_axis(spec)
+            if axis is None:
                 return leaf
-            return lax.all_gather(leaf, RING, axis=spec.index(RING), tiled=True)
+            return lax.all_gather(leaf, spec[axis], axis=axis, tiled=True)
 
         return jax.tree.map(gather, cast(edge, self.compute_dtype), specs)
 
@@ -291,11 +328,10 @@ class Step:
 
         def reduce(total: jax.Array, at_rest: jax.Array, spec: PartitionSpec) -> jax.Array:
             total = self.over_others(total.astype(at_rest.dtype), spec)
-            if RING not in spec:
+            axis = ring_axis(spec)
+            if axis is None:
                 return lax.psum(total, RING) / weight
-            axis = spec.index(RING)
-            total = lax.psum_scatter(total, RING, scatter_dimension=axis, tiled=True)
-            return total / weight
+            return lax.psum_scatter(total, spec[axis], scatter_dimension=axis, tiled=True) / weight
 
         rest = iter(sums)
         return jax.tree.map(
@@ -308,10 +344,11 @@ class Step:
 
     def over_others(self, total: jax.Array, spec: PartitionSpec) -> jax.Array:
         """The sum over all who have a part of a gradient of their own, besides the ring."""
+        cut = axes_of(spec)
         others = tuple(
             name
             for name in self.mesh.axis_names
-            if name != RING and name not in spec and self.mesh.shape[name] > 1
+            if name != RING and name not in cut and self.mesh.shape[name] > 1
         )
         return lax.psum(total, others) if others else total
 
@@ -345,6 +382,27 @@ def check_fit(schedule: Schedule, model: LayeredModel, mesh: Mesh) -> None:
         )
 
 
+def context_on(mesh: Mesh, model: LayeredModel, asked: ContextSplit | None) -> ContextSplit | None:
+    """How sequences lie over a mesh: as asked, or round a ring where the mesh has such an axis.
+
+    Raises:
+        UsageError: if what is asked is for another number of devices, or the model cannot be cut.
+    """
+    parts = context_of(mesh)
+    if asked is not None and asked.parts != parts:
+        raise UsageError(
+            f"context={asked.parts}, but the mesh has {parts} device(s) for each sequence; use "
+            f"make_mesh(..., {CONTEXT}={asked.parts})"
+        )
+    if parts == 1:
+        return None
+    split = asked or ContextSplit(parts=parts)
+    here = jax.local_devices()[0]  # where GPUs are compiled for ahead, this one stands for them
+    split = replace(split, fused=split.fused and why_not_fused(here) is None)
+    model.over(split)
+    return split
+
+
 def _less(schedule: Schedule, model: LayeredModel) -> str:
     """What would fit: only chunks that rest on owners are as many as the devices ask for."""
     owned = schedule.placement is Placement.OWNER
@@ -358,20 +416,22 @@ def sharded_spec(
     *,
     first_axis: int = 0,
     cut: PartitionSpec = PartitionSpec(),  # noqa: B008 a value that nothing changes
+    axes: tuple[str, ...] = (RING,),
 ) -> PartitionSpec:
     """Over the ring along the first axis that `parts` divides and that is not cut, or along none.
 
     Args:
         shape: of the leaf.
-        parts: devices of the ring.
+        parts: devices of `axes`.
         first_axis: along which it may be.
         cut: how the axes from `first_axis` on are cut already.
+        axes: the mesh axes that it is cut over, RING among them.
     """
     names = [*[None] * first_axis, *cut]
     names += [None] * (len(shape) - len(names))
     for axis in range(first_axis, len(shape)):
         if names[axis] is None and shape[axis] and shape[axis] % parts == 0:
-            names[axis] = RING
+            names[axis] = over(axes)
             break
     return spec_of(names)
 

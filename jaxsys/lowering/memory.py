@@ -206,8 +206,13 @@ def _in_flight(buffers: Buffers, size: Mapping[Data, Size]) -> Size:
     return arrivals + sum(size[key[0]] for key in several if key[0] in (Data.WEIGHT, Data.GRADIENT))
 
 
-def sharded_static_bytes(schedule: Schedule, costs: Costs, around: Around) -> float:
-    """What a device holds all step long where parameters rest in shards, and its fullest task."""
+def sharded_static_bytes(
+    schedule: Schedule, costs: Costs, around: Around, *, group: int | None = None
+) -> float:
+    """What a device holds all step long where parameters rest in shards, and its fullest task.
+
+    Shards are of `group` devices where several stand for one of the schedule's.
+    """
     counts = Counter((move.kind, move.block.chunk) for move in schedule.moves)
     shards = sum(
         shard_bytes(
@@ -216,7 +221,7 @@ def sharded_static_bytes(schedule: Schedule, costs: Costs, around: Around) -> fl
             gathers=counts[MoveKind.ALL_GATHER, chunk],
             reductions=counts[MoveKind.REDUCE_SCATTER, chunk],
             turns=schedule.microbatches // schedule.devices,
-            devices=schedule.devices,
+            devices=group or schedule.devices,
         )
         for chunk in range(schedule.chunks)
     )

@@ -14,12 +14,13 @@ Legend: K blocks in a chunk.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxsys.context.attention import KEPT
 from jaxsys.layered import ALIKE, LayeredModel, PyTree
 
 from .flat import FlatModel, Leaves, check_block, flat_of, floats, pull_back
@@ -28,13 +29,14 @@ from .kinds import Choice, Shared
 from .residuals import what_to_keep
 from .split import split_backward
 
-Recompute = Literal["none", "selective", "block", "chunk"]
+Recompute = Literal["none", "selective", "around-attention", "block", "chunk"]
 """What backward computes again. `none`: only what elementwise operations make from what is kept,
 inside the kernels that use it. `selective`: all but products with weights and fused attention, that
-is norms, rotations and gates. `block`: each block from its input. `chunk`: the chunk from its
-input."""
+is norms, rotations and gates. `around-attention`: each block from its input and fused attention's
+output, which long sequences would spend most of their time on. `block`: each block from its input.
+`chunk`: the chunk from its input."""
 
-RECOMPUTE_POLICIES: tuple[Recompute, ...] = ("none", "selective", "block", "chunk")
+RECOMPUTE_POLICIES: tuple[Recompute, ...] = get_args(Recompute)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +99,7 @@ def block_program(
         weights: shapes and dtypes of one block's parameters.
         x: shapes and dtypes of the block's input.
         microbatch: shapes and dtypes of one microbatch.
-        recompute: `none`, `selective` or `block`.
+        recompute: any but `chunk`.
         kind: of the block.
 
     Raises:
@@ -113,13 +115,23 @@ def block_program(
         return _recomputing_block(block, flat.x)
     if recompute == "selective":
         block = jax.checkpoint(block, policy=_save_products_and_attention)
+    if recompute == "around-attention":
+        block = jax.checkpoint(block, policy=_is_attention)
     return _saving_block(block, weights, flat, microbatch)
 
 
 def _save_products_and_attention(primitive: Any, *avals: Any, **parameters: Any) -> Any:
-    if primitive.name.startswith("dot_product_attention_fwd"):  # cuDNN's kernel
+    if _is_attention(primitive, *avals, **parameters):
         return True
     return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *avals, **parameters)
+
+
+def _is_attention(primitive: Any, *avals: Any, **parameters: Any) -> bool:
+    """Whether it makes what the backward pass of attention wants: cuDNN's kernel, or our merges."""
+    del avals
+    if primitive.name == "name":
+        return parameters["name"] == KEPT
+    return primitive.name.startswith("dot_product_attention_fwd")
 
 
 def _recomputing_block(block: Callable[..., Leaves], x: list[jax.ShapeDtypeStruct]) -> BlockProgram:

@@ -1,5 +1,6 @@
 """What of a legal schedule is not lowered, and why."""
 
+from jaxsys.context import ContextSplit
 from jaxsys.schedule import MoveKind, Placement, Schedule
 from jaxsys.strategies.data_parallel import local_tasks
 
@@ -26,3 +27,31 @@ def why_not_lowered(schedule: Schedule) -> str | None:
                 "device"
             )
     return None
+
+
+def why_not_cut(schedule: Schedule, split: ContextSplit) -> str | None:
+    """Why no step of a legal schedule cuts its sequences so; None if one does.
+
+    Where devices do not all have a task in a tick, those without pass over what it sends. That is
+    well for collectives of one place's devices; a hop is one collective of all places.
+    """
+    hops = split.groups > 1 and split.by != "gather"
+    if schedule.placement is Placement.SHARDED or not hops:
+        return None
+    everyone = schedule.devices == 1 or (
+        schedule.placement is Placement.REPLICATED and schedule.microbatches % schedule.devices == 0
+    )
+    if everyone:
+        return None
+    where = "context_by='gather' or 'ulysses'"
+    if schedule.placement is Placement.REPLICATED:
+        return (
+            f"schedule {schedule.name} has microbatches={schedule.microbatches} that do not divide "
+            f"evenly over {schedule.devices} devices, and context_by={split.by!r} has all devices "
+            f"send at once; use a multiple of {schedule.devices}, or {where}"
+        )
+    return (
+        f"schedule {schedule.name} has devices without a task in some ticks, and context_by="
+        f"{split.by!r} has all devices send at once; use {where}, or a schedule whose parameters "
+        "rest in shards such as zero-3"
+    )

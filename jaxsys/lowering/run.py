@@ -91,7 +91,7 @@ class Run:
     def step(self, rows: jax.Array, parameters: Parameters, batch: PyTree):
         """rows [1, T, columns], blocks [V K, ...], batch [M or M / P, B, ...]."""
         lowered, moves = self.lowered, self.schedule.moves
-        self.batch = batch
+        self.batch = batch = lowered.sequences.own(batch)
         self.edge = lowered.gather_edge(parameters["edge"], self.specs["edge"])
         model = self.model
         stacks = model.stacks(cast(parameters["blocks"], lowered.compute_dtype))

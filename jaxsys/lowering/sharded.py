@@ -31,13 +31,14 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxsys.context import ContextSplit
 from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel, Parameters, PyTree
-from jaxsys.mesh import RING, batch_axes
+from jaxsys.mesh import RING, batch_axes, over, ring_axis
 from jaxsys.schedule import Move, MoveKind, Placement, Schedule, Task, TaskKind, check
 from jaxsys.strategies import RECOMPUTES
 
-from .base import Outcome, Step, add_to, check_fit, is_spec, sharded_spec
+from .base import Outcome, Step, add_to, check_fit, context_on, is_spec, sharded_spec
 from .flat import Leaves, cast, flat_model, floats, head_back, is_float, like, pull_back
 from .programs import BlockProgram, Recompute, block_program
 from .refusal import why_not_lowered
@@ -51,6 +52,7 @@ def lower_sharded(
     compute_dtype: Any = jnp.float32,
     gradient_dtype: Any = jnp.float32,
     recompute: Recompute | tuple[Recompute, ...] = "block",
+    context: ContextSplit | None = None,
 ) -> "ShardedStep":
     """Checks a schedule whose parameters rest in shards and prepares its step.
 
@@ -61,6 +63,7 @@ def lower_sharded(
         compute_dtype: dtype of gathered weights and of all compute.
         gradient_dtype: dtype in which gradients are reduced and locally summed.
         recompute: what backward computes again, for all layers or one each.
+        context: how sequences lie over the mesh's CONTEXT axis, where it has one.
 
     Raises:
         ScheduleError: if the schedule is not legal.
@@ -90,6 +93,7 @@ def lower_sharded(
         compute_dtype=jnp.dtype(compute_dtype),
         gradient_dtype=jnp.dtype(gradient_dtype),
         recompute=policies,
+        context=context_on(mesh, model, context),
     )
 
 
@@ -135,7 +139,7 @@ class ShardedStep(Step):
         step = jax.shard_map(
             _Run(self, specs).step,
             mesh=self.mesh,
-            in_specs=(specs, PartitionSpec((*batch_axes(self.mesh), RING))),
+            in_specs=(specs, self.sequences.specs(batch, (*batch_axes(self.mesh), RING))),
             out_specs=self.outcome_specs(specs),
             # Third-party kernels and split residuals carry no varying-axes types.
             check_vma=False,
@@ -143,11 +147,12 @@ class ShardedStep(Step):
         return step(parameters, batch)
 
     def rest_specs(self, parameters: Parameters) -> Parameters:
-        """PartitionSpecs: every leaf over the ring, blocks along an axis behind their layers'."""
-        ring, cuts = self.schedule.devices, self.cuts(parameters)
+        """PartitionSpecs: every leaf over the ring and those that share its sequences, blocks along
+        an axis behind their layers'."""
+        parts, axes, cuts = self.shards, self.shard_axes, self.cuts(parameters)
 
         def spec(leaf: Any, cut: PartitionSpec, first: int) -> PartitionSpec:
-            return sharded_spec(leaf.shape, ring, first_axis=first, cut=cut)
+            return sharded_spec(leaf.shape, parts, first_axis=first, cut=cut, axes=axes)
 
         return Parameters(
             edge=jax.tree.map(lambda p, c: spec(p, c, 0), parameters["edge"], cuts["edge"]),
@@ -161,7 +166,7 @@ class _Stack:
     def __init__(self, shards: PyTree, specs: PyTree) -> None:
         self.leaves, self.structure = jax.tree.flatten(shards)
         self.specs = _spec_leaves(specs)
-        self.axes = [s.index(RING) if RING in s else None for s in self.specs]
+        self.axes = [ring_axis(spec) for spec in self.specs]
 
     def layer(self, devices: int) -> PyTree:
         """Shapes and dtypes of one layer's whole parameters."""
@@ -265,7 +270,7 @@ class _Run:
 
     def __init__(self, lowered: ShardedStep, specs: Parameters) -> None:
         self.lowered, self.schedule, self.model = lowered, lowered.schedule, lowered.run_model
-        self.specs = specs
+        self.specs, self.over = specs, over(lowered.shard_axes)
         self.turns = self.schedule.microbatches // self.schedule.devices
         self.half = self.schedule.chunks
         """Ticks of F, and of B, of a microbatch."""
@@ -277,7 +282,7 @@ class _Run:
     def step(self, parameters: Parameters, batch: PyTree) -> Outcome:
         """blocks [L, ...] in shards, batch leaves [M / P, B, ...]."""
         lowered, schedule = self.lowered, self.schedule
-        self.batch = batch
+        self.batch = batch = lowered.sequences.own(batch)
         self.edge = lowered.gather_edge(parameters["edge"], self.specs["edge"])
         stacks = self.model.stacks(cast(parameters["blocks"], lowered.compute_dtype))
         self.stacks = {kind: _Stack(stack, self.spec_of(kind)) for kind, stack in stacks.items()}
@@ -290,8 +295,8 @@ class _Run:
         for parts, shards in zip(self.parts, self.shards, strict=True):
             axes = [axis for kind, _ in parts for axis in self.stacks[kind].axes]
             learned = [axis for axis, p in zip(axes, shards, strict=True) if is_float(p)]
-            self.layouts.append(_ChunkLayout(shards, axes, schedule.devices))
-            self.gradient_layouts.append(_ChunkLayout(floats(shards), learned, schedule.devices))
+            self.layouts.append(_ChunkLayout(shards, axes, lowered.shards))
+            self.gradient_layouts.append(_ChunkLayout(floats(shards), learned, lowered.shards))
         microbatch = jax.tree.map(lambda b: jax.ShapeDtypeStruct(b.shape[1:], b.dtype), batch)
         self.flat = flat_model(self.model, self.edge, microbatch)
         self.programs = self.block_programs(microbatch)
@@ -419,7 +424,7 @@ class _Run:
         made: dict[tuple[Recompute, str], BlockProgram] = {}
         pairs = list(zip(self.lowered.recompute, self.model.kind_of, strict=True))
         for policy, kind in dict.fromkeys(pairs):
-            layer = self.stacks[kind].layer(self.schedule.devices)
+            layer = self.stacks[kind].layer(self.lowered.shards)
             made[policy, kind] = block_program(self.model, layer, x, microbatch, policy, kind)
         return [made[pair] for pair in pairs]
 
@@ -470,13 +475,13 @@ class _Run:
         if move.kind is MoveKind.ALL_GATHER:
             shards = self.tie(self.shards[chunk])
             with jax.named_scope(f"gather_{chunk}_for_tick_{move.arrive}"):
-                rows = [lax.all_gather(row, RING) for row in self.layouts[chunk].pack(shards)]
+                rows = [lax.all_gather(row, self.over) for row in self.layouts[chunk].pack(shards)]
             return rows, shards
         layout = self.gradient_layouts[chunk]
         gradient = self.tie(self.state.gradients.pop(chunk))
         with jax.named_scope(f"reduce_{chunk}_in_tick_{move.start}"):
             rows = [
-                lax.psum_scatter(row, RING, scatter_dimension=0)
+                lax.psum_scatter(row, self.over, scatter_dimension=0)
                 for row in layout.pack_whole(gradient)
             ]
         return layout.split(rows, gradient)
@@ -580,7 +585,7 @@ class _Run:
 
         def block(total: jax.Array, at_rest: jax.Array, spec: PartitionSpec) -> jax.Array:
             total = self.lowered.over_others(total.astype(at_rest.dtype), spec)
-            return (total if RING in spec else lax.psum(total, RING)) / weight
+            return (total if ring_axis(spec) is not None else lax.psum(total, RING)) / weight
 
         gradients = {}
         for kind, at_rest in self.model.stacks(parameters["blocks"]).items():

@@ -16,13 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxsys.context import ContextSplit
 from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel, Parameters, PyTree
 from jaxsys.mesh import RING, batch_axes
 from jaxsys.schedule import Data, MoveKind, Placement, Schedule, check
 
-from .base import Outcome, check_fit, is_spec, sharded_spec, spec_of
+from .base import Outcome, check_fit, context_on, is_spec, sharded_spec, spec_of
 from .programs import RECOMPUTE_POLICIES, Recompute
+from .refusal import why_not_cut
 from .run import Run, TabledStep
 from .sharded import ShardedStep, lower_sharded
 from .tables import build_tables
@@ -38,6 +40,7 @@ def lower(
     recompute: Recompute = "block",
     unroll: bool = False,
     travel_dtype: Any = None,
+    context: ContextSplit | None = None,
 ) -> "LoweredStep | ShardedStep":
     """Checks a schedule and prepares its step.
 
@@ -52,6 +55,8 @@ def lower(
             are.
         travel_dtype: dtype in which sums of gradients are sent around a ring, `gradient_dtype` if
             not given: bfloat16 halves what is sent, each addition is still in `gradient_dtype`.
+        context: how sequences lie over the mesh's CONTEXT axis, where it has one; round a ring if
+            not given.
 
     Raises:
         ScheduleError: if the schedule is not legal.
@@ -73,7 +78,12 @@ def lower(
             compute_dtype=compute_dtype,
             gradient_dtype=gradient_dtype,
             recompute=recompute,
+            context=context,
         )
+    split = context_on(mesh, model, context)
+    refused = None if split is None else why_not_cut(schedule, split)
+    if refused is not None:
+        raise UsageError(refused)
     check_fit(schedule, model, mesh)
     if recompute not in RECOMPUTE_POLICIES:
         legal = ", ".join(RECOMPUTE_POLICIES)
@@ -87,6 +97,7 @@ def lower(
         travel_dtype=jnp.dtype(gradient_dtype if travel_dtype is None else travel_dtype),
         recompute=recompute,
         unroll=unroll,
+        context=split,
         tables=build_tables(schedule, check(schedule)),
     )
 
@@ -135,15 +146,15 @@ class LoweredStep(TabledStep):
                 [order + r * self.schedule.microbatches for r in range(self.replicas)]
             )
             batch = jax.tree.map(lambda leaf: jnp.take(leaf, everywhere, axis=0), batch)
-            batch_spec = PartitionSpec((*batch_axes(self.mesh), RING))
+            rows = (*batch_axes(self.mesh), RING)
         else:
-            batch_spec = PartitionSpec(batch_axes(self.mesh))
+            rows = batch_axes(self.mesh)
         specs = self.rest_specs(parameters)
         run = Run(self, specs)
         step = jax.shard_map(
             run.step,
             mesh=self.mesh,
-            in_specs=(PartitionSpec(RING), specs, batch_spec),
+            in_specs=(PartitionSpec(RING), specs, self.sequences.specs(batch, rows)),
             out_specs=self.outcome_specs(specs),
             # Third-party kernels and split residuals carry no varying-axes types.
             check_vma=False,

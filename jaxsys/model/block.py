@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxsys.context import ContextSplit, attend_over
 from jaxsys.layered import PyTree
 from jaxsys.model import experts as mixture
 from jaxsys.model import grouped
-from jaxsys.model.attention import Implementation, attend
+from jaxsys.model.attention import Implementation, attend, choose_implementation
 from jaxsys.model.config import DecoderConfig
 from jaxsys.model.float8_products import Float8, multiply
 from jaxsys.model.kinds import Activation, BlockKind, Latent
@@ -230,8 +231,27 @@ class Block(NamedTuple):
         k: Float[Array, "B T G K"],
         v: Float[Array, "B T G K"],
         implementation: Implementation | None = None,
+        context: ContextSplit | None = None,
     ) -> Float[Array, "B T N K"]:
-        """Causal self-attention over whole sequences, as this kind of layer does it."""
+        """Causal self-attention over whole sequences, as this kind of layer does it.
+
+        With `context` T is what this device has of each sequence.
+        """
+        if context is not None:
+            if implementation is None:
+                chosen = choose_implementation(dtype=q.dtype, head_dim=q.shape[-1])
+                implementation = chosen.implementation
+            return attend_over(
+                q,
+                k,
+                v,
+                split=context,
+                window=self.kind.window,
+                scale=attention_scale(self.config),
+                softcap=self.config.attention_softcap,
+                sinks=self.held.vector("attention", "sinks"),
+                use_fused=implementation == "cudnn",
+            )
         return attend(
             q,
             k,
@@ -250,14 +270,22 @@ class Block(NamedTuple):
         positions: Int[Array, "B T"] | None = None,
         *,
         implementation: Implementation | None = None,
+        context: ContextSplit | None = None,
     ) -> tuple[Float[Array, "B T D"], mixture.Load | None]:
-        """The whole layer; `positions` count from 0 unless given."""
+        """The whole layer; `positions` count from 0 unless given.
+
+        With `context` x is what this device has of each sequence, and positions follow from that.
+        """
         length = None
         if positions is None:
             length = self.held.length(x)
-            positions = jnp.arange(length, dtype=jnp.int32)[None, :]
+            if context is None:
+                positions = jnp.arange(length, dtype=jnp.int32)[None, :]
+            else:
+                positions = context.positions(length)[None, :]
+                length *= context.parts
         q, k, v = self.project(x, turn(self.config, self.kind, positions, length))
-        return self.finish(x, self.attend(q, k, v, implementation))
+        return self.finish(x, self.attend(q, k, v, implementation, context))
 
     def __call__(
         self,

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from jaxsys.context import ContextSplit
 from jaxsys.errors import UsageError
 from jaxsys.layered import Block, Layer, LayeredModel, Parts, PyTree
 from jaxsys.mesh import TENSOR
@@ -49,13 +50,46 @@ def layered(
     if float8 is not None:
         float8.check(matrices(config))
 
+    return _cuttable(config, loss_chunk_tokens, implementation, float8, None)
+
+
+def _cuttable(
+    config: DecoderConfig,
+    loss_chunk_tokens: int,
+    implementation: Implementation | None,
+    float8: Float8 | None,
+    context: ContextSplit | None,
+) -> LayeredModel:
+    """The model, on whole sequences or a device's pieces of them, that says how it is split."""
+
     def in_parts(sizes: Mapping[str, int]) -> Parts:
         check_parts(config, sizes)
-        part = _layered(config, loss_chunk_tokens, implementation, float8, sizes)
+        if context is not None:
+            context.check_heads(*_heads(config_of_part(config, sizes)))
+        part = _layered(config, loss_chunk_tokens, implementation, float8, sizes, context)
         return Parts(model=part, cuts=cuts(config, sizes), whole=model)
 
-    model = _layered(config, loss_chunk_tokens, implementation, float8, {})
-    return dataclasses.replace(model, in_parts=in_parts)
+    def across(split: ContextSplit) -> LayeredModel:
+        split.check_heads(*_heads(config))
+        if config.experts is not None and config.experts.balance and expert_layers(config):
+            raise UsageError(
+                f"experts balance={config.experts.balance} is a loss of whole microbatches, and "
+                f"context={split.parts} devices each route a part of one; use balance=0, or "
+                "context=1"
+            )
+        return _cuttable(config, loss_chunk_tokens, implementation, float8, split)
+
+    model = _layered(config, loss_chunk_tokens, implementation, float8, {}, context)
+    model = dataclasses.replace(
+        model, in_parts=in_parts, across=across, sequences={"inputs": 1, "targets": 1}
+    )
+    return model
+
+
+def _heads(config: DecoderConfig) -> tuple[int, int]:
+    """Heads of queries, and of keys as attention takes them: a latent's are unfolded to all."""
+    shared = config.num_heads if config.latent is not None else config.num_kv_heads
+    return config.num_heads, shared
 
 
 def _layered(
@@ -64,6 +98,7 @@ def _layered(
     implementation: Implementation | None,
     float8: Float8 | None,
     sizes: Mapping[str, int],
+    context: ContextSplit | None,
 ) -> LayeredModel:
     """The model, or one device's part of it, see `jaxsys.model.parts`."""
     balanced = expert_layers(config) if config.experts and config.experts.balance else 0
@@ -82,7 +117,7 @@ def _layered(
                 held = HeldTree(config, weights, float8)
             bound = Bound(part, kind, held)
             if not balanced:
-                return bound(x, implementation=implementation)
+                return bound.run(x, implementation=implementation, context=context)[0]
             residual, load = bound.run(x["residual"], implementation=implementation)
             balance = x["balance"] if load is None else x["balance"] + load.balance
             return {"residual": residual, "balance": balance}

@@ -33,16 +33,14 @@ class Recomputes:
     """Whether each layer may have a policy of its own."""
 
 
+_OF_BLOCKS = ("none", "selective", "around-attention", "block")
+
 RECOMPUTES: Mapping[Placement, Recomputes] = MappingProxyType(
     {
-        Placement.OWNER: Recomputes(
-            policies=("none", "selective", "block", "chunk"), by_layer=False
-        ),
-        Placement.REPLICATED: Recomputes(
-            policies=("none", "selective", "block", "chunk"), by_layer=False
-        ),
+        Placement.OWNER: Recomputes(policies=(*_OF_BLOCKS, "chunk"), by_layer=False),
+        Placement.REPLICATED: Recomputes(policies=(*_OF_BLOCKS, "chunk"), by_layer=False),
         # Layers are written out there, and each has programs of its own.
-        Placement.SHARDED: Recomputes(policies=("none", "selective", "block"), by_layer=True),
+        Placement.SHARDED: Recomputes(policies=_OF_BLOCKS, by_layer=True),
     }
 )
 
