@@ -141,7 +141,50 @@ def _join(
 def satisfiable(domains: Domains, relations: Sequence[Relation]) -> bool:
     """Whether any assignment of all variables satisfies all relations."""
     left = propagate(domains, relations)
-    return left is not None and _satisfiable(left, relations)
+    if left is None:
+        return False
+    left, relations = without_copies(left, relations)
+    return _satisfiable(left, relations)
+
+
+def without_copies(
+    domains: Domains, relations: Sequence[Relation]
+) -> tuple[Domains, Sequence[Relation]]:
+    """What is left where of indexed variables that are all alike one index stands for all.
+
+    `weights[3]` and its like are as `weights[0]` if they have its domains and, of relations to
+    what has no index, its relations: what satisfies the one satisfies the others. Indices that a
+    relation ties together all stay.
+    """
+    shapes: dict[int, set[Any]] = {}
+    names: dict[int, list[str]] = {}
+    for name in domains:
+        base, index = _indexed(name)
+        if index is not None:
+            names.setdefault(index, []).append(name)
+            shapes.setdefault(index, set()).add((base, domains[name]))
+    for one in relations:
+        places = [_indexed(name) for name in one.variables]
+        mine = {index for _, index in places if index is not None}
+        if len(mine) > 1:
+            return domains, relations
+        for index in mine:
+            bases = tuple((base, at is None) for base, at in places)
+            shapes[index].add((bases, one.allowed))
+    kept: dict[frozenset[Any], int] = {}
+    for index, shape in shapes.items():
+        kept.setdefault(frozenset(shape), index)
+    gone = {name for index in names.keys() - {*kept.values()} for name in names[index]}
+    return (
+        {name: values for name, values in domains.items() if name not in gone},
+        [one for one in relations if gone.isdisjoint(one.variables)],
+    )
+
+
+def _indexed(name: str) -> tuple[str, int | None]:
+    """`weights[3]` -> weights, 3."""
+    base, bracket, rest = name.partition("[")
+    return base, int(rest[:-1]) if bracket else None
 
 
 def _satisfiable(left: Domains, relations: Sequence[Relation]) -> bool:

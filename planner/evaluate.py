@@ -631,40 +631,42 @@ class ShardedEvaluator:
         layers, ahead = self.layers, self.lookahead
         turns = min(self.turns, 3)
         ticks = 2 * layers * turns + ahead
-        live = np.zeros((layers, 10, ticks + 2))
+        # By how much each tick holds more than the one before, all layers at once.
+        change = np.zeros((layers, 10, ticks + 3))
+        layer = np.arange(layers)
 
-        def hold(layer: int, choice: int | slice, first: int, last: int, size: float) -> None:
-            live[layer, choice, max(0, first) : min(last, ticks) + 1] += size
+        def hold(choice: int, first: np.ndarray | int, last: np.ndarray, size: np.ndarray) -> None:
+            start = np.minimum(np.maximum(0, first), ticks + 2)
+            stop = np.maximum(start, np.minimum(last, ticks) + 1)
+            change[layer, choice, start] += size
+            change[layer, choice, stop] -= size
 
-        for layer in range(layers):
-            weight, gradient = self.weight_bytes[layer], self.gradient_bytes[layer]
-            first_forward = layer
-            last_backward = 2 * layers * turns - 1 - layer
-            start = 0 if self.whole else first_forward - ahead
-            hold(layer, _STAY, start, last_backward, weight)
-            hold(layer, 4 + _ONCE, 2 * layers - 1 - layer, last_backward + ahead, gradient)
-            for turn in range(turns):
-                forward = 2 * layers * turn + layer
-                backward = 2 * layers * (turn + 1) - 1 - layer
-                following = 2 * layers * (turn + 1) + layer
-                last = turn == turns - 1
-                hold(layer, _WITHIN, forward - ahead, backward, weight)
-                hold(layer, _REFETCH, forward - ahead, forward, weight)
-                hold(layer, _REFETCH, backward - ahead, backward, weight)
-                if turn == 0:
-                    hold(layer, _BETWEEN, forward - ahead, forward, weight)
-                hold(layer, _BETWEEN, backward - ahead, backward if last else following, weight)
-                hold(layer, 4 + _EACH, backward, backward + ahead, gradient)
-                until = backward + ahead if last else following + ahead - 1
-                hold(layer, 4 + _DEFERRED, backward, until, gradient)
-                for choice in range(3):
-                    size = self.residual_bytes[choice, layer]
-                    hold(layer, 7 + choice, forward, backward, size)
-                    # What passes on to the next layer and back, whatever is chosen.
-                    hold(layer, 7 + choice, forward, forward + 1, self.activation_bytes)
-                    if layer:
-                        hold(layer, 7 + choice, backward, backward + 1, self.activation_bytes)
-        return (live[:, :, :ticks] / 2**20).reshape(layers * 10, ticks)
+        weight, gradient = self.weight_bytes, self.gradient_bytes
+        passed = np.full(layers, self.activation_bytes)
+        last_backward = 2 * layers * turns - 1 - layer
+        hold(_STAY, 0 if self.whole else layer - ahead, last_backward, weight)
+        hold(4 + _ONCE, 2 * layers - 1 - layer, last_backward + ahead, gradient)
+        for turn in range(turns):
+            forward = 2 * layers * turn + layer
+            backward = 2 * layers * (turn + 1) - 1 - layer
+            following = 2 * layers * (turn + 1) + layer
+            last = turn == turns - 1
+            hold(_WITHIN, forward - ahead, backward, weight)
+            hold(_REFETCH, forward - ahead, forward, weight)
+            hold(_REFETCH, backward - ahead, backward, weight)
+            if turn == 0:
+                hold(_BETWEEN, forward - ahead, forward, weight)
+            hold(_BETWEEN, backward - ahead, backward if last else following, weight)
+            hold(4 + _EACH, backward, backward + ahead, gradient)
+            until = backward + ahead if last else following + ahead - 1
+            hold(4 + _DEFERRED, backward, until, gradient)
+            for choice in range(3):
+                hold(7 + choice, forward, backward, self.residual_bytes[choice])
+                # What passes on to the next layer and back, whatever is chosen.
+                hold(7 + choice, forward, forward + 1, passed)
+                hold(7 + choice, backward, backward + 1, np.where(layer > 0, passed, 0.0))
+        live = np.cumsum(change, axis=2)[:, :, :ticks]
+        return (live / 2**20).reshape(layers * 10, ticks)
 
 
 def _transfer(

@@ -319,6 +319,8 @@ class _Search:
         problem = self.space.problem
         workload = problem.workload(base.microbatch_size)
         split = plan_split(problem, base)
+        # By what they are and not by their value, which takes longer to hash than to cost.
+        alike = {id(block): block for block in workload.blocks}
         costs = [
             block_cost(
                 block,
@@ -328,10 +330,10 @@ class _Search:
                 recompute="none",
                 split=split,
             )
-            for block in dict.fromkeys(workload.blocks)
+            for block in alike.values()
         ]
-        times = dict(zip(dict.fromkeys(workload.blocks), costs, strict=True))
-        once = sum(times[b].forward_s + times[b].backward_s for b in workload.blocks)
+        times = dict(zip(alike, costs, strict=True))
+        once = sum(times[id(b)].forward_s + times[id(b)].backward_s for b in workload.blocks)
         devices = base.schedule_devices
         around = frame(
             workload,
@@ -346,7 +348,7 @@ class _Search:
         fixed = around.before_s + around.after_s + around.update_s
         time_s = per_device * (once + around.head_s + 2 * around.embed_s) + fixed
         if base.stages > 1:
-            blocks = [times[block] for block in workload.blocks]
+            blocks = [times[id(block)] for block in workload.blocks]
             staged = _staged_bound(blocks, base, microbatches(problem, base), around.head_s)
             time_s = max(time_s, staged + fixed)
         held = np.array([around.rest_bytes + around.edge_bytes + around.edge_sum_bytes])
@@ -596,8 +598,9 @@ def _distance(a: Plan, b: Plan) -> int:
 def _uniform(base: Plan, options: list[np.ndarray]) -> np.ndarray:
     """int [codes, L]: all layers on one path, as near as each layer's options allow."""
     rows = []
-    for code in sorted({int(c) for layer in options for c in layer}):
-        row = [code if code in layer else int(layer[0]) for layer in options]
+    legal = {id(layer): {int(code) for code in layer} for layer in options}
+    for code in sorted(set().union(*legal.values())):
+        row = [code if code in legal[id(layer)] else int(layer[0]) for layer in options]
         if not base.recomputes_alike or len({PATHS[c].residual for c in row}) == 1:
             rows.append(row)
     if not rows:  # stages whose layers are bound to different residuals: one by one is all there is

@@ -384,7 +384,10 @@ def _rules(problem: Problem, domains: Domains) -> Iterator[Relation]:
     yield rule(
         "order, backward pass, its delay and chunks must suit stages or ring",
         ("stages", "ring", *ORDER),
-        legal_order,
+        # What other rules forbid is not looked up, which takes longest.
+        lambda p, w, *order: (
+            (p == 1 or w == 1) and max(p, w) <= layers and legal_order(p, w, *order)
+        ),
     )
     yield rule(
         f"stages x chunks must be at most {layers} layers",

@@ -114,11 +114,15 @@ def _legal(plan: Plan, problem: Problem) -> bool:
     )
 
 
+KEEPING = (Order.KEPT, Order.KEPT_WEIGHTS)
+"""Of rings alone, their backward pass whole."""
+
+
 def _runs(plan: Plan, turns: int) -> bool:
     """Whether the order suits what it orders."""
     order, whole = plan.order, plan.backward is Backward.WHOLE
     if plan.stages > 1:
-        if order in (Order.DEPTH_FIRST, Order.SIDE_BY_SIDE):
+        if order in (Order.DEPTH_FIRST, Order.SIDE_BY_SIDE, *KEEPING):
             return False
         late = not whole and order in (Order.EARLIEST_BACKWARD, Order.EAGER_FORWARD)
         cut = plan.chunks == 1 or (
@@ -133,6 +137,8 @@ def _runs(plan: Plan, turns: int) -> bool:
         return order is Order.DEPTH_FIRST and whole and plan.delay == 0
     if order is Order.SIDE_BY_SIDE:
         return plan.delay == 0
+    if order in KEEPING:
+        return whole and plan.delay == 0
     return order is Order.DEPTH_FIRST and plan.delay <= (0 if whole else 1)
 
 
