@@ -69,7 +69,7 @@ def backward(
         "layout": cudnn.AttentionLayout.BTNH.value,
         "sliding_window_length": window,
     }
-    if "score_mod" in inspect.signature(cudnn._dot_product_attention_bwd_abstract).parameters:
+    if "score_mod" in inspect.signature(cudnn.dot_product_attention).parameters:
         options["score_mod"] = None
     dq, dk, dv = cudnn._dot_product_attention_bwd_p_wrapper.bind(
         q, k, v, *[unused] * 7, lse, out, d_out, **options
