@@ -1,9 +1,11 @@
 #!/usr/bin/env python
 """Installs clients of OpenAI's API, each in an environment of its own, and runs their examples.
 
-The server is SmolLM2-135M on this machine, or any that listens at --url. What a client does with it
-stands in scripts/client_examples/with_NAME.py (or .mjs), which need nothing of jaxsys. Prints a
-table and writes results/clients.json; exits with 1 if an example fails.
+The server runs on this machine over a small model of random weights, since it is the wire that is
+tried: SmolLM2's tokenizer and template, two layers, and answers that end soon. --model takes another
+model, --url a server that runs. What a client does with it stands in
+scripts/client_examples/with_NAME.py (or .mjs), which need nothing of jaxsys. Prints a table and writes
+results/clients.json; exits with 1 if an example fails.
 
     scripts/clients.py                        # all of them: some minutes and 8 GB of packages
     scripts/clients.py openai litellm         # those
@@ -19,6 +21,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 import venv
@@ -26,7 +29,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxsys.results import table, write_result
+import numpy as np
+
+from jaxsys.model import DecoderConfig, default_model_path, initial_parameters, load
+from jaxsys.model.save import save_safetensors
+from jaxsys.results import table as shown
+from jaxsys.results import write_result
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "scripts" / "client_examples"
@@ -50,7 +58,7 @@ CLIENTS: dict[str, tuple[str, ...]] = {
 }
 """Packages of each client, as they were tested last; those of vercel_ai are npm's."""
 START_S = 600
-EXAMPLE_S = 900
+CLIENT_S = 900
 
 
 def main() -> int:
@@ -61,6 +69,7 @@ def main() -> int:
     )
     add = parser.add_argument
     add("clients", nargs="*", metavar="CLIENT", help=f"of: {', '.join(CLIENTS)} (default: all)")
+    add("--model", type=Path, help="folder of a model to serve")
     add("--url", help="of a server that runs, such as http://127.0.0.1:8000")
     add("--newest", action="store_true", help="the newest releases")
     add("--environments", type=Path, default=ROOT / ".venv-clients", help="folder for them")
@@ -82,9 +91,10 @@ def main() -> int:
     if arguments.only_install:
         return int(bool(rows))
     with contextlib.ExitStack() as stack:
-        url = arguments.url or stack.enter_context(served(arguments.environments))
+        model = arguments.model or small_model(arguments.environments / "small")
+        url = arguments.url or stack.enter_context(served(model))
         for name, command in installed:
-            rows += run(name, command, url, arguments.environments / "smollm2")
+            rows += run(name, command, url, model)
     versions = {name: version_of(name, arguments.environments) for name, _ in installed}
     failed = [row for row in rows if not row["ok"]]
     path = write_result(
@@ -95,7 +105,7 @@ def main() -> int:
         rows=rows,
         figures={"examples": len(rows), "failed": len(failed)},
     )
-    print(table(rows))
+    print(shown(rows))
     print(f"{len(rows) - len(failed)} of {len(rows)} examples passed; written to {path}")
     return int(bool(failed))
 
@@ -141,20 +151,47 @@ def version_of(name: str, folder: Path) -> str:
     return done.stdout.strip()
 
 
-@contextlib.contextmanager
-def served(folder: Path) -> Iterator[str]:
-    """A server over the packaged model, as a folder that load generators can read; its address."""
-    model = folder / "smollm2"
-    if not (model / "tokenizer.json").exists():
-        from jaxsys.model import default_model_path, load
-        from jaxsys.model.save import save_safetensors
+def small_model(folder: Path) -> Path:
+    """A folder with a model that says anything, and ends after some 20 tokens, never at once.
 
-        loaded = load(default_model_path())
-        save_safetensors(model, loaded.config, loaded.parameters, tokenizer=loaded.tokenizer)
+    Embeddings share a direction that the end's logit is along; the new line that stands before an
+    answer has it the other way round.
+    """
+    if (folder / "tokenizer.json").exists():
+        return folder
+    loaded = load(default_model_path())
+    tokenizer = loaded.tokenizer
+    assert tokenizer is not None
+    config = DecoderConfig(
+        vocab_size=loaded.config.vocab_size,
+        hidden_size=64,
+        intermediate_size=128,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        max_positions=8192,
+    )
+    random = np.random.default_rng(0)
+    table = 1 + random.standard_normal((config.vocab_size, 64), np.float32)
+    table[tokenizer.encode("\n", add_special=False)] -= 2
+    head = 0.3 * random.standard_normal((64, config.vocab_size), np.float32)
+    head[:, list(tokenizer.eos_ids)] = -1.0
+    head[:, tokenizer.eos_ids[0]] = 0.25
+    parameters = initial_parameters(config, seed=0)
+    edge = dict(parameters["edge"])
+    edge |= {"embed": {"table": table}, "head": {"kernel": head}}
+    save_safetensors(folder, config, {**parameters, "edge": edge}, tokenizer=tokenizer)
+    return folder
+
+
+@contextlib.contextmanager
+def served(model: Path) -> Iterator[str]:
+    """A server over a model; its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = ["--model", str(model), "--model-name", "smollm2", "--decode", "0"]
+    options = ["--model", str(model), "--model-name", "served", "--decode", "0"]
     options += ["--max-length", "4096", "--pages", "1024", "--port", str(port)]
     with tempfile.TemporaryFile() as log:
         command = [sys.executable, "-m", "jaxsys.cli", "serve", *options]
@@ -192,30 +229,29 @@ def run(name: str, command: Sequence[str], url: str, model: Path) -> list[dict[s
         "PATH": f"{Path(command[0]).parent}{os.pathsep}{os.environ['PATH']}",
     }
     environment.pop("PYTHONPATH", None)
-    with tempfile.TemporaryDirectory() as place:
-        try:
-            done = subprocess.run(
-                command,
-                env=environment,
-                cwd=place,
-                capture_output=True,
-                text=True,
-                timeout=EXAMPLE_S,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            return [_row(name, "all", False, EXAMPLE_S, f"took over {EXAMPLE_S} s")]
     rows = []
-    for line in done.stdout.splitlines():
-        if line.startswith('{"example"'):
-            found = json.loads(line)
-            rows.append(_row(name, found["example"], found["ok"], found["seconds"], found["why"]))
-            row = rows[-1]
-            print(f"{name} {row['example']}: {'ok' if row['ok'] else row['why']}", flush=True)
-    if done.returncode or not rows:
-        why = (done.stderr.strip().splitlines() or ["nothing was said"])[-1]
+    with tempfile.TemporaryDirectory() as place, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            command, env=environment, cwd=place, stdout=subprocess.PIPE, stderr=errors, text=True
+        )
+        alarm = threading.Timer(CLIENT_S, process.kill)
+        alarm.start()
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith('{"example"'):
+                found = json.loads(line)
+                row = _row(name, found["example"], found["ok"], found["seconds"], found["why"])
+                rows.append(row)
+                print(f"{name} {row['example']}: {'ok' if row['ok'] else row['why']}", flush=True)
+        code = process.wait()
+        late = not alarm.is_alive()
+        alarm.cancel()
+        errors.seek(0)
+        said = errors.read().strip().splitlines()
+    if code or not rows:
+        why = f"took over {CLIENT_S} s" if late else (said or ["nothing was said"])[-1]
         rows.append(_row(name, "all", False, 0.0, why))
-        print(f"{name}: {why}", flush=True)
+        print(f"{name}: {rows[-1]['why']}", flush=True)
     return rows
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 URL = os.environ["JAXSYS_URL"]
 BASE = f"{URL}/v1"
-MODEL = "smollm2"
+MODEL = "served"
 _EXAMPLES: list[Callable[[], Any]] = []
 
 CITY_SCHEMA = {

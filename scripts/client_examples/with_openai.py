@@ -142,7 +142,7 @@ def responses_tools():
 @example
 def embeddings():
     found = client.embeddings.create(model=MODEL, input=["a cat", "a dog"])
-    assert len(found.data) == 2 and len(found.data[0].embedding) == 576
+    assert len(found.data) == 2 and len(found.data[0].embedding) > 8
 
 
 @example

@@ -11,9 +11,9 @@ const compatible = createOpenAICompatible({
   name: "here", baseURL: base, apiKey: "none", supportsStructuredOutputs: true,
 });
 const models = {
-  responses: openai("smollm2"),
-  chat: openai.chat("smollm2"),
-  compatible: compatible("smollm2"),
+  responses: openai("served"),
+  chat: openai.chat("served"),
+  compatible: compatible("served"),
 };
 const prompt = "Which is the capital of France?";
 const schema = z.object({ city: z.enum(["Paris", "Rome"]), days: z.number().int().min(1).max(9) });
@@ -66,7 +66,7 @@ for (const [name, model] of Object.entries(models)) {
   });
 }
 await example("embeddings", async () => {
-  const model = openai.embedding("smollm2");
+  const model = openai.embedding("served");
   const { embeddings } = await embedMany({ model, values: ["a cat", "a dog"] });
-  check(embeddings.length === 2 && embeddings[0].length === 576, "no vectors");
+  check(embeddings.length === 2 && embeddings[0].length > 8, "no vectors");
 });
