@@ -1,11 +1,11 @@
 #!/usr/bin/env python
 """Installs clients of OpenAI's API, each in an environment of its own, and runs their examples.
 
-The server runs on this machine over a small model of random weights, since it is the wire that is
-tried: SmolLM2's tokenizer and template, two layers, and answers that end soon. --model takes another
+The server runs here over a small model of random weights, since it is the wire that is tried, with
+SmolLM2's tokenizer and template, two layers, and answers that end soon. --model takes another
 model, --url a server that runs. What a client does with it stands in
-scripts/client_examples/with_NAME.py (or .mjs), which need nothing of jaxsys. Prints a table and writes
-results/clients.json; exits with 1 if an example fails.
+scripts/client_examples/with_NAME.py (or .mjs), which need nothing of jaxsys. Prints a table and
+writes results/clients.json; exits with 1 if an example fails.
 
     scripts/clients.py                        # all of them: some minutes and 8 GB of packages
     scripts/clients.py openai litellm         # those
@@ -176,7 +176,7 @@ def small_model(folder: Path) -> Path:
     table = 1 + random.standard_normal((config.vocab_size, 64), np.float32)
     table[tokenizer.encode("\n", add_special=False)] -= 2
     head = 0.3 * random.standard_normal((64, config.vocab_size), np.float32)
-    head[:, list(tokenizer.eos_ids)] = -1.0
+    head[:, list(tokenizer.eos_ids)] = 0
     head[:, tokenizer.eos_ids[0]] = 0.25
     parameters = initial_parameters(config, seed=0)
     edge = dict(parameters["edge"])

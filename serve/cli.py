@@ -11,6 +11,7 @@ import math
 import re
 import signal
 import socket
+import ssl
 import sys
 import threading
 import time
@@ -52,8 +53,18 @@ from jaxsys.serve.http.tools import FORMATS
 from jaxsys.serve.logs import log_to_stderr
 from jaxsys.serve.paged_model import CACHE_FORMS
 from jaxsys.serve.processes.fleet import LocalProcesses
-from jaxsys.serve.processes.front import Front, FrontSpec, bind, build_app, read_face
+from jaxsys.serve.processes.front import (
+    Front,
+    FrontSpec,
+    bind,
+    build_app,
+    name_of,
+    read_face,
+    shown,
+)
 from jaxsys.serve.processes.worker import WorkerSpec
+from jaxsys.serve.settings import add_to as add_settings
+from jaxsys.serve.settings import with_settings
 from jaxsys.serve.weights import QUANTISATIONS
 
 T = TypeVar("T")
@@ -68,7 +79,8 @@ def main(argv: Sequence[str], prog: str) -> int:
     Raises:
         RunError: if it could not go on, after it has drained.
     """
-    arguments = parser(prog).parse_args(argv)
+    options = parser(prog)
+    arguments = options.parse_args(with_settings(options, argv))
     if not (math.isfinite(arguments.drain) and arguments.drain >= 0):
         raise UsageError(f"--drain {arguments.drain} must be 0 or more seconds")
     if arguments.key_for_all and arguments.api_key_file is None:
@@ -120,6 +132,8 @@ def main(argv: Sequence[str], prog: str) -> int:
         key_for_all=arguments.key_for_all,
         cors_origins=tuple(arguments.cors or ()),
         tool_format=arguments.tool_format,
+        root_path=_root_path(arguments.root_path),
+        tls=_tls(arguments.tls_certificate, arguments.tls_key),
         route=arguments.route,
         worker=worker,
     )
@@ -131,6 +145,29 @@ def main(argv: Sequence[str], prog: str) -> int:
         return asyncio.run(_serve_processes(spec, arguments.drain))
     _serve_cluster(spec, arguments.cluster, arguments.drain)
     return 0
+
+
+def _root_path(path: str) -> str:
+    if path and not re.fullmatch(r"(/[\w.~-]+)+", path):
+        raise UsageError(
+            f"--root-path {path!r} must be the like of /llm, without a slash at its end"
+        )
+    return path
+
+
+def _tls(certificate: Path | None, key: Path | None) -> tuple[str, str] | None:
+    """The files of a certificate, if they are good."""
+    if certificate is None and key is None:
+        return None
+    if certificate is None or key is None:
+        raise UsageError("--tls-certificate and --tls-key belong together; give both or none")
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key)
+    except OSError as error:  # SSLError is one
+        raise UsageError(
+            f"--tls-certificate {certificate} and --tls-key {key} cannot be used: {error}"
+        ) from None
+    return str(certificate.absolute()), str(key.absolute())
 
 
 def _millions(count: int) -> str:
@@ -147,12 +184,12 @@ def _serve_here(spec: FrontSpec, drain_s: float) -> int:
 
 
 async def _serve_threads(spec: FrontSpec, listener: socket.socket, drain_s: float) -> int:
-    host, port = listener.getsockname()[:2]
+    address = shown(spec, *name_of(listener))
     progress = Progress()
-    gateway = Gateway(progress)
-    server = HttpServer(gateway, drain_s=drain_s)
+    gateway = Gateway(progress, spec.root_path)
+    server = HttpServer(gateway, drain_s=drain_s, tls=spec.tls)
     stop, serving = _stopped(), asyncio.create_task(server.serve(sockets=[listener]))
-    built: asyncio.Future[_Built] = _on_thread(lambda: _build(spec, progress, f"{host}:{port}"))
+    built: asyncio.Future[_Built] = _on_thread(lambda: _build(spec, progress, address))
     await asyncio.wait([built, stop], return_when=asyncio.FIRST_COMPLETED)
     if not built.done():  # compiling threads cannot be ended, and need not be waited for
         leave(128 + stop.result())
@@ -170,7 +207,7 @@ async def _serve_threads(spec: FrontSpec, listener: socket.socket, drain_s: floa
     gc.freeze()
     gateway.app = found.app
     _tell(found.description)
-    _tell_address(host, port, f"; energy is {engine.energy_method}")
+    _tell_address(address, f"; energy is {engine.energy_method}")
     failing = asyncio.create_task(engine.until_failure())
     await asyncio.wait([stop, failing, serving], return_when=asyncio.FIRST_COMPLETED)
     failing.cancel()
@@ -287,7 +324,8 @@ async def _serve_processes(spec: FrontSpec, drain_s: float) -> int:
     front = Front(spec, LocalProcesses(), reached_at="127.0.0.1")
     started_s = time.monotonic()
     host, port = await front.listen()
-    _tell_starting(f"{host}:{port}")
+    address = shown(spec, host, port)
+    _tell_starting(address)
     starting = asyncio.ensure_future(front.start())
     await asyncio.wait([starting, stop], return_when=asyncio.FIRST_COMPLETED)
     if not starting.done():
@@ -297,7 +335,7 @@ async def _serve_processes(spec: FrontSpec, drain_s: float) -> int:
         return 128 + stop.result()
     starting.result()
     _tell_ready(spec, time.monotonic() - started_s)
-    _tell_address(host, port)
+    _tell_address(address)
     failing = asyncio.ensure_future(front.engine.until_failure())
     await asyncio.wait([stop, failing], return_when=asyncio.FIRST_COMPLETED)
     await front.stop(drain_s)
@@ -323,7 +361,7 @@ def _serve_cluster(spec: FrontSpec, address: str, drain_s: float) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     _tell_ready(spec, time.monotonic() - started_s)
-    _tell_address(served.host, served.port)
+    _tell_address(shown(spec, served.host, served.port))
     failure = None
     while failure is None and not stop.wait(LOOK_S):
         failure = served.failure()
@@ -337,7 +375,7 @@ def _tell(text: str) -> None:
 
 
 def _tell_starting(address: str) -> None:
-    _tell(f"starting on http://{address} (/health says how far it is)")
+    _tell(f"starting on {address} (/health says how far it is)")
 
 
 def _tell_ready(spec: FrontSpec, seconds: float) -> None:
@@ -345,23 +383,32 @@ def _tell_ready(spec: FrontSpec, seconds: float) -> None:
     _tell(f"{spec.model_name}: {described} in processes of their own; ready in {seconds:.1f} s")
 
 
-def _tell_address(host: str, port: int, more: str = "") -> None:
-    _tell(f"serving on http://{host}:{port}/v1 (also /health, /metrics, /dashboard, /docs){more}")
+def _tell_address(address: str, more: str = "") -> None:
+    _tell(f"serving on {address}/v1 (also /health, /metrics, /dashboard, /docs){more}")
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """The options of `jaxsys serve`."""
     result = Parser(prog=prog, description="Serve a model over an OpenAI-compatible API.")
     add = result.add_argument
+    add_settings(result)
     add("--model", type=Path, help="folder or .gguf file (default: SmolLM2-135M-Instruct)")
     add("--model-name", help="name in the API (default: the file's or folder's)")
-    add("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
+    add(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on, or unix:PATH for a socket of this machine "
+        "(default %(default)s)",
+    )
     add(
         "--port",
         type=whole(0, 65535),
         default=8000,
         help="0 takes a free one (default %(default)s)",
     )
+    add("--tls-certificate", type=Path, help="PEM file; with --tls-key, the server speaks HTTPS")
+    add("--tls-key", type=Path, help="PEM file of the certificate's key")
+    add("--root-path", default="", metavar="/PATH", help="path that the API stands under")
     add("--api-key-file", type=Path, help="file with one key a line; without it all are let in")
     add(
         "--key-for-all",

@@ -149,11 +149,13 @@ class _Connection(H11Protocol):
 class HttpServer(uvicorn.Server):
     """uvicorn over such connections; signals are its owner's."""
 
-    def __init__(self, app: ASGIApp, *, drain_s: float = 1.0):
+    def __init__(self, app: ASGIApp, *, drain_s: float = 1.0, tls: tuple[str, str] | None = None):
         """
         Args:
             drain_s: how long open requests may take once it is to exit.
+            tls: files of a certificate and its key; without, the server speaks plain HTTP.
         """
+        certificate, key = tls or (None, None)
         self.open_connections = Connections()
         kind = type("_Counted", (_Connection,), {"watch": self.open_connections})
         super().__init__(
@@ -165,6 +167,8 @@ class HttpServer(uvicorn.Server):
                 lifespan="off",
                 backlog=BACKLOG,
                 timeout_keep_alive=KEEP_ALIVE_S,
+                ssl_certfile=certificate,
+                ssl_keyfile=key,
             )
         )
         self.drain(drain_s)

@@ -55,11 +55,20 @@ class Progress:
 class Gateway:
     """An application that answers for another one until that is there."""
 
-    def __init__(self, progress: Progress):
+    def __init__(self, progress: Progress, root_path: str = ""):
+        """
+        Args:
+            root_path: that paths may begin with: proxies take it off, or leave it.
+        """
         self.progress = progress
+        self.root_path = root_path
         self.app: ASGIApp | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        root = self.root_path
+        if root and scope["type"] == "http" and f"{scope['path']}/".startswith(f"{root}/"):
+            scope = {**scope, "path": scope["path"][len(root) :] or "/"}
+            scope["raw_path"] = scope["path"].encode()
         if self.app is not None:
             await self.app(scope, receive, send)
             return

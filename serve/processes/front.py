@@ -32,6 +32,9 @@ from jaxsys.serve.processes.fleet import Fleet, Launcher
 from jaxsys.serve.processes.worker import WorkerSpec
 from jaxsys.serve.requests import Request
 
+UNIX = "unix:"
+"""How an address begins that is a path."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class FrontSpec:
@@ -44,6 +47,10 @@ class FrontSpec:
     key_for_all: bool = False
     cors_origins: tuple[str, ...] = ()
     tool_format: str = "auto"
+    root_path: str = ""
+    """That paths may begin with."""
+    tls: tuple[str, str] | None = None
+    """Files of a certificate and its key, if it speaks HTTPS."""
     route: str = "fewest"
     """Of `ROUTERS`."""
     worker: WorkerSpec
@@ -85,10 +92,10 @@ class Front:
         )
         self.app = build_app(self.engine, tokenizer, spec.api(), slo)
         self.progress = Progress()
-        self._gateway = Gateway(self.progress)
+        self._gateway = Gateway(self.progress, spec.root_path)
         self.fleet = Fleet(self.engine, launcher, worker, host=reached_at)
         self.fleet.on_up = lambda _: self.progress.advance()
-        self._server = HttpServer(self._gateway)
+        self._server = HttpServer(self._gateway, tls=spec.tls)
         self._listener: socket.socket | None = None
         self._serving: asyncio.Task[None] | None = None
 
@@ -101,8 +108,7 @@ class Front:
         self._listener = listener = bind(self.spec.host, self.spec.port)
         listener.listen(BACKLOG)
         self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))
-        host, port = listener.getsockname()[:2]
-        return host, port
+        return name_of(listener)
 
     async def start(self) -> tuple[str, int]:
         """Brings the instances up, then serves; returns host and port.
@@ -115,7 +121,7 @@ class Front:
             await self.listen()
         assert self._listener is not None
         deployment = self.spec.worker.deployment
-        address = self._listener.getsockname()[:2]
+        address = name_of(self._listener)
         self.progress.enter("instances that are up", len(deployment.roles))
         try:
             await self.engine.start()
@@ -197,12 +203,50 @@ def build_app(
     return app
 
 
+def name_of(listener: socket.socket) -> tuple[str, int]:
+    """Host and port that are listened on; port 0 where it is a socket of the machine's own."""
+    name = listener.getsockname()
+    return (UNIX + name, 0) if isinstance(name, str) else name[:2]
+
+
+def shown(spec: FrontSpec, host: str, port: int) -> str:
+    """An address as clients are told it."""
+    scheme = "http" if spec.tls is None else "https"
+    if host.startswith(UNIX):
+        return f"{host}, {scheme}://localhost{spec.root_path}"
+    host = f"[{host}]" if ":" in host else host
+    return f"{scheme}://{host}:{port}{spec.root_path}"
+
+
+def _bind_unix(path: str) -> socket.socket:
+    """A socket of this machine; one that a server has left behind is replaced."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    place = Path(path)
+    try:
+        if place.is_socket():
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                if probe.connect_ex(path) == 0:
+                    raise OSError(0, "another server listens there")
+            place.unlink()
+        listener.bind(path)
+    except OSError as error:
+        listener.close()
+        reason = error.strerror or error
+        raise UsageError(f"cannot listen on {UNIX}{path}: {reason}; choose another path") from None
+    return listener
+
+
 def bind(host: str, port: int) -> socket.socket:
     """A socket bound to an address, not yet listening.
+
+    Args:
+        host: an address, or unix:PATH.
 
     Raises:
         UsageError: if the address is not ours or is taken.
     """
+    if host.startswith(UNIX):
+        return _bind_unix(host.removeprefix(UNIX))
     if not 0 <= port <= 65535:
         raise UsageError(f"port={port} must be from 0 (any free one) to 65535")
     try:
