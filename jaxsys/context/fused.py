@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import AxisType, Mesh
 from jaxtyping import Array, Float
 
 from . import blocks
@@ -116,9 +116,8 @@ def _difference(device: Any, causal: bool) -> float:
         "v": (2, 256, 2, 64),
         "d": (2, 256, 4, 64),
     }
-    here = SingleDeviceSharding(device)
     q, k, v, d_out = (
-        jax.device_put(random.normal(size=shape).astype(jnp.bfloat16), here)
+        jax.device_put(random.normal(size=shape).astype(jnp.bfloat16), device)
         for shape in shapes.values()
     )
     scale = 64**-0.5
@@ -142,5 +141,6 @@ def _difference(device: Any, causal: bool) -> float:
         ]
         return jnp.max(jnp.stack(worst))
 
-    with jax.default_device(device):
+    # Whatever mesh the caller works on: this is one device's.
+    with jax.set_mesh(Mesh(np.array([device]), ("one",), axis_types=(AxisType.Auto,))):
         return float(jax.jit(difference)(q, k, v, d_out))
