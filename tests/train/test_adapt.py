@@ -375,6 +375,40 @@ def test_nnx_dropout_draws_by_layer_and_microbatch():
         NnxBlock.__call__ = own
 
 
+class Pairs(NnxModel):
+    """Unlike blocks; the later ones read the outputs of the earlier ones, the nearest last."""
+
+    def __init__(self, rngs, rates=(0.0,) * 5):
+        super().__init__(rngs, layers=len(rates))
+        self.drops = nnx.List([nnx.Dropout(rate, rngs=rngs) for rate in rates])
+
+    def __call__(self, tokens):
+        x, outputs = self.embed(tokens), []
+        for index, layer in enumerate(self.layers):
+            if index > 2:
+                x = x + 0.3 * outputs[4 - index]
+            x = layer(jnp.tanh(x) if index % 3 == 1 else x)
+            x = self.drops[index](x)
+            outputs.append(x)
+        return self.embed.attend(self.norm(x))
+
+
+def test_a_skip_is_there_where_it_is_read():
+    compare_nnx(Pairs(nnx.Rngs(0)))
+
+
+def test_blocks_that_differ_in_dropout_alone_are_evaluated():
+    """In training two kinds, in evaluation alike: parameters stay where training has them."""
+    module = Pairs(nnx.Rngs(0), rates=(0.0, 0.5, 0.0))
+    adapted = from_nnx(module, first(batch()), blocks="layers")
+    assert adapted.model.pattern is not None and adapted.model.evaluation is not None
+    module.eval()
+    data = jax.tree.map(lambda leaf: leaf[:1], batch())
+    total, weight = next_token_loss(module(data["inputs"][0]), first(data))
+    found = reference_loss(adapted.model.evaluation, adapted.parameters, data)
+    assert float(found) == pytest.approx(float(total / weight), rel=1e-6)
+
+
 def test_names_and_state_are_refused():
     data, module = batch(), LinenModel()
     variables = module.init(jax.random.key(0), data["inputs"][0])

@@ -6,6 +6,7 @@ JAX makes new function objects for it at every trace. What cannot be compared is
 alone.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -28,7 +29,8 @@ _WORDS = (
 """Parameters that say nothing of what is computed."""
 
 
-_UNKNOWN = (TypeError, ValueError, NotImplementedError, AssertionError, jax.errors.JAXTypeError)
+UNKNOWN = (TypeError, ValueError, NotImplementedError, AssertionError, jax.errors.JAXTypeError)
+"""What a user's own derivative may raise when it is looked at."""
 
 
 class _Itself:
@@ -94,6 +96,38 @@ def opened(inner: Any) -> tuple[Any, Any]:
     return inner, getattr(inner, "consts", ())
 
 
+def call_of(equation: Any) -> Callable[[Sequence[Any]], list[Any]]:
+    """An equation as a function of what it reads; its results that have gradients."""
+
+    def call(inputs: Sequence[Any]) -> list[Any]:
+        bound = equation.primitive.get_bind_params(equation.params)
+        functions, parameters = bound if isinstance(bound, tuple) else ((), bound)
+        outputs = equation.primitive.bind(*functions, *inputs, **parameters)
+        outputs = outputs if equation.primitive.multiple_results else [outputs]
+        return [o for o in outputs if jnp.issubdtype(o.dtype, jnp.inexact)]
+
+    return call
+
+
+def scan_counts(body: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> tuple[int, int]:
+    """How many constants and carries a scan has.
+
+    Each JAX release says it in another way; shapes tell alike: what is taken apart, or stacked, has
+    one axis more outside the body than in it.
+
+    Args:
+        body: its jaxpr.
+        inputs: shapes of what it reads.
+        outputs: shapes of its results.
+    """
+
+    def alike(inner: Any, outer: Sequence[Any]) -> int:
+        return sum(len(a.aval.shape) == len(b) for a, b in zip(inner, outer, strict=True))
+
+    before_xs, carry = alike(body.invars, inputs), alike(body.outvars, outputs)
+    return before_xs - carry, carry
+
+
 def _parameters(equation: Any, derivatives: Derivatives) -> Any:
     skip = (*_WORDS, *(_DERIVATIVES if equation.primitive.name.startswith("custom_") else ()))
     return tuple(
@@ -156,15 +190,13 @@ def _derivative(equation: Any, derivatives: Derivatives, *, forward: bool) -> An
     shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars]
     moving = [n for n, s in enumerate(shapes) if jnp.issubdtype(s.dtype, jnp.inexact)]
 
+    whole = call_of(equation)
+
     def call(inputs: Any, chosen: Any) -> Any:
         inputs = list(inputs)
         for n, value in zip(moving, chosen, strict=True):
             inputs[n] = value
-        bound = equation.primitive.get_bind_params(equation.params)
-        functions, parameters = bound if isinstance(bound, tuple) else ((), bound)
-        outputs = equation.primitive.bind(*functions, *inputs, **parameters)
-        outputs = outputs if equation.primitive.multiple_results else [outputs]
-        return [o for o in outputs if jnp.issubdtype(o.dtype, jnp.inexact)]
+        return whole(inputs)
 
     def pushed(inputs: Any, tangents: Any) -> Any:
         chosen = [inputs[n] for n in moving]
@@ -179,7 +211,7 @@ def _derivative(equation: Any, derivatives: Derivatives, *, forward: bool) -> An
             closed = jax.make_jaxpr(pushed)(shapes, [shapes[n] for n in moving])
         else:
             closed = jax.make_jaxpr(pulled)(shapes)
-    except _UNKNOWN:  # of the user's own derivative; it is then like itself alone
+    except UNKNOWN:  # of the user's own derivative; it is then like itself alone
         mark: Any = _Itself(equation)
     else:
         mark = _of_jaxpr(closed.jaxpr, closed.consts, derivatives)

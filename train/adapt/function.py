@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -79,6 +79,8 @@ class Adapted:
     """Trained parameters back in the user's own form: Linen variables, or the NNX model."""
     draws: bool = False
     """Whether the model draws random numbers: a microbatch then has its own key in `KEY`."""
+    numbers: Mapping[Layer, int] | None = field(default=None, repr=False)
+    """Each block's number among the kinds of blocks, for another adaptation to keep to."""
 
 
 def next_token_loss(logits: jax.Array, microbatch: PyTree) -> tuple[jax.Array, jax.Array]:
@@ -115,6 +117,7 @@ def from_function(
     *,
     blocks: str | Sequence[str],
     aliases: Aliases | None = None,
+    numbers: Mapping[Layer, int] | None = None,
 ) -> Adapted:
     """Adapts a function of parameters and a microbatch.
 
@@ -125,6 +128,7 @@ def from_function(
         example: one microbatch, arrays or shapes; a key need not be in it.
         blocks: where blocks are among the parameters, see `places`; one path a group of blocks.
         aliases: other paths of a leaf, by its path; what several blocks hold is theirs together.
+        numbers: of another adaptation of the same parameters, whose kinds of blocks are kept.
 
     Raises:
         UsageError: if the model cannot be cut; says why.
@@ -132,10 +136,10 @@ def from_function(
     paths = (blocks,) if isinstance(blocks, str) else tuple(blocks)
     if isinstance(example, Mapping) and KEY not in example:
         drawing = {**example, KEY: jax.eval_shape(lambda: jax.random.key(0))}
-        adapter = _Adapter(loss, parameters, drawing, paths, aliases)
+        adapter = _Adapter(loss, parameters, drawing, paths, aliases, numbers)
         if adapter.draws:
             return adapter.adapted()
-    adapter = _Adapter(loss, parameters, example, paths, aliases)
+    adapter = _Adapter(loss, parameters, example, paths, aliases, numbers)
     return adapter.adapted()
 
 
@@ -168,13 +172,15 @@ class _Adapter:
         example: PyTree,
         paths: Sequence[str],
         aliases: Aliases | None,
+        numbers: Mapping[Layer, int] | None,
     ) -> None:
-        self.loss, self.example = loss, example
+        self.loss, self.example, self.numbers = loss, example, numbers
         self.leaves, self.structure = jax.tree.flatten(parameters)
         self.places: list[Place] = places(parameters, paths, aliases)
         self.plans: dict[Any, Plan] = {}
         self.draws_if_known = False
         self.plan = self._plan(None, example)
+        self.numbers = dict(zip(self.plan.layers, self.plan.pattern, strict=True))
         self.draws_if_known = self.draws
         self.kinds = [f"kind_{n}" for n in range(len(self.plan.roles))]
         if len(self.kinds) == 1:
@@ -237,7 +243,13 @@ class _Adapter:
             view=self._user_tree,
             draws=KEY if draws else None,
         )
-        return Adapted(model=model, parameters=self._cut(), rebuild=self._rebuilt, draws=draws)
+        return Adapted(
+            model=model,
+            parameters=self._cut(),
+            rebuild=self._rebuilt,
+            draws=draws,
+            numbers=self.numbers,
+        )
 
     def _edge(self, edge: PyTree) -> tuple[Any, list[Any]]:
         leaves = [
@@ -294,7 +306,7 @@ class _Adapter:
                     f"the blocks' parameters ({'/'.join(place.names)}, ...) are neither numbered "
                     "nor taken apart by a scan over layers"
                 )
-        plan = Plan(program, layers, self._shapes_of_layers(program.stack_axes))
+        plan = Plan(program, layers, self._shapes_of_layers(program.stack_axes), self.numbers)
         plan.sums = sums
         if self.plans and plan.pattern != self.plan.pattern:
             raise UsageError(
@@ -329,20 +341,22 @@ class _Adapter:
         loss, _, *metrics = program.outputs
         if not self.mean:
             return lambda values: values
-        leaves = [leaf for leaf in jax.tree.leaves(microbatch) if leaf.ndim]
-        samples = leaves[0].shape[0] if leaves else 0
+        flat, structure = jax.tree_util.tree_flatten_with_path(microbatch)
+        key = next((n for n, (path, _) in enumerate(flat) if names_of(path) == (KEY,)), None)
+        leaves = [leaf for _, leaf in flat]
+        lengths = [leaf.shape[0] for n, leaf in enumerate(leaves) if leaf.ndim and n != key]
+        samples = lengths[0] if lengths else 0
         if not samples:
             raise UsageError(f"the microbatch has no samples to take a mean over; {_FORMS}")
-        mean = mean_of(loss, samples)
-        doubled = jax.tree.map(
-            lambda leaf: (
-                jax.ShapeDtypeStruct((2 * samples, *leaf.shape[1:]), leaf.dtype)
-                if leaf.ndim and leaf.shape[0] == samples
-                else leaf
-            ),
-            microbatch,
-        )
-        check_scales(mean, mean_of(again(doubled).outputs[0], 2 * samples))
+        mean = mean_of(loss, samples, key)
+        doubled = [
+            jax.ShapeDtypeStruct((2 * samples, *leaf.shape[1:]), leaf.dtype)
+            if n != key and leaf.ndim and leaf.shape[0] == samples
+            else leaf
+            for n, leaf in enumerate(leaves)
+        ]
+        twice = again(jax.tree.unflatten(structure, doubled)).outputs[0]
+        check_scales(mean, mean_of(twice, 2 * samples, key))
         read = [*(v for v, _ in mean.sums), *(v for v, _ in mean.rests)]
         factors = [f for _, f in (*mean.sums, *mean.rests)]
         count = len(mean.sums)

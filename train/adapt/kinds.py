@@ -7,7 +7,7 @@ values that no parameter enters (the layer's random key, a mask): these are comp
 microbatch in each block. The rest is carried in x, see `carry`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,19 +78,25 @@ class Kind:
         yield from dict.fromkeys(rows)
 
 
-def kinds_of(stages: Stages, leaves: dict[Any, dict[tuple[str, ...], Any]]) -> list[Kind]:
+def kinds_of(
+    stages: Stages,
+    leaves: dict[Any, dict[tuple[str, ...], Any]],
+    apart: Mapping[Any, int] | None = None,
+) -> list[Kind]:
     """Blocks by kind, in order of first appearance.
 
     Args:
         stages: the cut program.
         leaves: layer -> name -> (shape, dtype) of all its parameters, used or not.
+        apart: layer -> number; blocks of unlike numbers are kept apart though they be alike.
     """
     members: dict[Any, list[int]] = {}
     for stage, (layer, segment) in enumerate(
         zip(stages.layers, stages.segments, strict=True), start=1
     ):
         parameters = tuple(sorted(leaves[layer].items()))
-        members.setdefault((signature(segment, layer), parameters), []).append(stage)
+        kept = None if apart is None else apart[layer]
+        members.setdefault((signature(segment, layer), parameters, kept), []).append(stage)
     kinds = []
     for alike in members.values():
         layer = stages.layers[alike[0] - 1]

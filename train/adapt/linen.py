@@ -64,51 +64,57 @@ def from_linen(
         )
     streams = (rngs,) if isinstance(rngs, str) else tuple(rngs)
 
-    def whole(params: PyTree, microbatch: PyTree) -> Any:
-        drawn = {}
-        if isinstance(microbatch, Mapping) and KEY in microbatch:
-            key = microbatch[KEY]
-            keys = (
-                [key]
-                if len(streams) == 1
-                else [jax.random.fold_in(key, n) for n in range(len(streams))]
+    def adapt(options: Mapping[str, Any], numbers: Any = None) -> Adapted:
+        def whole(params: PyTree, microbatch: PyTree) -> Any:
+            output = _called(
+                module, {"params": params, **others}, microbatch, inputs, streams, options
             )
-            drawn = {"rngs": dict(zip(streams, keys, strict=True))}
-        try:
-            output = module.apply(
-                {"params": params, **others}, *inputs(microbatch), **drawn, **options
-            )
-        except errors.ModifyScopeVariableError as error:
-            raise UsageError(
-                "the model's call writes to variables beside its parameters (batch statistics, a "
-                "cache); a schedule has no place for them: call it so that it only reads them "
-                f"(use_running_average=True, decode=False). Flax says: {_first_line(error)}"
-            ) from None
-        except errors.InvalidRngError as error:
-            raise UsageError(
-                "the model draws random numbers from a stream that is not among "
-                f"rngs={streams}; name all of them. Flax says: {_first_line(error)}"
-            ) from None
-        return loss(named_output(output), microbatch)
+            return loss(named_output(output), microbatch)
 
-    adapted = from_function(whole, params, example, blocks=blocks)
+        return from_function(whole, params, example, blocks=blocks, numbers=numbers)
+
+    adapted = adapt(options)
     if evaluation is not None:
-        still = from_linen(
-            module,
-            variables,
-            example,
-            blocks=blocks,
-            loss=loss,
-            inputs=inputs,
-            rngs=rngs,
-            **{**options, **evaluation},
-        )
+        still = adapt({**options, **evaluation}, adapted.numbers)
         adapted = with_evaluation(adapted, still)
 
     def rebuild(parameters: Parameters) -> dict[str, Any]:
         return {"params": adapted.rebuild(parameters), **others}
 
     return dataclasses.replace(adapted, rebuild=rebuild)
+
+
+def _called(
+    module: linen.Module,
+    variables: Mapping[str, Any],
+    microbatch: PyTree,
+    inputs: Inputs,
+    streams: Sequence[str],
+    options: Mapping[str, Any],
+) -> Any:
+    """The model's output on a microbatch; what a schedule has no place for is refused."""
+    drawn = {}
+    if isinstance(microbatch, Mapping) and KEY in microbatch:
+        key = microbatch[KEY]
+        keys = (
+            [key]
+            if len(streams) == 1
+            else [jax.random.fold_in(key, n) for n in range(len(streams))]
+        )
+        drawn = {"rngs": dict(zip(streams, keys, strict=True))}
+    try:
+        return module.apply(variables, *inputs(microbatch), **drawn, **options)
+    except errors.ModifyScopeVariableError as error:
+        raise UsageError(
+            "the model's call writes to variables beside its parameters (batch statistics, a "
+            "cache); a schedule has no place for them: call it so that it only reads them "
+            f"(use_running_average=True, decode=False). Flax says: {_first_line(error)}"
+        ) from None
+    except errors.InvalidRngError as error:
+        raise UsageError(
+            "the model draws random numbers from a stream that is not among "
+            f"rngs={tuple(streams)}; name all of them. Flax says: {_first_line(error)}"
+        ) from None
 
 
 def _first_line(error: Exception) -> str:

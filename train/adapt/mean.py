@@ -1,8 +1,8 @@
 """A loss that is a mean over samples, taken apart into a sum and a weight.
 
 A step sees one microbatch at a time; the mean of the whole batch is sum(sums) / sum(weights). So a
-mean must be seen to be one: it ends in sums over an array whose leading axis is the samples', each
-sample's part made of that sample alone, divided by the array's size, by the number of samples or
+mean must be seen to be one: it ends in sums over an array along whose one axis samples lie, each
+made of that sample alone (see `samples`), divided by the array's size, by the number of samples or
 by a sum of the same kind (of a mask). Anything else, such as a product of means in an auxiliary
 loss, is another number for the whole batch than for its parts, and is refused.
 
@@ -10,30 +10,31 @@ Legend: B samples in the microbatch.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from jaxsys.errors import UsageError
 from jaxsys.train.adapt.program import BatchLeaf, Constant, Value
+from jaxsys.train.adapt.samples import (
+    Along,
+    Followed,
+    Mixed,
+    Same,
+    State,
+    Unknown,
+    everything_uneven,
+    of_constant,
+)
 
 OUTPUT = "jaxsys_model_output"
-"""The name of a model's outputs: what is made of each sample alone from there on is looked at."""
+"""The name of a model's outputs: in what cannot be followed up to there, samples are believed to
+lie along the first axis."""
 
 _WAY_OUT = (
     "return (sum over samples, their number) instead of a mean; each is then added up over "
     "microbatches"
 )
 
-_EACH = frozenset(
-    ("abs", "add", "and", "ceil", "clamp", "convert_element_type", "copy", "cos")
-    + ("custom_jvp_call", "div", "eq", "erf", "exp", "exp2", "expm1", "floor", "ge", "gt")
-    + ("integer_pow", "is_finite", "le", "log", "log1p", "logistic", "lt", "max", "min", "mul")
-    + ("name", "ne", "neg", "not", "or", "pow", "rem", "round", "rsqrt", "select_n", "sign")
-    + ("sin", "sqrt", "square", "stop_gradient", "sub", "tanh", "xor")
-)
-"""Element by element."""
-
-_REDUCE = frozenset(
-    ("argmax", "argmin", "reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_sum")
-)
+_AS_IT_IS = ("convert_element_type", "copy", "name", "reshape", "squeeze")
 
 
 @dataclass(slots=True)
@@ -48,19 +49,20 @@ class Mean:
     """What no sample enters, such as the norm of parameters."""
 
 
-def mean_of(loss: Value, samples: int) -> Mean:
+def mean_of(loss: Value, samples: int, key: int | None) -> Mean:
     """The parts of a mean over samples.
 
     Args:
         loss: a scalar of a program.
         samples: B.
+        key: the microbatch's leaf that is its key.
 
     Raises:
         UsageError: if the loss is not seen to be a mean over samples.
     """
     mean = Mean()
     divisors: set[Value | None] = set()
-    for value, factor, divisor in _terms(loss, 1.0, samples):
+    for value, factor, divisor in _Terms(loss, samples, key).of(loss, 1.0):
         if not value.varies:
             mean.rests.append((value, factor))
         else:
@@ -88,38 +90,166 @@ def check_scales(mean: Mean, twice: Mean) -> None:
             )
 
 
-def _terms(value: Value, factor: float, samples: int) -> list[tuple[Value, float, Value | None]]:
-    """(sum, factor, divisor) of each term."""
-    maker = value.maker
-    if maker is None or not value.varies:
-        return [(value, factor, None)]
-    name, inputs = maker.primitive.name, maker.inputs
-    if name in ("convert_element_type", "copy", "reshape", "squeeze"):
-        return _terms(inputs[0], factor, samples)
-    if name == "neg":
-        return _terms(inputs[0], -factor, samples)
-    if name in ("add", "sub"):
-        sign = -1.0 if name == "sub" else 1.0
-        ahead = _terms(inputs[0], factor, samples)
-        return [*ahead, *_terms(inputs[1], sign * factor, samples)]
-    if name == "mul":
-        for one, other in (inputs, inputs[::-1]):
-            if isinstance(one, Constant):
-                return _terms(other, factor * float(one.words), samples)
-    if name == "div":
-        if isinstance(inputs[1], Constant):
-            return _terms(inputs[0], factor / float(inputs[1].words), samples)
-        divisor = _masked(inputs[1])
-        if _is_sum(divisor, samples):
-            terms = _terms(inputs[0], factor, samples)
+class _Terms:
+    """What a loss adds up."""
+
+    def __init__(self, loss: Value, samples: int, key: int | None) -> None:
+        # With one sample axes of one element come and go; it is then seen with two, `check_scales`.
+        self.states = {} if samples == 1 else _states(loss, samples, key)
+
+    def of(self, value: Value, factor: float) -> list[tuple[Value, float, Value | None]]:
+        """(sum, factor, divisor) of each term."""
+        maker = value.maker
+        if maker is None or not value.varies:
+            return [(value, factor, None)]
+        name, inputs = maker.primitive.name, maker.inputs
+        if name in _AS_IT_IS and not inputs[0].aval.shape:
+            return self.of(inputs[0], factor)
+        if name == "neg":
+            return self.of(inputs[0], -factor)
+        if name in ("add", "sub"):
+            sign = -1.0 if name == "sub" else 1.0
+            return [*self.of(inputs[0], factor), *self.of(inputs[1], sign * factor)]
+        if name == "mul":
+            for one, other in (inputs, inputs[::-1]):
+                if isinstance(one, Constant):
+                    return self.of(other, factor * float(one.words))
+                if (inverse := _inverse(one)) is not None:
+                    number, divisor = inverse
+                    return self.divided(value, other, number * factor, divisor)
+        if name == "div":
+            if isinstance(inputs[1], Constant):
+                return self.of(inputs[0], factor / float(inputs[1].words))
+            return self.divided(value, inputs[0], factor, inputs[1])
+        if name == "reduce_sum" and (parts := _scalars(inputs[0])):
+            return [term for part in parts for term in self.of(part, factor)]
+        if self.is_sum(value):
+            return [(value, factor, None)]
+        return self.refused(value)
+
+    def divided(self, value: Value, above: Value, factor: float, below: Value) -> list[Any]:
+        """The terms of a quotient, whose divisor must be a sum over samples."""
+        divisor = _masked(below)
+        if self.is_sum(divisor):
+            terms = self.of(above, factor)
             if all(mine is None for _, _, mine in terms):
-                return [(value, own, divisor) for value, own, _ in terms]
-    if _is_sum(value, samples):
-        return [(value, factor, None)]
-    raise UsageError(
-        f"the loss is not seen to be a mean over samples (at {name}): for the whole batch it may "
-        f"be another number than for its microbatches; {_WAY_OUT}"
-    )
+                return [(one, own, divisor) for one, own, _ in terms]
+        return self.refused(value)
+
+    def refused(self, value: Value) -> list[Any]:
+        """Raises UsageError: what cannot be taken apart."""
+        raise UsageError(
+            f"the loss is not seen to be a mean over samples (at {self.where(value)}): for the "
+            f"whole batch it may be another number than for its microbatches; {_WAY_OUT}"
+        )
+
+    def is_sum(self, value: Value) -> bool:
+        """Whether a scalar is a sum over samples of each one's own."""
+        maker = value.maker
+        if maker is None or value.aval.shape:
+            return False
+        name, inputs = maker.primitive.name, maker.inputs
+        if name in (*_AS_IT_IS, "neg") and not inputs[0].aval.shape:
+            return self.is_sum(inputs[0])
+        if not self.states:
+            return name in ("reduce_sum", "dot_general")
+        states = [self.states[value] for value in inputs]
+        if name == "reduce_sum":
+            return isinstance(states[0], Along) and states[0].axis in maker.parameters["axes"]
+        if name == "dot_general":
+            contracted, _ = maker.parameters["dimension_numbers"]
+            pairs = list(zip(*contracted, strict=True))
+            one, other = states
+            return (
+                isinstance(one, Along)
+                and isinstance(other, Along)
+                and (one.axis, other.axis) in pairs
+            )
+        return False
+
+    def where(self, value: Value) -> str:
+        """The operation in which samples first enter each other's parts, or the value's own."""
+        seen: set[Value] = set()
+        while value.maker is not None and value not in seen:
+            seen.add(value)
+            worse = [
+                v for v in value.maker.inputs if isinstance(self.states.get(v), Mixed | Unknown)
+            ]
+            if not worse:
+                break
+            value = worse[0]
+        return value.maker.primitive.name if value.maker is not None else "a leaf of the batch"
+
+
+def _inverse(value: Value) -> tuple[float, Value] | None:
+    """(a, b) where a value is the number a divided by b."""
+    maker = value.maker
+    if maker is None:
+        return None
+    name, inputs = maker.primitive.name, maker.inputs
+    if name == "div" and isinstance(inputs[0], Constant):
+        return float(inputs[0].words), inputs[1]
+    if name == "integer_pow" and maker.parameters["y"] == -1:
+        return 1.0, inputs[0]
+    return None
+
+
+def _states(loss: Value, samples: int, key: int | None) -> dict[Value, State]:
+    """Of all that a loss is made of, where samples lie."""
+    followed = Followed(samples)
+    states: dict[Value, State] = {}
+
+    def leaf(value: Value) -> State:
+        if isinstance(value, Constant):
+            return of_constant(value.words if value.keys is None else value.array())
+        if isinstance(value, BatchLeaf):
+            if value.number == key:
+                return Same(drawn=True)
+            return Along(0) if value.aval.shape[:1] == (samples,) else Unknown()
+        return everything_uneven(value.aval.shape)
+
+    waiting = [loss]
+    while waiting:
+        value = waiting[-1]
+        maker = value.maker
+        if value in states:
+            waiting.pop()
+        elif maker is None:
+            states[waiting.pop()] = leaf(value)
+        elif ahead := [one for one in maker.inputs if one not in states]:
+            waiting += ahead
+        else:
+            name = maker.primitive.name
+            found = followed.results(
+                name,
+                maker.parameters,
+                [states[one] for one in maker.inputs],
+                [one.aval.shape for one in maker.inputs],
+                [one.aval.shape for one in maker.outputs],
+            )
+            if name == "name" and maker.parameters.get("name") == OUTPUT:
+                first = value.aval.shape[:1] == (samples,)
+                found = [Along(0) if isinstance(s, Unknown) and first else s for s in found]
+            states.update(zip(maker.outputs, found, strict=True))
+            states.setdefault(value, found[value.place])
+    return states
+
+
+def _scalars(value: Value) -> list[Value]:
+    """The scalars that an array is put together of, if it is."""
+    maker = value.maker
+    if not value.aval.shape:
+        return [value]
+    if maker is None:
+        return []
+    if maker.primitive.name in ("concatenate", "stack"):
+        parts = [_scalars(one) for one in maker.inputs]
+        return [part for found in parts for part in found] if all(parts) else []
+    if maker.primitive.name in (*_AS_IT_IS, "broadcast_in_dim", "expand_dims") and (
+        value.aval.size == maker.inputs[0].aval.size
+    ):
+        return _scalars(maker.inputs[0])
+    return []
 
 
 def _masked(value: Value) -> Value:
@@ -140,98 +270,3 @@ def _masked(value: Value) -> Value:
             break
         maker = value.maker
     return value
-
-
-def _is_sum(value: Value, samples: int) -> bool:
-    """Whether a scalar is a sum over samples of each one's own."""
-    maker = value.maker
-    if maker is None or value.aval.shape:
-        return False
-    name = maker.primitive.name
-    if name in ("convert_element_type", "copy", "neg"):
-        return _is_sum(maker.inputs[0], samples)
-    if name != "reduce_sum":
-        return False
-    operand = maker.inputs[0]
-    if samples == 1:
-        return 0 in maker.parameters["axes"]  # whether it is one is seen at two, see `check_scales`
-    return 0 in maker.parameters["axes"] and _by_sample(operand, samples, {})
-
-
-def _by_sample(value: Value, samples: int, known: dict[Value, bool]) -> bool:
-    """Whether the leading axis is the samples' and each one's part is made of that one alone."""
-    if value not in known:
-        known[value] = False
-        shape = value.aval.shape
-        known[value] = bool(shape) and shape[0] % samples == 0 and _made_so(value, samples, known)
-    return known[value]
-
-
-def _made_so(value: Value, samples: int, known: dict[Value, bool]) -> bool:
-    if isinstance(value, BatchLeaf):
-        return value.aval.shape[0] == samples
-    maker = value.maker
-    if maker is None:
-        return False
-    name, parameters, inputs = maker.primitive.name, maker.parameters, maker.inputs
-    if name == "name" and parameters.get("name") == OUTPUT:
-        return value.aval.shape[0] == samples
-    first = inputs[0] if inputs else None
-    if first is None:
-        return False
-    if name in _EACH:
-        return any(v.varies for v in inputs) and all(
-            _by_sample(v, samples, known) if v.varies else _same_for_all(v) for v in inputs
-        )
-    if not _by_sample(first, samples, known):
-        # A table that is the same for all, read at each sample's own indices.
-        return (
-            name == "gather"
-            and not first.varies
-            and 0 not in parameters["dimension_numbers"].offset_dims
-            and _by_sample(inputs[1], samples, known)
-        )
-    if name in _REDUCE:
-        return 0 not in parameters["axes"]
-    if name == "broadcast_in_dim":
-        dimensions = parameters["broadcast_dimensions"]
-        return bool(dimensions) and dimensions[0] == 0
-    if name in ("reshape", "expand_dims"):
-        return True  # rows stay in order
-    if name == "squeeze":
-        return 0 not in parameters["dimensions"]
-    if name == "transpose":
-        return parameters["permutation"][0] == 0
-    if name == "slice":
-        return value.aval.shape[0] == first.aval.shape[0]
-    if name == "concatenate":
-        return parameters["dimension"] != 0 and all(_by_sample(v, samples, known) for v in inputs)
-    if name == "dot_general":
-        (contracted, _), (batch, other_batch) = parameters["dimension_numbers"]
-        if batch:
-            paired = batch[0] == 0 and other_batch[0] == 0
-            return paired and _by_sample(inputs[1], samples, known)
-        return 0 not in contracted and not inputs[1].varies
-    if name == "gather":
-        numbers = parameters["dimension_numbers"]
-        if 0 in numbers.offset_dims:  # rows whole, the same place of each
-            moved = (*numbers.collapsed_slice_dims, *numbers.start_index_map)
-            return 0 not in moved and not numbers.operand_batching_dims and not inputs[1].varies
-        return (
-            0 in numbers.operand_batching_dims
-            and 0 in numbers.start_indices_batching_dims
-            and _by_sample(inputs[1], samples, known)
-        )
-    return False
-
-
-def _same_for_all(value: Value) -> bool:
-    """Whether what does not vary with the microbatch is alike for all its samples."""
-    shape = value.aval.shape
-    if not shape or shape[0] == 1:
-        return True
-    maker = value.maker
-    if maker is not None and maker.primitive.name == "broadcast_in_dim":
-        dimensions = maker.parameters["broadcast_dimensions"]
-        return 0 not in dimensions or maker.inputs[0].aval.shape[dimensions.index(0)] == 1
-    return False

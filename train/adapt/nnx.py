@@ -54,7 +54,8 @@ def from_nnx(
     if adapted.draws:
         still = nnx.clone(module)
         still.eval()
-        adapted = with_evaluation(adapted, _adapt(still, example, blocks, loss, inputs, options))
+        evaluated = _adapt(still, example, blocks, loss, inputs, options, adapted.numbers)
+        adapted = with_evaluation(adapted, evaluated)
 
     def rebuild(parameters: Parameters) -> nnx.Module:
         trained = nnx.clone(module)
@@ -71,6 +72,7 @@ def _adapt(
     loss: Loss,
     inputs: Inputs,
     options: dict[str, Any],
+    numbers: Any = None,
 ) -> Adapted:
     params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
     keys = nnx.to_pure_dict(nnx.state(module, nnx.RngKey))
@@ -105,7 +107,7 @@ def _adapt(
     for path, variable in _variables(module):
         paths.setdefault(id(variable), []).append(path)
     aliases = {path: several for several in paths.values() for path in several}
-    return from_function(whole, params, example, blocks=blocks, aliases=aliases)
+    return from_function(whole, params, example, blocks=blocks, aliases=aliases, numbers=numbers)
 
 
 def _folded(key: jax.Array, words: list[jax.Array]) -> jax.Array:

@@ -4,7 +4,7 @@ Legend: L blocks; x is a dict of the leaves that `carry` names, or the one array
 one.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -45,13 +45,20 @@ class Plan:
         sums: what makes summed loss, weight and metrics of the head's outputs.
     """
 
-    def __init__(self, program: Program, layers: Sequence[Layer], leaves: dict[Layer, Leaves]):
+    def __init__(
+        self,
+        program: Program,
+        layers: Sequence[Layer],
+        leaves: dict[Layer, Leaves],
+        apart: Mapping[Layer, int] | None = None,
+    ):
         """Cuts the program.
 
         Args:
             program: the whole model and its loss.
             layers: its blocks.
             leaves: layer -> name -> (shape, dtype) of all its parameters.
+            apart: see `kinds_of`.
 
         Raises:
             UsageError: if it cannot be cut.
@@ -60,11 +67,14 @@ class Plan:
         self.sums: Callable[[list[Any]], list[Any]] = list
         best: tuple[Stages, Freight] | None = None
         for stages in cuts(program, layers):
-            found = freight(stages, kinds_of(stages, leaves), program.outputs)
+            found = freight(stages, kinds_of(stages, leaves, apart), program.outputs)
             if best is None or len(found.roles) < len(best[1].roles):
                 best = stages, found
         assert best is not None
         self.stages, self.freight = best
+        if apart is not None:
+            first = {id(role): self.stages.layers[role.stages[0] - 1] for role in best[1].roles}
+            best[1].roles.sort(key=lambda role: apart[first[id(role)]])
         self.layers, self.roles = self.stages.layers, self.freight.roles
         role_at = {stage: n for n, role in enumerate(self.roles) for stage in role.stages}
         self.pattern = tuple(role_at[stage] for stage in range(1, len(self.layers) + 1))

@@ -19,7 +19,15 @@ from jax import lax
 from jax.core import ShapedArray
 
 from jaxsys.errors import UsageError
-from jaxsys.train.adapt.fingerprint import Derivatives, aval_of_type, fingerprint, opened, words_of
+from jaxsys.train.adapt.fingerprint import (
+    Derivatives,
+    aval_of_type,
+    fingerprint,
+    opened,
+    scan_counts,
+    words_of,
+)
+from jaxsys.train.adapt.linear import custom_derivatives, is_linear
 
 Layer = tuple[int, int]
 """A block before blocks have an order: (which of the groups of blocks, its number in it)."""
@@ -256,6 +264,13 @@ _VIEWS = (
 """Of a stacked parameter, done to the whole or to each layer's slice alike."""
 
 
+_NOT_LINEAR = (
+    "a custom derivative (custom_vjp) is not linear in the gradient that it is given (it clips, "
+    "normalises or rounds it); a step adds up its microbatches' gradients before they are divided "
+    "by the batch's weight, so it would be another number: leave that to the optimizer"
+)
+
+
 @dataclass(slots=True)
 class _Flat:
     leaf_counts: dict[Any, int]
@@ -269,6 +284,8 @@ class _Flat:
     slices: dict[tuple[int, int, tuple[str, ...]], BlockLeaf] = field(default_factory=dict)
     constants: dict[Any, Constant] = field(default_factory=dict)
     derivatives: Derivatives = field(default_factory=dict)
+    linear: set[Any] = field(default_factory=set)
+    """Marks of operations whose custom derivatives were looked at."""
 
     def jaxpr(self, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Value]) -> list[Value]:
         """Appends a jaxpr's equations; returns its outputs."""
@@ -343,6 +360,10 @@ class _Flat:
 
     def operation(self, equation: Any, inputs: list[Value]) -> tuple[Value, ...]:
         mark = fingerprint(equation, self.derivatives)
+        if any(value.depends for value in inputs) and mark not in self.linear:
+            self.linear.add(mark)
+            if not all(is_linear(inner) for inner in custom_derivatives(equation)):
+                raise UsageError(_NOT_LINEAR)
         depends = any(value.depends for value in inputs)
         varies = any(value.varies for value in inputs)
         late = any(value.late for value in inputs)
@@ -473,16 +494,8 @@ def _first_aval(whole: StackedLeaf) -> Any:
 
 
 def _scan_parts(equation: Any, inputs: list[Value]) -> tuple[list[Value], list[Value], list[Value]]:
-    """A scan's (constants, carry, xs).
-
-    How many there are of each is said in another way by each JAX release; shapes tell alike: what
-    is taken apart, or stacked, has one axis more outside the body than in it.
-    """
+    """A scan's (constants, carry, xs)."""
     body, _ = opened(equation.params["jaxpr"])
-
-    def alike(inner: Any, outer: Any) -> int:
-        return sum(a.aval.ndim == b.aval.ndim for a, b in zip(inner, outer, strict=True))
-
-    before_xs = alike(body.invars, equation.invars)
-    consts = before_xs - alike(body.outvars, equation.outvars)
-    return inputs[:consts], inputs[consts:before_xs], inputs[before_xs:]
+    shapes = [[v.aval.shape for v in side] for side in (equation.invars, equation.outvars)]
+    consts, carry = scan_counts(body, *shapes)
+    return inputs[:consts], inputs[consts : consts + carry], inputs[consts + carry :]

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from jaxsys.train.adapt.flow import Flow
-from jaxsys.train.adapt.program import BlockLeaf, Layer, Operation, Program, Value
+from jaxsys.train.adapt.program import BlockLeaf, Layer, Operation, Program, Value, needed
 
 _TRIES = 6
 """Ways to cut between blocks that are looked at: places that carry equally few bytes."""
@@ -82,9 +82,10 @@ class _Cut:
         model = self._like(1, range(2, self.last + 1))
         if model is not None and self.before[model]:
             self._copy_before_first(model)
+        far = self._far()
         segments = {
             stage: [
-                *flow.far[stage],
+                *far[stage],
                 *self.before.get(stage, []),
                 *self.core[stage],
                 *self.after.get(stage, []),
@@ -96,6 +97,22 @@ class _Cut:
             layers=tuple(flow.layers),
             segments=tuple(tuple(segments[stage]) for stage in self.core),
         )
+
+    def _far(self) -> dict[int, list[Operation]]:
+        """What each segment takes of what earlier ones made possible.
+
+        The next segment wants it; but where what the cut leaves in this one reads it, it comes
+        along.
+        """
+        far = {stage: list(operations) for stage, operations in self.flow.far.items()}
+        for stage in range(1, self.last):
+            moved = needed(
+                far[stage + 1],
+                [value for operation in self.after[stage] for value in operation.inputs],
+            )
+            far[stage] += moved
+            far[stage + 1] = [one for one in far[stage + 1] if one not in moved]
+        return far
 
     def _like(self, stage: int, others: Iterable[int]) -> int | None:
         return next((o for o in others if self.marks[o] == self.marks[stage]), None)

@@ -1,0 +1,192 @@
+"""Means that are followed through a whole model, and custom derivatives that no step can sum up."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxsys.errors import UsageError
+from jaxsys.layered import reference_loss
+from jaxsys.train.adapt import KEY, from_function
+
+V, D, T, L = 7, 4, 3, 2
+RNG = np.random.default_rng(0)
+PARAMETERS = {
+    "table": RNG.standard_normal((V, D)).astype(np.float32),
+    "layers": {"w": (0.5 * RNG.standard_normal((L, D, D))).astype(np.float32)},
+}
+
+
+def data(rows: int, size: int) -> dict[str, np.ndarray]:
+    tokens = np.random.default_rng(1).integers(0, V, (rows, size, T + 1)).astype(np.int32)
+    return {"inputs": tokens[..., :-1], "targets": tokens[..., 1:]}
+
+
+def logits_of(parameters: Any, tokens: Any) -> Any:
+    """Of tokens [..., T], one sequence or a batch of them."""
+    table = jnp.asarray(parameters["table"])
+
+    def block(x: Any, w: Any) -> Any:
+        h = x @ w
+        mean = jnp.mean(h, -1, keepdims=True)
+        return x + jnp.tanh(h - mean), None
+
+    x, _ = jax.lax.scan(block, table[tokens], jnp.asarray(parameters["layers"]["w"]))
+    return x @ table.T
+
+
+def each(logits: Any, targets: Any) -> Any:
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+
+
+def mapped(parameters, batch):
+    """One sample's loss, mapped over the batch along another axis than the first."""
+    swapped = batch["inputs"].T, batch["targets"].T
+    losses = jax.vmap(
+        lambda inputs, targets: each(logits_of(parameters, inputs), targets).mean(),
+        in_axes=(1, 1),
+    )(*swapped)
+    return jnp.mean(losses)
+
+
+def one_by_one(parameters, batch):
+    """The losses of one sample after another."""
+    logits = logits_of(parameters, batch["inputs"])
+    losses = jax.lax.map(lambda sample: each(*sample).mean(), (logits, batch["targets"]))
+    return losses.mean()
+
+
+def flattened(parameters, batch):
+    """Tokens of all samples in a row, weighted, by a product with the weights."""
+    logits = logits_of(parameters, batch["inputs"]).reshape(-1, V)
+    weights = (batch["targets"].reshape(-1) > 1).astype(jnp.float32)
+    return jnp.dot(each(logits, batch["targets"].reshape(-1)), weights) * (1 / jnp.sum(weights))
+
+
+def with_rows(parameters, batch):
+    """Recurrent along the sequence, with a loop of Python's own and an auxiliary mean a layer."""
+    logits = logits_of(parameters, batch["inputs"])
+    last, states = jax.lax.scan(
+        lambda c, row: (0.5 * c + row, c), jnp.zeros_like(logits[:, 0]), logits.swapaxes(0, 1)
+    )
+    auxiliary = jnp.stack([jnp.mean(jnp.square(last)), jnp.mean(jnp.abs(states))])
+    return each(logits + states.swapaxes(0, 1), batch["targets"]).mean() + auxiliary.sum()
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("loss", [mapped, one_by_one, flattened, with_rows])
+def test_a_mean_is_found_through_the_whole_model(loss, size):
+    rows = data(2, size)
+    adapted = from_function(
+        loss, PARAMETERS, jax.tree.map(lambda leaf: leaf[0], rows), blocks="layers"
+    )
+    whole = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), rows)
+    found = reference_loss(adapted.model, adapted.parameters, rows)
+    assert float(found) == pytest.approx(float(loss(PARAMETERS, whole)), rel=2e-6)
+
+
+def centred(parameters, batch):
+    logits = logits_of(parameters, batch["inputs"])
+    return each(logits - jnp.mean(logits, 0, keepdims=True), batch["targets"]).mean()
+
+
+def contrastive(parameters, batch):
+    pooled = logits_of(parameters, batch["inputs"]).mean(1)
+    return each(pooled @ pooled.T, jnp.arange(pooled.shape[0])).mean()
+
+
+def by_place(parameters, batch):
+    losses = each(logits_of(parameters, batch["inputs"]), batch["targets"]).mean(1)
+    return jnp.mean(losses * jnp.arange(losses.shape[0]))
+
+
+def running(parameters, batch):
+    losses = each(logits_of(parameters, batch["inputs"]), batch["targets"]).mean(1)
+    return jnp.mean(jax.lax.cumsum(losses))
+
+
+def handed_on(parameters, batch):
+    losses = each(logits_of(parameters, batch["inputs"]), batch["targets"]).mean(1)
+    return jax.lax.scan(lambda c, row: (c + row, c * row), 0.0, losses)[1].mean()
+
+
+@pytest.mark.parametrize("loss", [centred, contrastive, by_place, running, handed_on])
+def test_samples_that_enter_each_others_parts_are_refused(loss):
+    example = jax.tree.map(lambda leaf: leaf[0], data(1, 3))
+    with pytest.raises(UsageError, match="not seen to be a mean over samples"):
+        from_function(loss, PARAMETERS, example, blocks="layers")
+
+
+def test_a_raw_key_is_no_sample():
+    """Two words of a key beside two samples."""
+
+    def loss(parameters, batch):
+        logits = logits_of(parameters, batch["inputs"])
+        kept = jax.random.bernoulli(batch[KEY], 0.5, logits.shape)
+        return each(jnp.where(kept, logits, 0.0), batch["targets"]).mean()
+
+    rows = {**data(2, 2), KEY: np.asarray([[1, 2], [3, 4]], np.uint32)}
+    adapted = from_function(
+        loss, PARAMETERS, jax.tree.map(lambda leaf: leaf[0], rows), blocks="layers"
+    )
+    wanted = [loss(PARAMETERS, jax.tree.map(lambda leaf, n=n: leaf[n], rows)) for n in (0, 1)]
+    found = reference_loss(adapted.model, adapted.parameters, rows)
+    assert float(found) == pytest.approx(float(sum(wanted)) / 2, rel=2e-6)
+
+
+def with_derivative(backward):
+    @jax.custom_vjp
+    def function(x):
+        return jnp.tanh(x)
+
+    function.defvjp(lambda x: (jnp.tanh(x), x), lambda x, g: (backward(x, g),))
+    return function
+
+
+def scanned(x, g):
+    return jax.lax.scan(lambda c, row: (c + row, c), jnp.zeros_like(g[0]), g * x)[1]
+
+
+LINEAR = {
+    "straight through": lambda x, g: g,
+    "reversed": lambda x, g: -0.5 * g,
+    "where": lambda x, g: jnp.where(x > 0, g * jnp.cos(x), 0.0),
+    "products": lambda x, g: (g @ jnp.eye(D)) / (1 + jnp.exp(x)) - jnp.cumsum(g, 1),
+    "a loop": scanned,
+}
+OTHER = {
+    "clips": lambda x, g: jnp.clip(g, -0.1, 0.1),
+    "normalises": lambda x, g: g / jnp.linalg.norm(g),
+    "signs": lambda x, g: jnp.sign(g),
+    "rounds": lambda x, g: jnp.round(8 * g) / 8,
+    "adds": lambda x, g: g + 0.01 * x,
+    "squares": lambda x, g: g * g,
+    "chooses": lambda x, g: jnp.where(g > 0, g, 0.5 * g),
+}
+
+
+@pytest.mark.parametrize("name", [*LINEAR, *OTHER])
+@pytest.mark.parametrize("inside", ["", "scan"])
+def test_a_derivative_must_be_linear_in_the_gradient(name, inside):
+    act: Any = with_derivative({**LINEAR, **OTHER}[name])
+    if inside:
+        once = act
+
+        def act(x):  # in a loop that stays one
+            return jax.lax.scan(lambda c, _: (once(c), None), x, None, length=2)[0]
+
+    def loss(parameters, batch):
+        x = jnp.asarray(parameters["table"])[batch["inputs"]]
+        for n in range(L):
+            x = x + act(x @ jnp.asarray(parameters["layers"]["w"])[n])
+        return each(x @ jnp.asarray(parameters["table"]).T, batch["targets"]).mean()
+
+    example = jax.tree.map(lambda leaf: leaf[0], data(1, 2))
+    if name in LINEAR:
+        from_function(loss, PARAMETERS, example, blocks="layers")
+        return
+    with pytest.raises(UsageError, match="not linear in the gradient"):
+        from_function(loss, PARAMETERS, example, blocks="layers")

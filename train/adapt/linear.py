@@ -1,0 +1,178 @@
+"""Whether a custom derivative hands gradients on linearly.
+
+A step adds up the gradients of its microbatches and divides by their weight afterwards. That is the
+gradient of the whole batch's mean only if every backward pass is linear in what it is given. JAX's
+own are; a `custom_vjp` may clip, normalise or round the gradient it gets, and would then train
+another model under a schedule than in a loop, without a word.
+
+Followed through the backward pass is what the gradient enters: nothing, linearly, or otherwise. An
+operation that is not known (a kernel's) is believed to be linear.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from jaxsys.train.adapt.fingerprint import UNKNOWN, call_of, opened, scan_counts
+
+Part = Literal["zero", "none", "linear", "other"]
+"""What of the gradient is in a value; "zero" is a value that is zero, linear in anything."""
+
+_CHANGES = frozenset(
+    ("abs", "acos", "acosh", "and", "argmax", "argmin", "asin", "asinh", "atan", "atan2", "atanh")
+    + ("cbrt", "ceil", "clamp", "cos", "cosh", "cumlogsumexp", "cummax", "cummin", "cumprod", "eq")
+    + ("erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "is_finite", "le")
+    + ("log", "log1p", "logistic", "lt", "max", "min", "ne", "nextafter", "not", "or", "pow")
+    + ("reduce_max", "reduce_min", "reduce_prod", "rem", "round", "rsqrt", "sign", "sin", "sinh")
+    + ("sort", "sqrt", "square", "tan", "tanh", "top_k", "xor")
+)
+"""Linear in nothing."""
+
+_STAYS_ZERO = frozenset(
+    ("broadcast_in_dim", "convert_element_type", "copy", "mul", "reshape", "squeeze", "transpose")
+)
+_PRODUCTS = frozenset(("mul", "dot_general", "conv_general_dilated"))
+_CALLS = frozenset(
+    ("checkpoint", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "jit", "pjit")
+    + ("custom_vjp_call_jaxpr", "remat", "remat2")
+)
+_MOST_ROUNDS = 8
+
+
+def custom_derivatives(equation: Any) -> Iterator[Any]:
+    """Equations with a `custom_vjp`, the equation itself and those in its jaxprs."""
+    if equation.primitive.name.startswith("custom_vjp_call"):
+        yield equation
+    for inner in _jaxprs(equation.params):
+        for deeper in inner.eqns:
+            yield from custom_derivatives(deeper)
+
+
+def is_linear(equation: Any) -> bool:
+    """Whether a `custom_vjp`'s backward pass is linear in the gradient it is given."""
+    shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars]
+    call = call_of(equation)
+
+    def pulled(inputs: Any, gradients: Any) -> Any:
+        moving = [x for x, s in zip(inputs, shapes, strict=True) if _moves(s)]
+
+        def of(moving: Any) -> Any:
+            given = iter(moving)
+            whole = [next(given) if _moves(s) else x for x, s in zip(inputs, shapes, strict=True)]
+            return call(whole)
+
+        return jax.vjp(of, moving)[1](gradients)
+
+    try:
+        outputs = jax.eval_shape(call, shapes)
+        closed = jax.make_jaxpr(pulled)(shapes, outputs)
+    except UNKNOWN:  # of the user's own
+        return True
+    parts: list[Part] = ["none"] * len(shapes) + ["linear"] * len(outputs)
+    return "other" not in _followed(closed.jaxpr, closed.consts, parts)
+
+
+def _moves(value: Any) -> bool:
+    return jnp.issubdtype(value.dtype, jnp.inexact)
+
+
+def _jaxprs(parameters: Any) -> Iterator[Any]:
+    for value in parameters.values():
+        for item in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(item, core.ClosedJaxpr | core.Jaxpr):
+                yield opened(item)[0]
+
+
+def _followed(jaxpr: Any, consts: Any, parts: Sequence[Part]) -> list[Part]:
+    known: dict[Any, Part] = dict(zip(jaxpr.invars, parts, strict=True))
+    for variable, const in zip(jaxpr.constvars, consts, strict=False):
+        known[variable] = _of_constant(const)
+
+    def read(atom: Any) -> Part:
+        return _of_constant(atom.val) if hasattr(atom, "val") else known.get(atom, "none")
+
+    for equation in jaxpr.eqns:
+        found = _results(equation, [read(atom) for atom in equation.invars])
+        known.update(zip(equation.outvars, found, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _of_constant(value: Any) -> Part:
+    try:
+        return "none" if np.any(np.asarray(value)) else "zero"
+    except TypeError:  # keys
+        return "none"
+
+
+def _results(equation: Any, parts: list[Part]) -> list[Part]:
+    name, parameters = equation.primitive.name, equation.params
+    count = len(equation.outvars)
+    if all(part == "zero" for part in parts) and name in _STAYS_ZERO:
+        return ["zero"] * count
+    if all(part in ("zero", "none") for part in parts):
+        return ["none"] * count
+    if "other" in parts:
+        return ["other"] * count
+    inner = next(
+        (parameters[n] for n in ("jaxpr", "call_jaxpr", "fun_jaxpr") if n in parameters), None
+    )
+    if name in _CALLS and inner is not None:
+        return _followed(*opened(inner), parts)
+    if name == "scan":
+        return _scan(equation, parts)
+    if name == "cond":
+        if parts[0] == "linear":
+            return ["other"] * count
+        ways = [_followed(*opened(branch), parts[1:]) for branch in parameters["branches"]]
+        return [_sum(way) for way in zip(*ways, strict=True)]
+    if name in _CHANGES:
+        return ["other"] * count
+    if name in _PRODUCTS:
+        return ["linear" if parts.count("linear") == 1 else "other"] * count
+    if name == "div":
+        return ["linear" if parts[1] != "linear" else "other"]
+    if name == "integer_pow":
+        return ["linear" if parameters["y"] == 1 else "other"]
+    if name == "convert_element_type":
+        return ["linear" if _moves(equation.outvars[0].aval) else "other"]
+    if name == "select_n":
+        return ["other"] if parts[0] == "linear" else [_sum(parts[1:])]
+    if name in ("add", "add_any", "sub", "concatenate", "stack", "pad"):
+        return [_sum(parts)]
+    if name in ("dynamic_update_slice", "scatter-add", "scatter_add"):
+        return [_sum(parts[:2] if name == "dynamic_update_slice" else [parts[0], parts[2]])]
+    return ["linear"] * count
+
+
+def _sum(parts: Sequence[Part]) -> Part:
+    """Of a sum, or a choice: a constant beside the gradient is linear in it only if it is zero."""
+    if all(part == "zero" for part in parts):
+        return "zero"
+    if "linear" not in parts:
+        return "other" if "other" in parts else "none"
+    return "linear" if all(part in ("linear", "zero") for part in parts) else "other"
+
+
+def _scan(equation: Any, parts: list[Part]) -> list[Part]:
+    body = opened(equation.params["jaxpr"])
+    shapes = [[v.aval.shape for v in side] for side in (equation.invars, equation.outvars)]
+    consts, carry = scan_counts(body[0], *shapes)
+    moving = parts[consts : consts + carry]
+    for _ in range(_MOST_ROUNDS):
+        found = _followed(*body, [*parts[:consts], *moving, *parts[consts + carry :]])
+        joined = [a if a == b else _carried(a, b) for a, b in zip(moving, found, strict=False)]
+        if joined == moving:
+            return [*moving, *found[carry:]]
+        moving = joined
+    return ["linear"] * len(equation.outvars)
+
+
+def _carried(before: Part, after: Part) -> Part:
+    """Of a carry that is the one at first and the other later."""
+    if {before, after} == {"zero", "none"}:
+        return "none"
+    return _sum([before, after])

@@ -1,0 +1,485 @@
+"""Along which axis values hold their samples, each sample's part made of that sample alone.
+
+A loss that is a mean can be taken apart only if no sample enters another one's part. Followed from
+the microbatch's leaves, whose first axis is the samples', through every operation, scans and calls
+included, whatever `vmap` or a transpose did to the axis:
+
+    Same    no sample enters: parameters, constants, what is drawn from the microbatch's key
+    Along   an axis of samples, or of rows that hold each sample's in a row (B T rows of tokens)
+    Mixed   samples enter each other's parts
+    Unknown an operation that is not followed
+
+Legend: B samples in the microbatch.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxsys.train.adapt.fingerprint import opened, scan_counts, words_of
+
+
+@dataclass(frozen=True, slots=True)
+class Same:
+    """No sample enters."""
+
+    uneven: frozenset[int] = frozenset()
+    """Axes along which slices may differ from each other."""
+    drawn: bool = False
+    """From the microbatch's key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Along:
+    """Samples lie along an axis."""
+
+    axis: int
+
+
+@dataclass(frozen=True, slots=True)
+class Mixed:
+    """Samples enter each other's parts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """Not followed."""
+
+
+State = Same | Along | Mixed | Unknown
+
+_EACH = frozenset(
+    ("abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh")
+    + (
+        "bitcast_convert_type",
+        "cbrt",
+        "ceil",
+        "clamp",
+        "convert_element_type",
+        "copy",
+        "copy_p",
+        "cos",
+    )
+    + (
+        "cosh",
+        "digamma",
+        "div",
+        "eq",
+        "erf",
+        "erf_inv",
+        "erfc",
+        "exp",
+        "exp2",
+        "expm1",
+        "floor",
+        "ge",
+    )
+    + ("gt", "imag", "integer_pow", "is_finite", "le", "lgamma", "log", "log1p", "logistic", "lt")
+    + ("max", "min", "mul", "name", "ne", "neg", "nextafter", "not", "or", "population_count")
+    + ("pow", "real", "reduce_precision", "rem", "round", "rsqrt", "select_n")
+    + ("shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh")
+    + ("sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor", "sharding_constraint")
+)
+"""Element by element."""
+
+_REDUCE = frozenset(
+    ("argmax", "argmin", "reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_prod")
+    + ("reduce_sum", "reduce_xor")
+)
+_RUNNING = frozenset(("cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum"))
+_WINDOW = frozenset(
+    ("reduce_window", "reduce_window_max", "reduce_window_min", "reduce_window_sum")
+)
+_RANDOM = frozenset(
+    ("random_bits", "random_clone", "random_fold_in", "random_gamma", "random_seed")
+    + ("random_split", "random_unwrap", "random_wrap", "threefry2x32")
+)
+_CALLS = frozenset(
+    ("checkpoint", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "jit", "pjit")
+    + ("custom_vjp_call_jaxpr", "remat", "remat2")
+)
+_MOST_ROUNDS = 8
+
+
+def everything_uneven(shape: Sequence[int], *, drawn: bool = False) -> Same:
+    """What no sample enters, and of which nothing more is known."""
+    return Same(frozenset(axis for axis, length in enumerate(shape) if length > 1), drawn)
+
+
+def of_constant(value: Any) -> Same:
+    """The state of a constant, by its elements."""
+    words = words_of(value)[0]
+    shape = np.shape(value)
+    if words.shape != shape:  # keys
+        return everything_uneven(shape)
+    differs = (
+        axis
+        for axis, length in enumerate(shape)
+        if length > 1
+        and not np.array_equal(
+            words, np.broadcast_to(words.take([0], axis), shape), equal_nan=words.dtype.kind == "f"
+        )
+    )
+    return Same(frozenset(differs))
+
+
+class Followed:
+    """Follows operations for one number of samples."""
+
+    def __init__(self, samples: int) -> None:
+        self.samples = samples
+
+    def results(
+        self, name: str, parameters: Any, states: Sequence[State], shapes: Any, outputs: Any
+    ) -> list[State]:
+        """States of an operation's results.
+
+        Args:
+            name: of its primitive.
+            parameters: its own.
+            states: of what it reads.
+            shapes: of what it reads.
+            outputs: shapes of its results.
+        """
+        if name in _CALLS and (inner := _inner(parameters)) is not None:
+            return self.jaxpr(*opened(inner), states)
+        if name == "optimization_barrier":
+            return list(states)
+        if name == "scan":
+            return self._scan(parameters, states, shapes, outputs)
+        if name == "while":
+            return self._while(parameters, states)
+        if name == "cond":
+            return self._cond(parameters, states, outputs)
+        if all(isinstance(state, Same) for state in states):
+            same: Any = list(states)
+            return [_same(name, parameters, same, shapes, shape) for shape in outputs]
+        for kind in (Mixed, Unknown):
+            if any(isinstance(state, kind) for state in states):
+                return [kind() for _ in outputs]
+        found = self._followed(name, parameters, list(states), shapes, outputs[0])
+        return [found for _ in outputs]
+
+    def jaxpr(self, jaxpr: Any, consts: Any, states: Sequence[State]) -> list[State]:
+        """States of a jaxpr's outputs."""
+        known: dict[Any, State] = dict(zip(jaxpr.invars, states, strict=True))
+        known.update(
+            (variable, of_constant(const))
+            for variable, const in zip(jaxpr.constvars, consts, strict=True)
+        )
+
+        def read(atom: Any) -> State:
+            return of_constant(atom.val) if hasattr(atom, "val") else known[atom]
+
+        for equation in jaxpr.eqns:
+            found = self.results(
+                equation.primitive.name,
+                equation.params,
+                [read(atom) for atom in equation.invars],
+                [atom.aval.shape for atom in equation.invars],
+                [variable.aval.shape for variable in equation.outvars],
+            )
+            known.update(zip(equation.outvars, found, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def _scan(
+        self, parameters: Any, states: Sequence[State], shapes: Any, outputs: Any
+    ) -> list[State]:
+        body = opened(parameters["jaxpr"])
+        consts, carry = scan_counts(body[0], shapes, outputs)
+        given, xs = list(states[:consts]), states[consts + carry :]
+        rows = [_within(state) for state in xs]
+        if any(row is None for row in rows):
+            # One sample after another: each by itself if nothing is handed on.
+            if carry:
+                return [Mixed() for _ in outputs]
+            if any(not isinstance(s, Same) for s in given) or any(
+                not isinstance(s, Same) or 0 in s.uneven
+                for s, row in zip(xs, rows, strict=True)
+                if row is not None
+            ):
+                return [Unknown() for _ in outputs]
+            alone = [Same() if row is None else row for row in rows]
+            inside = self.jaxpr(*body, [*given, *alone])
+            return [Along(0) if isinstance(s, Same) else s for s in inside]
+        moving = list(states[consts : consts + carry])
+        for _ in range(_MOST_ROUNDS):
+            found = self.jaxpr(*body, [*given, *moving, *rows])
+            joined = [_joined(a, b) for a, b in zip(moving, found[:carry], strict=True)]
+            if joined == moving:
+                return [*moving, *(_stacked(state) for state in found[carry:])]
+            moving = joined
+        return [Unknown() for _ in outputs]
+
+    def _while(self, parameters: Any, states: Sequence[State]) -> list[State]:
+        ahead, inside = parameters["cond_nconsts"], parameters["body_nconsts"]
+        tested, given = states[:ahead], states[ahead : ahead + inside]
+        moving = list(states[ahead + inside :])
+        for _ in range(_MOST_ROUNDS):
+            outputs = self.jaxpr(*opened(parameters["body_jaxpr"]), [*given, *moving])
+            joined = [_joined(a, b) for a, b in zip(moving, outputs, strict=True)]
+            if joined == moving:
+                (goes_on,) = self.jaxpr(*opened(parameters["cond_jaxpr"]), [*tested, *moving])
+                # Else how often it runs is for all samples together.
+                if isinstance(goes_on, Same):
+                    return moving
+                break
+            moving = joined
+        return [Unknown() for _ in moving]
+
+    def _cond(self, parameters: Any, states: Sequence[State], outputs: Any) -> list[State]:
+        chosen, *given = states
+        if not isinstance(chosen, Same):
+            return [Unknown() for _ in outputs]
+        ways = [self.jaxpr(*opened(branch), given) for branch in parameters["branches"]]
+        found = ways[0]
+        for way in ways[1:]:
+            found = [_joined(a, b) for a, b in zip(found, way, strict=True)]
+        return found
+
+    def _followed(
+        self, name: str, parameters: Any, states: list[Any], shapes: Any, output: Any
+    ) -> State:
+        """Of an operation some of whose inputs are `Along` and the others `Same`."""
+        if name in _EACH and _fit(shapes, output):
+            found = _together(states, shapes)
+            if isinstance(found, Along) and any(
+                isinstance(state, Along) and shape[found.axis] != output[found.axis]
+                for state, shape in zip(states, shapes, strict=True)
+            ):
+                return Unknown()
+            return found
+        if name in ("concatenate", "sort"):
+            found = _together(states, shapes)
+            axis = parameters["dimension"]
+            return Mixed() if isinstance(found, Along) and found.axis == axis else found
+        if name == "stack":
+            found = _together(states, shapes)
+            if not isinstance(found, Along):
+                return found
+            return Along(found.axis + (found.axis >= parameters["axis"]))
+        if name == "dot_general":
+            return _dot(parameters["dimension_numbers"], states, shapes)
+        if name == "gather":
+            return _gathered(parameters, states, shapes)
+        if name == "conv_general_dilated":
+            numbers = parameters["dimension_numbers"]
+            lhs, rhs = states
+            whole = isinstance(lhs, Along) and lhs.axis == numbers.lhs_spec[0]
+            if not (whole and isinstance(rhs, Same)) or parameters["batch_group_count"] != 1:
+                return Mixed()
+            return Along(numbers.out_spec[0])
+        if name == "dynamic_update_slice":
+            operand, update, *starts = states
+            if any(not isinstance(state, Same) for state in starts):
+                return Unknown()
+            found = _together([operand, update], shapes[:2])
+            if isinstance(found, Along) and shapes[0][found.axis] != shapes[1][found.axis]:
+                return Mixed()
+            return found
+        first = states[0]
+        if not isinstance(first, Along) or any(not isinstance(s, Same) for s in states[1:]):
+            return Unknown()
+        return self._of_one(name, parameters, first.axis, shapes[0], output)
+
+    def _of_one(
+        self, name: str, parameters: Any, axis: int, shape: Sequence[int], output: Sequence[int]
+    ) -> State:
+        """Of an operation whose first input alone is `Along`."""
+        if name in _REDUCE:
+            axes = parameters["axes"]
+            return Mixed() if axis in axes else Along(axis - sum(a < axis for a in axes))
+        if name in _RUNNING:
+            return Mixed() if parameters["axis"] == axis else Along(axis)
+        if name == "broadcast_in_dim":
+            moved = parameters["broadcast_dimensions"][axis]
+            return Along(moved) if output[moved] == shape[axis] else Unknown()
+        if name in ("reshape", "expand_dims"):
+            return self._reshaped(axis, shape, output)
+        if name == "squeeze":
+            gone = [a % len(shape) for a in parameters["dimensions"]]
+            return Unknown() if axis in gone else Along(axis - sum(a < axis for a in gone))
+        if name == "transpose":
+            return Along(parameters["permutation"].index(axis))
+        if name == "rev":
+            return Mixed() if axis in parameters["dimensions"] else Along(axis)
+        if name in ("slice", "dynamic_slice"):
+            return Along(axis) if output[axis] == shape[axis] else Mixed()
+        if name == "pad":
+            return Along(axis) if tuple(parameters["padding_config"][axis]) == (0,) * 3 else Mixed()
+        if name == "top_k":
+            return Along(axis) if axis != len(shape) - 1 else Mixed()
+        if name in _WINDOW:
+            alone = parameters["window_dimensions"][axis] == 1 and output[axis] == shape[axis]
+            return Along(axis) if alone else Mixed()
+        if name == "split":
+            return Mixed() if parameters["axis"] == axis else Along(axis)
+        return Unknown()
+
+    def _reshaped(self, axis: int, shape: Sequence[int], output: Sequence[int]) -> State:
+        """Rows stay in order: samples lie where as many elements are before them."""
+        before = math.prod(shape[:axis])
+        ways = [
+            place
+            for place, length in enumerate(output)
+            if math.prod(output[:place]) == before and length % self.samples == 0 and length
+        ]
+        same = [place for place in ways if output[place] == shape[axis]]
+        return Along((same or ways)[0]) if ways else Unknown()
+
+
+def _fit(shapes: Any, output: Sequence[int]) -> bool:
+    """Whether operands are scalars, or of the result's shape up to axes of one element."""
+    return all(
+        not len(shape)
+        or (
+            len(shape) == len(output)
+            and all(a in (1, b) for a, b in zip(shape, output, strict=True))
+        )
+        for shape in shapes
+    )
+
+
+def _inner(parameters: Any) -> Any:
+    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        if parameters.get(name) is not None:
+            return parameters[name]
+    return None
+
+
+def _within(state: State) -> State | None:
+    """Of a row of what a scan takes apart; None where rows are samples."""
+    if isinstance(state, Same):
+        return Same(frozenset(axis - 1 for axis in state.uneven if axis), state.drawn)
+    if isinstance(state, Along):
+        return None if not state.axis else Along(state.axis - 1)
+    return state
+
+
+def _stacked(state: State) -> State:
+    if isinstance(state, Same):
+        return Same(frozenset((0, *(axis + 1 for axis in state.uneven))), state.drawn)
+    return Along(state.axis + 1) if isinstance(state, Along) else state
+
+
+def _joined(one: State, other: State) -> State:
+    """Of a value that is the one at times, and the other at other times."""
+    if one == other:
+        return one
+    for kind in (Mixed, Unknown):
+        if isinstance(one, kind) or isinstance(other, kind):
+            return kind()
+    if isinstance(one, Same) and isinstance(other, Same):
+        return Same(one.uneven | other.uneven, one.drawn or other.drawn)
+    if isinstance(one, Along) and isinstance(other, Same):
+        one, other = other, one
+    if isinstance(one, Same) and isinstance(other, Along):
+        return Mixed() if other.axis in one.uneven else other
+    return Mixed()
+
+
+def _together(states: Sequence[Any], shapes: Any) -> State:
+    """Of operands of one shape, or scalars."""
+    axes = {state.axis for state in states if isinstance(state, Along)}
+    if len(axes) != 1:
+        return Mixed()
+    (axis,) = axes
+    for state, shape in zip(states, shapes, strict=True):
+        if isinstance(state, Same) and len(shape) and axis in state.uneven:
+            return Mixed()
+    return Along(axis)
+
+
+def _dot(numbers: Any, states: Sequence[Any], shapes: Any) -> State:
+    contracted, batch = numbers
+    places = []
+    for side in (0, 1):
+        state = states[side]
+        if not isinstance(state, Along):
+            continue
+        if state.axis in contracted[side]:
+            return Mixed()
+        if state.axis in batch[side]:
+            place = list(batch[side]).index(state.axis)
+            other = states[1 - side]
+            paired = batch[1 - side][place]
+            if isinstance(other, Same) and paired in other.uneven:
+                return Mixed()
+        else:
+            own = [a for a in range(len(shapes[side])) if a not in contracted[side]]
+            free = [a for a in own if a not in batch[side]]
+            place = len(batch[side]) + free.index(state.axis)
+            if side:
+                place += len(shapes[0]) - len(contracted[0]) - len(batch[0])
+        places.append(place)
+    return Along(places[0]) if len(set(places)) == 1 else Mixed()
+
+
+def _gathered(parameters: Any, states: Sequence[Any], shapes: Any) -> State:
+    numbers = parameters["dimension_numbers"]
+    operand, indices = states
+    rank = len(numbers.offset_dims) + len(shapes[1]) - 1
+    by_index = [axis for axis in range(rank) if axis not in numbers.offset_dims]
+    if isinstance(indices, Along):
+        if indices.axis == len(shapes[1]) - 1:
+            return Unknown()
+        batching = list(numbers.start_indices_batching_dims)
+        if indices.axis in batching:
+            paired = numbers.operand_batching_dims[batching.index(indices.axis)]
+            if isinstance(operand, Along):
+                return Along(by_index[indices.axis]) if operand.axis == paired else Unknown()
+            return Unknown() if paired in operand.uneven else Along(by_index[indices.axis])
+        return Along(by_index[indices.axis]) if isinstance(operand, Same) else Unknown()
+    # The same places of each sample, whose rows are taken whole.
+    axis = operand.axis
+    moved = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+    if axis in moved or parameters["slice_sizes"][axis] != shapes[0][axis]:
+        return Unknown()
+    kept = [a for a in range(len(shapes[0])) if a not in moved]
+    return Along(numbers.offset_dims[kept.index(axis)])
+
+
+def _same(
+    name: str, parameters: Any, states: Sequence[Same], shapes: Any, output: Sequence[int]
+) -> Same:
+    """Of an operation that no sample enters."""
+    drawn = any(state.drawn for state in states)
+    if name in _RANDOM:
+        # Draws from the microbatch's key differ by place: so they are meant.
+        return Same(drawn=True) if drawn else everything_uneven(output)
+    if name in _EACH and _fit(shapes, output):
+        return Same(frozenset().union(*(state.uneven for state in states)), drawn)
+    if name == "iota":
+        return Same(frozenset([parameters["dimension"]]))
+    if not states:
+        return everything_uneven(output)
+    (first, shape) = states[0], shapes[0]
+    if name == "broadcast_in_dim":
+        dimensions = parameters["broadcast_dimensions"]
+        return Same(frozenset(dimensions[axis] for axis in first.uneven), drawn)
+    if name == "transpose":
+        return Same(frozenset(parameters["permutation"].index(a) for a in first.uneven), drawn)
+    if name in _REDUCE:
+        axes = parameters["axes"]
+        kept = [axis for axis in range(len(shape)) if axis not in axes]
+        return Same(frozenset(n for n, axis in enumerate(kept) if axis in first.uneven), drawn)
+    if name in ("reshape", "expand_dims", "squeeze") and not first.uneven:
+        return Same(drawn=drawn)
+    if name in ("slice", "rev"):
+        return Same(first.uneven, drawn)
+    if name == "concatenate":
+        uneven = frozenset().union(*(state.uneven for state in states))
+        return Same(uneven | {parameters["dimension"]}, drawn)
+    if name == "stack":
+        axis = parameters["axis"]
+        moved = (a + (a >= axis) for state in states for a in state.uneven)
+        return Same(frozenset([axis, *moved]), drawn)
+    if name == "pad":
+        padded = (
+            n for n, row in enumerate(parameters["padding_config"]) if tuple(row) != (0, 0, 0)
+        )
+        return Same(first.uneven | frozenset(padded), drawn)
+    return everything_uneven(output, drawn=drawn)
