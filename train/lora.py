@@ -7,6 +7,7 @@ Gradients flow to A and B alone; the frozen leaves' gradients are zeros. Source:
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -14,8 +15,11 @@ import jax.numpy as jnp
 import optax
 
 from jaxsys.errors import UsageError
-from jaxsys.layered import Layer, LayeredModel, Parameters, PyTree
+from jaxsys.layered import Block, Layer, LayeredModel, Parameters, PyTree
 from jaxsys.train.state import path_names
+
+Adapters = dict[str, dict[str, jax.Array]]
+"""A kernel's path in a block -> {"a": [L, in, rank], "b": [L, rank, out]}."""
 
 
 def add_adapters(
@@ -38,48 +42,66 @@ def add_adapters(
         seed: of A.
 
     Returns:
-        The adapted model; its parameters, blocks {"frozen", "adapters"}; and a function that
-        merges trained ones back into parameters of the model given.
+        The adapted model; its parameters, blocks {"frozen", "adapters"}, of each kind if there are
+        several; and a function that merges trained ones back into parameters of the model given.
 
     Raises:
         UsageError: if a target names no kernel.
     """
     if rank < 1:
         raise UsageError(f"rank={rank} must be at least 1")
-    flat = {
-        "/".join(path_names(path)): leaf
-        for path, leaf in jax.tree_util.tree_flatten_with_path(parameters["blocks"])[0]
+    stacks = model.stacks(parameters["blocks"])
+    kernels = {
+        (kind, "/".join(path_names(path))): leaf
+        for kind, stack in stacks.items()
+        for path, leaf in jax.tree_util.tree_flatten_with_path(stack)[0]
+        if leaf.ndim == 3 and jnp.issubdtype(leaf.dtype, jnp.inexact)
     }
-    kernels = {name: leaf for name, leaf in flat.items() if leaf.ndim == 3}
-    chosen: dict[str, dict[str, jax.Array]] = {}
+    chosen: dict[str, Adapters] = {kind: {} for kind in stacks}
     key = jax.random.key(seed)
     for target in targets:
-        names = [name for name in kernels if f"/{name}".endswith(f"/{target}")]
-        if not names:
-            raise UsageError(f"no block kernel is named {target!r}; there are {', '.join(kernels)}")
-        for name in names:
+        named = [place for place in kernels if f"/{place[1]}".endswith(f"/{target}")]
+        if not named:
+            there = ", ".join(dict.fromkeys(name for _, name in kernels))
+            raise UsageError(f"no block kernel is named {target!r}; there are {there}")
+        for kind, name in named:
             key, use = jax.random.split(key)
-            layers, rows, columns = kernels[name].shape
-            chosen[name] = {
+            layers, rows, columns = kernels[kind, name].shape
+            chosen[kind][name] = {
                 "a": jax.random.normal(use, (layers, rows, rank), jnp.float32) / rows**0.5,
                 "b": jnp.zeros((layers, rank, columns), jnp.float32),
             }
     weight = scale / rank
 
-    def merge(frozen: PyTree, adapters: dict[str, dict[str, jax.Array]]) -> PyTree:
-        def leaf(path: tuple[Any, ...], value: jax.Array) -> jax.Array:
-            adapter = adapters.get("/".join(path_names(path)))
-            if adapter is None:
-                return value
-            return value + (weight * (adapter["a"] @ adapter["b"])).astype(value.dtype)
+    def merged(trained: Parameters) -> Parameters:
+        return {
+            "edge": trained["edge"],
+            "blocks": model.blocks(
+                {
+                    kind: _merge(stack["frozen"], stack["adapters"], weight)
+                    for kind, stack in model.stacks(trained["blocks"]).items()
+                }
+            ),
+        }
 
-        return jax.tree_util.tree_map_with_path(leaf, frozen)
+    start: Parameters = {
+        "edge": parameters["edge"],
+        "blocks": model.blocks(
+            {kind: {"frozen": stack, "adapters": chosen[kind]} for kind, stack in stacks.items()}
+        ),
+    }
+    return _with_adapters(model, weight), start, merged
 
-    (inner,) = model.kinds.values()
 
-    def block(weights: PyTree, x: PyTree, microbatch: PyTree, layer: Layer) -> PyTree:
-        frozen = jax.lax.stop_gradient(weights["frozen"])
-        return inner(merge(frozen, weights["adapters"]), x, microbatch, layer)
+def _with_adapters(model: LayeredModel, weight: float) -> LayeredModel:
+    """The model on parameters with adapters; what it draws and how it is evaluated stay."""
+
+    def adapted(inner: Block) -> Block:
+        def block(weights: PyTree, x: PyTree, microbatch: PyTree, layer: Layer) -> PyTree:
+            frozen = jax.lax.stop_gradient(weights["frozen"])
+            return inner(_merge(frozen, weights["adapters"], weight), x, microbatch, layer)
+
+        return block
 
     def embed(edge: PyTree, microbatch: PyTree) -> PyTree:
         return model.embed(jax.lax.stop_gradient(edge), microbatch)
@@ -87,20 +109,25 @@ def add_adapters(
     def head_loss(edge: PyTree, x: PyTree, microbatch: PyTree) -> tuple[Any, ...]:
         return model.head_loss(jax.lax.stop_gradient(edge), x, microbatch)
 
-    adapted = LayeredModel(embed=embed, block=block, head_loss=head_loss, layers=model.layers)
+    # The user's own tree has no place for adapters: optimizers see each layer's leaf.
+    return replace(
+        model,
+        embed=embed,
+        block=model.blocks({kind: adapted(inner) for kind, inner in model.kinds.items()}),
+        head_loss=head_loss,
+        evaluation=None if model.evaluation is None else _with_adapters(model.evaluation, weight),
+        view=None,
+    )
 
-    def merged(trained: Parameters) -> Parameters:
-        blocks = trained["blocks"]
-        return {
-            "edge": trained["edge"],
-            "blocks": merge(blocks["frozen"], blocks["adapters"]),
-        }
 
-    start: Parameters = {
-        "edge": parameters["edge"],
-        "blocks": {"frozen": parameters["blocks"], "adapters": chosen},
-    }
-    return adapted, start, merged
+def _merge(frozen: PyTree, adapters: Adapters, weight: float) -> PyTree:
+    def leaf(path: tuple[Any, ...], value: jax.Array) -> jax.Array:
+        adapter = adapters.get("/".join(path_names(path)))
+        if adapter is None:
+            return value
+        return value + (weight * (adapter["a"] @ adapter["b"])).astype(value.dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, frozen)
 
 
 def train_adapters(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
