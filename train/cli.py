@@ -24,7 +24,7 @@ from jaxsys.strategies import STRATEGIES
 from jaxsys.train import corpus, plan_file, samples
 from jaxsys.train.checkpoint import check_unused
 from jaxsys.train.hosts import Hosts, choose_devices, join
-from jaxsys.train.layout import DTYPE, lay_out
+from jaxsys.train.layout import DTYPE, AskedLayout, lay_out
 from jaxsys.train.loader import Batches
 from jaxsys.train.loop import Report
 from jaxsys.train.peers import PeerMonitor
@@ -242,11 +242,11 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
                 "wrote it (--resume, with its --out), which replaces the model there"
             )
         check_target(arguments.export, overwrite=arguments.resume)
-    for option, asked in (
+    for option, given in (
         ("--tensorboard", arguments.tensorboard),
         ("--profile", arguments.profile),
     ):
-        if asked and arguments.out is None:
+        if given and arguments.out is None:
             raise UsageError(f"{option} needs --out, the folder to write to")
     for folder in (arguments.out, arguments.export):
         if folder is not None and not hosts.many:  # not every host may have it
@@ -265,11 +265,9 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
     config = preset(arguments.model)
     tokenizer = ByteTokenizer()
     devices = choose_devices(arguments.devices, hosts)
-    layout = lay_out(
-        config=config,
-        devices=devices,
-        sequence_length=arguments.sequence_length,
+    asked = AskedLayout(
         schedule=arguments.schedule,
+        sequence_length=arguments.sequence_length,
         replicas=arguments.replicas,
         microbatches=arguments.microbatches,
         microbatch_size=arguments.microbatch_size,
@@ -281,6 +279,7 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
         expert=arguments.expert,
         context=_context(arguments),
     )
+    layout = lay_out(config, devices, asked)
     recipe = Recipe(
         model=arguments.model,
         steps=arguments.steps,

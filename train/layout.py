@@ -47,57 +47,64 @@ class Layout:
     """What the planner chose and why, or how the run differs from its plan, where it does."""
 
 
-def lay_out(
-    *,
-    config: DecoderConfig,
-    devices: list[Any],
-    sequence_length: int | None,
-    schedule: str | None,
-    replicas: int | None,
-    microbatches: int | None,
-    microbatch_size: int | None,
-    recompute: Recompute | tuple[Recompute, ...] | None,
-    memory_gib: float | None = None,
-    dtype: str | None = None,
-    gradient_dtype: str | None = None,
-    tensor: int | None = None,
-    expert: int | None = None,
-    context: ContextSplit | None = None,
-) -> Layout:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskedLayout:
+    """What of a layout is asked for; None leaves it to a plan file, or to what is usual."""
+
+    schedule: str | None = None
+    """A name, "auto" or a file."""
+    sequence_length: int | None = None
+    """Tokens."""
+    replicas: int | None = None
+    """Rings side by side."""
+    microbatches: int | None = None
+    """Of one ring and step."""
+    microbatch_size: int | None = None
+    """Sequences."""
+    recompute: Recompute | tuple[Recompute, ...] | None = None
+    """What backward computes again."""
+    memory_gib: float | None = None
+    """The limit per device, for "auto"."""
+    dtype: str | None = None
+    """Of compute."""
+    gradient_dtype: str | None = None
+    """In which gradients are summed and sent."""
+    tensor: int | None = None
+    """Devices that share every block's features."""
+    expert: int | None = None
+    """Rings that share every block's experts."""
+    context: ContextSplit | None = None
+    """How each sequence lies over devices."""
+
+
+def lay_out(config: DecoderConfig, devices: list[Any], asked: AskedLayout) -> Layout:
     """Fills in what was not asked for; a plan file's own sizes win over defaults, never over asks.
 
     Args:
         config: the model.
         devices: all of the run.
-        sequence_length: tokens.
-        schedule: a name, "auto", a file, or None for the usual one.
-        replicas: rings side by side.
-        microbatches: of one ring and step.
-        microbatch_size: sequences.
-        recompute: what backward computes again.
-        memory_gib: the limit per device, for "auto".
-        dtype: of compute; as a plan says, else float32, if not given.
-        gradient_dtype: in which gradients are summed and sent; likewise.
-        tensor: devices that share every block's features.
-        expert: rings that share every block's experts.
-        context: how each sequence lies over devices.
+        asked: what is asked for.
 
     Raises:
         UsageError: if the devices, the batch and the schedule do not fit together.
     """
+    schedule, replicas, microbatches = asked.schedule, asked.replicas, asked.microbatches
+    sequence_length, microbatch_size = asked.sequence_length, asked.microbatch_size
+    recompute, dtype, gradient_dtype = asked.recompute, asked.dtype, asked.gradient_dtype
+    tensor, expert, context = asked.tensor, asked.expert, asked.context
     reason = None
     if schedule is not None and plan_file.is_plan_file(schedule):
         planned = plan_file.read_plan(schedule, layers=config.num_layers)
-        for name, asked, has in (
+        for name, mine, has in (
             ("replicas", replicas, planned.replicas),
             ("tensor", tensor, planned.schedule.features),
             ("expert", expert, planned.schedule.experts),
             ("microbatch_size", microbatch_size, planned.microbatch_size),
             ("sequence_length", sequence_length, planned.sequence_length),
         ):
-            if None not in (asked, has) and asked != has:
+            if None not in (mine, has) and mine != has:
                 raise UsageError(
-                    f"{name}={asked}, but the plan {schedule} is for {name}={has}; leave it out, "
+                    f"{name}={mine}, but the plan {schedule} is for {name}={has}; leave it out, "
                     "or plan again"
                 )
         replicas, microbatch_size = planned.replicas, planned.microbatch_size
@@ -158,7 +165,7 @@ def lay_out(
             workload,
             devices[:ring],
             microbatches=microbatches or 2 * ring,
-            memory_gib=memory_gib,
+            memory_gib=asked.memory_gib,
             weight_bytes=jnp.dtype(dtype).itemsize,
             gradient_bytes=jnp.dtype(gradient_dtype).itemsize,
             recompute=recompute if isinstance(recompute, str) else None,

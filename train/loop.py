@@ -26,6 +26,7 @@ from jaxsys.train.interrupt import StopRequest, Watchdog
 from jaxsys.train.loader import Batches
 from jaxsys.train.lock import RunLock
 from jaxsys.train.metrics import Meter, MetricsLog, peak_memory_bytes
+from jaxsys.train.options import Ending, Saving, Telling, with_fields
 from jaxsys.train.peers import PeerMonitor
 from jaxsys.train.progress import Progress
 from jaxsys.train.step import StepResult
@@ -62,21 +63,10 @@ def fit(
     data: Data,
     *,
     steps: int,
-    folder: str | Path | None = None,
-    resume: bool = False,
-    accept_changes: bool = False,
-    save_every: int | None = None,
-    keep: int = 3,
-    held_out: list[PyTree] | None = None,
-    held_out_every: int | None = None,
-    stop_at: int | None = None,
-    tokens_per_step: int | None = None,
-    progress: bool = True,
-    tensorboard: bool = False,
-    profile: bool = False,
-    hang_timeout_s: float | None = None,
-    lost_after_s: float = 15.0,
-    wait_s: float = 0.0,
+    saving: Saving | None = None,
+    telling: Telling | None = None,
+    ending: Ending | None = None,
+    **named: Any,
 ) -> Report:
     """Trains until `steps` batches are taken in all.
 
@@ -85,21 +75,10 @@ def fit(
         data: `Batches`; or a function from the step's number (from 0) to its batch; or an iterable
             of batches, which a resumed run reads from its start and skips through.
         steps: batches in all, those before a resume included.
-        folder: for checkpoints, metrics.jsonl, event and profile files; None keeps nothing.
-        resume: go on from the last good checkpoint in `folder`, if there is one.
-        accept_changes: resume although settings differ.
-        save_every: steps between checkpoints; one is made at the end in any case.
-        keep: how many checkpoints stay.
-        held_out: batches whose mean loss is reported.
-        held_out_every: steps between such reports; once at the end if not given.
-        stop_at: stop after this step, before `steps`, with a checkpoint.
-        tokens_per_step: for rates; the size of `inputs` if not given.
-        progress: whether anything is printed.
-        tensorboard: write event files too (needs tensorboardX).
-        profile: write an xprof trace of a few steps into `folder`/profile.
-        hang_timeout_s: leave the process when a step takes longer.
-        lost_after_s: in a run of many processes, how long one may be silent.
-        wait_s: how long to wait for another run to let go of `folder`.
+        saving: where checkpoints are kept, and whether to go on from one.
+        telling: held-out batches, progress, event files.
+        ending: an earlier end, and how long silence may last.
+        **named: any field of these three by its name, such as `folder="runs/first"`.
 
     Returns:
         How it ended.
@@ -111,42 +90,25 @@ def fit(
     """
     if not (isinstance(steps, int) and steps >= 1):
         raise UsageError(f"steps={steps} must be a whole number, at least 1")
-    for name, value in (
-        ("save_every", save_every),
-        ("held_out_every", held_out_every),
-        ("stop_at", stop_at),
-        ("hang_timeout_s", hang_timeout_s),
-        ("lost_after_s", lost_after_s),
-    ):
-        if value is not None and not value > 0:
-            raise UsageError(f"{name}={value} must be above 0")
-    if (resume or profile or tensorboard) and folder is None:
+    given: Any = (saving or Saving(), telling or Telling(), ending or Ending())
+    groups: Any = with_fields(given, named)
+    saving, telling, ending = groups
+    if (saving.resume or telling.profile or telling.tensorboard) and saving.folder is None:
         raise UsageError("resume, profile and tensorboard need a folder")
     loop = _Loop(
         trainer=trainer,
-        steps=steps if stop_at is None else min(steps, stop_at),
-        planned=steps,
-        folder=None if folder is None else Path(folder).absolute(),
-        save_every=save_every,
-        held_out=held_out or [],
-        held_out_every=held_out_every,
-        tokens_per_step=tokens_per_step,
-        shown=progress and jax.process_index() == 0,
-        profile=profile,
+        steps=steps if ending.stop_at is None else min(steps, ending.stop_at),
+        saving=saving,
+        telling=telling,
+        folder=None if saving.folder is None else Path(saving.folder).absolute(),
+        shown=telling.progress and jax.process_index() == 0,
     )
     with contextlib.ExitStack() as stack:
-        loop.open(
-            stack,
-            keep=keep,
-            resume=resume,
-            accept_changes=accept_changes,
-            tensorboard=tensorboard,
-            wait_s=wait_s,
-        )
+        loop.open(stack)
         peers = stack.enter_context(
-            PeerMonitor(lost_after_s=lost_after_s, last_word=loop.last_checkpoint)
+            PeerMonitor(lost_after_s=ending.lost_after_s, last_word=loop.last_checkpoint)
         )
-        watchdog = stack.enter_context(Watchdog(hang_timeout_s, explain=peers.explain))
+        watchdog = stack.enter_context(Watchdog(ending.hang_timeout_s, explain=peers.explain))
         stop = stack.enter_context(StopRequest())
         try:
             return loop.run(data, stop, watchdog)
@@ -164,14 +126,10 @@ def fit(
 class _Loop:
     trainer: Trainer
     steps: int
-    planned: int
+    saving: Saving
+    telling: Telling
     folder: Path | None
-    save_every: int | None
-    held_out: list[PyTree]
-    held_out_every: int | None
-    tokens_per_step: int | None
     shown: bool
-    profile: bool
     store: CheckpointStore | None = None
     log: MetricsLog | None = None
     progress: Progress | None = None
@@ -187,30 +145,21 @@ class _Loop:
     held_out_loss: float | None = None
     started_s: float = field(default_factory=time.monotonic)
 
-    def open(
-        self,
-        stack: contextlib.ExitStack,
-        *,
-        keep: int,
-        resume: bool,
-        accept_changes: bool,
-        tensorboard: bool,
-        wait_s: float,
-    ) -> None:
-        trainer, start = self.trainer, None
+    def open(self, stack: contextlib.ExitStack) -> None:
+        trainer, saving, start = self.trainer, self.saving, None
         local = [d for d in trainer.mesh.devices.flat if d.process_index == jax.process_index()]
         self.energy = EnergyMeter(local)
         stack.callback(self.energy.close)
         if self.folder is not None:
             if jax.process_index() == 0:
-                stack.enter_context(RunLock(self.folder, wait_s=wait_s, notice=_warn))
-            if not resume:
+                stack.enter_context(RunLock(self.folder, wait_s=saving.wait_s, notice=_warn))
+            if not saving.resume:
                 check_unused(self.folder)
-            self.store = CheckpointStore(self.folder / FOLDER, keep=keep, notice=self.say)
+            self.store = CheckpointStore(self.folder / FOLDER, keep=saving.keep, notice=self.say)
             stack.callback(self.store.release)
-            if resume:
+            if saving.resume:
                 start = trainer.restore(
-                    self.store, accept_changes=accept_changes, notice=self.say, warn=_warn
+                    self.store, accept_changes=saving.accept_changes, notice=self.say, warn=_warn
                 )
                 if start is None:
                     self.say(f"no checkpoint in {self.folder} yet: starting from step 0")
@@ -219,7 +168,7 @@ class _Loop:
                 self.log = MetricsLog(
                     self.folder / "metrics.jsonl",
                     resume_step=start,
-                    tensorboard=self.folder / "tensorboard" if tensorboard else None,
+                    tensorboard=self.folder / "tensorboard" if self.telling.tensorboard else None,
                 )
                 stack.callback(self.log.close)
         self.progress = Progress(start=trainer.step_number, steps=self.steps, shown=self.shown)
@@ -230,7 +179,7 @@ class _Loop:
         start = step = trainer.step_number
         signal_number: int | None = None
         pending: tuple[int, StepResult] | None = None
-        profiler = _Profiler(self.folder, start + 1 if self.profile else None)
+        profiler = _Profiler(self.folder, start + 1 if self.telling.profile else None)
         if step >= self.steps:
             self.say(f"step {step} is reached already, of {self.steps} asked for: nothing is left")
         for batch in self.batches(data, step):
@@ -251,11 +200,10 @@ class _Loop:
                 signal_number = int(stop.signal or 15)
                 last = True
             saves = self.folder is not None and (
-                last or bool(self.save_every and step % self.save_every == 0)
+                last or bool(self.saving.save_every and step % self.saving.save_every == 0)
             )
-            evaluates = bool(self.held_out) and (
-                last or bool(self.held_out_every and step % self.held_out_every == 0)
-            )
+            every = self.telling.held_out_every
+            evaluates = bool(self.telling.held_out) and (last or bool(every and step % every == 0))
             if saves or evaluates or last or profiler.ends(step):
                 self.finish(*pending)
                 watchdog.beat(step, extra_s=SAVE_ALLOWANCE_S)
@@ -307,7 +255,7 @@ class _Loop:
         trainer = self.trainer
         device = trainer.mesh.devices.flat[0]
         peak = device_peak(device, trainer.compute_dtype.name)
-        tokens = self.tokens_per_step
+        tokens = self.telling.tokens_per_step
         if tokens is None:
             inputs = batch.get("inputs") if isinstance(batch, dict) else None
             leaf = jax.tree.leaves(batch)[0] if inputs is None else inputs
@@ -413,7 +361,7 @@ class _Loop:
         return None if used_j is None else used_j / self.tokens
 
     def evaluate(self, step: int) -> None:
-        self.held_out_loss = self.trainer.evaluate(self.held_out)
+        self.held_out_loss = self.trainer.evaluate(self.telling.held_out)
         self.write("held_out", step, {"loss": self.held_out_loss})
         self.say(f"step {step}  held-out loss {self.held_out_loss:.4f}")
 

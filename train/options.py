@@ -1,11 +1,13 @@
 """What a run may be told besides its model, optimizer and schedule: small values with defaults.
 
-`Trainer` takes them whole, or any of their fields by name: `Trainer(..., clip_norm=1.0)` is
-`Trainer(..., updates=Updates(clip_norm=1.0))`.
+`Trainer` and `fit` take them whole, or any of their fields by name: `Trainer(..., clip_norm=1.0)`
+is `Trainer(..., updates=Updates(clip_norm=1.0))`, `fit(..., folder="runs/first")` is
+`fit(..., saving=Saving(folder="runs/first"))`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
@@ -69,6 +71,76 @@ class About:
     """For MFU, see `jaxsys.train.flops`."""
     seed: int = 0
     """Of the keys that a model that draws random numbers (dropout) finds in its batches."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saving:
+    """Where a run is kept, and whether it goes on from there."""
+
+    folder: str | Path | None = None
+    """For checkpoints, metrics.jsonl, event and profile files; None keeps nothing."""
+    resume: bool = False
+    """Go on from the last good checkpoint in `folder`, if there is one."""
+    accept_changes: bool = False
+    """Resume although settings differ."""
+    save_every: int | None = None
+    """Steps between checkpoints; one is made at the end in any case."""
+    keep: int = 3
+    """How many checkpoints stay."""
+    wait_s: float = 0.0
+    """How long to wait for another run to let go of `folder`."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError if a value is none."""
+        _check_above_zero(save_every=self.save_every)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Telling:
+    """What a run tells of itself."""
+
+    held_out: Sequence[PyTree] = field(default=(), repr=False)
+    """Batches whose mean loss is reported, of any cut."""
+    held_out_every: int | None = None
+    """Steps between such reports; once at the end if not given."""
+    tokens_per_step: int | None = None
+    """For rates; the size of `inputs` if not given."""
+    progress: bool = True
+    """Whether anything is printed."""
+    tensorboard: bool = False
+    """Write event files too (needs tensorboardX)."""
+    profile: bool = False
+    """Write an xprof trace of a few steps into `folder`/profile."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError if a value is none."""
+        _check_above_zero(held_out_every=self.held_out_every)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    """What ends a run before its last step."""
+
+    stop_at: int | None = None
+    """Stop after this step, with a checkpoint."""
+    hang_timeout_s: float | None = None
+    """Leave the process when a step takes longer."""
+    lost_after_s: float = 15.0
+    """In a run of many processes, how long one may be silent."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError if a value is none."""
+        _check_above_zero(
+            stop_at=self.stop_at,
+            hang_timeout_s=self.hang_timeout_s,
+            lost_after_s=self.lost_after_s,
+        )
+
+
+def _check_above_zero(**values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and not value > 0:
+            raise UsageError(f"{name}={value} must be above 0")
 
 
 def with_fields(groups: tuple[T, ...], named: Mapping[str, Any]) -> tuple[T, ...]:

@@ -393,7 +393,14 @@ class Trainer:
         return self._rest.rule.rule.user_state(self._rest.in_layer_order(self.state).optimizer)
 
     def fit(self, data: Any, *, steps: int, **options: Any) -> "Report":
-        """Trains until `steps` batches are taken; see `jaxsys.train.loop.fit` for the options."""
+        """Trains until `steps` batches are taken.
+
+        Args:
+            data: `Batches`, a function from the step's number to its batch, or an iterable.
+            steps: batches in all, those before a resume included.
+            **options: `saving`, `telling` and `ending` of `jaxsys.train.loop.fit`, or any of their
+                fields by name, such as `folder="runs/first"`.
+        """
         from jaxsys.train.loop import fit  # which needs this module
 
         trainer: Any = self

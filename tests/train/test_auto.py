@@ -15,7 +15,7 @@ from jaxsys.planner.plans import Gradient, LayerPath, Order, Plan, Residual, Sta
 from jaxsys.planner.workload import decoder_workload
 from jaxsys.schedule import Placement
 from jaxsys.train import auto, plan_file
-from jaxsys.train.layout import lay_out
+from jaxsys.train.layout import AskedLayout, lay_out
 
 WORKLOAD = decoder_workload(
     "llama-3-8b", preset("llama-3-8b"), sequence_length=8192, microbatch_size=1
@@ -48,18 +48,15 @@ def test_takes_what_fits_the_limit_that_the_trainer_has():
 
 def test_auto_counts_gradients_in_the_dtype_they_are_summed_in():
     def memory_gib(gradient_dtype):
-        found = lay_out(
-            config=preset("tiny"),
-            devices=jax.devices()[:2],
+        asked = AskedLayout(
             sequence_length=16,
             schedule="auto",
-            replicas=None,
             microbatches=4,
             microbatch_size=1,
-            recompute=None,
             memory_gib=1,
             gradient_dtype=gradient_dtype,
         )
+        found = lay_out(preset("tiny"), jax.devices()[:2], asked)
         assert found.gradient_dtype == gradient_dtype and found.reason is not None
         return float(found.reason.split(" GiB")[0].split()[-1])
 
@@ -92,14 +89,8 @@ def plan_path(tmp_path, **changes):
 
 
 def lay_out_plan(path, **asked):
-    options = {
-        "replicas": None, "microbatches": None, "microbatch_size": None, "recompute": None,
-        "sequence_length": 16, **asked
-    }  # fmt: skip
-    return lay_out(
-        config=preset("tiny"), devices=jax.devices()[:4],
-        schedule=str(path), **options,
-    )  # fmt: skip
+    wanted = AskedLayout(schedule=str(path), **{"sequence_length": 16, **asked})
+    return lay_out(preset("tiny"), jax.devices()[:4], wanted)
 
 
 def test_a_plan_file_is_run_as_it_says(tmp_path):
