@@ -27,7 +27,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxsys.errors import UsageError
 from jaxsys.hardware import GIB, gib
-from jaxsys.layered import LayeredModel, inside_parts, part_shapes, parts_of
+from jaxsys.layered import LayeredModel, inside_parts, microbatch_keys, part_shapes, parts_of
 from jaxsys.lowering.flat import flat_model
 from jaxsys.mesh import AXES, TENSOR
 from jaxsys.planner import explain
@@ -178,6 +178,8 @@ def plan(
             f"blocks are of kinds {', '.join(map(repr, loss_fn.block))}; a search takes "
             "blocks that are alike: give the trainer a schedule by name instead"
         )
+    if isinstance(loss_fn, LayeredModel):
+        batch = _with_keys(loss_fn, batch)
     function = _layered_loss(loss_fn) if isinstance(loss_fn, LayeredModel) else loss_fn
     if not any(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in _leaves(params)):
         raise UsageError("params hold no floating-point array: there is nothing to train")
@@ -428,6 +430,15 @@ def _that_runs(space: Space) -> Space:
     except Conflict:
         return space
     return runs
+
+
+def _with_keys(model: LayeredModel, batch: PyTree) -> PyTree:
+    """The batch with keys where the model draws and it has none; the trainer puts them there."""
+    if model.draws is None or not isinstance(batch, Mapping) or model.draws in batch:
+        return batch
+    count = _examples(batch)
+    keys = jax.eval_shape(lambda: jax.random.key_data(microbatch_keys(jax.random.key(0), count)))
+    return {**batch, model.draws: keys}
 
 
 def layered_workload(

@@ -109,13 +109,16 @@ def _with_adapters(model: LayeredModel, weight: float) -> LayeredModel:
     def head_loss(edge: PyTree, x: PyTree, microbatch: PyTree) -> tuple[Any, ...]:
         return model.head_loss(jax.lax.stop_gradient(edge), x, microbatch)
 
-    # The user's own tree has no place for adapters: optimizers see each layer's leaf.
+    across = model.across
+    # The user's own tree and the parts of its leaves have no place for adapters.
     return replace(
         model,
         embed=embed,
         block=model.blocks({kind: adapted(inner) for kind, inner in model.kinds.items()}),
         head_loss=head_loss,
         evaluation=None if model.evaluation is None else _with_adapters(model.evaluation, weight),
+        across=None if across is None else lambda split: _with_adapters(across(split), weight),
+        in_parts=None,
         view=None,
     )
 
