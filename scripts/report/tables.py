@@ -32,30 +32,36 @@ def steps(results: Sequence[Result]) -> str:
 
 
 def several(results: Sequence[Result]) -> str:
-    """Steps on several GPUs, each link, model and length beside its ring's."""
+    """Steps on several GPUs, each kind, link, model and length beside its ring's."""
+    rows = [(processor(result.record), row) for result in results for row in result.rows]
 
-    def place(row: Row) -> tuple:
-        return row["devices"], row["link"], row["shape"], row["sequence_length"]
+    def place(kind: str, row: Row) -> tuple:
+        return kind, row["link"], row["shape"], row["sequence_length"]
 
-    rows = [row for result in results for row in result.rows]
     ring = {
-        place(row): row["step_s"]
-        for row in rows
-        if row["schedule"] == "weipipe-interleave" and "step_s" in row and "remark" not in row
+        place(kind, row): row["step_s"]
+        for kind, row in rows
+        if row["schedule"] == "weipipe-interleave"
+        and "step_s" in row
+        and "remark" not in row
+        and not row.get("travel_dtype")
     }
     cells = []
-    for row in sorted(rows, key=lambda row: (place(row), row.get("step_s", float("inf")))):
-        own, base = row.get("step_s"), ring.get(place(row))
+    for kind, row in sorted(rows, key=lambda r: (place(*r), r[1].get("step_s", float("inf")))):
+        own, base = row.get("step_s"), ring.get(place(kind, row))
         taken = row["temp_gib"] + row["argument_gib"] if row.get("temp_gib") else None
         failed = "out of memory" if "RESOURCE_EXHAUSTED" in row.get("failed", "") else None
+        travels = row.get("travel_dtype")
+        gradients = f"{row['gradient_dtype']}, sent in {travels}" if travels else None
         cells.append(
-            [*place(row), f"`{row['schedule']}`", row["recompute"], row.get("gradient_dtype"),
+            [*place(kind, row), f"`{row['schedule']}`", row["recompute"],
+             gradients or row.get("gradient_dtype"),
              number(own, ".3f") or failed or row.get("failed"),
              number(own / base, ".2f") if own and base else None,
              number(row.get("model_tflops_per_gpu")), number(row.get("predicted_s"), ".3f"),
              number(taken, ".1f"), number(row.get("predicted_gib"), ".1f"),
-             "; ".join(["planner's choice"] * row["planners_choice"] + [row.get("remark", "")])
-             .strip("; ")]
+             "; ".join(["planner's choice"] * bool(row.get("planners_choice"))
+                       + [row.get("remark", "")]).strip("; ")]
         )  # fmt: skip
     return table(
         ["GPUs", "link", "model", "tokens", "schedule", "recompute", "gradients", "step (s)",
