@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from jaxsys.results import read_result
 
 ROOT = Path(__file__).parents[1]
@@ -52,15 +54,24 @@ def test_training_figures_of_an_h200():
     assert f"gates computed again, {made('128k', schedule='dp', recompute='selective')}" in PAGE
 
 
-def test_two_gpu_training_figures():
+@pytest.mark.parametrize(
+    ("heading", "result", "lines"),
+    [("on two H100s", "gpus_2", 5), ("on two H200s", "gpus_h200x2", 10)],
+)
+def test_two_gpu_training_figures(heading, result, lines):
     links = ("direct", "host", "sockets")
-    names = {"plain `jax.jit`": "gspmd-fsdp"}
+    names = {
+        "plain `jax.jit`": "gspmd-fsdp",
+        "PyTorch 2.11 FSDP2": "torch-fsdp2",
+        "PyTorch 1F1B": "torch-1f1b",
+    }
     text = (ROOT / "docs/measured.md").read_text()
-    for line in text[text.index("| | NVLink |") :].splitlines()[2:7]:
+    text = text[text.index(f"**Training {heading}.**") :]
+    for line in text[text.index("| | NVLink |") :].splitlines()[2 : 2 + lines]:
         name, *cells = [cell.strip(" *") for cell in line.strip(" |").split("|")]
-        schedule = names.get(name.split(",")[0], name.split("`")[1])
+        schedule = names.get(name.split(",")[0]) or name.split("`")[1]
         for link, cell in zip(links, cells, strict=False):
-            made = rows("gpus_2", schedule=schedule, link=link, sequence_length=16384)
+            made = rows(result, schedule=schedule, link=link, sequence_length=16384)
             figures = {f"{r['model_tflops_per_gpu']:.0f}" for r in made if "step_s" in r}
             assert not cell or cell in figures, line
 
@@ -153,24 +164,33 @@ def test_the_readmes_table():
     assert f"**{ours:.0f}** model TFLOP/s; plain `jax.jit` {plain:.0f}" in README
     links = ("direct", "host", "sockets")
 
-    def cells(schedule, count):
-        found = read_result(ROOT / "results/gpus_2.json")["rows"]
+    def cells(schedule):
+        found = read_result(ROOT / "results/gpus_h200x2.json")["rows"]
         wanted = {"schedule": schedule, "recompute": "none", "sequence_length": 16384}
         best = (
             max(
-                row["model_tflops_per_gpu"]
-                for row in found
-                if {**wanted, "link": at, "gradient_dtype": "float32"}.items() <= row.items()
+                (
+                    row["model_tflops_per_gpu"]
+                    for row in found
+                    if {**wanted, "link": at}.items() <= row.items()
+                ),
+                default=None,
             )
-            for at in links[:count]
+            for at in links
         )
-        return " / ".join(f"{value:.0f}" for value in best)
+        return " / ".join("-" if value is None else f"{value:.0f}" for value in best)
 
     text = README.replace("**", "")
-    ours, plain, ring = (
-        cells(*at) for at in (("zero-1", 3), ("gspmd-fsdp", 3), ("weipipe-interleave", 2))
+    ours, plain, ring, torch = map(cells, ("zero-1", "gspmd-fsdp", "weipipe-keep", "torch-fsdp2"))
+    assert (
+        f"`zero-1` {ours}; plain `jax.jit` FSDP {plain}; a weight ring that keeps {ring}; "
+        f"PyTorch FSDP2 {torch}"
+    ) in text
+    shared, plain = (
+        made("train_step_h200x2_8b_tensor_8k", schedule=name)["model_tflops_per_gpu"]
+        for name in ("dp", "gspmd-fsdp")
     )
-    assert f"`zero-1` {ours}; plain `jax.jit` FSDP {plain}; ring {ring} / -" in text
+    assert f"{shared:.0f} against {plain:.0f} model TFLOP/s a GPU, {shared / plain:.2f}" in text
     found = [read_result(ROOT / f"results/planner_measure_h200x2_{at}.json") for at in links]
     errors = " / ".join(f"{result['summary']['median_error_pct']:.1f}" for result in found)
     assert f"| {errors} % |" in README
