@@ -196,7 +196,7 @@ def test_caches_and_products_say_what_layers_hold():
     )
     assert full.token_numbers == 2 * 2 * 16
     latent = layer_cache(deepseek, deepseek.kinds[0])
-    assert (latent.kind, latent.shapes, latent.split) == ("latent", ((16,), (8,)), None)
+    assert (latent.kind, latent.shapes, latent.split) == ("latent", ((1, 24),), None)
     found = {product.reads: product for product in products(qwen, qwen.kinds[0])}
     assert [leaf.path[-1] for leaf in found["attention"].leaves] == ["query", "key", "value"]
     assert [found[name].split for name in ("attention", "heads", "experts", "router")] == [

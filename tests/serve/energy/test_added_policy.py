@@ -91,6 +91,9 @@ def test_it_sets_a_live_instances_clock(driver):
         def collect(self, handle):
             return Outcome([1] * len(handle.sampling), None)
 
+        def release(self):
+            return []
+
         def rebuild(self):
             raise AssertionError
 

@@ -56,6 +56,9 @@ class SleepingExecutor:
         time.sleep(max(0.0, ends_s - time.monotonic()))
         return Sampled([1] * count, None)
 
+    def release(self):
+        return []
+
     def rebuild(self):
         raise AssertionError("no device, no fault")
 
