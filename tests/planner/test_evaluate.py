@@ -6,14 +6,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from jaxsys.hardware import device, link
+from jaxsys.hardware import GIB, device, link
+from jaxsys.model import preset
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.evaluate import Evaluator, plan_costs, schedule_link
 from jaxsys.planner.lower import to_schedule
+from jaxsys.planner.named import plan_at
 from jaxsys.planner.orders import legal_order
 from jaxsys.planner.plans import PATHS, Backward, Order, Plan, Residual, State
 from jaxsys.planner.problem import Problem
-from jaxsys.planner.workload import BlockWork, EdgeWork, Workload
+from jaxsys.planner.workload import BlockWork, EdgeWork, Workload, decoder_workload
 from jaxsys.schedule import simulate
 from jaxsys.strategies import STRATEGIES
 
@@ -226,3 +228,28 @@ def test_more_nodes_wait_for_the_slowest():
     longer = many.device.product_flops_per_s / many.slowest.product_flops_per_s
     assert longer == pytest.approx(6667 / 6514, abs=0.005)
     assert many.slowest.memory_bytes == many.device.memory_bytes
+
+
+@pytest.mark.parametrize(
+    ("devices", "tokens_per_s", "memory_gib"), [(8, 6667, 77.0), (128, 6514, 62.0)]
+)
+def test_a_published_run_on_capped_gpus(devices, tokens_per_s, memory_gib):
+    """torchtitan, December 2024: Llama 3.1 8B, FSDP, compiled, selective recompute, 2 x 8,192."""
+    config = preset("Llama-3.1-8B")
+    spread = {"node_devices": 8, "node_link": link("ib-400")} if devices > 8 else {}
+    problem = Problem(
+        workload_of=lambda size: decoder_workload(
+            "8b", config, sequence_length=8192, microbatch_size=size
+        ),
+        cluster=Cluster(
+            device=device("h100-96g-500w"), devices=devices, link=link("nvlink"), **spread
+        ),
+        batch=2 * devices,
+        memory_bytes=1e12,
+        lowered=True,
+    )
+    place = STRATEGIES["zero-3"].place
+    assert place is not None
+    found = Evaluator(problem).plan(plan_at(place, "selective", devices, config.num_layers, 2))
+    assert 2 * 8192 / found.step_s[0] == pytest.approx(tokens_per_s, rel=0.15)
+    assert found.peak_bytes[0] / GIB == pytest.approx(memory_gib, rel=0.05)
