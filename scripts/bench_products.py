@@ -3,7 +3,7 @@
 
     scripts/bench_products.py [--shape 4096 14336] [--rows 1 16 64 128 256 2048] [--parts ...]
 
-Parts: `serve` (x times weights in each form and layout), `kernel` (blocks of the kernel for few
+Parts: `serve` (x times weights in each form and layout), `kernel` (blocks of int4's kernel for few
 rows), `pages` (decode attention over bfloat16 and float8 pages). Each product takes another of so
 many matrices as no cache holds. `error` is the root mean square of a form's distance to the product
 in float32, over that of the product. JSON after each row.
@@ -74,6 +74,9 @@ def forms(rows: int) -> dict[str, tuple[Callable[[jax.Array], Any], Product]]:
     def small(form: Any, **how: Any) -> tuple[Callable[[jax.Array], Any], Product]:
         return lambda w: quantised(w, form, Way(**how)), lambda x, m: by(m, x)
 
+    def turned(w: jax.Array) -> Matrix:
+        return Matrix(w.T, outputs=w.shape[1:], outputs_first=True)
+
     def scaled_pattern(x: jax.Array, m: Matrix) -> jax.Array:
         """Scales before the product, as XLA's own pattern has them, one for all rows."""
         values, scale = float8.scaled(x, float8.E4M3)
@@ -97,7 +100,7 @@ def forms(rows: int) -> dict[str, tuple[Callable[[jax.Array], Any], Product]]:
     found = {
         "bfloat16, inputs first": (plain, lambda x, m: by(m, x)),
         "bfloat16, outputs first": (
-            lambda w: plain(w, way=Way(turned=True)), lambda x, m: by(m, x)
+            turned, lambda x, m: by(m, x)
         ),
         "fp8 widened": small("fp8"),
         "fp8 both": small("fp8", both=True),
@@ -107,13 +110,11 @@ def forms(rows: int) -> dict[str, tuple[Callable[[jax.Array], Any], Product]]:
         "int4 widened": small("int4"),
     }  # fmt: skip
     if rows == 1:
-        found["bfloat16 summed"] = (lambda w: plain(w, way=Way(turned=True)), summed)
+        found["bfloat16 summed"] = (turned, summed)
         for form in ("fp8", "int8"):
             found[f"{form} summed"] = (lambda w, form=form: quantised(w, form), summed)
-            found[f"{form} one row"] = small(form, one_row="kernel")
     if rows <= few_rows.MOST:
-        for form in ("fp8", "int8", "int4"):
-            found[f"{form} few rows"] = small(form, few_rows=few_rows.MOST)
+        found["int4 few rows"] = small("int4", few_rows=few_rows.MOST)
     return found
 
 
@@ -126,7 +127,7 @@ def bench_serve(options: argparse.Namespace, reads: float | None) -> Iterator[Ro
             every = forms(rows)
             if name not in every or (options.forms and name not in options.forms):
                 continue
-            if options.interpret and ("few rows" in name or "one row" in name):
+            if options.interpret and "few rows" in name:
                 continue  # for GPUs only; tests interpret it
             make, product = every[name]
             if kept != name:
@@ -156,45 +157,37 @@ def bench_serve(options: argparse.Namespace, reads: float | None) -> Iterator[Ro
 
 
 def bench_kernel(options: argparse.Namespace, reads: float | None) -> Iterator[Row]:
-    """Blocks of the kernel for few rows."""
+    """Blocks of int4's kernel for few rows."""
     inputs, outputs = options.shape
     count = max(2, min(6, int(options.bytes / (inputs * outputs))))
     keys = jax.random.split(jax.random.key(0), count)
     x = jax.random.normal(jax.random.key(1), (count, 1, inputs), BF16)
-    for form in ("fp8 one row", "fp8", "int4"):
-        one, form = "one" in form, form.split()[0]
-        made = jax.jit(
-            lambda key, form=form: quantised(
-                0.02 * jax.random.normal(key, (inputs, outputs), BF16), form
+    made = jax.jit(
+        lambda key: quantised(0.02 * jax.random.normal(key, (inputs, outputs), BF16), "int4")
+    )
+    weights = [made(key) for key in keys]
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights[0]))
+    for own, warps, stages in itertools.product((32, 64, 128), (2, 4, 8), (3, 5)):
+        settings: Any = {"outputs": own, "warps": warps, "stages": stages}
+
+        def product(x: jax.Array, m: Matrix, settings: Any = settings) -> jax.Array:
+            assert m.scale is not None
+            return few_rows.product(
+                x, m.values, m.scale, BF16, interpret=options.interpret, **settings
             )
-        )
-        weights = [made(key) for key in keys]
-        turns = ((512, 1024, 4096) if one else (128, 256)) if form == "fp8" else (0,)
-        owns = (4, 8, 16) if one else (32, 64)
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights[0]))
-        for own, turn, warps, stages in itertools.product(owns, turns, (2, 4), (3,)):
-            settings: Any = {"outputs": own, "warps": warps, "stages": stages}
-            settings |= {"inputs": turn} if turn else {}
 
-            def product(
-                x: jax.Array, m: Matrix, settings: Any = settings, one: bool = one
-            ) -> jax.Array:
-                assert m.scale is not None
-                of = few_rows.one_row if one else few_rows.product
-                return of(x, m.values, m.scale, BF16, interpret=options.interpret, **settings)
-
-            row = {"part": "kernel", "form": form, "one_row": one, "rows": 1, **settings}
-            try:
-                took_s = product_seconds(product, x, weights)
-            except Exception as fault:  # noqa: BLE001  a block too large for the device, say
-                yield row | {"failed": str(fault).splitlines()[0][:100]}
-                continue
-            yield row | {
-                "us": round(took_s * 1e6, 2),
-                "floor_ratio": None if reads is None else round(took_s / (size / reads), 2),
-            }
-            if options.interpret:
-                break
+        row = {"part": "kernel", "form": "int4", "rows": 1, **settings}
+        try:
+            took_s = product_seconds(product, x, weights)
+        except Exception as fault:  # noqa: BLE001  a block too large for the device, say
+            yield row | {"failed": str(fault).splitlines()[0][:100]}
+            continue
+        yield row | {
+            "us": round(took_s * 1e6, 2),
+            "floor_ratio": None if reads is None else round(took_s / (size / reads), 2),
+        }
+        if options.interpret:
+            break
 
 
 def bench_pages(options: argparse.Namespace, reads: float | None) -> Iterator[Row]:

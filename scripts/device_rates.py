@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxsys.nvml import NvmlGpu
 from jaxsys.results import table, write_result
 from jaxsys.serve.energy.energy_log import EnergyLog
+from jaxsys.serve.processes.gpus import gpu_of
 
 PRODUCTS = [
     # Rows, inputs, outputs: square, and a 1B and an 8B decoder's feed-forward.
@@ -114,7 +115,7 @@ def main() -> int:
     if jax.devices()[0].platform == "cpu":
         print("device_rates: needs an NVIDIA GPU", file=sys.stderr)
         return 1
-    gpu = NvmlGpu(0)
+    gpu = NvmlGpu(gpu_of(jax.devices()[0]))
     clocks, log = Clocks(gpu), EnergyLog(gpu.energy_j)
     rows = []
     time.sleep(1.0)

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsys.errors import RunError
 from jaxsys.mesh import Device
 from jaxsys.model import (
     DecoderConfig,
@@ -32,10 +33,11 @@ from jaxsys.model import (
     preset,
 )
 from jaxsys.model.contract import cache_numbers, experts_used
+from jaxsys.nvml_gpu import NvmlGpu
 from jaxsys.serve.executor import JaxExecutor
 from jaxsys.serve.grammars import Grammars
-from jaxsys.serve.matrix import Way, way
 from jaxsys.serve.paged_model import number_bytes
+from jaxsys.serve.processes.gpus import gpu_of
 from jaxsys.serve.random_weights import random_parameters
 from jaxsys.serve.requests import Request, SamplingParameters
 from jaxsys.serve.sampling import SamplingNeeds
@@ -65,9 +67,8 @@ class Study:
     piece: int
     """Most prompt tokens an iteration computes, where a prompt is longer."""
     forms: tuple[str, ...] = ()
-    """Also measured: "int8", "fp8", "int4", or the like of "fp8+fp8": weights and cache; "turned":
-    weights as they are, outputs first; "kernel" behind a form: one row by a kernel of our own. "@1"
-    behind it: at batch 1 alone."""
+    """Also measured: "int8", "fp8", "int4", or the like of "fp8+fp8": weights and cache; the dtype
+    itself. "@1" behind it: at batch 1 alone."""
     quantised_batches: tuple[int, ...] = ()
     quantised_prompts: tuple[int, ...] = ()
     seconds: float = 1.5
@@ -113,7 +114,7 @@ STUDIES = {
         context=1024,
         prompts=(),
         piece=2048,
-        forms=("fp8+fp8", "turned", "fp8 kernel+fp8@1", "bfloat16", "fp8@64", "int8@1", "int4@1"),
+        forms=("fp8+fp8", "bfloat16", "fp8", "int8@1", "int4@1"),
         quantised_batches=(1, 64, 128),
         quantised_prompts=(2048,),
         seconds=1.0,
@@ -154,7 +155,7 @@ STUDIES = {
         context=64,
         prompts=(16, 64),
         piece=32,
-        forms=("fp8+fp8", "turned@1", "int4@1"),
+        forms=("fp8+fp8", "float32@1", "int4@1"),
         quantised_batches=(1,),
         quantised_prompts=(16,),
         seconds=0.2,
@@ -468,29 +469,32 @@ class _Loop:
 
 
 class _EnergyMeter:
-    """The first GPU's energy counter; it steps about every 0.1 s, so runs must be longer."""
+    """The energy counter of the GPU that JAX computes on, which need not be the machine's first.
+
+    It steps about every 0.1 s, so runs must be longer.
+    """
 
     def __init__(self) -> None:
-        self._start_mj = self._read_mj()
+        device = jax.devices()[0]
+        self._gpu: NvmlGpu | None = None
+        if device.platform != "cpu":
+            try:
+                self._gpu = NvmlGpu(gpu_of(device))
+            except RunError:  # no driver's library to ask
+                pass
+        self._start_j = self._read_j()
 
     def energy_j(self, elapsed_s: float) -> float | None:
         """Joules since the start; None without a counter, or for a run too short for it."""
-        now_mj = self._read_mj()
-        if now_mj is None or self._start_mj is None or elapsed_s < 0.5:
+        now_j = self._read_j()
+        if self._gpu is not None:
+            self._gpu.close()
+        if now_j is None or self._start_j is None or elapsed_s < 0.5:
             return None
-        return (now_mj - self._start_mj) / 1e3
+        return now_j - self._start_j
 
-    @staticmethod
-    def _read_mj() -> int | None:
-        if jax.default_backend() == "cpu":
-            return None
-        import pynvml
-
-        try:
-            pynvml.nvmlInit()
-            return pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByIndex(0))
-        except pynvml.NVMLError:
-            return None
+    def _read_j(self) -> float | None:
+        return None if self._gpu is None else self._gpu.energy_j()
 
 
 def expected_bytes(config: DecoderConfig, weights: ServingWeights, tokens: int) -> float:
@@ -535,17 +539,9 @@ def build_executor(
 ) -> JaxExecutor:
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     kept, _, cached = (form or "").partition("+")
-    kept, _, kernel = kept.partition(" ")
-    how = None
-    if kept in ("turned", study.dtype):
-        how = Way(turned=True, one_row="sum") if kept == "turned" else None
-        kept = ""
+    kept = "" if kept == study.dtype else kept
     quantisation, cache_form = cast(Any, (kept or None, cached or None))
-    if kernel:
-        how = dataclasses.replace(way(quantisation, jax.devices()[0]), one_row="kernel")
-    weights = serving_weights(
-        config, parameters, quantisation=quantisation, placement=place, how=how
-    )
+    weights = serving_weights(config, parameters, quantisation=quantisation, placement=place)
     size = study.page_size
     longest = max((*study.prompts, study.context)) + 4 * size
     pieces = {min(p, piece) for p in study.prompts for piece in (study.piece, study.piece // 4)}

@@ -11,7 +11,7 @@ H200). Their scales:
     int4  one a group of inputs of each output; two numbers a byte
 
 A product runs by the matrix's `Way`: values widened, exactly, to what the pass computes in; or
-both sides in eight bits, where x gets a scale for each of its rows; one row as a sum of numbers
+both sides in float8, where x gets a scale for each of its rows; one row as a sum of numbers
 times numbers, which XLA makes one reading kernel of; int4's few rows by a kernel that unpacks them
 in registers (`few_rows`). The first is everywhere; the others are for devices that compute them,
 chosen by `way` from what was measured (results/products_h200.json).
@@ -48,14 +48,12 @@ taken, since one outlier else costs all others their bits."""
 class Way:
     """How a device multiplies by a matrix."""
 
-    turned: bool = False
-    """Whether what is not quantised lies outputs first, too."""
-    one_row: Literal["product", "sum", "kernel"] = "product"
-    """What one row of x is multiplied by."""
+    summed_row: bool = False
+    """Whether one row of x is multiplied as a sum, not as a product."""
     few_rows: int = 0
-    """Up to so many rows of x, by the kernel for few rows."""
+    """Up to so many rows of x, by the kernel for few rows, where a matrix is int4."""
     both: bool = False
-    """Whether more rows are cast to the matrix's form, a scale each."""
+    """Whether more rows are cast to float8, a scale each, where a matrix is."""
     reason: str = "values widened on their way into products"
 
 
@@ -70,10 +68,11 @@ def way(quantisation: Quantisation, device: Device) -> Way:
         computes, reason = float8.answer(device)
         if not computes:
             return Way(reason=f"fp8 values widened: {reason}")
-        return Way(one_row="sum", both=True, reason=f"both sides in fp8: {reason}")
+        return Way(summed_row=True, both=True, reason=f"both sides in fp8: {reason}")
     if quantisation == "int4":
         return Way(few_rows=few_rows.MOST, reason=f"int4 widened past {few_rows.MOST} rows")
-    return Way(both=True, reason="both sides in int8")
+    # Activations in int8 too would be faster, and cost the most quality of all forms but int4.
+    return Way(summed_row=True, reason="int8 values widened: activations keep their bits")
 
 
 @functools.partial(
@@ -110,14 +109,9 @@ class Matrix:
         return (both * self.scale[..., None].astype(dtype)).reshape(both.shape[0], -1)
 
 
-def plain(values: jax.Array, outputs: tuple[int, ...] | None = None, way: Way = WIDENED) -> Matrix:
+def plain(values: jax.Array, outputs: tuple[int, ...] | None = None) -> Matrix:
     """A matrix [K, N] that is not quantised."""
-    return Matrix(
-        values.T if way.turned else values,
-        outputs=values.shape[1:] if outputs is None else outputs,
-        outputs_first=way.turned,
-        way=way,
-    )
+    return Matrix(values, outputs=values.shape[1:] if outputs is None else outputs)
 
 
 def quantised(
@@ -200,32 +194,30 @@ def matmul(
 
 def _product(x: Float[Array, "M K"], matrix: Matrix, dtype: jnp.dtype) -> Float[Array, "M N"]:
     scale, how = matrix.scale, matrix.way
-    if x.shape[0] == 1 and matrix.outputs_first and not matrix.packed:
-        if how.one_row == "sum":
-            return _summed(x, matrix, dtype)
-        if how.one_row == "kernel" and scale is not None and few_rows.fits_one(matrix.values):
-            return few_rows.one_row(x, matrix.values, scale, dtype)
     if scale is None:
         return _dot(x, matrix.values, matrix.outputs_first, dtype)
-    if x.shape[0] <= how.few_rows and few_rows.fits(matrix.values, x.dtype):
-        return few_rows.product(x, matrix.values, scale, dtype)
     if matrix.packed:
+        if x.shape[0] <= how.few_rows and few_rows.fits(matrix.values, x.dtype):
+            return few_rows.product(x, matrix.values, scale, dtype)
         spare = matrix.values.shape[1] * matrix.values.shape[2] * 2 - x.shape[1]
         return _dot(jnp.pad(x, ((0, 0), (0, spare))), matrix.wide(x.dtype), True, dtype)
-    if how.both:
+    if how.summed_row and x.shape[0] == 1:
+        return _summed(x, matrix.values, scale, dtype)
+    if how.both and matrix.values.dtype == float8.E4M3:
         small, of_rows = float8.scaled(x, matrix.values.dtype, axis=1)
-        whole = jnp.issubdtype(small.dtype, jnp.integer)
         # Sums in bfloat16 halve what the product writes, and are rounded as the result is.
-        sums = _dot(small, matrix.values, True, jnp.dtype(jnp.int32) if whole else dtype)
+        sums = _dot(small, matrix.values, True, dtype)
         return (sums.astype(jnp.float32) * of_rows * scale[None]).astype(dtype)
     product = _dot(x, matrix.wide(x.dtype), True, dtype)
     return (product * scale[None]).astype(dtype)
 
 
-def _summed(x: Float[Array, "1 K"], matrix: Matrix, dtype: jnp.dtype) -> Float[Array, "1 N"]:
+def _summed(
+    x: Float[Array, "1 K"], values: Array, scale: Array, dtype: jnp.dtype
+) -> Float[Array, "1 N"]:
     """One row, in float32."""
-    sums = jnp.sum(matrix.values.astype(jnp.float32) * x.astype(jnp.float32), axis=1)
-    return (sums if matrix.scale is None else sums * matrix.scale)[None].astype(dtype)
+    sums = jnp.sum(values.astype(jnp.float32) * x.astype(jnp.float32), axis=1)
+    return (sums * scale)[None].astype(dtype)
 
 
 def _dot(x: jax.Array, w: jax.Array, outputs_first: bool, dtype: jnp.dtype) -> jax.Array:

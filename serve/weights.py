@@ -148,7 +148,7 @@ class _Form(NamedTuple):
     def of(self, kernel: jax.Array, outputs: tuple[int, ...] | None = None) -> Matrix:
         """A kernel [K, N], whose N may stand for several axes."""
         if self.quantisation is None:
-            return plain(kernel, outputs, self.way)
+            return plain(kernel, outputs)
         return _quantised(kernel, self.quantisation, self.way, outputs, self.devices)
 
     def of_experts(self, kernels: jax.Array) -> tuple[jax.Array, jax.Array | None]:
