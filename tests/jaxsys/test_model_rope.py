@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import beartype
+import jax
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
@@ -85,3 +86,22 @@ def test_rotation_keeps_bfloat16_but_angles_do_not_suffer():
     wide = rotate(x.astype(jnp.float32), *rotary_tables(positions, rope_of(config)))
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(got.astype(jnp.float32), wide, atol=2**-7)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        Rope(theta=10000.0, width=128),
+        Rope(theta=500000.0, width=64, scaling=SCALING),
+        Rope(theta=10.0, width=16, interleaved=True),
+    ],
+)
+def test_angles_are_exact_at_any_position(rope):
+    """Within 1e-6 of float64's, compiled or not, where float32 products are off by 0.3."""
+    places = [0, 1, 4095, 99_999, 100_003, 999_999, 9_999_999, 10_000_000, 2**31 - 2, -1, -70_000]
+    positions = np.array([places], np.int32)
+    angles = positions.astype(np.float64)[..., None, None] * inverse_frequencies(rope)
+    for made in (rotary_tables, jax.jit(rotary_tables, static_argnums=1)):
+        cosines, sines = made(positions, rope)
+        np.testing.assert_allclose(cosines, np.cos(angles), atol=1e-6, rtol=0)
+        np.testing.assert_allclose(sines, np.sin(angles), atol=1e-6, rtol=0)
