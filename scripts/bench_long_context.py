@@ -8,8 +8,9 @@ the gap is halved --refine times. Figures of all tries go to results/long_contex
 here, and the file is named ..._compiled.json.
 
 With --context sequences are shared by that many GPUs: rows of `CONTEXT_ROWS`, each a process of
-scripts/context_row.py with a timeout, compile beside each other and run one after another; the file
-long_context_SHAPE_context_N.json is written after each. `million` and `longest` are run if named.
+scripts/context_row.py with a timeout, compile beside each other and run one after another (a first
+step counts where no other is as fast: it sets NCCL up); the file
+context_SHAPE_N.json is written after each. `million` and `longest` are run if named.
 
 scripts/bench_long_context.py --devices 1 --schedules dp gspmd-fsdp
 scripts/bench_long_context.py --devices 2 --schedules weipipe-interleave gspmd-fsdp
@@ -138,6 +139,8 @@ CONTEXT_ROWS: dict[str, list[dict]] = {
     ],
 }
 """A row -> the ways to run it, of which the first counts whose program fits the memory."""
+TOGETHER = 4
+"""Rows that compile beside each other; none compiles while one runs."""
 LONGEST = {1: (802_816, 851_968), 2: (1_605_632, 1_703_936)}
 """GPUs -> lengths whose programs are compiled to see whether they fit."""
 
@@ -150,6 +153,8 @@ def context_command(options: argparse.Namespace, asked: dict, result: Path, *mor
         for name, value in named.items()
         for text in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
     ]
+    if not asked.get("check"):
+        flags += ["--repeats", str(options.repeats)]
     if options.length is not None and "length" not in asked:
         flags += ["--length", str(options.length)]
     return [sys.executable, str(CONTEXT_ROW), *flags, "--result", str(result), *more]
@@ -239,14 +244,30 @@ def bench_context(options: argparse.Namespace) -> int:
         rows.append(row)
         print(table([row], CONTEXT_COLUMNS), flush=True)
         write_result(
-            options.out / f"long_context_{options.shape}_context_{options.context}.json",
-            benchmark="long_context",
+            options.out / f"context_{options.shape}_{options.context}.json",
+            benchmark="context",
             kind="measured",
             config={k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
             rows=rows,
         )
 
     named = [name for name in options.rows if name != "longest"]
+    for first in range(0, len(named), TOGETHER):
+        if not run_together(options, named[first : first + TOGETHER], show):
+            print("the check did not pass, or cuDNN is not used: nothing is timed (--anyway)")
+            return 1
+    if "longest" in options.rows:
+        compile_longest(options, show)
+    speeds = {row["row"]: row["tokens_per_s"] for row in rows if "tokens_per_s" in row}
+    for one in ("one block", "one kept"):
+        for name, speed in speeds.items():
+            if one in speeds and not name.startswith("one") and name not in ("8b", "million"):
+                print(f"{name}: {speed / speeds[one]:.2f} times the tokens/s of {one}")
+    return 0
+
+
+def run_together(options: argparse.Namespace, named: list[str], show) -> bool:
+    """Compiles some rows beside each other, then runs them in turn; whether more should follow."""
     waiting = [ContextRow(options, name, CONTEXT_ROWS[name]) for name in named]
     try:
         deadline = time.monotonic() + options.compile_s
@@ -256,20 +277,13 @@ def bench_context(options: argparse.Namespace) -> int:
             found = row.run(options.timeout_s)
             show(found)
             not_fused = str(found.get("attention", "")).startswith("blocks")
-            if row.name == "check" and (("failed" in found) or (not_fused and not options.anyway)):
-                print("the check did not pass, or cuDNN is not used: nothing is timed (--anyway)")
-                return 1
+            wrong = "failed" in found or (not_fused and not options.anyway)
+            if row.name == "check" and wrong:
+                return False
     finally:
         for row in waiting:
             row.end()
-    if "longest" in options.rows:
-        compile_longest(options, show)
-    speeds = {row["row"]: row["tokens_per_s"] for row in rows if "tokens_per_s" in row}
-    for one in ("one block", "one kept"):
-        for name, speed in speeds.items():
-            if one in speeds and not name.startswith("one") and name not in ("8b", "million"):
-                print(f"{name}: {speed / speeds[one]:.2f} times the tokens/s of {one}")
-    return 0
+    return True
 
 
 def compile_longest(options: argparse.Namespace, show) -> None:

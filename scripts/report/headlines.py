@@ -229,6 +229,22 @@ HEADLINES = (
         ),
     ),
     Headline(
+        title="One sequence on two GPUs",
+        kind="measured",
+        claim="torchtitan publishes 139 TFLOP/s a GPU for Llama-3-8B with 262,144 tokens on eight "
+        "H100s, context parallel over all, in float8. One step a row where there is one sample: a "
+        "process' first, in which NCCL is set up.",
+        files=("context_*.json",),
+        show=tables.context,
+        runs=(
+            Run(
+                name="context",
+                gpus=2,
+                commands=("scripts/bench_long_context.py --context 2 --memory-gib 128",),
+            ),
+        ),
+    ),
+    Headline(
         title="Serving latency",
         kind="measured",
         claim="ML.ENERGY benchmark v3, vLLM with Llama-3.1-8B on one H100, prefill in the same "

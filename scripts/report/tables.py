@@ -173,6 +173,22 @@ def long_context(results: Sequence[Result]) -> str:
     )  # fmt: skip
 
 
+def context(results: Sequence[Result]) -> str:
+    """Steps whose sequences lie on several GPUs, beside those of one."""
+    rows = [row for result in results for row in result.rows if "step_s" in row]
+    asked = {id(row): result.record["config"] for result in results for row in result.rows}
+    return table(
+        ["shape", "tokens", "GPUs", "what travels", "recompute", "step (s)", "samples", "tokens/s",
+         "TFLOP/s a GPU", "compiled (GiB)", "predicted (GiB)"],
+        [[row.get("shape", asked[id(row)]["shape"]), f"{row['length']:,}",
+          row.get("devices", asked[id(row)]["context"]), row.get("by", "-"), row["recompute"],
+          number(row["step_s"], ".2f"), len(row["samples_s"]), number(row["tokens_per_s"], ",.0f"),
+          number(row["model_tflops_per_gpu"], ".0f"), number(row["compiled_gib"]),
+          number(row["predicted_gib"])]
+         for row in rows],
+    )  # fmt: skip
+
+
 def train_memory(results: Sequence[Result]) -> str:
     return table(
         ["model", "GPUs", "tokens", "schedule", "recompute", "compiled (GiB)", "predicted (GiB)",
