@@ -33,19 +33,17 @@ def example(function: Callable[[], Any]) -> Callable[[], Any]:
 
 def run() -> None:
     """Runs all examples; a line of JSON each."""
+    loop = asyncio.new_event_loop()  # one: clients keep connections
+    asyncio.set_event_loop(loop)
     for function in _EXAMPLES:
         start_s = time.monotonic()
         why = ""
         try:
             result = function()
             if inspect.isawaitable(result):
-                asyncio.run(_awaited(result))
+                loop.run_until_complete(result)
         except Exception as error:  # noqa: BLE001 - whatever a client may raise
             why = f"{type(error).__name__}: {error}".replace("\n", " ") or "failed"
         seconds = round(time.monotonic() - start_s, 2)
         said = {"example": function.__name__, "ok": not why, "seconds": seconds, "why": why}
         print(json.dumps(said), flush=True)
-
-
-async def _awaited(result: Any) -> Any:
-    return await result

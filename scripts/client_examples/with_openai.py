@@ -1,6 +1,8 @@
 """openai: chats, completions, parsed classes, tools, responses, embeddings."""
 
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false, reportOptionalIterable=false
 import json
 
 import openai

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from jaxsys.model import Tokenizer
-from jaxsys.serve.grammars import WHITESPACE, quoted
+from jaxsys.serve.grammars import quoted
 
 Thinking = Literal["no", "may", "open"]
 """Whether an answer holds reasoning: never, where it begins with its mark, from the first token."""
@@ -400,7 +400,8 @@ class ToolFormat(abc.ABC):
         return json.dumps({"grammars": [{"lark_grammar": start + rules}, *grammars]})
 
 
-_STRICT = {"whitespace_pattern": WHITESPACE, "lenient": False, "coerce_one_of": False}
+_STRICT = {"whitespace_pattern": " ", "lenient": False, "coerce_one_of": False}
+"""Arguments stand on one line, as models are trained to write them."""
 
 
 def _is_json(grammar: str) -> bool:

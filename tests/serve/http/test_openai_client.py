@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import httpx
+import jax.numpy as jnp
 import numpy as np
 import openai
 import pydantic
@@ -53,11 +55,12 @@ def server(model, start, quickly_compiled):
 @pytest.fixture(scope="module")
 def client(server):
     transport = httpx.ASGITransport(app=server.app)
+    http: Any = httpx.AsyncClient(transport=transport, timeout=60)  # openai 3 names another's type
     return openai.AsyncOpenAI(
         api_key="-",
         base_url="http://server/v1",
         max_retries=0,
-        http_client=httpx.AsyncClient(transport=transport, timeout=60),
+        http_client=http,
     )
 
 
@@ -131,7 +134,7 @@ def test_a_class_is_parsed(server, client):
         days: int = pydantic.Field(ge=0, le=9)
 
     async def run():
-        asked = {"model": "tiny", "messages": USER, "max_tokens": 300, "seed": 5}
+        asked: Any = {"model": "tiny", "messages": USER, "max_tokens": 300, "seed": 5}
         asked["extra_body"] = {"guided_whitespace_pattern": " "}
         return await client.chat.completions.parse(response_format=Trip, **asked)
 
@@ -291,7 +294,7 @@ def test_embeddings_are_the_final_hidden_states_pooled(server, client, model):
     # With the identity for a head, logits are what the final norm gives.
     edge = parameters["edge"] | {"head": {"kernel": np.eye(wide, dtype=np.float32)}}
     hidden = [
-        np.asarray(forward(config, parameters | {"edge": edge}, np.asarray([prompt]))[0])
+        np.asarray(forward(config, parameters | {"edge": edge}, jnp.asarray([prompt]))[0])
         for prompt in prompts
     ]
 
