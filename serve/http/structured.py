@@ -120,21 +120,41 @@ def _of_json(schema: Any, options: Mapping[str, Any]) -> str:
     )
 
 
+_COMBINED = ("allOf", "anyOf", "oneOf", "$ref")
+
+
 def closed(schema: Any) -> Any:
-    """A schema whose objects have no other properties than those that are named."""
+    """A schema whose objects have no other properties than those that are named.
+
+    Where parts of an object stand in several schemas, closing one would shut out the others': those
+    stay as they are, and so does a schema that has `allOf` anywhere.
+    """
+    return schema if "allOf" in _words(schema) else _closed(schema)
+
+
+def _words(schema: Any) -> set[str]:
     if isinstance(schema, list):
-        return [closed(one) for one in schema]
+        return set().union(*map(_words, schema))
+    if not isinstance(schema, Mapping):
+        return set()
+    return set(schema).union(*map(_words, schema.values()))
+
+
+def _closed(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_closed(one) for one in schema]
     if not isinstance(schema, Mapping):
         return schema
-    found = {
-        name: {key: closed(one) for key, one in value.items()}
-        if name in ("properties", "$defs", "definitions", "patternProperties")
-        and isinstance(value, Mapping)
-        else value
-        if name in ("const", "enum", "default", "examples")
-        else closed(value)
-        for name, value in schema.items()
-    }
-    if "properties" in found:
+    spread = "properties" in schema and any(name in schema for name in _COMBINED)
+    found: dict[str, Any] = {}
+    for name, value in schema.items():
+        if name in ("const", "enum", "default", "examples") or (spread and name in _COMBINED):
+            found[name] = value
+        elif name in ("properties", "$defs", "definitions", "patternProperties"):
+            inner = value if isinstance(value, Mapping) else {}
+            found[name] = {key: _closed(one) for key, one in inner.items()} or value
+        else:
+            found[name] = _closed(value)
+    if "properties" in found and not spread and "patternProperties" not in found:
         found.setdefault("additionalProperties", False)
     return found

@@ -67,8 +67,7 @@ class ToolUse:
     def writing(self, answer: str | None) -> Writing:
         """What the answer is made of, where `answer` is the grammar of one without calls."""
         return Writing(
-            # Free answers may hold calls; where either has a form, so do both.
-            tools=self.callable if self.needed or answer is not None else (),
+            tools=self.callable,
             many=self.many,
             needed=self.needed,
             answer=None if self.needed else answer,
@@ -100,7 +99,12 @@ def tool_use(tools: Sequence[ToolBody] | None, choice: Any, parallel: bool | Non
                 "parameters": parameters,
             },
         }
-        found[function.name] = Tool(name=function.name, parameters=parameters, source=source)
+        found[function.name] = Tool(
+            name=function.name,
+            parameters=parameters,
+            source=source,
+            strict=bool(function.strict),
+        )
     every = tuple(found.values())
     many = parallel is not False
     if choice is None:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from jaxsys.model import Tokenizer
 from jaxsys.serve.grammars import quoted
+from jaxsys.serve.http.structured import closed
 
 Thinking = Literal["no", "may", "open"]
 """Whether an answer holds reasoning: never, where it begins with its mark, from the first token."""
@@ -30,6 +31,8 @@ class Tool:
     """JSON schema of its arguments."""
     source: Mapping[str, Any]
     """As the request has it, for chat templates."""
+    strict: bool = False
+    """Whether arguments must follow the schema also where the model calls of itself."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -77,6 +80,10 @@ class Marks:
         token = self._tokens.get(text)
         # Quoted text never stands for an added token.
         return quoted(text) if token is None else f"<[{token}]>"
+
+    def named(self, text: str) -> bool:
+        """Whether a mark is a token."""
+        return text in self._tokens
 
     def until(self, rule: str, mark: str) -> tuple[str, str]:
         """Any text up to a mark, and the mark: how to name it, and its rules."""
@@ -334,6 +341,9 @@ class ToolFormat(abc.ABC):
     """How a family of models writes calls."""
 
     name: str
+    opening: str | None = None
+    """The mark that calls begin with, before which an answer may say anything; None where they
+    can only be told from other text when they are there."""
     id_length: int | None = None
     """Characters that the family's templates want in the id of a call."""
 
@@ -377,7 +387,7 @@ class ToolFormat(abc.ABC):
     ) -> str | None:
         """The grammar of a whole answer; None where it is free."""
         if not writing.needed and writing.answer is None:
-            return None
+            return self._free(marks, writing, thinking, template)
         alone = writing.answer is not None and not writing.tools and thinking == "no"
         if alone and not self.answers(marks, template):
             return writing.answer
@@ -386,9 +396,7 @@ class ToolFormat(abc.ABC):
         if writing.tools:
             ways.append("calls")
             rules += self.calls(marks, writing.tools, writing.many, template)
-            for number, tool in enumerate(writing.tools):
-                schema = {**tool.parameters, "x-guidance": _STRICT}
-                rules += f"arguments_{number}: %json {json.dumps(schema)}\n"
+            rules += _arguments(writing.tools)
         grammars: list[dict[str, Any]] = []
         if writing.answer is not None:
             ways.append(f"{self.answers(marks, template)}@answer")
@@ -398,6 +406,31 @@ class ToolFormat(abc.ABC):
             grammars.append({**own, "name": "answer"})
         start = f"start: {before}({' | '.join(ways)})\n"
         return json.dumps({"grammars": [{"lark_grammar": start + rules}, *grammars]})
+
+    def _free(
+        self, marks: Marks, writing: Writing, thinking: Thinking, template: str
+    ) -> str | None:
+        """Any text, behind which calls may follow, where strict tools want their schemas kept."""
+        if self.opening is None or not any(tool.strict for tool in writing.tools):
+            return None
+        if not marks.named(self.opening):  # then it could be spelt within the text
+            return None
+        before, rules = self.before(marks, thinking, template)
+        tools = [
+            tool if tool.strict else dataclasses.replace(tool, parameters={"type": "object"})
+            for tool in writing.tools
+        ]
+        rules += self.calls(marks, tools, writing.many, template) + _arguments(tools)
+        start = f"start: {before}FREE calls?\nFREE: /(.|\\n)*/\n"
+        return json.dumps({"grammars": [{"lark_grammar": start + rules}]})
+
+
+def _arguments(tools: Sequence[Tool]) -> str:
+    """Rules of what each tool may be given: arguments that it names, and no others."""
+    schemas = [{**closed(tool.parameters), "x-guidance": _STRICT} for tool in tools]
+    return "".join(
+        f"arguments_{number}: %json {json.dumps(schema)}\n" for number, schema in enumerate(schemas)
+    )
 
 
 _STRICT = {"whitespace_pattern": " ", "lenient": False, "coerce_one_of": False}

@@ -60,6 +60,7 @@ class DeepSeek(ToolFormat):
     """Which of the two forms is written the template says; both are read."""
 
     name = "deepseek"
+    opening = ALL
 
     def fits(self, template: str) -> bool:
         return ONE in template

@@ -58,6 +58,7 @@ class Hermes(ToolFormat):
     """Named after the models that began it."""
 
     name = "hermes"
+    opening = OPEN
 
     def fits(self, template: str) -> bool:
         return OPEN in template and "<function=" not in template

@@ -67,6 +67,7 @@ class Mistral(ToolFormat):
     """Both forms are read; which one is written the template says."""
 
     name = "mistral"
+    opening = CALLS
     id_length = 9
 
     def fits(self, template: str) -> bool:

@@ -8,6 +8,7 @@ import re
 import pytest
 
 from jaxsys.serve.deployment import DeploymentConfig
+from jaxsys.serve.http.structured import closed
 
 APART = DeploymentConfig(
     prefill=1,
@@ -161,3 +162,19 @@ def test_what_cannot_be_held_is_refused(servers, fields, says):
     answer = servers[0].post("/v1/chat/completions", chat(**fields))
     assert answer.status_code == 400
     assert says in answer.json()["error"]["message"]
+
+
+def test_objects_are_closed_where_that_shuts_nothing_out():
+    a = {"type": "object", "properties": {"a": {"type": "object", "properties": {"b": {}}}}}
+    assert closed(a)["additionalProperties"] is False
+    assert closed(a)["properties"]["a"]["additionalProperties"] is False
+    assert closed(a | {"additionalProperties": True})["additionalProperties"] is True
+    for left in (
+        {"properties": {"allOf": {}}, "allOf": [a]},
+        {"properties": {"b": {}}, "anyOf": [a]},
+        {"properties": {"b": {}}, "patternProperties": {"^x": {}}},
+        {"enum": [{"properties": 1}]},
+        True,
+    ):
+        assert closed(left) == left
+    assert closed({"anyOf": [a]})["anyOf"][0]["additionalProperties"] is False

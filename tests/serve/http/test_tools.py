@@ -1,5 +1,6 @@
 """Calls of tools: each family's form is read, whatever the cuts, and written when it must be."""
 
+import dataclasses
 import json
 from typing import Any
 
@@ -193,6 +194,19 @@ def test_calls_that_must_be_are_written_in_the_familys_form(family):
     assert not admits(tokenizer, grammar(), call_of(family, OSLO).replace("weather", "other"))
     assert not admits(tokenizer, grammar(), "Hello")
     assert read(family, good, 1).calls[0].arguments == OSLO
+    strict = dataclasses.replace(WEATHER, strict=True)
+    free = Writing(tools=[strict, CLOCK], many=False, needed=False)
+    kept = form.grammar(Marks(tokenizer), free, "no", template)
+    if form.opening is None:
+        assert kept is None
+    else:
+        assert kept is not None and admits(tokenizer, kept, "Hello")
+        assert admits(tokenizer, kept, f"Let me look.{good}") and admits(tokenizer, kept, good)
+        assert not admits(tokenizer, kept, "Let me look." + call_of(family, '{"city": 3}'))
+        loose = Writing(tools=[WEATHER], many=True, needed=False)
+        assert form.grammar(Marks(tokenizer), loose, "no", template) is None
+        bytes_only = Marks(ByteTokenizer())  # where the mark is no token, nothing is kept
+        assert form.grammar(bytes_only, free, "no", template) is None
     either = grammar(needed=False, answer=of_json_schema({"const": 7}))
     answer = "<|channel|>final<|message|>7" if family == "harmony" else "7"
     assert admits(tokenizer, either, good) and admits(tokenizer, either, answer)
