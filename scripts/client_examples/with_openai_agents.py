@@ -1,6 +1,8 @@
 """openai-agents: agents over responses and over chats, with tools and typed outputs."""
 
 # pyright: reportMissingImports=false
+from typing import Literal
+
 import openai
 from agents import (
     Agent,
@@ -29,7 +31,7 @@ class Trip(BaseModel):
 
 
 @function_tool
-def weather(city: str) -> str:
+def weather(city: Literal["Paris", "Rome"]) -> str:
     """The weather of a city."""
     CALLED.append(city)
     return "sunny"

@@ -57,7 +57,7 @@ def grammar_of(fields: Mapping[str, Any]) -> str | None:
         named = [*kinds, *(["response_format"] if schema is not None else [])]
         raise UsageError(f"{' and '.join(named)} exclude each other; use one")
     if schema is not None:
-        return _of_json(schema, asked)
+        return _of_json(closed(schema), asked)
     if not kinds:
         if asked:
             raise UsageError(f"{min(asked)} says how, but not what; add one of {', '.join(KINDS)}")
