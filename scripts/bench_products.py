@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +112,10 @@ def forms(rows: int) -> dict[str, tuple[Callable[[jax.Array], Any], Product]]:
     if rows == 1:
         found["bfloat16 summed"] = (turned, summed)
         for form in ("fp8", "int8"):
-            found[f"{form} summed"] = (lambda w, form=form: quantised(w, form), summed)
+            found[f"{form} summed"] = (
+                functools.partial(quantised, quantisation=cast(Any, form)),
+                summed,
+            )
     if rows <= few_rows.MOST:
         found["int4 few rows"] = small("int4", few_rows=few_rows.MOST)
     return found

@@ -186,7 +186,9 @@ def run(
     figures["copy_bytes_per_s"] = copy_rate(device)
     figures["matmul_flops_per_s"] = matmul_rate(device, jnp.dtype(study.dtype))
     reads, copies = figures["read_bytes_per_s"], figures["copy_bytes_per_s"]
-    memory = "" if reads is None else f"reads {reads / 1e9:.0f}, copies {copies / 1e9:.0f} GB/s, "
+    memory = ""
+    if reads is not None and copies is not None:
+        memory = f"reads {reads / 1e9:.0f}, copies {copies / 1e9:.0f} GB/s, "
     progress(
         f"{device.device_kind}: {memory}"
         f"multiplies {figures['matmul_flops_per_s'] / 1e12:.2f} TFLOP/s"

@@ -182,11 +182,9 @@ def attend_pages(
     def turn(chunk: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]):
         highest, total, output = carry
         index = jax.lax.dynamic_slice_in_dim(tables, chunk * pages, pages, axis=1)
-        k, v = (
-            None if pool is None else pool.reshape(batch, length, groups, width)
-            for pool in _gathered(keys, values, scales, index, q.dtype)
-        )
-        v = k[..., :channels] if v is None else v
+        k, v = _gathered(keys, values, scales, index, q.dtype)
+        k = k.reshape(batch, length, groups, width)
+        v = k[..., :channels] if v is None else v.reshape(k.shape)
         # Pages may hold anything behind a request's last token, NaN too, which no weight of zero
         # would keep out of the sum.
         own = (chunk * length + offsets)[None, :] <= positions.max(axis=1)[:, None]

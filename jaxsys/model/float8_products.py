@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +84,8 @@ def multiply(
 ) -> Float[Array, "*lead N"]:
     """x times a kernel, in the dtype of x, by float8 products both ways."""
     rows, kernel = alike(x.reshape(-1, x.shape[-1]), kernel)
-    return _product(rows, kernel, backward).reshape(*x.shape[:-1], -1)
+    y: Any = _product(rows, kernel, backward)
+    return y.reshape(*x.shape[:-1], -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -6,10 +6,9 @@ computed beside, from its numbers and scales.
 
 import dataclasses
 import json
-import math
 import struct
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -53,7 +52,9 @@ def words(numbers, bits, axis):
     moved = np.moveaxis(numbers.astype(np.int64), axis, -1)
     moved = np.pad(moved, [(0, 0)] * (moved.ndim - 1) + [(0, -moved.shape[-1] % count)])
     apart = moved.reshape(*moved.shape[:-1], -1, count)
-    packed = sum(apart[..., place] << (bits * place) for place in range(count))
+    packed = np.zeros(apart.shape[:-1], np.int64)
+    for place in range(count):
+        packed |= apart[..., place] << (bits * place)
     return np.moveaxis(packed.astype(np.uint32).view(np.int32), -1, axis)
 
 
@@ -61,7 +62,7 @@ def e4m3(shape):
     return (RANDOM.normal(size=shape) * 50).astype(E4M3)
 
 
-def scales(*shape, dtype=np.float32):
+def scales(*shape, dtype: Any = np.float32) -> Any:
     return (RANDOM.uniform(0.5, 2, shape) / 500).astype(dtype)
 
 
@@ -307,4 +308,3 @@ def test_scales_a_channel_come_back_exactly_when_served(plain, tmp_path):
     values, scale = meant["model.layers.0.mlp.down_proj.weight"]
     assert np.array_equal(wide(matrix.values), wide(values))
     np.testing.assert_allclose(np.asarray(matrix.scale), wide(scale)[:, 0], rtol=2**-8)
-    assert math.isfinite(float(jax.tree.reduce(lambda a, b: a + b, [matrix.scale.sum()])))

@@ -20,8 +20,8 @@ from jaxsys.serve.weights import serving_weights
 
 CONFIG = dataclasses.replace(preset("tiny"), num_layers=2)
 PLACE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-POSITIONS = np.array([63, 20, 0], np.int32)
-TABLES = np.array([[1, 2, 3, 4], [5, 6, 99, 99], [7, 99, 99, 99]], np.int32)
+POSITIONS: Any = np.array([63, 20, 0], np.int32)
+TABLES: Any = np.array([[1, 2, 3, 4], [5, 6, 99, 99], [7, 99, 99, 99]], np.int32)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_passes_over_float8_pages_move_logits_little(parameters):
     prefill = jax.jit(functools.partial(paged_model.prefill_pass, CONFIG, kernels, True))
     decode = jax.jit(functools.partial(paged_model.decode_pass, CONFIG, kernels))
     tokens = np.arange(3, 25, dtype=np.int32)
-    table = np.arange(6, dtype=np.int32)
+    table: Any = np.arange(6, dtype=np.int32)
     cache = empty()
     for start, end in ((0, 12), (12, 20)):
         piece = np.pad(tokens[start:end], (0, 12 - (end - start)))
