@@ -304,6 +304,8 @@ class Followed:
             return Unknown() if axis in gone else Along(axis - sum(a < axis for a in gone))
         if name == "transpose":
             return Along(parameters["permutation"].index(axis))
+        if name == "tile" and len(shape) == len(output):
+            return Along(axis) if output[axis] == shape[axis] else Unknown()
         if name == "rev":
             return Mixed() if axis in parameters["dimensions"] else Along(axis)
         if name in ("slice", "dynamic_slice"):
@@ -403,19 +405,22 @@ def _dot(numbers: Any, states: Sequence[Any], shapes: Any) -> State:
         if state.axis in contracted[side]:
             return Mixed()
         if state.axis in batch[side]:
-            place = list(batch[side]).index(state.axis)
             other = states[1 - side]
-            paired = batch[1 - side][place]
+            paired = batch[1 - side][list(batch[side]).index(state.axis)]
             if isinstance(other, Same) and paired in other.uneven:
                 return Mixed()
-        else:
-            own = [a for a in range(len(shapes[side])) if a not in contracted[side]]
-            free = [a for a in own if a not in batch[side]]
-            place = len(batch[side]) + free.index(state.axis)
-            if side:
-                place += len(shapes[0]) - len(contracted[0]) - len(batch[0])
-        places.append(place)
+        places.append(_place_in_product(side, state.axis, numbers, shapes))
     return Along(places[0]) if len(set(places)) == 1 else Mixed()
+
+
+def _place_in_product(side: int, axis: int, numbers: Any, shapes: Any) -> int:
+    """The axis of a product that an operand's axis, which is not summed over, becomes."""
+    contracted, batch = numbers
+    if axis in batch[side]:
+        return list(batch[side]).index(axis)
+    own = [a for a in range(len(shapes[side])) if a not in contracted[side]]
+    place = len(batch[side]) + [a for a in own if a not in batch[side]].index(axis)
+    return place + side * (len(shapes[0]) - len(contracted[0]) - len(batch[0]))
 
 
 def _gathered(parameters: Any, states: Sequence[Any], shapes: Any) -> State:
@@ -466,10 +471,19 @@ def _same(
         axes = parameters["axes"]
         kept = [axis for axis in range(len(shape)) if axis not in axes]
         return Same(frozenset(n for n, axis in enumerate(kept) if axis in first.uneven), drawn)
-    if name in ("reshape", "expand_dims", "squeeze") and not first.uneven:
-        return Same(drawn=drawn)
-    if name in ("slice", "rev"):
+    if name in ("reshape", "expand_dims", "squeeze"):
+        return Same(_reshaped_uneven(first.uneven, shape, output), drawn)
+    if name in ("slice", "rev") or (name == "tile" and len(shape) == len(output)):
         return Same(first.uneven, drawn)
+    if name == "dot_general":
+        numbers = parameters["dimension_numbers"]
+        moved = (
+            _place_in_product(side, axis, numbers, shapes)
+            for side, state in enumerate(states)
+            for axis in state.uneven
+            if axis not in numbers[0][side]
+        )
+        return Same(frozenset(moved), drawn)
     if name == "concatenate":
         uneven = frozenset().union(*(state.uneven for state in states))
         return Same(uneven | {parameters["dimension"]}, drawn)
@@ -483,3 +497,25 @@ def _same(
         )
         return Same(first.uneven | frozenset(padded), drawn)
     return everything_uneven(output, drawn=drawn)
+
+
+def _reshaped_uneven(
+    uneven: frozenset[int], shape: Sequence[int], output: Sequence[int]
+) -> frozenset[int]:
+    """Uneven axes after a reshape: axes are cut and merged in groups of as many elements."""
+    found: set[int] = set()
+    start = end = 0
+    while end < len(output):
+        before, after = start, end
+        inside, outside = 1, 1
+        while start < len(shape) and (inside < outside or inside == outside == 1):
+            inside *= shape[start]
+            start += 1
+            while end < len(output) and outside < inside:
+                outside *= output[end]
+                end += 1
+        if start == before:  # only axes of one element are left
+            break
+        if any(axis in uneven for axis in range(before, start)):
+            found.update(axis for axis in range(after, end) if output[axis] > 1)
+    return frozenset(found)

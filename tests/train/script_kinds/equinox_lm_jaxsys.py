@@ -1,0 +1,88 @@
+"""A decoder in Equinox, written for one sequence and mapped over the batch, a mean of means."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxsys.train import Trainer, from_function
+
+VOCABULARY, WIDTH, HEADS, LAYERS, LENGTH = 32, 16, 2, 4, 8
+
+
+class Block(eqx.Module):
+    attention: eqx.nn.MultiheadAttention
+    norm1: eqx.nn.LayerNorm
+    norm2: eqx.nn.LayerNorm
+    up: eqx.nn.Linear
+    down: eqx.nn.Linear
+
+    def __init__(self, key):
+        first, second, third = jax.random.split(key, 3)
+        self.attention = eqx.nn.MultiheadAttention(HEADS, WIDTH, key=first)
+        self.norm1, self.norm2 = eqx.nn.LayerNorm(WIDTH), eqx.nn.LayerNorm(WIDTH)
+        self.up = eqx.nn.Linear(WIDTH, 4 * WIDTH, key=second)
+        self.down = eqx.nn.Linear(4 * WIDTH, WIDTH, key=third)
+
+    def __call__(self, x, mask):
+        h = jax.vmap(self.norm1)(x)
+        x = x + self.attention(h, h, h, mask=mask)
+        h = jax.vmap(self.up)(jax.vmap(self.norm2)(x))
+        return x + jax.vmap(self.down)(jax.nn.gelu(h))
+
+
+class Transformer(eqx.Module):
+    embedding: eqx.nn.Embedding
+    position: jax.Array
+    blocks: list[Block]
+    norm: eqx.nn.LayerNorm
+    head: eqx.nn.Linear
+
+    def __init__(self, key):
+        first, second, third, *keys = jax.random.split(key, 3 + LAYERS)
+        self.embedding = eqx.nn.Embedding(VOCABULARY, WIDTH, key=first)
+        self.position = 0.3 * jax.random.normal(second, (LENGTH, WIDTH))
+        self.blocks = [Block(key) for key in keys]
+        self.norm = eqx.nn.LayerNorm(WIDTH)
+        self.head = eqx.nn.Linear(WIDTH, VOCABULARY, use_bias=False, key=third)
+
+    def __call__(self, tokens):
+        x = jax.vmap(self.embedding)(tokens) + self.position
+        mask = jnp.tril(jnp.ones((LENGTH, LENGTH), bool))
+        for block in self.blocks:
+            x = block(x, mask)
+        return jax.vmap(self.head)(jax.vmap(self.norm)(x))
+
+
+def get_batch(step, size=16):
+    tokens = np.random.default_rng(step).integers(0, VOCABULARY, (size, LENGTH + 1), np.int32)
+    return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
+
+
+def sample_loss(model, inputs, targets):
+    logits = model(inputs)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+
+
+def train(steps=20, schedule="weipipe-interleave"):
+    model = Transformer(jax.random.key(0))
+    optimizer = optax.adamw(1e-3)
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+
+    def loss_fn(params, batch):
+        model = eqx.combine(params, static)
+        losses = jax.vmap(sample_loss, (None, 0, 0))(model, batch["inputs"], batch["targets"])
+        return losses.mean()
+
+    adapted = from_function(loss_fn, params, get_batch(0, 2), blocks="blocks")
+    trainer = Trainer(adapted.model, adapted.parameters, optimizer, devices=4, schedule=schedule)
+
+    losses = []
+    for step in range(steps):
+        losses.append(float(trainer.step(trainer.split(get_batch(step))).loss))
+    return losses, adapted.rebuild(trainer.parameters())
+
+
+if __name__ == "__main__":
+    print(train()[0])
