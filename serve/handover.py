@@ -96,8 +96,9 @@ class Delivery:
     request_id: RequestId
     pages: Contents | Ticket | None
     first: int
-    """Place of the first of them among the request's pages."""
+    """Number of the first of their blocks."""
     count: int
+    """Of blocks."""
     outputs: list[int] | None
     """None before the last delivery."""
 
@@ -240,10 +241,12 @@ class Sender:
             end = -(-request.computed // size)
         pages: Contents | Ticket | None = None
         if end > first:
-            executor = self.instance.executor
-            assert isinstance(executor, JaxExecutor)
-            pages = self.pages.publish(name, executor.extract(request.pages[first:end]))
             outgoing.sent = end
+            held = self.instance.scheduler.travelling(request, first, end)
+            if held:  # else no layer sees them any more
+                executor = self.instance.executor
+                assert isinstance(executor, JaxExecutor)
+                pages = self.pages.publish(name, executor.extract(held))
         count = max(0, end - first)
         if outgoing.computed:
             del self._outgoing[name]
@@ -344,8 +347,10 @@ class Receiver:
         else:
             executor = self.instance.executor
             assert isinstance(executor, JaxExecutor)
-            places = slice(message.first, message.first + message.count)
-            executor.insert(result, incoming.twin.pages[places])
+            end = message.first + message.count
+            twin = incoming.twin
+            pages = self.instance.scheduler.travelling(twin, message.first, end)
+            executor.insert(result, pages)
         self._settle(incoming)
 
     def _settle(self, incoming: _Incoming) -> None:

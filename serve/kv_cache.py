@@ -12,7 +12,11 @@ import hashlib
 from array import array
 from collections.abc import Iterator, Sequence
 
-BlockKey = bytes | int
+BlockKey = bytes | int | tuple[bytes | int, int]
+"""Of a block's tokens; with the number of a group of layers where that is not the first."""
+
+FREED = -1
+"""Stands in a table for a page that was given back: what lay there is not seen any more."""
 
 
 def block_keys(
@@ -24,6 +28,7 @@ def block_keys(
         salt: separates users who must not see that others share their prefix.
         after: the key of the block before `tokens`, if they continue one.
     """
+    assert not isinstance(after, tuple)
     parent = salt if after is None else bytes(after)
     for start in range(0, len(tokens) - page_size + 1, page_size):
         block = array("i", tokens[start : start + page_size]).tobytes()
@@ -87,6 +92,17 @@ class PageAllocator:
             self._counts[page] += 1
             pages.append(page)
         return pages
+
+    def find(self, key: BlockKey) -> int | None:
+        """The page that holds what a key stands for, if any does."""
+        return self._by_key.get(key)
+
+    def hold(self, pages: Sequence[int]) -> None:
+        """Holds pages that were found."""
+        for page in pages:
+            if self._counts[page] == 0:
+                del self._kept[page]
+            self._counts[page] += 1
 
     def register(self, page: int, key: BlockKey) -> None:
         """Makes a held page's content findable. A key known already keeps its first page."""

@@ -155,6 +155,7 @@ class Request:
         "follower",
         "generated",
         "note",
+        "other_pages",
         "output_tokens",
         "pages",
         "pending",
@@ -211,8 +212,12 @@ class Request:
         self.embedding: Any = None
         """Hidden states of the prompt, pooled so far, where that is asked for."""
         self.pages: list[int] = []
+        """Of each block of tokens in turn, in the first group of layers (see `cache_groups`);
+        FREED where its page was given back."""
+        self.other_pages: tuple[list[int], ...] = ()
+        """The like in further groups of layers."""
         self.shared_pages = 0
-        """Receiving: how many of `pages`, from the first, hold their contents already."""
+        """Receiving: how many blocks, from the first, hold their contents already."""
         self.slot = -1
         self.follower: Any = None
         """The executor's: where the output stands in its grammar."""
@@ -228,6 +233,11 @@ class Request:
     def total_length(self) -> int:
         """Tokens known so far, prompt and output."""
         return self.prompt_length + self.generated
+
+    @property
+    def tables(self) -> tuple[list[int], ...]:
+        """Pages by group of layers."""
+        return (self.pages, *self.other_pages)
 
     def known_tokens(self) -> list[int]:
         """Prompt and output tokens."""

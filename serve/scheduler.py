@@ -6,9 +6,11 @@ are known: `next_iteration` counts what it schedules at once (`computed`, `pendi
 brings in sampled tokens, and a result that arrives for a request which ended meanwhile is dropped.
 At most one iteration may be in flight when the next is planned.
 
-When pages run out the youngest running request gives its pages up and is computed again later from
-its prompt and the output so far. Roles: "both" computes everything; "prefill" hands a request over
-after its first token; "decode" receives such requests (and computes preempted ones again itself).
+Groups of layers with a window have tables of pages of their own, and give pages back when they lie
+before all that is seen (`cache_groups`). When pages run out the youngest running request gives its
+pages up and is computed again later from its prompt and the output so far. Roles: "both" computes
+everything; "prefill" hands a request over after its first token; "decode" receives such requests
+(and computes preempted ones again itself).
 """
 
 import dataclasses
@@ -17,7 +19,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 from jaxsys.errors import UsageError
-from jaxsys.serve.kv_cache import BlockKey, PageAllocator, block_keys
+from jaxsys.serve.cache_groups import first_seen, most_held
+from jaxsys.serve.kv_cache import FREED, BlockKey, PageAllocator, block_keys
 from jaxsys.serve.requests import ContextLengthExceeded, FinishReason, Request, RequestState
 
 Role = Literal["both", "prefill", "decode"]
@@ -42,6 +45,8 @@ class SchedulerConfig:
     reserved_tokens: int = 0
     """Tokens of cache kept free for each request that decodes before another is received; at least
     a page is."""
+    windows: tuple[int | None, ...] = (None,)
+    """Tokens that each group of layers sees; None: all. See `cache_groups`."""
 
     def __post_init__(self) -> None:
         if list(self.decode_buckets) != sorted(set(self.decode_buckets)) or (
@@ -55,9 +60,31 @@ class SchedulerConfig:
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}={getattr(self, name)} must be at least 1")
 
+    def pages_for(self, length: int) -> int:
+        """Pages that a request of so many tokens needs at most at once."""
+        ahead = self.max_prefill_tokens + 1
+        size = self.page_size
+        return sum(most_held(window, length, ahead, size) for window in self.windows)
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Tokens of the longest request that all pages hold."""
+        if self.windows == (None,):
+            return self.page_count * self.page_size
+        shortest, longest = 0, self.page_count * self.page_size + 1
+        if self.pages_for(self.max_length) <= self.page_count:
+            return max(self.max_length, longest - 1)
+        while longest - shortest > 1:
+            middle = (shortest + longest) // 2
+            if self.pages_for(middle) <= self.page_count:
+                shortest = middle
+            else:
+                longest = middle
+        return shortest
+
     def check_fits(self, prompt_length: int, max_tokens: int) -> None:
         """Raises ContextLengthExceeded where no such instance could ever serve such a request."""
-        capacity = min(self.max_length, self.page_count * self.page_size)
+        capacity = min(self.max_length, self.capacity_tokens)
         if prompt_length + max_tokens > capacity:
             alone = prompt_length >= capacity  # the words that clients look for
             raise ContextLengthExceeded(
@@ -138,6 +165,7 @@ class Scheduler:
         self.receiving: dict[str | int, Request] = {}
         self.iterations = 0
         self.preemptions = 0
+        self._windows = config.windows
         self._in_flight: deque[Iteration] = deque()
         self._free_slots = list(range(config.max_batch - 1, -1, -1))
         self._bucket_of = [0]
@@ -204,25 +232,28 @@ class Scheduler:
         # Preempted requests go first.
         while self.incoming and self._free_slots and not self.waiting:
             request = self.incoming[0]
-            shared: list[int] = []
+            tables: tuple[list[int], ...] = tuple([] for _ in self._windows)
             if self.config.prefix_caching:
                 # Full pages of the prompt only: decoding writes behind them, never into them.
                 full = request.prompt_length // page_size
-                shared = allocator.share(self._keys(request)[:full])
-            tokens = max(request.total_length, request.prompt_length + 1)
-            count = -(-tokens // page_size) - len(shared)
-            reserve = (len(self.running) + len(self.receiving)) * max(
-                1, -(-self.config.reserved_tokens // page_size)
-            )
-            pages = None
-            if allocator.available - reserve >= count or not (reserve or self.prefilling):
-                pages = allocator.allocate(count)
-            if pages is None:
-                allocator.release(shared)
+                tables = self._share(self._keys(request)[:full])
+            known = len(tables[0])
+            position = max(request.total_length - 1, request.prompt_length)
+            self._give_back(tables, position)
+            for table, window in zip(tables, self._windows, strict=True):
+                gone = first_seen(window, position, page_size) - known
+                table += [FREED] * max(0, gone)
+            blocks = position // page_size + 1
+            each = max(1, -(-self.config.reserved_tokens // page_size)) * len(tables)
+            reserve = (len(self.running) + len(self.receiving)) * each
+            count = sum(blocks - len(table) for table in tables)
+            fits = allocator.available - reserve >= count or not (reserve or self.prefilling)
+            if not fits or not self._fill(tables, [blocks] * len(tables)):
+                self._let_go(tables)
                 break
             self.incoming.popleft()
-            request.pages = shared + pages
-            request.shared_pages = len(shared)
+            request.pages, request.other_pages = tables[0], tables[1:]
+            request.shared_pages = known
             request.slot = self._free_slots.pop()
             request.state = RequestState.RECEIVING
             self.receiving[request.request_id] = request
@@ -267,8 +298,22 @@ class Scheduler:
         Returns:
             Those of its pages that no other request holds.
         """
-        self.allocator.unregister(request.pages)
-        return [page for page in request.pages if self.allocator.holders(page) == 1]
+        pages = [page for table in request.tables for page in table if page != FREED]
+        self.allocator.unregister(pages)
+        return [page for page in pages if self.allocator.holders(page) == 1]
+
+    def travelling(self, request: Request, first: int, end: int) -> list[int]:
+        """Pages of a prompt's blocks `first..end-1` that whoever decodes on has need of.
+
+        The same pages, in the same order, for the request and its twin on the other side.
+        """
+        length, size = request.prompt_length, self.config.page_size
+        return [
+            table[block]
+            for block in range(first, end)
+            for table, window in zip(request.tables, self._windows, strict=True)
+            if block >= first_seen(window, length, size)
+        ]
 
     def finish(self, request: Request, now_s: float, reason: FinishReason = "stop") -> None:
         """Ends a request early by the owner's judgement, as at a stop string."""
@@ -405,7 +450,7 @@ class Scheduler:
         ]
         holds: dict[int, int] = {}
         for request in holders:
-            for page in request.pages:
+            for page in (page for table in request.tables for page in table if page != FREED):
                 holds[page] = holds.get(page, 0) + 1
         for page, count in enumerate(self.allocator._counts):
             assert holds.get(page, 0) == count, (
@@ -417,7 +462,10 @@ class Scheduler:
             assert not request.pages and request.slot == -1, f"{request} holds pages while waiting"
         for request in self.running:
             assert request.computed == request.total_length + request.pending - 1, request
-            assert request.computed <= len(request.pages) * self.config.page_size, request
+            for table, window in zip(request.tables, self._windows, strict=True):
+                assert request.computed <= len(table) * self.config.page_size, request
+                seen = first_seen(window, request.computed - 1, self.config.page_size)
+                assert FREED not in table[seen:], request
 
     # --- inside -------------------------------------------------------------------------------
 
@@ -442,16 +490,76 @@ class Scheduler:
         return decodes, kv_tokens - (steps - 1) * len(decodes)
 
     def _grow(self, request: Request, computed: int) -> bool:
-        count = -(-computed // self.config.page_size) - len(request.pages)
         while True:
-            pages = self.allocator.allocate(count)
-            if pages is not None:
-                request.pages += pages
+            if self._extend(request, computed):
                 return True
             victim = self.prefilling[-1] if self.prefilling else self.running[-1]
             self._preempt(victim)
             if victim is request:
                 return False
+
+    def _extend(self, request: Request, end: int) -> bool:
+        """Gives a request pages for the tokens before `end`, its next ones among them.
+
+        Pages are given back first that no query sees any more. False, and nothing given, where too
+        few are left.
+        """
+        tables = request.tables
+        self._give_back(tables, request.computed)
+        return self._fill(tables, [-(-end // self.config.page_size)] * len(tables))
+
+    def _give_back(self, tables: Sequence[list[int]], position: int) -> None:
+        """Lets go of pages that lie before every window of queries from `position` on."""
+        for table, window in zip(tables, self._windows, strict=True):
+            if window is None:
+                continue
+            block = min(first_seen(window, position, self.config.page_size), len(table)) - 1
+            gone = []
+            while block >= 0 and table[block] != FREED:  # what is before was given back earlier
+                gone.append(table[block])
+                table[block] = FREED
+                block -= 1
+            self.allocator.release(gone)
+
+    def _fill(self, tables: Sequence[list[int]], blocks: Sequence[int]) -> bool:
+        """Makes tables so long, or changes none of them."""
+        missing = [max(0, wanted - len(t)) for t, wanted in zip(tables, blocks, strict=True)]
+        pages = self.allocator.allocate(sum(missing))
+        if pages is None:
+            return False
+        for table, count in zip(tables, missing, strict=True):
+            table += pages[:count]
+            del pages[:count]
+        return True
+
+    def _let_go(self, tables: Sequence[list[int]]) -> None:
+        for table in tables:
+            self.allocator.release([page for page in table if page != FREED])
+
+    def _share(self, keys: Sequence[BlockKey]) -> tuple[list[int], ...]:
+        """Tables of the longest prefix of which every group has all that is seen behind it."""
+        allocator, size = self.allocator, self.config.page_size
+        if self._windows == (None,):
+            return (allocator.share(keys),)
+        known = [
+            [allocator.find(_in_group(key, g)) for key in keys] for g in range(len(self._windows))
+        ]
+        most = len(keys)
+        for found, window in zip(known, self._windows, strict=True):
+            if window is None and None in found:
+                most = min(most, found.index(None))
+        for blocks in range(most, -1, -1):
+            # The last token may have to be computed again: see `_admit`.
+            starts = [first_seen(window, blocks * size - 1, size) for window in self._windows]
+            if all(None not in f[s:blocks] for f, s in zip(known, starts, strict=True)):
+                break
+        tables = tuple(
+            [FREED] * start + [page for page in found[start:blocks] if page is not None]
+            for found, start in zip(known, starts, strict=True)
+        )
+        for table, start in zip(tables, starts, strict=True):
+            allocator.hold(table[start:])
+        return tables
 
     def _preempt(self, request: Request) -> None:
         (self.prefilling if request.state is RequestState.PREFILLING else self.running).remove(
@@ -472,6 +580,10 @@ class Scheduler:
         for request in list(self.prefilling):
             if budget <= 0:
                 return
+            if request.state is not RequestState.PREFILLING:  # given up for one before it
+                continue
+            if not self._has_room(request, budget):
+                return
             budget -= self._add_piece(request, budget, pieces)
         while budget > 0 and self.waiting and self._free_slots:
             request = self.waiting[0]
@@ -488,7 +600,7 @@ class Scheduler:
         config, allocator = self.config, self.allocator
         page_size = config.page_size
         length = request.total_length
-        shared: list[int] = []
+        tables: tuple[list[int], ...] = tuple([] for _ in self._windows)
         # How likely a prompt's tokens are is known of those only that are computed.
         sampling = request.sampling
         scored = not request.generated and (
@@ -497,30 +609,56 @@ class Scheduler:
         if config.prefix_caching and not scored:
             keys = self._keys(request)
             if keys:
-                shared = allocator.share(keys[: length // page_size])
-        cached = len(shared) * page_size
+                tables = self._share(keys[: length // page_size])
+        cached = len(tables[0]) * page_size
         # One token at least must be computed, for its logits. Where the prompt ends with a shared
         # page, that token's page is copied first: others still read the original.
-        source = shared[-1] if cached == length else None
-        kept = shared[:-1] if source is not None else shared
-        needed = -(-(length + 1) // page_size) - len(kept)
+        sources: list[int] = []
+        if cached == length:
+            sources = [table.pop() for table in tables]
+            cached = length - 1
+        kept = len(tables[0])
+        # Groups with a window have pages for one piece at a time.
+        end = min(length, cached + config.max_prefill_tokens) + 1
+        blocks = [-(-(length + 1 if w is None else end) // page_size) for w in self._windows]
+        needed = sum(wanted - kept for wanted in blocks)
         # Each running request may need a page in the next step; admitting into that reserve would
         # only preempt the newcomer. An empty instance must take whatever fits.
-        reserve = len(self.running) if (self.running or self.prefilling) else 0
-        pages = allocator.allocate(needed) if allocator.available - needed >= reserve else None
-        if pages is None:
-            allocator.release(shared)
+        reserve = len(self.running) * len(tables) if (self.running or self.prefilling) else 0
+        if allocator.available - needed < reserve or not self._fill(tables, blocks):
+            self._let_go(tables)
+            allocator.release(sources)
             return False
-        if source is not None:
-            copies.append((source, pages[0]))
-            # Safe at once: the copy is dispatched before anything that could reuse the page.
-            allocator.release([source])
-            cached = length - 1
-        request.pages = kept + pages
+        for source, table in zip(sources, tables, strict=False):
+            copies.append((source, table[kept]))
+        # Safe at once: the copy is dispatched before anything that could reuse the page.
+        allocator.release(sources)
+        request.pages, request.other_pages = tables[0], tables[1:]
         request.computed = request.cached_tokens = cached
         request.slot = self._free_slots.pop()
         request.state = RequestState.PREFILLING
         return True
+
+    def _has_room(self, request: Request, budget: int) -> bool:
+        """Pages for a prompt's next piece, where groups with a window are given them as it goes on.
+
+        Those of younger prompts, if need be; what runs ends some time by itself.
+        """
+        if self._windows == (None,):
+            return True
+        end = min(request.total_length, request.computed + budget) + 1
+        while not self._extend_windows(request, end):
+            youngest = self.prefilling[-1]
+            if youngest is request:
+                return False
+            self._preempt(youngest)
+        return True
+
+    def _extend_windows(self, request: Request, end: int) -> bool:
+        tables, size = request.tables, self.config.page_size
+        self._give_back(tables, request.computed)
+        wanted = [0 if window is None else -(-end // size) for window in self._windows]
+        return self._fill(tables, wanted)
 
     def _add_piece(self, request: Request, budget: int, pieces: list[PrefillPiece]) -> int:
         start = request.computed
@@ -587,8 +725,8 @@ class Scheduler:
 
     def _free(self, request: Request) -> None:
         if request.pages:
-            self.allocator.release(request.pages)
-            request.pages = []
+            self._let_go(request.tables)
+            request.pages, request.other_pages = [], ()
         if request.slot >= 0:
             self._free_slots.append(request.slot)
             request.slot = -1
@@ -611,8 +749,10 @@ class Scheduler:
             after = keys[-1] if keys else None
             keys = [*keys, *block_keys(tokens, page_size, after=after)]
             request.block_hashes = keys
-        for page, key in zip(request.pages[:full], keys, strict=False):
-            self.allocator.register(page, key)
+        for group, table in enumerate(request.tables):
+            for page, key in zip(table[:full], keys, strict=False):
+                if page != FREED:
+                    self.allocator.register(page, _in_group(key, group))
 
     def _steady_steps(self, max_steps: int) -> int:
         steps = max_steps
@@ -620,7 +760,13 @@ class Scheduler:
             steps = min(steps, request.sampling.max_tokens - request.generated - request.pending)
         if steps <= 1:
             return 1
-        per_request = -(-steps // self.config.page_size)
+        per_request = -(-steps // self.config.page_size) * len(self._windows)
         if per_request * len(self.running) > self.allocator.available:
             return 1
         return steps
+
+
+def _in_group(key: BlockKey, group: int) -> BlockKey:
+    """What a block's key is in a group of layers."""
+    assert not isinstance(key, tuple)
+    return key if group == 0 else (key, group)
