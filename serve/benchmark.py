@@ -34,6 +34,7 @@ from jaxsys.model import (
 )
 from jaxsys.model.contract import cache_numbers, experts_used
 from jaxsys.nvml_gpu import NvmlGpu
+from jaxsys.serve.cache_groups import cache_groups
 from jaxsys.serve.executor import JaxExecutor
 from jaxsys.serve.grammars import Grammars
 from jaxsys.serve.paged_model import number_bytes
@@ -528,6 +529,7 @@ def _scheduler(study: Study, executor: JaxExecutor, **changes: Any) -> Scheduler
         "max_length": executor.shapes.table_buckets[-1] * study.page_size,
         "decode_buckets": study.buckets,
         "prefix_caching": False,
+        "windows": cache_groups(executor.config).windows,
     }
     return Scheduler(SchedulerConfig(**(values | changes)))
 
@@ -547,8 +549,10 @@ def build_executor(
     size = study.page_size
     longest = max((*study.prompts, study.context)) + 4 * size
     pieces = {min(p, piece) for p in study.prompts for piece in (study.piece, study.piece // 4)}
+    windows = cache_groups(config).windows
     scheduler = SchedulerConfig(
-        page_count=study.pool_tokens // size,
+        page_count=study.pool_tokens // size * len(windows),
+        windows=windows,
         page_size=size,
         max_batch=study.buckets[-1],
         max_prefill_tokens=study.piece,

@@ -15,7 +15,8 @@ from jax.typing import DTypeLike
 from jaxsys.errors import UsageError
 from jaxsys.mesh import Device, request_devices
 from jaxsys.model import DecoderConfig, LoadedModel
-from jaxsys.model.contract import cache_parts, layer_cache
+from jaxsys.model.contract import layer_cache
+from jaxsys.serve.cache_groups import cache_groups, most_held
 from jaxsys.serve.clock import WallClock
 from jaxsys.serve.engine import Engine
 from jaxsys.serve.executor import JaxExecutor
@@ -378,25 +379,38 @@ def _scheduler_config(
             f"max_length={config.max_length} exceeds the model's {shape.max_positions} positions; "
             f"use {shape.max_positions} or less"
         )
+    groups = cache_groups(shape)
+    ahead = prefill_budget(config, device) + 1
+    longest = sum(
+        most_held(window, config.max_length, ahead, page_size) for window in groups.windows
+    )
     page_count = config.page_count
     if page_count is None:
-        page_count = 4 * -(-config.max_length // page_size)
+        page_count = 4 * longest
         stats = None if on_cpu else device.memory_stats()
         if stats:
             of_number = number_bytes(shape, dtype, config.cache_form)
-            token_bytes = sum(cache_parts(shape).values()) * of_number
-            ways = 1 if layer_cache(shape, shape.kinds[0]).split is None else len(group)
+            cache = layer_cache(shape, shape.kinds[0])
+            page_bytes = groups.depth * page_size * cache.token_numbers * of_number
+            ways = 1 if cache.split is None else len(group)
             free_bytes = (
                 (stats["bytes_limit"] - stats["bytes_in_use"]) * CACHE_SHARE / sharing * ways
             )
-            page_count = int(free_bytes / (token_bytes * page_size))
-            if page_count * page_size < config.max_length:
+            page_count = int(free_bytes / page_bytes)
+            if page_count < longest:
                 raise UsageError(
-                    f"{free_bytes / 2**30:.1f} GiB for pages hold "
-                    f"{page_count * page_size} tokens, below max_length="
-                    f"{config.max_length}; lower it or use fewer instances a device"
+                    f"{free_bytes / 2**30:.1f} GiB for pages hold {page_count} of {page_size} "
+                    f"tokens, below the {longest} of max_length={config.max_length}; lower it or "
+                    "use fewer instances a device"
                 )
-    _check_room(page_count, page_size, config.max_length)
+    if len(groups.windows) == 1:
+        _check_room(page_count, page_size, config.max_length)
+    elif page_count < longest:
+        raise UsageError(
+            f"page_count={page_count} is below the {longest} pages of {page_size} tokens that "
+            f"{len(groups.windows)} groups of layers need for max_length={config.max_length}; use "
+            f"page_count={longest} or more, or lower max_length"
+        )
     # Compiled steps are dear to make on CPU and padding is cheap; on accelerators the reverse.
     factor = 4 if on_cpu else 2
     buckets = [1]
@@ -411,6 +425,7 @@ def _scheduler_config(
         decode_buckets=tuple(buckets),
         role=role,
         prefix_caching=config.prefix_caching,
+        windows=groups.windows,
     )
 
 

@@ -209,8 +209,9 @@ class JaxExecutor:
             mesh=mesh if isinstance(mesh, Mesh) else None,
             axis=TENSOR,
         )
+        self._groups = len(scheduler.windows)
         width = self.shapes.table_buckets[-1]
-        self._tables = np.full((self.slots, width), self.page_count, np.int32)
+        self._tables = np.full((self.slots, self._groups, width), self.page_count, np.int32)
         self._table_owners: list[list[int] | None] = [None] * self.slots
         self._table_lengths = np.zeros(self.slots, np.int32)
         self._make_state()
@@ -345,7 +346,8 @@ class JaxExecutor:
         done: object = None
         if kind == "prefill":
             size, table, continued = shape
-            packed = np.zeros(2 + size + table, np.int32)  # a piece without tokens
+            # A piece without tokens.
+            packed = np.zeros(2 + size + table * self._groups, np.int32)
             packed[0] = continued
             done, self._cache = step(self.weights, self._cache, packed)
         elif kind == "decode":
@@ -420,13 +422,15 @@ class JaxExecutor:
             (needed, self.shapes.table_buckets),
             rest=(continued,),
         )
-        packed = np.full(2 + size + table, self.page_count, np.int32)
+        packed = np.full(2 + size + table * self._groups, self.page_count, np.int32)
         packed[:2] = start, length
         packed[2 : 2 + size] = 0
         sampling = history = following = mask = None
         try:
             packed[2 : 2 + length] = _tokens(request, start, length)
-            packed[2 + size : 2 + size + needed] = request.pages[:needed]
+            for group, pages in enumerate(request.tables):
+                place = 2 + size + group * table
+                packed[place : place + needed] = pages[:needed]
             if request.sampling.prompt_logprobs is not None and not request.generated:
                 following = np.zeros(size, np.int32)
                 behind = request.prompt_tokens[start + 1 : end + 1]
@@ -465,7 +469,8 @@ class JaxExecutor:
             if self._table_owners[slot] is not pages or self._table_lengths[slot] != len(pages):
                 self._table_owners[slot] = pages
                 self._table_lengths[slot] = len(pages)
-                self._tables[slot, : len(pages)] = pages
+                for group, own in enumerate(request.tables):
+                    self._tables[slot, group, : len(own)] = own
         slots = np.fromiter((request.slot for request in requests), np.int32, count)
         positions = np.fromiter((request.computed for request in requests), np.int32, count) - 1
         needed = int(positions.max()) // self.page_size + 1
@@ -475,7 +480,7 @@ class JaxExecutor:
         packed = self._nobody(batch, table)
         packed[:count, 0] = slots
         packed[:count, 1] = positions
-        packed[:count, 2:] = self._tables[slots, :table]
+        packed[:count, 2:] = self._tables[slots, :, :table].reshape(count, -1)
         where, logits = self._decode_step(batch, table, packed)
         held = _Held(requests, where, logits)
         # More than this step's sample is pending: the token before is not known yet.
@@ -541,9 +546,9 @@ class JaxExecutor:
         return ended
 
     def _nobody(self, batch: int, table: int) -> np.ndarray:
-        """Rows [batch, 2 + table] of a decode step that belong to no request: slot, position,
+        """Rows [batch, 2 + tables] of a decode step that belong to no request: slot, position,
         pages."""
-        packed = np.full((batch, 2 + table), self.page_count, np.int32)
+        packed = np.full((batch, 2 + table * self._groups), self.page_count, np.int32)
         packed[:, 0] = self.slots
         packed[:, 1] = 0
         return packed
@@ -563,7 +568,7 @@ class JaxExecutor:
     def _buffers(self, batch: int, table: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         """What holds a decode step's inputs, its slots and positions, and its logits."""
         if (batch, table) not in self._decode_buffers:
-            inputs = np.zeros((batch, 2 + table), np.int32)
+            inputs = np.zeros((batch, 2 + table * self._groups), np.int32)
             where = np.zeros((batch, 2), np.int32)
             logits = np.zeros((batch, self.config.vocab_size), np.float32)
             self._decode_buffers[batch, table] = jax.device_put(

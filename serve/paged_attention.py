@@ -161,7 +161,8 @@ def attend_pages(
 
     Args:
         values: None where `rule.value_channels` says which channels of the keys they are.
-        tables: page numbers; entries past a request's last page may be anything.
+        tables: page numbers; entries past a request's last page, or before its window, may be
+            anything.
         positions: int32 [B, T], where each query stands.
         rule: of this kind of layer.
         sinks: scores that take part in each head's softmax and add nothing.
@@ -185,9 +186,12 @@ def attend_pages(
         k, v = _gathered(keys, values, scales, index, q.dtype)
         k = k.reshape(batch, length, groups, width)
         v = k[..., :channels] if v is None else v.reshape(k.shape)
-        # Pages may hold anything behind a request's last token, NaN too, which no weight of zero
-        # would keep out of the sum.
-        own = (chunk * length + offsets)[None, :] <= positions.max(axis=1)[:, None]
+        # Pages may hold anything behind a request's last token and before its window, NaN too,
+        # which no weight of zero would keep out of the sum.
+        there = (chunk * length + offsets)[None, :]
+        own = there <= positions.max(axis=1)[:, None]
+        if rule.window is not None:
+            own &= there > positions.min(axis=1)[:, None] - rule.window
         v = jnp.where(own[:, :, None, None], v, 0)
         scores = jnp.einsum("btgrk,bsgk->bgrts", split, k, preferred_element_type=jnp.float32)
         if rule.softcap is not None:

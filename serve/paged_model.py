@@ -2,10 +2,11 @@
 
 Each layer keeps its keys and values in a pool [P, S, G, K] of P pages, or its latent vectors and
 their turning key in one [P, S, 1, C + R], in the weights' dtype or in float8 with a scale a token
-and head; a request's block table lists its pages in order, so position p lies in page
-`table[p // S]` at offset `p % S`. Pools come in and go out of every pass, so that a caller who
-donates them has pages written in place. Rows that pad a bucket carry page P, one past the end:
-their writes are dropped.
+and head. Layers that keep the same tokens are a group and share tables of pages; pools are shared
+by groups, a layer of each (`cache_groups`). A request's block table, one a group, lists its pages
+in order, so position p lies in page `table[p // S]` at offset `p % S`. Pools come in and go out of
+every pass, so that a caller who donates them has pages written in place. Rows that pad a bucket
+carry page P, one past the end: their writes are dropped.
 
 The mathematics are those of `jaxsys.model.block`, over the fused weights of `weights`. Layers are
 unrolled over separate arrays: a scan over stacked weights would copy each layer's slice before use
@@ -29,6 +30,7 @@ from jaxsys.model import Block, DecoderConfig
 from jaxsys.model.block import Turn, attention_scale, norm, turn
 from jaxsys.model.contract import layer_cache
 from jaxsys.model.decoder import finish_logits
+from jaxsys.serve.cache_groups import cache_groups
 from jaxsys.serve.paged_attention import AttentionKernels, Rule, Scales
 from jaxsys.serve.prompt_scores import Scores, score
 from jaxsys.serve.weights import HeldFused, LayerWeights, ServingWeights, matmul
@@ -107,9 +109,9 @@ def empty_cache(
 ) -> Cache:
     """Pools of zeros, each laid out by `placement`; of `dtype` without a form."""
 
-    def pools(layer: int) -> LayerCache:
+    def pools() -> LayerCache:
         found: list[tuple[jax.Array, jax.Array | None]] = []
-        for shape in layer_cache(config, config.kind(layer)).shapes:
+        for shape in layer_cache(config, config.kinds[0]).shapes:
             size = (page_count, page_size, *shape)
             kept = dtype if form is None else float8.E4M3
             scales = None
@@ -118,7 +120,7 @@ def empty_cache(
             found.append((jnp.zeros(size, kept, device=placement), scales))
         return _layer_cache(found)
 
-    return tuple(pools(layer) for layer in range(config.num_layers))
+    return tuple(pools() for _ in range(cache_groups(config).depth))
 
 
 def contents_shape(cache: Cache, width: int) -> jax.ShapeDtypeStruct:
@@ -144,7 +146,8 @@ def decode_pass(
 
     Args:
         tokens: the last token of each, whose keys and values are written at `positions`.
-        tables: block tables; pages beyond `positions` are never read.
+        tables: block tables [B, W], those of several groups of layers one behind the other; pages
+            beyond `positions`, or before what a window shows, are never read.
 
     Returns:
         float32 logits [B, V] of the next token and the cache.
@@ -152,19 +155,23 @@ def decode_pass(
     page_size = cache[0].keys.shape[1]
     x = _embed(config, weights, tokens[:, None])
     turns = _turns(config, positions[:, None])
-    pages = jnp.take_along_axis(tables, (positions // page_size)[:, None], axis=1)[:, 0]
+    groups = cache_groups(config)
+    by_group = jnp.split(tables, len(groups.windows), axis=1)
+    blocks = (positions // page_size)[:, None]
+    pages = [jnp.take_along_axis(own, blocks, axis=1)[:, 0] for own in by_group]
     offsets = positions % page_size
-    written = []
-    for index, (layer, pool) in enumerate(zip(weights.layers, cache, strict=True)):
+    pools = list(cache)
+    for index, layer in enumerate(weights.layers):
         block, rule, sinks = _bound(config, kernels, index, layer)
+        group, place = groups.places[index]
         q, k, v = block.project_kept(x, turns[block.kind.name])
-        pool = pool.written(pages, offsets, k[:, 0], None if v is None else v[:, 0])
-        written.append(pool)
+        kept = None if v is None else v[:, 0]
+        pool = pools[place] = pools[place].written(pages[group], offsets, k[:, 0], kept)
         o = kernels.decode(
-            q[:, 0], pool.keys, pool.values, tables, positions, rule, sinks, pool.scales
+            q[:, 0], pool.keys, pool.values, by_group[group], positions, rule, sinks, pool.scales
         )
         x = block.finish(x, block.read_kept(o[:, None]))[0]
-    return _logits(config, weights, x)[:, 0], tuple(written)
+    return _logits(config, weights, x)[:, 0], tuple(pools)
 
 
 def prefill_pass(
@@ -185,7 +192,8 @@ def prefill_pass(
         tokens: the piece, padded to T.
         start: position of its first token; the positions before are in the cache.
         length: tokens of the piece that count.
-        table: the request's block table, long enough for `start + length` tokens.
+        table: the request's block table, long enough for `start + length` tokens; those of several
+            groups of layers one behind the other.
 
     Returns:
         float32 logits [1, V] after the piece's last token and the cache.
@@ -251,19 +259,26 @@ def _piece(
     steps = jnp.arange(tokens.shape[0], dtype=jnp.int32)
     positions = start + steps
     turns = _turns(config, positions[None])
-    pages = table.at[positions // page_size].get(mode="fill", fill_value=page_count)
-    pages = jnp.where(steps < length, pages, page_count)
+    groups = cache_groups(config)
+    by_group = jnp.split(table, len(groups.windows))
+
+    def pages_of(own: jax.Array) -> jax.Array:
+        found = own.at[positions // page_size].get(mode="fill", fill_value=page_count)
+        return jnp.where(steps < length, found, page_count)
+
+    pages = [pages_of(own) for own in by_group]
     offsets = positions % page_size
-    written = []
-    for index, (layer, pool) in enumerate(zip(weights.layers, cache, strict=True)):
+    pools = list(cache)
+    for index, layer in enumerate(weights.layers):
         block, rule, sinks = _bound(config, kernels, index, layer)
+        group, place = groups.places[index]
         q, k, v = block.project_kept(x, turns[block.kind.name])
-        pool = pool.written(pages, offsets, k[0], None if v is None else v[0])
-        written.append(pool)
-        of_pages = (pool.keys, pool.values, table, start, continued)
+        kept = None if v is None else v[0]
+        pool = pools[place] = pools[place].written(pages[group], offsets, k[0], kept)
+        of_pages = (pool.keys, pool.values, by_group[group], start, continued)
         o = kernels.prefill(q, k, v, *of_pages, rule, sinks, pool.scales)
         x = block.finish(x, block.read_kept(o))[0]
-    return x, tuple(written)
+    return x, tuple(pools)
 
 
 def copy_pages(cache: Cache, sources: Int[Array, " C"], targets: Int[Array, " C"]) -> Cache:

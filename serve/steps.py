@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jaxsys.model import DecoderConfig
 from jaxsys.serve import paged_model
+from jaxsys.serve.cache_groups import cache_groups
 from jaxsys.serve.paged_attention import AttentionKernels
 from jaxsys.serve.paged_model import Cache
 from jaxsys.serve.sampling import SamplingNeeds, empty_history, pack_rules, sample
@@ -37,7 +38,7 @@ class ExecutorConfig:
     piece_buckets: tuple[int, ...]
     """Tokens of a prompt piece."""
     table_buckets: tuple[int, ...]
-    """Pages of a block table; the last one bounds a request's length."""
+    """Pages of a block table, of one group of layers; the last one bounds a request's length."""
     transfer_buckets: tuple[int, ...]
     """Pages that change hands at once."""
     distinguish_first: bool = False
@@ -56,7 +57,9 @@ class ExecutorConfig:
             decode_buckets=scheduler.decode_buckets,
             piece_buckets=_geometric(scheduler.max_prefill_tokens, 4, least=32),
             table_buckets=(longest,),
-            transfer_buckets=_geometric(longest, 4, least=min(longest, 16)),
+            transfer_buckets=_geometric(
+                longest * len(scheduler.windows), 4, least=min(longest, 16)
+            ),
             distinguish_first=distinguish_first,
         )
 
@@ -90,6 +93,7 @@ class Steps:
         self.role = role
         self.count = 0
         """Steps compiled so far."""
+        self._groups = len(cache_groups(config).windows)
         self._placement = placement
         self._cache = jax.tree.map(
             lambda pool: jax.ShapeDtypeStruct(pool.shape, pool.dtype, sharding=pool.sharding),
@@ -200,29 +204,30 @@ class Steps:
                 step, donate_argnums=(1, 4), keep_unused=True, out_shardings=(whole, split)
             )
             logits = like((batch, self.config.vocab_size), np.float32)
-            arguments = (self.weights, cache, last, like((batch, 2 + table)), logits)
+            arguments = (self.weights, cache, last, like((batch, 2 + table * self._groups)), logits)
         elif kind == "inputs":
             batch, table = shape
             function = jax.jit(
                 _set_inputs, donate_argnums=(0, 1), keep_unused=True, out_shardings=whole
             )
-            packed = like((batch, 2 + table))
+            packed = like((batch, 2 + table * self._groups))
             arguments = (packed, like((batch, 2)), packed)
         elif kind == "prefill":
             piece, table, continued = shape
             step = functools.partial(_prefill, self.config, self.kernels, piece, continued)
             function = jax.jit(step, donate_argnums=1, out_shardings=(whole, split))
-            arguments = (self.weights, cache, like((2 + piece + table,)))
+            arguments = (self.weights, cache, like((2 + piece + table * self._groups,)))
         elif kind == "pool":
             piece, table, continued = shape
             step = functools.partial(_pool, self.config, self.kernels, piece, continued)
             function = jax.jit(step, donate_argnums=1, out_shardings=(whole, split, whole))
-            arguments = (self.weights, cache, like((2 + piece + table,)))
+            arguments = (self.weights, cache, like((2 + piece + table * self._groups,)))
         elif kind == "score":
             piece, table, continued = shape
-            step = functools.partial(_score, self.config, self.kernels, piece, table, continued)
+            width = table * self._groups
+            step = functools.partial(_score, self.config, self.kernels, piece, width, continued)
             function = jax.jit(step, donate_argnums=1, out_shardings=(whole, split, whole))
-            arguments = (self.weights, cache, like((2 + piece + table + piece,)))
+            arguments = (self.weights, cache, like((2 + piece + width + piece,)))
         elif kind == "sample":
             batch, needs = shape
             function = jax.jit(

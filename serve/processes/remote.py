@@ -329,7 +329,8 @@ class _Line(asyncio.Protocol):
         kind, name, config, energy_method, process = frame
         if kind != "hello":
             raise ValueError(f"the first frame is {kind!r}, no hello")
-        config["decode_buckets"] = tuple(config["decode_buckets"])
+        for listed in ("decode_buckets", "windows"):
+            config[listed] = tuple(config[listed])
         self.instance = RemoteInstance(
             name,
             SchedulerConfig(**config),

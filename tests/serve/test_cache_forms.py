@@ -21,11 +21,14 @@ from jaxsys.model import (
     abstract_parameters,
     forward,
     load,
+    preset,
     save_safetensors,
 )
-from jaxsys.model.contract import cache_numbers
+from jaxsys.model.contract import cache_numbers, layer_cache
+from jaxsys.serve.cache_groups import cache_groups
 from jaxsys.serve.deployment import DeploymentConfig, build_engine
-from jaxsys.serve.requests import SamplingParameters
+from jaxsys.serve.requests import Request, SamplingParameters
+from jaxsys.serve.scheduler import Scheduler, SchedulerConfig
 
 CASES = Path(__file__).parents[1] / "jaxsys/family_cases.py"
 spec = importlib.util.spec_from_file_location("family_cases", CASES)
@@ -181,3 +184,111 @@ def test_experts_in_mxfp4_are_served_as_they_are(packed_folder):
     experts = expanded.config.experts
     assert numbers == 2 * experts.count * 3 * 32 * experts.intermediate_size
     assert held == numbers / 2 + numbers / 32
+
+
+@pytest.fixture(scope="module")
+def windows():
+    """Three layers, two of which see eight tokens; and two that both do."""
+    types = ["sliding_attention", "full_attention", "sliding_attention"]
+    return {
+        "mixed": model_of("gpt_oss", num_hidden_layers=3, layer_types=types),
+        "all": model_of("mistral", num_hidden_layers=2),
+    }
+
+
+@pytest.mark.parametrize(
+    ("which", "form"),
+    [
+        ("mixed", {"prefill": 1, "decode": 1}),
+        pytest.param("mixed", {"prefill": 1, "decode": 0}, marks=pytest.mark.slow),
+        pytest.param("all", {"prefill": 1, "decode": 1}, marks=pytest.mark.slow),
+        pytest.param("all", {"prefill": 1, "decode": 0}, marks=pytest.mark.slow),
+    ],
+)
+def test_pages_before_every_window_are_given_back_and_the_text_stays(windows, which, form):
+    model = windows[which]
+    groups = cache_groups(model.config)
+    assert groups.windows == ((None, 8, 8) if which == "mixed" else (8,))
+    pages = 34 if which == "mixed" else 16
+    found, engine = served(model, **form, page_count=pages)
+    assert found == [expected(model, prompt) for prompt in prompts(model.config.vocab_size)]
+    if which == "mixed" and form["decode"]:
+        assert sum(one.scheduler.preemptions for one in engine.instances) > 0
+    pools = engine.instances[-1].executor._cache
+    assert len(pools) == groups.depth == (1 if which == "mixed" else 2)
+
+
+def test_pages_held_are_bounded_by_the_window(windows):
+    """A sequence of any length holds what `cache_numbers` prices, and a page or two a group."""
+    config = windows["mixed"].config
+    groups = cache_groups(config)
+    scheduler = Scheduler(
+        SchedulerConfig(
+            page_count=200, page_size=4, max_length=400, max_prefill_tokens=16,
+            windows=groups.windows,
+        )
+    )  # fmt: skip
+    rule = SamplingParameters(max_tokens=250, temperature=0)
+    scheduler.add(Request("long", sampling=rule, arrival_s=0.0, prompt_tokens=list(range(100))))
+    most = 0
+    for now in range(270):
+        iteration = scheduler.next_iteration(float(now))
+        if iteration is None:
+            break
+        scheduler.complete(iteration, now + 0.5, [5] * len(iteration.sampling))
+        scheduler.check()
+        held = scheduler.allocator.held
+        for request in scheduler.running:
+            length = request.computed
+            priced = (
+                cache_numbers(config, length) / layer_cache(config, config.kinds[0]).token_numbers
+            )
+            # Pages of four tokens.
+            assert 4 * groups.depth * held <= priced + groups.depth * 4 * 2 * len(groups.windows)
+        most = max(most, held)
+    assert scheduler.requests == 0
+    assert 350 / 4 <= most <= 350 / 4 + 2 * (8 + 16) / 4 + 6
+    # A second prompt finds what is left of the first, though most of its windows' pages went.
+    tokens = list(range(100))
+    again = Request("again", sampling=rule, arrival_s=0.0, prompt_tokens=[*tokens[:60], 7])
+    scheduler.add(again)
+    scheduler.next_iteration(300.0)
+    assert again.cached_tokens == 60
+
+
+def test_prefixes_whose_window_is_gone_are_found_no_further(windows):
+    groups = cache_groups(windows["mixed"].config)
+    config = SchedulerConfig(
+        page_count=40, page_size=4, max_length=120, max_prefill_tokens=16, windows=groups.windows
+    )
+    scheduler = Scheduler(config)
+    rule = SamplingParameters(max_tokens=2, temperature=0)
+    tokens = list(range(64))
+
+    def run(request):
+        scheduler.add(request)
+        while (iteration := scheduler.next_iteration(0.0)) is not None:
+            scheduler.complete(iteration, 0.0, [9] * len(iteration.sampling))
+            scheduler.check()
+
+    run(Request("first", sampling=rule, arrival_s=0.0, prompt_tokens=tokens))
+    # Takes what was let go first: pages of the first groups' windows.
+    run(Request("other", sampling=rule, arrival_s=0.0, prompt_tokens=list(range(100, 140))))
+    second = Request("second", sampling=rule, arrival_s=0.0, prompt_tokens=[*tokens[:32], 1])
+    run(second)
+    assert second.cached_tokens % 4 == 0 and second.cached_tokens <= 32
+    third = Request("third", sampling=rule, arrival_s=0.0, prompt_tokens=[*tokens[:32], 2])
+    run(third)
+    assert third.cached_tokens == 32
+
+
+def test_layers_are_grouped_by_what_they_keep():
+    for name, windows, depth in (
+        ("gpt-oss-20b", (None, 128), 12),
+        ("gemma-3-1b-pt", (None, *[512] * 6), 4),
+        ("Qwen3-8B", (None,), 36),
+        ("Mistral-7B-v0.1", (4096,), 32),
+    ):
+        groups = cache_groups(preset(name))
+        assert (groups.windows, groups.depth) == (windows, depth), name
+        assert len(set(groups.places)) == preset(name).num_layers

@@ -18,6 +18,7 @@ from jaxsys.errors import UsageError
 from jaxsys.model import DecoderConfig, forward, initial_parameters
 from jaxsys.model.experts import Chosen
 from jaxsys.serve import paged_model
+from jaxsys.serve.cache_groups import cache_groups
 from jaxsys.serve.expert_weights import grouped_over
 from jaxsys.serve.paged_attention import choose_kernels
 from jaxsys.serve.weights import HeldFused, check_served, serving_weights
@@ -61,9 +62,10 @@ def paged_logits(config, weights, tokens, pieces, more):
     prefill = jax.jit(functools.partial(paged_model.prefill_pass, config, kernels, True))
     decode = jax.jit(functools.partial(paged_model.decode_pass, config, kernels))
     place = jax.sharding.SingleDeviceSharding(device)
-    cache = paged_model.empty_cache(config, 24, 4, jnp.dtype("float32"), place)
+    groups = len(cache_groups(config).windows)
+    cache = paged_model.empty_cache(config, 24 * groups, 4, jnp.dtype("float32"), place)
     tables = np.array([[5, 2, 9, 0, 7, 3, 11, 8, 12, 14], [1, 4, 6, 10, 13, 15, 16, 17, 18, 19]])
-    tables = tables.astype(np.int32)
+    tables = np.concatenate([tables + 24 * g for g in range(groups)], axis=1).astype(np.int32)
     found, at, logits = [], 0, jnp.empty(0)
     for length in pieces:
         piece = np.zeros(16, np.int32)
