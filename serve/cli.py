@@ -27,6 +27,7 @@ from jaxsys.errors import RunError, UsageError
 from jaxsys.files import MIB, read_text
 from jaxsys.interrupt import leave
 from jaxsys.model import default_model_path, load
+from jaxsys.model.folder import read_generation
 from jaxsys.options import Parser, whole
 from jaxsys.serve.deployment import (
     BackgroundCompilation,
@@ -63,6 +64,7 @@ from jaxsys.serve.processes.front import (
     shown,
 )
 from jaxsys.serve.processes.worker import WorkerSpec
+from jaxsys.serve.requests import SamplingParameters
 from jaxsys.serve.settings import add_to as add_settings
 from jaxsys.serve.settings import with_settings
 from jaxsys.serve.weights import QUANTISATIONS
@@ -134,6 +136,7 @@ def main(argv: Sequence[str], prog: str) -> int:
         tool_format=arguments.tool_format,
         root_path=_root_path(arguments.root_path),
         tls=_tls(arguments.tls_certificate, arguments.tls_key),
+        sampling=_sampling_of(path, arguments.no_generation_config),
         route=arguments.route,
         worker=worker,
     )
@@ -168,6 +171,27 @@ def _tls(certificate: Path | None, key: Path | None) -> tuple[str, str] | None:
             f"--tls-certificate {certificate} and --tls-key {key} cannot be used: {error}"
         ) from None
     return str(certificate.absolute()), str(key.absolute())
+
+
+def _sampling_of(path: Path, unasked: bool) -> dict[str, float]:
+    """What generation_config.json says that requests are sampled with; the user is told."""
+    if unasked or not path.is_dir():
+        return {}
+    found = read_generation(path)
+    try:
+        SamplingParameters(max_tokens=1, **found)  # type: ignore[arg-type]
+    except UsageError as error:
+        raise UsageError(
+            f"{path}/generation_config.json: {error}; correct it, or serve with "
+            "--no-generation-config"
+        ) from error
+    if found:
+        said = ", ".join(f"{name}={value:g}" for name, value in found.items())
+        _tell(
+            f"requests that do not say are sampled with {said} (generation_config.json; "
+            "--no-generation-config turns this off)"
+        )
+    return found
 
 
 def _millions(count: int) -> str:
@@ -439,6 +463,11 @@ def parser(prog: str) -> argparse.ArgumentParser:
         type=float,
         default=30.0,
         help="seconds to finish requests after SIGTERM (default %(default)s)",
+    )
+    add(
+        "--no-generation-config",
+        action="store_true",
+        help="do not sample by the model's generation_config.json where a request does not say",
     )
     add("--log", choices=("text", "json"), default="text", help="form of the log on stderr")
     many = result.add_argument_group("instances: who computes")

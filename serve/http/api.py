@@ -11,8 +11,15 @@ import logging
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Mapping,
+    Sequence,
+)
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
 import fastapi
@@ -94,6 +101,8 @@ class ApiConfig:
     tool_format: str = "auto"
     """How the model calls tools, as `tools.FORMATS` has it; "auto" goes by its chat template."""
     max_body_bytes: int = 8 << 20
+    sampling: Mapping[str, float] = field(default_factory=dict)
+    """What the model's makers sample with, for requests that do not say."""
 
 
 class NotFinite(RunError):
@@ -372,6 +381,7 @@ class _Face:
             logprobs=body.logprobs,
             prompt_logprobs=_most(body.prompt_logprobs, body.logprobs if body.echo else None),
             grammar=await self._ready(body.asked_grammar()),
+            defaults=self.config.sampling,
         )
         shape = CompletionShape(self.config.model_name, self.vocabulary, body.logprobs is not None)
         return await self._answer(body, prompts, sampling, shape, request)
@@ -408,6 +418,7 @@ class _Face:
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             prompt_logprobs=body.prompt_logprobs,
             grammar=await self._ready(reads.grammar),
+            defaults=self.config.sampling,
         )
         return prompt, sampling, reads
 

@@ -10,6 +10,7 @@ whole numbers.
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
@@ -265,8 +266,13 @@ class _Sampled(pydantic.BaseModel):
         logprobs: int | None,
         prompt_logprobs: int | None = None,
         grammar: str | None = None,
+        defaults: Mapping[str, float] = MappingProxyType({}),
     ) -> SamplingParameters:
-        """The parameters of one choice."""
+        """The parameters of one choice.
+
+        Args:
+            defaults: what the model's makers sample with, for fields that are not given.
+        """
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if any(not stop for stop in stops):
             raise UsageError("stop holds an empty string; leave it out")
@@ -282,14 +288,18 @@ class _Sampled(pydantic.BaseModel):
         def given(value: Any, default: Any) -> Any:
             return default if value is None else value
 
+        def chosen(name: str, default: float) -> Any:
+            asked = getattr(self, name) if name in self.model_fields_set else None
+            return given(asked, defaults.get(name, default))
+
         return SamplingParameters(
             max_tokens=max_tokens,
-            temperature=given(self.temperature, 1.0),
-            top_k=max(0, given(self.top_k, 0)),
-            top_p=given(self.top_p, 1.0),
-            min_p=given(self.min_p, 0.0),
+            temperature=chosen("temperature", 1.0),
+            top_k=max(0, int(chosen("top_k", 0))),
+            top_p=chosen("top_p", 1.0),
+            min_p=chosen("min_p", 0.0),
             seed=self.seed,
-            repetition_penalty=given(self.repetition_penalty, 1.0),
+            repetition_penalty=chosen("repetition_penalty", 1.0),
             presence_penalty=given(self.presence_penalty, 0.0),
             frequency_penalty=given(self.frequency_penalty, 0.0),
             logit_bias=bias,

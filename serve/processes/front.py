@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import dataclasses
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ class FrontSpec:
     """That paths may begin with."""
     tls: tuple[str, str] | None = None
     """Files of a certificate and its key, if it speaks HTTPS."""
+    sampling: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """See `ApiConfig`."""
     route: str = "fewest"
     """Of `ROUTERS`."""
     worker: WorkerSpec
@@ -65,6 +68,7 @@ class FrontSpec:
             key_for_all=self.key_for_all,
             cors_origins=self.cors_origins,
             tool_format=self.tool_format,
+            sampling=self.sampling,
         )
 
 
