@@ -19,7 +19,7 @@ from jaxsys.layered import Block, Layer, LayeredModel, Parameters, PyTree
 from jaxsys.train.state import path_names
 
 Adapters = dict[str, dict[str, jax.Array]]
-"""A kernel's path in a block -> {"a": [L, in, rank], "b": [L, rank, out]}."""
+"""A kernel's path in a block -> {"a": [L, in, rank], "b": [L, rank, out]}, experts' [L, E, ...]."""
 
 
 def add_adapters(
@@ -37,7 +37,8 @@ def add_adapters(
         model: the layered model.
         parameters: its parameters, in layer order.
         rank: columns of A and rows of B.
-        targets: names of block kernels [L, in, out] that get one, such as "query" or "mlp/up".
+        targets: names of block kernels that get one, such as "query" or "mlp/up": [L, in, out], or
+            experts' [L, E, in, out], each with its own.
         scale: the adapters' weight is scale / rank.
         seed: of A.
 
@@ -55,7 +56,7 @@ def add_adapters(
         (kind, "/".join(path_names(path))): leaf
         for kind, stack in stacks.items()
         for path, leaf in jax.tree_util.tree_flatten_with_path(stack)[0]
-        if leaf.ndim == 3 and jnp.issubdtype(leaf.dtype, jnp.inexact)
+        if leaf.ndim in (3, 4) and jnp.issubdtype(leaf.dtype, jnp.inexact)
     }
     chosen: dict[str, Adapters] = {kind: {} for kind in stacks}
     key = jax.random.key(seed)
@@ -66,10 +67,10 @@ def add_adapters(
             raise UsageError(f"no block kernel is named {target!r}; there are {there}")
         for kind, name in named:
             key, use = jax.random.split(key)
-            layers, rows, columns = kernels[kind, name].shape
+            *lead, rows, columns = kernels[kind, name].shape
             chosen[kind][name] = {
-                "a": jax.random.normal(use, (layers, rows, rank), jnp.float32) / rows**0.5,
-                "b": jnp.zeros((layers, rank, columns), jnp.float32),
+                "a": jax.random.normal(use, (*lead, rows, rank), jnp.float32) / rows**0.5,
+                "b": jnp.zeros((*lead, rank, columns), jnp.float32),
             }
     weight = scale / rank
 
