@@ -185,7 +185,7 @@ def train(name, sizes, tokens, show) -> None:
     worst = 0.0
     for expert in range(0, experts, max(1, experts // 8)):
         own = slice(int(ends[expert] - routing[expert]), int(ends[expert]))
-        x, s = (a[own].astype(jnp.float32) for a in (rows, slope))
+        x, s = (jnp.asarray(a)[own].astype(jnp.float32) for a in (rows, slope))
         d_weights = results["triton"][1][expert]
         worst = max(worst, relative(d_weights, x.T @ s))
         if own.stop > own.start:

@@ -548,6 +548,7 @@ class Scheduler:
         for found, window in zip(known, self._windows, strict=True):
             if window is None and None in found:
                 most = min(most, found.index(None))
+        blocks, starts = 0, [0] * len(self._windows)
         for blocks in range(most, -1, -1):
             # The last token may have to be computed again: see `_admit`.
             starts = [first_seen(window, blocks * size - 1, size) for window in self._windows]

@@ -136,7 +136,7 @@ def _walk(
         return jax.lax.dynamic_update_slice_in_dim(out, written, start, 0)
 
     zeros = jnp.zeros((count + height, *outputs), rows.dtype)
-    return jax.lax.fori_loop(0, cut.count, turn, zeros)[:count]
+    return jax.lax.fori_loop(0, cut.used, turn, zeros)[:count]
 
 
 # Training -----------------------------------------------------------------------------------------

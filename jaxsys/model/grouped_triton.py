@@ -20,13 +20,14 @@ from jaxsys.model.packed import BLOCK, Packed, decoded, factor
 
 
 class Tiles(NamedTuple):
-    """Which rows of which expert a tile has; those past `count` have none."""
+    """Which rows of which expert a tile has; those past `used` have none."""
 
     expert: Int[Array, " T"]
     start: Int[Array, " T"]
     stop: Int[Array, " T"]
     """Of the expert's rows: a tile may end before."""
-    count: Int[Array, ""]
+    used: Int[Array, ""]
+    """How many there are."""
 
 
 def tiles(sizes: Int[Array, " E"], rows: int, height: int) -> Tiles:

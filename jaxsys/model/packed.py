@@ -84,8 +84,8 @@ def read(blocks: SafetensorsFile, scales: SafetensorsFile, name: str) -> Packed:
     codes, exponents = blocks.read_bytes(name + BLOCKS), scales.read_bytes(name + SCALES)
     if (exponents == 255).any():
         raise UsageError(f"tensor {name + SCALES!r} holds NaN; the checkpoint is damaged")
-    held: Any = Packed(codes.reshape(*codes.shape[:2], -1), exponents)  # pyright: numpy arrays
-    return held
+    held: Any = (codes.reshape(*codes.shape[:2], -1), exponents)
+    return Packed(*held)
 
 
 def expand(blocks: SafetensorsFile, scales: SafetensorsFile, name: str) -> np.ndarray:

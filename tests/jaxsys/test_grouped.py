@@ -103,7 +103,7 @@ def test_tiles_cover_each_row_once(sizes):
     for height in (1, 4, 16):
         cut = grouped_triton.tiles(jnp.asarray(sizes), int(sizes.sum()), height)
         covered = []
-        for tile in range(int(cut.count)):
+        for tile in range(int(cut.used)):
             stop = min(int(cut.stop[tile]), int(cut.start[tile]) + height)
             covered += [(int(cut.expert[tile]), row) for row in range(int(cut.start[tile]), stop)]
         wanted = [(e, r) for r, e in enumerate(np.repeat(np.arange(EXPERTS), sizes))]

@@ -150,7 +150,11 @@ def packed_folder(tmp_path_factory):
     import safetensors.numpy
 
     folder = tmp_path_factory.mktemp("packed")
-    changes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    changes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+    }
     changes["layer_types"] = ["sliding_attention", "full_attention"]
     model = model_of("gpt_oss", **changes)
     save_safetensors(folder, model.config, model.parameters)
@@ -182,6 +186,7 @@ def test_experts_in_mxfp4_are_served_as_they_are(packed_folder):
         numbers += sum(2 * matrix.codes.size for matrix in matrices)
         held += sum(leaf.nbytes for leaf in jax.tree.leaves(matrices))
     experts = expanded.config.experts
+    assert experts is not None
     assert numbers == 2 * experts.count * 3 * 32 * experts.intermediate_size
     assert held == numbers / 2 + numbers / 32
 

@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 
 from jaxsys.errors import UsageError
-from jaxsys.layered import reference_loss
+from jaxsys.layered import Parameters, reference_loss
 from jaxsys.model import DecoderConfig, abstract_parameters, layered
 from jaxsys.train.lora import add_adapters
 from jaxsys.train.peft import read_adapters, write_adapters
@@ -41,7 +41,7 @@ def adapted(config, targets):
     stacks = model.stacks(start["blocks"])
     for seed, stack in enumerate(stacks.values()):
         stack["adapters"] = filled(stack["adapters"], seed + 1)
-    return model, start | {"blocks": model.blocks(stacks)}, merge
+    return model, Parameters(edge=start["edge"], blocks=model.blocks(stacks)), merge
 
 
 def batch():
