@@ -89,8 +89,9 @@ def group(chosen: Int[Array, "R A"], count: int) -> tuple[Groups, Places]:
     # The inverse of a permutation, by sorting it: a gather on the way back, not a scatter.
     back = jnp.argsort(order)
     ordered = flat[order]
-    ends = jnp.searchsorted(ordered, jnp.arange(count, dtype=ordered.dtype), side="right")
-    sizes = jnp.diff(ends, prepend=0).astype(jnp.int32)
+    # Counted, not searched for: a search is a loop, whose every turn the host of a GPU waits for.
+    every = jnp.arange(count, dtype=flat.dtype)
+    sizes = jnp.sum(flat[:, None] == every[None, :], axis=0, dtype=jnp.int32)
     return Groups(sizes, ordered), Places(order // chosen.shape[1], back)
 
 
