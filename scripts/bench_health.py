@@ -23,11 +23,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from jaxsys.model import ByteTokenizer, initial_parameters, preset
-from jaxsys.model.save import save_safetensors
 from jaxsys.results import table, write_result
 
 CLIENTS = 8
@@ -49,12 +46,14 @@ def bodies() -> dict[str, bytes]:
     }
 
 
-def send(port: int, body: bytes, until_s: float, statuses: Any) -> None:
-    """Eight clients send a body again and again; puts how often which status came back."""
+def send(port: int, kind: str, ready: Any, enough: Any, statuses: Any) -> None:
+    """Eight clients send a body until it is enough; puts how often which status came back."""
     found: collections.Counter[int] = collections.Counter()
+    body = bodies()[kind]
+    ready.set()
 
     def client() -> None:
-        while time.monotonic() < until_s:
+        while not enough.is_set():
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
             try:
                 headers = {"Content-Type": "application/json"}
@@ -75,9 +74,9 @@ def send(port: int, body: bytes, until_s: float, statuses: Any) -> None:
     statuses.put(dict(found))
 
 
-def asked(port: int, until_s: float) -> list[float]:
+def asked(port: int, seconds: float) -> list[float]:
     """Milliseconds until health was answered, of each time it was asked for."""
-    found = []
+    found, until_s = [], time.monotonic() + seconds
     while time.monotonic() < until_s:
         began_s = time.monotonic()
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
@@ -107,18 +106,26 @@ def figures(kind: str, latencies_ms: list[float], statuses: dict[int, int]) -> d
     }
 
 
+def write_model(folder: Path) -> None:
+    """A tiny random model's files; JAX is not for the process that sends."""
+    import jax
+
+    from jaxsys.model import ByteTokenizer, initial_parameters, preset
+    from jaxsys.model.save import save_safetensors
+
+    jax.config.update("jax_platforms", "cpu")
+    config = dataclasses.replace(preset("tiny"), num_layers=1)
+    save_safetensors(folder, config, initial_parameters(config, seed=1), tokenizer=ByteTokenizer())
+
+
 def main() -> int:
     """Measures each kind of body."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=20.0, help="a kind (default %(default)s)")
     parser.add_argument("--out", default="results/health.json")
     arguments = parser.parse_args()
-    jax.config.update("jax_platforms", "cpu")
     work = Path(tempfile.mkdtemp(prefix="health-"))
-    config = dataclasses.replace(preset("tiny"), num_layers=1)
-    save_safetensors(
-        work / "tiny", config, initial_parameters(config, seed=1), tokenizer=ByteTokenizer()
-    )
+    write_model(work / "tiny")
     command = [sys.executable, "-m", "jaxsys.cli", "serve", "--model", str(work / "tiny")]
     command += ["--port", "0", "--max-length", "200", "--max-batch", "2"]
     command += ["--max-prefill-tokens", "64", "--compilation-cache", str(work / "compiled")]
@@ -136,15 +143,16 @@ def main() -> int:
         port = int(found[1])
         rest = threading.Thread(target=server.stderr.read, daemon=True)
         rest.start()
-        rows.append(figures("none", asked(port, time.monotonic() + arguments.seconds / 4), {}))
+        rows.append(figures("none", asked(port, arguments.seconds / 4), {}))
         context = multiprocessing.get_context("spawn")
-        for kind, body in bodies().items():
-            statuses = context.Queue()
-            until_s = time.monotonic() + arguments.seconds + 2
-            sending = context.Process(target=send, args=(port, body, until_s, statuses))
+        for kind in bodies():
+            ready, enough, statuses = context.Event(), context.Event(), context.Queue()
+            sending = context.Process(target=send, args=(port, kind, ready, enough, statuses))
             sending.start()
-            time.sleep(2)
-            latencies_ms = asked(port, until_s)
+            ready.wait(60)
+            time.sleep(1)
+            latencies_ms = asked(port, arguments.seconds)
+            enough.set()
             rows.append(figures(kind, latencies_ms, statuses.get(timeout=200)))
             sending.join()
             print(rows[-1], flush=True)
