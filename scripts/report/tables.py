@@ -555,9 +555,24 @@ def _prefill(rows: Sequence[Row]) -> str:
 
 def crashes(results: Sequence[Result]) -> str:
     return table(
-        ["kills", "during a save", "files cut short", "steps", "losses that differ", "faults"],
-        [[row["kills"], row["kills_during_a_save"], row["files_cut_short"], row["steps"],
-          row["losses_that_differ"], len(row["faults"])]
+        ["kills", "during a save", "files cut short", "bits of records flipped",
+         "second runs refused", "data changed", "full disks", "steps", "losses that differ",
+         "faults"],
+        [[row["kills"], row["kills_during_a_save"], row["files_cut_short"],
+          row.get("bits_of_records_flipped", "-"), row.get("second_runs_refused", "-"),
+          sum(count for name, count in row.items() if name.startswith("data_")),
+          sum(count for name, count in row.items() if name.startswith("disk_full_")),
+          row["steps"], row["losses_that_differ"], len(row["faults"])]
+         for result in results for row in result.rows],
+    )  # fmt: skip
+
+
+def health(results: Sequence[Result]) -> str:
+    return table(
+        ["bodies of 8 MB", "at once", "refused in all", "health asked", "p50 (ms)", "p99 (ms)",
+         "longest (ms)"],
+        [[row["bodies"], row["clients"], row["refused"], row["asked"],
+          *(number(row[f"{name}_ms"]) for name in ("p50", "p99", "max"))]
          for result in results for row in result.rows],
     )  # fmt: skip
 
