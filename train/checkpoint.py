@@ -124,6 +124,7 @@ class CheckpointStore:
             raise UsageError(f"keep={keep} checkpoints must be at least 1")
         # Orbax narrates every save and each part that fails; what matters is said here, once.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
+        logging.getLogger("asyncio").addFilter(_not_of_orbax)
         self.folder = Path(folder).absolute()
         self._notice = notice
         self._unsettled = False
@@ -283,6 +284,13 @@ class CheckpointStore:
             raise RunError(
                 f"a checkpoint could not be written to {self.folder}: {_first_line(error)}; {left}"
             ) from error
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    """Leaves out each of the parts of a save whose failure has been raised already."""
+    return not (
+        "never retrieved" in record.getMessage() and "orbax" in f"{record.msg} {record.exc_info}"
+    )
 
 
 def _sizes(step: Path) -> dict[str, int]:

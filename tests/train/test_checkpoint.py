@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import gc
 import json
+import logging
 import os
 import shutil
 import socket
@@ -306,6 +307,17 @@ def test_a_full_disk_under_the_metrics_is_one_line(make, data, saved, monkeypatc
     says = r"metrics could not be written .*No space left on device; the last checkpoint is step 4"
     with pytest.raises(RunError, match=says):
         trainer.fit(data, steps=5, folder=saved, resume=True, progress=False)
+
+
+def test_parts_of_a_save_that_failed_are_not_told_one_by_one(tmp_path, caplog):
+    CheckpointStore(tmp_path).close()
+    logger, full = (
+        logging.getLogger("asyncio"),
+        OSError(errno.ENOSPC, "/run/a.orbax-checkpoint-tmp"),
+    )
+    logger.error("_GatheringFuture exception was never retrieved", exc_info=full)
+    logger.error("Task exception was never retrieved", exc_info=ValueError("of somebody else"))
+    assert [record.message for record in caplog.records] == ["Task exception was never retrieved"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
