@@ -384,8 +384,8 @@ def parser(prog: str) -> argparse.ArgumentParser:
     add(
         "--search-seconds",
         type=float,
-        default=600.0,
-        help="search as much as a quiet core does in so long; counted, not timed (default: 600)",
+        default=150.0,
+        help="search as much as a quiet core does in so long; counted, not timed (default: 150)",
     )
     add("--json", type=Path, help="write the comparison to this file")
     add("--plan", type=Path, help="search, and write the best plan for `jaxsys train --schedule`")
