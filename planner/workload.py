@@ -118,8 +118,8 @@ class BlockWork:
         Raises:
             UsageError: if that is not known.
         """
-        shared = experts > 1 and self.experts is not None
-        for name, found in self.experts.traced(experts) if shared else self.traced:
+        whole = self.experts is None or experts == 1
+        for name, found in self.traced if whole else self.experts.traced(experts):
             if name == policy:
                 return found
         kept = {
@@ -261,8 +261,8 @@ def decoder_workload(
         names = c.pattern or (c.kinds[0].name,)
         return dict(zip(names, found, strict=not c.pattern))[kind.name]
 
-    for kind in c.kinds if c.experts is not None else ():
-        if not kind.experts:
+    for kind in c.kinds:
+        if c.experts is None or not kind.experts:
             continue
         own = [leaf for leaf in block_leaves(c, kind) if leaf.of_experts]
         experts = ExpertWork(
