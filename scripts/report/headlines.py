@@ -273,7 +273,7 @@ HEADLINES = (
         title="Kills at random moments",
         kind="measured",
         claim="none; a killed and resumed run must compute what an uninterrupted one does.",
-        files=("crash_test.json",),
+        files=("crash_test*.json",),
         show=tables.crashes,
         runs=(Run(name="crash", commands=("scripts/crash_test.py",)),),
     ),
