@@ -209,6 +209,38 @@ def test_steps_over_a_context_axis_equal_one_devices(
     assert_alike(config, data * microbatches, loss, gradients)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "by", "around"),
+    [
+        (dataclasses.replace(LLAMA, num_layers=1), "ring", {"tensor": 2}),
+        (
+            dataclasses.replace(
+                LLAMA,
+                num_layers=1,
+                experts=Experts(count=4, active=2, intermediate_size=32),
+                kinds=(BlockKind(experts=True),),
+            ),
+            "gather",
+            {"expert": 2},
+        ),
+    ],
+)
+def test_sequences_are_shared_beside_features_and_experts(config, by, around):
+    rows = around.get("expert", 1)
+    lowered = lower(
+        for_layers("zero-1", devices=1, microbatches=1, layers=1),
+        layered(config),
+        make_mesh(1, context=2, **around),
+        context=ring(2, by),
+    )
+    rest = lowered.to_rest(parameters_of(config))
+    run = jax.jit(lowered.loss_and_gradients, compiler_options=lowered.compiler_options)
+    outcome = run(rest, batch_of(config, rows))
+    gradients = jax.device_get(lowered.from_rest(outcome.gradients))
+    assert_alike(config, rows, outcome.loss, gradients)
+
+
 def test_compiled_programs_send_what_each_way_says():
     """Of one layer's attention: a ring of P sends keys and values P - 1 hops forward, as often
     again backward, and their gradients P - 1 hops; a gather takes two and sums two; an exchange
