@@ -122,7 +122,7 @@ def test_every_schedule_gives_the_step_of_one_device(name):
     assert max(apart(a, b) for a, b in pairs) < 0.02
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective"])
+@pytest.mark.parametrize("recompute", [pytest.param("none", marks=pytest.mark.slow), "selective"])
 def test_recomputing_changes_nothing(recompute):
     schedule = for_layers("dp", devices=1, layers=CONFIG.num_layers, microbatches=4)
     model, parameters = layered(CONFIG, float8=Float8()), initial_parameters(CONFIG, seed=1)
