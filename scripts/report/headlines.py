@@ -286,6 +286,15 @@ HEADLINES = (
         runs=(Run(name="health", commands=("scripts/bench_health.py",)),),
     ),
     Headline(
+        title="Clients of OpenAI's API against the server",
+        kind="measured",
+        claim="none; each client asks in its own way for chats, tools, forms, embeddings. Not run "
+        "with the others, since it downloads them: `scripts/clients.py`.",
+        files=("clients.json",),
+        show=tables.clients,
+        runs=(),
+    ),
+    Headline(
         title="Predicted against measured steps",
         kind="measured",
         claim=f"none. {CPU_DEVICES}",

@@ -577,6 +577,20 @@ def health(results: Sequence[Result]) -> str:
     )  # fmt: skip
 
 
+def clients(results: Sequence[Result]) -> str:
+    found: dict[tuple[str, str], list[Row]] = {}
+    for result in results:
+        versions = result.record["config"]["clients"]
+        for row in result.rows:
+            found.setdefault((row["client"], versions.get(row["client"], "")), []).append(row)
+    return table(
+        ["client", "version", "examples", "passed", "failed"],
+        [[client, version, len(rows), sum(row["ok"] for row in rows),
+          ", ".join(row["example"] for row in rows if not row["ok"])]
+         for (client, version), rows in found.items()],
+    )  # fmt: skip
+
+
 def ablation(results: Sequence[Result]) -> str:
     return table(
         ["varied", "value", "saving (%)", "TTFT / ITL ok (%)"],

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 
+import numpy as np
 import pytest
 
 from jaxsys.serve.deployment import DeploymentConfig
@@ -178,3 +179,14 @@ def test_objects_are_closed_where_that_shuts_nothing_out():
     ):
         assert closed(left) == left
     assert closed({"anyOf": [a]})["anyOf"][0]["additionalProperties"] is False
+
+
+def test_embeddings_are_the_same_where_prompts_are_read_apart(servers):
+    body = {"input": ["a text in two pieces, " * 2, "b"], "pooling": "mean"}
+    found = []
+    for server in servers:
+        data = server.post("/v1/embeddings", body).json()["data"]
+        server.idle()
+        found.append([one["embedding"] for one in data])
+    np.testing.assert_allclose(found[0], found[1], atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(found[0], axis=1), 1.0, atol=1e-6)
