@@ -158,3 +158,58 @@ def test_twenty_steps_of_a_mixed_model(schedule):
         params, state, wanted = plain(params, state, batch)
         found = float(trainer.step(trainer.split(batch)).loss)
         assert found == pytest.approx(float(wanted), abs=2e-6 * max(1, abs(found)))
+
+
+def example_of(batch):
+    return {name: leaf[:1] for name, leaf in batch.items()}
+
+
+@pytest.mark.slow
+def test_a_resumed_run_draws_and_averages_what_an_unbroken_one_does(tmp_path):
+    """Saved on a ring of four, gone on with in a pipeline of two: the same masks, the same mean."""
+    data = batches(4)
+    adapted = from_nnx(Model(), example_of(data[0]), blocks="blocks", loss=mean_loss)
+
+    def made(schedule: str, devices: int) -> Trainer:
+        return Trainer(
+            adapted.model,
+            adapted.parameters,
+            optax.adam(1e-2),
+            schedule=schedule,
+            devices=devices,
+            microbatches=8,
+            average_decay=0.9,
+            seed=7,
+        )
+
+    def run(trainer: Trainer, **options: object) -> list[float]:
+        cut = [trainer.split(batch) for batch in data]
+        return list(trainer.fit(cut, steps=4, progress=False, **options).losses)
+
+    unbroken = made("dp", 2)
+    wanted = run(unbroken)
+    first = run(made("weipipe-interleave", 4), folder=tmp_path / "run", stop_at=2)
+    resumed = made("1f1b", 2)
+    last = run(resumed, folder=tmp_path / "run", resume=True)
+    np.testing.assert_allclose([*first, *last], wanted, rtol=2e-6)
+    for averaged in (False, True):
+        found, whole = (t.host_parameters(averaged=averaged) for t in (resumed, unbroken))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), found, whole)
+
+
+@pytest.mark.slow
+def test_batches_of_any_cut_are_evaluated_without_draws():
+    data = batches(1)[0]
+    adapted = from_nnx(Model(), example_of(data), blocks="blocks", loss=mean_loss)
+    trainer = Trainer(
+        adapted.model, adapted.parameters, optax.adam(1e-2), schedule="zero-3", devices=2
+    )
+    still = Model()
+    still.eval()
+    wanted = float(mean_loss(still(data["inputs"]), data))
+    for rows in (1, 2, 8):
+        cut = {name: leaf.reshape(rows, -1, *leaf.shape[1:]) for name, leaf in data.items()}
+        assert trainer.evaluate([cut]) == pytest.approx(wanted, rel=2e-6)
+    halves = [{name: leaf[None, :3] for name, leaf in data.items()},
+              {name: leaf[None, 3:] for name, leaf in data.items()}]  # fmt: skip
+    assert trainer.evaluate(halves) == pytest.approx(wanted, rel=2e-6)

@@ -201,7 +201,8 @@ def _states(loss: Value, samples: int, key: int | None) -> dict[Value, State]:
 
     def leaf(value: Value) -> State:
         if isinstance(value, Constant):
-            return of_constant(value.words if value.keys is None else value.array())
+            shape = value.aval.shape  # keys made here would belong to whatever traces this
+            return of_constant(value.words) if value.keys is None else everything_uneven(shape)
         if isinstance(value, BatchLeaf):
             if value.number == key:
                 return Same(drawn=True)
