@@ -367,13 +367,18 @@ def calibration(results: Sequence[Result]) -> str:
     presets = table(
         ["preset", "points of", "", "time: points", "median (%)", "worst (%)", "power: points",
          "median (%)", "worst (%)"],
-        [[f"`{row['preset']}`", f"`{row['points_of']}`", row["kind"], row["time_points"],
+        [[f"`{row['preset']}`", _run_of(row), row["kind"], row["time_points"],
           number(row["time_error_median_pct"]), number(row["time_error_worst_pct"]),
           row["power_points"], number(row["power_error_median_pct"]),
           number(row["power_error_worst_pct"])]
          for row in result.record["presets"]],
     )  # fmt: skip
     return f"{lines}\n\nDecode steps of the presets that this project measured:\n\n{presets}"
+
+
+def _run_of(row: Row) -> str:
+    """The measured run's name; its file is shown where measured figures are."""
+    return f"`{row['points_of'].removeprefix('results/').removesuffix('.json')}`"
 
 
 def live(results: Sequence[Result]) -> str:
