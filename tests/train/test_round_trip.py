@@ -124,6 +124,7 @@ def trains(name: str, plan: Plan, folder) -> None:
     )
 
 
+@pytest.mark.timeout(1800)  # a plan with many unlike ticks compiles for minutes where it is busy
 @pytest.mark.parametrize(
     "seed",
     [
