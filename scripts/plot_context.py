@@ -7,12 +7,14 @@ a block of scores is computed.
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.patches import Rectangle
 
 from jaxsys.context import ContextSplit
 from jaxsys.context.split import order_of
@@ -30,7 +32,7 @@ def owners(split: ContextSplit) -> np.ndarray:
     return found
 
 
-def draw_pieces(axes: plt.Axes, split: ContextSplit, title: str) -> None:
+def draw_pieces(axes: Any, split: ContextSplit, title: str) -> None:
     """A sequence's pieces in their colours."""
     for piece, device in enumerate(owners(split)):
         axes.barh(0, 1, left=piece, color=COLOURS[device], edgecolor="white")
@@ -39,14 +41,14 @@ def draw_pieces(axes: plt.Axes, split: ContextSplit, title: str) -> None:
     axes.spines[:].set_visible(False)
 
 
-def draw_visits(axes: plt.Axes, split: ContextSplit) -> None:
+def draw_visits(axes: Any, split: ContextSplit) -> None:
     """The causal square in blocks of pieces: colour the device, number the visit."""
     pieces, of = 2 * split.parts, owners(split)
     for query in range(pieces):
         for key in range(query + 1):
             device, source = of[query], of[key]
             visit = (device - source) % split.parts
-            square = plt.Rectangle(
+            square = Rectangle(
                 (key, query), 1, 1, facecolor=COLOURS[device], edgecolor="white", alpha=0.85
             )
             axes.add_patch(square)
@@ -61,7 +63,7 @@ def draw_visits(axes: plt.Axes, split: ContextSplit) -> None:
     )
 
 
-def draw_work(axes: plt.Axes, split: ContextSplit) -> None:
+def draw_work(axes: Any, split: ContextSplit) -> None:
     """Blocks that each device computes in each visit; a block on the diagonal is half of one."""
     of = owners(split)
     work = np.zeros((split.parts, split.parts))

@@ -114,7 +114,8 @@ def attend_over(
         ),
         fused=kernel,
     )
-    out = _attention(how, q, k, v, sinks, segments)[..., :width]
+    whole: Any = _attention(how, q, k, v, sinks, segments)
+    out = whole[..., :width]
     return _given_back(split, out) if exchanged else out
 
 

@@ -49,7 +49,7 @@ class Sequences:
         if split is None:
             return batch
         pieces = {
-            name: jax.tree.map(lambda leaf, a=axis + 1: split.own(leaf, a), batch[name])
+            name: jax.tree.map(lambda leaf, s=split, a=axis + 1: s.own(leaf, a), batch[name])
             for name, axis in self._axes(batch).items()
         }
         return {**batch, **pieces} if pieces else batch
