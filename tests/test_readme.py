@@ -199,5 +199,13 @@ def test_the_readmes_table():
         f"**{gains['zero-3.5_measured_speedup_over_zero_3']:.2f}** times as fast; "
         f"{gains['zero-3.5_predicted_speedup_over_zero_3']:.2f} predicted"
     ) in README
-    row = made("serve_gpu", study="decode", batch=64, weights="bfloat16")
-    assert f"**{row['itl_ms']:.1f} ms**, {row['itl_floor_ratio']:.2f} times reading" in README
+    name, form = "serve_gpu_quantised_h200", {"weights": "fp8+fp8"}
+    times = " / ".join(
+        f"{made(name, study='decode', batch=batch, **form)['itl_ms']:.1f}" for batch in (1, 64, 128)
+    )
+    prompt, wide = (
+        made(name, study="prefill", weights=weights)["prefill_ms"]
+        for weights in ("fp8+fp8", "turned")
+    )
+    assert f"every {times} ms; a prompt of 2,048 tokens in {prompt:.0f} ms" in text
+    assert f"in bfloat16 in {wide:.0f} |" in text
