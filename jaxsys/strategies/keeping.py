@@ -41,11 +41,11 @@ def keep(
         UsageError: if P or M is not legal, or more is to be kept than there is.
     """
     p, m = devices, microbatches
+    ring = interleave(p, m)
     kept = {"weights": weights, "gradients": gradients}
     for name, count in kept.items():
         if count is not None and not 0 <= count <= p:
             raise UsageError(f"{name}={count} are not of a ring of {p} chunks; keep 0 to {p}")
-    ring = interleave(p, m)
     own, sums = (p if count is None else count for count in kept.values())
     if own == sums == 0:
         return ring
