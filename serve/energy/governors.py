@@ -41,14 +41,15 @@ from jaxsys.serve.energy.shares import Shares
 from jaxsys.serve.energy.slo import SharedSlo
 from jaxsys.serve.hooks import FewestRequestsRouter, NoGovernor, Router
 from jaxsys.serve.hooks import Governor as AnyGovernor
+from jaxsys.serve.paged_model import number_bytes
 from jaxsys.serve.processes.gpus import gpu_of
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_POLICY = "ecofreq"
 
-VALUE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "fp8": 1.0}
-"""Of one weight, by the form of the matrices."""
+VALUE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.53}
+"""Of one weight, by the form of the matrices; of int4 its part of a group's scale is counted."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +76,8 @@ class Served:
 
     model: DecoderConfig
     weights: str = "bfloat16"
-    """Form of the matrices: a dtype or a quantisation."""
+    """Form of the matrices, a dtype or a quantisation, and of the cache if it has its own: "int8",
+    "bfloat16, fp8 cache". See `DeploymentConfig.weights_named`."""
     tensor_parallel: int = 1
     """GPUs that work on it together."""
     prefill_budget: int = 2048
@@ -90,10 +92,13 @@ class Served:
             modelled: on a GPU that is not there, which would not compute in float32.
         """
         config = self.model
-        value_bytes = VALUE_BYTES[self.weights]
-        kv_bytes = 4.0 if self.weights == "float32" else 2.0
+        form, _, cache = self.weights.partition(", ")
+        value_bytes = VALUE_BYTES[form]
+        kv_bytes = 4.0 if form == "float32" else 2.0
         if modelled:
             value_bytes, kv_bytes = min(value_bytes, 2.0), 2.0
+        if cache:
+            kv_bytes = number_bytes(config, "bfloat16", "fp8")
         shape = shape_from_sizes(
             name="the served model",
             parameters=config.parameter_count(),

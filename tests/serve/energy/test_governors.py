@@ -1,5 +1,6 @@
 """Which governor a server's options give, and what they refuse or warn of."""
 
+import dataclasses
 import logging
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from jaxsys.errors import UsageError
 from jaxsys.model import preset
 from jaxsys.model.contract import cache_numbers
+from jaxsys.serve.deployment import DeploymentConfig
 from jaxsys.serve.energy.ecofreq import EcoFreq
 from jaxsys.serve.energy.ecopred import EcoPred
 from jaxsys.serve.energy.ecoroute import EnergyRouter, RoundRobinRouter
@@ -24,6 +26,8 @@ from jaxsys.serve.energy.gpu_model import SHAPES, SimulatedGpu, gpu_spec
 from jaxsys.serve.energy.profile import Profile, Sample, simulated_profile, spread_over_clocks
 from jaxsys.serve.energy.slo import SharedSlo, Slo
 from jaxsys.serve.hooks import FewestRequestsRouter, NoGovernor
+from jaxsys.serve.matrix import QUANTISATIONS
+from jaxsys.serve.paged_model import CACHE_FORMS
 
 CPU = jax.devices("cpu")[0]
 SHAPE = SHAPES["smollm2-135m"]
@@ -61,6 +65,21 @@ def test_caches_are_priced_by_what_layers_keep(name):
         assert kept == pytest.approx(3 * 2 * cache_numbers(config, length))
     if config.latent is not None:
         assert shape.kv_bytes(1) == 2 * 61 * 576
+
+
+@pytest.mark.parametrize("quantisation", [None, *QUANTISATIONS])
+@pytest.mark.parametrize("cache_form", [None, *CACHE_FORMS])
+def test_every_form_that_is_served_has_a_shape(quantisation, cache_form):
+    deployment = DeploymentConfig(quantisation=quantisation, cache_form=cache_form)
+    for dtype in ("float32", "bfloat16"):
+        served = dataclasses.replace(SERVED, weights=deployment.weights_named(dtype))
+        plain = dataclasses.replace(SERVED, weights=dtype).shape()
+        for modelled in (False, True):
+            shape = served.shape(modelled=modelled)
+            assert shape.weight_bytes_per_parameter <= plain.weight_bytes_per_parameter
+            assert (shape.kv_bytes(1) < plain.kv_bytes(1)) or cache_form is None
+    half = SERVED.shape().weight_bytes_per_parameter / 2
+    assert quantisation is None or served.shape().weight_bytes_per_parameter <= half
 
 
 def test_the_policy_and_the_router_are_those_asked_for():
