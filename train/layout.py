@@ -13,7 +13,8 @@ from jaxsys.lowering import Recompute
 from jaxsys.mesh import CONTEXT, EXPERT, TENSOR, make_mesh
 from jaxsys.model import DecoderConfig
 from jaxsys.planner.workload import decoder_workload
-from jaxsys.schedule import Schedule
+from jaxsys.schedule import Placement, Schedule
+from jaxsys.strategies import STRATEGIES
 from jaxsys.train import auto, plan_file, schedules
 
 MICROBATCH_SIZE = 4
@@ -107,6 +108,11 @@ def lay_out(config: DecoderConfig, devices: list[Any], asked: AskedLayout) -> La
                     f"{name}={mine}, but the plan {schedule} is for {name}={has}; leave it out, "
                     "or plan again"
                 )
+        if context is not None and context.parts > 1:
+            raise UsageError(
+                f"context={context.parts}, but the plan {schedule} is for whole sequences; leave "
+                "it out, or name a schedule such as zero-3"
+            )
         replicas, microbatch_size = planned.replicas, planned.microbatch_size
         tensor, expert = planned.schedule.features, planned.schedule.experts
         recompute = recompute or planned.recompute
@@ -147,6 +153,14 @@ def lay_out(config: DecoderConfig, devices: list[Any], asked: AskedLayout) -> La
     ring = len(devices) // around
     usual = "zero-3" if context is not None else "weipipe-interleave" if ring > 1 else "dp"
     chosen: str | Schedule = schedule or usual
+    known = STRATEGIES.get(chosen) if isinstance(chosen, str) else None
+    if ring == 1 and around > 1 and known is not None and known.placement is Placement.OWNER:
+        shared = {"replicas": replicas, **sizes}
+        more = " x ".join(f"{name}={n}" for name, n in shared.items() if n > 1)
+        raise UsageError(
+            f"{len(devices)} devices over {more} leave 1, and {chosen} goes from device to device; "
+            f"use at least {2 * around}, or a schedule such as zero-3"
+        )
     if chosen == "auto" and around > replicas:
         raise UsageError(
             "schedule 'auto' chooses for devices that each compute whole blocks; name a schedule "

@@ -52,15 +52,16 @@ class ContextSplit:
         if self.by == "mixed":
             legal = [u for u in range(2, self.parts) if self.parts % u == 0]
             if self.exchange not in legal:
-                say = f"use one of {', '.join(map(str, legal))}" if legal else "use ring or ulysses"
+                say = f"use {' or '.join(map(str, legal))}" if legal else "use ring or ulysses"
                 raise UsageError(
                     f"context_by='mixed' of context={self.parts} devices exchanges heads among "
-                    f"exchange={self.exchange}, which must divide {self.parts} and leave a ring; "
-                    f"{say}"
+                    f"context_exchange={self.exchange}, which must divide {self.parts} and leave a "
+                    f"ring; {say}"
                 )
         elif self.exchange is not None:
             raise UsageError(
-                f"exchange={self.exchange} is of context_by='mixed'; leave it out with {self.by!r}"
+                f"context_exchange={self.exchange} is of context_by='mixed'; leave it out with "
+                f"{self.by!r}"
             )
 
     @property

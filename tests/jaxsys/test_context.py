@@ -318,10 +318,10 @@ def test_what_a_model_draws_for_a_sequence_is_the_same_however_it_is_cut():
         (lambda: ring(4).check_length(0), "use sequence_length=8"),
         (lambda: ring(0), "context=0 must be at least 1"),
         (lambda: ring(2, "rings"), "context_by='rings' is not known; use one of ring, gather, "),
-        (lambda: ring(4, "mixed", 3), ("exchange=3, which must divide 4 and leave a ring; use one "
-         "of 2")),
+        (lambda: ring(4, "mixed", 3), ("context_exchange=3, which must divide 4 and leave a ring; "
+         "use 2")),
         (lambda: ring(3, "mixed", 3), "use ring or ulysses"),
-        (lambda: ring(4, "ring", 2), "exchange=2 is of context_by='mixed'"),
+        (lambda: ring(4, "ring", 2), "context_exchange=2 is of context_by='mixed'"),
         (lambda: ring(8, "ulysses").check_heads(4, 4), "query heads (4) that 8 divides"),
         (lambda: ring(4, "ulysses").check_heads(12, 3), ("1, 3, 6 or 12 device(s) would do, or "
          "context_by='ring'")),

@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from jaxsys import hardware, strategies
+from jaxsys.context import ContextSplit
 from jaxsys.errors import UsageError
 from jaxsys.model import preset
 from jaxsys.planner.cluster import Cluster
@@ -207,6 +208,11 @@ def test_a_file_of_something_else_names_the_file_and_the_field(tmp_path):
         lay_out_plan(path)
 
 
+def test_a_ring_of_one_that_others_leave_is_said_with_who_they_are():
+    with pytest.raises(UsageError, match="4 devices over tensor=4 leave 1, .* use at least 8, or"):
+        lay_out_plan("weipipe-keep", tensor=4)
+
+
 def test_a_plan_file_that_does_not_fit(tmp_path):
     with pytest.raises(
         UsageError,
@@ -215,6 +221,8 @@ def test_a_plan_file_that_does_not_fit(tmp_path):
         lay_out_plan(plan_path(tmp_path), microbatch_size=3)
     with pytest.raises(UsageError, match="tensor=4, but the plan .* is for tensor=2; leave it out"):
         lay_out_plan(plan_path(tmp_path, shard=2, features=2), tensor=4)
+    with pytest.raises(UsageError, match="context=2, but the plan .* is for whole sequences"):
+        lay_out_plan(plan_path(tmp_path), context=ContextSplit(parts=2))
     path = plan_path(tmp_path, shard=2)
     with pytest.raises(UsageError, match="for 2 devices, the ring has 4"):
         lay_out_plan(path)
