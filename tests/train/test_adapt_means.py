@@ -190,3 +190,13 @@ def test_a_derivative_must_be_linear_in_the_gradient(name, inside):
         return
     with pytest.raises(UsageError, match="not linear in the gradient"):
         from_function(loss, PARAMETERS, example, blocks="layers")
+
+
+def test_a_tree_may_hold_nothing_in_places():
+    """None where a leaf is left out, as partitions of modules have it."""
+    parameters = {**PARAMETERS, "bias": None, "other": (None, np.arange(3))}
+    example = jax.tree.map(lambda leaf: leaf[0], data(1, 2))
+    adapted = from_function(mapped, parameters, example, blocks="layers")
+    rebuilt = adapted.rebuild(adapted.parameters)
+    assert jax.tree.structure(rebuilt) == jax.tree.structure(parameters)
+    jax.tree.map(np.testing.assert_array_equal, rebuilt, parameters)

@@ -423,15 +423,19 @@ class _Adapter:
 
     def _rebuilt(self, parameters: Parameters) -> PyTree:
         """Parameters of the layered model as the user's own tree."""
-        tree = self._user_tree(parameters, jnp.stack)
-        leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: leaf is None)
+        # Not by way of the tree: it may hold a None of the user's own.
+        leaves = self._user_leaves(parameters, jnp.stack)
         leaves = [
             own if leaf is None else leaf for own, leaf in zip(self.leaves, leaves, strict=True)
         ]
         return jax.tree.unflatten(self.structure, leaves)
 
-    def _user_tree(self, parameters: Any, stack: Callable[..., Any] | None = None) -> PyTree:
-        """Parameters of the layered model in the user's tree; None for what is no parameter.
+    def _user_tree(self, parameters: Any) -> PyTree:
+        """Parameters of the layered model in the user's tree; None for what is no parameter."""
+        return jax.tree.unflatten(self.structure, self._user_leaves(parameters))
+
+    def _user_leaves(self, parameters: Any, stack: Callable[..., Any] | None = None) -> list[Any]:
+        """Leaves of the user's tree, in its order; None for what is no parameter.
 
         Without `stack`, which puts layers together, it only places leaves and indexes layers: a
         stacked leaf is then as the layered model holds it, or its layers side by side.
@@ -465,7 +469,7 @@ class _Adapter:
                     leaves.append(leaf_of(blocks, place.names))
                 else:
                     leaves.append(tuple(own(layer, place.names) for layer in mine))
-        return jax.tree.unflatten(self.structure, leaves)
+        return leaves
 
 
 def _value(place: Place, aval: Any, number: int) -> Value:

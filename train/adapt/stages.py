@@ -188,19 +188,28 @@ class _Cut:
                 return
         if len(twins) != len(inside):
             return
+        # Read as the model's segment reads: what it computes twice may be one value here.
         copies: dict[Value, Value] = {}
+        first: dict[Value, Value] = {}
         self.before[1] = []
+
+        def rewired(model: Operation, twin: Operation) -> Operation:
+            pairs = zip(model.inputs, twin.inputs, strict=True)
+            return _with_inputs(twin, tuple(copies.get(a, b) for a, b in pairs))
+
         for operation in self.before[model]:
             twin = twins[operation]
-            copy = _reading(twin, copies)
+            copy = rewired(operation, twin)
             copy.outputs = tuple(
                 Value(aval=v.aval, maker=copy, place=v.place, depends=True, varies=v.varies)
                 for v in twin.outputs
             )
-            copies.update(zip(twin.outputs, copy.outputs, strict=True))
+            copies.update(zip(operation.outputs, copy.outputs, strict=True))
+            for value, copied in zip(twin.outputs, copy.outputs, strict=True):
+                first.setdefault(value, copied)
             self.before[1].append(copy)
-        self.core[1] = [_reading(operation, copies) for operation in self.core[1]]
-        self.after[1] = [_reading(operation, copies) for operation in self.after.get(1, [])]
+        self.core[1] = list(map(rewired, self.core[model], self.core[1]))
+        self.after[1] = [_reading(operation, first) for operation in self.after.get(1, [])]
 
     def _add_sides(self, segments: dict[int, list[Operation]]) -> None:
         """Takes in what shrinks results that only the head reads, where all alike have it."""
@@ -279,10 +288,14 @@ class _Cut:
 
 def _reading(operation: Operation, instead: dict[Value, Value]) -> Operation:
     """The operation with other inputs and the same outputs."""
+    return _with_inputs(operation, tuple(instead.get(value, value) for value in operation.inputs))
+
+
+def _with_inputs(operation: Operation, inputs: tuple[Value, ...]) -> Operation:
     return Operation(
         primitive=operation.primitive,
         parameters=operation.parameters,
-        inputs=tuple(instead.get(value, value) for value in operation.inputs),
+        inputs=inputs,
         outputs=operation.outputs,
         mark=operation.mark,
     )

@@ -61,7 +61,7 @@ def differences(found: Any, wanted: Any) -> tuple[float, float]:
     rounding alone, which Adam scales up: only losses tell whether the same is computed.
     """
     losses, parameters = found
-    assert jax.tree.structure(parameters) == jax.tree.structure(wanted[1])
+    # Leaf by leaf: classes of the two scripts are two, though they be alike.
     worst = 0.0
     for a, b in zip(jax.tree.leaves(parameters), jax.tree.leaves(wanted[1]), strict=True):
         largest = max(float(np.max(np.abs(b))), 1.0)
