@@ -200,3 +200,17 @@ def test_a_tree_may_hold_nothing_in_places():
     rebuilt = adapted.rebuild(adapted.parameters)
     assert jax.tree.structure(rebuilt) == jax.tree.structure(parameters)
     jax.tree.map(np.testing.assert_array_equal, rebuilt, parameters)
+
+
+def test_a_stack_of_unlike_blocks_is_refused():
+    """Its layers would be in two arrays, and rules by rank would take them otherwise."""
+
+    def loss(parameters, batch):
+        x = jnp.asarray(parameters["table"])[batch["inputs"]]
+        for n, act in enumerate((jnp.tanh, jnp.sin)):
+            x = x + act(x @ jnp.asarray(parameters["layers"]["w"])[n])
+        return each(x @ jnp.asarray(parameters["table"]).T, batch["targets"]).mean()
+
+    example = jax.tree.map(lambda leaf: leaf[0], data(1, 2))
+    with pytest.raises(UsageError, match="stacked parameter w are unlike.*list of blocks"):
+        from_function(loss, PARAMETERS, example, blocks="layers")

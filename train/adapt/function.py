@@ -181,10 +181,30 @@ class _Adapter:
         self.draws_if_known = False
         self.plan = self._plan(None, example)
         self.numbers = dict(zip(self.plan.layers, self.plan.pattern, strict=True))
+        self._check_stacks()
         self.draws_if_known = self.draws
         self.kinds = [f"kind_{n}" for n in range(len(self.plan.roles))]
         if len(self.kinds) == 1:
             self.kinds = [ALIKE]
+
+    def _check_stacks(self) -> None:
+        """Raises UsageError if a stack of the user's is not one of the layered model's.
+
+        An optimizer's rule by rank, norm or shape must see it whole, as the user's own loop has it.
+        """
+        pattern = dict(zip(self.plan.layers, self.plan.pattern, strict=True))
+        for place in self.places:
+            if not isinstance(place, Stack):
+                continue
+            mine = {pattern[layer] for layer in pattern if layer[0] == place.group}
+            ordered = [layer for layer in self.plan.layers if pattern[layer] in mine]
+            if len(mine) > 1 or ordered != sorted(ordered) or ordered[0][0] != ordered[-1][0]:
+                raise UsageError(
+                    f"the blocks of the stacked parameter {'/'.join(place.names)} are unlike, or "
+                    "do not run in its order, so it cannot be kept as one array, and an optimizer "
+                    "that reads ranks or norms would see another: hand over a list of blocks "
+                    "instead"
+                )
 
     @property
     def draws(self) -> bool:
@@ -438,7 +458,7 @@ class _Adapter:
         """Leaves of the user's tree, in its order; None for what is no parameter.
 
         Without `stack`, which puts layers together, it only places leaves and indexes layers: a
-        stacked leaf is then as the layered model holds it, or its layers side by side.
+        stacked leaf is then as the layered model holds it, see `_check_stacks`.
         """
         places_of: dict[Layer, tuple[str, int]] = {}
         counts = dict.fromkeys(range(len(self.kinds)), 0)
@@ -465,10 +485,9 @@ class _Adapter:
                 if stack is not None:
                     axis = self.plan.program.stack_axes.get((place.group, place.names), 0)
                     leaves.append(stack([own(layer, place.names) for layer in mine], axis=axis))
-                elif len(self.kinds) == 1 and list(self.plan.layers) == mine:
-                    leaves.append(leaf_of(blocks, place.names))
                 else:
-                    leaves.append(tuple(own(layer, place.names) for layer in mine))
+                    (kind,) = {places_of[layer][0] for layer in mine}
+                    leaves.append(leaf_of(stacks[kind], place.names))
         return leaves
 
 
