@@ -9,22 +9,23 @@ attains more than a clock that is always the highest.
 """
 
 import argparse
+import functools
 import json
 import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from jaxsys import __version__
 from jaxsys.errors import RunError, UsageError
-from jaxsys.files import check_writable
 from jaxsys.model.config import DecoderConfig
+from jaxsys.model.shapes import find_preset
 from jaxsys.options import Parser, whole
-from jaxsys.planner.cli import read_model
+from jaxsys.planner.cli import read_model, refuse_to_overwrite
 from jaxsys.results import table, write_result
 from jaxsys.serve.energy.governors import VALUE_BYTES
 from jaxsys.serve.energy.gpu_model import GPUS
@@ -42,6 +43,7 @@ from jaxsys.serve.simulation.deployments import (
 from jaxsys.serve.simulation.replay import (
     MOST_REQUESTS,
     Setting,
+    check_policies,
     figures,
     policy_named,
     simulate,
@@ -52,6 +54,10 @@ from jaxsys.serve.simulation.traces import Trace, read_trace, synthetic_trace
 
 POLICIES_TRIED = ("max", "ahead", "sweet-spot")
 MOST_GPUS = 4096
+RATE_PER_S = 10.0
+"""Of a synthetic load where none is asked for."""
+DTYPES = ("float32", "bfloat16")
+"""Forms of weights that `serve --dtype` takes; the others are those of `--quantise`."""
 NODE_GPUS = 8
 """Of one machine; instances beyond it are processes of a cluster."""
 
@@ -212,8 +218,21 @@ def chosen_of(judged: Sequence[Judged], target_pct: float) -> Judged | None:
     return min(keeping, key=lambda o: (o.deployment.gpus, o.energy_j_per_token), default=None)
 
 
-def halving(chosen: Judged, judged: Sequence[Judged], bounds: Bounds) -> list[str]:
-    """What it would take to halve the cost, the energy, and the share that comes too late."""
+def halving(
+    chosen: Judged,
+    judged: Sequence[Judged],
+    bounds: Bounds,
+    *,
+    longest: int,
+    roomiest: Callable[[int], int | None],
+) -> list[str]:
+    """What it would take to halve the cost, the energy, and the share that comes too late.
+
+    Args:
+        longest: tokens of a request.
+        roomiest: the most tokens that an instance of at most so many GPUs holds, 0 where the model
+            does not fit, None where no instance so small was asked for.
+    """
     lines = []
     gpus = chosen.deployment.gpus
     fewer = [one for one in judged if 2 * one.deployment.gpus <= gpus]
@@ -223,14 +242,22 @@ def halving(chosen: Judged, judged: Sequence[Judged], bounds: Bounds) -> list[st
             f"half the cost: {best.deployment.label} under {best.policy} attains "
             f"{best.attainment_pct:.1f} %"
         )
-    elif gpus >= 2:
+    elif gpus < 2:
+        lines.append("half the cost: it is one GPU")
+    elif (room := roomiest(gpus // 2)) is None:
+        lines.append("half the cost: no instance so small is allowed (--tensor-parallel)")
+    elif room < longest:
+        held = f"{room} tokens of a request of {longest}" if room else "not even the weights"
+        lines.append(
+            f"half the cost: memory is the reason; an instance of {gpus // 2} GPUs at most holds "
+            f"{held}"
+        )
+    else:
         share = min(1.0, bounds.least_rate(chosen.deployment) / 2)
         lines.append(
             f"half the cost: no deployment of {gpus // 2} GPUs passes the bound; they would serve "
             f"about {100 * share:.0f} % of the rate"
         )
-    else:
-        lines.append("half the cost: it is one GPU")
     least = min(judged, key=lambda one: one.energy_j_per_token)
     half_j = chosen.energy_j_per_token / 2
     if least.energy_j_per_token <= half_j:
@@ -262,16 +289,35 @@ def halving(chosen: Judged, judged: Sequence[Judged], bounds: Bounds) -> list[st
     return lines
 
 
+def placeholder_of(model: str) -> str | None:
+    """What stands for the folder of a preset's weights in a command; None for a folder."""
+    return None if Path(model).is_dir() else f"FOLDER_OF_{find_preset(model) or model}"
+
+
+def limit_of(one: Judged) -> dict[str, Any] | None:
+    """The power limit that the operator must set, as the server sets none; None without one."""
+    cap_w = policy_named(one.policy).cap_w
+    if cap_w is None:
+        return None
+    return {
+        "watts_each": cap_w,
+        "gpu": one.deployment.gpu,
+        "gpus": one.deployment.gpus,
+        "set_by": "the operator, before the server starts",
+        "command": ["nvidia-smi", "-pl", f"{cap_w:.0f}"],
+    }
+
+
 def command_of(model: str, one: Judged, slo: Slo) -> list[str]:
-    """The words that start a deployment."""
+    """The words that start a deployment; a power limit is none of them: see `limit_of`."""
     deployment = one.deployment
-    words = ["jaxsys", "serve", "--model", model]
+    words = ["jaxsys", "serve", "--model", placeholder_of(model) or model]
     words += ["--prefill", str(deployment.prefill), "--decode", str(deployment.decode)]
     words += ["--max-batch", str(deployment.max_batch)]
     if deployment.tensor_parallel > 1:
         words += ["--tensor-parallel", str(deployment.tensor_parallel)]
-    if deployment.weights == "bfloat16":
-        words += ["--dtype", "bfloat16"]
+    if deployment.weights in DTYPES:
+        words += ["--dtype", deployment.weights]
     else:
         words += ["--quantise", deployment.weights]
     words += ["--ttft-slo", f"{slo.ttft_s:g}", "--itl-slo", f"{slo.itl_s:g}"]
@@ -291,9 +337,12 @@ def manifest_of(model: str, one: Judged, slo: Slo) -> dict[str, Any]:
     roles = {"prefill": deployment.prefill, "decode": deployment.decode}
     if not deployment.decode:
         roles = {"both": deployment.prefill}
+    limit, placeholder = limit_of(one), placeholder_of(model)
     return {
         "jaxsys": __version__,
         "model": model,
+        **({} if placeholder is None else {"weights_needed": placeholder}),
+        **({} if limit is None else {"power_limit": limit}),
         "instances": [
             {"role": role, "count": count, "gpu": deployment.gpu,
              "gpus_each": deployment.tensor_parallel}
@@ -326,15 +375,15 @@ def listed(known: Sequence[str] | None = None) -> Callable[[str], list[str]]:
     """A type of options: names or numbers apart by commas."""
 
     def convert(text: str) -> list[str]:
-        names = [name.strip() for name in text.split(",") if name.strip()]
+        names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
         for name in names:
             if known is not None and name not in known:
                 raise argparse.ArgumentTypeError(f"{name!r} must be of {', '.join(known)}")
-            if known is None and not (name.isdigit() and int(name) > 0):
+            if known is None and not (name.isdecimal() and int(name) > 0):
                 raise argparse.ArgumentTypeError(f"{name!r} must be a whole number, at least 1")
         if not names:
             raise argparse.ArgumentTypeError("must name at least one")
-        return names
+        return names if known else list(dict.fromkeys(str(int(name)) for name in names))
 
     return convert
 
@@ -364,10 +413,12 @@ def parser(prog: str) -> argparse.ArgumentParser:
         help="of first tokens and of tokens, within them (default %(default)s)")  # fmt: skip
     add("--tensor-parallel", type=listed(), dest="ways", help="to try (default 1,2,4,8)")
     add("--weights", type=listed(tuple(VALUE_BYTES)), default=["bfloat16"],
-        help="forms to try, of bfloat16, int8, fp8 (default bfloat16)")  # fmt: skip
+        help=f"forms to try, of {', '.join(VALUE_BYTES)} (default bfloat16)")  # fmt: skip
     add("--max-batch", type=listed(), default=["128", "512"], help="to try (default 128,512)")
-    add("--policy", type=lambda text: text.split(","), default=list(POLICIES_TRIED),
-        help=f"clock policies to try (default {','.join(POLICIES_TRIED)})")  # fmt: skip
+    add("--policy", type=lambda text: list(dict.fromkeys(name.strip() for name in text.split(","))),
+        default=list(POLICIES_TRIED),
+        help=f"clock policies to try, as `jaxsys replay` takes them (default "
+        f"{','.join(POLICIES_TRIED)})")  # fmt: skip
     add("--replays", type=whole(), default=40, help="at most (default %(default)s)")
     add("--seconds", type=float, default=240.0, help="of replaying, at most (default %(default)s)")
     add("--json", action="store_true", help="print the record instead of the table")
@@ -384,7 +435,7 @@ def read_demand(options: argparse.Namespace) -> Trace:
             trace = trace.at_rate(options.rate_per_s)
         trace = trace.between(0.0, min(options.duration_s, trace.duration_s + 1e-9))
     else:
-        rate_per_s = 10.0 if options.rate_per_s is None else options.rate_per_s
+        rate_per_s = RATE_PER_S if options.rate_per_s is None else options.rate_per_s
         if rate_per_s * options.duration_s > MOST_REQUESTS:
             raise UsageError(
                 f"{rate_per_s * options.duration_s:,.0f} requests are too many to be replayed for "
@@ -418,14 +469,17 @@ def main(argv: Sequence[str], prog: str) -> int:
     gpus = parse_gpus(options.gpus)
     for path in (options.out, options.manifest):
         if path is not None:
-            check_writable(path)
-    for policy in options.policy:
-        policy_named(policy)
+            refuse_to_overwrite(path)
+    check_policies(options.policy)
     config = read_model(options.model)
     ways = check_model(config, [int(w) for w in options.ways] if options.ways else WAYS)
     trace = read_demand(options)
     slo = Slo(ttft_s=options.ttft_s, itl_s=options.itl_s, reserve=0.02)
     bounds = Bounds(config, demand_of(trace), slo)
+    modelled = [
+        bounds.gpu(kind, way, form) for kind in gpus for way in ways for form in VALUE_BYTES
+    ]
+    check_policies(options.policy, [gpu for gpu in modelled if gpu is not None])
     began_s = time.monotonic()
     known = list(
         candidates(
@@ -438,6 +492,14 @@ def main(argv: Sequence[str], prog: str) -> int:
     )
     _note(f"{lengths_summary(trace)}; {options.attainment_pct:g} % within {1e3 * slo.ttft_s:g} ms "
           f"to the first token and {1e3 * slo.itl_s:g} ms between tokens")  # fmt: skip
+    asked_per_s = options.rate_per_s
+    if asked_per_s is None and options.trace is None:
+        asked_per_s = RATE_PER_S
+    if asked_per_s is not None and abs(trace.rate_per_s / asked_per_s - 1) > 0.1:
+        _note(
+            f"the load replayed has {trace.rate_per_s:.3g} requests a second, not {asked_per_s:g}: "
+            f"{len(trace)} are few; a longer --duration comes nearer"
+        )
     if not known:
         raise RunError(_why_none(bounds, gpus, ways, options, trace))
     longest = int((trace.prompt_tokens + trace.output_tokens).max())
@@ -467,15 +529,22 @@ def main(argv: Sequence[str], prog: str) -> int:
         seconds=options.seconds,
         say=say,
     )
-    return report(options, found, bounds, trace, slo)
+    roomiest = functools.partial(_roomiest, bounds, gpus, ways, options.weights)
+    return report(options, found, bounds, trace, slo, roomiest)
 
 
 def report(
-    options: argparse.Namespace, found: Search, bounds: Bounds, trace: Trace, slo: Slo
+    options: argparse.Namespace,
+    found: Search,
+    bounds: Bounds,
+    trace: Trace,
+    slo: Slo,
+    roomiest: Callable[[int], int | None],
 ) -> int:
     """Prints what was found, and writes it; 1 where nothing keeps the targets."""
     best = frontier(found.judged)
     chosen = chosen_of(found.judged, options.attainment_pct)
+    longest = int((trace.prompt_tokens + trace.output_tokens).max())
     content: dict[str, Any] = {
         "config": {
             "model": options.model,
@@ -492,7 +561,9 @@ def report(
         "replays": len(found.judged),
         "cut_short": found.cut_short,
         "chosen": None if chosen is None else manifest_of(options.model, chosen, slo),
-        "halving": [] if chosen is None else halving(chosen, found.judged, bounds),
+        "halving": []
+        if chosen is None
+        else halving(chosen, found.judged, bounds, longest=longest, roomiest=roomiest),
     }
     if options.out is not None:
         write_result(options.out, benchmark="plan_serve", kind="simulated", **content)
@@ -524,13 +595,39 @@ def report(
     if not options.json:
         for line in content["halving"]:
             print(line)
-        print(f"\n{shlex.join(content['chosen']['command'])}")
+        print()
+        needed, limit = content["chosen"].get("weights_needed"), limit_of(chosen)
+        if needed is not None:
+            print(f"weights are needed: {needed} stands for the folder that has them")
+        if limit is not None:
+            print(
+                f"the server sets no power limit; set {limit['watts_each']:.0f} W on each of the "
+                f"{limit['gpus']} {limit['gpu']} first: {shlex.join(limit['command'])}"
+            )
+        print(shlex.join(content["chosen"]["command"]))
     return 0
 
 
 def _capacity(bounds: Bounds, deployment: Deployment) -> int:
     gpu = bounds.gpu(deployment.gpu, deployment.tensor_parallel, deployment.weights)
     return 0 if gpu is None else gpu.kv_capacity_tokens
+
+
+def _roomiest(
+    bounds: Bounds, kinds: Iterable[str], ways: Sequence[int], forms: Sequence[str], most: int
+) -> int | None:
+    """The most tokens that an instance of at most `most` GPUs holds; None where none is tried."""
+    held = [
+        0 if gpu is None else gpu.kv_capacity_tokens
+        for gpu in (
+            bounds.gpu(kind, way, form)
+            for kind in kinds
+            for way in ways
+            for form in forms
+            if way <= most
+        )
+    ]
+    return max(held, default=None)
 
 
 def _why_none(
@@ -543,12 +640,16 @@ def _why_none(
     """Why the bound lets nothing pass: bounds that no clock keeps, or what it would take."""
     reasons = []
     for kind, most in gpus.items():
-        for tensor_parallel in ways:
-            if tensor_parallel > most:
-                continue
-            gpu = bounds.gpu(kind, tensor_parallel, options.weights[0])
-            if gpu is None:
-                reasons.append(f"the model does not fit {tensor_parallel} {kind}")
+        sizes = [way for way in ways if way <= most]
+        if not sizes:
+            reasons.append(f"{most} {kind} are fewer than the {min(ways)} of an instance")
+        elif not _roomiest(bounds, [kind], sizes, options.weights, most):
+            reasons.append(_does_not_fit(bounds, kind, most, max(sizes), options.weights))
+            continue
+        for tensor_parallel in sizes:
+            form = next((f for f in options.weights if bounds.gpu(kind, tensor_parallel, f)), None)
+            gpu = None if form is None else bounds.gpu(kind, tensor_parallel, form)
+            if form is None or gpu is None:
                 continue
             setting = Setting(
                 gpu=gpu,
@@ -560,13 +661,23 @@ def _why_none(
             one = Deployment(gpu=kind, tensor_parallel=tensor_parallel,
                              prefill=most // tensor_parallel, decode=0,
                              max_batch=max(int(b) for b in options.max_batch),
-                             weights=options.weights[0])  # fmt: skip
+                             weights=form)  # fmt: skip
             why = complaints[0] if complaints else bounds.of(one).why_not
             if why is not None:
                 share = bounds.least_rate(one)
                 more = f" (they serve about {100 * share:.0f} % of the rate)" if share else ""
                 reasons.append(f"on {one.label}: {why}{more}")
     return "no deployment can do: " + ("; ".join(reasons[:3]) or "too few GPUs")
+
+
+def _does_not_fit(bounds: Bounds, kind: str, most: int, way: int, forms: Sequence[str]) -> str:
+    """That the model does not fit an instance of `way` of `most` GPUs, and in which form it
+    would."""
+    of = "" if way == most else f", the most of {most} that one instance takes"
+    context = max(1, round(bounds.demand.context))  # weights beside which nothing fits are no help
+    fit = [f for f in VALUE_BYTES if (_roomiest(bounds, [kind], [way], [f], way) or 0) >= context]
+    would = f"; with --weights {' or '.join(fit)} it would" if fit else ""
+    return f"the model does not fit {way} {kind}{of}, in {' or '.join(forms)}{would}"
 
 
 def _note(text: str) -> None:

@@ -71,7 +71,7 @@ def policy_named(name: str) -> Policy:
     """
     if name in POLICIES:
         return POLICIES[name]
-    if name.startswith("cap-") and name[4:].isdigit():
+    if name.startswith("cap-") and name[4:].isdecimal():
         return Policy(clock="max", cap_w=float(name[4:]))
     clock, plus, route = name.partition("+")
     if clock not in CLOCK_POLICIES:
@@ -183,14 +183,19 @@ def simulate(
 def _capped(setting: Setting, cap_w: float) -> Setting:
     """The setting with GPUs whose power is limited: the driver lowers the clock until it holds."""
     gpu = setting.gpu
+    _check_limit(cap_w, gpu)
+    limited = SimulatedGpu(replace(gpu.spec, power_cap_w=cap_w), gpu.shape, gpu.engine)
+    return replace(setting, gpu=limited, cluster=replace(setting.cluster, gpu=limited))
+
+
+def _check_limit(cap_w: float, gpu: SimulatedGpu) -> None:
+    """Raises UsageError for a power limit that a GPU cannot have."""
     idle_w = gpu.idle_power_w(gpu.spec.min_mhz) / gpu.gpus
     if not idle_w < cap_w <= gpu.spec.power_cap_w:
         raise UsageError(
-            f"a limit of {cap_w:.0f} W must lie above the {idle_w:.0f} W that {gpu.spec.name} "
-            f"idles at and be at most its {gpu.spec.power_cap_w:.0f} W"
+            f"policy cap-{cap_w:.0f}: a limit of {cap_w:.0f} W must lie above the {idle_w:.0f} W "
+            f"that {gpu.spec.name} idles at and be at most its {gpu.spec.power_cap_w:.0f} W"
         )
-    limited = SimulatedGpu(replace(gpu.spec, power_cap_w=cap_w), gpu.shape, gpu.engine)
-    return replace(setting, gpu=limited, cluster=replace(setting.cluster, gpu=limited))
 
 
 def figures(result: ReplayResult, slo: Slo) -> dict[str, float]:
@@ -226,7 +231,7 @@ def compare(
     sample_every_s: float | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Replays every policy, the static maximum always first, and states savings against it."""
-    check_policies(policies)
+    check_policies(policies, [setting.gpu])
     names = ["max", *(name for name in policies if name != "max")]
     rows: dict[str, dict[str, Any]] = {}
     trained = functools.cache(functools.partial(make_predictor, setting))
@@ -251,10 +256,14 @@ def compare(
     return rows
 
 
-def check_policies(names: Sequence[str]) -> None:
-    """Raises UsageError for a policy's name that is not known."""
+def check_policies(names: Sequence[str], gpus: Sequence[SimulatedGpu] = ()) -> None:
+    """Raises UsageError for a policy's name that is not known, or a power limit that one of `gpus`
+    cannot have."""
     for name in names:
-        policy_named(name)
+        cap_w = policy_named(name).cap_w
+        if cap_w is not None:
+            for gpu in gpus:
+                _check_limit(cap_w, gpu)
 
 
 def unmeetable(trace: Trace, setting: Setting) -> list[str]:
@@ -436,6 +445,7 @@ def main(argv: Sequence[str], prog: str) -> int:
         slo=slo,
         predictor=arguments.predictor,
     )
+    check_policies(policies, [chosen.gpu])
     if arguments.trace is not None:
         trace = read_trace(arguments.trace)
         if arguments.rate_per_s is not None:

@@ -1,15 +1,28 @@
 """`jaxsys plan serve`: bounds that hold, a frontier, and refusals that say what it would take."""
 
 import json
+import shlex
 from dataclasses import replace
 
 import pytest
 
 from jaxsys import cli
 from jaxsys.model import preset
+from jaxsys.serve.cli import parser as serve_parser
+from jaxsys.serve.energy.governors import VALUE_BYTES
 from jaxsys.serve.energy.slo import Slo
+from jaxsys.serve.simulation import plan_serve
 from jaxsys.serve.simulation.deployments import Bounds, Deployment, candidates, demand_of
-from jaxsys.serve.simulation.plan_serve import Judged, chosen_of, frontier, judge
+from jaxsys.serve.simulation.plan_serve import (
+    Judged,
+    chosen_of,
+    command_of,
+    frontier,
+    halving,
+    judge,
+    listed,
+    manifest_of,
+)
 from jaxsys.serve.simulation.traces import synthetic_trace
 
 CONFIG = preset("Llama-3-8B")
@@ -101,15 +114,15 @@ def test_the_command_prints_a_frontier_and_what_starts_the_choice(tmp_path, caps
     assert run(*SHORT, "--gpus", "h100=2", "--out", str(out), "--manifest", str(manifest)) == 0
     text = capsys.readouterr()
     assert "J a token" in text.out and "half the energy" in text.out
-    assert "jaxsys serve --model Llama-3-8B --prefill 1 --decode 0" in text.out
+    assert "jaxsys serve --model FOLDER_OF_Llama-3-8B --prefill 1 --decode 0" in text.out
+    assert "weights are needed: FOLDER_OF_Llama-3-8B stands for the folder" in text.out
     record, chosen = json.loads(out.read_text()), json.loads(manifest.read_text())
     assert record["kind"] == "simulated" and len(record["rows"]) == record["replays"] <= 4
     assert chosen == record["chosen"]
+    assert chosen["weights_needed"] == "FOLDER_OF_Llama-3-8B" and "power_limit" not in chosen
     assert chosen["instances"] == [{"role": "both", "count": 1, "gpu": "h100", "gpus_each": 1}]
     # What it prints is a command of the server.
-    from jaxsys.serve.cli import parser
-
-    options = parser("jaxsys serve").parse_args(chosen["command"][2:])
+    options = serve_parser("jaxsys serve").parse_args(chosen["command"][2:])
     assert (options.prefill, options.decode, options.clocks) == (1, 0, "control")
 
 
@@ -123,13 +136,105 @@ def test_the_command_prints_a_frontier_and_what_starts_the_choice(tmp_path, caps
         (["--itl-slo", "0.001"], 1, "ITL of 1 ms cannot be met"),
         (["--gpus", "h100=1", "--rate", "400", "--duration", "2"], 1, "% of the rate"),
         (["--policy", "magic"], 2, "policy 'magic' is not known"),
+        (["--policy", "ahead+magic"], 2, "router 'magic' is not known; use one of fewest"),
+        (["--policy", "magic+energy"], 2, "use one of max, sweet-spot"),
+        (["--policy", "max,cap-0"], 2, "must lie above the"),
+        (["--policy", "max,cap-50"], 2, "be at most its 700 W"),
+        (["--policy", "max,cap-701"], 2, "be at most its 700 W"),
+        (["--weights", "int5"], 2, "must be of float32, bfloat16, int8, fp8"),
     ],
 )
-def test_refusals_say_why(arguments, code, message, capsys):
+def test_refusals_say_why(arguments, code, message, capsys, monkeypatch):
+    monkeypatch.setattr(plan_serve, "search", None)  # none is found by replaying
     assert run(*SHORT, *arguments) == code
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--out", "--manifest"])
+def test_files_that_cannot_be_written_are_refused_before_replays(
+    option, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(plan_serve, "search", None)
+    assert run(*SHORT, option, str(tmp_path / "none" / "a.json")) == 2
+    error = capsys.readouterr().err
+    assert f"folder {tmp_path / 'none'} does not exist" in error and error.count("\n") == 1
+    assert not (tmp_path / "none").exists()
+    (tmp_path / "a.json").write_text("mine")
+    assert run(*SHORT, option, str(tmp_path / "a.json")) == 2
+    assert "exists and is not overwritten" in capsys.readouterr().err
+
+
+def test_a_power_limit_is_said_beside_the_command(capsys, tmp_path, monkeypatch):
+    def capped(*arguments, **options):
+        return replace(judged(1, 0.1, 100.0), policy="cap-400")
+
+    monkeypatch.setattr(plan_serve, "judge", capped)
+    manifest = tmp_path / "manifest.json"
+    assert run(*SHORT, "--gpus", "h100=1", "--policy", "cap-400", "--manifest", str(manifest)) == 0
+    *_, limit, command = capsys.readouterr().out.splitlines()
+    assert "set 400 W on each of the 1 h100 first: nvidia-smi -pl 400" in limit
+    chosen = json.loads(manifest.read_text())
+    assert shlex.split(command) == chosen["command"]
+    assert chosen["power_limit"]["watts_each"] == 400 and chosen["power_limit"]["gpus"] == 1
+    assert chosen["power_limit"]["command"] == ["nvidia-smi", "-pl", "400"]
+    assert chosen["predicted"]["policy"] == "cap-400"
+
+
+@pytest.mark.parametrize("weights", VALUE_BYTES)
+def test_every_form_of_weights_is_a_command_of_the_server(weights):
+    one = replace(judged(1, 0.1, 100.0), deployment=replace(ONE, weights=weights))
+    options = serve_parser("jaxsys serve").parse_args(command_of("Llama-3-8B", one, Slo())[2:])
+    assert weights in (options.dtype, options.quantisation)
+    assert None in (options.dtype, options.quantisation)
+
+
+def test_help_lists_the_forms_of_weights(capsys):
+    with pytest.raises(SystemExit):
+        run("--help")
+    assert "forms to try, of float32, bfloat16, int8, fp8" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
+def test_a_folder_is_named_as_it_is(tmp_path):
+    found = manifest_of(str(tmp_path), judged(1, 0.1, 100.0), Slo())
+    assert str(tmp_path) in found["command"] and "weights_needed" not in found
+
+
+def test_what_is_named_twice_is_counted_once():
+    assert listed()("128, 512,0128") == ["128", "512"]
+    assert listed(tuple(VALUE_BYTES))("int8,bfloat16,int8") == ["int8", "bfloat16"]
+
+
+@pytest.mark.parametrize(
+    ("room", "said"),
+    [
+        (None, "no instance so small is allowed"),
+        (0, "memory is the reason; an instance of 2 GPUs at most holds not even the weights"),
+        (900, "holds 900 tokens of a request of 1000"),
+        (9000, "no deployment of 2 GPUs passes the bound"),
+    ],
+)
+def test_half_the_cost_says_when_memory_is_the_reason(room, said):
+    one = judged(4, 0.1, 100.0)
+    assert said in halving(one, [one], BOUNDS, longest=1000, roomiest=lambda gpus: room)[0]
+
+
+@pytest.mark.parametrize(("factor", "said"), [(1.2, True), (1.05, False)])
+def test_a_load_far_from_the_rate_asked_for_is_said(factor, said, capsys, monkeypatch):
+    monkeypatch.setattr(
+        plan_serve, "synthetic_trace", lambda **asked: TRACE.at_rate(asked["rate_per_s"] * factor)
+    )
+    monkeypatch.setattr(plan_serve, "judge", lambda *_, **__: judged(1, 0.1, 100.0))
+    assert run(*SHORT) == 0
+    error = capsys.readouterr().err
+    assert ("the load replayed has 24 requests a second, not 20" in error) == said
+
+
 def test_a_model_that_fits_no_gpu_is_said(capsys):
     assert cli.main(["plan", "serve", "Llama-3-70B", "--gpus", "h100=1", *SHORT]) == 1
-    assert "the model does not fit 1 h100" in capsys.readouterr().err
+    assert "the model does not fit 1 h100, in bfloat16" in capsys.readouterr().err
+    arguments = ["--gpus", "h100=2", "--weights", "float32", *SHORT]
+    assert cli.main(["plan", "serve", "Llama-3-70B", *arguments]) == 1
+    said = "the model does not fit 2 h100, in float32; with --weights bfloat16 or int8 or"
+    assert said in capsys.readouterr().err

@@ -110,6 +110,12 @@ def test_a_power_limit_is_a_policy_to_compare_with():
             compare(LIGHT, setting("h100"), [f"cap-{watts}"])
 
 
+def test_a_power_limit_out_of_range_is_refused_before_the_header(capsys):
+    assert run("--policy", "max,cap-50", "--duration", "5") == 2
+    error = capsys.readouterr().err
+    assert "policy cap-50: a limit of 50 W must lie above" in error and error.count("\n") == 1
+
+
 # --- command line -----------------------------------------------------------------------------
 
 
