@@ -9,6 +9,7 @@ What a schema says and llguidance cannot hold is refused: nothing is loosened.
 """
 
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -23,8 +24,58 @@ MAX_GRAMMAR = 1 << 18
 """Characters of a grammar: what is longer would be built for seconds."""
 KEPT = 64
 """Grammars that are kept ready; to begin a request is then a copy."""
+MAX_NUMBER = 2**53 - 1
+"""Of a schema: llguidance reads numbers as float64, which would round larger ones."""
+MAX_REFERENCES = 200
+"""`$ref`s of a schema, and definitions."""
+MAX_DEPTH = 64
+"""Of objects and lists within each other, in a schema."""
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"
 """Between the parts of a JSON text: a bound, since models may go on with it for ever."""
+NO_WAY_ON = "NoExtensionBias"
+"""What llguidance calls it where no token can come next."""
+_ADVICE = re.compile(r"\. Enable '\w+' option[^.]*")
+
+
+def check_schema(schema: Any) -> None:
+    """Refuses, before llguidance sees it, a schema that it would round or that is too large for it.
+
+    Raises:
+        UsageError: if a number is too large, or there are too many references or levels.
+    """
+    references = definitions = 0
+    left: list[tuple[Any, str, int]] = [(schema, "schema", 0)]
+    while left:
+        value, name, depth = left.pop()
+        if isinstance(value, Mapping):
+            references += isinstance(value.get("$ref"), str)
+            for key in ("$defs", "definitions"):
+                inner = value.get(key)
+                definitions += len(inner) if isinstance(inner, Mapping) else 0
+            left += [(one, str(key), depth + 1) for key, one in value.items()]
+        elif isinstance(value, list | tuple):
+            left += [(one, name, depth + 1) for one in value]
+        elif isinstance(value, int | float) and not abs(value) <= MAX_NUMBER:
+            raise UsageError(
+                f"the schema's {name[:60]} has {_shown(value)}: a number beyond {MAX_NUMBER} "
+                f"(2**53 - 1) would be rounded; write it as a string"
+            )
+        if depth > MAX_DEPTH:
+            raise UsageError(
+                f"the schema is nested deeper than {MAX_DEPTH} levels; make it flatter"
+            )
+    for count, what in ((references, "$refs"), (definitions, "$defs entries")):
+        if count > MAX_REFERENCES:
+            raise UsageError(
+                f"the schema has {count} {what}; at most {MAX_REFERENCES} are taken: write schemas "
+                f"out where they are used, or split it"
+            )
+
+
+def _shown(number: float) -> str:
+    if isinstance(number, int) and number.bit_length() > 128:
+        return f"an integer of {number.bit_length()} bits"
+    return str(number)
 
 
 def of_json_schema(
@@ -35,9 +86,13 @@ def of_json_schema(
     Args:
         whitespace: regular expression of what may stand between parts.
         compact: whether nothing may.
+
+    Raises:
+        UsageError: if it cannot be read, or `check_schema` refuses it.
     """
     from llguidance import LLMatcher
 
+    check_schema(schema)
     # A schema could ask llguidance itself to be lenient: these are read last.
     options: Any = {"lenient": False, "coerce_one_of": False}
     if compact:
@@ -82,9 +137,27 @@ def of_lark(text: str) -> str:
     from llguidance.gbnf_to_lark import any_to_lark
 
     try:
-        return LLMatcher.grammar_from_lark(any_to_lark(text))
+        lark = any_to_lark(text)
+        _check_inner(lark)
+        return LLMatcher.grammar_from_lark(lark)
+    except UsageError:
+        raise
     except Exception as error:  # noqa: BLE001 - a parser of others' texts
         raise UsageError(f"the grammar cannot be read: {_line(error)}") from None
+
+
+def _check_inner(lark: str) -> None:
+    """Refuses what `check_schema` does in schemas that stand in a Lark text."""
+    for found in re.finditer(r"%json\s*", lark):
+        try:
+            schema, _ = json.JSONDecoder().raw_decode(lark, found.end())
+        except ValueError:  # no schema: llguidance says so, where it reads one there
+            continue
+        except RecursionError:
+            raise UsageError(
+                f"the schema is nested deeper than {MAX_DEPTH} levels; make it flatter"
+            ) from None
+        check_schema(schema)
 
 
 def quoted(text: str) -> str:
@@ -161,7 +234,7 @@ class Grammars:
         """Reads the vocabulary, for up to 1.5 s, and makes a grammar ready.
 
         Raises:
-            UsageError: if the grammar is none, or says what cannot be held.
+            UsageError: if the grammar is none, says what cannot be held, or admits no text.
         """
         with self._lock:
             vocabulary = self._read_vocabulary()
@@ -209,8 +282,7 @@ class Grammars:
                 ) from None
         return self._vocabulary
 
-    @staticmethod
-    def _build(vocabulary: Any, grammar: str) -> Any:
+    def _build(self, vocabulary: Any, grammar: str) -> Any:
         from llguidance import LLMatcher
 
         if len(grammar) > MAX_GRAMMAR:
@@ -227,8 +299,30 @@ class Grammars:
                 f"the grammar or schema cannot be held: {_line(matcher.get_error())}; leave that "
                 f"out or say it otherwise"
             )
+        self._begins(matcher)
         return matcher
+
+    def _begins(self, matcher: Any) -> None:
+        """Refuses a grammar that no text can begin."""
+        row = np.zeros((1, self.words), np.int32)
+        try:
+            self._follower(matcher.deep_copy()).fill(row)
+        except ValueError as error:
+            if NO_WAY_ON not in str(error):
+                raise UsageError(f"the grammar or schema cannot be held: {error}") from None
+            row[:] = 0
+        ends = self._tokenizer.eos_ids
+        if not any(
+            token not in ends
+            for token in np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little"))
+        ):
+            raise UsageError(
+                "the grammar or schema admits no text: there is nothing it could begin with; write "
+                "it so that some text fits"
+            )
 
 
 def _line(error: object) -> str:
-    return " ".join(str(error).split())[:300]
+    """What llguidance says, without its state behind it or its own options."""
+    text = _ADVICE.sub("", str(error).partition("<state>")[0])
+    return " ".join(text.split())[:300]

@@ -41,7 +41,7 @@ class Choice:
         return "tool_calls" if called else self.finish_reason
 
     called: bool = False
-    """Whether there was a call so far."""
+    """Whether there were calls so far, all of them whole."""
 
 
 @dataclasses.dataclass(slots=True)

@@ -795,7 +795,7 @@ class _Answer:
                     offset=offset,
                     prompt=prompt,
                     said=said if said is not None or self._reader is None else Said(),
-                    called=self._reader is not None and self._reader.called,
+                    called=self._reader is not None and self._reader.whole,
                 )
                 offset += len(part)
                 if reason is not None:

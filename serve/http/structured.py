@@ -106,6 +106,8 @@ def _of_json(schema: Any, options: Mapping[str, Any]) -> str:
             schema = json.loads(schema)
         except ValueError as error:
             raise UsageError(f"the schema is no JSON: {error}") from None
+        except RecursionError:
+            raise UsageError("the schema is nested too deep; make it flatter") from None
     if not isinstance(schema, Mapping | bool):
         raise UsageError("a JSON schema must be an object, or its text")
     pattern = options.get("whitespace_pattern")
@@ -124,11 +126,15 @@ _COMBINED = ("allOf", "anyOf", "oneOf", "$ref")
 
 
 def closed(schema: Any) -> Any:
-    """A schema whose objects have no other properties than those that are named.
+    """A schema whose objects have no other properties than those that are named, or have a pattern.
 
     Where parts of an object stand in several schemas, closing one would shut out the others': those
     stay as they are, and so does a schema that has `allOf` anywhere.
+
+    Raises:
+        UsageError: as `grammars.check_schema`.
     """
+    grammars.check_schema(schema)
     return schema if "allOf" in _words(schema) else _closed(schema)
 
 
@@ -145,7 +151,8 @@ def _closed(schema: Any) -> Any:
         return [_closed(one) for one in schema]
     if not isinstance(schema, Mapping):
         return schema
-    spread = "properties" in schema and any(name in schema for name in _COMBINED)
+    listed = "properties" in schema or "patternProperties" in schema
+    spread = listed and any(name in schema for name in _COMBINED)
     found: dict[str, Any] = {}
     for name, value in schema.items():
         if name in ("const", "enum", "default", "examples") or (spread and name in _COMBINED):
@@ -155,6 +162,6 @@ def _closed(schema: Any) -> Any:
             found[name] = {key: _closed(one) for key, one in inner.items()} or value
         else:
             found[name] = _closed(value)
-    if "properties" in found and not spread and "patternProperties" not in found:
+    if listed and not spread:
         found.setdefault("additionalProperties", False)
     return found

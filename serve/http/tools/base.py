@@ -125,6 +125,11 @@ class Reader:
         """Whether there was a call."""
         return self._calls > 0
 
+    @property
+    def whole(self) -> bool:
+        """Whether there were calls, and the last one's arguments did not break off."""
+        return self.called and self._scan is None
+
     def push(self, text: str, *, special: bool = False) -> Said:
         """What has become certain with the next token's text."""
         if special and text not in (*self.marks, THINK, UNTHINK):

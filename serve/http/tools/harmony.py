@@ -26,6 +26,12 @@ class _Reader(Reader):
     def reasoning(self) -> bool:
         return self.mode == "body" and self._to == self._reason
 
+    def _pass_on(self, text: str) -> None:
+        super()._pass_on(text)
+        # The mark behind a call may end the answer, and is no text then.
+        if self._scan is not None and self._scan.push(text)[1]:
+            self._scan = None
+
     def _turn(self, last: bool) -> bool:
         if self.mode == "start":  # of a message's head
             begun = self._buffer.lstrip()
@@ -55,10 +61,9 @@ class _Reader(Reader):
             self.mode = "body"
             return bool(self._buffer)
         if self._until((*ENDS, START), self._to, last) is None:
-            if last and self._to == self._pass_on:
-                self._scan = None
             return False
         self.finished = self._calls
+        self._scan = None
         self._space = ""
         self.mode = "start"
         return bool(self._buffer)

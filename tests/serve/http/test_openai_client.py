@@ -101,6 +101,16 @@ def test_a_call_that_is_required_is_made(server, client):
     assert name == "clock" and arguments["days"] == 2
 
 
+def test_a_call_that_a_stop_text_breaks_off_is_none(server):
+    body = {"messages": USER, "tools": TOOLS, "tool_choice": "required", "max_tokens": 200}
+    answer = server.post("/v1/chat/completions", body | {"stop": '"days"', "seed": 7})
+    assert answer.status_code == 200, answer.text
+    (choice,) = answer.json()["choices"]
+    (call,) = choice["message"]["tool_calls"]
+    assert choice["finish_reason"] == "stop"
+    assert call["function"]["arguments"].startswith('{"place"')
+
+
 def test_calls_are_found_in_free_answers(server, client):
     form = {"guided_choice": [f"Well.\n{CALL}\n{CALL}"]}
     choice = ask(server, client, tools=TOOLS, extra_body=form, parallel_tool_calls=True, seed=8)

@@ -5,10 +5,12 @@ import dataclasses
 import json
 import re
 
+import llguidance
 import numpy as np
 import pytest
 
 from jaxsys.serve.deployment import DeploymentConfig
+from jaxsys.serve.grammars import Follower, of_json_schema
 from jaxsys.serve.http.structured import closed
 
 APART = DeploymentConfig(
@@ -157,12 +159,77 @@ def test_a_completion_streams_its_last_token_too(servers):
         ({"response_format": {"type": "xml"}}, "json_schema"),
         ({"response_format": {"type": "json_schema"}}, "schema"),
         ({"guided_regex": "a" * 300_000}, "at most"),
+        ({"guided_json": {"$ref": "#"}}, "admits no text"),
+        ({"guided_regex": r"[^\s\S]"}, "admits no text"),
+        ({"guided_grammar": "start: start"}, "admits no text"),
+        ({"guided_grammar": 'start: ""'}, "admits no text"),
+        ({"guided_choice": [""]}, "none empty"),
     ],
 )
 def test_what_cannot_be_held_is_refused(servers, fields, says):
     answer = servers[0].post("/v1/chat/completions", chat(**fields))
     assert answer.status_code == 400
     assert says in answer.json()["error"]["message"]
+
+
+TOO_LARGE = 2**53 + 1
+FLAT = {"type": "object", "properties": {f"a{at}": {"$ref": "#/$defs/a"} for at in range(201)}}
+
+
+def deep(levels):
+    return {"items": deep(levels - 1)} if levels else {}
+
+
+@pytest.mark.parametrize(
+    "schema, says",
+    [
+        ({"const": TOO_LARGE}, "const has 9007199254740993"),
+        ({"enum": ["a", [-TOO_LARGE]]}, "enum has -9007199254740993"),
+        ({"properties": {"a": {"type": "integer", "minimum": TOO_LARGE}}}, "minimum"),
+        ({"type": "number", "maximum": float(TOO_LARGE)}, "write it as a string"),
+        ({"type": "string", "maxLength": TOO_LARGE}, "2**53 - 1"),
+        (FLAT | {"$defs": {"a": {"type": "null"}}}, "201 $refs; at most 200"),
+        ({"$defs": {f"a{at}": {} for at in range(201)}}, "201 $defs entries"),
+        (deep(65), "64 levels"),
+    ],
+)
+def test_schemas_beyond_the_bounds_never_reach_the_library(servers, monkeypatch, schema, says):
+    monkeypatch.setattr(llguidance, "LLMatcher", None)  # to call it fails, with another message
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    function = {"name": "a", "parameters": {"type": "object", "properties": {}} | schema}
+    tools = [{"type": "function", "function": function}]
+    for fields in (
+        {"response_format": form},
+        {"guided_json": schema},
+        {"guided_json": json.dumps(schema)},
+        {"guided_grammar": f"start: %json {json.dumps(schema)}"},
+        {"tools": tools, "tool_choice": "required"},
+    ):
+        answer = servers[0].post("/v1/chat/completions", chat(**fields))
+        assert answer.status_code == 400, fields
+        assert says in answer.json()["error"]["message"]
+
+
+def test_schemas_within_the_bounds_are_taken():
+    for schema in ({"const": 2**53 - 1}, {"enum": [True, "9007199254740993"]}, deep(64)):
+        of_json_schema(schema)
+
+
+def test_reasons_hold_neither_advice_nor_state(servers):
+    either = {"oneOf": [{"type": "integer"}, {"type": "number"}]}
+    answer = servers[0].post("/v1/chat/completions", chat(guided_json=either))
+    message = answer.json()["error"]["message"]
+    assert answer.status_code == 400 and "oneOf" in message and "coerce" not in message
+
+    class Lost:
+        def consume_tokens(self, tokens):
+            return False
+
+        def get_error(self):
+            return "Too\ncomplex\n<state>\nParser: {}"
+
+    with pytest.raises(ValueError, match="cannot be followed: Too complex$"):
+        Follower(Lost(), 1).follow([1])
 
 
 def test_objects_are_closed_where_that_shuts_nothing_out():
@@ -173,11 +240,13 @@ def test_objects_are_closed_where_that_shuts_nothing_out():
     for left in (
         {"properties": {"allOf": {}}, "allOf": [a]},
         {"properties": {"b": {}}, "anyOf": [a]},
-        {"properties": {"b": {}}, "patternProperties": {"^x": {}}},
+        {"patternProperties": {"^x": {}}, "anyOf": [a]},
         {"enum": [{"properties": 1}]},
         True,
     ):
         assert closed(left) == left
+    for named in ({}, {"properties": {"b": {}}}):
+        assert closed(named | {"patternProperties": {"^x": {}}})["additionalProperties"] is False
     assert closed({"anyOf": [a]})["anyOf"][0]["additionalProperties"] is False
 
 

@@ -124,6 +124,17 @@ def test_calls_in_another_order_and_broken_ones():
     assert read("llama3", unknown, 2).content == unknown
 
 
+@pytest.mark.parametrize("family", WRITTEN)
+def test_a_call_that_breaks_off_is_not_whole(family):
+    text = call_of(family, OSLO)
+    for cut in (text, text[: text.index("Os")]):
+        reader = FORMATS[format_of(TEMPLATES[family]).name].reader([WEATHER], "no")
+        for character in cut:
+            reader.push(character)
+        reader.close()
+        assert reader.whole == (cut == text)
+
+
 def test_special_tokens_that_say_nothing_are_dropped():
     reader = FORMATS["hermes"].reader([WEATHER], "no")
     assert not reader.push("<|im_end|>", special=True)
