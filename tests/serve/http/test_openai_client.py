@@ -108,7 +108,7 @@ def test_a_call_that_a_stop_text_breaks_off_is_none(server):
     (choice,) = answer.json()["choices"]
     (call,) = choice["message"]["tool_calls"]
     assert choice["finish_reason"] == "stop"
-    assert call["function"]["arguments"].startswith('{"place"')
+    assert '"place"' in call["function"]["arguments"] and "days" not in str(call)
 
 
 def test_calls_are_found_in_free_answers(server, client):
