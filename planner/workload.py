@@ -118,8 +118,11 @@ class BlockWork:
         Raises:
             UsageError: if that is not known.
         """
-        whole = self.experts is None or experts == 1
-        for name, found in self.traced if whole else self.experts.traced(experts):
+        if self.experts is None or experts == 1:
+            traced = self.traced
+        else:
+            traced = self.experts.traced(experts)
+        for name, found in traced:
             if name == policy:
                 return found
         kept = {

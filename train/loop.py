@@ -91,24 +91,26 @@ def fit(
     if not (isinstance(steps, int) and steps >= 1):
         raise UsageError(f"steps={steps} must be a whole number, at least 1")
     given: Any = (saving or Saving(), telling or Telling(), ending or Ending())
-    groups: Any = with_fields(given, named)
-    saving, telling, ending = groups
-    if (saving.resume or telling.profile or telling.tensorboard) and saving.folder is None:
+    where: Saving
+    shown: Telling
+    end: Ending
+    where, shown, end = with_fields(given, named)
+    if (where.resume or shown.profile or shown.tensorboard) and where.folder is None:
         raise UsageError("resume, profile and tensorboard need a folder")
     loop = _Loop(
         trainer=trainer,
-        steps=steps if ending.stop_at is None else min(steps, ending.stop_at),
-        saving=saving,
-        telling=telling,
-        folder=None if saving.folder is None else Path(saving.folder).absolute(),
-        shown=telling.progress and jax.process_index() == 0,
+        steps=steps if end.stop_at is None else min(steps, end.stop_at),
+        saving=where,
+        telling=shown,
+        folder=None if where.folder is None else Path(where.folder).absolute(),
+        shown=shown.progress and jax.process_index() == 0,
     )
     with contextlib.ExitStack() as stack:
         loop.open(stack)
         peers = stack.enter_context(
-            PeerMonitor(lost_after_s=ending.lost_after_s, last_word=loop.last_checkpoint)
+            PeerMonitor(lost_after_s=end.lost_after_s, last_word=loop.last_checkpoint)
         )
-        watchdog = stack.enter_context(Watchdog(ending.hang_timeout_s, explain=peers.explain))
+        watchdog = stack.enter_context(Watchdog(end.hang_timeout_s, explain=peers.explain))
         stop = stack.enter_context(StopRequest())
         try:
             return loop.run(data, stop, watchdog)

@@ -328,7 +328,8 @@ class Trainer:
         shape = (self.rows,)
         sharding = NamedSharding(self.mesh, PartitionSpec(batch_axes(self.mesh)))
         indices = sharding.addressable_devices_indices_map(shape).values()
-        return sorted({row for (index,) in indices for row in range(*index.indices(self.rows))})
+        parts = [index[0] for index in indices if index is not None]
+        return sorted({row for part in parts for row in range(*part.indices(self.rows))})
 
     def batches(self, data: Batches) -> Iterator[PyTree]:
         """The run's next batches, placed; only this process's rows are read."""

@@ -72,7 +72,7 @@ def is_linear(equation: Any) -> bool:
         closed = jax.make_jaxpr(pulled)(shapes, outputs)
     except UNKNOWN:  # of the user's own
         return True
-    parts: list[Part] = ["none"] * len(shapes) + ["linear"] * len(outputs)
+    parts: list[Part] = [*("none" for _ in shapes), *("linear" for _ in outputs)]
     return "other" not in _followed(closed.jaxpr, closed.consts, parts)
 
 
@@ -164,11 +164,13 @@ def _scan(equation: Any, parts: list[Part]) -> list[Part]:
     moving = parts[consts : consts + carry]
     for _ in range(_MOST_ROUNDS):
         found = _followed(*body, [*parts[:consts], *moving, *parts[consts + carry :]])
-        joined = [a if a == b else _carried(a, b) for a, b in zip(moving, found, strict=False)]
+        joined: list[Part] = [
+            a if a == b else _carried(a, b) for a, b in zip(moving, found, strict=False)
+        ]
         if joined == moving:
             return [*moving, *found[carry:]]
         moving = joined
-    return ["linear"] * len(equation.outvars)
+    return ["linear" for _ in equation.outvars]
 
 
 def _carried(before: Part, after: Part) -> Part:

@@ -206,8 +206,9 @@ class Followed:
             inside = self.jaxpr(*body, [*given, *alone])
             return [Along(0) if isinstance(s, Same) else s for s in inside]
         moving = list(states[consts : consts + carry])
+        each = [row for row in rows if row is not None]
         for _ in range(_MOST_ROUNDS):
-            found = self.jaxpr(*body, [*given, *moving, *rows])
+            found = self.jaxpr(*body, [*given, *moving, *each])
             joined = [_joined(a, b) for a, b in zip(moving, found[:carry], strict=True)]
             if joined == moving:
                 return [*moving, *(_stacked(state) for state in found[carry:])]
