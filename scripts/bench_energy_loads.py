@@ -97,7 +97,6 @@ def cluster_of(options: argparse.Namespace) -> ClusterConfig:
         max_length=options.max_length,
     )
     shapes = ExecutorConfig.for_scheduler(scheduler)
-    host = {k: v for k, v in FOUND_BEFORE.items() if k != "front_s"}
     return ClusterConfig(
         gpu=SimulatedGpu(gpu_spec(options.gpu), shape),
         prefill_instances=1,
@@ -108,7 +107,11 @@ def cluster_of(options: argparse.Namespace) -> ClusterConfig:
         piece_buckets=shapes.piece_buckets,
         decode_buckets=scheduler.decode_buckets,
         plan_ahead=True,
-        **host,
+        dispatch_s=FOUND_BEFORE["dispatch_s"],
+        plan_after_s=FOUND_BEFORE["plan_after_s"],
+        hand_over_s=FOUND_BEFORE["hand_over_s"],
+        hand_out_s=FOUND_BEFORE["hand_out_s"],
+        landing_s=FOUND_BEFORE["landing_s"],
     )
 
 

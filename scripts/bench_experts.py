@@ -229,9 +229,9 @@ def repeated(run) -> float:
 
 
 def relative(found: jax.Array, wanted: jax.Array) -> float:
-    found, wanted = (np.asarray(a.astype(jnp.float32)) for a in (found, wanted))
-    scale = max(float(np.abs(wanted).max(initial=0.0)), 1e-30)
-    return float(f"{np.abs(found - wanted).max(initial=0.0) / scale:.3g}")
+    mine, theirs = (np.asarray(a.astype(jnp.float32)) for a in (found, wanted))
+    scale = max(float(np.abs(theirs).max(initial=0.0)), 1e-30)
+    return float(f"{np.abs(mine - theirs).max(initial=0.0) / scale:.3g}")
 
 
 def read_bandwidth() -> float:

@@ -23,7 +23,7 @@ import optax
 from shapes import SHAPES
 from train_steps import compile_step, memory_of, our_step, predicted_bytes, state_shapes
 
-from jaxsys.context import WAYS, ContextSplit
+from jaxsys.context import WAYS, ContextSplit, Way
 from jaxsys.context.fused import why_not_fused
 from jaxsys.hardware import GIB
 from jaxsys.lowering import lower
@@ -46,7 +46,7 @@ def policies_of(text: str, layers: int) -> Any:
     return tuple(found)
 
 
-def prepare(options: argparse.Namespace, by: str, devices: int, dtype: str) -> tuple[Any, ...]:
+def prepare(options: argparse.Namespace, by: Way, devices: int, dtype: str) -> tuple[Any, ...]:
     """(lowered step, its config, batch) of a way on so many devices; one device has no way."""
     config = SHAPES[options.shape]
     if options.layers:
@@ -123,9 +123,10 @@ def timed(options: argparse.Namespace) -> dict:
 def checked(options: argparse.Namespace) -> dict:
     """Loss and every gradient leaf of each way against one device's, as largest differences."""
     found = {}
+    runs: list[tuple[Way, int]] = [("ring", 1), *((by, options.devices) for by in options.ways)]
     for dtype, bound in (("bfloat16", 0.06), ("float32", 0.005)):
         one: Any = None
-        for by, devices in (("ring", 1), *((by, options.devices) for by in options.ways)):
+        for by, devices in runs:
             lowered, config, batch = prepare(options, by, devices, dtype)
             parameters = functools.partial(initial_parameters, config)
             rest = jax.device_put(

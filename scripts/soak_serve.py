@@ -87,6 +87,7 @@ class Server:
         devices = choose_devices(len(self.config.roles))  # before anything starts JAX
         shape = preset("tiny")
         tokenizer = ByteTokenizer()
+        assert tokenizer.chat_template is not None
         tokenizer.chat_template = LOOPS + tokenizer.chat_template
         model = LoadedModel(
             config=shape,

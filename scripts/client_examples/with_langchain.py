@@ -39,7 +39,7 @@ def tools():
     whole = None
     for part in bound.stream(QUESTION):
         whole = part if whole is None else whole + part
-    assert whole.tool_calls[0]["args"]["days"] >= 1
+    assert whole is not None and whole.tool_calls[0]["args"]["days"] >= 1
 
 
 @example

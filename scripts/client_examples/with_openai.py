@@ -64,7 +64,8 @@ def completion_echo():
         model=MODEL, prompt="One, two", max_tokens=1, echo=True, logprobs=1, temperature=0
     )
     found = answer.choices[0].logprobs
-    assert found.token_logprobs[0] is None and "".join(found.tokens) == answer.choices[0].text
+    assert found.token_logprobs is not None and found.token_logprobs[0] is None
+    assert "".join(found.tokens) == answer.choices[0].text
 
 
 @example

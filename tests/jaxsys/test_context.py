@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxsys.context import ContextSplit, attend_over, blocks
+from jaxsys.context import ContextSplit, Way, attend_over, blocks
 from jaxsys.context.split import order_of
 from jaxsys.errors import UsageError
-from jaxsys.layered import Layer, LayeredModel, reference_loss
+from jaxsys.layered import Layer, LayeredModel, Parameters, reference_loss
 from jaxsys.lowering import lower
 from jaxsys.lowering.compiled import collective_counts
 from jaxsys.mesh import CONTEXT, make_mesh
@@ -64,11 +64,11 @@ def over_devices(split, q, k, v, sinks, segments, **options):
 
     specs = (cut, cut, cut, PartitionSpec(), cut)
     run = jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=cut, check_vma=False)
-    rows = [x if x is None else x[:, order] for x in (q, k, v, segments)]
-    return run(*rows[:3], sinks, rows[3])[:, np.argsort(order)]
+    q, k, v, segments = (x if x is None else x[:, order] for x in (q, k, v, segments))
+    return run(q, k, v, sinks, segments)[:, np.argsort(order)]
 
 
-def ring(parts: int, by="ring", exchange=None) -> ContextSplit:
+def ring(parts: int, by: Way = "ring", exchange: int | None = None) -> ContextSplit:
     return ContextSplit(parts=parts, by=by, exchange=exchange)
 
 
@@ -119,7 +119,7 @@ def test_parts_attend_as_the_whole_does(
 
 def test_queries_that_see_nothing_weigh_nothing():
     random = np.random.default_rng(0)
-    q, k, v = (random.normal(size=(1, 6, 2, 4)).astype(np.float32) for _ in range(3))
+    q, k, v = (jnp.asarray(random.normal(size=(1, 6, 2, 4)), jnp.float32) for _ in range(3))
     behind = blocks.Seen(jnp.arange(6), jnp.arange(6) + 3)  # the first three see no key
     out, lse = blocks.forward(q, k, v, behind, blocks.Scores(scale=0.5))
     assert np.all(np.asarray(out)[:, :3] == 0) and np.all(np.isneginf(np.asarray(lse)[..., :3]))
@@ -241,17 +241,20 @@ def test_sequences_are_shared_beside_features_and_experts(config, by, around):
     assert_alike(config, rows, outcome.loss, gradients)
 
 
+def counts(split: ContextSplit) -> dict[str, int]:
+    """Collectives of a step of one layer, which is right."""
+    config = dataclasses.replace(LLAMA, num_layers=1)
+    program, *found = step_of(config, "zero-1", 1, 1, split, 1, "none")
+    assert_alike(config, 1, *found)
+    text = program.as_text()
+    assert text is not None
+    return collective_counts(text)
+
+
 def test_compiled_programs_send_what_each_way_says():
     """Of one layer's attention: a ring of P sends keys and values P - 1 hops forward, as often
     again backward, and their gradients P - 1 hops; a gather takes two and sums two; an exchange
     turns queries, keys, values and outputs, and each again backward."""
-    config = dataclasses.replace(LLAMA, num_layers=1)
-
-    def counts(split):
-        program, *found = step_of(config, "zero-1", 1, 1, split, 1, "none")
-        assert_alike(config, 1, *found)
-        return collective_counts(program.as_text())
-
     one, exchanged = counts(ring(2)), counts(ring(2, "ulysses"))
     assert one["collective-permute"] == 3 * 2 * 1
     assert exchanged["all-to-all"] == 8 and "collective-permute" not in exchanged
@@ -259,13 +262,6 @@ def test_compiled_programs_send_what_each_way_says():
 
 @pytest.mark.slow
 def test_compiled_programs_of_more_devices_and_gathers_send_what_they_say():
-    config = dataclasses.replace(LLAMA, num_layers=1)
-
-    def counts(split):
-        program, *found = step_of(config, "zero-1", 1, 1, split, 1, "none")
-        assert_alike(config, 1, *found)
-        return collective_counts(program.as_text())
-
     one, three = counts(ring(2)), counts(ring(4))
     assert three["collective-permute"] == 3 * 2 * 3
     gathered = counts(ring(2, "gather"))
@@ -295,7 +291,7 @@ def test_what_a_model_draws_for_a_sequence_is_the_same_however_it_is_cut():
         )
 
     random = np.random.default_rng(0)
-    parameters = {
+    parameters: Parameters = {
         "edge": {"in": random.normal(size=(width, width)).astype(np.float32)},
         "blocks": {"w": random.normal(size=(2, width, width)).astype(np.float32)},
     }
@@ -317,7 +313,7 @@ def test_what_a_model_draws_for_a_sequence_is_the_same_however_it_is_cut():
          "or 24, or context=1, 2, 5 or 10")),
         (lambda: ring(4).check_length(0), "use sequence_length=8"),
         (lambda: ring(0), "context=0 must be at least 1"),
-        (lambda: ring(2, "rings"), "context_by='rings' is not known; use one of ring, gather, "),
+        (lambda: ring(2, "rings"), "context_by='rings' is not known; use one of ring, gather, "),  # pyright: ignore[reportArgumentType]
         (lambda: ring(4, "mixed", 3), ("context_exchange=3, which must divide 4 and leave a ring; "
          "use 2")),
         (lambda: ring(3, "mixed", 3), "use ring or ulysses"),

@@ -3,6 +3,7 @@ as they do without."""
 
 import functools
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -149,7 +150,7 @@ def test_losses_fall_as_they_do_without():
     def curve(rules):
         model = layered(CONFIG, float8=rules)
         optimizer = optax.adam(3e-3)
-        parameters = initial_parameters(CONFIG, seed=1)
+        parameters: Any = initial_parameters(CONFIG, seed=1)
         state = optimizer.init(parameters)
 
         @jax.jit

@@ -102,6 +102,6 @@ def test_angles_are_exact_at_any_position(rope):
     positions = np.array([places], np.int32)
     angles = positions.astype(np.float64)[..., None, None] * inverse_frequencies(rope)
     for made in (rotary_tables, jax.jit(rotary_tables, static_argnums=1)):
-        cosines, sines = made(positions, rope)
+        cosines, sines = made(jnp.asarray(positions), rope)
         np.testing.assert_allclose(cosines, np.cos(angles), atol=1e-6, rtol=0)
         np.testing.assert_allclose(sines, np.sin(angles), atol=1e-6, rtol=0)

@@ -397,7 +397,8 @@ class LinenBlock(linen.Module):
         h = {"layer": linen.LayerNorm, "rms": linen.RMSNorm}[o.norm]()(x) if o.norm != "none" else x
         h = _mixed(h, o.mixer, tokens)
         if bias is not None:
-            h = h + (bias(h) if callable(bias) else bias)
+            added: Any = bias(h) if callable(bias) else bias
+            h = h + added
         if context is not None:
             h = h + 0.3 * jnp.mean(context, 1, keepdims=True)
         if o.table:
@@ -527,8 +528,8 @@ def _linen(options: Options) -> Case:
         return _scored(options, output, batch, written, params)
 
     def own(params: Any, batch: Any) -> Any:
-        drawn = {"rngs": {"dropout": batch[KEY]}} if KEY in batch else {}
-        output = module.apply({"params": params}, batch["inputs"], mutable=["losses"], **drawn)
+        rngs = {"dropout": batch[KEY]} if KEY in batch else None
+        output = module.apply({"params": params}, batch["inputs"], rngs=rngs, mutable=["losses"])
         return scored(output, batch, params)
 
     blocks = "block" if options.wrapper == "scan" else "block_"

@@ -175,8 +175,10 @@ def test_a_derivative_must_be_linear_in_the_gradient(name, inside):
     if inside:
         once = act
 
-        def act(x):  # in a loop that stays one
+        def looped(x):  # in a loop that stays one
             return jax.lax.scan(lambda c, _: (once(c), None), x, None, length=2)[0]
+
+        act = looped
 
     def loss(parameters, batch):
         x = jnp.asarray(parameters["table"])[batch["inputs"]]

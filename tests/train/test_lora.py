@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from jaxsys.errors import UsageError
-from jaxsys.layered import LayeredModel, layer_key, reference_loss
+from jaxsys.layered import LayeredModel, Parameters, layer_key, reference_loss
 from jaxsys.train import Batches, Trainer
 from jaxsys.train.lora import add_adapters, train_adapters
 
@@ -55,7 +55,7 @@ def test_adapters_of_kinds_keep_draws_and_evaluation(small_model, small_paramete
 
     still = made(small_model.block)
     model = made(noisy, draws="key", evaluation=still)
-    parameters = {
+    parameters: Parameters = {
         "edge": small_parameters["edge"],
         "blocks": {
             "noisy": jax.tree.map(lambda leaf: leaf[:3], small_parameters["blocks"]),

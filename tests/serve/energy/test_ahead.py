@@ -38,10 +38,11 @@ def prompt(arrival_s: float, length: int) -> PrefillPiece:
 @pytest.mark.parametrize("rate", [2.0, 40.0])
 def test_the_rate_and_length_of_arrivals_are_found(rate):
     arrivals = Arrivals()
-    for moment in poisson_arrivals(int(60 * rate), rate, seed=3):
+    moments = poisson_arrivals(int(60 * rate), rate, seed=3)
+    for moment in moments:
         arrivals.see(float(moment), 300)
         arrivals.see(float(moment), 300)  # seen again in the queue: counted once
-    now_s = float(moment)
+    now_s = float(moments[-1])
     assert arrivals.rate_per_s(now_s) == pytest.approx(rate, rel=0.5)
     assert arrivals.tokens == pytest.approx(300)
     assert arrivals.rate_per_s(now_s + 60) < 0.01 * rate  # nobody comes any more

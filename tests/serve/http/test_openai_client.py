@@ -123,7 +123,7 @@ def test_calls_are_found_in_free_answers(server, client):
 
 
 def test_a_history_of_calls_is_told_to_the_model(server):
-    call = {"id": "a", "type": "function"}
+    call: dict[str, Any] = {"id": "a", "type": "function"}
     call["function"] = {"name": "clock", "arguments": '{"place": "Rome"}'}
     history = [
         *USER,

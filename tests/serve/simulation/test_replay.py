@@ -54,9 +54,14 @@ def test_the_published_static_runs_are_met(line, rate):
     points = [p for p in published(DATA / line.table) if p.rate_per_s == rate]
     found = errors_of(static_rows(line, points))
     assert found["energy_points"] == 2
-    assert found["energy_error_worst_pct"] < 8
-    assert found["ratio_error_worst_pct"] < 4
-    assert found["ttft_error_worst_points"] < 12
+    most = {
+        "energy_error_worst_pct": 8,
+        "ratio_error_worst_pct": 4,
+        "ttft_error_worst_points": 12,
+    }
+    for name, bound in most.items():
+        worst = found[name]
+        assert worst is not None and worst < bound, name
 
 
 @pytest.mark.skipif(not TABLE.is_file(), reason="needs ../shared/data")

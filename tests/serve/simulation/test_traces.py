@@ -174,12 +174,17 @@ def test_burstgpt_form_and_sessions(tmp_path):
     assert read_trace(write(tmp_path, first + "5,ChatGPT,472,18,490,x\n")).sessions is None
 
 
+def sessions_of(trace: Trace) -> list[int]:
+    assert trace.sessions is not None
+    return trace.sessions.tolist()
+
+
 def test_sessions_stay_with_their_requests(tmp_path):
     text = "arrival_s,prompt_tokens,output_tokens,session_id\n0,10,5,x\n1,20,5,y\n2,30,5,x\n"
     trace = read_trace(write(tmp_path, text))
-    assert trace.clipped(26).sessions.tolist() == [0, 1]
-    assert trace.between(1, 3).sessions.tolist() == [1, 0]
-    assert trace.repeated(6.5).sessions.tolist() == [0, 1, 0, 2, 3, 2, 4, 5]
+    assert sessions_of(trace.clipped(26)) == [0, 1]
+    assert sessions_of(trace.between(1, 3)) == [1, 0]
+    assert sessions_of(trace.repeated(6.5)) == [0, 1, 0, 2, 3, 2, 4, 5]
     with pytest.raises(UsageError, match="row 2, column session_id: a session's name is needed"):
         read_trace(write(tmp_path, text.splitlines()[0] + "\n0,10,5,\n"))
     with pytest.raises(UsageError, match="row 2, column Response tokens: 'x' is not a value"):

@@ -1,6 +1,6 @@
 """A decoder in Equinox, written for one sequence and mapped over the batch, a mean of means."""
 
-import equinox as eqx
+import equinox as eqx  # pyright: ignore[reportMissingImports]
 import jax
 import jax.numpy as jnp
 import numpy as np

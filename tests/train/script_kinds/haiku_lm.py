@@ -1,6 +1,6 @@
 """A decoder in Haiku, as its transformer example writes it: named by scopes, a masked mean."""
 
-import haiku as hk
+import haiku as hk  # pyright: ignore[reportMissingImports]
 import jax
 import jax.numpy as jnp
 import numpy as np
