@@ -13,6 +13,7 @@ sets measured and predicted side by side.
 
 import argparse
 import asyncio
+import dataclasses
 import datetime
 import statistics
 import sys
@@ -30,7 +31,8 @@ from jaxsys.model.shapes import PRESETS, preset
 from jaxsys.results import read_result, table, write_result
 from jaxsys.serve.deployment import ACCELERATOR_PAGE
 from jaxsys.serve.energy.fixed_clock import FixedClock
-from jaxsys.serve.energy.gpu_model import GPUS, SimulatedGpu, gpu_spec, shape_from_sizes
+from jaxsys.serve.energy.governors import Served
+from jaxsys.serve.energy.gpu_model import GPUS, SimulatedGpu, gpu_spec
 from jaxsys.serve.hooks import FewestRequestsRouter
 from jaxsys.serve.processes.gpus import visible_gpus
 from jaxsys.serve.scheduler import SchedulerConfig
@@ -78,17 +80,8 @@ def trace_of(name: str, seconds: float, longest: int) -> Trace:
 
 def cluster_of(options: argparse.Namespace) -> ClusterConfig:
     """The installation as modelled: nothing in it was measured on the run."""
-    config = preset(options.model)
-    shape = shape_from_sizes(
-        name=options.model,
-        parameters=config.parameter_count(),
-        layers=config.num_layers,
-        hidden=config.hidden_size,
-        kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        heads=config.num_heads,
-        vocabulary=0 if config.tie_embeddings else config.vocab_size,
-    )
+    served = Served(model=preset(options.model)).shape()
+    shape = dataclasses.replace(served, name=options.model)
     scheduler = SchedulerConfig(
         page_count=options.pages,
         page_size=ACCELERATOR_PAGE,
@@ -257,8 +250,8 @@ def main() -> int:
     add("--model", choices=list(PRESETS), default="Llama-3-8B", help="shape; weights are random")
     add("--gpu", choices=list(GPUS), default="h200", help="row that predicts (default h200)")
     add("--seconds", type=float, default=20.0, help="of arrivals, each load (default 20)")
-    add("--predicted", type=Path, default=PREDICTED)
-    add("--out", type=Path, default=Path("results/energy_loads.json"))
+    add("--predicted", type=Path, default=PREDICTED, help="what `predict` writes and `run` reads")
+    add("--out", type=Path, help="of `run` (default results/energy_loads.json)")
     options = parser.parse_args()
     tiny = options.model == "tiny"
     options.max_length = min(4096, preset(options.model).max_positions)
@@ -266,7 +259,10 @@ def main() -> int:
     options.pages = 128 if tiny else 1500
     try:
         if options.action == "predict":
+            if options.out is not None:
+                raise UsageError(f"--out {options.out} is of `run`; `predict` writes --predicted")
             return predict(options)
+        options.out = options.out or Path("results/energy_loads.json")
         if not tiny and len(visible_gpus()) < 2:
             raise UsageError("two GPUs are needed, one an instance; --model tiny runs on a CPU")
         return run(options)

@@ -18,6 +18,8 @@ weights that is kept takes room on every worker, twice (for F and for B) unless 
 Source: the lifetimes are those that ZeRO-3.5 gives to gathered copies, given here to a ring's.
 """
 
+from dataclasses import replace
+
 from jaxsys.errors import UsageError
 from jaxsys.schedule import Data, Move, MoveKind, Placement, Schedule, gradient_block
 
@@ -54,17 +56,10 @@ def keep(
         for move in ring.moves
         if move.block.data is Data.WEIGHT and not _is_there(move, p, own)
     ]
-    return Schedule(
+    return replace(
+        ring,
         name=called(p, own, sums),
-        devices=p,
-        chunks=p,
-        microbatches=m,
-        placement=Placement.OWNER,
-        owners=ring.owners,
-        starts=ring.starts,
-        tasks=ring.tasks,
         moves=(*there, *_sums(p, m, sums)),
-        forward_lane=FORWARD_LANE,
         # Where every chunk stays, B reads what F has read.
         backward_lane=FORWARD_LANE if own == p else BACKWARD_LANE,
     )
@@ -80,7 +75,7 @@ def called(devices: int, weights: int, gradients: int) -> str:
 def keep_weights(devices: int, microbatches: int) -> Schedule:
     """`keep` of all weights and no gradients: of three streams one is left.
 
-    With two devices that takes no more memory than sending weights on.
+    With two devices weights take no more room than where they are sent on.
 
     Args:
         devices: P, at least 2; also the number of chunks.
