@@ -130,11 +130,11 @@ CONTEXT_ROWS: dict[str, list[dict]] = {
     "gather kept": [{"by": "gather", "recompute": SAVED}],
     # Attention's output of as many layers is kept as memory has room for.
     "8b": [
-        {"shape": "8b", "by": "ring", "recompute": f"{SAVED}*{count},block"} for count in (10, 5)
-    ]
-    + [{"shape": "8b", "by": "ring", "recompute": "block"}],
+        {"shape": "8b", "by": "ring", "recompute": recompute, "repeats": 1}
+        for recompute in (f"{SAVED}*10,block", f"{SAVED}*5,block", "block")
+    ],
     "million": [
-        {"by": "ring", "recompute": recompute, "length": 1_003_520}
+        {"by": "ring", "recompute": recompute, "length": 1_003_520, "repeats": 1}
         for recompute in (SAVED, "block")
     ],
 }
@@ -153,7 +153,7 @@ def context_command(options: argparse.Namespace, asked: dict, result: Path, *mor
         for name, value in named.items()
         for text in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
     ]
-    if not asked.get("check"):
+    if not asked.get("check") and "repeats" not in asked:
         flags += ["--repeats", str(options.repeats)]
     if options.length is not None and "length" not in asked:
         flags += ["--length", str(options.length)]
