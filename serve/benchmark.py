@@ -271,12 +271,16 @@ def measure_decode(
     read_bytes_per_s: float | None,
     grammars: Sequence[str] = (),
     first: int = 1,
+    traced: Callable[[Callable[[], Any]], None] | None = None,
 ) -> Row:
     """Inter-token latency, host time and energy of one batch.
 
     Args:
         grammars: that the first requests follow, one each; they must not end within the run.
-        first: the token that every output has begun with.
+        first: the token that every output has begun with; a model with experts draws its tokens
+            instead, since requests that say the same use the same experts and read fewer than
+            `expected_bytes` counts.
+        traced: given the turn to run a few times under a profiler, after the measurement.
     """
     context = min(study.context, study.pool_tokens // batch - 2 * study.page_size)
     scheduler = _scheduler(study, executor, role="decode")
@@ -289,11 +293,16 @@ def measure_decode(
         request = Request(
             index,
             sampling=SamplingParameters(
-                max_tokens=3 * study.page_size, temperature=0, grammar=grammar
+                max_tokens=3 * study.page_size,
+                temperature=0 if executor.config.experts is None else 1,
+                seed=index,
+                grammar=grammar,
             ),
             arrival_s=0.0,
             prompt_tokens=generator.integers(0, vocabulary, before).tolist(),
         )
+        if executor.config.experts is not None:
+            first = int(generator.integers(vocabulary))
         request.output_tokens, request.generated = [first], 1
         scheduler.add_incoming(request)
     for request in scheduler.reserve_incoming():
@@ -314,6 +323,8 @@ def measure_decode(
     elapsed_s = time.perf_counter() - started_s
     steps = len(loop.latencies_s)
     energy_j = meter.energy_j(elapsed_s)
+    if traced is not None:
+        traced(loop.turn)
     loop.finish()
     config = executor.config
     kv_tokens = statistics.mean(loop.kv_tokens)

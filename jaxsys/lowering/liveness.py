@@ -16,6 +16,8 @@ from .jaxprs import VIEWS, bytes_of, inlined, is_literal
 from .residuals import ELEMENTWISE
 
 LOOPS = ("scan", "while")
+KERNELS = ("pallas_call", "core_map", "custom_call", "ffi_call", "triton_kernel_call")
+"""Their bodies work in a chip's registers and shared memory."""
 
 
 def peak_bytes(function: Callable[..., Any], *args: Any) -> float:
@@ -85,6 +87,8 @@ def _results(jaxpr: Any, kernels: list[tuple[Any, set[Any]]]) -> set[Any]:
 
 
 def _bodies(equation: Any) -> Iterator[Any]:
+    if equation.primitive.name in KERNELS:
+        return
     for value in equation.params.values():
         for one in value if isinstance(value, tuple | list) else (value,):
             if isinstance(one, core.Jaxpr):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import pallas as pl
 
 from jaxsys.errors import UsageError
 from jaxsys.hardware import free_host_bytes
@@ -136,6 +137,17 @@ def test_what_a_function_holds():
     # A loop's result takes the place of what it began with; its body holds a product beside it.
     loop = lambda a: jax.lax.scan(lambda c, _: (jnp.sin(c @ a), None), a @ a, length=9)[0]  # noqa: E731
     assert peak_bytes(loop, wide) == 2 * size
+
+
+def test_a_kernel_holds_its_result_alone():
+    """What it works with lies on the chip; its body is no program that could be traced again."""
+
+    def kernel(x_ref, out_ref):
+        out_ref[...] = x_ref[...] * (1.0 + pl.program_id(0))
+
+    wide = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    call = pl.pallas_call(kernel, out_shape=wide, grid=(1,), interpret=True)
+    assert peak_bytes(lambda a: call(a) @ a, wide) == 2 * 64 * 64 * 4
 
 
 def compiled_for_h100s():
