@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""Where a decode step's time goes on a GPU, kernel by kernel, from JAX's profiler.
+"""Where a decode step's time goes, by kernels of the GPU and by calls of the host that launches it.
+
+From JAX's profiler, behind an untraced measurement. Host calls contain each other.
 
 scripts/serve_trace.py qwen3_30b_a3b --layers 8 --batch 1
 """
 
 import argparse
-import collections
 import dataclasses
 import statistics
 import sys
@@ -30,7 +31,7 @@ def main() -> int:
     parser.add_argument("study", choices=benchmark.STUDIES)
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--layers", type=int, help="instead of the model's: quick to compile")
-    parser.add_argument("--most", type=int, default=24, help="kernels shown")
+    parser.add_argument("--most", type=int, default=24, help="names shown of each")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the JSON")
     options = parser.parse_args()
     study = benchmark.STUDIES[options.study]
@@ -56,19 +57,26 @@ def main() -> int:
                 None,
                 traced=lambda turn, folder=folder: _traced(turn, folder),
             )
-            found = sorted(_kernels(folder).items(), key=lambda pair: -sum(pair[1]))
-        each = sum(sum(times) for _, times in found) / STEPS
-        print(f"batch {batch}: {measured['itl_ms']} ms a step, {each:.1f} us of them in kernels")
-        for name, times in found[: options.most]:
-            rows.append(
+            found = _events(folder)
+        kernels = [time for times in found["gpu"].values() for time in times]
+        print(
+            f"batch {batch}: {measured['itl_ms']} ms a step, launched in "
+            f"{measured['dispatch_ms']}, {len(kernels) / STEPS:.0f} kernels of "
+            f"{sum(kernels) / STEPS:.0f} us"
+        )
+        for where, events in found.items():
+            dearest = sorted(events.items(), key=lambda pair: -sum(pair[1]))
+            rows += [
                 {
                     "batch": batch,
+                    "where": where,
                     "us_a_step": round(sum(times) / STEPS, 2),
-                    "launches_a_step": round(len(times) / STEPS, 2),
+                    "calls_a_step": round(len(times) / STEPS, 2),
                     "median_us": round(statistics.median(times), 2),
-                    "kernel": name[:100],
+                    "name": name[:100],
                 }
-            )
+                for name, times in dearest[: options.most]
+            ]
     print(table(rows))
     path = write_result(
         options.out / f"serve_trace_{options.study}.json",
@@ -87,18 +95,21 @@ def _traced(turn: Any, folder: str) -> None:
             turn()
 
 
-def _kernels(folder: str) -> dict[str, list[float]]:
-    """Microseconds of each launch by the kernel's name; of the host where there is no GPU."""
-    found = collections.defaultdict(list)
+def _events(folder: str) -> dict[str, dict[str, list[float]]]:
+    """ "gpu" and "host" -> name -> microseconds of each; Python's own frames are left out."""
+    found: dict[str, dict[str, list[float]]] = {"gpu": {}, "host": {}}
     (path,) = Path(folder).rglob("*.xplane.pb")
-    planes = list(ProfileData.from_file(str(path)).planes)
-    devices = [plane for plane in planes if plane.name.startswith("/device:GPU")] or planes
-    for plane in devices:
+    for plane in ProfileData.from_file(str(path)).planes:
+        on_gpu = plane.name.startswith("/device:GPU")
+        if not on_gpu and not plane.name.startswith("/host:CPU"):
+            continue
         for line in plane.lines:
-            if not line.name.startswith("Stream") and plane.name.startswith("/device:GPU"):
+            if on_gpu and not line.name.startswith("Stream"):
                 continue
             for event in line.events:
-                found[event.name].append(event.duration_ns / 1e3)
+                if not event.name.startswith("$"):
+                    times = found["gpu" if on_gpu else "host"].setdefault(event.name, [])
+                    times.append(event.duration_ns / 1e3)
     return found
 
 
