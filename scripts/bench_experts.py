@@ -4,6 +4,7 @@
 scripts/bench_experts.py          shapes of Qwen3-30B-A3B and gpt-oss-20b, bfloat16 and MXFP4:
                                   microseconds by batch and block sizes, against the time of reading
                                   the experts used; forward and backward of training
+scripts/bench_experts.py --tune   training's three products one by one, by block sizes
 scripts/bench_experts.py --tiny   small shapes, to try the script (interpreted without a GPU)
 
 Each call of a run has a routing of its own, so that matrices come from memory and not from cache.
@@ -39,6 +40,7 @@ CALLS = 6
 def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/bench_experts.py", description=__doc__)
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--tune", action="store_true", help="block sizes of training, no more")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64, 2048])
     parser.add_argument("--tokens", type=int, default=8192, help="of a training product")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the JSON")
@@ -54,14 +56,17 @@ def main() -> int:
         rows.append(row)
         print("  ".join(f"{name}={value}" for name, value in row.items()), flush=True)
 
-    for name, sizes in shapes.items():
+    for name, sizes in shapes.items() if options.tune else ():
+        if "gpt" not in name:
+            tune(name, sizes, options.tokens, show)
+    for name, sizes in shapes.items() if not options.tune else ():
         for form in ("bfloat16", "mxfp4") if "gpt" in name or options.tiny else ("bfloat16",):
             serve(name, sizes, form, options.batches, figures["read_bytes_per_s"], show)
-    for name, sizes in shapes.items():
+    for name, sizes in shapes.items() if not options.tune else ():
         if "gpt" not in name:
             train(name, sizes, options.tokens, show)
     path = write_result(
-        options.out / "experts.json",
+        options.out / ("experts_blocks.json" if options.tune else "experts.json"),
         benchmark="experts",
         kind="measured",
         config={"tiny": options.tiny, "batches": options.batches, "tokens": options.tokens},
@@ -202,6 +207,60 @@ def train(name, sizes, tokens, show) -> None:
             wanted = s @ weights[expert].astype(jnp.float32).T
             worst = max(worst, relative(results["triton"][0][own], wanted))
     show({"study": "train", "shape": name, "form": "gradients", "batch": tokens, "error": worst})
+
+
+def tune(name, sizes, tokens, show) -> None:
+    """The products of a training step alone, each with several block sizes."""
+    experts, active, inputs, outputs = sizes
+    on_cpu = jax.default_backend() == "cpu"
+    dtype = jnp.float32 if on_cpu else jnp.bfloat16
+    count = tokens * active
+    rows = jax.random.normal(jax.random.key(0), (count, inputs), dtype)
+    slope = jax.random.normal(jax.random.key(2), (count, outputs), dtype)
+    weights = 0.02 * jax.random.normal(jax.random.key(1), (experts, inputs, outputs), dtype)
+    routing = jnp.asarray(routed(tokens, experts, active, 0))
+    height = grouped_triton.height_for(count, experts)
+    chosen = grouped_triton.blocks_for(height, count, inputs)
+    tall = [
+        Blocks(height, across, deep, warps, stages)
+        for height, across, deep, warps, stages in (
+            *((128, 128, 64, 4, 3), (128, 128, 64, 4, 4), (128, 128, 64, 8, 4)),
+            *((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (64, 256, 64, 4, 3)),
+            *((64, 128, 64, 4, 4), (128, 128, 32, 4, 4), (256, 128, 64, 8, 3)),
+        )
+    ]
+    given = rows, slope, weights, routing
+    runs = {
+        "forward": lambda blocks, rows, slope, weights, routing: grouped_triton.product(
+            rows, weights, grouped_triton.tiles(routing, count, blocks.rows), blocks
+        ),
+        "d_rows": lambda blocks, rows, slope, weights, routing: grouped_triton.product(
+            slope,
+            weights,
+            grouped_triton.tiles(routing, count, blocks.rows),
+            blocks,
+            outputs_first=True,
+        ),
+        "d_weights": lambda blocks, rows, slope, weights, routing: grouped_triton.outer(
+            rows, slope, routing, blocks
+        ),
+    }
+    flops = 2 * count * inputs * outputs
+    for what, run in runs.items():
+        first = Blocks(min(64, height), 128, 128, 8, 3) if what == "d_weights" else chosen
+        wide = [blocks._replace(rows=64, inputs=128) for blocks in tall if blocks.rows != 64]
+        others = [] if on_cpu else wide if what == "d_weights" else tall
+        if on_cpu:
+            first = chosen
+        for blocks in dict.fromkeys([first, *others]):
+            row = {"study": what, "shape": name, "blocks": "x".join(map(str, blocks))}
+            try:
+                alone = jax.jit(functools.partial(run, blocks))
+                seconds = repeated(lambda alone=alone: alone(*given))
+            except Exception as error:  # noqa: BLE001 - a block size that a device cannot take
+                show(row | {"failed": str(error).splitlines()[0][:100]})
+                continue
+            show(row | {"us": round(1e6 * seconds, 1), "tflops": round(flops / seconds / 1e12, 1)})
 
 
 def routed(tokens: int, experts: int, active: int, seed: int) -> np.ndarray:

@@ -156,13 +156,15 @@ def outer(
     rows: Float[Array, "R K"],
     others: Float[Array, "R N"],
     sizes: Int[Array, " E"],
+    blocks: Blocks | None = None,
     *,
     interpret: bool | None = None,
 ) -> Float[Array, "E K N"]:
     """Each expert's rows, turned, with its other rows: what a product's gradient is for weights."""
     (count, inputs), outputs, experts = rows.shape, others.shape[1], sizes.shape[0]
-    height = min(64, _power(-(-count // experts), 16, 64))
-    blocks = Blocks(height, _power(outputs, 16, 128), _power(inputs, 16, 128), 8, 3)
+    if blocks is None:
+        height = min(64, _power(-(-count // experts), 16, 64))
+        blocks = Blocks(height, _power(outputs, 16, 128), _power(inputs, 16, 128), 8, 3)
     stops = jnp.cumsum(sizes).astype(jnp.int32)
     kernel = functools.partial(_outer_kernel, blocks=blocks, inputs=inputs, outputs=outputs)
     return pl.pallas_call(
