@@ -17,14 +17,15 @@ def steps(results: Sequence[Result]) -> str:
     rows = [(row, result) for result in results for row in result.rows if "failed" not in row]
 
     def place(row: Row, result: Result) -> tuple:
-        return processor(result.record), row["devices"], row["sequence_length"], row["step_s"]
+        kind, shape = processor(result.record), result.record["config"]["shape"]
+        return kind, row["devices"], shape, row["sequence_length"], row["step_s"]
 
     rows.sort(key=lambda pair: place(*pair))
     return table(
-        ["GPU", "GPUs", "tokens", "schedule", "layers", "recompute", "step (s)",
+        ["GPU", "GPUs", "shape", "tokens", "schedule", "layers", "recompute", "step (s)",
          "model TFLOP/s a GPU", "temporary GiB"],
-        [[processor(result.record), row["devices"], f"{row['sequence_length']:,}",
-          f"`{row['schedule']}`",
+        [[processor(result.record), row["devices"], result.record["config"]["shape"],
+          f"{row['sequence_length']:,}", f"`{row['schedule']}`",
           "written out" if result.record["config"].get("unroll") else "looped", row["recompute"],
           number(row["step_s"], ".3f"), number(row["model_tflops_per_gpu"]),
           number(row["temp_gib"])] for row, result in rows],
