@@ -13,6 +13,8 @@ says how far off it is where figures are given.
 """
 
 import argparse
+import dataclasses
+import math
 import os
 import sys
 import time
@@ -34,6 +36,7 @@ from jaxsys.serve.energy.gpu_model import (
     Load,
     ServedShape,
     SimulatedGpu,
+    engine_spec,
     gpu_spec,
     served_shape,
     shape_from_sizes,
@@ -185,16 +188,32 @@ def predict(options: argparse.Namespace) -> None:
     for key in ("energy_j", "ttft_attainment_pct", "itl_attainment_pct"):
         shown += [key, f"published_{key}"] if options.published else [key]
     print(table([{key: row[key] for key in shown} for row in rows]))
+    blind = options.published is None
     content: dict[str, Any] = {
         "config": {"model": shape.name, "gpus_per_instance": shape.tensor_parallel,
                    "dataset": options.dataset, "slo_ttft_ms": options.ttft_ms,
                    "slo_itl_ms": options.itl_ms, "instances": "2P2D A100-80G"},
+        "rests_on": rests_on(shape, options.dataset),
         "rows": rows,
     }  # fmt: skip
-    if options.published is not None:
+    if not blind:
         content["errors"] = errors_of(rows)
         print(table([{"figure": k, "value": v} for k, v in content["errors"].items()]))
-    save(options.out, f"predicted_{shape.name}_{options.dataset}", content)
+    name = "blind" if blind else "predicted"
+    save(options.out, f"{shape.name.replace('-', '_')}_{options.dataset}_{name}", content)
+
+
+def rests_on(shape: ServedShape, dataset: str) -> dict[str, Any]:
+    """All that a prediction is made of."""
+    engine, spec = engine_spec("sglang-0.4.7"), gpu_spec("a100-80g")
+    return {
+        "shape": dataclasses.asdict(shape),
+        "gpu": dataclasses.asdict(spec),
+        "engine": {k: v for k, v in dataclasses.asdict(engine).items() if v != math.inf},
+        "lengths": dataclasses.asdict(DATASETS[dataset]),
+        "fitted_to": [f"{line.model}, {line.dataset}" for line in FITTED],
+        "not_fitted": "nothing of this model: no figure of it was looked at",
+    }
 
 
 def shape_of(text: str) -> ServedShape:

@@ -84,6 +84,8 @@ class Engine:
         self.on_token = on_token
         self.on_join: Callable[[Member], None] | None = None
         """Told of each instance that is added."""
+        self.on_watch: Callable[[], None] | None = None
+        """Called every `WATCH_S`, on the event loop's thread."""
         self.entries: list[Member] = []
         """Instances that take new requests: prefill ones, or those that do both."""
         self.decoders: list[Member] = []
@@ -463,6 +465,11 @@ class Engine:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(WATCH_S)
+            if self.on_watch is not None:
+                try:
+                    self.on_watch()
+                except Exception:  # whoever looks on must not end what is looked at
+                    logger.exception("on_watch")
             for request_id, message in self.exchange.late():
                 generation = self._generations.get(request_id)
                 if generation is not None:

@@ -315,6 +315,7 @@ class Instance(Member):
             energy_at_max_j=reading.energy_at_max_j,
             power_w=reading.power_w,
             clock_mhz=reading.clock_mhz,
+            clock_bounds_mhz=reading.clock_bounds_mhz,
         )
 
     def _fail_everything(self, message: str) -> None:

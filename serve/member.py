@@ -6,7 +6,7 @@
 import abc
 import dataclasses
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from jaxsys.serve.executor import TokenLogprobs
@@ -60,6 +60,8 @@ class InstanceLoad:
     """Measured now; None where nothing measures it, as on a CPU."""
     clock_mhz: float | None = None
     """The clock the governor last asked for; None where none is governed."""
+    clock_bounds_mhz: Sequence[int] | None = None
+    """The lowest and the highest that it may ask for; None where it asks for none."""
 
 
 class Member(abc.ABC):

@@ -57,6 +57,8 @@ class EcoFreqConfig:
     saturation_s: float = 20.0
     """Where even the highest clock could not keep the ITL for what the batch grows to in about this
     time, that clock is taken at once: a slower one would only bring the day nearer. 0 for never."""
+    saturation_guard: float = 0.1
+    """Share by which that batch is taken to be larger still."""
     late_steps: float = 0.001
     """Share of decode steps that may exceed the ITL because they take longer than predicted: where
     the SLO's reserve is too little for that, more of the ITL is left. 0 for the reserve alone."""
@@ -81,6 +83,7 @@ class EcoFreqConfig:
             "growth_guard",
             "growth_s",
             "saturation_s",
+            "saturation_guard",
             "late_steps",
             "worth",
             "broken_worth",
@@ -169,8 +172,9 @@ class EcoFreq(ClockPolicy):
         if expected is not None:
             loads += expected[1:]
         if load.batch:
-            for growth in self._growths(load.batch, now_s):
-                loads.append(_grown(load, 1 + config.growth_guard + growth))
+            guards = (config.growth_guard, config.saturation_guard)
+            for guard, growth in zip(guards, self._growths(load.batch, now_s), strict=True):
+                loads.append(_grown(load, 1 + guard + growth))
         times_s, powers_w = map(_rows, self.predictor.what_if(loads, self._choices_mhz))
         # Lowering must clear the bounds by more, so that the clock does not flutter.
         slack = 1 - config.hysteresis

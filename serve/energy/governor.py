@@ -71,6 +71,8 @@ class Governor:
         self.meter = meter
         choices_mhz = tuple(sorted(choices_mhz))
         self.clocks = Clocks(choices_mhz=choices_mhz, mhz=choices_mhz[-1] if choices_mhz else 0)
+        controls = bool(policy.controls and choices_mhz)
+        self._bounds_mhz = (choices_mhz[0], choices_mhz[-1]) if controls else None
         self.shares = shares
         self._judge_latency = judge_latency
         self._now_s = now_s
@@ -188,8 +190,8 @@ class Governor:
 
     def reading(self, now_s: float) -> Reading:
         """Energy and clock so far; changes nothing."""
-        energy_j, energy_at_max_j, idle_j, power_w, _ = self.meter.read(now_s)
-        return Reading(energy_j, energy_at_max_j, idle_j, power_w, self.clock_mhz)
+        read = self.meter.read(now_s)
+        return read._replace(clock_mhz=self.clock_mhz, clock_bounds_mhz=self._bounds_mhz)
 
     # --- from wherever ------------------------------------------------------------------------
 

@@ -460,6 +460,15 @@ class SimulatedGpu:
         spec = self.spec
         return (spec.idle_w + spec.clock_w * self._dynamic(clock_mhz)) * self.gpus
 
+    @property
+    def asleep_power_w(self) -> float:
+        """Power of the whole instance with no process on its GPUs: what is drawn beside clocks.
+
+        An H100's row has 79 W here; H200s without a process were read at 74 W on average (31
+        regions of one provider, conservemode.com), so this is rather too much than too little.
+        """
+        return self.spec.idle_w * self.gpus
+
     def _dynamic(self, clock_mhz: float) -> float:
         """x V**2."""
         spec = self.spec

@@ -39,6 +39,8 @@ class Reading(NamedTuple):
     """Measured now; None where the GPU is a modelled one, which draws nothing."""
     clock_mhz: float | None = None
     """Last asked for."""
+    clock_bounds_mhz: tuple[int, int] | None = None
+    """The lowest and the highest clock that may be asked for; None where none is."""
 
 
 class Meter(Protocol):

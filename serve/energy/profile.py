@@ -69,13 +69,32 @@ def fingerprint_here(
     jax_version = importlib.metadata.version("jax")
     return Fingerprint(
         gpu=gpu,
-        model=f"{model.num_layers} layers of {model.hidden_size}, {model.num_heads} heads and "
-        f"{model.num_kv_heads} of keys and values of {model.head_dim}, feed-forward "
-        f"{model.intermediate_size}, vocabulary {model.vocab_size}",
+        model=_sizes(model),
         engine=f"jaxsys {__version__}, jax {jax_version}, {platform.machine()}",
         weights=weights,
         tensor_parallel=tensor_parallel,
     )
+
+
+def _sizes(model: DecoderConfig) -> str:
+    """What of a model the cost of an iteration depends on, in words."""
+    words = [
+        f"{model.num_layers} layers of {model.hidden_size}",
+        f"{model.num_heads} heads and {model.num_kv_heads} of keys and values of {model.head_dim}",
+        f"feed-forward {model.intermediate_size}",
+        f"vocabulary {model.vocab_size}",
+    ]
+    experts, latent = model.experts, model.latent
+    if experts is not None:
+        shared = f" and one of {experts.shared_size} for all" if experts.shared_size else ""
+        words.append(
+            f"{experts.active} of {experts.count} experts of {experts.intermediate_size}{shared}"
+        )
+    if latent is not None:
+        words.append(f"latent vectors of {latent.rank} and {latent.rotary_dim}")
+    windows = {kind.window: len(model.layers_of(kind)) for kind in model.kinds if kind.window}
+    words += [f"windows of {window} in {layers}" for window, layers in sorted(windows.items())]
+    return ", ".join(words)
 
 
 def simulated_fingerprint(gpu: SimulatedGpu) -> Fingerprint:

@@ -1,111 +1,38 @@
-"""`/dashboard`: one live page with each instance's clock, power, batch and SLO attainment.
+"""`/dashboard`: what the server does, live and of the last ten minutes, and `/dashboard/data`.
 
-The page is self-contained (no script or font from elsewhere) and asks `/dashboard/data` once a
-second. Power is the slope of the instance's energy counter between two answers, and shown only
-where it is measured: nobody draws what a modelled GPU would take, so its energy is marked as
-modelled. Attainment counts since the server started. What is not known is shown as a dash, never as
-zero.
+The server itself remembers: once a second what came of that second is put beside what went before,
+whether or not anybody looks. Latencies are counted in classes 5 % wide, and percentiles read off
+them. Attainment, errors and preemptions count since the server started. Power is shown only where
+it is measured: nobody draws what a modelled GPU would take, and its energy is marked as modelled.
+What is not known is None, never zero.
 """
 
 import dataclasses
+import math
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
+from collections.abc import Callable
 from typing import Any
 
 import fastapi
 from fastapi.responses import HTMLResponse
 
+from jaxsys import __version__
 from jaxsys.serve.energy.slo import SharedSlo
 from jaxsys.serve.engine import Engine
+from jaxsys.serve.http.dashboard_page import PAGE
 from jaxsys.serve.instance import TokenEvent
 from jaxsys.serve.requests import Request
 
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>jaxsys dashboard</title>
-<style>
- body { font: 14px system-ui, sans-serif; margin: 2em; color: #222; max-width: 76em; }
- table { border-collapse: collapse; margin: 1em 0; } td, th { padding: .3em .9em; }
- td, th { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
- th { font-weight: 600; border-bottom: 1px solid #999; vertical-align: bottom; }
- td:first-child, th:first-child, td:last-child, th:last-child { text-align: left; }
- td:last-child { white-space: normal; font-size: 85%; color: #666; }
- section { display: flex; gap: 1em; align-items: flex-end; } h2 { font-size: 100%; width: 6em; }
- figure { margin: 0 0 .6em; } canvas { border: 1px solid #ddd; display: block; }
- figcaption { font-size: 85%; color: #666; } #error { color: #b00; }
-</style></head><body>
-<h1>jaxsys</h1><p id="summary">waiting for data</p><p id="error"></p>
-<table><thead><tr><th>instance</th><th>clock<br>(MHz)</th><th>power<br>(W)</th><th>batch</th>
-<th>waiting</th><th>TTFT kept<br>(%)</th><th>ITL kept<br>(%)</th><th>energy<br>(J)</th>
-<th>energy is</th></tr></thead><tbody id="rows"></tbody></table>
-<div id="plots"></div>
-<script>
-const kept = 120, width = 300, height = 80, series = {}, last = {};
-const shown = (v, d = 0) => v === null || v === undefined ? "\\u2013" : v.toFixed(d);
-function canvas(name, label, unit) {
-  const id = "plot-" + name + label, found = document.getElementById(id);
-  if (found) return found;
-  let row = document.getElementById("plots-" + name);
-  if (!row) {
-    row = document.createElement("section"); row.id = "plots-" + name;
-    const head = document.createElement("h2"); head.textContent = name; row.append(head);
-    document.getElementById("plots").append(row);
-  }
-  const f = document.createElement("figure"), t = document.createElement("figcaption");
-  const c = document.createElement("canvas"); c.id = id; c.width = width; c.height = height;
-  t.textContent = label + unit + ", last two minutes"; f.append(t, c); row.append(f);
-  return c;
-}
-function line(name, values, label, unit) {
-  const g = canvas(name, label, unit).getContext("2d");
-  const known = values.filter(v => v !== null), top = Math.max(1, ...known);
-  g.clearRect(0, 0, width, height); g.fillStyle = "#666"; g.fillText(top.toFixed(0), 2, 10);
-  g.fillText("0", 2, height - 3);
-  g.beginPath(); g.strokeStyle = "#1f77b4"; let drawing = false;
-  values.forEach((v, i) => {  // newest at the right edge; a gap where nothing is known
-    if (v === null) { drawing = false; return; }
-    const x = width - (values.length - 1 - i) * width / kept;
-    const y = height - 4 - (height - 18) * v / top;
-    if (drawing) g.lineTo(x, y); else g.moveTo(x, y);
-    drawing = true;
-  });
-  g.stroke();
-}
-async function refresh() {
-  try {
-    const data = await (await fetch("dashboard/data")).json();
-    document.getElementById("error").textContent = "";
-    document.getElementById("summary").textContent =
-      `TTFT within ${shown(data.ttft_slo_ms)} ms: ${shown(data.ttft_attainment_pct, 1)} % of ` +
-      `${data.first_tokens}; ITL within ${shown(data.itl_slo_ms)} ms: ` +
-      `${shown(data.itl_attainment_pct, 1)} % of ${data.later_tokens}`;
-    const rows = document.getElementById("rows"); rows.textContent = "";
-    for (const one of data.instances) {
-      const before = last[one.name];
-      const power = one.measured && before && one.energy_j !== null && before.energy_j !== null &&
-        data.time_s > before.time_s
-        ? (one.energy_j - before.energy_j) / (data.time_s - before.time_s) : null;
-      last[one.name] = {energy_j: one.energy_j, time_s: data.time_s};
-      const tr = document.createElement("tr");
-      for (const text of [one.name, shown(one.clock_mhz), shown(power), one.batch, one.waiting,
-          shown(one.ttft_attainment_pct, 1), shown(one.itl_attainment_pct, 1),
-          (one.measured || one.energy_j === null ? "" : "modelled ") + shown(one.energy_j, 1),
-          one.energy_method]) {
-        const td = document.createElement("td"); td.textContent = text; tr.append(td);
-      }
-      rows.append(tr);
-      for (const [label, unit, value] of [["clock", " (MHz)", one.clock_mhz],
-          ["power", " (W)", power], ["batch", "", one.batch]]) {
-        if (label === "power" && !one.measured) continue;
-        const values = series[one.name + label] ??= [];
-        values.push(value); if (values.length > kept) values.shift();
-        line(one.name, values, label, unit);
-      }
-    }
-  } catch (error) { document.getElementById("error").textContent = "no answer: " + error; }
-}
-refresh(); setInterval(refresh, 1000);
-</script></body></html>
-"""
+REMEMBERED_S = 600
+"""History kept, at a point a second."""
+LATELY_S = 60
+"""Time over which rates and percentiles are stated."""
+PERCENTS = (50, 90, 99)
+
+CLASS_WIDTH = math.log(1.05)
+SHORTEST_S = 1e-5
+"""Upper end of the first class of latencies."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -128,58 +55,202 @@ class Attainment:
         return _share(self.later_in_time, self.later_tokens)
 
 
-class Dashboard:
-    """Counts attainment and serves the page. Give `on_token` every event of the engine."""
+class Latencies:
+    """How many latencies lie in each class, the classes 5 % wide."""
 
-    def __init__(self, engine: Engine, slo: SharedSlo) -> None:
+    __slots__ = ("counts",)
+
+    def __init__(self) -> None:
+        self.counts: defaultdict[int, int] = defaultdict(int)
+
+    def add(self, seconds: float) -> None:
+        """Counts one."""
+        short = seconds <= SHORTEST_S
+        self.counts[0 if short else 1 + int(math.log(seconds / SHORTEST_S) / CLASS_WIDTH)] += 1
+
+    def percentiles_ms(self) -> dict[str, float | None]:
+        """The middle of the class that each percentile lies in; None without any."""
+        total, found, below = sum(self.counts.values()), {}, 0
+        wanted = list(PERCENTS)
+        for place in sorted(self.counts):
+            below += self.counts[place]
+            while wanted and below >= total * wanted[0] / 100:
+                middle_s = SHORTEST_S * math.exp(max(0.0, place - 0.5) * CLASS_WIDTH)
+                found[f"p{wanted.pop(0)}"] = 1e3 * middle_s
+        return {f"p{percent}": found.get(f"p{percent}") for percent in PERCENTS}
+
+
+@dataclasses.dataclass(slots=True)
+class Span:
+    """What happened in a time."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    ended: int = 0
+    energy_j: float | None = None
+    ttft: Latencies = dataclasses.field(default_factory=Latencies)
+    itl: Latencies = dataclasses.field(default_factory=Latencies)
+
+    def add(self, other: "Span") -> None:
+        """Takes in what happened in another time."""
+        self.seconds += other.seconds
+        self.tokens += other.tokens
+        self.ended += other.ended
+        if other.energy_j is not None:
+            self.energy_j = (self.energy_j or 0.0) + other.energy_j
+        for mine, theirs in ((self.ttft, other.ttft), (self.itl, other.itl)):
+            for place, count in theirs.counts.items():
+                mine.counts[place] += count
+
+    def figures(self) -> dict[str, Any]:
+        """Rates, percentiles and joules a token."""
+        per_token = self.energy_j is not None and self.tokens
+        return {
+            "tokens_per_s": self.tokens / self.seconds if self.seconds else None,
+            "requests_per_s": self.ended / self.seconds if self.seconds else None,
+            "ttft_ms": self.ttft.percentiles_ms(),
+            "itl_ms": self.itl.percentiles_ms(),
+            "energy_j_per_token": self.energy_j / self.tokens if per_token else None,
+        }
+
+
+class Dashboard:
+    """Counts, remembers and serves the page. Give `on_token` every event of the engine, and have
+    `tick` called once a second or more often."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        slo: SharedSlo,
+        *,
+        model_name: str = "",
+        refused: Callable[[], int] = lambda: 0,
+        now_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """
+        Args:
+            refused: how many requests were turned away.
+        """
         self.engine = engine
         self.slo = slo
+        self.model_name = model_name
         self.total = Attainment()
         self.by_instance: defaultdict[str, Attainment] = defaultdict(Attainment)
         """By the instance a token came from."""
+        self.errors = 0
+        self._refused = refused
+        self._now_s = now_s
         self._last_s: dict[str | int, float] = {}
+        self._started_s = self._ticked_s = now_s()
+        self._span = Span()
+        self._spans: deque[Span] = deque(maxlen=LATELY_S)
+        self._history: deque[dict[str, Any]] = deque(maxlen=REMEMBERED_S)
+        self._energies_j: dict[str, float] = {}
+        """What each instance said last."""
 
     def on_token(self, request: Request, event: TokenEvent, instance: str) -> None:
         """Counts one token of an instance against the SLO in force."""
-        slo = self.slo.current
+        slo, span = self.slo.current, self._span
         if event.token is not None:
             last_s = self._last_s.get(request.request_id)
+            waited_s = event.time_s - (request.timing.arrival_s if last_s is None else last_s)
+            span.tokens += 1
+            (span.ttft if last_s is None else span.itl).add(waited_s)
             for count in (self.total, self.by_instance[instance]):
                 if last_s is None:
                     count.first_tokens += 1
-                    count.first_in_time += event.time_s - request.timing.arrival_s <= slo.ttft_s
+                    count.first_in_time += waited_s <= slo.ttft_s
                 else:
                     count.later_tokens += 1
-                    count.later_in_time += event.time_s - last_s <= slo.itl_s
+                    count.later_in_time += waited_s <= slo.itl_s
             self._last_s[request.request_id] = event.time_s
         if event.finish_reason is not None:
+            span.ended += 1
+            self.errors += event.finish_reason == "error"
             self._last_s.pop(request.request_id, None)
 
-    def data(self) -> dict[str, Any]:
-        """What the page shows."""
-        slo = self.slo.current
+    def tick(self) -> None:
+        """Puts the second that has passed into the history; sooner it does nothing."""
+        now_s = self._now_s()
+        seconds = now_s - self._ticked_s
+        if seconds < 1.0:
+            return
+        span, self._span, self._ticked_s = self._span, Span(), now_s
+        span.seconds = seconds
+        span.energy_j = self._energy_since()
+        self._spans.append(span)
+        found = span.figures()
+        point: dict[str, Any] = {"time_s": now_s, "pages_held_pct": self._pages_pct()}
+        for name in ("ttft", "itl"):
+            for key, value in found.pop(f"{name}_ms").items():
+                point[f"{name}_{key}_ms"] = value
+        point["instances"] = {
+            one.name: {
+                "clock_mhz": one.clock_mhz,
+                "power_w": one.load.power_w,
+                "batch": one.load.batch,
+            }
+            for one in self.engine.instances
+        }
+        self._history.append(point | found)
+
+    def data(self, since_s: float | None = None) -> dict[str, Any]:
+        """What the page shows.
+
+        Args:
+            since_s: the last point of the history that is known already.
+        """
+        self.tick()
+        slo, instances = self.slo.current, self.engine.instances
+        lately = Span()
+        for span in self._spans:
+            lately.add(span)
+        newest = self._history[-1]["time_s"] if self._history else None
+        if since_s is not None and (newest is None or since_s > newest):
+            since_s = None  # of another server, before this one
         return {
-            "time_s": time.monotonic(),
+            "version": __version__,
+            "model": self.model_name,
+            "started_s": self._started_s,
+            "remembered_s": REMEMBERED_S,
             "ttft_slo_ms": slo.ttft_s * 1e3,
             "itl_slo_ms": slo.itl_s * 1e3,
-            "first_tokens": self.total.first_tokens,
-            "later_tokens": self.total.later_tokens,
-            "ttft_attainment_pct": self.total.ttft_pct,
-            "itl_attainment_pct": self.total.itl_pct,
+            "unfinished": self.engine.unfinished,
+            "last_minute": lately.figures(),
+            "total": {
+                "first_tokens": self.total.first_tokens,
+                "later_tokens": self.total.later_tokens,
+                "ttft_attainment_pct": self.total.ttft_pct,
+                "itl_attainment_pct": self.total.itl_pct,
+                "errors": self.errors,
+                "refused": self._refused(),
+            },
+            "pages_held_pct": self._pages_pct(),
+            "preemptions": sum(one.load.preemptions for one in instances),
+            "energy_kind": self._kind(),
+            "saving_pct": self._saving_pct(),
             "instances": [
                 {
-                    "name": instance.name,
-                    "clock_mhz": instance.clock_mhz,
-                    "batch": instance.load.batch,
-                    "waiting": instance.load.waiting,
-                    "ttft_attainment_pct": self.by_instance[instance.name].ttft_pct,
-                    "itl_attainment_pct": self.by_instance[instance.name].itl_pct,
-                    "measured": instance.energy_method.startswith("measured"),
-                    "energy_j": instance.load.energy_j,
-                    "energy_method": instance.energy_method,
+                    "name": one.name,
+                    "failed": one.failure is not None,
+                    "clock_mhz": one.clock_mhz,
+                    "clock_bounds_mhz": one.load.clock_bounds_mhz,
+                    "power_w": one.load.power_w,
+                    "batch": one.load.batch,
+                    "waiting": one.load.waiting,
+                    "pages_held": one.load.pages_held,
+                    "pages": one.page_count,
+                    "preemptions": one.load.preemptions,
+                    "faults": one.load.faults,
+                    "ttft_attainment_pct": self.by_instance[one.name].ttft_pct,
+                    "itl_attainment_pct": self.by_instance[one.name].itl_pct,
+                    "measured": one.energy_method.startswith("measured"),
+                    "energy_j": one.load.energy_j,
+                    "energy_method": one.energy_method,
                 }
-                for instance in self.engine.instances
+                for one in instances
             ],
+            "history": [p for p in self._history if since_s is None or p["time_s"] > since_s],
         }
 
     def add_to(self, app: fastapi.FastAPI) -> None:
@@ -190,8 +261,45 @@ class Dashboard:
             return HTMLResponse(PAGE)
 
         @app.get("/dashboard/data", include_in_schema=False)
-        async def data() -> dict[str, Any]:
-            return self.data()
+        async def data(since: float | None = None) -> dict[str, Any]:
+            return self.data(since)
+
+    # --- of the instances ---------------------------------------------------------------------
+
+    def _energy_since(self) -> float | None:
+        """Joules of all instances since the last call; None where nothing tells."""
+        found = None
+        for one in self.engine.instances:
+            energy_j = one.load.energy_j
+            if energy_j is None:
+                continue
+            before_j = self._energies_j.get(one.name)
+            self._energies_j[one.name] = energy_j
+            if before_j is not None and energy_j >= before_j:  # another of that name begins anew
+                found = (found or 0.0) + energy_j - before_j
+        return found
+
+    def _kind(self) -> str | None:
+        """Measured, modelled, or both where instances differ; None where none tells."""
+        kinds = {
+            one.energy_method.partition(":")[0]
+            for one in self.engine.instances
+            if one.load.energy_j is not None
+        }
+        return " and ".join(sorted(kinds)) or None
+
+    def _saving_pct(self) -> float | None:
+        """Against the maximum clock, since the start, where all instances model that."""
+        loads = [one.load for one in self.engine.instances if one.load.energy_j is not None]
+        at_max_j = [load.energy_at_max_j for load in loads if load.energy_at_max_j]
+        if not loads or len(at_max_j) < len(loads):
+            return None
+        return 100 * (1 - sum(load.energy_j or 0.0 for load in loads) / sum(at_max_j))
+
+    def _pages_pct(self) -> float | None:
+        instances = self.engine.instances
+        pages = sum(one.page_count for one in instances)
+        return _share(sum(one.load.pages_held for one in instances), pages)
 
 
 def _share(part: int, whole: int) -> float | None:

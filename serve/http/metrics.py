@@ -119,6 +119,11 @@ class Metrics:
             if tokens:
                 self.token_energy.observe(timing.energy_j / tokens)
 
+    def count_refused(self) -> int:
+        """Requests refused so far, whatever the status."""
+        (family,) = self.refused.collect()
+        return round(sum(s.value for s in family.samples if s.name.endswith("_total")))
+
     def watch(self) -> None:
         """Has every instance, and each that joins later, report its iterations."""
         for instance in self.engine.instances:

@@ -194,13 +194,14 @@ def build_app(
 ) -> fastapi.FastAPI:
     """The HTTP application over an engine, with its metrics and its dashboard."""
     metrics = Metrics(engine, config.model_name)
-    dashboard = Dashboard(engine, slo)
+    dashboard = Dashboard(engine, slo, model_name=config.model_name, refused=metrics.count_refused)
 
     def on_token(request: Request, event: TokenEvent, source: str) -> None:
         metrics.on_token(request, event)
         dashboard.on_token(request, event, source)
 
     engine.on_token = on_token
+    engine.on_watch = dashboard.tick
     metrics.watch()
     app = create_app(engine, tokenizer, config, metrics)
     dashboard.add_to(app)

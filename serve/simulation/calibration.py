@@ -37,6 +37,7 @@ from jaxsys.serve.simulation.traces import Trace, synthetic_trace
 SLO = Slo(ttft_s=0.6, itl_s=0.06, reserve=0.05)
 RUN_S = 120.0
 CLOCKS_MHZ = (1410, 1005)
+PERCENTS = (50, 90, 99)
 READABLE_PCT = (20.0, 98.0)
 """Attainments between which a prediction in points says something."""
 
@@ -311,6 +312,13 @@ def static_rows(
                 * float(np.mean([run.itl_attainment(slo.itl_s) for run in runs])),
             }
             row = {"rate_per_s": point.rate_per_s, "clock_mhz": float(clock), **found}
+            for percent in PERCENTS:  # so that other bounds than `slo` may be judged
+                row[f"ttft_p{percent}_ms"] = 1e3 * float(
+                    np.mean([np.percentile(run.ttft_s, percent) for run in runs])
+                )
+                row[f"itl_p{percent}_ms"] = 1e3 * float(
+                    np.mean([run.itl_percentile(percent) for run in runs])
+                )
             for key, value in found.items():
                 known = getattr(point, key)[str(clock)]
                 row[f"published_{key}"] = known

@@ -51,6 +51,7 @@ class SimExecutor:
         self._segments: list[_Segment] = []
         self._end_s = 0.0
         self._idle_from_s = 0.0
+        self._resting_w: float | None = None
 
     @property
     def began_s(self) -> float:
@@ -116,11 +117,18 @@ class SimExecutor:
         gap_s = now_s - self._idle_from_s
         if gap_s <= 0:
             return
-        power_w = self.gpu.idle_power_w(self.clocks.actual_mhz())
+        power_w = self._resting_w
+        if power_w is None:
+            power_w = self.gpu.idle_power_w(self.clocks.actual_mhz())
         self.clocks.spend(gap_s, power_w)
         self.idle_s += gap_s
         self.idle_j += gap_s * power_w
         self._idle_from_s = now_s
+
+    def rest(self, power_w: float | None, now_s: float) -> None:
+        """From now on idle time draws `power_w`, whatever the clock; None: by the clock again."""
+        self.idle_until(now_s)
+        self._resting_w = power_w
 
     def _run(self, clock_mhz: float) -> Outcome:
         outcome = self.gpu.run(self._loads[0], clock_mhz)

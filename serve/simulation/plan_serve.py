@@ -471,6 +471,12 @@ def main(argv: Sequence[str], prog: str) -> int:
         if path is not None:
             refuse_to_overwrite(path)
     check_policies(options.policy)
+    for name in options.policy:
+        if policy_named(name).sleeps:
+            raise UsageError(
+                f"policy {name!r} puts instances to sleep, which `jaxsys serve` does not do; plan "
+                "without, and try it with `jaxsys replay`"
+            )
     config = read_model(options.model)
     ways = check_model(config, [int(w) for w in options.ways] if options.ways else WAYS)
     trace = read_demand(options)
@@ -480,7 +486,7 @@ def main(argv: Sequence[str], prog: str) -> int:
         bounds.gpu(kind, way, form) for kind in gpus for way in ways for form in VALUE_BYTES
     ]
     check_policies(options.policy, [gpu for gpu in modelled if gpu is not None])
-    began_s = time.monotonic()
+    began_s, used_s = time.monotonic(), time.process_time()
     known = list(
         candidates(
             bounds,
@@ -530,7 +536,8 @@ def main(argv: Sequence[str], prog: str) -> int:
         say=say,
     )
     roomiest = functools.partial(_roomiest, bounds, gpus, ways, options.weights)
-    return report(options, found, bounds, trace, slo, roomiest)
+    took = {"wall_s": time.monotonic() - began_s, "cpu_s": time.process_time() - used_s}
+    return report(options, found, bounds, trace, slo, roomiest, took)
 
 
 def report(
@@ -540,8 +547,13 @@ def report(
     trace: Trace,
     slo: Slo,
     roomiest: Callable[[int], int | None],
+    took: dict[str, float],
 ) -> int:
-    """Prints what was found, and writes it; 1 where nothing keeps the targets."""
+    """Prints what was found, and writes it; 1 where nothing keeps the targets.
+
+    Args:
+        took: bound and replays together, by the wall and by the processor.
+    """
     best = frontier(found.judged)
     chosen = chosen_of(found.judged, options.attainment_pct)
     longest = int((trace.prompt_tokens + trace.output_tokens).max())
@@ -560,6 +572,7 @@ def report(
         "passed_the_bound": found.passed,
         "replays": len(found.judged),
         "cut_short": found.cut_short,
+        **{f"search_{name}": value for name, value in took.items()},
         "chosen": None if chosen is None else manifest_of(options.model, chosen, slo),
         "halving": []
         if chosen is None

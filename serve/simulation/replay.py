@@ -28,10 +28,12 @@ from jaxsys.serve.energy.gpu_model import ENGINES, GPUS, SHAPES, Load, Simulated
 from jaxsys.serve.energy.predictors import ModelPredictor, Predictor
 from jaxsys.serve.energy.profile import simulated_profile
 from jaxsys.serve.energy.registry import CLOCK_POLICIES, ROUTERS, Situation
+from jaxsys.serve.energy.sleep import SleepConfig
 from jaxsys.serve.energy.slo import SharedSlo, Slo
 from jaxsys.serve.simulation.simulator import ClusterConfig, ReplayResult, Simulator
 from jaxsys.serve.simulation.traces import Trace, read_trace, synthetic_trace
 
+SLEEPS = "+sleep"
 MOST_REQUESTS = 500_000
 MOST_INSTANCES = 4096
 
@@ -46,6 +48,8 @@ class Policy:
     """Of `ROUTERS`, for decode; None routes plainly: prompts in turn, then the fewest requests."""
     cap_w: float | None = None
     """Power limit of each GPU, where that is what holds its clock down."""
+    sleeps: bool = False
+    """Whether instances that are not needed sleep."""
 
 
 POLICIES: dict[str, Policy] = {
@@ -57,20 +61,26 @@ POLICIES: dict[str, Policy] = {
     "both": Policy(clock="ecofreq", route="ecoroute"),
     "both-energy": Policy(clock="ecofreq", route="energy"),
     "ahead": Policy(clock="ahead", route="energy"),
+    "ahead-sleep": Policy(clock="ahead", route="energy", sleeps=True),
 }
 """Those that have a name of their own. `ecoroute` alone: the published router at the maximum clock.
-`both-energy`: EcoFreq with the router of least energy increase; `ahead`: Ahead with the same."""
+`both-energy`: EcoFreq with the router of least energy increase; `ahead`: Ahead with the same;
+`ahead-sleep`: and instances that are not needed sleep."""
 
 
 def policy_named(name: str) -> Policy:
     """The policy called `name`, or CLOCK+ROUTER, a clock policy alone, or cap-W: the highest clock
-    under a power limit of so many watts.
+    under a power limit of so many watts. With "+sleep" behind it, instances that are not needed
+    sleep.
 
     Raises:
         UsageError: if a part of it is not known.
     """
     if name in POLICIES:
         return POLICIES[name]
+    awake = name.removesuffix(SLEEPS)
+    if awake != name:
+        return replace(policy_named(awake), sleeps=True)
     if name.startswith("cap-") and name[4:].isdecimal():
         return Policy(clock="max", cap_w=float(name[4:]))
     clock, plus, route = name.partition("+")
@@ -78,7 +88,7 @@ def policy_named(name: str) -> Policy:
         known = dict.fromkeys((*POLICIES, *CLOCK_POLICIES))
         raise UsageError(
             f"policy {name!r} is not known; use one of {', '.join(known)}, CLOCK+ROUTER with a "
-            f"router of {', '.join(ROUTERS)}, or cap-WATTS"
+            f"router of {', '.join(ROUTERS)}, or cap-WATTS, each with {SLEEPS} or without"
         )
     if plus:
         ROUTERS.check(route)
@@ -156,6 +166,8 @@ def simulate(
     """
     if policy.cap_w is not None:
         setting = _capped(setting, policy.cap_w)
+    if policy.sleeps and setting.cluster.sleep is None:
+        setting = replace(setting, cluster=replace(setting.cluster, sleep=SleepConfig()))
     slo = SharedSlo(setting.slo)
     # One for all: the instances are alike, and each learns from the others' iterations.
     one_predictor = functools.cache(predictor or functools.partial(make_predictor, setting))
@@ -219,6 +231,8 @@ def figures(result: ReplayResult, slo: Slo) -> dict[str, float]:
         "infeasible_decisions": result.infeasible,
         "overruns": result.overruns,
         "preemptions": result.preemptions,
+        "asleep_instance_s": result.asleep_s,
+        "wakes": result.wakes,
         "wall_s": result.wall_s,
     }
 
@@ -381,8 +395,8 @@ def parser(prog: str) -> argparse.ArgumentParser:
         "--policy",
         default="max,sweet-spot,window,ecofreq,ecoroute,both,both-energy,ahead",
         help=f"comma-separated, of: {', '.join(dict.fromkeys((*POLICIES, *CLOCK_POLICIES)))}, or "
-        f"CLOCK+ROUTER, such as window+energy, with a router of {', '.join(ROUTERS)} "
-        f"(default: %(default)s)",
+        f"CLOCK+ROUTER, such as window+energy, with a router of {', '.join(ROUTERS)}; with "
+        f"{SLEEPS} behind it, instances that are not needed sleep (default: %(default)s)",
     )
     add("--gpu", default="h100", help=f"of: {', '.join(GPUS)} (default %(default)s)")
     add("--model", default="llama-3-8b", help=f"of: {', '.join(SHAPES)} (default %(default)s)")

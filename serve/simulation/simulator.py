@@ -28,6 +28,7 @@ from jaxsys.serve.energy.gpu_model import Load, SimulatedGpu
 from jaxsys.serve.energy.meters import Metered, Reading
 from jaxsys.serve.energy.policy import ClockPolicy
 from jaxsys.serve.energy.shares import Shares
+from jaxsys.serve.energy.sleep import SleepConfig, Sleeper
 from jaxsys.serve.executor import Outcome
 from jaxsys.serve.hooks import InstanceView, Router
 from jaxsys.serve.requests import Request, SamplingParameters
@@ -80,6 +81,8 @@ class ClusterConfig:
     in this project's executor; else an iteration's prompts are one step without padding."""
     decode_buckets: tuple[int, ...] = ()
     """Batches that decode steps are compiled for; empty where they are not padded."""
+    sleep: SleepConfig | None = None
+    """Whether instances that are not needed sleep, and how readily."""
 
     def __post_init__(self) -> None:
         for name, least in (("prefill_instances", 1), ("decode_instances", 0), ("max_steps", 1)):
@@ -183,6 +186,9 @@ class SimInstance:
         """Likewise of turns to come."""
         self.newcomers: list[Request] = []
         self.started_s = 0.0
+        self.asleep = False
+        """Whether it takes no requests: it sleeps, or wakes and is not up yet."""
+        self.waking = False
         self.held_up_s = 0.0
         """By how much pages that come or go put off the next iteration."""
 
@@ -279,6 +285,10 @@ class ReplayResult:
     when the alarm rang, and when it ended."""
     clock_changes: int
     preemptions: int
+    asleep_s: float
+    """Instance seconds asleep ..."""
+    wakes: int
+    """... and how often one was woken."""
     wall_s: float
     series: dict[str, list[float]] = field(default_factory=dict)
 
@@ -384,6 +394,12 @@ class Simulator:
         self._series: dict[str, list[float]] = defaultdict(list)
         self._sampled_j = 0.0
         self._first_token_steps = config.gpu.engine.first_token_steps if self.decode else None
+        self._sleepers: list[tuple[Sleeper, list[SimInstance]]] = []
+        if config.sleep is not None:
+            self._sleepers = [(Sleeper(config.sleep), group) for group in self._roles.values()]
+        self._asleep = 0
+        self._asleep_s = 0.0
+        self._wakes = 0
 
     def run(self) -> ReplayResult:
         """Replays the whole trace and waits for its last token."""
@@ -405,6 +421,8 @@ class Simulator:
             self._await_idle(instance, 0.0)
         if self._sample_every_s:
             self._push(self._sample_every_s, self._sample)
+        if config.sleep is not None:
+            self._push(config.sleep.look_s, self._look)
         events, clock = self._events, self.clock
         while events and self._left:
             now_s, _, action, arguments = heapq.heappop(events)
@@ -447,6 +465,8 @@ class Simulator:
         return list(range(first, first + self._prompts[index] // self.config.page_size))
 
     def _route(self, router: Router, instances: list[SimInstance], request: Request) -> SimInstance:
+        if self._asleep:
+            instances = [one for one in instances if not one.asleep]
         views: Sequence[InstanceView] = instances
         return instances[router.choose(views, request)]
 
@@ -661,6 +681,34 @@ class Simulator:
                 instance.iteration = instance.turns.in_flight[0].iteration = shorter
                 self._replan(instance, instance.executor.cut_after(steps, now_s))
 
+    def _look(self, now_s: float) -> None:
+        """Puts instances to sleep and wakes others."""
+        sleep = self.config.sleep
+        assert sleep is not None
+        gpu = self.config.gpu
+        for sleeper, group in self._sleepers:
+            change = sleeper.look(group, now_s)
+            for one in (group[index] for index in change.to_sleep):
+                one.asleep = True
+                self._asleep += 1
+                one.scheduler.allocator.forget()  # kept prefixes go with the weights
+                one.executor.rest(gpu.asleep_power_w, now_s)
+                self._asleep_s -= now_s
+            for one in (group[index] for index in change.to_wake):
+                one.waking = True
+                self._wakes += 1
+                # Loading and starting keep the clock up.
+                one.executor.rest(gpu.idle_power_w(gpu.spec.max_mhz), now_s)
+                self._asleep_s += now_s
+                self._push(now_s + sleep.wake_s, self._woken, one)
+        self._push(now_s + sleep.look_s, self._look)
+
+    def _woken(self, now_s: float, instance: SimInstance) -> None:
+        instance.executor.rest(None, now_s)
+        instance.asleep = instance.waking = False
+        self._asleep -= 1
+        self._await_idle(instance, now_s)
+
     def _sample(self, now_s: float) -> None:
         every_s = self._sample_every_s or 1.0
         total_j = 0.0
@@ -690,6 +738,7 @@ class Simulator:
                     merged[mhz] += seconds
             clock_seconds[role] = dict(sorted(merged.items()))
         executors = [instance.executor for instance in self.instances]
+        sleeping = sum(one.asleep and not one.waking for one in self.instances)
         records = [instance.governor.record for instance in self.instances]
         return ReplayResult(
             requests=len(self.trace),
@@ -714,6 +763,8 @@ class Simulator:
             overruns=sum(r.overruns + r.alarms for r in records),
             clock_changes=sum(instance.clocks.changes for instance in self.instances),
             preemptions=sum(instance.scheduler.preemptions for instance in self.instances),
+            asleep_s=self._asleep_s + sleeping * self._end_s,
+            wakes=self._wakes,
             wall_s=wall_s,
             series=dict(self._series),
         )

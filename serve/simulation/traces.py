@@ -178,15 +178,21 @@ def read_trace(path: str | Path) -> Trace:
 
 
 def _read(rows: Iterator[list[str]], path: Path) -> Trace:
-    header = [name.strip().removeprefix("\N{BOM}") for name in next(rows, [])]
-    if not any(header):
+    numbered = enumerate(rows, start=1)
+    names = next((row for _, row in numbered if any(map(str.strip, row))), None)
+    if names is None:
         raise UsageError(f"trace {path} is empty")
+    header = [name.strip().removeprefix("\N{BOM}").strip() for name in names]
     form = next((form for form in _FORMS if set(form.columns) <= set(header)), None)
     if form is None:
         known = "; ".join(", ".join(form.columns) for form in _FORMS)
         raise UsageError(
             f"trace {path}: columns {shown(header)} are not known; use one of: {known}"
         )
+    used = [*form.columns, *([form.session] if form.session else [])]
+    twice = [column for column in used if header.count(column) > 1]
+    if twice:
+        raise UsageError(f"trace {path}: column {twice[0]} is there {header.count(twice[0])} times")
     places = [header.index(column) for column in form.columns]
     session_place = header.index(form.session) if form.session in header else None
     numbers: dict[str, int] = {}
@@ -194,11 +200,11 @@ def _read(rows: Iterator[list[str]], path: Path) -> Trace:
     arrivals: list[float] = []
     sizes: tuple[list[int], list[int]] = ([], [])
     previous_s = -math.inf
-    for number, row in enumerate(rows, start=2):
+    for number, row in numbered:
         if not row:
             continue
         where = f"trace {path}, row {number}"
-        if len(row) < len(header):
+        if len(row) != len(header):
             raise UsageError(f"{where}: {len(row)} values for {len(header)} columns")
         arrival_s = _parse(form.arrival, row[places[0]], where, form.columns[0])
         if not math.isfinite(arrival_s):
@@ -246,7 +252,8 @@ def _parse(convert: Callable[[str], _Value], text: str, where: str, column: str)
     try:
         return convert(text)
     except (ValueError, OverflowError):
-        raise UsageError(f"{where}, column {column}: {shown(text)} is not a value") from None
+        wanted = {int: "a whole number", float: "a number"}.get(convert, "a moment of time")
+        raise UsageError(f"{where}, column {column}: {shown(text)} is not {wanted}") from None
 
 
 # --- generators -------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 from jaxsys.clocks import GpuClocks, GroupClocks, ObserveOnly, SimulatedClocks
 from jaxsys.errors import UsageError
 from jaxsys.model import preset
+from jaxsys.model.kinds import Experts
 from jaxsys.serve.energy.governor import Governor
 from jaxsys.serve.energy.governors import (
     Served,
@@ -88,7 +89,7 @@ def test_every_governor_says_all_that_the_loop_asks_for(make):
         governor.idle(9.0, 0.02)
         assert governor.method.partition(":")[0] in ("measured", "none")
         assert governor.idle_after_s is None or governor.idle_after_s > 0
-        assert len(governor.reading(9.0)) == 5
+        assert len(governor.reading(9.0)) == 6
         governor.close()
         governor.close()
 
@@ -403,9 +404,17 @@ def test_a_profile_is_refused_by_what_it_was_measured_for(make):
 
     make(profile=profile_of())
     many_heads = dataclasses.replace(SERVED.model, num_kv_heads=32)
+    experts = Experts(count=8, active=2, intermediate_size=14336)
+    kind = SERVED.model.kinds[0]
+    with_experts = dataclasses.replace(
+        SERVED.model, experts=experts, kinds=(dataclasses.replace(kind, experts=True),)
+    )
+    with_window = dataclasses.replace(SERVED.model, kinds=(dataclasses.replace(kind, window=512),))
     for changes, message in (
         ({"gpu": "NVIDIA H200"}, "gpu='NVIDIA H200' instead of 'NVIDIA H100'"),
         ({"model": many_heads}, "32 heads and 32 of keys and values of 128"),
+        ({"model": with_experts}, "2 of 8 experts of 14336"),
+        ({"model": with_window}, "windows of 512 in 32"),
         ({"weights": "int8"}, "weights='int8' instead of 'bfloat16'"),
         ({"tensor_parallel": 2}, "tensor_parallel=2 instead of 1"),
     ):

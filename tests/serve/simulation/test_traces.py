@@ -64,6 +64,7 @@ def test_mooncake_and_plain_forms(tmp_path):
         ("2023-11-16 18:17:03.97,5,1.5\n", r"row 2, column GeneratedTokens: '1.5'"),
         ("yesterday,5,1\n", r"row 2, column TIMESTAMP: 'yesterday'"),
         ("2023-11-16 18:17:03,5\n", r"row 2: 2 values for 3 columns"),
+        ("2023-11-16 18:17:03,5,1,9\n", r"row 2: 4 values for 3 columns"),
         ("2023-11-16 18:17:03,0,5\n", r"row 2, column ContextTokens: 0 tokens"),
         ("2023-11-16 18:17:03,5,-5\n", r"row 2, column GeneratedTokens: -5 tokens"),
         ("2023-11-16 18:17:03,5,5\n2023-11-16 18:17:02,5,5\n", r"row 3, column TIMESTAMP.*sort"),
@@ -85,6 +86,14 @@ def test_unknown_forms_and_files_are_refused(tmp_path):
         read_trace(tmp_path / "binary.csv")
     with pytest.raises(UsageError, match="trace.csv is empty"):
         read_trace(write(tmp_path, ""))
+
+
+def test_a_column_named_twice_is_refused_and_blank_rows_are_passed_over(tmp_path):
+    with pytest.raises(UsageError, match="column prompt_tokens is there 2 times"):
+        read_trace(write(tmp_path, "arrival_s,prompt_tokens,output_tokens,prompt_tokens\n"))
+    text = "\n\narrival_s,prompt_tokens,output_tokens\n0,10,5\n\n1,10,x\n"
+    with pytest.raises(UsageError, match="row 6, column output_tokens: 'x' is not a whole number"):
+        read_trace(write(tmp_path, text))
 
 
 @pytest.mark.parametrize("arrival", ["nan", "inf"])
@@ -187,5 +196,5 @@ def test_sessions_stay_with_their_requests(tmp_path):
     assert sessions_of(trace.repeated(6.5)) == [0, 1, 0, 2, 3, 2, 4, 5]
     with pytest.raises(UsageError, match="row 2, column session_id: a session's name is needed"):
         read_trace(write(tmp_path, text.splitlines()[0] + "\n0,10,5,\n"))
-    with pytest.raises(UsageError, match="row 2, column Response tokens: 'x' is not a value"):
+    with pytest.raises(UsageError, match="row 2, column Response tokens: 'x' is not a whole"):
         read_trace(write(tmp_path, "Timestamp,Request tokens,Response tokens\n1,5,x\n"))
