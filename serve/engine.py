@@ -13,6 +13,7 @@ import math
 from collections.abc import AsyncGenerator, Callable, Sequence
 
 from jaxsys.errors import RunError, UsageError
+from jaxsys.serve.adapters import Adapters, UnknownAdapter
 from jaxsys.serve.clock import Clock
 from jaxsys.serve.exchange import Exchange, HandoverLimits
 from jaxsys.serve.grammars import Grammars
@@ -97,6 +98,8 @@ class Engine:
         )
         self.grammars: Grammars | None = None
         """Those that the instances share, where they are in this process."""
+        self.adapters = Adapters(self)
+        """The low-rank adapters that requests may name."""
         self.draining = False
         self.healing = False
         """Whether failed instances are replaced: then requests wait for that, if they must."""
@@ -120,6 +123,7 @@ class Engine:
             self.on_join(instance)
         if self._loop is not None:
             instance.start()
+            self.adapters.join(instance, self._place_waiting)
             self._place_waiting()
 
     def remove(self, instance: Member) -> None:
@@ -173,6 +177,15 @@ class Engine:
     def unfinished(self) -> int:
         """Requests in the engine."""
         return len(self._generations)
+
+    def uses(self, key: str) -> int:
+        """Requests in the engine that are computed with an adapter."""
+        return sum(one.request.adapter == key for one in self._generations.values())
+
+    @property
+    def requests(self) -> list[Request]:
+        """Those in the engine."""
+        return [one.request for one in self._generations.values()]
 
     @property
     def energy_method(self) -> str:
@@ -270,13 +283,14 @@ class Engine:
         sampling: SamplingParameters,
         *,
         request_id: str | None = None,
+        adapter: str | None = None,
     ) -> AsyncGenerator[TokenEvent, None]:
         """The tokens of one request as they come; the last event carries `finish_reason`.
 
         Raises:
             UsageError, Overloaded, RunError: before the first token, as `check` and `admit` do.
         """
-        generation = self.submit(prompt_tokens, sampling, request_id=request_id)
+        generation = self.submit(prompt_tokens, sampling, request_id=request_id, adapter=adapter)
         async with contextlib.aclosing(self.events(generation)) as events:
             async for event in events:
                 yield event
@@ -288,10 +302,12 @@ class Engine:
         *,
         request_id: str | None = None,
         watch: Watch | None = None,
+        adapter: str | None = None,
     ) -> Generation:
         """Begins a request at once; whoever does so must `leave` it in the end.
 
         Args:
+            adapter: name of one that is loaded; None: the model alone.
             watch: sees each token as it reaches this thread, before anybody else does, and says
                 whether the output ends with it, as at a stop string. Then the request ends
                 everywhere, and whatever was computed ahead is never seen nor counted.
@@ -301,11 +317,15 @@ class Engine:
         """
         self.check(len(prompt_tokens), sampling.max_tokens)
         self.admit()
+        found = None if adapter is None else self.adapters.get(adapter)
+        if adapter is not None and found is None:
+            raise UnknownAdapter(f"adapter {adapter!r} is not loaded")
         request = Request(
             request_id or f"request-{next(self._numbers)}",
             sampling=sampling,
             arrival_s=self.clock.now_s(),
             prompt_tokens=prompt_tokens,
+            adapter=None if found is None else found.key,
         )
         generation = Generation(request, watch)
         self._submit(generation)
@@ -451,6 +471,7 @@ class Engine:
             arrival_s=old.arrival_s,
             prompt_tokens=old.prompt_tokens,
             timing=old.timing,
+            adapter=old.adapter,
         )
         request.output_tokens = list(generation.tokens)
         request.generated = len(generation.tokens)

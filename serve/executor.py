@@ -22,6 +22,7 @@ from jaxsys.model import DecoderConfig
 from jaxsys.model.contract import layer_cache
 from jaxsys.serve import paged_model
 from jaxsys.serve.grammars import Follower, Grammars
+from jaxsys.serve.lora import Adapted, AdapterSlots
 from jaxsys.serve.paged_attention import choose_kernels
 from jaxsys.serve.paged_model import CacheForm, Contents
 from jaxsys.serve.prompt_scores import Scores
@@ -39,7 +40,7 @@ from jaxsys.serve.sampling import (
     set_history,
 )
 from jaxsys.serve.scheduler import Iteration, PrefillPiece, SchedulerConfig
-from jaxsys.serve.steps import COPIES, ExecutorConfig, Steps
+from jaxsys.serve.steps import ADAPTED, COPIES, ExecutorConfig, Steps
 from jaxsys.serve.weights import TENSOR, ServingWeights
 
 
@@ -163,6 +164,7 @@ class _Piece(NamedTuple):
     """The token behind each of the piece's, where how likely they are is asked for."""
     mask: np.ndarray | None = None
     """For the last piece: the tokens that its grammar admits."""
+    adapted: Adapted | None = None
 
 
 class JaxExecutor:
@@ -178,10 +180,12 @@ class JaxExecutor:
         shapes: ExecutorConfig | None = None,
         cache_form: CacheForm | None = None,
         grammars: Grammars | None = None,
+        adapters: AdapterSlots | None = None,
     ):
         """Takes weights that lie on their devices already.
 
         Args:
+            adapters: where requests' adapters lie; without, no request may have one.
             grammars: over the model's vocabulary; without, no request may have one.
             placement: one device's sharding, or a `NamedSharding` that spells out nothing over the
                 mesh whose axis `TENSOR` splits the weights; step inputs are whole on every device.
@@ -191,6 +195,7 @@ class JaxExecutor:
         self.config = config
         self.weights = weights
         self.grammars = grammars
+        self.adapters = adapters
         self.shapes = ExecutorConfig.for_scheduler(scheduler) if shapes is None else shapes
         self.page_count, self.page_size = scheduler.page_count, scheduler.page_size
         self.slots = scheduler.max_batch
@@ -224,6 +229,7 @@ class JaxExecutor:
             slots=self.slots,
             role=scheduler.role,
             placement=placement,
+            tables=None if adapters is None else adapters.tables,
         )
 
     def _make_state(self) -> None:
@@ -241,6 +247,8 @@ class JaxExecutor:
         self._decode_buffers: dict[tuple[int, int], tuple[jax.Array, jax.Array, jax.Array]] = {}
         self._batch: tuple[Request, ...] = ()
         self._batch_rules: tuple[Rules, SamplingNeeds] = (pack_rules([], [], 1), SamplingNeeds())
+        self._adapted_batch: tuple[tuple[Request, ...], int, int] = ((), 0, 0)
+        self._adapted_rows: tuple[jax.Array, jax.Array] | None = None
         self._held: _Held | None = None
         self._faults: list[RequestFault] = []
 
@@ -333,6 +341,8 @@ class JaxExecutor:
             if not leaf.is_deleted():  # a step that failed may have had it
                 leaf.delete()
         self._make_state()
+        if self.adapters is not None:
+            self.adapters.rebuild()
         jax.block_until_ready((self._cache, self._last))
 
     def run_once(self, key: tuple) -> None:
@@ -344,15 +354,17 @@ class JaxExecutor:
         kind, *shape = key
         step = self.steps.get(*key)
         done: object = None
-        if kind == "prefill":
+        if kind in ("prefill", "prefill" + ADAPTED):
             size, table, continued = shape
             # A piece without tokens.
             packed = np.zeros(2 + size + table * self._groups, np.int32)
             packed[0] = continued
-            done, self._cache = step(self.weights, self._cache, packed)
-        elif kind == "decode":
-            batch, table = shape
-            done = self._decode_step(batch, table, self._nobody(batch, table))
+            adapted = () if kind == "prefill" else (self._adapted([0], 1, 1),)
+            done, self._cache = step(self.weights, self._cache, packed, *adapted)
+        elif kind in ("decode", "decode" + ADAPTED):
+            batch, table, *used = shape
+            adapted = self._adapted([None], batch, used[0]) if used else None
+            done = self._decode_step(batch, table, self._nobody(batch, table), adapted)
         elif kind == "sample" and not shape[1].adjusted:
             batch, needs = shape
             logits = np.zeros((batch, self.config.vocab_size), np.float32)
@@ -416,8 +428,9 @@ class JaxExecutor:
         end = start + length
         needed = -(-end // self.page_size)
         continued = self.shapes.distinguish_first and start > 0
+        adapted = self._adapted_piece(request)
         size, table = self.steps.fitting(
-            "prefill",
+            "prefill" if adapted is None else "prefill" + ADAPTED,
             (length, self.shapes.piece_buckets),
             (needed, self.shapes.table_buckets),
             rest=(continued,),
@@ -443,21 +456,23 @@ class JaxExecutor:
         except Exception as error:
             raise RequestFault(request, error) from error
         shape = (size, table, continued)
-        return _Piece(request, end, shape, packed, sampling, history, start, following, mask)
+        beside = (sampling, history, start, following, mask, adapted)
+        return _Piece(request, end, shape, packed, *beside)
 
     def _prefill(self, piece: _Piece) -> tuple[jax.Array, _Scored | _Pooled | None]:
         following, request = piece.following, piece.request
+        suffix, adapted = ("", ()) if piece.adapted is None else (ADAPTED, (piece.adapted,))
         if request.sampling.pooling is not None and not request.generated:
-            step = self.steps.get("pool", *piece.shape)
-            logits, self._cache, hidden = step(self.weights, self._cache, piece.packed)
+            step = self.steps.get("pool" + suffix, *piece.shape)
+            logits, self._cache, hidden = step(self.weights, self._cache, piece.packed, *adapted)
             return logits, _Pooled(request, piece.start, (hidden,))
         if following is None:
-            step = self.steps.get("prefill", *piece.shape)
-            logits, self._cache = step(self.weights, self._cache, piece.packed)
+            step = self.steps.get("prefill" + suffix, *piece.shape)
+            logits, self._cache = step(self.weights, self._cache, piece.packed, *adapted)
             return logits, None
-        step = self.steps.get("score", *piece.shape)
+        step = self.steps.get("score" + suffix, *piece.shape)
         packed = np.concatenate([piece.packed, following])
-        logits, self._cache, scores = step(self.weights, self._cache, packed)
+        logits, self._cache, scores = step(self.weights, self._cache, packed, *adapted)
         count = min(piece.end, piece.request.prompt_length - 1) - piece.start
         return logits, _Scored(piece.request, piece.start, count, scores)
 
@@ -474,20 +489,77 @@ class JaxExecutor:
         slots = np.fromiter((request.slot for request in requests), np.int32, count)
         positions = np.fromiter((request.computed for request in requests), np.int32, count) - 1
         needed = int(positions.max()) // self.page_size + 1
-        batch, table = self.steps.fitting(
-            "decode", (bucket, shapes.decode_buckets), (needed, shapes.table_buckets)
-        )
+        sizes = ((bucket, shapes.decode_buckets), (needed, shapes.table_buckets))
+        adapted, used = None, self._slots_of(requests)
+        if used is None:
+            batch, table = self.steps.fitting("decode", *sizes)
+        else:
+            distinct = len({slot for slot in used if slot is not None})
+            batch, table, width = self.steps.fitting(
+                "decode" + ADAPTED, *sizes, (distinct, shapes.adapter_buckets)
+            )
+            adapted = self._adapted_batch_of(requests, used, batch, width)
         packed = self._nobody(batch, table)
         packed[:count, 0] = slots
         packed[:count, 1] = positions
         packed[:count, 2:] = self._tables[slots, :, :table].reshape(count, -1)
-        where, logits = self._decode_step(batch, table, packed)
+        where, logits = self._decode_step(batch, table, packed, adapted)
         held = _Held(requests, where, logits)
         # More than this step's sample is pending: the token before is not known yet.
         if any(one.sampling.grammar is not None and one.pending > 1 for one in requests):
             self._held = held
             return held
         return self._choose(held)
+
+    # --- adapters -----------------------------------------------------------------------------
+
+    def knows_adapter(self, request: Request) -> bool:
+        """Whether the request's adapter is here, or it has none."""
+        if request.adapter is None:
+            return True
+        return self.adapters is not None and self.adapters.slot(request.adapter) is not None
+
+    def _adapted_piece(self, request: Request) -> Adapted | None:
+        if request.adapter is None:
+            return None
+        slot = None if self.adapters is None else self.adapters.slot(request.adapter)
+        if slot is None:
+            unknown = UsageError(f"adapter {request.adapter!r} is not loaded here")
+            raise RequestFault(request, unknown)
+        return self._adapted([slot], 1, 1)
+
+    def _slots_of(self, requests: Sequence[Request]) -> list[int | None] | None:
+        """Of each request; None where nobody has an adapter."""
+        if self.adapters is None or all(request.adapter is None for request in requests):
+            return None
+        # Of one that has ended, an adapter may be gone: nobody looks at its token.
+        return [self.adapters.slot(request.adapter) for request in requests]
+
+    def _adapted_batch_of(
+        self, requests: tuple[Request, ...], slots: list[int | None], batch: int, width: int
+    ) -> Adapted:
+        assert self.adapters is not None
+        of = (requests, batch, width)
+        if self._adapted_batch != of or self._adapted_rows is None:
+            # The same requests run for many steps: who has which adapter stays on the device.
+            found = self._adapted(slots, batch, width)
+            self._adapted_rows = jax.device_put(found[1:], self._placement)
+            self._adapted_batch = of
+        return Adapted(self.adapters.tables, *self._adapted_rows)
+
+    def _adapted(self, slots: Sequence[int | None], batch: int, width: int) -> Adapted:
+        """What `batch` rows, the first of which have `slots`, take of `width` of them at most."""
+        assert self.adapters is not None
+        every = self.adapters.count
+        used = list(dict.fromkeys(slot for slot in slots if slot is not None))
+        if width == every:
+            used = list(range(every))
+        places = {slot: place for place, slot in enumerate(used)}
+        rows = np.full(batch, -1, np.int32)
+        rows[: len(slots)] = [-1 if slot is None else places[slot] for slot in slots]
+        padded = np.zeros(width, np.int32)
+        padded[: len(used)] = used
+        return Adapted(self.adapters.tables, cast(Any, padded), cast(Any, rows))
 
     def _release(self) -> None:
         """Chooses the tokens that were held back, if some were."""
@@ -554,14 +626,17 @@ class JaxExecutor:
         return packed
 
     def _decode_step(
-        self, batch: int, table: int, packed: np.ndarray
+        self, batch: int, table: int, packed: np.ndarray, adapted: Adapted | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """Slots and positions [batch, 2] on the device, and logits [batch, V]."""
         inputs, where, logits = self._buffers(batch, table)
         inputs, where = self.steps.get("inputs", batch, table)(inputs, where, packed)
-        logits, self._cache = self.steps.get("decode", batch, table)(
-            self.weights, self._cache, self._last, inputs, logits
-        )
+        state = (self.weights, self._cache, self._last, inputs, logits)
+        if adapted is None:
+            logits, self._cache = self.steps.get("decode", batch, table)(*state)
+        else:
+            key = ("decode" + ADAPTED, batch, table, len(adapted.slots))
+            logits, self._cache = self.steps.get(*key)(*state, adapted)
         self._decode_buffers[batch, table] = inputs, where, logits
         return where, logits
 

@@ -306,6 +306,7 @@ class Receiver:
 
     def _offered(self, twin: Request) -> None:
         try:
+            self.instance.check_adapter(twin)
             self.instance.scheduler.add_incoming(twin)
         except ValueError as error:
             self.send(Refusal(twin.request_id, str(error)))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jax.errors import JaxRuntimeError
 
-from jaxsys.errors import RunError
+from jaxsys.errors import RunError, UsageError
 from jaxsys.serve.clock import Clock
 from jaxsys.serve.executor import Executor, JaxExecutor, Outcome, RequestFault, TokenLogprobs
 from jaxsys.serve.hooks import Governor
@@ -30,6 +30,7 @@ from jaxsys.serve.turns import Transfer, Turns
 
 if TYPE_CHECKING:
     from jaxsys.serve.handover import Message
+    from jaxsys.serve.lora import AdapterSlots, Table
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +108,38 @@ class Instance(Member):
         if transfer is not None:
             self.post(lambda: transfer.take(message))
 
+    def load_adapter(self, key: str, folder: str, done: Callable[[str | None], None]) -> None:
+        def read() -> None:
+            try:
+                values = self._slots().read(folder)
+            except (UsageError, RunError, OSError) as error:
+                done(str(error))
+            except Exception as error:
+                logger.exception("no adapter", extra={"instance": self.name, "reason": folder})
+                done(f"{folder} cannot be read: {error}")
+            else:
+                self.post(lambda: put(values))
+
+        def put(values: "list[Table]") -> None:
+            try:
+                self._slots().put(key, values)
+            except UsageError as error:
+                done(str(error))
+            else:
+                done(None)
+
+        # Apart from the loop, which computes meanwhile.
+        threading.Thread(target=read, name=f"{self.name} reads {key}", daemon=True).start()
+
+    def unload_adapter(self, key: str) -> None:
+        self.post(lambda: self._slots().drop(key))
+
+    def _slots(self) -> "AdapterSlots":
+        executor = self.executor
+        if not isinstance(executor, JaxExecutor) or executor.adapters is None:
+            raise UsageError("no adapters are served; start with --max-loras")
+        return executor.adapters
+
     def stop(self, timeout_s: float | None = None) -> bool:
         """Ends the loop after the iterations in flight; True once the thread is gone.
 
@@ -138,8 +171,16 @@ class Instance(Member):
         self.scheduler.abort(request, now_s, reason)
         self.sink([TokenEvent(request, None, None, reason, now_s, message, lost)])
 
+    def check_adapter(self, request: Request) -> None:
+        """Raises UsageError where the request's adapter is not loaded here."""
+        executor = self.executor
+        known = isinstance(executor, JaxExecutor) and executor.knows_adapter(request)
+        if request.adapter is not None and not known:
+            raise UsageError(f"adapter {request.adapter!r} is not loaded at {self.name}")
+
     def _add(self, request: Request) -> None:
         try:
+            self.check_adapter(request)
             self.scheduler.add(request)
         except ValueError as error:
             now_s = self.clock.now_s()

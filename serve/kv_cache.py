@@ -25,7 +25,7 @@ def block_keys(
     """Keys of the full blocks of `tokens`, each standing for the whole prefix to its end.
 
     Args:
-        salt: separates users who must not see that others share their prefix.
+        salt: separates those whose pages differ for the same tokens.
         after: the key of the block before `tokens`, if they continue one.
     """
     assert not isinstance(after, tuple)
@@ -34,6 +34,11 @@ def block_keys(
         block = array("i", tokens[start : start + page_size]).tobytes()
         parent = hashlib.blake2b(block, digest_size=16, key=parent).digest()
         yield parent
+
+
+def salt_of(adapter: str | None) -> bytes:
+    """What keeps an adapter's keys and values apart from those of others and of the model alone."""
+    return b"" if adapter is None else hashlib.blake2b(adapter.encode(), digest_size=16).digest()
 
 
 class PageAllocator:

@@ -77,6 +77,8 @@ class Member(abc.ABC):
         self.failure: BaseException | None = None
         self.retiring = False
         """Whether it gets no more requests because it is to go."""
+        self.catching_up = False
+        """Whether it gets none yet, because it lacks adapters that others have."""
         self.on_latency: Callable[[float], None] | None = None
         """Told the latency of each completed iteration in seconds, for gauges."""
         self._lock = threading.Lock()
@@ -111,7 +113,7 @@ class Member(abc.ABC):
     @property
     def open(self) -> bool:
         """Whether a router may choose it."""
-        return self.failure is None and not self.retiring
+        return self.failure is None and not self.retiring and not self.catching_up
 
     def adjust_in_flight(self, change: int) -> None:
         """Adds to `in_flight`; several threads do."""
@@ -137,6 +139,19 @@ class Member(abc.ABC):
     @abc.abstractmethod
     def take(self, message: "Message") -> None:
         """Passes on a message about a hand-over."""
+
+    @abc.abstractmethod
+    def load_adapter(self, key: str, folder: str, done: Callable[[str | None], None]) -> None:
+        """Takes the low-rank adapters of a folder up, while it serves.
+
+        Args:
+            key: what requests call them.
+            done: told what was wrong, or None, on whatever thread; never if the instance ends.
+        """
+
+    @abc.abstractmethod
+    def unload_adapter(self, key: str) -> None:
+        """Forgets adapters that no request uses any more."""
 
     @abc.abstractmethod
     def stop(self, timeout_s: float | None = None) -> bool:

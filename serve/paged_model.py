@@ -31,6 +31,7 @@ from jaxsys.model.block import Turn, attention_scale, norm, turn
 from jaxsys.model.contract import layer_cache
 from jaxsys.model.decoder import finish_logits
 from jaxsys.serve.cache_groups import cache_groups
+from jaxsys.serve.lora import Adapted
 from jaxsys.serve.paged_attention import AttentionKernels, Rule, Scales
 from jaxsys.serve.prompt_scores import Scores, score
 from jaxsys.serve.weights import HeldFused, LayerWeights, ServingWeights, matmul
@@ -141,6 +142,7 @@ def decode_pass(
     tokens: Int[Array, " B"],
     positions: Int[Array, " B"],
     tables: Int[Array, "B W"],
+    adapted: Adapted | None = None,
 ) -> tuple[Float[Array, "B V"], Cache]:
     """One token for each of B requests.
 
@@ -148,6 +150,7 @@ def decode_pass(
         tokens: the last token of each, whose keys and values are written at `positions`.
         tables: block tables [B, W], those of several groups of layers one behind the other; pages
             beyond `positions`, or before what a window shows, are never read.
+        adapted: which request has which adapter; None where nobody has one.
 
     Returns:
         float32 logits [B, V] of the next token and the cache.
@@ -162,7 +165,7 @@ def decode_pass(
     offsets = positions % page_size
     pools = list(cache)
     for index, layer in enumerate(weights.layers):
-        block, rule, sinks = _bound(config, kernels, index, layer)
+        block, rule, sinks = _bound(config, kernels, index, layer, adapted)
         group, place = groups.places[index]
         q, k, v = block.project_kept(x, turns[block.kind.name])
         kept = None if v is None else v[:, 0]
@@ -184,6 +187,7 @@ def prefill_pass(
     start: Int[Array, ""],
     length: Int[Array, ""],
     table: Int[Array, " W"],
+    adapted: Adapted | None = None,
 ) -> tuple[Float[Array, "1 V"], Cache]:
     """A piece of one request's prompt.
 
@@ -194,11 +198,13 @@ def prefill_pass(
         length: tokens of the piece that count.
         table: the request's block table, long enough for `start + length` tokens; those of several
             groups of layers one behind the other.
+        adapted: the request's adapter, in its one row; None where it has none.
 
     Returns:
         float32 logits [1, V] after the piece's last token and the cache.
     """
-    x, cache = _piece(config, kernels, continued, weights, cache, tokens, start, length, table)
+    piece = (tokens, start, length, table, adapted)
+    x, cache = _piece(config, kernels, continued, weights, cache, *piece)
     last = jax.lax.dynamic_slice_in_dim(x, length - 1, 1, axis=1)
     return _logits(config, weights, last)[:, 0], cache
 
@@ -214,9 +220,11 @@ def score_pass(
     length: Int[Array, ""],
     table: Int[Array, " W"],
     following: Int[Array, " T"],
+    adapted: Adapted | None = None,
 ) -> tuple[Float[Array, "1 V"], Cache, Scores]:
     """`prefill_pass` that says how likely the token `following` each of `tokens` is, too."""
-    x, cache = _piece(config, kernels, continued, weights, cache, tokens, start, length, table)
+    piece = (tokens, start, length, table, adapted)
+    x, cache = _piece(config, kernels, continued, weights, cache, *piece)
     last = jax.lax.dynamic_slice_in_dim(x, length - 1, 1, axis=1)
     scores = score(functools.partial(_logits, config, weights), x[0], following)
     return _logits(config, weights, last)[:, 0], cache, scores
@@ -232,9 +240,11 @@ def pool_pass(
     start: Int[Array, ""],
     length: Int[Array, ""],
     table: Int[Array, " W"],
+    adapted: Adapted | None = None,
 ) -> tuple[Float[Array, "1 V"], Cache, Float[Array, "2 D"]]:
     """`prefill_pass` that gives the sum and the last of the hidden states behind the final norm."""
-    x, cache = _piece(config, kernels, continued, weights, cache, tokens, start, length, table)
+    piece = (tokens, start, length, table, adapted)
+    x, cache = _piece(config, kernels, continued, weights, cache, *piece)
     last = jax.lax.dynamic_slice_in_dim(x, length - 1, 1, axis=1)
     hidden = norm(config, x, weights.norm, weights.norm_bias)[0].astype(jnp.float32)
     counted = (jnp.arange(hidden.shape[0]) < length)[:, None]
@@ -252,6 +262,7 @@ def _piece(
     start: Int[Array, ""],
     length: Int[Array, ""],
     table: Int[Array, " W"],
+    adapted: Adapted | None = None,
 ) -> tuple[Float[Array, "1 T D"], Cache]:
     """A piece through all blocks: the residual behind the last, and the cache."""
     page_count, page_size = cache[0].keys.shape[:2]
@@ -270,7 +281,7 @@ def _piece(
     offsets = positions % page_size
     pools = list(cache)
     for index, layer in enumerate(weights.layers):
-        block, rule, sinks = _bound(config, kernels, index, layer)
+        block, rule, sinks = _bound(config, kernels, index, layer, adapted)
         group, place = groups.places[index]
         q, k, v = block.project_kept(x, turns[block.kind.name])
         kept = None if v is None else v[0]
@@ -333,10 +344,15 @@ def _turns(config: DecoderConfig, positions: Int[Array, "B T"]) -> dict[str, Tur
 
 
 def _bound(
-    config: DecoderConfig, kernels: AttentionKernels, index: int, layer: LayerWeights
+    config: DecoderConfig,
+    kernels: AttentionKernels,
+    index: int,
+    layer: LayerWeights,
+    adapted: Adapted | None,
 ) -> tuple[Block, Rule, jax.Array | None]:
     """A layer's mathematics over its weights, and its attention's rule and sinks."""
-    block = Block(config, config.kind(index), HeldFused(config, layer, kernels.grouped))
+    own = None if adapted is None else adapted.layer(index)
+    block = Block(config, config.kind(index), HeldFused(config, layer, kernels.grouped, own))
     latent = config.latent
     rule = Rule(
         window=block.kind.window,

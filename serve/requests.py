@@ -147,6 +147,7 @@ class Request:
     """One prompt on its way through one instance."""
 
     __slots__ = (
+        "adapter",
         "block_hashes",
         "cached_tokens",
         "computed",
@@ -180,12 +181,15 @@ class Request:
         prompt_length: int | None = None,
         block_hashes: Sequence[bytes | int] | None = None,
         timing: Timing | None = None,
+        adapter: str | None = None,
     ):
         """A replay gives `prompt_length` alone; a server gives `prompt_tokens`.
 
         Args:
             block_hashes: identities of the prompt's full blocks, each standing for the whole
                 prefix up to its end; computed from the tokens where None.
+            adapter: which low-rank adapter computes it, by the name that `Adapters` gave its load;
+                None: the model alone.
         """
         if prompt_tokens is None:
             if prompt_length is None:
@@ -199,6 +203,7 @@ class Request:
             raise UsageError("the prompt is empty; give at least one token")
         self.request_id = request_id
         self.sampling = sampling
+        self.adapter = adapter
         self.timing = Timing(arrival_s) if timing is None else timing
         self.block_hashes = block_hashes
         self.state = RequestState.WAITING
@@ -253,6 +258,7 @@ class Request:
             prompt_length=self.prompt_length,
             block_hashes=self.block_hashes,
             timing=self.timing,
+            adapter=self.adapter,
         )
         twin.output_tokens = list(self.output_tokens)
         twin.generated = self.generated

@@ -20,7 +20,7 @@ from typing import Literal
 
 from jaxsys.errors import UsageError
 from jaxsys.serve.cache_groups import first_seen, most_held
-from jaxsys.serve.kv_cache import FREED, BlockKey, PageAllocator, block_keys
+from jaxsys.serve.kv_cache import FREED, BlockKey, PageAllocator, block_keys, salt_of
 from jaxsys.serve.requests import ContextLengthExceeded, FinishReason, Request, RequestState
 
 Role = Literal["both", "prefill", "decode"]
@@ -736,7 +736,9 @@ class Scheduler:
         if request.block_hashes is None:
             if not request.prompt_tokens:
                 return ()
-            request.block_hashes = list(block_keys(request.prompt_tokens, self.config.page_size))
+            salt = salt_of(request.adapter)
+            keys = block_keys(request.prompt_tokens, self.config.page_size, salt=salt)
+            request.block_hashes = list(keys)
         return request.block_hashes
 
     def _register(self, request: Request, length: int) -> None:
@@ -748,7 +750,8 @@ class Scheduler:
             start = len(keys) * page_size
             tokens = request.known_tokens()[start : full * page_size]
             after = keys[-1] if keys else None
-            keys = [*keys, *block_keys(tokens, page_size, after=after)]
+            salt = salt_of(request.adapter)
+            keys = [*keys, *block_keys(tokens, page_size, salt=salt, after=after)]
             request.block_hashes = keys
         for group, table in enumerate(request.tables):
             for page, key in zip(table[:full], keys, strict=False):

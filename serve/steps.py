@@ -5,6 +5,10 @@ A step's key is its kind and its shape: ("decode", batch, table), ("inputs", bat
 ("copy", pages), ("clear", pages), ("extract", pages), ("insert", pages), ("set_last",). Every call
 of a step has the arguments of its shape, so none is compiled again; what a step changes is donated
 to it and written in place.
+
+Where somebody of a batch has an adapter, it takes a step of its own: ("decode_adapted", batch,
+table, adapters), ("prefill_adapted", ...), "score_adapted", "pool_adapted". All others run what
+they would run without adapters.
 """
 
 import dataclasses
@@ -20,6 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxsys.model import DecoderConfig
 from jaxsys.serve import paged_model
 from jaxsys.serve.cache_groups import cache_groups
+from jaxsys.serve.lora import Adapted, Table
 from jaxsys.serve.paged_attention import AttentionKernels
 from jaxsys.serve.paged_model import Cache
 from jaxsys.serve.sampling import SamplingNeeds, empty_history, pack_rules, sample
@@ -28,6 +33,9 @@ from jaxsys.serve.weights import ServingWeights
 
 COPIES = 8
 """Pages copied in one call."""
+
+ADAPTED = "_adapted"
+"""How the kind of a step ends that adds adapters."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,10 +51,16 @@ class ExecutorConfig:
     """Pages that change hands at once."""
     distinguish_first: bool = False
     """Whether a prompt's first piece has a step of its own, which need not look at pages."""
+    adapter_buckets: tuple[int, ...] = ()
+    """Adapters that a batch has at once, the last all that there may be; () where none is taken."""
 
     @classmethod
     def for_scheduler(
-        cls, scheduler: SchedulerConfig, *, distinguish_first: bool = False
+        cls,
+        scheduler: SchedulerConfig,
+        *,
+        distinguish_first: bool = False,
+        adapter_buckets: tuple[int, ...] = (),
     ) -> "ExecutorConfig":
         """Pieces in steps of 4x up to the token budget, one table for every length.
 
@@ -61,6 +75,7 @@ class ExecutorConfig:
                 longest * len(scheduler.windows), 4, least=min(longest, 16)
             ),
             distinguish_first=distinguish_first,
+            adapter_buckets=adapter_buckets,
         )
 
 
@@ -78,10 +93,12 @@ class Steps:
         slots: int,
         role: Role,
         placement: Sharding,
+        tables: tuple[Table, ...] | None = None,
     ):
         """
         Args:
             cache: the pools that steps take and give, of which only form and place are kept.
+            tables: those of adapters, likewise.
             slots: most requests that hold pages at once.
             placement: of whatever is whole on every device.
         """
@@ -95,9 +112,9 @@ class Steps:
         """Steps compiled so far."""
         self._groups = len(cache_groups(config).windows)
         self._placement = placement
-        self._cache = jax.tree.map(
+        self._cache, self._tables = jax.tree.map(
             lambda pool: jax.ShapeDtypeStruct(pool.shape, pool.dtype, sharding=pool.sharding),
-            cache,
+            (cache, tables),
         )
         self._compiled: dict[tuple, Callable] = {}
 
@@ -126,6 +143,9 @@ class Steps:
             # A lone request is the first thing most servers see.
             keys += [(kind, shapes.decode_buckets[0], table) for kind in ("decode", "inputs")]
             keys += [("sample", shapes.decode_buckets[0], needs) for needs in kinds]
+        if shapes.adapter_buckets:
+            most = shapes.adapter_buckets[-1]
+            keys += [_adapted(key, most) for key in keys if key[0] in ("prefill", "decode")]
         return list(dict.fromkeys(keys))
 
     def others(self) -> list[tuple]:
@@ -162,6 +182,9 @@ class Steps:
         keys = [*(("sample", batch, needs) for needs in kinds for batch in rows), *keys]
         masked = (SamplingNeeds(masked=True), SamplingNeeds(masked=True, random=True, cut=True))
         keys += [("sample", batch, needs) for needs in masked for batch in rows]
+        for adapters in shapes.adapter_buckets:
+            keys += [_adapted(key, adapters) for key in keys if key[0] in ("prefill", "decode")]
+        keys = list(dict.fromkeys(keys))
         essential = self.essential()
         return [key for key in keys if key not in essential]
 
@@ -195,6 +218,14 @@ class Steps:
         whole, cache = self._placement, self._cache
         split = cache[0].keys.sharding
         last = like((self.slots,))
+        adapters: tuple = ()
+        if kind.endswith(ADAPTED):
+            kind, used, rows = kind.removesuffix(ADAPTED), 1, 1
+            if kind == "decode":
+                *shape, used = shape
+                rows = shape[0]
+            assert self._tables is not None
+            adapters = (Adapted(self._tables, like((used,)), like((rows,))),)
         if kind == "decode":
             batch, table = shape
             step = functools.partial(_decode, self.config, self.kernels)
@@ -204,7 +235,8 @@ class Steps:
                 step, donate_argnums=(1, 4), keep_unused=True, out_shardings=(whole, split)
             )
             logits = like((batch, self.config.vocab_size), np.float32)
-            arguments = (self.weights, cache, last, like((batch, 2 + table * self._groups)), logits)
+            packed = like((batch, 2 + table * self._groups))
+            arguments = (self.weights, cache, last, packed, logits, *adapters)
         elif kind == "inputs":
             batch, table = shape
             function = jax.jit(
@@ -216,18 +248,20 @@ class Steps:
             piece, table, continued = shape
             step = functools.partial(_prefill, self.config, self.kernels, piece, continued)
             function = jax.jit(step, donate_argnums=1, out_shardings=(whole, split))
-            arguments = (self.weights, cache, like((2 + piece + table * self._groups,)))
+            packed = like((2 + piece + table * self._groups,))
+            arguments = (self.weights, cache, packed, *adapters)
         elif kind == "pool":
             piece, table, continued = shape
             step = functools.partial(_pool, self.config, self.kernels, piece, continued)
             function = jax.jit(step, donate_argnums=1, out_shardings=(whole, split, whole))
-            arguments = (self.weights, cache, like((2 + piece + table * self._groups,)))
+            packed = like((2 + piece + table * self._groups,))
+            arguments = (self.weights, cache, packed, *adapters)
         elif kind == "score":
             piece, table, continued = shape
             width = table * self._groups
             step = functools.partial(_score, self.config, self.kernels, piece, width, continued)
             function = jax.jit(step, donate_argnums=1, out_shardings=(whole, split, whole))
-            arguments = (self.weights, cache, like((2 + piece + width + piece,)))
+            arguments = (self.weights, cache, like((2 + piece + width + piece,)), *adapters)
         elif kind == "sample":
             batch, needs = shape
             function = jax.jit(
@@ -278,33 +312,38 @@ def _set_inputs(old, old_where, packed):
     return packed, packed[:, :2]
 
 
-def _decode(config, kernels, weights, cache, last, packed, old_logits):
+def _adapted(key: tuple, adapters: int) -> tuple:
+    """The key of the step that is like another and adds adapters; prompts have one at a time."""
+    kind, *shape = key
+    return (kind + ADAPTED, *shape, *((adapters,) if kind == "decode" else ()))
+
+
+def _decode(config, kernels, weights, cache, last, packed, old_logits, adapted=None):
     slots, positions, tables = packed[:, 0], packed[:, 1], packed[:, 2:]
     tokens = last.at[slots].get(mode="fill", fill_value=0)
-    return paged_model.decode_pass(config, kernels, weights, cache, tokens, positions, tables)
+    places = (tokens, positions, tables)
+    return paged_model.decode_pass(config, kernels, weights, cache, *places, adapted)
 
 
-def _prefill(config, kernels, piece, continued, weights, cache, packed):
+def _prefill(config, kernels, piece, continued, weights, cache, packed, adapted=None):
     tokens, table = packed[2 : 2 + piece], packed[2 + piece :]
     return paged_model.prefill_pass(
-        config, kernels, continued, weights, cache, tokens, packed[0], packed[1], table
+        config, kernels, continued, weights, cache, tokens, packed[0], packed[1], table, adapted
     )
 
 
-def _pool(config, kernels, piece, continued, weights, cache, packed):
+def _pool(config, kernels, piece, continued, weights, cache, packed, adapted=None):
     tokens, table = packed[2 : 2 + piece], packed[2 + piece :]
     return paged_model.pool_pass(
-        config, kernels, continued, weights, cache, tokens, packed[0], packed[1], table
+        config, kernels, continued, weights, cache, tokens, packed[0], packed[1], table, adapted
     )
 
 
-def _score(config, kernels, piece, width, continued, weights, cache, packed):
+def _score(config, kernels, piece, width, continued, weights, cache, packed, adapted=None):
     tokens, table = packed[2 : 2 + piece], packed[2 + piece : 2 + piece + width]
     following = packed[2 + piece + width :]
-    start, length = packed[0], packed[1]
-    return paged_model.score_pass(
-        config, kernels, continued, weights, cache, tokens, start, length, table, following
-    )
+    place = (packed[0], packed[1], table, following, adapted)
+    return paged_model.score_pass(config, kernels, continued, weights, cache, tokens, *place)
 
 
 def _sample(needs, logits, last, where, rules, history, mask):

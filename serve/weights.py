@@ -14,10 +14,12 @@ experts, V vocabulary, L layers, W devices of a mesh.
 import dataclasses
 import functools
 import math
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jaxsys import float8
@@ -42,6 +44,9 @@ from jaxsys.serve.matrix import (
     quantised,
     way,
 )
+
+if TYPE_CHECKING:
+    from jaxsys.serve.lora import AdaptedLayer
 
 
 class LayerWeights(NamedTuple):
@@ -167,47 +172,59 @@ def _device(placement: Sharding | None) -> Any:
     return jax.devices()[0] if placement is None else next(iter(placement.device_set))
 
 
-_QKV = tuple(("attention", name) for name in ("query", "key", "value"))
 _FEEDS = ("mlp", "shared")
+
+FUSED: Mapping[str, tuple[str, ...]] = {
+    "qkv": ("attention/query", "attention/key", "attention/value"),
+    **{f"{name}/up": (f"{name}/gate", f"{name}/up") for name in _FEEDS},
+}
+"""Matrices that are several kernels in one: those that there are, in this order."""
+
+
+def fuse(config: DecoderConfig, name: str, parts: Sequence[Any], devices: int, xp: Any = np) -> Any:
+    """The last axes of kernels or biases [..., N] as the matrix `name` has them.
+
+    Args:
+        devices: over which outputs may be split.
+        xp: numpy, or its like that the parts are arrays of.
+    """
+    if name == "qkv":
+        split = (config.num_kv_heads, -1, config.head_dim)
+        return xp.concatenate([part.reshape(*part.shape[:-1], *split) for part in parts], axis=-2)
+    if name in FUSED:
+        split = [part.reshape(*part.shape[:-1], devices, -1) for part in parts]
+        return xp.stack(split, axis=-2)
+    (only,) = parts
+    return only
 
 
 def _fused(config: DecoderConfig, leaves: tuple[Leaf, ...], tree: Any, form: _Form) -> LayerWeights:
     """One layer's leaves, fused where they read the same input, and quantised."""
-    groups, width = config.num_kv_heads, config.head_dim
-    rows, latent = config.num_heads // groups, config.latent
+    groups, latent = config.num_kv_heads, config.latent
+    rows = config.num_heads // groups
     found = {leaf.path: _at(tree, leaf.path) for leaf in leaves}
     matrices: dict[str, Matrix] = {}
     vectors: dict[str, jax.Array] = {}
 
-    def joined(suffix: str, lead: tuple[int, ...]) -> jax.Array:
-        heads = [found.pop((a, name + suffix)) for a, name in _QKV]
-        return jnp.concatenate([h.reshape(*lead, groups, -1, width) for h in heads], axis=-2)
+    def joined(name: str, suffix: str = "") -> jax.Array | None:
+        paths = [tuple(f"{path}{suffix}".split("/")) for path in FUSED[name]]
+        held = [found.pop(path) for path in paths if path in found]
+        return fuse(config, name, held, form.devices, jnp) if held else None
 
-    if latent is None:
-        heads = joined("", (config.hidden_size,))
-        matrices["qkv"] = form.of(heads.reshape(config.hidden_size, -1), heads.shape[1:])
-    else:
+    if latent is not None:
         unfolding = found.pop(("attention", "latent_up"))
         unfolding = unfolding.reshape(latent.rank, config.num_heads, -1)
         matrices["attention/latent_up"] = Matrix(unfolding, outputs=unfolding.shape[1:])
-    if ("attention", "query_bias") in found:
-        vectors["qkv_bias"] = joined("_bias", ())
     matrices["out"] = form.of(found.pop(("attention", "out")))
     if (sinks := found.pop(("attention", "sinks"), None)) is not None:
         vectors["attention/sinks"] = sinks.reshape(groups, rows)
-    for name in _FEEDS:
-        for suffix in ("", "_bias"):
-            parts = [found.pop((name, part + suffix), None) for part in ("gate", "up")]
-            held = [part for part in parts if part is not None]
-            if not held:
-                continue
-            split = [part.reshape(*part.shape[:-1], form.devices, -1) for part in held]
-            stacked = jnp.stack(split, axis=-2)
-            if suffix:
-                vectors[f"{name}/up_bias"] = stacked
-            else:
-                flat = stacked.reshape(stacked.shape[0], -1)
-                matrices[f"{name}/up"] = form.of(flat, stacked.shape[1:])
+    for name in FUSED:
+        if name == "qkv" and latent is not None:  # its queries stand alone
+            continue
+        if (kernels := joined(name)) is not None:
+            matrices[name] = form.of(kernels.reshape(kernels.shape[0], -1), kernels.shape[1:])
+        if (biases := joined(name, "_bias")) is not None:
+            vectors[f"{name}_bias"] = biases
     experts = None
     if ("experts", "down") in found:
         experts = expert_weights(found, form.of_experts)
@@ -230,7 +247,9 @@ def _at(tree: Any, path: tuple[str, ...]) -> jax.Array:
 
 
 __all__ = [
+    "FUSED",
     "QUANTISATIONS",
+    "SPLIT",
     "TENSOR",
     "HeldFused",
     "LayerWeights",
@@ -239,6 +258,7 @@ __all__ = [
     "ServingWeights",
     "check_served",
     "check_tensor_parallel",
+    "fuse",
     "matmul",
     "serving_weights",
 ]
@@ -247,9 +267,16 @@ __all__ = [
 class HeldFused(HeldWhole):
     """One served layer, for the mathematics of `jaxsys.model.block`: see `Held` there."""
 
-    def __init__(self, config: DecoderConfig, layer: LayerWeights, grouped: Grouped) -> None:
-        """`grouped` multiplies by experts."""
+    def __init__(
+        self,
+        config: DecoderConfig,
+        layer: LayerWeights,
+        grouped: Grouped,
+        adapted: "AdaptedLayer | None" = None,
+    ) -> None:
+        """`grouped` multiplies by experts; `adapted` has what adapters add to products."""
         self._config, self._layer, self._grouped = config, layer, grouped
+        self._adapted = adapted
 
     def vector(self, *path: str) -> jax.Array | None:
         """The vector at `path`, or None."""
@@ -257,19 +284,19 @@ class HeldFused(HeldWhole):
 
     def query_key_value(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """[B, T, D] -> q [B, T, G, R, K], k and v [B, T, G, K]: one product."""
-        fused = self._biased(matmul(x, self._layer.matrices["qkv"]), "qkv_bias")
+        fused = self._biased(self._times(x, "qkv"), "qkv_bias")
         rows = fused.shape[-2] - 2
         return fused[..., :rows, :], fused[..., rows, :], fused[..., rows + 1, :]
 
     def product(self, x: jax.Array, *path: str) -> jax.Array:
         """The last axis of x times one matrix."""
         name = "/".join(path)
-        return self._biased(matmul(x, self._layer.matrices[name]), f"{name}_bias")
+        return self._biased(self._times(x, name), f"{name}_bias")
 
     def heads_out(self, o: jax.Array) -> jax.Array:
         """[B, T, G, R, K] -> [B, T, D]."""
         o = o.reshape(*o.shape[:2], -1)
-        return self._biased(matmul(o, self._layer.matrices["out"]), "attention/out_bias")
+        return self._biased(self._times(o, "out"), "attention/out_bias")
 
     def latent_up(self) -> jax.Array:
         """As it is kept."""
@@ -277,7 +304,7 @@ class HeldFused(HeldWhole):
 
     def up(self, x: jax.Array, name: str) -> tuple[jax.Array | None, jax.Array]:
         """Gate and up: one product."""
-        both = self._biased(matmul(x, self._layer.matrices[f"{name}/up"]), f"{name}/up_bias")
+        both = self._biased(self._times(x, f"{name}/up"), f"{name}/up_bias")
         gate, up = (both[..., part, :].reshape(*x.shape[:-1], -1) for part in (0, -1))
         return (gate if self._config.gated else None), up
 
@@ -286,6 +313,10 @@ class HeldFused(HeldWhole):
         experts = self._layer.experts
         assert experts is not None
         return mix(self._config, experts, self._grouped, rows, chosen)
+
+    def _times(self, x: jax.Array, name: str) -> jax.Array:
+        y = matmul(x, self._layer.matrices[name])
+        return y if self._adapted is None else self._adapted.added(y, x, name)
 
     def _biased(self, product: jax.Array, name: str) -> jax.Array:
         bias = self._layer.vectors.get(name)
@@ -312,7 +343,7 @@ def check_served(config: DecoderConfig, max_length: int | None = None) -> None:
             )
 
 
-_SPLIT: dict[str, Literal["inputs", "outputs"] | PartitionSpec] = {
+SPLIT: dict[str, Literal["inputs", "outputs"] | PartitionSpec] = {
     "qkv": "outputs",
     "qkv_bias": PartitionSpec(TENSOR, None, None),
     "out": "inputs",
@@ -356,7 +387,7 @@ def _place_layer(layer: LayerWeights, placement: Sharding | None) -> LayerWeight
 
     def placed(group: dict[str, Any]) -> dict[str, Any]:
         return {
-            name: _place(value, _SPLIT.get(name, whole), placement) for name, value in group.items()
+            name: _place(value, SPLIT.get(name, whole), placement) for name, value in group.items()
         }
 
     experts = layer.experts

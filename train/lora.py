@@ -16,10 +16,10 @@ import optax
 
 from jaxsys.errors import UsageError
 from jaxsys.layered import Block, Layer, LayeredModel, Parameters, PyTree
+from jaxsys.model.peft import Adapters
 from jaxsys.train.state import path_names
 
-Adapters = dict[str, dict[str, jax.Array]]
-"""A kernel's path in a block -> {"a": [L, in, rank], "b": [L, rank, out]}, experts' [L, E, ...]."""
+__all__ = ["Adapters", "add_adapters", "train_adapters"]
 
 
 def add_adapters(

@@ -38,14 +38,17 @@ from starlette.types import Receive, Scope, Send
 from jaxsys import __version__
 from jaxsys.errors import RunError, UsageError
 from jaxsys.model import Tokenizer
+from jaxsys.serve.adapters import UnknownAdapter, name_of
 from jaxsys.serve.engine import Engine, Generation, Overloaded, Watch
 from jaxsys.serve.executor import TokenLogprobs, check_sampling
 from jaxsys.serve.grammars import Grammars
+from jaxsys.serve.http import lora_adapters
 from jaxsys.serve.http.answers import ChatShape, Choice, CompletionShape, Shape, Usage, event
 from jaxsys.serve.http.bodies import Bodies
 from jaxsys.serve.http.description import body_of, describe, page
 from jaxsys.serve.http.embeddings import AT_ONCE, EmbeddingRequest, entry
 from jaxsys.serve.http.gate import Gate
+from jaxsys.serve.http.lora_adapters import LoadAdapterRequest, UnloadAdapterRequest
 from jaxsys.serve.http.metrics import Metrics
 from jaxsys.serve.http.protocol import (
     ChatRequest,
@@ -103,6 +106,8 @@ class ApiConfig:
     max_body_bytes: int = 8 << 20
     sampling: Mapping[str, float] = field(default_factory=dict)
     """What the model's makers sample with, for requests that do not say."""
+    lora_updates: bool = False
+    """Whether adapters are loaded and unloaded on demand."""
 
 
 class NotFinite(RunError):
@@ -112,8 +117,10 @@ class NotFinite(RunError):
 class ModelNotFound(HTTPException):
     """Another model is asked for than is served."""
 
-    def __init__(self, asked: str, served: str):
-        super().__init__(404, f"model {asked!r} is not served; use {served!r}")
+    def __init__(self, asked: str, served: Sequence[str]):
+        said = ", ".join(repr(name) for name in served[:10])
+        said += ", ..." if len(served) > 10 else ""
+        super().__init__(404, f"model {asked[:200]!r} is not served; use {said}")
 
 
 def create_app(
@@ -174,17 +181,43 @@ def create_app(
         ends = {"first_id": found[0]["id"], "last_id": found[-1]["id"]} if found else {}
         return JSONResponse({"object": "list", "data": found, "has_more": False, **ends})
 
-    served = Model(id=config.model_name, created=created_s, max_model_len=config.max_length)
+    def served() -> list[Model]:
+        one = Model(id=config.model_name, created=created_s, max_model_len=config.max_length)
+        adapted = [
+            one.model_copy(
+                update={
+                    "id": adapter.name,
+                    "created": int(adapter.created_s),
+                    "root": adapter.folder,
+                    "parent": config.model_name,
+                }
+            )
+            for adapter in engine.adapters
+        ]
+        return [one, *adapted]
 
     @app.get("/v1/models")
     async def models() -> ModelList:
-        return ModelList(data=[served])
+        return ModelList(data=served())
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Model:
-        if name != config.model_name:
-            raise ModelNotFound(name[:200], config.model_name)
-        return served
+        found = {one.id: one for one in served()}
+        if name not in found:
+            raise ModelNotFound(name, list(found))
+        return found[name]
+
+    @app.post("/v1/load_lora_adapter", openapi_extra=body_of(LoadAdapterRequest))
+    async def load_adapter(request: fastapi.Request) -> Response:
+        lora_adapters.check_allowed(config.lora_updates)
+        body = await face.bodies.read(LoadAdapterRequest, request)
+        return await lora_adapters.load(engine.adapters, body, config.model_name)
+
+    @app.post("/v1/unload_lora_adapter", openapi_extra=body_of(UnloadAdapterRequest))
+    async def unload_adapter(request: fastapi.Request) -> Response:
+        lora_adapters.check_allowed(config.lora_updates)
+        body = await face.bodies.read(UnloadAdapterRequest, request)
+        return lora_adapters.unload(engine.adapters, body)
 
     @app.post("/tokenize", openapi_extra=body_of(TokenizeRequest))
     async def tokenize(request: fastapi.Request) -> Tokens:
@@ -233,6 +266,11 @@ def create_app(
         param = "input" if path.startswith("/v1/responses") else param
         code = "context_length_exceeded"
         return face.refuse(400, str(error), "invalid_request_error", param=param, code=code)
+
+    @app.exception_handler(UnknownAdapter)
+    async def refuse_adapter(_: fastapi.Request, error: UnknownAdapter) -> JSONResponse:
+        code, kind = "model_not_found", "invalid_request_error"
+        return face.refuse(404, str(error), kind, code=code)
 
     @app.exception_handler(UsageError)
     async def refuse_usage(_: fastapi.Request, error: UsageError) -> JSONResponse:
@@ -303,6 +341,8 @@ def create_app(
             EmbeddingRequest,
             TokenizeRequest,
             DetokenizeRequest,
+            LoadAdapterRequest,
+            UnloadAdapterRequest,
         ],
     )
     return app
@@ -367,7 +407,7 @@ class _Face:
 
     async def completions(self, request: fastapi.Request) -> Response:
         body = await self.bodies.read(CompletionRequest, request)
-        self._check_model(body.model)
+        model, adapter = self._model(body.model)
         body.refuse_unimplemented()
         # Before the tokenizer is put to work.
         self.engine.admit(len(body.given()) * body.choices)
@@ -383,15 +423,15 @@ class _Face:
             grammar=await self._ready(body.asked_grammar()),
             defaults=self.config.sampling,
         )
-        shape = CompletionShape(self.config.model_name, self.vocabulary, body.logprobs is not None)
-        return await self._answer(body, prompts, sampling, shape, request)
+        shape = CompletionShape(model, self.vocabulary, body.logprobs is not None)
+        return await self._answer(body, prompts, sampling, shape, request, adapter=adapter)
 
     async def chat(self, request: fastapi.Request) -> Response:
         body = await self.bodies.read(ChatRequest, request)
-        self._check_model(body.model)
+        model, adapter = self._model(body.model)
         prompt, sampling, reads = await self._of_chat(body)
-        shape = ChatShape(self.config.model_name, self.vocabulary, bool(body.logprobs))
-        return await self._answer(body, [prompt], sampling, shape, request, reads)
+        shape = ChatShape(model, self.vocabulary, bool(body.logprobs))
+        return await self._answer(body, [prompt], sampling, shape, request, reads, adapter=adapter)
 
     async def _of_chat(self, body: ChatRequest) -> tuple[list[int], SamplingParameters, Reads]:
         """A chat's prompt, and how its answer is chosen and read."""
@@ -424,7 +464,7 @@ class _Face:
 
     async def responses(self, request: fastapi.Request) -> Response:
         asked = await self.bodies.read(ResponseRequest, request)
-        self._check_model(asked.model)
+        model, adapter = self._model(asked.model)
         asked.refuse()
         own = items_of(asked.input)
         items = self.turns.conversation(asked.previous_response_id, own)
@@ -435,14 +475,14 @@ class _Face:
             if asked.store is not False:
                 self.turns.keep(response, own, items)
 
-        head = head_of(asked, self.config.model_name, asked.tool_choice)
+        head = head_of(asked, model, asked.tool_choice)
         logprobs = bool(body.logprobs)
-        shape = ResponseShape(self.config.model_name, self.vocabulary, head, keep, logprobs)
-        return await self._answer(body, [prompt], sampling, shape, request, reads)
+        shape = ResponseShape(model, self.vocabulary, head, keep, logprobs)
+        return await self._answer(body, [prompt], sampling, shape, request, reads, adapter=adapter)
 
     async def embeddings(self, request: fastapi.Request) -> Response:
         body = await self.bodies.read(EmbeddingRequest, request)
-        self._check_model(body.model)
+        model, adapter = self._model(body.model)
         most = self.config.max_length - 1
         prompts = await asyncio.to_thread(body.prompts, self.tokenizer, self._most_characters, most)
         for prompt in prompts:
@@ -454,7 +494,9 @@ class _Face:
         async def embed(index: int, prompt: list[int]) -> list[float]:
             async with free:
                 name = f"{identity}-{index}"
-                async for event in self.engine.generate(prompt, sampling, request_id=name):
+                async for event in self.engine.generate(
+                    prompt, sampling, request_id=name, adapter=adapter
+                ):
                     if event.finish_reason == "error":
                         raise _failure(event.message)
                     if event.embedding is not None:
@@ -482,7 +524,7 @@ class _Face:
         return JSONResponse(
             {
                 "object": "list",
-                "model": self.config.model_name,
+                "model": model,
                 "data": [
                     entry(index, vector, body.encoding_format)
                     for index, vector in enumerate(vectors)
@@ -511,7 +553,7 @@ class _Face:
 
     async def tokenize(self, request: fastapi.Request) -> Tokens:
         body = await self.bodies.read(TokenizeRequest, request)
-        self._check_model(body.model)
+        self._model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise UsageError("give a prompt or messages, one of them")
         add_special = body.add_special_tokens
@@ -536,14 +578,20 @@ class _Face:
 
     async def detokenize(self, request: fastapi.Request) -> Text:
         body = await self.bodies.read(DetokenizeRequest, request)
-        self._check_model(body.model)
+        self._model(body.model)
         tokens = check_tokens(self.tokenizer, body.tokens) if body.tokens else []
         text = await asyncio.to_thread(self.tokenizer.decode, tokens, skip_special=False)
         return Text(prompt=text)
 
-    def _check_model(self, asked: str | None) -> None:
-        if asked and asked != self.config.model_name:
-            raise ModelNotFound(asked, self.config.model_name)
+    def _model(self, asked: str | None) -> tuple[str, str | None]:
+        """What is asked for, and if that is an adapter, its name."""
+        own = self.config.model_name
+        if not asked or asked == own:
+            return own, None
+        adapters = self.engine.adapters
+        if adapters.get(asked) is None:
+            raise ModelNotFound(asked, [own, *(one.name for one in adapters)])
+        return asked, asked
 
     async def _rendered(
         self, body: ChatRequest, variables: dict[str, Any], use: ToolUse | None = None
@@ -589,6 +637,8 @@ class _Face:
         shape: Shape,
         request: fastapi.Request,
         reads: Reads | None = None,
+        *,
+        adapter: str | None = None,
     ) -> Response:
         check_sampling(sampling, self.tokenizer.vocab_size)
         choices = body.choices
@@ -604,7 +654,7 @@ class _Face:
             answer = _Answer(self, body, index, name, usage, reads, counts=counts)
             answers.append(answer)
             # Now, while they are admitted: once a stream has begun, none could be refused.
-            answer.submit(prompts[index // choices], own)
+            answer.submit(prompts[index // choices], own, adapter)
         generations = [answer.generation for answer in answers]
         runs = [answer.run() for answer in answers]
         if body.stream:
@@ -705,7 +755,9 @@ class _Answer:
             usage.reasoning_tokens = usage.reasoning_tokens or 0
         self._most_calls = None if reads is None else reads.most_calls
 
-    def submit(self, prompt: Sequence[int], sampling: SamplingParameters) -> None:
+    def submit(
+        self, prompt: Sequence[int], sampling: SamplingParameters, adapter: str | None = None
+    ) -> None:
         """Begins the request; raises as `Engine.submit`."""
         body = self.body
         self._ends = sampling.stop_token_ids
@@ -722,7 +774,7 @@ class _Answer:
         )
         watch: Watch = self._watch
         self.generation = self.face.engine.submit(
-            prompt, sampling, request_id=self.name, watch=watch
+            prompt, sampling, request_id=self.name, watch=watch, adapter=adapter
         )
 
     def _watch(self, event: TokenEvent) -> bool:
@@ -828,6 +880,7 @@ class _Answer:
             "request",
             extra={
                 "request_id": self.name,
+                "adapter": name_of(last.request.adapter),
                 "prompt_tokens": last.request.prompt_length,
                 "cached_tokens": last.request.cached_tokens,
                 "output_tokens": self.tokens,

@@ -20,6 +20,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector, CollectorRegistry
 
+from jaxsys.serve.adapters import name_of
 from jaxsys.serve.engine import Engine
 from jaxsys.serve.http.vllm_metrics import VllmNames
 from jaxsys.serve.member import Member, TokenEvent
@@ -200,7 +201,22 @@ class _EngineCollector(Collector):
             method.add_metric(label, {"method": instance.energy_method})
         total = GaugeMetricFamily("jaxsys_requests_unfinished", "Requests in the engine.")
         total.add_metric([], self.engine.unfinished)
-        return [*gauges.values(), *counters.values(), method, total, self._per_token()]
+        adapted = [] if not self.engine.adapters.most else [self._by_adapter()]
+        return [*gauges.values(), *counters.values(), method, total, *adapted, self._per_token()]
+
+    def _by_adapter(self) -> Metric:
+        """Requests in the engine of each adapter that is loaded."""
+        counts = {adapter.name: 0 for adapter in self.engine.adapters}
+        for request in self.engine.requests:
+            name = name_of(request.adapter)
+            if name is not None:
+                counts[name] = counts.get(name, 0) + 1
+        found = GaugeMetricFamily(
+            "jaxsys_adapter_requests", "Requests in the engine, by adapter.", labels=("adapter",)
+        )
+        for name, count in counts.items():
+            found.add_metric([name], count)
+        return found
 
     def _per_token(self) -> Metric:
         """Joules a token of output, by role and kind of knowledge."""

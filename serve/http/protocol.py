@@ -586,6 +586,10 @@ class Model(pydantic.BaseModel):
     created: int
     owned_by: str = "jaxsys"
     max_model_len: int
+    root: str | None = None
+    """The folder of an adapter."""
+    parent: str | None = None
+    """The model that an adapter belongs to."""
 
 
 class ModelList(pydantic.BaseModel):

@@ -4,11 +4,13 @@ Each is made of ours when it is asked for, with the label `model_name`: the same
 never two counts of one thing.
 """
 
+import time
 from collections.abc import Iterable, Mapping
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
+from jaxsys.serve.adapters import name_of
 from jaxsys.serve.engine import Engine
 
 RENAMED: Mapping[str, tuple[str, ...]] = {
@@ -73,3 +75,22 @@ class VllmNames(Collector):
         )
         counter.add_metric([self.model_name], sum(load.preemptions for load in loads))
         yield counter
+        if self.engine.adapters.most:
+            yield self._adapters()
+
+    def _adapters(self) -> Metric:
+        """Names in labels, the time as the value: vLLM's form."""
+        running: set[str] = set()
+        waiting: set[str] = set()
+        for request in self.engine.requests:
+            name = name_of(request.adapter)
+            if name is not None:
+                (waiting if request.timing.first_token_s is None else running).add(name)
+        found = GaugeMetricFamily(
+            "vllm:lora_requests_info",
+            "Adapters of running and of waiting requests.",
+            labels=("max_lora", "running_lora_adapters", "waiting_lora_adapters"),
+        )
+        names = [",".join(sorted(group)) for group in (running, waiting)]
+        found.add_metric([str(self.engine.adapters.most), *names], time.time())
+        return found

@@ -56,6 +56,10 @@ class FrontSpec:
     """See `ApiConfig`."""
     route: str = "fewest"
     """Of `ROUTERS`."""
+    adapters: tuple[tuple[str, str], ...] = ()
+    """Names and folders of low-rank adapters that are served from the start."""
+    lora_updates: bool = False
+    """Whether more are loaded on demand."""
     worker: WorkerSpec
     """What the instances have in common."""
 
@@ -69,7 +73,18 @@ class FrontSpec:
             cors_origins=self.cors_origins,
             tool_format=self.tool_format,
             sampling=self.sampling,
+            lora_updates=self.lora_updates,
         )
+
+
+async def load_adapters(engine: Engine, spec: FrontSpec) -> None:
+    """Loads what is served from the start, at instances that run.
+
+    Raises:
+        UsageError: for a folder that holds none of this model's.
+    """
+    for name, folder in spec.adapters:
+        await engine.adapters.load(name, folder)
 
 
 class Front:
@@ -94,6 +109,7 @@ class Front:
             max_requests=worker.deployment.max_requests,
             decode_router=make_decode_router(spec.route, worker.governor.gpu, served, slo),
         )
+        self.engine.adapters.most = worker.deployment.max_loras
         self.app = build_app(self.engine, tokenizer, spec.api(), slo)
         self.progress = Progress()
         self._gateway = Gateway(self.progress, spec.root_path)
@@ -130,6 +146,7 @@ class Front:
         try:
             await self.engine.start()
             await self.fleet.start(prefill=deployment.prefill, decode=deployment.decode)
+            await load_adapters(self.engine, self.spec)
         except BaseException:
             self._server.should_exit = True
             self.app.state.close()

@@ -61,6 +61,7 @@ class RemoteInstance(Member):
         self.requests: dict[str | int, Request] = {}
         """Requests known there that have not ended."""
         self.stopped = threading.Event()
+        self._loading: dict[str, Callable[[str | None], None]] = {}
         self._energies_j: dict[str | int, tuple[float, float]] = {}
         """Of each request, what it told last: in all, and for its prompt."""
         self._transport = transport
@@ -86,6 +87,13 @@ class RemoteInstance(Member):
         if isinstance(message, Withdrawal):
             self._forget(message.request_id)
         self.send(message_frame(message))
+
+    def load_adapter(self, key: str, folder: str, done: Callable[[str | None], None]) -> None:
+        self._loading[key] = done
+        self.send(["load_adapter", key, folder])
+
+    def unload_adapter(self, key: str) -> None:
+        self.send(["unload_adapter", key])
 
     def stop(self, timeout_s: float | None = None) -> bool:
         """Never on the event loop's thread, which must take in the answer."""
@@ -124,6 +132,10 @@ class RemoteInstance(Member):
             if request is not None:  # not aborted from here meanwhile
                 request.cached_tokens = frame[2]
                 self.engine.exchange.forward(self, Offer(request))
+        elif kind == "adapter":
+            done = self._loading.pop(frame[1], None)
+            if done is not None:
+                done(frame[2])
         elif kind == "failed":
             self.lost(f"it failed: {frame[1]}")
         elif kind == "stopped":

@@ -4,9 +4,10 @@ Behind the proof that the caller knows the deployment's secret (`secret`), a con
 msgpack values back to back; each is a list whose first entry is its kind. An instance's process and
 the front speak these kinds:
 
-    front -> instance  submit, abort, offer, withdrawal, grant, refusal, delivery, receipt, stop
+    front -> instance  submit, abort, offer, withdrawal, grant, refusal, delivery, receipt,
+                       load_adapter, unload_adapter, stop
     instance -> front  hello, events, pulse, offer, withdrawal, grant, refusal, delivery, receipt,
-                       failed, stopped
+                       adapter, failed, stopped
 
 An offer that goes to the front names the request only, since the front has it.
 """
@@ -86,6 +87,7 @@ def request_data(request: Request, now_s: float, seed: int) -> dict[str, Any]:
         "sampling": sampling | {"seed": seed},
         "cached": request.cached_tokens,
         "age_s": now_s - request.arrival_s,
+        "adapter": request.adapter,
     }
 
 
@@ -101,6 +103,7 @@ def request_of(data: dict[str, Any], now_s: float) -> Request:
         sampling=SamplingParameters(**sampling),
         arrival_s=now_s - data["age_s"],
         prompt_tokens=array("i", data["prompt"]).tolist(),
+        adapter=data["adapter"],
     )
     request.output_tokens = list(data["output"])
     request.generated = len(request.output_tokens)

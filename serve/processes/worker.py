@@ -192,6 +192,11 @@ class Worker:
             instance.take(Offer(self._request(frame[1])))
         elif kind == "abort":
             instance.abort(frame[1], frame[2])
+        elif kind == "load_adapter":
+            _, key, folder = frame
+            instance.load_adapter(key, folder, lambda fault: self._send(["adapter", key, fault]))
+        elif kind == "unload_adapter":
+            instance.unload_adapter(frame[1])
         else:
             message = message_of(frame)
             if message is None:

@@ -5,9 +5,12 @@ import dataclasses
 import os
 
 import jax
+import numpy as np
 import pytest
 
-from jaxsys.model import ByteTokenizer, LoadedModel, initial_parameters, preset
+from jaxsys.layered import Parameters
+from jaxsys.model import ByteTokenizer, LoadedModel, initial_parameters, layered, preset
+from jaxsys.model.peft import write_adapters
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,3 +54,31 @@ def perhaps_left():
             return "left"
 
     return run
+
+
+@pytest.fixture(scope="session")
+def write_adapter():
+    """Writes an adapter that matters, as PEFT has it; gives the parameters it is merged into."""
+
+    def write(folder, config, parameters, *, rank, targets, seed):
+        rng = np.random.default_rng(seed)
+        model = layered(config)
+        adapters, merged = {}, {}
+        for kind, stack in model.stacks(parameters["blocks"]).items():
+            own = adapters[kind] = {}
+
+            def leaf(path, value, own=own):
+                name = jax.tree_util.keystr(path, simple=True, separator="/")
+                if value.ndim != 3 or not any(f"/{name}".endswith(f"/{one}") for one in targets):
+                    return value
+                layers, inputs, outputs = value.shape
+                a = rng.normal(0, 0.15, (layers, inputs, rank)).astype(np.float32)
+                b = rng.normal(0, 0.15, (layers, rank, outputs)).astype(np.float32)
+                own[name] = {"a": a, "b": b}
+                return np.asarray(value) + 3.0 * (a @ b)
+
+            merged[kind] = jax.tree_util.tree_map_with_path(leaf, stack)
+        write_adapters(folder, config, adapters, scale=3.0 * rank)
+        return Parameters(edge=parameters["edge"], blocks=model.blocks(merged))
+
+    return write

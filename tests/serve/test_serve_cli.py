@@ -16,7 +16,7 @@ import openai
 import pytest
 
 from jaxsys.cli import main
-from jaxsys.model import ByteTokenizer, initial_parameters, preset
+from jaxsys.model import ByteTokenizer, initial_parameters, load, preset
 from jaxsys.model.save import save_safetensors
 
 START = """
@@ -194,6 +194,12 @@ def test_fuzzing_by_the_description_finds_no_server_error(server):
         (["--max-batch", "0"], "--max-batch 0 must be at least 1"),
         (["--ttft-slo", "-1"], "--ttft-slo -1.0 must be a positive"),
         (["--api-key-file", "/nowhere/keys"], "/nowhere/keys cannot be read: No such file"),
+        (["--lora", "a"], "--lora 'a' must be NAME=FOLDER"),
+        (["--lora", "a=/x", "--lora", "a=/y"], "--lora gives 'a' twice"),
+        (["--lora", "tiny-bytes=/x"], "'tiny-bytes' is the model's own"),
+        (["--lora", "a=/nowhere"], "/nowhere has no adapter_config.json"),
+        (["--max-loras", "2"], "--max-loras 2 needs --lora or --allow-lora-updates"),
+        (["--lora", "a=/x", "--lora", "b=/y", "--max-loras", "1"], "--max-loras 1 is below the 2"),
     ],
 )
 def test_what_cannot_be_served_is_refused_in_one_line(arguments, words, folder, capsys, tmp_path):
@@ -212,3 +218,43 @@ def test_a_taken_port_is_named(folder, capsys, tmp_path):
         assert main([*given, "--compilation-cache", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert f"cannot listen on 127.0.0.1:{port}" in error and error.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cluster", [[], ["--cluster", "local"]])
+def test_adapters_from_the_start_and_on_demand(folder, write_adapter, tmp_path, cluster):
+    loaded = load(folder)
+    for seed, name in enumerate("ab"):
+        write_adapter(
+            tmp_path / name, loaded.config, loaded.parameters, rank=2, targets=("query",), seed=seed
+        )
+    command = [sys.executable, "-c", START, "serve", "--model", str(folder), "--port", "0"]
+    command += ["--decode", "0", "--max-length", "64", "--max-batch", "2"]
+    command += ["--max-prefill-tokens", "32", "--lora", f"a={tmp_path}/a", "--allow-lora-updates"]
+    command += ["--compilation-cache", str(folder.parent / "compiled"), *cluster]
+    process: Any = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        lines: list[str] = []
+        found = None
+        for line in process.stderr:
+            lines.append(line)
+            found = re.search(r"serving on (http://\S+/v1)", line)
+            if found:
+                break
+        assert found is not None, "".join(lines)
+        threading.Thread(target=process.stderr.read, daemon=True).start()
+        client = openai.OpenAI(base_url=found.group(1), api_key="none")
+        body = {"lora_name": "b", "lora_path": str(tmp_path / "b")}
+        assert httpx.post(f"{found.group(1)}/load_lora_adapter", json=body).status_code == 200
+        assert [one.id for one in client.models.list()] == ["tiny-bytes", "a", "b"]
+        texts = [
+            client.completions.create(model=name, prompt="hello", max_tokens=8, temperature=0)
+            for name in ("tiny-bytes", "a", "b")
+        ]
+        assert len({one.choices[0].text for one in texts}) == 3
+        assert httpx.post(f"{found.group(1)}/unload_lora_adapter", json=body).status_code == 200
+        with pytest.raises(openai.NotFoundError):
+            client.completions.create(model="b", prompt="hello")
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0

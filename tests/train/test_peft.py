@@ -12,8 +12,8 @@ import safetensors.numpy
 from jaxsys.errors import UsageError
 from jaxsys.layered import Parameters, reference_loss
 from jaxsys.model import DecoderConfig, abstract_parameters, layered
+from jaxsys.model.peft import read_adapters, write_adapters
 from jaxsys.train.lora import add_adapters
-from jaxsys.train.peft import read_adapters, write_adapters
 
 STORED = json.loads((Path(__file__).parents[1] / "jaxsys/data/families.json").read_text())[
     "families"
@@ -125,6 +125,11 @@ def test_what_is_no_adapter_of_a_linear_module_is_refused(tmp_path):
         ({"use_dora": True}, "use_dora=True is not computed"),
         ({"bias": "all"}, "bias='all' is not computed"),
         ({"peft_type": "IA3"}, "peft_type='IA3' is not LORA"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the model's own"),
+        ({"alora_invocation_tokens": [7]}, r"alora_invocation_tokens=\[7\] is not computed"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save=.* is not computed"),
+        ({"alpha_pattern": {"(": 2}}, "is no regular expression"),
+        ({"layers_to_transform": [1]}, r"2 tensor\(s\) that are no low-rank adapter"),
     ):
         path.write_text(json.dumps(settings | change))
         with pytest.raises(UsageError, match=text):

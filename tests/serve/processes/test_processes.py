@@ -244,3 +244,61 @@ def test_pages_are_pulled_released_or_given_up():
         there.fetch(lost, like, results.put)
         assert isinstance(results.get(timeout=20), Exception)
     assert here.published == 0
+
+
+@pytest.mark.slow
+def test_adapters_are_loaded_everywhere_and_by_who_comes_later(
+    model, template, write_adapter, tmp_path
+):
+    """Mixed requests give the tokens of one process, also over a replaced instance."""
+    folders = []
+    for seed in range(2):
+        folders.append(str(tmp_path / str(seed)))
+        targets = ("query", "value", "mlp/down")
+        write_adapter(
+            folders[-1], model.config, model.parameters, rank=2, targets=targets, seed=seed
+        )
+    small = dataclasses.replace(SMALL, max_loras=2, max_lora_rank=2)
+
+    async def mixed(engine):
+        async def one(index, prompt):
+            rule = SamplingParameters(temperature=0, max_tokens=45)
+            name = (None, "a", "b")[index % 3]
+            return [
+                event.token
+                async for event in engine.generate(prompt, rule, adapter=name)
+                if event.token is not None
+            ]
+
+        return await asyncio.gather(*[one(*each) for each in enumerate(prompts(12))])
+
+    async def loaded(engine):
+        for name, folder in zip("ab", folders, strict=True):
+            await engine.adapters.load(name, folder)
+
+    async def together():
+        engine = build_engine(model, dataclasses.replace(small, decode=0))
+        await engine.start()
+        await loaded(engine)
+        found = await mixed(engine)
+        await engine.drain(10)
+        return found
+
+    async def body(engine, fleet):
+        engine.adapters.most = 2
+        await loaded(engine)
+        with pytest.raises(UsageError, match="has no adapter_config.json"):
+            engine.adapters.unload("b")
+            await engine.adapters.load("b", str(tmp_path))
+        await engine.adapters.load("b", folders[1])
+        running = asyncio.ensure_future(mixed(engine))
+        await until(lambda: any(one.in_flight for one in engine.decoders))
+        process(fleet, "decode-0").send_signal(signal.SIGKILL)
+        assert await running == wanted
+        await until(lambda: not engine.failed and len(engine.instances) == 2)
+        assert await mixed(engine) == wanted
+        await settled(engine)
+
+    wanted = asyncio.run(together())
+    assert len({tuple(tokens) for tokens in wanted}) == 12
+    with_fleet(dataclasses.replace(template, deployment=small), 1, 1, body)

@@ -1,0 +1,68 @@
+"""Adapters loaded and unloaded while serving, asked for and answered as vLLM does."""
+
+import pydantic
+from fastapi.responses import PlainTextResponse, Response
+from pydantic import Field
+from starlette.exceptions import HTTPException
+
+from jaxsys.errors import UsageError
+from jaxsys.serve.adapters import Adapters
+from jaxsys.serve.http.protocol import MAX_NAME
+
+MAX_PATH = 4096
+"""Characters of a folder's path."""
+
+
+class LoadAdapterRequest(pydantic.BaseModel):
+    """Body of `/v1/load_lora_adapter`."""
+
+    model_config = pydantic.ConfigDict(strict=True)
+
+    lora_name: str = Field(
+        min_length=1, max_length=MAX_NAME, description=f"a text of 1 to {MAX_NAME} characters"
+    )
+    lora_path: str = Field(
+        min_length=1, max_length=MAX_PATH, description="a folder of the server's machine"
+    )
+    load_inplace: bool | None = Field(False, description="true or false")
+
+
+class UnloadAdapterRequest(pydantic.BaseModel):
+    """Body of `/v1/unload_lora_adapter`."""
+
+    model_config = pydantic.ConfigDict(strict=True)
+
+    lora_name: str = Field(
+        min_length=1, max_length=MAX_NAME, description=f"a text of 1 to {MAX_NAME} characters"
+    )
+    lora_int_id: int | None = Field(None, description="ignored: names say it")
+
+
+def check_allowed(allowed: bool) -> None:
+    """Raises HTTPException, 404, where the server does not load adapters while it serves."""
+    if not allowed:
+        raise HTTPException(
+            404, "adapters are not loaded while serving; start with --allow-lora-updates"
+        )
+
+
+def check_name(name: str, model_name: str) -> None:
+    """Raises UsageError for a name that an adapter cannot have."""
+    if name == model_name:
+        raise UsageError(f"lora_name={name!r} is the model's own; give another")
+    if not name.isprintable():
+        raise UsageError(f"lora_name={name!r} must be printable characters")
+
+
+async def load(adapters: Adapters, body: LoadAdapterRequest, model_name: str) -> Response:
+    """Loads a folder."""
+    name = body.lora_name
+    check_name(name, model_name)
+    await adapters.load(name, body.lora_path, in_place=bool(body.load_inplace))
+    return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
+
+
+def unload(adapters: Adapters, body: UnloadAdapterRequest) -> Response:
+    """Forgets a name."""
+    adapters.unload(body.lora_name)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
