@@ -239,7 +239,7 @@ def predicted_bytes(lowered, shapes, state, batch) -> float:
             compute_dtype=lowered.compute_dtype,
             gradient_dtype=lowered.gradient_dtype,
             recompute=lowered.recompute,
-            unroll=getattr(lowered, "unroll", False),  # sharded steps always are
+            unroll=getattr(lowered, "unroll", False),  # sharded steps are on GPUs
             context=lowered.context,
             inner=inner_sizes(lowered.mesh),
         )

@@ -34,7 +34,7 @@ class Compute:
     """What the backward pass computes again; by layer where the schedule shards."""
     unroll: bool = False
     """Write a chunk's layers out instead of looping over them: steps that keep residuals are
-    faster, compiling takes longer (one body a layer). ZeRO's always are."""
+    faster, compiling takes longer (one body a layer). ZeRO's always are on GPUs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

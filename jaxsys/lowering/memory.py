@@ -3,8 +3,8 @@
 State at rest, whole copies of the edge's parameters and the sums of their gradients, what the
 schedule has alive, and the most that one task holds while it runs. A lowered step keeps a buffer of
 slots for each kind of data (`tables`), the arrivals of a tick beside the slots that they land in,
-and a chunk's weight gradients before they are added; steps whose parameters rest in shards are
-written out, and hold what is alive.
+and a chunk's weight gradients before they are added; steps whose parameters rest in shards hold
+what is alive, written out or nearly so in loops.
 """
 
 from collections import Counter

@@ -27,6 +27,7 @@ from .flat import FlatModel, Leaves, check_block, flat_of, floats, pull_back
 from .jaxprs import inlined, named, run, slice_of, value_of
 from .kinds import Choice, Shared
 from .residuals import what_to_keep
+from .rows import get_row, put_row, zeros
 from .split import split_backward
 
 Recompute = Literal["none", "selective", "around-attention", "block", "chunk"]
@@ -210,9 +211,9 @@ class _Store:
     def put(self, buffer: PyTree, values: list[jax.Array], slot: Any, layer: Any) -> PyTree:
         """The buffer with one layer's values in one slot."""
         if not self.unroll:
-            return [_put(b, v, (slot, layer)) for b, v in zip(buffer, values, strict=True)]
+            return [put_row(b, v, slot, layer) for b, v in zip(buffer, values, strict=True)]
         row = [
-            v if b.ndim == v.ndim else _put(b, v, (slot,))
+            v if b.ndim == v.ndim else put_row(b, v, slot)
             for b, v in zip(buffer[layer], values, strict=True)
         ]
         return [*buffer[:layer], row, *buffer[layer + 1 :]]
@@ -234,9 +235,9 @@ class _Store:
     def get(self, buffer: PyTree, slot: Any, layer: Any) -> list[jax.Array]:
         """One layer's values in one slot."""
         if not self.unroll:
-            return [_get(b, (slot, layer)) for b in buffer]
+            return [get_row(b, slot, layer) for b in buffer]
         pairs = zip(buffer[layer], self.specs[layer], strict=True)
-        return [b if b.ndim == len(s.shape) else _get(b, (slot,)) for b, s in pairs]
+        return [b if b.ndim == len(s.shape) else get_row(b, slot) for b, s in pairs]
 
 
 def chunk_program(
@@ -309,7 +310,7 @@ def chunk_program(
                 first_layer,
                 index,
                 lambda: choice.run(index, number, of_kind),
-                lambda: (x, _zeros(held(index).specs)),
+                lambda: (x, zeros(held(index).specs)),
             )
             return (y, kept.put(buffer, residuals, slot, index)), None
 
@@ -329,7 +330,7 @@ def chunk_program(
                 first_layer,
                 index,
                 lambda: choice.run(index, number, of_kind),
-                lambda: (_zeros(no_gradient), dx),
+                lambda: (zeros(no_gradient), dx),
             )
             if recompute == "block":
                 # Weight gradients put off would hold what a layer made again. Not within the
@@ -372,7 +373,7 @@ def chunk_program(
                     first_layer,
                     index,
                     lambda: choice.run(index, number, of_kind),
-                    lambda: (dx, _zeros(tap(index).specs)),
+                    lambda: (dx, zeros(tap(index).specs)),
                 )
                 taps = tapped.put(taps, values, tap_slot, index)
                 return (dx, _handed_on(buffer), taps), None
@@ -390,7 +391,7 @@ def chunk_program(
                         first_layer + index,
                         lambda kind: halves[kind].weight_gradient(tap(index).get(kind, values)),
                     ),
-                    lambda: _zeros(no_gradient),
+                    lambda: zeros(no_gradient),
                 )
                 return _handed_on(taps), dw
 
@@ -454,21 +455,3 @@ def _from_input(inner: ChunkProgram, x: list[jax.ShapeDtypeStruct]) -> ChunkProg
 def _handed_on(buffer: PyTree) -> PyTree:
     """A loop's carry that it only reads; as plainly the same value, JAX would take it out of it."""
     return lax.optimization_barrier(buffer)
-
-
-def _put(buffer: jax.Array, value: jax.Array, index: tuple[Any, ...]) -> jax.Array:
-    """`buffer` with `value` at the leading indices."""
-    starts = (*index, *(0,) * value.ndim)
-    lead = (1,) * len(index)
-    return lax.dynamic_update_slice(buffer, value.reshape(*lead, *value.shape), starts)
-
-
-def _get(buffer: jax.Array, index: tuple[Any, ...]) -> jax.Array:
-    """What `buffer` holds at the leading indices."""
-    shape = buffer.shape[len(index) :]
-    starts = (*index, *(0,) * len(shape))
-    return lax.dynamic_slice(buffer, starts, ((1,) * len(index)) + shape).reshape(shape)
-
-
-def _zeros(specs: list[jax.ShapeDtypeStruct]) -> Leaves:
-    return [jnp.zeros(s.shape, s.dtype) for s in specs]

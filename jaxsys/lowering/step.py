@@ -52,7 +52,7 @@ def lower(
         gradient_dtype: dtype in which gradients are summed and travel.
         recompute: what backward computes again, see `programs.Recompute`.
         unroll: write a chunk's layers out instead of looping over them; sharded schedules always
-            are.
+            are on GPUs.
         travel_dtype: dtype in which sums of gradients are sent around a ring, `gradient_dtype` if
             not given: bfloat16 halves what is sent, each addition is still in `gradient_dtype`.
         context: how sequences lie over the mesh's CONTEXT axis, where it has one; round a ring if
@@ -78,6 +78,7 @@ def lower(
             compute_dtype=compute_dtype,
             gradient_dtype=gradient_dtype,
             recompute=recompute,
+            unroll=unroll,
             context=context,
         )
     split = context_on(mesh, model, context)

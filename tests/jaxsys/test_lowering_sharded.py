@@ -12,6 +12,7 @@ import pytest
 
 from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel, Parameters, reference_loss
+from jaxsys.lowering.alike import Alike, Held
 from jaxsys.lowering.base import CPU_COMPILER_OPTIONS
 from jaxsys.lowering.compiled import collective_counts, parse
 from jaxsys.lowering.sharded import lower_sharded
@@ -248,7 +249,7 @@ def test_one_microbatch_falls_back_to_zero_3():
 def temporary_bytes(stage, *, rows: int, turns: int) -> int:
     layers, width = 4, 256
     schedule = stage(2, 2 * turns, chunks=layers)
-    step = lower_sharded(schedule, small_model(layers), make_mesh(2), recompute="none")
+    step = lower_sharded(schedule, small_model(layers), make_mesh(2), recompute="none", unroll=True)
     parameters = step.to_rest(small_parameters(layers, width))
     program = compiled_step(step, parameters, small_batch(2 * turns, rows))
     analysis = program.memory_analysis()
@@ -315,3 +316,123 @@ def test_refusals():
     step = lower_sharded(zero.zero_3(4, 8, chunks=2), small_model(), mesh)
     with pytest.raises(UsageError, match="8 on each of 1 data replicas"):
         step.loss_and_gradients(step.to_rest(small_parameters()), small_batch(4))
+
+
+# On CPU devices chunks that are alike are loops.
+
+RING = 2
+
+
+def step_of(schedule, layers: int, *, unroll: bool = False):
+    mesh = make_mesh(RING, devices=jax.devices()[:RING])
+    return lower_sharded(schedule, small_model(layers), mesh, recompute="none", unroll=unroll)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_programs_do_not_grow_with_the_layers(name):
+    def lines(layers: int) -> int:
+        step = step_of(STAGES[name](RING, 4 * RING, chunks=layers), layers)
+        arguments = jax.eval_shape(lambda: (small_parameters(layers), small_batch(4 * RING)))
+        return len(jax.jit(step.loss_and_gradients).lower(*arguments).as_text().splitlines())
+
+    assert lines(40) <= 1.02 * lines(10)
+
+
+def test_what_is_optimised_is_a_fraction_of_what_is_written_out():
+    """The time to compile goes with its lines."""
+
+    def lines(*, unroll: bool) -> int:
+        step = step_of(zero.zero_3(RING, 4, chunks=10), 10, unroll=unroll)
+        program = compiled_step(step, step.to_rest(small_parameters(10)), small_batch(4))
+        return len((program.as_text() or "").splitlines())
+
+    assert 0 < lines(unroll=False) <= 0.5 * lines(unroll=True)
+
+
+def assert_like_the_reference(step, layers: int, batch, model: LayeredModel) -> None:
+    parameters = step.to_rest(small_parameters(layers))
+    loss, gradients, *_ = compiled_step(step, parameters, batch)(parameters, batch)
+    run = jax.value_and_grad(lambda p: reference_loss(model, p, batch))
+    wanted_loss, wanted = jax.jit(run)(small_parameters(layers))
+    np.testing.assert_allclose(loss, wanted_loss, rtol=1e-5)
+    assert_gradients(gradients, wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "turns"),
+    [
+        ("zero-4", 5),
+        *(pytest.param(name, 4, marks=pytest.mark.slow) for name in list(STAGES)[:-1]),
+        *(pytest.param(name, 1, marks=pytest.mark.slow) for name in STAGES),
+    ],
+)
+def test_looped_chunks_equal_the_reference(name, turns):
+    layers = 6
+    step = step_of(STAGES[name](RING, RING * turns, chunks=layers), layers)
+    assert_like_the_reference(step, layers, small_batch(RING * turns), small_model(layers))
+
+
+@pytest.mark.parametrize(
+    "sets",
+    [
+        # Two groups: the lower one keeps weights where its residuals were, the upper one does not.
+        {"keep_between": range(5), "defer": range(5), "lookahead": 1},
+        pytest.param(
+            {"keep_within": range(4), "accumulate": range(3, 9), "lookahead": 2},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"keep_between": range(2, 9), "lookahead": 3}, marks=pytest.mark.slow),
+    ],
+)
+def test_looped_chunks_of_mixed_lifetimes(sets):
+    """Of 9 chunks of 10 layers the first is longer."""
+    layers, turns = 10, 3
+    schedule = zero.trajectory(RING, RING * turns, chunks=9, **sets)
+    step = step_of(schedule, layers)
+    assert_like_the_reference(step, layers, small_batch(RING * turns), small_model(layers))
+
+
+def test_looped_layers_know_their_numbers():
+    """A block that weighs what it adds by its index."""
+    layers = 6
+    plain = small_model(layers)
+    (run,) = plain.kinds.values()
+
+    def block(weights, x, microbatch, layer):
+        added = run(weights, x, microbatch, layer) - x
+        return x + added * (1 + layer.index).astype(x.dtype) / layers
+
+    model = LayeredModel(embed=plain.embed, block=block, head_loss=plain.head_loss, layers=layers)
+    mesh = make_mesh(RING, devices=jax.devices()[:RING])
+    step = lower_sharded(zero.zero_3(RING, 4, chunks=layers), model, mesh)
+    assert_like_the_reference(step, layers, small_batch(4), model)
+
+
+def test_chunks_that_keep_their_weights_and_sums_are_told_apart():
+    alike = Alike(zero.zero_4(2, 6, chunks=6, keep=[0, 1, 2, 3]), ["same"] * 6, looped=True)
+    assert [(group.chunks, group.weights, group.sums) for group in alike.groups] == [
+        (range(4), Held.BETWEEN, True),
+        (range(4, 5), Held.PASSING, True),
+        (range(5, 6), Held.PASSING, True),
+    ]
+    written_out = Alike(zero.zero_1(2, 4, chunks=6), ["same"] * 6, looped=False)
+    assert [group.chunks for group in written_out.groups] == [range(c, c + 1) for c in range(6)]
+    assert not any(group.shelved for group in written_out.groups)
+
+
+@pytest.mark.slow
+def test_loops_hold_hardly_more_than_what_is_written_out():
+    """A chunk's residuals and weights are copied out of their rows, and weights into them."""
+    rows, layers, width = 256, 8, 128
+    chunk = (3 * rows * width + 2 * 2 * width * width) * 4
+
+    def held(name: str, *, unroll: bool) -> int:
+        step = step_of(STAGES[name](RING, 2 * RING, chunks=layers), layers, unroll=unroll)
+        parameters = step.to_rest(small_parameters(layers, width))
+        program = compiled_step(step, parameters, small_batch(2 * RING, rows))
+        analysis = program.memory_analysis()
+        assert analysis is not None
+        return analysis.temp_size_in_bytes
+
+    for name in ("zero-3", "zero-3.5"):
+        assert held(name, unroll=False) <= held(name, unroll=True) + 2 * chunk
