@@ -152,7 +152,8 @@ def _fresh(config: DecoderConfig, rngs: nnx.Rngs, dtype: DTypeLike) -> Parameter
             if leaf.fill in ("ones", "zeros"):
                 return jnp.full(leaf.shape, 1.0 if leaf.fill == "ones" else 0.0, dtype)
             deviation = residual if leaf.fill == "residual" else INITIAL_DEVIATION
-            return deviation * jax.random.normal(rngs.params(), leaf.shape, dtype)
+            # In bfloat16 itself a draw has 128 values, none beyond 2.9 deviations.
+            return (deviation * jax.random.normal(rngs.params(), leaf.shape)).astype(dtype)
 
         return nest((leaf.path, value(leaf)) for leaf in leaves)
 

@@ -1,6 +1,6 @@
 """Cross-entropy of next tokens without ever holding [B, T, V] logits.
 
-    loss = sum_t [logsumexp(h_t H) - h_t H[:, target_t]]   over targets that are not -1
+    loss = sum_t [logsumexp(h_t H) - h_t H[:, target_t]]   over targets that are not negative
 
 Tokens go through the head in chunks. A scalar's gradient is known up to the factor that comes from
 above, so a chunk's is taken while its logits are there: softmax less the one-hot target, then the
@@ -35,7 +35,7 @@ HEAD = ("head", "kernel")
 """What rules on paths call the head, also where it is the embedding."""
 
 IGNORED = -1
-"""The target that counts for nothing."""
+"""A target that counts for nothing, as every negative one does: PyTorch's scripts write -100."""
 
 
 def summed_cross_entropy(
@@ -43,7 +43,7 @@ def summed_cross_entropy(
 ) -> Float[Array, ""]:
     """Sum over rows of logits [C, V] of the negative log probability of targets [C]; float32."""
     logits = logits.astype(jnp.float32)
-    counted = targets != IGNORED
+    counted = targets >= 0
     safe = jnp.where(counted, targets, 0)
     chosen = jnp.take_along_axis(logits, safe[:, None], axis=-1)[:, 0]
     losses = jax.nn.logsumexp(logits, axis=-1) - chosen
@@ -76,7 +76,7 @@ def head_loss(
         config: the model.
         edge: its parameters outside the blocks.
         x: the residual after the last block [B, T, D].
-        targets: int [B, T]; -1 is ignored.
+        targets: int [B, T]; negative ones are ignored.
         chunk_tokens: tokens whose logits are held at once.
         axis: the mesh axis; `x` [B, T / devices, D] and `edge` are a device's parts then.
         float8: whether the head's products run in float8.
@@ -96,7 +96,7 @@ def head_loss(
         mine = jax.lax.dynamic_slice_in_dim(targets, start, x.shape[1], axis=1)
         # Cut evenly a sequence's tokens are here in part, its logits of all of them are.
         x = jax.lax.all_gather(edge_module.norm(x), axis, axis=1, tiled=True)
-    weight = jnp.sum(mine != IGNORED).astype(jnp.float32)
+    weight = jnp.sum(mine >= 0).astype(jnp.float32)
     width = x.shape[-1]
     rows, goals = x.reshape(-1, width), targets.reshape(-1)
     chunk = min(chunk_tokens, rows.shape[0])
@@ -131,7 +131,7 @@ def linear_cross_entropy(
     Args:
         kernel: the head [D, V].
         hidden: normalised residuals [T, D], T a multiple of `chunk`.
-        targets: int [T]; -1 is ignored.
+        targets: int [T]; negative ones are ignored.
         chunk: tokens whose logits are held at once.
         softcap: c, logits become c tanh(logits / c).
         axis: a mesh axis whose devices have a part of the vocabulary each, in order: then this is
@@ -158,7 +158,9 @@ def _loss(
     here = columns + jax.lax.axis_index(axis) * logits.shape[1] == targets[:, None]
     # Of log-sum-exp every device has the whole: each counts its share.
     share = total / jax.lax.axis_size(axis) - jnp.sum(jnp.where(here, logits, 0.0), axis=-1)
-    loss = jnp.sum(jnp.where(targets != IGNORED, share, 0.0))
+    # As on one device: an id beyond the vocabulary is no number.
+    share = jnp.where(targets < jax.lax.axis_size(axis) * logits.shape[1], share, jnp.nan)
+    loss = jnp.sum(jnp.where(targets >= 0, share, 0.0))
     return loss, jnp.exp(logits - total[:, None]), here
 
 
@@ -218,7 +220,7 @@ def _loss_and_gradients(
     def of_chunk(hidden: jax.Array, targets: jax.Array):
         logits = _capped(head.logits(hidden), softcap)
         loss, probabilities, chosen = _loss(logits, targets, axis)
-        counted = (targets != IGNORED)[:, None]
+        counted = (targets >= 0)[:, None]
         error = jnp.where(counted, probabilities - chosen, 0.0)
         if softcap is not None:  # the slope of the cap, 1 - tanh^2
             error = error * (1.0 - jnp.square(logits / softcap))

@@ -12,7 +12,7 @@ from jaxsys.errors import UsageError
 from jaxsys.layered import ALIKE, Layer, reference_loss
 from jaxsys.mesh import RING, make_mesh
 from jaxsys.model import bind_edge, initial_parameters, layered, preset
-from jaxsys.model.loss import head_loss
+from jaxsys.model.loss import _loss, head_loss, summed_cross_entropy
 
 CONFIGS = {
     "untied": preset("tiny"),
@@ -24,7 +24,8 @@ def sample(config, shape=(2, 11), seed=0):
     generator = np.random.default_rng(seed)
     x = jnp.asarray(generator.normal(size=(*shape, config.hidden_size)), jnp.float32)
     targets = generator.integers(0, config.vocab_size, shape).astype(np.int32)
-    targets[generator.random(shape) < 0.2] = -1
+    targets[generator.random(shape) < 0.1] = -1
+    targets[generator.random(shape) < 0.1] = -100  # as PyTorch's scripts mark them
     return x, jnp.asarray(targets)
 
 
@@ -79,6 +80,21 @@ def test_all_targets_ignored_is_zero_without_nan():
     (loss, weight), grads = jax.jit(chunked)(edge)
     assert (float(loss), float(weight)) == (0.0, 0.0)
     assert all(bool(jnp.all(leaf == 0)) for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("target", [-100, 7, 63, 64, 5000])
+def test_ids_beyond_the_vocabulary_are_no_number_in_parts_of_it_too(target):
+    logits = jax.random.normal(jax.random.key(0), (1, 64))
+    targets = jnp.full(1, target, jnp.int32)
+    whole = summed_cross_entropy(logits, targets)
+    parts = jax.shard_map(
+        lambda logits: jax.lax.psum(_loss(logits, targets, RING)[0], RING),
+        mesh=make_mesh(2),
+        in_specs=PartitionSpec(None, RING),
+        out_specs=PartitionSpec(),
+    )(logits)
+    assert bool(jnp.isnan(whole)) == (target >= 64)
+    np.testing.assert_allclose(parts, whole, rtol=1e-6)
 
 
 def test_compiled_step_never_holds_all_logits():
