@@ -40,6 +40,10 @@ IN_GGUF = {
     "hunyuan_v1_dense": "hunyuan-dense",
     "gpt_oss": "gpt-oss",
     "mistral": "llama",
+    "glm": "chatglm",
+    "glm4_moe": "glm4moe",
+    "deepseek_v3": "deepseek2",
+    "deepseek_v2": "deepseek2",
 }
 """Families whose architecture in GGUF is called otherwise."""
 

@@ -63,7 +63,7 @@ def route(
     ranked = scores
     if correction is not None:
         ranked = ranked + jax.lax.stop_gradient(correction.astype(jnp.float32))[None]
-    if experts.groups > 1:
+    if experts.groups > 1 and experts.group_worth:
         ranked = _best_groups(experts, ranked)
     index = jax.lax.top_k(ranked, experts.active)[1]
     weights = jnp.take_along_axis(scores, index, axis=-1)
@@ -74,9 +74,9 @@ def route(
 
 
 def _best_groups(experts: Experts, ranked: Float[Array, "R E"]) -> Float[Array, "R E"]:
-    """-inf outside the best groups; a group is as good as its two best experts together."""
+    """-inf outside the best groups; a group is as good as its one or two best experts together."""
     grouped = ranked.reshape(ranked.shape[0], experts.groups, -1)
-    worth = jnp.sum(jax.lax.top_k(grouped, 2)[0], axis=-1)
+    worth = jnp.sum(jax.lax.top_k(grouped, experts.group_worth)[0], axis=-1)
     best = jax.lax.top_k(worth, experts.active_groups)[1]
     kept = jnp.sum(jax.nn.one_hot(best, experts.groups), axis=1)[..., None] > 0
     return jnp.where(kept, grouped, -jnp.inf).reshape(ranked.shape)

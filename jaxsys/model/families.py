@@ -801,3 +801,57 @@ register(
         unread_layers=True,
     )
 )
+GROUP_WORTH = {"greedy": 0, "group_limited_greedy": 1}
+
+
+def _or_one(value: Any) -> Any:
+    return 1 if value is None else value
+
+
+def _group_worth(method: Any) -> int:
+    if method not in GROUP_WORTH:
+        raise UsageError(
+            f"topk_method={method!r} is not computed; known: {', '.join(map(repr, GROUP_WORTH))}"
+        )
+    return GROUP_WORTH[method]
+
+
+register(
+    Family(
+        name="deepseek_v2",
+        architecture="DeepseekV2ForCausalLM",
+        sizes=(102400, 4096, 11008, 32, 32, None, None, 2048),
+        keys=(
+            Key(
+                name="n_routed_experts",
+                fields=("experts.count",),
+                default=64,
+                also=("num_experts",),
+            ),
+            _moe_size(1407),
+            Key(name="num_experts_per_tok", fields=("experts.active",), default=None),
+            Key(name="routed_scaling_factor", fields=("experts.scale",), default=1.0, read=float),
+            Key(name="n_group", fields=("experts.groups",), default=None, read=_or_one),
+            Key(name="topk_group", fields=("experts.active_groups",), default=None, read=_or_one),
+            Key(
+                name="topk_method",
+                fields=("experts.group_worth",),
+                default="greedy",
+                read=_group_worth,
+                write=lambda worth: "group_limited_greedy" if worth else "greedy",
+            ),
+            Key(name="n_shared_experts", fields=("experts.shared_count",), default=2),
+            Key(name="q_lora_rank", fields=("latent.query_rank",), default=1536),
+            Key(name="kv_lora_rank", fields=("latent.rank",), default=512),
+            Key(name="qk_nope_head_dim", fields=("latent.plain_dim",), default=128),
+            Key(name="qk_rope_head_dim", fields=("latent.rotary_dim",), default=64),
+            Key(name="v_head_dim", fields=("latent.value_dim",), default=128),
+        ),
+        fixed={"rope_interleaved": True},
+        dense_first=0,
+        ignored=("qk_head_dim", "head_dim", "num_key_value_heads")
+        + ("aux_loss_alpha", "seq_aux", "ep_size"),
+        # transformers reads no norm_topk_prob here, the first code did: neither is wrong.
+        required={"scoring_func": "softmax", "moe_layer_freq": 1, "norm_topk_prob": False},
+    )
+)

@@ -267,6 +267,95 @@ def _smollm3(metadata: _Metadata, keys: Keys) -> None:
     keys |= {"model_type": "smollm3", "no_rope_layer_interval": 4, "no_rope_layers": None}
 
 
+SOFTMAX, SIGMOID = 1, 2
+"""What llama.cpp calls the scores of a router."""
+
+
+def _routed(metadata: _Metadata, keys: Keys) -> None:
+    """Experts of DeepSeek and GLM beside leading dense layers."""
+    keys |= {
+        "n_routed_experts": metadata.need("expert_count"),
+        "num_experts_per_tok": metadata.need("expert_used_count"),
+        "moe_intermediate_size": metadata.need("expert_feed_forward_length"),
+        "n_shared_experts": metadata.need("expert_shared_count"),
+        "first_k_dense_replace": metadata.get("leading_dense_block_count", 0),
+        "norm_topk_prob": bool(metadata.get("expert_weights_norm", False)),
+        "routed_scaling_factor": metadata.number("expert_weights_scale", 0.0) or 1.0,
+        "n_group": metadata.get("expert_group_count", 0) or 1,
+        "topk_group": metadata.get("expert_group_used_count", 0) or 1,
+    }
+
+
+def _glm4_moe(metadata: _Metadata, keys: Keys) -> None:
+    scores = metadata.get("expert_gating_func", 0) or SIGMOID
+    if scores != SIGMOID:
+        raise UsageError(
+            f"{metadata.source.name}: expert_gating_func={scores} is not computed in glm4moe; only "
+            f"{SIGMOID} (sigmoid) is"
+        )
+    # Layers at the end that predict further tokens are counted, and not computed.
+    keys["num_hidden_layers"] -= metadata.get("nextn_predict_layers", 0)
+    _routed(metadata, keys)
+    keys |= {
+        "model_type": "glm4_moe",
+        "use_qk_norm": metadata.has("attn_q_norm.weight"),
+        "attention_bias": metadata.has("attn_q.bias") or metadata.has("attn_qkv.bias"),
+    }
+
+
+def _chatglm(metadata: _Metadata, keys: Keys) -> None:
+    biased = metadata.has("attn_q.bias") or metadata.has("attn_qkv.bias")
+    keys |= {"model_type": "glm", "attention_bias": biased}
+
+
+def _deepseek2(metadata: _Metadata, keys: Keys) -> None:
+    """V2 and V3, by the scores of their routers."""
+    source = metadata.source
+    scores = metadata.get("expert_gating_func", 0) or SOFTMAX
+    first = metadata.get("leading_dense_block_count", 0)
+    corrected = source.shape(f"blk.{first}.exp_probs_b.bias") is not None
+    if (scores, corrected) not in ((SOFTMAX, False), (SIGMOID, True)):
+        has = "with" if corrected else "without"
+        raise UsageError(
+            f"{source.name}: expert_gating_func={scores} {has} exp_probs_b is not computed in "
+            f"deepseek2; {SOFTMAX} (softmax) without and {SIGMOID} (sigmoid) with it are"
+        )
+    keys["num_hidden_layers"] -= metadata.get("nextn_predict_layers", 0)
+    _routed(metadata, keys)
+    turned = metadata.need("rope.dimension_count")
+    # Where a file has heads unfolded and narrow, the lengths without _mla are the narrow ones.
+    width = metadata.get("attention.key_length_mla") or metadata.need("attention.key_length")
+    values = metadata.get("attention.value_length_mla") or metadata.need("attention.value_length")
+    keys |= {
+        "kv_lora_rank": metadata.need("attention.kv_lora_rank"),
+        "q_lora_rank": None,
+        "qk_rope_head_dim": turned,
+        "qk_nope_head_dim": width - turned,
+        "v_head_dim": values,
+    }
+    if not metadata.has("attn_q.weight"):
+        keys["q_lora_rank"] = metadata.need("attention.q_lora_rank")
+    if scores == SIGMOID:
+        keys["model_type"] = "deepseek_v3"
+    else:
+        keys |= {"model_type": "deepseek_v2", "topk_method": "greedy"}
+        if keys["n_group"] > 1:
+            keys["topk_method"] = "group_limited_greedy"
+    rope = keys["rope_parameters"]
+    if rope["rope_type"] != "yarn" or rope["factor"] <= 1.0:
+        return
+    # llama.cpp: queries and keys turn without a magnitude; scores have that of mscale_all_dim,
+    # squared, which is kept times a tenth.
+    sharper = metadata.number("rope.scaling.yarn_log_multiplier", 0.0)
+    if not sharper or metadata.number("rope.scaling.attn_factor", 1.0) != 1.0:
+        raise UsageError(
+            f"{source.name}: yarn without rope.scaling.yarn_log_multiplier, or with an "
+            "attn_factor, is not computed in deepseek2"
+        )
+    del rope["attention_factor"]
+    rope["mscale"] = rope["mscale_all_dim"] = round(10 * sharper, 6)
+
+
 ARCHITECTURES: Mapping[str, More] = {
     "llama": _llama,
     "qwen2": _plain("qwen2"),
@@ -292,10 +381,15 @@ ARCHITECTURES: Mapping[str, More] = {
     "seed_oss": _biased("seed_oss", mlp=None),
     "hunyuan-dense": _biased("hunyuan_v1_dense", mlp=None),
     "gpt-oss": _gpt_oss,
+    "chatglm": _chatglm,
+    "glm4moe": _glm4_moe,
+    "deepseek2": _deepseek2,
 }
 """Architectures of GGUF, and what each says beside the sizes."""
 
-PARTIAL = frozenset({"phi3", "glm4", "stablelm", "nemotron"})
+PARTIAL = frozenset({"phi3", "chatglm", "glm4", "glm4moe", "stablelm", "nemotron"})
+LATENT = frozenset({"deepseek2"})
+"""Architectures whose heads are unfolded from narrow vectors."""
 LAYER_NORMS = frozenset({"stablelm", "starcoder2", "nemotron", "command-r", "cohere2"})
 EPSILONS = {"starcoder2": "norm_epsilon", "nemotron": "norm_eps"}
 
@@ -312,7 +406,8 @@ def read_config(source: Source, architecture: str) -> DecoderConfig:
         raise UsageError(f"{source.name} lacks tensor 'token_embd.weight'")
     heads, width = metadata.need("attention.head_count"), metadata.need("embedding_length")
     head_dim = metadata.get("attention.key_length", width // heads if heads else 0)
-    if metadata.get("attention.value_length", head_dim) != head_dim:
+    latent = architecture in LATENT
+    if not latent and metadata.get("attention.value_length", head_dim) != head_dim:
         raise UsageError(f"{source.name}: values of another width than keys are not computed")
     if architecture in LAYER_NORMS:
         epsilon, key = "attention.layer_norm_epsilon", EPSILONS.get(architecture, "layer_norm_eps")
@@ -334,7 +429,7 @@ def read_config(source: Source, architecture: str) -> DecoderConfig:
     }
     if keys["intermediate_size"] is None:
         keys["intermediate_size"] = width
-    turned = metadata.get("rope.dimension_count", head_dim)
+    turned = head_dim if latent else metadata.get("rope.dimension_count", head_dim)
     if turned != head_dim:
         if architecture not in PARTIAL:
             raise UsageError(f"{source.name}: rotary over {turned} of {head_dim} is not supported")
@@ -350,6 +445,11 @@ def read_config(source: Source, architecture: str) -> DecoderConfig:
         config = DecoderConfig.from_hf(keys)
     except UsageError as error:
         raise UsageError(f"{source.name}: {error}") from error
+    if latent and config.experts is not None and config.experts.group_worth == 1:
+        # Of every router's groups llama.cpp adds up the two best experts.
+        config = dataclasses.replace(
+            config, experts=dataclasses.replace(config.experts, group_worth=2)
+        )
     attention = metadata.number("rope.scaling.attn_factor", 1.0)
     scaling = config.rope_scaling
     if attention == 1.0 or not (scaling is None or isinstance(scaling, LinearRopeScaling)):

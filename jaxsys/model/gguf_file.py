@@ -7,6 +7,7 @@ metadata mean is `gguf_config`'s and `gguf_vocabulary`'s; where tensors lie, `gg
 import dataclasses
 import re
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,9 @@ ROPE_FACTORS = "rope_freqs.weight"
 """Divisors of the rotary frequencies [K/2], how llama.cpp stores Llama 3.1's scaling."""
 UNREAD = (ROPE_FACTORS, "rope_factors_long.weight", "rope_factors_short.weight")
 """Tensors that are settings, not weights."""
+UNFOLDING = re.compile(r"(blk\.\d+\.)attn_k_b\.weight")
+"""Half of what unfolds latent vectors, where a file has it as llama.cpp multiplies: keys [N, C, P]
+here, values [N, V, C] in attn_v_b."""
 
 FAULTS = (ValueError, LookupError, TypeError, ArithmeticError, struct.error)
 """What the `gguf` package raises for a file that is damaged or something else."""
@@ -60,6 +64,11 @@ class GgufFile:
         self._reader = _open(path)
         self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
         self._add_parts()
+        self._unfoldings = {
+            f"{match[1]}attn_kv_b.weight": (name, f"{match[1]}attn_v_b.weight")
+            for name in self._tensors
+            if (match := UNFOLDING.fullmatch(name)) is not None
+        }
         architecture = self.field("general.architecture")
         if architecture not in ARCHITECTURES:
             raise UsageError(
@@ -93,10 +102,19 @@ class GgufFile:
     def shape(self, tensor: str) -> tuple[int, ...] | None:
         """A tensor's shape, None where there is none; ggml lists the fastest axis first."""
         found = self._tensors.get(tensor)
+        if found is None and tensor in self._unfoldings:
+            of_keys, of_values = (self.shape(name) for name in self._unfoldings[tensor])
+            if of_keys is None or of_values is None or len(of_keys) != 3 or len(of_values) != 3:
+                raise UsageError(f"{self.path} has but one of attn_k_b and attn_v_b, or no heads")
+            return of_keys[0] * (of_keys[2] + of_values[1]), of_keys[1]
         return None if found is None else tuple(int(size) for size in found.shape[::-1])
 
     def values(self, tensor: str) -> np.ndarray:
         """A tensor's numbers, dequantised."""
+        if tensor not in self._tensors and tensor in self._unfoldings:
+            of_keys, of_values = (self.values(name) for name in self._unfoldings[tensor])
+            both = np.concatenate([of_keys.swapaxes(1, 2), of_values], axis=1)
+            return both.reshape(-1, both.shape[-1])
         found = self._tensors[tensor]
         try:
             return dequantize(found.data, found.tensor_type)
@@ -125,16 +143,26 @@ class GgufFile:
 
         `layerwise`: see `load`.
         """
-        found = {name: self.shape(name) or () for name in self._tensors}
+        found = {name: self.shape(name) or () for name in (*self._tensors, *self._unfoldings)}
+        halves = {name for pair in self._unfoldings.values() for name in pair}
+        joined = self.shape("blk.0.attn_qkv.weight") is not None
 
         def tensors(kind: BlockKind | None) -> list[FileTensor]:
-            return gguf_tensors(config, kind)
+            return gguf_tensors(config, kind, joined_qkv=joined)
 
+        ignored = {*UNREAD, *halves, *self._further(config)}
+        found = {name: shape for name, shape in found.items() if name not in ignored}
         check_layers(str(self.path), config, found)
-        check_tensors(str(self.path), expected_tensors(config, tensors), found, ignored=UNREAD)
+        check_tensors(str(self.path), expected_tensors(config, tensors), found)
         if layerwise:
             return config, by_layer(config, self.values, tensors, dtype=dtype)
         return config, assemble(config, self.values, tensors, dtype=dtype, placement=placement)
+
+    def _further(self, config: DecoderConfig) -> Iterator[str]:
+        """Tensors of layers past the last, which predict further tokens; they are not read."""
+        count = self.field(f"{self._architecture}.nextn_predict_layers", 0) or 0
+        for layer in range(config.num_layers, config.num_layers + min(count, 64)):
+            yield from (name for name in self._tensors if name.startswith(f"blk.{layer}."))
 
     def tokenizer(self) -> Tokenizer:
         """Rebuilds the tokenizer from the metadata.

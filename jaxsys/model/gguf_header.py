@@ -12,7 +12,6 @@ docs/gguf.md, versions 2 and 3.
 import mmap
 import struct
 from pathlib import Path
-from typing import Literal
 
 from jaxsys.errors import UsageError
 
@@ -30,13 +29,16 @@ def check_header(path: Path) -> None:
     """Walks through a file's header.
 
     Raises:
-        UsageError: if it is no GGUF, or a length or count in it goes beyond the file.
+        UsageError: if it is no GGUF, or its bytes lie the other way round, or a length or count in
+            it goes beyond the file.
     """
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
             _Walk(path, content).header()
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    except UsageError:  # is a ValueError
+        raise
     except ValueError:  # an empty file cannot be mapped
         raise UsageError(f"{path} is not a whole GGUF file (it is empty); fetch it again") from None
 
@@ -46,7 +48,6 @@ class _Walk:
 
     def __init__(self, path: Path, content: mmap.mmap) -> None:
         self._path, self._content, self._at, self._values = path, content, 0, 0
-        self._order: Literal["little", "big"] = "little"
 
     def header(self) -> None:
         if self._content[:4] != MAGIC:
@@ -54,7 +55,10 @@ class _Walk:
         self._skip(4)
         (version,) = struct.unpack("<I", self._content[4:8].ljust(4, b"\0"))
         if version and version & 0xFFFF == 0:
-            self._order = "big"
+            raise UsageError(
+                f"{self._path} has its bytes in big-endian order, which is not read; turn them "
+                "with the gguf package: gguf-convert-endian FILE little"
+            )
         self._number(4)
         tensors, metadata = self._number(8), self._number(8)
         if tensors > MOST_TENSORS:
@@ -97,7 +101,7 @@ class _Walk:
     def _number(self, size: int) -> int:
         at = self._at
         self._skip(size)
-        return int.from_bytes(self._content[at : at + size], self._order)
+        return int.from_bytes(self._content[at : at + size], "little")
 
     def _skip(self, size: int) -> None:
         if size > len(self._content) - self._at:

@@ -68,14 +68,25 @@ OTHER: Mapping[str, Mapping[str, str]] = {
 """Names that a family has otherwise."""
 
 
-def gguf_tensors(config: DecoderConfig, kind: BlockKind | None) -> list[FileTensor]:
-    """The tensors of one block of a kind; of the edge where it is None."""
+QKV = {"attn_qkv": ("attention/query", "attention/key", "attention/value")}
+
+
+def gguf_tensors(
+    config: DecoderConfig, kind: BlockKind | None, *, joined_qkv: bool = False
+) -> list[FileTensor]:
+    """The tensors of one block of a kind; of the edge where it is None.
+
+    Args:
+        joined_qkv: whether this file has queries, keys and values in one tensor, which files of
+            some families have and others not.
+    """
     halves = config.family in BY_NEIGHBOURS
     if kind is None:
         return [_alone(config, leaf, "") for leaf in edge_leaves(config)]
     prefix = "blk.{layer}."
     leaves = {"/".join(leaf.path): leaf for leaf in block_leaves(config, kind)}
-    tensors = join(leaves, JOINED.get(config.family, {}), {}, prefix)
+    joined = {**JOINED.get(config.family, {}), **(QKV if joined_qkv else {})}
+    tensors = join(leaves, joined, {}, prefix)
     tensors += [_alone(config, leaf, prefix) for leaf in leaves.values()]
     if not halves:
         return tensors

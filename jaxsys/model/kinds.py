@@ -60,6 +60,8 @@ class Experts:
     groups: int = 1
     """Experts are chosen from the best `active_groups` of so many groups."""
     active_groups: int = 1
+    group_worth: int = 2
+    """A group is worth the sum of so many of its best experts; 0: groups do not count."""
     bias: bool = False
     """Of the router and of every expert's products."""
     clamp: float | None = None
@@ -83,12 +85,15 @@ class Experts:
                 f"groups={self.groups} must divide count={self.count} experts and be at least "
                 f"active_groups={self.active_groups}"
             )
-        if self.active > self.active_groups * (self.count // self.groups):
+        if self.group_worth not in (0, 1, 2):
+            raise UsageError(f"group_worth={self.group_worth} must be 0, 1 or 2")
+        in_groups = self.active_groups * (self.count // self.groups)
+        if self.group_worth and self.active > in_groups:
             raise UsageError(
                 f"active={self.active} experts are more than those of active_groups="
                 f"{self.active_groups}"
             )
-        if self.groups > 1 and self.count // self.groups < 2:
+        if self.groups > 1 and self.count // self.groups < self.group_worth:
             raise UsageError(f"groups={self.groups} of count={self.count} hold less than 2 experts")
         check_choice("router", self.router, Router)
 

@@ -224,6 +224,20 @@ CASES = {
         {"first_k_dense_replace": 1, "q_lora_rank": 24, "n_group": 1, "topk_group": 1, **LATENT}
         | {"n_shared_experts": 2, "norm_topk_prob": False, "rope_interleave": False},
     ),
+    "deepseek_v2": (
+        {"first_k_dense_replace": 1, "q_lora_rank": None, "n_group": 1, "topk_group": 1, **LATENT},
+        {"q_lora_rank": 24, "n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy"}
+        | {"first_k_dense_replace": 1, "routed_scaling_factor": 2.0, **LATENT}
+        | rope(
+            "yarn",
+            factor=4.0,
+            original_max_position_embeddings=16,
+            mscale=0.707,
+            mscale_all_dim=0.707,
+        ),
+        {"q_lora_rank": None, "n_group": 4, "topk_group": 2, "topk_method": "greedy", **LATENT}
+        | {"n_shared_experts": 1},
+    ),
 }
 
 

@@ -630,6 +630,19 @@ def test_gguf_sentence_piece(tmp_path):
     assert read_vocabulary(source).encode("ab") == [1, by_piece["ab"]]
 
 
+def renormalised(writer):
+    writer.add_expert_weights_norm(True)
+
+
+ROUTED = (
+    lambda w: w.add_expert_count(8),
+    lambda w: w.add_expert_used_count(2),
+    lambda w: w.add_expert_feed_forward_length(16),
+    lambda w: w.add_expert_shared_count(1),
+    lambda w: w.add_leading_dense_block_count(1),
+    renormalised,
+    lambda w: w.add_expert_weights_scale(1.5),
+)
 FAMILIES_IN_GGUF = {
     "qwen3": ("qwen3", {}, ()),
     "gemma2": (
@@ -662,6 +675,31 @@ FAMILIES_IN_GGUF = {
     ),
     "phi3": ("phi3", {"sliding_window": None}, ()),
     "olmo2": ("olmo2", {}, ()),
+    "glm": ("chatglm", {}, (lambda w: w.add_rope_dimension_count(4),)),
+    "glm4_moe": (
+        "glm4moe",
+        {},
+        (
+            *ROUTED,
+            lambda w: w.add_rope_dimension_count(4),
+            lambda w: w.add_uint32("glm4moe.expert_group_count", 2),
+            lambda w: w.add_uint32("glm4moe.expert_group_used_count", 1),
+        ),
+    ),
+    "deepseek_v3": (
+        "deepseek2",
+        {"routed_scaling_factor": 1.5},
+        (
+            *ROUTED,
+            lambda w: w.add_rope_dimension_count(8),
+            lambda w: w.add_value_length(12),
+            lambda w: w.add_kv_lora_rank(16),
+            lambda w: w.add_q_lora_rank(24),
+            lambda w: w.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID),
+            lambda w: w.add_uint32("deepseek2.expert_group_count", 2),
+            lambda w: w.add_uint32("deepseek2.expert_group_used_count", 1),
+        ),
+    ),
 }
 
 
@@ -671,10 +709,7 @@ def test_gguf_of_families(tmp_path, family):
     stored = json.loads((Path(__file__).parent / "data/families.json").read_text())["families"]
     settings = stored[family]["config"] | change | {"vocab_size": 264}
     config = DecoderConfig.from_hf(settings)
-    weights = jax.tree.map(
-        lambda leaf: jnp.asarray(np.random.default_rng(leaf.size).normal(0, 0.1, leaf.shape)),
-        initial_parameters(config),
-    )
+    weights = family_weights(config)
     path = write_gguf(tmp_path / "m.gguf", config, weights, architecture=architecture, more=more)
     model = load(path)
     assert model.config == config
@@ -682,6 +717,99 @@ def test_gguf_of_families(tmp_path, family):
         jax.tree.leaves(dict(model.parameters)), jax.tree.leaves(dict(weights)), strict=True
     ):
         np.testing.assert_allclose(got, wanted, atol=1e-6)  # one added to norms and taken off
+
+
+def family_weights(config):
+    """Any numbers; drawing them as a model's first ones would compile for seconds."""
+    return jax.tree.map(
+        lambda leaf: np.random.default_rng(leaf.size).normal(0, 0.1, leaf.shape).astype(np.float32),
+        abstract_parameters(config),
+    )
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_gguf_of_latent_attention_as_llama_cpp_multiplies(tmp_path, both):
+    """Unfolding kept as keys [N, C, P] and values [N, V, C], alone or beside the old one; softmax
+    routers, queries that are not squeezed, yarn, and a layer that predicts a further token."""
+    settings = {"vocab_size": 264, "hidden_size": 32, "intermediate_size": 48} | {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "model_type": "deepseek_v2",
+        "first_k_dense_replace": 1,
+        "q_lora_rank": None,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 12,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "n_shared_experts": 1,
+        "routed_scaling_factor": 1.5,
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "mscale": 0.707,
+            "mscale_all_dim": 0.707,
+        },
+    }
+    config = DecoderConfig.from_hf(settings)
+    assert config.experts is not None and config.experts.router == "softmax"
+    assert config.attention_scale == pytest.approx(16**-0.5 * (0.0707 * np.log(4) + 1) ** 2)
+    weights = family_weights(config)
+    extra, old = {"blk.2.nextn.eh_proj.weight": np.ones((32, 64), np.float32)}, []
+    for layer in range(2):
+        tree = layer_of(config, weights["blocks"], layer)["attention"]["latent_up"]
+        unfolding = np.asarray(tree).T.reshape(4, 20, 16)  # of heads: keys above values
+        extra[f"blk.{layer}.attn_k_b.weight"] = unfolding[:, :8].swapaxes(1, 2)
+        extra[f"blk.{layer}.attn_v_b.weight"] = unfolding[:, 8:]
+        old.append(f"blk.{layer}.attn_kv_b.weight")
+    more = (
+        *(rule for rule in ROUTED if rule is not renormalised),
+        lambda w: w.add_rope_dimension_count(8),
+        lambda w: w.add_block_count(3),
+        lambda w: w.add_uint32("deepseek2.nextn_predict_layers", 1),
+        lambda w: w.add_key_length(24),
+        lambda w: w.add_value_length(16),
+        lambda w: w.add_uint32("deepseek2.attention.key_length_mla", 16),
+        lambda w: w.add_uint32("deepseek2.attention.value_length_mla", 12),
+        lambda w: w.add_kv_lora_rank(16),
+        lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN),
+        lambda w: w.add_rope_scaling_factor(4.0),
+        lambda w: w.add_rope_scaling_orig_ctx_len(16),
+        lambda w: w.add_float32("deepseek2.rope.scaling.yarn_log_multiplier", 0.0707),
+    )
+    drop = () if both else tuple(old)
+    rules = {"architecture": "deepseek2", "more": more, "extra": extra, "drop": drop}
+    model = load(write_gguf(tmp_path / "m.gguf", config, weights, **rules))
+    assert model.config == config
+    for got, wanted in zip(
+        jax.tree.leaves(dict(model.parameters)), jax.tree.leaves(dict(weights)), strict=True
+    ):
+        np.testing.assert_allclose(got, wanted, atol=1e-6)
+
+
+def test_gguf_of_joined_queries_keys_and_values(tmp_path):
+    stored = json.loads((Path(__file__).parent / "data/families.json").read_text())["families"]
+    config = DecoderConfig.from_hf(stored["glm"]["config"] | {"vocab_size": 264})
+    weights = family_weights(config)
+    extra, drop = {}, []
+    for layer in range(config.num_layers):
+        tree = layer_of(config, weights["blocks"], layer)["attention"]
+        for suffix, end in (("", "weight"), ("_bias", "bias")):
+            parts = [np.asarray(tree[f"{name}{suffix}"]).T for name in ("query", "key", "value")]
+            extra[f"blk.{layer}.attn_qkv.{end}"] = np.concatenate(parts)
+            drop += [f"blk.{layer}.attn_{letter}.{end}" for letter in "qkv"]
+    more = (lambda w: w.add_rope_dimension_count(4),)
+    rules = {"architecture": "chatglm", "more": more, "extra": extra, "drop": tuple(drop)}
+    model = load(write_gguf(tmp_path / "m.gguf", config, weights, **rules))
+    assert model.config == config
+    for got, wanted in zip(
+        jax.tree.leaves(dict(model.parameters)), jax.tree.leaves(dict(weights)), strict=True
+    ):
+        np.testing.assert_array_equal(got, wanted)
 
 
 def test_unpermuting_undoes_the_converter():
@@ -726,6 +854,17 @@ def test_gguf_refusals(tmp_path, changes, message):
     path = write_gguf(tmp_path / "m.gguf", UNTIED, initial_parameters(UNTIED), **changes)
     with pytest.raises(UsageError, match=message):
         load(path)
+
+
+def test_a_big_endian_gguf_is_refused_as_such(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
+    writer.add_block_count(2)
+    writer.add_tensor("token_embd.weight", np.ones((4, 4), np.float32))
+    for step in ("header", "kv_data", "tensors"):
+        getattr(writer, f"write_{step}_to_file")()
+    writer.close()
+    with pytest.raises(UsageError, match="m.gguf has its bytes in big-endian order.*FILE little"):
+        load(tmp_path / "m.gguf")
 
 
 def test_gguf_of_other_shapes(tmp_path):
