@@ -16,9 +16,9 @@ from jaxsys.context import WAYS, ContextSplit
 from jaxsys.errors import RunError, UsageError
 from jaxsys.files import check_writable
 from jaxsys.lowering import RECOMPUTE_POLICIES, lacks
-from jaxsys.model import ByteTokenizer, Tokenizer, initial_parameters, layered, preset
+from jaxsys.model import Tokenizer
 from jaxsys.model.float8_products import Float8
-from jaxsys.model.save import check_target, save_safetensors
+from jaxsys.model.save import check_target
 from jaxsys.options import Parser, in_options, whole
 from jaxsys.strategies import STRATEGIES
 from jaxsys.train import corpus, plan_file, samples
@@ -29,6 +29,7 @@ from jaxsys.train.loader import Batches
 from jaxsys.train.loop import Report
 from jaxsys.train.peers import PeerMonitor
 from jaxsys.train.recipe import Recipe, decoder_flops_per_token
+from jaxsys.train.start import Lora, Start, start_of
 from jaxsys.train.trainer import Trainer
 
 HELD_OUT_BATCHES = 4
@@ -39,7 +40,11 @@ def parser(prog: str) -> argparse.ArgumentParser:
     """The options of `jaxsys train`."""
     result = Parser(prog=prog, description=__doc__)
     add = result.add_argument
-    add("--model", default="byte-llama", help="preset to train (default %(default)s)")
+    add(
+        "--model",
+        default="byte-llama",
+        help="preset to train, or a model's folder or .gguf file to train on (default %(default)s)",
+    )
     add("--data", help="text, .jsonl, .npy tokens or a folder (default: the standard library)")
     add(
         "--steps",
@@ -50,6 +55,22 @@ def parser(prog: str) -> argparse.ArgumentParser:
     add("--out", type=Path, help="folder for checkpoints and metrics.jsonl")
     add("--resume", action="store_true", help="go on from the last good checkpoint in --out")
     add("--export", type=Path, help="write the trained model here, for `jaxsys serve`")
+    lora = result.add_argument_group("low-rank adapters of a model's folder")
+    lora.add_argument(
+        "--lora",
+        type=whole(1, 1024),
+        metavar="RANK",
+        help="train adapters alone; --export writes them as PEFT does",
+    )
+    lora.add_argument(
+        "--lora-alpha", type=float, help="their weight is this over RANK (default: twice RANK)"
+    )
+    lora.add_argument(
+        "--lora-targets",
+        nargs="+",
+        metavar="NAME",
+        help="kernels that have one, such as query or mlp/up (default: all that are served)",
+    )
     how = result.add_argument_group("how it is run")
     how.add_argument(
         "--schedule",
@@ -140,7 +161,11 @@ def parser(prog: str) -> argparse.ArgumentParser:
         "--sequence-length", type=whole(), help="tokens (default 128, or as a plan says)"
     )
     what.add_argument("--packing", default="windows", choices=("windows", "documents"))
-    what.add_argument("--learning-rate", type=float, default=3e-3, help="peak (default 3e-3)")
+    what.add_argument(
+        "--learning-rate",
+        type=float,
+        help="peak (default 3e-3; of a model's own weights 2e-5, of adapters 2e-4)",
+    )
     what.add_argument("--clip-norm", type=float, default=1.0, help="of gradients (default 1.0)")
     what.add_argument("--seed", type=whole(0, 2**63 - 1), default=0)
     keep = result.add_argument_group("checkpoints and reports")
@@ -262,9 +287,12 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
         raise UsageError("--resume needs --out, the folder of the run to go on with")
     if arguments.out is not None and not arguments.resume:
         check_unused(arguments.out)
-    config = preset(arguments.model)
-    tokenizer = ByteTokenizer()
     devices = choose_devices(arguments.devices, hosts)
+    float8 = None
+    if arguments.float8 is not None:
+        float8 = Float8(paths=tuple(arguments.float8)) if arguments.float8 else Float8()
+    start = start_of(arguments.model, seed=arguments.seed, float8=float8, lora=_lora(arguments))
+    config, tokenizer = start.config, start.tokenizer
     asked = AskedLayout(
         schedule=arguments.schedule,
         sequence_length=arguments.sequence_length,
@@ -285,13 +313,15 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
         steps=arguments.steps,
         batch_sequences=layout.rows * layout.microbatch_size,
         sequence_length=layout.sequence_length,
-        learning_rate=arguments.learning_rate,
+        learning_rate=start.learning_rate
+        if arguments.learning_rate is None
+        else arguments.learning_rate,
         warm_up_steps=max(1, arguments.steps // 20),
         compute_dtype=layout.dtype,
         packing=arguments.packing,
         seed=arguments.seed,
     )
-    training, held_out = corpus.split(_read(arguments.data, tokenizer))
+    training, held_out = corpus.split(_read(arguments.data, start))
     for part in (training, held_out):
         samples.check_vocabulary(part, config.vocab_size)
     data = Batches(
@@ -300,13 +330,10 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
         microbatch_size=layout.microbatch_size,
         seed=recipe.seed,
     )
-    float8 = None
-    if arguments.float8 is not None:
-        float8 = Float8(paths=tuple(arguments.float8)) if arguments.float8 else Float8()
     trainer = Trainer(
-        layered(config, float8=float8),
-        lambda: initial_parameters(config, seed=recipe.seed),
-        recipe.optimizer(),
+        start.model,
+        start.parameters,
+        start.optimizer(recipe.optimizer()),
         schedule=layout.schedule,
         mesh=layout.mesh,
         context=layout.context,
@@ -323,7 +350,8 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
         non_finite=arguments.non_finite,
         settings=recipe.settings(data=training.fingerprint(), held_out=held_out.fingerprint())
         | ({} if layout.gradient_dtype == DTYPE else {"gradient_dtype": layout.gradient_dtype})
-        | ({} if float8 is None else {"float8": list(float8.paths)}),
+        | ({} if float8 is None else {"float8": list(float8.paths)})
+        | start.settings,
         flops_per_token=decoder_flops_per_token(config, recipe.sequence_length),
     )
     # Said only now: what is refused is refused in one line.
@@ -365,11 +393,10 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
                 f"step {report.step}: the held-out loss is {report.held_out_loss}; nothing was "
                 "exported; train anew with a lower --learning-rate, or in --dtype float32"
             )
-        parameters = trainer.host_parameters()
+        parameters, how = trainer.host_parameters(), ""
         if jax.process_index() == 0:
-            may = arguments.resume
             try:
-                save_safetensors(arguments.export, config, parameters, tokenizer, overwrite=may)
+                how = start.export(arguments.export, parameters, arguments.resume)
             except OSError as error:
                 kept = f"--out {arguments.out} has the run: " if arguments.out else ""
                 raise RunError(
@@ -377,8 +404,21 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
                     f"{error.strerror or error}; {kept}make room, and give --export again with "
                     "--resume"
                 ) from None
-        say(f"exported to {arguments.export}; try: jaxsys serve --model {arguments.export}")
+        say(f"exported to {arguments.export}; try: jaxsys serve {how}")
     return report
+
+
+def _lora(arguments: argparse.Namespace) -> Lora | None:
+    rank, alpha, targets = arguments.lora, arguments.lora_alpha, arguments.lora_targets
+    if rank is None:
+        if alpha is not None or targets is not None:
+            raise UsageError(
+                "--lora-alpha and --lora-targets are of adapters; say their rank with --lora"
+            )
+        return None
+    if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
+        raise UsageError(f"--lora-alpha {alpha} must be above 0, and finite")
+    return Lora(rank=rank, alpha=alpha, targets=tuple(targets or ()))
 
 
 def _context(arguments: argparse.Namespace) -> ContextSplit | None:
@@ -393,11 +433,11 @@ def _context(arguments: argparse.Namespace) -> ContextSplit | None:
     return ContextSplit(parts=parts, by=by or "ring", exchange=exchange)
 
 
-def _read(path: str | None, tokenizer: ByteTokenizer) -> corpus.Corpus:
-    separator = tokenizer.eos_ids[0]
+def _read(path: str | None, start: Start) -> corpus.Corpus:
+    separator = start.tokenizer.eos_ids[0]
     if path is None:
-        return corpus.standard_library(tokenizer.encode_array, separator=separator)
-    return corpus.read(path, tokenizer.encode_array, separator=separator)
+        return corpus.standard_library(start.encode, separator=separator)
+    return corpus.read(path, start.encode, separator=separator)
 
 
 def _cut(text: corpus.Corpus, recipe: Recipe, tokenizer: Tokenizer) -> samples.Cut:

@@ -269,14 +269,9 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        one if one == "deepseek_v3" else pytest.param(one, marks=pytest.mark.slow)
-        for one in FAMILIES
-    ],
-)
-@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("devices", [1, 2])
 def test_logits_of_families_are_the_merged_models(write_adapter, tmp_path, family, devices):
     """Prompts and single steps; split over two devices as the matrices are."""
     config = described(family)

@@ -1,12 +1,20 @@
 """`jaxsys train` as a user calls it."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
 from jaxsys.cli import main
-from jaxsys.model import load
+from jaxsys.model import (
+    ByteTokenizer,
+    initial_parameters,
+    load,
+    preset,
+    save_safetensors,
+)
+from jaxsys.model.peft import read_adapters
 from jaxsys.train import memory
 
 TEXT = "def add(a, b):\n    return a + b\n\n\n" * 120
@@ -46,6 +54,26 @@ def test_trains_stops_resumes_and_exports(text, tmp_path, capsys):
     assert "seed: 0 -> 7" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_adapters_of_a_folder_are_trained_and_exported_as_peft_has_them(text, tmp_path, capsys):
+    base, out, exported = tmp_path / "base", tmp_path / "run", tmp_path / "python"
+    config = dataclasses.replace(preset("tiny"), num_layers=2)
+    save_safetensors(base, config, initial_parameters(config, seed=1), ByteTokenizer())
+    more = ("--model", str(base), "--devices", "1", "--steps", "3", "--out", str(out))
+    more += ("--lora", "2", "--lora-alpha", "8", "--lora-targets", "query", "mlp/up")
+    more += ("--schedule", "dp")
+    assert main(options(text, *more, "--export", str(exported))) == 0
+    assert f"jaxsys serve --model {base} --lora python={exported}" in capsys.readouterr().err
+    settings = json.loads((exported / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"]) == (2, 8.0)
+    assert sorted(settings["target_modules"]) == ["q_proj", "up_proj"]
+    (stack,) = read_adapters(exported, config)[0].values()
+    assert sorted(stack) == ["attention/query", "mlp/up"]
+    assert all(np.abs(pair["b"]).max() > 0 for pair in stack.values())
+    assert main(options(text, *more, "--resume", "--lora-alpha", "4")) == 2
+    assert "lora: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [
@@ -57,6 +85,8 @@ def test_trains_stops_resumes_and_exports(text, tmp_path, capsys):
         (("--steps", "0"), "--steps 0 must be from 1 to"),
         (("--sequence-length", "512"), "past the model's max_positions=256"),
         (("--resume",), "--resume needs --out"),
+        (("--lora", "2"), "--model tiny is a preset, whose weights are random: adapters are of"),
+        (("--lora-alpha", "2"), "say their rank with --lora"),
         (("--data", "/nowhere/at/all"), "does not exist"),
         (("--out", __file__), "test_train_cli.py: Not a directory"),
         (("--export", f"{__file__}/model"), "test_train_cli.py: Not a directory"),

@@ -1,0 +1,167 @@
+"""What `jaxsys train` starts from: a preset's random weights, or a model's own, and what of it
+trains: all of it, or low-rank adapters alone (`lora`)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optax
+
+from jaxsys.errors import UsageError
+from jaxsys.layered import LayeredModel, Parameters
+from jaxsys.model import (
+    ByteTokenizer,
+    DecoderConfig,
+    Tokenizer,
+    initial_parameters,
+    layered,
+    load,
+    preset,
+)
+from jaxsys.model.float8_products import Float8
+from jaxsys.model.leaves import block_leaves
+from jaxsys.model.peft import write_adapters
+from jaxsys.model.save import save_safetensors
+from jaxsys.model.shapes import find_preset
+from jaxsys.train.lora import add_adapters, train_adapters
+
+RATES = {"preset": 3e-3, "model": 2e-5, "adapters": 2e-4}
+"""Peak learning rates where none is asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lora:
+    """Which adapters are trained."""
+
+    rank: int
+    alpha: float | None = None
+    """Their weight is alpha / rank; twice the rank if None."""
+    targets: tuple[str, ...] = ()
+    """Names or paths of kernels; all that are served if none."""
+
+    @property
+    def scale(self) -> float:
+        """Alpha."""
+        return 2.0 * self.rank if self.alpha is None else self.alpha
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """A model as training takes it, and the way back."""
+
+    config: DecoderConfig
+    tokenizer: Tokenizer
+    encode: Callable[[str], np.ndarray]
+    """Text to ids, none of them special."""
+    model: LayeredModel
+    parameters: Callable[[], Parameters]
+    optimizer: Callable[[optax.GradientTransformation], optax.GradientTransformation]
+    """Makes of an optimizer one of what trains."""
+    learning_rate: float
+    """Peak, where none is asked for."""
+    settings: dict[str, Any]
+    """What a resumed run must not change unasked."""
+    export: Callable[[Path, Parameters, bool], str]
+    """Writes what was trained, over what is there if told so; gives the options that serve it."""
+
+
+def start_of(model: str, *, seed: int, float8: Float8 | None, lora: Lora | None) -> Start:
+    """A start by a preset's name, or by the path of a folder or .gguf file.
+
+    Raises:
+        UsageError: if there is no such model, or adapters are asked of random weights.
+    """
+    named = find_preset(model) is not None and model == Path(model).name
+    if named or not Path(model).exists():
+        return _of_preset(model, seed, float8, lora)
+    loaded = load(model)
+    config, tokenizer = loaded.config, loaded.tokenizer
+    if tokenizer is None or not tokenizer.eos_ids:
+        raise UsageError(
+            f"{model} has no tokenizer that says where texts end; add the one the model came with"
+        )
+
+    def encode(text: str) -> np.ndarray:
+        return np.asarray(tokenizer.encode(text, add_special=False))
+
+    whole = layered(config, float8=float8)
+    common: dict[str, Any] = {"config": config, "tokenizer": tokenizer, "encode": encode}
+    if lora is None:
+
+        def save(folder: Path, parameters: Parameters, may: bool) -> str:
+            save_safetensors(folder, config, parameters, tokenizer, overwrite=may)
+            return f"--model {folder}"
+
+        return Start(
+            **common,
+            model=whole,
+            parameters=lambda: loaded.parameters,
+            optimizer=lambda optimizer: optimizer,
+            learning_rate=RATES["model"],
+            settings={"from": Path(model).name},
+            export=save,
+        )
+    targets = lora.targets or servable(config)
+    adapted, start, _ = add_adapters(
+        whole, loaded.parameters, rank=lora.rank, targets=targets, scale=lora.scale, seed=seed
+    )
+
+    def write(folder: Path, parameters: Parameters, may: bool) -> str:
+        del may  # its two files take the place of those that are there
+        stacks = adapted.stacks(parameters["blocks"])
+        adapters = {kind: stack["adapters"] for kind, stack in stacks.items()}
+        write_adapters(folder, config, adapters, scale=lora.scale, base=model)
+        return f"--model {model} --lora {folder.name}={folder}"
+
+    return Start(
+        **common,
+        model=adapted,
+        parameters=lambda: start,
+        optimizer=train_adapters,
+        learning_rate=RATES["adapters"],
+        settings={
+            "from": Path(model).name,
+            "lora": [lora.rank, lora.scale, list(targets)],
+        },
+        export=write,
+    )
+
+
+def _of_preset(name: str, seed: int, float8: Float8 | None, lora: Lora | None) -> Start:
+    config, tokenizer = preset(name), ByteTokenizer()
+    if lora is not None:
+        raise UsageError(
+            f"model={name!r} is a preset, whose weights are random: adapters are of a model that "
+            "was trained; give the path of its folder"
+        )
+
+    def save(folder: Path, parameters: Parameters, may: bool) -> str:
+        save_safetensors(folder, config, parameters, tokenizer, overwrite=may)
+        return f"--model {folder}"
+
+    return Start(
+        config=config,
+        tokenizer=tokenizer,
+        encode=tokenizer.encode_array,
+        model=layered(config, float8=float8),
+        parameters=lambda: initial_parameters(config, seed=seed),
+        optimizer=lambda optimizer: optimizer,
+        learning_rate=RATES["preset"],
+        settings={},
+        export=save,
+    )
+
+
+def servable(config: DecoderConfig) -> tuple[str, ...]:
+    """The kernels of attention and feed-forward that the server adds adapters to."""
+    found: dict[str, None] = {}
+    for kind in config.kinds:
+        for leaf in block_leaves(config, kind):
+            path = "/".join(leaf.path)
+            if leaf.path[0] not in ("attention", "mlp", "shared") or not leaf.is_matrix:
+                continue
+            if path not in ("attention/latent_up", "shared/weight"):
+                found[path] = None
+    return tuple(found)
