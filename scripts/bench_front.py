@@ -25,7 +25,7 @@ import uvicorn
 from jaxsys.model import ByteTokenizer, preset
 from jaxsys.results import table, write_result
 from jaxsys.serve.clock import WallClock
-from jaxsys.serve.energy.governors import Served, make_decode_router
+from jaxsys.serve.energy.governors import Served, make_router
 from jaxsys.serve.energy.slo import SharedSlo
 from jaxsys.serve.engine import Engine
 from jaxsys.serve.http.api import ApiConfig
@@ -155,7 +155,7 @@ async def measure(
 ) -> tuple[dict[str, Any], str]:
     """One row, and where the front's time went."""
     slo = SharedSlo()
-    router = make_decode_router(route, "h100", Served(model=preset("llama-3-8b")), slo)
+    router = make_router(route, "h100", Served(model=preset("llama-3-8b")), slo)
     engine = Engine(clock=WallClock(), max_requests=10 * count, decode_router=router)
     await engine.start()
     up: list[Any] = []

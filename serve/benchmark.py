@@ -45,6 +45,7 @@ from jaxsys.serve.random_weights import random_parameters
 from jaxsys.serve.requests import Request, SamplingParameters
 from jaxsys.serve.sampling import SamplingNeeds
 from jaxsys.serve.scheduler import Scheduler, SchedulerConfig
+from jaxsys.serve.speculation import Speculation
 from jaxsys.serve.steps import ExecutorConfig
 from jaxsys.serve.weights import ServingWeights, serving_weights
 
@@ -287,7 +288,7 @@ def measure_decode(
         traced: given the turn to run a few times under a profiler, after the measurement.
     """
     context = min(study.context, study.pool_tokens // batch - 2 * study.page_size)
-    scheduler = _scheduler(study, executor, role="decode")
+    scheduler = scheduler_of(study, executor, role="decode")
     generator = np.random.default_rng(batch)
     vocabulary = executor.config.vocab_size
     # The run passes over the context asked for in its middle.
@@ -361,7 +362,7 @@ def measure_prefill(
     study: Study, executor: JaxExecutor, prompt: int, piece: int, matmul_flops_per_s: float
 ) -> Row:
     """Prompt tokens a second, for prompts cut into pieces."""
-    scheduler = _scheduler(study, executor, max_prefill_tokens=piece)
+    scheduler = scheduler_of(study, executor, max_prefill_tokens=piece)
     generator = np.random.default_rng(prompt)
     vocabulary = executor.config.vocab_size
     repeats = max(3, min(12, 32768 // prompt))
@@ -470,7 +471,7 @@ class _Loop:
             now_s = clock()
             self.latencies_s.append(now_s - self._ended_s)
             self._ended_s = now_s
-            self.scheduler.complete(done, now_s, outcome.tokens, outcome.ended)
+            self.scheduler.complete(done, now_s, outcome.tokens, outcome.ended, outcome.more)
             for fault in self.executor.release():
                 raise fault
             self.complete_s.append(clock() - now_s)
@@ -536,7 +537,10 @@ def model_of(name: str, dtype_name: str, *, packed: bool = False) -> tuple[Decod
     return config, random_parameters(config, dtype, packed=packed)
 
 
-def _scheduler(study: Study, executor: JaxExecutor, **changes: Any) -> Scheduler:
+def scheduler_of(
+    study: Study, executor: JaxExecutor, speculation: Speculation | None = None, **changes: Any
+) -> Scheduler:
+    """Over the executor's pages."""
     values: dict[str, Any] = {
         "page_count": executor.page_count,
         "page_size": study.page_size,
@@ -547,7 +551,7 @@ def _scheduler(study: Study, executor: JaxExecutor, **changes: Any) -> Scheduler
         "prefix_caching": False,
         "windows": cache_groups(executor.config).windows,
     }
-    return Scheduler(SchedulerConfig(**(values | changes)))
+    return Scheduler(SchedulerConfig(**(values | changes)), speculation)
 
 
 def build_executor(
@@ -557,9 +561,14 @@ def build_executor(
     form: str | None,
     grammars: Grammars | None = None,
     loras: tuple[int, int] | None = None,
+    guesses: int = 0,
 ) -> JaxExecutor:
-    """An executor of a study's sizes; `loras` are how many adapters it has room for, of which
-    rank."""
+    """An executor of a study's sizes, nothing compiled yet.
+
+    Args:
+        loras: how many adapters it has room for, of which rank.
+        guesses: most tokens guessed of a request in a step.
+    """
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     kept, _, cached = (form or "").partition("+")
     kept = "" if kept == study.dtype else kept
@@ -586,6 +595,7 @@ def build_executor(
         transfer_buckets=(1,),
         distinguish_first=jax.default_backend() != "cpu",
         adapter_buckets=() if loras is None else adapter_buckets(loras[0], few=False),
+        guesses=guesses,
     )
     slots = None
     if loras is not None:

@@ -42,8 +42,8 @@ from jaxsys.serve.deployment import (
 from jaxsys.serve.energy.governors import (
     GovernorChoice,
     Served,
-    make_decode_router,
     make_governor,
+    make_router,
 )
 from jaxsys.serve.energy.gpu_model import GPUS
 from jaxsys.serve.energy.registry import CLOCK_POLICIES, ROUTERS
@@ -70,6 +70,7 @@ from jaxsys.serve.processes.worker import WorkerSpec
 from jaxsys.serve.requests import SamplingParameters
 from jaxsys.serve.settings import add_to as add_settings
 from jaxsys.serve.settings import with_settings
+from jaxsys.serve.speculation import METHODS, SpeculationConfig
 from jaxsys.serve.weights import QUANTISATIONS
 
 T = TypeVar("T")
@@ -115,6 +116,11 @@ def main(argv: Sequence[str], prog: str) -> int:
         quantisation=arguments.quantisation,
         cache_form=arguments.cache_form,
         tensor_parallel=arguments.tensor_parallel,
+        host_pages_gib=arguments.host_pages_gib,
+        speculate=None if arguments.speculate == "off" else arguments.speculate,
+        num_speculative_tokens=arguments.num_speculative_tokens,
+        prompt_lookup_min=arguments.prompt_lookup_min,
+        prompt_lookup_max=arguments.prompt_lookup_max,
     )
     worker = WorkerSpec(
         name="",
@@ -149,6 +155,7 @@ def main(argv: Sequence[str], prog: str) -> int:
         route=arguments.route,
         adapters=adapters,
         lora_updates=arguments.allow_lora_updates,
+        route_prompts=arguments.route_prompts,
         worker=worker,
     )
     log_to_stderr(as_json=worker.json_log)
@@ -349,7 +356,10 @@ def _build(spec: FrontSpec, progress: Progress, address: str) -> _Built:
         governors=lambda group, sharing: make_governor(
             governor, dataclasses.replace(served, sharing=sharing), slo, group
         ),
-        decode_router=make_decode_router(spec.route, governor.gpu, served, slo),
+        prefill_router=make_router(
+            spec.route_prompts, governor.gpu, served, slo, option="--route-prompts"
+        ),
+        decode_router=make_router(spec.route, governor.gpu, served, slo),
     )
     app = build_app(engine, model.tokenizer, spec.api(), slo)
     del model  # the engine holds its own weights
@@ -631,6 +641,33 @@ def parser(prog: str) -> argparse.ArgumentParser:
         dest="cache_form",
         help="form of keys and values in pages (default: that of --dtype)",
     )
+    ahead = result.add_argument_group("tokens guessed ahead (speculation)")
+    ahead.add_argument(
+        "--speculate",
+        choices=("off", *METHODS),
+        default="off",
+        help="ngram: where a text repeats itself, compute what followed before with the next token "
+        "and keep what is right; stops by itself where that does not pay (default %(default)s)",
+    )
+    for name, text in (
+        ("num_speculative_tokens", "most tokens guessed at once"),
+        ("prompt_lookup_min", "last tokens that must have stood somewhere before"),
+        ("prompt_lookup_max", "last tokens compared to choose among several places"),
+    ):
+        ahead.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=whole(),
+            default=getattr(SpeculationConfig(), name),
+            help=f"{text} (default %(default)s)",
+        )
+    sizes.add_argument(
+        "--host-pages-gib",
+        type=float,
+        default=0.0,
+        metavar="GIB",
+        help="host memory of each instance that reads prompts, for pages that the device has no "
+        "room to keep (default: none)",
+    )
     sizes.add_argument(
         "--compilation-cache",
         type=Path,
@@ -673,6 +710,13 @@ def parser(prog: str) -> argparse.ArgumentParser:
         default="fewest",
         help="which decode instance gets a request, such as that of the fewest requests or of the "
         "least energy (default %(default)s)",
+    )
+    energy.add_argument(
+        "--route-prompts",
+        choices=list(ROUTERS),
+        default="fewest",
+        help="which instance reads a prompt; prefix: one that holds its beginning, where that "
+        "saves energy and is in time (default %(default)s)",
     )
     energy.add_argument(
         "--gpu",

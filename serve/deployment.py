@@ -16,18 +16,20 @@ from jaxsys.errors import UsageError
 from jaxsys.mesh import Device, request_devices
 from jaxsys.model import DecoderConfig, LoadedModel
 from jaxsys.model.contract import layer_cache
-from jaxsys.serve.cache_groups import cache_groups, most_held
+from jaxsys.serve.cache_groups import CacheGroups, cache_groups, most_held
 from jaxsys.serve.clock import WallClock
 from jaxsys.serve.engine import Engine
 from jaxsys.serve.executor import JaxExecutor
 from jaxsys.serve.grammars import Grammars
 from jaxsys.serve.handover import Message, PageTransfer, Receiver, SameProcess, Sender
 from jaxsys.serve.hooks import Governor, NoGovernor, Router
+from jaxsys.serve.host_copies import HostCopies
 from jaxsys.serve.instance import Instance
 from jaxsys.serve.lora import AdapterSlots
 from jaxsys.serve.member import Member, TokenEvent
 from jaxsys.serve.paged_model import CacheForm, number_bytes
 from jaxsys.serve.scheduler import Role, Scheduler, SchedulerConfig
+from jaxsys.serve.speculation import Method, Speculation, SpeculationConfig
 from jaxsys.serve.steps import ExecutorConfig
 from jaxsys.serve.weights import (
     TENSOR,
@@ -45,6 +47,9 @@ the steps' own buffers."""
 
 ACCELERATOR_PAGE = 64
 """Tokens of a page that the kernels of accelerators like."""
+
+GUESSES = SpeculationConfig()
+"""How tokens are guessed where nothing else is said."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +80,14 @@ class DeploymentConfig:
     """Low-rank adapters that may be loaded at once; with 0 none are served."""
     max_lora_rank: int = 16
     """The largest rank of one."""
+    host_pages_gib: float = 0.0
+    """Host memory of each instance that reads prompts, for pages its device has no room for."""
+    speculate: Method | None = None
+    """How tokens are guessed ahead, where that pays; None guesses none."""
+    num_speculative_tokens: int = GUESSES.num_speculative_tokens
+    prompt_lookup_min: int = GUESSES.prompt_lookup_min
+    prompt_lookup_max: int = GUESSES.prompt_lookup_max
+    """As `SpeculationConfig`'s."""
 
     def __post_init__(self) -> None:
         if self.prefill < 1:
@@ -96,8 +109,23 @@ class DeploymentConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name}={value} must be at least 1")
+        if not 0 <= self.host_pages_gib < float("inf"):
+            raise UsageError(f"host_pages_gib={self.host_pages_gib} must be 0 or more GiB")
+        if self.host_pages_gib and not self.prefix_caching:
+            raise UsageError("host_pages_gib needs prefix_caching: nothing is found again without")
+        _ = self.speculation  # refuses what it cannot be
         if self.page_count is not None:  # on CPU a page may yet turn out to be smaller
             _check_room(self.page_count, self.page_size or ACCELERATOR_PAGE, self.max_length)
+
+    @property
+    def speculation(self) -> SpeculationConfig | None:
+        """How tokens are guessed; None where they are not."""
+        config = SpeculationConfig(
+            num_speculative_tokens=self.num_speculative_tokens,
+            prompt_lookup_min=self.prompt_lookup_min,
+            prompt_lookup_max=self.prompt_lookup_max,
+        )
+        return None if self.speculate is None else config
 
     def weights_named(self, dtype: str) -> str:
         """What profiles call weights of `dtype` in their form, and the cache if it has its own."""
@@ -233,6 +261,7 @@ def build_instance(
         )
     on_cpu = group[0].platform == "cpu"
     scheduler = _scheduler_config(shape, config, role, group, sharing, weights.dtype)
+    guesses = None if role == "prefill" else config.speculation
     executor = JaxExecutor(
         shape,
         weights,
@@ -243,19 +272,26 @@ def build_instance(
             scheduler,
             distinguish_first=not on_cpu,
             adapter_buckets=adapter_buckets(config.max_loras, few=on_cpu),
+            guesses=0 if guesses is None else guesses.num_speculative_tokens,
         ),
         cache_form=config.cache_form,
         grammars=grammars,
         adapters=adapters,
     )
-    return Instance(
+    instance = Instance(
         name,
-        Scheduler(scheduler),
+        Scheduler(
+            scheduler,
+            None if guesses is None else Speculation(guesses, ready=executor.can_guess),
+        ),
         executor,
         governor=governor or NoGovernor(),
         clock=WallClock(),
         sink=sink,
     )
+    if scheduler.host_pages:
+        instance.copies = HostCopies(executor, scheduler.host_pages, instance.post)
+    return instance
 
 
 def adapter_buckets(count: int, *, few: bool) -> tuple[int, ...]:
@@ -417,13 +453,13 @@ def _scheduler_config(
         most_held(window, config.max_length, ahead, page_size) for window in groups.windows
     )
     page_count = config.page_count
+    of_number = number_bytes(shape, dtype, config.cache_form)
+    cache = layer_cache(shape, shape.kinds[0])
+    page_bytes = groups.depth * page_size * cache.token_numbers * of_number
     if page_count is None:
         page_count = 4 * longest
         stats = None if on_cpu else device.memory_stats()
         if stats:
-            of_number = number_bytes(shape, dtype, config.cache_form)
-            cache = layer_cache(shape, shape.kinds[0])
-            page_bytes = groups.depth * page_size * cache.token_numbers * of_number
             ways = 1 if cache.split is None else len(group)
             free_bytes = (
                 (stats["bytes_limit"] - stats["bytes_in_use"]) * CACHE_SHARE / sharing * ways
@@ -458,6 +494,39 @@ def _scheduler_config(
         role=role,
         prefix_caching=config.prefix_caching,
         windows=groups.windows,
+        host_pages=_host_pages(config, role, groups, page_bytes),
+        pair_cost=4.0 * shape.num_heads * shape.head_dim / (2.0 * _token_numbers(shape)),
+    )
+
+
+def _host_pages(
+    config: DeploymentConfig, role: Role, groups: CacheGroups, page_bytes: float
+) -> int:
+    """Pages that the host keeps of an instance."""
+    if not config.host_pages_gib or role == "decode":  # it computes no prompts but preempted ones
+        return 0
+    if groups.windows != (None,):
+        raise UsageError(
+            f"host_pages_gib={config.host_pages_gib:g} keeps pages of layers that see all tokens; "
+            f"this model has layers with windows: leave it out"
+        )
+    count = int(config.host_pages_gib * 2**30 / page_bytes)
+    if count < 1:
+        raise UsageError(
+            f"host_pages_gib={config.host_pages_gib:g} holds no page of {page_bytes / 2**20:.1f} "
+            f"MiB; give more"
+        )
+    return count
+
+
+def _token_numbers(shape: DecoderConfig) -> float:
+    """Weights that a token is multiplied with, of a layer on the mean."""
+    return (
+        sum(
+            len(shape.layers_of(kind)) * shape.active_block_parameter_count(kind)
+            for kind in shape.kinds
+        )
+        / shape.num_layers
     )
 
 

@@ -303,6 +303,7 @@ class Engine:
         request_id: str | None = None,
         watch: Watch | None = None,
         adapter: str | None = None,
+        session: str | None = None,
     ) -> Generation:
         """Begins a request at once; whoever does so must `leave` it in the end.
 
@@ -311,6 +312,7 @@ class Engine:
             watch: sees each token as it reaches this thread, before anybody else does, and says
                 whether the output ends with it, as at a stop string. Then the request ends
                 everywhere, and whatever was computed ahead is never seen nor counted.
+            session: what the request belongs to; see `Request`.
 
         Raises:
             UsageError, Overloaded, RunError: as `check` and `admit` do.
@@ -326,6 +328,7 @@ class Engine:
             arrival_s=self.clock.now_s(),
             prompt_tokens=prompt_tokens,
             adapter=None if found is None else found.key,
+            session=session,
         )
         generation = Generation(request, watch)
         self._submit(generation)
@@ -472,6 +475,7 @@ class Engine:
             prompt_tokens=old.prompt_tokens,
             timing=old.timing,
             adapter=old.adapter,
+            session=old.session,
         )
         request.output_tokens = list(generation.tokens)
         request.generated = len(generation.tokens)

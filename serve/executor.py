@@ -40,7 +40,8 @@ from jaxsys.serve.sampling import (
     set_history,
 )
 from jaxsys.serve.scheduler import Iteration, PrefillPiece, SchedulerConfig
-from jaxsys.serve.steps import ADAPTED, COPIES, ExecutorConfig, Steps
+from jaxsys.serve.steps import ADAPTED, COPIES, USUAL, ExecutorConfig, Steps
+from jaxsys.serve.verification import Verified
 from jaxsys.serve.weights import TENSOR, ServingWeights
 
 
@@ -62,7 +63,13 @@ class Outcome(NamedTuple):
     logprobs: list[TokenLogprobs | None] | None
     """None where no request of the iteration asked."""
     ended: list[bool] | None = None
-    """Whose output ends with its token, by its grammar; None where no request has one."""
+    """Whose output ends with its token, or its last of `more`, by its grammar; None where no
+    request has one."""
+    more: list[list[int]] | None = None
+    """Tokens behind each first one: guesses that were right, and one more; None where none was
+    guessed."""
+    more_logprobs: list[list[TokenLogprobs]] | None = None
+    """Beside those, of requests that asked."""
 
 
 class RequestFault(RunError):
@@ -111,6 +118,13 @@ class _Pending(NamedTuple):
     requests: Sequence[Request | None]
     """Whose tokens they are; empty where there are none."""
     scored: "_Scored | _Pooled | None" = None
+
+
+class _Guessed(NamedTuple):
+    """A step in flight that computed guesses."""
+
+    verified: Verified
+    requests: Sequence[Request]
 
 
 class _Held:
@@ -254,18 +268,20 @@ class JaxExecutor:
 
     # --- running ------------------------------------------------------------------------------
 
-    def dispatch(self, iteration: Iteration) -> list[_Pending | _Held]:
+    def dispatch(self, iteration: Iteration) -> list[_Pending | _Held | _Guessed]:
         """Queues an iteration's steps; returns at once."""
         self._release()
         prepared = [self._prepare(piece) for piece in iteration.prefills]
-        if iteration.copies:
-            self._copy(iteration.copies)
-        pending: list[_Pending | _Held] = []
+        pending: list[_Pending | _Held | _Guessed] = []
         for piece, planned in zip(prepared, iteration.prefills, strict=True):
             if piece is None:  # its request has ended: nobody looks at the sample
                 if planned.last:
                     pending.append(_NOBODYS)
                 continue
+            if iteration.copies:
+                # Not before: what is copied may be computed by a piece ahead of this one.
+                held = {page for table in piece.request.tables for page in table}
+                self._copy([pair for pair in iteration.copies if pair[1] in held])
             logits, scored = self._prefill(piece)
             if piece.sampling is None:
                 pending.append(_Pending(Sample(logits, None, None, None), (), scored))
@@ -276,7 +292,9 @@ class JaxExecutor:
                 where = np.array([[request.slot, piece.end - 1]], np.int32)
                 sampled = self._sample(needs, logits, where, rules, piece.mask)
                 pending.append(_Pending(sampled, [request], scored))
-        if iteration.decodes:
+        if iteration.drafts:
+            pending.append(self._guess(iteration))
+        elif iteration.decodes:
             pending.append(self._decode(iteration.decodes, iteration.bucket))
         for one in pending:
             if isinstance(one, _Pending):
@@ -288,8 +306,14 @@ class JaxExecutor:
         faults, self._faults = self._faults, []
         return faults
 
-    def collect(self, handle: list[_Pending | _Held]) -> Outcome:
+    def collect(self, handle: list[_Pending | _Held | _Guessed]) -> Outcome:
         """Waits for a dispatched iteration, also where it samples nothing."""
+        guessed = handle[-1] if handle and isinstance(handle[-1], _Guessed) else None
+        if guessed is not None:
+            return self._with_guesses(self._collect(handle[:-1]), guessed)
+        return self._collect(handle)
+
+    def _collect(self, handle: Sequence[_Pending | _Held | _Guessed]) -> Outcome:
         tokens: list[int] = []
         logprobs: list[TokenLogprobs | None] = []
         ended: list[bool] = []
@@ -300,6 +324,7 @@ class JaxExecutor:
                     self._release()
                 assert one.pending is not None
                 one = one.pending
+            assert isinstance(one, _Pending)
             sampled, requests, scored = one
             if isinstance(scored, _Pooled):
                 whole = _note_pooled(scored)
@@ -318,15 +343,7 @@ class JaxExecutor:
             columns = [np.asarray(column) for column in sampled[1:]]
             for row, request in enumerate(requests):
                 count = None if request is None else request.sampling.logprobs
-                logprobs.append(
-                    None
-                    if count is None
-                    else TokenLogprobs(
-                        float(columns[0][row]),
-                        columns[1][row, :count].tolist(),
-                        columns[2][row, :count].tolist(),
-                    )
-                )
+                logprobs.append(None if count is None else _beside(columns, row, count))
         return Outcome(tokens, logprobs if asked else None, ended if any(ended) else None)
 
     def rebuild(self) -> None:
@@ -372,6 +389,17 @@ class JaxExecutor:
             logits, where = jax.device_put((logits, nowhere), self._placement)
             mask = None if not needs.masked else np.full((batch, self._words), -1, np.int32)
             done = self._sample(needs, logits, where, pack_rules([], [], batch), mask)
+        elif kind == "several":
+            batch, table = shape
+            done, self._cache = step(self.weights, self._cache, self._no_guesses(batch, table))
+        elif kind == "verify" and not shape[1].adjusted and not shape[1].masked:
+            batch, needs = shape
+            vocabulary, width = self.config.vocab_size, 1 + self.shapes.guesses
+            logits = jax.device_put(
+                np.zeros((batch, width, vocabulary), np.float32), self._placement
+            )
+            packed = self._no_guesses(batch, 0)
+            done = self._verify(needs, logits, packed, pack_rules([], [], batch), None)
         elif kind == "copy":
             done = self._copy([(0, self.page_count)])
         elif kind == "extract":
@@ -476,9 +504,8 @@ class JaxExecutor:
         count = min(piece.end, piece.request.prompt_length - 1) - piece.start
         return logits, _Scored(piece.request, piece.start, count, scores)
 
-    def _decode(self, requests: tuple[Request, ...], bucket: int) -> _Pending | _Held:
-        shapes = self.shapes
-        count = len(requests)
+    def _note_tables(self, requests: Sequence[Request]) -> None:
+        """Has `_tables` hold the requests' pages."""
         for request in requests:
             slot, pages = request.slot, request.pages
             if self._table_owners[slot] is not pages or self._table_lengths[slot] != len(pages):
@@ -486,6 +513,11 @@ class JaxExecutor:
                 self._table_lengths[slot] = len(pages)
                 for group, own in enumerate(request.tables):
                     self._tables[slot, group, : len(own)] = own
+
+    def _decode(self, requests: tuple[Request, ...], bucket: int) -> _Pending | _Held:
+        shapes = self.shapes
+        count = len(requests)
+        self._note_tables(requests)
         slots = np.fromiter((request.slot for request in requests), np.int32, count)
         positions = np.fromiter((request.computed for request in requests), np.int32, count) - 1
         needed = int(positions.max()) // self.page_size + 1
@@ -571,12 +603,7 @@ class JaxExecutor:
     def _choose(self, held: _Held) -> _Pending:
         """Queues the choice of a decode step's tokens."""
         requests, batch = held.requests, held.logits.shape[0]
-        if self._batch != requests or len(self._batch_rules[0].seed) != batch:
-            rules, needs = self._rules(requests, batch)
-            # The same requests run for many steps: their rules stay on the device.
-            self._batch = requests
-            self._batch_rules = jax.device_put(rules, self._placement), needs
-        rules, needs = self._batch_rules
+        rules, needs = self._rules_of(requests, batch)
         mask = None
         if needs.masked:
             mask = np.full((batch, self._words), -1, np.int32)
@@ -589,6 +616,139 @@ class JaxExecutor:
                 except Exception as error:  # noqa: BLE001 - whatever becomes of one request
                     self._faults.append(RequestFault(request, error))
         return _Pending(self._sample(needs, held.logits, held.where, rules, mask), requests)
+
+    def _rules_of(self, requests: tuple[Request, ...], rows: int) -> tuple[Rules, SamplingNeeds]:
+        if self._batch != requests or len(self._batch_rules[0].seed) != rows:
+            rules, needs = self._rules(requests, rows)
+            # The same requests run for many steps: their rules stay on the device.
+            self._batch = requests
+            self._batch_rules = jax.device_put(rules, self._placement), needs
+        return self._batch_rules
+
+    # --- guesses ------------------------------------------------------------------------------
+
+    def can_guess(self, batch: int) -> bool:
+        """Whether the step that computes guesses is compiled for a batch."""
+        size = next((size for size in self.shapes.guessing_buckets if size >= batch), None)
+        has = self.steps.has
+        return (
+            size is not None
+            and any(has("several", size, table) for table in self.shapes.table_buckets)
+            and all(has("verify", size, needs) for needs in USUAL)
+        )
+
+    def _guess(self, iteration: Iteration) -> _Guessed:
+        """Queues a decode step with guesses, and the choice of its tokens."""
+        shapes, requests = self.shapes, iteration.decodes
+        self._note_tables(requests)
+        most = max(request.computed for request in requests)
+        batch, table = self.steps.fitting(
+            "several",
+            (iteration.bucket, shapes.guessing_buckets),
+            ((most - 1) // self.page_size + 1, shapes.table_buckets),
+        )
+        width = 1 + shapes.guesses
+        packed = self._no_guesses(batch, table)
+        for row, (request, draft) in enumerate(zip(requests, iteration.drafts, strict=True)):
+            tokens = (request.output_tokens[-1], *draft)
+            packed[row, :3] = request.slot, request.computed - len(tokens), len(tokens)
+            packed[row, 3 : 3 + len(tokens)] = tokens
+            packed[row, 3 + width :] = self._tables[request.slot, :, :table].reshape(-1)
+        step = self.steps.get("several", batch, table)
+        logits, self._cache = step(self.weights, self._cache, packed)
+        rules, needs = self._rules_of(requests, batch)
+        where, masks = packed[:, : 3 + width].copy(), None
+        if needs.masked:  # found while the step runs
+            masks = np.full((width, batch, self._words), -1, np.int32)
+            for row, (request, draft) in enumerate(zip(requests, iteration.drafts, strict=True)):
+                if request.sampling.grammar is None or not request.pending:
+                    continue
+                own = np.full((width, self._words), -1, np.int32)
+                try:
+                    where[row, 2] = 1 + self._follower(request).fill_along(draft, own)
+                except Exception as error:  # noqa: BLE001 - whatever becomes of one request
+                    self._faults.append(RequestFault(request, error))
+                masks[:, row] = own
+        verified = self._verify(needs, logits, where, rules, masks)
+        for array in (*verified.sample, verified.gained):
+            if array is not None:
+                array.copy_to_host_async()
+        return _Guessed(verified, requests)
+
+    def _verify(
+        self,
+        needs: SamplingNeeds,
+        logits: jax.Array,
+        where: np.ndarray,
+        rules: Rules,
+        masks: np.ndarray | None,
+    ) -> Verified:
+        history = self._history if needs.adjusted else None
+        step = self.steps.get("verify", logits.shape[0], needs)
+        verified, self._last, history = step(logits, self._last, where, rules, history, masks)
+        if needs.adjusted:
+            self._history = history
+        return verified
+
+    def _no_guesses(self, batch: int, table: int) -> np.ndarray:
+        """Rows [batch, 3 + tokens + tables] that belong to no request: slot, position of the first
+        token, how many tokens, tokens, pages."""
+        width = 1 + self.shapes.guesses
+        packed = np.full((batch, 3 + width + table * self._groups), self.page_count, np.int32)
+        packed[:, 0] = self.slots
+        packed[:, 1], packed[:, 2], packed[:, 3 : 3 + width] = 0, 1, 0
+        return packed
+
+    def _with_guesses(self, outcome: Outcome, guessed: _Guessed) -> Outcome:
+        """An iteration's samples, those of a step with guesses behind the others."""
+        sampled, gained = guessed.verified.sample, np.asarray(guessed.verified.gained)
+        chosen = np.asarray(sampled.tokens)
+        columns = None if sampled.logprobs is None else [np.asarray(c) for c in sampled[1:]]
+        tokens, others = list(outcome.tokens), len(outcome.tokens)
+        logprobs = outcome.logprobs or [None] * others
+        ended = outcome.ended or [False] * others
+        more: list[list[int]] = [[] for _ in range(others)]
+        further: list[list[TokenLogprobs]] = [[] for _ in range(others)]
+        for row, request in enumerate(guessed.requests):
+            run = chosen[: gained[row], row].tolist()
+            if NOTHING in run[1:]:  # it shows again where the next step begins
+                run = run[: run.index(NOTHING, 1)]
+            run, ends = self._follow_run(request, run)
+            tokens.append(run[0])
+            more.append(run[1:])
+            ended.append(ends)
+            count = request.sampling.logprobs
+            beside: list[TokenLogprobs] = []
+            if columns is not None and count is not None:
+                beside = [
+                    _beside([column[place] for column in columns], row, count)
+                    for place in range(len(run))
+                ]
+            logprobs.append(beside[0] if beside else None)
+            further.append(beside[1:])
+        return Outcome(
+            tokens,
+            logprobs if any(one is not None for one in logprobs) else None,
+            ended if any(ended) else None,
+            more,
+            further,
+        )
+
+    def _follow_run(self, request: Request, run: list[int]) -> tuple[list[int], bool]:
+        """What of a run its grammar admits, taken in, and whether the output ends with it."""
+        if request.sampling.grammar is None or not request.pending or run[0] == NOTHING:
+            return run, False
+        try:
+            follower = self._follower(request)
+            for place in range(len(run)):
+                follower.follow([*request.output_tokens, *run[: place + 1]])
+                if follower.ended:
+                    return run[: place + 1], True
+        except Exception as error:  # noqa: BLE001 - whatever becomes of one request
+            self._faults.append(RequestFault(request, error))
+        return run, False
+
+    # --- choosing -----------------------------------------------------------------------------
 
     def _follower(self, request: Request) -> Follower:
         """Where a request's output stands in its grammar, with all its tokens."""
@@ -713,6 +873,14 @@ class JaxExecutor:
             sources[: len(part)] = [source for source, _ in part]
             targets[: len(part)] = [target for _, target in part]
             self._cache = self.steps.get("copy", COPIES)(self._cache, sources, targets)
+
+
+def _beside(columns: Sequence[np.ndarray], row: int, count: int) -> TokenLogprobs:
+    """What a sample's columns of log-probabilities say of a row."""
+    chosen, top_tokens, top_logprobs = columns
+    return TokenLogprobs(
+        float(chosen[row]), top_tokens[row, :count].tolist(), top_logprobs[row, :count].tolist()
+    )
 
 
 def _send(pending: _Pending) -> None:

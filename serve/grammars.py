@@ -213,6 +213,30 @@ class Follower:
         if self._matcher.is_error():
             raise ValueError(f"the grammar cannot be followed: {_line(self._matcher.get_error())}")
 
+    def fill_along(self, tokens: Sequence[int], rows: np.ndarray) -> int:
+        """Fills a row for each place among tokens that may follow, without taking them in.
+
+        Args:
+            rows: int32 [1 + len(tokens) or more, words]; those behind what is admitted are left.
+
+        Returns:
+            How many of `tokens`, from the first, the grammar admits.
+
+        Raises:
+            ValueError: as `fill` does for the first row.
+        """
+        self.fill(rows[:1])
+        if not tokens:
+            return 0
+        ahead = Follower(self._matcher.deep_copy(), self._words)
+        for place in range(len(tokens)):
+            try:
+                ahead.follow(tokens[: place + 1])
+                ahead.fill(rows[place + 1 : place + 2])
+            except ValueError:
+                return place
+        return len(tokens)
+
 
 class Grammars:
     """The grammars over one vocabulary; every method may be called from any thread."""

@@ -99,6 +99,16 @@ class InstanceView(Protocol):
         """The clock the governor last asked for; None where none is governed."""
         ...
 
+    @property
+    def page_size(self) -> int:
+        """Tokens of a page; 0 where that is not known."""
+        ...
+
+    @property
+    def page_count(self) -> int:
+        """Pages for keys and values."""
+        ...
+
 
 class Router(Protocol):
     """Chooses the instance for a request."""

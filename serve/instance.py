@@ -22,6 +22,8 @@ from jaxsys.errors import RunError, UsageError
 from jaxsys.serve.clock import Clock
 from jaxsys.serve.executor import Executor, JaxExecutor, Outcome, RequestFault, TokenLogprobs
 from jaxsys.serve.hooks import Governor
+from jaxsys.serve.host_copies import HostCopies
+from jaxsys.serve.host_pages import Fetch
 from jaxsys.serve.member import NOT_FINITE, InstanceLoad, Member, TokenEvent
 from jaxsys.serve.requests import FinishReason, Request, RequestState
 from jaxsys.serve.sampling import NOTHING
@@ -60,6 +62,7 @@ class Instance(Member):
         super().__init__(
             name,
             page_count=scheduler.config.page_count,
+            page_size=scheduler.config.page_size,
             energy_method=governor.method,
         )
         self.scheduler = scheduler
@@ -70,6 +73,8 @@ class Instance(Member):
         self.turns = Turns(scheduler, governor, clock, self)
         self.requests: dict[str | int, Request] = {}
         """Requests known here that have not ended."""
+        self.copies: HostCopies | None = None
+        """Moves pages to the host's memory and back, where that keeps some."""
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._faults = 0
         self._faults_in_a_row = 0
@@ -203,6 +208,8 @@ class Instance(Member):
             self._give_back()
 
     def _give_back(self) -> None:
+        if self.copies is not None:
+            self.copies.close()
         try:
             self.governor.close()
         except Exception:
@@ -258,6 +265,9 @@ class Instance(Member):
 
     def dispatch(self, iteration: Iteration) -> Any:
         """Dispatches; a request that cannot be computed ends with the reason, and nothing else."""
+        saves = iteration.saves
+        if saves and self.copies is not None:
+            self.copies.save(saves, lambda there: self.scheduler.saved(saves, arrived=there))
         while True:
             try:
                 return self.executor.dispatch(iteration)
@@ -266,6 +276,12 @@ class Instance(Member):
                     raise
                 logger.exception("bad request", extra={"request_id": fault.request.request_id})
                 self.abort_now(fault.request.request_id, "error", str(fault))
+
+    def fetch(self, fetch: Fetch) -> None:
+        """Has pages filled from the host's memory."""
+        assert self.copies is not None
+        request, start = fetch.request, self.scheduler.start_fetched
+        self.copies.fetch(fetch, lambda there: start(request, arrived=there))
 
     def ended(
         self, iteration: Iteration, outcome: Outcome | None, latency_s: float, now_s: float
@@ -281,7 +297,7 @@ class Instance(Member):
     ) -> None:
         """Sends tokens on."""
         if completion.emitted and outcome is not None:
-            self._emit(iteration, outcome.logprobs, completion, now_s)
+            self._emit(iteration, outcome, completion, now_s)
 
     def _end_broken(self, iteration: Iteration, tokens: Sequence[int]) -> None:
         """Ends the requests whose logits were not finite; what they leave in pages is cleared."""
@@ -300,26 +316,34 @@ class Instance(Member):
     def _emit(
         self,
         iteration: Iteration,
-        logprobs: list[TokenLogprobs | None] | None,
+        outcome: Outcome,
         completion: Completion,
         now_s: float,
     ) -> None:
-        beside: dict[int, TokenLogprobs | None] = {}
-        if logprobs is not None:
-            for request, entry in zip(iteration.sampling, logprobs, strict=True):
-                beside[id(request)] = entry
-        events = [
-            TokenEvent(
-                request,
-                request.output_tokens[-1],
-                beside.get(id(request)),
-                request.finish_reason,
-                now_s,
-                prompt=request.prompt_logprobs if request.generated == 1 else None,
-                embedding=_embedding(request),
-            )
-            for request in completion.emitted
-        ]
+        beside: dict[int, list[TokenLogprobs | None]] = {}
+        if outcome.logprobs is not None:
+            further = outcome.more_logprobs or [[] for _ in outcome.logprobs]
+            for request, first, rest in zip(
+                iteration.sampling, outcome.logprobs, further, strict=True
+            ):
+                if first is not None:
+                    beside[id(request)] = [first, *rest]
+        events = []
+        for request, gained in zip(completion.emitted, completion.gained, strict=True):
+            scores = beside.get(id(request))
+            for place in range(gained):
+                last = place == gained - 1
+                events.append(
+                    TokenEvent(
+                        request,
+                        request.output_tokens[place - gained],
+                        None if scores is None else scores[place],
+                        request.finish_reason if last else None,
+                        now_s,
+                        prompt=request.prompt_logprobs if request.generated == 1 else None,
+                        embedding=_embedding(request),
+                    )
+                )
         for request in completion.finished:
             self.requests.pop(request.request_id, None)
         self.sink(events)
@@ -351,6 +375,8 @@ class Instance(Member):
             preemptions=scheduler.preemptions,
             iterations=scheduler.iterations,
             faults=self._faults,
+            **_guesses(scheduler),
+            **_of_host(scheduler),
             energy_j=reading.energy_j,
             idle_energy_j=reading.idle_j,
             energy_at_max_j=reading.energy_at_max_j,
@@ -372,6 +398,24 @@ class Instance(Member):
             if self.turns.stopping:
                 return
             self._inbox.get()()
+
+
+def _guesses(scheduler: Scheduler) -> dict[str, Any]:
+    """What became of guessed tokens, as `InstanceLoad` has it."""
+    speculation = scheduler.speculation
+    if speculation is None:
+        return {}
+    return {
+        "drafts": speculation.drafts,
+        "draft_tokens": speculation.draft_tokens,
+        "accepted_at": tuple(speculation.accepted_at),
+    }
+
+
+def _of_host(scheduler: Scheduler) -> dict[str, Any]:
+    """What the host's memory keeps, likewise."""
+    host = scheduler.host
+    return {} if host is None else {"host_pages": host.held, "host_fetched": host.fetched}
 
 
 def _embedding(request: Request) -> list[float] | None:

@@ -50,6 +50,16 @@ class InstanceLoad:
     iterations: int = 0
     faults: int = 0
     """Faults of the device that the instance has outlived."""
+    drafts: int | None = None
+    """Guesses of tokens to come that were computed; None where none are made."""
+    draft_tokens: int = 0
+    """Tokens of these."""
+    accepted_at: tuple[int, ...] = ()
+    """How often the first, second, ... token of a guess was right."""
+    host_pages: int | None = None
+    """Pages that the host's memory keeps; None where it keeps none."""
+    host_fetched: int = 0
+    """Pages that came back from it."""
     energy_j: float | None = None
     """As the governor reads it; None where nothing does."""
     idle_energy_j: float | None = None
@@ -67,9 +77,14 @@ class InstanceLoad:
 class Member(abc.ABC):
     """What is common to instances near and far; every method may be called from any thread."""
 
-    def __init__(self, name: str, *, page_count: int, energy_method: str):
+    def __init__(self, name: str, *, page_count: int, energy_method: str, page_size: int = 0):
+        """
+        Args:
+            page_size: tokens of a page; 0 where that is not known.
+        """
         self.name = name
         self.page_count = page_count
+        self.page_size = page_size
         self.energy_method = energy_method
         self.load = InstanceLoad()
         self.in_flight = 0

@@ -95,6 +95,22 @@ class DecodeAttention(Protocol):
     ) -> Float[Array, "B G R K"]: ...
 
 
+class SeveralAttention(Protocol):
+    """A few query tokens a request, which lie in pages with all before them."""
+
+    def __call__(
+        self,
+        q: Float[Array, "B T G R K"],
+        keys: Float[Array, "P S G K"],
+        values: Float[Array, "P S G K"] | None,
+        tables: Int[Array, "B W"],
+        positions: Int[Array, "B T"],
+        rule: Rule = PLAIN,
+        sinks: Float[Array, "G R"] | None = None,
+        scales: Scales = None,
+    ) -> Float[Array, "B T G R K"]: ...
+
+
 class PrefillAttention(Protocol):
     """A piece of one prompt, whose own keys and values are given apart and lie in pages too."""
 
@@ -116,12 +132,13 @@ class PrefillAttention(Protocol):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionKernels:
-    """The two attentions of a server, its products with experts, and in words why these."""
+    """The attentions of a server, its products with experts, and in words why these."""
 
     decode: DecodeAttention
     prefill: PrefillAttention
     reason: str
     grouped: Grouped = used_by_walk
+    several: SeveralAttention = dataclasses.field(default=lambda *given: attend_pages(*given))
 
 
 def choose_kernels(
@@ -136,7 +153,10 @@ def choose_kernels(
     choice = choose_implementation(dtype=dtype, head_dim=head_dim, device=device)
     if choice.implementation == "cudnn":
         kernels = AttentionKernels(
-            decode=_cudnn_decode, prefill=_cudnn_prefill, reason=f"cuDNN: {choice.reason}"
+            decode=_cudnn_decode,
+            prefill=_cudnn_prefill,
+            several=_cudnn_several,
+            reason=f"cuDNN: {choice.reason}",
         )
     else:
         kernels = AttentionKernels(
@@ -293,6 +313,19 @@ def _cudnn_decode(q, keys, values, tables, positions, rule=PLAIN, sinks=None, sc
     return output.reshape(q.shape)
 
 
+def _cudnn_several(q, keys, values, tables, positions, rule=PLAIN, sinks=None, scales=None):
+    """Each query as a request of its own: cuDNN's paged attention masks by lengths alone."""
+    if not rule.kernels_know(sinks) or (
+        scales is not None and not float8_pages.fits(q[:, 0], keys)
+    ):
+        return attend_pages(q, keys, values, tables, positions, rule, sinks, scales)
+    batch, steps = positions.shape
+    rows = q.reshape(batch * steps, *q.shape[2:])
+    tables = jnp.repeat(tables, steps, axis=0)
+    at = positions.reshape(-1)
+    return _cudnn_decode(rows, keys, values, tables, at, rule, sinks, scales).reshape(q.shape)
+
+
 def _cudnn_prefill(
     q, k, v, keys, values, table, start, continued, rule=PLAIN, sinks=None, scales=None
 ):
@@ -359,26 +392,34 @@ def _split_heads(kernels: AttentionKernels, mesh: Mesh, axis: str) -> AttentionK
             return spec(None, None, axis, None), spec(None, axis)
         return spec(), spec(None, None, axis)
 
-    def decode(q, keys, values, tables, positions, rule=PLAIN, sinks=None, scales=None):
-        pool, heads = places(rule)
-        given = {
-            "values": (values, pool),
-            "sinks": (sinks, spec(axis)),
-            "scales": (scales, _of_scales(scales, pool)),
-        }
-        given = {name: one for name, one in given.items() if one[0] is not None}
+    def of_pages(kernel: Any, queries: Callable[[PartitionSpec], PartitionSpec]) -> Any:
+        def call(q, keys, values, tables, positions, rule=PLAIN, sinks=None, scales=None):
+            pool, heads = places(rule)
+            heads = queries(heads)
+            given = {
+                "values": (values, pool),
+                "sinks": (sinks, spec(axis)),
+                "scales": (scales, _of_scales(scales, pool)),
+            }
+            given = {name: one for name, one in given.items() if one[0] is not None}
 
-        def attend(q, keys, tables, positions, more):
-            values, *rest = (more.get(name) for name in ("values", "sinks", "scales"))
-            return kernels.decode(q, keys, values, tables, positions, rule, *rest)
+            def attend(q, keys, tables, positions, more):
+                values, *rest = (more.get(name) for name in ("values", "sinks", "scales"))
+                return kernel(q, keys, values, tables, positions, rule, *rest)
 
-        return jax.shard_map(
-            attend,
-            mesh=mesh,
-            in_specs=(heads, pool, spec(), spec(), {n: place for n, (_, place) in given.items()}),
-            out_specs=heads,
-            check_vma=False,  # the kernels' loops start from constants, the same on every device
-        )(q, keys, tables, positions, {name: one for name, (one, _) in given.items()})
+            by_name = {name: place for name, (_, place) in given.items()}
+            return jax.shard_map(
+                attend,
+                mesh=mesh,
+                in_specs=(heads, pool, spec(), spec(), by_name),
+                out_specs=heads,
+                check_vma=False,  # the kernels' loops start from constants, the same everywhere
+            )(q, keys, tables, positions, {name: one for name, (one, _) in given.items()})
+
+        return call
+
+    decode = of_pages(kernels.decode, lambda heads: heads)
+    several = of_pages(kernels.several, lambda heads: spec(None, *heads))
 
     def prefill(
         q, k, v, keys, values, table, start, continued, rule=PLAIN, sinks=None, scales=None
@@ -414,4 +455,6 @@ def _split_heads(kernels: AttentionKernels, mesh: Mesh, axis: str) -> AttentionK
         )(q, k, keys, table, start, {name: one for name, (one, _) in given.items()})
 
     reason = f"{kernels.reason}; heads split over {axis!r}"
-    return dataclasses.replace(kernels, decode=decode, prefill=prefill, reason=reason)
+    return dataclasses.replace(
+        kernels, decode=decode, several=several, prefill=prefill, reason=reason
+    )

@@ -67,7 +67,7 @@ class LayerCache(NamedTuple):
     def written(
         self, pages: jax.Array, offsets: jax.Array, k: jax.Array, v: jax.Array | None
     ) -> "LayerCache":
-        """With k and v [B, G, K] at their places; those past the last page are dropped."""
+        """With k and v [..., G, K] at their places [...]; those past the last page are dropped."""
         found = []
         for (pool, scales), fresh in zip(self.pools, (k, v), strict=False):
             assert fresh is not None
@@ -175,6 +175,52 @@ def decode_pass(
         )
         x = block.finish(x, block.read_kept(o[:, None]))[0]
     return _logits(config, weights, x)[:, 0], tuple(pools)
+
+
+def several_pass(
+    config: DecoderConfig,
+    kernels: AttentionKernels,
+    weights: ServingWeights,
+    cache: Cache,
+    tokens: Int[Array, "B T"],
+    starts: Int[Array, " B"],
+    counts: Int[Array, " B"],
+    tables: Int[Array, "B W"],
+) -> tuple[Float[Array, "B T V"], Cache]:
+    """`decode_pass` for the last token of each of B requests and some that may follow it.
+
+    Args:
+        starts: positions of the first of them.
+        counts: how many of T count, 1 at least; what the others yield is nothing.
+
+    Returns:
+        float32 logits [B, T, V] behind each token and the cache.
+    """
+    page_count, page_size = cache[0].keys.shape[:2]
+    steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    # Those that do not count stand at the last that does: behind it pages may hold anything.
+    positions = starts[:, None] + jnp.minimum(steps, counts[:, None] - 1)
+    x = _embed(config, weights, tokens)
+    turns = _turns(config, positions)
+    groups = cache_groups(config)
+    by_group = jnp.split(tables, len(groups.windows), axis=1)
+
+    def pages_of(own: jax.Array) -> jax.Array:
+        found = jnp.take_along_axis(own, positions // page_size, axis=1)
+        return jnp.where(steps < counts[:, None], found, page_count)
+
+    pages = [pages_of(own) for own in by_group]
+    offsets = positions % page_size
+    pools = list(cache)
+    for index, layer in enumerate(weights.layers):
+        block, rule, sinks = _bound(config, kernels, index, layer, None)
+        group, place = groups.places[index]
+        q, k, v = block.project_kept(x, turns[block.kind.name])
+        pool = pools[place] = pools[place].written(pages[group], offsets, k, v)
+        of_pages = (pool.keys, pool.values, by_group[group], positions)
+        o = kernels.several(q, *of_pages, rule, sinks, pool.scales)
+        x = block.finish(x, block.read_kept(o))[0]
+    return _logits(config, weights, x), tuple(pools)
 
 
 def prefill_pass(

@@ -28,6 +28,8 @@ class RequestState(enum.Enum):
 
     WAITING = "waiting"
     """Holds no pages: newly arrived, or preempted."""
+    FETCHING = "fetching"
+    """Holds pages, whose contents are on their way from the host's memory."""
     PREFILLING = "prefilling"
     """Holds pages; part of the prompt is not scheduled yet."""
     HANDING_OVER = "handing over"
@@ -163,8 +165,10 @@ class Request:
         "prompt_length",
         "prompt_logprobs",
         "prompt_tokens",
+        "prospect",
         "request_id",
         "sampling",
+        "session",
         "shared_pages",
         "slot",
         "state",
@@ -182,6 +186,7 @@ class Request:
         block_hashes: Sequence[bytes | int] | None = None,
         timing: Timing | None = None,
         adapter: str | None = None,
+        session: str | None = None,
     ):
         """A replay gives `prompt_length` alone; a server gives `prompt_tokens`.
 
@@ -190,6 +195,7 @@ class Request:
                 prefix up to its end; computed from the tokens where None.
             adapter: which low-rank adapter computes it, by the name that `Adapters` gave its load;
                 None: the model alone.
+            session: what it belongs to, if its owner says so: more is likely to follow.
         """
         if prompt_tokens is None:
             if prompt_length is None:
@@ -206,6 +212,7 @@ class Request:
         self.adapter = adapter
         self.timing = Timing(arrival_s) if timing is None else timing
         self.block_hashes = block_hashes
+        self.session = session
         self.state = RequestState.WAITING
         self.output_tokens: list[int] = []
         self.generated = 0
@@ -226,6 +233,8 @@ class Request:
         self.slot = -1
         self.follower: Any = None
         """The executor's: where the output stands in its grammar."""
+        self.prospect: Any = None
+        """The speculation's: where the text repeats itself."""
         self.finish_reason: FinishReason | None = None
         self.note: object = None
         """For the owner's use (the server keeps its output stream here); never read here."""
@@ -259,6 +268,7 @@ class Request:
             block_hashes=self.block_hashes,
             timing=self.timing,
             adapter=self.adapter,
+            session=self.session,
         )
         twin.output_tokens = list(self.output_tokens)
         twin.generated = self.generated

@@ -6,6 +6,11 @@ are known: `next_iteration` counts what it schedules at once (`computed`, `pendi
 brings in sampled tokens, and a result that arrives for a request which ended meanwhile is dropped.
 At most one iteration may be in flight when the next is planned.
 
+Where tokens are guessed (`speculation`), the guesses are part of an iteration, and how many tokens
+a request gains by it is known only when it ends: until then nothing else is planned. What was
+computed of guesses that were wrong lies in pages that the request holds, behind `computed`, and is
+overwritten.
+
 Groups of layers with a window have tables of pages of their own, and give pages back when they lie
 before all that is seen (`cache_groups`). When pages run out the youngest running request gives its
 pages up and is computed again later from its prompt and the output so far. Roles: "both" computes
@@ -20,8 +25,10 @@ from typing import Literal
 
 from jaxsys.errors import UsageError
 from jaxsys.serve.cache_groups import first_seen, most_held
+from jaxsys.serve.host_pages import TOGETHER, Fetch, HostIndex, Save
 from jaxsys.serve.kv_cache import FREED, BlockKey, PageAllocator, block_keys, salt_of
 from jaxsys.serve.requests import ContextLengthExceeded, FinishReason, Request, RequestState
+from jaxsys.serve.speculation import Speculation
 
 Role = Literal["both", "prefill", "decode"]
 
@@ -47,6 +54,10 @@ class SchedulerConfig:
     a page is."""
     windows: tuple[int | None, ...] = (None,)
     """Tokens that each group of layers sees; None: all. See `cache_groups`."""
+    pair_cost: float = 0.0
+    """What it takes a token to attend to one before it, in what its products take."""
+    host_pages: int = 0
+    """Pages that the host's memory keeps of what is computed; of layers that see all tokens."""
 
     def __post_init__(self) -> None:
         if list(self.decode_buckets) != sorted(set(self.decode_buckets)) or (
@@ -55,6 +66,11 @@ class SchedulerConfig:
             raise UsageError(
                 f"decode_buckets={self.decode_buckets} must ascend and reach "
                 f"max_batch={self.max_batch}"
+            )
+        if self.host_pages and self.windows != (None,):
+            raise UsageError(
+                f"host_pages={self.host_pages} keeps pages of layers that see all tokens; this "
+                f"model has layers with windows: leave it 0"
             )
         for name in ("page_count", "page_size", "max_batch", "max_prefill_tokens", "max_length"):
             if getattr(self, name) < 1:
@@ -116,7 +132,7 @@ class Iteration:
     prefills: tuple[PrefillPiece, ...]
     decodes: tuple[Request, ...]
     copies: tuple[tuple[int, int], ...]
-    """Pages (source, target) to copy before anything else: copy on write."""
+    """Pages (source, target) to copy before the piece of whoever has the target: copy on write."""
     prefill_tokens: int
     cached_tokens: int
     """Sum of `cached_tokens` over pieces that are the first of their request."""
@@ -126,6 +142,17 @@ class Iteration:
     """Padded batch of the decode step; 0 without decodes."""
     steps: int
     """Decode steps taken in a row; more than 1 only where the caller allowed it."""
+    drafts: tuple[tuple[int, ...], ...] = ()
+    """Tokens guessed for each of `decodes`, computed with its next one; empty where none is."""
+    gain: float = 1.0
+    """Tokens that each of `decodes` is expected to gain at least, guesses included."""
+    saves: tuple[Save, ...] = ()
+    """Pages to be copied to the host before anything else."""
+
+    @property
+    def drafted(self) -> int:
+        """Tokens guessed, of all requests."""
+        return sum(map(len, self.drafts))
 
     @property
     def batch(self) -> int:
@@ -147,13 +174,20 @@ class Completion:
     finished: list[Request]
     handed_over: list[Request]
     """Prefill role: requests whose pages may go to a decode instance now."""
+    gained: list[int] = dataclasses.field(default_factory=list)
+    """How many of their `output_tokens` each of `emitted` gained."""
 
 
 class Scheduler:
     """Plans iterations over one page pool. Not thread-safe: one loop owns it."""
 
-    def __init__(self, config: SchedulerConfig):
+    def __init__(self, config: SchedulerConfig, speculation: Speculation | None = None):
+        """
+        Args:
+            speculation: guesses tokens of the requests that run; without, none are guessed.
+        """
         self.config = config
+        self.speculation = speculation
         self.allocator = PageAllocator(config.page_count, config.page_size)
         self.waiting: deque[Request] = deque()
         """Requests without pages that wait for prefill, oldest first."""
@@ -163,6 +197,13 @@ class Scheduler:
         self.running: list[Request] = []
         self.handing_over: dict[str | int, Request] = {}
         self.receiving: dict[str | int, Request] = {}
+        self.fetching: dict[str | int, Fetch] = {}
+        """Requests whose pages are being filled from the host's memory."""
+        self.host = HostIndex(config.host_pages) if config.host_pages else None
+        self._unsaved: deque[tuple[int, BlockKey, BlockKey | None]] = deque()
+        """Full pages, by page and key with the key before, that the host may not have yet."""
+        self._queued: set[BlockKey] = set()
+        self._new_fetches: list[Fetch] = []
         self.iterations = 0
         self.preemptions = 0
         self._windows = config.windows
@@ -184,6 +225,7 @@ class Scheduler:
             + len(self.running)
             + len(self.handing_over)
             + len(self.receiving)
+            + len(self.fetching)
         )
 
     @property
@@ -282,6 +324,8 @@ class Scheduler:
             for queue in (self.waiting, self.incoming):
                 if request in queue:
                     queue.remove(request)
+        elif request.state is RequestState.FETCHING:
+            self._end_fetch(request)
         elif request.state is RequestState.PREFILLING:
             self.prefilling.remove(request)
         elif request.state is RequestState.RUNNING:
@@ -292,6 +336,32 @@ class Scheduler:
             self.receiving.pop(request.request_id, None)
         self._finish(request, reason, now_s)
 
+    def take_fetches(self) -> list[Fetch]:
+        """What the last iteration planned wants fetched; each is told to `start_fetched`."""
+        fetches, self._new_fetches = self._new_fetches, []
+        return fetches
+
+    def start_fetched(self, request: Request, *, arrived: bool = True) -> None:
+        """The pages of a request are filled, or never will be: then they are computed."""
+        if request.state is not RequestState.FETCHING:  # it has ended meanwhile
+            return
+        fetch = self._end_fetch(request)
+        if arrived:
+            assert self.host is not None
+            self.host.fetched += len(fetch.pages)
+            self._register(request, request.computed)
+        else:
+            first = request.pages.index(fetch.pages[0])
+            request.computed = request.cached_tokens = first * self.config.page_size
+        request.state = RequestState.PREFILLING
+        self.prefilling.append(request)
+
+    def saved(self, saves: Sequence[Save], *, arrived: bool = True) -> None:
+        """Copies of pages are in the host's memory, or never will be."""
+        if self.host is not None:
+            for save in saves:
+                (self.host.saved if arrived else self.host.drop)(save.key)
+
     def disown(self, request: Request) -> list[int]:
         """What a request has computed is not to be shared: its pages are no longer found by prefix.
 
@@ -299,6 +369,11 @@ class Scheduler:
             Those of its pages that no other request holds.
         """
         pages = [page for table in request.tables for page in table if page != FREED]
+        if self.host is not None:
+            for page in pages:
+                key = self.allocator.key_of(page)
+                if key is not None:
+                    self.host.drop(key)
         self.allocator.unregister(pages)
         return [page for page in pages if self.allocator.holders(page) == 1]
 
@@ -327,6 +402,9 @@ class Scheduler:
         """
         lost = list(self._in_flight)
         self._in_flight.clear()
+        self._unsaved.clear()
+        self._queued.clear()
+        self._new_fetches.clear()
         self.allocator.forget()
         return lost
 
@@ -341,11 +419,16 @@ class Scheduler:
         """
         if len(self._in_flight) > 1:
             raise ValueError("two iterations are in flight; complete the older one first")
+        guesses = self._guesses()
+        if self._in_flight and (guesses or self._in_flight[-1].drafts):
+            return None  # guesses go on from tokens that are not known yet
         steps = 1
-        if max_steps > 1 and not (self.waiting or self.prefilling or self.incoming):
+        if max_steps > 1 and not (self.waiting or self.prefilling or self.incoming or guesses):
             steps = self._steady_steps(max_steps)
         preempted = self.preemptions
-        decodes, kv_tokens = self._plan_decodes(steps)
+        saves = self._plan_saves()  # of pages as they are, before others get them
+        drafts: list[tuple[int, ...]] = []
+        decodes, kv_tokens = self._plan_decodes(steps, drafts if guesses else None)
         pieces: list[PrefillPiece] = []
         copies: list[tuple[int, int]] = []
         # A request preempted just now must sit one iteration out, so that `complete` can tell the
@@ -353,6 +436,7 @@ class Scheduler:
         if (self.prefilling or self.waiting) and self.preemptions == preempted:
             self._plan_prefills(pieces, copies, now_s)
         if not decodes and not pieces:
+            self._put_off(saves)
             return None
         self.iterations += 1
         prefill_tokens = cached_tokens = 0
@@ -370,6 +454,8 @@ class Scheduler:
             kv_tokens,
             self._bucket_of[len(decodes)],
             steps,
+            *self._guessed(decodes, drafts),
+            saves,
         )
         self._in_flight.append(iteration)
         return iteration
@@ -401,13 +487,16 @@ class Scheduler:
         now_s: float,
         tokens: Sequence[int] | None = None,
         ended: Sequence[bool] | None = None,
+        more: Sequence[Sequence[int]] | None = None,
     ) -> Completion:
         """Takes in an iteration's samples.
 
         Args:
             tokens: one token for each of `iteration.sampling`, in that order; None in a replay,
                 where requests end by their `max_tokens` alone.
-            ended: whether the output ends with its token, by its grammar.
+            ended: whether the output ends with its token, or the last of `more`, by its grammar.
+            more: for each of `iteration.sampling` the tokens behind its first: guesses that were
+                right, and the one after them.
         """
         if not self._in_flight or self._in_flight[0] is not iteration:
             raise ValueError(f"iteration {iteration.index} is not the oldest one in flight")
@@ -418,7 +507,7 @@ class Scheduler:
             if not piece.last:
                 continue
             request = piece.request
-            token = None if tokens is None else int(tokens[position])
+            token = None if tokens is None else [int(tokens[position])]
             ends = ended is not None and ended[position]
             position += 1
             if request.pending == 0:  # ended or preempted since
@@ -427,13 +516,18 @@ class Scheduler:
             if request.state is RequestState.HANDING_OVER:
                 completion.handed_over.append(request)
         steps = iteration.steps
-        for request in iteration.decodes:
-            token = None if tokens is None else int(tokens[position])
+        for row, request in enumerate(iteration.decodes):
+            run = None if tokens is None else [int(tokens[position])]
+            if run is not None and more is not None:
+                run += map(int, more[position])
             ends = ended is not None and ended[position]
             position += 1
             if request.pending == 0:
                 continue
-            self._take(request, token, steps, now_s, completion, ends)
+            drafted = len(iteration.drafts[row]) if iteration.drafts else 0
+            self._take(request, run, steps + drafted, now_s, completion, ends)
+            if drafted and run is not None and self.speculation is not None:
+                self.speculation.verified(drafted, len(run) - 1)
         if completion.finished:
             gone = {id(request) for request in completion.finished}
             self.running = [request for request in self.running if id(request) not in gone]
@@ -447,7 +541,10 @@ class Scheduler:
             *self.running,
             *self.handing_over.values(),
             *self.receiving.values(),
+            *(fetch.request for fetch in self.fetching.values()),
         ]
+        if self.host is not None:
+            self.host.check()
         holds: dict[int, int] = {}
         for request in holders:
             for page in (page for table in request.tables for page in table if page != FREED):
@@ -469,7 +566,37 @@ class Scheduler:
 
     # --- inside -------------------------------------------------------------------------------
 
-    def _plan_decodes(self, steps: int) -> tuple[list[Request], int]:
+    def _guesses(self) -> bool:
+        """Whether the next iteration guesses tokens, if there is something to guess."""
+        speculation = self.speculation
+        return (
+            speculation is not None
+            and speculation.wanted(self.running, self._bucket_of[len(self.running)])
+            # The step that guesses adds no adapters.
+            and not any(request.adapter is not None for request in self.running)
+        )
+
+    def _guessed(
+        self, decodes: Sequence[Request], drafts: Sequence[tuple[int, ...]]
+    ) -> tuple[tuple[tuple[int, ...], ...], float]:
+        """What an iteration says of its guesses, and the tokens they gain each request at least."""
+        speculation = self.speculation
+        if speculation is None or not any(drafts):
+            return (), 1.0
+        gain = min(
+            speculation.gain([request]) if draft else 1.0
+            for request, draft in zip(decodes, drafts, strict=True)
+        )
+        return tuple(drafts), max(1.0, gain)
+
+    def _plan_decodes(
+        self, steps: int, drafts: list[tuple[int, ...]] | None = None
+    ) -> tuple[list[Request], int]:
+        """The requests that decode, and the tokens they attend to.
+
+        Args:
+            drafts: where given, filled with what is guessed of each.
+        """
         page_size = self.config.page_size
         decodes: list[Request] = []
         kv_tokens = 0
@@ -481,10 +608,20 @@ class Scheduler:
             if request.generated + request.pending >= request.sampling.max_tokens:
                 continue  # its last token is in flight
             computed = request.computed + steps
+            draft: tuple[int, ...] = ()
+            if drafts is not None and self.speculation is not None:
+                draft = tuple(self.speculation.draft(request))
+                ahead = computed + len(draft)
+                # A guess is worth nobody else's pages.
+                if ahead > len(request.pages) * page_size and not self._extend(request, ahead):
+                    draft = ()
             if computed > len(request.pages) * page_size and not self._grow(request, computed):
                 break  # it was preempted itself, and so was everything after it
+            if drafts is not None:
+                drafts.append(draft)
+            computed += len(draft)
             request.computed = computed
-            request.pending += steps
+            request.pending += steps + len(draft)
             kv_tokens += computed
             decodes.append(request)
         return decodes, kv_tokens - (steps - 1) * len(decodes)
@@ -532,9 +669,15 @@ class Scheduler:
             del pages[:count]
         return True
 
-    def _let_go(self, tables: Sequence[list[int]]) -> None:
+    def _let_go(self, tables: Sequence[list[int]], request: Request | None = None) -> None:
+        """Gives pages up; those of a request that has used them at what they would cost again."""
+        cost, kind = 1.0, ""
+        if request is not None:
+            cost += self.config.pair_cost * request.computed
+            kind = kind_of(request)
         for table in tables:
-            self.allocator.release([page for page in table if page != FREED])
+            held = [page for page in table if page != FREED]
+            self.allocator.release(held, cost=cost, kind=kind)
 
     def _share(self, keys: Sequence[BlockKey]) -> tuple[list[int], ...]:
         """Tables of the longest prefix of which every group has all that is seen behind it."""
@@ -593,6 +736,8 @@ class Scheduler:
             self.waiting.popleft()
             if request.timing.scheduled_s is None:
                 request.timing.scheduled_s = now_s
+            if request.state is RequestState.FETCHING:
+                continue  # others need not wait for that
             self.prefilling.append(request)
             budget -= self._add_piece(request, budget, pieces)
 
@@ -602,6 +747,7 @@ class Scheduler:
         page_size = config.page_size
         length = request.total_length
         tables: tuple[list[int], ...] = tuple([] for _ in self._windows)
+        places: list[int] = []
         # How likely a prompt's tokens are is known of those only that are computed.
         sampling = request.sampling
         scored = not request.generated and (
@@ -611,7 +757,9 @@ class Scheduler:
             keys = self._keys(request)
             if keys:
                 tables = self._share(keys[: length // page_size])
-        cached = len(tables[0]) * page_size
+                if self.host is not None:  # all but what the last token is in
+                    places = self.host.find(keys[len(tables[0]) : (length - 1) // page_size])
+        cached = (len(tables[0]) + len(places)) * page_size
         # One token at least must be computed, for its logits. Where the prompt ends with a shared
         # page, that token's page is copied first: others still read the original.
         sources: list[int] = []
@@ -629,6 +777,8 @@ class Scheduler:
         if allocator.available - needed < reserve or not self._fill(tables, blocks):
             self._let_go(tables)
             allocator.release(sources)
+            if self.host is not None:
+                self.host.let_go(places)
             return False
         for source, table in zip(sources, tables, strict=False):
             copies.append((source, table[kept]))
@@ -638,7 +788,43 @@ class Scheduler:
         request.computed = request.cached_tokens = cached
         request.slot = self._free_slots.pop()
         request.state = RequestState.PREFILLING
+        if places:
+            pages = tuple(request.pages[kept : kept + len(places)])
+            fetch = Fetch(request, pages, tuple(places))
+            request.state = RequestState.FETCHING
+            self.fetching[request.request_id] = fetch
+            self._new_fetches.append(fetch)
         return True
+
+    def _end_fetch(self, request: Request) -> Fetch:
+        fetch = self.fetching.pop(request.request_id)
+        self._new_fetches = [one for one in self._new_fetches if one is not fetch]
+        assert self.host is not None
+        self.host.let_go(fetch.places)
+        return fetch
+
+    def _plan_saves(self) -> tuple[Save, ...]:
+        """The next full pages that the host is to have, of those that are still there."""
+        saves: list[Save] = []
+        # Twice what an iteration fills, so that what was left over catches up.
+        most = max(TOGETHER, 2 * -(-self.config.max_prefill_tokens // self.config.page_size))
+        while self.host is not None and self._unsaved and len(saves) < most:
+            page, key, parent = self._unsaved.popleft()
+            self._queued.discard(key)
+            if self.allocator.find(key) != page:
+                continue
+            place = self.host.begin(key, parent)
+            if place is not None:
+                saves.append(Save(page, place, key))
+        return tuple(saves)
+
+    def _put_off(self, saves: Sequence[Save]) -> None:
+        """There is no iteration that could take them along."""
+        for save in reversed(saves):
+            assert self.host is not None
+            self._unsaved.appendleft((save.page, save.key, self.host.parent_of(save.key)))
+            self._queued.add(save.key)
+            self.host.drop(save.key)
 
     def _has_room(self, request: Request, budget: int) -> bool:
         """Pages for a prompt's next piece, where groups with a window are given them as it goes on.
@@ -683,27 +869,46 @@ class Scheduler:
     def _take(
         self,
         request: Request,
-        token: int | None,
-        steps: int,
+        run: list[int] | None,
+        planned: int,
         now_s: float,
         completion: Completion,
         ends: bool,
     ) -> None:
+        """Gives a request what it gained.
+
+        Args:
+            run: its tokens; None in a replay, where all that were planned count.
+            planned: how many it was to gain at most.
+        """
         timing, sampling = request.timing, request.sampling
-        request.pending -= steps
-        request.generated += steps
+        stops = False
+        if run is not None:
+            last = next(
+                (place for place, token in enumerate(run) if token in sampling.stop_token_ids), None
+            )
+            if last is not None:  # what was guessed behind it is nothing
+                stops = True
+                run = run[: last + 1]
+        gained = planned if run is None else len(run)
+        request.pending -= planned
+        request.generated += gained
+        request.computed -= planned - gained
         if timing.first_token_s is None:
             timing.first_token_s = now_s
         timing.last_token_s = now_s
         completion.emitted.append(request)
+        completion.gained.append(gained)
         reason: FinishReason | None = None
         if request.generated >= sampling.max_tokens:
             reason = "length"
-        if token is not None:
-            timing.token_times_s.append(now_s)
-            request.output_tokens.append(token)
-            if ends or token in sampling.stop_token_ids:
+        if run is not None:
+            timing.token_times_s += [now_s] * gained
+            request.output_tokens += run
+            if ends or stops:
                 reason = "stop"
+            if self.speculation is not None and reason is None and self.config.role != "prefill":
+                self.speculation.observe(request, run)
         if reason is not None:
             self.handing_over.pop(request.request_id, None)
             self._finish(request, reason, now_s)
@@ -726,7 +931,7 @@ class Scheduler:
 
     def _free(self, request: Request) -> None:
         if request.pages:
-            self._let_go(request.tables)
+            self._let_go(request.tables, request)
             request.pages, request.other_pages = [], ()
         if request.slot >= 0:
             self._free_slots.append(request.slot)
@@ -757,6 +962,17 @@ class Scheduler:
             for page, key in zip(table[:full], keys, strict=False):
                 if page != FREED:
                     self.allocator.register(page, _in_group(key, group))
+        if self.host is not None:
+            parent = None
+            for page, key in zip(request.pages[:full], keys, strict=False):
+                if (
+                    self.allocator.find(key) == page
+                    and key not in self._queued
+                    and not self.host.knows(key)
+                ):
+                    self._unsaved.append((page, key, parent))
+                    self._queued.add(key)
+                parent = key
 
     def _steady_steps(self, max_steps: int) -> int:
         steps = max_steps
@@ -768,6 +984,13 @@ class Scheduler:
         if per_request * len(self.running) > self.allocator.available:
             return 1
         return steps
+
+
+def kind_of(request: Request) -> str:
+    """Among whom it is counted how often pages are used again."""
+    if request.session is not None:
+        return "session"
+    return "continued" if request.cached_tokens else "new"
 
 
 def _in_group(key: BlockKey, group: int) -> BlockKey:

@@ -2,9 +2,10 @@
 
 A step's key is its kind and its shape: ("decode", batch, table), ("inputs", batch, table),
 ("prefill", piece, table, continued), "score" and "pool" likewise, ("sample", batch, needs),
-("copy", pages), ("clear", pages), ("extract", pages), ("insert", pages), ("set_last",). Every call
-of a step has the arguments of its shape, so none is compiled again; what a step changes is donated
-to it and written in place.
+("copy", pages), ("clear", pages), ("extract", pages), ("insert", pages), ("set_last",); where
+tokens are guessed, ("several", batch, table) and ("verify", batch, needs) too. Every call of a step
+has the arguments of its shape, so none is compiled again; what a step changes is donated to it and
+written in place.
 
 Where somebody of a batch has an adapter, it takes a step of its own: ("decode_adapted", batch,
 table, adapters), ("prefill_adapted", ...), "score_adapted", "pool_adapted". All others run what
@@ -24,15 +25,24 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxsys.model import DecoderConfig
 from jaxsys.serve import paged_model
 from jaxsys.serve.cache_groups import cache_groups
+from jaxsys.serve.host_pages import TOGETHER
 from jaxsys.serve.lora import Adapted, Table
 from jaxsys.serve.paged_attention import AttentionKernels
 from jaxsys.serve.paged_model import Cache
 from jaxsys.serve.sampling import SamplingNeeds, empty_history, pack_rules, sample
 from jaxsys.serve.scheduler import Role, SchedulerConfig
+from jaxsys.serve.speculation import MOST_ROWS
+from jaxsys.serve.verification import verify
 from jaxsys.serve.weights import ServingWeights
 
 COPIES = 8
 """Pages copied in one call."""
+USUAL = (
+    SamplingNeeds(),
+    SamplingNeeds(random=True, cut=True),
+    SamplingNeeds(random=True),
+)
+"""What batches mostly need computed to choose tokens."""
 
 ADAPTED = "_adapted"
 """How the kind of a step ends that adds adapters."""
@@ -53,6 +63,10 @@ class ExecutorConfig:
     """Whether a prompt's first piece has a step of its own, which need not look at pages."""
     adapter_buckets: tuple[int, ...] = ()
     """Adapters that a batch has at once, the last all that there may be; () where none is taken."""
+    guesses: int = 0
+    """Most tokens guessed of a request in a step; 0 where none are."""
+    hosted: bool = False
+    """Whether pages are copied to the host's memory and back."""
 
     @classmethod
     def for_scheduler(
@@ -61,6 +75,7 @@ class ExecutorConfig:
         *,
         distinguish_first: bool = False,
         adapter_buckets: tuple[int, ...] = (),
+        guesses: int = 0,
     ) -> "ExecutorConfig":
         """Pieces in steps of 4x up to the token budget, one table for every length.
 
@@ -76,7 +91,22 @@ class ExecutorConfig:
             ),
             distinguish_first=distinguish_first,
             adapter_buckets=adapter_buckets,
+            guesses=guesses,
+            hosted=scheduler.host_pages > 0,
         )
+
+    @property
+    def host_width(self) -> int:
+        """Pages that are copied to the host or back at once."""
+        buckets = self.transfer_buckets
+        return next((size for size in buckets if size >= TOGETHER), buckets[-1])
+
+    @property
+    def guessing_buckets(self) -> tuple[int, ...]:
+        """Batches of which steps that guess are compiled."""
+        if not self.guesses:
+            return ()
+        return tuple(b for b in self.decode_buckets if b * (1 + self.guesses) <= MOST_ROWS)
 
 
 class Steps:
@@ -166,11 +196,6 @@ class Steps:
         ]
         hand_over = [("extract", count) for count in shapes.transfer_buckets]
         take_up = [("insert", count) for count in shapes.transfer_buckets]
-        kinds = (
-            SamplingNeeds(),
-            SamplingNeeds(random=True, cut=True),
-            SamplingNeeds(random=True),
-        )
         keys: list[tuple] = []
         if self.role == "prefill":
             keys += [*hand_over, *pieces, ("copy", COPIES)]
@@ -179,7 +204,16 @@ class Steps:
             keys += [*batches, *(take_up if self.role == "decode" else ()), ("set_last",)]
             keys += [*pieces, ("copy", COPIES)]
             rows = shapes.decode_buckets
-        keys = [*(("sample", batch, needs) for needs in kinds for batch in rows), *keys]
+        keys = [*(("sample", batch, needs) for needs in USUAL for batch in rows), *keys]
+        if self.role != "prefill":
+            keys += [
+                ("several", batch, table)
+                for table in shapes.table_buckets
+                for batch in shapes.guessing_buckets
+            ]
+            keys += [("verify", batch, one) for one in USUAL for batch in shapes.guessing_buckets]
+        if shapes.hosted:
+            keys += [("extract", shapes.host_width), ("insert", shapes.host_width)]
         masked = (SamplingNeeds(masked=True), SamplingNeeds(masked=True, random=True, cut=True))
         keys += [("sample", batch, needs) for needs in masked for batch in rows]
         for adapters in shapes.adapter_buckets:
@@ -193,6 +227,10 @@ class Steps:
         if key not in self._compiled:
             self._compiled[key] = self._build(*key)
             self.count += 1
+
+    def has(self, kind: str, *shape: Any) -> bool:
+        """Whether a step is compiled."""
+        return (kind, *shape) in self._compiled
 
     def get(self, kind: str, *shape: Any) -> Callable:
         """The compiled step, which is compiled now if need be."""
@@ -210,6 +248,12 @@ class Steps:
             if (kind, *shape, *rest) in self._compiled:
                 return shape
         return tuple(choice[0] for choice in choices)
+
+    def _history_like(self, like: Callable) -> Any:
+        history = jax.eval_shape(
+            functools.partial(empty_history, self.slots, self.config.vocab_size)
+        )
+        return jax.tree.map(lambda leaf: like(leaf.shape, leaf.dtype), history)
 
     def _build(self, kind: str, *shape: Any) -> Callable:
         def like(size: tuple[int, ...], dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
@@ -270,17 +314,32 @@ class Steps:
             rules = jax.tree.map(
                 lambda leaf: like(leaf.shape, leaf.dtype), pack_rules([], [], batch)
             )
-            history = None
-            if needs.adjusted:
-                history = jax.eval_shape(
-                    functools.partial(empty_history, self.slots, self.config.vocab_size)
-                )
-                history = jax.tree.map(lambda leaf: like(leaf.shape, leaf.dtype), history)
+            history = self._history_like(like) if needs.adjusted else None
             logits = like((batch, self.config.vocab_size), np.float32)
             mask = None
             if needs.masked:
                 mask = like((batch, -(-self.config.vocab_size // 32)))
             arguments = (logits, last, like((batch, 2)), rules, history, mask)
+        elif kind == "several":
+            batch, table = shape
+            tokens = 1 + self.shapes.guesses
+            step = functools.partial(_several, self.config, self.kernels, tokens)
+            function = jax.jit(step, donate_argnums=1, out_shardings=(whole, split))
+            arguments = (self.weights, cache, like((batch, 3 + tokens + table * self._groups)))
+        elif kind == "verify":
+            batch, needs = shape
+            tokens = 1 + self.shapes.guesses
+            function = jax.jit(
+                functools.partial(_verify, needs), donate_argnums=(1, 4), out_shardings=whole
+            )
+            rules = jax.tree.map(
+                lambda leaf: like(leaf.shape, leaf.dtype), pack_rules([], [], batch)
+            )
+            history = self._history_like(like) if needs.adjusted else None
+            logits = like((batch, tokens, self.config.vocab_size), np.float32)
+            words = -(-self.config.vocab_size // 32)
+            masks = like((tokens, batch, words)) if needs.masked else None
+            arguments = (logits, last, like((batch, 3 + tokens)), rules, history, masks)
         elif kind == "copy":
             (count,) = shape
             function = jax.jit(paged_model.copy_pages, donate_argnums=0, out_shardings=split)
@@ -350,6 +409,19 @@ def _sample(needs, logits, last, where, rules, history, mask):
     slots, positions = where[:, 0], where[:, 1] + 1
     sampled, history = sample(needs, logits, rules, positions, slots, history, mask)
     return sampled, last.at[slots].set(sampled.tokens, mode="drop"), history
+
+
+def _several(config, kernels, width, weights, cache, packed):
+    starts, counts, tokens = packed[:, 1], packed[:, 2], packed[:, 3 : 3 + width]
+    return paged_model.several_pass(
+        config, kernels, weights, cache, tokens, starts, counts, packed[:, 3 + width :]
+    )
+
+
+def _verify(needs, logits, last, packed, rules, history, masks):
+    slots, positions, counts = packed[:, 0], packed[:, 1] + 1, packed[:, 2]
+    tokens = packed[:, 3:]
+    return verify(needs, logits, tokens, counts, rules, positions, slots, last, history, masks)
 
 
 def _set_last(last, slot, token):

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from jaxsys.serve.clock import Clock
 from jaxsys.serve.executor import Outcome
 from jaxsys.serve.hooks import Governor
+from jaxsys.serve.host_pages import Fetch
 from jaxsys.serve.requests import Request
 from jaxsys.serve.scheduler import Completion, Iteration, Scheduler
 
@@ -52,6 +53,10 @@ class Owner(Protocol):
         """Queues an iteration on the device; the handle is for whoever waits for it."""
         ...
 
+    def fetch(self, fetch: Fetch) -> None:
+        """Has pages filled from the host's memory; `Scheduler.start_fetched` is told when."""
+        ...
+
     def ended(
         self, iteration: Iteration, outcome: Outcome | None, latency_s: float, now_s: float
     ) -> None:
@@ -68,12 +73,16 @@ class Owner(Protocol):
 class Flight:
     """An iteration in flight."""
 
-    __slots__ = ("dispatched_s", "handle", "iteration")
+    __slots__ = ("dispatched_s", "follows", "handle", "iteration")
 
-    def __init__(self, iteration: Iteration, handle: Any, dispatched_s: float) -> None:
+    def __init__(
+        self, iteration: Iteration, handle: Any, dispatched_s: float, *, follows: bool
+    ) -> None:
         self.iteration = iteration
         self.handle = handle
         self.dispatched_s = dispatched_s
+        self.follows = follows
+        """Whether there was something to do all the time since the iteration before."""
 
 
 class Turns:
@@ -110,6 +119,7 @@ class Turns:
         nothing behind."""
         self.ended_s = 0.0
         """When an iteration last ended."""
+        self._quiet = True
 
     @property
     def done(self) -> bool:
@@ -135,13 +145,17 @@ class Turns:
         self.iteration = iteration = (
             None if self.stopping else scheduler.next_iteration(now_s, self.max_steps)
         )
+        for fetch in scheduler.take_fetches():
+            self.owner.fetch(fetch)
         if iteration is not None:
             self.governor.before_iteration(iteration, scheduler.waiting, now_s)
             handle = self.owner.dispatch(iteration)
-            in_flight.append(Flight(iteration, handle, self.clock.now_s()))
+            follows, self._quiet = not self._quiet, False
+            in_flight.append(Flight(iteration, handle, self.clock.now_s(), follows=follows))
             if transfer is not None:
                 transfer.planned(iteration)
         self.stuck = not in_flight and scheduler.preemptions == preemptions
+        self._quiet = self._quiet or self.stuck
         if in_flight and (iteration is None or len(in_flight) >= self.depth):
             return in_flight[0]
         return None
@@ -153,11 +167,16 @@ class Turns:
         now_s = self.clock.now_s()
         # The device works in order: it could start when the iteration before had ended.
         latency_s = now_s - max(flight.dispatched_s, self.ended_s)
+        # Where the host must know an iteration's tokens to plan the next, the device waits for it.
+        period_s = now_s - self.ended_s if flight.follows else latency_s
         self.ended_s = now_s
         self.owner.ended(iteration, outcome, latency_s, now_s)
         tokens = None if outcome is None else outcome.tokens
         ended = None if outcome is None else outcome.ended
-        completion = self.scheduler.complete(iteration, now_s, tokens, ended)
+        more = None if outcome is None else outcome.more
+        completion = self.scheduler.complete(iteration, now_s, tokens, ended, more)
+        if self.scheduler.speculation is not None:
+            self.scheduler.speculation.ran(iteration, max(latency_s, period_s))
         self.governor.after_iteration(iteration, latency_s, now_s)
         self.owner.completed(iteration, outcome, completion, now_s)
         if self.transfer is not None:
@@ -167,6 +186,7 @@ class Turns:
         """The device lost what was in flight."""
         now_s = self.clock.now_s()
         self.in_flight.clear()
+        self._quiet = True
         self.governor.dropped(len(self.scheduler.forget()), now_s)
         self.ended_s = now_s
         self.stuck = not self.scheduler.requests

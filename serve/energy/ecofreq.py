@@ -103,6 +103,8 @@ def _grown(load: Load, factor: float) -> Load:
         load.cached_tokens,
         int(load.batch * factor) + 1,
         int(load.kv_tokens * factor),
+        drafted=int(load.drafted * factor),
+        gain=load.gain,
     )
 
 
@@ -193,15 +195,17 @@ class EcoFreq(ClockPolicy):
             if expected is None
             else _to_come(expected, times_s[batches:], powers_w[batches:]),
         )
-        planned_itl_s = min(slo.planned_itl_s, slo.itl_s / self._slowness)
+        # The bound is on the time a token; where tokens are guessed, a step yields several.
+        itl_s = slo.itl_s * load.gain
+        planned_itl_s = min(slo.planned_itl_s * load.gain, itl_s / self._slowness)
         levels, itl_kept = list(range(top + 1)), True
         if load.batch:
-            saturated = config.saturation_s and times_s[-1][-1] > slo.itl_s
+            saturated = config.saturation_s and times_s[-1][-1] > itl_s
             levels = [
                 level
                 for level in levels
                 if times_s[0][level] <= planned_itl_s * clearance[level]
-                and times_s[-2][level] <= slo.itl_s
+                and times_s[-2][level] <= itl_s
                 and (level == top or not saturated)
             ]
             itl_kept = times_s[0][-1] <= planned_itl_s

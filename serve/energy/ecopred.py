@@ -85,7 +85,10 @@ def _prefill_row(load: Load, clock_mhz: float) -> tuple[float, ...]:
 
 
 def _decode_row(load: Load, clock_mhz: float) -> tuple[float, ...]:
-    return load.batch, load.kv_tokens, load.bucket or load.batch, clock_mhz
+    # A step that guesses computes as many rows as one of a larger batch.
+    batch = load.batch + load.drafted
+    bucket = batch if load.drafted else load.bucket or batch
+    return batch, load.kv_tokens, bucket, clock_mhz
 
 
 class _Grid:

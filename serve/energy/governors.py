@@ -238,8 +238,10 @@ def modelled_governor(
     )
 
 
-def make_decode_router(route: str, gpu_name: str, served: Served, slo: SharedSlo) -> Router:
-    """The router before decode instances.
+def make_router(
+    route: str, gpu_name: str, served: Served, slo: SharedSlo, *, option: str = "--route"
+) -> Router:
+    """The router before instances that read prompts, or before those that decode.
 
     Raises:
         UsageError: if there is none of that name, or no GPU is named whose model it may ask.
@@ -248,7 +250,7 @@ def make_decode_router(route: str, gpu_name: str, served: Served, slo: SharedSlo
     if route == "fewest":  # asks nothing
         return FewestRequestsRouter()
     if gpu_name == "none":
-        raise UsageError(f"--route {route} needs a model of the GPU; name one with --gpu")
+        raise UsageError(f"{option} {route} needs a model of the GPU; name one with --gpu")
     gpu = SimulatedGpu(gpu_spec(gpu_name), served.shape(modelled=True))
     return ROUTERS.make(
         route,

@@ -360,6 +360,10 @@ class Load:
     """Tokens whose keys and values those sequences read."""
     bucket: int = 0
     """Rows the compiled decode step really computes; 0 where the batch is not padded."""
+    drafted: int = 0
+    """Tokens guessed ahead that are computed besides, each a row too."""
+    gain: float = 1.0
+    """Tokens that each of those sequences is expected to gain at least."""
 
     @property
     def is_idle(self) -> bool:
@@ -441,6 +445,11 @@ class SimulatedGpu:
         room = self.spec.hbm_bytes * self.MEMORY_FOR_CACHE - self.shape.weight_bytes / self.gpus
         return int(room * self.gpus / self.shape.kv_bytes(1))
 
+    @property
+    def pair_cost(self) -> float:
+        """What attending to one token takes, in what a token's products take."""
+        return self._pair_flops / self._row_flops
+
     def run(self, load: Load, clock_mhz: float) -> Outcome:
         """Time, power and real clock of one iteration asked to run at `clock_mhz`."""
         if load.is_idle:
@@ -481,7 +490,7 @@ class SimulatedGpu:
         rows = load.bucket or (
             load.batch + self.STAIR_SHARE * (padded_batch(load.batch) - load.batch)
         )
-        rows += load.prefill_tokens
+        rows += load.prefill_tokens + load.drafted
         pairs = least_s = prompts_s = 0.0
         if load.prefill_tokens:
             prompts = max(1, load.prefill_requests)
@@ -605,15 +614,17 @@ def _work_of(gpu: SimulatedGpu, loads: Sequence[Load]) -> _Work:
                 load.batch,
                 load.kv_tokens,
                 load.bucket,
+                load.drafted,
             )
             for load in loads
         ],
         dtype=float,
-    ).reshape(-1, 6)[:, :, None]
-    prompt, prompts, cached, batch, kv, bucket = (columns[:, k] for k in range(6))
+    ).reshape(-1, 7)[:, :, None]
+    prompt, prompts, cached, batch, kv, bucket, drafted = (columns[:, k] for k in range(7))
     small = np.maximum(16.0, 2.0 ** np.ceil(np.log2(np.maximum(batch, 1.0))))
     padded = np.where(batch <= TILE, np.where(batch > 0, small, 0.0), TILE * np.ceil(batch / TILE))
-    rows = np.where(bucket > 0, bucket, batch + gpu.STAIR_SHARE * (padded - batch)) + prompt
+    rows = np.where(bucket > 0, bucket, batch + gpu.STAIR_SHARE * (padded - batch))
+    rows = rows + prompt + drafted
     engine = gpu.engine
     return _Work(
         rows * gpu._row_flops,

@@ -143,6 +143,8 @@ def load_of(iteration: "Iteration") -> Load:
         sum(piece.start for piece in prefills) if prefills else 0,
         len(iteration.decodes),
         iteration.kv_tokens,
+        drafted=iteration.drafted if iteration.drafts else 0,
+        gain=iteration.gain,
     )
 
 

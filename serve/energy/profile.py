@@ -26,6 +26,15 @@ EARLIER_FORM = "jaxsys-profile-1"
 """Its prompts' later pieces were timed with the pieces before them, so they are not read."""
 MEASURED = ["clock_mhz", "time_s", "power_w"]
 """The last columns of a file."""
+PROFILED = [
+    "prefill_tokens",
+    "prefill_requests",
+    "cached_tokens",
+    "batch",
+    "kv_tokens",
+    "bucket",
+]
+"""The others: of a `Load`, but for tokens that are guessed, which sweeps do not."""
 MOST_SAMPLES = 200_000
 """Of a file; a sweep takes some 10,000."""
 
@@ -137,7 +146,7 @@ class Profile:
 
     def save(self, path: str | Path) -> None:
         """Writes JSON."""
-        names = list(Load.__slots__)
+        names = list(PROFILED)
         record = {
             "form": FORM,
             "fingerprint": asdict(self.fingerprint),
@@ -166,7 +175,7 @@ def load_profile(path: str | Path) -> Profile:
         raise UsageError(f"profile {path} is not of form {FORM}; take a new one")
     file = Fields(value, name=f"profile {path} is damaged", hint="take a new one")
     columns = file.array("columns", of=str)
-    if columns[-3:] != MEASURED or not set(columns[:-3]) <= set(Load.__slots__):
+    if columns[-3:] != MEASURED or not set(columns[:-3]) <= set(PROFILED):
         raise file.wrong("columns", f"loads and {', '.join(MEASURED)}", columns)
     samples = [_sample(file, index, columns) for index in range(len(file.array("samples")))]
     notes = tuple(file.array("notes", of=str))

@@ -24,6 +24,7 @@ from jaxsys.serve.energy.fixed_clock import FixedClock
 from jaxsys.serve.energy.gpu_model import SimulatedGpu
 from jaxsys.serve.energy.policy import ClockPolicy, OwnRule
 from jaxsys.serve.energy.predictors import Predictor
+from jaxsys.serve.energy.prefix_route import PrefixRouter
 from jaxsys.serve.energy.slo import SharedSlo
 from jaxsys.serve.energy.window_control import WindowControl
 from jaxsys.serve.hooks import FewestRequestsRouter, Router
@@ -147,6 +148,7 @@ ROUTERS: Registry[Router] = Registry(
         "fewest": lambda s: FewestRequestsRouter(),
         "round-robin": lambda s: RoundRobinRouter(),
         "queue": lambda s: QueueRouter(s.predictor(), clock_mhz=s.top_mhz, slo=s.slo),
+        "prefix": lambda s: PrefixRouter(s.predictor(), s.slo, clocks_mhz=s.clocks_mhz),
         "ecoroute": lambda s: StateSpaceRouter(s.predictor(), s.slo, clocks_mhz=s.clocks_mhz),
         "energy": lambda s: EnergyRouter(
             s.predictor(),

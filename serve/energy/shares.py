@@ -45,7 +45,8 @@ class Shares:
         """Adds to each request its part of `energy_j`; a part for nobody goes to nobody."""
         steps = max(1, iteration.steps)
         pieces, decodes = iteration.prefills, iteration.decodes
-        tokens = iteration.prefill_tokens + len(decodes) * steps
+        drafts = iteration.drafts or ((),) * len(decodes)
+        tokens = iteration.prefill_tokens + len(decodes) * steps + iteration.drafted
         if not tokens:
             return
         each_s = self._token_s + self._weights_s / tokens
@@ -57,7 +58,10 @@ class Shares:
             for p in pieces
         ]
         step_s = each_s * steps
-        weights += [step_s + steps * self._kv_s(r.prompt_length + r.generated) for r in decodes]
+        weights += [
+            step_s + each_s * len(draft) + steps * self._kv_s(r.prompt_length + r.generated)
+            for r, draft in zip(decodes, drafts, strict=True)
+        ]
         unit_j = energy_j / sum(weights)
         for piece, weight in zip(pieces, weights, strict=False):
             timing = piece.request.timing

@@ -63,6 +63,7 @@ from jaxsys.serve.http.protocol import (
     Version,
     check_tokens,
     encode,
+    session_of,
     what_is_wrong,
 )
 from jaxsys.serve.http.response_shape import ResponseShape
@@ -645,6 +646,7 @@ class _Face:
         for prompt in prompts:
             self.engine.check(len(prompt), sampling.max_tokens)
         self.engine.admit(len(prompts) * choices)
+        session = session_of(body, request.headers.get("x-session-id"))
         usage = Usage()
         answers: list[_Answer] = []
         for index in range(len(prompts) * choices):
@@ -654,7 +656,7 @@ class _Face:
             answer = _Answer(self, body, index, name, usage, reads, counts=counts)
             answers.append(answer)
             # Now, while they are admitted: once a stream has begun, none could be refused.
-            answer.submit(prompts[index // choices], own, adapter)
+            answer.submit(prompts[index // choices], own, adapter, session)
         generations = [answer.generation for answer in answers]
         runs = [answer.run() for answer in answers]
         if body.stream:
@@ -756,7 +758,11 @@ class _Answer:
         self._most_calls = None if reads is None else reads.most_calls
 
     def submit(
-        self, prompt: Sequence[int], sampling: SamplingParameters, adapter: str | None = None
+        self,
+        prompt: Sequence[int],
+        sampling: SamplingParameters,
+        adapter: str | None,
+        session: str | None,
     ) -> None:
         """Begins the request; raises as `Engine.submit`."""
         body = self.body
@@ -774,7 +780,12 @@ class _Answer:
         )
         watch: Watch = self._watch
         self.generation = self.face.engine.submit(
-            prompt, sampling, request_id=self.name, watch=watch, adapter=adapter
+            prompt,
+            sampling,
+            request_id=self.name,
+            watch=watch,
+            adapter=adapter,
+            session=session,
         )
 
     def _watch(self, event: TokenEvent) -> bool:

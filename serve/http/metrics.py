@@ -99,9 +99,12 @@ class Metrics:
             if len(times) <= 1 or event.time_s <= times[0]:
                 self.ttft.observe(event.time_s - timing.arrival_s)
             else:
-                # Later tokens may be in the record already: look for this event's own.
-                index = times.index(event.time_s) if event.time_s in times else len(times) - 1
-                self.itl.observe(event.time_s - times[index - 1])
+                # Later tokens may be in the record already: look for this event's own. Those of one
+                # step come together, and each has its share of the time since the step before.
+                index = bisect.bisect_left(times, event.time_s)
+                together = bisect.bisect_right(times, event.time_s, lo=index) - index
+                gap_s = event.time_s - times[index - 1] if index else 0.0
+                self.itl.observe(gap_s / max(1, together))
         if event.finish_reason is None:
             return
         ended = event.request
@@ -160,6 +163,7 @@ class _EngineCollector(Collector):
                 ("kv_pages_used", "Pages held by requests."),
                 ("kv_pages", "Pages there are."),
                 ("clock_mhz", "Clock last asked for by the governor."),
+                ("host_pages_used", "Pages kept in the host's memory."),
                 ("power_watts", "Power measured; absent where a GPU is only modelled."),
             )
         }
@@ -168,6 +172,7 @@ class _EngineCollector(Collector):
             for name, text in (
                 ("iterations", "Iterations planned."),
                 ("preemptions", "Requests whose pages were taken back."),
+                ("host_pages_fetched", "Pages that came back from the host's memory."),
                 ("device_faults", "Faults of the device outlived; its requests began again."),
                 ("energy_joules", "Energy of the instance, by the method stated."),
                 ("idle_energy_joules", "Of this, what passed while nothing ran."),
@@ -188,6 +193,9 @@ class _EngineCollector(Collector):
             counters["iterations"].add_metric(label, load.iterations)
             counters["preemptions"].add_metric(label, load.preemptions)
             counters["device_faults"].add_metric(label, load.faults)
+            if load.host_pages is not None:
+                gauges["host_pages_used"].add_metric(label, load.host_pages)
+                counters["host_pages_fetched"].add_metric(label, load.host_fetched)
             if instance.clock_mhz is not None:
                 gauges["clock_mhz"].add_metric(label, instance.clock_mhz)
             if load.power_w is not None:

@@ -52,10 +52,13 @@ DESCRIBE_THE_CALLER = {
     "request_id",
     "safety_identifier",
     "service_tier",
+    "session_id",
     "store",
     "user",
 }
 """Fields that change no answer."""
+SESSION = ("session_id", "prompt_cache_key")
+"""Of these, those that say what a request belongs to."""
 UNIMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True, False),  # these are a chat's
     "allowed_token_ids": (),
@@ -597,6 +600,17 @@ class ModelList(pydantic.BaseModel):
 
     object: Literal["list"] = "list"
     data: list[Model]
+
+
+def session_of(body: pydantic.BaseModel, header: str | None) -> str | None:
+    """What a request belongs to, whose next one is likely to begin as it does; None if not said.
+
+    Args:
+        header: of `X-Session-ID`.
+    """
+    extra = body.model_extra or {}
+    said = (header, *(extra.get(name) for name in SESSION))
+    return next((one[:MAX_NAME] for one in said if isinstance(one, str) and one), None)
 
 
 class ErrorBody(pydantic.BaseModel):

@@ -5,13 +5,14 @@ never two counts of one thing.
 """
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from jaxsys.serve.adapters import name_of
 from jaxsys.serve.engine import Engine
+from jaxsys.serve.member import InstanceLoad
 
 RENAMED: Mapping[str, tuple[str, ...]] = {
     "jaxsys_ttft_seconds": ("time_to_first_token_seconds",),
@@ -77,6 +78,7 @@ class VllmNames(Collector):
         yield counter
         if self.engine.adapters.most:
             yield self._adapters()
+        yield from self._guesses([load for load in loads if load.drafts is not None])
 
     def _adapters(self) -> Metric:
         """Names in labels, the time as the value: vLLM's form."""
@@ -94,3 +96,31 @@ class VllmNames(Collector):
         names = [",".join(sorted(group)) for group in (running, waiting)]
         found.add_metric([str(self.engine.adapters.most), *names], time.time())
         return found
+
+    def _guesses(self, loads: Sequence[InstanceLoad]) -> Iterable[Metric]:
+        """What became of guessed tokens, where tokens are guessed."""
+        if not loads:
+            return
+        places = max(len(load.accepted_at) for load in loads)
+        at = [
+            sum(load.accepted_at[place] for load in loads if place < len(load.accepted_at))
+            for place in range(places)
+        ]
+        for name, text, value in (
+            ("drafts", "Guesses computed.", sum(load.drafts or 0 for load in loads)),
+            ("draft_tokens", "Tokens guessed.", sum(load.draft_tokens for load in loads)),
+            ("accepted_tokens", "Of these, tokens that were right.", sum(at)),
+        ):
+            counter = CounterMetricFamily(
+                f"vllm:spec_decode_num_{name}", text, labels=("model_name",)
+            )
+            counter.add_metric([self.model_name], value)
+            yield counter
+        by_place = CounterMetricFamily(
+            "vllm:spec_decode_num_accepted_tokens_per_pos",
+            "The same by place in the guess, from 0.",
+            labels=("model_name", "position"),
+        )
+        for place, value in enumerate(at):
+            by_place.add_metric([self.model_name, str(place)], value)
+        yield by_place

@@ -20,7 +20,7 @@ from jaxsys.model.folder import read_config, read_tokenizer
 from jaxsys.model.gguf_file import GgufFile
 from jaxsys.model.load import no_model
 from jaxsys.serve.clock import WallClock
-from jaxsys.serve.energy.governors import Served, make_decode_router
+from jaxsys.serve.energy.governors import Served, make_router
 from jaxsys.serve.energy.slo import SharedSlo
 from jaxsys.serve.engine import Engine
 from jaxsys.serve.http.api import ApiConfig, create_app
@@ -55,7 +55,9 @@ class FrontSpec:
     sampling: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """See `ApiConfig`."""
     route: str = "fewest"
-    """Of `ROUTERS`."""
+    """Of `ROUTERS`, before instances that decode; ..."""
+    route_prompts: str = "fewest"
+    """... and before those that read prompts."""
     adapters: tuple[tuple[str, str], ...] = ()
     """Names and folders of low-rank adapters that are served from the start."""
     lora_updates: bool = False
@@ -107,7 +109,10 @@ class Front:
         self.engine = Engine(
             clock=WallClock(),
             max_requests=worker.deployment.max_requests,
-            decode_router=make_decode_router(spec.route, worker.governor.gpu, served, slo),
+            prefill_router=make_router(
+                spec.route_prompts, worker.governor.gpu, served, slo, option="--route-prompts"
+            ),
+            decode_router=make_router(spec.route, worker.governor.gpu, served, slo),
         )
         self.engine.adapters.most = worker.deployment.max_loras
         self.app = build_app(self.engine, tokenizer, spec.api(), slo)

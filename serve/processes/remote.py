@@ -52,7 +52,12 @@ class RemoteInstance(Member):
         engine: Engine,
         transport: asyncio.Transport,
     ):
-        super().__init__(name, page_count=config.page_count, energy_method=energy_method)
+        super().__init__(
+            name,
+            page_count=config.page_count,
+            page_size=config.page_size,
+            energy_method=energy_method,
+        )
         self.config = config
         self.process = process
         """Its machine and process number."""

@@ -88,6 +88,7 @@ def request_data(request: Request, now_s: float, seed: int) -> dict[str, Any]:
         "cached": request.cached_tokens,
         "age_s": now_s - request.arrival_s,
         "adapter": request.adapter,
+        "session": request.session,
     }
 
 
@@ -104,6 +105,7 @@ def request_of(data: dict[str, Any], now_s: float) -> Request:
         arrival_s=now_s - data["age_s"],
         prompt_tokens=array("i", data["prompt"]).tolist(),
         adapter=data["adapter"],
+        session=data["session"],
     )
     request.output_tokens = list(data["output"])
     request.generated = len(request.output_tokens)

@@ -31,7 +31,7 @@ from jaxsys.serve.energy.registry import CLOCK_POLICIES, ROUTERS, Situation
 from jaxsys.serve.energy.sleep import SleepConfig
 from jaxsys.serve.energy.slo import SharedSlo, Slo
 from jaxsys.serve.simulation.simulator import ClusterConfig, ReplayResult, Simulator
-from jaxsys.serve.simulation.traces import Trace, read_trace, synthetic_trace
+from jaxsys.serve.simulation.traces import Trace, agent_trace, read_trace, synthetic_trace
 
 SLEEPS = "+sleep"
 MOST_REQUESTS = 500_000
@@ -46,6 +46,8 @@ class Policy:
     """Of `CLOCK_POLICIES`."""
     route: str | None = None
     """Of `ROUTERS`, for decode; None routes plainly: prompts in turn, then the fewest requests."""
+    prompts: str | None = None
+    """Of `ROUTERS`, for prompts; None goes by `Setting.quick_prefill`."""
     cap_w: float | None = None
     """Power limit of each GPU, where that is what holds its clock down."""
     sleeps: bool = False
@@ -84,15 +86,18 @@ def policy_named(name: str) -> Policy:
     if name.startswith("cap-") and name[4:].isdecimal():
         return Policy(clock="max", cap_w=float(name[4:]))
     clock, plus, route = name.partition("+")
+    route, also, prompts = route.partition("+")
     if clock not in CLOCK_POLICIES:
         known = dict.fromkeys((*POLICIES, *CLOCK_POLICIES))
         raise UsageError(
             f"policy {name!r} is not known; use one of {', '.join(known)}, CLOCK+ROUTER with a "
-            f"router of {', '.join(ROUTERS)}, or cap-WATTS, each with {SLEEPS} or without"
+            f"router of {', '.join(ROUTERS)}, CLOCK+ROUTER+ROUTER with one for prompts behind, or "
+            f"cap-WATTS, each with {SLEEPS} or without"
         )
-    if plus:
-        ROUTERS.check(route)
-    return Policy(clock=clock, route=route if plus else None)
+    for given, named in ((plus, route), (also, prompts)):
+        if given:
+            ROUTERS.check(named)
+    return Policy(clock=clock, route=route if plus else None, prompts=prompts if also else None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,7 +185,8 @@ def simulate(
         prefill_budget=setting.cluster.max_prefill_tokens,
         options=setting.clock_options,
     )
-    prompts = "queue" if policy.route is not None and setting.quick_prefill else "round-robin"
+    quick = policy.route is not None and setting.quick_prefill
+    prompts = policy.prompts or ("queue" if quick else "round-robin")
     return Simulator(
         trace,
         setting.cluster,
@@ -233,6 +239,7 @@ def figures(result: ReplayResult, slo: Slo) -> dict[str, float]:
         "preemptions": result.preemptions,
         "asleep_instance_s": result.asleep_s,
         "wakes": result.wakes,
+        "prefix_hit_pct": 100 * result.prefix_hits,
         "wall_s": result.wall_s,
     }
 
@@ -353,6 +360,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         f"{'policy':<12}{'J/token':>9}{'J/request':>11}{'saving':>9}{'TTFT ok':>9}{'ITL ok':>8}"
         f"{'TTFT p99':>10}{'ITL p99':>9}{'idle':>7}"
     )
+    hits = any(row["prefix_hit_pct"] for row in rows.values())
+    head += f"{'hits':>8}" if hits else ""
     lines = [head, "-" * len(head)]
     for name, row in rows.items():
         lines.append(
@@ -360,6 +369,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
             f"{row['energy_saving_pct']:>8.1f}%{row['ttft_attainment_pct']:>8.1f}%"
             f"{row['itl_attainment_pct']:>7.1f}%{row['ttft_p99_ms']:>8.0f}ms"
             f"{row['itl_p99_ms']:>7.1f}ms{row['idle_energy_pct']:>6.1f}%"
+            + (f"{row['prefix_hit_pct']:>7.1f}%" if hits else "")
         )
     return "\n".join(lines)
 
@@ -395,8 +405,9 @@ def parser(prog: str) -> argparse.ArgumentParser:
         "--policy",
         default="max,sweet-spot,window,ecofreq,ecoroute,both,both-energy,ahead",
         help=f"comma-separated, of: {', '.join(dict.fromkeys((*POLICIES, *CLOCK_POLICIES)))}, or "
-        f"CLOCK+ROUTER, such as window+energy, with a router of {', '.join(ROUTERS)}; with "
-        f"{SLEEPS} behind it, instances that are not needed sleep (default: %(default)s)",
+        f"CLOCK+ROUTER, such as window+energy, with a router of {', '.join(ROUTERS)}, and perhaps "
+        f"one for prompts behind it: ecofreq+energy+prefix; with {SLEEPS} behind it, instances "
+        f"that are not needed sleep (default: %(default)s)",
     )
     add("--gpu", default="h100", help=f"of: {', '.join(GPUS)} (default %(default)s)")
     add("--model", default="llama-3-8b", help=f"of: {', '.join(SHAPES)} (default %(default)s)")
@@ -424,14 +435,43 @@ def parser(prog: str) -> argparse.ArgumentParser:
         default="ecopred",
         help="learnt from a noisy profile, or exact (default %(default)s)",
     )
+    add(
+        "--host-pages-gib",
+        type=float,
+        default=0.0,
+        metavar="GIB",
+        help="host memory of each instance that reads prompts, for pages that its GPU has no room "
+        "to keep (default: none)",
+    )
     add("--out", type=Path, help="folder for replay.json and plots")
     add("--json", action="store_true", help="print the record instead of the table")
     synthetic = result.add_argument_group("without --trace")
     add = synthetic.add_argument
-    add("--prompt-mean", type=float, default=250.0, help="tokens (default 250)")
-    add("--output-mean", type=float, default=215.0, help="tokens (default 215)")
+    add("--prompt-mean", type=float, help="tokens (default 250)")
+    add("--output-mean", type=float, help="tokens (default 215)")
     add("--cv", type=float, default=1.0, help="burstiness; 1, the default, is Poisson")
     add("--seed", type=whole(0), default=0, help="default 0")
+    agents = result.add_argument_group("sessions of agents, without --trace")
+    agents.add_argument(
+        "--agents",
+        type=whole(most=100_000),
+        metavar="SESSIONS",
+        help="so many sessions of some --turns turns, each prompt longer by what came since; "
+        "--rate is of turns, --prompt-mean 140000 and --output-mean 440 unless given",
+    )
+    agents.add_argument("--turns", type=whole(most=10_000), default=40, help="default 40")
+    agents.add_argument(
+        "--known-share",
+        type=float,
+        default=0.96,
+        help="of a prompt, from the turn before (default %(default)s)",
+    )
+    agents.add_argument(
+        "--common-tokens",
+        type=whole(0),
+        default=16_000,
+        help="that all sessions begin with (default %(default)s)",
+    )
     return result
 
 
@@ -442,6 +482,8 @@ def main(argv: Sequence[str], prog: str) -> int:
         value = getattr(arguments, name)
         if value is not None and not (math.isfinite(value) and value > 0):
             raise UsageError(f"{name}={value:g} must be a finite positive number")
+    if not (math.isfinite(arguments.host_pages_gib) and arguments.host_pages_gib >= 0):
+        raise UsageError(f"--host-pages-gib {arguments.host_pages_gib:g} must be 0 or more")
     policies = [name.strip() for name in arguments.policy.split(",") if name.strip()]
     check_policies(policies)
     if arguments.out is not None and arguments.out.exists() and not arguments.out.is_dir():
@@ -458,6 +500,7 @@ def main(argv: Sequence[str], prog: str) -> int:
         engine=arguments.engine,
         slo=slo,
         predictor=arguments.predictor,
+        host_pages_gib=arguments.host_pages_gib,
     )
     check_policies(policies, [chosen.gpu])
     if arguments.trace is not None:
@@ -466,6 +509,8 @@ def main(argv: Sequence[str], prog: str) -> int:
             trace = trace.at_rate(arguments.rate_per_s)
         if arguments.duration_s is not None:
             trace = trace.between(0.0, arguments.duration_s)
+    elif arguments.agents is not None:
+        trace = _agents(arguments)
     else:
         rate_per_s = 10.0 if arguments.rate_per_s is None else arguments.rate_per_s
         duration_s = 120.0 if arguments.duration_s is None else arguments.duration_s
@@ -474,8 +519,8 @@ def main(argv: Sequence[str], prog: str) -> int:
             rate_per_s=rate_per_s,
             duration_s=duration_s,
             seed=arguments.seed,
-            prompt_mean=arguments.prompt_mean,
-            output_mean=arguments.output_mean,
+            prompt_mean=250.0 if arguments.prompt_mean is None else arguments.prompt_mean,
+            output_mean=215.0 if arguments.output_mean is None else arguments.output_mean,
             cv=arguments.cv,
         )
     _check_count(len(trace))
@@ -509,6 +554,23 @@ def main(argv: Sequence[str], prog: str) -> int:
         for drawn in draw(path):
             _note(f"wrote {drawn}")
     return 0
+
+
+def _agents(arguments: argparse.Namespace) -> Trace:
+    """Sessions of agents as the options say."""
+    _check_count(arguments.agents * arguments.turns)
+    rate_per_s = 1.0 if arguments.rate_per_s is None else arguments.rate_per_s
+    trace = agent_trace(
+        sessions=arguments.agents,
+        sessions_per_s=rate_per_s / arguments.turns,
+        seed=arguments.seed,
+        turns=arguments.turns,
+        prompt_mean=140_000.0 if arguments.prompt_mean is None else arguments.prompt_mean,
+        output_mean=440.0 if arguments.output_mean is None else arguments.output_mean,
+        known_share=arguments.known_share,
+        common_tokens=arguments.common_tokens,
+    )
+    return trace if arguments.duration_s is None else trace.between(0.0, arguments.duration_s)
 
 
 def _check_count(requests: float) -> None:

@@ -31,6 +31,7 @@ from jaxsys.serve.energy.shares import Shares
 from jaxsys.serve.energy.sleep import SleepConfig, Sleeper
 from jaxsys.serve.executor import Outcome
 from jaxsys.serve.hooks import InstanceView, Router
+from jaxsys.serve.host_pages import Fetch
 from jaxsys.serve.requests import Request, SamplingParameters
 from jaxsys.serve.scheduler import Completion, Iteration, Role, Scheduler, SchedulerConfig
 from jaxsys.serve.simulation.executor import SimExecutor
@@ -79,6 +80,10 @@ class ClusterConfig:
     piece_buckets: tuple[int, ...] = ()
     """Where given, every piece of a prompt is a step of its own, padded to one of these lengths, as
     in this project's executor; else an iteration's prompts are one step without padding."""
+    host_pages_gib: float = 0.0
+    """Host memory of each instance that reads prompts, for pages that its GPU has no room for."""
+    host_bytes_per_s: float = 40e9
+    """Pages from the host's memory: PCIe 5 by 16, less what it never reaches."""
     decode_buckets: tuple[int, ...] = ()
     """Batches that decode steps are compiled for; empty where they are not padded."""
     sleep: SleepConfig | None = None
@@ -160,6 +165,10 @@ class SimInstance:
                 role=role,
                 prefix_caching=simulator.trace.sessions is not None,
                 reserved_tokens=config.gpu.engine.reserved_tokens,
+                pair_cost=config.gpu.pair_cost,
+                host_pages=0
+                if role == "decode"
+                else int(config.host_pages_gib * 2**30 / simulator.page_bytes),
             )
         )
         self.turns = Turns(
@@ -191,6 +200,16 @@ class SimInstance:
         self.waking = False
         self.held_up_s = 0.0
         """By how much pages that come or go put off the next iteration."""
+        self.host_free_s = 0.0
+        """When the way from the host's memory is free."""
+
+    @property
+    def page_size(self) -> int:
+        return self.scheduler.config.page_size
+
+    @property
+    def page_count(self) -> int:
+        return self.scheduler.config.page_count
 
     @property
     def batch(self) -> int:
@@ -216,8 +235,13 @@ class SimInstance:
 
     # --- of its turns -------------------------------------------------------------------------
 
+    def fetch(self, fetch: Fetch) -> None:
+        """Has pages come back from the host's memory."""
+        self.simulator.fetch(self, fetch)
+
     def dispatch(self, iteration: Iteration) -> None:
         """Begins it, or has it begin when the one on the device has ended."""
+        self.scheduler.saved(iteration.saves)
         self.simulator.dispatched(self, iteration)
 
     def ended(
@@ -290,6 +314,9 @@ class ReplayResult:
     wakes: int
     """... and how often one was woken."""
     wall_s: float
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Of these, found in the prefix cache of the instance that read the prompt."""
     series: dict[str, list[float]] = field(default_factory=dict)
 
     def ttft_attainment(self, bound_s: float) -> float:
@@ -313,6 +340,11 @@ class ReplayResult:
         share = np.cumsum(self.itl_weight[order])
         at = np.searchsorted(share, share[-1] * percent / 100.0)
         return float(self.itl_s[order][min(at, len(order) - 1)])
+
+    @property
+    def prefix_hits(self) -> float:
+        """Share of prompt tokens that were not computed."""
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
     @property
     def energy_per_token_j(self) -> float:
@@ -349,6 +381,7 @@ class Simulator:
         self.config = config
         self.clocks_mhz = tuple(clocks_mhz or config.gpu.spec.control_mhz)
         self.clock = VirtualClock()
+        self.page_bytes = config.gpu.shape.kv_bytes(config.page_size)
         self.shared_j = 0.0
         """Energy of the requests that ended, where shares are given."""
 
@@ -389,6 +422,7 @@ class Simulator:
         self._itl = array("d")
         self._itl_weight = array("d")
         self._output_tokens = 0
+        self._prompt_tokens = self._cached_tokens = 0
         self._end_s = 0.0
         self._sample_every_s = sample_every_s
         self._series: dict[str, list[float]] = defaultdict(list)
@@ -414,9 +448,10 @@ class Simulator:
             )
         self._left = len(trace)
         self._arrivals = trace.arrival_s.tolist()
+        self._order, self._following = _turns_of(trace)
         self._prompts = trace.prompt_tokens.tolist()
         self._outputs = trace.output_tokens.tolist()
-        self._push(self._arrivals[0], self._arrive)
+        self._push(self._arrivals[self._order[0]], self._arrive)
         for instance in self.instances:  # those that never get work must fall idle too
             self._await_idle(instance, 0.0)
         if self._sample_every_s:
@@ -440,10 +475,14 @@ class Simulator:
         heapq.heappush(self._events, (at_s, self._sequence, action, arguments))
 
     def _arrive(self, now_s: float) -> None:
-        index = self._next_arrival
+        index = self._order[self._next_arrival]
         self._next_arrival += 1
-        if self._next_arrival < len(self._arrivals):
-            self._push(self._arrivals[self._next_arrival], self._arrive)
+        if self._next_arrival < len(self._order):
+            self._push(self._arrivals[self._order[self._next_arrival]], self._arrive)
+        self._ask(now_s, index)
+
+    def _ask(self, now_s: float, index: int) -> None:
+        """A request of the trace arrives."""
         request = Request(
             index,
             sampling=SamplingParameters(max_tokens=self._outputs[index]),
@@ -461,8 +500,12 @@ class Simulator:
         """Identities of a prompt's full pages: those of its session's earlier prompts, and on."""
         if self.trace.sessions is None:
             return None
+        size = self.config.page_size
+        count = self._prompts[index] // size
+        common = min(count, self.trace.common_tokens // size)
         first = int(self.trace.sessions[index]) * MOST_PAGES
-        return list(range(first, first + self._prompts[index] // self.config.page_size))
+        # What all sessions begin with is nobody's.
+        return [*range(-MOST_PAGES, common - MOST_PAGES), *range(first + common, first + count)]
 
     def _route(self, router: Router, instances: list[SimInstance], request: Request) -> SimInstance:
         if self._asleep:
@@ -613,6 +656,9 @@ class Simulator:
         """Books first tokens, and requests that ended."""
         for piece in iteration.prefills:
             timing = piece.request.timing
+            if piece.last and timing.first_token_s == now_s:
+                self._prompt_tokens += piece.request.prompt_length
+                self._cached_tokens += piece.request.cached_tokens
             if self._first_token_steps is not None and piece.request.sampling.max_tokens > 1:
                 continue  # it leaves the decode instance
             # A preempted request computed again has its first token already.
@@ -626,6 +672,10 @@ class Simulator:
     def _finished(self, instance: SimInstance, request: Request) -> None:
         instance.in_flight -= 1
         self._left -= 1
+        following = self._following.get(int(request.request_id))
+        if following is not None and self.trace.gap_s is not None:
+            gap_s = float(self.trace.gap_s[following])
+            self._push(self.clock.now_s() + gap_s, self._ask, following)
         self._output_tokens += request.generated
         timing = request.timing
         self.shared_j += timing.energy_j or 0.0
@@ -651,6 +701,18 @@ class Simulator:
         self.receive(target)
         if instance.queued is None:
             instance.held_up_s += self.config.hand_out_s
+
+    def fetch(self, instance: SimInstance, fetch: Fetch) -> None:
+        """Pages come back from the host's memory, one request's after the other's."""
+        config = self.config
+        moved = self._kv_bytes(len(fetch.pages) * config.page_size)
+        begins_s = max(self.clock.now_s(), instance.host_free_s)
+        instance.host_free_s = begins_s + moved / config.host_bytes_per_s
+        self._push(instance.host_free_s, self._fetched, instance, fetch.request)
+
+    def _fetched(self, now_s: float, instance: SimInstance, request: Request) -> None:
+        instance.scheduler.start_fetched(request)
+        self._turn(instance, now_s)
 
     def receive(self, instance: SimInstance) -> None:
         """Reserves pages for who fits; their contents arrive a transfer later."""
@@ -766,5 +828,21 @@ class Simulator:
             asleep_s=self._asleep_s + sleeping * self._end_s,
             wakes=self._wakes,
             wall_s=wall_s,
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
             series=dict(self._series),
         )
+
+
+def _turns_of(trace: Trace) -> tuple[list[int], dict[int, int]]:
+    """The requests that arrive by themselves, and whom each of the others follows."""
+    if trace.gap_s is None or trace.sessions is None:
+        return list(range(len(trace))), {}
+    order, following, latest = [], {}, {}
+    for index, session in enumerate(trace.sessions.tolist()):
+        if session in latest:
+            following[latest[session]] = index
+        else:
+            order.append(index)
+        latest[session] = index
+    return order, following

@@ -38,11 +38,20 @@ class Trace:
     output_tokens: np.ndarray
     sessions: np.ndarray | None = None
     """Number of each request's conversation, where the trace tells them apart."""
+    common_tokens: int = 0
+    """Tokens that the prompts of all sessions begin with, such as one system prompt."""
+    gap_s: np.ndarray | None = None
+    """Where a turn waits for the answer to the one before it in its session: seconds between the
+    two. Then `arrival_s` holds for each session's first turn, and orders the others."""
 
     def __post_init__(self) -> None:
         sizes = {len(self.arrival_s), len(self.prompt_tokens), len(self.output_tokens)}
         if self.sessions is not None:
             sizes.add(len(self.sessions))
+        if self.gap_s is not None:
+            if self.sessions is None:
+                raise UsageError(f"trace {self.name} has gap_s, between turns of no sessions")
+            sizes.add(len(self.gap_s))
         if len(sizes) != 1:
             raise UsageError(f"trace {self.name}: columns differ in length: {sorted(sizes)}")
         if len(self.arrival_s) == 0:
@@ -85,7 +94,9 @@ class Trace:
                 f"trace {self.name} has all its {len(self)} arrivals at one moment, and so no rate "
                 f"to bring to rate_per_s={rate_per_s:g}; leave it out"
             )
-        return replace(self, arrival_s=self.arrival_s * (self.rate_per_s / rate_per_s))
+        stretch = self.rate_per_s / rate_per_s
+        gap_s = None if self.gap_s is None else self.gap_s * stretch
+        return replace(self, arrival_s=self.arrival_s * stretch, gap_s=gap_s)
 
     def repeated(self, duration_s: float, *, daily_swing: float = 0.0) -> "Trace":
         """Tiled to `duration_s`; with `daily_swing` s, the rate follows 1 + s * sin over 24 h.
@@ -113,6 +124,8 @@ class Trace:
             prompt_tokens=prompts[kept],
             output_tokens=outputs[kept],
             sessions=None if sessions is None else sessions[kept],
+            common_tokens=self.common_tokens,
+            gap_s=None if self.gap_s is None else np.tile(self.gap_s, times)[kept],
         )
 
     def clipped(self, max_total_tokens: int) -> "Trace":
@@ -129,6 +142,8 @@ class Trace:
             prompt_tokens=self.prompt_tokens[which],
             output_tokens=self.output_tokens[which],
             sessions=None if self.sessions is None else self.sessions[which],
+            common_tokens=self.common_tokens,
+            gap_s=None if self.gap_s is None else self.gap_s[which],
         )
 
 
@@ -314,6 +329,86 @@ def synthetic_trace(
         arrival_s=arrival_s[kept],
         prompt_tokens=prompts[kept],
         output_tokens=outputs[kept],
+    )
+
+
+def agent_trace(
+    *,
+    sessions: int,
+    sessions_per_s: float,
+    seed: int = 0,
+    turns: int = 40,
+    prompt_mean: float = 140_000.0,
+    output_mean: float = 440.0,
+    known_share: float = 0.96,
+    common_tokens: int = 16_000,
+    tool_mean_s: float = 6.0,
+    output_s: float = 0.02,
+    most_tokens: int = 1_000_000,
+    name: str = "agents",
+) -> Trace:
+    """Sessions of agents: each prompt is the one before, its answer, and what a tool said of it.
+
+    A prompt grows by as much a turn as leaves `known_share` of it known from the turn before, on
+    the mean over a session; the defaults are those of coding agents: some 40 turns of 140,000
+    tokens in and 440 out, of which 96 % were there before. The next turn follows when the answer is
+    there and the tool has run (`gap_s`).
+
+    Args:
+        turns: of a session, on the mean; from a half of it to three halves.
+        common_tokens: that all sessions begin with.
+        output_s: that a token of an answer is taken to need in `arrival_s`.
+    """
+    for what, value in (
+        ("sessions_per_s", sessions_per_s),
+        ("tool_mean_s", tool_mean_s),
+        ("output_s", output_s),
+    ):
+        if not (math.isfinite(value) and value > 0):
+            raise UsageError(f"{what}={value} must be a finite positive number")
+    for what, value in (("sessions", sessions), ("turns", turns), ("output_mean", output_mean)):
+        if not value >= 1:
+            raise UsageError(f"{what}={value:g} must be at least 1")
+    if not 0 < known_share < 1:
+        raise UsageError(f"known_share={known_share} must be between 0 and 1")
+    grown = (1 - known_share) * prompt_mean
+    if grown < output_mean + 1:
+        raise UsageError(
+            f"known_share={known_share} of prompt_mean={prompt_mean:g} tokens leaves {grown:.0f} "
+            f"new ones a turn, fewer than an answer of output_mean={output_mean:g}; lower one"
+        )
+    # A request's mean place in its session, of a half to three halves of `turns`.
+    first = prompt_mean - grown * (turns * 13 / 12 - 1) / 2
+    if first <= common_tokens:
+        raise UsageError(
+            f"prompt_mean={prompt_mean:g} over {turns} turns begins at {first:.0f} tokens, not "
+            f"beyond common_tokens={common_tokens}; raise known_share or lower common_tokens"
+        )
+    generator = np.random.default_rng(seed)
+    begins_s = poisson_arrivals(sessions, sessions_per_s, seed + 1)
+    found: list[tuple[float, int, int, int, float]] = []
+    for session, began_s in enumerate(begins_s.tolist()):
+        count = max(1, round(turns * generator.uniform(0.5, 1.5)))
+        length, now_s = common_tokens + int((first - common_tokens) * generator.gamma(4, 0.25)), 0.0
+        gap_s = 0.0
+        for _ in range(count):
+            output = max(1, int(output_mean * generator.lognormal(-0.32, 0.8)))
+            if length + output > most_tokens:
+                break
+            found.append((began_s + now_s, max(1, length), output, session, gap_s))
+            gap_s = float(generator.exponential(tool_mean_s))
+            now_s += output * output_s + gap_s
+            length += output + int((grown - output_mean) * generator.gamma(1, 1.0))
+    found.sort()
+    arrivals_s, prompts, outputs, numbers, gaps_s = zip(*found, strict=True)
+    return Trace(
+        name=name,
+        arrival_s=np.array(arrivals_s),
+        prompt_tokens=np.array(prompts),
+        output_tokens=np.array(outputs),
+        sessions=np.array(numbers),
+        common_tokens=common_tokens,
+        gap_s=np.array(gaps_s),
     )
 
 

@@ -159,6 +159,19 @@ def test_a_shared_page_is_copied_before_it_is_written(parameters, executor):
     assert second.cached_tokens == 7
 
 
+def test_what_is_copied_may_be_computed_in_the_same_iteration(parameters, executor):
+    """Two that ask the same at once, of whole pages: the second copies what the first computes."""
+    scheduler = make()
+    prompt = np.random.default_rng(8).integers(0, 264, 8).tolist()
+    expected = reference(parameters, prompt, 10)
+    first, second = request("a", prompt), request("b", prompt)
+    scheduler.add(first)
+    scheduler.add(second)
+    run(scheduler, executor)
+    assert second.cached_tokens == 7
+    assert first.output_tokens == second.output_tokens == expected
+
+
 def test_seeded_sampling_survives_batching_and_preemption(executor):
     prompts = [[7 * i + 1, 5, 3 * i] for i in range(4)]
     outputs = []

@@ -100,3 +100,42 @@ def test_releasing_twice_is_refused():
     allocator.release(pages)
     with pytest.raises(ValueError, match="released more often than held"):
         allocator.release(pages)
+
+
+def kept(allocator, keys, **given):
+    pages = allocator.allocate(len(keys))
+    for page, key in zip(pages, keys, strict=True):
+        allocator.register(page, key)
+    allocator.release(pages, **given)
+
+
+def test_what_is_dear_to_compute_again_stays_longer_but_not_for_ever():
+    allocator: Any = PageAllocator(4, 1)
+    kept(allocator, [1, 2], cost=3.0)
+    kept(allocator, [3, 4], cost=1.0)
+    allocator.release(allocator.allocate(2))
+    assert [allocator.find(key) is not None for key in (1, 2, 3, 4)] == [True, True, False, False]
+    for key in range(10, 60, 2):  # cheap pages come and go, and prices rise with them
+        kept(allocator, [key, key + 1], cost=1.0)
+    assert allocator.find(1) is None and allocator.find(2) is None
+    allocator.check()
+
+
+def test_what_is_used_again_stays_longer_than_what_never_was():
+    allocator: Any = PageAllocator(8, 1)
+    for turn in range(40):
+        session = [1, 2]
+        held = allocator.share(session)
+        if not held:
+            kept(allocator, session, kind="session")
+        else:
+            allocator.release(held, kind="session")
+        kept(allocator, [100 + 2 * turn, 101 + 2 * turn], kind="new")
+    reuse = allocator.reuse
+    assert reuse.probability("session") > 0.9
+    assert reuse.probability("new") < 0.2
+    kept(allocator, [7, 8], kind="session")
+    for turn in range(12):
+        kept(allocator, [300 + 2 * turn, 301 + 2 * turn], kind="new")
+    assert allocator.find(7) is not None and allocator.find(8) is not None
+    allocator.check()

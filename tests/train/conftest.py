@@ -11,7 +11,7 @@ WIDTH, VOCABULARY, LAYERS = 8, 16, 4
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quickly(quickly_compiled, compiled_once):
+def _quickly(quickly_compiled):
     """For every module here."""
 
 

@@ -16,8 +16,7 @@ from jaxsys.errors import UsageError
 from jaxsys.layered import Layer as LayerInfo
 from jaxsys.train.adapt.carry import Chain, Freight, Hold, Mail, Role, Table, freight
 from jaxsys.train.adapt.kinds import Computed, Input, Picked, Position, Same, kinds_of
-from jaxsys.train.adapt.stages import Stages, cuts
-from jaxsys.train.adapt.values import (
+from jaxsys.train.adapt.program import (
     BatchLeaf,
     BlockLeaf,
     EdgeLeaf,
@@ -30,6 +29,7 @@ from jaxsys.train.adapt.values import (
     run,
     value_of,
 )
+from jaxsys.train.adapt.stages import Stages, cuts
 
 Leaves = dict[tuple[str, ...], Any]
 """A layer's parameters by name."""

@@ -16,7 +16,7 @@ from jaxsys.errors import UsageError
 from jaxsys.model import preset
 from jaxsys.serve import cli as serve_cli
 from jaxsys.serve.clock import WallClock
-from jaxsys.serve.energy.governors import GovernorChoice, Served, make_decode_router, real_governor
+from jaxsys.serve.energy.governors import GovernorChoice, Served, make_router, real_governor
 from jaxsys.serve.energy.policy import ClockPolicy, Clocks, Queue, Ran
 from jaxsys.serve.energy.registry import (
     CLOCK_POLICIES,
@@ -78,7 +78,7 @@ def test_the_server_offers_it():
     assert (options.policy, options.route) == ("toy-fast", "last")
     assert GovernorChoice(policy="toy-fast").policy == "toy-fast"
     served = Served(model=preset("llama-3-8b"))
-    assert isinstance(make_decode_router("last", "h100", served, SharedSlo()), LastRouter)
+    assert isinstance(make_router("last", "h100", served, SharedSlo()), LastRouter)
 
 
 def test_it_sets_a_live_instances_clock(driver):

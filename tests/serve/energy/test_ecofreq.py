@@ -1,5 +1,6 @@
 """The clock governor's decisions, on a simulated GPU in virtual time."""
 
+import dataclasses
 import math
 import random
 import time
@@ -11,7 +12,7 @@ from jaxsys.clocks import SimulatedClocks
 from jaxsys.errors import UsageError
 from jaxsys.serve.energy.ecofreq import EcoFreq, EcoFreqConfig
 from jaxsys.serve.energy.governor import Governor
-from jaxsys.serve.energy.gpu_model import Load, simulated_gpu
+from jaxsys.serve.energy.gpu_model import Load, run_many, simulated_gpu
 from jaxsys.serve.energy.meters import CounterMeter
 from jaxsys.serve.energy.predictors import ModelPredictor
 from jaxsys.serve.energy.slo import SharedSlo, Slo
@@ -85,6 +86,22 @@ def test_decode_takes_the_lowest_clock_that_keeps_the_itl():
         slower, faster = (decode_s(batch, kv, CLOCKS[k]) for k in (level - 1, level))
         bench = Bench(Slo(itl_s=(slower + faster) / 2, reserve=0.0))
         assert bench.decide(iteration(batch=batch, kv_tokens=kv)) == CLOCKS[level]
+
+
+def test_a_step_that_guesses_may_take_longer_since_it_yields_more_tokens():
+    """The bound is on the time a token; rows that are guessed cost as rows of a batch do."""
+    batch, kv = 100, 50_000
+    plain = iteration(batch=batch, kv_tokens=kv)
+    drafts = ((1, 2, 3),) * batch
+    rows = Load(batch=batch, kv_tokens=kv, drafted=3 * batch)
+    slowest_s = GPU.run(rows, CLOCKS[0]).time_s
+    assert slowest_s > decode_s(batch, kv, CLOCKS[0])
+    guessed = {gain: dataclasses.replace(plain, drafts=drafts, gain=gain) for gain in (1.0, 2.0)}
+    bench = Bench(Slo(itl_s=slowest_s / 1.9, reserve=0.0))
+    assert bench.decide(guessed[2.0]) == CLOCKS[0]
+    assert Bench(Slo(itl_s=slowest_s / 1.9, reserve=0.0)).decide(guessed[1.0]) == CLOCKS[-1]
+    one, many = run_many(GPU, [rows], CLOCKS[:1])[0], GPU.run(rows, CLOCKS[0]).time_s
+    assert one[0, 0] == pytest.approx(many)
 
 
 def test_an_impossible_slo_is_served_at_the_maximum_and_counted():

@@ -352,6 +352,14 @@ def test_a_request_bears_what_it_causes():
     assert prompt.timing.energy_j + beside.timing.energy_j == pytest.approx(100)
 
 
+def test_guessed_tokens_are_borne_by_whom_they_are_for():
+    shares = Shares(gpu_spec("h100"), GPU.shape)
+    guessed, plain = request(100), request(100)
+    shares.give(Iteration(1, (), (guessed, plain), (), 0, 0, 200, 2, 1, ((1, 2, 3), ())), 8.0)
+    assert guessed.timing.energy_j + plain.timing.energy_j == pytest.approx(8.0)
+    assert guessed.timing.energy_j == pytest.approx(4 * plain.timing.energy_j, rel=0.1)
+
+
 def test_gpus_that_instances_share_are_counted_once():
     clocks = simulated_clocks()
     governors = [

@@ -19,8 +19,8 @@ from jaxsys.serve.energy.governor import Governor
 from jaxsys.serve.energy.governors import (
     GovernorChoice,
     Served,
-    make_decode_router,
     make_governor,
+    make_router,
 )
 from jaxsys.serve.energy.gpu_model import SHAPES, SimulatedGpu, gpu_spec
 from jaxsys.serve.energy.profile import Profile, Sample, simulated_profile, spread_over_clocks
@@ -90,11 +90,11 @@ def test_the_policy_and_the_router_are_those_asked_for():
     with pytest.raises(UsageError, match="'magic' is not known; use one of max, sweet-spot"):
         GovernorChoice(policy="magic")
     slo = SharedSlo()
-    assert isinstance(make_decode_router("energy", "h100", SERVED, slo), EnergyRouter)
-    assert isinstance(make_decode_router("round-robin", "h100", SERVED, slo), RoundRobinRouter)
-    assert isinstance(make_decode_router("fewest", "none", SERVED, slo), FewestRequestsRouter)
+    assert isinstance(make_router("energy", "h100", SERVED, slo), EnergyRouter)
+    assert isinstance(make_router("round-robin", "h100", SERVED, slo), RoundRobinRouter)
+    assert isinstance(make_router("fewest", "none", SERVED, slo), FewestRequestsRouter)
     with pytest.raises(UsageError, match="--route energy needs a model of the GPU"):
-        make_decode_router("energy", "none", SERVED, slo)
+        make_router("energy", "none", SERVED, slo)
 
 
 def test_a_profile_is_what_predictions_begin_from(profiles):
