@@ -1,9 +1,9 @@
 """Axes, named once: in what ways a plan splits a step over devices, and the meshes that run it.
 
 `RING` is the mesh axis along which schedules run (weights, activations or shards move on it);
-`DATA` holds replicas of whole rings. Two more are there where a step is split so: along `TENSOR`
-devices share the features of every block, along `EXPERT` its experts, each beside its part of the
-batch.
+`DATA` holds replicas of whole rings. Three more are there where a step is split so: along `TENSOR`
+devices share the features of every block, along `CONTEXT` its sequences, along `EXPERT` its
+experts, each beside its part of the batch.
 """
 
 import math
@@ -76,6 +76,14 @@ AXES: Mapping[str, Axis] = MappingProxyType(
                 mesh=RING,
                 user="shard",
                 costs="gathers and sums of a layer: moves of `strategies.zero`, `data_parallel`",
+            ),
+            Axis(
+                name="context",
+                splits="every sequence, and where state is split masters, weights and gradients",
+                mesh=CONTEXT,
+                user="shard",
+                costs="keys and values, or heads for tokens: `planner.sharing`; gradients that "
+                "are not split, summed once a step: `planner.costs.frame`",
             ),
             Axis(
                 name="features",

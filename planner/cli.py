@@ -20,11 +20,13 @@ from jaxsys.model.shapes import preset
 from jaxsys.options import Parser, whole
 from jaxsys.planner import explain, report
 from jaxsys.planner.cluster import Cluster
+from jaxsys.planner.command import train_command
 from jaxsys.planner.costs import Precision
 from jaxsys.planner.evaluate import POLICY, plan_costs, schedule_link
+from jaxsys.planner.evaluate import microbatches as microbatches_of
 from jaxsys.planner.files import plan_file
 from jaxsys.planner.lower import to_schedule
-from jaxsys.planner.named import best_that_runs, compare, with_found
+from jaxsys.planner.named import Comparison, best_that_runs, compare, with_found
 from jaxsys.planner.plans import PATHS, Plan, Residual
 from jaxsys.planner.problem import Problem
 from jaxsys.planner.profile import load_profile
@@ -140,6 +142,8 @@ def main(argv: Sequence[str], prog: str) -> int:
     print(report.table(comparison))
     print()
     print(report.verdict(comparison))
+    for text in _shared_commands(comparison, problem, options, sequence_length):
+        print(text)
     request = {
         "model": options.model,
         "devices": options.devices,
@@ -221,6 +225,28 @@ def main(argv: Sequence[str], prog: str) -> int:
             f"--sequence-length {sequence_length} --dtype bfloat16{gradients}`"
         )
     return 0
+
+
+def _shared_commands(
+    comparison: Comparison, problem: Problem, options: argparse.Namespace, sequence_length: int
+) -> list[str]:
+    """How the rows are run whose devices share sequences, a line for each that fits."""
+    lines = []
+    for row in comparison.rows:
+        if row.plan is None or row.plan.context == 1 or not row.fits or row.found:
+            continue
+        command = train_command(
+            row.plan,
+            model=options.model,
+            sequence_length=sequence_length,
+            microbatches=microbatches_of(problem, row.plan),
+            gradients=options.gradients,
+        )
+        if command is not None:
+            lines.append(f"{row.strategy}: `{command}`")
+    if not lines or Path(options.model).is_dir():
+        return []
+    return ["", *lines]
 
 
 def _beyond_schedule(plan: Plan, microbatch_size: int) -> str:

@@ -2,10 +2,10 @@
 
 Products run at the device's achievable rate, fused attention at its own, everything else at memory
 speed, sums of gradients over microbatches too. With recompute `block` only a block's input is kept
-and the backward pass runs the block's forward again; with `selective` it makes again what is
-neither a product nor attention. Memory at rest is master weights and Adam's two moments in float32,
-12 bytes per parameter, as owned, sharded or replicated; copies in motion, gradients and residuals
-are counted where and while the schedule's trace has them.
+and the backward pass runs the block's forward again; with `around-attention` all of it but
+attention, and with `selective` what is neither a product nor attention. Memory at rest is master
+weights and Adam's two moments in float32, 12 bytes per parameter, as owned, sharded or replicated;
+copies in motion, gradients and residuals are counted where and while the schedule's trace has them.
 """
 
 from collections.abc import Sequence
@@ -14,10 +14,23 @@ from itertools import pairwise
 
 from jaxsys.errors import UsageError
 from jaxsys.hardware import DeviceSpec
-from jaxsys.lowering.memory import Around, sharded_static_bytes, tabled_bytes
+from jaxsys.lowering.memory import Around, BlockBytes, sharded_static_bytes, tabled_bytes
 from jaxsys.lowering.tables import Buffers
+from jaxsys.planner.sharing import ContextLinks, Pass, attention_pass
+from jaxsys.planner.sharing import again as exchanged_again
 from jaxsys.planner.workload import POLICIES, BlockWork, ExpertWork, Workload
-from jaxsys.schedule import Block, Costs, Data, Link, Placement, Schedule, Trace, alive_bytes
+from jaxsys.schedule import (
+    Block,
+    Costs,
+    Data,
+    Inside,
+    Link,
+    Placement,
+    Schedule,
+    TaskKind,
+    Trace,
+    alive_bytes,
+)
 
 ATTENTION_BACKWARD = 2.5
 """Products of the fused attention's backward pass over those of its forward pass: 5 to 2."""
@@ -59,9 +72,13 @@ class BlockCost:
     work_bytes: float
     """Held only while the block's B runs: what recompute brings back among it."""
     sent_bytes: float
-    """Sent by F and B together to join split features."""
+    """Sent by F and B together to join split features, experts and sequences."""
     join_s: float = 0.0
     """What F and B together wait for that; within their times."""
+    forward_inside: tuple[Inside, ...] = ()
+    """What devices that share its sequences send each other in F."""
+    backward_inside: tuple[Inside, ...] = ()
+    """Likewise in B or I."""
 
     @property
     def backward_s(self) -> float:
@@ -79,11 +96,15 @@ class Split:
     experts: int = 1
     """Copies of the schedule that share the experts of every block."""
     expert_link: Link = NO_LINK
-    replicas: int = 1
-    """Copies of all these on other parts of the batch."""
-    replica_link: Link = NO_LINK
+    copies: int = 1
+    """All that have the same of what is no expert's: replicas x experts, and x context where
+    nothing is split over those that share sequences."""
     copies_link: Link = NO_LINK
-    """Of all that have the same of what is no expert's: replicas x experts."""
+    expert_copies: int = 1
+    """Likewise of what is an expert's: replicas, and x context."""
+    expert_copies_link: Link = NO_LINK
+    context_links: ContextLinks | None = None
+    """Of devices that share every sequence, whose part the work is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,13 +133,14 @@ def block_cost(
     precision: Precision,
     recompute: str,
     split: Split | None = None,
+    times_alone: bool = False,
 ) -> BlockCost:
     """Time and bytes of a block, a part of whose features each of a group of devices computes.
 
     Split features are joined twice a pass, around attention and around the feed-forward part: an
     all_gather before and a reduce_scatter after, of activations, nothing hidden. Backward gathers
     both of what the products read once more, since nobody keeps it whole. Of a block that says its
-    `joins` these are all_reduces instead.
+    `joins` these are all_reduces instead. With `times_alone` nothing is said of what it holds.
 
     Raises:
         UsageError: if the recompute policy is unknown, or what it keeps of this block is.
@@ -127,7 +149,9 @@ def block_cost(
         legal = ", ".join(POLICIES)
         raise UsageError(f"recompute={recompute!r} is not a policy; use one of {legal}")
     split = split or Split()
-    memory = block.memory(recompute, activation_bytes, experts=split.experts)
+    memory = BlockBytes(residual=0.0, tap=0.0, work=0.0)
+    if not times_alone:
+        memory = block.memory(recompute, activation_bytes, experts=split.experts)
     ways = split.features
     down = up = Joined()
     if ways > 1:
@@ -138,9 +162,37 @@ def block_cost(
     products = block.product_flops / device.product_flops_per_s / ways
     attention = block.attention_flops / device.attention_flops_per_s / ways
     passes = block.elementwise_bytes / device.memory_bytes_per_s / ways
-    forward = products + attention + passes + down.time_s
-    again = {"none": 0.0, "selective": passes, "block": forward}[recompute]
-    passes_down = 2 if recompute == "block" else 1
+    forward = products + passes + down.time_s
+    # All but attention is made again with `around-attention`, and what joins it sent again.
+    made = {"none": 0.0, "selective": passes, "around-attention": forward, "block": forward}
+    again = made[recompute]
+    passes_down = 2 if recompute in ("around-attention", "block") else 1
+    joined = passes_down * down + up
+    there = back = _attended(attention)
+    if block.shared is not None and split.context_links is not None:
+        there, back = (
+            attention_pass(
+                block.shared,
+                time_s,
+                split.context_links,
+                features=ways,
+                memory_bytes_per_s=device.memory_bytes_per_s,
+                backward=backward,
+            )
+            for time_s, backward in ((attention, False), (ATTENTION_BACKWARD * attention, True))
+        )
+        joined += Joined(time_s=there.waits_s + back.waits_s, sent_bytes=there.sent_bytes)
+        joined += Joined(sent_bytes=back.sent_bytes)
+        if recompute in ("selective", "around-attention"):
+            time_s, size = exchanged_again(block.shared, split.context_links, features=ways)
+            again += time_s
+            joined += Joined(time_s=time_s, sent_bytes=size)
+    else:
+        back = _attended(ATTENTION_BACKWARD * attention)
+    forward += there.time_s
+    if recompute == "block":
+        again += there.time_s
+        joined += Joined(time_s=there.waits_s, sent_bytes=there.sent_bytes)
 
     def part(size: float) -> float:
         return size * (block.cut_share / ways + 1.0 - block.cut_share)
@@ -149,7 +201,7 @@ def block_cost(
     gradient_bytes = parameters * precision.gradient_bytes
     return BlockCost(
         forward_s=forward,
-        input_gradient_s=products + ATTENTION_BACKWARD * attention + 2 * passes + up.time_s + again,
+        input_gradient_s=products + back.time_s + 2 * passes + up.time_s + again,
         weight_gradient_s=products + SUM_PASSES * gradient_bytes / device.memory_bytes_per_s,
         weight_bytes=parameters * precision.weight_bytes,
         gradient_bytes=gradient_bytes,
@@ -157,9 +209,21 @@ def block_cost(
         tap_bytes=part(memory.tap),
         # What is joined is whole while a product reads it, and its cotangent before it is cut.
         work_bytes=part(memory.work) + (2 * activation_bytes if ways > 1 else 0.0),
-        sent_bytes=passes_down * down.sent_bytes + up.sent_bytes,
-        join_s=passes_down * down.time_s + up.time_s,
+        sent_bytes=joined.sent_bytes,
+        join_s=joined.time_s,
+        # Attention is drawn in the middle of its block, which is about where it is.
+        forward_inside=_later(there.inside, (forward - there.time_s) / 2),
+        backward_inside=_later(back.inside, again + (products + 2 * passes + up.time_s) / 2),
     )
+
+
+def _attended(time_s: float) -> Pass:
+    """A pass through attention of whole sequences."""
+    return Pass(time_s=time_s, waits_s=0.0, sent_bytes=0.0, inside=())
+
+
+def _later(inside: Sequence[Inside], by_s: float) -> tuple[Inside, ...]:
+    return tuple(replace(one, start_s=one.start_s + by_s, end_s=one.end_s + by_s) for one in inside)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,6 +237,9 @@ class Joined:
         return Joined(
             time_s=self.time_s + other.time_s, sent_bytes=self.sent_bytes + other.sent_bytes
         )
+
+    def __rmul__(self, times: int) -> "Joined":
+        return Joined(time_s=times * self.time_s, sent_bytes=times * self.sent_bytes)
 
 
 def _exchanged(experts: ExpertWork, split: Split, device: DeviceSpec) -> Joined:
@@ -197,7 +264,7 @@ def _joined(
                 sent_bytes=count * (ways - 1) / ways * activation_bytes,
             )
 
-        return times(4), times(4 if recompute == "block" else 6)
+        return times(4), times(4 if recompute in ("around-attention", "block") else 6)
     joins = block.joins
 
     def summed(size_bytes: float, times: float) -> Joined:
@@ -226,9 +293,9 @@ def frame(
 ) -> Frame:
     """What a schedule over `devices` costs outside its blocks.
 
-    Embedding and head rest in shards over the devices unless everything is replicated; they are
-    gathered before the first task, and their gradient is reduced before the update. Replicas add
-    their gradients up after that.
+    `devices` are all over which what is split lies. Embedding and head rest in shards over them
+    unless everything is replicated; they are gathered before the first task, and their gradient is
+    reduced before the update. Copies add their gradients up after that.
     """
     split = split or Split()
     edge_ways = split.features if workload.splits_between else 1
@@ -249,10 +316,9 @@ def frame(
         if not replicated:
             before += link.collective_s(edge_parameters * weight, devices=devices)
             sent += edge_parameters * weight * (devices - 1) / devices
-    copies = split.replicas * split.experts
     for size, between, count in (
-        ((parameters - shared) / share, split.copies_link, copies),
-        (shared / share, split.replica_link, split.replicas),
+        ((parameters - shared) / share, split.copies_link, split.copies),
+        (shared / share, split.expert_copies_link, split.expert_copies),
     ):
         if count > 1 and size:
             after += between.collective_s(size * gradient, devices=count, rounds=2)
@@ -309,7 +375,8 @@ def schedule_costs(
         split=split,
     )
     if schedule.placement is Placement.SHARDED:
-        static = sharded_static_bytes(schedule, costs, held)
+        group = schedule.devices * schedule.sharers
+        static = sharded_static_bytes(schedule, costs, held, group=group)
     elif lowered is None:
         static = held.rest + held.edge + held.edge_sums + max(held.block, held.head)
     else:
@@ -325,7 +392,7 @@ def head_held_bytes(workload: Workload, ways: int) -> float:
     Of the last block's output and its cotangent each then has the whole for a while.
     """
     whole = 2 * workload.activation_bytes if ways > 1 else 0.0
-    return workload.edge.workspace_bytes / ways + whole
+    return workload.edge.held_bytes / ways + whole
 
 
 def lowered_peak_bytes(schedule: Schedule, buffers: Buffers, costs: Costs, around: Around) -> float:
@@ -377,11 +444,24 @@ def costs_around(
         empty = largest if field.endswith("_bytes") else 0.0
         return tuple(sum(row) + empty * max(0, spare - len(row)) for row in found)
 
+    def inside(field: str) -> tuple[tuple[Inside, ...], ...]:
+        """What a chunk's layers send within a task, one layer after another."""
+        found = []
+        for part in parts:
+            row: tuple[Inside, ...] = ()
+            at_s = 0.0
+            for layer in part if field == "forward" else reversed(part):
+                cost = blocks[layer]
+                row += _later(getattr(cost, f"{field}_inside"), at_s)
+                at_s += cost.forward_s if field == "forward" else cost.input_gradient_s
+            found.append(row)
+        return tuple(found)
+
     around = frame(
         workload,
         device,
         link,
-        devices=devices,
+        devices=devices * schedule.sharers,
         placement=placement,
         precision=precision,
         split=split,
@@ -411,6 +491,13 @@ def costs_around(
         residual_bytes=total("residual_bytes"),
         tap_bytes=total("tap_bytes"),
         other_sent_bytes=around.sent_bytes + joined,
+        inside={
+            TaskKind.FORWARD: inside("forward"),
+            TaskKind.BACKWARD: inside("backward"),
+            TaskKind.INPUT_GRADIENT: inside("backward"),
+        }
+        if any(cost.forward_inside for cost in blocks)
+        else {},
     )
     held = Around(
         rest=rest,

@@ -33,6 +33,7 @@ from jaxsys.planner.costs import (
 from jaxsys.planner.orders import staged_schedule
 from jaxsys.planner.plans import PATHS, Gradient, Plan, Residual, State, Weights
 from jaxsys.planner.problem import Problem
+from jaxsys.planner.sharing import ContextLinks
 from jaxsys.schedule import Costs, Data, Link, Placement, Schedule, Trace, trace
 from jaxsys.schedule.quick import QuickMemory, QuickSchedule, Totals
 from jaxsys.strategies import for_layers, strategy_at
@@ -51,6 +52,7 @@ STEADY_TURNS = 4
 POLICY: Mapping[Residual, Recompute] = {
     Residual.KEEP: "none",
     Residual.SELECTIVE: "selective",
+    Residual.ATTENTION: "around-attention",
     Residual.RECOMPUTE: "block",
 }
 
@@ -60,6 +62,8 @@ _RESIDUALS = list(Residual)
 _PATH_WEIGHTS = np.array([_WEIGHTS.index(p.weights) for p in PATHS])
 _PATH_GRADIENTS = np.array([_GRADIENTS.index(p.gradient) for p in PATHS])
 _PATH_RESIDUALS = np.array([_RESIDUALS.index(p.residual) for p in PATHS])
+CHOICES = len(_WEIGHTS) + len(_GRADIENTS) + len(_RESIDUALS)
+"""What a layer may choose, each apart from the others."""
 _STAY, _WITHIN, _BETWEEN, _REFETCH = range(4)
 _ONCE, _EACH, _DEFERRED = range(3)
 
@@ -177,9 +181,9 @@ class Evaluator:
 
     def _joins_s(self, plan: Plan, total: int) -> float:
         """What a device waits for others within its tasks in a step, which their times contain."""
-        if plan.features == plan.experts == 1:
+        if plan.features == plan.experts == plan.context == 1:
             return 0.0
-        workload = self.problem.workload(plan.microbatch_size)
+        workload = self.problem.work(plan)
         split = plan_split(self.problem, plan)
         each = {
             (block, path.residual): block_cost(
@@ -198,7 +202,7 @@ class Evaluator:
 
     def _costs(self, plan: Plan, shape: Schedule) -> tuple[Costs, Around]:
         return costs_around(
-            self.problem.workload(plan.microbatch_size),
+            self.problem.work(plan),
             self.problem.cluster.slowest,
             schedule_link(self.problem, plan),
             schedule=shape,
@@ -260,7 +264,8 @@ class _Held:
 def _ordered(plan: Plan) -> Plan:
     """What of a plan its schedule depends on."""
     alone = {"replicas": 1, "experts": 1, "features": 1, "microbatch_size": 1}
-    return replace(plan, layers=(), state=State.WHOLE, **alone)
+    whole = {"context": 1, "context_by": "ring", "context_exchange": None}
+    return replace(plan, layers=(), state=State.WHOLE, **alone, **whole)
 
 
 @lru_cache(maxsize=COMPILED)
@@ -314,27 +319,45 @@ def microbatches(problem: Problem, plan: Plan) -> int:
 
 
 def schedule_link(problem: Problem, plan: Plan) -> Link:
-    """What joins the schedule's devices; features are nearest, then these, then those that share
-    experts, then replicas."""
-    return problem.cluster.group(plan.schedule_devices, plan.features)
+    """What joins the schedule's devices, and where state is split all over which it lies.
+
+    Features are nearest, then those that share sequences, then these, then those that share
+    experts, then replicas.
+    """
+    if plan.state is State.SPLIT:
+        return problem.cluster.group(plan.group, plan.features)
+    return problem.cluster.group(plan.schedule_devices, plan.features * plan.context)
 
 
 def plan_split(problem: Problem, plan: Plan) -> Split:
     """What stands around and inside each of the schedule's devices."""
-    inner = plan.features * plan.schedule_devices
-    cluster = problem.cluster
+    inner = plan.features * plan.context * plan.schedule_devices
+    cluster, split = problem.cluster, plan.split
+    # Those that share sequences sum what they do not split, with replicas if there are any.
+    sharers = 1 if plan.state is State.SPLIT else plan.context
+
+    def copies(ways: int, stride: int) -> Link:
+        if ways * sharers == 1:
+            return NO_LINK
+        near = plan.features if ways == 1 else stride // sharers
+        return cluster.group(ways * sharers, near)
+
     return Split(
         features=plan.features,
         feature_link=cluster.group(plan.features) if plan.features > 1 else NO_LINK,
         experts=plan.experts,
         expert_link=cluster.group(plan.experts, inner) if plan.experts > 1 else NO_LINK,
-        copies_link=cluster.group(plan.replicas * plan.experts, inner)
-        if plan.replicas * plan.experts > 1
-        else NO_LINK,
-        replicas=plan.replicas,
-        replica_link=cluster.group(plan.replicas, inner * plan.experts)
-        if plan.replicas > 1
-        else NO_LINK,
+        copies=plan.replicas * plan.experts * sharers,
+        copies_link=copies(plan.replicas * plan.experts, inner),
+        expert_copies=plan.replicas * sharers,
+        expert_copies_link=copies(plan.replicas, inner * plan.experts),
+        context_links=None
+        if split is None
+        else ContextLinks(
+            whole=cluster.group(split.parts, plan.features),
+            hop=cluster.group(split.groups, plan.features * split.exchanging),
+            exchange=cluster.group(split.exchanging, plan.features),
+        ),
     )
 
 
@@ -353,7 +376,7 @@ def plan_costs(
         lowered: the schedule's trace and buffers, for memory as lowered programs allocate it.
     """
     return schedule_costs(
-        problem.workload(plan.microbatch_size),
+        problem.work(plan),
         problem.cluster.slowest,
         schedule_link(problem, plan),
         schedule=schedule,
@@ -368,9 +391,10 @@ class ShardedEvaluator:
     """Plans whose devices all do the same: one schedule of `trajectory` or `data_parallel` each."""
 
     def __init__(self, problem: Problem, base: Plan) -> None:
-        workload = problem.workload(base.microbatch_size)
+        workload = problem.work(base)
         self.layers = workload.layers
-        self.devices = base.shard
+        self.devices = base.shard if base.state is State.WHOLE else base.group
+        """Over which gradients are summed, and what is split lies."""
         self.whole = base.state is State.WHOLE
         self.lookahead = base.lookahead
         self.turns = microbatches(problem, base) // base.shard
@@ -383,7 +407,7 @@ class ShardedEvaluator:
         keep = by_residual[Residual.KEEP]
         costs = [by_residual.get(residual, keep) for residual in _RESIDUALS]
         self.forward_s = np.array([c.forward_s for c in keep])
-        self.backward_s = np.array([[c.backward_s for c in row] for row in costs])  # [3, L]
+        self.backward_s = np.array([[c.backward_s for c in row] for row in costs])  # [residuals, L]
         self.weight_bytes = np.array([c.weight_bytes for c in keep])
         self.gradient_bytes = np.array([c.gradient_bytes for c in keep])
         self.residual_bytes = np.array([[c.residual_bytes for c in row] for row in costs])
@@ -393,14 +417,14 @@ class ShardedEvaluator:
         between = base.features if workload.splits_between else 1
         self.activation_bytes = workload.activation_bytes / between
         self.contention = link.contention
-        alone = base.shard == 1
+        alone, group = self.devices == 1, self.devices
         rounds = 2 if self.whole else 1
         self.gather_s = np.array(
-            [0.0 if alone else link.collective_s(b, devices=base.shard) for b in self.weight_bytes]
+            [0.0 if alone else link.collective_s(b, devices=group) for b in self.weight_bytes]
         )
         self.reduce_s = np.array(
             [
-                0.0 if alone else link.collective_s(b, devices=base.shard, rounds=rounds)
+                0.0 if alone else link.collective_s(b, devices=group, rounds=rounds)
                 for b in self.gradient_bytes
             ]
         )
@@ -408,12 +432,13 @@ class ShardedEvaluator:
             workload,
             problem.cluster.slowest,
             link,
-            devices=base.shard,
+            devices=group,
             placement=Placement.REPLICATED if self.whole else Placement.SHARDED,
             precision=problem.precision,
             split=split,
         )
         self.workspace_bytes = head_held_bytes(workload, between)
+        self.stacked = workload.stacked
         self.occupancy = self._occupancy()
         self.tabled = problem.lowered and self.whole
         if self.tabled:  # slots are each device's own: two stand for any number
@@ -427,7 +452,7 @@ class ShardedEvaluator:
     def _block_costs(
         problem: Problem, base: Plan, split: Split, residual: Residual
     ) -> list[BlockCost]:
-        workload = problem.workload(base.microbatch_size)
+        workload = problem.work(base)
         return [
             block_cost(
                 block,
@@ -570,9 +595,9 @@ class ShardedEvaluator:
         return (gathers * self.gather_s + sums * self.reduce_s + backward).sum(1)
 
     def _choices(self, codes: np.ndarray) -> np.ndarray:
-        """float64 [B, L * 10]: one for what each layer chooses."""
+        """float64 [B, L * CHOICES]: one for what each layer chooses."""
         plans, layers = codes.shape
-        choices = np.zeros((plans, layers, 10), np.float64)
+        choices = np.zeros((plans, layers, CHOICES), np.float64)
         rows, columns = np.arange(plans)[:, None], np.arange(layers)[None, :]
         choices[rows, columns, _PATH_WEIGHTS[codes]] = 1
         choices[rows, columns, 4 + _PATH_GRADIENTS[codes]] = 1
@@ -586,9 +611,11 @@ class ShardedEvaluator:
         work = self.work_bytes[residuals, np.arange(self.layers)].max(1)
         if self.tabled:
             return self._tabled_peak(residuals, work)
-        # One product gives the live bytes of every plan at every tick, in units of 2**20.
-        live = self._choices(codes) @ self.occupancy
-        moving = live.max(1) * 2**20
+        if self.stacked:
+            moving = self._all_at_once(weights, residuals)
+        else:
+            # One product gives the live bytes of every plan at every tick, in units of 2**20.
+            moving = (self._choices(codes) @ self.occupancy).max(1) * 2**20
         frame = self.frame
         static = frame.rest_bytes + frame.edge_bytes + frame.edge_sum_bytes
         held = np.zeros(plans)
@@ -598,6 +625,13 @@ class ShardedEvaluator:
             every = (gradients != _ONCE) | (self.turns == 1)
             held += (every * self.gradient_bytes).sum(1) / self.devices
         return static + held + np.maximum(self.workspace_bytes, work) + moving
+
+    def _all_at_once(self, weights: np.ndarray, residuals: np.ndarray) -> np.ndarray:
+        """What loops over layers hold of them: all that they keep, and all gradients; those that
+        are summed to shards are counted with what rests."""
+        kept = self.residual_bytes[residuals, np.arange(self.layers)].sum(1)
+        gradients = self.gradient_bytes.sum() if self.whole else 0.0
+        return (weights == _STAY) @ self.weight_bytes + kept + gradients + self.activation_bytes
 
     def _tabled_peak(self, residuals: np.ndarray, work: np.ndarray) -> np.ndarray:
         """What programs with buffers allocate, whose parameters are whole on every device."""
@@ -624,7 +658,7 @@ class ShardedEvaluator:
         return tabled_bytes(self.schedule, self.buffers, size, around)
 
     def _occupancy(self) -> np.ndarray:
-        """float64 [L * 10, T]: MiB that each choice of each layer holds in each tick.
+        """float64 [L * CHOICES, T]: MiB that each choice of each layer holds in each tick.
 
         Memory repeats itself from the second microbatch on, so three stand for all.
         """
@@ -632,7 +666,7 @@ class ShardedEvaluator:
         turns = min(self.turns, 3)
         ticks = 2 * layers * turns + ahead
         # By how much each tick holds more than the one before, all layers at once.
-        change = np.zeros((layers, 10, ticks + 3))
+        change = np.zeros((layers, CHOICES, ticks + 3))
         layer = np.arange(layers)
 
         def hold(choice: int, first: np.ndarray | int, last: np.ndarray, size: np.ndarray) -> None:
@@ -660,13 +694,13 @@ class ShardedEvaluator:
             hold(4 + _EACH, backward, backward + ahead, gradient)
             until = backward + ahead if last else following + ahead - 1
             hold(4 + _DEFERRED, backward, until, gradient)
-            for choice in range(3):
+            for choice in range(len(_RESIDUALS)):
                 hold(7 + choice, forward, backward, self.residual_bytes[choice])
                 # What passes on to the next layer and back, whatever is chosen.
                 hold(7 + choice, forward, forward + 1, passed)
                 hold(7 + choice, backward, backward + 1, np.where(layer > 0, passed, 0.0))
         live = np.cumsum(change, axis=2)[:, :, :ticks]
-        return (live / 2**20).reshape(layers * 10, ticks)
+        return (live / 2**20).reshape(layers * CHOICES, ticks)
 
 
 def _transfer(

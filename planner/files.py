@@ -114,12 +114,12 @@ def _check_sizes(path: str | Path, plan: Plan, made_for: Fields) -> None:
             f"plan {path}: {product} is {plan.devices} devices, but its field 'for.devices' is "
             f"{devices}; make the plan again"
         )
-    unit = plan.replicas * plan.shard * plan.microbatch_size
+    unit = plan.replicas * plan.experts * plan.shard * plan.microbatch_size
     if batch % unit:
         raise UsageError(
-            f"plan {path}: replicas {plan.replicas} x shard {plan.shard} x microbatch_size "
-            f"{plan.microbatch_size} does not divide its field 'for.batch', {batch}; "
-            "make the plan again"
+            f"plan {path}: replicas {plan.replicas} x experts {plan.experts} x shard {plan.shard} "
+            f"x microbatch_size {plan.microbatch_size} does not divide its field 'for.batch', "
+            f"{batch}; make the plan again"
         )
     if batch // unit > MOST_MICROBATCHES:
         raise UsageError(

@@ -1,6 +1,7 @@
 """From a plan to the schedule that runs it."""
 
 from dataclasses import replace
+from typing import Any
 
 from jaxsys.errors import UsageError
 from jaxsys.planner.evaluate import microbatches
@@ -14,8 +15,8 @@ from jaxsys.strategies.zero import trajectory
 
 
 def to_schedule(problem: Problem, plan: Plan) -> Schedule:
-    """The schedule of one replica; it says over how many devices features are
-    split inside its tasks, and how many replicas stand around it.
+    """The schedule of one replica; it says over how many devices features and sequences are split
+    inside its tasks and what travels there, and how many replicas stand around it.
 
     Raises:
         UsageError: if the plan does not fit the problem.
@@ -25,7 +26,9 @@ def to_schedule(problem: Problem, plan: Plan) -> Schedule:
             f"the plan is for {len(plan.layers)} layers, the model has {problem.layers}"
         )
     total = microbatches(problem, plan)
-    around = {"replicas": plan.replicas, "features": plan.features, "experts": plan.experts}
+    around: Any = {"replicas": plan.replicas, "features": plan.features, "experts": plan.experts}
+    around |= {"context": plan.context, "context_by": plan.context_by}
+    around["context_exchange"] = plan.context_exchange
     if plan.owners > 1:
         return replace(staged_schedule(plan, total), name=recognise(plan), **around)
     layers = range(len(plan.layers))

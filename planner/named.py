@@ -18,6 +18,7 @@ from jaxsys.planner.problem import Problem
 from jaxsys.planner.recognise import divided
 from jaxsys.planner.runs import why_not, why_not_schedule
 from jaxsys.planner.search import Found, Result
+from jaxsys.planner.sharing import splits_of
 from jaxsys.planner.workload import Workload
 from jaxsys.schedule import Placement, Schedule, ScheduleError, simulate, trace
 from jaxsys.strategies import STRATEGIES, Place, Strategy, for_layers
@@ -25,6 +26,10 @@ from jaxsys.strategies.data_parallel import check_microbatches
 
 MOST_TASKS = 200_000
 """Of a schedule that is simulated task by task."""
+LONG = 32_768
+"""Tokens of a sequence from which on a comparison has rows of devices that share each."""
+SHARED_WITH = ("zero-1", "zero-3")
+"""What goes on around such devices in these rows; a search looks at everything."""
 USABLE_MEMORY = 0.92
 """The share of a device's memory that a step may take by default; the rest is for the runtime,
 collectives' buffers and fragmentation."""
@@ -135,6 +140,9 @@ def compare(
             refused.append((name, str(error)))
         else:
             rows.append(row)
+    if workload.tokens // microbatch_size >= LONG:
+        progress("sharing sequences")
+        rows += _shared_rows(evaluator, microbatches, microbatch_size, policies)
     if not rows:
         names_of: dict[str, list[str]] = {}  # a rule is said once, however many it refuses
         for name, why in refused:
@@ -181,16 +189,65 @@ def _row(
             strategy.name, devices=devices, microbatches=microbatches, layers=workload.layers
         )
         estimates = _simulated(problem, made, microbatch_size, policies)
+    return _row_of(problem, strategy.name, chunks, estimates, microbatches, microbatch_size)
+
+
+def _shared_rows(
+    evaluator: Evaluator, microbatches: int, microbatch_size: int, policies: Sequence[str]
+) -> list[Row]:
+    """For each way to share sequences the best number of devices that do."""
+    problem = evaluator.problem
+    workload, devices = problem.workload(microbatch_size), problem.cluster.devices
+    ways: dict[str, list[_Estimate]] = {}
+    for parts in range(2, devices + 1):
+        around = devices // parts
+        if devices % parts or not workload.shares(parts) or microbatches % around:
+            continue
+        if workload.uncut(devices) is not None:
+            continue
+        for split in splits_of(parts):
+            if workload.sharing is None or not workload.sharing.allows(split):
+                continue
+            for name in SHARED_WITH:
+                place = STRATEGIES[name].place
+                assert place is not None
+                for policy in policies:
+                    plan = replace(
+                        plan_at(place, policy, around, workload.layers, microbatch_size),
+                        context=parts,
+                        context_by=split.by,
+                        context_exchange=split.exchange,
+                    )
+                    ways.setdefault(split.by, []).append(_planned(evaluator, plan))
+    return [
+        _row_of(problem, None, workload.layers, estimates, microbatches, microbatch_size)
+        for estimates in ways.values()
+    ]
+
+
+def _row_of(
+    problem: Problem,
+    name: str | None,
+    chunks: int,
+    estimates: Sequence["_Estimate"],
+    microbatches: int,
+    microbatch_size: int,
+) -> Row:
+    """The fastest of a row's estimates that fits; without a name it is called by its plan."""
+    workload, devices = problem.workload(microbatch_size), problem.cluster.devices
     fitting = [one for one in estimates if one.peak_bytes <= problem.memory_bytes]
     best = (
         min(fitting, key=lambda one: one.step_s)
         if fitting
         else min(estimates, key=lambda one: one.peak_bytes)
     )
+    if name is None:
+        assert best.plan is not None
+        name = ", ".join(divided(best.plan))
     flops = workload.model_flops * microbatches
     peak_flops = devices * problem.cluster.device.peak_flops_per_s
     return Row(
-        strategy=strategy.name,
+        strategy=name,
         recompute=best.recompute,
         chunks=chunks,
         step_s=best.step_s,

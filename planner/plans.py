@@ -8,8 +8,8 @@ when the gradient is summed over devices and whether residuals are kept:
 |---|---|---|---|---|---|
 | stay | the whole step | once | after the last microbatch | keep | from F to B |
 | within | from F to B | each | after every B | selective | what products made, likewise |
-| between | from B to the next F | deferred | during the next F | recompute | in B alone |
-| refetch | for one use | | | | |
+| between | from B to the next F | deferred | during the next F | attention | what attention made |
+| refetch | for one use | | | recompute | in B alone |
 
 Where layers rest on owners, B may be split into I (dL/dx) and W (dL/dw), and W put off. Nothing
 here is a strategy's name; `recognise` finds names for plans.
@@ -22,11 +22,14 @@ from enum import StrEnum
 from itertools import product
 from typing import Any
 
+from jaxsys.context import WAYS, ContextSplit
 from jaxsys.errors import UsageError
 from jaxsys.fields import Fields
 from jaxsys.files import parse_json, shown
 from jaxsys.mesh import AXES
+from jaxsys.planner.sharing import split_of
 from jaxsys.schedule import Placement
+from jaxsys.schedule.inside import why_not_shared
 from jaxsys.strategies import (
     RECOMPUTES,
     Backward,
@@ -53,6 +56,8 @@ class Residual(StrEnum):
     KEEP = "keep"
     SELECTIVE = "selective"
     """What products and attention made; norms, rotations and gates are computed again."""
+    ATTENTION = "attention"
+    """The layer's input and what attention made; all but attention is computed again."""
     RECOMPUTE = "recompute"
     """The layer's input alone."""
 
@@ -87,6 +92,8 @@ class Plan:
     """Copies that share the experts of every block, each on its part of the batch."""
     shard: int = 1
     """Devices that split a batch, and over which state, weights and gradients may be split."""
+    context: int = 1
+    """Parts of every sequence; what is split over a shard group is split over these too."""
     features: int = 1
     """Parts of every block's features; the sequence is split alike between blocks."""
     stages: int = 1
@@ -99,12 +106,21 @@ class Plan:
     state: State = State.WHOLE
     order: str = Order.DEPTH_FIRST
     """An `Order`, or one that a strategy from elsewhere has for its own."""
+    context_by: str = "ring"
+    """What travels between devices that share a sequence: one of `jaxsys.context.WAYS`."""
+    context_exchange: int | None = None
+    """How many neighbours of them exchange heads, where that is `mixed`."""
     chunks: int = 1
     """Runs of layers that each stage owns, apart from each other."""
     backward: Backward = Backward.WHOLE
     delay: int = 0
     """How far W is put off: in a pipeline microbatches per stage above, in a ring passes."""
     layers: tuple[LayerPath, ...]
+
+    def __post_init__(self) -> None:
+        refused = why_not_shared(self.context_by, self.context, self.context_exchange)
+        if refused is not None:
+            raise UsageError(refused)
 
     @property
     def devices(self) -> int:
@@ -115,6 +131,17 @@ class Plan:
     def owners(self) -> int:
         """The devices on which layers rest apart; 1 where all have all layers."""
         return self.stages * self.ring
+
+    @property
+    def group(self) -> int:
+        """The devices over which what is split lies: a shard group, and all that share its
+        sequences; 1 where nothing is."""
+        return self.shard * self.context if self.state is State.SPLIT else 1
+
+    @property
+    def split(self) -> ContextSplit | None:
+        """How its sequences lie over devices; None where each is whole on one."""
+        return split_of(self.context, self.context_by, self.context_exchange)
 
     @property
     def placement(self) -> Placement:
@@ -130,7 +157,8 @@ class Plan:
 
     @property
     def schedule_devices(self) -> int:
-        """The devices of the plan's schedule, around which replicas and in which features stand."""
+        """The devices of the plan's schedule: replicas stand around them, and in each of them those
+        that share sequences and features."""
         return self.shard * self.owners
 
     @property
@@ -199,6 +227,7 @@ class Plan:
             layers += [run.fields("path").record(LayerPath)] * count
             if len(layers) > MOST_LAYERS:
                 raise raw.fault(f"it has more than {MOST_LAYERS} layers")
+        raw.choice("context_by", WAYS, None)
         order = raw.choice("order", (*Order, *orders()), Order.DEPTH_FIRST)
         apart = ("format", "version", "layers", "order")
         plain = {k: v for k, v in raw.value.items() if k not in apart}

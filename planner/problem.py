@@ -7,6 +7,7 @@ from functools import lru_cache
 from jaxsys.errors import UsageError
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.costs import Precision
+from jaxsys.planner.plans import Plan
 from jaxsys.planner.workload import Workload
 
 
@@ -36,6 +37,12 @@ class Problem:
 
     workload: Callable[[int], Workload] = field(init=False, repr=False, compare=False)
     """`workload_of`, remembered."""
+
+    def work(self, plan: Plan) -> Workload:
+        """What a device has of a plan's microbatch: all of it, or its part of every sequence."""
+        whole = self.workload(plan.microbatch_size)
+        split = plan.split
+        return whole if split is None else whole.part(split)
 
     @property
     def layers(self) -> int:

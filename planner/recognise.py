@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 
 from jaxsys.errors import UsageError
 from jaxsys.planner.cats import Cat, cats, residents, travels
-from jaxsys.planner.plans import Backward, Gradient, Plan, Residual, Weights
+from jaxsys.planner.plans import Backward, Gradient, Plan, Residual, State, Weights
 from jaxsys.schedule import Data, MoveKind, Placement, Schedule, TaskKind, check
 from jaxsys.strategies import STRATEGIES, Signs, called, named
 
@@ -16,9 +16,11 @@ from jaxsys.strategies import STRATEGIES, Signs, called, named
 def recognise(plan: Plan) -> str:
     """The name of what a plan does over its schedule's devices.
 
-    Features, experts, replicas and recompute are told by `describe`.
+    Context, features, experts, replicas and recompute are told by `describe`.
     """
     if plan.schedule_devices == 1:
+        if plan.context > 1:
+            return f"cp-{plan.context_by}"
         return "tp-sp" if plan.features > 1 else "ep" if plan.experts > 1 else "single"
     name = called(plan.choices)
     if name is None:
@@ -35,10 +37,18 @@ def divided(plan: Plan) -> list[str]:
     name = recognise(plan)
     alone = plan.schedule_devices == 1
     parts = [name if alone else f"{name} over {plan.schedule_devices}"]
+    if plan.split is not None:
+        over = f"{plan.context}"
+        if plan.context_by == "mixed":
+            over += f", {plan.context_exchange} of which exchange heads"
+        parts.append(f"of {over}" if alone else f"each of {over} (cp-{plan.context_by})")
+        if alone and plan.state is State.SPLIT:
+            parts.append(called(plan.choices) or str(plan.state))
     if plan.features > 1:
-        parts.append(f"of {plan.features}" if alone else f"each of {plan.features} (tp-sp)")
+        only = alone and plan.context == 1
+        parts.append(f"of {plan.features}" if only else f"each of {plan.features} (tp-sp)")
     if plan.experts > 1:
-        only = alone and plan.features == 1
+        only = alone and plan.features == plan.context == 1
         parts.append(f"of {plan.experts}" if only else f"experts over {plan.experts} (ep)")
     if plan.replicas > 1:
         parts.append(f"{plan.replicas} times")
@@ -54,6 +64,7 @@ def describe(plan: Plan) -> str:
         parts.append(f"{plan.chunks} chunks a stage")
     for residual, words in (
         (Residual.RECOMPUTE, "recompute"),
+        (Residual.ATTENTION, "recompute around attention"),
         (Residual.SELECTIVE, "selective recompute"),
     ):
         again = sum(path.residual is residual for path in plan.layers)

@@ -8,7 +8,7 @@
 plan files by it, and `schedule="auto"` passes over what it names.
 """
 
-from jaxsys.lowering.refusal import why_not_lowered
+from jaxsys.lowering.refusal import why_not_in_turn, why_not_lowered
 from jaxsys.mesh import AXES
 from jaxsys.planner.evaluate import POLICY
 from jaxsys.planner.plans import Plan, State
@@ -23,11 +23,13 @@ def why_not(plan: Plan) -> str | None:
         parts = getattr(plan, axis.name)
         if axis.mesh is None and parts > 1:
             return f"it splits {axis.name} over {parts} devices, which no schedule runs"
-    if plan.state is State.SPLIT and plan.shard == 1:
+    if plan.state is State.SPLIT and (plan.group == 1 or plan.owners > 1):
         return (
             f"it splits state over {plan.replicas} replicas, and replicas keep all of the state "
             "that a stage or ring keeps"
         )
+    if plan.split is not None and plan.owners > 1 and (refused := why_not_in_turn(plan.split)):
+        return refused
     recompute = RECOMPUTES[plan.placement]
     policies = dict.fromkeys(POLICY[path.residual] for path in plan.layers)
     if len(policies) > 1 and not recompute.by_layer:

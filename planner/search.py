@@ -29,8 +29,8 @@ from jaxsys.planner.evaluate import (
     plan_split,
     schedule_link,
 )
-from jaxsys.planner.plans import PATHS, Backward, Plan, Residual, data_parallel_plan
-from jaxsys.planner.space import ORDER, WAYS, Space
+from jaxsys.planner.plans import PATHS, Backward, Plan, Residual, State, data_parallel_plan
+from jaxsys.planner.space import ORDER, SHARED, WAYS, Space
 
 AIMED = 128
 """Moves tried first, those that relieve the problem most."""
@@ -317,7 +317,7 @@ class _Search:
         """No plan with this common part has a lower potential."""
         self.bounds += 1
         problem = self.space.problem
-        workload = problem.workload(base.microbatch_size)
+        workload = problem.work(base)
         split = plan_split(problem, base)
         # By what they are and not by their value, which takes longer to hash than to cost.
         alike = {id(block): block for block in workload.blocks}
@@ -329,6 +329,7 @@ class _Search:
                 precision=problem.precision,
                 recompute="none",
                 split=split,
+                times_alone=True,
             )
             for block in alike.values()
         ]
@@ -339,7 +340,7 @@ class _Search:
             workload,
             problem.cluster.slowest,
             schedule_link(problem, base),
-            devices=devices,
+            devices=base.group if base.state is State.SPLIT else devices,
             placement=base.placement,
             precision=problem.precision,
             split=split,
@@ -590,7 +591,7 @@ def _distance(a: Plan, b: Plan) -> int:
         return (1 if one_factor else 2 + len(changed)) + size
     others = sum(
         getattr(a, name) != getattr(b, name)
-        for name in ("microbatch_size", "lookahead", "state", *ORDER)
+        for name in ("microbatch_size", "lookahead", "state", *SHARED, *ORDER)
     )
     return others
 

@@ -14,6 +14,7 @@ Memory is no constraint: it is pressure in the search. What must be where and wh
 one, and is not for the user to state: no point of the space breaks it.
 """
 
+import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxsys.context import WAYS as WAYS_OF_CONTEXT
 from jaxsys.errors import UsageError
 from jaxsys.mesh import AXES
 from jaxsys.planner.constraints import (
@@ -37,11 +39,15 @@ from jaxsys.planner.evaluate import POLICY
 from jaxsys.planner.orders import legal_order
 from jaxsys.planner.plans import PATHS, Backward, Gradient, Order, Plan, Residual, State, Weights
 from jaxsys.planner.problem import Problem
+from jaxsys.planner.sharing import split_of
+from jaxsys.planner.workload import Workload
+from jaxsys.schedule.inside import exchanging, why_not_shared
 from jaxsys.strategies import orders
 
 WAYS = tuple(AXES)
 ORDER = ("order", "backward", "delay", "chunks")
-COMMON = (*WAYS, "microbatch_size", "turns", "lookahead", "state", *ORDER)
+SHARED = ("context_by", "context_exchange")
+COMMON = (*WAYS, *SHARED, "microbatch_size", "turns", "lookahead", "state", *ORDER)
 LAYERED = ("weights", "gradient", "residual")
 LOOKAHEADS = (1, 2, 4)
 DELAYS = (0, 1, 2)
@@ -71,6 +77,11 @@ class Space:
         ways = tuple(_divisors(problem.cluster.devices))
         sizes = microbatch_sizes or [b for b in (1, 2, 4, 8) if problem.batch % b == 0]
         domains: Domains = {name: ways for name in WAYS}
+        shared = [way for way in ways if problem.workload(1).shares(way)]
+        domains["context"] = ways if problem.workload(1).sharing is not None else (1,)
+        domains["context_by"] = WAYS_OF_CONTEXT if shared else ("ring",)
+        exchanged = [way for way in ways if any(way < parts for parts in shared)]
+        domains["context_exchange"] = (None, *(way for way in exchanged if way > 1))
         domains["microbatch_size"] = tuple(sizes)
         domains["turns"] = tuple(_divisors(problem.batch))
         domains["lookahead"] = LOOKAHEADS
@@ -96,7 +107,7 @@ class Space:
         return self._narrow("not", what, layers, lambda v: v not in values, values)
 
     def split(self, what: str, ways: int) -> "Space":
-        """Cuts `batch`, `features` or `state` into `ways` parts on as many devices.
+        """Cuts `batch`, `sequences`, `features` or `state` into `ways` parts on as many devices.
 
         `backward` is cut in two tasks, dL/dx and dL/dw, on the same device.
         """
@@ -107,13 +118,18 @@ class Space:
             return self.require(label, ("backward",), lambda b: b == Backward.SPLIT)
         if what == "features":
             return self.require(label, ("features",), lambda f: f == ways)
+        if what == "sequences":
+            return self.require(label, ("context",), lambda c: c == ways)
         if what == "batch":
             return self.require(label, ("replicas", "shard"), lambda r, s: r * s == ways)
         if what == "state":
             return self.require(
-                label, ("state", "shard"), lambda t, s: t == State.SPLIT and s == ways
+                label,
+                ("state", "shard", "context"),
+                lambda t, s, c: t == State.SPLIT and s * c == ways,
             )
-        raise UsageError(f"cannot split {what!r}; split batch, features, state or backward")
+        known = "batch, sequences, features, state or backward"
+        raise UsageError(f"cannot split {what!r}; split {known}")
 
     def assign(self, what: str, ways: int, *, travels: str) -> "Space":
         """Gives each of `ways` devices its own layers; `activations` or `weights` travel."""
@@ -368,19 +384,22 @@ def _rules(problem: Problem, domains: Domains) -> Iterator[Relation]:
     )
     yield rule(
         "replicas stand around a shard group, stages or a ring",
-        ("replicas", "shard", "stages", "ring"),
-        lambda r, s, p, w: r == 1 or s * p * w > 1,
+        ("replicas", "shard", "context", "stages", "ring", "state"),
+        lambda r, s, c, p, w, t: r == 1 or s * p * w > 1 or (c > 1 and t == State.SPLIT),
     )
     yield rule(
-        "state is split over a shard group alone, and by one that stands inside replicas",
-        ("state", "shard", "replicas"),
-        lambda t, s, r: s == 1 or r == 1 if t == State.WHOLE else s > 1,
+        "state is split over a shard group and those that share its sequences, and by one that "
+        "stands inside replicas",
+        ("state", "shard", "context", "stages", "ring", "replicas"),
+        lambda t, s, c, p, w, r: s == 1 or r == 1 if t == State.WHOLE else s * c > 1 and p * w == 1,
     )
     yield rule(
         "what is split over a shard group has an axis that it divides",
-        ("state", "shard"),
-        lambda t, s: t == State.WHOLE or workload.uncut(s) is None,
+        ("state", "shard", "context"),
+        lambda t, s, c: t == State.WHOLE or workload.uncut(s * c) is None,
     )
+    if len(domains["context"]) > 1:
+        yield from _sharing_rules(workload, domains, rule)
     yield rule(
         "order, backward pass, its delay and chunks must suit stages or ring",
         ("stages", "ring", *ORDER),
@@ -401,26 +420,65 @@ def _rules(problem: Problem, domains: Domains) -> Iterator[Relation]:
     )
     yield rule(
         "only split state is gathered ahead",
-        ("lookahead", "shard", "state"),
-        lambda a, s, t: a == 1 or (s > 1 and t == State.SPLIT),
+        ("lookahead", "state"),
+        lambda a, t: a == 1 or t == State.SPLIT,
     )
     # With one microbatch `between` is `refetch`, `within` is `stay`, and there is no later forward
     # pass to sum in: nothing may be kept or put off across the update.
     whole = "weights and gradients that rest whole stay and are summed once"
-    alone = "without a shard group weights stay and gradients are summed once"
     single = "with one microbatch nothing is kept for or put off to a next one"
     stay, refetch, once = Weights.STAY, Weights.REFETCH, Gradient.ONCE
     for label, what, other, allows in (
         (whole, "weights", "state", lambda w, t: w == stay or t == State.SPLIT),
         (whole, "gradient", "state", lambda g, t: g == once or t == State.SPLIT),
-        (alone, "weights", "shard", lambda w, s: w == stay or s > 1),
-        (alone, "gradient", "shard", lambda g, s: g == once or s > 1),
         (single, "weights", "turns", lambda w, k: k > 1 or w in (stay, refetch)),
         (single, "gradient", "turns", lambda g, k: k > 1 or g == once),
     ):
         first = rule(label, (f"{what}[0]", other), allows)
         for layer in range(layers):
             yield replace(first, variables=(f"{what}[{layer}]", other))
+
+
+def _sharing_rules(
+    workload: Workload,
+    domains: Domains,
+    rule: Callable[[str, tuple[str, ...], Callable[..., bool]], Relation],
+) -> Iterator[Relation]:
+    """Yields what sequences that lie over several devices ask for."""
+
+    sharing = workload.sharing
+    assert sharing is not None
+    legal = [parts for parts in domains["context"] if parts == 1 or workload.shares(parts)]
+    yield rule(
+        f"sequences of {sharing.length} tokens shared by {', '.join(map(str, legal))} devices only",
+        ("context",),
+        legal.__contains__,
+    )
+
+    @functools.cache
+    def allowed(features: int, parts: int, by: str, exchange: int | None) -> bool:
+        if why_not_shared(by, parts, exchange) is not None:
+            return False
+        if parts == 1:
+            return by == "ring"
+        if parts not in legal:  # which the rule above says
+            return True
+        split = split_of(parts, by, exchange)
+        return split is not None and sharing.allows(split, features)
+
+    exchanges = [parts for parts in legal if parts > 1 and allowed(1, parts, "ulysses", None)]
+    yield rule(
+        f"{sharing.heads} query and {sharing.key_heads} key/value heads exchanged by "
+        f"{', '.join(map(str, exchanges)) or 'no'} devices only, and by as many as leave each of "
+        "those that share features whole heads and tokens",
+        ("features", "context", *SHARED),
+        allowed,
+    )
+    yield rule(
+        "where devices have ticks without a task, sequences are shared by gather or ulysses",
+        ("stages", "ring", "context", *SHARED),
+        lambda p, w, c, by, u: c == 1 or p * w == 1 or by == "gather" or exchanging(by, c, u) == c,
+    )
 
 
 def _factorings(number: int, domains: Sequence[Sequence[int]]) -> Iterator[tuple[int, ...]]:

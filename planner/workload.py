@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from jaxsys.context import WAYS, ContextSplit, Way
 from jaxsys.errors import UsageError
 from jaxsys.layered import (
     LayeredModel,
@@ -38,13 +39,20 @@ from jaxsys.lowering.memory import BlockBytes, block_bytes, head_bytes
 from jaxsys.mesh import EXPERT, TENSOR
 from jaxsys.model import abstract_parameters, layered
 from jaxsys.model.config import DecoderConfig
-from jaxsys.model.contract import attended, attention_widths, products
+from jaxsys.model.contract import attended, attention_heads, attention_widths, products
 from jaxsys.model.kinds import BlockKind
 from jaxsys.model.leaves import block_leaves
 from jaxsys.model.parts import check_parts
+from jaxsys.planner.sharing import SharedSequences, splits_of
 
-POLICIES: tuple[Recompute, ...] = ("none", "selective", "block")
+POLICIES: tuple[Recompute, ...] = ("none", "selective", "around-attention", "block")
 """What a plan may compute again."""
+SHORTEST_PIECE = 1024
+"""Tokens of the pieces, two a device, that plans cut sequences into: a pass through shorter ones is
+too short for what travels beside it."""
+PIECES = 16
+"""How many such pieces a sequence has at least that plans cut: of shorter ones attention is a small
+part, and there are other ways."""
 Traced = tuple[tuple[Recompute, BlockBytes], ...]
 """What a block keeps and holds by policy."""
 
@@ -95,6 +103,10 @@ class BlockWork:
     """What backward needs when nothing is computed again, the block's input included."""
     selective_bytes: float | None = None
     """What it needs when all but products and attention is computed again; None: not known."""
+    attention_bytes: float | None = None
+    """What it needs when all but attention is computed again, likewise."""
+    work_bytes: float = 0.0
+    """What its backward pass holds besides."""
     tap_bytes: float | None = None
     """What dL/dx leaves for dL/dw; as much as the residual if not given."""
     joins: Joins | None = None
@@ -103,7 +115,11 @@ class BlockWork:
     """Of residuals and taps, the share that split features cut; the rest is whole everywhere."""
     traced: Traced = ()
     """What its programs keep and hold by policy, where they were traced: in place of the above."""
+    trace: Callable[[], Traced] | None = None
+    """Finds that when it is asked for."""
     experts: ExpertWork | None = None
+    shared: SharedSequences | None = None
+    """Its attention, where other devices have the rest of its sequences."""
 
     def parameters_of(self, experts: int) -> float:
         """What a device has of them where so many share the experts; 0: all but the experts'."""
@@ -119,7 +135,7 @@ class BlockWork:
             UsageError: if that is not known.
         """
         if self.experts is None or experts == 1:
-            traced = self.traced
+            traced = self.trace() if self.trace is not None else self.traced
         else:
             traced = self.experts.traced(experts)
         for name, found in traced:
@@ -128,6 +144,7 @@ class BlockWork:
         kept = {
             "none": self.residual_bytes,
             "selective": self.selective_bytes,
+            "around-attention": self.attention_bytes,
             "block": activation_bytes,
         }[policy]
         if kept is None:
@@ -135,7 +152,7 @@ class BlockWork:
         return BlockBytes(
             residual=kept,
             tap=self.residual_bytes if self.tap_bytes is None else self.tap_bytes,
-            work=0.0 if policy == "none" else self.residual_bytes,
+            work=self.work_bytes + (0.0 if policy == "none" else self.residual_bytes),
         )
 
 
@@ -149,6 +166,38 @@ class EdgeWork:
     """Head, loss and its gradients; the loss's own forward pass too, where both are one."""
     workspace_bytes: float = 0.0
     """What the head and the loss hold at their peak."""
+    trace: Callable[[], float] | None = None
+    """Finds that when it is asked for."""
+
+    @property
+    def held_bytes(self) -> float:
+        """What the head and the loss hold at their peak."""
+        return self.workspace_bytes if self.trace is None else self.trace()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sharing:
+    """How a model's sequences can lie over several devices."""
+
+    length: int
+    """T."""
+    heads: int
+    key_heads: int
+    by: tuple[Way, ...] = WAYS
+    """What may travel."""
+    shortest_piece: int = SHORTEST_PIECE
+
+    def allows(self, split: ContextSplit, features: int = 1) -> bool:
+        """Whether the trainer cuts them so, where so many devices share the features."""
+        pieces = max(2 * split.parts, PIECES)
+        if split.by not in self.by or self.length < pieces * self.shortest_piece:
+            return False
+        try:
+            split.check_length(self.length)
+            split.check_heads(self.heads // features, max(1, self.key_heads // features))
+        except UsageError:
+            return False
+        return (self.length // split.parts) % features == 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,6 +219,15 @@ class Workload:
     """Over how many devices experts can be shared: the legal counts."""
     splits_between: bool = True
     """Whether split features also cut embedding and head, and the sequence between blocks."""
+    sharing: Sharing | None = None
+    """How its sequences can lie over several devices; None: each is whole on one."""
+    part_of: Callable[[ContextSplit], "Workload"] | None = None
+    """See `part`."""
+    stacked: bool = False
+    """Whether layers run in loops of a program of the user's, which have all their residuals and
+    gradients at once, from before the backward pass to its end."""
+    keeps_attention: bool = False
+    """Whether steps can keep what attention made and compute the rest of a block again."""
     matrices: tuple[tuple[int, ...], ...] = ()
     """Shapes of a block's matrices, where they are known: what is sharded is cut along an axis."""
 
@@ -187,9 +245,28 @@ class Workload:
     @property
     def recompute_policies(self) -> tuple[Recompute, ...]:
         """What backward may compute again: the policies whose residuals are known."""
-        if all(block.traced or block.selective_bytes is not None for block in self.blocks):
+        if not all(block.traced or block.trace or block.selective_bytes for block in self.blocks):
+            return ("none", "block")
+        known = all(block.attention_bytes is not None for block in self.blocks)
+        if self.keeps_attention or known:
             return POLICIES
-        return ("none", "block")
+        return tuple(policy for policy in POLICIES if policy != "around-attention")
+
+    def shares(self, parts: int) -> bool:
+        """Whether so many devices, more than one, can share its sequences in any way."""
+        if parts == 1 or self.sharing is None:
+            return False
+        return any(self.sharing.allows(split) for split in splits_of(parts))
+
+    def part(self, split: ContextSplit) -> "Workload":
+        """What one of the devices has that share each sequence of the microbatch.
+
+        Raises:
+            UsageError: if its sequences cannot be cut so.
+        """
+        if self.part_of is None:
+            raise UsageError(f"{self.name}: context={split.parts}, but sequences are whole here")
+        return self.part_of(split)
 
     def uncut(self, devices: int) -> tuple[int, ...] | None:
         """The shape of a matrix that has no axis to cut over so many devices, if there is one.
@@ -216,6 +293,8 @@ def decoder_workload(
     loss_chunk_tokens: int = 2048,
     fused_attention: bool = True,
     dtype: DTypeLike = jnp.bfloat16,
+    shortest_piece: int = SHORTEST_PIECE,
+    context: ContextSplit | None = None,
 ) -> Workload:
     """The workload of a decoder.
 
@@ -228,9 +307,11 @@ def decoder_workload(
         fused_attention: whether the device has a kernel that never forms the scores; there is none
             for 32 bits.
         dtype: of compute.
+        shortest_piece: tokens that plans leave in the pieces of a sequence that devices share.
+        context: how sequences lie over devices: the work is then one device's part.
 
     Raises:
-        UsageError: if a size is not positive.
+        UsageError: if a size is not positive, or sequences cannot be cut so.
     """
     for field, value in (
         ("sequence_length", sequence_length),
@@ -240,30 +321,39 @@ def decoder_workload(
         if value < 1:
             raise UsageError(f"{field}={value} must be at least 1")
     c = config
-    tokens = sequence_length * microbatch_size
+    parts = 1 if context is None else context.parts
+    if context is not None:
+        context.check_length(sequence_length)
+    tokens = sequence_length * microbatch_size // parts
     dtype = jnp.dtype(dtype)
-    traced, head_held = _decoder_memory(
-        c, sequence_length, microbatch_size, loss_chunk_tokens, fused_attention, str(dtype)
+    names = c.pattern or (c.kinds[0].name,)
+    traced_with = functools.partial(
+        _decoder_memory,
+        c,
+        sequence_length,
+        microbatch_size,
+        loss_chunk_tokens,
+        fused_attention,
+        str(dtype),
+        context,
     )
-    of_kind = dict(zip(c.pattern or (c.kinds[0].name,), traced, strict=not c.pattern))
+
+    def traced(kind: BlockKind, devices: int = 1) -> Traced:
+        return dict(zip(names, traced_with(devices)[0], strict=not c.pattern))[kind.name]
+
+    def head_held() -> float:
+        return traced_with(1)[1]
+
     work = {
-        kind.name: _block_work(c, kind, sequence_length, tokens, dtype, of_kind[kind.name])
+        kind.name: replace(
+            _block_work(c, kind, sequence_length, tokens, dtype),
+            traced=traced(kind) if context is None else (),
+            # Of the many ways to share sequences few are looked at closely.
+            trace=None if context is None else functools.partial(traced, kind),
+            shared=None if context is None else _shared(c, context, tokens, dtype),
+        )
         for kind in c.kinds
     }
-
-    def shared(kind: BlockKind, devices: int) -> Traced:
-        found, _ = _decoder_memory(
-            c,
-            sequence_length,
-            microbatch_size,
-            loss_chunk_tokens,
-            fused_attention,
-            str(dtype),
-            devices,
-        )
-        names = c.pattern or (c.kinds[0].name,)
-        return dict(zip(names, found, strict=not c.pattern))[kind.name]
-
     for kind in c.kinds:
         if c.experts is None or not kind.experts:
             continue
@@ -274,7 +364,7 @@ def decoder_workload(
             active=c.experts.active,
             rows=float(tokens),
             row_bytes=float(dtype.itemsize * c.hidden_size),
-            traced=functools.partial(shared, kind),
+            traced=functools.partial(traced, kind),
         )
         work[kind.name] = replace(work[kind.name], experts=experts)
     blocks = tuple(work[c.kind(layer).name] for layer in range(c.num_layers))
@@ -289,7 +379,8 @@ def decoder_workload(
             parameters=c.edge_parameter_count(),
             # The loss is computed with its gradient, in B.
             backward_flops=3 * head,
-            workspace_bytes=head_held,
+            workspace_bytes=head_held() if context is None else 0.0,
+            trace=None if context is None else head_held,
         ),
         activation_bytes=float(dtype.itemsize * c.hidden_size * tokens),
         tokens=tokens,
@@ -300,6 +391,57 @@ def decoder_workload(
             ways for ways in (1, 2, 4, 8, 16, 32, 64) if splits(c, ways, sequence_length)
         ),
         expert_ways=(1,) if c.experts is None else tuple(_divisors(c.experts.count)),
+        sharing=_sharing(c, sequence_length, fused_attention, shortest_piece),
+        part_of=functools.lru_cache(maxsize=None)(
+            lambda split: decoder_workload(
+                name,
+                config,
+                sequence_length=sequence_length,
+                microbatch_size=microbatch_size,
+                loss_chunk_tokens=loss_chunk_tokens,
+                fused_attention=fused_attention,
+                dtype=dtype,
+                shortest_piece=shortest_piece,
+                context=split,
+            )
+        ),
+        keeps_attention=context is not None or (fused_attention and dtype.itemsize == 2),
+    )
+
+
+def _sharing(
+    config: DecoderConfig, sequence_length: int, fused: bool, shortest_piece: int
+) -> Sharing | None:
+    """How a decoder's sequences can lie over devices; None where none of them can be cut."""
+    c = config
+    if c.experts is not None and c.experts.balance and any(kind.experts for kind in c.kinds):
+        return None  # the loss that keeps experts evenly used is of whole microbatches
+    heads, key_heads = attention_heads(c)
+    # Of pieces a window is plain JAX's, whose rate on a device with a kernel is not known.
+    windowed = fused and any(kind.window is not None for kind in c.kinds)
+    return Sharing(
+        length=sequence_length,
+        heads=heads,
+        key_heads=key_heads,
+        by=("ulysses",) if windowed else WAYS,
+        shortest_piece=shortest_piece,
+    )
+
+
+def _shared(
+    config: DecoderConfig, split: ContextSplit, tokens: int, dtype: np.dtype
+) -> SharedSequences:
+    """Attention of a device's tokens."""
+    heads, key_heads = attention_heads(config)
+    queries, values = attention_widths(config)
+    return SharedSequences(
+        split=split,
+        query_values=float(tokens * queries),
+        key_values=float(tokens * key_heads * (queries + values) / heads),
+        out_values=float(tokens * values),
+        heads=heads,
+        key_heads=key_heads,
+        itemsize=float(dtype.itemsize),
     )
 
 
@@ -322,7 +464,6 @@ def _block_work(
     sequence_length: int,
     tokens: int,
     dtype: np.dtype,
-    traced: Traced,
 ) -> BlockWork:
     """One block of a kind: what its tokens multiply, not what it holds."""
     c = config
@@ -345,8 +486,11 @@ def _block_work(
         * tokens,
         attention_flops=2.0 * keys * (queries + values) * tokens,
         elementwise_bytes=float(dtype.itemsize * passes * tokens),
-        traced=traced,
     )
+
+
+MOST_TRACED = 4
+"""Groups of a ring whose visits are traced: more of them hold no more at a time."""
 
 
 @functools.lru_cache(maxsize=256)
@@ -357,20 +501,29 @@ def _decoder_memory(
     loss_chunk_tokens: int,
     fused: bool,
     dtype: str,
+    context: ContextSplit | None = None,
     experts: int = 1,
 ) -> tuple[tuple[Traced, ...], float]:
+    if context is not None and context.by != "gather" and context.groups > MOST_TRACED:
+        parts = MOST_TRACED * context.exchanging
+        sequence_length = sequence_length // context.parts * parts
+        context = replace(context, parts=parts)
     model = layered(
         config,
         loss_chunk_tokens=loss_chunk_tokens,
         implementation="shapes" if fused and jnp.dtype(dtype).itemsize == 2 else "xla",
     )
-    ids = jax.ShapeDtypeStruct((microbatch_size, sequence_length), jnp.int32)
+    model, mine = model.over(context), sequence_length
+    inner = {} if context is None else {context.axis: context.parts}
+    if context is not None:
+        mine //= context.parts
+    ids = jax.ShapeDtypeStruct((microbatch_size, mine), jnp.int32)
     parameters, sizes = abstract_parameters(config, dtype), {EXPERT: experts} if experts > 1 else {}
     parts = parts_of(model, sizes)
     if parts is not None:
         model, parameters = parts.model, part_shapes(parameters, parts, sizes)
     batch = {"inputs": ids, "targets": ids}
-    return inside_parts(sizes, lambda: traced_memory(model, parameters, batch))
+    return inside_parts({**inner, **sizes}, lambda: traced_memory(model, parameters, batch))
 
 
 def traced_memory(

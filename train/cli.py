@@ -231,9 +231,9 @@ def main(argv: list[str], prog: str) -> int:
         arguments.devices = plan_file.devices_of(
             arguments.schedule,
             around=math.prod(
-                getattr(arguments, name) or 1
-                for name in ("replicas", "tensor", "expert", "context")
+                getattr(arguments, name) or 1 for name in ("replicas", "tensor", "expert")
             ),
+            context=arguments.context,
         )
     join(hosts, devices=arguments.devices)
     watched = contextlib.nullcontext()

@@ -108,11 +108,12 @@ def lay_out(config: DecoderConfig, devices: list[Any], asked: AskedLayout) -> La
                     f"{name}={mine}, but the plan {schedule} is for {name}={has}; leave it out, "
                     "or plan again"
                 )
-        if context is not None and context.parts > 1:
+        if context is not None and context.parts > 1 and planned.schedule.context == 1:
             raise UsageError(
                 f"context={context.parts}, but the plan {schedule} is for whole sequences; leave "
                 "it out, or name a schedule such as zero-3"
             )
+        context = schedules.agreed_context(context, planned.schedule)
         replicas, microbatch_size = planned.replicas, planned.microbatch_size
         tensor, expert = planned.schedule.features, planned.schedule.experts
         recompute = recompute or planned.recompute
@@ -129,6 +130,8 @@ def lay_out(config: DecoderConfig, devices: list[Any], asked: AskedLayout) -> La
                 f"planned with gradients in {planned.gradients}, running {gradient_dtype}"
             )
         reason = "; ".join(differs) or None
+    elif schedule is not None and schedule not in (*STRATEGIES, schedules.AUTO):
+        context = schedules.agreed_context(context, schedules.read_schedule(schedule))
     dtype, gradient_dtype = dtype or DTYPE, gradient_dtype or DTYPE
     replicas = 1 if replicas is None else replicas
     size = MICROBATCH_SIZE if microbatch_size is None else microbatch_size

@@ -29,6 +29,7 @@ from jaxsys.mesh import (
     make_mesh,
     request_devices,
 )
+from jaxsys.planner.sharing import split_of as split_of_plan
 from jaxsys.schedule import Schedule
 from jaxsys.strategies import STRATEGIES, for_layers
 from jaxsys.train.options import Compute
@@ -81,6 +82,28 @@ def split_of(context: int | ContextSplit | None) -> ContextSplit | None:
     return ContextSplit(parts=context)
 
 
+def said_by(schedule: Schedule) -> ContextSplit | None:
+    """How sequences lie over devices in a schedule; None where it has each whole on one."""
+    return split_of_plan(schedule.context, schedule.context_by, schedule.context_exchange)
+
+
+def agreed_context(asked: ContextSplit | None, schedule: Schedule) -> ContextSplit | None:
+    """How sequences lie, which what a schedule says may not contradict.
+
+    Raises:
+        UsageError: if it does.
+    """
+    says = said_by(schedule)
+    if asked is None or says is None:
+        return says if asked is None else asked
+    if (asked.parts, asked.by, asked.exchange) != (says.parts, says.by, says.exchange):
+        raise UsageError(
+            f"context={asked.parts} ({asked.by}), but schedule {schedule.name} is planned for "
+            f"context={says.parts} ({says.by}); leave it out, or plan again"
+        )
+    return asked
+
+
 def choose(asked: Asked, *, layers: int) -> Chosen:
     """Settles schedule, mesh and numbers for a model of L layers.
 
@@ -89,19 +112,22 @@ def choose(asked: Asked, *, layers: int) -> Chosen:
             than what is asked.
     """
     planned = _planned(asked.schedule, layers)
+    read = asked.schedule
+    if planned is not None:
+        read = planned.schedule
+    elif not isinstance(read, Schedule) and read not in STRATEGIES:
+        read = read_schedule(read)
+    if isinstance(read, Schedule):
+        asked = replace(asked, context=agreed_context(asked.context, read))
     if isinstance(asked.schedule, Schedule) and (refused := why_not_lowered(asked.schedule)):
         raise UsageError(refused)
     if planned is not None:
-        schedule: Any = planned.schedule
-        mesh = _mesh(asked, schedule)
         compute = _as_planned(asked, planned)
     else:
-        schedule, compute = asked.schedule, asked.compute
-        if not isinstance(schedule, Schedule) and schedule not in STRATEGIES:
-            schedule = _read(schedule)
-        mesh = _mesh(asked, schedule if isinstance(schedule, Schedule) else None)
+        compute = asked.compute
+    mesh = _mesh(asked, read if isinstance(read, Schedule) else None)
     resolved = resolve(
-        schedule, devices=mesh.shape[RING], layers=layers, microbatches=asked.microbatches
+        read, devices=mesh.shape[RING], layers=layers, microbatches=asked.microbatches
     )
     return Chosen(schedule=resolved, mesh=mesh, compute=compute, context=asked.context)
 
@@ -153,7 +179,7 @@ def resolve(
         if is_plan_file(schedule):
             schedule = read_plan(schedule, layers=layers).schedule
         else:
-            schedule = _read(schedule)
+            schedule = read_schedule(schedule)
     if schedule.devices != devices:
         raise UsageError(
             f"schedule {schedule.name} is for {schedule.devices} devices, the ring has {devices}; "
@@ -226,7 +252,8 @@ def _mesh(asked: Asked, schedule: Schedule | None) -> Mesh:
 def _said(ring: int, wanted: Mapping[str, int]) -> str:
     """How devices are divided, in words."""
     parts = f"{wanted[DATA]} replicas of {ring}" if wanted[DATA] > 1 else f"{ring}"
-    return f"{parts}, each of {wanted[TENSOR]}" if wanted[TENSOR] > 1 else parts
+    each = wanted[TENSOR] * wanted[CONTEXT]
+    return f"{parts}, each of {each}" if each > 1 else parts
 
 
 def _agreed(asked: Asked, name: str, schedule: Schedule | None, says: int) -> int:
@@ -268,7 +295,12 @@ def _as_planned(asked: Asked, planned: PlannedRun) -> Compute:
     return compute
 
 
-def _read(path: Any) -> Schedule:
+def read_schedule(path: Any) -> Schedule:
+    """The schedule in a file.
+
+    Raises:
+        UsageError: if there is no such file, or no schedule in it.
+    """
     if not isinstance(path, str | Path):
         raise UsageError(
             f"schedule={path!r} is none; use a name, a Schedule, a plan or the path of a file"

@@ -46,6 +46,8 @@ class _How:
     scores: Scores
     fused: bool
     """Whether cuDNN's kernels compute the products."""
+    shapes: bool = False
+    """Whether these are traced for their shapes alone."""
 
     @property
     def by_position(self) -> bool:
@@ -65,6 +67,7 @@ def attend_over(
     sinks: Float[Array, " N"] | None = None,
     segments: Int[Array, "B t"] | None = None,
     use_fused: bool = False,
+    shapes: bool = False,
 ) -> Float[Array, "B t N V"]:
     """Causal self-attention of whole sequences; inside a `shard_map` over the split's axis.
 
@@ -81,6 +84,7 @@ def attend_over(
             own alone.
         use_fused: whether cuDNN may compute what it can. It takes no segments and no softcap, and
             a window where all heads are exchanged.
+        shapes: trace its shapes only, on a machine that may have none.
 
     Returns:
         This device's rows of the output, in the dtype of q.
@@ -113,6 +117,7 @@ def attend_over(
             window=window,
         ),
         fused=kernel,
+        shapes=shapes,
     )
     whole: Any = _attention(how, q, k, v, sinks, segments)
     out = whole[..., :width]
@@ -209,9 +214,10 @@ def _forward(
 
 def _backward(how: _How, kept: Any, d_out: jax.Array) -> tuple[Any, ...]:
     q, k, v, sinks, segments, out, lse = kept
-    if how.split.groups > 2:
-        # Where the forward pass is computed again its hops are these, and XLA would make one of
-        # both and hold every device's piece between them. Of two groups that is a single piece.
+    if how.split.groups > 1:
+        # Where the forward pass is computed again its transfers are these, and XLA would make one
+        # of both and hold every device's pieces between them; where keys and values alone are made
+        # again it would send them before the rest of the block's backward pass, and hold them.
         k, v, d_out = lax.optimization_barrier((k, v, d_out))
     travel = _travel(how, (k, v, segments))
     gather = how.split.by == "gather"
@@ -335,7 +341,9 @@ def _own_part(
     """A group's own pieces: early ones, then late ones, so plainly causal."""
     if how.fused:
         scores = how.scores
-        return fused.forward(q, k, v, causal=True, scale=scores.scale, window=scores.window)
+        return fused.forward(
+            q, k, v, causal=True, scale=scores.scale, window=scores.window, shapes=how.shapes
+        )
     return blocks.forward(q, k, v, _own_seen(how, q.shape[1], segments), how.scores)
 
 
@@ -352,7 +360,16 @@ def _own_gradients(
     if how.fused:
         scores = how.scores
         found = fused.backward(
-            q, k, v, out, lse, d_out, causal=True, scale=scores.scale, window=scores.window
+            q,
+            k,
+            v,
+            out,
+            lse,
+            d_out,
+            causal=True,
+            scale=scores.scale,
+            window=scores.window,
+            shapes=how.shapes,
         )
         return tuple(part.astype(jnp.float32) for part in found)
     seen = _own_seen(how, q.shape[1], segments)
@@ -402,7 +419,9 @@ def _visit(
     queries = _queries_of_visit(earlier, q)
     keys, values = (_keys_of_visit(earlier, x) for x in (k, v))
     if how.fused:
-        part = fused.forward(queries, keys, values, causal=False, scale=how.scores.scale)
+        part = fused.forward(
+            queries, keys, values, causal=False, scale=how.scores.scale, shapes=how.shapes
+        )
     else:
         seen = blocks.everything(queries.shape[1], keys.shape[1])
         part = blocks.forward(queries, keys, values, seen, how.scores)
@@ -439,7 +458,15 @@ def _gradients(
     keys, values = (_keys_of_visit(earlier, x) for x in (k, v))
     if how.fused:
         found = fused.backward(
-            queries, keys, values, outs, lses, d_outs, causal=False, scale=how.scores.scale
+            queries,
+            keys,
+            values,
+            outs,
+            lses,
+            d_outs,
+            causal=False,
+            scale=how.scores.scale,
+            shapes=how.shapes,
         )
     else:
         seen = blocks.everything(queries.shape[1], keys.shape[1])

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import Primitive
 from jax.sharding import AxisType, Mesh
 from jaxtyping import Array, Float
 
@@ -30,8 +31,15 @@ def forward(
     causal: bool,
     scale: float,
     window: int | None = None,
+    shapes: bool = False,
 ) -> Part:
-    """o [B, T, N, K] in the dtype of q, and lse [B, N, T] float32."""
+    """o [B, T, N, K] in the dtype of q, and lse [B, N, T] float32.
+
+    With `shapes` it can be traced on any machine, and not be run.
+    """
+    if shapes:
+        out, lse = _FORWARD.bind(q, k, v)
+        return out, lse
     cudnn: Any = _module()
     out, lse = cudnn.dot_product_attention(
         q,
@@ -56,8 +64,12 @@ def backward(
     causal: bool,
     scale: float,
     window: int | None = None,
+    shapes: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk and dv in the dtypes of q, k and v; `out` and `lse` are of all keys a query sees."""
+    if shapes:
+        dq, dk, dv = _BACKWARD.bind(q, k, v, out, lse, d_out)
+        return dq, dk, dv
     cudnn: Any = _module()
     unused = jnp.zeros(0, q.dtype)
     options = {
@@ -75,6 +87,29 @@ def backward(
         q, k, v, *[unused] * 7, lse, out, d_out, **options
     )
     return dq, dk, dv
+
+
+def _kernel(name: str) -> Primitive:
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+    return primitive
+
+
+_FORWARD = _kernel("context_attention_forward_shapes")
+_BACKWARD = _kernel("context_attention_backward_shapes")
+
+
+@_FORWARD.def_abstract_eval
+def _forward_shapes(q: Any, k: Any, v: Any) -> list[Any]:
+    del k
+    rows, length, heads, _ = q.shape
+    lse = q.update(shape=(rows, heads, length), dtype=jnp.dtype(jnp.float32))
+    return [q.update(shape=(*q.shape[:-1], v.shape[-1])), lse]
+
+
+@_BACKWARD.def_abstract_eval
+def _backward_shapes(q: Any, k: Any, v: Any, *_: Any) -> list[Any]:
+    return [q, k, v]
 
 
 def _module() -> Any:

@@ -12,7 +12,7 @@ Legend: P devices, U of them exchange heads, R = P / U groups, T tokens of a who
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +21,9 @@ from jaxtyping import Array, Int
 
 from jaxsys.errors import UsageError
 from jaxsys.mesh import CONTEXT
+from jaxsys.schedule.inside import WAYS, Way, exchanging, why_not_shared
 
-Way = Literal["ring", "gather", "ulysses", "mixed"]
-"""What travels. `ring`: keys and values, from device to device, while queries stay. `gather`: keys
-and values, to every device at once. `ulysses`: each device gives up tokens for heads, and back.
-`mixed`: heads are exchanged among neighbours, keys and values go round a ring of such groups."""
-
-WAYS: tuple[Way, ...] = get_args(Way)
+__all__ = ["WAYS", "ContextSplit", "Way", "order_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,29 +41,14 @@ class ContextSplit:
     """Whether cuDNN's kernel may compute what it can; see `jaxsys.context.fused`."""
 
     def __post_init__(self) -> None:
-        if self.parts < 1:
-            raise UsageError(f"context={self.parts} must be at least 1")
-        if self.by not in WAYS:
-            raise UsageError(f"context_by={self.by!r} is not known; use one of {', '.join(WAYS)}")
-        if self.by == "mixed":
-            legal = [u for u in range(2, self.parts) if self.parts % u == 0]
-            if self.exchange not in legal:
-                say = f"use {' or '.join(map(str, legal))}" if legal else "use ring or ulysses"
-                raise UsageError(
-                    f"context_by='mixed' of context={self.parts} devices exchanges heads among "
-                    f"context_exchange={self.exchange}, which must divide {self.parts} and leave a "
-                    f"ring; {say}"
-                )
-        elif self.exchange is not None:
-            raise UsageError(
-                f"context_exchange={self.exchange} is of context_by='mixed'; leave it out with "
-                f"{self.by!r}"
-            )
+        refused = why_not_shared(self.by, self.parts, self.exchange)
+        if refused is not None:
+            raise UsageError(refused)
 
     @property
     def exchanging(self) -> int:
         """U."""
-        return {"ulysses": self.parts, "mixed": self.exchange or 1}.get(self.by, 1)
+        return exchanging(self.by, self.parts, self.exchange)
 
     @property
     def groups(self) -> int:

@@ -382,13 +382,25 @@ def check_fit(schedule: Schedule, model: LayeredModel, mesh: Mesh) -> None:
         )
 
 
-def context_on(mesh: Mesh, model: LayeredModel, asked: ContextSplit | None) -> ContextSplit | None:
-    """How sequences lie over a mesh: as asked, or round a ring where the mesh has such an axis.
+def context_on(
+    mesh: Mesh, model: LayeredModel, schedule: Schedule, asked: ContextSplit | None
+) -> ContextSplit | None:
+    """How sequences lie over a mesh: as asked, as the schedule says, or round a ring where the mesh
+    has such an axis.
 
     Raises:
         UsageError: if what is asked is for another number of devices, or the model cannot be cut.
     """
     parts = context_of(mesh)
+    if schedule.context > 1:
+        way: Any = schedule.context_by
+        says = ContextSplit(parts=schedule.context, by=way, exchange=schedule.context_exchange)
+        asked = asked or says
+        if (asked.parts, asked.by, asked.exchange) != (says.parts, says.by, says.exchange):
+            raise UsageError(
+                f"context={asked.parts} ({asked.by}), but schedule {schedule.name} is planned for "
+                f"context={says.parts} ({says.by}); leave it out, or plan again"
+            )
     if asked is not None and asked.parts != parts:
         raise UsageError(
             f"context={asked.parts}, but the mesh has {parts} device(s) for each sequence; use "

@@ -35,8 +35,7 @@ def why_not_cut(schedule: Schedule, split: ContextSplit) -> str | None:
     Where devices do not all have a task in a tick, those without pass over what it sends. That is
     well for collectives of one place's devices; a hop is one collective of all places.
     """
-    hops = split.groups > 1 and split.by != "gather"
-    if schedule.placement is Placement.SHARDED or not hops:
+    if schedule.placement is Placement.SHARDED or not _hops(split):
         return None
     everyone = schedule.devices == 1 or (
         schedule.placement is Placement.REPLICATED and schedule.microbatches % schedule.devices == 0
@@ -50,8 +49,19 @@ def why_not_cut(schedule: Schedule, split: ContextSplit) -> str | None:
             f"evenly over {schedule.devices} devices, and context_by={split.by!r} has all devices "
             f"send at once; use a multiple of {schedule.devices}, or {where}"
         )
+    return f"schedule {schedule.name} {why_not_in_turn(split)}"
+
+
+def why_not_in_turn(split: ContextSplit) -> str | None:
+    """Why sequences are not cut so in stages or a ring; None if they are."""
+    if not _hops(split):
+        return None
     return (
-        f"schedule {schedule.name} has devices without a task in some ticks, and context_by="
-        f"{split.by!r} has all devices send at once; use {where}, or a schedule whose parameters "
-        "rest in shards such as zero-3"
+        f"has devices without a task in some ticks, and context_by={split.by!r} has all devices "
+        "send at once; use context_by='gather' or 'ulysses', or a schedule whose parameters rest "
+        "in shards such as zero-3"
     )
+
+
+def _hops(split: ContextSplit) -> bool:
+    return split.groups > 1 and split.by != "gather"

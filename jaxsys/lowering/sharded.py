@@ -96,7 +96,7 @@ def lower_sharded(
         recompute=policies,
         # Written out, steps are faster on GPUs; devices of a CPU are there to see them soon.
         looped=not unroll and mesh.devices.flat[0].platform == "cpu",
-        context=context_on(mesh, model, context),
+        context=context_on(mesh, model, schedule, context),
     )
 
 
@@ -119,6 +119,10 @@ class ShardedStep(Step):
         """Places parameters on the mesh; layers keep their order."""
         self.check_layers(parameters)
         return jax.device_put(parameters, self.rest_shardings(parameters))
+
+    def in_rest_order(self, parameters: Parameters) -> Parameters:
+        """The same order, placed nowhere."""
+        return parameters
 
     def from_rest(self, parameters: Parameters) -> Parameters:
         """The parameters in layer order, which is the order they rest in."""

@@ -81,7 +81,7 @@ def lower(
             unroll=unroll,
             context=context,
         )
-    split = context_on(mesh, model, context)
+    split = context_on(mesh, model, schedule, context)
     refused = None if split is None else why_not_cut(schedule, split)
     if refused is not None:
         raise UsageError(refused)
@@ -111,11 +111,13 @@ class LoweredStep(TabledStep):
         """Layer order [L, ...] -> order at rest [C K, ...], placed on the mesh; by kind."""
         self.check_layers(parameters)
 
-        def place(parameters: Parameters) -> Parameters:
-            return self._moved(parameters, self.rest_order.to_rest)
+        shapes = jax.eval_shape(self.in_rest_order, parameters)
+        place = jax.jit(self.in_rest_order, out_shardings=self.rest_shardings(shapes))
+        return place(parameters)
 
-        shapes = jax.eval_shape(place, parameters)
-        return jax.jit(place, out_shardings=self.rest_shardings(shapes))(parameters)
+    def in_rest_order(self, parameters: Parameters) -> Parameters:
+        """The same order, placed nowhere."""
+        return self._moved(parameters, self.rest_order.to_rest)
 
     def from_rest(self, parameters: Parameters) -> Parameters:
         """Order at rest [C K, ...] -> layer order [L, ...]; by kind."""

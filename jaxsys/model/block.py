@@ -250,7 +250,8 @@ class Block(NamedTuple):
                 scale=attention_scale(self.config),
                 softcap=self.config.attention_softcap,
                 sinks=self.held.vector("attention", "sinks"),
-                use_fused=implementation == "cudnn",
+                use_fused=implementation in ("cudnn", "shapes"),
+                shapes=implementation == "shapes",
             )
         return attend(
             q,

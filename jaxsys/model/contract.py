@@ -127,6 +127,12 @@ def attention_widths(config: DecoderConfig) -> tuple[int, int]:
     return config.num_heads * config.head_dim, config.num_heads * width
 
 
+def attention_heads(config: DecoderConfig) -> tuple[int, int]:
+    """Heads of queries, and of keys as attention takes them: a latent's are unfolded to all."""
+    shared = config.num_heads if config.latent is not None else config.num_kv_heads
+    return config.num_heads, shared
+
+
 def attended(window: int | None, length: int) -> float:
     """Keys that a query of a sequence of `length` tokens sees in the mean: half of all, or less.
 

@@ -19,6 +19,7 @@ from jaxsys.model.attention import Implementation
 from jaxsys.model.block import Block as Bound
 from jaxsys.model.block import HeldTree
 from jaxsys.model.config import DecoderConfig
+from jaxsys.model.contract import attention_heads
 from jaxsys.model.decoder import bind_edge
 from jaxsys.model.float8_products import Float8
 from jaxsys.model.kinds import BlockKind
@@ -65,12 +66,12 @@ def _cuttable(
     def in_parts(sizes: Mapping[str, int]) -> Parts:
         check_parts(config, sizes)
         if context is not None:
-            context.check_heads(*_heads(config_of_part(config, sizes)))
+            context.check_heads(*attention_heads(config_of_part(config, sizes)))
         part = _layered(config, loss_chunk_tokens, implementation, float8, sizes, context)
         return Parts(model=part, cuts=cuts(config, sizes), whole=model)
 
     def across(split: ContextSplit) -> LayeredModel:
-        split.check_heads(*_heads(config))
+        split.check_heads(*attention_heads(config))
         if config.experts is not None and config.experts.balance and expert_layers(config):
             raise UsageError(
                 f"experts balance={config.experts.balance} is a loss of whole microbatches, and "
@@ -84,12 +85,6 @@ def _cuttable(
         model, in_parts=in_parts, across=across, sequences={"inputs": 1, "targets": 1}
     )
     return model
-
-
-def _heads(config: DecoderConfig) -> tuple[int, int]:
-    """Heads of queries, and of keys as attention takes them: a latent's are unfolded to all."""
-    shared = config.num_heads if config.latent is not None else config.num_kv_heads
-    return config.num_heads, shared
 
 
 def _layered(

@@ -1,6 +1,7 @@
 """The plan language that training, planning and pictures share."""
 
 from .check import check, peak_live
+from .inside import Inside, Transfer, attention_transfers
 from .schedule import (
     ALL,
     Block,
@@ -23,6 +24,7 @@ __all__ = [
     "Costs",
     "Data",
     "Event",
+    "Inside",
     "Link",
     "Move",
     "MoveKind",
@@ -33,7 +35,9 @@ __all__ = [
     "Task",
     "TaskKind",
     "Trace",
+    "Transfer",
     "alive_bytes",
+    "attention_transfers",
     "check",
     "gradient_block",
     "peak_live",

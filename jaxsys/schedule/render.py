@@ -15,6 +15,7 @@ from matplotlib.patches import Patch
 
 from jaxsys.files import write_whole
 
+from .inside import Inside
 from .schedule import Data, Move, Task, TaskKind
 from .simulate import Event, Simulation
 
@@ -41,6 +42,17 @@ TASK_NAMES: Mapping[TaskKind, str] = {
 }
 
 
+STREAMS = ("compute", "send", "inside")
+"""Threads of a device in a trace, and rows of it in a picture."""
+INSIDE_COLOUR = "#b279a2"
+
+
+def _streams(simulation: Simulation) -> tuple[str, ...]:
+    """Those that there are: nothing is sent inside tasks that a device computes alone."""
+    some = any(event.stream == "inside" for event in simulation.events)
+    return STREAMS if some else STREAMS[:2]
+
+
 def chrome_trace(simulation: Simulation) -> dict[str, Any]:
     """The step in the Chrome trace event format: one process a device, one thread a stream.
 
@@ -49,7 +61,7 @@ def chrome_trace(simulation: Simulation) -> dict[str, Any]:
     events: list[dict[str, Any]] = []
     for device in range(simulation.schedule.devices):
         events.append(_name("process_name", device, 0, f"device {device}"))
-        for thread, stream in enumerate(("compute", "send")):
+        for thread, stream in enumerate(_streams(simulation)):
             events.append(_name("thread_name", device, thread, stream))
     for event in simulation.events:
         events.append(
@@ -60,7 +72,7 @@ def chrome_trace(simulation: Simulation) -> dict[str, Any]:
                 "ts": 1e6 * event.start_s,
                 "dur": 1e6 * (event.end_s - event.start_s),
                 "pid": event.device,
-                "tid": 0 if event.stream == "compute" else 1,
+                "tid": STREAMS.index(event.stream),
                 "args": _arguments(event),
             }
         )
@@ -115,7 +127,10 @@ def draw(simulation: Simulation, path: str | Path, *, title: str | None = None) 
 
 
 def draw_timeline(simulation: Simulation, axes: Axes) -> None:
-    """Draws compute (thick) and sends (thin, below it) of each device against milliseconds."""
+    """Draws compute (thick) and sends (thin, below it) of each device against milliseconds.
+
+    What devices that compute a task together send each other within it is drawn on the task.
+    """
     schedule = simulation.schedule
     bars: dict[tuple[int, str, str], list[tuple[float, float]]] = {}
     used: set[TaskKind] = set()
@@ -126,11 +141,15 @@ def draw_timeline(simulation: Simulation, axes: Axes) -> None:
         elif isinstance(event.work, Move):
             colour = DATA_COLOURS[event.work.block.data]
         else:
-            colour = "#bab0ac"
+            colour = INSIDE_COLOUR
         key = (event.device, event.stream, colour)
         bars.setdefault(key, []).append((1e3 * event.start_s, 1e3 * (event.end_s - event.start_s)))
     for (device, stream, colour), spans in bars.items():
-        place = (device - 0.38, 0.5) if stream == "compute" else (device + 0.15, 0.22)
+        place = {
+            "compute": (device - 0.38, 0.5),
+            "send": (device + 0.15, 0.22),
+            "inside": (device - 0.12, 0.22),
+        }[stream]
         axes.broken_barh(spans, place, facecolors=colour, edgecolors="white", linewidth=0.2)
     axes.set_xlim(0, 1e3 * simulation.step_s)
     axes.set_ylim(schedule.devices - 0.45, -0.55)
@@ -140,6 +159,8 @@ def draw_timeline(simulation: Simulation, axes: Axes) -> None:
         for kind, colour in TASK_COLOURS.items()
         if kind in used
     ]
+    if names := sorted({e.work.name for e in simulation.events if isinstance(e.work, Inside)}):
+        handles.append(Patch(color=INSIDE_COLOUR, label=" and ".join(names)))
     axes.legend(handles=handles, loc="upper right", ncols=4, fontsize="small")
 
 
@@ -188,4 +209,4 @@ def _arguments(event: Event) -> dict[str, Any]:
             "start_tick": work.start,
             "arrive_tick": work.arrive,
         }
-    return {}
+    return {"sent_mib": work.sent_bytes / 2**20}

@@ -24,6 +24,8 @@ from jaxsys.errors import UsageError
 from jaxsys.fields import Fields
 from jaxsys.files import parse_json, shown
 
+from .inside import why_not_shared
+
 FORMAT_VERSION = 1
 MOST_OBJECTS = 1_000_000
 """Of tasks, moves and their blocks in a file."""
@@ -180,11 +182,20 @@ class Schedule:
     """How many devices compute every task together, each a part of the features."""
     experts: int = 1
     """How many such rings share the experts of every block, each with its own microbatches."""
+    context: int = 1
+    """How many devices compute every task together, each a part of its sequences; see `inside`."""
+    context_by: str = "ring"
+    """What travels between them within a task: one of `inside.WAYS`."""
+    context_exchange: int | None = None
+    """How many neighbours of them exchange heads, where that is `mixed`."""
 
     def __post_init__(self) -> None:
         for field in ("devices", "chunks", "microbatches", "replicas", "features", "experts"):
             if getattr(self, field) < 1:
                 raise ScheduleError(f"{field}={getattr(self, field)} must be at least 1")
+        refused = why_not_shared(self.context_by, self.context, self.context_exchange)
+        if refused is not None:
+            raise ScheduleError(refused)
         if self.placement is Placement.OWNER:
             if len(self.owners) != self.chunks:
                 raise ScheduleError(f"{len(self.owners)} owners for {self.chunks} chunks")
@@ -194,6 +205,11 @@ class Schedule:
                 raise ScheduleError(
                     f"owners={self.owners} must give each of {self.devices} devices as many chunks"
                 )
+
+    @property
+    def sharers(self) -> int:
+        """Devices over which what is gathered and summed in shards lies, for each of `devices`."""
+        return self.context if self.placement is Placement.SHARDED else 1
 
     @cached_property
     def ticks(self) -> int:

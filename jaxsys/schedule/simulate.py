@@ -14,9 +14,10 @@ runs a program of its own; the formulas of published pipelines assume this.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from .inside import Inside
 from .schedule import ALL, Block, Data, Move, MoveKind, Schedule, Task, TaskKind
 from .trace import Trace, gradient_block, task_inputs, task_outputs, trace
 
@@ -76,7 +77,10 @@ class Costs:
     static_bytes: float = 0.0
     """Per device, all step long: parameters and optimizer state at rest, edge copies, workspace."""
     other_sent_bytes: float = 0.0
-    """Sent per device and step outside the schedule's moves (embedding, head)."""
+    """Sent per device and step outside the schedule's moves (embedding, head, inside tasks)."""
+    inside: Mapping[TaskKind, Sequence[tuple[Inside, ...]]] = field(default_factory=dict)
+    """Kind of task -> for each chunk what its devices send each other within it; their waits are in
+    the task's time and their bytes in `other_sent_bytes`."""
 
     def task_s(self, task: Task, chunks: int) -> float:
         """Seconds of one task."""
@@ -113,16 +117,18 @@ class Event:
 
     device: int
     stream: str
-    """`compute` or `send`."""
+    """`compute`, `send`, or `inside`: among the devices that compute one's tasks together."""
     start_s: float
     end_s: float
-    work: Task | Move
+    work: Task | Move | Inside
 
     @property
     def label(self) -> str:
         """What it is, in short."""
         if isinstance(self.work, Task):
             return f"{self.work.kind}{self.work.chunk},{self.work.microbatch}"
+        if isinstance(self.work, Inside):
+            return self.work.name
         return str(self.work.block)
 
 
@@ -288,7 +294,7 @@ class _Run:
         waiting = (move.source,) if self.eager_sends and move.source != ALL else devices
         begin = max(self.head_s[device] for device in waiting)
         if move.source == ALL:
-            n = self.schedule.devices
+            n = self.schedule.devices * self.schedule.sharers
             rounds = 2 if move.kind is MoveKind.ALL_REDUCE else 1
             sent = rounds * (n - 1) / n * size
             duration = self.link.collective_s(size, devices=n, rounds=rounds)
@@ -379,6 +385,18 @@ class _Run:
                 work=task,
             )
         )
+        within = self.costs.inside.get(task.kind)
+        longer = (end - begin) / duration if duration else 1.0
+        for one in within[task.chunk] if within else ():
+            self.events.append(
+                Event(
+                    device=device,
+                    stream="inside",
+                    start_s=begin + longer * one.start_s,
+                    end_s=begin + longer * one.end_s,
+                    work=one,
+                )
+            )
 
 
 def alive_bytes(schedule: Schedule, costs: Costs, found: Trace) -> tuple[float, ...]:

@@ -4,6 +4,7 @@ steps over a context axis against one device's."""
 import dataclasses
 import functools
 import re
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from jaxsys.lowering import lower
 from jaxsys.lowering.compiled import collective_counts
 from jaxsys.mesh import CONTEXT, make_mesh
 from jaxsys.model import BlockKind, Experts, initial_parameters, layered, preset
+from jaxsys.schedule import attention_transfers
 from jaxsys.strategies import for_layers
 
 LENGTH, WIDTH = 48, 8
@@ -254,20 +256,36 @@ def counts(split: ContextSplit) -> dict[str, int]:
 def test_compiled_programs_send_what_each_way_says():
     """Of one layer's attention: a ring of P sends keys and values P - 1 hops forward, as often
     again backward, and their gradients P - 1 hops; a gather takes two and sums two; an exchange
-    turns queries, keys, values and outputs, and each again backward."""
+    turns queries, keys, values and outputs, and each again backward. The schedule language says
+    the same."""
     one, exchanged = counts(ring(2)), counts(ring(2, "ulysses"))
-    assert one["collective-permute"] == 3 * 2 * 1
-    assert exchanged["all-to-all"] == 8 and "collective-permute" not in exchanged
+    assert one["collective-permute"] == 3 * 2 * 1 == sent_by(ring(2))["hop"]
+    assert exchanged["all-to-all"] == 8 == sent_by(ring(2, "ulysses"))["exchange"]
+    assert "collective-permute" not in exchanged
+
+
+def sent_by(split: ContextSplit) -> Counter:
+    """Collectives of arrays that the schedule language says of one attention, both passes."""
+    arrays = {"keys and values": 2, "gradients of keys and values": 2, "heads for tokens": 3}
+    found: Counter = Counter()
+    for backward in (False, True):
+        for one in attention_transfers(split.by, split.parts, split.exchange, backward=backward):
+            found[str(one.collective)] += arrays.get(str(one.carries), 1)
+    return found
 
 
 @pytest.mark.slow
 def test_compiled_programs_of_more_devices_and_gathers_send_what_they_say():
     one, three = counts(ring(2)), counts(ring(4))
-    assert three["collective-permute"] == 3 * 2 * 3
-    gathered = counts(ring(2, "gather"))
+    assert three["collective-permute"] == 3 * 2 * 3 == sent_by(ring(4))["hop"]
+    gathered, says = counts(ring(2, "gather")), sent_by(ring(2, "gather"))
     assert "collective-permute" not in gathered
-    assert gathered["reduce-scatter"] == one["reduce-scatter"] + 2
-    assert gathered["all-gather"] == one["all-gather"] + 2 * 2
+    assert gathered["reduce-scatter"] == one["reduce-scatter"] + says["sum"]
+    assert gathered["all-gather"] == one["all-gather"] + says["gather"]
+    both = ContextSplit(parts=4, by="mixed", exchange=2)
+    found, says = counts(both), sent_by(both)
+    assert found["collective-permute"] == says["hop"]
+    assert found["all-to-all"] == says["exchange"]
 
 
 def test_what_a_model_draws_for_a_sequence_is_the_same_however_it_is_cut():

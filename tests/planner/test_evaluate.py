@@ -1,11 +1,13 @@
 """The vectorised evaluator equals the schedule simulator, plan by plan."""
 
+import functools
 import random
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from jaxsys.context import ContextSplit
 from jaxsys.hardware import GIB, device, link
 from jaxsys.model import preset
 from jaxsys.planner.cluster import Cluster
@@ -15,6 +17,7 @@ from jaxsys.planner.named import plan_at
 from jaxsys.planner.orders import legal_order
 from jaxsys.planner.plans import PATHS, Backward, Order, Plan, Residual, State
 from jaxsys.planner.problem import Problem
+from jaxsys.planner.sharing import SharedSequences
 from jaxsys.planner.workload import BlockWork, EdgeWork, Workload, decoder_workload
 from jaxsys.schedule import simulate
 from jaxsys.strategies import STRATEGIES
@@ -31,29 +34,41 @@ def uneven_workload(seed: int, layers: int):
             elementwise_bytes=rng.uniform(0, 1) * 1e9,
             residual_bytes=rng.uniform(0.2, 3) * 2e8,
             selective_bytes=rng.uniform(0.1, 0.2) * 2e8,
+            attention_bytes=rng.uniform(0.05, 0.1) * 2e8,
         )
         for _ in range(layers)
     )
 
-    def workload(size: int) -> Workload:
+    def workload(size: int, split: ContextSplit | None = None) -> Workload:
+        parts = 1 if split is None else split.parts
+        shared = None
+        if split is not None:
+            shared = SharedSequences(
+                split=split, query_values=2e7 * size / parts, key_values=3e7 * size / parts,
+                out_values=1e7 * size / parts, heads=8, key_heads=4, itemsize=2.0,
+            )  # fmt: skip
         return Workload(
             name="uneven",
             blocks=tuple(
                 replace(
                     b,
-                    product_flops=b.product_flops * size,
-                    residual_bytes=b.residual_bytes * size,
+                    product_flops=b.product_flops * size / parts,
+                    attention_flops=b.attention_flops / parts,
+                    residual_bytes=b.residual_bytes * size / parts,
+                    shared=shared,
                 )
                 for b in blocks
             ),
             edge=EdgeWork(
-                parameters=3e8, forward_flops=1e11, backward_flops=3e12, workspace_bytes=1e9
+                parameters=3e8, forward_flops=1e11 / parts, backward_flops=3e12 / parts,
+                workspace_bytes=1e9 / parts,
             ),
-            activation_bytes=3e7 * size,
-            tokens=1024 * size,
+            activation_bytes=3e7 * size / parts,
+            tokens=1024 * size // parts,
             model_flops=1e13 * size,
             feature_ways=(1, 2, 4),
-        )
+            part_of=functools.partial(workload, size),
+        )  # fmt: skip
 
     return workload
 
@@ -86,7 +101,8 @@ def joined_s(problem: Problem, plan: Plan) -> float:
     link = problem.cluster.group(plan.features)
     size = problem.workload(plan.microbatch_size).activation_bytes
     each = link.collective_s(size, devices=plan.features)
-    passes = sum(12 if path.residual is Residual.RECOMPUTE else 10 for path in plan.layers)
+    again = Residual.RECOMPUTE, Residual.ATTENTION
+    passes = sum(12 if path.residual in again else 10 for path in plan.layers)
     microbatches = problem.batch / (plan.replicas * plan.microbatch_size)
     return microbatches / plan.schedule_devices * passes * each
 
@@ -96,7 +112,10 @@ def assert_equal(problem: Problem, plan: Plan, *, rel: float = 1e-9) -> None:
     assert found.step_s[0] == pytest.approx(wanted.step_s, rel=rel)
     assert found.sent_bytes[0] == pytest.approx(max(wanted.sent_bytes), rel=1e-9)
     computed = max(wanted.busy_s) - joined_s(problem, plan)
-    assert found.compute_s[0] == pytest.approx(computed, rel=1e-9)
+    if plan.context == 1:
+        assert found.compute_s[0] == pytest.approx(computed, rel=1e-9)
+    else:  # what it waits for within attention is in its tasks
+        assert 0 < found.compute_s[0] <= computed * (1 + 1e-9)
     assert found.peak_bytes[0] == pytest.approx(max(wanted.peak_bytes), rel=1e-9)
 
 
@@ -119,6 +138,37 @@ def test_random_sharded_plans(seed):
         layers=tuple(rng.choice(PATHS) for _ in range(5)),
     )
     assert_equal(problem, plan)
+
+
+@pytest.mark.parametrize(
+    ("shared", "how"),
+    [
+        ({"context": 4, "context_by": "ring"}, {"shard": 2, "state": State.SPLIT}),
+        ({"context": 8, "context_by": "gather"}, {"state": State.SPLIT, "lookahead": 2}),
+        (
+            {"context": 4, "context_by": "mixed", "context_exchange": 2},
+            {"features": 2, "state": State.SPLIT},
+        ),
+        ({"context": 2, "context_by": "ring"}, {"shard": 4}),
+        ({"context": 2, "context_by": "gather"}, {"stages": 4, "order": Order.EARLIEST_BACKWARD}),
+        ({"context": 2, "context_by": "ulysses"}, {"ring": 4, "order": Order.SIDE_BY_SIDE}),
+    ],
+)
+def test_plans_whose_sequences_lie_over_devices(shared, how):
+    """What travels inside tasks is in their times, and drawn where they run."""
+    rng = random.Random(3)
+    split = how.get("state") is State.SPLIT
+    problem = problem_of(3, batch=16, name="nvlink")
+    if split:
+        layers = tuple(rng.choice(PATHS) for _ in range(5))
+    else:
+        stay = [path for path in PATHS if (path.weights, path.gradient) == ("stay", "once")]
+        layers = (rng.choice(stay),) * 5
+    plan = Plan(**shared, **how, layers=layers)
+    assert plan.devices == 8
+    assert_equal(problem, plan)
+    inside = [event for event in exact(problem, plan).events if event.stream == "inside"]
+    assert inside and all(event.end_s > event.start_s for event in inside)
 
 
 @pytest.mark.parametrize("seed", range(6))

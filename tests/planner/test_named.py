@@ -155,7 +155,7 @@ def test_recompute_is_taken_only_where_memory_asks_for_it():
     )
     assert {row.recompute for row in roomy.rows} == {"none"}
     zero_3 = next(row for row in tight.rows if row.strategy == "zero-3")
-    assert zero_3.recompute == "block"
+    assert zero_3.recompute == "around-attention"
     assert zero_3.fits
 
 

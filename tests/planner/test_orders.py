@@ -160,6 +160,7 @@ def test_residuals_and_taps_of_a_block_are_as_the_formulas_say():
     kept = {
         "none": 2 * tokens * (4 * width + 2 * (heads + shared) + 3 * inner) + sums + 16 * tokens,
         "selective": 2 * tokens * (2 * width + 2 * (heads + shared) + 2 * inner) + sums,
+        "around-attention": 2 * tokens * (width + heads) + sums,
         "block": 2 * tokens * width,
     }
     taps = 2 * tokens * (4 * width + 2 * (heads + shared) + 3 * inner) + 2 * 2 * width

@@ -14,12 +14,14 @@ import numpy as np
 import optax
 import pytest
 
+from jaxsys.context import WAYS
 from jaxsys.hardware import device, link
+from jaxsys.mesh import AXES
 from jaxsys.model import DecoderConfig, initial_parameters, layered
 from jaxsys.model.kinds import BlockKind, Experts
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.files import plan_file
-from jaxsys.planner.plans import PATHS, Plan
+from jaxsys.planner.plans import PATHS, Plan, Residual
 from jaxsys.planner.problem import Problem
 from jaxsys.planner.runs import that_runs, why_not
 from jaxsys.planner.search import Found
@@ -28,30 +30,35 @@ from jaxsys.planner.workload import decoder_workload
 from jaxsys.train import Trainer
 from jaxsys.train.plan_file import read_plan
 
-BATCH, LENGTH, LAYERS, DEVICES = 16, 8, 4, 8
+BATCH, LENGTH, LAYERS, DEVICES = 16, 16, 4, 8
 DENSE = DecoderConfig(
     vocab_size=32, hidden_size=16, intermediate_size=16, num_layers=LAYERS,
     num_heads=4, num_kv_heads=4, head_dim=8,
 )  # fmt: skip
+EXPERTS = replace(
+    DENSE,
+    kinds=(BlockKind(experts=True),),
+    experts=Experts(count=4, active=2, intermediate_size=8, balance=0.05),
+)
 CONFIGS = {
     "dense": DENSE,
-    "experts": replace(
-        DENSE,
-        kinds=(BlockKind(experts=True),),
-        experts=Experts(count=4, active=2, intermediate_size=8, balance=0.05),
-    ),
+    "experts": EXPERTS,
+    "shared experts": replace(EXPERTS, experts=replace(EXPERTS.experts, balance=0.0)),
 }
+"""The first and the last have sequences that devices can share; a balance of experts is of whole
+microbatches."""
 SLOW_DRAWS, FAST_DRAWS = 200, 2
 
 
 @functools.cache
 def space_of(name: str) -> Space:
     config = CONFIGS[name]
+    # With a kernel for attention, so that what it made may be kept; values do not depend on it.
     problem = Problem(
         workload_of=lambda size: decoder_workload(
-            name, config, sequence_length=LENGTH, microbatch_size=size, dtype="float32"
+            name, config, sequence_length=LENGTH, microbatch_size=size, shortest_piece=1
         ),
-        cluster=Cluster(device=device("cpu"), devices=DEVICES, link=link("host-memory")),
+        cluster=Cluster(device=device("h100"), devices=DEVICES, link=link("host-memory")),
         batch=BATCH,
         memory_bytes=1e12,
         lowered=True,
@@ -60,11 +67,12 @@ def space_of(name: str) -> Space:
 
 
 @functools.cache
-def bases_of(name: str) -> dict[tuple[int, ...], list[Plan]]:
+def bases_of(name: str) -> dict[tuple, list[Plan]]:
     """By how devices are divided: each division is drawn as often, however many orders it has."""
-    found: dict[tuple[int, ...], list[Plan]] = {}
+    found: dict[tuple, list[Plan]] = {}
     for base in space_of(name).bases():
         ways = (base.replicas, base.experts, base.shard, base.features, base.stages, base.ring)
+        ways += (base.context, base.context_by, base.context_exchange)
         found.setdefault(ways, []).append(base)
     return found
 
@@ -72,7 +80,7 @@ def bases_of(name: str) -> dict[tuple[int, ...], list[Plan]]:
 def drawn(seed: int) -> tuple[str, Plan]:
     """A plan of the space, and which model it is for."""
     random = np.random.default_rng(seed)
-    name = ("dense", "experts")[seed % 2]
+    name = tuple(CONFIGS)[seed % len(CONFIGS)]
     divisions = list(bases_of(name).values())
     bases = divisions[int(random.integers(len(divisions)))]
     base = bases[int(random.integers(len(bases)))]
@@ -140,8 +148,11 @@ def test_a_plan_that_is_drawn_trains(seed, tmp_path):
 
 def test_what_is_drawn_reaches_every_axis():
     plans = [drawn(seed)[1] for seed in range(SLOW_DRAWS)]
-    for axis in ("replicas", "experts", "shard", "features", "stages", "ring"):
+    for axis in AXES:
         assert {getattr(plan, axis) for plan in plans} >= {1, 2, 4}, axis
+    assert {plan.context_by for plan in plans} == set(WAYS)
+    assert any(plan.context > 1 and plan.owners > 1 for plan in plans)
+    assert {path.residual for plan in plans for path in plan.layers} == set(Residual)
 
 
 def test_what_no_step_runs_is_outside_the_space():
