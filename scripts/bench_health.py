@@ -122,6 +122,7 @@ def main() -> int:
     """Measures each kind of body."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=20.0, help="a kind (default %(default)s)")
+    parser.add_argument("--bodies", nargs="+", choices=list(bodies()), help="kinds (default all)")
     parser.add_argument("--out", default="results/health.json")
     arguments = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="health-"))
@@ -145,7 +146,7 @@ def main() -> int:
         rest.start()
         rows.append(figures("none", asked(port, arguments.seconds / 4), {}))
         context = multiprocessing.get_context("spawn")
-        for kind in bodies():
+        for kind in arguments.bodies or bodies():
             ready, enough, statuses = context.Event(), context.Event(), context.Queue()
             sending = context.Process(target=send, args=(port, kind, ready, enough, statuses))
             sending.start()

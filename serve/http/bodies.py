@@ -1,25 +1,26 @@
 """Bodies of requests: bounded as they arrive, unpacked and parsed where no event loop waits.
 
-A small body is parsed at once. A large one goes to the one thread that parses bodies; what it may
-cost there is known beforehand, by the number of its commas, colons and brackets outside of strings,
-since the interpreter is not let go while a body is parsed.
+A small body is parsed at once. A large one is parsed by a process of its own (`body_process`),
+since the interpreter is not let go while a body is parsed; what it may cost there is known
+beforehand, by the number of its commas, colons and brackets outside of strings.
 """
 
 import asyncio
-import json
-import zlib
-from collections.abc import AsyncIterator, Callable
+import marshal
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TypeVar
 
 import fastapi
-import numpy as np
 import pydantic
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from jaxsys.errors import UsageError
+from jaxsys.errors import RunError, UsageError
+from jaxsys.serve.http import body_process
+from jaxsys.serve.http.apart import Apart
 
 SMALL_BYTES = 32 << 10
 """A body up to this size is parsed on the event loop; a millisecond or two."""
@@ -30,10 +31,8 @@ MAX_FIELDS = 256
 """Fields of a body."""
 PIECE_S = 30.0
 """How long a client may take for the next piece of a body."""
-PART = 512 << 10
-"""Bytes looked through at once."""
-_MARKS = np.zeros(256, bool)
-_MARKS[[*b",:[{"]] = True
+PARSE_S = 30.0
+"""How long a body may take to be parsed, once one is."""
 
 Body = TypeVar("Body", bound=pydantic.BaseModel)
 
@@ -50,6 +49,7 @@ class Bodies:
         self.max_bytes = max_bytes
         self.max_marks = MARKS + 2 * max_length
         self._thread = ThreadPoolExecutor(1, "bodies")
+        self._apart = Apart(Path(body_process.__file__), what="parses large bodies")
 
     async def read(self, kind: type[Body], request: fastapi.Request) -> Body:
         """A request's body.
@@ -59,43 +59,44 @@ class Bodies:
             RequestValidationError: where it is not of its kind.
         """
         packed = request.headers.get("content-encoding", "identity").strip().lower()
-        unpack = _UNPACKERS.get(packed)
-        if unpack is None:
+        if packed not in body_process.PACKED:
             raise HTTPException(
                 415,
                 f"the body's Content-Encoding {packed[:40]!r} is not understood; use gzip, deflate "
                 f"or none",
                 {"Accept-Encoding": "gzip, deflate"},
             )
-        data = await self._collect(request.stream())
+        pieces = await self._collect(request.stream())
+        size = sum(map(len, pieces))
         described = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if data and not (described == "application/json" or described.endswith("+json")):
+        if size and not (described == "application/json" or described.endswith("+json")):
             raise HTTPException(
                 400, "the body came as no JSON; send the header Content-Type: application/json"
             )
-        if len(data) <= SMALL_BYTES and packed == "identity":
-            return self._parse(kind, data, unpack)
+        if size <= SMALL_BYTES and packed in ("identity", ""):
+            return _checked(kind, self._parse(b"".join(pieces), packed))
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, self._parse, kind, data, unpack)
+        return await loop.run_in_executor(self._thread, self._read_large, kind, pieces, packed)
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Ends the thread, and its process."""
         self._thread.shutdown(wait=False, cancel_futures=True)
+        self._apart.close()
 
     def size_rule(self) -> str:
         """What a body that is too large is told."""
         return f"the body exceeds {self.max_bytes} bytes; send a shorter prompt"
 
-    async def _collect(self, pieces: AsyncIterator[bytes]) -> bytes:
+    async def _collect(self, stream: AsyncIterator[bytes]) -> list[bytes]:
         found: list[bytes] = []
         size = 0
-        iterator = aiter(pieces)
+        iterator = aiter(stream)
         while True:
             try:
                 async with asyncio.timeout(PIECE_S):
                     piece = await anext(iterator)
             except StopAsyncIteration:
-                return b"".join(found)
+                return found
             except ClientDisconnect:  # nobody reads it
                 raise HTTPException(400, "the body was not sent to its end") from None
             except TimeoutError:
@@ -106,82 +107,36 @@ class Bodies:
                 raise HTTPException(413, self.size_rule(), {"Connection": "close"})
             found.append(piece)
 
-    def _parse(self, kind: type[Body], data: bytes, unpack: "Unpack") -> Body:
-        data = unpack(data, self.max_bytes)
-        if len(data) > self.max_bytes:
-            raise HTTPException(413, self.size_rule())
-        marks = _marks(data, self.max_marks)
-        if marks > self.max_marks:
-            raise UsageError(
-                f"the body holds over {self.max_marks} values; send fewer messages, prompts or "
-                f"token ids at once"
-            )
+    def _parse(self, data: bytes, packed: str) -> Any:
         try:
-            value: Any = json.loads(data) if data else None
-        except UnicodeDecodeError as error:
-            raise UsageError(f"the body is no UTF-8: byte {error.start}") from None
-        except RecursionError:
-            raise UsageError("the body is nested too deep") from None
-        except ValueError as error:
-            raise UsageError(f"the body is no valid JSON: {error}") from None
-        if isinstance(value, dict) and len(value) > MAX_FIELDS:
-            raise UsageError(f"the body has {len(value)} fields; at most {MAX_FIELDS} are taken")
-        try:
-            if data:
-                return kind.model_validate(value)
-        except pydantic.ValidationError as error:
-            found = error.errors(include_url=False)
-            raise RequestValidationError(found, body=kind.__name__) from None
-        except RecursionError:
-            raise UsageError("the body is nested too deep") from None
+            return body_process.parse(data, packed, self.max_bytes, self.max_marks, MAX_FIELDS)
+        except body_process.Refused as refused:
+            raise _refusal(*refused.args) from None
+
+    def _read_large(self, kind: type[Body], pieces: list[bytes], packed: str) -> Body:
+        rules = body_process.RULES.pack(self.max_bytes, self.max_marks, MAX_FIELDS, packed.encode())
+        answer = self._apart.ask([rules, *pieces], PARSE_S)
+        if answer is None:
+            raise RunError("the process that parses large bodies has ended; try again")
+        status, found = marshal.loads(answer)
+        if status != 200:
+            raise _refusal(status, found)
+        return _checked(kind, found)
+
+
+def _refusal(status: int, message: str) -> Exception:
+    return UsageError(message) if status == 400 else HTTPException(status, message)
+
+
+def _checked(kind: type[Body], value: Any) -> Body:
+    """A body of its kind."""
+    if value == body_process.EMPTY:
         missing = {"type": "missing", "loc": ("body",), "msg": "Field required", "input": None}
         raise RequestValidationError([missing])
-
-
-Unpack = Callable[[bytes, int], bytes]
-
-
-def _unpack(wbits: int) -> Unpack:
-    def unpack(data: bytes, most: int) -> bytes:
-        stream = zlib.decompressobj(wbits)
-        try:
-            unpacked = stream.decompress(data, most + 1)
-        except zlib.error as error:
-            raise UsageError(f"the body cannot be unpacked: {error}") from None
-        if len(unpacked) <= most and (not stream.eof or stream.unused_data):
-            raise UsageError("the body cannot be unpacked: it is cut short, or more stands behind")
-        return unpacked
-
-    return unpack
-
-
-_UNPACKERS: dict[str, Unpack] = {
-    "identity": lambda data, most: data,
-    "": lambda data, most: data,
-    "gzip": _unpack(16 + zlib.MAX_WBITS),
-    "x-gzip": _unpack(16 + zlib.MAX_WBITS),
-    "deflate": _unpack(zlib.MAX_WBITS),
-}
-
-
-def _marks(data: bytes, enough: int) -> int:
-    """Commas, colons and opening brackets outside of strings.
-
-    Where there are no more than `enough` at all, those in strings are counted too; counting ends
-    with the part that goes over it.
-    """
-    most = sum(data.count(mark) for mark in (b",", b":", b"[", b"{"))
-    if most <= enough:
-        return most
-    # Pairs of backslashes first, from the left: then a backslash before a quote escapes it.
-    plain = data.replace(b"\\\\", b"").replace(b'\\"', b"")
-    characters = np.frombuffer(plain, np.uint8)
-    found, quoted = 0, np.False_
-    for at in range(0, len(characters), PART):  # others get their turn in between
-        part = characters[at : at + PART]
-        inside = np.bitwise_xor.accumulate(part == ord('"')) ^ quoted
-        found += int(np.count_nonzero(_MARKS[part] & ~inside))
-        quoted = inside[-1]
-        if found > enough:
-            break
-    return found
+    try:
+        return kind.model_validate(value)
+    except pydantic.ValidationError as error:
+        found = error.errors(include_url=False)
+        raise RequestValidationError(found, body=kind.__name__) from None
+    except RecursionError:
+        raise UsageError("the body is nested too deep") from None

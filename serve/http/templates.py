@@ -9,25 +9,17 @@ import asyncio
 import contextlib
 import hashlib
 import json
-import select
-import subprocess
-import sys
-import threading
-import time
-import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from jaxsys.errors import RunError, UsageError
+from jaxsys.errors import UsageError
 from jaxsys.model import Tokenizer, chat
-from jaxsys.serve.http.template_process import LENGTH
+from jaxsys.serve.http.apart import Apart
 
 LIMIT_S = 5.0
 """Longest time that one rendering may take."""
-START_S = 30.0
-"""Longest time that a process may take to start."""
 PROCESSES = 4
 """Most processes at once: so many renderings that take long hold up others."""
 MOST_CHARACTERS = 16 << 20
@@ -45,11 +37,8 @@ class Templates:
         self.limit_s = limit_s
         self._special_tokens = dict(tokenizer.special_tokens)
         self._threads = ThreadPoolExecutor(PROCESSES, "template")
-        self._idle: list[subprocess.Popen[bytes]] = []
-        self._all: set[subprocess.Popen[bytes]] = set()
-        self._lock = threading.Lock()
-        self._closed = threading.Event()
-        self._finalizer = weakref.finalize(self, _end, self._all, self._lock)
+        arguments = [str(_ROOT), str(chat.__file__)]
+        self._apart = Apart(_SCRIPT, arguments, what="renders chats")
 
     def names(self, variable: str) -> bool:
         """Whether the template speaks of a variable."""
@@ -98,76 +87,18 @@ class Templates:
 
     def close(self) -> None:
         """Ends the processes, whatever they are doing."""
-        self._closed.set()
         self._threads.shutdown(wait=False, cancel_futures=True)
-        self._finalizer()
+        self._apart.close()
 
     def _ask(self, asked: dict[str, Any]) -> dict[str, Any]:
-        data = json.dumps(asked).encode()
-        process = self._take()
-        try:
-            answer = self._exchange(process, data)
-        except BaseException:
-            self._drop(process)
-            raise
+        # Its own alarm comes first; the limit is for one that is not even scheduled.
+        answer = self._apart.ask([json.dumps(asked).encode()], self.limit_s)
         if answer is None:
-            self._drop(process)
-            if self._closed.is_set():
-                raise RunError("the server is shutting down; use another one")
             raise UsageError(
                 f"the chat template took over {self.limit_s:g} s, or too much memory, for these "
                 f"messages; send fewer or shorter ones"
             )
-        with self._lock:
-            self._idle.append(process)
-        return answer
-
-    def _exchange(self, process: subprocess.Popen[bytes], data: bytes) -> dict[str, Any] | None:
-        """An answer; None where the process has ended, or does not."""
-        assert process.stdin is not None and process.stdout is not None
-        try:
-            left = memoryview(LENGTH.pack(len(data)) + data)
-            while left:
-                left = left[process.stdin.write(left) :]
-        except OSError:
-            return None
-        # Its own alarm comes first; this is for one that is not even scheduled.
-        deadline_s = time.monotonic() + START_S + self.limit_s
-        header = _read(process.stdout, LENGTH.size, deadline_s)
-        if header is None:
-            return None
-        answer = _read(process.stdout, LENGTH.unpack(header)[0], deadline_s)
-        return None if answer is None else json.loads(answer)
-
-    def _take(self) -> subprocess.Popen[bytes]:
-        with self._lock:
-            while self._idle:
-                process = self._idle.pop()
-                if process.poll() is None:
-                    return process
-                self._all.discard(process)
-        try:
-            process = subprocess.Popen(
-                [sys.executable, "-P", str(_SCRIPT), str(_ROOT), str(chat.__file__)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,  # an interrupt from the terminal is the server's
-                bufsize=0,
-            )
-        except OSError as error:
-            raise RunError(f"no process renders chats: {error.strerror}; try again later") from None
-        with self._lock:
-            self._all.add(process)
-            late = self._closed.is_set()
-        if late:
-            process.kill()
-        return process
-
-    def _drop(self, process: subprocess.Popen[bytes]) -> None:
-        with self._lock:
-            self._all.discard(process)
-        _kill(process)
+        return json.loads(answer)
 
 
 def history_forms(
@@ -216,36 +147,3 @@ def _with_ids(message: Mapping[str, Any], length: int | None) -> dict[str, Any]:
     if calls:
         found["tool_calls"] = [call | {"id": named(call.get("id") or "")} for call in calls]
     return found
-
-
-def _read(pipe: Any, count: int, deadline_s: float) -> bytes | None:
-    """`count` bytes of a pipe; None where they do not come."""
-    found = bytearray()
-    ready = select.poll()
-    ready.register(pipe, select.POLLIN)
-    while len(found) < count:
-        if not ready.poll(max(0.0, 1e3 * (deadline_s - time.monotonic()))):
-            return None
-        piece = pipe.read(count - len(found))
-        if not piece:
-            return None
-        found += piece
-    return bytes(found)
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            with contextlib.suppress(OSError):
-                pipe.close()
-    process.wait()
-
-
-def _end(processes: set[subprocess.Popen[bytes]], lock: threading.Lock) -> None:
-    with lock:
-        ending = list(processes)
-        processes.clear()
-    for process in ending:  # whoever reads from one sees it end, and closes its pipes
-        process.kill()
-        process.wait()

@@ -11,9 +11,10 @@ import time
 import httpx
 import pytest
 
+from jaxsys.errors import UsageError
 from jaxsys.model import ByteTokenizer
-from jaxsys.serve.http import listening
-from jaxsys.serve.http.bodies import Bodies, _marks
+from jaxsys.serve.http import body_process, listening
+from jaxsys.serve.http.bodies import Bodies
 from jaxsys.serve.http.listening import Connections, HttpServer, raise_descriptor_limit
 from jaxsys.serve.http.protocol import CompletionRequest
 from jaxsys.serve.http.starting import Gateway, Progress
@@ -101,7 +102,7 @@ def test_marks_are_counted_outside_of_strings(text):
         else:
             quoted = character == '"'
             expected += character in ",:[{"
-    assert _marks(text, 0) == expected
+    assert body_process.marks(text, 0) == expected
 
 
 def large(kind):
@@ -175,6 +176,44 @@ def test_bodies_may_be_packed(server):
         assert answer.status_code == 400 and "unpacked" in answer.json()["error"]["message"]
     answer = asked(body, {**JSON, "Content-Encoding": "br"})
     assert answer.status_code == 415 and "gzip" in answer.headers["accept-encoding"]
+
+
+class Sent:
+    """A request, as far as its body goes."""
+
+    headers = {"content-type": "application/json"}
+
+    def __init__(self, *pieces):
+        self.pieces = pieces
+
+    async def stream(self):
+        for piece in self.pieces:
+            yield piece
+
+
+def test_a_large_body_is_parsed_by_a_process_and_another_where_that_has_ended(monkeypatch):
+    def here(*_):
+        raise AssertionError("the event loop's interpreter parses")
+
+    monkeypatch.setattr(body_process, "parse", here)
+    bodies = Bodies(max_bytes=1 << 20, max_length=10)
+    content = json.dumps({"prompt": "\u00e9" * 10_000}).encode()  # as escapes
+
+    def read(*pieces):
+        return asyncio.run(bodies.read(CompletionRequest, Sent(*pieces)))  # type: ignore
+
+    assert read(content[:7], content[7:]).prompt == "\u00e9" * 10_000
+    (process,) = bodies._apart._all
+    with pytest.raises(UsageError, match="no valid JSON"):
+        read(content[:-1])
+    assert bodies._apart._all == {process}
+    process.kill()
+    process.wait()
+    assert read(content).prompt == "\u00e9" * 10_000
+    (other,) = bodies._apart._all
+    assert other is not process and other.poll() is None
+    bodies.close()
+    assert other.poll() is not None
 
 
 def test_a_body_that_stops_coming_is_not_waited_for(monkeypatch):
