@@ -335,10 +335,11 @@ def test_a_plan_that_no_schedule_runs_is_passed_over():
         ),
         (["--model", "tiny", "--json", "no-x", "--plan", "./no-x"], 2, "is named for two files"),
         (["--model", "tiny", "--memory-gib", "0.0001"], 1, "no plan fits 0.0001 GiB per device"),
-        (
+        pytest.param(
             ["--model", "llama-3-8b", "--microbatches", "8", "--memory-gib", "3"],
             1,
             "smallest limit that would do is",
+            marks=pytest.mark.slow,
         ),
     ],
 )
