@@ -75,7 +75,7 @@ def test_one_that_takes_long_holds_up_neither_others_nor_the_end():
         assert time.monotonic() - began_s < 5
 
     asyncio.run(run())
-    assert not made._all
+    assert not made._apart._all
 
 
 def test_a_looping_template_leaves_completions_and_health_alone(scripted):
