@@ -181,9 +181,8 @@ def test_bodies_may_be_packed(server):
 class Sent:
     """A request, as far as its body goes."""
 
-    headers = {"content-type": "application/json"}
-
     def __init__(self, *pieces):
+        self.headers = {"content-type": "application/json"}
         self.pieces = pieces
 
     async def stream(self):
