@@ -18,14 +18,16 @@ from jaxsys.model import (
     abstract_parameters,
     forward,
 )
+from jaxsys.model.peft import read_layers
 from jaxsys.serve import paged_model
 from jaxsys.serve.adapters import KnownAdapter, UnknownAdapter
 from jaxsys.serve.cache_groups import cache_groups
 from jaxsys.serve.deployment import DeploymentConfig, adapter_buckets, build_engine
+from jaxsys.serve.expert_weights import grouped_over
 from jaxsys.serve.lora import Adapted, AdapterSlots, Pair, grouped
 from jaxsys.serve.paged_attention import choose_kernels
 from jaxsys.serve.requests import SamplingParameters
-from jaxsys.serve.weights import serving_weights
+from jaxsys.serve.weights import HeldFused, serving_weights
 
 SMALL: dict[str, Any] = {
     "max_batch": 4,
@@ -338,3 +340,40 @@ def test_experts_and_absorbed_matrices_are_refused_by_name(write_adapter, tmp_pa
     safetensors.numpy.save_file(tensors, path)
     with pytest.raises(UsageError, match="o_proj.lora_A.weight' is not finite"):
         slots.read(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["int8", "fp8", "int4"])
+def test_a_quantised_base_has_the_adapters_sums_added(model, write_adapter, tmp_path, form):
+    """Whatever the base's products are: each part of a fused matrix gets its own."""
+    config = model.config
+    write_adapter(tmp_path, config, model.parameters, rank=3, targets=LINEAR, seed=4)
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    weights = serving_weights(config, model.parameters, quantisation=form, placement=place)
+    slots = AdapterSlots(config, weights.dtype, count=2, rank=4, placement=place)
+    slots.put("a", slots.read(tmp_path))
+    adapted = Adapted(slots.tables, jnp.asarray([0, 1]), jnp.asarray([0, -1]))
+    walk = grouped_over("walk", None, "")
+    plain, own = (
+        HeldFused(config, weights.layers[1], walk, one) for one in (None, adapted.layer(1))
+    )
+    layer = read_layers(tmp_path, config)[1]
+    x = jax.random.normal(jax.random.key(0), (2, 5, config.hidden_size))
+
+    def added(name):
+        a, b = layer[name]
+        return np.asarray(x[0]) @ a @ b
+
+    names = ("attention/query", "attention/key", "attention/value")
+    for name, with_, without in zip(
+        names, own.query_key_value(x), plain.query_key_value(x), strict=True
+    ):
+        found = np.asarray(with_ - without)
+        assert (found[1] == 0).all()
+        np.testing.assert_allclose(found[0].reshape(5, -1), added(name), atol=2e-5)
+    for name, with_, without in zip(
+        ("mlp/gate", "mlp/up"), own.up(x, "mlp"), plain.up(x, "mlp"), strict=True
+    ):
+        found = np.asarray(with_ - without)
+        assert (found[1] == 0).all()
+        np.testing.assert_allclose(found[0], added(name), atol=2e-5)
