@@ -120,7 +120,12 @@ def test_instances_through_death_scaling_and_the_end(started, spec):
             assert f'jaxsys_energy_joules_total{{instance="{one["name"]}"}}' in text
 
         running = load()
-        until(lambda: sum(one["in_flight"] for one in served.describe()) > 2)
+
+        def arrived():
+            unfinished = httpx.get(address + "/health").json()["unfinished"]
+            return unfinished + sum(one.done() for one in running) >= len(running)
+
+        until(arrived)
         served.stop(drain_s=30)  # what is open comes to its end
         assert [one.result() for one in running] == expected
     with pytest.raises(httpx.ConnectError):
