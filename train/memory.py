@@ -103,8 +103,7 @@ def _step_bytes(step: StepShape) -> float:
     schedule, model, microbatch = step.schedule, step.model, step.microbatch
     sharded = schedule.placement is Placement.SHARDED
     edge, blocks = (
-        jax.tree.map(lambda s: _cast(s, step.compute_dtype), step.parameters[part])
-        for part in ("edge", "blocks")
+        in_dtype(step.parameters[part], step.compute_dtype) for part in ("edge", "blocks")
     )
     layer_of = {
         kind: jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), stack)
@@ -300,6 +299,11 @@ def _alternatives(step: StepShape) -> Iterator[tuple[str, StepShape]]:
         yield "half the microbatch size", replace(step, microbatch=half)
 
 
-def _cast(leaf: Any, dtype: Any) -> jax.ShapeDtypeStruct:
-    floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-    return jax.ShapeDtypeStruct(leaf.shape, dtype if floating else leaf.dtype)
+def in_dtype(shapes: Any, dtype: Any) -> Any:
+    """Shapes with floats in a dtype."""
+
+    def cast(leaf: Any) -> jax.ShapeDtypeStruct:
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return jax.ShapeDtypeStruct(leaf.shape, dtype if floating else leaf.dtype)
+
+    return jax.tree.map(cast, shapes)

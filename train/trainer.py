@@ -29,11 +29,12 @@ from jaxsys.mesh import DATA, RING, batch_axes, batch_parts, context_of, inner_s
 from jaxsys.schedule import Schedule
 from jaxsys.train import auto, checkpoint, schedules
 from jaxsys.train.at_rest import StateAtRest, masters
+from jaxsys.train.derivatives import check_derivatives
 from jaxsys.train.evaluate import make_loss
 from jaxsys.train.flops import count_parameters
 from jaxsys.train.keys import Keys
 from jaxsys.train.loader import Batches
-from jaxsys.train.memory import StepShape, check_fits, check_state_fits
+from jaxsys.train.memory import StepShape, check_fits, check_state_fits, in_dtype
 from jaxsys.train.options import About, Compute, Memory, with_fields
 from jaxsys.train.own_mesh import are_typed, on_own_mesh, without_axis_types
 from jaxsys.train.rules import shape_of
@@ -528,18 +529,19 @@ class Trainer:
         return tree_bytes(part_shapes(whole, parts, sizes)) / tree_bytes(whole)
 
     def _check_memory(self, microbatch: PyTree) -> None:
-        """Raises UsageError if the step on such microbatches is predicted not to fit."""
+        """Raises UsageError if the step on such microbatches is predicted not to fit, or if the
+        model's own derivatives are others in it."""
+        microbatch = jax.tree.map(shape_of, self._keys.with_shape(microbatch))
+        shapes = self._rest.layer_shapes.parameters
+        check_derivatives(self.model, in_dtype(shapes, self.compute_dtype), microbatch)
         if self._limit.bytes < math.inf:
             check_fits(
                 StepShape(
                     schedule=self.schedule,
                     model=self.model,
-                    parameters=self._rest.layer_shapes.parameters,
+                    parameters=shapes,
                     state_bytes=self._state_bytes,
-                    microbatch=jax.tree.map(
-                        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
-                        self._keys.with_shape(microbatch),
-                    ),
+                    microbatch=microbatch,
                     compute_dtype=self.compute_dtype,
                     gradient_dtype=self._lowered.gradient_dtype,
                     recompute=self.recompute,

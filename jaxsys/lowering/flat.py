@@ -71,8 +71,9 @@ def flat_model(model: LayeredModel, edge: PyTree, microbatch: PyTree) -> FlatMod
         microbatch: shapes and dtypes of one microbatch.
 
     Raises:
-        UsageError: if the head does not return scalars.
+        UsageError: if the head does not return scalars, or there are complex numbers.
     """
+    refuse_complex(edge, "the edge")
     flat = flat_of(model, jax.eval_shape(lambda e, m: model.embed(e, m), edge, microbatch))
     tree = jax.tree.unflatten(flat.structure, flat.x)
     out = jax.eval_shape(lambda e, x, m: model.head_loss(e, x, m), edge, tree, microbatch)
@@ -93,12 +94,23 @@ def flat_model(model: LayeredModel, edge: PyTree, microbatch: PyTree) -> FlatMod
 def flat_of(model: LayeredModel, x: PyTree) -> FlatModel:
     """The model on lists, from shapes and dtypes of x; without its metrics."""
     leaves, structure = jax.tree.flatten(x)
+    refuse_complex(leaves, "x, what goes from block to block,")
     shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
     return FlatModel(model=model, structure=structure, x=shapes, metrics=())
 
 
+def refuse_complex(tree: PyTree, what: str) -> None:
+    """Raises UsageError if there are complex leaves: what is not floating-point is a constant."""
+    if any(jnp.issubdtype(leaf.dtype, jnp.complexfloating) for leaf in jax.tree.leaves(tree)):
+        raise UsageError(
+            f"{what} has complex leaves, which have no gradient here; hold their real and "
+            "imaginary parts as two leaves and put them together where they are used (lax.complex)"
+        )
+
+
 def check_block(flat: FlatModel, weights: PyTree, microbatch: PyTree, kind: str = ALIKE) -> None:
     """Raises UsageError if a block does not map x to its own structure, shapes and dtypes."""
+    refuse_complex(weights, "a block's parameters")
     tree = jax.tree.unflatten(flat.structure, flat.x)
     run = flat.model.kinds[kind]
     y = jax.eval_shape(

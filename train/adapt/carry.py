@@ -16,8 +16,8 @@ from typing import Any
 from jaxsys.errors import UsageError
 from jaxsys.train.adapt.fingerprint import aval_of_type
 from jaxsys.train.adapt.kinds import Kind, Position, Row
-from jaxsys.train.adapt.program import BlockLeaf, Layer, Value
 from jaxsys.train.adapt.stages import Stages
+from jaxsys.train.adapt.values import BlockLeaf, Layer, Value
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,6 +70,11 @@ def fingerprint_of_array(value: Any, aval: Any) -> Any:
     return (aval_of_type(aval), words_of(value)[0].tobytes())
 
 
+def fingerprint_of_jaxpr(jaxpr: Any, consts: Any) -> Any:
+    """A hashable value that says all that a jaxpr computes, derivatives aside."""
+    return _of_jaxpr(jaxpr, consts, {})
+
+
 def words_of(value: Any) -> tuple[np.ndarray, Any]:
     """A constant's elements on the host; of keys their words, and how keys are made of them."""
     keys, dtype = None, getattr(value, "dtype", None)

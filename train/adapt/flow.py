@@ -6,7 +6,7 @@ Legend: L blocks; stage 0 is the embedding, 1 to L the blocks.
 from collections.abc import Sequence
 
 from jaxsys.errors import UsageError
-from jaxsys.train.adapt.program import BlockLeaf, Layer, Operation, Program, Value
+from jaxsys.train.adapt.values import BlockLeaf, Layer, Operation, Program, Value
 
 
 class Flow:

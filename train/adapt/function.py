@@ -28,7 +28,8 @@ from jaxsys.train.adapt.places import (
     places,
 )
 from jaxsys.train.adapt.plan import Plan
-from jaxsys.train.adapt.program import (
+from jaxsys.train.adapt.program import trace
+from jaxsys.train.adapt.values import (
     BatchLeaf,
     BlockLeaf,
     EdgeLeaf,
@@ -37,7 +38,6 @@ from jaxsys.train.adapt.program import (
     StackedLeaf,
     Value,
     needed,
-    trace,
 )
 
 Loss = Callable[[Any, PyTree], Any]
@@ -175,36 +175,43 @@ class _Adapter:
         numbers: Mapping[Layer, int] | None,
     ) -> None:
         self.loss, self.example, self.numbers = loss, example, numbers
-        self.leaves, self.structure = jax.tree.flatten(parameters)
+        leaves, self.structure = jax.tree.flatten(parameters)
+        self.leaves = _of_one_dtype(leaves)
         self.places: list[Place] = places(parameters, paths, aliases)
         self.plans: dict[Any, Plan] = {}
         self.draws_if_known = False
         self.plan = self._plan(None, example)
         self.numbers = dict(zip(self.plan.layers, self.plan.pattern, strict=True))
-        self._check_stacks()
         self.draws_if_known = self.draws
-        self.kinds = [f"kind_{n}" for n in range(len(self.plan.roles))]
+        self.members = self._kinds_of_roles()
+        kind_of = {role: n for n, roles in enumerate(self.members) for role in roles}
+        self.pattern = tuple(kind_of[role] for role in self.plan.pattern)
+        self.kinds = [f"kind_{n}" for n in range(len(self.members))]
         if len(self.kinds) == 1:
             self.kinds = [ALIKE]
 
-    def _check_stacks(self) -> None:
-        """Raises UsageError if a stack of the user's is not one of the layered model's.
+    def _kinds_of_roles(self) -> list[list[int]]:
+        """The roles that each kind of the layered model has.
 
-        An optimizer's rule by rank, norm or shape must see it whole, as the user's own loop has it.
+        One each, but all of a user's stack together: an optimizer's rule by rank, norm or shape
+        must see it whole, as the user's own loop has it, so it is one stack here too.
+
+        Raises:
+            UsageError: if a stack's layers do not run in its order.
         """
+        members = [[role] for role in range(len(self.plan.roles))]
         pattern = dict(zip(self.plan.layers, self.plan.pattern, strict=True))
-        for place in self.places:
-            if not isinstance(place, Stack):
-                continue
-            mine = {pattern[layer] for layer in pattern if layer[0] == place.group}
-            ordered = [layer for layer in self.plan.layers if pattern[layer] in mine]
-            if len(mine) > 1 or ordered != sorted(ordered) or ordered[0][0] != ordered[-1][0]:
+        for place in {p.group: p for p in self.places if isinstance(p, Stack)}.values():
+            ordered = [layer for layer in self.plan.layers if layer[0] == place.group]
+            if ordered != sorted(ordered):
                 raise UsageError(
-                    f"the blocks of the stacked parameter {'/'.join(place.names)} are unlike, or "
-                    "do not run in its order, so it cannot be kept as one array, and an optimizer "
-                    "that reads ranks or norms would see another: hand over a list of blocks "
-                    "instead"
+                    f"the blocks of the stacked parameter {'/'.join(place.names)} do not run in "
+                    "its order, so it cannot be kept as one array, and an optimizer that reads "
+                    "ranks or norms would see another: hand over a list of blocks instead"
                 )
+            mine = sorted({pattern[layer] for layer in ordered})
+            members = [roles for roles in members if roles[0] not in mine] + [mine]
+        return sorted(members)
 
     @property
     def draws(self) -> bool:
@@ -226,14 +233,22 @@ class _Adapter:
             mine, leaves = self._edge(edge)
             return self._plan(mine, microbatch).embed(leaves, jax.tree.leaves(microbatch))
 
-        def block(number: int) -> Callable[..., PyTree]:
+        def block(roles: Sequence[int]) -> Callable[..., PyTree]:
+            first = roles[0]
+            which = np.array([roles.index(n) if n in roles else 0 for n in plan.pattern], np.int32)
+
             def run(own: PyTree, x: PyTree, microbatch: PyTree, layer: LayerInfo) -> PyTree:
-                leaves = {name: leaf_of(own, name) for name in plan.roles[number].kind.leaves}
+                leaves = {name: leaf_of(own, name) for name in plan.roles[first].kind.leaves}
                 mine = _compute_dtype(
-                    [(leaf.dtype, dtypes[number][name]) for name, leaf in leaves.items()]
+                    [(leaf.dtype, dtypes[first][name]) for name, leaf in leaves.items()]
                 )
-                run = self._plan(mine, microbatch).block(number)
-                return run(leaves, x, jax.tree.leaves(microbatch), layer)
+                mine, flat = self._plan(mine, microbatch), jax.tree.leaves(microbatch)
+                if len(roles) == 1:
+                    return mine.block(first)(leaves, x, flat, layer)
+                branches = [
+                    lambda leaves, x, n=n: mine.block(n)(leaves, x, flat, layer) for n in roles
+                ]
+                return jax.lax.switch(jnp.asarray(which)[layer.index], branches, leaves, x)
 
             return run
 
@@ -250,16 +265,21 @@ class _Adapter:
 
         shapes = self._shapes_of_layers(plan.program.stack_axes)
         dtypes = [
-            {name: dtype for name, (_, dtype) in shapes[plan.layers[role.stages[0] - 1]].items()}
+            {
+                name: dtype
+                for name, (_, dtype, *_) in shapes[plan.layers[role.stages[0] - 1]].items()
+            }
             for role in plan.roles
         ]
         alike = len(self.kinds) == 1
         model = LayeredModel(
             embed=embed,
-            block=block(0) if alike else {name: block(n) for n, name in enumerate(self.kinds)},
+            block=block(self.members[0])
+            if alike
+            else {name: block(self.members[n]) for n, name in enumerate(self.kinds)},
             head_loss=head_loss,
             layers=len(plan.layers),
-            pattern=None if alike else tuple(self.kinds[n] for n in plan.pattern),
+            pattern=None if alike else tuple(self.kinds[n] for n in self.pattern),
             view=self._user_tree,
             draws=KEY if draws else None,
         )
@@ -288,6 +308,7 @@ class _Adapter:
                 f"the model draws random numbers, but the batch has no leaf {KEY!r}: one key a "
                 "microbatch, jaxsys.layered.microbatch_keys(step_key(key, step), trainer.rows)"
             )
+        _check_batch(microbatch, self.example)
         leaves, structure = jax.tree.flatten(microbatch)
         shapes = [jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype) for leaf in leaves]
         key = (dtype, structure, tuple((s.shape, s.dtype) for s in shapes))
@@ -326,7 +347,15 @@ class _Adapter:
                     f"the blocks' parameters ({'/'.join(place.names)}, ...) are neither numbered "
                     "nor taken apart by a scan over layers"
                 )
-        plan = Plan(program, layers, self._shapes_of_layers(program.stack_axes), self.numbers)
+        shapes = self._shapes_of_layers(program.stack_axes)
+        try:
+            plan = Plan(program, layers, shapes, self.numbers)
+        except UsageError:
+            if program.whole is None:
+                raise
+            raise UsageError(program.whole) from None
+        if program.whole is not None and not all(plan.stages.segments):
+            raise UsageError(program.whole)  # all would run in the last block
         plan.sums = sums
         if self.plans and plan.pattern != self.plan.pattern:
             raise UsageError(
@@ -365,7 +394,8 @@ class _Adapter:
         key = next((n for n, (path, _) in enumerate(flat) if names_of(path) == (KEY,)), None)
         leaves = [leaf for _, leaf in flat]
         lengths = [leaf.shape[0] for n, leaf in enumerate(leaves) if leaf.ndim and n != key]
-        samples = lengths[0] if lengths else 0
+        # Where leaves differ: of most, the others are no samples.
+        samples = max(lengths, key=lengths.count, default=0)
         if not samples:
             raise UsageError(f"the microbatch has no samples to take a mean over; {_FORMS}")
         mean = mean_of(loss, samples, key)
@@ -411,7 +441,8 @@ class _Adapter:
                 rest = shape[:axis] + shape[axis + 1 :]
                 for number in range(shape[axis]):
                     here = found.setdefault((place.group, number), {})
-                    here[place.names] = (rest, str(leaf.dtype))
+                    # With its group: blocks of two stacks are never one kind.
+                    here[place.names] = (rest, str(leaf.dtype), place.group)
         return found
 
     def _cut(self) -> Parameters:
@@ -432,7 +463,7 @@ class _Adapter:
         for number, kind in enumerate(self.kinds):
             members = [
                 layers[layer]
-                for layer, mine in zip(self.plan.layers, self.plan.pattern, strict=True)
+                for layer, mine in zip(self.plan.layers, self.pattern, strict=True)
                 if mine == number
             ]
             stacks[kind] = nested(
@@ -458,11 +489,11 @@ class _Adapter:
         """Leaves of the user's tree, in its order; None for what is no parameter.
 
         Without `stack`, which puts layers together, it only places leaves and indexes layers: a
-        stacked leaf is then as the layered model holds it, see `_check_stacks`.
+        stacked leaf is then as the layered model holds it, see `_kinds_of_roles`.
         """
         places_of: dict[Layer, tuple[str, int]] = {}
         counts = dict.fromkeys(range(len(self.kinds)), 0)
-        for layer, number in zip(self.plan.layers, self.plan.pattern, strict=True):
+        for layer, number in zip(self.plan.layers, self.pattern, strict=True):
             places_of[layer] = (self.kinds[number], counts[number])
             counts[number] += 1
         blocks = parameters["blocks"]
@@ -489,6 +520,50 @@ class _Adapter:
                     (kind,) = {places_of[layer][0] for layer in mine}
                     leaves.append(leaf_of(stacks[kind], place.names))
         return leaves
+
+
+def _check_batch(microbatch: PyTree, example: PyTree) -> None:
+    """Raises UsageError if a microbatch lacks leaves that the example has, or has other ranks."""
+    if microbatch is example:
+        return
+    ranks = [
+        {names_of(path): np.ndim(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (microbatch, example)
+    ]
+    for names, rank in ranks[1].items():
+        name, mine = ".".join(names) or "the batch", ranks[0].get(names)
+        if names == (KEY,):
+            continue
+        if mine is None:
+            have = ", ".join(".".join(names) for names in ranks[0])
+            raise UsageError(
+                f"the batch has no leaf {name}, which the example has; it has {have or 'none'}"
+            )
+        if mine != rank:
+            raise UsageError(
+                f"a microbatch's leaf {name} has {mine} axes, the example's {rank}: a batch is "
+                "leaves [rows, B, ...], as Trainer.split or Batches cut it"
+            )
+
+
+def _of_one_dtype(leaves: list[Any]) -> list[Any]:
+    """The leaves, floats of several dtypes as float32: masters are, and all compute in one.
+
+    Raises:
+        UsageError: if there are complex ones.
+    """
+    kinds = {leaf.dtype for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)}
+    if any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in kinds):
+        raise UsageError(
+            "there are complex parameters, which no schedule moves; hold their real and imaginary "
+            "parts as two leaves and put them together in the model (lax.complex)"
+        )
+    if len(kinds) < 2:
+        return leaves
+    return [
+        jnp.asarray(leaf, jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
+        for leaf in leaves
+    ]
 
 
 def _value(place: Place, aval: Any, number: int) -> Value:

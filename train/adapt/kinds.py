@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxsys.train.adapt.program import BlockLeaf, Operation, Value
 from jaxsys.train.adapt.stages import Stages, signature
+from jaxsys.train.adapt.values import BlockLeaf, Operation, Value
 
 Row = tuple[Value, ...]
 """What the layers of a kind read in one place."""

@@ -5,11 +5,15 @@ gradient of the whole batch's mean only if every backward pass is linear in what
 own are; a `custom_vjp` may clip, normalise or round the gradient it gets, and would then train
 another model under a schedule than in a loop, without a word.
 
+A `custom_vjp` with symbolic zeros is told which of its inputs are differentiated. Schedules
+differentiate by parts (what is between blocks, then parameters), so such a derivative must give
+each input the same whatever else is differentiated.
+
 Followed through the backward pass is what the gradient enters: nothing, linearly, or otherwise. An
 operation that is not known (a kernel's) is believed to be linear.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -17,7 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from jaxsys.train.adapt.fingerprint import UNKNOWN, call_of, opened, scan_counts
+from jaxsys.train.adapt.fingerprint import (
+    UNKNOWN,
+    call_of,
+    fingerprint_of_jaxpr,
+    opened,
+    scan_counts,
+)
 
 Part = Literal["zero", "none", "linear", "other"]
 """What of the gradient is in a value; "zero" is a value that is zero, linear in anything."""
@@ -43,6 +53,32 @@ _CALLS = frozenset(
 _MOST_ROUNDS = 8
 
 
+_NOT_LINEAR = (
+    "a custom derivative (custom_vjp) is not linear in the gradient that it is given (it clips, "
+    "normalises or rounds it); a step adds up its microbatches' gradients before they are divided "
+    "by the batch's weight, so it would be another number: leave that to the optimizer"
+)
+_BY_PARTS = (
+    "a custom derivative (symbolic_zeros=True) gives an input another gradient where fewer of its "
+    "inputs are differentiated; a schedule differentiates by parts, so it would be another number: "
+    "leave symbolic_zeros out"
+)
+
+
+def why_not(equation: Any) -> str | None:
+    """Why the custom derivatives in an equation are others under a schedule; None if they are not.
+
+    Args:
+        equation: of a jaxpr; those in its own jaxprs count too.
+    """
+    for inner in custom_derivatives(equation):
+        if not is_linear(inner):
+            return _NOT_LINEAR
+        if inner.params.get("symbolic_zeros") and not _is_by_parts(inner):
+            return _BY_PARTS
+    return None
+
+
 def custom_derivatives(equation: Any) -> Iterator[Any]:
     """Equations with a `custom_vjp`, the equation itself and those in its jaxprs."""
     if equation.primitive.name.startswith("custom_vjp_call"):
@@ -54,26 +90,63 @@ def custom_derivatives(equation: Any) -> Iterator[Any]:
 
 def is_linear(equation: Any) -> bool:
     """Whether a `custom_vjp`'s backward pass is linear in the gradient it is given."""
-    shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars]
-    call = call_of(equation)
-
-    def pulled(inputs: Any, gradients: Any) -> Any:
-        moving = [x for x, s in zip(inputs, shapes, strict=True) if _moves(s)]
-
-        def of(moving: Any) -> Any:
-            given = iter(moving)
-            whole = [next(given) if _moves(s) else x for x, s in zip(inputs, shapes, strict=True)]
-            return call(whole)
-
-        return jax.vjp(of, moving)[1](gradients)
-
+    shapes = _shapes(equation)
     try:
-        outputs = jax.eval_shape(call, shapes)
-        closed = jax.make_jaxpr(pulled)(shapes, outputs)
+        outputs = jax.eval_shape(call_of(equation), shapes)
+        moving = [n for n, shape in enumerate(shapes) if _moves(shape)]
+        closed = jax.make_jaxpr(_pulled(equation, moving))(shapes, outputs)
     except UNKNOWN:  # of the user's own
         return True
     parts: list[Part] = [*("none" for _ in shapes), *("linear" for _ in outputs)]
     return "other" not in _followed(closed.jaxpr, closed.consts, parts)
+
+
+def _is_by_parts(equation: Any) -> bool:
+    """Whether each input's gradient is the same where it alone is differentiated."""
+    shapes = _shapes(equation)
+    moving = [n for n, shape in enumerate(shapes) if _moves(shape)]
+
+    def mark(chosen: list[int], place: int) -> Any:
+        pulled = _pulled(equation, chosen)
+        closed = jax.make_jaxpr(lambda x, g: pulled(x, g)[place])(shapes, outputs)
+        return fingerprint_of_jaxpr(_live(closed.jaxpr), closed.consts)
+
+    try:
+        outputs = jax.eval_shape(call_of(equation), shapes)
+        return all(mark(moving, place) == mark([n], 0) for place, n in enumerate(moving))
+    except UNKNOWN:
+        return True
+
+
+def _shapes(equation: Any) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars]
+
+
+def _pulled(equation: Any, chosen: Sequence[int]) -> Callable[[Any, Any], list[Any]]:
+    """(inputs, gradients of the outputs) -> gradients of the chosen inputs, the others constant."""
+    call = call_of(equation)
+
+    def pulled(inputs: Any, gradients: Any) -> list[Any]:
+        def of(moving: Any) -> Any:
+            whole = list(inputs)
+            for n, value in zip(chosen, moving, strict=True):
+                whole[n] = value
+            return call(whole)
+
+        return jax.vjp(of, [inputs[n] for n in chosen])[1](gradients)[0]
+
+    return pulled
+
+
+def _live(jaxpr: Any) -> Any:
+    """A jaxpr without the equations that its outputs do not depend on."""
+    wanted = {atom for atom in jaxpr.outvars if not hasattr(atom, "val")}
+    kept = []
+    for equation in reversed(jaxpr.eqns):
+        if any(variable in wanted for variable in equation.outvars):
+            kept.append(equation)
+            wanted.update(atom for atom in equation.invars if not hasattr(atom, "val"))
+    return jaxpr.replace(eqns=kept[::-1])
 
 
 def _moves(value: Any) -> bool:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxsys.errors import UsageError
-from jaxsys.train.adapt.program import BatchLeaf, Constant, Value
 from jaxsys.train.adapt.samples import (
     Along,
     Followed,
@@ -24,6 +23,7 @@ from jaxsys.train.adapt.samples import (
     everything_uneven,
     of_constant,
 )
+from jaxsys.train.adapt.values import BatchLeaf, Constant, Value
 
 OUTPUT = "jaxsys_model_output"
 """The name of a model's outputs: in what cannot be followed up to there, samples are believed to

@@ -16,7 +16,8 @@ from jaxsys.errors import UsageError
 from jaxsys.layered import Layer as LayerInfo
 from jaxsys.train.adapt.carry import Chain, Freight, Hold, Mail, Role, Table, freight
 from jaxsys.train.adapt.kinds import Computed, Input, Picked, Position, Same, kinds_of
-from jaxsys.train.adapt.program import (
+from jaxsys.train.adapt.stages import Stages, cuts
+from jaxsys.train.adapt.values import (
     BatchLeaf,
     BlockLeaf,
     EdgeLeaf,
@@ -29,7 +30,6 @@ from jaxsys.train.adapt.program import (
     run,
     value_of,
 )
-from jaxsys.train.adapt.stages import Stages, cuts
 
 Leaves = dict[tuple[str, ...], Any]
 """A layer's parameters by name."""

@@ -7,10 +7,9 @@ Everything else stays one operation. What does not depend on blocks and is compu
 same values is one value.
 """
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from jax import lax
 from jax.core import ShapedArray
 
 from jaxsys.errors import UsageError
+from jaxsys.train.adapt import rows
 from jaxsys.train.adapt.fingerprint import (
     Derivatives,
     aval_of_type,
@@ -27,133 +27,22 @@ from jaxsys.train.adapt.fingerprint import (
     scan_counts,
     words_of,
 )
-from jaxsys.train.adapt.linear import custom_derivatives, is_linear
-
-Layer = tuple[int, int]
-"""A block before blocks have an order: (which of the groups of blocks, its number in it)."""
-
-
-@dataclass(eq=False, slots=True, kw_only=True)
-class Value:
-    """What an operation reads or makes; compared by identity."""
-
-    aval: Any
-    maker: "Operation | None" = None
-    place: int = 0
-    """Which of its maker's results."""
-    depends: bool = False
-    """On parameters."""
-    varies: bool = False
-    """With the microbatch."""
-    late: bool = False
-    """Depends on parameters of blocks."""
-    pure: frozenset[Any] = frozenset()
-    """Leaves of blocks, where it is made of such leaves alone."""
-
-    @property
-    def bytes(self) -> int:
-        """Of what it holds; keys count as two words."""
-        itemsize = getattr(self.aval.dtype, "itemsize", 8)
-        return math.prod(self.aval.shape) * itemsize
-
-
-@dataclass(eq=False, slots=True, kw_only=True)
-class Constant(Value):
-    """A value known now: a literal, a table that the model holds."""
-
-    words: np.ndarray
-    """Its elements, on the host: of keys their words."""
-    keys: Any = None
-    """How keys are made of words, if they are keys."""
-    content: Any
-    """Equal for constants of equal dtype, shape and elements."""
-
-    def array(self) -> Any:
-        """The constant as JAX takes it."""
-        return (
-            self.words
-            if self.keys is None
-            # Typed for arrays on a device; words on the host do, and stay constants.
-            else jax.random.wrap_key_data(cast(Any, self.words), impl=self.keys)
-        )
-
-
-@dataclass(eq=False, slots=True, kw_only=True)
-class EdgeLeaf(Value):
-    """A parameter outside the blocks."""
-
-    number: int
-
-
-@dataclass(eq=False, slots=True, kw_only=True)
-class BlockLeaf(Value):
-    """A parameter of one block."""
-
-    layer: Layer
-    name: tuple[str, ...]
-
-
-@dataclass(eq=False, slots=True, kw_only=True)
-class StackedLeaf(Value):
-    """A parameter of all blocks of a group together, and what was done to it before the loop."""
-
-    group: int
-    name: tuple[str, ...]
-    chain: tuple[Any, ...] = ()
-    """Equations of one input, first to last."""
-
-
-@dataclass(eq=False, slots=True, kw_only=True)
-class BatchLeaf(Value):
-    """A leaf of the microbatch."""
-
-    number: int
-
-
-@dataclass(eq=False, slots=True, kw_only=True)
-class Operation:
-    """One primitive on values."""
-
-    primitive: Any
-    parameters: dict[str, Any]
-    inputs: tuple[Value, ...]
-    outputs: tuple[Value, ...] = ()
-    mark: Any = None
-    """Equal for operations that compute the same of equal inputs."""
-
-
-@dataclass(eq=False, slots=True, kw_only=True)
-class Program:
-    """A function, flat: operations in the order in which they ran, only those that are needed."""
-
-    operations: list[Operation]
-    outputs: list[Value]
-    stack_axes: dict[tuple[int, tuple[str, ...]], int]
-    """(group, leaf) -> the axis along which blocks are stacked."""
-    lengths: dict[int, int]
-    """Group -> its blocks, where it is stacked."""
-
-
-def run(operations: Iterable[Operation], values: dict[Value, Any]) -> None:
-    """Evaluates operations, whose inputs are in `values` or constant, into it."""
-    for operation in operations:
-        inputs = [value_of(value, values) for value in operation.inputs]
-        outputs = bind(operation.primitive, operation.parameters, inputs)
-        values.update(zip(operation.outputs, outputs, strict=True))
-
-
-def bind(primitive: Any, parameters: dict[str, Any], inputs: Sequence[Any]) -> Sequence[Any]:
-    """A primitive's results, as a sequence."""
-    bound = primitive.get_bind_params(parameters)
-    # A pair (functions, parameters) in some JAX releases, parameters alone in others.
-    functions, parameters = bound if isinstance(bound, tuple) else ((), bound)
-    outputs = primitive.bind(*functions, *inputs, **parameters)
-    return outputs if primitive.multiple_results else [outputs]
-
-
-def value_of(value: Value, values: dict[Value, Any]) -> Any:
-    """What an operation reads."""
-    return value.array() if isinstance(value, Constant) else values[value]
+from jaxsys.train.adapt.linear import why_not
+from jaxsys.train.adapt.values import (
+    BatchLeaf,
+    BlockLeaf,
+    Constant,
+    EdgeLeaf,
+    Layer,
+    Operation,
+    Program,
+    StackedLeaf,
+    Value,
+    bind,
+    needed,
+    run,
+    value_of,
+)
 
 
 def trace(
@@ -177,27 +66,46 @@ def trace(
         The program; its outputs are the leaves of the function's result.
     """
     closed = jax.make_jaxpr(function)(list(avals), microbatch)
-    flat = _Flat(leaf_counts=_leaf_counts(leaves), apart=apart)
     batch = [
         BatchLeaf(aval=v.aval, number=n, varies=True)
         for n, v in enumerate(closed.jaxpr.invars[len(avals) :])
     ]
-    outputs = flat.jaxpr(closed.jaxpr, closed.consts, [*leaves, *batch])
-    operations = needed(flat.operations, outputs)
-    for operation in operations:
+    flat = _Flat(leaf_counts=_leaf_counts(leaves), apart=apart)
+    program = flat.program(closed, [*leaves, *batch])
+    whole = _used_whole(program)
+    if whole is None:
+        return program
+    # Beside the scan over layers: now that its axes are known, row by row.
+    again = _Flat(leaf_counts=flat.leaf_counts, apart=apart)
+    lengths = {**_common_lengths(leaves), **flat.lengths}
+    apart_leaves = [again.rows_of(leaf, flat.axes, lengths) for leaf in leaves]
+    program = again.program(closed, [*apart_leaves, *batch])
+    if _used_whole(program) is not None or not (flat.lengths or again.takes_rows):
+        raise UsageError(whole)
+    program.whole = whole
+    return program
+
+
+def _common_lengths(leaves: Sequence[Value]) -> dict[int, int]:
+    """Group of stacked parameters -> the length of axis 0, where all have the same."""
+    found: dict[int, set[int]] = {}
+    for leaf in leaves:
+        if isinstance(leaf, StackedLeaf):
+            found.setdefault(leaf.group, set()).update(leaf.aval.shape[:1] or (0,))
+    return {group: min(lengths) for group, lengths in found.items() if len(lengths) == 1}
+
+
+def _used_whole(program: Program) -> str | None:
+    """What is said of a stack that an operation reads whole; None where there is none."""
+    for operation in program.operations:
         for value in operation.inputs:
             if isinstance(value, StackedLeaf):
-                raise UsageError(
+                return (
                     f"the stacked parameter {'/'.join(value.name)} is used whole by "
                     f"{operation.primitive.name}, not layer by layer by a scan; hand over a model "
                     "whose blocks use their own slice alone"
                 )
-    return Program(
-        operations=operations,
-        outputs=outputs,
-        stack_axes=flat.axes,
-        lengths=flat.lengths,
-    )
+    return None
 
 
 def values_of(function: Callable[..., Any], parameters: Any, microbatch: Any) -> Any:
@@ -237,20 +145,6 @@ def is_still(value: Value, original: Any) -> bool:
     return now.dtype == before.dtype and np.array_equal(now, before)
 
 
-def needed(
-    operations: Sequence[Operation], outputs: Iterable[Value], given: Iterable[Value] = ()
-) -> list[Operation]:
-    """The operations that outputs depend on, in order, where `given` values are there."""
-    given = set(given)
-    wanted = set(outputs) - given
-    kept = []
-    for operation in reversed(operations):
-        if any(value in wanted for value in operation.outputs):
-            kept.append(operation)
-            wanted.update(value for value in operation.inputs if value not in given)
-    return kept[::-1]
-
-
 _CALLS = ("pjit", "jit", "closed_call", "core_call")
 _REMAT = ("remat", "remat2", "checkpoint")
 _VIEWS = (
@@ -259,16 +153,8 @@ _VIEWS = (
     "copy",
     "copy_p",
     "reduce_precision",
-    "sharding_constraint",
 )
 """Of a stacked parameter, done to the whole or to each layer's slice alike."""
-
-
-_NOT_LINEAR = (
-    "a custom derivative (custom_vjp) is not linear in the gradient that it is given (it clips, "
-    "normalises or rounds it); a step adds up its microbatches' gradients before they are divided "
-    "by the batch's weight, so it would be another number: leave that to the optimizer"
-)
 
 
 @dataclass(slots=True)
@@ -284,8 +170,37 @@ class _Flat:
     slices: dict[tuple[int, int, tuple[str, ...]], BlockLeaf] = field(default_factory=dict)
     constants: dict[Any, Constant] = field(default_factory=dict)
     derivatives: Derivatives = field(default_factory=dict)
+    takes_rows: bool = False
+    """Whether a scan took rows apart."""
     linear: set[Any] = field(default_factory=set)
     """Marks of operations whose custom derivatives were looked at."""
+
+    def program(self, closed: Any, inputs: Sequence[Value]) -> Program:
+        """A jaxpr as a program."""
+        found = self.jaxpr(closed.jaxpr, closed.consts, inputs)
+        outputs = [rows.gathered(self, value) for value in found]
+        return Program(
+            operations=needed(self.operations, outputs),
+            outputs=outputs,
+            stack_axes=self.axes,
+            lengths=self.lengths,
+        )
+
+    def rows_of(
+        self,
+        leaf: Value,
+        axes: Mapping[tuple[int, tuple[str, ...]], int],
+        lengths: Mapping[int, int],
+    ) -> Value:
+        """A stacked parameter by its layers, where it is known along which axis they lie."""
+        if not isinstance(leaf, StackedLeaf) or leaf.group not in lengths:
+            return leaf
+        length = lengths[leaf.group]
+        axis = axes.get((leaf.group, leaf.name), 0)
+        if leaf.aval.shape[axis : axis + 1] != (length,):
+            return leaf
+        mine = tuple(self.leaf(leaf, index, axis, length) for index in range(length))
+        return rows.Rows(aval=leaf.aval, depends=True, late=True, rows=mine, axis=axis)
 
     def jaxpr(self, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Value]) -> list[Value]:
         """Appends a jaxpr's equations; returns its outputs."""
@@ -319,11 +234,21 @@ class _Flat:
         inner = equation.params.get("jaxpr") or equation.params.get("call_jaxpr")
         if name in _CALLS and inner is not None:
             return self.call(inner, inputs)
+        if name == "sharding_constraint":  # of the user's own mesh; a schedule has another
+            return inputs
         if name in _REMAT and inner is not None and (self.apart or self.around_blocks(inputs)):
             return self.call(inner, inputs)
         stacked = [value for value in inputs if isinstance(value, StackedLeaf)]
-        if name == "scan" and (stacked or self.apart):
+        by_row = any(isinstance(value, rows.Rows) for value in inputs)
+        if name in _REMAT and inner is not None and by_row:
+            return self.call(inner, inputs)
+        if name == "scan" and (stacked or self.apart or _scans_rows(equation, inputs)):
             return self.loop(equation, inputs)
+        if by_row:
+            found = rows.results(self, equation, inputs)
+            if found is not None:
+                return found
+            inputs = [rows.gathered(self, value) for value in inputs]
         if stacked and name == "slice":
             sliced = self.slice_of_stack(equation, stacked[0])
             if sliced is not None:
@@ -362,8 +287,8 @@ class _Flat:
         mark = fingerprint(equation, self.derivatives)
         if any(value.depends for value in inputs) and mark not in self.linear:
             self.linear.add(mark)
-            if not all(is_linear(inner) for inner in custom_derivatives(equation)):
-                raise UsageError(_NOT_LINEAR)
+            if (reason := why_not(equation)) is not None:
+                raise UsageError(reason)
         depends = any(value.depends for value in inputs)
         varies = any(value.varies for value in inputs)
         late = any(value.late for value in inputs)
@@ -403,17 +328,22 @@ class _Flat:
         parameters = equation.params
         length, body = parameters["length"], parameters["jaxpr"]
         consts, carry, xs = _scan_parts(equation, inputs)
+        consts, carry = ([rows.gathered(self, v) for v in part] for part in (consts, carry))
+        xs = [rows.gathered(self, v) if isinstance(v, rows.Rows) and v.axis else v for v in xs]
         whole = next((v for v in (*consts, *carry) if isinstance(v, StackedLeaf)), None)
         if whole is not None:
             raise UsageError(
                 f"a loop over layers gets the stacked parameter {'/'.join(whole.name)} whole and "
                 "picks its layer by index; scan over the stack (lax.scan's xs) instead"
             )
+        self.takes_rows = self.takes_rows or any(isinstance(v, rows.Rows) for v in xs)
         order = range(length)[::-1] if parameters["reverse"] else range(length)
         made: dict[int, list[Value]] = {}
         for index in order:
             slices = [
-                self.slice(v, index, length)
+                v.rows[index]
+                if isinstance(v, rows.Rows)
+                else self.slice(v, index, length)
                 if isinstance(v, StackedLeaf)
                 else self.function(lambda a, i=index: lax.index_in_dim(a, i, 0, keepdims=False), v)[
                     0
@@ -491,6 +421,12 @@ def _leaf_counts(leaves: Sequence[Value]) -> dict[Any, int]:
 
 def _first_aval(whole: StackedLeaf) -> Any:
     return whole.chain[0].invars[0].aval if whole.chain else whole.aval
+
+
+def _scans_rows(equation: Any, inputs: list[Value]) -> bool:
+    """Whether a scan takes a stack apart that is known by its rows."""
+    xs = _scan_parts(equation, inputs)[2]
+    return any(isinstance(v, rows.Rows) and not v.axis for v in xs)
 
 
 def _scan_parts(equation: Any, inputs: list[Value]) -> tuple[list[Value], list[Value], list[Value]]:

@@ -51,7 +51,7 @@ class Unknown:
 
 State = Same | Along | Mixed | Unknown
 
-_EACH = frozenset(
+EACH = frozenset(
     ("abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh")
     + (
         "bitcast_convert_type",
@@ -245,7 +245,7 @@ class Followed:
         self, name: str, parameters: Any, states: list[Any], shapes: Any, output: Any
     ) -> State:
         """Of an operation some of whose inputs are `Along` and the others `Same`."""
-        if name in _EACH and _fit(shapes, output):
+        if name in EACH and _fit(shapes, output):
             found = _together(states, shapes)
             if isinstance(found, Along) and any(
                 isinstance(state, Along) and shape[found.axis] != output[found.axis]
@@ -313,6 +313,8 @@ class Followed:
             return Along(axis) if output[axis] == shape[axis] else Mixed()
         if name == "pad":
             return Along(axis) if tuple(parameters["padding_config"][axis]) == (0,) * 3 else Mixed()
+        if name == "fft":
+            return Along(axis) if axis < len(shape) - len(parameters["fft_lengths"]) else Mixed()
         if name == "top_k":
             return Along(axis) if axis != len(shape) - 1 else Mixed()
         if name in _WINDOW:
@@ -456,7 +458,7 @@ def _same(
     if name in _RANDOM:
         # Draws from the microbatch's key differ by place: so they are meant.
         return Same(drawn=True) if drawn else everything_uneven(output)
-    if name in _EACH and _fit(shapes, output):
+    if name in EACH and _fit(shapes, output):
         return Same(frozenset().union(*(state.uneven for state in states)), drawn)
     if name == "iota":
         return Same(frozenset([parameters["dimension"]]))

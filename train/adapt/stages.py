@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from jaxsys.train.adapt.flow import Flow
-from jaxsys.train.adapt.program import BlockLeaf, Layer, Operation, Program, Value, needed
+from jaxsys.train.adapt.values import BlockLeaf, Layer, Operation, Program, Value, needed
 
 _TRIES = 6
 """Ways to cut between blocks that are looked at: places that carry equally few bytes."""
@@ -124,10 +124,17 @@ class _Cut:
         for operation in self.after[model]:
             taken = {op.outputs[0] for op in (*self.core[self.last], *found)}
             twin = self._twin(operation, pairs, self.last, taken)
-            if twin is None:
+            if twin is None or not all(self._is_there(v, taken) for v in twin.inputs):
                 return None
             found.append(twin)
         return found
+
+    def _is_there(self, value: Value, taken: set[Value]) -> bool:
+        """Whether the last segment can read a value: what no core needs is made in the head."""
+        stage, maker = self.flow.stage_of(value), value.maker
+        if not stage or maker is None or maker.outputs[0] in taken:
+            return True
+        return stage < self.last and maker not in self.flow.side[stage]
 
     def _paired(self, one: Iterable[Operation], other: Iterable[Operation]) -> dict[Value, Value]:
         """Values of the one's operations, and its parameters, with the other's."""
