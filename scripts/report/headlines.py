@@ -295,6 +295,25 @@ HEADLINES = (
         runs=(),
     ),
     Headline(
+        title="Scripts of others, a few lines changed",
+        kind="measured",
+        claim="none; the aim is 20 steps within 2e-6 of the script's own loop, at most 14 lines "
+        "changed. Not run with the others, since two need Haiku and Equinox: "
+        "`tests/train/script_kinds/compared.py`.",
+        files=("script_kinds.json",),
+        show=tables.script_kinds,
+        runs=(),
+    ),
+    Headline(
+        title="Models drawn at random",
+        kind="measured",
+        claim="none; each trains as its author's loop does, or is refused in one line: "
+        "`tests/train/random_outcomes.py`.",
+        files=("random_models.json",),
+        show=tables.random_models,
+        runs=(),
+    ),
+    Headline(
         title="Predicted against measured steps",
         kind="measured",
         claim=f"none. {CPU_DEVICES}",

@@ -1,5 +1,6 @@
 """How each kind of result is shown: result files in, Markdown out."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -594,6 +595,25 @@ def clients(results: Sequence[Result]) -> str:
         [[client, version, len(rows), sum(row["ok"] for row in rows),
           ", ".join(row["example"] for row in rows if not row["ok"])]
          for (client, version), rows in found.items()],
+    )  # fmt: skip
+
+
+def script_kinds(results: Sequence[Result]) -> str:
+    rows = [row for result in results for row in result.rows]
+    schedules = [name.removesuffix("_loss") for row in rows[:1] for name in row if "_loss" in name]
+    return table(
+        ["script", "lines changed", *(f"`{name}`, loss" for name in schedules)],
+        [[row["script"], row["changed_lines"],
+          *(number(row[f"{name}_loss"], ".1e") for name in schedules)]
+         for row in rows],
+    )  # fmt: skip
+
+
+def random_models(results: Sequence[Result]) -> str:
+    counts = Counter((row["outcome"], row["reason"]) for result in results for row in result.rows)
+    return table(
+        ["models", "outcome", "reason"],
+        [[count, outcome, reason] for (outcome, reason), count in sorted(counts.items())],
     )  # fmt: skip
 
 
