@@ -221,3 +221,42 @@ def test_a_stack_of_unlike_blocks_stays_one():
     wanted = [loss(PARAMETERS, jax.tree.map(lambda leaf, n=n: leaf[n], rows)) for n in (0, 1)]
     found = reference_loss(adapted.model, adapted.parameters, rows)
     assert float(found) == pytest.approx(float(sum(wanted)) / 2, rel=2e-6)
+
+
+def test_constraints_by_a_mesh_of_the_models_own_are_left_out():
+    """They say where arrays lie, which a schedule does; without a mesh their names mean nothing."""
+
+    def loss(parameters, batch, constrained=True):
+        x = jnp.asarray(parameters["table"])[batch["inputs"]]
+        for n in range(L):
+            x = x + jnp.tanh(x @ jnp.asarray(parameters["layers"]["w"])[n])
+            if constrained:
+                x = jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec("rows"))
+        return each(x @ jnp.asarray(parameters["table"]).T, batch["targets"]).mean()
+
+    rows = data(1, 2)
+    example = jax.tree.map(lambda leaf: leaf[0], rows)
+    with pytest.raises(UsageError, match="constrains shardings by names of axes"):
+        from_function(loss, PARAMETERS, example, blocks="layers")
+    axes = (jax.sharding.AxisType.Auto,)
+    with jax.set_mesh(jax.make_mesh((2,), ("rows",), axis_types=axes)):
+        adapted = from_function(loss, PARAMETERS, example, blocks="layers")
+    found = reference_loss(adapted.model, adapted.parameters, rows)
+    wanted = loss(PARAMETERS, example, constrained=False)
+    assert float(found) == pytest.approx(float(wanted), rel=2e-6)
+
+
+def test_a_batch_is_like_the_example():
+    def loss(parameters, batch):
+        x = jnp.asarray(parameters["table"])[batch["inputs"]]
+        x = x + jnp.tanh(x @ jnp.asarray(parameters["layers"]["w"])[0])
+        x = x + jnp.tanh(x @ jnp.asarray(parameters["layers"]["w"])[1])
+        return each(x @ jnp.asarray(parameters["table"]).T, batch["targets"]).mean()
+
+    rows = data(1, 2)
+    example = jax.tree.map(lambda leaf: leaf[0], rows)
+    adapted = from_function(loss, PARAMETERS, example, blocks="layers")
+    with pytest.raises(UsageError, match="no leaf targets, which the example has; it has inputs"):
+        reference_loss(adapted.model, adapted.parameters, {"inputs": rows["inputs"]})
+    with pytest.raises(UsageError, match="leaf inputs has 1 axes, the example's 2"):
+        reference_loss(adapted.model, adapted.parameters, example)

@@ -175,6 +175,7 @@ class _Adapter:
         numbers: Mapping[Layer, int] | None,
     ) -> None:
         self.loss, self.example, self.numbers = loss, example, numbers
+        self.mesh = jax.sharding.get_abstract_mesh()
         leaves, self.structure = jax.tree.flatten(parameters)
         self.leaves = _of_one_dtype(leaves)
         self.places: list[Place] = places(parameters, paths, aliases)
@@ -313,10 +314,35 @@ class _Adapter:
         shapes = [jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype) for leaf in leaves]
         key = (dtype, structure, tuple((s.shape, s.dtype) for s in shapes))
         if key not in self.plans:
-            # On no mesh: the caller's would be written into every operation's types.
-            with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-                self.plans[key] = self._made(dtype, jax.tree.unflatten(structure, shapes))
+            example = jax.tree.unflatten(structure, shapes)
+            self.plans[key] = self._on_no_mesh(lambda: self._made(dtype, example))
         return self.plans[key]
+
+    def _on_no_mesh(self, make: Callable[[], Plan]) -> Plan:
+        """Traces on no mesh: the caller's would be written into every operation's types.
+
+        Where the model constrains shardings by the names of the mesh that it was adapted on, on
+        automatic axes of these names; constraints themselves are left out.
+
+        Raises:
+            UsageError: if it does so on no mesh.
+        """
+        try:
+            with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+                return make()
+        except RuntimeError as error:
+            if "non-empty mesh" not in str(error):
+                raise
+        if self.mesh.empty:
+            raise UsageError(
+                "the model constrains shardings by names of axes (with_sharding_constraint), and "
+                "there is no mesh that has them; adapt it under jax.set_mesh, or leave the "
+                "constraints out: a schedule lays arrays out itself"
+            )
+        types = (jax.sharding.AxisType.Auto,) * len(self.mesh.axis_names)
+        automatic = jax.sharding.AbstractMesh(self.mesh.axis_sizes, self.mesh.axis_names, types)
+        with jax.sharding.use_abstract_mesh(automatic):
+            return make()
 
     def _made(self, dtype: Any, microbatch: PyTree) -> Plan:
         avals, values = [], []
