@@ -312,7 +312,7 @@ def logically_partitioned_boxes() -> Made:
                 linen.initializers.lecun_normal(), ("embed", "mlp")
             )
             h = linen.Dense(2 * D, kernel_init=init)(x)
-            h = linen.with_logical_constraint(h, ("batch", "length", "mlp"))
+            h = linen.spmd.with_logical_constraint(h, ("batch", "length", "mlp"))
             return x + linen.Dense(D)(jnp.tanh(h))
 
     return of_linen(LinenLm(Logical), "block_")
@@ -466,7 +466,7 @@ class Heads(linen.Module):
             linen.Dense,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=None,
+            in_axes=None,  # pyright: ignore[reportArgumentType]
             out_axes=2,
             axis_size=H,
         )
@@ -923,7 +923,8 @@ def filters_that_train_adapters_alone() -> Made:
             return x + jnp.tanh(self.inner(x))
 
     module = NnxLm(Inner)
-    for block in module.blocks:
+    blocks: Any = module.blocks
+    for block in blocks:
         block.inner.lora.lora_b.set_value(normal(2, D))
     graph, trained, rest = nnx.split(module, nnx.LoRAParam, ...)
 
@@ -1174,7 +1175,7 @@ def skips_between_stacked_layers() -> Made:
 @kind
 def two_stacks_of_the_same_blocks() -> Made:
     """An encoder's stack and a decoder's, alike; each is one leaf still."""
-    parameters = {"table": normal(V, D)}
+    parameters: dict[str, Any] = {"table": normal(V, D)}
     for name, seed in (("encoder", 1), ("decoder", 2)):
         up, down = normal(L, D, 2 * D, seed=seed), normal(L, 2 * D, D, seed=seed)
         parameters[name] = {"up": jnp.asarray(up), "down": jnp.asarray(down)}

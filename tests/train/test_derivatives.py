@@ -1,5 +1,7 @@
 """Layered models written by hand whose own derivatives a schedule would make another number of."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from jaxsys.train import Trainer
 from jaxsys.train.derivatives import check_derivatives
 
 D, L = 4, 2
-PARAMETERS = {
+PARAMETERS: Any = {
     "edge": {"into": np.eye(D, dtype=np.float32)},
     "blocks": {"w": np.full((L, D, D), 0.1, np.float32)},
 }

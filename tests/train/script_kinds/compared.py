@@ -1,11 +1,12 @@
 """Public scripts' kinds: each as its author has it and as jaxsys runs it, compared.
 
 `python tests/train/script_kinds/compared.py` runs all of them under all schedules, writes
-results/script_kinds.json and prints its table.
+results/script_kinds.json and prints its table; with names of scripts it makes their rows anew.
 """
 
 import difflib
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +18,7 @@ import numpy as np
 from jaxsys.results import write_result
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[2]
+RESULT = HERE.parents[2] / "results" / "script_kinds.json"
 KINDS = {
     "nanodo": "nanodo (Linen, remat, tied head, mean)",
     "lm1b": "Flax lm1b (Linen, nested blocks, padding, TrainState)",
@@ -79,12 +80,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def main() -> None:
-    """Runs all that is installed."""
+def main(names: list[str]) -> None:
+    """Runs these, or all."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 4)
-    rows = []
-    for name in KINDS:
+    known = json.loads(RESULT.read_text())["rows"] if RESULT.exists() and names else []
+    found_rows = {row["script"]: row for row in known}
+    for name in names or KINDS:
         if importlib.util.find_spec(NEEDS.get(name, "jax")) is None:
             sys.exit(f"{NEEDS[name]} is not installed")
         wanted = script(name).train()
@@ -95,9 +97,10 @@ def main() -> None:
             row |= {f"{schedule}_loss": loss, f"{schedule}_parameter": parameter}
             print(f"{name} {schedule} {loss:.1e} {parameter:.1e}", flush=True)
             jax.clear_caches()
-        rows.append(row)
+        found_rows[name] = row
+    rows = [found_rows[name] for name in KINDS if name in found_rows]
     write_result(
-        ROOT / "results" / "script_kinds.json",
+        RESULT,
         benchmark="script_kinds",
         kind="measured",
         config={"steps": 20, "devices": 4, "dtype": "float32", "rows": 16},
@@ -107,4 +110,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
