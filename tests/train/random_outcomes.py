@@ -7,6 +7,7 @@ results/random_models.json; 200 seeds take some 35 minutes of one core.
 import argparse
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,20 @@ def main() -> None:
         known[seed] = {"seed": seed, "outcome": found[0], "reason": found[1]}
         print(*known[seed].values(), flush=True)
         jax.clear_caches()
-    write_result(
-        PATH,
-        benchmark="random_models",
-        kind="measured",
-        config={"steps": 3, "devices": 4, "dtype": "float32", "relative_tolerance": 2e-5},
-        rows=[known[seed] for seed in sorted(known)],
-    )
+    record(known)
+
+
+def record(known: dict[int, dict[str, Any]]) -> None:
+    """Writes what is known of each seed."""
+    config = {
+        "steps": 3,
+        "devices": 4,
+        "dtype": "float32",
+        "relative_tolerance": 2e-5,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+    rows = [known[seed] for seed in sorted(known)]
+    write_result(PATH, benchmark="random_models", kind="measured", config=config, rows=rows)
 
 
 if __name__ == "__main__":

@@ -309,13 +309,18 @@ class _Adapter:
                 f"the model draws random numbers, but the batch has no leaf {KEY!r}: one key a "
                 "microbatch, jaxsys.layered.microbatch_keys(step_key(key, step), trainer.rows)"
             )
-        _check_batch(microbatch, self.example)
+        lacks = _check_batch(microbatch, self.example)
         leaves, structure = jax.tree.flatten(microbatch)
         shapes = [jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype) for leaf in leaves]
         key = (dtype, structure, tuple((s.shape, s.dtype) for s in shapes))
         if key not in self.plans:
             example = jax.tree.unflatten(structure, shapes)
-            self.plans[key] = self._on_no_mesh(lambda: self._made(dtype, example))
+            try:
+                self.plans[key] = self._on_no_mesh(lambda: self._made(dtype, example))
+            except (KeyError, IndexError, TypeError, ValueError) as error:
+                if lacks is None or isinstance(error, UsageError):
+                    raise
+                raise UsageError(lacks) from error
         return self.plans[key]
 
     def _on_no_mesh(self, make: Callable[[], Plan]) -> Plan:
@@ -548,28 +553,30 @@ class _Adapter:
         return leaves
 
 
-def _check_batch(microbatch: PyTree, example: PyTree) -> None:
-    """Raises UsageError if a microbatch lacks leaves that the example has, or has other ranks."""
-    if microbatch is example:
-        return
+def _check_batch(microbatch: PyTree, example: PyTree) -> str | None:
+    """What is said if it turns out that a microbatch lacks what the example has.
+
+    Raises:
+        UsageError: if its leaves have other ranks.
+    """
     ranks = [
         {names_of(path): np.ndim(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
         for tree in (microbatch, example)
     ]
+    lacks = None
     for names, rank in ranks[1].items():
         name, mine = ".".join(names) or "the batch", ranks[0].get(names)
-        if names == (KEY,):
+        if names == (KEY,):  # raw keys have an axis more
             continue
         if mine is None:
             have = ", ".join(".".join(names) for names in ranks[0])
-            raise UsageError(
-                f"the batch has no leaf {name}, which the example has; it has {have or 'none'}"
-            )
-        if mine != rank:
+            lacks = f"the batch has no leaf {name}, which the example has; it has {have or 'none'}"
+        elif mine != rank:
             raise UsageError(
                 f"a microbatch's leaf {name} has {mine} axes, the example's {rank}: a batch is "
                 "leaves [rows, B, ...], as Trainer.split or Batches cut it"
             )
+    return lacks
 
 
 def _of_one_dtype(leaves: list[Any]) -> list[Any]:
