@@ -5,6 +5,7 @@ state lies in a file that all of them map, so faults can be put in and locks loo
 """
 
 import ctypes
+import gc
 import mmap
 import os
 import shutil
@@ -19,6 +20,12 @@ import pytest
 FAKE_DRIVER = Path(__file__).parent / "jaxsys" / "fake_nvml" / "fake_nvml.c"
 
 if not os.environ.get("JAXSYS_TEST_GPU"):
+    # A CPU's kernels by XLA's elder emitter, here and in processes started here: programs are
+    # compiled in two thirds of the time, and run but a few times. Read when JAX starts; later
+    # releases have the newer one alone.
+    flags = os.environ.get("XLA_FLAGS", "")
+    if jax.__version_info__ < (0, 11) and "xla_cpu_use_fusion_emitters" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false".strip()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -33,11 +40,24 @@ def quickly_compiled():
     jax.config.update("jax_disable_most_optimizations", before)
 
 
+def pytest_collection_finish():
+    """What is there now stays; tracing makes much that is no garbage."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory) -> Path:
+    """The folder that keeps compiled programs while the tests run, for processes of theirs too."""
+    return tmp_path_factory.mktemp("compiled")
+
+
 @pytest.fixture(scope="module")
-def compiled_once(tmp_path_factory):
-    """Equal programs of a module are compiled once, through JAX's persistent cache."""
+def compiled_once(compiled):
+    """Equal programs are compiled once, through JAX's persistent cache."""
     settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_compilation_cache_dir": str(compiled),
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }

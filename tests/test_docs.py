@@ -36,7 +36,7 @@ def fenced(path: Path, language: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", [p for p in PAGES if fenced(p, "python")], ids=name)
-def test_snippets_run_in_order(path, tmp_path, monkeypatch, quickly_compiled):
+def test_snippets_run_in_order(path, tmp_path, monkeypatch, quickly_compiled, compiled_once):
     """A page's snippets are one program, as a reader would type it."""
     monkeypatch.chdir(tmp_path)
     program: dict = {"__name__": "__main__"}

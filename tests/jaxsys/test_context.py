@@ -186,10 +186,11 @@ def assert_alike(config, rows, loss, gradients):
 @pytest.mark.parametrize(
     ("config", "name", "ring_size", "data", "split", "recompute"),
     [
-        (WINDOWED, "zero-1", 2, 1, ring(2, "ulysses"), "around-attention"),
+        (WINDOWED, "zero-1", 1, 1, ring(2, "ulysses"), "around-attention"),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
+                (WINDOWED, "zero-1", 2, 1, ring(2, "ulysses"), "around-attention"),
                 (LLAMA, "zero-3", 1, 1, ring(2), "block"),
                 (LLAMA, "zero-1", 2, 2, ring(2), "selective"),
                 (LLAMA, "zero-2", 2, 1, ring(4, "gather"), "block"),

@@ -95,12 +95,15 @@ def batch_of(rows, length=12, seed=0):
     return {"inputs": tokens[..., :-1], "targets": tokens[..., 1:]}
 
 
+MICROBATCHES = 2
+
+
 @functools.cache
 def reference():
     """The loss and gradients of one device, in float8."""
     model, parameters = layered(CONFIG, float8=Float8()), initial_parameters(CONFIG, seed=1)
     of = functools.partial(reference_loss, model)
-    return jax.jit(jax.value_and_grad(of))(parameters, batch_of(4))
+    return jax.jit(jax.value_and_grad(of))(parameters, batch_of(MICROBATCHES))
 
 
 QUICK = ("zero-3", "weipipe-wzb1")
@@ -111,10 +114,12 @@ CASES = [
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_schedule_gives_the_step_of_one_device(name):
-    schedule = for_layers(name, devices=2, layers=CONFIG.num_layers, microbatches=4)
+    layers, count = CONFIG.num_layers, MICROBATCHES
+    schedule = for_layers(name, devices=2, layers=layers, microbatches=count)
     model, parameters = layered(CONFIG, float8=Float8()), initial_parameters(CONFIG, seed=1)
     step = lower(schedule, model, make_mesh(2, devices=jax.devices()[:2]), recompute="block")
-    loss, gradients, *_ = jax.jit(step.loss_and_gradients)(step.to_rest(parameters), batch_of(4))
+    run = jax.jit(step.loss_and_gradients)
+    loss, gradients, *_ = run(step.to_rest(parameters), batch_of(count))
     wanted, reference_gradients = reference()
     # Sums in another order fall to another number of float8 now and then.
     assert float(loss) == pytest.approx(float(wanted), rel=1e-4)
@@ -125,10 +130,12 @@ def test_every_schedule_gives_the_step_of_one_device(name):
 
 @pytest.mark.parametrize("recompute", [pytest.param("none", marks=pytest.mark.slow), "selective"])
 def test_recomputing_changes_nothing(recompute):
-    schedule = for_layers("dp", devices=1, layers=CONFIG.num_layers, microbatches=4)
+    layers, count = CONFIG.num_layers, MICROBATCHES
+    schedule = for_layers("dp", devices=1, layers=layers, microbatches=count)
     model, parameters = layered(CONFIG, float8=Float8()), initial_parameters(CONFIG, seed=1)
     step = lower(schedule, model, make_mesh(1, devices=jax.devices()[:1]), recompute=recompute)
-    loss, gradients, *_ = jax.jit(step.loss_and_gradients)(step.to_rest(parameters), batch_of(4))
+    run = jax.jit(step.loss_and_gradients)
+    loss, gradients, *_ = run(step.to_rest(parameters), batch_of(count))
     wanted, reference_gradients = reference()
     assert float(loss) == pytest.approx(float(wanted), rel=1e-4)
     pairs = zip(

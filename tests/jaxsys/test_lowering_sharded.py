@@ -261,7 +261,7 @@ def test_every_mixture_of_lifetimes_makes_a_loop():
     """What is carried has one structure, whatever each chunk's weights and sums do."""
     random, mesh = np.random.default_rng(1), make_mesh(2, devices=jax.devices()[:2])
     model, parameters = small_model(), small_parameters()
-    for _ in range(15):
+    for _ in range(6):
         within, between, late, once = (
             [c for c in range(LAYERS) if random.random() < 0.5] for _ in range(4)
         )

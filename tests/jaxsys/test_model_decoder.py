@@ -208,8 +208,9 @@ def test_bfloat16_parameters_compute_in_bfloat16():
     layer = jax.tree.map(lambda leaf: leaf[0], narrow["blocks"])
     x = jnp.ones((1, 4, 32), jnp.bfloat16)
     block = bind_block(config, layer)
-    assert block(x).dtype == jnp.bfloat16
-    text = jax.jit(lambda x: block(x)).lower(x).as_text()
+    lowered = jax.jit(lambda x: block(x)).lower(x)
+    assert lowered.out_info.dtype == jnp.bfloat16
+    text = lowered.as_text()
     dots = [line for line in text.splitlines() if "dot_general" in line]
     kernels = [line for line in dots if "tensor<32x" in line or "tensor<64x" in line]
     assert len(kernels) == 7

@@ -14,7 +14,7 @@ from jaxsys.model.peft import write_adapters
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quickly(quickly_compiled):
+def _quickly(quickly_compiled, compiled_once):
     """For every module here, and the processes that it starts."""
     name = "JAX_DISABLE_MOST_OPTIMIZATIONS"
     before = os.environ.get(name)

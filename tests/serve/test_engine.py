@@ -25,11 +25,6 @@ SMALL: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _once(compiled_once):
-    """Engines of one shape share their steps."""
-
-
 async def collect(engine, prompt, **sampling):
     """All tokens of one request and why it ended."""
     settings: dict[str, Any] = {"temperature": 0} | sampling

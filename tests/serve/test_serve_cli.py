@@ -45,15 +45,15 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def server(folder, tmp_path, request):
+def server(folder, tmp_path, request, compiled):
     """A running server and its address; a parameter is a program that makes it worse."""
     keys = tmp_path / "keys"
     keys.write_text("sesame\n")
     command = [sys.executable, "-c", getattr(request, "param", "") + START, "serve"]
-    command += ["--model", str(folder), "--port", "0", "--max-length", "200", "--max-batch", "2"]
-    command += ["--max-prefill-tokens", "64"]  # few steps to compile
+    command += ["--model", str(folder), "--port", "0", "--max-length", "200", "--max-batch", "1"]
+    command += ["--max-prefill-tokens", "16"]  # few steps to compile
     command += ["--log", "json", "--api-key-file", str(keys)]
-    command += ["--compilation-cache", str(folder.parent / "compiled")]
+    command += ["--compilation-cache", str(compiled)]
     process: Any = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     lines: list[str] = []
     found = None
@@ -80,7 +80,11 @@ cli.compile_ahead = lambda *_, begin, done: (begin(7), done(), time.sleep(300))
 
 
 @pytest.mark.parametrize(
-    ("cluster", "number"), [([], signal.SIGTERM), (["--cluster", "local"], signal.SIGINT)]
+    ("cluster", "number"),
+    [
+        ([], signal.SIGTERM),
+        (["--cluster", "local", "--prefill", "1", "--decode", "0"], signal.SIGINT),
+    ],
 )
 def test_a_server_that_is_starting_says_so_and_ends_at_once(folder, tmp_path, cluster, number):
     command = [sys.executable, "-c", SLOW_START + START, "serve", "--model", str(folder)]
@@ -96,7 +100,7 @@ def test_a_server_that_is_starting_says_so_and_ends_at_once(folder, tmp_path, cl
         health = httpx.get(found.group(1) + "/health")
         assert health.status_code == 503 and int(health.headers["retry-after"]) > 0
         said = health.json()
-        assert said["status"] == "starting" and said["total"] == (2 if cluster else 7)
+        assert said["status"] == "starting" and said["total"] == (1 if cluster else 7)
         early = httpx.post(found.group(1) + "/v1/completions", json={"prompt": "a"})
         assert early.status_code == 503 and early.json()["error"]["code"] == "starting"
         process.send_signal(number)

@@ -11,7 +11,7 @@ WIDTH, VOCABULARY, LAYERS = 8, 16, 4
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quickly(quickly_compiled):
+def _quickly(quickly_compiled, compiled_once):
     """For every module here."""
 
 

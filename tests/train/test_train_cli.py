@@ -20,11 +20,6 @@ from jaxsys.train import memory
 TEXT = "def add(a, b):\n    return a + b\n\n\n" * 120
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _once(compiled_once):
-    """A command compiles what the one before it has compiled."""
-
-
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "text.py"

@@ -27,7 +27,7 @@ CONFIG = dataclasses.replace(preset("tiny"), num_layers=1)
 
 
 @pytest.fixture(scope="module")
-def spec(tmp_path_factory):
+def spec(tmp_path_factory, compiled):
     path = tmp_path_factory.mktemp("model") / "tiny"
     parameters = jax.tree.map(lambda leaf: leaf * 4, initial_parameters(CONFIG, seed=1))
     save_safetensors(path, CONFIG, parameters, tokenizer=ByteTokenizer())
@@ -44,7 +44,7 @@ def spec(tmp_path_factory):
             page_size=4,
             page_count=40,
         ),
-        compilation_cache=str(tmp_path_factory.mktemp("compiled")),
+        compilation_cache=str(compiled),
         front_host="",
         front_port=0,
         token="",

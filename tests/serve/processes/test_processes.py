@@ -31,7 +31,7 @@ SMALL = DeploymentConfig(
 
 
 @pytest.fixture(scope="module")
-def template(model, tmp_path_factory):
+def template(model, tmp_path_factory, compiled):
     """What instances have in common: a tiny model's files, and one cache of compiled steps."""
     path = tmp_path_factory.mktemp("model") / "tiny"
     save_safetensors(path, model.config, model.parameters, tokenizer=model.tokenizer)
@@ -41,7 +41,7 @@ def template(model, tmp_path_factory):
         model=str(path),
         deployment=SMALL,
         governor=GovernorChoice(gpu="none"),
-        compilation_cache=str(tmp_path_factory.mktemp("compiled")),
+        compilation_cache=str(compiled),
         front_host="",
         front_port=0,
         token="",
