@@ -478,7 +478,7 @@ HEADLINES = (
         runs=(energy("matrix"),),
     ),
     Headline(
-        title="Energy on 64 instances",
+        title="Energy over a day, awake and asleep",
         kind="simulated",
         claim="none.",
         files=("energy_day.json",),

@@ -459,12 +459,12 @@ def savings(results: Sequence[Result]) -> str:
         cells.append(
             [row["dataset"], f"{row['rate_per_s']:g}", row["arrivals"],
              _attainment(policies["max"]), "yes" if row["counts"] else "no",
-             number(row["published_headroom_pct"], ".0f"), share("both"), share("both-energy"),
+             number(row["published_headroom_pct"], ".0f"), share("both"), share("cap-250"),
              share("ahead"), number(policies["ahead"]["energy_saving_pct"])]
         )  # fmt: skip
     text = table(
         ["data set", "requests/s", "arrivals", "maximum clock's TTFT / ITL ok (%)", "counts",
-         "published (%)", "`both`", "`both-energy`", "`ahead`", "its saving (%)"],
+         "published (%)", "`both`", "`cap-250`", "`ahead`", "its saving (%)"],
         cells,
     )  # fmt: skip
     return (
@@ -494,11 +494,11 @@ def matrix(results: Sequence[Result]) -> str:
             [row["gpu"] + ("*" if row["extrapolated"] else ""), row["instances"], row["model"],
              row["trace"], row["load"], number(ours["energy_saving_pct"]),
              number(ours["headroom_pct"], ".0f"), _attainment(ours), _attainment(most),
-             "yes" if _attains(ours, most) else "no"]
+             "yes" if row["counts"] else "no", "yes" if _attains(ours, most) else "no"]
         )  # fmt: skip
     text = table(
         ["GPU", "instances", "model", "trace", "load", "saving (%)",
-         "of the sweet spot's (%)", "TTFT / ITL ok (%)", "maximum clock's", "equal"],
+         "of the sweet spot's (%)", "TTFT / ITL ok (%)", "maximum clock's", "counts", "equal"],
         cells,
     )  # fmt: skip
     return f"Policy `ahead`; * marks constants extrapolated from data sheets.\n\n{text}"
@@ -518,14 +518,17 @@ def day(results: Sequence[Result]) -> str:
     (result,) = results
     config = result.record["config"]
     text = table(
-        ["policy", "J a token", "of it idle (%)", "TTFT / ITL ok (%)", "replay CPU (s)"],
+        ["policy", "J a token", "saving (%)", "of it idle (%)", "TTFT / ITL ok (%)",
+         "asleep (instance hours)", "wakes", "replay CPU (s)"],
         [[f"`{row['policy']}`", number(row["energy_j_per_token"], ".2f"),
-          number(row["idle_energy_pct"]), _attainment(row), number(row["cpu_s"])]
+          number(row["energy_saving_pct"]), number(row["idle_energy_pct"]), _attainment(row),
+          number(row["asleep_instance_s"] / 3600), row["wakes"], number(row["cpu_s"])]
          for row in result.rows],
     )  # fmt: skip
     return (
         f"{config['trace']}, {config['instances']}, {config['requests']:,} requests in "
-        f"{config['seconds']:.0f} s: {result.record['energy_saving_pct']:.1f} % saved.\n\n{text}"
+        f"{config['seconds']:.0f} s: {result.record['energy_saving_pct']:.1f} % saved, asleep "
+        f"{result.record['energy_saving_asleep_pct']:.1f} %.\n\n{text}"
     )
 
 

@@ -36,7 +36,7 @@ SEVERAL = 8
 class AheadConfig(EcoFreqConfig):
     """EcoFreq's settings, and how far is looked."""
 
-    growth_guard: float = 0.3
+    growth_guard: float = 0.25
     growth_s: float = 0.0
     saturation_s: float = 60.0
     saturation_guard: float = 0.0

@@ -52,13 +52,17 @@ class EcoRouteConfig:
     """A request that no instance can take in time goes to the slowest, so that others stay in time
     or come back to it, unless that one's steps are longer than the ITL by more than this share. 0
     for the published rule."""
+    calm_share: float = 0.25
+    """Instances are filled one after the other as long as their steps at the lowest clock are
+    shorter than the ITL by this share; 0 to fill them up to it."""
 
     def __post_init__(self) -> None:
         for name in ("now_tokens", "next_tokens", "tile_from", "spread_levels", "late_share"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name}={getattr(self, name)} must not be negative")
-        if not 0 <= self.headroom < 1:
-            raise UsageError(f"headroom={self.headroom} must be from 0 to below 1")
+        for name in ("headroom", "calm_share"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"{name}={getattr(self, name)} must be from 0 to below 1")
 
 
 class RoundRobinRouter:
@@ -183,12 +187,17 @@ class StateSpaceRouter:
 
 
 class EnergyRouter:
-    """Least increase in predicted energy among the instances that keep the SLO.
+    """Least increase in predicted energy while filling needs no clock; then an even spread.
 
     Each iteration gives the request one token, so the energy it adds per token is
     E(n+1, k+L, f_next) - E(n, k, f_now) of one iteration, each at the clock of least energy that
-    keeps the bound. An instance that cannot keep the SLO with the request counts only where none
-    can; then the slowest is taken, or beyond `late_share` the one with the shortest step.
+    keeps the bound. That fills an instance before it wakes the next one, which is right as long as
+    the fuller one keeps the ITL at its lowest clock with room to spare (`calm_share`). Beyond that
+    energy rises faster than the load, and batches that fluctuate need the room: the instance with
+    the fewest sequences is taken.
+
+    An instance that cannot keep the SLO with the request counts only where none can; then the
+    slowest is taken, or beyond `late_share` the one with the shortest step.
     """
 
     def __init__(
@@ -226,6 +235,11 @@ class EnergyRouter:
         if not feasible.any():
             slowest = _slowest_within((times[1::2, -1] / bound_s - 1).tolist(), config.late_share)
             return int(np.argmin(times[1::2, -1])) if slowest is None else slowest
+        calm = feasible & (times[1::2, 0] <= bound_s * (1 - config.calm_share))
+        if config.calm_share and not calm.any():
+            return int(np.argmin(np.where(feasible, counts, np.inf)))
+        if config.calm_share:
+            feasible = calm
         energy_j = energies[rows, chosen]
         after_j = energy_j[1::2]
         # An empty instance would have idled for as long.

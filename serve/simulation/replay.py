@@ -250,18 +250,23 @@ def compare(
     policies: Sequence[str],
     *,
     sample_every_s: float | None = None,
+    trained: Callable[[], Predictor] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Replays every policy, the static maximum always first, and states savings against it."""
+    """Replays every policy, the static maximum always first, and states savings against it.
+
+    Args:
+        trained: gives the setting's predictor, which is left as it is; trained here where None.
+    """
     check_policies(policies, [setting.gpu])
     names = ["max", *(name for name in policies if name != "max")]
     rows: dict[str, dict[str, Any]] = {}
-    trained = functools.cache(functools.partial(make_predictor, setting))
+    learnt = trained or functools.cache(functools.partial(make_predictor, setting))
     for name in names:
         result = simulate(
             trace,
             policy_named(name),
             setting,
-            predictor=lambda: copy.deepcopy(trained()),  # each policy learns for itself
+            predictor=lambda: copy.deepcopy(learnt()),  # each policy learns for itself
             sample_every_s=sample_every_s,
         )
         row: dict[str, Any] = dict(figures(result, setting.slo))

@@ -73,10 +73,12 @@ def draw_published(path: Path) -> Path:
     figure, axes = plt.subplots(2, len(datasets), figsize=(5.5 * len(datasets), 7), squeeze=False)
     for column, dataset in enumerate(datasets):
         rows = [row for row in record["rows"] if row["dataset"] == dataset]
-        for arrivals, style in (("Poisson", "o-"), ("bursty", "^--"), ("held out", "s:")):
+        for arrivals, style in (
+            ("Poisson", "o-"), ("bursty", "^--"), ("held out", "s:"), ("held out, bursty", "v:"),
+        ):  # fmt: skip
             some = [row for row in rows if row["arrivals"] == arrivals]
             rates = [row["rate_per_s"] for row in some]
-            for name in ("both", "both-energy", "ahead"):
+            for name in ("both", "cap-250", "ahead"):
                 drawn = [(x, row["policies"].get(name)) for x, row in zip(rates, some, strict=True)]
                 drawn = [(x, policy) for x, policy in drawn if policy is not None]
                 if not drawn or (name != "ahead" and arrivals != "Poisson"):
@@ -86,7 +88,7 @@ def draw_published(path: Path) -> Path:
                         [x for x, _ in drawn],
                         [policy[key] for _, policy in drawn],
                         style,
-                        color=COLOURS.get(name),
+                        color=COLOURS.get(name, "#c49a6c"),
                         label=f"{name}, {arrivals}",
                     )
         known = [row for row in rows if row["arrivals"] == "Poisson"]

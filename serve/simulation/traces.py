@@ -128,6 +128,15 @@ class Trace:
             gap_s=None if self.gap_s is None else np.tile(self.gap_s, times)[kept],
         )
 
+    def sampled(self, share: float, seed: int = 0) -> "Trace":
+        """A random part of the requests, each kept with probability `share`."""
+        if not 0 < share <= 1:
+            raise UsageError(f"share={share} must be above 0, at most 1")
+        kept = np.random.default_rng(seed).random(len(self)) < share
+        if not kept.any():
+            raise UsageError(f"trace {self.name}: no request is left of {len(self)}")
+        return self._take(kept)
+
     def clipped(self, max_total_tokens: int) -> "Trace":
         """Without the requests longer than `max_total_tokens`, as an engine would refuse them."""
         kept = self.prompt_tokens + self.output_tokens <= max_total_tokens

@@ -138,6 +138,17 @@ def test_energy_router_fills_a_working_instance_before_waking_one():
     assert energy_router(SharedSlo()).choose([View(0), View(20, kv_tokens=4000)], request()) == 1
 
 
+def test_energy_router_spreads_once_filling_would_cost_a_clock():
+    """Filled up to the room that `calm_share` leaves at the lowest clock, then evened out."""
+    itl_s = GPU.run(Load(batch=300, kv_tokens=75_000), CLOCKS[0]).time_s
+    router = energy_router(SharedSlo(Slo(itl_s=itl_s, reserve=0.0)))
+    assert router.choose([View(100, kv_tokens=25_000), View(0)], request()) == 0
+    assert router.choose([View(280, kv_tokens=70_000), View(0)], request()) == 1
+    assert router.choose([View(280, kv_tokens=70_000), View(270, kv_tokens=70_000)], request()) == 1
+    with pytest.raises(UsageError, match="calm_share=1"):
+        EcoRouteConfig(calm_share=1.0)
+
+
 def test_energy_router_does_not_open_a_tile():
     views = [View(128, kv_tokens=26_000), View(120, kv_tokens=26_000)]
     assert energy_router(SharedSlo()).choose(views, request()) == 1

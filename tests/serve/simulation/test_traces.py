@@ -134,6 +134,16 @@ def test_rate_slices_and_repeats():
         trace.clipped(1)
 
 
+def test_a_random_part_keeps_the_form():
+    trace = synthetic_trace(rate_per_s=50.0, duration_s=60.0, seed=3)
+    part = trace.sampled(0.25, seed=1)
+    assert len(part) == pytest.approx(0.25 * len(trace), rel=0.1)
+    assert set(part.arrival_s.tolist()) <= set(trace.arrival_s.tolist())
+    assert part.prompt_tokens.mean() == pytest.approx(trace.prompt_tokens.mean(), rel=0.15)
+    with pytest.raises(UsageError, match="share=0"):
+        trace.sampled(0.0)
+
+
 def test_daily_swing_thins_the_night():
     trace = synthetic_trace(rate_per_s=1, duration_s=2000, seed=1).repeated(86_400, daily_swing=0.8)
     day = ((trace.arrival_s > 18_000) & (trace.arrival_s < 25_000)).sum()
