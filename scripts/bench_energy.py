@@ -81,8 +81,8 @@ from jaxsys.serve.simulation.traces import Trace, lengths_from_csv, read_trace, 
 
 FINE = tuple(range(1005, 1411, 45))
 NOISE = 0.02
-HELD_OUT_SEED = 11
-"""Of arrivals that were not looked at while constants were chosen."""
+HELD_OUT_SEED = 17
+"""Of arrivals that were not looked at while constants were chosen; 3, 4, 5, 6 and 11 were."""
 
 
 def note(text: str) -> None:
@@ -323,15 +323,14 @@ def published_rates(data: Path, out: Path, quick: bool, resume: bool) -> None:
     draw_published(path)
 
 
-MID_RATES = {"lmsys": (95, 100, 105), "sharegpt": (65, 70)}
+MID_RATES = {"lmsys": (95, 100, 105), "sharegpt": (70,)}
 """Where control can be worth something: below, the sweet spot keeps all bounds, and above, the
 simulated maximum clock keeps none."""
 ARRIVALS = (
     ("Poisson", 1.0, 3), ("bursty", 2.0, 3),
     ("held out", 1.0, HELD_OUT_SEED), ("held out, bursty", 2.0, HELD_OUT_SEED),
 )  # fmt: skip
-"""Name, coefficient of variation of the gaps, and seed. Policies were chosen by looking at seeds 3
-to 6."""
+"""Name, coefficient of variation of the gaps, and seed."""
 LEAST_PCT = 95.0
 """Attainment of the maximum clock below which a point is not counted."""
 

@@ -3,9 +3,9 @@
 Decode. A slower step keeps every sequence longer, so the batch grows until as many end as come:
 what must keep the ITL is the batch that today's offered load leads to. So a clock must keep it for
 a batch larger by `growth_guard` (arrivals fluctuate by about that much within the time a request
-stays), and where not even the highest clock could for what it grows to within a minute, that one is
-taken at once. The two are apart: a guard added to the growth would hold the highest clock through
-every rise from a quiet time, when there is room for all of it.
+stays), and where not even the highest clock could for what it grows to within `saturation_s`, that
+one is taken at once. The two are apart: a guard added to the growth would hold the highest clock
+through every rise from a quiet time, when there is room for all of it.
 
 Prompts. EcoFreq weighs the backlog at each clock; a slower clock leaves those who come after to a
 longer backlog, which it does not see. Here the backlog is played on: with prompts arriving at the
@@ -36,9 +36,9 @@ SEVERAL = 8
 class AheadConfig(EcoFreqConfig):
     """EcoFreq's settings, and how far is looked."""
 
-    growth_guard: float = 0.25
+    growth_guard: float = 0.3
     growth_s: float = 0.0
-    saturation_s: float = 60.0
+    saturation_s: float = 90.0
     saturation_guard: float = 0.0
     horizon_s: float = 2.0
     """Time over which arrivals to come are played on; 0 for none."""
