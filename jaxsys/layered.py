@@ -8,7 +8,7 @@ functions are pure and see one microbatch at a time.
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypedDict
 
 import jax
@@ -94,6 +94,9 @@ class LayeredModel:
 
     evaluation: "LayeredModel | None" = None
     """The model as it is evaluated (without dropout), on the same parameters; None: as it is."""
+
+    gpu_options: Mapping[str, Any] = field(default_factory=dict)
+    """XLA options that a step of it wants where it is compiled for GPUs."""
 
     def __post_init__(self) -> None:
         """Raises UsageError if blocks, layers and pattern do not fit together."""

@@ -212,8 +212,9 @@ class Step:
     @property
     def compiler_options(self) -> dict[str, Any]:
         """XLA options for the jit around `loss_and_gradients`."""
-        on_cpu = self.platform == "cpu"
-        return dict(CPU_COMPILER_OPTIONS if on_cpu else gpu_compiler_options(self.mesh))
+        if self.platform == "cpu":
+            return dict(CPU_COMPILER_OPTIONS)
+        return {**gpu_compiler_options(self.mesh), **self.model.gpu_options}
 
     @property
     def platform(self) -> str:

@@ -83,7 +83,9 @@ def blocks_for(height: int, rows: int, inputs: int) -> Blocks:
         return Blocks(16, 32 if rows <= 128 else 64, depth, 4, 4)
     if height == 32:
         return Blocks(32, 64, depth, 4, 4)
-    return Blocks(height, 128, depth, 4 if height == 64 else 8, 3)
+    if height == 64:
+        return Blocks(64, 128, depth, 4, 3)
+    return Blocks(height, 256, depth, 8, 4)
 
 
 def product(
@@ -164,7 +166,7 @@ def outer(
     (count, inputs), outputs, experts = rows.shape, others.shape[1], sizes.shape[0]
     if blocks is None:
         height = min(64, _power(-(-count // experts), 16, 64))
-        blocks = Blocks(height, _power(outputs, 16, 128), _power(inputs, 16, 128), 8, 3)
+        blocks = Blocks(height, _power(outputs, 16, 256), _power(inputs, 16, 128), 8, 4)
     stops = jnp.cumsum(sizes).astype(jnp.int32)
     kernel = functools.partial(_outer_kernel, blocks=blocks, inputs=inputs, outputs=outputs)
     return pl.pallas_call(

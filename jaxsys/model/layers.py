@@ -21,7 +21,7 @@ from jaxsys.model.block import HeldTree
 from jaxsys.model.config import DecoderConfig
 from jaxsys.model.contract import attention_heads
 from jaxsys.model.decoder import bind_edge
-from jaxsys.model.float8_products import Float8
+from jaxsys.model.float8_products import GPU_OPTIONS, Float8
 from jaxsys.model.kinds import BlockKind
 from jaxsys.model.leaves import Path, block_leaves
 from jaxsys.model.loss import HEAD, head_loss
@@ -82,7 +82,11 @@ def _cuttable(
 
     model = _layered(config, loss_chunk_tokens, implementation, float8, {}, context)
     model = dataclasses.replace(
-        model, in_parts=in_parts, across=across, sequences={"inputs": 1, "targets": 1}
+        model,
+        in_parts=in_parts,
+        across=across,
+        sequences={"inputs": 1, "targets": 1},
+        gpu_options={} if float8 is None else GPU_OPTIONS,
     )
     return model
 

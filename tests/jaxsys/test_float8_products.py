@@ -226,3 +226,21 @@ def test_experts_are_not_taken():
     layered(config, float8=Float8())
     with pytest.raises(UsageError, match="names experts/router, which is not multiplied in float8"):
         layered(config, float8=Float8(paths=("experts/.*",)))
+
+
+def test_gpus_compile_it_without_the_kernels_that_take_minutes_to_choose(monkeypatch):
+    def options(rules):
+        model = layered(CONFIG, float8=rules)
+        schedule = for_layers("dp", devices=1, layers=CONFIG.num_layers, microbatches=1)
+        step = lower(schedule, model, make_mesh(1))
+        on_cpu = step.compiler_options
+        monkeypatch.setattr(type(step), "platform", "gpu")
+        monkeypatch.setattr("jaxsys.lowering.base.gpu_compiler_options", lambda mesh: {"an": 1})
+        found = step.compiler_options
+        monkeypatch.undo()
+        return on_cpu, found
+
+    (plain_on_cpu, plain), (on_cpu, found) = options(None), options(Float8())
+    assert plain == {"an": 1}
+    assert found == {"an": 1, "xla_gpu_enable_triton_gemm": False}
+    assert on_cpu == plain_on_cpu
