@@ -317,7 +317,7 @@ class Engine:
         Raises:
             UsageError, Overloaded, RunError: as `check` and `admit` do.
         """
-        self.check(len(prompt_tokens), sampling.max_tokens)
+        self.check(len(prompt_tokens), sampling.places)
         self.admit()
         found = None if adapter is None else self.adapters.get(adapter)
         if adapter is not None and found is None:

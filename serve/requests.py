@@ -105,6 +105,11 @@ class SamplingParameters:
             if not holds:
                 raise UsageError(f"{name}={getattr(self, name)} must be {rule}")
 
+    @property
+    def places(self) -> int:
+        """Positions that the output may need: none where the prompt's embedding is asked for."""
+        return self.max_tokens if self.pooling is None else 0
+
 
 def _few(count: int | None) -> bool:
     return count is None or 0 <= count <= 20

@@ -101,6 +101,12 @@ class SchedulerConfig:
     def check_fits(self, prompt_length: int, max_tokens: int) -> None:
         """Raises ContextLengthExceeded where no such instance could ever serve such a request."""
         capacity = min(self.max_length, self.capacity_tokens)
+        # A prompt without an answer is given a page for its next token all the same.
+        most = min(self.max_length, self.capacity_tokens - 1)
+        if prompt_length > most and not max_tokens:
+            raise ContextLengthExceeded(
+                f"prompt is too long: {prompt_length} tokens; at most {most} fit. Shorten it"
+            )
         if prompt_length + max_tokens > capacity:
             alone = prompt_length >= capacity  # the words that clients look for
             raise ContextLengthExceeded(
@@ -252,13 +258,13 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queues a new request for prefill."""
-        self.check_fits(request.prompt_length, request.sampling.max_tokens)
+        self.check_fits(request.prompt_length, request.sampling.places)
         request.state = RequestState.WAITING
         self.waiting.append(request)
 
     def add_incoming(self, request: Request) -> None:
         """Decode role: queues a request whose prompt is computed elsewhere."""
-        self.check_fits(request.prompt_length, request.sampling.max_tokens)
+        self.check_fits(request.prompt_length, request.sampling.places)
         request.state = RequestState.WAITING
         self.incoming.append(request)
 

@@ -264,7 +264,7 @@ def create_app(
     async def refuse_length(request: fastapi.Request, error: ContextLengthExceeded) -> JSONResponse:
         path = request.url.path
         param = "messages" if path.startswith("/v1/chat") else "prompt"
-        param = "input" if path.startswith("/v1/responses") else param
+        param = "input" if path.startswith(("/v1/responses", "/v1/embeddings")) else param
         code = "context_length_exceeded"
         return face.refuse(400, str(error), "invalid_request_error", param=param, code=code)
 
@@ -484,10 +484,14 @@ class _Face:
     async def embeddings(self, request: fastapi.Request) -> Response:
         body = await self.bodies.read(EmbeddingRequest, request)
         model, adapter = self._model(body.model)
-        most = self.config.max_length - 1
+        most = self.config.max_length
         prompts = await asyncio.to_thread(body.prompts, self.tokenizer, self._most_characters, most)
-        for prompt in prompts:
-            self.engine.check(len(prompt), 1)
+        for index, prompt in enumerate(prompts):
+            try:
+                self.engine.check(len(prompt), 0)
+            except ContextLengthExceeded as error:
+                said = str(error).removeprefix("prompt")
+                raise ContextLengthExceeded(body.name(index) + said) from None
         sampling = SamplingParameters(max_tokens=1, temperature=0, pooling=body.pooling or "mean")
         identity = f"embd-{uuid.uuid4().hex}"
         free = asyncio.Semaphore(AT_ONCE)
@@ -550,7 +554,13 @@ class _Face:
             return Reads(grammar)
         # One call only: what comes behind it is not waited for.
         most = None if use.many or grammar is not None else 1
-        return Reads(grammar, lambda: form.reader(use.callable, thinking), most)
+
+        def reader() -> Reader:
+            made = form.reader(use.callable, thinking)
+            made.must_call = use.needed
+            return made
+
+        return Reads(grammar, reader, most)
 
     async def tokenize(self, request: fastapi.Request) -> Tokens:
         body = await self.bodies.read(TokenizeRequest, request)

@@ -52,6 +52,10 @@ class EmbeddingRequest(pydantic.BaseModel):
             raise UsageError(f"input has {len(given)} entries; give 1 to {MAX_INPUTS}")
         return given
 
+    def name(self, index: int) -> str:
+        """What an input is called in messages."""
+        return "input" if len(self.given()) == 1 else f"input[{index}]"
+
     def prompts(self, tokenizer: Tokenizer, most_characters: int, room: int) -> list[list[int]]:
         """The inputs as tokens, cut where that is asked for.
 
@@ -60,13 +64,14 @@ class EmbeddingRequest(pydantic.BaseModel):
         """
         most = self.truncate_prompt_tokens
         if most == 0:
-            raise UsageError("truncate_prompt_tokens=0 leaves no prompt; use 1 or more, or -1")
+            raise UsageError("truncate_prompt_tokens=0 leaves no input; use 1 or more, or -1")
         found = []
-        for one in self.given():
+        for index, one in enumerate(self.given()):
+            name = self.name(index)
             if isinstance(one, str):
-                tokens = encode(tokenizer, one, most_characters=most_characters)
+                tokens = encode(tokenizer, one, most_characters=most_characters, name=name)
             else:
-                tokens = check_tokens(tokenizer, one)
+                tokens = check_tokens(tokenizer, one, name)
             found.append(tokens if most is None else tokens[: room if most == -1 else most])
         return found
 

@@ -634,12 +634,14 @@ def encode(
     *,
     add_special: bool = True,
     most_characters: int | None = None,
+    name: str = "prompt",
 ) -> list[int]:
     """A prompt's text as tokens.
 
     Args:
         add_special: put the beginning-of-text token in front, where the model has one.
         most_characters: of a text whose tokens could still fit.
+        name: what the text is called in the request.
 
     Raises:
         ContextLengthExceeded: if it is longer.
@@ -647,13 +649,13 @@ def encode(
     """
     if most_characters is not None and len(text) > most_characters:
         raise ContextLengthExceeded(
-            f"prompt is too long: {len(text)} characters; no text of over {most_characters} "
+            f"{name} is too long: {len(text)} characters; no text of over {most_characters} "
             f"characters can fit. Shorten it"
         )
     check_text(text)
     tokens = tokenizer.encode(text, add_special=add_special)
     if not tokens:
-        raise UsageError("the prompt is empty; give at least one token")
+        raise UsageError(f"the {name} is empty; give at least one token")
     return tokens
 
 
@@ -665,10 +667,10 @@ def check_text(text: str) -> None:
         raise UsageError(f"the text is no valid Unicode: {error.reason} at {error.start}") from None
 
 
-def check_tokens(tokenizer: Tokenizer, tokens: list[int]) -> list[int]:
+def check_tokens(tokenizer: Tokenizer, tokens: list[int], name: str = "prompt") -> list[int]:
     """Raises UsageError for ids the model does not have."""
     if not tokens:
-        raise UsageError("the prompt is empty; give at least one token")
+        raise UsageError(f"the {name} is empty; give at least one token")
     vocabulary = tokenizer.vocab_size
     for token in tokens:
         if not 0 <= token < vocabulary:

@@ -36,6 +36,21 @@ def make_request(name, prompt, max_tokens=4, **sampling):
     )
 
 
+def test_an_embedding_needs_no_place_for_an_answer():
+    scheduler = make_scheduler()
+    scheduler.add(make_request("full", 64, max_tokens=1, pooling="mean"))
+    run(scheduler)
+    few = make_scheduler(page_count=8)
+    few.add(make_request("all pages", 31, max_tokens=1, pooling="last"))
+    run(few)
+    with pytest.raises(UsageError, match="32 tokens; at most 31 fit"):
+        few.add(make_request("longer", 32, max_tokens=1, pooling="last"))
+    with pytest.raises(UsageError, match="65 tokens; at most 64 fit"):
+        scheduler.add(make_request("longer", 65, max_tokens=1, pooling="mean"))
+    with pytest.raises(UsageError, match="max_tokens=1 need 65"):
+        scheduler.add(make_request("answered", 64, max_tokens=1))
+
+
 def next_token(request):
     """A 'model' whose next token is a function of all tokens before it."""
     return hash(tuple(request.known_tokens())) % 50000

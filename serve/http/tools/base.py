@@ -114,6 +114,8 @@ class Reader:
         self.finished = 0
         """Calls that are complete."""
         self._scan: _JsonScan | None = None
+        self.must_call = False
+        """There is no text but calls: what is left of one that breaks off is none either."""
 
     @property
     def reasoning(self) -> bool:
@@ -140,7 +142,9 @@ class Reader:
     def close(self) -> Said:
         """What is left when the answer has ended."""
         said = self._run(last=True)
-        if not self.called:
+        if self.must_call:
+            said.content = ""
+        elif not self.called:
             said.content += self._space
         self._space = ""
         return said
@@ -286,6 +290,24 @@ class Reader:
             self._scan = None
             self.finished += 1
         return whole
+
+    def _arguments_to(self, end: str, then: str, last: bool) -> bool | None:
+        """In arguments or behind them, reads up to the mark `end`, behind which comes mode `then`.
+
+        Returns what `_marked` does, and None where no arguments are open.
+        """
+        if self.mode == "arguments":
+            if not self._arguments(last):
+                return False
+            self.mode = "rest"
+        elif self.mode != "rest":
+            return None
+        if self._until((end,), None, last) is None:
+            if last:
+                self._buffer = ""
+            return False
+        self.mode = then
+        return True
 
     def _envelope(self) -> re.Match[str] | None:
         """{"name": ..., "arguments": up to the arguments, at the beginning of the buffer."""

@@ -23,16 +23,9 @@ class _Reader(Reader):
     def _marked(self, last: bool) -> bool:
         if self.mode == "after":
             return self._after(last)
-        if self.mode == "arguments":
-            if not self._arguments(last):
-                return False
-            self.mode = "rest"
-            return True
-        if self.mode == "rest":
-            if self._until((ONE_END,), None, last) is None:
-                return False
-            self.mode = "call"
-            return True
+        read = self._arguments_to(ONE_END, "call", last)
+        if read is not None:
+            return read
         if self.mode == "call":
             mark = self._until((ONE, ALL_END), None, last)
             if mark is None:

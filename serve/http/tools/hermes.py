@@ -16,18 +16,9 @@ class _Reader(Reader):
     def _marked(self, last: bool) -> bool:
         if self.mode == "after":
             return self._after(last)
-        if self.mode == "arguments":
-            if not self._arguments(last):
-                return False
-            self.mode = "rest"
-            return True
-        if self.mode == "rest":  # of the object, up to its mark
-            if self._until((CLOSE,), None, last) is None:
-                if last:
-                    self._buffer = ""
-                return False
-            self.mode = "after"
-            return True
+        read = self._arguments_to(CLOSE, "after", last)
+        if read is not None:
+            return read
         found = self._envelope()
         if found is not None:
             self._begin(json.loads(f'"{found[1]}"'))

@@ -331,10 +331,12 @@ def test_embeddings_are_the_final_hidden_states_pooled(server, client, model):
     server.idle()
     for fields, says in [
         ({"input": []}, "entries"),
-        ({"input": ""}, "empty"),
+        ({"input": ""}, "the input is empty"),
+        ({"input": ["a", ""]}, "the input[1] is empty"),
         ({"input": "a", "dimensions": 3}, "dimensions"),
         ({"input": [[9999]]}, "9999"),
-        ({"input": "x" * 2100}, "too long"),
+        ({"input": "x" * 2100}, "input is too long"),
+        ({"input": [[65] * 2, [65] * 2100]}, "input[1] is too long: 2100 tokens"),
         ({"input": "a", "pooling": "max"}, "pooling"),
     ]:
         answer = server.post("/v1/embeddings", fields)

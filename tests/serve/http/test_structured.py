@@ -259,3 +259,11 @@ def test_embeddings_are_the_same_where_prompts_are_read_apart(servers):
         found.append([one["embedding"] for one in data])
     np.testing.assert_allclose(found[0], found[1], atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(found[0], axis=1), 1.0, atol=1e-6)
+    # An embedding needs no place for an answer.
+    fits = APART.max_length
+    assert servers[0].post("/v1/embeddings", {"input": [66] * fits}).status_code == 200
+    answer = servers[0].post("/v1/embeddings", {"input": [66] * (fits + 1)})
+    assert answer.json()["error"]["param"] == "input"
+    said = f"input is too long: {fits + 1} tokens; at most {fits} fit"
+    assert said in answer.json()["error"]["message"]
+    servers[0].idle()

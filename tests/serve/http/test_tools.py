@@ -135,6 +135,17 @@ def test_a_call_that_breaks_off_is_not_whole(family):
         assert reader.whole == (cut == text)
 
 
+@pytest.mark.parametrize("family", WRITTEN)
+def test_a_call_that_must_be_made_and_breaks_off_is_no_text(family):
+    """Wherever it does: half a mark, a name, the rest of an object."""
+    text = call_of(family, OSLO)
+    for end in range(len(text) + 1):
+        reader = FORMATS[format_of(TEMPLATES[family]).name].reader([WEATHER], "no")
+        reader.must_call = True
+        said = [reader.push(character).content for character in text[:end]]
+        assert "".join([*said, reader.close().content]).strip() == "", text[:end]
+
+
 def test_special_tokens_that_say_nothing_are_dropped():
     reader = FORMATS["hermes"].reader([WEATHER], "no")
     assert not reader.push("<|im_end|>", special=True)
