@@ -132,7 +132,8 @@ def main(argv: Sequence[str], prog: str) -> int:
         space = that_runs(Space.of(problem, microbatch_sizes=[size]))
         effort = replace(EFFORT, work=GLANCE)
         glance = search(space, effort=effort, known=named, progress=_progress)
-        comparison = with_found(comparison, problem, glance)
+        runs = best_that_runs(glance)
+        comparison = comparison if runs is None else with_found(comparison, problem, runs)
     _show("")
     print(
         f"{options.model}: {workload.parameters / 1e9:.2f} B parameters, {workload.layers} layers; "
@@ -140,10 +141,16 @@ def main(argv: Sequence[str], prog: str) -> int:
         f"{sequence_length} tokens; limit {gib(comparison.memory_bytes)} per device\n"
     )
     print(report.table(comparison))
+<<<<<<< HEAD
     print()
     print(report.verdict(comparison))
     for text in _shared_commands(comparison, problem, options, sequence_length):
         print(text)
+=======
+    answer = report.verdict(comparison)
+    if not searching:
+        print(f"\n{answer}")
+>>>>>>> cccdce2 (wip2)
     request = {
         "model": options.model,
         "devices": options.devices,
@@ -161,7 +168,18 @@ def main(argv: Sequence[str], prog: str) -> int:
     fits, smallest = best is not None, comparison.smallest_memory_bytes
     if searching:
         space = Space.of(problem, microbatch_sizes=None if free else [size])
-        found = _search(space, options.search_seconds, named, to_run=options.plan is not None)
+        found, answer = _search(
+            space, options.search_seconds, named, to_run=options.plan is not None
+        )
+        comparison = with_found(comparison, problem, found)
+        best = comparison.best
+        if best is not None and not best.found:
+            answer += (
+                f" Of the table {best.strategy} (recompute {best.recompute}) takes "
+                f"{report.seconds(best.step_s)}, but is no plan of this space: "
+                f"`jaxsys train --schedule {best.strategy}`."
+            )
+        print(answer)
         if found.plan.microbatch_size != size:
             print(
                 f"\nIt takes microbatches of {found.plan.microbatch_size} sequences, and so "
@@ -187,7 +205,8 @@ def main(argv: Sequence[str], prog: str) -> int:
         )
     if options.json is not None:
         write_whole(
-            options.json, json.dumps(report.as_json(comparison, request=request), indent=1) + "\n"
+            options.json,
+            json.dumps(report.as_json(comparison, answer, request=request), indent=1) + "\n",
         )
         print(f"wrote {options.json}")
     if options.plan is not None and found is not None:
@@ -266,8 +285,13 @@ def _beyond_schedule(plan: Plan, microbatch_size: int) -> str:
     return ", ".join(more) or (refused or "")
 
 
-def _search(space: Space, seconds: float, known: Sequence[Plan], *, to_run: bool) -> Found:
-    """Searches with a line of progress, and prints what is found and why."""
+def _search(
+    space: Space, seconds: float, known: Sequence[Plan], *, to_run: bool
+) -> tuple[Found, str]:
+    """Searches with a line of progress, and prints the best of each name.
+
+    Returns what to take, and why in a sentence or two.
+    """
     problem = space.problem
     if to_run:
         space = that_runs(space)
@@ -280,8 +304,9 @@ def _search(space: Space, seconds: float, known: Sequence[Plan], *, to_run: bool
     )
     print(explain.table(result, problem.memory_bytes))
     print()
-    print(explain.reasons(problem, result))
-    return (best_that_runs(result) if to_run else None) or result.best
+    return (best_that_runs(result) if to_run else None) or result.best, explain.reasons(
+        problem, result
+    )
 
 
 def _simulation(problem: Problem, plan: Plan, schedule: Schedule) -> Simulation:

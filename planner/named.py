@@ -351,11 +351,8 @@ def best_that_runs(result: Result) -> Found | None:
     return next((found for found in result.by_base if why_not(found.plan) is None), None)
 
 
-def with_found(comparison: Comparison, problem: Problem, result: Result) -> Comparison:
+def with_found(comparison: Comparison, problem: Problem, found: Found) -> Comparison:
     """The comparison with one more row: what a search found, by the name it is recognised by."""
-    found = best_that_runs(result)
-    if found is None:
-        return comparison
     plan, cluster = found.plan, problem.cluster
     workload, total = problem.workload(plan.microbatch_size), problem.batch // plan.microbatch_size
     policies = {POLICY[path.residual] for path in plan.layers}

@@ -82,8 +82,8 @@ def verdict(comparison: Comparison) -> str:
     return text + "."
 
 
-def as_json(comparison: Comparison, *, request: dict[str, Any]) -> dict[str, Any]:
-    """The comparison as a JSON value, with the request that led to it."""
+def as_json(comparison: Comparison, answer: str, *, request: dict[str, Any]) -> dict[str, Any]:
+    """The comparison as a JSON value, with the answer that was given and the request for it."""
     best = comparison.best
     return {
         "format": FORMAT,
@@ -93,7 +93,7 @@ def as_json(comparison: Comparison, *, request: dict[str, Any]) -> dict[str, Any
         "request": request,
         "memory_limit_gib": limit_gib(comparison.memory_bytes),
         "best": best.strategy if best else None,
-        "verdict": verdict(comparison),
+        "verdict": answer,
         "rows": [row_json(row) for row in comparison.rows],
         "refused": [{"strategy": name, "reason": why} for name, why in comparison.refused],
     }

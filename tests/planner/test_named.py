@@ -275,7 +275,9 @@ def test_what_a_search_finds_stands_in_the_table_and_runs(tmp_path):
     assert {"1f1b", "weipipe-interleave"} <= {name for name, _ in named.refused}
     space = that_runs(Space.of(problem, microbatch_sizes=[1]))
     result = search(space, effort=Effort(refine=0))
-    comparison = with_found(named, problem, result)
+    found = best_that_runs(result)
+    assert found is not None
+    comparison = with_found(named, problem, found)
     found, best = comparison.rows[-1], comparison.best
     assert found.plan is not None and best is not None and found.fits
     assert best.step_s <= min(row.step_s for row in named.rows if row.fits)
