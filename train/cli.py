@@ -1,7 +1,8 @@
-"""`jaxsys train`: trains a byte-level Llama on text, by default the standard library's sources."""
+"""`jaxsys train`: trains a decoder of bytes on text, by default the standard library's sources."""
 
 import argparse
 import contextlib
+import dataclasses
 import logging
 import math
 import os
@@ -16,7 +17,18 @@ from jaxsys.context import WAYS, ContextSplit
 from jaxsys.errors import RunError, UsageError
 from jaxsys.files import check_writable
 from jaxsys.lowering import RECOMPUTE_POLICIES, lacks
+<<<<<<< HEAD
 from jaxsys.model import Tokenizer
+=======
+from jaxsys.model import (
+    ByteTokenizer,
+    DecoderConfig,
+    Tokenizer,
+    initial_parameters,
+    layered,
+    preset,
+)
+>>>>>>> cccdce2 (wip2)
 from jaxsys.model.float8_products import Float8
 from jaxsys.model.save import check_target
 from jaxsys.options import Parser, in_options, whole
@@ -155,6 +167,13 @@ def parser(prog: str) -> argparse.ArgumentParser:
     )
     what = result.add_argument_group("what the result depends on")
     what.add_argument(
+        "--balance",
+        type=float,
+        metavar="W",
+        help="weight of the loss that keeps experts equally busy; 0 leaves it out (default: as the "
+        "model says)",
+    )
+    what.add_argument(
         "--microbatch-size", type=whole(), help="sequences (default 4, or as a plan says)"
     )
     what.add_argument(
@@ -287,6 +306,11 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
         raise UsageError("--resume needs --out, the folder of the run to go on with")
     if arguments.out is not None and not arguments.resume:
         check_unused(arguments.out)
+<<<<<<< HEAD
+=======
+    config = balanced(preset(arguments.model), arguments.balance)
+    tokenizer = ByteTokenizer()
+>>>>>>> cccdce2 (wip2)
     devices = choose_devices(arguments.devices, hosts)
     float8 = None
     if arguments.float8 is not None:
@@ -351,7 +375,11 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
         settings=recipe.settings(data=training.fingerprint(), held_out=held_out.fingerprint())
         | ({} if layout.gradient_dtype == DTYPE else {"gradient_dtype": layout.gradient_dtype})
         | ({} if float8 is None else {"float8": list(float8.paths)})
+<<<<<<< HEAD
         | start.settings,
+=======
+        | ({} if arguments.balance is None else {"balance": arguments.balance}),
+>>>>>>> cccdce2 (wip2)
         flops_per_token=decoder_flops_per_token(config, recipe.sequence_length),
     )
     # Said only now: what is refused is refused in one line.
@@ -408,6 +436,7 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
     return report
 
 
+<<<<<<< HEAD
 def _lora(arguments: argparse.Namespace) -> Lora | None:
     rank, alpha, targets = arguments.lora, arguments.lora_alpha, arguments.lora_targets
     if rank is None:
@@ -419,6 +448,21 @@ def _lora(arguments: argparse.Namespace) -> Lora | None:
     if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
         raise UsageError(f"--lora-alpha {alpha} must be above 0, and finite")
     return Lora(rank=rank, alpha=alpha, targets=tuple(targets or ()))
+=======
+def balanced(config: DecoderConfig, weight: float | None) -> DecoderConfig:
+    """The model with another weight of its experts' balance loss; None leaves its own.
+
+    Raises:
+        UsageError: if it has no experts, or the weight is none.
+    """
+    if weight is None:
+        return config
+    if config.experts is None:
+        raise UsageError(f"balance={weight:g}, but {config.family} has no experts; leave it out")
+    if not 0 <= weight < math.inf:
+        raise UsageError(f"balance={weight:g} must be a finite number, 0 or more")
+    return dataclasses.replace(config, experts=dataclasses.replace(config.experts, balance=weight))
+>>>>>>> cccdce2 (wip2)
 
 
 def _context(arguments: argparse.Namespace) -> ContextSplit | None:

@@ -252,8 +252,12 @@ def embed_part(
     """
     ways, length = lax.axis_size(TENSOR), tokens.shape[1]
     if length % ways:
-        legal = ", ".join(str(n) for n in range(1, length + 1) if length % n == 0)
-        raise UsageError(f"tensor={ways} does not divide sequences of {length} tokens; use {legal}")
+        common = math.gcd(length, *split_sizes(config).values())
+        legal = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+        raise UsageError(
+            f"tensor={ways} does not divide sequences of {length} tokens; use {legal}, or "
+            f"sequence_length={length - length % ways or ways}"
+        )
     table = edge["embed"]["table"]
     local = tokens - lax.axis_index(TENSOR) * table.shape[0]
     here = (local >= 0) & (local < table.shape[0])

@@ -214,6 +214,18 @@ PRESETS: dict[str, DecoderConfig] = {
     ),
     "byte-llama": _bytes(128, 384, 8, 4, 2),
     "byte-llama-75m": _bytes(768, 2048, 12, 12, 4),
+    # A router and eight experts, two a token: what to try --expert with.
+    "byte-moe": _shape(
+        "qwen3_moe",
+        (BYTE_VOCABULARY, 128, 384, 8, 4, 2),
+        2048,
+        head_dim=32,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=128,
+        norm_topk_prob=True,
+        tie_word_embeddings=True,
+    ),
     "tiny": _llama((BYTE_VOCABULARY, 32, 64, 4, 4, 2), 256, 1e4),
     # Of the training benchmarks: the shape of WeiPipe's tables; light compute, so that a slow
     # network of hosts on one machine is what a step waits for; and one to try a script with.

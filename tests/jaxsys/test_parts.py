@@ -206,7 +206,7 @@ def test_sequences_that_devices_do_not_divide_are_refused():
     assert parts is not None
     edge = part_shapes(abstract_parameters(LLAMA), parts, sizes)["edge"]
     tokens = {"inputs": jax.ShapeDtypeStruct((1, 9), jnp.int32)}
-    with pytest.raises(UsageError, match="tensor=2 does not divide sequences of 9 tokens; use 1"):
+    with pytest.raises(UsageError, match="sequences of 9 tokens; use 1, or sequence_length=8"):
         inside_parts(sizes, lambda: jax.eval_shape(parts.model.embed, edge, tokens))
 
 

@@ -101,6 +101,12 @@ def test_adapters_of_a_folder_are_trained_and_exported_as_peft_has_them(text, tm
             ("--steps", "99999999999999999999"),
             "must be from 1 to 2147483647",
         ),
+        (("--balance", "0.1"), "--balance 0.1, but llama has no experts; leave it out"),
+        (("--model", "byte-moe", "--balance", "-1"), "--balance -1 must be a finite number"),
+        (
+            ("--model", "byte-moe", "--devices", "2", "--context", "2"),
+            "use --balance 0, or --context 1",
+        ),
         (("--steps", "2", "--stop-at", "5"), "--stop-at 5 is past --steps 2"),
         (("--learning-rate", "0"), "--learning-rate 0.0 must be above 0"),
         (("--learning-rate", "nan"), "--learning-rate nan must be above 0, and finite"),
