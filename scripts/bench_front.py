@@ -13,6 +13,7 @@ and from a third process for the HTTP rows.
 import argparse
 import asyncio
 import cProfile
+import dataclasses
 import io
 import json
 import multiprocessing
@@ -32,12 +33,19 @@ from jaxsys.serve.http.api import ApiConfig
 from jaxsys.serve.member import InstanceLoad
 from jaxsys.serve.processes.front import bind, build_app
 from jaxsys.serve.processes.remote import Switchboard
+from jaxsys.serve.processes.secret import CHALLENGE_BYTES, proof
 from jaxsys.serve.processes.wire import Frames, pack
 from jaxsys.serve.requests import SamplingParameters
+from jaxsys.serve.scheduler import SchedulerConfig
 
 ITL_S = 0.01
 TOKEN = 65
-LOAD = {name: getattr(InstanceLoad(), name) for name in InstanceLoad.__slots__}
+LOAD = dataclasses.asdict(InstanceLoad())
+
+
+def entry(name: str, reason: str | None) -> list[Any]:
+    """A token's event with all that may go beside it, as `RemoteInstance` reads it."""
+    return [name, TOKEN, reason, None, "", False, [0.5, 0.1], 0, 0, None, None, None]
 
 
 class Simulated(asyncio.Protocol):
@@ -46,29 +54,36 @@ class Simulated(asyncio.Protocol):
     def __init__(self, name: str, role: str, token: str):
         self.name, self.role, self.token = name, role, token
         self.frames = Frames()
+        self.challenge = b""
         self.running: dict[str, int] = {}
         self.wanted: dict[str, int] = {}
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
-        config = {
-            "page_count": 4096,
-            "max_batch": 256,
-            "decode_buckets": [1, 256],
-            "role": self.role,
-        }
-        self.send(["hello", self.token, self.name, config, "none: simulated", "simulated"])
+
+    def introduce(self) -> None:
+        """Proves that it knows the secret, and says who it is."""
+        self.transport.write(proof(self.token, b"switchboard", self.challenge))
+        config = SchedulerConfig(
+            page_count=4096, page_size=16, max_batch=256, decode_buckets=(1, 256), role=self.role
+        )
+        known = dataclasses.asdict(config)
+        self.send(["hello", self.name, known, "none: simulated", "simulated"])
         asyncio.get_running_loop().call_later(ITL_S, self.tick)
 
     def data_received(self, data: bytes) -> None:
+        missing = CHALLENGE_BYTES - len(self.challenge)
+        if missing:
+            self.challenge, data = self.challenge + data[:missing], data[missing:]
+            if len(self.challenge) == CHALLENGE_BYTES:
+                self.introduce()
         for frame in self.frames.feed(data):
             kind = frame[0]
             request: Any = frame[1] if len(frame) > 1 else None
             if kind == "submit":
                 self.send(["offer", request["id"], 0])
             elif kind == "grant":
-                whole = [request, TOKEN, None, None, "", False, 0.5, 0, 0]
-                self.send(["events", [whole], ITL_S, LOAD])
+                self.send(["events", [entry(request, None)], ITL_S, LOAD])
                 self.send(["delivery", request, None, 0, 0, [TOKEN]])
             elif kind == "offer":
                 self.wanted[request["id"]] = request["sampling"]["max_tokens"] - 1
@@ -88,7 +103,7 @@ class Simulated(asyncio.Protocol):
                 events.append([name, TOKEN])
             else:
                 del self.running[name]
-                events.append([name, TOKEN, "length", None, "", False, 1.0, 0, 0])
+                events.append(entry(name, "length"))
         if events or self.role == "prefill":
             batch = LOAD | {"batch": len(events), "kv_tokens": 300 * len(events)}
             self.send(["events", events, ITL_S, batch] if events else ["pulse", batch])
