@@ -141,16 +141,11 @@ def main(argv: Sequence[str], prog: str) -> int:
         f"{sequence_length} tokens; limit {gib(comparison.memory_bytes)} per device\n"
     )
     print(report.table(comparison))
-<<<<<<< HEAD
-    print()
-    print(report.verdict(comparison))
-    for text in _shared_commands(comparison, problem, options, sequence_length):
-        print(text)
-=======
     answer = report.verdict(comparison)
     if not searching:
         print(f"\n{answer}")
->>>>>>> cccdce2 (wip2)
+    for text in _shared_commands(comparison, problem, options, sequence_length):
+        print(text)
     request = {
         "model": options.model,
         "devices": options.devices,

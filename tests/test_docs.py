@@ -142,3 +142,45 @@ def anchors(path: Path) -> set[str]:
 def test_every_page_is_reached_from_the_readme():
     readme = (ROOT / "README.md").read_text()
     assert [name(path) for path in PAGES[1:] if f"({name(path)})" not in readme] == []
+
+
+DOTTED = re.compile(r"(?<![\w./@-])jaxsys(?:\.[A-Za-z_]\w*)+(?![\w/-])")
+IMPORTS = re.compile(r"^from (jaxsys[\w.]*) import (\([^)]*\)|[^\n]+)$", re.MULTILINE)
+FILE_ENDINGS = (".py", ".md", ".json", ".toml", ".yaml", ".service", ".sock")
+
+
+GROUPS = {"jaxsys.clock_policies", "jaxsys.routers"}
+"""Of entry points, which look like modules."""
+
+
+def exported(dotted: str) -> bool:
+    """Whether a dotted name leads to a module, or to what one has for others to use."""
+    names = dotted.split(".")
+    for count in range(len(names), 0, -1):
+        try:
+            found = importlib.import_module(".".join(names[:count]))
+        except ModuleNotFoundError:
+            continue
+        rest = names[count:]
+        listed = getattr(found, "__all__", None)
+        if any(part.startswith("_") for part in names) or (
+            rest and listed is not None and rest[0] not in listed
+        ):
+            return False
+        for part in rest:
+            if not hasattr(found, part):
+                return False
+            found = getattr(found, part)
+        return True
+    return False
+
+
+@pytest.mark.parametrize("path", [p for p in PAGES if p.name != "CHANGELOG.md"], ids=name)
+def test_pages_name_what_is_exported(path):
+    """The changelog names what there was."""
+    text = path.read_text()
+    said = {one for one in DOTTED.findall(text) if not one.endswith(FILE_ENDINGS)} - GROUPS
+    for module, names in IMPORTS.findall(text):
+        listed = [one.partition(" as ")[0] for one in re.split(r"[\s,()]+(?!as )", names)]
+        said |= {f"{module}.{one}" for one in listed if one}
+    assert [dotted for dotted in sorted(said) if not exported(dotted)] == []

@@ -1,8 +1,7 @@
-"""`jaxsys train`: trains a decoder of bytes on text, by default the standard library's sources."""
+"""`jaxsys train`: trains a decoder on text, by default on the standard library's sources."""
 
 import argparse
 import contextlib
-import dataclasses
 import logging
 import math
 import os
@@ -17,18 +16,7 @@ from jaxsys.context import WAYS, ContextSplit
 from jaxsys.errors import RunError, UsageError
 from jaxsys.files import check_writable
 from jaxsys.lowering import RECOMPUTE_POLICIES, lacks
-<<<<<<< HEAD
 from jaxsys.model import Tokenizer
-=======
-from jaxsys.model import (
-    ByteTokenizer,
-    DecoderConfig,
-    Tokenizer,
-    initial_parameters,
-    layered,
-    preset,
-)
->>>>>>> cccdce2 (wip2)
 from jaxsys.model.float8_products import Float8
 from jaxsys.model.save import check_target
 from jaxsys.options import Parser, in_options, whole
@@ -306,16 +294,17 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
         raise UsageError("--resume needs --out, the folder of the run to go on with")
     if arguments.out is not None and not arguments.resume:
         check_unused(arguments.out)
-<<<<<<< HEAD
-=======
-    config = balanced(preset(arguments.model), arguments.balance)
-    tokenizer = ByteTokenizer()
->>>>>>> cccdce2 (wip2)
     devices = choose_devices(arguments.devices, hosts)
     float8 = None
     if arguments.float8 is not None:
         float8 = Float8(paths=tuple(arguments.float8)) if arguments.float8 else Float8()
-    start = start_of(arguments.model, seed=arguments.seed, float8=float8, lora=_lora(arguments))
+    start = start_of(
+        arguments.model,
+        seed=arguments.seed,
+        float8=float8,
+        lora=_lora(arguments),
+        balance=arguments.balance,
+    )
     config, tokenizer = start.config, start.tokenizer
     asked = AskedLayout(
         schedule=arguments.schedule,
@@ -375,11 +364,7 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
         settings=recipe.settings(data=training.fingerprint(), held_out=held_out.fingerprint())
         | ({} if layout.gradient_dtype == DTYPE else {"gradient_dtype": layout.gradient_dtype})
         | ({} if float8 is None else {"float8": list(float8.paths)})
-<<<<<<< HEAD
         | start.settings,
-=======
-        | ({} if arguments.balance is None else {"balance": arguments.balance}),
->>>>>>> cccdce2 (wip2)
         flops_per_token=decoder_flops_per_token(config, recipe.sequence_length),
     )
     # Said only now: what is refused is refused in one line.
@@ -436,7 +421,6 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
     return report
 
 
-<<<<<<< HEAD
 def _lora(arguments: argparse.Namespace) -> Lora | None:
     rank, alpha, targets = arguments.lora, arguments.lora_alpha, arguments.lora_targets
     if rank is None:
@@ -448,21 +432,6 @@ def _lora(arguments: argparse.Namespace) -> Lora | None:
     if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
         raise UsageError(f"--lora-alpha {alpha} must be above 0, and finite")
     return Lora(rank=rank, alpha=alpha, targets=tuple(targets or ()))
-=======
-def balanced(config: DecoderConfig, weight: float | None) -> DecoderConfig:
-    """The model with another weight of its experts' balance loss; None leaves its own.
-
-    Raises:
-        UsageError: if it has no experts, or the weight is none.
-    """
-    if weight is None:
-        return config
-    if config.experts is None:
-        raise UsageError(f"balance={weight:g}, but {config.family} has no experts; leave it out")
-    if not 0 <= weight < math.inf:
-        raise UsageError(f"balance={weight:g} must be a finite number, 0 or more")
-    return dataclasses.replace(config, experts=dataclasses.replace(config.experts, balance=weight))
->>>>>>> cccdce2 (wip2)
 
 
 def _context(arguments: argparse.Namespace) -> ContextSplit | None:

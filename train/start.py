@@ -1,8 +1,9 @@
 """What `jaxsys train` starts from: a preset's random weights, or a model's own, and what of it
 trains: all of it, or low-rank adapters alone (`lora`)."""
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,17 +68,33 @@ class Start:
     """Writes what was trained, over what is there if told so; gives the options that serve it."""
 
 
-def start_of(model: str, *, seed: int, float8: Float8 | None, lora: Lora | None) -> Start:
+def start_of(
+    model: str,
+    *,
+    seed: int,
+    float8: Float8 | None,
+    lora: Lora | None,
+    balance: float | None = None,
+) -> Start:
     """A start by a preset's name, or by the path of a folder or .gguf file.
 
+    Args:
+        model: which.
+        seed: of random weights, and of adapters.
+        float8: which products run in float8.
+        lora: which adapters are trained; None trains all.
+        balance: weight of the loss that keeps experts equally busy; None leaves the model's own.
+
     Raises:
-        UsageError: if there is no such model, or adapters are asked of random weights.
+        UsageError: if there is no such model, adapters are asked of random weights, or a balance of
+            a model without experts.
     """
+    changed = {} if balance is None else {"balance": balance}
     named = find_preset(model) is not None and model == Path(model).name
     if named or not Path(model).exists():
-        return _of_preset(model, seed, float8, lora)
+        return _of_preset(model, seed, float8, lora, balance)
     loaded = load(model)
-    config, tokenizer = loaded.config, loaded.tokenizer
+    config, tokenizer = balanced(loaded.config, balance), loaded.tokenizer
     if tokenizer is None or not tokenizer.eos_ids:
         raise UsageError(
             f"{model} has no tokenizer that says where texts end; add the one the model came with"
@@ -100,7 +117,7 @@ def start_of(model: str, *, seed: int, float8: Float8 | None, lora: Lora | None)
             parameters=lambda: loaded.parameters,
             optimizer=lambda optimizer: optimizer,
             learning_rate=RATES["model"],
-            settings={"from": Path(model).name},
+            settings={"from": Path(model).name} | changed,
             export=save,
         )
     targets = lora.targets or servable(config)
@@ -124,13 +141,16 @@ def start_of(model: str, *, seed: int, float8: Float8 | None, lora: Lora | None)
         settings={
             "from": Path(model).name,
             "lora": [lora.rank, lora.scale, list(targets)],
-        },
+        }
+        | changed,
         export=write,
     )
 
 
-def _of_preset(name: str, seed: int, float8: Float8 | None, lora: Lora | None) -> Start:
-    config, tokenizer = preset(name), ByteTokenizer()
+def _of_preset(
+    name: str, seed: int, float8: Float8 | None, lora: Lora | None, balance: float | None
+) -> Start:
+    config, tokenizer = balanced(preset(name), balance), ByteTokenizer()
     if lora is not None:
         raise UsageError(
             f"model={name!r} is a preset, whose weights are random: adapters are of a model that "
@@ -149,9 +169,24 @@ def _of_preset(name: str, seed: int, float8: Float8 | None, lora: Lora | None) -
         parameters=lambda: initial_parameters(config, seed=seed),
         optimizer=lambda optimizer: optimizer,
         learning_rate=RATES["preset"],
-        settings={},
+        settings={} if balance is None else {"balance": balance},
         export=save,
     )
+
+
+def balanced(config: DecoderConfig, weight: float | None) -> DecoderConfig:
+    """The model with another weight of its experts' balance loss; None leaves its own.
+
+    Raises:
+        UsageError: if it has no experts, or the weight is none.
+    """
+    if weight is None:
+        return config
+    if config.experts is None:
+        raise UsageError(f"balance={weight:g}, but {config.family} has no experts; leave it out")
+    if not 0 <= weight < math.inf:
+        raise UsageError(f"balance={weight:g} must be a finite number, 0 or more")
+    return replace(config, experts=replace(config.experts, balance=weight))
 
 
 def servable(config: DecoderConfig) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .schedule import Block, Data, MoveKind, Placement, Schedule, TaskKind
-from .simulate import Costs, Link
+from .simulate import Costs, Link, done_s
 from .trace import Trace, gradient_block, task_inputs, task_outputs
 
 KINDS = tuple(TaskKind)
@@ -138,7 +138,7 @@ class QuickSchedule:
                 duration = work_s[kind][chunk]
                 end = begin + duration
                 if slowed:
-                    end = _computed_s(beside[device], begin, duration)
+                    end = done_s(beside[device], begin, duration)
                 for slot in outputs:
                     ready[slot] = end
                 if sums >= 0:
@@ -181,23 +181,6 @@ def _each(value: float | Sequence[float], count: int) -> list[float]:
     if isinstance(value, int | float):
         return [float(value)] * count
     return [*map(float, value), *[0.0] * (count - len(value))]
-
-
-def _computed_s(beside: deque, begin: float, compute_s: float) -> float:
-    """As `simulate` slows compute beside sends and their waits."""
-    while beside and beside[0][1] <= begin:
-        beside.popleft()
-    now, left = begin, compute_s
-    for start, end, share in beside:
-        alone = max(0.0, start - now)
-        if left <= alone:
-            break
-        now, left = now + alone, left - alone
-        done = (end - now) / (1.0 + share)
-        if left <= done:
-            return now + left * (1.0 + share)
-        now, left = end, left - done
-    return now + left
 
 
 class QuickMemory:

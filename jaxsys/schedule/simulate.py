@@ -334,20 +334,7 @@ class _Run:
 
     def computed_s(self, device: int, begin: float, compute_s: float) -> float:
         """When compute that begins then is done, beside all that has left by the tick at hand."""
-        beside = self.beside[device]
-        while beside and beside[0][1] <= begin:
-            beside.popleft()
-        now, left = begin, compute_s
-        for start, end, share in beside:
-            alone = max(0.0, start - now)
-            if left <= alone:
-                break
-            now, left = now + alone, left - alone
-            done = (end - now) / (1.0 + share)
-            if left <= done:
-                return now + left * (1.0 + share)
-            now, left = end, left - done
-        return now + left
+        return done_s(self.beside[device], begin, compute_s)
 
     def land(self, landed: list[tuple[Move, float]]) -> None:
         """Makes what has arrived the copy that is read; until then an older one may be."""
@@ -397,6 +384,29 @@ class _Run:
                     work=one,
                 )
             )
+
+
+def done_s(beside: deque[tuple[float, float, float]], begin: float, compute_s: float) -> float:
+    """When compute that begins then is done beside sends and their waits, which slow it.
+
+    Args:
+        beside: (start, end, by what share) of each, in order; those over by then are dropped.
+        begin: seconds.
+        compute_s: with nothing beside it.
+    """
+    while beside and beside[0][1] <= begin:
+        beside.popleft()
+    now, left = begin, compute_s
+    for start, end, share in beside:
+        alone = max(0.0, start - now)
+        if left <= alone:
+            break
+        now, left = now + alone, left - alone
+        done = (end - now) / (1.0 + share)
+        if left <= done:
+            return now + left * (1.0 + share)
+        now, left = end, left - done
+    return now + left
 
 
 def alive_bytes(schedule: Schedule, costs: Costs, found: Trace) -> tuple[float, ...]:

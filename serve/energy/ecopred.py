@@ -448,10 +448,6 @@ class EcoPred:
             self._threads.shutdown(wait=False)
             self._threads = None
 
-    def residual_error(self, prefill: bool) -> float:
-        """Mean absolute relative error over the window, the correction in force included."""
-        return _window_error(self._prefill if prefill else self._decode)
-
     def correction(self, prefill: bool) -> float:
         """The factor in force for a phase; 1 where no drift stands."""
         return math.exp((self._prefill if prefill else self._decode).log_factor)
@@ -644,14 +640,3 @@ def _bucket_table(buckets: Sequence[int], largest: int) -> np.ndarray:
     for size in sorted(buckets, reverse=True):
         table[: min(size, largest + 1) + 1] = size
     return table
-
-
-def prediction_error(predictor: EcoPred, samples: Sequence[Sample]) -> float:
-    """Mean absolute relative error of predicted times over `samples`."""
-    errors = []
-    for mhz in {sample.clock_mhz for sample in samples}:
-        of_clock = [sample for sample in samples if sample.clock_mhz == mhz]
-        times, _ = predictor.what_if([sample.load for sample in of_clock], (mhz,))
-        truth = np.array([sample.time_s for sample in of_clock])
-        errors.append(np.abs(times[:, 0] / truth - 1))
-    return float(np.mean(np.concatenate(errors)))

@@ -27,7 +27,7 @@ fitted and what was held out.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -478,12 +478,11 @@ class SimulatedGpu:
         """
         return self.spec.idle_w * self.gpus
 
-    def _dynamic(self, clock_mhz: float) -> float:
+    def _dynamic(self, clock_mhz: Any, maths: "_Maths | None" = None) -> Any:
         """x V**2."""
         spec = self.spec
-        above = clock_mhz - spec.voltage_floor_mhz
-        x = clock_mhz / 1000.0
-        return x if above <= 0 else x * (1 + spec.voltage_slope * above / 1000.0) ** 2
+        above = (maths or SCALARS).most(0.0, clock_mhz - spec.voltage_floor_mhz) / 1000.0
+        return clock_mhz / 1000.0 * (1 + spec.voltage_slope * above) ** 2
 
     def _work(self, load: Load) -> "_Work":
         """What an iteration takes, apart from the clock."""
@@ -513,25 +512,22 @@ class SimulatedGpu:
         shape = self.shape
         return (shape.kv_bytes(kv_tokens, batch) + shape.kv_bytes(cached, prompts)) / self.gpus
 
-    def _at(self, work: "_Work", clock_mhz: float) -> tuple[float, float]:
-        """Seconds, and watts of one GPU, with no cap."""
-        spec = self.spec
-        bandwidth = spec.hbm_bytes_per_s
-        if clock_mhz < spec.memory_knee_mhz:
-            bandwidth *= clock_mhz / spec.memory_knee_mhz
+    def _at(self, work: "_Work", clock_mhz: Any, maths: "_Maths | None" = None) -> tuple[Any, Any]:
+        """Seconds, and watts of one GPU, with no cap; of arrays with `ARRAYS`."""
+        spec, maths = self.spec, maths or SCALARS
+        bandwidth = spec.hbm_bytes_per_s * maths.least(1.0, clock_mhz / spec.memory_knee_mhz)
         rate = spec.flops_per_cycle * clock_mhz * 1e6
         matrix_s, attention_s = work.product_flops / rate, work.attention_flops / rate
-        weights_s = max(self._read_bytes / bandwidth, self._widen / clock_mhz)
+        weights_s = maths.most(self._read_bytes / bandwidth, self._widen / clock_mhz)
         moved_s = work.moved_bytes / bandwidth
-        moved_s += work.kv_bytes / min(bandwidth, self._kv_rate * clock_mhz)
-        device_s = math.hypot(matrix_s, weights_s) + attention_s + moved_s + work.fixed_s
-        time_s = max(device_s, work.least_s) + work.host_s
-        dynamic = self._dynamic(clock_mhz)
+        moved_s = moved_s + work.kv_bytes / maths.least(bandwidth, self._kv_rate * clock_mhz)
+        device_s = maths.hypot(matrix_s, weights_s) + attention_s + moved_s + work.fixed_s
+        time_s = maths.most(device_s, work.least_s) + work.host_s
         busy = spec.busy_w * device_s + spec.compute_w * (matrix_s + attention_s)
         power_w = (
             spec.idle_w
             + spec.memory_w * (weights_s + moved_s) / time_s
-            + (spec.clock_w + busy / time_s) * dynamic
+            + (spec.clock_w + busy / time_s) * self._dynamic(clock_mhz, maths)
         )
         return time_s, power_w
 
@@ -575,6 +571,18 @@ class _Work(NamedTuple):
     host_s: Any
 
 
+class _Maths(NamedTuple):
+    """What numbers and arrays of them have by different names."""
+
+    least: Callable[[Any, Any], Any]
+    most: Callable[[Any, Any], Any]
+    hypot: Callable[[Any, Any], Any]
+
+
+SCALARS = _Maths(min, max, math.hypot)
+ARRAYS = _Maths(np.minimum, np.maximum, np.hypot)
+
+
 def run_many(
     gpu: SimulatedGpu, loads: Sequence[Load], clocks_mhz: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -586,14 +594,14 @@ def run_many(
     spec = gpu.spec
     work = _work_of(gpu, loads)
     mhz = np.broadcast_to(np.asarray(clocks_mhz, dtype=float), (len(loads), len(clocks_mhz)))
-    time_s, power_w = _arrays_at(gpu, work, mhz)
+    time_s, power_w = gpu._at(work, mhz, ARRAYS)
     capped = power_w > spec.power_cap_w
     if capped.any():
         rows = np.flatnonzero(capped.any(axis=1))
         real = mhz.copy()
         some = _Work(*(field if np.ndim(field) == 0 else field[rows] for field in work))
         real[rows] = np.minimum(mhz[rows], _arrays_capped_mhz(gpu, some, len(rows)))
-        again_s, again_w = _arrays_at(gpu, work, real)
+        again_s, again_w = gpu._at(work, real, ARRAYS)
         time_s = np.where(capped, again_s, time_s)
         power_w = np.where(capped, np.minimum(again_w, spec.power_cap_w), power_w)
     empty = np.array([load.is_idle for load in loads])
@@ -639,41 +647,19 @@ def _work_of(gpu: SimulatedGpu, loads: Sequence[Load]) -> _Work:
     )
 
 
-def _arrays_at(gpu: SimulatedGpu, work: _Work, mhz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`SimulatedGpu._at` of arrays."""
-    spec = gpu.spec
-    bandwidth = spec.hbm_bytes_per_s * np.minimum(1.0, mhz / spec.memory_knee_mhz)
-    rate = spec.flops_per_cycle * mhz * 1e6
-    matrix_s, attention_s = work.product_flops / rate, work.attention_flops / rate
-    weights_s = np.maximum(gpu._read_bytes / bandwidth, gpu._widen / mhz)
-    kv_s = work.kv_bytes / np.minimum(bandwidth, gpu._kv_rate * mhz)
-    moved_s = work.moved_bytes / bandwidth + kv_s
-    device_s = np.hypot(matrix_s, weights_s) + attention_s + moved_s + work.fixed_s
-    time_s = np.maximum(device_s, work.least_s) + work.host_s
-    above = np.maximum(0.0, mhz - spec.voltage_floor_mhz) / 1000.0
-    dynamic = mhz / 1000.0 * (1 + spec.voltage_slope * above) ** 2
-    busy = spec.busy_w * device_s + spec.compute_w * (matrix_s + attention_s)
-    power_w = (
-        spec.idle_w
-        + spec.memory_w * (weights_s + moved_s) / time_s
-        + (spec.clock_w + busy / time_s) * dynamic
-    )
-    return time_s, power_w
-
-
 def _arrays_capped_mhz(gpu: SimulatedGpu, work: _Work, count: int) -> np.ndarray:
     """`SimulatedGpu._capped_mhz` of many, [count, 1], by secants: power is smooth in the clock."""
     spec = gpu.spec
     cap_w, least = spec.power_cap_w, float(spec.min_mhz)
     here = np.full((count, 1), float(spec.max_mhz))
     before = here * 0.8
-    over, over_before = (_arrays_at(gpu, work, mhz)[1] - cap_w for mhz in (here, before))
+    over, over_before = (gpu._at(work, mhz, ARRAYS)[1] - cap_w for mhz in (here, before))
     for _ in range(6):
         slope = (over - over_before) / np.where(here == before, 1.0, here - before)
         moved = here - over / np.where(slope > 0, slope, np.inf)
         before, over_before = here, over
         here = np.clip(moved, least, spec.max_mhz)
-        over = _arrays_at(gpu, work, here)[1] - cap_w
+        over = gpu._at(work, here, ARRAYS)[1] - cap_w
         if np.abs(over).max() < 1e-6 * cap_w:
             break
     return here

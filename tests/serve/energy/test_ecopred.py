@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxsys.errors import UsageError
-from jaxsys.serve.energy.ecopred import EcoPred, EcoPredConfig, prediction_error
+from jaxsys.serve.energy.ecopred import EcoPred, EcoPredConfig
 from jaxsys.serve.energy.gpu_model import Load, simulated_gpu
 from jaxsys.serve.energy.profile import (
     Fingerprint,
@@ -43,6 +43,17 @@ def traffic(count: int, seed: int, kind: str = "decode", factor=lambda load, mhz
         outcome = GPU.run(load, mhz)
         samples.append(Sample(load, mhz, outcome.time_s * factor(load, mhz), outcome.power_w))
     return samples
+
+
+def prediction_error(predictor: EcoPred, samples: list[Sample]) -> float:
+    """Mean absolute relative error of predicted times over `samples`."""
+    errors = []
+    for mhz in {sample.clock_mhz for sample in samples}:
+        of_clock = [sample for sample in samples if sample.clock_mhz == mhz]
+        times, _ = predictor.what_if([sample.load for sample in of_clock], (mhz,))
+        truth = np.array([sample.time_s for sample in of_clock])
+        errors.append(np.abs(times[:, 0] / truth - 1))
+    return float(np.mean(np.concatenate(errors)))
 
 
 @pytest.mark.parametrize("kind", ["prefill", "decode"])
