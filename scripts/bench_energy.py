@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Energy against attainment on simulated GPUs: studies that write results/energy_*.json and plots.
 
-    scripts/bench_energy.py SECTION... --data FOLDER [--out results] [--quick] [--resume]
+    scripts/bench_energy.py SECTION... --data FOLDER [--out results] [--quick] [--resume] [--jobs N]
     scripts/bench_energy.py predict --model qwen3-32b --dataset lmsys --rates 40,50,60,70
     scripts/bench_energy.py predict --shape parameters=3.3e9,layers=14,... --published FIGURES.csv
 
@@ -14,21 +14,22 @@ says how far off it is where figures are given.
 """
 
 import argparse
+import concurrent.futures
 import copy
 import dataclasses
-import functools
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxsys.errors import UsageError
+from jaxsys.options import whole
 from jaxsys.results import read_result, table, write_result
 from jaxsys.serve.energy.ecofreq import EcoFreq
 from jaxsys.serve.energy.ecopred import EcoPred
@@ -55,6 +56,7 @@ from jaxsys.serve.simulation.calibration import (
     OTHER_LINE_FITS,
     SLO,
     Line,
+    Point,
     dataset_trace,
     errors_of,
     published,
@@ -85,6 +87,17 @@ HELD_OUT_SEED = 17
 """Of arrivals that were not looked at while constants were chosen; 3, 4, 5, 6 and 11 were."""
 
 
+class Options(NamedTuple):
+    """Of all sections."""
+
+    quick: bool
+    """A small sample."""
+    resume: bool
+    """Go on with the rows that are there."""
+    jobs: int
+    """Cases at a time."""
+
+
 def note(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
@@ -111,13 +124,13 @@ def strip(row: dict) -> dict:
 # --- sections ---------------------------------------------------------------------------------
 
 
-def calibration(data: Path, out: Path, quick: bool, resume: bool) -> None:
+def calibration(data: Path, out: Path, options: Options) -> None:
     """The two fitted lines, each predicted by a fit to the other too, and what else was fitted."""
     rows: list[dict[str, Any]] = []
     lines: list[dict[str, Any]] = []
     for line in FITTED:
         points = published(data / line.table)
-        if quick:
+        if options.quick:
             points = points[::3]
         for fit in ("both lines", "the other line"):
             fitted = None if fit == "both lines" else OTHER_LINE_FITS[line.dataset]
@@ -262,64 +275,95 @@ def shares(policies: dict[str, dict]) -> None:
         )
 
 
-def published_rates(data: Path, out: Path, quick: bool, resume: bool) -> None:
-    """Policies at the published rates; beside them bursty arrivals, and others of the same kind."""
+def each(work: Callable[[Any], Any], cases: Sequence[Any], jobs: int) -> Iterator[Any]:
+    """What comes of each case, in order, `jobs` at a time."""
+    if jobs == 1:
+        yield from map(work, cases)
+        return
+    with concurrent.futures.ProcessPoolExecutor(jobs) as pool:
+        yield from pool.map(work, cases)
+
+
+_TRAINED: dict[tuple[str, str], Predictor] = {}
+
+
+def trained(chosen: Setting) -> Callable[[], Predictor]:
+    """The setting's predictor, trained once for a GPU and a model."""
+
+    def get() -> Predictor:
+        key = (chosen.gpu.spec.name, chosen.gpu.shape.name)
+        if key not in _TRAINED:
+            _TRAINED[key] = make_predictor(chosen)
+        return _TRAINED[key]
+
+    return get
+
+
+def holds(most: dict[str, Any]) -> bool:
+    """Whether the maximum clock attains enough: what it does not keep is nothing to save at."""
+    return min(most[key] for key in ("ttft_attainment_pct", "itl_attainment_pct")) >= LEAST_PCT
+
+
+def published_setting() -> Setting:
+    return replace(scenario(time_noise=NOISE), clocks_mhz=FINE, slo=replace(SLO, reserve=0.02))
+
+
+def published_row(case: tuple[Line, Point, str, float, int]) -> dict[str, Any]:
+    """One rate under one kind of arrivals."""
+    line, point, arrivals, cv, seed = case
+    base = published_setting()
     names = ["sweet-spot", "both", "ahead", "cap-250"]
+    asked = names if arrivals == "Poisson" else ["sweet-spot", "ahead"]
+    trace = dataset_trace(line.dataset, point.rate_per_s, seed, cv=cv)
+    policies = compare(trace, base, asked, trained=trained(base))
+    shares(policies)
+    ours = policies["ahead"]
+    note(
+        f"{line.dataset} {point.rate_per_s:.0f}/s {arrivals}: ahead {ours['headroom_pct']:.0f} % "
+        f"of the headroom, {ours['lost_points']:.2f} points lost; published "
+        f"{point.headroom_pct:.0f} %"
+    )
+    return {
+        "dataset": line.dataset,
+        "rate_per_s": point.rate_per_s,
+        "arrivals": arrivals,
+        "cv": cv,
+        "seed": seed,
+        "published_saving_pct": point.saving_pct,
+        "published_headroom_pct": point.headroom_pct,
+        "counts": holds(policies["max"]),
+        "policies": {n: strip(r) for n, r in policies.items()},
+    }
+
+
+def published_rates(data: Path, out: Path, options: Options) -> None:
+    """Policies at the published rates; beside them bursty arrivals, and others of the same kind."""
+    path = out / "energy_published.json"
+    rows = read_result(path)["rows"] if options.resume and path.exists() else []
+    done = {(row["dataset"], row["rate_per_s"], row["arrivals"]) for row in rows}
     cases = [
-        (line, point)
+        (line, point, *arrivals)
         for line in FITTED
         for point in published(data / line.table)
+        for arrivals in ARRIVALS
         if point.rate_per_s in MID_RATES[line.dataset] and point.headroom_pct is not None
+        if (line.dataset, point.rate_per_s, arrivals[0]) not in done
     ]
-    if quick:  # the middle one
-        cases = cases[2:3]
-    path = out / "energy_published.json"
-    rows = read_result(path)["rows"] if resume and path.exists() else []
-    done = {(row["dataset"], row["rate_per_s"], row["arrivals"]) for row in rows}
-    base = replace(scenario(time_noise=NOISE), clocks_mhz=FINE, slo=replace(SLO, reserve=0.02))
-    trained = functools.cache(lambda: make_predictor(base))
-    for line, point in cases:
-        for arrivals, cv, seed in ARRIVALS:
-            if (line.dataset, point.rate_per_s, arrivals) in done:
-                continue
-            trace = dataset_trace(line.dataset, point.rate_per_s, seed, cv=cv)
-            asked = names if arrivals == "Poisson" else ["sweet-spot", "ahead"]
-            policies = compare(trace, base, asked, trained=trained)
-            shares(policies)
-            most = policies["max"]
-            rows.append(
-                {
-                    "dataset": line.dataset,
-                    "rate_per_s": point.rate_per_s,
-                    "arrivals": arrivals,
-                    "cv": cv,
-                    "published_saving_pct": point.saving_pct,
-                    "published_headroom_pct": point.headroom_pct,
-                    # What the highest clock itself does not keep is nothing to save at.
-                    "counts": min(most[k] for k in ("ttft_attainment_pct", "itl_attainment_pct"))
-                    >= LEAST_PCT,
-                    "policies": {n: strip(r) for n, r in policies.items()},
-                }
-            )
-            ours = policies["ahead"]
-            note(
-                f"{line.dataset} {point.rate_per_s:.0f}/s {arrivals}: ahead "
-                f"{ours['headroom_pct']:.0f} % of the headroom, {ours['lost_points']:.2f} points "
-                f"lost; published {point.headroom_pct:.0f} %"
-            )
-            counted = [row for row in rows if row["counts"]]
-            save(
-                out,
-                "published",
-                {
-                    "config": {"slo_ttft_ms": 600, "slo_itl_ms": 60, "slo_reserve": 0.02,
-                               "time_noise": NOISE, "clocks_mhz": list(FINE),
-                               "predictor": "ecopred", "least_attainment_pct": LEAST_PCT},
-                    "rows_counted": len(counted),
-                    "rows_all": len(rows),
-                    "rows": rows,
-                },
-            )  # fmt: skip
+    for row in each(published_row, cases[:1] if options.quick else cases, options.jobs):
+        rows.append(row)
+        counted = [row for row in rows if row["counts"]]
+        save(
+            out,
+            "published",
+            {
+                "config": {"slo_ttft_ms": 600, "slo_itl_ms": 60, "slo_reserve": 0.02,
+                           "time_noise": NOISE, "clocks_mhz": list(FINE),
+                           "predictor": "ecopred", "least_attainment_pct": LEAST_PCT},
+                "rows_counted": len(counted),
+                "rows_all": len(rows),
+                "rows": rows,
+            },
+        )  # fmt: skip
     draw_published(path)
 
 
@@ -366,30 +410,53 @@ def named_trace(name: str, data: Path) -> Trace:
     return read_trace(data / files[name])
 
 
-_TRAINED: dict[tuple[str, str], Predictor] = {}
+def matrix_row(case: tuple[str, str, str, float, tuple[int, int], Path, int]) -> dict[str, Any]:
+    """One GPU, model, trace and load."""
+    gpu, model, name, load, (p, d), data, requests = case
+    big = model == "llama-3-70b"
+    slo = Slo(ttft_s=1.5 if big else 0.6, itl_s=0.1 if big else 0.06, reserve=0.02)
+    if name == "mooncake":  # prompts of 12,000 tokens on average, 85,000 at the 99th percentile
+        slo = replace(slo, ttft_s=20.0 if big else 8.0)
+    chosen = setting(gpu, model, prefill=p, decode=d, slo=slo, time_noise=NOISE)
+    trace = named_trace(name, data).clipped(min(100_000, chosen.gpu.kv_capacity_tokens))
+    prompt, output = float(trace.prompt_tokens.mean()), float(trace.output_tokens.mean())
+    rate = load * p * capacity_per_s(chosen.gpu, prompt, output, slo)
+    trace = trace.at_rate(rate).head(requests * p)
+    names = ["sweet-spot", "both", "ahead"]
+    asked = [*names, "ahead-sleep"] if p > 2 else names  # of two none can sleep
+    policies = compare(trace, chosen, asked, trained=trained(chosen))
+    shares(policies)
+    r = policies["ahead"]
+    note(
+        f"{gpu} {model} {name} load {load} {p}P{d}D: {r['energy_saving_pct']:.1f} % "
+        f"(sweet spot {policies['sweet-spot']['energy_saving_pct']:.1f} %), "
+        f"TTFT {r['ttft_attainment_pct']:.1f} of {policies['max']['ttft_attainment_pct']:.1f}"
+    )
+    return {
+        "gpu": chosen.gpu.spec.name,
+        "extrapolated": chosen.gpu.spec.extrapolated,
+        "model": model,
+        "trace": name,
+        "load": load,
+        "rate_per_s": rate,
+        "instances": f"{p}P{d}D",
+        "slo_ttft_ms": slo.ttft_s * 1e3,
+        "slo_itl_ms": slo.itl_s * 1e3,
+        "requests": len(trace),
+        "counts": holds(policies["max"]),
+        "policies": {n: strip(r) for n, r in policies.items()},
+    }
 
 
-def trained(chosen: Setting) -> Callable[[], Predictor]:
-    """The setting's predictor, trained once for a GPU and a model."""
-
-    def get() -> Predictor:
-        key = (chosen.gpu.spec.name, chosen.gpu.shape.name)
-        if key not in _TRAINED:
-            _TRAINED[key] = make_predictor(chosen)
-        return _TRAINED[key]
-
-    return get
-
-
-def matrix(data: Path, out: Path, quick: bool, resume: bool) -> None:
-    names = ["sweet-spot", "both", "ahead", "ahead-sleep"]
+def matrix(data: Path, out: Path, options: Options) -> None:
+    requests = 100 if options.quick else 300
     cases = [
-        ("h100", "llama-3-8b", trace, load, (2, 2))
+        ("h100", "llama-3-8b", trace, load, (2, 2), data, requests)
         for trace in ("azure-conv", "azure-code", "sharegpt", "mooncake")
         for load in (0.2, 0.5, 0.8)
     ]
     cases += [
-        (gpu, model, "azure-conv", load, (2, 2))
+        (gpu, model, "azure-conv", load, (2, 2), data, requests)
         for gpu, model in (
             ("a100-80g", "llama-3-8b"),
             ("h200", "llama-3-8b"),
@@ -397,62 +464,19 @@ def matrix(data: Path, out: Path, quick: bool, resume: bool) -> None:
         )
         for load in (0.2, 0.8)
     ]
-    cases += [("h100", "llama-3-8b", "azure-conv", 0.3, (8, 8))]
-    if quick:
-        cases = [case for case in cases if case[4] == (2, 2) and case[3] in (0.2, 0.8)]
-        cases = [case for case in cases if case[2] in ("azure-conv", "mooncake")]
+    cases += [("h100", "llama-3-8b", "azure-conv", 0.3, (8, 8), data, requests)]
+    if options.quick:
+        cases = [case for case in cases if case[2] == "azure-conv" and case[3] == 0.2]
     path = out / "energy_matrix.json"
-    rows = read_result(path)["rows"] if resume and path.exists() else []
+    rows = read_result(path)["rows"] if options.resume and path.exists() else []
     done = {(r["gpu"], r["model"], r["trace"], r["load"], r["instances"]) for r in rows}
-    for gpu, model, name, load, (p, d) in cases:
-        if (gpu_spec(gpu).name, model, name, load, f"{p}P{d}D") in done:
-            continue
-        big = model == "llama-3-70b"
-        slo = Slo(ttft_s=1.5 if big else 0.6, itl_s=0.1 if big else 0.06, reserve=0.02)
-        if name == "mooncake":  # prompts of 12,000 tokens on average, 85,000 at the 99th percentile
-            slo = replace(slo, ttft_s=20.0 if big else 8.0)
-        chosen = setting(gpu, model, prefill=p, decode=d, slo=slo, time_noise=NOISE)
-        trace = named_trace(name, data).clipped(min(100_000, chosen.gpu.kv_capacity_tokens))
-        rate = (
-            load
-            * p
-            * capacity_per_s(
-                chosen.gpu,
-                float(trace.prompt_tokens.mean()),
-                float(trace.output_tokens.mean()),
-                slo,
-            )
-        )
-        trace = trace.at_rate(rate).head(300 * p if not quick else 250)
-        asked = names if p > 2 else names[:-1]  # of two none can sleep
-        policies = compare(trace, chosen, asked, trained=trained(chosen))
-        shares(policies)
-        rows.append(
-            {
-                "gpu": chosen.gpu.spec.name,
-                "extrapolated": chosen.gpu.spec.extrapolated,
-                "model": model,
-                "trace": name,
-                "load": load,
-                "rate_per_s": rate,
-                "instances": f"{p}P{d}D",
-                "slo_ttft_ms": slo.ttft_s * 1e3,
-                "slo_itl_ms": slo.itl_s * 1e3,
-                "requests": len(trace),
-                # What the highest clock itself does not keep is nothing to save at.
-                "counts": min(
-                    policies["max"][k] for k in ("ttft_attainment_pct", "itl_attainment_pct")
-                )
-                >= LEAST_PCT,
-                "policies": {n: strip(r) for n, r in policies.items()},
-            }
-        )
-        r = policies["ahead"]
-        note(
-            f"{gpu} {model} {name} load {load} {p}P{d}D: {r['energy_saving_pct']:.1f} % "
-            f"(sweet spot {policies['sweet-spot']['energy_saving_pct']:.1f} %), "
-            f"TTFT {r['ttft_attainment_pct']:.1f} of {policies['max']['ttft_attainment_pct']:.1f}"
-        )
+    left = [
+        case
+        for case in cases
+        if (gpu_spec(case[0]).name, *case[1:4], f"{case[4][0]}P{case[4][1]}D") not in done
+    ]
+    for row in each(matrix_row, left, options.jobs):
+        rows.append(row)
         # After each case, so that an interrupted run leaves what it has.
         save(out, "matrix", {"config": {"time_noise": NOISE, "loads": "share of the rate "
                     "that the instances could just serve at the maximum clock",
@@ -460,9 +484,9 @@ def matrix(data: Path, out: Path, quick: bool, resume: bool) -> None:
     draw_matrix(path)
 
 
-def ablation(data: Path, out: Path, quick: bool, resume: bool) -> None:
-    trace = dataset_trace("lmsys", 95, 3).between(0.0, 20.0 if quick else 60.0)
-    base = replace(scenario(time_noise=NOISE), clocks_mhz=FINE, slo=replace(SLO, reserve=0.02))
+def ablation_cases() -> list[tuple[str, str, Setting]]:
+    """What is varied, how, and the setting that comes of it."""
+    base = published_setting()
 
     def cluster(**changes):
         return replace(base, cluster=replace(base.cluster, **changes))
@@ -500,57 +524,74 @@ def ablation(data: Path, out: Path, quick: bool, resume: bool) -> None:
         ("reserve", f"{reserve:.0%}", replace(base, slo=replace(SLO, reserve=reserve)))
         for reserve in (0.0, 0.1)
     ]
-    rows = []
-    learnt = functools.cache(lambda: make_predictor(base))
-    # No variation changes what the maximum clock does: it asks no predictor and sets no clock.
-    most = figures(simulate(trace, policy_named("max"), base), base.slo)
-    for study, value, chosen in cases:
-        alike = (chosen.predictor, chosen.predictor_scale, chosen.clocks_mhz)
-        own = alike != (base.predictor, base.predictor_scale, base.clocks_mhz)
-        found = simulate(
-            trace,
-            policy_named("ahead"),
-            chosen,
-            predictor=None if own else lambda: copy.deepcopy(learnt()),
-        )
-        row = figures(found, chosen.slo)
+    return cases
+
+
+def ablation_row(case: tuple[int, float]) -> dict[str, Any]:
+    """The variation of that number; below zero, the maximum clock."""
+    number, seconds = case
+    trace = dataset_trace("lmsys", 95, 3).between(0.0, seconds)
+    base = published_setting()
+    if number < 0:  # asks no predictor and sets no clock: no variation changes it
+        return figures(simulate(trace, policy_named("max"), base), base.slo)
+    study, value, chosen = ablation_cases()[number]
+    alike = (chosen.predictor, chosen.predictor_scale, chosen.clocks_mhz)
+    own = alike != (base.predictor, base.predictor_scale, base.clocks_mhz)
+    learnt = None if own else lambda: copy.deepcopy(trained(base)())
+    found = simulate(trace, policy_named("ahead"), chosen, predictor=learnt)
+    note(f"{study} {value}")
+    return {"study": study, "value": value, **figures(found, chosen.slo)}
+
+
+def ablation(data: Path, out: Path, options: Options) -> None:
+    seconds = 20.0 if options.quick else 60.0
+    numbers = range(-1, 1 if options.quick else len(ablation_cases()))
+    most, *rows = each(ablation_row, [(number, seconds) for number in numbers], options.jobs)
+    for row in rows:
         row["energy_saving_pct"] = 100 * (1 - row["energy_j"] / most["energy_j"])
-        rows.append({"study": study, "value": value, **row,
-                     "max_ttft_attainment_pct": most["ttft_attainment_pct"],
-                     "max_itl_attainment_pct": most["itl_attainment_pct"]})  # fmt: skip
-        note(f"{study} {value}: {row['energy_saving_pct']:.1f} %")
+        row["max_ttft_attainment_pct"] = most["ttft_attainment_pct"]
+        row["max_itl_attainment_pct"] = most["itl_attainment_pct"]
     path = save(out, "ablation", {"config": {"scenario": "lmsys-like at 95/s, 2P2D A100",
                 "policy": "ahead", "time_noise": NOISE}, "rows": rows})  # fmt: skip
     draw_ablation(path)
 
 
-def day(data: Path, out: Path, quick: bool, resume: bool) -> None:
-    seconds = 3600.0 if quick else 86_400.0
+def day_trace(data: Path, seconds: float) -> Trace:
+    """An eighth of the requests, for an eighth of 64 instances: each has the same load."""
     whole = named_trace("azure-conv", data).repeated(seconds, daily_swing=0.6)
-    # An eighth of the requests on an eighth of 64 instances: each has the same load.
-    trace = whole.sampled(1 / 8, seed=1)
+    return whole.sampled(1 / 8, seed=1)
+
+
+def day_row(case: tuple[str, Path, float]) -> dict[str, Any]:
+    """One policy's day."""
+    name, data, seconds = case
     chosen = setting("h100", prefill=4, decode=4, time_noise=NOISE)
-    rows = {}
-    for name in ("max", "sweet-spot", "sweet-spot+energy", "ahead", "ahead-sleep"):
-        began_s, used_s = time.perf_counter(), time.process_time()
-        found = simulate(
-            trace,
-            policy_named(name),
-            chosen,
-            predictor=lambda: copy.deepcopy(trained(chosen)()),
-        )
-        rows[name] = figures(found, chosen.slo)
-        rows[name]["wall_s"] = time.perf_counter() - began_s
-        rows[name]["cpu_s"] = time.process_time() - used_s
-        note(f"day {name}: {rows[name]['cpu_s']:.0f} s")
-    for row in rows.values():
-        row["energy_saving_pct"] = 100 * (1 - row["energy_j"] / rows["max"]["energy_j"])
+    began_s, used_s = time.perf_counter(), time.process_time()
+    found = simulate(
+        day_trace(data, seconds),
+        policy_named(name),
+        chosen,
+        predictor=lambda: copy.deepcopy(trained(chosen)()),
+    )
+    took = {"wall_s": time.perf_counter() - began_s, "cpu_s": time.process_time() - used_s}
+    note(f"day {name}: {took['cpu_s']:.0f} s")
+    return {"policy": name, **figures(found, chosen.slo), **took}
+
+
+def day(data: Path, out: Path, options: Options) -> None:
+    seconds = 3600.0 if options.quick else 86_400.0
+    names = ("max", "sweet-spot", "sweet-spot+energy", "ahead", "ahead-sleep")
+    rows = list(each(day_row, [(name, data, seconds) for name in names], options.jobs))
+    by_name = {row["policy"]: row for row in rows}
+    for row in rows:
+        row["energy_saving_pct"] = 100 * (1 - row["energy_j"] / by_name["max"]["energy_j"])
     save(out, "day", {"config": {"trace": "azure-conv tiled to a day, daily swing 0.6, an eighth "
-         "of its requests", "requests": len(trace), "instances": "4P4D", "seconds": seconds,
+         "of its requests", "requests": len(day_trace(data, seconds)), "instances": "4P4D",
+         "seconds": seconds,
          "other_load": f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"},
-         "energy_saving_pct": rows["ahead"]["energy_saving_pct"],
-         "energy_saving_asleep_pct": rows["ahead-sleep"]["energy_saving_pct"],
-         "rows": [{"policy": name, **row} for name, row in rows.items()]})  # fmt: skip
+         "energy_saving_pct": by_name["ahead"]["energy_saving_pct"],
+         "energy_saving_asleep_pct": by_name["ahead-sleep"]["energy_saving_pct"],
+         "rows": rows})  # fmt: skip
 
 
 def timed(action, repeats: int) -> dict[str, float]:
@@ -580,12 +621,12 @@ class Instance:
         self.waiting_tokens = 40 * batch
 
 
-def decisions(data: Path, out: Path, quick: bool, resume: bool) -> None:
+def decisions(data: Path, out: Path, options: Options) -> None:
     from jaxsys.clocks import SimulatedClocks
     from jaxsys.serve.requests import Request, SamplingParameters
     from jaxsys.serve.scheduler import Iteration, PrefillPiece
 
-    repeats = 200 if quick else 3000
+    repeats = 200 if options.quick else 3000
     gpu = simulated_gpu("h100", "llama-3-8b")
     clocks_mhz = gpu.spec.control_mhz
     predictor = EcoPred(simulated_profile(gpu, noise=NOISE))
@@ -653,7 +694,8 @@ def main() -> int:
     add("--data", type=Path, help="folder of the public traces")
     add("--out", type=Path, default=Path("results"))
     add("--quick", action="store_true", help="a small sample of each section")
-    add("--resume", action="store_true", help="go on with an interrupted matrix in --out")
+    add("--resume", action="store_true", help="go on with interrupted rows in --out")
+    add("--jobs", type=whole(), default=1, metavar="N", help="cases at a time, each on a core")
     group = parser.add_argument_group("predict")
     add = group.add_argument
     add("--model", choices=list(SHAPES), default="llama-3-8b")
@@ -673,7 +715,8 @@ def main() -> int:
             raise UsageError("--data is needed: the folder of the public traces")
         chosen = list(SECTIONS) if "all" in arguments.sections else arguments.sections
         for name in chosen:
-            SECTIONS[name](arguments.data, arguments.out, arguments.quick, arguments.resume)
+            options = Options(arguments.quick, arguments.resume, arguments.jobs)
+            SECTIONS[name](arguments.data, arguments.out, options)
     except UsageError as error:
         print(f"bench_energy: {error}", file=sys.stderr)
         return 2
