@@ -23,6 +23,7 @@ G key/value heads, R query heads for each, K head width, C tokens of a chunk.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
