@@ -943,10 +943,10 @@ def quantised_weights_that_stay() -> Made:
     class Inner(nnx.Module):
         def __init__(self, index: int, rngs: nnx.Rngs) -> None:
             words = np.random.default_rng(index).integers(0, 255, (D, D)).astype(np.uint8)
-            self.words, self.scale = nnx.Param(jnp.asarray(words)), nnx.Param(0.01 * jnp.ones(D))
+            self.words, self.scale = nnx.Param(jnp.asarray(words)), nnx.Param(0.3 * jnp.ones(D))
 
         def __call__(self, x: Any) -> Any:
-            kernel = (self.words[...].astype(jnp.float32) - 128.0) * self.scale[...]
+            kernel = (self.words[...].astype(jnp.float32) / 128.0 - 1.0) * self.scale[...]
             return x + jnp.tanh(x @ kernel)
 
     return of_nnx(NnxLm(Inner), "blocks")
@@ -1415,6 +1415,21 @@ def pyramid_of_widths() -> Made:
         return masked_mean(x @ parameters["head"], microbatch)
 
     return of_function(loss, parameters, "layers")
+
+
+@kind
+def halved_sums_of_all_before() -> Made:
+    """Each block reads all earlier outputs, halved: what comes from far reads what is near."""
+
+    def loss(parameters: Any, microbatch: Any) -> Any:
+        table, outputs = parameters["table"], []
+        x = table[microbatch["inputs"]]
+        for w in parameters["layers"]:
+            x = 0.5 * _mlp(w, x + 0.2 * sum(outputs))
+            outputs.append(x)
+        return masked_mean(x @ table.T, microbatch)
+
+    return of_function(loss, _listed(), "layers")
 
 
 # What trains

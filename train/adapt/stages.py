@@ -93,6 +93,7 @@ class _Cut:
             for stage in self.core
         }
         self._add_sides(segments)
+        segments = {stage: _in_order(operations) for stage, operations in segments.items()}
         return Stages(
             layers=tuple(flow.layers),
             segments=tuple(tuple(segments[stage]) for stage in self.core),
@@ -291,6 +292,28 @@ class _Cut:
             if others < sum(v.bytes for v in operation.outputs):
                 kept.discard(operation.outputs[0])
         return [operation.outputs[0] in kept for operation in added]
+
+
+def _in_order(operations: list[Operation]) -> list[Operation]:
+    """The operations as they are, but none before what makes what it reads.
+
+    What comes along from far (`_Cut._far`) may read what the cut left to this segment.
+    """
+    waiting = {value for operation in operations for value in operation.outputs}
+    ordered: list[Operation] = []
+    rest = operations
+    while rest:
+        late = []
+        for operation in rest:
+            if any(value in waiting for value in operation.inputs):
+                late.append(operation)
+            else:
+                ordered.append(operation)
+                waiting.difference_update(operation.outputs)
+        if len(late) == len(rest):
+            return operations
+        rest = late
+    return ordered
 
 
 def _reading(operation: Operation, instead: dict[Value, Value]) -> Operation:
