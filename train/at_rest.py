@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsys.layered import Parameters
+from jaxsys.lowering.reshard import reshard_all
 from jaxsys.train.own_mesh import without_axis_types
 from jaxsys.train.rules import RuleAtRest, by_name, rule_of, shape_of
 from jaxsys.train.state import (
@@ -92,7 +93,9 @@ class StateAtRest:
         """A state at rest -> layer order."""
 
         def move(state: State) -> State:
-            optimizer = self.rule.to_layer_order(state.optimizer, self.layer_shardings.optimizer)
+            optimizer = self.rule.to_layer_order(
+                state.optimizer, self.shardings.optimizer, self.layer_shardings.optimizer
+            )
             return self._moved(state, self._layer_order, optimizer)
 
         return jax.jit(move, out_shardings=self.layer_shardings)
@@ -107,14 +110,26 @@ class StateAtRest:
         """A state in layer order -> at rest."""
 
         def move(state: State) -> State:
-            return self._moved(state, self._lowered.to_rest, self.rule.to_rest(state.optimizer))
+            optimizer = self.rule.to_rest(
+                state.optimizer, self.layer_shardings.optimizer, self.shardings.optimizer
+            )
+            return self._moved(state, self._to_rest, optimizer)
 
         return jax.jit(move, out_shardings=self.shardings)
 
     def _layer_order(self, parameters: Any) -> Parameters:
         # Cut along another axis first: the layers' order then changes within each device.
+        rest = self._lowered.rest_shardings(parameters)
         cut = layer_shardings(self._mesh)(parameters)
-        return self._lowered.from_rest(jax.lax.with_sharding_constraint(parameters, cut))
+        return self._lowered.from_rest(reshard_all(parameters, self._mesh, rest, cut))
+
+    def _to_rest(self, parameters: Any) -> Parameters:
+        """The other way round: put in order within each device, then cut as they rest."""
+        moved = jax.eval_shape(self._lowered.to_rest, parameters)
+        rest = self._lowered.rest_shardings(moved)
+        cut = layer_shardings(self._mesh)(moved)
+        placed = self._lowered.in_rest_order(parameters)
+        return reshard_all(placed, self._mesh, cut, rest)
 
     @staticmethod
     def _moved(state: State, move: Callable[[Any], Any], optimizer: Any) -> State:

@@ -20,6 +20,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsys.layered import Parameters, PyTree
+from jaxsys.lowering.reshard import reshard
 from jaxsys.mesh import RING, over, ring_axis, shard_axes
 from jaxsys.train.alike import traced
 from jaxsys.train.refusals import asking, check_same
@@ -237,39 +238,41 @@ class RuleAtRest:
         )
         return new, self.rule.kept({key: found["state", *key] for key in self.rule.keys})
 
-    def to_layer_order(self, state: PyTree, at: PyTree) -> PyTree:
-        """A state at rest -> layer order; `at` says where it then lies."""
-        places = self.rule.apart(at)
+    def to_layer_order(self, state: PyTree, at_rest: PyTree, at: PyTree) -> PyTree:
+        """A state at rest, which lies as `at_rest` says -> layer order, where it lies as `at`."""
+        before, after = self.rule.apart(at_rest), self.rule.apart(at)
 
-        def move(key: Names, stack: jax.Array) -> jax.Array:
+        def move(key: Names, leaf: jax.Array) -> jax.Array:
+            # Cut along another axis first: the layers' order then changes within each device.
+            leaf = reshard(leaf, self._mesh, before[key].spec, after[key].spec)
+            if key not in self.rule.stacked:
+                return leaf
             order, count = self._rows[self.rule.stacked[key]]
             if np.array_equal(order, np.arange(count)):
-                return stack
-            # Cut along another axis first: the layers' order then changes within each device.
-            stack = jax.lax.with_sharding_constraint(stack, places[key])
-            return jnp.take(stack, order, axis=0)
+                return leaf
+            return jnp.take(leaf, order, axis=0)
 
         return self._moved(state, move)
 
-    def to_rest(self, state: PyTree) -> PyTree:
+    def to_rest(self, state: PyTree, at: PyTree, at_rest: PyTree) -> PyTree:
         """A state in layer order -> at rest; rows that hold no layer are zero."""
+        before, after = self.rule.apart(at), self.rule.apart(at_rest)
 
-        def move(key: Names, stack: jax.Array) -> jax.Array:
-            order, count = self._rows[self.rule.stacked[key]]
-            back = np.full(count, len(order))
-            back[order] = np.arange(len(order))
-            if len(order) < count:
-                stack = jnp.pad(stack, [(0, 1)] + [(0, 0)] * (stack.ndim - 1))
-            return jnp.take(stack, back, axis=0)
+        def move(key: Names, leaf: jax.Array) -> jax.Array:
+            if key in self.rule.stacked:
+                order, count = self._rows[self.rule.stacked[key]]
+                back = np.full(count, len(order))
+                back[order] = np.arange(len(order))
+                if len(order) < count:
+                    leaf = jnp.pad(leaf, [(0, 1)] + [(0, 0)] * (leaf.ndim - 1))
+                leaf = jnp.take(leaf, back, axis=0)
+            return reshard(leaf, self._mesh, before[key].spec, after[key].spec)
 
         return self._moved(state, move)
 
     def _moved(self, state: PyTree, move: Callable[[Names, jax.Array], jax.Array]) -> PyTree:
         return self.rule.kept(
-            {
-                key: move(key, leaf) if key in self.rule.stacked else leaf
-                for key, leaf in self.rule.apart(state).items()
-            }
+            {key: move(key, leaf) for key, leaf in self.rule.apart(state).items()}
         )
 
     def _named(self, part: str, arrays: Arrays) -> Arrays:
