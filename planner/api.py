@@ -16,7 +16,7 @@ no copy from one microbatch to the next, so there the whole batch is one microba
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,7 @@ from jaxsys.layered import LayeredModel, inside_parts, microbatch_keys, part_sha
 from jaxsys.lowering.flat import flat_model
 from jaxsys.mesh import AXES, TENSOR
 from jaxsys.planner import explain
+from jaxsys.planner.applied import LayerLeaf, Promise, promise_of, spaces_of, wrapped
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.constraints import Conflict
 from jaxsys.planner.costs import Precision
@@ -46,7 +47,7 @@ from jaxsys.planner.jaxpr_costs import (
 )
 from jaxsys.planner.lower import to_schedule
 from jaxsys.planner.named import USABLE_MEMORY
-from jaxsys.planner.plans import PATHS, Plan, Residual, State, Weights
+from jaxsys.planner.plans import PATHS, Plan, State, Weights
 from jaxsys.planner.problem import Problem
 from jaxsys.planner.recognise import describe, recognise
 from jaxsys.planner.runs import that_runs
@@ -85,6 +86,8 @@ class Planned:
     optimizer_specs: PyTree = field(repr=False)
     """For state that is shaped like the parameters, such as Adam's moments."""
     batch_specs: PyTree = field(repr=False)
+    layer_leaves: tuple[LayerLeaf, ...] = field(repr=False)
+    """Of one layer's parameters, as it uses them."""
     schedule: Schedule | None = field(repr=False)
     """What `jaxsys.train` runs; None for functions that are no `LayeredModel`."""
 
@@ -99,13 +102,43 @@ class Planned:
         policies = {POLICY[path.residual] for path in self.plan.layers}
         return policies.pop() if len(policies) == 1 else "by layer"
 
-    def checkpoint(self, layer: Callable[..., Any]) -> Callable[..., Any]:
+    @property
+    def gathers(self) -> bool:
+        """Whether the plan counts on layers gathering weights that rest in shards."""
+        split = any(path.weights is not Weights.STAY for path in self.plan.layers)
+        return split and self.plan.group > 1
+
+    def checkpoint(
+        self, layer: Callable[..., Any], mesh: Mesh | None = None, *, weights: int = -1
+    ) -> Callable[..., Any]:
         """A function of one layer as the plan counts it: in `jax.checkpoint`, or as it is.
 
         Wrap what a scan runs, or what is called once a layer. Of a `LayeredModel` nothing is to be
         wrapped: its steps compute again what the plan says.
+
+        Args:
+            layer: the function.
+            mesh: `Planned.mesh`'s; needed where weights rest in shards, which the layer then
+                gathers for its forward and again for its backward pass.
+            weights: which argument its weights are; the last.
+
+        Raises:
+            UsageError: if the mesh is needed and not given; when called, if the argument does not
+                hold a layer's weights.
         """
-        return jax.checkpoint(layer) if self.recompute == "block" else layer
+        return wrapped(
+            layer,
+            self.layer_leaves,
+            mesh,
+            gathers=self.gathers,
+            again=self.recompute == "block",
+            weights=weights,
+        )
+
+    @property
+    def promise(self) -> Promise:
+        """What a step sends and holds where what the plan counts on is applied."""
+        return promise_of(self.problem, self.plan, self.found.peak_bytes)
 
     def mesh(self, devices: Sequence[Any] | None = None) -> Mesh:
         """A mesh of axes replica, shard and features, neighbours in features nearest."""
@@ -159,12 +192,14 @@ def plan(
             `LayeredModel` one example a microbatch, [M, B, ...].
         cluster: the devices and links.
         memory_gib: the limit per device; most of the device's memory, if not given.
-        precision: bytes per parameter of weights, gradients and state.
+        precision: bytes per parameter of weights, gradients and state; of a function, if not
+            given, those of its parameters' dtype, and Adam's two moments in it.
         narrow: takes plans away from the space before it is searched.
         effort: how hard to search.
-        recompute: the layers of `loss_fn` may be computed again in the backward pass, which is for
-            its author to do: wrap the layer's function in `Planned.checkpoint`. Not counted on
-            otherwise. A `LayeredModel`'s steps do it themselves.
+        recompute: the layers of `loss_fn` may be computed again in the backward pass, and rest in
+            shards that they gather, which is for its author to do: wrap the layer's function in
+            `Planned.checkpoint`. Neither is counted on otherwise. A `LayeredModel`'s steps do it
+            themselves.
         progress: called as the search goes on.
 
     Raises:
@@ -203,7 +238,7 @@ def plan(
         cluster=cluster,
         batch=examples,
         memory_bytes=limit,
-        precision=precision or Precision(),
+        precision=precision or (Precision() if layered else _own_precision(params)),
         lowered=layered,
     )
     sizes = [1] if layered else [n for n in range(1, examples + 1) if examples % n == 0]
@@ -214,13 +249,13 @@ def plan(
         space = space.domain("lookahead", 1)
         # One sharding stands for all layers, and one policy of recompute.
         effort = dataclasses.replace(effort, refine=0)
-    spaces = [space] if layered else [_kept(space, kept) for kept in (True, False)]
+    spaces = [space] if layered else spaces_of(space)
     if narrow is not None:
         spaces = [narrow(one) for one in spaces]
     if layered:
         spaces = [_that_runs(one) for one in spaces]
     tried = spaces if layered or recompute else spaces[:1]
-    results = [search(one, effort=effort, progress=progress) for one in tried]
+    results = _searched(tried, effort, progress)
     result = min(results, key=lambda one: one.best.rank)
     if not result.fits:
         raise UsageError(_nothing_fits(limit, tried, spaces))
@@ -239,6 +274,7 @@ def plan(
         layers=layers,
         parameter_specs=specs,
         optimizer_specs=state_specs,
+        layer_leaves=_layer_leaves(params, layers, cuts),
         batch_specs=jax.tree.map(
             lambda leaf: PartitionSpec((REPLICA, SHARD)) if np.ndim(leaf) or leaf.shape else None,
             shapes_of(batch),
@@ -247,13 +283,30 @@ def plan(
     )
 
 
-def _kept(space: Space, kept: bool) -> Space:
-    """The part in which every layer's residuals are kept, or every layer is computed again."""
-    names = [f"residual[{layer}]" for layer in range(space.problem.layers)]
-    label = "recompute is not applied" if kept else "every layer is computed again"
-    for name in names:
-        space = space.require(label, (name,), lambda r: (r == Residual.KEEP) is kept)
-    return space
+def _searched(
+    spaces: Sequence[Space], effort: Effort, progress: Callable[[Progress], None] | None
+) -> list[Result]:
+    """What searches find, of the spaces in which there is anything.
+
+    Raises:
+        Conflict: if there is nothing in any.
+    """
+    results, conflicts = [], []
+    for one in spaces:
+        try:
+            results.append(search(one, effort=effort, progress=progress))
+        except Conflict as conflict:
+            conflicts.append(conflict)
+    if not results:
+        raise conflicts[0]
+    return results
+
+
+def _own_precision(params: PyTree) -> Precision:
+    """What `jax.jit` makes of parameters: gradients and moments in their dtype, no other copy."""
+    leaves = [leaf for leaf in _leaves(params) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / sum(x.size for x in leaves)
+    return Precision(weight_bytes=size, gradient_bytes=size, rest_bytes=2 * size)
 
 
 def _nothing_fits(limit: float, tried: Sequence[Space], spaces: Sequence[Space]) -> str:
@@ -376,6 +429,7 @@ def _workload(
     kept = float(sum(variable_bytes(v) for v in residuals.jaxpr.outvars))
     inside = set(layers.leaves)
     in_blocks = float(sum(leaves[i].size for i in inside))
+    weight_bytes = float(sum(leaves[i].size * leaves[i].dtype.itemsize for i in inside))
     in_edge = float(sum(leaf.size for i, leaf in enumerate(leaves) if i not in inside))
     edge_flops = sum(
         f for i, f in cost.flops_by_input.items() if i < len(leaves) and i not in inside
@@ -402,6 +456,8 @@ def _workload(
         product_flops=block_flops,
         elementwise_bytes=share * cost.elementwise_bytes / layers.count,
         residual_bytes=share * kept / layers.count,
+        # Its weights, copied out of their stack, and its gradients, before they are in theirs.
+        work_bytes=2 * weight_bytes / layers.count if layers.stacked else 0.0,
         joins=joins,
         cut_share=cut_share,
     )
@@ -419,6 +475,7 @@ def _workload(
         model_flops=3 * cost.product_flops,
         feature_ways=ways,
         splits_between=False,
+        stacked=layers.stacked,
     )
 
 
@@ -467,6 +524,7 @@ def _as_lowered(workload: Workload, model: LayeredModel, params: PyTree, rows: P
             if _splits(model, shapes_of(params), microbatch, ways)
         ),
         splits_between=True,
+        stacked=False,
         blocks=tuple(
             dataclasses.replace(
                 block, traced=traced[index if model.pattern else 0], joins=None, cut_share=1.0
@@ -544,10 +602,27 @@ def _specs(
                 names[axis] = SHARD
         return PartitionSpec(*names)
 
-    def tree(sharded: bool) -> PyTree:
-        return structure.unflatten([spec(i, leaf, sharded) for i, leaf in enumerate(leaves)])
+    def tree(sharded: bool, among: Collection[int]) -> PyTree:
+        rows = enumerate(leaves)
+        return structure.unflatten([spec(i, leaf, sharded and i in among) for i, leaf in rows])
 
-    return tree(split_weights and split_state), tree(split_state)
+    # What is used all step long rests whole: no layer gathers it.
+    return tree(split_weights and split_state, inside), tree(split_state, range(len(leaves)))
+
+
+def _layer_leaves(params: PyTree, layers: Layers, cuts: Mapping[int, int]) -> tuple[LayerLeaf, ...]:
+    """The parameters of one layer, of like subtrees the first's."""
+    leaves, first = _leaves(params), 1 if layers.stacked else 0
+    mine = layers.leaves if layers.stacked else layers.leaves[: len(layers.leaves) // layers.count]
+    found = []
+    for index in mine:
+        names: list[Any] = [None] * len(leaves[index].shape)
+        if index in cuts:
+            names[cuts[index]] = FEATURES
+        found.append(
+            LayerLeaf(shape=leaves[index].shape[first:], whole=PartitionSpec(*names[first:]))
+        )
+    return tuple(found)
 
 
 def _shardings(mesh: Mesh, specs: PyTree) -> PyTree:
@@ -559,9 +634,13 @@ def _shardings(mesh: Mesh, specs: PyTree) -> PyTree:
 
 
 def _smallest(space: Space) -> float:
-    """The least memory of any plan whose layers all go one way."""
+    """The least memory of any plan whose layers all go one way; infinite if there is none."""
     evaluator = Evaluator(space.problem)
     least = float("inf")
+    try:
+        _ = space.left
+    except Conflict:
+        return least
     for base in space.bases():
         options = space.codes_of(base)
         if options is None:

@@ -617,7 +617,10 @@ class ShardedEvaluator:
             # One product gives the live bytes of every plan at every tick, in units of 2**20.
             moving = (self._choices(codes) @ self.occupancy).max(1) * 2**20
         frame = self.frame
-        static = frame.rest_bytes + frame.edge_bytes + frame.edge_sum_bytes
+        sums = frame.edge_sum_bytes
+        if self.stacked and not self.whole:
+            sums /= self.devices
+        static = frame.rest_bytes + frame.edge_bytes + sums
         held = np.zeros(plans)
         if not self.whole:
             again = (weights != _STAY) & ((self.turns > 1) | (weights != _WITHIN))

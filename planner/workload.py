@@ -105,8 +105,9 @@ class BlockWork:
     """What it needs when all but products and attention is computed again; None: not known."""
     attention_bytes: float | None = None
     """What it needs when all but attention is computed again, likewise."""
-    work_bytes: float = 0.0
-    """What its backward pass holds besides."""
+    work_bytes: float | None = None
+    """What a program of the user's holds in its backward pass beside all that a layer makes; None:
+    that is made only where it is computed again."""
     tap_bytes: float | None = None
     """What dL/dx leaves for dL/dw; as much as the residual if not given."""
     joins: Joins | None = None
@@ -152,7 +153,8 @@ class BlockWork:
         return BlockBytes(
             residual=kept,
             tap=self.residual_bytes if self.tap_bytes is None else self.tap_bytes,
-            work=self.work_bytes + (0.0 if policy == "none" else self.residual_bytes),
+            work=(self.work_bytes or 0.0)
+            + (0.0 if policy == "none" and self.work_bytes is None else self.residual_bytes),
         )
 
 

@@ -1,0 +1,165 @@
+"""What a plan for a function of the user's own counts on, and what it then sends and holds.
+
+XLA runs such a plan by its shardings alone, so two things are for the function to do: a layer that
+is computed again, and a layer whose weights rest in shards and are gathered for each use, forward
+and backward. Both are done by what `wrapped` makes of the layer's function; without it XLA keeps
+what it likes, and may gather activations in place of weights. A plan that counts on neither needs
+nothing applied.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxsys.errors import UsageError
+from jaxsys.planner.plans import Plan, Residual, Weights
+from jaxsys.planner.problem import Problem
+from jaxsys.planner.space import Space
+
+GATHERED = "gathered_weights"
+"""The name, for `jax.checkpoint` policies, of a layer's weights once they are whole."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerLeaf:
+    """One parameter of a layer."""
+
+    shape: tuple[int, ...]
+    """Of one layer's."""
+    whole: PartitionSpec
+    """As it is used: cut along features at most."""
+
+
+def wrapped(
+    layer: Callable[..., Any],
+    leaves: Sequence[LayerLeaf],
+    mesh: Mesh | None,
+    *,
+    gathers: bool,
+    again: bool,
+    weights: int,
+) -> Callable[..., Any]:
+    """A function of one layer as a plan counts it.
+
+    Args:
+        layer: what a scan runs, or what is called once a layer.
+        leaves: of a layer's parameters, in flattening order.
+        mesh: on which they rest; needed where they are gathered.
+        gathers: whether they rest in shards.
+        again: whether the layer is computed again in the backward pass.
+        weights: which of its arguments its parameters are.
+
+    Raises:
+        UsageError: if there is no mesh to gather on.
+    """
+    if not gathers:
+        return jax.checkpoint(layer) if again else layer
+    if mesh is None:
+        raise UsageError(
+            "the plan splits weights, and a layer gathers its own: give checkpoint the mesh as well"
+        )
+
+    def gathered(*arguments: Any) -> Any:
+        given = list(arguments)
+        given[weights] = _gather(given[weights], leaves, mesh)
+        return layer(*given)
+
+    if again:
+        return jax.checkpoint(gathered)
+    return jax.checkpoint(gathered, policy=_all_but_gathered)
+
+
+def _all_but_gathered(primitive: Any, *_: Any, **parameters: Any) -> bool:
+    """Everything is kept but what was gathered, under its name or before it had one."""
+    if primitive.name == "name":
+        return parameters["name"] != GATHERED
+    return primitive.name != "sharding_constraint"
+
+
+def _gather(tree: Any, leaves: Sequence[LayerLeaf], mesh: Mesh) -> Any:
+    given, structure = jax.tree.flatten(tree)
+    shapes = [tuple(jax.numpy.shape(leaf)) for leaf in given]
+    if shapes != [leaf.shape for leaf in leaves]:
+        known = ", ".join(str(list(leaf.shape)) for leaf in leaves)
+        raise UsageError(
+            f"a layer's weights are {known}; the argument of checkpoint(weights=...) has "
+            f"{', '.join(str(list(shape)) for shape in shapes) or 'none'}: name the one that has "
+            "them"
+        )
+    return jax.tree.unflatten(
+        structure,
+        [
+            checkpoint_name(
+                jax.lax.with_sharding_constraint(array, NamedSharding(mesh, leaf.whole)), GATHERED
+            )
+            for array, leaf in zip(given, leaves, strict=True)
+        ],
+    )
+
+
+def spaces_of(space: Space) -> list[Space]:
+    """The part of a space that needs nothing applied, and those that count on wrapped layers."""
+
+    def part(
+        residual: str, kept: Callable[[Any], bool], weights: str, rest: Callable[[Any], bool]
+    ) -> Space:
+        found = space
+        for layer in range(space.problem.layers):
+            found = found.require(residual, (f"residual[{layer}]",), kept)
+            found = found.require(weights, (f"weights[{layer}]",), rest)
+        return found
+
+    keeps, again = lambda r: r == Residual.KEEP, lambda r: r != Residual.KEEP
+    plain = "recompute is not applied"
+    return [
+        part(plain, keeps, "weights that layers do not gather stay", lambda w: w == Weights.STAY),
+        part(plain, keeps, "layers gather their weights", lambda w: w == Weights.REFETCH),
+        part(
+            "every layer is computed again",
+            again,
+            "layers gather their weights or these stay",
+            lambda w: w in (Weights.STAY, Weights.REFETCH),
+        ),
+    ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Promise:
+    """What one call of `jax.value_and_grad` sends and holds on a device, as a plan counts it."""
+
+    summed_bytes: float
+    """Results of all-reduces: gradients, and what split features join."""
+    gathered_bytes: float
+    """Results of all-gathers: weights, for each use."""
+    held_bytes: float
+    """Temporaries and results, gradients among them; parameters and batch are arguments."""
+
+
+def promise_of(problem: Problem, plan: Plan, peak_bytes: float) -> Promise:
+    """What a plan for a function counts on."""
+    workload, precision = problem.workload(plan.microbatch_size), problem.precision
+    blocks = sum(block.parameters for block in workload.blocks) / plan.features
+    everything = blocks + workload.edge.parameters
+    copies = plan.replicas * plan.shard
+    summed = everything * precision.gradient_bytes if copies > 1 else 0.0
+    if plan.features > 1:
+        for block, path in zip(workload.blocks, plan.layers, strict=True):
+            if block.joins is not None:
+                passes = 2 if path.residual is Residual.RECOMPUTE else 1
+                summed += passes * block.joins.forward_bytes + block.joins.backward_bytes
+    gathers = [path.weights is Weights.REFETCH for path in plan.layers]
+    gathered = 2 * precision.weight_bytes / plan.features if plan.shard > 1 else 0.0
+    gathered *= sum(b.parameters for b, each in zip(workload.blocks, gathers, strict=True) if each)
+    ways = plan.group
+    resting = precision.rest_bytes * everything / ways
+    layers = blocks / (ways if any(gathers) else 1)
+    arguments = precision.weight_bytes * (layers + workload.edge.parameters)
+    return Promise(
+        summed_bytes=summed,
+        gathered_bytes=gathered,
+        held_bytes=peak_bytes - resting - arguments,
+    )
