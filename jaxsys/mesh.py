@@ -50,6 +50,11 @@ class Axis:
     costs: str
     """What it sends, and where that is counted."""
 
+    @property
+    def asked(self) -> str:
+        """What it is asked for by: an argument of `Trainer`, an option of `jaxsys train`."""
+        return "replicas" if self.mesh == DATA else str(self.mesh)
+
 
 AXES: Mapping[str, Axis] = MappingProxyType(
     {
@@ -110,6 +115,12 @@ AXES: Mapping[str, Axis] = MappingProxyType(
     }
 )
 """Name -> axis, from the outermost in; a plan has a number of parts for each."""
+
+AROUND: Mapping[str, Axis] = MappingProxyType(
+    {axis.mesh: axis for axis in AXES.values() if axis.mesh not in (None, RING)}
+)
+"""Mesh axis -> axis, of all that stand around a ring or within its places: a schedule has a number
+of parts for each, by its name."""
 
 Device = Any
 """A jax.Device, which type checkers take for a variable."""

@@ -1,5 +1,6 @@
 """The command that runs a plan: options of `jaxsys train`, where they can say all of it."""
 
+from jaxsys.mesh import AROUND, CONTEXT
 from jaxsys.planner.evaluate import POLICY
 from jaxsys.planner.plans import Plan
 from jaxsys.strategies import STRATEGIES, called
@@ -25,7 +26,8 @@ def train_command(
     if not alike:
         return None
     options = [("model", model), ("schedule", name), ("devices", plan.devices)]
-    options += [("replicas", plan.replicas), ("tensor", plan.features), ("expert", plan.experts)]
+    around = [axis for axis in AROUND.values() if axis.mesh != CONTEXT]
+    options += [(axis.asked, getattr(plan, axis.name)) for axis in around]
     if plan.split is not None:
         options += [("context", plan.context), ("context-by", plan.context_by)]
         options += [("context-exchange", plan.context_exchange)]
@@ -37,13 +39,7 @@ def train_command(
         ("dtype", "bfloat16"),
         ("gradients", None if gradients == "float32" else gradients),
     ]
-    left_out = {
-        "replicas": 1,
-        "tensor": 1,
-        "expert": 1,
-        "context-exchange": None,
-        "gradients": None,
-    }
+    left_out = {axis.asked: 1 for axis in around} | {"context-exchange": None, "gradients": None}
     said = (
         f"--{option} {value}"
         for option, value in options

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from jaxsys.errors import UsageError
+from jaxsys.mesh import AROUND
 from jaxsys.planner.evaluate import microbatches
 from jaxsys.planner.orders import staged_schedule
 from jaxsys.planner.plans import Gradient, Plan, State, Weights
@@ -26,9 +27,8 @@ def to_schedule(problem: Problem, plan: Plan) -> Schedule:
             f"the plan is for {len(plan.layers)} layers, the model has {problem.layers}"
         )
     total = microbatches(problem, plan)
-    around: Any = {"replicas": plan.replicas, "features": plan.features, "experts": plan.experts}
-    around |= {"context": plan.context, "context_by": plan.context_by}
-    around["context_exchange"] = plan.context_exchange
+    around: Any = {axis.name: getattr(plan, axis.name) for axis in AROUND.values()}
+    around |= {"context_by": plan.context_by, "context_exchange": plan.context_exchange}
     if plan.owners > 1:
         return replace(staged_schedule(plan, total), name=recognise(plan), **around)
     layers = range(len(plan.layers))

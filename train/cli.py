@@ -16,6 +16,7 @@ from jaxsys.context import WAYS, ContextSplit
 from jaxsys.errors import RunError, UsageError
 from jaxsys.files import check_writable
 from jaxsys.lowering import RECOMPUTE_POLICIES, lacks
+from jaxsys.mesh import AROUND, CONTEXT
 from jaxsys.model import Tokenizer
 from jaxsys.model.float8_products import Float8
 from jaxsys.model.save import check_target
@@ -238,7 +239,9 @@ def main(argv: list[str], prog: str) -> int:
         arguments.devices = plan_file.devices_of(
             arguments.schedule,
             around=math.prod(
-                getattr(arguments, name) or 1 for name in ("replicas", "tensor", "expert")
+                getattr(arguments, axis.asked) or 1
+                for axis in AROUND.values()
+                if axis.mesh != CONTEXT
             ),
             context=arguments.context,
         )

@@ -19,9 +19,9 @@ from jaxsys.errors import UsageError, did_you_mean
 from jaxsys.files import MIB, read_text
 from jaxsys.lowering.refusal import why_not_lowered
 from jaxsys.mesh import (
+    AROUND,
     CONTEXT,
     DATA,
-    EXPERT,
     RING,
     TENSOR,
     context_of,
@@ -206,11 +206,11 @@ def _mesh(asked: Asked, schedule: Schedule | None) -> Mesh:
     """The mesh given, or one as asked; refused where it is not as the schedule says."""
     mesh, devices = asked.mesh, asked.devices
     wanted = {
-        DATA: _agreed(asked, "replicas", schedule, 1 if schedule is None else schedule.replicas),
-        EXPERT: _agreed(asked, "expert", schedule, 1 if schedule is None else schedule.experts),
-        TENSOR: _agreed(asked, "tensor", schedule, 1 if schedule is None else schedule.features),
-        CONTEXT: 1 if asked.context is None else asked.context.parts,
+        name: _agreed(asked, axis.asked, schedule, getattr(schedule, axis.name, 1))
+        for name, axis in AROUND.items()
+        if name != CONTEXT
     }
+    wanted[CONTEXT] = 1 if asked.context is None else asked.context.parts
     around = math.prod(wanted.values())
     if mesh is None:
         if schedule is not None:
@@ -223,14 +223,8 @@ def _mesh(asked: Asked, schedule: Schedule | None) -> Mesh:
                 )
         else:
             ring = max(1, len(jax.devices()) // around) if devices is None else devices
-        return make_mesh(
-            ring,
-            wanted[DATA],
-            tensor=wanted[TENSOR],
-            expert=wanted[EXPERT],
-            context=wanted[CONTEXT],
-            devices=request_devices(ring * around),
-        )
+        others: Any = {name: count for name, count in wanted.items() if name != DATA}
+        return make_mesh(ring, wanted[DATA], **others, devices=request_devices(ring * around))
     if devices is not None and devices not in (mesh.shape[RING], mesh.size):
         raise UsageError(f"devices={devices} but the mesh's ring has {mesh.shape[RING]}")
     for axis, count in wanted.items():
@@ -242,9 +236,9 @@ def _mesh(asked: Asked, schedule: Schedule | None) -> Mesh:
                     f"{count} side by side; use make_mesh({schedule.devices}, {count}), or plan "
                     "again"
                 )
-            name = "replicas" if axis == DATA else axis
             raise UsageError(
-                f"{name}={count}, but the mesh's axis {axis!r} has {have}; leave one of them out"
+                f"{AROUND[axis].asked}={count}, but the mesh's axis {axis!r} has {have}; leave one "
+                "of them out"
             )
     return mesh
 

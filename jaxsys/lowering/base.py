@@ -28,11 +28,11 @@ from jaxsys.context.fused import why_not_fused
 from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel, Parameters, Parts, PyTree, parts_of
 from jaxsys.mesh import (
+    AROUND,
     CONTEXT,
     DATA,
-    EXPERT,
+    INNER,
     RING,
-    TENSOR,
     axes_of,
     batch_axes,
     batch_parts,
@@ -369,7 +369,8 @@ def check_fit(schedule: Schedule, model: LayeredModel, mesh: Mesh) -> None:
             f"has {schedule.devices}"
         )
     parts_of(model, inner_sizes(mesh))
-    for axis, field in ((TENSOR, "features"), (EXPERT, "experts")):
+    for axis in INNER:
+        field = AROUND[axis].name
         count, ways = getattr(schedule, field), mesh.shape.get(axis, 1)
         if count not in (1, ways):
             raise UsageError(
