@@ -358,7 +358,8 @@ def published_rates(data: Path, out: Path, options: Options) -> None:
             {
                 "config": {"slo_ttft_ms": 600, "slo_itl_ms": 60, "slo_reserve": 0.02,
                            "time_noise": NOISE, "clocks_mhz": list(FINE),
-                           "predictor": "ecopred", "least_attainment_pct": LEAST_PCT},
+                           "predictor": "ecopred", "least_attainment_pct": LEAST_PCT,
+                           "complete": len(rows) == len(done) + len(cases)},
                 "rows_counted": len(counted),
                 "rows_all": len(rows),
                 "rows": rows,
