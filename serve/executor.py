@@ -705,7 +705,7 @@ class JaxExecutor:
         chosen = np.asarray(sampled.tokens)
         columns = None if sampled.logprobs is None else [np.asarray(c) for c in sampled[1:]]
         tokens, others = list(outcome.tokens), len(outcome.tokens)
-        logprobs = outcome.logprobs or [None] * others
+        logprobs: list[TokenLogprobs | None] = list(outcome.logprobs or [None] * others)
         ended = outcome.ended or [False] * others
         more: list[list[int]] = [[] for _ in range(others)]
         further: list[list[TokenLogprobs]] = [[] for _ in range(others)]

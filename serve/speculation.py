@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 Method = Literal["ngram"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
+MOST_LOOKED_AT = 1 << 17
+"""Latest tokens of a text that are looked at; each takes some 200 bytes of the host's memory."""
 PLACES = 8
 """Earlier places of the last tokens that are compared, from the latest on."""
 ASSUMED_COST = 1.5
@@ -242,7 +244,7 @@ class Speculation:
         prospect = request.prospect
         if prospect is None:
             config = self.config
-            known = request.known_tokens()
+            known = request.known_tokens()[-MOST_LOOKED_AT:]
             prospect = request.prospect = Prospect(
                 Lookup(known, shortest=config.prompt_lookup_min, longest=config.prompt_lookup_max)
             )

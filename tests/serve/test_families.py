@@ -1,6 +1,7 @@
 """Every family's paged passes give the logits of its whole forward pass.
 
-Prompts in pieces, then single steps for a batch whose rows stand at unlike positions; windows,
+Prompts in pieces, then single steps for a batch whose rows stand at unlike positions, then those
+as one step of several tokens a row; windows,
 caps, sinks, norms in other places, parallel blocks, experts and biases with it.
 """
 
@@ -56,7 +57,8 @@ def fresh(config: DecoderConfig):
 
 
 def paged_logits(config, weights, tokens, pieces, more):
-    """Logits behind each piece of one prompt, and of `more` single tokens behind it."""
+    """Logits behind each piece of one prompt, of `more` single tokens behind it, and of those as
+    one step."""
     device = jax.devices()[0]
     kernels = choose_kernels(dtype=jnp.dtype("float32"), head_dim=config.head_dim, device=device)
     prefill = jax.jit(functools.partial(paged_model.prefill_pass, config, kernels, True))
@@ -83,6 +85,14 @@ def paged_logits(config, weights, tokens, pieces, more):
         logits, cache = decode(weights, cache, *arrays)
         found.append(np.asarray(logits[0]))
         found.append(np.asarray(logits[1]))
+    # The same tokens in one step, but for the last of the second row.
+    several = jax.jit(functools.partial(paged_model.several_pass, config, kernels))
+    starts, counts = np.array([at, pieces[0]]), np.array([more, more - 1])
+    together = tokens[starts[:, None] + np.arange(more)]
+    arrays = (jnp.asarray(a, jnp.int32) for a in (together, starts, counts, tables))
+    logits, _ = several(weights, cache, *arrays)
+    found += list(np.asarray(logits[0]))
+    found += list(np.asarray(logits[1, :-1]))
     return found
 
 
@@ -104,6 +114,7 @@ def test_paged_passes_are_the_forward_pass(family):
     wanted = [whole[5], whole[18]]
     for step in range(3):
         wanted += [whole[19 + step], whole[6 + step]]
+    wanted += [*whole[19:22], *whole[6:8]]
     for one, other in zip(found, wanted, strict=True):
         assert np.abs(one - other).max() < 2e-4 * np.abs(other).max(), family
 

@@ -164,7 +164,10 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "rule",
+    [pytest.param(rule, marks=[pytest.mark.slow] * (rule in ("drawn", "cut"))) for rule in RULES],
+)
 def test_texts_are_the_same_with_guesses_right_wrong_and_none(executor, rule):
     """Token for token, in float32, whatever the rule of choice; a seeded draw too."""
     sampling = RULES[rule]

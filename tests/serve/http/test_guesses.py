@@ -139,3 +139,23 @@ def test_what_became_of_guesses_is_told_by_vllms_names(server):
     assert found["draft_tokens_total"] == speculation.draft_tokens
     assert found["accepted_tokens_total"] == speculation.accepted_tokens > 0
     assert 'spec_decode_num_accepted_tokens_per_pos_total{model_name="",position="0"}' in text
+
+
+def test_sessions_are_named_by_header_or_body(server):
+    named = []
+    submit = server.engine.submit
+
+    def note(*given, session=None, **named_too):
+        named.append(session)
+        return submit(*given, session=session, **named_too)
+
+    server.engine.submit = note
+    try:
+        body = completion(max_tokens=1)
+        server.post("/v1/completions", body | {"prompt_cache_key": "a"})
+        server.post("/v1/completions", body | {"session_id": "b", "prompt_cache_key": "a"})
+        server.post("/v1/completions", body, headers={"X-Session-ID": "c"})
+        server.post("/v1/completions", body | {"user": "d"})
+    finally:
+        server.engine.submit = submit
+    assert named == ["a", "b", "c", None]
