@@ -99,8 +99,8 @@ def draw_published(path: Path) -> Path:
             label="published controller",
         )
         axes[0][column].set_title(dataset, fontsize=9)
-        axes[0][column].set_ylabel("saved, % of what the sweet spot saves")
-        axes[1][column].set_ylabel("attainment below the maximum clock's (points)")
+        axes[0][column].set_ylabel("saved, % of the headroom")
+        axes[1][column].set_ylabel("attainment lost (points)")
         axes[1][column].axhline(0.5, color="k", lw=0.8, ls=":")
         axes[1][column].set_xlabel("requests a second")
     axes[0][0].legend(fontsize=7)
