@@ -22,6 +22,7 @@ REASONS = {
     "means over different numbers": "a masked mean plus a mean over all",
     "not seen to be a mean": "a mean that is none of samples",
     "used whole by": "a stack used whole",
+    "compares strategies for blocks that are alike": "auto, of blocks of kinds",
     "do not run in its order": "a stack in another order",
 }
 

@@ -84,8 +84,7 @@ def main(names: list[str]) -> None:
     """Runs these, or all."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 4)
-    known = json.loads(RESULT.read_text())["rows"] if RESULT.exists() and names else []
-    found_rows = {row["script"]: row for row in known}
+    found_rows = {}
     for name in names or KINDS:
         if importlib.util.find_spec(NEEDS.get(name, "jax")) is None:
             sys.exit(f"{NEEDS[name]} is not installed")
@@ -98,6 +97,8 @@ def main(names: list[str]) -> None:
             print(f"{name} {schedule} {loss:.1e} {parameter:.1e}", flush=True)
             jax.clear_caches()
         found_rows[name] = row
+    known = json.loads(RESULT.read_text())["rows"] if RESULT.exists() and names else []
+    found_rows = {row["script"]: row for row in known} | found_rows
     rows = [found_rows[name] for name in KINDS if name in found_rows]
     write_result(
         RESULT,
