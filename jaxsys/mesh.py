@@ -1,9 +1,10 @@
 """Axes, named once: in what ways a plan splits a step over devices, and the meshes that run it.
 
 `RING` is the mesh axis along which schedules run (weights, activations or shards move on it);
-`DATA` holds replicas of whole rings. Three more are there where a step is split so: along `TENSOR`
+`DATA` holds replicas of whole rings. Four more are there where a step is split so: along `TENSOR`
 devices share the features of every block, along `CONTEXT` its sequences, along `EXPERT` its
-experts, each beside its part of the batch.
+experts, each beside its part of the batch, and along `MEMBER` the chunks of a place of a ring,
+likewise.
 """
 
 import math
@@ -25,6 +26,9 @@ TENSOR = "tensor"
 EXPERT = "expert"
 CONTEXT = "context"
 """Devices that share every sequence in each place of a ring."""
+MEMBER = "member"
+"""Devices of one place of a ring, a node: each holds and sends a piece of every chunk that is
+there, and computes microbatches of its own."""
 
 INNER = (TENSOR, EXPERT)
 """Axes along which a block itself is split, and whose devices run one schedule's tasks together."""
@@ -53,7 +57,7 @@ class Axis:
     @property
     def asked(self) -> str:
         """What it is asked for by: an argument of `Trainer`, an option of `jaxsys train`."""
-        return "replicas" if self.mesh == DATA else str(self.mesh)
+        return {DATA: "replicas", MEMBER: "members"}.get(self.mesh or "", str(self.mesh))
 
 
 AXES: Mapping[str, Axis] = MappingProxyType(
@@ -110,6 +114,14 @@ AXES: Mapping[str, Axis] = MappingProxyType(
                 mesh=RING,
                 user="shard",
                 costs="a chunk's weights and gradient a hop: moves of `strategies.weipipe`",
+            ),
+            Axis(
+                name="members",
+                splits="what rests and travels in each place of a ring, and the batch around it",
+                mesh=MEMBER,
+                user="shard",
+                costs="pieces of a chunk joined and its gradient cut, in every task: "
+                "`planner.costs.block_cost`",
             ),
         )
     }
@@ -168,13 +180,16 @@ def make_mesh(
     tensor: int = 1,
     expert: int = 1,
     context: int = 1,
+    member: int = 1,
     devices: list[Device] | None = None,
 ) -> Mesh:
-    """A mesh of axes (DATA, EXPERT, RING, CONTEXT, TENSOR), the last one's neighbours adjacent.
+    """A mesh of axes (DATA, EXPERT, RING, CONTEXT, MEMBER, TENSOR), the last one's neighbours
+    adjacent.
 
-    Of EXPERT, CONTEXT and TENSOR those alone that have more than one device.
+    Of EXPERT, CONTEXT, MEMBER and TENSOR those alone that have more than one device.
     """
-    sizes = {DATA: data, EXPERT: expert, RING: ring, CONTEXT: context, TENSOR: tensor}
+    sizes = {DATA: data, EXPERT: expert, RING: ring, CONTEXT: context}
+    sizes |= {MEMBER: member, TENSOR: tensor}
     if min(sizes.values()) < 1:
         name, size = min(sizes.items(), key=lambda item: item[1])
         raise UsageError(f"{name}={size} must be at least 1")
@@ -198,10 +213,15 @@ def context_of(mesh: Mesh) -> int:
     return mesh.shape.get(CONTEXT, 1)
 
 
+def members_of(mesh: Mesh) -> int:
+    """How many devices share each place of a ring."""
+    return mesh.shape.get(MEMBER, 1)
+
+
 def shard_axes(mesh: Mesh) -> tuple[str, ...]:
-    """The axes over which what rests in shards is cut: RING, and CONTEXT, whose devices compute
-    with the same weights."""
-    return (RING, CONTEXT) if context_of(mesh) > 1 else (RING,)
+    """The axes over which what rests in shards is cut: RING, CONTEXT, whose devices compute with
+    the same weights, and MEMBER, whose devices have pieces of them."""
+    return (RING, *(name for name in (CONTEXT, MEMBER) if mesh.shape.get(name, 1) > 1))
 
 
 def over(axes: tuple[str, ...]) -> Any:
@@ -226,12 +246,13 @@ def ring_axis(spec: PartitionSpec) -> int | None:
 
 
 def batch_axes(mesh: Mesh) -> tuple[str, ...]:
-    """The axes around the ring along which the batch is split, from the outermost in."""
-    return tuple(name for name in (DATA, EXPERT) if name in mesh.axis_names)
+    """The axes beside the ring along which the batch is split, from the outermost in."""
+    return tuple(name for name in (DATA, EXPERT, MEMBER) if name in mesh.axis_names)
 
 
 def batch_parts(mesh: Mesh) -> int:
-    """D, the rings side by side, each on its part of the batch."""
+    """D, the rings side by side, each on its part of the batch; a ring of nodes counts as one for
+    each member."""
     return math.prod(mesh.shape[name] for name in batch_axes(mesh))
 
 

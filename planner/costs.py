@@ -79,6 +79,13 @@ class BlockCost:
     """What devices that share its sequences send each other in F."""
     backward_inside: tuple[Inside, ...] = ()
     """Likewise in B or I."""
+    members_join_s: float = 0.0
+    """What the members of a place wait for its weights before each pass, outside their times."""
+    members_join_sent: float = 0.0
+    """Bytes that each sends for it."""
+    members_cut_s: float = 0.0
+    """Likewise for its gradient, after B or W."""
+    members_cut_sent: float = 0.0
 
     @property
     def backward_s(self) -> float:
@@ -105,6 +112,9 @@ class Split:
     expert_copies_link: Link = NO_LINK
     context_links: ContextLinks | None = None
     """Of devices that share every sequence, whose part the work is."""
+    members: int = 1
+    """Devices that share each of the schedule's places."""
+    member_link: Link = NO_LINK
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,22 +208,34 @@ def block_cost(
         return size * (block.cut_share / ways + 1.0 - block.cut_share)
 
     parameters = block.parameters_of(split.experts) / ways
+    members, weight_bytes = split.members, parameters * precision.weight_bytes
     gradient_bytes = parameters * precision.gradient_bytes
+    whole = cut = Joined()
+    in_place = 0.0
+    if members > 1:
+        whole, cut = (_gathered(split, size) for size in (weight_bytes, gradient_bytes))
+        # Rows as they came, leaves of them, and the gradient in rows as it is summed.
+        in_place = 2 * weight_bytes + gradient_bytes
+    weight_bytes, gradient_bytes = weight_bytes / members, gradient_bytes / members
     return BlockCost(
         forward_s=forward,
         input_gradient_s=products + back.time_s + 2 * passes + up.time_s + again,
         weight_gradient_s=products + SUM_PASSES * gradient_bytes / device.memory_bytes_per_s,
-        weight_bytes=parameters * precision.weight_bytes,
+        weight_bytes=weight_bytes,
         gradient_bytes=gradient_bytes,
         residual_bytes=part(memory.residual),
         tap_bytes=part(memory.tap),
         # What is joined is whole while a product reads it, and its cotangent before it is cut.
-        work_bytes=part(memory.work) + (2 * activation_bytes if ways > 1 else 0.0),
+        work_bytes=part(memory.work) + (2 * activation_bytes if ways > 1 else 0.0) + in_place,
         sent_bytes=joined.sent_bytes,
         join_s=joined.time_s,
         # Attention is drawn in the middle of its block, which is about where it is.
         forward_inside=_later(there.inside, (forward - there.time_s) / 2),
         backward_inside=_later(back.inside, again + (products + 2 * passes + up.time_s) / 2),
+        members_join_s=whole.time_s,
+        members_join_sent=whole.sent_bytes,
+        members_cut_s=cut.time_s,
+        members_cut_sent=cut.sent_bytes,
     )
 
 
@@ -228,7 +250,7 @@ def _later(inside: Sequence[Inside], by_s: float) -> tuple[Inside, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Joined:
-    """What a pass sends to join split features, and how long it waits for it."""
+    """What a pass sends to join what is split, and how long it waits for it."""
 
     time_s: float = 0.0
     sent_bytes: float = 0.0
@@ -240,6 +262,15 @@ class Joined:
 
     def __rmul__(self, times: int) -> "Joined":
         return Joined(time_s=times * self.time_s, sent_bytes=times * self.sent_bytes)
+
+
+def _gathered(split: Split, size_bytes: float) -> Joined:
+    """A layer's pieces to all members of a place, or the sum of its gradient to each its piece."""
+    members = split.members
+    return Joined(
+        time_s=split.member_link.collective_s(size_bytes, devices=members),
+        sent_bytes=(members - 1) / members * size_bytes,
+    )
 
 
 def _exchanged(experts: ExpertWork, split: Split, device: DeviceSpec) -> Joined:
@@ -306,10 +337,19 @@ def frame(
     of_experts = of_experts if split.experts > 1 else 0.0
     parameters = (in_blocks - of_experts) / split.features + edge_parameters + shared
     replicated = placement is Placement.REPLICATED
-    share = 1 if replicated else devices
+    share = 1 if replicated else devices * split.members
     weight, gradient = precision.weight_bytes, precision.gradient_bytes
     before = after = sent = 0.0
-    if devices > 1 and edge_parameters:
+    if split.members > 1 and edge_parameters:
+        # Between nodes each member sends its own pieces, inside them all are joined.
+        for size, joined in ((gradient, False), (weight, True)):
+            inside, piece = edge_parameters * size, edge_parameters * size / split.members
+            time_s = link.collective_s(piece, devices=devices)
+            time_s += split.member_link.collective_s(inside, devices=split.members)
+            sent += piece * (devices - 1) / devices
+            sent += inside * (split.members - 1) / split.members
+            before, after = (before + time_s, after) if joined else (before, after + time_s)
+    elif devices > 1 and edge_parameters:
         rounds = 2 if replicated else 1
         after += link.collective_s(edge_parameters * gradient, devices=devices, rounds=rounds)
         sent += rounds * edge_parameters * gradient * (devices - 1) / devices
@@ -470,7 +510,8 @@ def costs_around(
     padding = spare * len(parts) - workload.layers if placement is Placement.OWNER else 0
     if padding > 0:
         largest = max(block.parameters for block in workload.blocks)
-        rest += precision.rest_bytes * padding * largest / split.features / devices
+        owners = split.features * split.members * devices
+        rest += precision.rest_bytes * padding * largest / owners
     # Every device runs F and B of as many layers, whichever they are.
     passes = schedule.microbatches * workload.layers / devices
     joined = sum(cost.sent_bytes for cost in blocks) / workload.layers * passes
@@ -498,6 +539,10 @@ def costs_around(
         }
         if any(cost.forward_inside for cost in blocks)
         else {},
+        join_s=total("members_join_s"),
+        join_bytes=total("members_join_sent"),
+        cut_s=total("members_cut_s"),
+        cut_bytes=total("members_cut_sent"),
     )
     held = Around(
         rest=rest,

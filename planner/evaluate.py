@@ -156,12 +156,12 @@ class Evaluator:
         few = max(3 * ways + 2 * period, min(12 * ways, FOLLOWED // (2 * ways)))
         few = min(total, few - few % period)
         last = self._totals(plan, few)
-        step, sent, busy = last.step_s, last.sent_bytes, last.busy_s
+        step, sent, busy = last.step_s, last.sent_bytes + last.inside_bytes, last.busy_s
         if total > few:
             before = self._totals(plan, few - period)
             periods = (total - few) / period
             step += periods * (last.step_s - before.step_s)
-            sent += periods * (last.sent_bytes - before.sent_bytes)
+            sent += periods * (sent - before.sent_bytes - before.inside_bytes)
             busy += periods * (last.busy_s - before.busy_s)
         enough = min(total, 3 * ways if even else 2 * ways + 1)
         peak, held = self._peak_bytes(plan, enough)
@@ -263,7 +263,7 @@ class _Held:
 
 def _ordered(plan: Plan) -> Plan:
     """What of a plan its schedule depends on."""
-    alone = {"replicas": 1, "experts": 1, "features": 1, "microbatch_size": 1}
+    alone = dict.fromkeys(("replicas", "experts", "features", "members", "microbatch_size"), 1)
     whole = {"context": 1, "context_by": "ring", "context_exchange": None}
     return replace(plan, layers=(), state=State.WHOLE, **alone, **whole)
 
@@ -306,10 +306,10 @@ def microbatches(problem: Problem, plan: Plan) -> int:
     Raises:
         UsageError: if the batch cannot be cut so.
     """
-    around = plan.replicas * plan.experts * plan.microbatch_size
+    around = plan.replicas * plan.experts * plan.members * plan.microbatch_size
     if problem.batch % (around * plan.shard):
         raise UsageError(
-            f"batch={problem.batch} must be a multiple of replicas x experts x shard x "
+            f"batch={problem.batch} must be a multiple of replicas x experts x members x shard x "
             f"microbatch_size = {around * plan.shard}"
         )
     total = problem.batch // around
@@ -321,17 +321,18 @@ def microbatches(problem: Problem, plan: Plan) -> int:
 def schedule_link(problem: Problem, plan: Plan) -> Link:
     """What joins the schedule's devices, and where state is split all over which it lies.
 
-    Features are nearest, then those that share sequences, then these, then those that share
-    experts, then replicas.
+    Features are nearest, then members of a place or those that share sequences, then these, then
+    those that share experts, then replicas.
     """
     if plan.state is State.SPLIT:
         return problem.cluster.group(plan.group, plan.features)
-    return problem.cluster.group(plan.schedule_devices, plan.features * plan.context)
+    near = plan.features * plan.context * plan.members
+    return problem.cluster.group(plan.schedule_devices, near)
 
 
 def plan_split(problem: Problem, plan: Plan) -> Split:
     """What stands around and inside each of the schedule's devices."""
-    inner = plan.features * plan.context * plan.schedule_devices
+    inner = plan.features * plan.context * plan.members * plan.schedule_devices
     cluster, split = problem.cluster, plan.split
     # Those that share sequences sum what they do not split, with replicas if there are any.
     sharers = 1 if plan.state is State.SPLIT else plan.context
@@ -358,6 +359,8 @@ def plan_split(problem: Problem, plan: Plan) -> Split:
             hop=cluster.group(split.groups, plan.features * split.exchanging),
             exchange=cluster.group(split.exchanging, plan.features),
         ),
+        members=plan.members,
+        member_link=cluster.group(plan.members, plan.features) if plan.members > 1 else NO_LINK,
     )
 
 

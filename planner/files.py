@@ -1,5 +1,6 @@
 """Plan files: a found plan, what was asked, and what is predicted; versioned, never overwritten."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -114,10 +115,12 @@ def _check_sizes(path: str | Path, plan: Plan, made_for: Fields) -> None:
             f"plan {path}: {product} is {plan.devices} devices, but its field 'for.devices' is "
             f"{devices}; make the plan again"
         )
-    unit = plan.replicas * plan.experts * plan.shard * plan.microbatch_size
+    around = {name: getattr(plan, name) for name in ("replicas", "experts", "members", "shard")}
+    around = {name: n for name, n in around.items() if name != "members" or n > 1}
+    unit = math.prod(around.values()) * plan.microbatch_size
     if batch % unit:
         raise UsageError(
-            f"plan {path}: replicas {plan.replicas} x experts {plan.experts} x shard {plan.shard} "
+            f"plan {path}: {' x '.join(f'{name} {n}' for name, n in around.items())} "
             f"x microbatch_size {plan.microbatch_size} does not divide its field 'for.batch', "
             f"{batch}; make the plan again"
         )

@@ -52,6 +52,8 @@ class Row:
     tokens_per_s: float
     mfu: float
     fits: bool
+    members: int = 1
+    """Devices that share each place of its ring."""
     plan: Plan | None = None
     """What it does, if it has a place in the space of plans."""
     found: bool = False
@@ -134,12 +136,16 @@ def compare(
     rows, refused = [], []
     for number, name in enumerate(STRATEGIES, 1):
         progress(f"simulating {name} ({number} of {len(STRATEGIES)})")
-        try:
-            row = _row(evaluator, STRATEGIES[name], microbatches, microbatch_size, policies)
-        except (UsageError, ScheduleError) as error:
-            refused.append((name, str(error)))
-        else:
-            rows.append(row)
+        for members in _member_ways(STRATEGIES[name], cluster):
+            called = name if members == 1 else f"{name}, nodes of {members}"
+            try:
+                row = _row(
+                    evaluator, STRATEGIES[name], microbatches, microbatch_size, policies, members
+                )
+            except (UsageError, ScheduleError) as error:
+                refused.append((called, str(error)))
+            else:
+                rows.append(replace(row, strategy=called))
     if workload.tokens // microbatch_size >= LONG:
         progress("sharing sequences")
         rows += _shared_rows(evaluator, microbatches, microbatch_size, policies)
@@ -152,12 +158,20 @@ def compare(
     return Comparison(rows=tuple(rows), refused=tuple(refused), memory_bytes=memory_bytes)
 
 
+def _member_ways(strategy: Strategy, cluster: Cluster) -> tuple[int, ...]:
+    """Into how many pieces a strategy's places are cut: on nodes, rings stand in one and in D."""
+    node = cluster.node_devices or 1
+    is_ring = strategy.place is not None and strategy.place.axis == "ring"
+    return (1, node) if is_ring and node > 1 and cluster.nodes > 1 else (1,)
+
+
 def _row(
     evaluator: Evaluator,
     strategy: Strategy,
     microbatches: int,
     microbatch_size: int,
     policies: Sequence[str],
+    members: int = 1,
 ) -> Row:
     """The fastest recompute policy that fits, or the leanest where none does.
 
@@ -165,12 +179,12 @@ def _row(
         UsageError: if the strategy is not legal here.
     """
     problem = evaluator.problem
-    workload, devices = problem.workload(microbatch_size), problem.cluster.devices
+    workload, devices = problem.workload(microbatch_size), problem.cluster.devices // members
     chunks = strategy.chunks(devices=devices, layers=workload.layers)
     if chunks > workload.layers:
         raise UsageError(f"chunks={chunks} are more than layers={workload.layers}")
     if strategy.even_microbatches:
-        check_microbatches(devices, microbatches)
+        check_microbatches(devices * members, microbatches)
     sharded = strategy.placement is Placement.SHARDED
     shape = workload.uncut(devices) if sharded else None
     if shape is not None:
@@ -180,10 +194,10 @@ def _row(
         )
     place = strategy.place
     if place is not None and (place.axis == "shard" or devices > 1):
-        estimates = [
-            _planned(evaluator, plan_at(place, policy, devices, workload.layers, microbatch_size))
-            for policy in policies
+        plans = [
+            plan_at(place, policy, devices, workload.layers, microbatch_size) for policy in policies
         ]
+        estimates = [_planned(evaluator, replace(plan, members=members)) for plan in plans]
     else:
         made = for_layers(
             strategy.name, devices=devices, microbatches=microbatches, layers=workload.layers
@@ -257,6 +271,7 @@ def _row_of(
         tokens_per_s=workload.tokens * microbatches / best.step_s,
         mfu=flops / (best.step_s * peak_flops),
         fits=bool(fitting),
+        members=1 if best.plan is None else best.plan.members,
         plan=best.plan,
         not_run=best.not_run,
     )

@@ -100,6 +100,8 @@ class Plan:
     """Parts of the layers, each resting on its devices; activations travel."""
     ring: int = 1
     """Parts of the layers, each resting on its devices; weights travel."""
+    members: int = 1
+    """Devices in each place of a ring, a node's, that share what rests and travels there."""
     microbatch_size: int = 1
     lookahead: int = 1
     """Ticks that a gather starts before its use and a sum may lag behind."""
@@ -157,8 +159,8 @@ class Plan:
 
     @property
     def schedule_devices(self) -> int:
-        """The devices of the plan's schedule: replicas stand around them, and in each of them those
-        that share sequences and features."""
+        """The devices of the plan's schedule: replicas stand around them, and in each of them its
+        members, and those that share sequences and features."""
         return self.shard * self.owners
 
     @property

@@ -16,7 +16,7 @@ from jaxsys.strategies import STRATEGIES, Signs, called, named
 def recognise(plan: Plan) -> str:
     """The name of what a plan does over its schedule's devices.
 
-    Context, features, experts, replicas and recompute are told by `describe`.
+    Members, context, features, experts, replicas and recompute are told by `describe`.
     """
     if plan.schedule_devices == 1:
         if plan.context > 1:
@@ -44,6 +44,8 @@ def divided(plan: Plan) -> list[str]:
         parts.append(f"of {over}" if alone else f"each of {over} (cp-{plan.context_by})")
         if alone and plan.state is State.SPLIT:
             parts.append(called(plan.choices) or str(plan.state))
+    if plan.members > 1:
+        parts.append(f"each a node of {plan.members}")
     if plan.features > 1:
         only = alone and plan.context == 1
         parts.append(f"of {plan.features}" if only else f"each of {plan.features} (tp-sp)")

@@ -30,6 +30,10 @@ def why_not(plan: Plan) -> str | None:
         )
     if plan.split is not None and plan.owners > 1 and (refused := why_not_in_turn(plan.split)):
         return refused
+    if plan.members > 1 and plan.ring == 1:
+        return f"it has {plan.members} members share the places of a ring, and has no ring"
+    if plan.members > 1 and plan.context > 1:
+        return f"it has both {plan.members} members of a place and context={plan.context}"
     recompute = RECOMPUTES[plan.placement]
     policies = dict.fromkeys(POLICY[path.residual] for path in plan.layers)
     if len(policies) > 1 and not recompute.by_layer:

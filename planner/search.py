@@ -335,6 +335,9 @@ class _Search:
         ]
         times = dict(zip(alike, costs, strict=True))
         once = sum(times[id(b)].forward_s + times[id(b)].backward_s for b in workload.blocks)
+        if base.members > 1:
+            mine = [times[id(block)] for block in workload.blocks]
+            once += sum(2 * cost.members_join_s + cost.members_cut_s for cost in mine)
         devices = base.schedule_devices
         around = frame(
             workload,

@@ -75,13 +75,14 @@ class Space:
                 if not given.
         """
         ways = tuple(_divisors(problem.cluster.devices))
-        sizes = microbatch_sizes or [b for b in (1, 2, 4, 8) if problem.batch % b == 0]
         domains: Domains = {name: ways for name in WAYS}
         shared = [way for way in ways if problem.workload(1).shares(way)]
         domains["context"] = ways if problem.workload(1).sharing is not None else (1,)
         domains["context_by"] = WAYS_OF_CONTEXT if shared else ("ring",)
         exchanged = [way for way in ways if any(way < parts for parts in shared)]
         domains["context_exchange"] = (None, *(way for way in exchanged if way > 1))
+        domains["members"] = _member_ways(problem)
+        sizes = microbatch_sizes or [b for b in (1, 2, 4, 8) if problem.batch % b == 0]
         domains["microbatch_size"] = tuple(sizes)
         domains["turns"] = tuple(_divisors(problem.batch))
         domains["lookahead"] = LOOKAHEADS
@@ -338,7 +339,8 @@ class Space:
         return list(found.values())
 
     def _turns(self, plan: Plan) -> int | None:
-        unit = plan.replicas * plan.experts * plan.shard * plan.microbatch_size
+        parts = plan.replicas * plan.experts * plan.members * plan.shard
+        unit = parts * plan.microbatch_size
         return None if self.problem.batch % unit else self.problem.batch // unit
 
 
@@ -369,9 +371,9 @@ def _rules(problem: Problem, domains: Domains) -> Iterator[Relation]:
     )
     for name in ("stages", "ring"):
         yield rule(f"{name} must be at most {layers} layers", (name,), lambda n: n <= layers)
-    cuts = ("replicas", "experts", "shard", "microbatch_size", "turns")
+    cuts = ("replicas", "experts", "members", "shard", "microbatch_size", "turns")
     yield Relation(
-        label="rule: replicas x experts x shard x microbatch size x turns = "
+        label="rule: replicas x experts x members x shard x microbatch size x turns = "
         f"{batch} sequences of a step",
         variables=cuts,
         allowed=frozenset(_factorings(batch, [domains[name] for name in cuts])),
@@ -381,6 +383,20 @@ def _rules(problem: Problem, domains: Domains) -> Iterator[Relation]:
         "at most one of shard, stages and ring splits the schedule's devices",
         ("shard", "stages", "ring"),
         lambda s, p, w: (s > 1) + (p > 1) + (w > 1) <= 1,
+    )
+    node = problem.cluster.node_devices or 1
+    yield rule(
+        "members share the places of a ring", ("members", "ring"), lambda m, w: m == 1 or w > 1
+    )
+    yield rule(
+        f"members and the devices of their features are of one node of {node}",
+        ("members", "features"),
+        lambda m, f: m == 1 or node % (m * f) == 0,
+    )
+    yield rule(
+        "members of a place have whole sequences of their own",
+        ("members", "context"),
+        lambda m, c: m == 1 or c == 1,
     )
     yield rule(
         "replicas stand around a shard group, stages or a ring",
@@ -479,6 +495,13 @@ def _sharing_rules(
         ("stages", "ring", "context", *SHARED),
         lambda p, w, c, by, u: c == 1 or p * w == 1 or by == "gather" or exchanging(by, c, u) == c,
     )
+
+
+def _member_ways(problem: Problem) -> tuple[int, ...]:
+    """How many devices may share a place of a ring: those of a node that is not alone."""
+    cluster = problem.cluster
+    node = cluster.node_devices or 1
+    return tuple(_divisors(node)) if cluster.nodes > 1 else (1,)
 
 
 def _factorings(number: int, domains: Sequence[Sequence[int]]) -> Iterator[tuple[int, ...]]:

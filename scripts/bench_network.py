@@ -6,6 +6,10 @@ CPU (cgroup quota), so that an idle host does not lend its time to a busy one. T
 form one JAX program over gloo. As sequences in a microbatch grow, GS / (18 H L/P) passes 1: there a
 weight ring sends as much as a pipeline's activations (3 streams of 12 H^2 L/P against 2 G S H).
 
+With --local-devices D a host is a node of D devices, in one process, whose own link is not limited:
+all that they send to others goes through the host's. NAME*D is then a ring of nodes, and RxNAME R
+replicas, as 4xzero-3 over 4 hosts splits inside each and sums between them.
+
 Needs root, iproute2 and cgroups. JSON goes to results/network.json; --plot draws it.
 """
 
@@ -158,7 +162,8 @@ class Network:
 
 def measure(options: argparse.Namespace) -> list[dict]:
     """Times every schedule without a limit on the network and then at each rate."""
-    layers = options.hosts * CHUNK_LAYERS
+    devices = options.hosts * options.local_devices
+    layers = devices * CHUNK_LAYERS
     schedules = dict.fromkeys([CALIBRATION, *options.schedules])
     rates = [None, *options.rates]
     with (
@@ -169,7 +174,8 @@ def measure(options: argparse.Namespace) -> list[dict]:
             network.run(
                 *("step", "--shape", "network", "--dtype", "float32", "--label", "n"),
                 *("--layers", str(layers), "--sequence-lengths", str(SEQUENCE)),
-                *("--schedules", *schedules, "--devices", str(options.hosts)),
+                *("--schedules", *schedules, "--devices", str(devices)),
+                *("--local-devices", str(options.local_devices)),
                 *("--microbatches", str(options.microbatches)),
                 *("--microbatch-sizes", *map(str, options.sizes)),
                 *("--recompute", "none", "--repeats", str(options.repeats)),
@@ -191,27 +197,33 @@ def measure(options: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def predict(rows: list[dict], *, hosts: int, microbatches: int) -> None:
+def predict(rows: list[dict], *, devices: int, microbatches: int) -> None:
     """Adds each row's `predicted_s`: the schedule simulated with a measured time of compute.
 
     The time a microbatch takes is that of data parallelism without a limit on the network. Nothing
-    hides a transfer: a host runs its program's operations one by one.
+    hides a transfer: a host runs its program's operations one by one. The pieces of a ring of nodes
+    share their host's link, so that a hop takes as long as the whole chunk.
     """
     compute_s = {
-        row["microbatch_size"]: row["step_s"] / (microbatches / hosts)
+        row["microbatch_size"]: row["step_s"] / (microbatches / devices)
         for row in rows
         if row["schedule"] == CALIBRATION and row["mbit_per_s"] is None and row.get("step_s")
     }
     layer_bytes = 4 * (4 * HIDDEN**2 + 3 * HIDDEN * WIDE + 2 * HIDDEN)
     for row in rows:
         name, size = row["schedule"], row["microbatch_size"]
-        if name not in NAMES or size not in compute_s or not row.get("step_s"):
+        known = name in NAMES and row.get("replicas", 1) == 1
+        if not known or size not in compute_s or not row.get("step_s"):
             continue
+        members = row.get("members", 1)
         schedule = resolve(
-            name, devices=hosts, layers=hosts * CHUNK_LAYERS, microbatches=microbatches
+            name,
+            devices=devices // members,
+            layers=devices * CHUNK_LAYERS,
+            microbatches=microbatches // members,
         )
         third_s = compute_s[size] / schedule.chunks / 3
-        chunk_bytes = layer_bytes * hosts * CHUNK_LAYERS / schedule.chunks
+        chunk_bytes = layer_bytes * devices * CHUNK_LAYERS / schedule.chunks
         costs = Costs(
             forward_s=third_s,
             backward_s=2 * third_s,
@@ -228,6 +240,7 @@ def predict(rows: list[dict], *, hosts: int, microbatches: int) -> None:
 
 def summary(rows: list[dict]) -> str:
     columns = {"mbit_per_s": "g", "gs_over_18hlp": ".2f", "schedule": ""}
+    columns |= {"members": "", "replicas": ""}
     return table(rows, columns | {"step_s": ".3f", "predicted_s": ".3f"})
 
 
@@ -291,6 +304,7 @@ def plot(path: Path) -> Path:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/bench_network.py", description=__doc__)
     parser.add_argument("--hosts", type=int, default=4)
+    parser.add_argument("--local-devices", type=int, default=1, help="devices of a host")
     parser.add_argument("--rates", type=float, nargs="+", default=[100, 25], help="Mbit/s a host")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 4, 8, 32], help="sequences")
     parser.add_argument("--microbatches", type=int, default=16)
@@ -308,21 +322,24 @@ def main() -> int:
     try:
         if options.plot:
             result = read_result(options.out)
-            hosts, microbatches = (result["config"][key] for key in ("hosts", "microbatches"))
-            predict(result["rows"], hosts=hosts, microbatches=microbatches)
+            config = result["config"]
+            devices = config["hosts"] * config.get("local_devices", 1)
+            predict(result["rows"], devices=devices, microbatches=config["microbatches"])
             write_whole(options.out, json.dumps(result, indent=1) + "\n")
         else:
             if os.geteuid() != 0:
                 raise UsageError("network namespaces need root")
             rows = measure(options)
-            predict(rows, hosts=options.hosts, microbatches=options.microbatches)
+            devices = options.hosts * options.local_devices
+            predict(rows, devices=devices, microbatches=options.microbatches)
             config = {k: v for k, v in vars(options).items() if k not in ("out", "plot")}
             config |= {"hidden": HIDDEN, "sequence_length": SEQUENCE, "chunk_layers": CHUNK_LAYERS}
             write_result(
                 options.out, benchmark="network", kind="measured", config=config, rows=rows
             )
             print(summary(rows))
-        print(plot(options.out))
+        if options.local_devices == 1:
+            print(plot(options.out))
     except (UsageError, RunError) as error:
         print(f"bench_network: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1

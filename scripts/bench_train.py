@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import functools
 import itertools
+import re
 import sys
 import time
 from pathlib import Path
@@ -38,7 +39,7 @@ from train_steps import (
 
 from jaxsys.errors import UsageError
 from jaxsys.lowering import RECOMPUTE_POLICIES, lower
-from jaxsys.mesh import devices_ahead, make_mesh, request_devices
+from jaxsys.mesh import RING, devices_ahead, make_mesh, request_devices
 from jaxsys.model.decoder import initial_parameters
 from jaxsys.model.float8_products import BACKWARD, Float8
 from jaxsys.model.layers import layered
@@ -167,7 +168,11 @@ def prepare_step(
     """A row and its compiled step, or None where that failed."""
     devices, microbatches = mesh.devices.size, options.microbatches
     name, _, parts = name.partition("/")
-    ways = int(parts or 1)
+    name, _, each = name.partition("*")
+    copies = re.match(r"(\d+)x", name)
+    name = name[copies.end() :] if copies else name
+    replicas = int(copies.group(1)) if copies else 1
+    ways, members = int(parts or 1), int(each or 1)
     model = layered(config, float8=None if float8 == "off" else Float8(backward=float8))
     flops = training_flops_per_token(
         parameters=config.active_parameter_count(),
@@ -181,6 +186,8 @@ def prepare_step(
     row = {
         "schedule": name,
         "tensor": ways,
+        "members": members,
+        "replicas": replicas,
         "recompute": recompute,
         "float8": float8,
         "sequence_length": length,
@@ -203,13 +210,14 @@ def prepare_step(
             )
         else:
             by_hand = name == "ring-by-hand"
-            ring, mesh = devices // ways, of_parts(mesh, ways)
+            mesh = of_parts(mesh, ways, members, replicas)
+            ring = mesh.shape[RING]
             lowered = lower(
                 resolve(
                     "weipipe-interleave" if by_hand else name,
                     devices=ring,
                     layers=config.num_layers,
-                    microbatches=microbatches,
+                    microbatches=microbatches // (members * replicas),
                 ),
                 model,
                 mesh,
@@ -230,11 +238,14 @@ def prepare_step(
         return row | _failed(error), None
 
 
-def of_parts(mesh: Mesh, ways: int) -> Mesh:
-    """The mesh, `ways` of whose devices in turn share the features of every block."""
-    if mesh.size % ways:
-        raise UsageError(f"/{ways} does not divide devices={mesh.size}")
-    return make_mesh(mesh.size // ways, tensor=ways, devices=list(mesh.devices.flat))
+def of_parts(mesh: Mesh, ways: int, members: int, replicas: int) -> Mesh:
+    """The mesh, `ways` of whose devices in turn share the features of every block, `members` a
+    place of the ring, and `replicas` have rings of their own."""
+    around = ways * members * replicas
+    if mesh.size % around:
+        raise UsageError(f"{replicas}x, *{members} and /{ways} do not divide devices={mesh.size}")
+    devices = list(mesh.devices.flat)
+    return make_mesh(mesh.size // around, replicas, tensor=ways, member=members, devices=devices)
 
 
 def pause(folder: Path, number: int) -> None:
@@ -274,7 +285,7 @@ def main() -> int:
         default=["weipipe-interleave", "gspmd-fsdp"],
         help="names, gspmd-fsdp, ring-by-hand; NAME:POLICY overrides --recompute, "
         "NAME:POLICY:DTYPE --travel-dtype too; NAME/T shares every block's features among T "
-        "devices",
+        "devices, NAME*D each place of a ring among D, RxNAME runs R of them side by side",
     )
     step.add_argument("--sequence-lengths", nargs="+", type=int, default=[16384])
     step.add_argument("--microbatches", type=int, default=8)
@@ -294,6 +305,9 @@ def main() -> int:
     step.add_argument("--process", type=int)
     step.add_argument("--devices", type=int)
     step.add_argument(
+        "--local-devices", type=int, default=1, help="of each process, with --coordinator"
+    )
+    step.add_argument(
         "--jobs", type=int, default=1, help="compile so many at a time, before timing"
     )
     step.add_argument("--compile-only", action="store_true", help="memory of --devices GPUs")
@@ -311,6 +325,7 @@ def main() -> int:
     options = parser.parse_args()
     if getattr(options, "coordinator", None):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.config.update("jax_num_cpu_devices", options.local_devices)
         jax.distributed.initialize(
             options.coordinator,
             options.processes,

@@ -6,13 +6,14 @@ scripts/plot_schedules.py [--to docs/schedules] [--devices 4] [--microbatches 8]
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from jaxsys.schedule import Costs, Data, Link, Task, TaskKind, check, simulate
-from jaxsys.schedule.render import TASK_COLOURS, TASK_NAMES
+from jaxsys.schedule.render import TASK_COLOURS, TASK_NAMES, draw_timeline
 from jaxsys.strategies import NAMES, build
 
 COSTS = Costs(forward_s=1.0, backward_s=2.0, input_gradient_s=1.0, weight_gradient_s=1.0)
@@ -22,6 +23,8 @@ SPECIAL = {
     )
 }
 """Drawn with the times it is made for."""
+NODES = "weipipe-keep"
+"""Drawn on nodes as well."""
 MPMD = ("1f1b", "1f1b-interleaved", "zb-h1", "zb-h2")
 """Drawn with sends that do not block, as published; the others with all devices in step."""
 
@@ -38,6 +41,35 @@ def main() -> None:
         if name.startswith(("gpipe", "1f1b", "zb-", "weipipe")):
             draw(name, arguments.devices, arguments.microbatches, folder / f"{name}.png")
             print(folder / f"{name}.png")
+    draw_nodes(arguments.devices, arguments.microbatches, folder / "nodes.png")
+    print(folder / "nodes.png")
+
+
+def draw_nodes(nodes: int, microbatches: int, path: Path) -> None:
+    """A ring of nodes, with what members send each other and what goes from node to node."""
+    schedule = replace(build(NODES, devices=nodes, microbatches=microbatches), members=2)
+    costs = replace(
+        COSTS,
+        weight_bytes=0.5,  # a member's piece
+        gradient_bytes=0.5,
+        join_s=0.1,
+        join_bytes=0.5,
+        cut_s=0.1,
+        cut_bytes=0.5,
+    )
+    result = simulate(schedule, costs, Link(bytes_per_s=0.5))
+    figure = Figure(figsize=(11, 1.2 + 0.5 * nodes), layout="constrained")
+    timeline = figure.subplots()
+    draw_timeline(result, timeline)
+    timeline.set_title(
+        f"{NODES} on {nodes} nodes of 2, M={microbatches} on each member: {result.step_s:.1f} time "
+        f"units; a member sends {sum(result.sent_bytes) / nodes:.1f} chunks to the next node (thin "
+        f"bars), {sum(result.inside_bytes) / nodes:.0f} inside",
+        fontsize=10,
+    )
+    timeline.xaxis.set_major_formatter(lambda thousandths, _: f"{thousandths / 1000:g}")
+    timeline.set_xlabel("time units")
+    figure.savefig(path, format="png", dpi=100, metadata={"Software": None})
 
 
 def draw(name: str, devices: int, microbatches: int, path: Path) -> None:

@@ -20,7 +20,7 @@ from jaxsys.errors import UsageError
 from jaxsys.hardware import GIB
 from jaxsys.layered import Layer
 from jaxsys.lowering.compiled import program_bytes
-from jaxsys.mesh import RING, inner_sizes
+from jaxsys.mesh import RING, inner_sizes, members_of
 from jaxsys.train.memory import StepShape, step_bytes
 
 
@@ -242,5 +242,6 @@ def predicted_bytes(lowered, shapes, state, batch) -> float:
             unroll=getattr(lowered, "unroll", False),  # sharded steps are on GPUs
             context=lowered.context,
             inner=inner_sizes(lowered.mesh),
+            members=members_of(lowered.mesh),
         )
     )

@@ -26,6 +26,8 @@ class Choice:
 
     schedule: Schedule
     recompute: Recompute
+    members: int
+    """Devices that share each of its places."""
     reason: str
     """In words: what was predicted, and what would be faster but cannot be run."""
 
@@ -102,6 +104,7 @@ def choose_layered(
     memory_gib: float | None,
     compute: Compute,
     recompute: Recompute | None,
+    shared: bool = True,
 ) -> Choice:
     """The same for any layered model.
 
@@ -114,6 +117,7 @@ def choose_layered(
         memory_gib: the limit per device.
         compute: the dtypes.
         recompute: the only policy to choose from, if there is one.
+        shared: whether devices of a node may share a place of a ring.
 
     Raises:
         UsageError: if the devices have no preset, or nothing fits.
@@ -129,7 +133,9 @@ def choose_layered(
         gradient_bytes=float(jnp.dtype(compute.gradient_dtype).itemsize),
     )
     workload = layered_workload(model, parameters, microbatch, cluster)
-    return _fastest(workload, cluster, microbatches, memory_gib, precision, recompute)
+    return _fastest(
+        workload, cluster, microbatches, memory_gib, precision, recompute, shared=shared
+    )
 
 
 def _cluster(devices: list[Any], link: str | None) -> Cluster:
@@ -157,6 +163,8 @@ def _fastest(
     memory_gib: float | None,
     precision: Precision,
     recompute: Recompute | None,
+    *,
+    shared: bool = True,
 ) -> Choice:
     found = compare(
         workload,
@@ -166,7 +174,10 @@ def _fastest(
         precision=precision,
         recompute=recompute,
     )
-    fitting = sorted((row for row in found.rows if row.fits), key=lambda row: row.step_s)
+    # Of rows with sequences that several devices share, the caller has no layout.
+    able = [row for row in found.rows if row.plan is None or row.plan.context == 1]
+    able = [row for row in able if row.fits and (shared or row.members == 1)]
+    fitting = sorted(able, key=lambda row: row.step_s)
     runnable = [row for row in fitting if row.not_run is None]
     if not runnable:
         only = "" if recompute is None else f" with recompute {recompute}"
@@ -186,13 +197,15 @@ def _fastest(
         reason += (
             f"; {other.strategy} would take {other.step_s:.3g} s but is not run: {other.not_run}"
         )
+    name = best.strategy.partition(",")[0]  # of a ring, without the number of its members
     return Choice(
         schedule=for_layers(
-            best.strategy,
-            devices=cluster.devices,
-            microbatches=microbatches,
+            name,
+            devices=cluster.devices // best.members,
+            microbatches=microbatches // best.members,
             layers=workload.layers,
         ),
+        members=best.members,
         recompute=cast(Recompute, best.recompute),
         reason=reason,
     )

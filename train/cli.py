@@ -16,7 +16,7 @@ from jaxsys.context import WAYS, ContextSplit
 from jaxsys.errors import RunError, UsageError
 from jaxsys.files import check_writable
 from jaxsys.lowering import RECOMPUTE_POLICIES, lacks
-from jaxsys.mesh import AROUND, CONTEXT
+from jaxsys.mesh import AROUND, CONTEXT, MEMBER
 from jaxsys.model import Tokenizer
 from jaxsys.model.float8_products import Float8
 from jaxsys.model.save import check_target
@@ -98,6 +98,12 @@ def parser(prog: str) -> argparse.ArgumentParser:
         "(default 1)",
     )
     how.add_argument(
+        "--members",
+        type=whole(),
+        help="devices of a node that share each place of a weight ring: a chunk goes from node to "
+        "node in so many pieces at once (default 1, or as a plan says)",
+    )
+    how.add_argument(
         "--context",
         type=whole(),
         help="devices that share every sequence in each place of a ring (default 1)",
@@ -117,7 +123,8 @@ def parser(prog: str) -> argparse.ArgumentParser:
     how.add_argument(
         "--microbatches",
         type=whole(),
-        help="of one ring and step (default 2 a device, or as a file says)",
+        help="of one ring and step, with --members of one member of each place (default 2 a "
+        "device, or as a file says)",
     )
     how.add_argument(
         "--dtype",
@@ -241,9 +248,10 @@ def main(argv: list[str], prog: str) -> int:
             around=math.prod(
                 getattr(arguments, axis.asked) or 1
                 for axis in AROUND.values()
-                if axis.mesh != CONTEXT
+                if axis.mesh not in (CONTEXT, MEMBER)
             ),
             context=arguments.context,
+            members=arguments.members,
         )
     join(hosts, devices=arguments.devices)
     watched = contextlib.nullcontext()
@@ -322,6 +330,7 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
         tensor=arguments.tensor,
         expert=arguments.expert,
         context=_context(arguments),
+        members=arguments.members,
     )
     layout = lay_out(config, devices, asked)
     recipe = Recipe(

@@ -1,6 +1,7 @@
 """How `jaxsys train` lays a run out: ring and replicas, schedule, microbatches, recompute."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from jax.sharding import Mesh
 from jaxsys.context import ContextSplit
 from jaxsys.errors import UsageError
 from jaxsys.lowering import Recompute
-from jaxsys.mesh import CONTEXT, EXPERT, TENSOR, make_mesh
+from jaxsys.mesh import AROUND, CONTEXT, EXPERT, MEMBER, TENSOR, make_mesh
 from jaxsys.model import DecoderConfig
 from jaxsys.planner.workload import decoder_workload
 from jaxsys.schedule import Placement, Schedule
@@ -76,6 +77,8 @@ class AskedLayout:
     """Rings that share every block's experts."""
     context: ContextSplit | None = None
     """How each sequence lies over devices."""
+    members: int | None = None
+    """Devices that share each place of a ring."""
 
 
 def lay_out(config: DecoderConfig, devices: list[Any], asked: AskedLayout) -> Layout:
@@ -93,6 +96,7 @@ def lay_out(config: DecoderConfig, devices: list[Any], asked: AskedLayout) -> La
     sequence_length, microbatch_size = asked.sequence_length, asked.microbatch_size
     recompute, dtype, gradient_dtype = asked.recompute, asked.dtype, asked.gradient_dtype
     tensor, expert, context = asked.tensor, asked.expert, asked.context
+    members = asked.members
     reason = None
     if schedule is not None and plan_file.is_plan_file(schedule):
         planned = plan_file.read_plan(schedule, layers=config.num_layers)
@@ -100,6 +104,7 @@ def lay_out(config: DecoderConfig, devices: list[Any], asked: AskedLayout) -> La
             ("replicas", replicas, planned.replicas),
             ("tensor", tensor, planned.schedule.features),
             ("expert", expert, planned.schedule.experts),
+            ("members", members, planned.schedule.members),
             ("microbatch_size", microbatch_size, planned.microbatch_size),
             ("sequence_length", sequence_length, planned.sequence_length),
         ):
@@ -116,6 +121,7 @@ def lay_out(config: DecoderConfig, devices: list[Any], asked: AskedLayout) -> La
         context = schedules.agreed_context(context, planned.schedule)
         replicas, microbatch_size = planned.replicas, planned.microbatch_size
         tensor, expert = planned.schedule.features, planned.schedule.experts
+        members = planned.schedule.members
         recompute = recompute or planned.recompute
         sequence_length = planned.sequence_length or sequence_length
         dtype = dtype or planned.dtype
@@ -131,7 +137,8 @@ def lay_out(config: DecoderConfig, devices: list[Any], asked: AskedLayout) -> La
             )
         reason = "; ".join(differs) or None
     elif schedule is not None and schedule not in (*STRATEGIES, schedules.AUTO):
-        context = schedules.agreed_context(context, schedules.read_schedule(schedule))
+        read = schedules.read_schedule(schedule)
+        context, members = schedules.agreed_context(context, read), members or read.members
     dtype, gradient_dtype = dtype or DTYPE, gradient_dtype or DTYPE
     replicas = 1 if replicas is None else replicas
     size = MICROBATCH_SIZE if microbatch_size is None else microbatch_size
@@ -146,20 +153,20 @@ def lay_out(config: DecoderConfig, devices: list[Any], asked: AskedLayout) -> La
         TENSOR: 1 if tensor is None else tensor,
         EXPERT: 1 if expert is None else expert,
         CONTEXT: 1 if context is None else context.parts,
+        MEMBER: 1 if members is None else members,
     }
     if context is not None:
         context.check_length(length)
     around = replicas * math.prod(sizes.values())
     if len(devices) % around:
-        more = " x ".join(f"{name}={n}" for name, n in sizes.items() if n > 1)
+        more = _said(sizes)
         raise UsageError(f"replicas={replicas} x {more} does not divide devices={len(devices)}")
     ring = len(devices) // around
     usual = "zero-3" if context is not None else "weipipe-interleave" if ring > 1 else "dp"
     chosen: str | Schedule = schedule or usual
     known = STRATEGIES.get(chosen) if isinstance(chosen, str) else None
     if ring == 1 and around > 1 and known is not None and known.placement is Placement.OWNER:
-        shared = {"replicas": replicas, **sizes}
-        more = " x ".join(f"{name}={n}" for name, n in shared.items() if n > 1)
+        more = _said({"replicas": replicas, **sizes})
         raise UsageError(
             f"{len(devices)} devices over {more} leave 1, and {chosen} goes from device to device; "
             f"use at least {2 * around}, or a schedule such as zero-3"
@@ -167,7 +174,8 @@ def lay_out(config: DecoderConfig, devices: list[Any], asked: AskedLayout) -> La
     if chosen == "auto" and around > replicas:
         raise UsageError(
             "schedule 'auto' chooses for devices that each compute whole blocks; name a schedule "
-            "beside tensor, expert and context, or have `jaxsys plan --plan FILE` split features"
+            "beside tensor, expert, context and members, or have `jaxsys plan --plan FILE` split "
+            "features"
         )
     if chosen == "auto":
         workload = decoder_workload(
@@ -189,6 +197,8 @@ def lay_out(config: DecoderConfig, devices: list[Any], asked: AskedLayout) -> La
         )
         chosen, recompute = choice.schedule, recompute or choice.recompute
         reason = choice.reason
+        # What was asked of one ring is shared by the members of each of its places.
+        sizes[MEMBER], ring, microbatches = choice.members, ring // choice.members, None
     resolved = schedules.resolve(
         chosen, devices=ring, layers=config.num_layers, microbatches=microbatches
     )
@@ -199,6 +209,7 @@ def lay_out(config: DecoderConfig, devices: list[Any], asked: AskedLayout) -> La
             tensor=sizes[TENSOR],
             expert=sizes[EXPERT],
             context=sizes[CONTEXT],
+            member=sizes[MEMBER],
             devices=devices,
         ),
         schedule=resolved,
@@ -207,7 +218,13 @@ def lay_out(config: DecoderConfig, devices: list[Any], asked: AskedLayout) -> La
         sequence_length=length,
         dtype=dtype,
         gradient_dtype=gradient_dtype,
-        rows=replicas * sizes[EXPERT] * resolved.microbatches,
+        rows=replicas * sizes[EXPERT] * sizes[MEMBER] * resolved.microbatches,
         reason=reason,
         context=context,
     )
+
+
+def _said(sizes: Mapping[str, int]) -> str:
+    """Parts as they are asked for, those of one left out."""
+    asked = {AROUND[name].asked if name in AROUND else name: n for name, n in sizes.items()}
+    return " x ".join(f"{name}={n}" for name, n in asked.items() if n > 1)

@@ -37,6 +37,7 @@ from jaxsys.lowering.memory import (
     tabled_bytes,
     tree_bytes,
 )
+from jaxsys.lowering.refusal import why_not_members
 from jaxsys.lowering.sequences import Sequences
 from jaxsys.lowering.tables import buffers_of
 from jaxsys.planner.costs import cut, full_chunks
@@ -65,6 +66,8 @@ class StepShape:
     """Axis of `jaxsys.mesh.INNER` -> devices that compute a block together."""
     context: ContextSplit | None = None
     """How each sequence lies over devices."""
+    members: int = 1
+    """Devices that share each place of a ring."""
 
     @property
     def sharers(self) -> int:
@@ -153,12 +156,15 @@ def _step_bytes(step: StepShape) -> float:
     costs = Costs(
         forward_s=0.0,
         backward_s=0.0,
-        weight_bytes=[weighed(part, weight_of, longest_weight) for part in parts],
-        gradient_bytes=[weighed(part, gradient_of, longest_gradient) for part in parts],
+        weight_bytes=[weighed(p, weight_of, longest_weight) / step.members for p in parts],
+        gradient_bytes=[weighed(p, gradient_of, longest_gradient) / step.members for p in parts],
         activation_bytes=tree_bytes(x),
         residual_bytes=[kept(part) for part in parts],
         tap_bytes=[0.0 if sharded else longest * longest_of[policies[0]].tap for _ in parts],
     )
+    in_place = 0.0
+    if step.members > 1:  # a layer's rows as they came, leaves of them, its gradient in rows
+        in_place = 2 * longest_weight + longest_gradient
     # Chunks are as long as the longest where they rest; what pads them has its state too.
     rest = step.state_bytes
     if schedule.placement is Placement.OWNER:
@@ -169,10 +175,10 @@ def _step_bytes(step: StepShape) -> float:
         )
         rest *= 1 + padded / tree_bytes((edge, blocks))
     around = Around(
-        rest=rest / state_share(schedule, step.sharers),
+        rest=rest / state_share(schedule, step.sharers, step.members),
         edge=tree_bytes(edge),
         edge_sums=tree_bytes(floats(edge), step.gradient_dtype),
-        block=max(each.work for each in found.values()) + again,
+        block=max(each.work for each in found.values()) + again + in_place,
         head=head_bytes(model, edge, x, microbatch),
     )
     live = check(schedule)
@@ -188,11 +194,14 @@ def _step_bytes(step: StepShape) -> float:
     return float(tabled_bytes(schedule, buffers, size, around, unroll=step.unroll))
 
 
-def state_share(schedule: Schedule, sharers: int = 1) -> int:
-    """Over how many devices a schedule's state rests in parts; `sharers` stand for one of its."""
+def state_share(schedule: Schedule, sharers: int = 1, members: int = 1) -> int:
+    """Over how many devices a schedule's state rests in parts.
+
+    So many `sharers` of each sequence, or `members` of a place of a ring, stand for one of its.
+    """
     if schedule.placement is Placement.REPLICATED:
         return 1
-    return schedule.devices * (sharers if schedule.placement is Placement.SHARDED else 1)
+    return schedule.devices * (sharers if schedule.placement is Placement.SHARDED else members)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,13 +232,13 @@ def limit_of(device: Any) -> Limit:
 
 
 def check_state_fits(
-    schedule: Schedule, state_bytes: float, limit: Limit, *, sharers: int = 1
+    schedule: Schedule, state_bytes: float, limit: Limit, *, sharers: int = 1, members: int = 1
 ) -> None:
     """Raises UsageError if masters and optimizer state do not fit as the schedule rests them.
 
-    `sharers` devices stand for one of the schedule's.
+    `sharers` or `members` stand for one of the schedule's devices, see `state_share`.
     """
-    split = state_share(schedule, sharers)
+    split = state_share(schedule, sharers, members)
     if state_bytes / split > limit.bytes:
         raise UsageError(
             f"parameters and optimizer state of {schedule.name} take "
@@ -288,7 +297,7 @@ def _alternatives(step: StepShape) -> Iterator[tuple[str, StepShape]]:
             cut(step.model.layers, made.chunks)
         except UsageError:
             continue
-        if made.name != old.name:
+        if made.name != old.name and (step.members == 1 or why_not_members(made) is None):
             yield f"{name} with recompute block", replace(step, schedule=made, recompute="block")
     sizes = {leaf.shape[0] for leaf in jax.tree.leaves(step.microbatch)}
     if all(size % 2 == 0 for size in sizes):

@@ -56,19 +56,23 @@ def is_plan_file(path: str | Path) -> bool:
     return isinstance(value, dict) and value.get("format") == FORMAT
 
 
-def devices_of(path: str | Path, *, around: int = 1, context: int | None = None) -> int | None:
+def devices_of(
+    path: str | Path, *, around: int = 1, context: int | None = None, members: int | None = None
+) -> int | None:
     """How many devices the plan or schedule in a file is for; None if the file holds neither.
 
     Args:
         path: the file.
         around: devices for each of a schedule's, which it does not say.
         context: devices that share every sequence, where they are asked for; else as it says.
+        members: devices that share each place of a ring, likewise.
     """
     if is_plan_file(path):
         return load_plan(path).devices
     try:
         schedule = Schedule.from_json(read_text(path))
-        return around * (context or schedule.context) * schedule.devices
+        around *= (context or schedule.context) * (members or schedule.members)
+        return around * schedule.devices
     except ValueError:
         return None
 

@@ -22,11 +22,13 @@ from jaxsys.mesh import (
     AROUND,
     CONTEXT,
     DATA,
+    MEMBER,
     RING,
     TENSOR,
     context_of,
     inner_sizes,
     make_mesh,
+    members_of,
     request_devices,
 )
 from jaxsys.planner.sharing import split_of as split_of_plan
@@ -53,8 +55,9 @@ class Asked:
     tensor: int | None
     expert: int | None
     context: ContextSplit | None
+    members: int | None
     microbatches: int | None
-    """Of one ring and step."""
+    """Of one ring and step; of a ring of nodes, of one member of each."""
     compute: Compute
     named: frozenset[str]
     """Fields of `compute` that are asked for by name, be they what is usual."""
@@ -139,6 +142,11 @@ def mesh_of(asked: Asked) -> Mesh:
         raise UsageError(
             f"schedule 'auto' chooses for whole sequences, not for context={context_of(mesh)}; "
             "name a schedule such as zero-3"
+        )
+    if members_of(mesh) > 1:
+        raise UsageError(
+            f"schedule 'auto' finds by itself which devices share a place of a ring; leave "
+            f"members={members_of(mesh)} out, or name a schedule such as weipipe-keep"
         )
     if inner := inner_sizes(mesh):
         said = ", ".join(f"{name}={count}" for name, count in inner.items())
@@ -246,7 +254,7 @@ def _mesh(asked: Asked, schedule: Schedule | None) -> Mesh:
 def _said(ring: int, wanted: Mapping[str, int]) -> str:
     """How devices are divided, in words."""
     parts = f"{wanted[DATA]} replicas of {ring}" if wanted[DATA] > 1 else f"{ring}"
-    each = wanted[TENSOR] * wanted[CONTEXT]
+    each = wanted[TENSOR] * wanted[CONTEXT] * wanted[MEMBER]
     return f"{parts}, each of {each}" if each > 1 else parts
 
 

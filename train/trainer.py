@@ -25,7 +25,16 @@ from jaxsys.hardware import GIB
 from jaxsys.layered import LayeredModel, Parameters, PyTree, part_shapes, parts_of
 from jaxsys.lowering import RECOMPUTE_POLICIES, Recompute, lower
 from jaxsys.lowering.memory import tree_bytes
-from jaxsys.mesh import DATA, RING, batch_axes, batch_parts, context_of, inner_sizes
+from jaxsys.mesh import (
+    DATA,
+    RING,
+    batch_axes,
+    batch_parts,
+    context_of,
+    inner_sizes,
+    make_mesh,
+    members_of,
+)
 from jaxsys.schedule import Schedule
 from jaxsys.train import auto, checkpoint, schedules
 from jaxsys.train.at_rest import StateAtRest, masters
@@ -74,6 +83,7 @@ class Trainer:
         tensor: int | None = None,
         expert: int | None = None,
         context: "int | ContextSplit | None" = None,
+        members: int | None = None,
         microbatches: int | None = None,
         compute: Compute | None = None,
         updates: Updates | None = None,
@@ -102,6 +112,8 @@ class Trainer:
             context: devices that share every sequence in each place of a ring, keys and values
                 going round them, or a `jaxsys.context.ContextSplit` that says what travels;
                 likewise.
+            members: devices of a node that share each place of a weight ring, each with a piece of
+                every chunk that rests or passes there and with microbatches of its own; likewise.
             microbatches: of one ring and step; twice the ring's devices if not given.
             compute: dtypes and recompute; of a plan, if not given.
             updates: clipping, what is not finite, averages, a step of one's own.
@@ -132,6 +144,7 @@ class Trainer:
             tensor=tensor,
             expert=expert,
             context=schedules.split_of(context),
+            members=members,
             microbatches=microbatches,
             compute=chosen_compute,
             named=frozenset(named),
@@ -177,8 +190,14 @@ class Trainer:
             memory_gib=self._limit.bytes / GIB,
             compute=asked.compute,
             recompute=policy,
+            # A mesh that was given, or on which a step has begun, stays as it is.
+            shared=asked.mesh is None and self._memory.microbatch is not None,
         )
         self.chosen = choice.reason
+        if choice.members > 1:
+            devices = list(self.mesh.devices.flat)
+            ring, data = self.mesh.shape[RING] // choice.members, self.mesh.shape[DATA]
+            self.mesh = make_mesh(ring, data, member=choice.members, devices=devices)
         self._set_up(
             schedules.Chosen(
                 schedule=choice.schedule,
@@ -211,8 +230,14 @@ class Trainer:
             averaged=self._updates.average_decay is not None,
         )
         if self._memory.microbatch is None:
-            needed, sharers = self._state_bytes * self._share, context_of(self.mesh)
-            check_state_fits(self.schedule, needed, self._limit, sharers=sharers)
+            needed = self._state_bytes * self._share
+            check_state_fits(
+                self.schedule,
+                needed,
+                self._limit,
+                sharers=context_of(self.mesh),
+                members=members_of(self.mesh),
+            )
         else:
             self._check_memory(self._memory.microbatch)
         self.state = self._rest.initial(self._parameters)
@@ -424,6 +449,7 @@ class Trainer:
                 "ring": self.mesh.shape[RING],
                 "data": self.mesh.shape[DATA],
                 "context": context_of(self.mesh),
+                "members": members_of(self.mesh),
                 "jaxsys": jaxsys.__version__,
                 "jax": jax.__version__,
             },
@@ -548,6 +574,7 @@ class Trainer:
                     unroll=self.unroll,
                     inner=inner_sizes(self.mesh),
                     context=self._lowered.context,
+                    members=members_of(self.mesh),
                 ),
                 self._limit,
             )

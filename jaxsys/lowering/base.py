@@ -32,12 +32,14 @@ from jaxsys.mesh import (
     CONTEXT,
     DATA,
     INNER,
+    MEMBER,
     RING,
     axes_of,
     batch_axes,
     batch_parts,
     context_of,
     inner_sizes,
+    members_of,
     over,
     ring_axis,
     shard_axes,
@@ -223,7 +225,7 @@ class Step:
 
     @property
     def replicas(self) -> int:
-        """D, the data replicas beside each other: those that share experts too."""
+        """D, the data replicas beside each other: those that share experts or a place too."""
         return batch_parts(self.mesh)
 
     @cached_property
@@ -240,6 +242,11 @@ class Step:
     def sequences(self) -> Sequences:
         """What of a batch is cut, and how."""
         return Sequences(model=self.model, split=self.context)
+
+    @property
+    def members(self) -> int:
+        """How many devices share each place of the ring."""
+        return members_of(self.mesh)
 
     @property
     def shard_axes(self) -> tuple[str, ...]:
@@ -316,6 +323,8 @@ class Step:
             axis = ring_axis(spec)
             if axis is None:
                 return leaf
+            if spec[axis] == (RING, MEMBER):
+                return gather_by_nodes(leaf, axis)
             return lax.all_gather(leaf, spec[axis], axis=axis, tiled=True)
 
         return jax.tree.map(gather, cast(edge, self.compute_dtype), specs)
@@ -332,6 +341,8 @@ class Step:
             axis = ring_axis(spec)
             if axis is None:
                 return lax.psum(total, RING) / weight
+            if spec[axis] == (RING, MEMBER):
+                return reduce_by_nodes(total, axis, at_rest.shape[axis]) / weight
             return lax.psum_scatter(total, spec[axis], scatter_dimension=axis, tiled=True) / weight
 
         rest = iter(sums)
@@ -343,9 +354,12 @@ class Step:
             specs,
         )
 
-    def over_others(self, total: jax.Array, spec: PartitionSpec) -> jax.Array:
-        """The sum over all who have a part of a gradient of their own, besides the ring."""
-        cut = axes_of(spec)
+    def over_others(
+        self, total: jax.Array, spec: PartitionSpec, *, done: tuple[str, ...] = ()
+    ) -> jax.Array:
+        """The sum over all who have a part of a gradient of their own, besides the ring and those
+        over whom it is `done`."""
+        cut = axes_of(spec) | {*done}
         others = tuple(
             name
             for name in self.mesh.axis_names
@@ -369,7 +383,7 @@ def check_fit(schedule: Schedule, model: LayeredModel, mesh: Mesh) -> None:
             f"has {schedule.devices}"
         )
     parts_of(model, inner_sizes(mesh))
-    for axis in INNER:
+    for axis in (*INNER, MEMBER):
         field = AROUND[axis].name
         count, ways = getattr(schedule, field), mesh.shape.get(axis, 1)
         if count not in (1, ways):
@@ -382,6 +396,32 @@ def check_fit(schedule: Schedule, model: LayeredModel, mesh: Mesh) -> None:
             f"layers={model.layers} cannot fill chunks={schedule.chunks} of schedule "
             f"{schedule.name} on a ring of devices={schedule.devices}; use {_less(schedule, model)}"
         )
+
+
+def gather_by_nodes(leaf: jax.Array, axis: int) -> jax.Array:
+    """A leaf cut along `axis` over ring and members, whole: between nodes each piece goes once.
+
+    Members gather their own pieces of all nodes, then each other's.
+    """
+    parts = lax.all_gather(leaf, RING, axis=axis)  # [..., N, n, ...]
+    parts = lax.all_gather(parts, MEMBER, axis=axis + 1)  # [..., N, D, n, ...]
+    size = math.prod(parts.shape[axis : axis + 3])
+    return parts.reshape(*leaf.shape[:axis], size, *leaf.shape[axis + 1 :])
+
+
+def reduce_by_nodes(total: jax.Array, axis: int, size: int) -> jax.Array:
+    """`gather_by_nodes` undone, with the sum over all: first inside nodes, then between them.
+
+    Args:
+        total: whole, each device's own.
+        axis: along which it is cut.
+        size: of a piece.
+    """
+    nodes, members = lax.axis_size(RING), lax.axis_size(MEMBER)
+    before, after = total.shape[:axis], total.shape[axis + 1 :]
+    parts = total.reshape(*before, nodes, members, size, *after)
+    parts = lax.psum_scatter(parts, MEMBER, scatter_dimension=axis + 1)
+    return lax.psum_scatter(parts, RING, scatter_dimension=axis)
 
 
 def context_on(
@@ -460,6 +500,14 @@ def spec_of(names: list[Any]) -> PartitionSpec:
 def add_to(totals: Leaves, parts: Leaves) -> Leaves:
     """`totals` + `parts` in the dtypes of `totals`."""
     return [t + p.astype(t.dtype) for t, p in zip(totals, parts, strict=True)]
+
+
+def cut_axis(spec: PartitionSpec, name: str) -> int | None:
+    """Along which axis of one layer a stack's spec cuts it over a mesh axis."""
+    for axis, entry in enumerate(spec[1:]):
+        if name in (entry if isinstance(entry, tuple) else (entry,)):
+            return axis
+    return None
 
 
 def is_spec(value: Any) -> bool:

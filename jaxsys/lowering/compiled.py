@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 COLLECTIVES = (
     "collective-permute",
     "all-gather",
@@ -162,6 +164,24 @@ def collective_counts(text: str) -> dict[str, int]:
             kind = instruction.operation.removesuffix("-start")
             counts[kind] = counts.get(kind, 0) + times
     return counts
+
+
+def groups_of(instruction: Instruction) -> frozenset[frozenset[int]]:
+    """The devices that each of a collective's groups joins; of a permute its pairs."""
+    text = instruction.text
+    listed = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[0-9,{} ]*\})\}", text)
+    if listed:
+        rows = re.findall(r"\{([0-9, ]+)\}", listed.group(1))
+        return frozenset(frozenset(map(int, row.split(","))) for row in rows)
+    iota = re.search(r"replica_groups=\[([0-9,]+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?", text)
+    if iota is None:
+        raise ValueError(f"{instruction.operation} {instruction.name} names no groups")
+    shape, grid, order = (
+        [int(n) for n in part.split(",")] if part else None for part in iota.groups()
+    )
+    devices = np.arange(math.prod(grid or ())).reshape(grid or ())
+    rows = devices.transpose(order).reshape(shape or ())
+    return frozenset(frozenset(map(int, row)) for row in rows)
 
 
 def spans(computation: Computation) -> dict[str, tuple[int, int]]:

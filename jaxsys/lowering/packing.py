@@ -4,29 +4,72 @@ A permute for each leaf would leave the compiler a dozen small transfers to plac
 compute; with one large array for each stream there is one, which it can hold open all tick long.
 Constants that are no floats travel with them, in a row for each dtype. Blocks of unlike kinds have
 rows of one length, the longest kind's: a tick takes whatever kind comes.
+
+Where the devices of a node share a place of the ring, a row is a device's own piece of each leaf:
+that is what rests with it and what it sends on, so that a layer crosses the link between nodes once
+for the node. A block joins the pieces as it begins, and cuts its gradient as it ends.
+
+Legend: D devices of a place, n elements of a row.
 """
 
 import dataclasses
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxsys.layered import Block, Layer, LayeredModel, PyTree
+from jaxsys.mesh import MEMBER
 
-from .flat import Leaves, floats, with_floats
+from .flat import Leaves, floats, is_float, with_floats
 
 Row = list[jax.Array]
 """A layer's leaves in rows [..., size], one for each dtype; gradients have rows of floats alone."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """How the members of a place of a ring share a layer."""
+
+    axes: Mapping[str, list[int | None]]
+    """Kind -> along which axis each leaf of a layer is cut; None: each member has all of it."""
+    members: int
+    """D."""
+    sum_dtype: Any
+    """In which gradients are summed over members."""
+
+    def joined(self, axis: int | None, pieces: jax.Array) -> jax.Array:
+        """A leaf's pieces [D, *shape] -> the leaf."""
+        if axis is None:
+            return pieces[0]
+        shape = pieces.shape[1:]
+        whole = (*shape[:axis], self.members * shape[axis], *shape[axis + 1 :])
+        return jnp.moveaxis(pieces, 0, axis).reshape(whole)
+
+    def cut(self, axis: int | None, leaf: jax.Array) -> jax.Array:
+        """A leaf -> what each member is given of it [D, *shape]."""
+        if axis is None:
+            return jnp.broadcast_to(leaf, (self.members, *leaf.shape))
+        size = leaf.shape[axis] // self.members
+        apart = (*leaf.shape[:axis], self.members, size, *leaf.shape[axis + 1 :])
+        return jnp.moveaxis(leaf.reshape(apart), axis, 0)
+
+
 class Packing:
     """How a layer's leaves lie in rows, by kind."""
 
-    def __init__(self, layers: Mapping[str, PyTree]) -> None:
-        """`layers`: kind -> shapes and dtypes of one layer's parameters."""
+    def __init__(self, layers: Mapping[str, PyTree], *, place: Place | None = None) -> None:
+        """Lays them out.
+
+        Args:
+            layers: kind -> shapes and dtypes of one layer's parameters, as a device has them.
+            place: how the devices of a place share them; None where each has them whole.
+        """
+        self._place = place
         flat = {kind: jax.tree.flatten(layer) for kind, layer in layers.items()}
         self._leaves = {kind: leaves for kind, (leaves, _) in flat.items()}
         self._structure = {kind: structure for kind, (_, structure) in flat.items()}
@@ -66,19 +109,62 @@ class Packing:
 
         @jax.custom_vjp
         def unpack(floating: Row) -> Leaves:
-            return self.unpack_gradient(kind, floating)
+            return self._whole_floats(kind, floating)
 
         # The transpose of slices would be padded sums; packing the cotangents says the same.
         unpack.defvjp(
             lambda floating: (unpack(floating), None),
-            lambda _, leaves: (self.pack_gradient(kind, leaves),),
+            lambda _, leaves: (self._own_gradient(kind, leaves),),
         )
 
         def packed(rows: Row, x: PyTree, microbatch: PyTree, layer: Layer) -> PyTree:
-            weights = with_floats(self.unpack(kind, rows), unpack(floats(rows)))
+            weights = with_floats(self._whole(kind, rows), unpack(floats(rows)))
             return block(weights, x, microbatch, layer)
 
         return packed
+
+    # Between a device's rows and whole leaves, which are the same where it has a place alone.
+
+    def _whole(self, kind: str, rows: Row) -> PyTree:
+        """Rows [n] -> whole leaves; floats among them are for `_whole_floats` to say."""
+        if self._place is None:
+            return self.unpack(kind, rows)
+        # Constants come from other members too; floats, which are replaced, from none.
+        gathered = [
+            jnp.broadcast_to(row, (self._place.members, *row.shape))
+            if is_float(row)
+            else lax.all_gather(row, MEMBER)
+            for row in rows
+        ]
+        leaves = jax.tree.leaves(self.unpack(kind, gathered))
+        pairs = zip(self._place.axes[kind], leaves, strict=True)
+        whole = [self._place.joined(axis, pieces) for axis, pieces in pairs]
+        return jax.tree.unflatten(self._structure[kind], whole)
+
+    def _whole_floats(self, kind: str, floating: Row) -> Leaves:
+        """Rows of floats [n] -> whole leaves of floats."""
+        if self._place is None:
+            return self.unpack_gradient(kind, floating)
+        pieces = self.unpack_gradient(kind, [lax.all_gather(row, MEMBER) for row in floating])
+        pairs = zip(self._float_axes(kind), pieces, strict=True)
+        return [self._place.joined(axis, leaf) for axis, leaf in pairs]
+
+    def _own_gradient(self, kind: str, leaves: Leaves) -> Row:
+        """Gradients of whole leaves of floats -> a device's rows [n], summed over the place."""
+        place = self._place
+        if place is None:
+            return self.pack_gradient(kind, leaves)
+        pairs = zip(self._float_axes(kind), leaves, strict=True)
+        rows = self.pack_gradient(kind, [place.cut(axis, leaf) for axis, leaf in pairs])
+        # A sum over members in the dtype of one product would round once for each of them.
+        return [
+            lax.psum_scatter(row.astype(place.sum_dtype), MEMBER).astype(row.dtype) for row in rows
+        ]
+
+    def _float_axes(self, kind: str) -> list[int | None]:
+        assert self._place is not None
+        pairs = zip(self._place.axes[kind], self._leaves[kind], strict=True)
+        return [axis for axis, leaf in pairs if is_float(leaf)]
 
     @property
     def _float_sizes(self) -> dict[Any, int]:

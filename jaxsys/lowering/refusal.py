@@ -1,7 +1,7 @@
 """What of a legal schedule is not lowered, and why."""
 
 from jaxsys.context import ContextSplit
-from jaxsys.schedule import MoveKind, Placement, Schedule
+from jaxsys.schedule import Data, MoveKind, Placement, Schedule
 from jaxsys.strategies.data_parallel import local_tasks
 
 TABLED_MOVES = (MoveKind.PERMUTE, MoveKind.COPY, MoveKind.ALL_REDUCE)
@@ -27,6 +27,18 @@ def why_not_lowered(schedule: Schedule) -> str | None:
                 "device"
             )
     return None
+
+
+def why_not_members(schedule: Schedule) -> str | None:
+    """Why the devices of a node do not share the chunks of a legal schedule; None if they do."""
+    if any(
+        move.kind is MoveKind.PERMUTE and move.block.data is Data.WEIGHT for move in schedule.moves
+    ):
+        return None
+    return (
+        f"schedule {schedule.name} sends no weights from place to place, which is what the members "
+        "of a place share; use a ring such as weipipe-keep, or these devices as part of the ring"
+    )
 
 
 def why_not_cut(schedule: Schedule, split: ContextSplit) -> str | None:

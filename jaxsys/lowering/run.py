@@ -19,14 +19,14 @@ import numpy as np
 from jax import lax
 
 from jaxsys.layered import Parameters, PyTree
-from jaxsys.mesh import RING
+from jaxsys.mesh import MEMBER, RING
 from jaxsys.schedule import Data, MoveKind, Placement, TaskKind
 
-from .base import Outcome, Step, add_to, is_spec
+from .base import Outcome, Step, add_to, cut_axis, is_spec
 from .bodies import BufferKey, GroupSignature, Segment, TaskSignature, TickSignature
 from .flat import Leaves, cast, flat_model, floats, head_back, is_float, like, pull_back
 from .kinds import RestOrder
-from .packing import Packing
+from .packing import Packing, Place
 from .programs import ChunkProgram, Recompute, SplitChunkProgram, chunk_program
 from .tables import Tables
 
@@ -107,7 +107,7 @@ class Run:
         travel = any(m.kind is MoveKind.PERMUTE and m.block.data is Data.WEIGHT for m in moves)
         first, *others = layers.values()
         if travel or any(other != first for other in others):
-            self.packing = packing = Packing(layers)
+            self.packing = packing = Packing(layers, place=self.place)
             model = packing.packed(model)
             stacks = {kind: packing.pack(kind, stack) for kind, stack in stacks.items()}
         own = lowered.rest_order.by_position(stacks)
@@ -128,6 +128,19 @@ class Run:
         for segment in self.tables.segments:
             state = self.run_segment(segment, rows[0], state)
         return self.finish(state, parameters)
+
+    @property
+    def place(self) -> "Place | None":
+        """How the members of a place share a layer; None where each place is one device."""
+        if self.lowered.members == 1:
+            return None
+        stacks = self.model.stacks(self.specs["blocks"])
+        specs = {kind: jax.tree.leaves(stack, is_leaf=is_spec) for kind, stack in stacks.items()}
+        return Place(
+            axes={kind: [cut_axis(s, MEMBER) for s in mine] for kind, mine in specs.items()},
+            members=self.lowered.members,
+            sum_dtype=self.lowered.gradient_dtype,
+        )
 
     def initial_state(self, own: PyTree, chunk: PyTree) -> _State:
         lowered, slots = self.lowered, self.tables.slots
@@ -450,7 +463,8 @@ class Run:
 
         def block_gradient(total: jax.Array, at_rest: jax.Array, spec: Any) -> jax.Array:
             total = total.reshape(at_rest.shape).astype(at_rest.dtype)
-            return self.lowered.over_others(total, spec) / weight
+            # A place's members have added theirs in every task.
+            return self.lowered.over_others(total, spec, done=(MEMBER,)) / weight
 
         def of_kind(kind: str, stack: PyTree) -> PyTree:
             specs = jax.tree.leaves(self.model.stacks(self.specs["blocks"])[kind], is_leaf=is_spec)

@@ -19,12 +19,12 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxsys.context import ContextSplit
 from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel, Parameters, PyTree
-from jaxsys.mesh import RING, batch_axes
+from jaxsys.mesh import MEMBER, RING, batch_axes, members_of
 from jaxsys.schedule import Data, MoveKind, Placement, Schedule, check
 
-from .base import Outcome, check_fit, context_on, is_spec, sharded_spec, spec_of
+from .base import Outcome, check_fit, context_on, sharded_spec, spec_of
 from .programs import RECOMPUTE_POLICIES, Recompute
-from .refusal import why_not_cut
+from .refusal import why_not_cut, why_not_members
 from .run import Run, TabledStep
 from .sharded import ShardedStep, lower_sharded
 from .tables import build_tables
@@ -47,7 +47,8 @@ def lower(
     Args:
         schedule: any schedule whose moves take at most one tick.
         model: the layered model it runs.
-        mesh: axes `DATA` and `RING`, the ring as long as the schedule's devices.
+        mesh: axes `DATA` and `RING`, the ring as long as the schedule's devices; with `MEMBER`, so
+            many devices share each of its places.
         compute_dtype: dtype of the travelling weights and of all compute.
         gradient_dtype: dtype in which gradients are summed and travel.
         recompute: what backward computes again, see `programs.Recompute`.
@@ -70,6 +71,9 @@ def lower(
             f"travel_dtype={jnp.dtype(travel_dtype)}, but no gradients go around a ring in "
             f"schedule {schedule.name}; leave it out, or use a ring such as weipipe-interleave"
         )
+    refused = why_not_members(schedule) if members_of(mesh) > 1 else None
+    if refused is not None:
+        raise UsageError(refused)
     if schedule.placement is Placement.SHARDED:
         return lower_sharded(
             schedule,
@@ -165,18 +169,26 @@ class LoweredStep(TabledStep):
         return step(jnp.asarray(self.tables.rows), parameters, batch)
 
     def rest_specs(self, parameters: Parameters) -> Parameters:
-        """PartitionSpecs: blocks by owner along their stacked axis, or whole on every device."""
-        ring = self.schedule.devices
+        """PartitionSpecs: blocks by owner along their stacked axis, or whole on every device.
+
+        The members of a place have parts of what it owns, along an axis behind the layers'.
+        """
+        ring, members = self.schedule.devices, self.members
         replicated = self.schedule.placement is Placement.REPLICATED
+        axes = (RING, MEMBER) if members > 1 else (RING,)
         cuts = self.cuts(parameters)
 
         def edge(leaf: Any, cut: PartitionSpec) -> PartitionSpec:
-            return spec_of([*cut]) if replicated else sharded_spec(leaf.shape, ring, cut=cut)
+            if replicated:
+                return spec_of([*cut])
+            return sharded_spec(leaf.shape, ring * members, cut=cut, axes=axes)
 
-        def block(cut: PartitionSpec) -> PartitionSpec:
+        def block(leaf: Any, cut: PartitionSpec) -> PartitionSpec:
+            if members > 1:
+                cut = sharded_spec(leaf.shape[1:], members, cut=cut, axes=(MEMBER,))
             return spec_of([None if replicated else RING, *cut])
 
         return Parameters(
             edge=jax.tree.map(edge, parameters["edge"], cuts["edge"]),
-            blocks=jax.tree.map(block, cuts["blocks"], is_leaf=is_spec),
+            blocks=jax.tree.map(block, parameters["blocks"], cuts["blocks"]),
         )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .schedule import Block, Data, MoveKind, Placement, Schedule, TaskKind
+from .schedule import Block, Data, MoveKind, Placement, Schedule, Task, TaskKind
 from .simulate import Costs, Link, done_s
 from .trace import Trace, gradient_block, task_inputs, task_outputs
 
@@ -29,6 +29,8 @@ class Totals:
     step_s: float
     busy_s: float
     sent_bytes: float
+    inside_bytes: float
+    """To other members of its place."""
 
 
 class QuickSchedule:
@@ -86,6 +88,8 @@ class QuickSchedule:
         """Simulates it with these costs; see `simulate`."""
         p = self.devices
         work_s = self._work_s(costs)
+        around = self._around(costs)
+        inside = [0.0] * p
         size = _sizes(costs, self.chunks)
         transfer_s = [[link.transfer_s(one) for one in row] for row in size]
         ready = [0.0] * self.slot_count
@@ -136,9 +140,15 @@ class QuickSchedule:
                 for slot in inputs:
                     begin = max(begin, ready[slot])
                 duration = work_s[kind][chunk]
+                if around is not None:
+                    before_s, after_s, sent_inside = around[kind][chunk]
+                    begin += before_s
                 end = begin + duration
                 if slowed:
                     end = done_s(beside[device], begin, duration)
+                if around is not None:
+                    end += after_s
+                    inside[device] += sent_inside
                 for slot in outputs:
                     ready[slot] = end
                 if sums >= 0:
@@ -153,7 +163,20 @@ class QuickSchedule:
             step_s=last + costs.after_s + costs.update_s,
             busy_s=max(busy),
             sent_bytes=max(sent) + costs.other_sent_bytes,
+            inside_bytes=max(inside),
         )
+
+    def _around(self, costs: Costs) -> list[list[tuple[float, float, float]]] | None:
+        """[kind][chunk], see `Costs.around`; None where no place has members."""
+        if not any(_each(costs.join_s, 1) + _each(costs.cut_s, 1)):
+            return None
+        return [
+            [
+                costs.around(Task(tick=0, device=0, kind=kind, chunk=chunk, microbatch=0))
+                for chunk in range(self.chunks)
+            ]
+            for kind in KINDS
+        ]
 
     def _work_s(self, costs: Costs) -> list[list[float]]:
         """[kind][chunk]"""

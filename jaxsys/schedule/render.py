@@ -129,7 +129,8 @@ def draw(simulation: Simulation, path: str | Path, *, title: str | None = None) 
 def draw_timeline(simulation: Simulation, axes: Axes) -> None:
     """Draws compute (thick) and sends (thin, below it) of each device against milliseconds.
 
-    What devices that compute a task together send each other within it is drawn on the task.
+    What devices that compute a task together send each other is drawn on it, and what the members
+    of a place send each other before and after it beside it.
     """
     schedule = simulation.schedule
     bars: dict[tuple[int, str, str], list[tuple[float, float]]] = {}
@@ -151,9 +152,10 @@ def draw_timeline(simulation: Simulation, axes: Axes) -> None:
             "inside": (device - 0.12, 0.22),
         }[stream]
         axes.broken_barh(spans, place, facecolors=colour, edgecolors="white", linewidth=0.2)
+    one = "device" if schedule.members == 1 else "node"
     axes.set_xlim(0, 1e3 * simulation.step_s)
     axes.set_ylim(schedule.devices - 0.45, -0.55)
-    axes.set_yticks(range(schedule.devices), [f"device {d}" for d in range(schedule.devices)])
+    axes.set_yticks(range(schedule.devices), [f"{one} {d}" for d in range(schedule.devices)])
     handles = [
         Patch(color=colour, label=TASK_NAMES[kind])
         for kind, colour in TASK_COLOURS.items()

@@ -188,9 +188,14 @@ class Schedule:
     """What travels between them within a task: one of `inside.WAYS`."""
     context_exchange: int | None = None
     """How many neighbours of them exchange heads, where that is `mixed`."""
+    members: int = 1
+    """How many devices are one of these together, as those of a node: each has and sends a piece of
+    its weights and their gradients, and computes microbatches of its own. What a task reads is
+    joined among them before it, what it adds is cut among them after."""
 
     def __post_init__(self) -> None:
-        for field in ("devices", "chunks", "microbatches", "replicas", "features", "experts"):
+        counts = ("devices", "chunks", "microbatches", "replicas", "features", "experts", "members")
+        for field in counts:
             if getattr(self, field) < 1:
                 raise ScheduleError(f"{field}={getattr(self, field)} must be at least 1")
         refused = why_not_shared(self.context_by, self.context, self.context_exchange)

@@ -11,6 +11,10 @@ is open and waits for its other end, as a kernel of NCCL's does, `waiting_conten
 counted on paper. `eager_sends` couples them less: a send waits for its data and for nothing of its
 target, and whoever reads a block waits for that block alone, as in a pipeline where every device
 runs a program of its own; the formulas of published pipelines assume this.
+
+Where the members of a node share each place (`Schedule.members`), a device stands for one of them.
+What it sends to the next place is its piece; what members send each other, to join pieces before a
+task and to cut a gradient after it, goes over their own link and is waited for.
 """
 
 from collections import defaultdict, deque
@@ -20,6 +24,9 @@ from dataclasses import dataclass, field
 from .inside import Inside
 from .schedule import ALL, Block, Data, Move, MoveKind, Schedule, Task, TaskKind
 from .trace import Trace, gradient_block, task_inputs, task_outputs, trace
+
+JOINED, CUT = "pieces joined", "gradients cut"
+"""What the members of a place send each other, by name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +88,13 @@ class Costs:
     inside: Mapping[TaskKind, Sequence[tuple[Inside, ...]]] = field(default_factory=dict)
     """Kind of task -> for each chunk what its devices send each other within it; their waits are in
     the task's time and their bytes in `other_sent_bytes`."""
+    join_s: float | Sequence[float] = 0.0
+    """Before F, B and I: the pieces of a chunk's weights that members of a place join."""
+    join_bytes: float | Sequence[float] = 0.0
+    """What a member sends for that."""
+    cut_s: float | Sequence[float] = 0.0
+    """After B and W: the chunk's gradient that they sum, each for its own piece."""
+    cut_bytes: float | Sequence[float] = 0.0
 
     def task_s(self, task: Task, chunks: int) -> float:
         """Seconds of one task."""
@@ -97,6 +111,16 @@ class Costs:
             if task.chunk == chunks - 1 and task.kind is not TaskKind.FORWARD:
                 time_s += self.head_s
         return time_s
+
+    def around(self, task: Task) -> tuple[float, float, float]:
+        """Seconds in which a place's members join pieces before a task and cut its gradient after
+        it, and the bytes that each sends for both."""
+        joins = task.kind is not TaskKind.WEIGHT_GRADIENT
+        cuts = task.kind in (TaskKind.BACKWARD, TaskKind.WEIGHT_GRADIENT)
+        before = _of(self.join_s, task.chunk) if joins else 0.0
+        after = _of(self.cut_s, task.chunk) if cuts else 0.0
+        sent = _of(self.join_bytes, task.chunk) if joins else 0.0
+        return before, after, sent + (_of(self.cut_bytes, task.chunk) if cuts else 0.0)
 
     def block_bytes(self, block: Block) -> float:
         """Bytes of one copy of a block."""
@@ -117,7 +141,8 @@ class Event:
 
     device: int
     stream: str
-    """`compute`, `send`, or `inside`: among the devices that compute one's tasks together."""
+    """`compute`, `send`, or `inside`: among the devices that compute one's tasks together, and the
+    members of a place."""
     start_s: float
     end_s: float
     work: Task | Move | Inside
@@ -141,7 +166,9 @@ class Simulation:
     busy_s: tuple[float, ...]
     """Compute seconds of each device, as they would be with nothing beside it."""
     sent_bytes: tuple[float, ...]
-    """Bytes each device sends."""
+    """Bytes each device sends, to the devices of other places."""
+    inside_bytes: tuple[float, ...]
+    """Bytes each device sends to other members of its place."""
     peak_bytes: tuple[float, ...]
     """The most memory each device holds at any tick, static bytes included."""
     memory: tuple[tuple[dict[Data, float], ...], ...] = field(repr=False)
@@ -220,6 +247,7 @@ def simulate(
         step_s=run.step_s,
         busy_s=tuple(run.busy_s),
         sent_bytes=tuple(sent + costs.other_sent_bytes for sent in run.sent_bytes),
+        inside_bytes=tuple(run.inside_bytes),
         peak_bytes=peaks,
         memory=memory,
         events=tuple(run.events),
@@ -244,7 +272,7 @@ class _Run:
         self.ready_s: dict[tuple[Block, int], float] = {}
         self.must_land: dict[int, list[tuple[Move, float]]] = defaultdict(list)
         self.busy_s = [0.0] * p
-        self.sent_bytes = [0.0] * p
+        self.sent_bytes, self.inside_bytes = [0.0] * p, [0.0] * p
         self.events: list[Event] = []
         self.tick_start_s: list[list[float]] = [[] for _ in range(p)]
         self.step_s = 0.0
@@ -354,9 +382,15 @@ class _Run:
         for block in task_inputs(self.schedule, task):
             begin = max(begin, self.ready_s.get((block, device), 0.0))
         duration = self.costs.task_s(task, self.schedule.chunks)
+        before_s, after_s, inside_bytes = self.costs.around(task)
+        self.inside(device, JOINED, begin, before_s)
+        begin += before_s
         end = begin + duration
         if self.link.contention or self.link.waiting_contention:
             end = self.computed_s(device, begin, duration)
+        self.inside(device, CUT, end, after_s)
+        self.inside_bytes[device] += inside_bytes
+        computed, end = end, end + after_s
         for block in task_outputs(self.schedule, task):
             self.ready_s[block, device] = end
         if task.kind in (TaskKind.BACKWARD, TaskKind.WEIGHT_GRADIENT):
@@ -368,12 +402,12 @@ class _Run:
                 device=device,
                 stream="compute",
                 start_s=begin,
-                end_s=end,
+                end_s=computed,
                 work=task,
             )
         )
         within = self.costs.inside.get(task.kind)
-        longer = (end - begin) / duration if duration else 1.0
+        longer = (computed - begin) / duration if duration else 1.0
         for one in within[task.chunk] if within else ():
             self.events.append(
                 Event(
@@ -383,6 +417,15 @@ class _Run:
                     end_s=begin + longer * one.end_s,
                     work=one,
                 )
+            )
+
+    def inside(self, device: int, name: str, start_s: float, duration_s: float) -> None:
+        """What the members of a place send each other before or after a task."""
+        if duration_s:
+            end_s = start_s + duration_s
+            work = Inside(name=name, start_s=0.0, end_s=duration_s, sent_bytes=0.0)
+            self.events.append(
+                Event(device=device, stream="inside", start_s=start_s, end_s=end_s, work=work)
             )
 
 

@@ -79,6 +79,12 @@ HEADLINES = (
                         "--repeats 1 --schedules weipipe-interleave 1f1b-overlap zero-3 "
                         "gspmd-fsdp --out results/network_8.json"
                     ),
+                    (
+                        "scripts/bench_network.py --local-devices 2 --sizes 4 --repeats 1 "
+                        "--schedules 'weipipe-keep*2' 'weipipe-keep-weights*2' "
+                        "'weipipe-interleave*2' weipipe-keep weipipe-interleave zero-3 4xzero-3 "
+                        "zero-1 gspmd-fsdp --out results/network_nodes.json"
+                    ),
                 ),
             ),
         ),

@@ -98,8 +98,10 @@ def network(results: Sequence[Result]) -> str:
 
 def _hosts(result: Result) -> str:
     config = result.record["config"]
+    devices = config.get("local_devices", 1)
+    each = f"{devices} devices and " if devices > 1 else ""
     return (
-        f"{config['hosts']} hosts of {config['cpu_share']:g} cores each, hidden size "
+        f"{config['hosts']} hosts of {each}{config['cpu_share']:g} cores each, hidden size "
         f"{config['hidden']}, sequences of {config['sequence_length']} tokens "
         f"({result.name.removesuffix('.json')})."
     )
@@ -113,13 +115,14 @@ def _over_the_ring(rows: Sequence[Row]) -> str:
         place(row): row["step_s"]
         for row in rows
         if row["schedule"] == "weipipe-interleave" and "step_s" in row and "remark" not in row
+        if row.get("members", 1) == 1
     }
     cells = []
     for row in rows:
         rate, ratio = place(row)
         own, base = row.get("step_s"), ring.get(place(row))
         cells.append(
-            [f"{rate:g}" if rate else "no limit", f"{ratio:.2f}", f"`{row['schedule']}`",
+            [f"{rate:g}" if rate else "no limit", f"{ratio:.2f}", _divided(row),
              number(own, ".3f") or row.get("failed"),
              number(own / base, ".2f") if own and base else None,
              number(row.get("predicted_s"), ".3f")]
@@ -129,6 +132,13 @@ def _over_the_ring(rows: Sequence[Row]) -> str:
          "predicted (s)"],
         cells,
     )  # fmt: skip
+
+
+def _divided(row: Row) -> str:
+    """A schedule's name, with the nodes or replicas that it runs on."""
+    members, replicas = row.get("members", 1), row.get("replicas", 1)
+    nodes = f" on nodes of {members}" if members > 1 else ""
+    return f"`{row['schedule']}`{nodes}" + (f", {replicas} times" if replicas > 1 else "")
 
 
 def releases(results: Sequence[Result]) -> str:

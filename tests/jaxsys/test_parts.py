@@ -72,10 +72,11 @@ class Case:
     data: int = 1
     tensor: int = 1
     expert: int = 1
+    member: int = 1
     recompute: Any = "none"
 
     def __str__(self) -> str:
-        sizes = f"{self.data}x{self.expert}x{self.ring}x{self.tensor}"
+        sizes = f"{self.data}x{self.expert}x{self.ring}x{self.tensor}x{self.member}"
         return f"{self.decoder}-{self.schedule}-{sizes}-{self.recompute}"
 
 
@@ -101,10 +102,12 @@ def run(case: Case):
     schedule = for_layers(
         case.schedule, devices=case.ring, microbatches=2 * case.ring, layers=config.num_layers
     )
-    mesh = make_mesh(case.ring, case.data, tensor=case.tensor, expert=case.expert)
+    mesh = make_mesh(
+        case.ring, case.data, tensor=case.tensor, expert=case.expert, member=case.member
+    )
     step = lower(schedule, model, mesh, recompute=case.recompute)
     parameters = parameters_of(config)
-    batch = batch_of(2 * case.ring * case.data * case.expert)
+    batch = batch_of(2 * case.ring * case.data * case.expert * case.member)
     rest = step.to_rest(parameters)
     lowered = jax.jit(step.loss_and_gradients).lower(rest, batch)
     options: Any = CPU_COMPILER_OPTIONS
@@ -153,6 +156,9 @@ CASES = (
     Case(decoder="mixture", schedule="zero-3", ring=2, tensor=2, expert=2),
     Case(decoder="mixture", schedule="weipipe-interleave", ring=2, expert=2, recompute="block"),
     Case(decoder="mixture", schedule="gpipe", ring=2, tensor=2, expert=2),
+    # Members of a ring's places have pieces of what these devices have parts of.
+    Case(decoder="mixture", schedule="weipipe-keep", ring=2, expert=2, member=2),
+    Case(decoder="windows", schedule="weipipe-wzb1", ring=2, tensor=2, member=2),
 )
 
 

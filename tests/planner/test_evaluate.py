@@ -252,6 +252,41 @@ def test_rings(order, backward, delay, batch):
     assert found.peak_bytes[0] == pytest.approx(max(wanted.peak_bytes), rel=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("ring", "members", "features", "order"),
+    [(4, 2, 1, Order.KEPT), (2, 4, 1, Order.SIDE_BY_SIDE), (2, 2, 2, Order.KEPT_WEIGHTS)],
+)
+def test_rings_of_nodes(ring, members, features, order):
+    problem = problem_of(6, layers=8, batch=64)
+    plan = Plan(ring=ring, members=members, features=features, order=order, layers=(PATHS[1],) * 8)
+    found, wanted = Evaluator(problem).plan(plan), exact(problem, plan)
+    assert found.step_s[0] == pytest.approx(wanted.step_s, rel=5e-3)
+    assert found.peak_bytes[0] == pytest.approx(max(wanted.peak_bytes), rel=1e-9)
+    sent = max(wanted.sent_bytes) + max(wanted.inside_bytes)
+    assert found.sent_bytes[0] == pytest.approx(sent, rel=2e-2)
+
+
+def test_a_ring_of_nodes_sends_a_chunk_between_them_once_and_rests_in_pieces():
+    problem = problem_of(6, layers=8, batch=64)
+    plain, nodes = (
+        Plan(ring=8 // members, members=members, order=Order.KEPT, layers=(PATHS[1],) * 8)
+        for members in (1, 4)
+    )
+    schedules = [to_schedule(problem, plan) for plan in (plain, nodes)]
+    assert [(s.devices, s.members, s.microbatches) for s in schedules] == [(8, 1, 64), (2, 4, 16)]
+    whole, pieces = (
+        plan_costs(problem, plan, schedule)
+        for plan, schedule in zip((plain, nodes), schedules, strict=True)
+    )
+    # Chunks of four times as many layers, of which each member has a fourth.
+    assert sum(pieces.weight_bytes) == pytest.approx(sum(whole.weight_bytes) / 4)
+    assert schedule_link(problem, nodes).bytes_per_s == link("ethernet-100g").link.bytes_per_s
+    inside = problem.cluster.group(4)
+    assert pieces.join_s[0] == pytest.approx(
+        sum(inside.collective_s(b, devices=4) for b in whole.weight_bytes[:4]), rel=1e-6
+    )
+
+
 def test_a_batch_of_plans_equals_its_members():
     problem = problem_of(5)
     base = Plan(shard=8, state=State.SPLIT, layers=(PATHS[0],) * 5)

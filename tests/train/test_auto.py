@@ -108,6 +108,25 @@ def test_a_plan_file_is_run_as_it_says(tmp_path):
     assert dict(split.mesh.shape) == {"data": 1, "ring": 2, "tensor": 2}
 
 
+def test_a_ring_of_nodes_is_laid_out_as_asked_and_as_planned(tmp_path):
+    nodes = {"shard": 1, "state": State.WHOLE, "ring": 2, "members": 2, "order": Order.KEPT}
+    planned = lay_out_plan(plan_path(tmp_path, **nodes))
+    assert dict(planned.mesh.shape) == {"data": 1, "ring": 2, "member": 2}
+    assert (planned.schedule.name, planned.schedule.members) == ("weipipe-keep", 2)
+    assert planned.rows == 2 * planned.schedule.microbatches == 16
+    with pytest.raises(UsageError, match="members=4, but the plan .* is for members=2"):
+        lay_out_plan(plan_path(tmp_path, **nodes), members=4)
+    alone = {"shard": 4, "members": 1, "ring": 1}
+    with pytest.raises(UsageError, match="has 2 members share the places of a ring, and has no"):
+        lay_out_plan(plan_path(tmp_path, **{**nodes, **alone, "shard": 2, "members": 2}))
+    asked = AskedLayout(schedule="weipipe-interleave", members=2, microbatches=4)
+    found = lay_out(preset("tiny"), jax.devices()[:8], asked)
+    assert dict(found.mesh.shape) == {"data": 1, "ring": 4, "member": 2}
+    assert found.rows == 8
+    with pytest.raises(UsageError, match="members=3 does not divide"):
+        lay_out(preset("tiny"), jax.devices()[:8], AskedLayout(members=3))
+
+
 def test_a_run_that_differs_from_its_plan_says_so(tmp_path):
     path = plan_path(tmp_path)
     assert lay_out_plan(path).reason is None
@@ -254,3 +273,13 @@ def test_devices_of_a_node_are_told_from_those_of_others():
     far = auto.choose(WORKLOAD, ranks(*((p, 0) for p in range(8))), microbatches=16)
     assert "between nodes" not in near.reason
     assert "nvlink, ib-400 between nodes of 1" in far.reason
+
+
+def test_auto_may_have_the_devices_of_nodes_share_the_places_of_a_ring(monkeypatch):
+    ring = strategies.for_layers("weipipe-keep", devices=2, microbatches=4, layers=4)
+    told = auto.Choice(schedule=ring, members=2, recompute="block", reason="as told")
+    monkeypatch.setattr(auto, "choose", lambda *_, **__: told)
+    asked = AskedLayout(schedule="auto", microbatches=8)
+    found = lay_out(preset("tiny"), jax.devices()[:4], asked)
+    assert dict(found.mesh.shape) == {"data": 1, "ring": 2, "member": 2}
+    assert (found.rows, found.schedule) == (8, ring)

@@ -33,14 +33,15 @@ G = 8
 def make(small_model, small_parameters):
     """Makes a trainer of the small model."""
 
-    def trainer(schedule="dp", ring=1, data=1, *, model=None, parameters=None, **options):
+    def trainer(schedule="dp", ring=1, data=1, member=1, *, model=None, parameters=None, **options):
+        devices = jax.devices()[: ring * data * member]
         return Trainer(
             model or small_model,
             parameters or small_parameters,
             optax.adamw(1e-2),
             schedule=schedule,
-            mesh=make_mesh(ring, data, devices=jax.devices()[: ring * data]),
-            microbatches=G // data,
+            mesh=make_mesh(ring, data, member=member, devices=devices),
+            microbatches=G // (data * member),
             clip_norm=1.0,
             **options,
         )
@@ -79,14 +80,17 @@ def test_save_under_weipipe_resume_under_others_as_if_never_stopped(make, data, 
     wanted = whole.fit(data, steps=6, progress=False)
     first = make("weipipe-interleave", 4)
     part = first.fit(data, steps=6, stop_at=2, folder=tmp_path / "run", progress=False)
-    second = make("zero-3", 4, 2)
-    middle = second.fit(
-        data, steps=6, stop_at=4, folder=tmp_path / "run", resume=True, progress=False
-    )
+    middle = []
+    for stop, (name, *sizes) in ((3, ("zero-3", 4, 2)), (4, ("weipipe-keep", 2, 1, 4))):
+        middle.append(
+            make(name, *sizes).fit(
+                data, steps=6, stop_at=stop, folder=tmp_path / "run", resume=True, progress=False
+            )
+        )
     third = make("1f1b", 2)
     last = third.fit(data, steps=6, folder=tmp_path / "run", resume=True, progress=False)
-    assert (part.step, middle.step, last.step) == (2, 4, 6)
-    losses = part.losses + middle.losses + last.losses
+    assert (part.step, *(one.step for one in middle), last.step) == (2, 3, 4, 6)
+    losses = part.losses + middle[0].losses + middle[1].losses + last.losses
     np.testing.assert_allclose(losses, wanted.losses, rtol=1e-5)
     # Sums in another order differ in the last bit, and Adam magnifies that for small gradients.
     assert errors_between(third.host_parameters(), whole.host_parameters()) < 1e-5

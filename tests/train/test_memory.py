@@ -31,7 +31,12 @@ ROOT = Path(__file__).parents[2]
 SHAPES = runpy.run_path(str(ROOT / "scripts/shapes.py"))["SHAPES"]
 
 
-def trainer_of(schedule: str, memory_gib: float | None = None, recompute: Recompute = "none"):
+def trainer_of(
+    schedule: str,
+    memory_gib: float | None = None,
+    recompute: Recompute = "none",
+    members: int = 1,
+):
     config = preset("byte-llama")
     return Trainer(
         layered(config),
@@ -39,6 +44,7 @@ def trainer_of(schedule: str, memory_gib: float | None = None, recompute: Recomp
         optax.adam(1e-3),
         schedule=schedule,
         devices=2,
+        members=members,
         microbatches=4,
         recompute=recompute,
         memory_gib=memory_gib,
@@ -197,10 +203,13 @@ def test_predictions_are_near_what_was_compiled_for_h100s():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["selective", "block"])
-@pytest.mark.parametrize("name", ["dp", "1f1b", "weipipe-interleave", "zero-3"])
-def test_prediction_is_near_what_the_compiler_allocates(name, recompute):
-    trainer = trainer_of(name, recompute=recompute)
-    placed = trainer.place(batch())
+@pytest.mark.parametrize(
+    ("name", "members"),
+    [("dp", 1), ("1f1b", 1), ("weipipe-interleave", 1), ("zero-3", 1), ("weipipe-keep", 4)],
+)
+def test_prediction_is_near_what_the_compiler_allocates(name, members, recompute):
+    trainer = trainer_of(name, recompute=recompute, members=members)
+    placed = trainer.place(batch(rows=4 * members))
     step: Any = trainer._step
     analysis = step.lower(trainer.state, placed).compile().memory_analysis()
     taken = (
@@ -210,7 +219,7 @@ def test_prediction_is_near_what_the_compiler_allocates(name, recompute):
         - analysis.alias_size_in_bytes
     ) / 2**30
     for limit, fits in ((taken * 0.8, False), (taken * 1.25, True)):
-        limited = trainer_of(name, memory_gib=limit, recompute=recompute)
+        limited = trainer_of(name, memory_gib=limit, recompute=recompute, members=members)
         if fits:
             limited._check_memory(microbatch())
         else:
