@@ -491,10 +491,6 @@ def _block_work(
     )
 
 
-MOST_TRACED = 4
-"""Groups of a ring whose visits are traced: more of them hold no more at a time."""
-
-
 @functools.lru_cache(maxsize=256)
 def _decoder_memory(
     config: DecoderConfig,
@@ -506,10 +502,6 @@ def _decoder_memory(
     context: ContextSplit | None = None,
     experts: int = 1,
 ) -> tuple[tuple[Traced, ...], float]:
-    if context is not None and context.by != "gather" and context.groups > MOST_TRACED:
-        parts = MOST_TRACED * context.exchanging
-        sequence_length = sequence_length // context.parts * parts
-        context = replace(context, parts=parts)
     model = layered(
         config,
         loss_chunk_tokens=loss_chunk_tokens,

@@ -15,7 +15,6 @@ from jaxsys.context import ContextSplit
 from jaxsys.hardware import device, link
 from jaxsys.lowering.memory import tree_bytes
 from jaxsys.model import initial_parameters, layered, preset
-from jaxsys.planner import workload
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.command import train_command
 from jaxsys.planner.constraints import Conflict
@@ -135,23 +134,6 @@ def test_memory_is_the_trainers(by):
         )
     )  # fmt: skip
     assert planned == pytest.approx(counted, rel=0.01)
-
-
-def test_more_devices_in_a_ring_are_reckoned_from_fewer(monkeypatch):
-    """Of a long ring a few visits are traced: more of them hold no more at a time."""
-    config = dataclasses.replace(SMALL, num_layers=1)
-
-    def held(length: int) -> float:
-        split = ContextSplit(parts=6)
-        whole = decoder_workload(
-            "it", config, sequence_length=length, microbatch_size=1, context=split
-        )
-        return whole.blocks[0].memory("none", 0.0).work
-
-    fewer = held(6 * 1024)
-    monkeypatch.setattr(workload, "MOST_TRACED", 6)
-    workload._decoder_memory.cache_clear()
-    assert held(6 * 1024) == fewer
 
 
 def test_what_does_not_divide_is_refused_with_what_does():
