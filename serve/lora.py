@@ -18,7 +18,7 @@ Legend: S slots, U slots in use, R rank of a table, D inputs, N outputs, M rows.
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -274,7 +274,7 @@ class AdapterSlots:
             devices = 1 if self._mesh is None else self._mesh.shape[TENSOR]
             fused = fuse(self.config, module.name, b, devices)
             table[module.name] = Pair(
-                a.astype(self.dtype), fused.reshape(rank, -1).astype(self.dtype)
+                cast(Any, a.astype(self.dtype)), fused.reshape(rank, -1).astype(self.dtype)
             )
         if unserved:
             raise UsageError(
