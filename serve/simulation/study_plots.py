@@ -18,7 +18,8 @@ def _load(path: Path) -> dict[str, Any]:
 
 def _save(figure: Any, path: Path) -> Path:
     target = Path(path).with_suffix(".png")
-    figure.tight_layout()
+    if figure.get_layout_engine() is None:
+        figure.tight_layout()
     figure.savefig(target, dpi=120)
     plt.close(figure)
     return target
@@ -70,7 +71,9 @@ def draw_published(path: Path) -> Path:
     """What of the headroom is saved at the published rates, and the attainment lost for it."""
     record = _load(path)
     datasets = list(dict.fromkeys(row["dataset"] for row in record["rows"]))
-    figure, axes = plt.subplots(2, len(datasets), figsize=(5.5 * len(datasets), 7), squeeze=False)
+    figure, axes = plt.subplots(
+        2, len(datasets), figsize=(5.5 * len(datasets), 7), squeeze=False, layout="constrained"
+    )
     for column, dataset in enumerate(datasets):
         rows = [row for row in record["rows"] if row["dataset"] == dataset]
         for arrivals, style in (
@@ -103,7 +106,9 @@ def draw_published(path: Path) -> Path:
         axes[1][column].set_ylabel("attainment lost (points)")
         axes[1][column].axhline(0.5, color="k", lw=0.8, ls=":")
         axes[1][column].set_xlabel("requests a second")
-    axes[0][0].legend(fontsize=7)
+    figure.legend(
+        *axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7
+    )
     figure.suptitle("Llama-3-8B on 2P2D simulated A100", fontsize=10)
     return _save(figure, path)
 
