@@ -148,7 +148,12 @@ def test_every_figure_of_the_dashboard_file_is_one_of_the_servers():
     member: Any = SimpleNamespace(name="a", clock_mhz=900, page_count=9, energy_method="measured")
     member.load = load
     engine: Any = SimpleNamespace(
-        apart=False, entries=[member], decoders=[], instances=[member], unfinished=1
+        adapters=SimpleNamespace(most=0),
+        apart=False,
+        entries=[member],
+        decoders=[],
+        instances=[member],
+        unfinished=1,
     )
     metrics = Metrics(engine, "m")
     one = Request(0, sampling=SamplingParameters(), arrival_s=0.0, prompt_length=5)

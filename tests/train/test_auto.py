@@ -40,7 +40,7 @@ def test_takes_what_fits_the_limit_that_the_trainer_has():
     free, tight = (
         auto.choose(WORKLOAD, [H100] * 8, microbatches=16, memory_gib=limit) for limit in (100, 45)
     )
-    assert (free.recompute, tight.recompute) == ("none", "block")
+    assert (free.recompute, tight.recompute) == ("none", "around-attention")
     asked = auto.choose(WORKLOAD, [H100] * 8, microbatches=16, memory_gib=100, recompute="block")
     assert asked.recompute == "block" and "recompute block: predicted" in asked.reason
     with pytest.raises(UsageError, match="no strategy fits 20 GiB"):
@@ -200,7 +200,7 @@ def test_a_file_says_how_many_devices_it_is_for(tmp_path):
             "plan",
             "shard",
             3,
-            "shard 3 x features 1 x stages 1 x ring 1 is 3 devices, but its field",
+            "stages 1 x ring 1 x members 1 is 3 devices, but its field",
         ),
         ("plan", "chunks", "2", "its field 'chunks' is '2'"),
         ("plan", "microbatch_size", 3, "x microbatch_size 3 does not divide its field 'for.batch'"),

@@ -58,7 +58,13 @@ def space_of(name: str) -> Space:
         workload_of=lambda size: decoder_workload(
             name, config, sequence_length=LENGTH, microbatch_size=size, shortest_piece=1
         ),
-        cluster=Cluster(device=device("h100"), devices=DEVICES, link=link("host-memory")),
+        cluster=Cluster(
+            device=device("h100"),
+            devices=DEVICES,
+            link=link("nvlink"),
+            node_devices=DEVICES // 2,
+            node_link=link("host-memory"),
+        ),
         batch=BATCH,
         memory_bytes=1e12,
         lowered=True,
@@ -72,7 +78,7 @@ def bases_of(name: str) -> dict[tuple, list[Plan]]:
     found: dict[tuple, list[Plan]] = {}
     for base in space_of(name).bases():
         ways = (base.replicas, base.experts, base.shard, base.features, base.stages, base.ring)
-        ways += (base.context, base.context_by, base.context_exchange)
+        ways += (base.context, base.context_by, base.context_exchange, base.members)
         found.setdefault(ways, []).append(base)
     return found
 

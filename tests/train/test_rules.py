@@ -115,7 +115,7 @@ class AtRest:
                 self.rest(GRADIENTS[index % 4]), self.state, self.parameters
             )
         blocks = jax.tree.map(lambda leaf: leaf[self.order], self.parameters["blocks"])
-        layered = self.at_rest.to_layer_order(self.state, self.places())
+        layered = self.at_rest.to_layer_order(self.state, self.places(), self.places())
         return {"edge": self.parameters["edge"], "blocks": blocks}, self.rule.user_state(layered)
 
     def places(self) -> Any:

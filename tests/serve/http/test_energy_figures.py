@@ -14,6 +14,8 @@ from jaxsys.serve.processes.remote import RemoteInstance
 from jaxsys.serve.requests import Request, SamplingParameters
 from jaxsys.serve.scheduler import SchedulerConfig
 
+NO_ADAPTERS = SimpleNamespace(most=0)
+
 
 def instance(name: str, energy_method: str, **load: Any) -> SimpleNamespace:
     return SimpleNamespace(
@@ -47,7 +49,9 @@ def test_metrics_count_every_joule_of_a_role_also_of_instances_that_are_gone():
         instance(f"decode-{k}", "measured: a counter", energy_j=20.0, idle_energy_j=5.0)
         for k in range(2)
     ]
-    engine: Any = SimpleNamespace(apart=True, entries=[prefill], decoders=decode, unfinished=0)
+    engine: Any = SimpleNamespace(
+        adapters=NO_ADAPTERS, apart=True, entries=[prefill], decoders=decode, unfinished=0
+    )
     engine.instances = [prefill, *decode]
     metrics = Metrics(engine)
     assert not any("per_output_token{" in name for name in figures(metrics))  # no token, no ratio
@@ -66,7 +70,9 @@ def test_metrics_count_every_joule_of_a_role_also_of_instances_that_are_gone():
 
 
 def test_tokens_computed_ahead_of_the_end_do_not_count():
-    engine: Any = SimpleNamespace(apart=False, entries=[], decoders=[], instances=[], unfinished=0)
+    engine: Any = SimpleNamespace(
+        adapters=NO_ADAPTERS, apart=False, entries=[], decoders=[], instances=[], unfinished=0
+    )
     metrics, one = Metrics(engine), request()
     # A stop string ended it at its second token; the instance had computed two more by then.
     one.timing.token_times_s += [0.1, 0.2, 0.3, 0.4]
@@ -78,7 +84,9 @@ def test_tokens_computed_ahead_of_the_end_do_not_count():
 
 
 def test_figures_are_there_by_vllms_names_too():
-    engine: Any = SimpleNamespace(apart=False, entries=[], decoders=[], unfinished=3)
+    engine: Any = SimpleNamespace(
+        adapters=NO_ADAPTERS, apart=False, entries=[], decoders=[], unfinished=3
+    )
     engine.instances = [instance("a", "none", waiting=2, pages_held=6, preemptions=4)]
     metrics, one = Metrics(engine, "m"), request()
     one.timing.scheduled_s = one.timing.arrival_s + 0.5
