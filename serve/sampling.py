@@ -91,6 +91,8 @@ class Rules(NamedTuple):
     stream: jax.Array
     ends_from: jax.Array
     """Position from which the output may end; before, tokens that would end it are not chosen."""
+    biases: jax.Array
+    """How many biases it has: its slot may still hold those of the request before."""
     repetition: jax.Array
     presence: jax.Array
     frequency: jax.Array
@@ -136,11 +138,12 @@ def pack_rules(
     """
     floats = np.zeros((6, rows), np.float32)
     floats[1] = floats[3] = 1
-    integers = np.zeros((4, rows), np.int32)
+    integers = np.zeros((5, rows), np.int32)
     for row, (rule, seed) in enumerate(zip(parameters, seeds, strict=True)):
         if rule.min_tokens:
             assert prompt_lengths is not None
             integers[3, row] = prompt_lengths[row] + rule.min_tokens
+        integers[4, row] = len(rule.logit_bias)
         floats[:, row] = (
             rule.temperature,
             rule.top_p,
@@ -250,6 +253,8 @@ def _adjust(
     rows = jnp.arange(logits.shape[0])[:, None]
     tokens = history.bias_tokens.at[slots].get(mode="fill", fill_value=logits.shape[1])
     values = history.bias_values.at[slots].get(mode="fill", fill_value=0)
+    own = jnp.arange(values.shape[1])[None] < rules.biases[:, None]
+    values = jnp.where(own, values, 0)
     logits = logits.at[rows, tokens].add(values, mode="drop")
     ends = history.stop_tokens.at[slots].get(mode="fill", fill_value=logits.shape[1])
     early = (positions < rules.ends_from)[:, None]

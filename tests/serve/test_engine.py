@@ -304,6 +304,24 @@ def test_a_request_that_cannot_be_computed_ends_alone(model, decode):
     assert not engine.failed
 
 
+def test_a_bias_is_gone_with_its_request(model):
+    """Drawn tokens are those of the request alone, beside a biased one and in its slot after it."""
+    engine = build_engine(model, DeploymentConfig(prefill=1, decode=0, **SMALL))
+    drawn = {"max_tokens": 8, "temperature": 0.8, "seed": 3}
+
+    async def everything():
+        alone = await collect(engine, prompts(1)[0], **drawn)
+        for _ in range(2):
+            biased = [collect(engine, p, max_tokens=8, logit_bias={7: 100}) for p in prompts(3)]
+            found = await asyncio.gather(collect(engine, prompts(1)[0], **drawn), *biased)
+            assert found[0] == alone and set(found[1][0]) == {7}
+        penalised = [collect(engine, p, max_tokens=8, presence_penalty=0.5) for p in prompts(3)]
+        found = await asyncio.gather(*penalised, collect(engine, prompts(1)[0], **drawn))
+        assert found[-1] == alone
+
+    run(engine, everything())
+
+
 @pytest.mark.parametrize("dies", ["decode-0", pytest.param("prefill-1", marks=pytest.mark.slow)])
 def test_requests_of_a_dead_instance_go_on_elsewhere(model, expected, dies):
     """Same tokens as without the failure, greedy and drawn; only the dead instance is lost."""

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from jaxsys.serve.requests import SamplingParameters
 from jaxsys.serve.sampling import (
     MAX_BIASED,
+    MAX_STOPS,
     SamplingNeeds,
     empty_history,
     pack_rules,
@@ -153,6 +154,27 @@ def test_penalties_and_bias_against_a_plain_statement():
         )
         assert sampled.tokens[0] == expected.argmax()
         output.append(int(sampled.tokens[0]))  # the device counts it too
+
+
+def test_what_a_slot_held_before_does_not_touch_a_request_without_it():
+    """A neighbour's bias has all rows adjusted, also one in a slot that a biased request had."""
+    history = set_history(
+        empty_history(2, VOCABULARY),
+        jnp.int32(1),
+        jnp.ones(VOCABULARY, bool),
+        jnp.full(VOCABULARY, 3, jnp.int32),
+        jnp.arange(MAX_BIASED, dtype=jnp.int32) % VOCABULARY,
+        jnp.full(MAX_BIASED, 50.0),
+        jnp.arange(MAX_STOPS, dtype=jnp.int32),
+    )
+    logits = np.random.default_rng(4).normal(size=(1, VOCABULARY))
+    rule = SamplingParameters(temperature=0.7, logprobs=3)
+    for seed in range(5):
+        alone, _ = draw(logits, [rule], seeds=[seed])
+        needs = SamplingNeeds(random=True, adjusted=True, logprobs=True)
+        beside, _ = draw(logits, [rule], seeds=[seed], history=history, slots=[1], needs=needs)
+        np.testing.assert_array_equal(beside.tokens, alone.tokens)
+        np.testing.assert_allclose(beside.top_logprobs, alone.top_logprobs, rtol=1e-6)
 
 
 def test_logprobs_are_those_of_the_whole_distribution():
