@@ -64,7 +64,7 @@ CHANGE_NOTHING = {
     "megatron_core",
     "peft_version",
     "qalora_group_size",
-    "r",  # tensors have their own
+    "r",
     "rank_pattern",
     "revision",
     "runtime_config",
@@ -192,7 +192,7 @@ def read_layers(folder: str | Path, config: DecoderConfig) -> list[LayerAdapters
     _check_settings(settings)
     file = SafetensorsFile(folder / WEIGHTS)
     alpha, rooted = float(settings.number("lora_alpha")), bool(settings.value.get("use_rslora"))
-    alphas = _alphas(settings)
+    alphas, ranks = _own(settings, "alpha_pattern"), _own(settings, "rank_pattern")
     kept = settings.value.get("layers_to_transform")
     if kept is not None:
         kept = [kept] if isinstance(kept, int) else settings.array("layers_to_transform", of=int)
@@ -213,10 +213,21 @@ def read_layers(folder: str | Path, config: DecoderConfig) -> list[LayerAdapters
             _check(folder, name, module, a, b)
             weight = next((value for key, value in alphas if _means(name, key)), alpha)
             rank = a.shape[1]
+            said = next((value for key, value in ranks if _means(name, key)), settings.number("r"))
+            if rank != said:
+                raise UsageError(
+                    f"{folder}: tensors of {name} have rank {rank}, and {SETTINGS} says {said:g}; "
+                    "alpha / r would be another weight: give the two files of one training"
+                )
             b = b * np.float32(weight / (math.sqrt(rank) if rooted else rank))
             ends = np.cumsum(module.columns)[:-1]
             for kernel, part in zip(module.kernels, np.split(b, ends, axis=1), strict=True):
                 own[kernel] = a, part
+    if unread and kept is not None:
+        raise UsageError(
+            f"{folder}: layers_to_transform={kept} leaves out layers or modules that {len(unread)} "
+            f"tensor(s) are of, first {min(unread)!r}; give the two files of one training"
+        )
     if unread:
         raise UsageError(
             f"{folder} holds {len(unread)} tensor(s) that are no low-rank adapter of a linear "
@@ -268,11 +279,10 @@ def _check_settings(settings: Fields) -> None:
             raise UsageError(f"{name}: {key}={shown(value)} is not computed")
 
 
-def _alphas(settings: Fields) -> list[tuple[str, float]]:
-    """Which modules have an alpha of their own, in the order that they are looked through."""
-    pattern = settings.value.get("alpha_pattern") or {}
+def _own(settings: Fields, pattern: str) -> list[tuple[str, float]]:
+    """Which modules have an alpha or a rank of their own, in the order they are looked through."""
     found = []
-    fields = settings.fields("alpha_pattern") if pattern else None
+    fields = settings.fields(pattern) if settings.value.get(pattern) else None
     for key in fields or ():
         assert fields is not None
         try:

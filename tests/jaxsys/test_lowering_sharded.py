@@ -338,6 +338,7 @@ def test_programs_do_not_grow_with_the_layers(name):
     assert lines(40) <= 1.02 * lines(10)
 
 
+@pytest.mark.slow
 def test_what_is_optimised_is_a_fraction_of_what_is_written_out():
     """The time to compile goes with its lines."""
 

@@ -130,7 +130,9 @@ def test_what_is_no_adapter_of_a_linear_module_is_refused(tmp_path):
         ({"alora_invocation_tokens": [7]}, r"alora_invocation_tokens=\[7\] is not computed"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save=.* is not computed"),
         ({"alpha_pattern": {"(": 2}}, "is no regular expression"),
-        ({"layers_to_transform": [1]}, rf"{others} tensor\(s\) that are no low-rank adapter"),
+        ({"layers_to_transform": [1]}, rf"=\[1\] leaves out .* {others} tensor"),
+        ({"r": 16}, r"have rank .* says 16; alpha / r"),
+        ({"rank_pattern": {"q_proj": 3}}, r"q_proj have rank .* says 3"),
     ):
         path.write_text(json.dumps(settings | change))
         with pytest.raises(UsageError, match=text):

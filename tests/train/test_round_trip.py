@@ -47,7 +47,7 @@ CONFIGS = {
 }
 """The first and the last have sequences that devices can share; a balance of experts is of whole
 microbatches."""
-SLOW_DRAWS, FAST_DRAWS = 200, 2
+SLOW_DRAWS, FAST_DRAWS = 200, 1
 
 
 @functools.cache
