@@ -257,16 +257,21 @@ def batch_parts(mesh: Mesh) -> int:
 
 
 def _divide_cpu(count: int) -> None:
-    """Says how many CPU devices there would be; of no effect once JAX has started, nor on GPUs.
+    """Says how many CPU devices there would be; of no effect once JAX has started, nor on GPUs."""
+    if not _backend_started():
+        count = min(count, MOST_VIRTUAL_DEVICES)
+        own_cpu_devices(max(count, _virtual_devices()))
+
+
+def own_cpu_devices(count: int) -> None:
+    """Divides this process's CPU into so many devices; before JAX starts, of no effect on GPUs.
 
     A collective holds a thread of XLA's until all devices have come to it. With one thread a
     device, two that devices meet in a different order would wait for each other for ever.
     """
-    if not _backend_started():
-        count = min(count, MOST_VIRTUAL_DEVICES)
-        jax.config.update("jax_num_cpu_devices", max(count, _virtual_devices()))
-        threads = max(os.cpu_count() or 1, THREADS_PER_CPU_DEVICE * count)
-        os.environ.setdefault("PJRT_NPROC", str(threads))
+    jax.config.update("jax_num_cpu_devices", count)
+    threads = max(os.cpu_count() or 1, THREADS_PER_CPU_DEVICE * count)
+    os.environ.setdefault("PJRT_NPROC", str(threads))
 
 
 def _virtual_devices() -> int:

@@ -6,7 +6,7 @@ CPU (cgroup quota), so that an idle host does not lend its time to a busy one. T
 form one JAX program over gloo. As sequences in a microbatch grow, GS / (18 H L/P) passes 1: there a
 weight ring sends as much as a pipeline's activations (3 streams of 12 H^2 L/P against 2 G S H).
 
-With --local-devices D a host is a node of D devices, in one process, whose own link is not limited:
+With --local-devices D a host is a node of D devices, a process each, whose own link is not limited:
 all that they send to others goes through the host's. NAME*D is then a ring of nodes, and RxNAME R
 replicas, as 4xzero-3 over 4 hosts splits inside each and sums between them.
 
@@ -49,8 +49,13 @@ def command(*words: str, check: bool = True) -> None:
 class Network:
     """Hosts as namespaces on one bridge; takes everything down again."""
 
-    def __init__(self, hosts: int, cpu_share: float) -> None:
-        self.hosts, self.cpu_share = hosts, cpu_share
+    def __init__(self, hosts: int, cpu_share: float, local: int = 1) -> None:
+        self.hosts, self.cpu_share, self.local = hosts, cpu_share, local
+
+    @property
+    def processes(self) -> int:
+        """One a device."""
+        return self.hosts * self.local
 
     def __enter__(self) -> Self:
         self.remove()
@@ -105,11 +110,11 @@ class Network:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             rounds = ("--rounds", str(len(rates)), "--meeting", name)
-            processes = [self.start(i, *words, *rounds) for i in range(self.hosts)]
+            processes = [self.start(i, *words, *rounds) for i in range(self.processes)]
             deadline_s = time.monotonic() + timeout_s
             try:
                 for number, rate in enumerate(rates):
-                    while len(list(folder.glob(f"ready-{number}-*"))) < self.hosts:
+                    while len(list(folder.glob(f"ready-{number}-*"))) < self.processes:
                         self.look_after(processes, deadline_s)
                     self.share_cpu(self.cpu_share)
                     self.limit(rate)
@@ -128,10 +133,11 @@ class Network:
         if time.monotonic() > deadline_s:
             raise RunError("the hosts took too long; see --timeout")
 
-    def start(self, host: int, *words: str) -> subprocess.Popen:
-        where = ("--coordinator", f"host0:{PORT}", "--processes", str(self.hosts))
+    def start(self, process: int, *words: str) -> subprocess.Popen:
+        host = process // self.local
+        where = ("--coordinator", f"host0:{PORT}", "--processes", str(self.processes))
         line = [sys.executable, str(ROOT / "scripts/bench_train.py"), *words, *where]
-        line += ["--process", str(host)]
+        line += ["--process", str(process)]
         # The quota first: inside, `ip netns exec` has mounted another /sys.
         script = f'echo $$ > {self.group(host)}/cgroup.procs; exec "$@"'
         inside = ["ip", "netns", "exec", f"{PREFIX}{host}", "unshare", "--uts", "sh", "-c"]
@@ -144,8 +150,8 @@ class Network:
                 # Gloo matches collectives by order alone: hosts must run them one by one.
                 "XLA_FLAGS": "--xla_cpu_enable_concurrency_optimized_scheduler=false",
             },
-            stdout=None if host == 0 else subprocess.DEVNULL,
-            stderr=subprocess.STDOUT if host else None,
+            stdout=None if process == 0 else subprocess.DEVNULL,
+            stderr=subprocess.STDOUT if process else None,
         )
 
     def remove(self) -> None:
@@ -167,7 +173,7 @@ def measure(options: argparse.Namespace) -> list[dict]:
     schedules = dict.fromkeys([CALIBRATION, *options.schedules])
     rates = [None, *options.rates]
     with (
-        Network(options.hosts, options.cpu_share) as network,
+        Network(options.hosts, options.cpu_share, options.local_devices) as network,
         tempfile.TemporaryDirectory() as folder,
     ):
         try:
@@ -175,7 +181,6 @@ def measure(options: argparse.Namespace) -> list[dict]:
                 *("step", "--shape", "network", "--dtype", "float32", "--label", "n"),
                 *("--layers", str(layers), "--sequence-lengths", str(SEQUENCE)),
                 *("--schedules", *schedules, "--devices", str(devices)),
-                *("--local-devices", str(options.local_devices)),
                 *("--microbatches", str(options.microbatches)),
                 *("--microbatch-sizes", *map(str, options.sizes)),
                 *("--recompute", "none", "--repeats", str(options.repeats)),

@@ -39,7 +39,7 @@ from train_steps import (
 
 from jaxsys.errors import UsageError
 from jaxsys.lowering import RECOMPUTE_POLICIES, lower
-from jaxsys.mesh import RING, devices_ahead, make_mesh, request_devices
+from jaxsys.mesh import RING, devices_ahead, make_mesh, own_cpu_devices, request_devices
 from jaxsys.model.decoder import initial_parameters
 from jaxsys.model.float8_products import BACKWARD, Float8
 from jaxsys.model.layers import layered
@@ -325,7 +325,7 @@ def main() -> int:
     options = parser.parse_args()
     if getattr(options, "coordinator", None):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.config.update("jax_num_cpu_devices", options.local_devices)
+        own_cpu_devices(options.local_devices)
         jax.distributed.initialize(
             options.coordinator,
             options.processes,

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from jaxsys.errors import RunError, UsageError
-from jaxsys.mesh import request_devices
+from jaxsys.mesh import own_cpu_devices, request_devices
 from jaxsys.train.meeting import meet
 
 
@@ -63,7 +63,7 @@ def join(hosts: Hosts, *, devices: int | None, timeout_s: int = 300) -> None:
             raise UsageError(
                 f"devices={devices} cannot be shared evenly by processes={hosts.processes}"
             )
-        jax.config.update("jax_num_cpu_devices", devices // hosts.processes)
+        own_cpu_devices(devices // hosts.processes)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if hosts.coordinator is not None and hosts.processes is not None:
         meet(
