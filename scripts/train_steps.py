@@ -188,7 +188,8 @@ def time_step(ready: Ready, repeats: int) -> dict:
         state, loss = compiled(state, batch)
         loss.block_until_ready()
         samples.append(time.perf_counter() - start)
-    ready.state = state
+    # What follows must not send while this is still sending: processes would meet in other orders.
+    ready.state = jax.block_until_ready(state)
     step_s = float(np.median(samples[1:]))
     analysis = compiled.memory_analysis()
     statistics = jax.local_devices()[0].memory_stats() or {}
