@@ -15,9 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Primitive
 from jax.sharding import AxisType, Mesh
 from jaxtyping import Array, Float
+
+from jaxsys.kernel_shapes import attention_shapes
 
 from . import blocks
 from .blocks import Part, Scores
@@ -89,27 +90,9 @@ def backward(
     return dq, dk, dv
 
 
-def _kernel(name: str) -> Primitive:
-    primitive = Primitive(name)
-    primitive.multiple_results = True
-    return primitive
-
-
-_FORWARD = _kernel("context_attention_forward_shapes")
-_BACKWARD = _kernel("context_attention_backward_shapes")
-
-
-@_FORWARD.def_abstract_eval
-def _forward_shapes(q: Any, k: Any, v: Any) -> list[Any]:
-    del k
-    rows, length, heads, _ = q.shape
-    lse = q.update(shape=(rows, heads, length), dtype=jnp.dtype(jnp.float32))
-    return [q.update(shape=(*q.shape[:-1], v.shape[-1])), lse]
-
-
-@_BACKWARD.def_abstract_eval
-def _backward_shapes(q: Any, k: Any, v: Any, *_: Any) -> list[Any]:
-    return [q, k, v]
+_FORWARD, _BACKWARD = attention_shapes(
+    "context_attention_forward_shapes", "context_attention_backward_shapes"
+)
 
 
 def _module() -> Any:

@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsys.errors import UsageError
+from jaxsys.kernel_shapes import attention_shapes
 
 Implementation = Literal["cudnn", "xla", "shapes"]
 """`shapes` has the shapes of cuDNN's kernel on any machine: it is traced and cannot run."""
@@ -206,28 +206,10 @@ def _scored(
     return out.reshape(*q.shape[:3], v.shape[-1])
 
 
-def _kernel(name: str) -> Primitive:
-    primitive = Primitive(name)
-    primitive.multiple_results = True
-    return primitive
-
-
 # As JAX calls cuDNN's: recompute policies go by the names.
-_FORWARD = _kernel("dot_product_attention_fwd_shapes")
-_BACKWARD = _kernel("dot_product_attention_bwd_shapes")
-
-
-@_FORWARD.def_abstract_eval
-def _forward_shapes(q: Any, k: Any, v: Any) -> list[Any]:
-    del k
-    rows, length, heads, _ = q.shape
-    statistics = q.update(shape=(rows, heads, length), dtype=jnp.dtype(jnp.float32))
-    return [q.update(shape=(*q.shape[:-1], v.shape[-1])), statistics]
-
-
-@_BACKWARD.def_abstract_eval
-def _backward_shapes(q: Any, k: Any, v: Any, *_: Any) -> list[Any]:
-    return [q, k, v]
+_FORWARD, _BACKWARD = attention_shapes(
+    "dot_product_attention_fwd_shapes", "dot_product_attention_bwd_shapes"
+)
 
 
 @jax.custom_vjp
