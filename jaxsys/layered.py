@@ -181,7 +181,7 @@ class LayeredModel:
 
     in_parts: "Callable[[Mapping[str, int]], Parts] | None" = None
     """(mesh axis -> devices) -> the model as one of so many devices along each axis of
-    `jaxsys.mesh.INNER` computes it; raises UsageError where it cannot be split so. None: it is
+    `jaxsys.axes.INNER` computes it; raises UsageError where it cannot be split so. None: it is
     computed whole."""
 
     view: Callable[[Any], PyTree] | None = None

@@ -1,37 +1,15 @@
-"""Axes, named once: in what ways a plan splits a step over devices, and the meshes that run it.
-
-`RING` is the mesh axis along which schedules run (weights, activations or shards move on it);
-`DATA` holds replicas of whole rings. Four more are there where a step is split so: along `TENSOR`
-devices share the features of every block, along `CONTEXT` its sequences, along `EXPERT` its
-experts, each beside its part of the batch, and along `MEMBER` the chunks of a place of a ring,
-likewise.
-"""
+"""Devices, and the meshes that run a step: axes of `jaxsys.axes`, from the outermost in."""
 
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
+from jaxsys.axes import AROUND, BATCH, CONTEXT, DATA, INNER, MEMBER, MESH, RING
 from jaxsys.errors import UsageError
-
-RING = "ring"
-DATA = "data"
-TENSOR = "tensor"
-EXPERT = "expert"
-CONTEXT = "context"
-"""Devices that share every sequence in each place of a ring."""
-MEMBER = "member"
-"""Devices of one place of a ring, a node: each holds and sends a piece of every chunk that is
-there, and computes microbatches of its own."""
-
-INNER = (TENSOR, EXPERT)
-"""Axes along which a block itself is split, and whose devices run one schedule's tasks together."""
 
 MOST_VIRTUAL_DEVICES = 256
 """Into how many a CPU is divided: XLA ends the process when it gets no more threads."""
@@ -39,100 +17,6 @@ MOST_VIRTUAL_DEVICES = 256
 THREADS_PER_CPU_DEVICE = 3
 """As many as a weight ring has streams."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Axis:
-    """One way to split a step over devices; a plan says into how many parts."""
-
-    name: str
-    splits: str
-    """What each of its devices has a part of."""
-    mesh: str | None
-    """The mesh axis that `jaxsys.lowering` runs it on; None: no schedule does."""
-    user: str
-    """The mesh axis of `jaxsys.planner.plan`, for a step that `jax.jit` partitions."""
-    costs: str
-    """What it sends, and where that is counted."""
-
-    @property
-    def asked(self) -> str:
-        """What it is asked for by: an argument of `Trainer`, an option of `jaxsys train`."""
-        return {DATA: "replicas", MEMBER: "members"}.get(self.mesh or "", str(self.mesh))
-
-
-AXES: Mapping[str, Axis] = MappingProxyType(
-    {
-        axis.name: axis
-        for axis in (
-            Axis(
-                name="replicas",
-                splits="the batch, around everything else",
-                mesh=DATA,
-                user="replica",
-                costs="gradients, summed once a step: `planner.costs.frame`",
-            ),
-            Axis(
-                name="experts",
-                splits="every block's experts, and the batch around the ring",
-                mesh=EXPERT,
-                user="replica",
-                costs="rows to experts and back: `planner.costs.block_cost`; other gradients, "
-                "summed once a step: `planner.costs.frame`",
-            ),
-            Axis(
-                name="shard",
-                splits="the batch, and where state is split masters, weights and gradients",
-                mesh=RING,
-                user="shard",
-                costs="gathers and sums of a layer: moves of `strategies.zero`, `data_parallel`",
-            ),
-            Axis(
-                name="context",
-                splits="every sequence, and where state is split masters, weights and gradients",
-                mesh=CONTEXT,
-                user="shard",
-                costs="keys and values, or heads for tokens: `planner.sharing`; gradients that "
-                "are not split, summed once a step: `planner.costs.frame`",
-            ),
-            Axis(
-                name="features",
-                splits="every block's features, and the sequence between blocks",
-                mesh=TENSOR,
-                user="features",
-                costs="activations, joined twice a pass: `planner.costs.block_cost`",
-            ),
-            Axis(
-                name="stages",
-                splits="the layers, each resting on its devices while activations travel",
-                mesh=RING,
-                user="shard",
-                costs="an activation a hop: moves of `strategies.stages`",
-            ),
-            Axis(
-                name="ring",
-                splits="the layers, each resting on its devices while weights travel",
-                mesh=RING,
-                user="shard",
-                costs="a chunk's weights and gradient a hop: moves of `strategies.weipipe`",
-            ),
-            Axis(
-                name="members",
-                splits="what rests and travels in each place of a ring, and the batch around it",
-                mesh=MEMBER,
-                user="shard",
-                costs="pieces of a chunk joined and its gradient cut, in every task: "
-                "`planner.costs.block_cost`",
-            ),
-        )
-    }
-)
-"""Name -> axis, from the outermost in; a plan has a number of parts for each."""
-
-AROUND: Mapping[str, Axis] = MappingProxyType(
-    {axis.mesh: axis for axis in AXES.values() if axis.mesh not in (None, RING)}
-)
-"""Mesh axis -> axis, of all that stand around a ring or within its places: a schedule has a number
-of parts for each, by its name."""
 
 Device = Any
 """A jax.Device, which type checkers take for a variable."""
@@ -174,22 +58,25 @@ def devices_ahead(count: int) -> list[Device]:
 
 
 def make_mesh(
-    ring: int,
-    data: int = 1,
-    *,
-    tensor: int = 1,
-    expert: int = 1,
-    context: int = 1,
-    member: int = 1,
-    devices: list[Device] | None = None,
+    ring: int, data: int = 1, *, devices: list[Device] | None = None, **around: int
 ) -> Mesh:
-    """A mesh of axes (DATA, EXPERT, RING, CONTEXT, MEMBER, TENSOR), the last one's neighbours
-    adjacent.
+    """A mesh of the axes `jaxsys.axes.MESH` in their order, the last one's neighbours adjacent.
 
-    Of EXPERT, CONTEXT, MEMBER and TENSOR those alone that have more than one device.
+    Args:
+        ring: devices of RING.
+        data: of DATA, likewise.
+        devices: as many as the product; the default backend's first if not given.
+        **around: of any other mesh axis by its name, as `tensor=2`; those of 1 are left out.
+
+    Raises:
+        UsageError: if an axis is not known, a number below 1, or devices are missing.
     """
-    sizes = {DATA: data, EXPERT: expert, RING: ring, CONTEXT: context}
-    sizes |= {MEMBER: member, TENSOR: tensor}
+    unknown = around.keys() - AROUND.keys()
+    if unknown:
+        known = ", ".join(name for name in MESH if name not in (DATA, RING))
+        raise UsageError(f"mesh axis {min(unknown)!r} is not known; beside ring and data: {known}")
+    asked = {DATA: data, RING: ring, **around}
+    sizes = {name: asked[name] for name in MESH if name in asked}
     if min(sizes.values()) < 1:
         name, size = min(sizes.items(), key=lambda item: item[1])
         raise UsageError(f"{name}={size} must be at least 1")
@@ -219,9 +106,9 @@ def members_of(mesh: Mesh) -> int:
 
 
 def shard_axes(mesh: Mesh) -> tuple[str, ...]:
-    """The axes over which what rests in shards is cut: RING, CONTEXT, whose devices compute with
-    the same weights, and MEMBER, whose devices have pieces of them."""
-    return (RING, *(name for name in (CONTEXT, MEMBER) if mesh.shape.get(name, 1) > 1))
+    """The axes over which what rests in shards is cut: RING, and those that cut it further."""
+    more = (name for name, axis in AROUND.items() if axis.shards)
+    return (RING, *(name for name in more if mesh.shape.get(name, 1) > 1))
 
 
 def over(axes: tuple[str, ...]) -> Any:
@@ -247,7 +134,7 @@ def ring_axis(spec: PartitionSpec) -> int | None:
 
 def batch_axes(mesh: Mesh) -> tuple[str, ...]:
     """The axes beside the ring along which the batch is split, from the outermost in."""
-    return tuple(name for name in (DATA, EXPERT, MEMBER) if name in mesh.axis_names)
+    return tuple(name for name in BATCH if name in mesh.axis_names)
 
 
 def batch_parts(mesh: Mesh) -> int:

@@ -25,11 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxsys.axes import AXES, TENSOR
 from jaxsys.errors import UsageError
 from jaxsys.hardware import GIB, gib
 from jaxsys.layered import LayeredModel, inside_parts, microbatch_keys, part_shapes, parts_of
 from jaxsys.lowering.flat import flat_model
-from jaxsys.mesh import AXES, TENSOR
 from jaxsys.planner import explain
 from jaxsys.planner.applied import LayerLeaf, Promise, promise_of, spaces_of, wrapped
 from jaxsys.planner.cluster import Cluster

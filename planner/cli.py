@@ -19,6 +19,7 @@ from jaxsys.model.folder import read_config
 from jaxsys.model.shapes import preset
 from jaxsys.options import Parser, whole
 from jaxsys.planner import explain, report
+from jaxsys.planner.axes import PLANNED
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.command import train_command
 from jaxsys.planner.costs import Precision
@@ -265,13 +266,8 @@ def _shared_commands(
 
 def _beyond_schedule(plan: Plan, microbatch_size: int) -> str:
     """In words what of a plan a schedule's file has no place for; microbatches are as asked for."""
-    more = []
-    if plan.replicas > 1:
-        more.append(f"{plan.replicas} replicas of its schedule")
-    if plan.features > 1:
-        more.append(f"features split over {plan.features} devices")
-    if plan.experts > 1:
-        more.append(f"experts shared by {plan.experts} devices")
+    split = (axis for axis in PLANNED.values() if getattr(plan, axis.name) > 1)
+    more = [said for axis in split if (said := axis.beyond(plan)) is not None]
     if plan.microbatch_size != microbatch_size:
         more.append(f"microbatches of {plan.microbatch_size} sequences")
     if len({path.residual for path in plan.layers}) > 1:

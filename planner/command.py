@@ -1,6 +1,6 @@
 """The command that runs a plan: options of `jaxsys train`, where they can say all of it."""
 
-from jaxsys.mesh import AROUND, CONTEXT
+from jaxsys.axes import AROUND, CONTEXT
 from jaxsys.planner.evaluate import POLICY
 from jaxsys.planner.plans import Plan
 from jaxsys.strategies import STRATEGIES, called

@@ -16,9 +16,11 @@ from jaxsys.errors import UsageError
 from jaxsys.hardware import DeviceSpec
 from jaxsys.lowering.memory import Around, BlockBytes, sharded_static_bytes, tabled_bytes
 from jaxsys.lowering.tables import Buffers
-from jaxsys.planner.sharing import ContextLinks, Pass, attention_pass
+from jaxsys.planner.axes import Joined, Split
+from jaxsys.planner.axes.members import gathered
+from jaxsys.planner.sharing import Pass, attention_pass
 from jaxsys.planner.sharing import again as exchanged_again
-from jaxsys.planner.workload import POLICIES, BlockWork, ExpertWork, Workload
+from jaxsys.planner.workload import POLICIES, BlockWork, Workload
 from jaxsys.schedule import (
     Block,
     Costs,
@@ -39,8 +41,6 @@ UPDATE_PASSES = 7
 written."""
 SUM_PASSES = 3
 """A microbatch's gradient joins the sum of those before: two read, one written."""
-
-NO_LINK = Link()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,30 +94,6 @@ class BlockCost:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Split:
-    """How a schedule's devices stand in the cluster: what is around them and inside each."""
-
-    features: int = 1
-    """Devices that share every block's features, and the sequence between blocks."""
-    feature_link: Link = NO_LINK
-    experts: int = 1
-    """Copies of the schedule that share the experts of every block."""
-    expert_link: Link = NO_LINK
-    copies: int = 1
-    """All that have the same of what is no expert's: replicas x experts, and x context where
-    nothing is split over those that share sequences."""
-    copies_link: Link = NO_LINK
-    expert_copies: int = 1
-    """Likewise of what is an expert's: replicas, and x context."""
-    expert_copies_link: Link = NO_LINK
-    context_links: ContextLinks | None = None
-    """Of devices that share every sequence, whose part the work is."""
-    members: int = 1
-    """Devices that share each of the schedule's places."""
-    member_link: Link = NO_LINK
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Frame:
     """What a step costs outside the tasks and moves of its blocks."""
 
@@ -145,12 +121,9 @@ def block_cost(
     split: Split | None = None,
     times_alone: bool = False,
 ) -> BlockCost:
-    """Time and bytes of a block, a part of whose features each of a group of devices computes.
+    """Time and bytes of a block on one device, with what the axes of its plan join within it.
 
-    Split features are joined twice a pass, around attention and around the feed-forward part: an
-    all_gather before and a reduce_scatter after, of activations, nothing hidden. Backward gathers
-    both of what the products read once more, since nobody keeps it whole. Of a block that says its
-    `joins` these are all_reduces instead. With `times_alone` nothing is said of what it holds.
+    With `times_alone` nothing is said of what it holds.
 
     Raises:
         UsageError: if the recompute policy is unknown, or what it keeps of this block is.
@@ -161,14 +134,15 @@ def block_cost(
     split = split or Split()
     memory = BlockBytes(residual=0.0, tap=0.0, work=0.0)
     if not times_alone:
-        memory = block.memory(recompute, activation_bytes, experts=split.experts)
-    ways = split.features
+        traced = (axis.traced(block, split.parts_along(axis)) for axis in split.axes)
+        memory = block.memory(recompute, activation_bytes, next(filter(None, traced), None))
+    ways, links = split.parts.features, split.links.get("context")
     down = up = Joined()
-    if ways > 1:
-        down, up = _joined(block, split, activation_bytes, recompute)
-    if split.experts > 1 and block.experts is not None:
-        rows = _exchanged(block.experts, split, device)
-        down, up = down + rows, up + rows
+    for axis in split.axes:
+        forth, home = axis.joined(
+            block, split, device, activation_bytes=activation_bytes, recompute=recompute
+        )
+        down, up = down + forth, up + home
     products = block.product_flops / device.product_flops_per_s / ways
     attention = block.attention_flops / device.attention_flops_per_s / ways
     passes = block.elementwise_bytes / device.memory_bytes_per_s / ways
@@ -179,12 +153,12 @@ def block_cost(
     passes_down = 2 if recompute in ("around-attention", "block") else 1
     joined = passes_down * down + up
     there = back = _attended(attention)
-    if block.shared is not None and split.context_links is not None:
+    if block.shared is not None and links is not None:
         there, back = (
             attention_pass(
                 block.shared,
                 time_s,
-                split.context_links,
+                links,
                 features=ways,
                 memory_bytes_per_s=device.memory_bytes_per_s,
                 backward=backward,
@@ -194,7 +168,7 @@ def block_cost(
         joined += Joined(time_s=there.waits_s + back.waits_s, sent_bytes=there.sent_bytes)
         joined += Joined(sent_bytes=back.sent_bytes)
         if recompute in ("selective", "around-attention"):
-            time_s, size = exchanged_again(block.shared, split.context_links, features=ways)
+            time_s, size = exchanged_again(block.shared, links, features=ways)
             again += time_s
             joined += Joined(time_s=time_s, sent_bytes=size)
     else:
@@ -207,15 +181,12 @@ def block_cost(
     def part(size: float) -> float:
         return size * (block.cut_share / ways + 1.0 - block.cut_share)
 
-    parameters = block.parameters_of(split.experts) / ways
-    members, weight_bytes = split.members, parameters * precision.weight_bytes
+    parameters = split.parameters_of(block) / ways
+    members, weight_bytes = split.parts.members, parameters * precision.weight_bytes
     gradient_bytes = parameters * precision.gradient_bytes
-    whole = cut = Joined()
-    in_place = 0.0
-    if members > 1:
-        whole, cut = (_gathered(split, size) for size in (weight_bytes, gradient_bytes))
-        # Rows as they came, leaves of them, and the gradient in rows as it is summed.
-        in_place = 2 * weight_bytes + gradient_bytes
+    whole, cut = (gathered(split, size) for size in (weight_bytes, gradient_bytes))
+    # Rows as they came, leaves of them, and the gradient in rows as it is summed.
+    in_place = 2 * weight_bytes + gradient_bytes if members > 1 else 0.0
     weight_bytes, gradient_bytes = weight_bytes / members, gradient_bytes / members
     return BlockCost(
         forward_s=forward,
@@ -248,70 +219,6 @@ def _later(inside: Sequence[Inside], by_s: float) -> tuple[Inside, ...]:
     return tuple(replace(one, start_s=one.start_s + by_s, end_s=one.end_s + by_s) for one in inside)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Joined:
-    """What a pass sends to join what is split, and how long it waits for it."""
-
-    time_s: float = 0.0
-    sent_bytes: float = 0.0
-
-    def __add__(self, other: "Joined") -> "Joined":
-        return Joined(
-            time_s=self.time_s + other.time_s, sent_bytes=self.sent_bytes + other.sent_bytes
-        )
-
-    def __rmul__(self, times: int) -> "Joined":
-        return Joined(time_s=times * self.time_s, sent_bytes=times * self.sent_bytes)
-
-
-def _gathered(split: Split, size_bytes: float) -> Joined:
-    """A layer's pieces to all members of a place, or the sum of its gradient to each its piece."""
-    members = split.members
-    return Joined(
-        time_s=split.member_link.collective_s(size_bytes, devices=members),
-        sent_bytes=(members - 1) / members * size_bytes,
-    )
-
-
-def _exchanged(experts: ExpertWork, split: Split, device: DeviceSpec) -> Joined:
-    """A pass's rows to their experts and back, put in their places before and after."""
-    size = experts.exchanged_bytes(split.experts)
-    there = split.expert_link.collective_s(size, devices=split.experts)
-    placed = 4 * size / device.memory_bytes_per_s
-    share = (split.experts - 1) / split.experts
-    return Joined(time_s=2 * there + placed, sent_bytes=2 * share * size)
-
-
-def _joined(
-    block: BlockWork, split: Split, activation_bytes: float, recompute: str
-) -> tuple[Joined, Joined]:
-    """Forward and backward, what recompute sends anew left aside."""
-    ways, link = split.features, split.feature_link
-    if block.joins is None:
-
-        def times(count: int) -> Joined:
-            return Joined(
-                time_s=count * link.collective_s(activation_bytes, devices=ways),
-                sent_bytes=count * (ways - 1) / ways * activation_bytes,
-            )
-
-        return times(4), times(4 if recompute in ("around-attention", "block") else 6)
-    joins = block.joins
-
-    def summed(size_bytes: float, times: float) -> Joined:
-        if not times:
-            return Joined()
-        return Joined(
-            time_s=times * link.collective_s(size_bytes / times, devices=ways, rounds=2),
-            sent_bytes=2 * (ways - 1) / ways * size_bytes,
-        )
-
-    return (
-        summed(joins.forward_bytes, joins.forward_times),
-        summed(joins.backward_bytes, joins.backward_times),
-    )
-
-
 def frame(
     workload: Workload,
     device: DeviceSpec,
@@ -329,25 +236,30 @@ def frame(
     reduced before the update. Copies add their gradients up after that.
     """
     split = split or Split()
-    edge_ways = split.features if workload.splits_between else 1
+    features, members = split.parts.features, split.parts.members
+    edge_ways = features if workload.splits_between else 1
     edge_parameters = workload.edge.parameters / edge_ways
-    in_blocks = workload.parameters - workload.edge.parameters
-    of_experts = in_blocks - sum(block.parameters_of(0) for block in workload.blocks)
-    shared = of_experts / split.features / split.experts if split.experts > 1 else 0.0
-    of_experts = of_experts if split.experts > 1 else 0.0
-    parameters = (in_blocks - of_experts) / split.features + edge_parameters + shared
+    # What is an axis' own is split along it, and fewer devices have copies of it.
+    own = {
+        axis.name: sum(axis.own_parameters(block) for block in workload.blocks)
+        for axis in split.axes
+        if axis.owns
+    }
+    in_blocks = workload.parameters - workload.edge.parameters - sum(own.values())
+    mine = {name: size / features / getattr(split.parts, name) for name, size in own.items()}
+    common = in_blocks / features + edge_parameters
+    parameters = common + sum(mine.values())
     replicated = placement is Placement.REPLICATED
-    share = 1 if replicated else devices * split.members
+    share = 1 if replicated else devices * members
     weight, gradient = precision.weight_bytes, precision.gradient_bytes
     before = after = sent = 0.0
-    if split.members > 1 and edge_parameters:
+    if members > 1 and edge_parameters:
         # Between nodes each member sends its own pieces, inside them all are joined.
         for size, joined in ((gradient, False), (weight, True)):
-            inside, piece = edge_parameters * size, edge_parameters * size / split.members
-            time_s = link.collective_s(piece, devices=devices)
-            time_s += split.member_link.collective_s(inside, devices=split.members)
-            sent += piece * (devices - 1) / devices
-            sent += inside * (split.members - 1) / split.members
+            inside, piece = edge_parameters * size, edge_parameters * size / members
+            among = gathered(split, inside)
+            time_s = link.collective_s(piece, devices=devices) + among.time_s
+            sent += piece * (devices - 1) / devices + among.sent_bytes
             before, after = (before + time_s, after) if joined else (before, after + time_s)
     elif devices > 1 and edge_parameters:
         rounds = 2 if replicated else 1
@@ -356,12 +268,13 @@ def frame(
         if not replicated:
             before += link.collective_s(edge_parameters * weight, devices=devices)
             sent += edge_parameters * weight * (devices - 1) / devices
-    for size, between, count in (
-        ((parameters - shared) / share, split.copies_link, split.copies),
-        (shared / share, split.expert_copies_link, split.expert_copies),
+    for size, copies in (
+        (common / share, split.copies),
+        *((size / share, split.own_copies[name]) for name, size in mine.items()),
     ):
+        count = copies.count
         if count > 1 and size:
-            after += between.collective_s(size * gradient, devices=count, rounds=2)
+            after += copies.link.collective_s(size * gradient, devices=count, rounds=2)
             sent += 2 * (count - 1) / count * size * gradient
     flops_per_s = device.product_flops_per_s * edge_ways
     return Frame(
@@ -510,12 +423,12 @@ def costs_around(
     padding = spare * len(parts) - workload.layers if placement is Placement.OWNER else 0
     if padding > 0:
         largest = max(block.parameters for block in workload.blocks)
-        owners = split.features * split.members * devices
+        owners = split.parts.features * split.parts.members * devices
         rest += precision.rest_bytes * padding * largest / owners
     # Every device runs F and B of as many layers, whichever they are.
     passes = schedule.microbatches * workload.layers / devices
     joined = sum(cost.sent_bytes for cost in blocks) / workload.layers * passes
-    between = split.features if workload.splits_between else 1
+    between = split.parts.features if workload.splits_between else 1
     costs_of_step = Costs(
         forward_s=total("forward_s"),
         backward_s=total("backward_s"),

@@ -10,19 +10,19 @@ Legend: B plans, L layers, K microbatches a device, T ticks.
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
 import numpy as np
 
+from jaxsys.axes import AROUND, BATCH, DividedAround, parts_of_batch, parts_within
 from jaxsys.errors import UsageError
 from jaxsys.lowering import Recompute
 from jaxsys.lowering.memory import Around, tabled_bytes
 from jaxsys.lowering.tables import Buffers, buffers_of
+from jaxsys.planner.axes import Split, split_of_plan
 from jaxsys.planner.costs import (
-    NO_LINK,
     BlockCost,
-    Split,
     block_cost,
     costs_around,
     frame,
@@ -33,7 +33,6 @@ from jaxsys.planner.costs import (
 from jaxsys.planner.orders import staged_schedule
 from jaxsys.planner.plans import PATHS, Gradient, Plan, Residual, State, Weights
 from jaxsys.planner.problem import Problem
-from jaxsys.planner.sharing import ContextLinks
 from jaxsys.schedule import Costs, Data, Link, Placement, Schedule, Trace, trace
 from jaxsys.schedule.quick import QuickMemory, QuickSchedule, Totals
 from jaxsys.strategies import for_layers, strategy_at
@@ -181,10 +180,10 @@ class Evaluator:
 
     def _joins_s(self, plan: Plan, total: int) -> float:
         """What a device waits for others within its tasks in a step, which their times contain."""
-        if plan.features == plan.experts == plan.context == 1:
+        if plan.devices == plan.schedule_devices:
             return 0.0
         workload = self.problem.work(plan)
-        split = plan_split(self.problem, plan)
+        split = split_of_plan(self.problem.cluster, plan)
         each = {
             (block, path.residual): block_cost(
                 block,
@@ -208,7 +207,7 @@ class Evaluator:
             schedule=shape,
             precision=self.problem.precision,
             recompute=[POLICY[path.residual] for path in plan.layers],
-            split=plan_split(self.problem, plan),
+            split=split_of_plan(self.problem.cluster, plan),
         )
 
     def _totals(self, plan: Plan, count: int) -> Totals:
@@ -263,9 +262,8 @@ class _Held:
 
 def _ordered(plan: Plan) -> Plan:
     """What of a plan its schedule depends on."""
-    alone = dict.fromkeys(("replicas", "experts", "features", "members", "microbatch_size"), 1)
-    whole = {"context": 1, "context_by": "ring", "context_exchange": None}
-    return replace(plan, layers=(), state=State.WHOLE, **alone, **whole)
+    alone = {one.name: one.default for one in fields(DividedAround)}
+    return replace(plan, layers=(), state=State.WHOLE, microbatch_size=1, **alone)
 
 
 @lru_cache(maxsize=COMPILED)
@@ -306,11 +304,12 @@ def microbatches(problem: Problem, plan: Plan) -> int:
     Raises:
         UsageError: if the batch cannot be cut so.
     """
-    around = plan.replicas * plan.experts * plan.members * plan.microbatch_size
+    around = parts_of_batch(plan) * plan.microbatch_size
     if problem.batch % (around * plan.shard):
+        beside = " x ".join(AROUND[name].name for name in BATCH)
         raise UsageError(
-            f"batch={problem.batch} must be a multiple of replicas x experts x members x shard x "
-            f"microbatch_size = {around * plan.shard}"
+            f"batch={problem.batch} must be a multiple of {beside} x shard x microbatch_size = "
+            f"{around * plan.shard}"
         )
     total = problem.batch // around
     if total % plan.ring:
@@ -321,47 +320,12 @@ def microbatches(problem: Problem, plan: Plan) -> int:
 def schedule_link(problem: Problem, plan: Plan) -> Link:
     """What joins the schedule's devices, and where state is split all over which it lies.
 
-    Features are nearest, then members of a place or those that share sequences, then these, then
-    those that share experts, then replicas.
+    Within a place the last of `jaxsys.axes.AXES` is nearest; places stand around it, rings around
+    all.
     """
     if plan.state is State.SPLIT:
-        return problem.cluster.group(plan.group, plan.features)
-    near = plan.features * plan.context * plan.members
-    return problem.cluster.group(plan.schedule_devices, near)
-
-
-def plan_split(problem: Problem, plan: Plan) -> Split:
-    """What stands around and inside each of the schedule's devices."""
-    inner = plan.features * plan.context * plan.members * plan.schedule_devices
-    cluster, split = problem.cluster, plan.split
-    # Those that share sequences sum what they do not split, with replicas if there are any.
-    sharers = 1 if plan.state is State.SPLIT else plan.context
-
-    def copies(ways: int, stride: int) -> Link:
-        if ways * sharers == 1:
-            return NO_LINK
-        near = plan.features if ways == 1 else stride // sharers
-        return cluster.group(ways * sharers, near)
-
-    return Split(
-        features=plan.features,
-        feature_link=cluster.group(plan.features) if plan.features > 1 else NO_LINK,
-        experts=plan.experts,
-        expert_link=cluster.group(plan.experts, inner) if plan.experts > 1 else NO_LINK,
-        copies=plan.replicas * plan.experts * sharers,
-        copies_link=copies(plan.replicas * plan.experts, inner),
-        expert_copies=plan.replicas * sharers,
-        expert_copies_link=copies(plan.replicas, inner * plan.experts),
-        context_links=None
-        if split is None
-        else ContextLinks(
-            whole=cluster.group(split.parts, plan.features),
-            hop=cluster.group(split.groups, plan.features * split.exchanging),
-            exchange=cluster.group(split.exchanging, plan.features),
-        ),
-        members=plan.members,
-        member_link=cluster.group(plan.members, plan.features) if plan.members > 1 else NO_LINK,
-    )
+        return problem.cluster.group(plan.group, parts_within(plan, shards=False))
+    return problem.cluster.group(plan.schedule_devices, parts_within(plan))
 
 
 def plan_costs(
@@ -385,7 +349,7 @@ def plan_costs(
         schedule=schedule,
         precision=problem.precision,
         recompute=[POLICY[path.residual] for path in plan.layers],
-        split=plan_split(problem, plan),
+        split=split_of_plan(problem.cluster, plan),
         lowered=lowered,
     )
 
@@ -402,7 +366,7 @@ class ShardedEvaluator:
         self.lookahead = base.lookahead
         self.turns = microbatches(problem, base) // base.shard
         self.ticks = 2 * self.layers * min(self.turns, STEADY_TURNS)
-        split = plan_split(problem, base)
+        split = split_of_plan(problem.cluster, base)
         link = schedule_link(problem, base)
         # Of a policy that the workload knows nothing of the space holds no plan.
         known = [r for r in _RESIDUALS if POLICY[r] in workload.recompute_policies]

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import jaxsys
+from jaxsys.axes import AROUND, AXES, BATCH
 from jaxsys.errors import UsageError
 from jaxsys.fields import Fields
 from jaxsys.files import read_json, shown
 from jaxsys.hardware import GIB
-from jaxsys.mesh import AXES
 from jaxsys.planner.plans import Plan
 from jaxsys.planner.problem import Problem
 from jaxsys.planner.recognise import describe, recognise
@@ -115,13 +115,12 @@ def _check_sizes(path: str | Path, plan: Plan, made_for: Fields) -> None:
             f"plan {path}: {product} is {plan.devices} devices, but its field 'for.devices' is "
             f"{devices}; make the plan again"
         )
-    around = {name: getattr(plan, name) for name in ("replicas", "experts", "members", "shard")}
-    around = {name: n for name, n in around.items() if name != "members" or n > 1}
-    unit = math.prod(around.values()) * plan.microbatch_size
+    cuts = (*(AROUND[name].name for name in BATCH), "shard", "microbatch_size")
+    unit = math.prod(getattr(plan, name) for name in cuts)
     if batch % unit:
         raise UsageError(
-            f"plan {path}: {' x '.join(f'{name} {n}' for name, n in around.items())} "
-            f"x microbatch_size {plan.microbatch_size} does not divide its field 'for.batch', "
+            f"plan {path}: {' x '.join(f'{name} {getattr(plan, name)}' for name in cuts)} "
+            f"does not divide its field 'for.batch', "
             f"{batch}; make the plan again"
         )
     if batch // unit > MOST_MICROBATCHES:

@@ -1,10 +1,10 @@
 """From a plan to the schedule that runs it."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
+from jaxsys.axes import DividedAround
 from jaxsys.errors import UsageError
-from jaxsys.mesh import AROUND
 from jaxsys.planner.evaluate import microbatches
 from jaxsys.planner.orders import staged_schedule
 from jaxsys.planner.plans import Gradient, Plan, State, Weights
@@ -27,8 +27,7 @@ def to_schedule(problem: Problem, plan: Plan) -> Schedule:
             f"the plan is for {len(plan.layers)} layers, the model has {problem.layers}"
         )
     total = microbatches(problem, plan)
-    around: Any = {axis.name: getattr(plan, axis.name) for axis in AROUND.values()}
-    around |= {"context_by": plan.context_by, "context_exchange": plan.context_exchange}
+    around: Any = {one.name: getattr(plan, one.name) for one in fields(DividedAround)}
     if plan.owners > 1:
         return replace(staged_schedule(plan, total), name=recognise(plan), **around)
     layers = range(len(plan.layers))

@@ -15,18 +15,17 @@ Where layers rest on owners, B may be split into I (dL/dx) and W (dL/dw), and W 
 here is a strategy's name; `recognise` finds names for plans.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from itertools import product
 from typing import Any
 
+from jaxsys.axes import AXES, Divided
 from jaxsys.context import WAYS, ContextSplit
 from jaxsys.errors import UsageError
 from jaxsys.fields import Fields
 from jaxsys.files import parse_json, shown
-from jaxsys.mesh import AXES
 from jaxsys.planner.sharing import split_of
 from jaxsys.schedule import Placement
 from jaxsys.schedule.inside import why_not_shared
@@ -82,36 +81,15 @@ CODES: Mapping[LayerPath, int] = {path: code for code, path in enumerate(PATHS)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """A point of the space. It has a number of parts for each of `jaxsys.mesh.AXES`, whose product
-    is the number of devices."""
+class Plan(Divided):
+    """A point of the space, of so many parts along each of `jaxsys.axes.AXES` (`Divided`)."""
 
-    replicas: int = 1
-    """Copies of everything else, each on its part of the batch."""
-    experts: int = 1
-    """Copies that share the experts of every block, each on its part of the batch."""
-    shard: int = 1
-    """Devices that split a batch, and over which state, weights and gradients may be split."""
-    context: int = 1
-    """Parts of every sequence; what is split over a shard group is split over these too."""
-    features: int = 1
-    """Parts of every block's features; the sequence is split alike between blocks."""
-    stages: int = 1
-    """Parts of the layers, each resting on its devices; activations travel."""
-    ring: int = 1
-    """Parts of the layers, each resting on its devices; weights travel."""
-    members: int = 1
-    """Devices in each place of a ring, a node's, that share what rests and travels there."""
     microbatch_size: int = 1
     lookahead: int = 1
     """Ticks that a gather starts before its use and a sum may lag behind."""
     state: State = State.WHOLE
     order: str = Order.DEPTH_FIRST
     """An `Order`, or one that a strategy from elsewhere has for its own."""
-    context_by: str = "ring"
-    """What travels between devices that share a sequence: one of `jaxsys.context.WAYS`."""
-    context_exchange: int | None = None
-    """How many neighbours of them exchange heads, where that is `mixed`."""
     chunks: int = 1
     """Runs of layers that each stage owns, apart from each other."""
     backward: Backward = Backward.WHOLE
@@ -125,11 +103,6 @@ class Plan:
             raise UsageError(refused)
 
     @property
-    def devices(self) -> int:
-        """N."""
-        return math.prod(getattr(self, axis) for axis in AXES)
-
-    @property
     def owners(self) -> int:
         """The devices on which layers rest apart; 1 where all have all layers."""
         return self.stages * self.ring
@@ -139,6 +112,11 @@ class Plan:
         """The devices over which what is split lies: a shard group, and all that share its
         sequences; 1 where nothing is."""
         return self.shard * self.context if self.state is State.SPLIT else 1
+
+    @property
+    def sharers(self) -> int:
+        """Devices within a place that add up gradients of weights that all of them have whole."""
+        return 1 if self.state is State.SPLIT else self.context
 
     @property
     def split(self) -> ContextSplit | None:

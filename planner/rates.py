@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxsys.mesh import RING
+from jaxsys.axes import RING
 from jaxsys.model.attention import attend
 from jaxsys.model.config import DecoderConfig
 from jaxsys.model.decoder import abstract_parameters, bind_block

@@ -6,7 +6,9 @@ plan's fields, and so also sees split features and replicas around the schedule.
 
 from collections import Counter, defaultdict
 
+from jaxsys.axes import AROUND
 from jaxsys.errors import UsageError
+from jaxsys.planner.axes import PLANNED, PlannedAxis
 from jaxsys.planner.cats import Cat, cats, residents, travels
 from jaxsys.planner.plans import Backward, Gradient, Plan, Residual, State, Weights
 from jaxsys.schedule import Data, MoveKind, Placement, Schedule, TaskKind, check
@@ -16,12 +18,10 @@ from jaxsys.strategies import STRATEGIES, Signs, called, named
 def recognise(plan: Plan) -> str:
     """The name of what a plan does over its schedule's devices.
 
-    Members, context, features, experts, replicas and recompute are told by `describe`.
+    The axes around them or within each, and recompute, are told by `describe`.
     """
     if plan.schedule_devices == 1:
-        if plan.context > 1:
-            return f"cp-{plan.context_by}"
-        return "tp-sp" if plan.features > 1 else "ep" if plan.experts > 1 else "single"
+        return next(filter(None, (axis.code(plan) for axis in _split_along(plan))), "single")
     name = called(plan.choices)
     if name is None:
         raise UsageError(
@@ -37,24 +37,20 @@ def divided(plan: Plan) -> list[str]:
     name = recognise(plan)
     alone = plan.schedule_devices == 1
     parts = [name if alone else f"{name} over {plan.schedule_devices}"]
-    if plan.split is not None:
-        over = f"{plan.context}"
-        if plan.context_by == "mixed":
-            over += f", {plan.context_exchange} of which exchange heads"
-        parts.append(f"of {over}" if alone else f"each of {over} (cp-{plan.context_by})")
-        if alone and plan.state is State.SPLIT:
+    for axis in _split_along(plan):
+        called_so = alone and axis.code(plan) == name
+        parts.append(axis.words(plan, alone=called_so))
+        if called_so and plan.state is State.SPLIT:
             parts.append(called(plan.choices) or str(plan.state))
-    if plan.members > 1:
-        parts.append(f"each a node of {plan.members}")
-    if plan.features > 1:
-        only = alone and plan.context == 1
-        parts.append(f"of {plan.features}" if only else f"each of {plan.features} (tp-sp)")
-    if plan.experts > 1:
-        only = alone and plan.features == plan.context == 1
-        parts.append(f"of {plan.experts}" if only else f"experts over {plan.experts} (ep)")
-    if plan.replicas > 1:
-        parts.append(f"{plan.replicas} times")
     return parts
+
+
+def _split_along(plan: Plan) -> list[PlannedAxis]:
+    """The axes of more than one part, those within a place first, then rings around it."""
+    within = [axis.name for axis in AROUND.values() if axis.within]
+    around = [axis.name for axis in AROUND.values() if not axis.within]
+    names = (name for name in (*within, *reversed(around)) if getattr(plan, name) > 1)
+    return [PLANNED[name] for name in names]
 
 
 def describe(plan: Plan) -> str:

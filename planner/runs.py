@@ -8,8 +8,9 @@
 plan files by it, and `schedule="auto"` passes over what it names.
 """
 
-from jaxsys.lowering.refusal import why_not_in_turn, why_not_lowered
-from jaxsys.mesh import AXES
+from jaxsys.axes import AXES
+from jaxsys.lowering.refusal import why_not_lowered
+from jaxsys.planner.axes import PLANNED
 from jaxsys.planner.evaluate import POLICY
 from jaxsys.planner.plans import Plan, State
 from jaxsys.planner.space import Space
@@ -28,12 +29,10 @@ def why_not(plan: Plan) -> str | None:
             f"it splits state over {plan.replicas} replicas, and replicas keep all of the state "
             "that a stage or ring keeps"
         )
-    if plan.split is not None and plan.owners > 1 and (refused := why_not_in_turn(plan.split)):
-        return refused
-    if plan.members > 1 and plan.ring == 1:
-        return f"it has {plan.members} members share the places of a ring, and has no ring"
-    if plan.members > 1 and plan.context > 1:
-        return f"it has both {plan.members} members of a place and context={plan.context}"
+    for axis in PLANNED.values():
+        refused = axis.why_not(plan) if getattr(plan, axis.name) > 1 else None
+        if refused is not None:
+            return refused
     recompute = RECOMPUTES[plan.placement]
     policies = dict.fromkeys(POLICY[path.residual] for path in plan.layers)
     if len(policies) > 1 and not recompute.by_layer:

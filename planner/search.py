@@ -21,12 +21,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from jaxsys.errors import UsageError
+from jaxsys.planner.axes import split_of_plan
 from jaxsys.planner.costs import BlockCost, block_cost, frame, full_chunks
 from jaxsys.planner.evaluate import (
     Estimates,
     Evaluator,
     microbatches,
-    plan_split,
     schedule_link,
 )
 from jaxsys.planner.plans import PATHS, Backward, Plan, Residual, State, data_parallel_plan
@@ -318,7 +318,7 @@ class _Search:
         self.bounds += 1
         problem = self.space.problem
         workload = problem.work(base)
-        split = plan_split(problem, base)
+        split = split_of_plan(problem.cluster, base)
         # By what they are and not by their value, which takes longer to hash than to cost.
         alike = {id(block): block for block in workload.blocks}
         costs = [

@@ -14,7 +14,6 @@ Memory is no constraint: it is pressure in the search. What must be where and wh
 one, and is not for the user to state: no point of the space breaks it.
 """
 
-import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -22,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxsys.context import WAYS as WAYS_OF_CONTEXT
+from jaxsys.axes import AROUND, AXES, BATCH, parts_of_batch
 from jaxsys.errors import UsageError
-from jaxsys.mesh import AXES
+from jaxsys.planner.axes import PLANNED
 from jaxsys.planner.constraints import (
     Conflict,
     Domains,
@@ -39,14 +38,11 @@ from jaxsys.planner.evaluate import POLICY
 from jaxsys.planner.orders import legal_order
 from jaxsys.planner.plans import PATHS, Backward, Gradient, Order, Plan, Residual, State, Weights
 from jaxsys.planner.problem import Problem
-from jaxsys.planner.sharing import split_of
-from jaxsys.planner.workload import Workload
-from jaxsys.schedule.inside import exchanging, why_not_shared
 from jaxsys.strategies import orders
 
 WAYS = tuple(AXES)
 ORDER = ("order", "backward", "delay", "chunks")
-SHARED = ("context_by", "context_exchange")
+SHARED = tuple(name for axis in PLANNED.values() for name in axis.more)
 COMMON = (*WAYS, *SHARED, "microbatch_size", "turns", "lookahead", "state", *ORDER)
 LAYERED = ("weights", "gradient", "residual")
 LOOKAHEADS = (1, 2, 4)
@@ -76,12 +72,8 @@ class Space:
         """
         ways = tuple(_divisors(problem.cluster.devices))
         domains: Domains = {name: ways for name in WAYS}
-        shared = [way for way in ways if problem.workload(1).shares(way)]
-        domains["context"] = ways if problem.workload(1).sharing is not None else (1,)
-        domains["context_by"] = WAYS_OF_CONTEXT if shared else ("ring",)
-        exchanged = [way for way in ways if any(way < parts for parts in shared)]
-        domains["context_exchange"] = (None, *(way for way in exchanged if way > 1))
-        domains["members"] = _member_ways(problem)
+        for axis in PLANNED.values():
+            domains |= axis.domains(problem, ways)
         sizes = microbatch_sizes or [b for b in (1, 2, 4, 8) if problem.batch % b == 0]
         domains["microbatch_size"] = tuple(sizes)
         domains["turns"] = tuple(_divisors(problem.batch))
@@ -108,7 +100,7 @@ class Space:
         return self._narrow("not", what, layers, lambda v: v not in values, values)
 
     def split(self, what: str, ways: int) -> "Space":
-        """Cuts `batch`, `sequences`, `features` or `state` into `ways` parts on as many devices.
+        """Cuts `batch`, `sequences`, `state` or what an axis splits into parts on as many devices.
 
         `backward` is cut in two tasks, dL/dx and dL/dw, on the same device.
         """
@@ -117,8 +109,8 @@ class Space:
             if ways != 2:
                 raise UsageError(f"a backward pass splits in 2, not in {ways}")
             return self.require(label, ("backward",), lambda b: b == Backward.SPLIT)
-        if what == "features":
-            return self.require(label, ("features",), lambda f: f == ways)
+        if what in PLANNED:
+            return self.require(label, (what,), lambda parts: parts == ways)
         if what == "sequences":
             return self.require(label, ("context",), lambda c: c == ways)
         if what == "batch":
@@ -129,7 +121,7 @@ class Space:
                 ("state", "shard", "context"),
                 lambda t, s, c: t == State.SPLIT and s * c == ways,
             )
-        known = "batch, sequences, features, state or backward"
+        known = f"batch, sequences, {', '.join(PLANNED)}, state or backward"
         raise UsageError(f"cannot split {what!r}; split {known}")
 
     def assign(self, what: str, ways: int, *, travels: str) -> "Space":
@@ -339,8 +331,7 @@ class Space:
         return list(found.values())
 
     def _turns(self, plan: Plan) -> int | None:
-        parts = plan.replicas * plan.experts * plan.members * plan.shard
-        unit = parts * plan.microbatch_size
+        unit = parts_of_batch(plan) * plan.shard * plan.microbatch_size
         return None if self.problem.batch % unit else self.problem.batch // unit
 
 
@@ -348,7 +339,6 @@ def _rules(problem: Problem, domains: Domains) -> Iterator[Relation]:
     """Yields the built-in rules, each with its reason as label."""
     devices, layers, batch = problem.cluster.devices, problem.layers, problem.batch
     workload = problem.workload(1)
-    ways, shares = workload.feature_ways, workload.expert_ways
 
     def rule(label: str, names: tuple[str, ...], allows: Callable[..., bool]) -> Relation:
         return relation(f"rule: {label}", names, domains, allows)
@@ -359,22 +349,14 @@ def _rules(problem: Problem, domains: Domains) -> Iterator[Relation]:
         variables=WAYS,
         allowed=frozenset(_factorings(devices, [domains[name] for name in WAYS])),
     )
-    yield rule(
-        f"features split in {', '.join(map(str, ways))} parts only",
-        ("features",),
-        ways.__contains__,
-    )
-    yield rule(
-        f"experts shared by {', '.join(map(str, shares))} devices only",
-        ("experts",),
-        shares.__contains__,
-    )
+    for axis in PLANNED.values():
+        yield from axis.rules(problem, domains, rule)
     for name in ("stages", "ring"):
         yield rule(f"{name} must be at most {layers} layers", (name,), lambda n: n <= layers)
-    cuts = ("replicas", "experts", "members", "shard", "microbatch_size", "turns")
+    cuts = (*(AROUND[name].name for name in BATCH), "shard", "microbatch_size", "turns")
+    product = " x ".join(cuts).replace("_", " ")
     yield Relation(
-        label="rule: replicas x experts x members x shard x microbatch size x turns = "
-        f"{batch} sequences of a step",
+        label=f"rule: {product} = {batch} sequences of a step",
         variables=cuts,
         allowed=frozenset(_factorings(batch, [domains[name] for name in cuts])),
     )
@@ -383,20 +365,6 @@ def _rules(problem: Problem, domains: Domains) -> Iterator[Relation]:
         "at most one of shard, stages and ring splits the schedule's devices",
         ("shard", "stages", "ring"),
         lambda s, p, w: (s > 1) + (p > 1) + (w > 1) <= 1,
-    )
-    node = problem.cluster.node_devices or 1
-    yield rule(
-        "members share the places of a ring", ("members", "ring"), lambda m, w: m == 1 or w > 1
-    )
-    yield rule(
-        f"members and the devices of their features are of one node of {node}",
-        ("members", "features"),
-        lambda m, f: m == 1 or node % (m * f) == 0,
-    )
-    yield rule(
-        "members of a place have whole sequences of their own",
-        ("members", "context"),
-        lambda m, c: m == 1 or c == 1,
     )
     yield rule(
         "replicas stand around a shard group, stages or a ring",
@@ -414,8 +382,6 @@ def _rules(problem: Problem, domains: Domains) -> Iterator[Relation]:
         ("state", "shard", "context"),
         lambda t, s, c: t == State.WHOLE or workload.uncut(s * c) is None,
     )
-    if len(domains["context"]) > 1:
-        yield from _sharing_rules(workload, domains, rule)
     yield rule(
         "order, backward pass, its delay and chunks must suit stages or ring",
         ("stages", "ring", *ORDER),
@@ -453,55 +419,6 @@ def _rules(problem: Problem, domains: Domains) -> Iterator[Relation]:
         first = rule(label, (f"{what}[0]", other), allows)
         for layer in range(layers):
             yield replace(first, variables=(f"{what}[{layer}]", other))
-
-
-def _sharing_rules(
-    workload: Workload,
-    domains: Domains,
-    rule: Callable[[str, tuple[str, ...], Callable[..., bool]], Relation],
-) -> Iterator[Relation]:
-    """Yields what sequences that lie over several devices ask for."""
-
-    sharing = workload.sharing
-    assert sharing is not None
-    legal = [parts for parts in domains["context"] if parts == 1 or workload.shares(parts)]
-    yield rule(
-        f"sequences of {sharing.length} tokens shared by {', '.join(map(str, legal))} devices only",
-        ("context",),
-        legal.__contains__,
-    )
-
-    @functools.cache
-    def allowed(features: int, parts: int, by: str, exchange: int | None) -> bool:
-        if why_not_shared(by, parts, exchange) is not None:
-            return False
-        if parts == 1:
-            return by == "ring"
-        if parts not in legal:  # which the rule above says
-            return True
-        split = split_of(parts, by, exchange)
-        return split is not None and sharing.allows(split, features)
-
-    exchanges = [parts for parts in legal if parts > 1 and allowed(1, parts, "ulysses", None)]
-    yield rule(
-        f"{sharing.heads} query and {sharing.key_heads} key/value heads exchanged by "
-        f"{', '.join(map(str, exchanges)) or 'no'} devices only, and by as many as leave each of "
-        "those that share features whole heads and tokens",
-        ("features", "context", *SHARED),
-        allowed,
-    )
-    yield rule(
-        "where devices have ticks without a task, sequences are shared by gather or ulysses",
-        ("stages", "ring", "context", *SHARED),
-        lambda p, w, c, by, u: c == 1 or p * w == 1 or by == "gather" or exchanging(by, c, u) == c,
-    )
-
-
-def _member_ways(problem: Problem) -> tuple[int, ...]:
-    """How many devices may share a place of a ring: those of a node that is not alone."""
-    cluster = problem.cluster
-    node = cluster.node_devices or 1
-    return tuple(_divisors(node)) if cluster.nodes > 1 else (1,)
 
 
 def _factorings(number: int, domains: Sequence[Sequence[int]]) -> Iterator[tuple[int, ...]]:

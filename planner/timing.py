@@ -17,12 +17,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxsys.axes import RING
 from jaxsys.lowering.base import (
     CPU_COMPILER_OPTIONS,
     gpu_compiler_options,
     products_beside_a_barrier,
 )
-from jaxsys.mesh import RING
 
 PROGRAM_S = 0.05
 """How long a program is to run, so that starting it hardly counts."""

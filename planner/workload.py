@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from jaxsys.axes import EXPERT, TENSOR
 from jaxsys.context import WAYS, ContextSplit, Way
 from jaxsys.errors import UsageError
 from jaxsys.layered import (
@@ -36,7 +37,6 @@ from jaxsys.layered import (
 )
 from jaxsys.lowering import Recompute
 from jaxsys.lowering.memory import BlockBytes, block_bytes, head_bytes
-from jaxsys.mesh import EXPERT, TENSOR
 from jaxsys.model import abstract_parameters, layered
 from jaxsys.model.config import DecoderConfig
 from jaxsys.model.contract import attended, attention_heads, attention_widths, products
@@ -122,23 +122,21 @@ class BlockWork:
     shared: SharedSequences | None = None
     """Its attention, where other devices have the rest of its sequences."""
 
-    def parameters_of(self, experts: int) -> float:
-        """What a device has of them where so many share the experts; 0: all but the experts'."""
-        if self.experts is None or experts == 1:
-            return self.parameters
-        mine = self.experts.parameters / experts if experts else 0.0
-        return self.parameters - self.experts.parameters + mine
+    def memory(
+        self, policy: str, activation_bytes: float, traced: Traced | None = None
+    ) -> BlockBytes:
+        """What the block keeps and holds under a policy.
 
-    def memory(self, policy: str, activation_bytes: float, *, experts: int = 1) -> BlockBytes:
-        """What the block keeps and holds under a policy, where so many devices share experts.
+        Args:
+            policy: of recompute.
+            activation_bytes: of its input.
+            traced: what its programs hold where an axis splits them; its own if not given.
 
         Raises:
             UsageError: if that is not known.
         """
-        if self.experts is None or experts == 1:
+        if traced is None:
             traced = self.trace() if self.trace is not None else self.traced
-        else:
-            traced = self.experts.traced(experts)
         for name, found in traced:
             if name == policy:
                 return found

@@ -73,7 +73,7 @@ from jaxsys.serve.simulation.replay import (
     setting,
     simulate,
 )
-from jaxsys.serve.simulation.study_plots import (
+from studies.energy_plots import (
     draw_ablation,
     draw_calibration,
     draw_matrix,

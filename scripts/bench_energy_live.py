@@ -50,7 +50,7 @@ from jaxsys.serve.energy.profile import load_profile
 from jaxsys.serve.hooks import FewestRequestsRouter
 from jaxsys.serve.processes.gpus import visible_gpus
 from jaxsys.serve.scheduler import SchedulerConfig
-from jaxsys.serve.simulation.measured_gpu import MeasuredGpu
+from studies.measured_gpu import MeasuredGpu
 from jaxsys.serve.simulation.simulator import ClusterConfig, ReplayResult, Simulator
 from jaxsys.serve.simulation.traces import Trace, read_trace, synthetic_trace
 from jaxsys.serve.steps import ExecutorConfig

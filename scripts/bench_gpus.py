@@ -29,7 +29,7 @@ from shapes import SHAPES
 from jaxsys.errors import RunError, UsageError
 from jaxsys.hardware import device, link
 from jaxsys.planner.cluster import Cluster
-from jaxsys.planner.measure import LINKS
+from studies.planner_cells import LINKS
 from jaxsys.planner.named import Comparison, compare
 from jaxsys.planner.workload import decoder_workload
 from jaxsys.results import read_result, table, write_result

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from jaxsys.results import table, write_result
-from jaxsys.serve import lora_benchmark
+from studies import lora_costs
 
 
 def main() -> int:
@@ -21,13 +21,13 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("study", choices=lora_benchmark.STUDIES)
+    parser.add_argument("study", choices=lora_costs.STUDIES)
     parser.add_argument("--adapters", type=int, default=16, help="loaded (default: 16)")
     parser.add_argument("--rank", type=int, default=16, help="of each (default: 16)")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the JSON")
     arguments = parser.parse_args()
-    config, rows, figures = lora_benchmark.run(
-        lora_benchmark.STUDIES[arguments.study],
+    config, rows, figures = lora_costs.run(
+        lora_costs.STUDIES[arguments.study],
         adapters=arguments.adapters,
         rank=arguments.rank,
         progress=lambda line: print(line, flush=True),

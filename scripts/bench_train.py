@@ -37,9 +37,10 @@ from train_steps import (
     xla_step,
 )
 
+from jaxsys.axes import RING
 from jaxsys.errors import UsageError
 from jaxsys.lowering import RECOMPUTE_POLICIES, lower
-from jaxsys.mesh import RING, devices_ahead, make_mesh, own_cpu_devices, request_devices
+from jaxsys.mesh import devices_ahead, make_mesh, own_cpu_devices, request_devices
 from jaxsys.model.decoder import initial_parameters
 from jaxsys.model.float8_products import BACKWARD, Float8
 from jaxsys.model.layers import layered

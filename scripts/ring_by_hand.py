@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxsys.axes import RING
 from jaxsys.layered import Layer, LayeredModel
-from jaxsys.mesh import RING
 
 
 def ring_loss_and_gradients(

@@ -11,7 +11,7 @@ import time
 from jaxsys.results import table, write_result
 from jaxsys.schedule import Data, check, peak_live
 from jaxsys.strategies import build
-from jaxsys.strategies.ring_search import plan_cost, shortest_step
+from studies.ring_search import plan_cost, shortest_step
 
 NAMES = (
     "weipipe-naive",

@@ -16,11 +16,12 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from ring_by_hand import rest_order, ring_loss_and_gradients
 
+from jaxsys.axes import RING
 from jaxsys.errors import UsageError
 from jaxsys.hardware import GIB
 from jaxsys.layered import Layer
 from jaxsys.lowering.compiled import program_bytes
-from jaxsys.mesh import RING, inner_sizes, members_of
+from jaxsys.mesh import inner_sizes, members_of
 from jaxsys.train.memory import StepShape, step_bytes
 
 

@@ -26,8 +26,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Float, Int
 
+from jaxsys.axes import TENSOR
 from jaxsys.errors import UsageError
-from jaxsys.mesh import TENSOR
 from jaxsys.model import DecoderConfig
 from jaxsys.model.kinds import BlockKind
 from jaxsys.model.leaves import block_leaves

@@ -23,9 +23,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jaxsys import float8
+from jaxsys.axes import TENSOR
 from jaxsys.errors import UsageError
 from jaxsys.layered import Parameters
-from jaxsys.mesh import TENSOR
 from jaxsys.model import DecoderConfig
 from jaxsys.model.block import HeldWhole
 from jaxsys.model.decoder import layer_of

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxsys import float8 as eight_bits
+from jaxsys.axes import AROUND, CONTEXT
 from jaxsys.context import WAYS, ContextSplit
 from jaxsys.errors import RunError, UsageError
 from jaxsys.files import check_writable
 from jaxsys.lowering import RECOMPUTE_POLICIES, lacks
-from jaxsys.mesh import AROUND, CONTEXT, MEMBER
 from jaxsys.model import Tokenizer
 from jaxsys.model.float8_products import Float8
 from jaxsys.model.save import check_target
@@ -84,30 +84,8 @@ def parser(prog: str) -> argparse.ArgumentParser:
         help="default: as many as a plan's or schedule's file is for, else all GPUs, else 4 "
         "virtual CPU devices",
     )
-    how.add_argument("--replicas", type=whole(), help="rings side by side (default 1)")
-    how.add_argument(
-        "--tensor",
-        type=whole(),
-        help="devices that share every block's features and the sequence between blocks "
-        "(default 1, or as a plan says)",
-    )
-    how.add_argument(
-        "--expert",
-        type=whole(),
-        help="devices that share every block's experts, each beside its own microbatches "
-        "(default 1)",
-    )
-    how.add_argument(
-        "--members",
-        type=whole(),
-        help="devices of a node that share each place of a weight ring: a chunk goes from node to "
-        "node in so many pieces at once (default 1, or as a plan says)",
-    )
-    how.add_argument(
-        "--context",
-        type=whole(),
-        help="devices that share every sequence in each place of a ring (default 1)",
-    )
+    for axis in AROUND.values():
+        how.add_argument(f"--{axis.asked}", type=whole(), help=axis.help)
     how.add_argument(
         "--context-by",
         choices=WAYS,
@@ -245,13 +223,7 @@ def main(argv: list[str], prog: str) -> int:
     if arguments.devices is None and arguments.schedule is not None:
         arguments.devices = plan_file.devices_of(
             arguments.schedule,
-            around=math.prod(
-                getattr(arguments, axis.asked) or 1
-                for axis in AROUND.values()
-                if axis.mesh not in (CONTEXT, MEMBER)
-            ),
-            context=arguments.context,
-            members=arguments.members,
+            {name: getattr(arguments, axis.asked) for name, axis in AROUND.items()},
         )
     join(hosts, devices=arguments.devices)
     watched = contextlib.nullcontext()
@@ -320,17 +292,16 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
     asked = AskedLayout(
         schedule=arguments.schedule,
         sequence_length=arguments.sequence_length,
-        replicas=arguments.replicas,
+        around={
+            name: getattr(arguments, axis.asked) for name, axis in AROUND.items() if name != CONTEXT
+        },
         microbatches=arguments.microbatches,
         microbatch_size=arguments.microbatch_size,
         recompute=arguments.recompute,
         memory_gib=arguments.memory_gib,
         dtype=arguments.compute_dtype,
         gradient_dtype=arguments.gradient_dtype,
-        tensor=arguments.tensor,
-        expert=arguments.expert,
         context=_context(arguments),
-        members=arguments.members,
     )
     layout = lay_out(config, devices, asked)
     recipe = Recipe(

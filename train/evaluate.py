@@ -14,11 +14,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxsys.axes import CONTEXT
 from jaxsys.context import ContextSplit
 from jaxsys.layered import LayeredModel, Parameters, PyTree
 from jaxsys.lowering.flat import Leaves, flat_model
 from jaxsys.lowering.sequences import Sequences
-from jaxsys.mesh import CONTEXT, context_of
+from jaxsys.mesh import context_of
 
 Sums = tuple[jax.Array, jax.Array]
 """(summed loss, weight)."""

@@ -1,17 +1,18 @@
-"""How `jaxsys train` lays a run out: ring and replicas, schedule, microbatches, recompute."""
+"""How `jaxsys train` lays a run out: axes of its mesh, schedule, microbatches, recompute."""
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxsys.axes import AROUND, BATCH, CONTEXT, DATA, MEMBER
 from jaxsys.context import ContextSplit
 from jaxsys.errors import UsageError
 from jaxsys.lowering import Recompute
-from jaxsys.mesh import AROUND, CONTEXT, EXPERT, MEMBER, TENSOR, make_mesh
+from jaxsys.mesh import make_mesh
 from jaxsys.model import DecoderConfig
 from jaxsys.planner.workload import decoder_workload
 from jaxsys.schedule import Placement, Schedule
@@ -57,8 +58,8 @@ class AskedLayout:
     """A name, "auto" or a file."""
     sequence_length: int | None = None
     """Tokens."""
-    replicas: int | None = None
-    """Rings side by side."""
+    around: Mapping[str, int | None] = field(default_factory=dict)
+    """Mesh axis of `jaxsys.axes.AROUND` -> devices along it, that of `context` left aside."""
     microbatches: int | None = None
     """Of one ring and step."""
     microbatch_size: int | None = None
@@ -71,14 +72,8 @@ class AskedLayout:
     """Of compute."""
     gradient_dtype: str | None = None
     """In which gradients are summed and sent."""
-    tensor: int | None = None
-    """Devices that share every block's features."""
-    expert: int | None = None
-    """Rings that share every block's experts."""
     context: ContextSplit | None = None
     """How each sequence lies over devices."""
-    members: int | None = None
-    """Devices that share each place of a ring."""
 
 
 def lay_out(config: DecoderConfig, devices: list[Any], asked: AskedLayout) -> Layout:
@@ -92,19 +87,16 @@ def lay_out(config: DecoderConfig, devices: list[Any], asked: AskedLayout) -> La
     Raises:
         UsageError: if the devices, the batch and the schedule do not fit together.
     """
-    schedule, replicas, microbatches = asked.schedule, asked.replicas, asked.microbatches
+    schedule, microbatches, context = asked.schedule, asked.microbatches, asked.context
     sequence_length, microbatch_size = asked.sequence_length, asked.microbatch_size
     recompute, dtype, gradient_dtype = asked.recompute, asked.dtype, asked.gradient_dtype
-    tensor, expert, context = asked.tensor, asked.expert, asked.context
-    members = asked.members
+    around = {name: asked.around.get(name) for name in AROUND if name != CONTEXT}
     reason = None
     if schedule is not None and plan_file.is_plan_file(schedule):
         planned = plan_file.read_plan(schedule, layers=config.num_layers)
+        says = schedules.around_of(planned.schedule)
         for name, mine, has in (
-            ("replicas", replicas, planned.replicas),
-            ("tensor", tensor, planned.schedule.features),
-            ("expert", expert, planned.schedule.experts),
-            ("members", members, planned.schedule.members),
+            *((AROUND[name].asked, mine, says[name]) for name, mine in around.items()),
             ("microbatch_size", microbatch_size, planned.microbatch_size),
             ("sequence_length", sequence_length, planned.sequence_length),
         ):
@@ -119,9 +111,7 @@ def lay_out(config: DecoderConfig, devices: list[Any], asked: AskedLayout) -> La
                 "it out, or name a schedule such as zero-3"
             )
         context = schedules.agreed_context(context, planned.schedule)
-        replicas, microbatch_size = planned.replicas, planned.microbatch_size
-        tensor, expert = planned.schedule.features, planned.schedule.experts
-        members = planned.schedule.members
+        around, microbatch_size = {**says}, planned.microbatch_size
         recompute = recompute or planned.recompute
         sequence_length = planned.sequence_length or sequence_length
         dtype = dtype or planned.dtype
@@ -138,44 +128,39 @@ def lay_out(config: DecoderConfig, devices: list[Any], asked: AskedLayout) -> La
         reason = "; ".join(differs) or None
     elif schedule is not None and schedule not in (*STRATEGIES, schedules.AUTO):
         read = schedules.read_schedule(schedule)
-        context, members = schedules.agreed_context(context, read), members or read.members
+        context, says = schedules.agreed_context(context, read), schedules.around_of(read)
+        around = {name: count or says[name] for name, count in around.items()}
     dtype, gradient_dtype = dtype or DTYPE, gradient_dtype or DTYPE
-    replicas = 1 if replicas is None else replicas
     size = MICROBATCH_SIZE if microbatch_size is None else microbatch_size
     length = SEQUENCE_LENGTH if sequence_length is None else sequence_length
     if length > config.max_positions:
         raise UsageError(
             f"sequence_length={length} is past the model's max_positions={config.max_positions}"
         )
-    if replicas < 1 or len(devices) % replicas:
-        raise UsageError(f"replicas={replicas} does not divide devices={len(devices)}")
-    sizes = {
-        TENSOR: 1 if tensor is None else tensor,
-        EXPERT: 1 if expert is None else expert,
-        CONTEXT: 1 if context is None else context.parts,
-        MEMBER: 1 if members is None else members,
-    }
+    sizes = {name: 1 if count is None else count for name, count in around.items()}
+    sizes[CONTEXT] = 1 if context is None else context.parts
+    for name, count in sizes.items():
+        if count < 1:
+            raise UsageError(f"{AROUND[name].asked}={count} must be at least 1")
     if context is not None:
         context.check_length(length)
-    around = replicas * math.prod(sizes.values())
-    if len(devices) % around:
-        more = _said(sizes)
-        raise UsageError(f"replicas={replicas} x {more} does not divide devices={len(devices)}")
-    ring = len(devices) // around
+    of_each = math.prod(sizes.values())
+    if len(devices) % of_each:
+        raise UsageError(f"{_said(sizes)} does not divide devices={len(devices)}")
+    ring = len(devices) // of_each
     usual = "zero-3" if context is not None else "weipipe-interleave" if ring > 1 else "dp"
     chosen: str | Schedule = schedule or usual
     known = STRATEGIES.get(chosen) if isinstance(chosen, str) else None
-    if ring == 1 and around > 1 and known is not None and known.placement is Placement.OWNER:
-        more = _said({"replicas": replicas, **sizes})
+    if ring == 1 and of_each > 1 and known is not None and known.placement is Placement.OWNER:
         raise UsageError(
-            f"{len(devices)} devices over {more} leave 1, and {chosen} goes from device to device; "
-            f"use at least {2 * around}, or a schedule such as zero-3"
+            f"{len(devices)} devices over {_said(sizes)} leave 1, and {chosen} goes from device to "
+            f"device; use at least {2 * of_each}, or a schedule such as zero-3"
         )
-    if chosen == "auto" and around > replicas:
+    if chosen == "auto" and of_each > sizes[DATA]:
+        more = _said({name: count for name, count in sizes.items() if name != DATA})
         raise UsageError(
             "schedule 'auto' chooses for devices that each compute whole blocks; name a schedule "
-            "beside tensor, expert, context and members, or have `jaxsys plan --plan FILE` split "
-            "features"
+            f"beside {more}, or have `jaxsys plan --plan FILE` split features"
         )
     if chosen == "auto":
         workload = decoder_workload(
@@ -203,22 +188,14 @@ def lay_out(config: DecoderConfig, devices: list[Any], asked: AskedLayout) -> La
         chosen, devices=ring, layers=config.num_layers, microbatches=microbatches
     )
     return Layout(
-        mesh=make_mesh(
-            ring,
-            replicas,
-            tensor=sizes[TENSOR],
-            expert=sizes[EXPERT],
-            context=sizes[CONTEXT],
-            member=sizes[MEMBER],
-            devices=devices,
-        ),
+        mesh=make_mesh(ring, **sizes, devices=devices),
         schedule=resolved,
         recompute=recompute or "block",
         microbatch_size=size,
         sequence_length=length,
         dtype=dtype,
         gradient_dtype=gradient_dtype,
-        rows=replicas * sizes[EXPERT] * sizes[MEMBER] * resolved.microbatches,
+        rows=math.prod(sizes[name] for name in BATCH) * resolved.microbatches,
         reason=reason,
         context=context,
     )
@@ -226,5 +203,4 @@ def lay_out(config: DecoderConfig, devices: list[Any], asked: AskedLayout) -> La
 
 def _said(sizes: Mapping[str, int]) -> str:
     """Parts as they are asked for, those of one left out."""
-    asked = {AROUND[name].asked if name in AROUND else name: n for name, n in sizes.items()}
-    return " x ".join(f"{name}={n}" for name, n in asked.items() if n > 1)
+    return " x ".join(f"{AROUND[name].asked}={n}" for name, n in sizes.items() if n > 1)

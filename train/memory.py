@@ -63,7 +63,7 @@ class StepShape:
     unroll: bool = False
     """A chunk's layers are written out."""
     inner: Mapping[str, int] = field(default_factory=dict)
-    """Axis of `jaxsys.mesh.INNER` -> devices that compute a block together."""
+    """Axis of `jaxsys.axes.INNER` -> devices that compute a block together."""
     context: ContextSplit | None = None
     """How each sequence lies over devices."""
     members: int = 1

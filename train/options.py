@@ -5,7 +5,7 @@ is `Trainer(..., updates=Updates(clip_norm=1.0))`, `fit(..., folder="runs/first"
 `fit(..., saving=Saving(folder="runs/first"))`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -143,8 +143,15 @@ def _check_above_zero(**values: float | None) -> None:
             raise UsageError(f"{name}={value} must be above 0")
 
 
-def with_fields(groups: tuple[T, ...], named: Mapping[str, Any]) -> tuple[T, ...]:
+def with_fields(
+    groups: tuple[T, ...], named: Mapping[str, Any], *, beside: Iterable[str] = ()
+) -> tuple[T, ...]:
     """The groups with fields given by name put into those that have them.
+
+    Args:
+        groups: dataclasses.
+        named: field -> value.
+        beside: what else is taken by name, and has been.
 
     Raises:
         UsageError: if no group has such a field.
@@ -155,6 +162,6 @@ def with_fields(groups: tuple[T, ...], named: Mapping[str, Any]) -> tuple[T, ...
         own = {f.name for f in fields(group)} & left.keys()  # type: ignore[arg-type]
         found.append(replace(group, **{name: left.pop(name) for name in own}))  # type: ignore[type-var]
     if left:
-        known = ", ".join(f.name for group in groups for f in fields(group))  # type: ignore[arg-type]
+        known = ", ".join([*beside, *(f.name for group in groups for f in fields(group))])  # type: ignore[arg-type]
         raise TypeError(f"unknown options {', '.join(left)}; there are {known}")
     return tuple(found)

@@ -1,9 +1,12 @@
 """Runs a plan that `jaxsys plan` wrote: what of it is a schedule, and what stands around it."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxsys.axes import AROUND
 from jaxsys.errors import UsageError
 from jaxsys.fields import read_fields
 from jaxsys.files import read_json, read_text
@@ -29,7 +32,6 @@ class PlannedRun:
     """Of one replica."""
     recompute: Recompute | tuple[Recompute, ...]
     """One policy for all layers; a schedule that shards takes a tuple, one a layer."""
-    replicas: int
     microbatch_size: int
     sequence_length: int | None
     """Tokens that it was planned for; None where the file does not say."""
@@ -56,23 +58,19 @@ def is_plan_file(path: str | Path) -> bool:
     return isinstance(value, dict) and value.get("format") == FORMAT
 
 
-def devices_of(
-    path: str | Path, *, around: int = 1, context: int | None = None, members: int | None = None
-) -> int | None:
+def devices_of(path: str | Path, around: Mapping[str, int | None]) -> int | None:
     """How many devices the plan or schedule in a file is for; None if the file holds neither.
 
     Args:
         path: the file.
-        around: devices for each of a schedule's, which it does not say.
-        context: devices that share every sequence, where they are asked for; else as it says.
-        members: devices that share each place of a ring, likewise.
+        around: mesh axis -> devices along it, where they are asked for; else as a schedule says.
     """
     if is_plan_file(path):
         return load_plan(path).devices
     try:
         schedule = Schedule.from_json(read_text(path))
-        around *= (context or schedule.context) * (members or schedule.members)
-        return around * schedule.devices
+        parts = (around.get(name) or getattr(schedule, axis.name) for name, axis in AROUND.items())
+        return schedule.devices * math.prod(parts)
     except ValueError:
         return None
 
@@ -102,7 +100,6 @@ def run_of(found: Planned, *, layers: int) -> PlannedRun:
     return PlannedRun(
         schedule=to_schedule(asked, found.plan),
         recompute=_recompute(found.plan),
-        replicas=found.plan.replicas,
         microbatch_size=found.plan.microbatch_size,
         sequence_length=None,
         dtype=_dtype("weight_bytes", precision.weight_bytes),
@@ -150,7 +147,6 @@ def read_plan(path: str | Path, *, layers: int) -> PlannedRun:
     return PlannedRun(
         schedule=schedule,
         recompute=_recompute(plan),
-        replicas=plan.replicas,
         microbatch_size=plan.microbatch_size,
         sequence_length=length,
         dtype=dtype,

@@ -19,9 +19,10 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxsys.axes import RING
 from jaxsys.layered import Parameters, PyTree
 from jaxsys.lowering.reshard import reshard
-from jaxsys.mesh import RING, over, ring_axis, shard_axes
+from jaxsys.mesh import over, ring_axis, shard_axes
 from jaxsys.train.alike import traced
 from jaxsys.train.refusals import asking, check_same
 from jaxsys.train.rolled import Rolled

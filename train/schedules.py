@@ -14,23 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxsys.axes import AROUND, CONTEXT, DATA, RING, Axis
 from jaxsys.context import ContextSplit
 from jaxsys.errors import UsageError, did_you_mean
 from jaxsys.files import MIB, read_text
 from jaxsys.lowering.refusal import why_not_lowered
-from jaxsys.mesh import (
-    AROUND,
-    CONTEXT,
-    DATA,
-    MEMBER,
-    RING,
-    TENSOR,
-    context_of,
-    inner_sizes,
-    make_mesh,
-    members_of,
-    request_devices,
-)
+from jaxsys.mesh import context_of, inner_sizes, make_mesh, members_of, request_devices
 from jaxsys.planner.sharing import split_of as split_of_plan
 from jaxsys.schedule import Schedule
 from jaxsys.strategies import STRATEGIES, for_layers
@@ -40,6 +29,8 @@ from jaxsys.train.plan_file import PlannedRun, is_plan_file, read_plan, run_of
 USUAL = "weipipe-interleave"
 """The strategy where none is named."""
 AUTO = "auto"
+ASKED_AROUND = tuple(axis.asked for axis in AROUND.values())
+"""What `Trainer` takes by name for the axes around a ring and within its places."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,11 +42,9 @@ class Asked:
     mesh: Mesh | None
     devices: int | None
     """Of the ring; with a plan, of all that it plans for."""
-    replicas: int | None
-    tensor: int | None
-    expert: int | None
+    around: Mapping[str, int | None]
+    """Mesh axis of `jaxsys.axes.AROUND` -> devices along it, that of `context` left aside."""
     context: ContextSplit | None
-    members: int | None
     microbatches: int | None
     """Of one ring and step; of a ring of nodes, of one member of each."""
     compute: Compute
@@ -83,6 +72,17 @@ def split_of(context: int | ContextSplit | None) -> ContextSplit | None:
             f"context={context!r} must be a number of devices, or a jaxsys.context.ContextSplit"
         )
     return ContextSplit(parts=context)
+
+
+def taken_from(named: dict[str, Any]) -> tuple[dict[str, int | None], ContextSplit | None]:
+    """Takes out of options what they say of axes, by the names that `AROUND` has for them."""
+    asked = {name: named.pop(axis.asked, None) for name, axis in AROUND.items()}
+    return asked, split_of(asked.pop(CONTEXT))
+
+
+def around_of(schedule: Schedule) -> dict[str, int]:
+    """Mesh axis -> devices along it that a schedule is planned for, `CONTEXT` left aside."""
+    return {name: getattr(schedule, axis.name) for name, axis in AROUND.items() if name != CONTEXT}
 
 
 def said_by(schedule: Schedule) -> ContextSplit | None:
@@ -214,7 +214,7 @@ def _mesh(asked: Asked, schedule: Schedule | None) -> Mesh:
     """The mesh given, or one as asked; refused where it is not as the schedule says."""
     mesh, devices = asked.mesh, asked.devices
     wanted = {
-        name: _agreed(asked, axis.asked, schedule, getattr(schedule, axis.name, 1))
+        name: _agreed(asked.around.get(name), axis, schedule)
         for name, axis in AROUND.items()
         if name != CONTEXT
     }
@@ -231,8 +231,7 @@ def _mesh(asked: Asked, schedule: Schedule | None) -> Mesh:
                 )
         else:
             ring = max(1, len(jax.devices()) // around) if devices is None else devices
-        others: Any = {name: count for name, count in wanted.items() if name != DATA}
-        return make_mesh(ring, wanted[DATA], **others, devices=request_devices(ring * around))
+        return make_mesh(ring, **wanted, devices=request_devices(ring * around))
     if devices is not None and devices not in (mesh.shape[RING], mesh.size):
         raise UsageError(f"devices={devices} but the mesh's ring has {mesh.shape[RING]}")
     for axis, count in wanted.items():
@@ -254,21 +253,21 @@ def _mesh(asked: Asked, schedule: Schedule | None) -> Mesh:
 def _said(ring: int, wanted: Mapping[str, int]) -> str:
     """How devices are divided, in words."""
     parts = f"{wanted[DATA]} replicas of {ring}" if wanted[DATA] > 1 else f"{ring}"
-    each = wanted[TENSOR] * wanted[CONTEXT] * wanted[MEMBER]
+    each = math.prod(count for name, count in wanted.items() if AROUND[name].within)
     return f"{parts}, each of {each}" if each > 1 else parts
 
 
-def _agreed(asked: Asked, name: str, schedule: Schedule | None, says: int) -> int:
+def _agreed(count: int | None, axis: Axis, schedule: Schedule | None) -> int:
     """How many are asked for, which what a schedule says may not contradict."""
-    count = getattr(asked, name)
+    says = getattr(schedule, axis.name, 1)
     if count is None:
         return says
-    if count < 1:
-        raise UsageError(f"{name}={count} must be at least 1")
+    if not isinstance(count, int) or count < 1:
+        raise UsageError(f"{axis.asked}={count!r} must be a whole number of at least 1")
     if schedule is not None and says not in (1, count):
         raise UsageError(
-            f"{name}={count}, but schedule {schedule.name} is planned for {says}; leave it out, or "
-            "plan again"
+            f"{axis.asked}={count}, but schedule {schedule.name} is planned for {says}; leave it "
+            "out, or plan again"
         )
     return count
 

@@ -69,7 +69,7 @@ def layer_shardings(mesh: Mesh) -> Callable[[Parameters], Parameters]:
     """Shardings of parameters in layer order: cut over the ring along an axis of the layer's own.
 
     So layers can be put in another order, or read one at a time, without moving anything, and any
-    number of layers will do. The devices of `jaxsys.mesh.INNER` take their part too, where an axis
+    number of layers will do. The devices of `jaxsys.axes.INNER` take their part too, where an axis
     divides by all of them. A leaf without an axis that divides is whole everywhere.
     """
     shards = shard_axes(mesh)

@@ -20,21 +20,13 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxsys
+from jaxsys.axes import DATA, RING
 from jaxsys.errors import RunError, UsageError
 from jaxsys.hardware import GIB
 from jaxsys.layered import LayeredModel, Parameters, PyTree, part_shapes, parts_of
 from jaxsys.lowering import RECOMPUTE_POLICIES, Recompute, lower
 from jaxsys.lowering.memory import tree_bytes
-from jaxsys.mesh import (
-    DATA,
-    RING,
-    batch_axes,
-    batch_parts,
-    context_of,
-    inner_sizes,
-    make_mesh,
-    members_of,
-)
+from jaxsys.mesh import batch_axes, batch_parts, context_of, inner_sizes, make_mesh, members_of
 from jaxsys.schedule import Schedule
 from jaxsys.train import auto, checkpoint, schedules
 from jaxsys.train.at_rest import StateAtRest, masters
@@ -51,7 +43,6 @@ from jaxsys.train.state import AveragedState
 from jaxsys.train.step import NonFinite, StepResult, Updates, make_step
 
 if TYPE_CHECKING:
-    from jaxsys.context import ContextSplit
     from jaxsys.planner import Planned
     from jaxsys.train.loop import Report
 
@@ -79,11 +70,6 @@ class Trainer:
         plan: "Planned | str | Path | None" = None,
         mesh: Mesh | None = None,
         devices: int | None = None,
-        replicas: int | None = None,
-        tensor: int | None = None,
-        expert: int | None = None,
-        context: "int | ContextSplit | None" = None,
-        members: int | None = None,
         microbatches: int | None = None,
         compute: Compute | None = None,
         updates: Updates | None = None,
@@ -106,20 +92,17 @@ class Trainer:
                 replicas too.
             devices: how many form the ring; all of them, or as many as a plan is for, if neither
                 this nor `mesh` is given.
-            replicas: rings side by side, each on its part of the batch; 1 if not given.
-            tensor: devices that share every block's features in each place of a ring; likewise.
-            expert: rings that share every block's experts, each on its part of the batch; likewise.
-            context: devices that share every sequence in each place of a ring, keys and values
-                going round them, or a `jaxsys.context.ContextSplit` that says what travels;
-                likewise.
-            members: devices of a node that share each place of a weight ring, each with a piece of
-                every chunk that rests or passes there and with microbatches of its own; likewise.
             microbatches: of one ring and step; twice the ring's devices if not given.
             compute: dtypes and recompute; of a plan, if not given.
             updates: clipping, what is not finite, averages, a step of one's own.
             memory: the limit, and a microbatch to see by.
             about: settings to remember, and FLOP to count.
-            **named: any field of these four by its name, such as `clip_norm=1.0`.
+            **named: any field of these four by its name, such as `clip_norm=1.0`; and how many
+                devices there are along an axis of `jaxsys.axes.AROUND`, by what that is asked for:
+                `replicas=2` rings side by side, `tensor=2` devices that share every block's
+                features, `expert`, `members`, and `context`, which may be a
+                `jaxsys.context.ContextSplit` that says what travels. 1 if not given, or as a plan
+                or schedule says.
 
         Raises:
             UsageError: if schedule, devices, microbatches and model do not fit together, or the
@@ -131,8 +114,9 @@ class Trainer:
                 f"the model is a {type(model).__name__}; take it apart first: from_nnx, from_linen "
                 "or from_function of jaxsys.train give model and parameters"
             )
+        around, context = schedules.taken_from(named)
         given: Any = (compute or Compute(), updates or Updates(), memory or Memory())
-        groups: Any = with_fields((*given, about or About()), named)
+        groups: Any = with_fields((*given, about or About()), named, beside=schedules.ASKED_AROUND)
         chosen_compute, self._updates, self._memory, self._about = groups
         if plan is not None and schedule is not None:
             raise UsageError(f"plan and schedule={schedule!r} are both given; leave one out")
@@ -140,11 +124,8 @@ class Trainer:
             schedule=plan if plan is not None else schedule or schedules.USUAL,
             mesh=mesh,
             devices=devices,
-            replicas=replicas,
-            tensor=tensor,
-            expert=expert,
-            context=schedules.split_of(context),
-            members=members,
+            around=around,
+            context=context,
             microbatches=microbatches,
             compute=chosen_compute,
             named=frozenset(named),

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
+from jaxsys.axes import CONTEXT
 from jaxsys.errors import UsageError
-from jaxsys.mesh import CONTEXT
 from jaxsys.schedule.inside import WAYS, Way, exchanging, why_not_shared
 
 __all__ = ["WAYS", "ContextSplit", "Way", "order_of"]

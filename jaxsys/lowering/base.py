@@ -23,17 +23,12 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from jaxsys.axes import AROUND, CONTEXT, DATA, MEMBER, RING
 from jaxsys.context import ContextSplit
 from jaxsys.context.fused import why_not_fused
 from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel, Parameters, Parts, PyTree, parts_of
 from jaxsys.mesh import (
-    AROUND,
-    CONTEXT,
-    DATA,
-    INNER,
-    MEMBER,
-    RING,
     axes_of,
     batch_axes,
     batch_parts,
@@ -383,13 +378,13 @@ def check_fit(schedule: Schedule, model: LayeredModel, mesh: Mesh) -> None:
             f"has {schedule.devices}"
         )
     parts_of(model, inner_sizes(mesh))
-    for axis in (*INNER, MEMBER):
-        field = AROUND[axis].name
-        count, ways = getattr(schedule, field), mesh.shape.get(axis, 1)
-        if count not in (1, ways):
+    for name, axis in AROUND.items():
+        count, ways = getattr(schedule, axis.name), mesh.shape.get(name, 1)
+        # Any number of replicas may stand around; of a context `context_on` says more.
+        if name not in (DATA, CONTEXT) and count not in (1, ways):
             raise UsageError(
-                f"schedule {schedule.name} is planned for {field} over {count} devices, the mesh "
-                f"has {axis}={ways}; use make_mesh(..., {axis}={count})"
+                f"schedule {schedule.name} is planned for {axis.name} over {count} devices, the "
+                f"mesh has {name}={ways}; use make_mesh(..., {name}={count})"
             )
     if model.layers < schedule.chunks:
         raise UsageError(

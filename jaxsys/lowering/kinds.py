@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxsys.axes import RING
 from jaxsys.layered import LayeredModel, PyTree
-from jaxsys.mesh import RING
 
 from .flat import Leaves
 

@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxsys.axes import MEMBER
 from jaxsys.layered import Block, Layer, LayeredModel, PyTree
-from jaxsys.mesh import MEMBER
 
 from .flat import Leaves, floats, is_float, with_floats
 

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxsys.axes import MEMBER, RING
 from jaxsys.layered import Parameters, PyTree
-from jaxsys.mesh import MEMBER, RING
 from jaxsys.schedule import Data, MoveKind, Placement, TaskKind
 
 from .base import Outcome, Step, add_to, cut_axis, is_spec

@@ -30,10 +30,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxsys.axes import RING
 from jaxsys.context import ContextSplit
 from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel, Parameters, PyTree
-from jaxsys.mesh import RING, batch_axes
+from jaxsys.mesh import batch_axes
 from jaxsys.schedule import Placement, Schedule, check
 from jaxsys.strategies import RECOMPUTES
 

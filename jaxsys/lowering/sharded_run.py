@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from jaxsys.axes import RING
 from jaxsys.layered import Parameters, PyTree
-from jaxsys.mesh import RING, over, ring_axis
+from jaxsys.mesh import over, ring_axis
 from jaxsys.schedule import MoveKind, Task, TaskKind
 
 from .alike import Alike, Group, Held, Span

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxsys.axes import MEMBER, RING
 from jaxsys.context import ContextSplit
 from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel, Parameters, PyTree
-from jaxsys.mesh import MEMBER, RING, batch_axes, members_of
+from jaxsys.mesh import batch_axes, members_of
 from jaxsys.schedule import Data, MoveKind, Placement, Schedule, check
 
 from .base import Outcome, check_fit, context_on, sharded_spec, spec_of

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from jaxsys.axes import TENSOR
 from jaxsys.context import ContextSplit
 from jaxsys.errors import UsageError
 from jaxsys.layered import Block, Layer, LayeredModel, Parts, PyTree
-from jaxsys.mesh import TENSOR
 from jaxsys.model.attention import Implementation
 from jaxsys.model.block import Block as Bound
 from jaxsys.model.block import HeldTree

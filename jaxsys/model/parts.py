@@ -28,9 +28,9 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from jaxsys.axes import EXPERT, TENSOR
 from jaxsys.errors import UsageError
 from jaxsys.layered import Parameters, PyTree
-from jaxsys.mesh import EXPERT, TENSOR
 from jaxsys.model import experts as mixture
 from jaxsys.model.block import HeldTree
 from jaxsys.model.config import DecoderConfig

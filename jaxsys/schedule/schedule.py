@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import cached_property
 
+from jaxsys.axes import AROUND, DividedAround
 from jaxsys.errors import UsageError
 from jaxsys.fields import Fields
 from jaxsys.files import parse_json, shown
@@ -155,8 +156,11 @@ class Move:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """A whole training step. `jaxsys.schedule.check` proves it; nothing here needs a device."""
+class Schedule(DividedAround):
+    """A whole training step. `jaxsys.schedule.check` proves it; nothing here needs a device.
+
+    What a plan has around these devices, or within each, is said beside (`DividedAround`).
+    """
 
     name: str
     devices: int
@@ -176,26 +180,10 @@ class Schedule:
     """The lane F reads weights from."""
     backward_lane: str = ""
     """The lane B and I read weights from."""
-    replicas: int = 1
-    """How many such rings a plan puts side by side, each with its own microbatches."""
-    features: int = 1
-    """How many devices compute every task together, each a part of the features."""
-    experts: int = 1
-    """How many such rings share the experts of every block, each with its own microbatches."""
-    context: int = 1
-    """How many devices compute every task together, each a part of its sequences; see `inside`."""
-    context_by: str = "ring"
-    """What travels between them within a task: one of `inside.WAYS`."""
-    context_exchange: int | None = None
-    """How many neighbours of them exchange heads, where that is `mixed`."""
-    members: int = 1
-    """How many devices are one of these together, as those of a node: each has and sends a piece of
-    its weights and their gradients, and computes microbatches of its own. What a task reads is
-    joined among them before it, what it adds is cut among them after."""
 
     def __post_init__(self) -> None:
-        counts = ("devices", "chunks", "microbatches", "replicas", "features", "experts", "members")
-        for field in counts:
+        around = (axis.name for axis in AROUND.values())
+        for field in ("devices", "chunks", "microbatches", *around):
             if getattr(self, field) < 1:
                 raise ScheduleError(f"{field}={getattr(self, field)} must be at least 1")
         refused = why_not_shared(self.context_by, self.context, self.context_exchange)

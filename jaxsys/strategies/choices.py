@@ -66,7 +66,7 @@ class Choices:
     """What a plan chooses for the devices of one schedule."""
 
     axis: str
-    """The one of `jaxsys.mesh.AXES` that splits them: shard, stages or ring."""
+    """The one of `jaxsys.axes.AXES` that splits them: shard, stages or ring."""
     devices: int
     state: State = State.WHOLE
     weights: frozenset[Weights] = frozenset({Weights.STAY})

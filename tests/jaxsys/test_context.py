@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxsys.axes import CONTEXT
 from jaxsys.context import ContextSplit, Way, attend_over, blocks
 from jaxsys.context.split import order_of
 from jaxsys.errors import UsageError
 from jaxsys.layered import Layer, LayeredModel, Parameters, reference_loss
 from jaxsys.lowering import lower
 from jaxsys.lowering.compiled import collective_counts
-from jaxsys.mesh import CONTEXT, make_mesh
+from jaxsys.mesh import make_mesh
 from jaxsys.model import BlockKind, Experts, initial_parameters, layered, preset
 from jaxsys.schedule import attention_transfers
 from jaxsys.strategies import for_layers

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from jaxsys.axes import RING
 from jaxsys.errors import UsageError
 from jaxsys.layered import ALIKE, Layer, reference_loss
-from jaxsys.mesh import RING, make_mesh
+from jaxsys.mesh import make_mesh
 from jaxsys.model import bind_edge, initial_parameters, layered, preset
 from jaxsys.model.loss import _loss, head_loss, summed_cross_entropy
 

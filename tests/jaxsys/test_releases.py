@@ -6,8 +6,9 @@ import pytest
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxsys.axes import RING
 from jaxsys.lowering import base
-from jaxsys.mesh import RING, make_mesh
+from jaxsys.mesh import make_mesh
 
 
 @pytest.fixture

@@ -179,7 +179,7 @@ def test_entry_points_are_read_once_and_faults_are_said(monkeypatch):
 
 
 def test_every_axis_of_a_plan_is_in_the_table():
-    from jaxsys.mesh import AXES
+    from jaxsys.axes import AXES
 
     sizes = {field.name for field in dataclasses.fields(Plan)}
     assert set(AXES) <= sizes

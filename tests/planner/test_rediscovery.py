@@ -7,7 +7,7 @@ from jaxsys.planner.cats import cats, grouped
 from jaxsys.planner.lower import to_schedule
 from jaxsys.planner.plans import PATHS, Order, Plan, State
 from jaxsys.planner.recognise import describe, recognise, recognise_schedule
-from jaxsys.planner.regimes import ratio_problem, regimes
+from studies.planner_regimes import ratio_problem, regimes
 from jaxsys.planner.search import Effort, search
 from jaxsys.planner.space import Space
 from jaxsys.schedule import Data

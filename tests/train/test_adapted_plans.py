@@ -12,9 +12,9 @@ import pytest
 from flax import nnx
 
 from jaxsys import planner
+from jaxsys.axes import DATA, RING
 from jaxsys.errors import UsageError
 from jaxsys.hardware import device, link
-from jaxsys.mesh import DATA, RING
 from jaxsys.planner.constraints import Conflict
 from jaxsys.planner.files import plan_file
 from jaxsys.planner.plans import Plan, Residual, State

@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from jaxsys import hardware, strategies
+from jaxsys.axes import MEMBER, TENSOR
 from jaxsys.context import ContextSplit
 from jaxsys.errors import UsageError
 from jaxsys.model import preset
@@ -15,7 +16,7 @@ from jaxsys.planner.named import compare
 from jaxsys.planner.plans import Gradient, LayerPath, Order, Plan, Residual, State, Weights
 from jaxsys.planner.workload import decoder_workload
 from jaxsys.schedule import Placement
-from jaxsys.train import auto, plan_file
+from jaxsys.train import auto, plan_file, schedules
 from jaxsys.train.layout import AskedLayout, lay_out
 
 WORKLOAD = decoder_workload(
@@ -90,7 +91,9 @@ def plan_path(tmp_path, **changes):
 
 
 def lay_out_plan(path, **asked):
-    wanted = AskedLayout(schedule=str(path), **{"sequence_length": 16, **asked})
+    around, context = schedules.taken_from(asked)
+    asked = {"sequence_length": 16, **asked}
+    wanted = AskedLayout(schedule=str(path), around=around, context=context, **asked)
     return lay_out(preset("tiny"), jax.devices()[:4], wanted)
 
 
@@ -119,12 +122,12 @@ def test_a_ring_of_nodes_is_laid_out_as_asked_and_as_planned(tmp_path):
     alone = {"shard": 4, "members": 1, "ring": 1}
     with pytest.raises(UsageError, match="has 2 members share the places of a ring, and has no"):
         lay_out_plan(plan_path(tmp_path, **{**nodes, **alone, "shard": 2, "members": 2}))
-    asked = AskedLayout(schedule="weipipe-interleave", members=2, microbatches=4)
+    asked = AskedLayout(schedule="weipipe-interleave", around={MEMBER: 2}, microbatches=4)
     found = lay_out(preset("tiny"), jax.devices()[:8], asked)
     assert dict(found.mesh.shape) == {"data": 1, "ring": 4, "member": 2}
     assert found.rows == 8
     with pytest.raises(UsageError, match="members=3 does not divide"):
-        lay_out(preset("tiny"), jax.devices()[:8], AskedLayout(members=3))
+        lay_out(preset("tiny"), jax.devices()[:8], AskedLayout(around={MEMBER: 3}))
 
 
 def test_a_run_that_differs_from_its_plan_says_so(tmp_path):
@@ -180,11 +183,11 @@ def test_sequences_are_as_long_as_planned_for(tmp_path):
 
 
 def test_a_file_says_how_many_devices_it_is_for(tmp_path):
-    assert plan_file.devices_of(plan_path(tmp_path, shard=2, replicas=4)) == 8
+    assert plan_file.devices_of(plan_path(tmp_path, shard=2, replicas=4), {}) == 8
     path = tmp_path / "schedule.json"
     path.write_text(strategies.build("1f1b", devices=2, microbatches=4).to_json())
-    assert plan_file.devices_of(path, around=2) == 4
-    assert plan_file.devices_of("weipipe-interleave") is None
+    assert plan_file.devices_of(path, {TENSOR: 2}) == 4
+    assert plan_file.devices_of("weipipe-interleave", {}) is None
     with pytest.raises(UsageError, match="is not a plan file but a schedule"):
         plan_file.load_plan(path)
     path.write_text(json.dumps({"format": "jaxsys-comparison", "rows": []}))

@@ -9,9 +9,10 @@ import optax
 import pytest
 
 from jaxsys import planner
+from jaxsys.axes import DATA, RING, TENSOR
 from jaxsys.errors import UsageError
 from jaxsys.hardware import device, link
-from jaxsys.mesh import DATA, RING, TENSOR, make_mesh
+from jaxsys.mesh import make_mesh
 from jaxsys.model import initial_parameters, layered, preset
 from jaxsys.model.kinds import BlockKind, Experts
 from jaxsys.planner.constraints import Conflict

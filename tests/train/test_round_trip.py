@@ -14,9 +14,9 @@ import numpy as np
 import optax
 import pytest
 
+from jaxsys.axes import AXES
 from jaxsys.context import WAYS
 from jaxsys.hardware import device, link
-from jaxsys.mesh import AXES
 from jaxsys.model import DecoderConfig, initial_parameters, layered
 from jaxsys.model.kinds import BlockKind, Experts
 from jaxsys.planner.cluster import Cluster

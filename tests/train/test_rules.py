@@ -13,9 +13,10 @@ import optax.contrib
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxsys.axes import RING
 from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel, Parameters
-from jaxsys.mesh import RING, make_mesh
+from jaxsys.mesh import make_mesh
 from jaxsys.train import Trainer
 from jaxsys.train.refusals import part_names
 from jaxsys.train.rules import RuleAtRest, rule_of

@@ -5,7 +5,7 @@ import pytest
 from jaxsys.errors import UsageError
 from jaxsys.serve.energy.gpu_model import Load, simulated_gpu
 from jaxsys.serve.energy.profile import Fingerprint, Profile, Sample
-from jaxsys.serve.simulation.measured_gpu import MeasuredGpu
+from studies.measured_gpu import MeasuredGpu
 
 GPU = simulated_gpu("h100", "llama-3-8b")
 SAMPLES = (

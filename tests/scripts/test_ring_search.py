@@ -5,7 +5,7 @@ import pytest
 from jaxsys.errors import UsageError
 from jaxsys.schedule import Costs, Data, Link, check, peak_live, simulate
 from jaxsys.strategies import build
-from jaxsys.strategies.ring_search import plan_cost, shortest_step
+from studies.ring_search import plan_cost, shortest_step
 
 TIMES = [(1, 1, 1), (2, 3, 1), (2, 5, 2), (2, 2, 3)]
 PLANS = [

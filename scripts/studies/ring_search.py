@@ -28,7 +28,7 @@ from typing import Literal
 from jaxsys.errors import UsageError
 from jaxsys.schedule import Schedule, TaskKind
 
-from .data_parallel import check_microbatches
+from jaxsys.strategies.data_parallel import check_microbatches
 
 Counts = tuple[int, int, int]
 """How many F, I and W a worker has done."""

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from jaxsys.axes import RING
 from jaxsys.hardware import GIB
 from jaxsys.lowering import lower_sharded
 from jaxsys.lowering.compiled import program_bytes
-from jaxsys.mesh import RING
 from jaxsys.model import abstract_parameters, initial_parameters, layered
 from jaxsys.model.config import DecoderConfig
 from jaxsys.planner.cluster import Cluster

@@ -10,7 +10,7 @@ from jaxsys.hardware import device, link
 from jaxsys.mesh import make_mesh
 from jaxsys.model.shapes import preset
 from jaxsys.planner.cluster import Cluster
-from jaxsys.planner.measure import (
+from studies.planner_cells import (
     LONG,
     SHORT,
     cells,

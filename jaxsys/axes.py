@@ -1,0 +1,222 @@
+"""Axes, named once: in what ways a plan splits a step over devices.
+
+A row says all of an axis that depends on neither model nor cluster: what its devices have a part
+of, the mesh axis that runs it and where that stands, and what it is asked for by. Meshes,
+schedules, plans, the trainer, its command and `jaxsys plan` ask this table; what an axis costs and
+when it is legal says `jaxsys.planner.axes`, how a decoder is cut along it `jaxsys.model.parts`.
+
+`RING` is the mesh axis along which schedules run (weights, activations or shards move on it);
+`DATA` holds replicas of whole rings. Four more are there where a step is split so: along `TENSOR`
+devices share the features of every block, along `CONTEXT` its sequences, along `EXPERT` its
+experts, each beside its part of the batch, and along `MEMBER` the chunks of a place of a ring,
+likewise.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+RING = "ring"
+DATA = "data"
+TENSOR = "tensor"
+EXPERT = "expert"
+CONTEXT = "context"
+"""Devices that share every sequence in each place of a ring."""
+MEMBER = "member"
+"""Devices of one place of a ring, a node: each holds and sends a piece of every chunk that is
+there, and computes microbatches of its own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Axis:
+    """One way to split a step over devices; a plan says into how many parts."""
+
+    name: str
+    """Of its number of parts in plans, and in schedules where it stands around them."""
+    splits: str
+    """What each of its devices has a part of."""
+    mesh: str | None
+    """The mesh axis that `jaxsys.lowering` runs it on; None: no schedule does."""
+    user: str
+    """The mesh axis of `jaxsys.planner.plan`, for a step that `jax.jit` partitions."""
+    costs: str
+    """What it sends, and where that is counted."""
+    asked: str = ""
+    """What it is asked for by: an argument of `Trainer`, an option of `jaxsys train`."""
+    help: str = ""
+    """What that option says of itself."""
+    within: bool = False
+    """Its devices are of one place of a ring; else whole rings stand beside each other."""
+    batch: bool = False
+    """Each of its devices has microbatches of its own."""
+    block: bool = False
+    """A block itself is split, and its devices run one schedule's tasks together."""
+    shards: bool = False
+    """What rests in shards is cut over its devices as well as over the ring's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DividedAround:
+    """Parts along the axes that stand around a schedule's devices, or within each of them."""
+
+    replicas: int = 1
+    """Copies of everything else, each on its part of the batch."""
+    experts: int = 1
+    """Copies that share the experts of every block, each on its part of the batch."""
+    context: int = 1
+    """Devices that compute every task together, each a part of its sequences; what is split over a
+    shard group is split over these too. See `jaxsys.schedule.inside`."""
+    context_by: str = "ring"
+    """What travels between devices that share a sequence: one of `jaxsys.context.WAYS`."""
+    context_exchange: int | None = None
+    """How many neighbours of them exchange heads, where that is `mixed`."""
+    members: int = 1
+    """Devices in each place of a ring, as those of a node: each has and sends a piece of its
+    weights and their gradients, and computes microbatches of its own. What a task reads is joined
+    among them before it, what it adds is cut among them after."""
+    features: int = 1
+    """Devices that compute every task together, each a part of every block's features; the
+    sequence is split alike between blocks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Divided(DividedAround):
+    """Parts along all axes; their product is the number of devices."""
+
+    shard: int = 1
+    """Devices that split a batch, and over which state, weights and gradients may be split."""
+    stages: int = 1
+    """Parts of the layers, each resting on its devices; activations travel."""
+    ring: int = 1
+    """Parts of the layers, each resting on its devices; weights travel."""
+
+    @property
+    def devices(self) -> int:
+        """N."""
+        return math.prod(getattr(self, axis) for axis in AXES)
+
+
+AXES: Mapping[str, Axis] = MappingProxyType(
+    {
+        axis.name: axis
+        for axis in (
+            Axis(
+                name="replicas",
+                splits="the batch, around everything else",
+                mesh=DATA,
+                user="replica",
+                costs="gradients, summed once a step: `planner.costs.frame`",
+                asked="replicas",
+                help="rings side by side (default 1)",
+                batch=True,
+            ),
+            Axis(
+                name="experts",
+                splits="every block's experts, and the batch around the ring",
+                mesh=EXPERT,
+                user="replica",
+                costs="rows to experts and back: `planner.axes.experts`; other gradients, summed "
+                "once a step: `planner.costs.frame`",
+                asked="expert",
+                help="devices that share every block's experts, each beside its own microbatches "
+                "(default 1, or as a plan says)",
+                batch=True,
+                block=True,
+            ),
+            Axis(
+                name="shard",
+                splits="the batch, and where state is split masters, weights and gradients",
+                mesh=RING,
+                user="shard",
+                costs="gathers and sums of a layer: moves of `strategies.zero`, `data_parallel`",
+            ),
+            Axis(
+                name="context",
+                splits="every sequence, and where state is split masters, weights and gradients",
+                mesh=CONTEXT,
+                user="shard",
+                costs="keys and values, or heads for tokens: `planner.sharing`; gradients "
+                "that are not split, summed once a step: `planner.costs.frame`",
+                asked="context",
+                help="devices that share every sequence in each place of a ring (default 1)",
+                within=True,
+                shards=True,
+            ),
+            Axis(
+                name="members",
+                splits="what rests and travels in each place of a ring, and the batch around it",
+                mesh=MEMBER,
+                user="shard",
+                costs="pieces of a chunk joined and its gradient cut, in every task: "
+                "`planner.costs.block_cost`",
+                asked="members",
+                help="devices of a node that share each place of a weight ring: a chunk goes from "
+                "node to node in so many pieces at once (default 1, or as a plan says)",
+                within=True,
+                batch=True,
+                shards=True,
+            ),
+            Axis(
+                name="features",
+                splits="every block's features, and the sequence between blocks",
+                mesh=TENSOR,
+                user="features",
+                costs="activations, joined twice a pass: `planner.axes.features`",
+                asked="tensor",
+                help="devices that share every block's features and the sequence between blocks "
+                "(default 1, or as a plan says)",
+                within=True,
+                block=True,
+            ),
+            Axis(
+                name="stages",
+                splits="the layers, each resting on its devices while activations travel",
+                mesh=RING,
+                user="shard",
+                costs="an activation a hop: moves of `strategies.stages`",
+            ),
+            Axis(
+                name="ring",
+                splits="the layers, each resting on its devices while weights travel",
+                mesh=RING,
+                user="shard",
+                costs="a chunk's weights and gradient a hop: moves of `strategies.weipipe`",
+            ),
+        )
+    }
+)
+"""Name -> axis, from the outermost in; a plan has a number of parts for each (`Divided`)."""
+
+MESH: tuple[str, ...] = tuple(
+    dict.fromkeys(axis.mesh for axis in AXES.values() if axis.mesh is not None)
+)
+"""The mesh axes, from the outermost in: the last one's neighbours are adjacent devices."""
+
+AROUND: Mapping[str, Axis] = MappingProxyType(
+    {axis.mesh: axis for axis in AXES.values() if axis.mesh not in (None, RING)}
+)
+"""Mesh axis -> axis, of all that stand around a ring or within its places: a schedule has a number
+of parts for each, by its name (`DividedAround`)."""
+
+INNER: tuple[str, ...] = tuple(name for name, axis in AROUND.items() if axis.block)
+"""Mesh axes along which a block itself is split, and whose devices run one schedule's tasks
+together."""
+BATCH: tuple[str, ...] = tuple(name for name, axis in AROUND.items() if axis.batch)
+"""Mesh axes beside the ring along which the batch is split, from the outermost in."""
+
+
+def parts_within(parts: DividedAround, *, shards: bool = True) -> int:
+    """How many devices are one of a schedule's together.
+
+    Args:
+        parts: of a plan or schedule.
+        shards: those along which shards are cut further among them.
+    """
+    within = (axis for axis in AROUND.values() if axis.within and (shards or not axis.shards))
+    return math.prod(getattr(parts, axis.name) for axis in within)
+
+
+def parts_of_batch(parts: DividedAround) -> int:
+    """On how many parts of a batch a schedule runs, each with its own microbatches."""
+    return math.prod(getattr(parts, AROUND[name].name) for name in BATCH)

@@ -1,0 +1,164 @@
+"""What the planner asks of an axis: where it is legal, what joins its devices and what that costs.
+
+`PlannedAxis` answers for an axis that asks for nothing; an axis is a final class in a file of its
+own that says what is otherwise with it. Costs add up what the axes of a plan say.
+
+Legend: P devices along an axis.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from jaxsys.axes import DividedAround
+from jaxsys.planner.constraints import Domains, Relation
+from jaxsys.schedule import Link
+
+if TYPE_CHECKING:
+    from jaxsys.hardware import DeviceSpec
+    from jaxsys.planner.cluster import Cluster
+    from jaxsys.planner.plans import Plan
+    from jaxsys.planner.problem import Problem
+    from jaxsys.planner.workload import BlockWork, Traced
+
+NO_LINK = Link()
+
+Rule = Callable[[str, tuple[str, ...], Callable[..., bool]], Relation]
+"""(label, variables, predicate) -> a relation of the space."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Joined:
+    """What a pass sends to join what is split, and how long it waits for it."""
+
+    time_s: float = 0.0
+    sent_bytes: float = 0.0
+
+    def __add__(self, other: "Joined") -> "Joined":
+        return Joined(
+            time_s=self.time_s + other.time_s, sent_bytes=self.sent_bytes + other.sent_bytes
+        )
+
+    def __rmul__(self, times: int) -> "Joined":
+        return Joined(time_s=times * self.time_s, sent_bytes=times * self.sent_bytes)
+
+
+NOTHING = Joined()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copies:
+    """Devices that have the same of some parameters, whose gradients they add up."""
+
+    count: int = 1
+    link: Link = NO_LINK
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """How a schedule's devices stand in the cluster: what is around them and inside each."""
+
+    parts: DividedAround = DividedAround()  # noqa: RUF009 a value that nothing changes
+    axes: tuple["PlannedAxis", ...] = ()
+    """Those of more than one part."""
+    links: Mapping[str, Any] = field(default_factory=dict)
+    """Name of such an axis -> what joins its devices, see `PlannedAxis.link`."""
+    copies: Copies = Copies()
+    """All that have the same of what is no axis' own: whole rings beside each other, and those of
+    a place that share its work where what they compute with is split over none of them."""
+    own_copies: Mapping[str, Copies] = field(default_factory=dict)
+    """Likewise of what is an axis' own, see `PlannedAxis.own_parameters`."""
+
+    def parts_along(self, axis: "PlannedAxis") -> int:
+        """How many devices there are along an axis."""
+        return getattr(self.parts, axis.name)
+
+    def parameters_of(self, block: "BlockWork") -> float:
+        """What a device has of a block's parameters, cuts of features and pieces left aside."""
+        own = {axis: axis.own_parameters(block) for axis in self.axes if axis.owns}
+        common = block.parameters - sum(own.values())
+        return common + sum(size / self.parts_along(axis) for axis, size in own.items())
+
+
+class PlannedAxis:
+    """An axis of `jaxsys.axes.AXES` as the planner sees it."""
+
+    name: str
+    owns: bool = False
+    """Whether `own_parameters` has any."""
+    more: tuple[str, ...] = ()
+    """Variables of the space that say how it splits, beside its number of parts."""
+
+    def domains(self, problem: "Problem", ways: tuple[int, ...]) -> Domains:
+        """The values of its variables, before any rule.
+
+        Args:
+            problem: what is planned.
+            ways: the counts that divide the devices.
+        """
+        del problem
+        return {self.name: ways}
+
+    def rules(self, problem: "Problem", domains: Domains, rule: Rule) -> Iterable[Relation]:
+        """What shapes and data dependencies ask for."""
+        del problem, domains, rule
+        return ()
+
+    def why_not(self, plan: "Plan") -> str | None:
+        """Why the trainer cannot run a plan that is split along it; None if it can."""
+        del plan
+        return None
+
+    def link(self, cluster: "Cluster", plan: "Plan", near: int) -> Any:
+        """What joins its devices, `near` apart."""
+        return cluster.group(getattr(plan, self.name), near)
+
+    def joined(
+        self,
+        block: "BlockWork",
+        split: Split,
+        device: "DeviceSpec",
+        *,
+        activation_bytes: float,
+        recompute: str,
+    ) -> tuple[Joined, Joined]:
+        """What a block's devices send each other forward, and backward without what is recomputed.
+
+        Args:
+            block: on one microbatch.
+            split: of the plan.
+            device: what runs it.
+            activation_bytes: of the block's input.
+            recompute: the policy.
+        """
+        del block, split, device, activation_bytes, recompute
+        return NOTHING, NOTHING
+
+    def own_parameters(self, block: "BlockWork") -> float:
+        """Parameters of a block that it alone splits: other axes outside a ring have copies."""
+        del block
+        return 0.0
+
+    def traced(self, block: "BlockWork", parts: int) -> "Traced | None":
+        """What a block's programs keep and hold where P devices have it; None: as on one."""
+        del block, parts
+        return None
+
+    def code(self, plan: "Plan") -> str | None:
+        """What a plan is called that is split along it alone; None where that has another name."""
+        del plan
+        return None
+
+    def words(self, plan: "Plan", *, alone: bool) -> str:
+        """How a plan is split along it.
+
+        Args:
+            plan: the plan.
+            alone: whether the plan is called by its `code`.
+        """
+        raise NotImplementedError
+
+    def beyond(self, plan: "Plan") -> str | None:
+        """Likewise where it is no part of a schedule's file; None where that says it."""
+        del plan
+        return None

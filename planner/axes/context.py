@@ -1,0 +1,103 @@
+"""Shared sequences: the devices of a place each have a part of every sequence.
+
+What they send each other within a block, and how long they wait for it, is `planner.sharing`.
+"""
+
+import functools
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, final
+
+from jaxsys.context import WAYS
+from jaxsys.lowering.refusal import why_not_in_turn
+from jaxsys.planner.axes.base import PlannedAxis, Rule
+from jaxsys.planner.constraints import Domains, Relation
+from jaxsys.planner.sharing import ContextLinks, split_of
+from jaxsys.schedule.inside import exchanging, why_not_shared
+
+if TYPE_CHECKING:
+    from jaxsys.planner.cluster import Cluster
+    from jaxsys.planner.plans import Plan
+    from jaxsys.planner.problem import Problem
+
+SAID = ("context_by", "context_exchange")
+
+
+@final
+class Context(PlannedAxis):
+    """Devices that share every sequence."""
+
+    name = "context"
+    more = SAID
+
+    def domains(self, problem: "Problem", ways: tuple[int, ...]) -> Domains:
+        workload = problem.workload(1)
+        shared = [way for way in ways if workload.shares(way)]
+        exchanged = [way for way in ways if any(way < parts for parts in shared)]
+        by, exchange = SAID
+        return {
+            self.name: ways if workload.sharing is not None else (1,),
+            by: WAYS if shared else ("ring",),
+            exchange: (None, *(way for way in exchanged if way > 1)),
+        }
+
+    def rules(self, problem: "Problem", domains: Domains, rule: Rule) -> Iterable[Relation]:
+        workload, sharing = problem.workload(1), problem.workload(1).sharing
+        if sharing is None or len(domains[self.name]) == 1:
+            return
+        legal = [parts for parts in domains[self.name] if parts == 1 or workload.shares(parts)]
+        yield rule(
+            f"sequences of {sharing.length} tokens shared by {', '.join(map(str, legal))} devices "
+            "only",
+            (self.name,),
+            legal.__contains__,
+        )
+
+        @functools.cache
+        def allowed(features: int, parts: int, by: str, exchange: int | None) -> bool:
+            if why_not_shared(by, parts, exchange) is not None:
+                return False
+            if parts == 1:
+                return by == "ring"
+            if parts not in legal:  # which the rule above says
+                return True
+            split = split_of(parts, by, exchange)
+            return split is not None and sharing.allows(split, features)
+
+        exchanges = [parts for parts in legal if parts > 1 and allowed(1, parts, "ulysses", None)]
+        yield rule(
+            f"{sharing.heads} query and {sharing.key_heads} key/value heads exchanged by "
+            f"{', '.join(map(str, exchanges)) or 'no'} devices only, and by as many as leave each "
+            "of those that share features whole heads and tokens",
+            ("features", self.name, *SAID),
+            allowed,
+        )
+        yield rule(
+            "where devices have ticks without a task, sequences are shared by gather or ulysses",
+            ("stages", "ring", self.name, *SAID),
+            lambda p, w, c, by, u: (
+                c == 1 or p * w == 1 or by == "gather" or exchanging(by, c, u) == c
+            ),
+        )
+
+    def why_not(self, plan: "Plan") -> str | None:
+        if plan.split is None or plan.owners == 1:
+            return None
+        return why_not_in_turn(plan.split)
+
+    def link(self, cluster: "Cluster", plan: "Plan", near: int) -> ContextLinks:
+        split = plan.split
+        assert split is not None
+        return ContextLinks(
+            whole=cluster.group(split.parts, near),
+            hop=cluster.group(split.groups, near * split.exchanging),
+            exchange=cluster.group(split.exchanging, near),
+        )
+
+    def code(self, plan: "Plan") -> str:
+        return f"cp-{plan.context_by}"
+
+    def words(self, plan: "Plan", *, alone: bool) -> str:
+        over = f"{plan.context}"
+        if plan.context_by == "mixed":
+            over += f", {plan.context_exchange} of which exchange heads"
+        return f"of {over}" if alone else f"each of {over} ({self.code(plan)})"

@@ -1,0 +1,75 @@
+"""Split features: every block is computed by P devices, which join what they made twice a pass.
+
+Around attention and around the feed-forward part an all_gather comes before and a reduce_scatter
+after, of activations, nothing hidden. Backward gathers both of what the products read once more,
+since nobody keeps it whole. Of a block that says its `joins` these are all_reduces instead.
+"""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, final
+
+from jaxsys.planner.axes.base import Joined, PlannedAxis, Rule, Split
+from jaxsys.planner.constraints import Domains, Relation
+
+if TYPE_CHECKING:
+    from jaxsys.hardware import DeviceSpec
+    from jaxsys.planner.plans import Plan
+    from jaxsys.planner.problem import Problem
+    from jaxsys.planner.workload import BlockWork
+
+
+@final
+class Features(PlannedAxis):
+    """Devices that share every block's features, and the sequence between blocks."""
+
+    name = "features"
+
+    def rules(self, problem: "Problem", domains: Domains, rule: Rule) -> Iterable[Relation]:
+        del domains
+        ways = problem.workload(1).feature_ways
+        said = ", ".join(map(str, ways))
+        yield rule(f"features split in {said} parts only", (self.name,), ways.__contains__)
+
+    def joined(
+        self,
+        block: "BlockWork",
+        split: Split,
+        device: "DeviceSpec",
+        *,
+        activation_bytes: float,
+        recompute: str,
+    ) -> tuple[Joined, Joined]:
+        del device
+        ways, link, joins = split.parts.features, split.links[self.name], block.joins
+        if joins is None:
+
+            def times(count: int) -> Joined:
+                return Joined(
+                    time_s=count * link.collective_s(activation_bytes, devices=ways),
+                    sent_bytes=count * (ways - 1) / ways * activation_bytes,
+                )
+
+            return times(4), times(4 if recompute in ("around-attention", "block") else 6)
+
+        def summed(size_bytes: float, times: float) -> Joined:
+            if not times:
+                return Joined()
+            return Joined(
+                time_s=times * link.collective_s(size_bytes / times, devices=ways, rounds=2),
+                sent_bytes=2 * (ways - 1) / ways * size_bytes,
+            )
+
+        return (
+            summed(joins.forward_bytes, joins.forward_times),
+            summed(joins.backward_bytes, joins.backward_times),
+        )
+
+    def code(self, plan: "Plan") -> str:
+        del plan
+        return "tp-sp"
+
+    def words(self, plan: "Plan", *, alone: bool) -> str:
+        return f"of {plan.features}" if alone else f"each of {plan.features} (tp-sp)"
+
+    def beyond(self, plan: "Plan") -> str:
+        return f"features split over {plan.features} devices"

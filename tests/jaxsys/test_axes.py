@@ -1,0 +1,96 @@
+"""The table of axes: all that is per axis follows from its row, and few files name an axis."""
+
+import ast
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from jaxsys.axes import AROUND, AXES, MESH, RING, Divided, DividedAround
+from jaxsys.errors import UsageError
+from jaxsys.mesh import make_mesh
+from jaxsys.planner.axes import PLANNED
+from jaxsys.planner.plans import Plan
+from jaxsys.schedule import Schedule
+from jaxsys.train.cli import parser
+
+ROOT = Path(__file__).resolve().parents[2]
+HOLDERS = {"plan", "base", "parts", "schedule", "split", "around", "asked", "planned"}
+"""What plans, schedules and their parts are called."""
+MAKERS = {"Plan", "Schedule", "make_mesh", "Trainer", "AskedLayout", "Split", "replace"}
+
+
+def numbers(kind: type) -> set[str]:
+    return {one.name for one in dataclasses.fields(kind) if one.default == 1}
+
+
+def test_plans_schedules_and_the_planner_have_each_axis_of_the_table():
+    around = {axis.name for axis in AROUND.values()}
+    assert numbers(DividedAround) == around == {*PLANNED}
+    assert numbers(Divided) == {*AXES}
+    assert issubclass(Plan, Divided) and issubclass(Schedule, DividedAround)
+    assert MESH.index("data") < MESH.index(RING) < MESH.index("tensor") == len(MESH) - 1
+
+
+def test_the_command_asks_for_each_axis_by_its_name_in_the_table():
+    words = [word for axis in AROUND.values() for word in (f"--{axis.asked}", "2")]
+    found = parser("jaxsys train").parse_args(words)
+    assert {getattr(found, axis.asked) for axis in AROUND.values()} == {2}
+
+
+def test_meshes_have_no_other_axes():
+    with pytest.raises(UsageError, match="'wide' is not known; beside ring and data: expert, con"):
+        make_mesh(1, wide=2)
+
+
+def files_that_name(axis) -> set[str]:
+    """Modules of the package in whose code an axis stands: its mesh axis, or its number of parts.
+
+    The model's own experts (`config.experts`) and the like are no axis.
+    """
+    (constant,) = (
+        target.id
+        for node in ast.parse((ROOT / "jaxsys/axes.py").read_text()).body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+        for target in node.targets
+        if isinstance(target, ast.Name) and node.value.value == axis.mesh
+    )
+    found = set()
+    for part in ("jaxsys", "train", "serve", "planner"):
+        for path in (ROOT / part).rglob("*.py"):
+            if part == "jaxsys" and path.relative_to(ROOT).parts[1] in ("train", "serve", "planner"):
+                continue
+            tree = ast.parse(path.read_text())
+            if any(_names(node, axis, constant) for node in ast.walk(tree)):
+                found.add(str(path.relative_to(ROOT)))
+    return found
+
+
+def _names(node: ast.AST, axis, constant: str) -> bool:
+    if isinstance(node, ast.Name):
+        return node.id == constant
+    if isinstance(node, ast.Attribute) and node.attr == axis.name:
+        holder = node.value
+        name = holder.attr if isinstance(holder, ast.Attribute) else getattr(holder, "id", "")
+        return name in HOLDERS
+    if isinstance(node, ast.Call):
+        called = node.func.attr if isinstance(node.func, ast.Attribute) else node.func
+        called = called if isinstance(called, str) else getattr(called, "id", "")
+        made = called in MAKERS - {"replace"}
+        return made and any(word.arg in (axis.name, axis.mesh) for word in node.keywords)
+    if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+        kind = node.annotation
+        return node.target.id == axis.name and isinstance(kind, ast.Name) and kind.id == "int"
+    return False
+
+
+def test_an_axis_along_which_blocks_are_split_stands_in_few_files():
+    """`experts`: its row, the cut of a decoder, and its costs, with the work that they are of."""
+    found = files_that_name(AXES["experts"])
+    assert found <= {
+        "jaxsys/axes.py",
+        "jaxsys/model/parts.py",
+        "planner/axes/experts.py",
+        "planner/workload.py",
+    }
+    assert {"jaxsys/axes.py", "planner/axes/experts.py"} <= found
