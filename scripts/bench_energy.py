@@ -73,13 +73,13 @@ from jaxsys.serve.simulation.replay import (
     setting,
     simulate,
 )
+from jaxsys.serve.simulation.traces import Trace, lengths_from_csv, read_trace, trace_of_lengths
 from studies.energy_plots import (
     draw_ablation,
     draw_calibration,
     draw_matrix,
     draw_published,
 )
-from jaxsys.serve.simulation.traces import Trace, lengths_from_csv, read_trace, trace_of_lengths
 
 FINE = tuple(range(1005, 1411, 45))
 NOISE = 0.02
@@ -624,8 +624,8 @@ class Instance:
 
 def decisions(data: Path, out: Path, options: Options) -> None:
     from jaxsys.clocks import SimulatedClocks
+    from jaxsys.serve.iterations import Iteration, PrefillPiece
     from jaxsys.serve.requests import Request, SamplingParameters
-    from jaxsys.serve.scheduler import Iteration, PrefillPiece
 
     repeats = 200 if options.quick else 3000
     gpu = simulated_gpu("h100", "llama-3-8b")

@@ -48,12 +48,12 @@ from jaxsys.serve.energy.governors import spec_of
 from jaxsys.serve.energy.gpu_model import GPUS, Load, gpu_spec, shape_from_sizes
 from jaxsys.serve.energy.profile import load_profile
 from jaxsys.serve.hooks import FewestRequestsRouter
+from jaxsys.serve.iterations import SchedulerConfig
 from jaxsys.serve.processes.gpus import visible_gpus
-from jaxsys.serve.scheduler import SchedulerConfig
-from studies.measured_gpu import MeasuredGpu
 from jaxsys.serve.simulation.simulator import ClusterConfig, ReplayResult, Simulator
 from jaxsys.serve.simulation.traces import Trace, read_trace, synthetic_trace
 from jaxsys.serve.steps import ExecutorConfig
+from studies.measured_gpu import MeasuredGpu
 
 ROOT = Path(__file__).resolve().parent.parent
 PERCENTS = (50, 90, 99)

@@ -34,8 +34,8 @@ from jaxsys.serve.energy.fixed_clock import FixedClock
 from jaxsys.serve.energy.governors import Served
 from jaxsys.serve.energy.gpu_model import GPUS, SimulatedGpu, gpu_spec
 from jaxsys.serve.hooks import FewestRequestsRouter
+from jaxsys.serve.iterations import SchedulerConfig
 from jaxsys.serve.processes.gpus import visible_gpus
-from jaxsys.serve.scheduler import SchedulerConfig
 from jaxsys.serve.simulation.simulator import ClusterConfig, Simulator
 from jaxsys.serve.simulation.traces import Trace, synthetic_trace
 from jaxsys.serve.steps import ExecutorConfig

@@ -30,13 +30,13 @@ from jaxsys.serve.energy.governors import Served, make_router
 from jaxsys.serve.energy.slo import SharedSlo
 from jaxsys.serve.engine import Engine
 from jaxsys.serve.http.api import ApiConfig
+from jaxsys.serve.iterations import SchedulerConfig
 from jaxsys.serve.member import InstanceLoad
 from jaxsys.serve.processes.front import bind, build_app
 from jaxsys.serve.processes.remote import Switchboard
 from jaxsys.serve.processes.secret import CHALLENGE_BYTES, proof
 from jaxsys.serve.processes.wire import Frames, pack
 from jaxsys.serve.requests import SamplingParameters
-from jaxsys.serve.scheduler import SchedulerConfig
 
 ITL_S = 0.01
 TOKEN = 65

@@ -29,10 +29,10 @@ from shapes import SHAPES
 from jaxsys.errors import RunError, UsageError
 from jaxsys.hardware import device, link
 from jaxsys.planner.cluster import Cluster
-from studies.planner_cells import LINKS
 from jaxsys.planner.named import Comparison, compare
 from jaxsys.planner.workload import decoder_workload
 from jaxsys.results import read_result, table, write_result
+from studies.planner_cells import LINKS
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEDULES = (

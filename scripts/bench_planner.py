@@ -28,18 +28,18 @@ from jaxsys.errors import RunError, UsageError
 from jaxsys.hardware import device, link
 from jaxsys.model.config import DecoderConfig
 from jaxsys.model.shapes import preset
-from studies import planner_cells as measure
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.costs import Precision
 from jaxsys.planner.evaluate import Evaluator
 from jaxsys.planner.plans import Gradient, LayerPath, Plan, Residual, State, Weights
 from jaxsys.planner.problem import Problem
 from jaxsys.planner.recognise import describe, recognise
-from studies.planner_regimes import limited, ratio_problem, regimes
 from jaxsys.planner.search import Effort, search
 from jaxsys.planner.space import Space
 from jaxsys.planner.workload import decoder_workload
 from jaxsys.results import read_result, table, write_result
+from studies import planner_cells as measure
+from studies.planner_regimes import limited, ratio_problem, regimes
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"

@@ -38,13 +38,14 @@ from jaxsys.serve.cache_groups import cache_groups
 from jaxsys.serve.deployment import adapter_buckets
 from jaxsys.serve.executor import JaxExecutor
 from jaxsys.serve.grammars import Grammars
+from jaxsys.serve.iterations import SchedulerConfig
 from jaxsys.serve.lora import AdapterSlots
 from jaxsys.serve.paged_model import number_bytes
 from jaxsys.serve.processes.gpus import gpu_of
 from jaxsys.serve.random_weights import random_parameters
 from jaxsys.serve.requests import Request, SamplingParameters
 from jaxsys.serve.sampling import SamplingNeeds
-from jaxsys.serve.scheduler import Scheduler, SchedulerConfig
+from jaxsys.serve.scheduler import Scheduler
 from jaxsys.serve.speculation import Speculation
 from jaxsys.serve.steps import ExecutorConfig
 from jaxsys.serve.weights import ServingWeights, serving_weights

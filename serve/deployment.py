@@ -25,10 +25,11 @@ from jaxsys.serve.handover import Message, PageTransfer, Receiver, SameProcess, 
 from jaxsys.serve.hooks import Governor, NoGovernor, Router
 from jaxsys.serve.host_copies import HostCopies
 from jaxsys.serve.instance import Instance
+from jaxsys.serve.iterations import Role, SchedulerConfig
 from jaxsys.serve.lora import AdapterSlots
 from jaxsys.serve.member import Member, TokenEvent
 from jaxsys.serve.paged_model import CacheForm, number_bytes
-from jaxsys.serve.scheduler import Role, Scheduler, SchedulerConfig
+from jaxsys.serve.scheduler import Scheduler
 from jaxsys.serve.speculation import Method, Speculation, SpeculationConfig
 from jaxsys.serve.steps import ExecutorConfig
 from jaxsys.serve.weights import (

@@ -22,6 +22,7 @@ from jaxsys.model import DecoderConfig
 from jaxsys.model.contract import layer_cache
 from jaxsys.serve import paged_model
 from jaxsys.serve.grammars import Follower, Grammars
+from jaxsys.serve.iterations import Iteration, PrefillPiece, SchedulerConfig
 from jaxsys.serve.lora import Adapted, AdapterSlots
 from jaxsys.serve.paged_attention import choose_kernels
 from jaxsys.serve.paged_model import CacheForm, Contents
@@ -39,7 +40,6 @@ from jaxsys.serve.sampling import (
     pack_rules,
     set_history,
 )
-from jaxsys.serve.scheduler import Iteration, PrefillPiece, SchedulerConfig
 from jaxsys.serve.steps import ADAPTED, COPIES, USUAL, ExecutorConfig, Steps
 from jaxsys.serve.verification import Verified
 from jaxsys.serve.weights import TENSOR, ServingWeights

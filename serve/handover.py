@@ -31,9 +31,9 @@ import jax
 from jaxsys.serve.arrivals import Arrivals
 from jaxsys.serve.executor import JaxExecutor
 from jaxsys.serve.instance import Instance
+from jaxsys.serve.iterations import Completion, Iteration
 from jaxsys.serve.paged_model import Contents
 from jaxsys.serve.requests import Request, RequestState
-from jaxsys.serve.scheduler import Completion, Iteration
 
 RequestId = str | int
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Protocol
 from jaxsys.serve.energy.meters import Reading
 
 if TYPE_CHECKING:
+    from jaxsys.serve.iterations import Iteration
     from jaxsys.serve.requests import Request
-    from jaxsys.serve.scheduler import Iteration
 
 
 class Governor(Protocol):

@@ -24,10 +24,11 @@ from jaxsys.serve.executor import Executor, JaxExecutor, Outcome, RequestFault, 
 from jaxsys.serve.hooks import Governor
 from jaxsys.serve.host_copies import HostCopies
 from jaxsys.serve.host_pages import Fetch
+from jaxsys.serve.iterations import Completion, Iteration
 from jaxsys.serve.member import NOT_FINITE, InstanceLoad, Member, TokenEvent
 from jaxsys.serve.requests import FinishReason, Request, RequestState
 from jaxsys.serve.sampling import NOTHING
-from jaxsys.serve.scheduler import Completion, Iteration, Scheduler
+from jaxsys.serve.scheduler import Scheduler
 from jaxsys.serve.turns import Transfer, Turns
 
 if TYPE_CHECKING:

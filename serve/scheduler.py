@@ -21,167 +21,14 @@ everything; "prefill" hands a request over after its first token; "decode" recei
 import dataclasses
 from collections import deque
 from collections.abc import Sequence
-from typing import Literal
 
-from jaxsys.errors import UsageError
-from jaxsys.serve.cache_groups import first_seen, most_held
-from jaxsys.serve.host_pages import TOGETHER, Fetch, HostIndex, Save
-from jaxsys.serve.kv_cache import FREED, BlockKey, PageAllocator, block_keys, salt_of
-from jaxsys.serve.requests import ContextLengthExceeded, FinishReason, Request, RequestState
+from jaxsys.serve.cache_groups import first_seen
+from jaxsys.serve.host_pages import Fetch, Save
+from jaxsys.serve.iterations import Completion, Iteration, PrefillPiece, SchedulerConfig
+from jaxsys.serve.kv_cache import FREED
+from jaxsys.serve.request_pages import RequestPages
+from jaxsys.serve.requests import FinishReason, Request, RequestState
 from jaxsys.serve.speculation import Speculation
-
-Role = Literal["both", "prefill", "decode"]
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerConfig:
-    """Bounds of one instance."""
-
-    page_count: int
-    page_size: int = 16
-    max_batch: int = 64
-    """Most requests that hold pages at once (their slots on the device)."""
-    max_prefill_tokens: int = 512
-    """Prompt tokens an iteration may compute."""
-    max_length: int = 2048
-    """Most tokens of one request, prompt and output."""
-    decode_buckets: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
-    """Batch sizes that steps are compiled for, ascending."""
-    role: Role = "both"
-    prefix_caching: bool = True
-    reserved_tokens: int = 0
-    """Tokens of cache kept free for each request that decodes before another is received; at least
-    a page is."""
-    windows: tuple[int | None, ...] = (None,)
-    """Tokens that each group of layers sees; None: all. See `cache_groups`."""
-    pair_cost: float = 0.0
-    """What it takes a token to attend to one before it, in what its products take."""
-    host_pages: int = 0
-    """Pages that the host's memory keeps of what is computed; of layers that see all tokens."""
-
-    def __post_init__(self) -> None:
-        if list(self.decode_buckets) != sorted(set(self.decode_buckets)) or (
-            not self.decode_buckets or self.decode_buckets[-1] < self.max_batch
-        ):
-            raise UsageError(
-                f"decode_buckets={self.decode_buckets} must ascend and reach "
-                f"max_batch={self.max_batch}"
-            )
-        if self.host_pages and self.windows != (None,):
-            raise UsageError(
-                f"host_pages={self.host_pages} keeps pages of layers that see all tokens; this "
-                f"model has layers with windows: leave it 0"
-            )
-        for name in ("page_count", "page_size", "max_batch", "max_prefill_tokens", "max_length"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name}={getattr(self, name)} must be at least 1")
-
-    def pages_for(self, length: int) -> int:
-        """Pages that a request of so many tokens needs at most at once."""
-        ahead = self.max_prefill_tokens + 1
-        size = self.page_size
-        return sum(most_held(window, length, ahead, size) for window in self.windows)
-
-    @property
-    def capacity_tokens(self) -> int:
-        """Tokens of the longest request that all pages hold."""
-        if self.windows == (None,):
-            return self.page_count * self.page_size
-        shortest, longest = 0, self.page_count * self.page_size + 1
-        if self.pages_for(self.max_length) <= self.page_count:
-            return max(self.max_length, longest - 1)
-        while longest - shortest > 1:
-            middle = (shortest + longest) // 2
-            if self.pages_for(middle) <= self.page_count:
-                shortest = middle
-            else:
-                longest = middle
-        return shortest
-
-    def check_fits(self, prompt_length: int, max_tokens: int) -> None:
-        """Raises ContextLengthExceeded where no such instance could ever serve such a request."""
-        capacity = min(self.max_length, self.capacity_tokens)
-        # A prompt without an answer is given a page for its next token all the same.
-        most = min(self.max_length, self.capacity_tokens - 1)
-        if prompt_length > most and not max_tokens:
-            raise ContextLengthExceeded(
-                f"prompt is too long: {prompt_length} tokens; at most {most} fit. Shorten it"
-            )
-        if prompt_length + max_tokens > capacity:
-            alone = prompt_length >= capacity  # the words that clients look for
-            raise ContextLengthExceeded(
-                ("prompt is too long: " if alone else "prompt of ")
-                + f"{prompt_length} tokens and max_tokens={max_tokens} need "
-                f"{prompt_length + max_tokens} tokens; at most {capacity} fit. Shorten the prompt"
-                + ("" if alone else f" or lower max_tokens to {capacity - prompt_length}")
-            )
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class PrefillPiece:
-    """Positions `start..start+length-1` of a request's known tokens."""
-
-    request: Request
-    start: int
-    length: int
-    cached_tokens: int
-    """Positions before `start` that were found in the prefix cache rather than computed."""
-    last: bool
-    """Whether the piece ends the known tokens, and so samples the next one."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Iteration:
-    """What one instance computes next."""
-
-    index: int
-    prefills: tuple[PrefillPiece, ...]
-    decodes: tuple[Request, ...]
-    copies: tuple[tuple[int, int], ...]
-    """Pages (source, target) to copy before the piece of whoever has the target: copy on write."""
-    prefill_tokens: int
-    cached_tokens: int
-    """Sum of `cached_tokens` over pieces that are the first of their request."""
-    kv_tokens: int
-    """Tokens the decodes attend to, their own included."""
-    bucket: int
-    """Padded batch of the decode step; 0 without decodes."""
-    steps: int
-    """Decode steps taken in a row; more than 1 only where the caller allowed it."""
-    drafts: tuple[tuple[int, ...], ...] = ()
-    """Tokens guessed for each of `decodes`, computed with its next one; empty where none is."""
-    gain: float = 1.0
-    """Tokens that each of `decodes` is expected to gain at least, guesses included."""
-    saves: tuple[Save, ...] = ()
-    """Pages to be copied to the host before anything else."""
-
-    @property
-    def drafted(self) -> int:
-        """Tokens guessed, of all requests."""
-        return sum(map(len, self.drafts))
-
-    @property
-    def batch(self) -> int:
-        """Requests that decode."""
-        return len(self.decodes)
-
-    @property
-    def sampling(self) -> list[Request]:
-        """The requests that sample a token, in the order of the tokens given to `complete`."""
-        return [*(piece.request for piece in self.prefills if piece.last), *self.decodes]
-
-
-@dataclasses.dataclass(slots=True)
-class Completion:
-    """What `complete` changed."""
-
-    emitted: list[Request]
-    """Requests that gained tokens."""
-    finished: list[Request]
-    handed_over: list[Request]
-    """Prefill role: requests whose pages may go to a decode instance now."""
-    gained: list[int] = dataclasses.field(default_factory=list)
-    """How many of their `output_tokens` each of `emitted` gained."""
 
 
 class Scheduler:
@@ -194,7 +41,8 @@ class Scheduler:
         """
         self.config = config
         self.speculation = speculation
-        self.allocator = PageAllocator(config.page_count, config.page_size)
+        self.pages = RequestPages(config)
+        self.allocator, self.host = self.pages.allocator, self.pages.host
         self.waiting: deque[Request] = deque()
         """Requests without pages that wait for prefill, oldest first."""
         self.incoming: deque[Request] = deque()
@@ -205,10 +53,6 @@ class Scheduler:
         self.receiving: dict[str | int, Request] = {}
         self.fetching: dict[str | int, Fetch] = {}
         """Requests whose pages are being filled from the host's memory."""
-        self.host = HostIndex(config.host_pages) if config.host_pages else None
-        self._unsaved: deque[tuple[int, BlockKey, BlockKey | None]] = deque()
-        """Full pages, by page and key with the key before, that the host may not have yet."""
-        self._queued: set[BlockKey] = set()
         self._new_fetches: list[Fetch] = []
         self.iterations = 0
         self.preemptions = 0
@@ -284,10 +128,10 @@ class Scheduler:
             if self.config.prefix_caching:
                 # Full pages of the prompt only: decoding writes behind them, never into them.
                 full = request.prompt_length // page_size
-                tables = self._share(self._keys(request)[:full])
+                tables = self.pages.share(self.pages.keys(request)[:full])
             known = len(tables[0])
             position = max(request.total_length - 1, request.prompt_length)
-            self._give_back(tables, position)
+            self.pages.give_back(tables, position)
             for table, window in zip(tables, self._windows, strict=True):
                 gone = first_seen(window, position, page_size) - known
                 table += [FREED] * max(0, gone)
@@ -296,8 +140,8 @@ class Scheduler:
             reserve = (len(self.running) + len(self.receiving)) * each
             count = sum(blocks - len(table) for table in tables)
             fits = allocator.available - reserve >= count or not (reserve or self.prefilling)
-            if not fits or not self._fill(tables, [blocks] * len(tables)):
-                self._let_go(tables)
+            if not fits or not self.pages.fill(tables, [blocks] * len(tables)):
+                self.pages.let_go(tables)
                 break
             self.incoming.popleft()
             request.pages, request.other_pages = tables[0], tables[1:]
@@ -315,7 +159,7 @@ class Scheduler:
         request.state = RequestState.RUNNING
         self.running.append(request)
         if self.config.prefix_caching:
-            self._register(request, request.prompt_length)
+            self.pages.register(request, request.prompt_length)
 
     def release_handed_over(self, request: Request) -> None:
         """Prefill role: the decode side has the pages (or the hand-over was given up)."""
@@ -355,7 +199,7 @@ class Scheduler:
         if arrived:
             assert self.host is not None
             self.host.fetched += len(fetch.pages)
-            self._register(request, request.computed)
+            self.pages.register(request, request.computed)
         else:
             first = request.pages.index(fetch.pages[0])
             request.computed = request.cached_tokens = first * self.config.page_size
@@ -408,10 +252,8 @@ class Scheduler:
         """
         lost = list(self._in_flight)
         self._in_flight.clear()
-        self._unsaved.clear()
-        self._queued.clear()
         self._new_fetches.clear()
-        self.allocator.forget()
+        self.pages.forget()
         return lost
 
     # --- iterations ---------------------------------------------------------------------------
@@ -432,7 +274,7 @@ class Scheduler:
         if max_steps > 1 and not (self.waiting or self.prefilling or self.incoming or guesses):
             steps = self._steady_steps(max_steps)
         preempted = self.preemptions
-        saves = self._plan_saves()  # of pages as they are, before others get them
+        saves = self.pages.plan_saves()  # of pages as they are, before others get them
         drafts: list[tuple[int, ...]] = []
         decodes, kv_tokens = self._plan_decodes(steps, drafts if guesses else None)
         pieces: list[PrefillPiece] = []
@@ -442,7 +284,7 @@ class Scheduler:
         if (self.prefilling or self.waiting) and self.preemptions == preempted:
             self._plan_prefills(pieces, copies, now_s)
         if not decodes and not pieces:
-            self._put_off(saves)
+            self.pages.put_off(saves)
             return None
         self.iterations += 1
         prefill_tokens = cached_tokens = 0
@@ -619,7 +461,7 @@ class Scheduler:
                 draft = tuple(self.speculation.draft(request))
                 ahead = computed + len(draft)
                 # A guess is worth nobody else's pages.
-                if ahead > len(request.pages) * page_size and not self._extend(request, ahead):
+                if ahead > len(request.pages) * page_size and not self.pages.extend(request, ahead):
                     draft = ()
             if computed > len(request.pages) * page_size and not self._grow(request, computed):
                 break  # it was preempted itself, and so was everything after it
@@ -634,82 +476,12 @@ class Scheduler:
 
     def _grow(self, request: Request, computed: int) -> bool:
         while True:
-            if self._extend(request, computed):
+            if self.pages.extend(request, computed):
                 return True
             victim = self.prefilling[-1] if self.prefilling else self.running[-1]
             self._preempt(victim)
             if victim is request:
                 return False
-
-    def _extend(self, request: Request, end: int) -> bool:
-        """Gives a request pages for the tokens before `end`, its next ones among them.
-
-        Pages are given back first that no query sees any more. False, and nothing given, where too
-        few are left.
-        """
-        tables = request.tables
-        self._give_back(tables, request.computed)
-        return self._fill(tables, [-(-end // self.config.page_size)] * len(tables))
-
-    def _give_back(self, tables: Sequence[list[int]], position: int) -> None:
-        """Lets go of pages that lie before every window of queries from `position` on."""
-        for table, window in zip(tables, self._windows, strict=True):
-            if window is None:
-                continue
-            block = min(first_seen(window, position, self.config.page_size), len(table)) - 1
-            gone = []
-            while block >= 0 and table[block] != FREED:  # what is before was given back earlier
-                gone.append(table[block])
-                table[block] = FREED
-                block -= 1
-            self.allocator.release(gone)
-
-    def _fill(self, tables: Sequence[list[int]], blocks: Sequence[int]) -> bool:
-        """Makes tables so long, or changes none of them."""
-        missing = [max(0, wanted - len(t)) for t, wanted in zip(tables, blocks, strict=True)]
-        pages = self.allocator.allocate(sum(missing))
-        if pages is None:
-            return False
-        for table, count in zip(tables, missing, strict=True):
-            table += pages[:count]
-            del pages[:count]
-        return True
-
-    def _let_go(self, tables: Sequence[list[int]], request: Request | None = None) -> None:
-        """Gives pages up; those of a request that has used them at what they would cost again."""
-        cost, kind = 1.0, ""
-        if request is not None:
-            cost += self.config.pair_cost * request.computed
-            kind = kind_of(request)
-        for table in tables:
-            held = [page for page in table if page != FREED]
-            self.allocator.release(held, cost=cost, kind=kind)
-
-    def _share(self, keys: Sequence[BlockKey]) -> tuple[list[int], ...]:
-        """Tables of the longest prefix of which every group has all that is seen behind it."""
-        allocator, size = self.allocator, self.config.page_size
-        if self._windows == (None,):
-            return (allocator.share(keys),)
-        known = [
-            [allocator.find(_in_group(key, g)) for key in keys] for g in range(len(self._windows))
-        ]
-        most = len(keys)
-        for found, window in zip(known, self._windows, strict=True):
-            if window is None and None in found:
-                most = min(most, found.index(None))
-        blocks, starts = 0, [0] * len(self._windows)
-        for blocks in range(most, -1, -1):
-            # The last token may have to be computed again: see `_admit`.
-            starts = [first_seen(window, blocks * size - 1, size) for window in self._windows]
-            if all(None not in f[s:blocks] for f, s in zip(known, starts, strict=True)):
-                break
-        tables = tuple(
-            [FREED] * start + [page for page in found[start:blocks] if page is not None]
-            for found, start in zip(known, starts, strict=True)
-        )
-        for table, start in zip(tables, starts, strict=True):
-            allocator.hold(table[start:])
-        return tables
 
     def _preempt(self, request: Request) -> None:
         (self.prefilling if request.state is RequestState.PREFILLING else self.running).remove(
@@ -760,9 +532,9 @@ class Scheduler:
             sampling.prompt_logprobs is not None or sampling.pooling is not None
         )
         if config.prefix_caching and not scored:
-            keys = self._keys(request)
+            keys = self.pages.keys(request)
             if keys:
-                tables = self._share(keys[: length // page_size])
+                tables = self.pages.share(keys[: length // page_size])
                 if self.host is not None:  # all but what the last token is in
                     places = self.host.find(keys[len(tables[0]) : (length - 1) // page_size])
         cached = (len(tables[0]) + len(places)) * page_size
@@ -780,8 +552,8 @@ class Scheduler:
         # Each running request may need a page in the next step; admitting into that reserve would
         # only preempt the newcomer. An empty instance must take whatever fits.
         reserve = len(self.running) * len(tables) if (self.running or self.prefilling) else 0
-        if allocator.available - needed < reserve or not self._fill(tables, blocks):
-            self._let_go(tables)
+        if allocator.available - needed < reserve or not self.pages.fill(tables, blocks):
+            self.pages.let_go(tables)
             allocator.release(sources)
             if self.host is not None:
                 self.host.let_go(places)
@@ -809,29 +581,6 @@ class Scheduler:
         self.host.let_go(fetch.places)
         return fetch
 
-    def _plan_saves(self) -> tuple[Save, ...]:
-        """The next full pages that the host is to have, of those that are still there."""
-        saves: list[Save] = []
-        # Twice what an iteration fills, so that what was left over catches up.
-        most = max(TOGETHER, 2 * -(-self.config.max_prefill_tokens // self.config.page_size))
-        while self.host is not None and self._unsaved and len(saves) < most:
-            page, key, parent = self._unsaved.popleft()
-            self._queued.discard(key)
-            if self.allocator.find(key) != page:
-                continue
-            place = self.host.begin(key, parent)
-            if place is not None:
-                saves.append(Save(page, place, key))
-        return tuple(saves)
-
-    def _put_off(self, saves: Sequence[Save]) -> None:
-        """There is no iteration that could take them along."""
-        for save in reversed(saves):
-            assert self.host is not None
-            self._unsaved.appendleft((save.page, save.key, self.host.parent_of(save.key)))
-            self._queued.add(save.key)
-            self.host.drop(save.key)
-
     def _has_room(self, request: Request, budget: int) -> bool:
         """Pages for a prompt's next piece, where groups with a window are given them as it goes on.
 
@@ -840,18 +589,12 @@ class Scheduler:
         if self._windows == (None,):
             return True
         end = min(request.total_length, request.computed + budget) + 1
-        while not self._extend_windows(request, end):
+        while not self.pages.extend_windows(request, end):
             youngest = self.prefilling[-1]
             if youngest is request:
                 return False
             self._preempt(youngest)
         return True
-
-    def _extend_windows(self, request: Request, end: int) -> bool:
-        tables, size = request.tables, self.config.page_size
-        self._give_back(tables, request.computed)
-        wanted = [0 if window is None else -(-end // size) for window in self._windows]
-        return self._fill(tables, wanted)
 
     def _add_piece(self, request: Request, budget: int, pieces: list[PrefillPiece]) -> int:
         start = request.computed
@@ -860,7 +603,7 @@ class Scheduler:
         pieces.append(PrefillPiece(request, start, length, request.cached_tokens, last))
         request.computed = start + length
         if self.config.prefix_caching:
-            self._register(request, min(request.computed, request.prompt_length))
+            self.pages.register(request, min(request.computed, request.prompt_length))
         if last:
             request.pending = 1
             self.prefilling.remove(request)
@@ -928,7 +671,7 @@ class Scheduler:
             and reason != "error"  # what went wrong may lie in the pages
         ):
             # The last token's keys may never be written; those of the tokens before are dispatched.
-            self._register(request, min(request.computed, request.total_length - 1))
+            self.pages.register(request, min(request.computed, request.total_length - 1))
         self._free(request)
         request.pending = 0
         request.state = RequestState.FINISHED
@@ -937,48 +680,11 @@ class Scheduler:
 
     def _free(self, request: Request) -> None:
         if request.pages:
-            self._let_go(request.tables, request)
+            self.pages.let_go(request.tables, request)
             request.pages, request.other_pages = [], ()
         if request.slot >= 0:
             self._free_slots.append(request.slot)
             request.slot = -1
-
-    def _keys(self, request: Request) -> Sequence[BlockKey]:
-        if request.block_hashes is None:
-            if not request.prompt_tokens:
-                return ()
-            salt = salt_of(request.adapter)
-            keys = block_keys(request.prompt_tokens, self.config.page_size, salt=salt)
-            request.block_hashes = list(keys)
-        return request.block_hashes
-
-    def _register(self, request: Request, length: int) -> None:
-        """Makes the full pages among the first `length` tokens findable."""
-        page_size = self.config.page_size
-        full = length // page_size
-        keys = self._keys(request)
-        if len(keys) < full and request.output_tokens:
-            start = len(keys) * page_size
-            tokens = request.known_tokens()[start : full * page_size]
-            after = keys[-1] if keys else None
-            salt = salt_of(request.adapter)
-            keys = [*keys, *block_keys(tokens, page_size, salt=salt, after=after)]
-            request.block_hashes = keys
-        for group, table in enumerate(request.tables):
-            for page, key in zip(table[:full], keys, strict=False):
-                if page != FREED:
-                    self.allocator.register(page, _in_group(key, group))
-        if self.host is not None:
-            parent = None
-            for page, key in zip(request.pages[:full], keys, strict=False):
-                if (
-                    self.allocator.find(key) == page
-                    and key not in self._queued
-                    and not self.host.knows(key)
-                ):
-                    self._unsaved.append((page, key, parent))
-                    self._queued.add(key)
-                parent = key
 
     def _steady_steps(self, max_steps: int) -> int:
         steps = max_steps
@@ -990,16 +696,3 @@ class Scheduler:
         if per_request * len(self.running) > self.allocator.available:
             return 1
         return steps
-
-
-def kind_of(request: Request) -> str:
-    """Among whom it is counted how often pages are used again."""
-    if request.session is not None:
-        return "session"
-    return "continued" if request.cached_tokens else "new"
-
-
-def _in_group(key: BlockKey, group: int) -> BlockKey:
-    """What a block's key is in a group of layers."""
-    assert not isinstance(key, tuple)
-    return key if group == 0 else (key, group)

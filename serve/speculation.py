@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 from jaxsys.errors import UsageError
 
 if TYPE_CHECKING:
+    from jaxsys.serve.iterations import Iteration
     from jaxsys.serve.requests import Request
-    from jaxsys.serve.scheduler import Iteration
 
 Method = Literal["ngram"]
 METHODS: tuple[Method, ...] = get_args(Method)

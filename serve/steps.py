@@ -26,11 +26,11 @@ from jaxsys.model import DecoderConfig
 from jaxsys.serve import paged_model
 from jaxsys.serve.cache_groups import cache_groups
 from jaxsys.serve.host_pages import TOGETHER
+from jaxsys.serve.iterations import Role, SchedulerConfig
 from jaxsys.serve.lora import Adapted, Table
 from jaxsys.serve.paged_attention import AttentionKernels
 from jaxsys.serve.paged_model import Cache
 from jaxsys.serve.sampling import SamplingNeeds, empty_history, pack_rules, sample
-from jaxsys.serve.scheduler import Role, SchedulerConfig
 from jaxsys.serve.speculation import MOST_ROWS
 from jaxsys.serve.verification import verify
 from jaxsys.serve.weights import ServingWeights

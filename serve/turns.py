@@ -18,8 +18,9 @@ from jaxsys.serve.clock import Clock
 from jaxsys.serve.executor import Outcome
 from jaxsys.serve.hooks import Governor
 from jaxsys.serve.host_pages import Fetch
+from jaxsys.serve.iterations import Completion, Iteration
 from jaxsys.serve.requests import Request
-from jaxsys.serve.scheduler import Completion, Iteration, Scheduler
+from jaxsys.serve.scheduler import Scheduler
 
 
 class Transfer(Protocol):

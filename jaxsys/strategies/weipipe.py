@@ -99,8 +99,8 @@ def wzb1(devices: int, microbatches: int) -> Schedule:
     (With M = P a step is (P - 1) min(T_F, T_I) shorter still.) Where all workers run a kind of task
     in the same ticks no plan does better: at least M + P - 1 ticks must have an F, as many an I,
     and M a W. The price is memory: worker r holds up to P - r taps beside its P residuals, 2P in
-    all on worker 0. `scripts/search_wzb.py` finds that small rings need 2P - 1 for it, and that in the P of
-    Interleave they cannot do better than Interleave.
+    all on worker 0. `scripts/search_wzb.py` finds that small rings need 2P - 1 for it, and that
+    in the P of Interleave they cannot do better than Interleave.
 
     Args:
         devices: P, at least 2; also the number of chunks.

@@ -27,7 +27,6 @@ from typing import Literal
 
 from jaxsys.errors import UsageError
 from jaxsys.schedule import Schedule, TaskKind
-
 from jaxsys.strategies.data_parallel import check_microbatches
 
 Counts = tuple[int, int, int]

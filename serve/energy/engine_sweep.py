@@ -19,8 +19,8 @@ from jaxsys.errors import RunError
 from jaxsys.serve.energy.gpu_model import Load
 from jaxsys.serve.energy.profile import Sample
 from jaxsys.serve.instance import Instance
+from jaxsys.serve.iterations import Iteration, SchedulerConfig
 from jaxsys.serve.requests import Request, SamplingParameters
-from jaxsys.serve.scheduler import Iteration, SchedulerConfig
 
 MOST_STEPS = 256
 """Decode steps of one measurement: each lengthens every sequence by a token."""

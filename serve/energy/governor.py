@@ -28,8 +28,8 @@ from jaxsys.serve.energy.shares import Shares
 from jaxsys.serve.energy.watchdog import Watchdog
 
 if TYPE_CHECKING:
+    from jaxsys.serve.iterations import Iteration
     from jaxsys.serve.requests import Request
-    from jaxsys.serve.scheduler import Iteration
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from jaxsys.errors import UsageError
 from jaxsys.serve.energy.gpu_model import Load
 
 if TYPE_CHECKING:
+    from jaxsys.serve.iterations import Iteration, PrefillPiece
     from jaxsys.serve.requests import Request
-    from jaxsys.serve.scheduler import Iteration, PrefillPiece
 
 
 class Queue(NamedTuple):

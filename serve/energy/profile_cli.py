@@ -29,7 +29,7 @@ from jaxsys.serve.energy.profile import (
 if TYPE_CHECKING:
     from jaxsys.mesh import Device
     from jaxsys.model import LoadedModel
-    from jaxsys.serve.scheduler import SchedulerConfig
+    from jaxsys.serve.iterations import SchedulerConfig
     from jaxsys.serve.weights import Quantisation
 
 QUANTISATIONS = ("int8", "fp8")

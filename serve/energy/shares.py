@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from jaxsys.serve.energy.gpu_model import ENGINES, GpuSpec, ServedShape
 
 if TYPE_CHECKING:
-    from jaxsys.serve.scheduler import Iteration
+    from jaxsys.serve.iterations import Iteration
 
 
 ATTENTION_SHARE = ENGINES["jaxsys"].attention_share

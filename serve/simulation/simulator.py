@@ -32,8 +32,9 @@ from jaxsys.serve.energy.sleep import SleepConfig, Sleeper
 from jaxsys.serve.executor import Outcome
 from jaxsys.serve.hooks import InstanceView, Router
 from jaxsys.serve.host_pages import Fetch
+from jaxsys.serve.iterations import Completion, Iteration, Role, SchedulerConfig
 from jaxsys.serve.requests import Request, SamplingParameters
-from jaxsys.serve.scheduler import Completion, Iteration, Role, Scheduler, SchedulerConfig
+from jaxsys.serve.scheduler import Scheduler
 from jaxsys.serve.simulation.executor import SimExecutor
 from jaxsys.serve.simulation.traces import Trace
 from jaxsys.serve.turns import Turns

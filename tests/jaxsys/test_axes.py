@@ -15,9 +15,11 @@ from jaxsys.schedule import Schedule
 from jaxsys.train.cli import parser
 
 ROOT = Path(__file__).resolve().parents[2]
+PARTS = ("train", "serve", "planner")
 HOLDERS = {"plan", "base", "parts", "schedule", "split", "around", "asked", "planned"}
 """What plans, schedules and their parts are called."""
-MAKERS = {"Plan", "Schedule", "make_mesh", "Trainer", "AskedLayout", "Split", "replace"}
+MAKERS = {"Plan", "Schedule", "make_mesh", "Trainer", "AskedLayout", "Split"}
+"""What takes an axis by its name."""
 
 
 def numbers(kind: type) -> set[str]:
@@ -56,13 +58,13 @@ def files_that_name(axis) -> set[str]:
         if isinstance(target, ast.Name) and node.value.value == axis.mesh
     )
     found = set()
-    for part in ("jaxsys", "train", "serve", "planner"):
+    for part in ("jaxsys", *PARTS):
         for path in (ROOT / part).rglob("*.py"):
-            if part == "jaxsys" and path.relative_to(ROOT).parts[1] in ("train", "serve", "planner"):
-                continue
-            tree = ast.parse(path.read_text())
-            if any(_names(node, axis, constant) for node in ast.walk(tree)):
-                found.add(str(path.relative_to(ROOT)))
+            name, text = path.relative_to(ROOT), path.read_text()
+            if name.parts[1] in PARTS or not (axis.name in text or constant in text):
+                continue  # links to the other three among them
+            if any(_names(node, axis, constant) for node in ast.walk(ast.parse(text))):
+                found.add(str(name))
     return found
 
 
@@ -76,8 +78,9 @@ def _names(node: ast.AST, axis, constant: str) -> bool:
     if isinstance(node, ast.Call):
         called = node.func.attr if isinstance(node.func, ast.Attribute) else node.func
         called = called if isinstance(called, str) else getattr(called, "id", "")
-        made = called in MAKERS - {"replace"}
-        return made and any(word.arg in (axis.name, axis.mesh) for word in node.keywords)
+        return called in MAKERS and any(
+            word.arg in (axis.name, axis.mesh) for word in node.keywords
+        )
     if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
         kind = node.annotation
         return node.target.id == axis.name and isinstance(kind, ast.Name) and kind.id == "int"

@@ -7,7 +7,6 @@ from jaxsys.planner.cats import cats, grouped
 from jaxsys.planner.lower import to_schedule
 from jaxsys.planner.plans import PATHS, Order, Plan, State
 from jaxsys.planner.recognise import describe, recognise, recognise_schedule
-from studies.planner_regimes import ratio_problem, regimes
 from jaxsys.planner.search import Effort, search
 from jaxsys.planner.space import Space
 from jaxsys.schedule import Data
@@ -15,6 +14,7 @@ from jaxsys.strategies import zero
 from jaxsys.strategies.data_parallel import data_parallel
 from jaxsys.strategies.pipeline import gpipe, one_f_one_b, one_f_one_b_overlap
 from jaxsys.strategies.weipipe import interleave
+from studies.planner_regimes import ratio_problem, regimes
 
 REGIMES = {regime.name: regime for regime in regimes()}
 LONG = ("1f1b", "zb-h1", "zero-3.5")

@@ -15,10 +15,10 @@ from jaxsys.planner.costs import Precision
 from jaxsys.planner.evaluate import Evaluator
 from jaxsys.planner.plans import Plan, data_parallel_plan
 from jaxsys.planner.problem import Problem
-from studies.planner_regimes import limited, ratio_problem
 from jaxsys.planner.search import Effort, _Search, _uniform, exhaustive, search
 from jaxsys.planner.space import Space
 from jaxsys.planner.workload import BlockWork, EdgeWork, Workload, decoder_workload
+from studies.planner_regimes import limited, ratio_problem
 
 
 def random_problem(seed: int, layers: int) -> Problem:

@@ -10,6 +10,9 @@ from jaxsys.hardware import device, link
 from jaxsys.mesh import make_mesh
 from jaxsys.model.shapes import preset
 from jaxsys.planner.cluster import Cluster
+from jaxsys.planner.named import compare
+from jaxsys.planner.workload import decoder_workload
+from jaxsys.results import read_result
 from studies.planner_cells import (
     LONG,
     SHORT,
@@ -20,9 +23,6 @@ from studies.planner_cells import (
     run_cell,
     summary,
 )
-from jaxsys.planner.named import compare
-from jaxsys.planner.workload import decoder_workload
-from jaxsys.results import read_result
 
 RESULTS = Path(__file__).parents[2] / "results"
 

@@ -27,8 +27,9 @@ from jaxsys.model import (
 from jaxsys.model.contract import cache_numbers, layer_cache
 from jaxsys.serve.cache_groups import cache_groups
 from jaxsys.serve.deployment import DeploymentConfig, build_engine
+from jaxsys.serve.iterations import SchedulerConfig
 from jaxsys.serve.requests import Request, SamplingParameters
-from jaxsys.serve.scheduler import Scheduler, SchedulerConfig
+from jaxsys.serve.scheduler import Scheduler
 
 CASES = Path(__file__).parents[1] / "jaxsys/family_cases.py"
 spec = importlib.util.spec_from_file_location("family_cases", CASES)

@@ -17,8 +17,9 @@ from jaxsys.serve.energy.slo import SharedSlo
 from jaxsys.serve.engine import Engine
 from jaxsys.serve.executor import Outcome
 from jaxsys.serve.instance import Instance
+from jaxsys.serve.iterations import SchedulerConfig
 from jaxsys.serve.requests import Request, SamplingParameters
-from jaxsys.serve.scheduler import Scheduler, SchedulerConfig
+from jaxsys.serve.scheduler import Scheduler
 
 SERVED = Served(model=preset("llama-3-8b"))
 

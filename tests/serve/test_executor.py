@@ -12,9 +12,10 @@ import pytest
 from jaxsys.model import forward, initial_parameters, preset
 from jaxsys.serve import paged_model
 from jaxsys.serve.executor import JaxExecutor
+from jaxsys.serve.iterations import SchedulerConfig
 from jaxsys.serve.paged_attention import choose_kernels
 from jaxsys.serve.requests import Request, SamplingParameters
-from jaxsys.serve.scheduler import Scheduler, SchedulerConfig
+from jaxsys.serve.scheduler import Scheduler
 from jaxsys.serve.steps import ExecutorConfig
 from jaxsys.serve.weights import serving_weights
 

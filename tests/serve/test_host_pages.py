@@ -16,8 +16,9 @@ from jaxsys.serve.executor import JaxExecutor
 from jaxsys.serve.hooks import NoGovernor
 from jaxsys.serve.host_copies import HostCopies
 from jaxsys.serve.host_pages import HostIndex
+from jaxsys.serve.iterations import SchedulerConfig
 from jaxsys.serve.requests import Request, RequestState, SamplingParameters
-from jaxsys.serve.scheduler import Scheduler, SchedulerConfig
+from jaxsys.serve.scheduler import Scheduler
 from jaxsys.serve.steps import ExecutorConfig
 from jaxsys.serve.turns import Turns
 from jaxsys.serve.weights import serving_weights

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxsys.errors import UsageError
+from jaxsys.serve.iterations import SchedulerConfig
 from jaxsys.serve.requests import Request, RequestState, SamplingParameters
-from jaxsys.serve.scheduler import Scheduler, SchedulerConfig
+from jaxsys.serve.scheduler import Scheduler
 
 
 def make_scheduler(**changes) -> Any:

@@ -2,8 +2,9 @@
 
 import pytest
 
+from jaxsys.serve.iterations import SchedulerConfig
 from jaxsys.serve.requests import Request, SamplingParameters
-from jaxsys.serve.scheduler import Scheduler, SchedulerConfig
+from jaxsys.serve.scheduler import Scheduler
 
 
 def running(max_tokens: int = 20) -> tuple[Scheduler, list[Request]]:

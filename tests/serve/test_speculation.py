@@ -15,8 +15,9 @@ from jaxsys.model import initial_parameters, preset
 from jaxsys.serve.clock import VirtualClock
 from jaxsys.serve.executor import JaxExecutor
 from jaxsys.serve.hooks import NoGovernor
+from jaxsys.serve.iterations import SchedulerConfig
 from jaxsys.serve.requests import Request, SamplingParameters
-from jaxsys.serve.scheduler import Scheduler, SchedulerConfig
+from jaxsys.serve.scheduler import Scheduler
 from jaxsys.serve.speculation import (
     LONGEST_WAIT,
     Lookup,
@@ -309,7 +310,7 @@ def speculation_of(gain, **ready):
 
 
 def iteration_of(request, *, drafted):
-    from jaxsys.serve.scheduler import Iteration
+    from jaxsys.serve.iterations import Iteration
 
     drafts = ((1, 2),) if drafted else ()
     return Iteration(1, (), (request,), (), 0, 0, 4, 1, 1, drafts)

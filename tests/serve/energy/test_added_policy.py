@@ -27,8 +27,9 @@ from jaxsys.serve.energy.registry import (
 from jaxsys.serve.energy.slo import SharedSlo
 from jaxsys.serve.executor import Outcome
 from jaxsys.serve.instance import Instance
+from jaxsys.serve.iterations import SchedulerConfig
 from jaxsys.serve.requests import Request, SamplingParameters
-from jaxsys.serve.scheduler import Scheduler, SchedulerConfig
+from jaxsys.serve.scheduler import Scheduler
 
 
 class PromptsFast(ClockPolicy):

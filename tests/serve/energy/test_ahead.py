@@ -10,8 +10,8 @@ from jaxsys.serve.energy.gpu_model import Load, simulated_gpu
 from jaxsys.serve.energy.policy import Clocks, Queue
 from jaxsys.serve.energy.predictors import ModelPredictor
 from jaxsys.serve.energy.slo import SharedSlo, Slo
+from jaxsys.serve.iterations import PrefillPiece
 from jaxsys.serve.requests import Request, SamplingParameters
-from jaxsys.serve.scheduler import PrefillPiece
 from jaxsys.serve.simulation.traces import poisson_arrivals
 
 GPU = simulated_gpu("a100-80g", "llama-3-8b")

@@ -16,8 +16,8 @@ from jaxsys.serve.energy.gpu_model import Load, run_many, simulated_gpu
 from jaxsys.serve.energy.meters import CounterMeter
 from jaxsys.serve.energy.predictors import ModelPredictor
 from jaxsys.serve.energy.slo import SharedSlo, Slo
+from jaxsys.serve.iterations import Iteration, PrefillPiece
 from jaxsys.serve.requests import Request, SamplingParameters
-from jaxsys.serve.scheduler import Iteration, PrefillPiece
 
 GPU = simulated_gpu("a100-80g", "llama-3-8b")
 CLOCKS = GPU.spec.control_mhz

@@ -27,8 +27,8 @@ from jaxsys.serve.energy.shares import Shares
 from jaxsys.serve.energy.slo import SharedSlo, Slo
 from jaxsys.serve.energy.watchdog import Watchdog
 from jaxsys.serve.hooks import NoGovernor
+from jaxsys.serve.iterations import Iteration, PrefillPiece
 from jaxsys.serve.requests import Request, SamplingParameters
-from jaxsys.serve.scheduler import Iteration, PrefillPiece
 
 SERVED = Served(model=preset("llama-3-8b"))
 GPU = simulated_gpu("h100", "llama-3-8b")

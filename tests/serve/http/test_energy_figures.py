@@ -10,9 +10,9 @@ from jaxsys.serve.clock import VirtualClock
 from jaxsys.serve.http.answers import Usage
 from jaxsys.serve.http.metrics import Metrics
 from jaxsys.serve.instance import InstanceLoad, TokenEvent
+from jaxsys.serve.iterations import SchedulerConfig
 from jaxsys.serve.processes.remote import RemoteInstance
 from jaxsys.serve.requests import Request, SamplingParameters
-from jaxsys.serve.scheduler import SchedulerConfig
 
 NO_ADAPTERS = SimpleNamespace(most=0)
 

@@ -17,8 +17,9 @@ from jaxsys.serve.energy.gpu_model import Load, Outcome, SimulatedGpu, simulated
 from jaxsys.serve.executor import Outcome as Sampled
 from jaxsys.serve.hooks import FewestRequestsRouter, NoGovernor
 from jaxsys.serve.instance import Instance
+from jaxsys.serve.iterations import SchedulerConfig
 from jaxsys.serve.requests import Request, SamplingParameters
-from jaxsys.serve.scheduler import Scheduler, SchedulerConfig
+from jaxsys.serve.scheduler import Scheduler
 from jaxsys.serve.simulation.simulator import ClusterConfig, Simulator
 from jaxsys.serve.simulation.traces import synthetic_trace
 
