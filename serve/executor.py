@@ -8,29 +8,39 @@ the batch's logits are computed ahead all the same, and the choice among them is
 `Steps` has what is called, for a few sizes each, compiled before they are needed.
 """
 
-import dataclasses
-import zlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, cast
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from jaxsys.errors import RunError, UsageError
 from jaxsys.model import DecoderConfig
 from jaxsys.model.contract import layer_cache
 from jaxsys.serve import paged_model
-from jaxsys.serve.grammars import Follower, Grammars
+from jaxsys.serve.adapted_rows import AdaptedRows
+from jaxsys.serve.flights import (
+    NOBODYS,
+    Guessed,
+    Held,
+    Pending,
+    Piece,
+    Pooled,
+    Scored,
+    logprobs_of,
+    note,
+    note_pooled,
+    send,
+)
+from jaxsys.serve.following import Following
+from jaxsys.serve.grammars import Grammars
 from jaxsys.serve.iterations import Iteration, PrefillPiece, SchedulerConfig
 from jaxsys.serve.lora import Adapted, AdapterSlots
+from jaxsys.serve.outcomes import Outcome, RequestFault, TokenLogprobs
 from jaxsys.serve.paged_attention import choose_kernels
 from jaxsys.serve.paged_model import CacheForm, Contents
-from jaxsys.serve.prompt_scores import Scores
-from jaxsys.serve.requests import Request, RequestState, SamplingParameters
+from jaxsys.serve.request_rules import history_of, rules_of, tokens_of
+from jaxsys.serve.requests import Request, RequestState
 from jaxsys.serve.sampling import (
-    MAX_BIASED,
-    MAX_STOPS,
     NOTHING,
     History,
     Rules,
@@ -43,142 +53,6 @@ from jaxsys.serve.sampling import (
 from jaxsys.serve.steps import ADAPTED, COPIES, USUAL, ExecutorConfig, Steps
 from jaxsys.serve.verification import Verified
 from jaxsys.serve.weights import TENSOR, ServingWeights
-
-
-class TokenLogprobs(NamedTuple):
-    """Log-probabilities beside one chosen token."""
-
-    logprob: float
-    top_tokens: list[int]
-    top_logprobs: list[float]
-    rank: int = 0
-    """Place among all tokens by likelihood, from 1; 0 where it was not looked for."""
-
-
-class Outcome(NamedTuple):
-    """What one iteration sampled, in the order of `Iteration.sampling`."""
-
-    tokens: list[int]
-    """NOTHING (of `sampling`) for a request whose logits are not finite."""
-    logprobs: list[TokenLogprobs | None] | None
-    """None where no request of the iteration asked."""
-    ended: list[bool] | None = None
-    """Whose output ends with its token, or its last of `more`, by its grammar; None where no
-    request has one."""
-    more: list[list[int]] | None = None
-    """Tokens behind each first one: guesses that were right, and one more; None where none was
-    guessed."""
-    more_logprobs: list[list[TokenLogprobs]] | None = None
-    """Beside those, of requests that asked."""
-
-
-class RequestFault(RunError):
-    """One request cannot be computed; nothing has been touched on its behalf."""
-
-    def __init__(self, request: Request, cause: Exception):
-        super().__init__(f"the request cannot be computed: {cause}")
-        self.request = request
-
-
-class Executor(Protocol):
-    """Something that runs iterations: on a device, or in virtual time."""
-
-    def dispatch(self, iteration: Iteration) -> Any:
-        """Queues an iteration; the handle is for `collect`.
-
-        Raises:
-            RequestFault: before anything is queued; once that request is ended, the same iteration
-                may be dispatched again, and leaves it out.
-        """
-        ...
-
-    def collect(self, handle: Any) -> Outcome:
-        """Waits for a dispatched iteration."""
-        ...
-
-    def release(self) -> "list[RequestFault]":
-        """Queues what was held back until the tokens of the iteration before were known.
-
-        To be called when they were taken in, before any request changes.
-
-        Returns:
-            The requests whose grammars cannot be followed further.
-        """
-        ...
-
-    def rebuild(self) -> None:
-        """After a fault of the device: begins anew with empty pages."""
-        ...
-
-
-class _Pending(NamedTuple):
-    """One sampling call in flight, or a piece that samples nothing and is only waited for."""
-
-    sample: Sample
-    requests: Sequence[Request | None]
-    """Whose tokens they are; empty where there are none."""
-    scored: "_Scored | _Pooled | None" = None
-
-
-class _Guessed(NamedTuple):
-    """A step in flight that computed guesses."""
-
-    verified: Verified
-    requests: Sequence[Request]
-
-
-class _Held:
-    """A decode step whose tokens are not chosen yet."""
-
-    __slots__ = ("logits", "pending", "requests", "where")
-
-    def __init__(self, requests: tuple[Request, ...], where: jax.Array, logits: jax.Array):
-        self.requests = requests
-        self.where = where
-        self.logits = logits
-        self.pending: _Pending | None = None
-        """Once they are."""
-
-
-class _Scored(NamedTuple):
-    """What is being found out of a prompt's tokens."""
-
-    request: Request
-    start: int
-    """Position of the first of them; the token scored first is the next one."""
-    tokens: int
-    scores: Scores
-
-
-class _Pooled(NamedTuple):
-    """Hidden states of a prompt's piece."""
-
-    request: Request
-    start: int
-    scores: tuple[jax.Array]
-    """float32 [2, D]: their sum, and the last."""
-
-
-_NOBODYS = _Pending(Sample(cast(Any, np.zeros(1, np.int32)), None, None, None), [None])
-"""Stands in for the sample of a request that has ended."""
-
-
-class _Piece(NamedTuple):
-    """A prompt's piece as the device takes it."""
-
-    request: Request
-    end: int
-    shape: tuple[int, int, bool]
-    packed: np.ndarray
-    sampling: tuple[Rules, SamplingNeeds] | None
-    """For the last piece."""
-    history: tuple[np.ndarray, ...] | None
-    start: int = 0
-    following: np.ndarray | None = None
-    """The token behind each of the piece's, where how likely they are is asked for."""
-    mask: np.ndarray | None = None
-    """For the last piece: the tokens that its grammar admits."""
-    adapted: Adapted | None = None
 
 
 class JaxExecutor:
@@ -209,12 +83,14 @@ class JaxExecutor:
         self.config = config
         self.weights = weights
         self.grammars = grammars
+        self._following = Following(grammars)
         self.adapters = adapters
         self.shapes = ExecutorConfig.for_scheduler(scheduler) if shapes is None else shapes
         self.page_count, self.page_size = scheduler.page_count, scheduler.page_size
         self.slots = scheduler.max_batch
         self._words = -(-config.vocab_size // 32)
         self._placement = placement
+        self._rows = AdaptedRows(adapters, placement)
         mesh = placement.mesh if isinstance(placement, NamedSharding) else None
         self._cache_placement: Sharding = placement
         if isinstance(mesh, Mesh):
@@ -261,22 +137,21 @@ class JaxExecutor:
         self._decode_buffers: dict[tuple[int, int], tuple[jax.Array, jax.Array, jax.Array]] = {}
         self._batch: tuple[Request, ...] = ()
         self._batch_rules: tuple[Rules, SamplingNeeds] = (pack_rules([], [], 1), SamplingNeeds())
-        self._adapted_batch: tuple[tuple[Request, ...], int, int] = ((), 0, 0)
-        self._adapted_rows: tuple[jax.Array, jax.Array] | None = None
-        self._held: _Held | None = None
-        self._faults: list[RequestFault] = []
+        self._rows.forget()
+        self._held: Held | None = None
+        self._following.faults.clear()
 
     # --- running ------------------------------------------------------------------------------
 
-    def dispatch(self, iteration: Iteration) -> list[_Pending | _Held | _Guessed]:
+    def dispatch(self, iteration: Iteration) -> list[Pending | Held | Guessed]:
         """Queues an iteration's steps; returns at once."""
         self._release()
         prepared = [self._prepare(piece) for piece in iteration.prefills]
-        pending: list[_Pending | _Held | _Guessed] = []
+        pending: list[Pending | Held | Guessed] = []
         for piece, planned in zip(prepared, iteration.prefills, strict=True):
             if piece is None:  # its request has ended: nobody looks at the sample
                 if planned.last:
-                    pending.append(_NOBODYS)
+                    pending.append(NOBODYS)
                 continue
             if iteration.copies:
                 # Not before: what is copied may be computed by a piece ahead of this one.
@@ -284,58 +159,58 @@ class JaxExecutor:
                 self._copy([pair for pair in iteration.copies if pair[1] in held])
             logits, scored = self._prefill(piece)
             if piece.sampling is None:
-                pending.append(_Pending(Sample(logits, None, None, None), (), scored))
+                pending.append(Pending(Sample(logits, None, None, None), (), scored))
             else:
                 request = piece.request
                 self._load_history(request.slot, piece.history)
                 rules, needs = piece.sampling
                 where = np.array([[request.slot, piece.end - 1]], np.int32)
                 sampled = self._sample(needs, logits, where, rules, piece.mask)
-                pending.append(_Pending(sampled, [request], scored))
+                pending.append(Pending(sampled, [request], scored))
         if iteration.drafts:
             pending.append(self._guess(iteration))
         elif iteration.decodes:
             pending.append(self._decode(iteration.decodes, iteration.bucket))
         for one in pending:
-            if isinstance(one, _Pending):
-                _send(one)
+            if isinstance(one, Pending):
+                send(one)
         return pending
 
     def release(self) -> list[RequestFault]:
         self._release()
-        faults, self._faults = self._faults, []
+        faults, self._following.faults = self._following.faults, []
         return faults
 
-    def collect(self, handle: list[_Pending | _Held | _Guessed]) -> Outcome:
+    def collect(self, handle: list[Pending | Held | Guessed]) -> Outcome:
         """Waits for a dispatched iteration, also where it samples nothing."""
-        guessed = handle[-1] if handle and isinstance(handle[-1], _Guessed) else None
+        guessed = handle[-1] if handle and isinstance(handle[-1], Guessed) else None
         if guessed is not None:
             return self._with_guesses(self._collect(handle[:-1]), guessed)
         return self._collect(handle)
 
-    def _collect(self, handle: Sequence[_Pending | _Held | _Guessed]) -> Outcome:
+    def _collect(self, handle: Sequence[Pending | Held | Guessed]) -> Outcome:
         tokens: list[int] = []
         logprobs: list[TokenLogprobs | None] = []
         ended: list[bool] = []
         asked = False
         for one in handle:
-            if isinstance(one, _Held):
+            if isinstance(one, Held):
                 if one.pending is None:
                     self._release()
                 assert one.pending is not None
                 one = one.pending
-            assert isinstance(one, _Pending)
+            assert isinstance(one, Pending)
             sampled, requests, scored = one
-            if isinstance(scored, _Pooled):
-                whole = _note_pooled(scored)
+            if isinstance(scored, Pooled):
+                whole = note_pooled(scored)
             else:
-                whole = scored is None or _note(scored)
+                whole = scored is None or note(scored)
             if not requests:
                 jax.block_until_ready(sampled.tokens)
                 continue
             found = np.asarray(sampled.tokens)[: len(requests)].tolist()
             tokens += found if whole else [NOTHING] * len(found)
-            ended += self._follow(requests, tokens[len(ended) :])
+            ended += self._following.follow(requests, tokens[len(ended) :])
             if sampled.logprobs is None:
                 logprobs += [None] * len(requests)
                 continue
@@ -343,7 +218,7 @@ class JaxExecutor:
             columns = [np.asarray(column) for column in sampled[1:]]
             for row, request in enumerate(requests):
                 count = None if request is None else request.sampling.logprobs
-                logprobs.append(None if count is None else _beside(columns, row, count))
+                logprobs.append(None if count is None else logprobs_of(columns, row, count))
         return Outcome(tokens, logprobs if asked else None, ended if any(ended) else None)
 
     def rebuild(self) -> None:
@@ -376,11 +251,11 @@ class JaxExecutor:
             # A piece without tokens.
             packed = np.zeros(2 + size + table * self._groups, np.int32)
             packed[0] = continued
-            adapted = () if kind == "prefill" else (self._adapted([0], 1, 1),)
+            adapted = () if kind == "prefill" else (self._rows.of_slots([0], 1, 1),)
             done, self._cache = step(self.weights, self._cache, packed, *adapted)
         elif kind in ("decode", "decode" + ADAPTED):
             batch, table, *used = shape
-            adapted = self._adapted([None], batch, used[0]) if used else None
+            adapted = self._rows.of_slots([None], batch, used[0]) if used else None
             done = self._decode_step(batch, table, self._nobody(batch, table), adapted)
         elif kind == "sample" and not shape[1].adjusted:
             batch, needs = shape
@@ -435,7 +310,7 @@ class JaxExecutor:
         """Prepares the slot of a request whose pages were inserted: its last token is known."""
         step = self.steps.get("set_last")
         self._last = step(self._last, np.int32(request.slot), np.int32(request.output_tokens[-1]))
-        self._load_history(request.slot, self._history_of(request))
+        self._load_history(request.slot, history_of(request, self.config.vocab_size))
 
     def clear(self, pages: Sequence[int]) -> None:
         """Writes zeros into pages, which may be given to others at once."""
@@ -447,7 +322,7 @@ class JaxExecutor:
 
     # --- inside -------------------------------------------------------------------------------
 
-    def _prepare(self, piece: PrefillPiece) -> _Piece | None:
+    def _prepare(self, piece: PrefillPiece) -> Piece | None:
         """A piece's arguments; None where its request has ended. Touches nothing on the device."""
         request = piece.request
         if request.state is RequestState.FINISHED:
@@ -456,7 +331,7 @@ class JaxExecutor:
         end = start + length
         needed = -(-end // self.page_size)
         continued = self.shapes.distinguish_first and start > 0
-        adapted = self._adapted_piece(request)
+        adapted = self._rows.of_piece(request)
         size, table = self.steps.fitting(
             "prefill" if adapted is None else "prefill" + ADAPTED,
             (length, self.shapes.piece_buckets),
@@ -468,7 +343,7 @@ class JaxExecutor:
         packed[2 : 2 + size] = 0
         sampling = history = following = mask = None
         try:
-            packed[2 : 2 + length] = _tokens(request, start, length)
+            packed[2 : 2 + length] = tokens_of(request, start, length)
             for group, pages in enumerate(request.tables):
                 place = 2 + size + group * table
                 packed[place : place + needed] = pages[:needed]
@@ -477,23 +352,26 @@ class JaxExecutor:
                 behind = request.prompt_tokens[start + 1 : end + 1]
                 following[: len(behind)] = behind
             if piece.last:
-                sampling, history = self._rules([request], 1), self._history_of(request)
+                sampling, history = (
+                    rules_of([request], 1),
+                    history_of(request, self.config.vocab_size),
+                )
                 if request.sampling.grammar is not None:
                     mask = np.full((1, self._words), -1, np.int32)
-                    self._follower(request).fill(mask)
+                    self._following.of(request).fill(mask)
         except Exception as error:
             raise RequestFault(request, error) from error
         shape = (size, table, continued)
         beside = (sampling, history, start, following, mask, adapted)
-        return _Piece(request, end, shape, packed, *beside)
+        return Piece(request, end, shape, packed, *beside)
 
-    def _prefill(self, piece: _Piece) -> tuple[jax.Array, _Scored | _Pooled | None]:
+    def _prefill(self, piece: Piece) -> tuple[jax.Array, Scored | Pooled | None]:
         following, request = piece.following, piece.request
         suffix, adapted = ("", ()) if piece.adapted is None else (ADAPTED, (piece.adapted,))
         if request.sampling.pooling is not None and not request.generated:
             step = self.steps.get("pool" + suffix, *piece.shape)
             logits, self._cache, hidden = step(self.weights, self._cache, piece.packed, *adapted)
-            return logits, _Pooled(request, piece.start, (hidden,))
+            return logits, Pooled(request, piece.start, (hidden,))
         if following is None:
             step = self.steps.get("prefill" + suffix, *piece.shape)
             logits, self._cache = step(self.weights, self._cache, piece.packed, *adapted)
@@ -502,7 +380,7 @@ class JaxExecutor:
         packed = np.concatenate([piece.packed, following])
         logits, self._cache, scores = step(self.weights, self._cache, packed, *adapted)
         count = min(piece.end, piece.request.prompt_length - 1) - piece.start
-        return logits, _Scored(piece.request, piece.start, count, scores)
+        return logits, Scored(piece.request, piece.start, count, scores)
 
     def _note_tables(self, requests: Sequence[Request]) -> None:
         """Has `_tables` hold the requests' pages."""
@@ -514,7 +392,7 @@ class JaxExecutor:
                 for group, own in enumerate(request.tables):
                     self._tables[slot, group, : len(own)] = own
 
-    def _decode(self, requests: tuple[Request, ...], bucket: int) -> _Pending | _Held:
+    def _decode(self, requests: tuple[Request, ...], bucket: int) -> Pending | Held:
         shapes = self.shapes
         count = len(requests)
         self._note_tables(requests)
@@ -522,7 +400,7 @@ class JaxExecutor:
         positions = np.fromiter((request.computed for request in requests), np.int32, count) - 1
         needed = int(positions.max()) // self.page_size + 1
         sizes = ((bucket, shapes.decode_buckets), (needed, shapes.table_buckets))
-        adapted, used = None, self._slots_of(requests)
+        adapted, used = None, self._rows.slots_of(requests)
         if used is None:
             batch, table = self.steps.fitting("decode", *sizes)
         else:
@@ -530,13 +408,13 @@ class JaxExecutor:
             batch, table, width = self.steps.fitting(
                 "decode" + ADAPTED, *sizes, (distinct, shapes.adapter_buckets)
             )
-            adapted = self._adapted_batch_of(requests, used, batch, width)
+            adapted = self._rows.of_batch(requests, used, batch, width)
         packed = self._nobody(batch, table)
         packed[:count, 0] = slots
         packed[:count, 1] = positions
         packed[:count, 2:] = self._tables[slots, :, :table].reshape(count, -1)
         where, logits = self._decode_step(batch, table, packed, adapted)
-        held = _Held(requests, where, logits)
+        held = Held(requests, where, logits)
         # More than this step's sample is pending: the token before is not known yet.
         if any(one.sampling.grammar is not None and one.pending > 1 for one in requests):
             self._held = held
@@ -551,56 +429,14 @@ class JaxExecutor:
             return True
         return self.adapters is not None and self.adapters.slot(request.adapter) is not None
 
-    def _adapted_piece(self, request: Request) -> Adapted | None:
-        if request.adapter is None:
-            return None
-        slot = None if self.adapters is None else self.adapters.slot(request.adapter)
-        if slot is None:
-            unknown = UsageError(f"adapter {request.adapter!r} is not loaded here")
-            raise RequestFault(request, unknown)
-        return self._adapted([slot], 1, 1)
-
-    def _slots_of(self, requests: Sequence[Request]) -> list[int | None] | None:
-        """Of each request; None where nobody has an adapter."""
-        if self.adapters is None or all(request.adapter is None for request in requests):
-            return None
-        # Of one that has ended, an adapter may be gone: nobody looks at its token.
-        return [self.adapters.slot(request.adapter) for request in requests]
-
-    def _adapted_batch_of(
-        self, requests: tuple[Request, ...], slots: list[int | None], batch: int, width: int
-    ) -> Adapted:
-        assert self.adapters is not None
-        of = (requests, batch, width)
-        if self._adapted_batch != of or self._adapted_rows is None:
-            # The same requests run for many steps: who has which adapter stays on the device.
-            found = self._adapted(slots, batch, width)
-            self._adapted_rows = jax.device_put(found[1:], self._placement)
-            self._adapted_batch = of
-        return Adapted(self.adapters.tables, *self._adapted_rows)
-
-    def _adapted(self, slots: Sequence[int | None], batch: int, width: int) -> Adapted:
-        """What `batch` rows, the first of which have `slots`, take of `width` of them at most."""
-        assert self.adapters is not None
-        every = self.adapters.count
-        used = list(dict.fromkeys(slot for slot in slots if slot is not None))
-        if width == every:
-            used = list(range(every))
-        places = {slot: place for place, slot in enumerate(used)}
-        rows = np.full(batch, -1, np.int32)
-        rows[: len(slots)] = [-1 if slot is None else places[slot] for slot in slots]
-        padded = np.zeros(width, np.int32)
-        padded[: len(used)] = used
-        return Adapted(self.adapters.tables, cast(Any, padded), cast(Any, rows))
-
     def _release(self) -> None:
         """Chooses the tokens that were held back, if some were."""
         held, self._held = self._held, None
         if held is not None:
             held.pending = self._choose(held)
-            _send(held.pending)
+            send(held.pending)
 
-    def _choose(self, held: _Held) -> _Pending:
+    def _choose(self, held: Held) -> Pending:
         """Queues the choice of a decode step's tokens."""
         requests, batch = held.requests, held.logits.shape[0]
         rules, needs = self._rules_of(requests, batch)
@@ -612,14 +448,14 @@ class JaxExecutor:
                 if request.sampling.grammar is None or not request.pending:
                     continue
                 try:
-                    self._follower(request).fill(mask[row : row + 1])
+                    self._following.of(request).fill(mask[row : row + 1])
                 except Exception as error:  # noqa: BLE001 - whatever becomes of one request
-                    self._faults.append(RequestFault(request, error))
-        return _Pending(self._sample(needs, held.logits, held.where, rules, mask), requests)
+                    self._following.faults.append(RequestFault(request, error))
+        return Pending(self._sample(needs, held.logits, held.where, rules, mask), requests)
 
     def _rules_of(self, requests: tuple[Request, ...], rows: int) -> tuple[Rules, SamplingNeeds]:
         if self._batch != requests or len(self._batch_rules[0].seed) != rows:
-            rules, needs = self._rules(requests, rows)
+            rules, needs = rules_of(requests, rows)
             # The same requests run for many steps: their rules stay on the device.
             self._batch = requests
             self._batch_rules = jax.device_put(rules, self._placement), needs
@@ -637,7 +473,7 @@ class JaxExecutor:
             and all(has("verify", size, needs) for needs in USUAL)
         )
 
-    def _guess(self, iteration: Iteration) -> _Guessed:
+    def _guess(self, iteration: Iteration) -> Guessed:
         """Queues a decode step with guesses, and the choice of its tokens."""
         shapes, requests = self.shapes, iteration.decodes
         self._note_tables(requests)
@@ -665,15 +501,15 @@ class JaxExecutor:
                     continue
                 own = np.full((width, self._words), -1, np.int32)
                 try:
-                    where[row, 2] = 1 + self._follower(request).fill_along(draft, own)
+                    where[row, 2] = 1 + self._following.of(request).fill_along(draft, own)
                 except Exception as error:  # noqa: BLE001 - whatever becomes of one request
-                    self._faults.append(RequestFault(request, error))
+                    self._following.faults.append(RequestFault(request, error))
                 masks[:, row] = own
         verified = self._verify(needs, logits, where, rules, masks)
         for array in (*verified.sample, verified.gained):
             if array is not None:
                 array.copy_to_host_async()
-        return _Guessed(verified, requests)
+        return Guessed(verified, requests)
 
     def _verify(
         self,
@@ -699,7 +535,7 @@ class JaxExecutor:
         packed[:, 1], packed[:, 2], packed[:, 3 : 3 + width] = 0, 1, 0
         return packed
 
-    def _with_guesses(self, outcome: Outcome, guessed: _Guessed) -> Outcome:
+    def _with_guesses(self, outcome: Outcome, guessed: Guessed) -> Outcome:
         """An iteration's samples, those of a step with guesses behind the others."""
         sampled, gained = guessed.verified.sample, np.asarray(guessed.verified.gained)
         chosen = np.asarray(sampled.tokens)
@@ -713,7 +549,7 @@ class JaxExecutor:
             run = chosen[: gained[row], row].tolist()
             if NOTHING in run[1:]:  # it shows again where the next step begins
                 run = run[: run.index(NOTHING, 1)]
-            run, ends = self._follow_run(request, run)
+            run, ends = self._following.follow_run(request, run)
             tokens.append(run[0])
             more.append(run[1:])
             ended.append(ends)
@@ -721,7 +557,7 @@ class JaxExecutor:
             beside: list[TokenLogprobs] = []
             if columns is not None and count is not None:
                 beside = [
-                    _beside([column[place] for column in columns], row, count)
+                    logprobs_of([column[place] for column in columns], row, count)
                     for place in range(len(run))
                 ]
             logprobs.append(beside[0] if beside else None)
@@ -734,48 +570,7 @@ class JaxExecutor:
             further,
         )
 
-    def _follow_run(self, request: Request, run: list[int]) -> tuple[list[int], bool]:
-        """What of a run its grammar admits, taken in, and whether the output ends with it."""
-        if request.sampling.grammar is None or not request.pending or run[0] == NOTHING:
-            return run, False
-        try:
-            follower = self._follower(request)
-            for place in range(len(run)):
-                follower.follow([*request.output_tokens, *run[: place + 1]])
-                if follower.ended:
-                    return run[: place + 1], True
-        except Exception as error:  # noqa: BLE001 - whatever becomes of one request
-            self._faults.append(RequestFault(request, error))
-        return run, False
-
     # --- choosing -----------------------------------------------------------------------------
-
-    def _follower(self, request: Request) -> Follower:
-        """Where a request's output stands in its grammar, with all its tokens."""
-        grammar = request.sampling.grammar
-        assert grammar is not None
-        if self.grammars is None:
-            raise UsageError("this instance knows no vocabulary that a grammar could be about")
-        if request.follower is None or request.follower.count > len(request.output_tokens):
-            request.follower = self.grammars.begin(grammar)
-        request.follower.follow(request.output_tokens)
-        return request.follower
-
-    def _follow(self, requests: Sequence[Request | None], tokens: Sequence[int]) -> list[bool]:
-        """Takes chosen tokens in where there is a grammar; whose output ends with its token."""
-        ended = [False] * len(tokens)
-        for row, (request, token) in enumerate(zip(requests, tokens, strict=True)):
-            if request is None or request.sampling.grammar is None or token == NOTHING:
-                continue
-            if not request.pending:  # it has ended, or was preempted and draws again
-                continue
-            try:
-                follower = self._follower(request)
-                follower.follow([*request.output_tokens, token])
-                ended[row] = follower.ended
-            except Exception as error:  # noqa: BLE001 - whatever becomes of one request
-                self._faults.append(RequestFault(request, error))
-        return ended
 
     def _nobody(self, batch: int, table: int) -> np.ndarray:
         """Rows [batch, 2 + tables] of a decode step that belong to no request: slot, position,
@@ -826,35 +621,6 @@ class JaxExecutor:
             self._history = history
         return sampled
 
-    def _rules(self, requests: Sequence[Request], rows: int) -> tuple[Rules, SamplingNeeds]:
-        parameters = [request.sampling for request in requests]
-        needs = SamplingNeeds()
-        for rule in parameters:
-            needs |= SamplingNeeds.of(rule)
-        if needs.masked and needs.random:
-            needs = dataclasses.replace(needs, cut=True)  # one step fewer to compile
-        seeds = [seed_of(request) for request in requests]
-        rules = pack_rules(parameters, seeds, rows, [one.prompt_length for one in requests])
-        return rules, needs
-
-    def _history_of(self, request: Request) -> tuple[np.ndarray, ...] | None:
-        """What adjusting remembers of a request: prompt, output so far, bias; None without it."""
-        sampling = request.sampling
-        if not SamplingNeeds.of(sampling).adjusted:
-            return None
-        vocabulary = self.config.vocab_size
-        prompt = np.zeros(vocabulary, bool)
-        prompt[np.asarray(request.prompt_tokens, np.int64)] = True
-        counts = np.bincount(request.output_tokens, minlength=vocabulary).astype(np.int32)
-        bias_tokens = np.full(MAX_BIASED, vocabulary, np.int32)
-        bias_values = np.zeros(MAX_BIASED, np.float32)
-        for entry, (token, value) in enumerate(sampling.logit_bias.items()):
-            bias_tokens[entry], bias_values[entry] = token, value
-        stop_tokens = np.full(MAX_STOPS, vocabulary, np.int32)
-        if sampling.min_tokens:
-            stop_tokens[: len(sampling.stop_token_ids)] = sorted(sampling.stop_token_ids)
-        return prompt, counts, bias_tokens, bias_values, stop_tokens
-
     def _load_history(self, slot: int, history: tuple[np.ndarray, ...] | None) -> None:
         if history is None:
             return
@@ -873,82 +639,3 @@ class JaxExecutor:
             sources[: len(part)] = [source for source, _ in part]
             targets[: len(part)] = [target for _, target in part]
             self._cache = self.steps.get("copy", COPIES)(self._cache, sources, targets)
-
-
-def _beside(columns: Sequence[np.ndarray], row: int, count: int) -> TokenLogprobs:
-    """What a sample's columns of log-probabilities say of a row."""
-    chosen, top_tokens, top_logprobs = columns
-    return TokenLogprobs(
-        float(chosen[row]), top_tokens[row, :count].tolist(), top_logprobs[row, :count].tolist()
-    )
-
-
-def _send(pending: _Pending) -> None:
-    """Has what the host asks for travel there."""
-    sampled, requests, scored = pending
-    for array in (*(sampled if requests else ()), *(scored.scores if scored else ())):
-        if isinstance(array, jax.Array):
-            array.copy_to_host_async()
-
-
-def check_sampling(parameters: SamplingParameters, vocabulary: int) -> None:
-    """Raises UsageError for what the device cannot take: too many biases, unknown tokens."""
-    if len(parameters.logit_bias) > MAX_BIASED:
-        raise UsageError(
-            f"logit_bias has {len(parameters.logit_bias)} entries; at most {MAX_BIASED} are taken"
-        )
-    for token in parameters.logit_bias:
-        if not 0 <= token < vocabulary:
-            raise UsageError(f"logit_bias token {token} is none of 0..{vocabulary - 1}")
-    if parameters.min_tokens and len(parameters.stop_token_ids) > MAX_STOPS:
-        raise UsageError(
-            f"min_tokens={parameters.min_tokens} beside {len(parameters.stop_token_ids)} tokens "
-            f"that end the output, the model's own among them; at most {MAX_STOPS} are taken"
-        )
-
-
-def seed_of(request: Request) -> int:
-    """The request's seed; without one, a hash of what differs between requests.
-
-    Not of its whole name: after `~` that counts attempts, which must draw the same.
-    """
-    if request.sampling.seed is not None:
-        return request.sampling.seed
-    name = str(request.request_id).partition("~")[0]
-    return zlib.crc32(repr((name, request.timing.arrival_s)).encode())
-
-
-def _note_pooled(pooled: _Pooled) -> bool:
-    """Puts down with the request what its prompt's pieces give; whether all of it is finite."""
-    request = pooled.request
-    hidden = np.asarray(pooled.scores[0], np.float64)
-    if pooled.start:  # pieces come in order
-        hidden[0] += request.embedding[0]
-    request.embedding = hidden
-    return bool(np.isfinite(hidden).all())
-
-
-def _note(scored: _Scored) -> bool:
-    """Puts down with the request what was found out of its prompt; whether all of it is finite."""
-    request, count = scored.request, scored.tokens
-    alternatives = request.sampling.prompt_logprobs
-    logprobs, ranks, top_tokens, top_logprobs = (
-        np.asarray(column)[:count] for column in scored.scores
-    )
-    if request.prompt_logprobs is None:
-        request.prompt_logprobs = [None] * request.prompt_length
-    for row, (logprob, rank) in enumerate(zip(logprobs.tolist(), ranks.tolist(), strict=True)):
-        request.prompt_logprobs[scored.start + 1 + row] = TokenLogprobs(
-            logprob,
-            top_tokens[row, :alternatives].tolist(),
-            top_logprobs[row, :alternatives].tolist(),
-            rank,
-        )
-    return bool(np.isfinite(logprobs).all())
-
-
-def _tokens(request: Request, start: int, length: int) -> Sequence[int]:
-    prompt = request.prompt_length
-    if start + length <= prompt:
-        return request.prompt_tokens[start : start + length]
-    return request.known_tokens()[start : start + length]

@@ -20,12 +20,13 @@ from jax.errors import JaxRuntimeError
 
 from jaxsys.errors import RunError, UsageError
 from jaxsys.serve.clock import Clock
-from jaxsys.serve.executor import Executor, JaxExecutor, Outcome, RequestFault, TokenLogprobs
+from jaxsys.serve.executor import JaxExecutor
 from jaxsys.serve.hooks import Governor
 from jaxsys.serve.host_copies import HostCopies
 from jaxsys.serve.host_pages import Fetch
 from jaxsys.serve.iterations import Completion, Iteration
 from jaxsys.serve.member import NOT_FINITE, InstanceLoad, Member, TokenEvent
+from jaxsys.serve.outcomes import Executor, Outcome, RequestFault, TokenLogprobs
 from jaxsys.serve.requests import FinishReason, Request, RequestState
 from jaxsys.serve.sampling import NOTHING
 from jaxsys.serve.scheduler import Scheduler

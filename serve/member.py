@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from jaxsys.serve.executor import TokenLogprobs
+from jaxsys.serve.outcomes import TokenLogprobs
 from jaxsys.serve.requests import FinishReason, Request
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ import collections
 from typing import Any, Protocol
 
 from jaxsys.serve.clock import Clock
-from jaxsys.serve.executor import Outcome
 from jaxsys.serve.hooks import Governor
 from jaxsys.serve.host_pages import Fetch
 from jaxsys.serve.iterations import Completion, Iteration
+from jaxsys.serve.outcomes import Outcome
 from jaxsys.serve.requests import Request
 from jaxsys.serve.scheduler import Scheduler
 

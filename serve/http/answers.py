@@ -8,10 +8,10 @@ import uuid
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from jaxsys.serve.executor import TokenLogprobs
 from jaxsys.serve.http.text_stream import Spoken
 from jaxsys.serve.http.tools import CallPart, Said
 from jaxsys.serve.http.vocabulary import Vocabulary
+from jaxsys.serve.outcomes import TokenLogprobs
 from jaxsys.serve.requests import FinishReason
 
 LEAST_LOGPROB = -9999.0

@@ -40,7 +40,6 @@ from jaxsys.errors import RunError, UsageError
 from jaxsys.model import Tokenizer
 from jaxsys.serve.adapters import UnknownAdapter, name_of
 from jaxsys.serve.engine import Engine, Generation, Overloaded, Watch
-from jaxsys.serve.executor import TokenLogprobs, check_sampling
 from jaxsys.serve.grammars import Grammars
 from jaxsys.serve.http import lora_adapters
 from jaxsys.serve.http.answers import ChatShape, Choice, CompletionShape, Shape, Usage, event
@@ -80,6 +79,8 @@ from jaxsys.serve.http.tool_bodies import ToolUse, tool_use
 from jaxsys.serve.http.tools import Marks, Reader, Said, Thinking, format_of, told
 from jaxsys.serve.http.vocabulary import Vocabulary
 from jaxsys.serve.member import NOT_FINITE, TokenEvent
+from jaxsys.serve.outcomes import TokenLogprobs
+from jaxsys.serve.request_rules import check_sampling
 from jaxsys.serve.requests import ContextLengthExceeded, SamplingParameters
 
 logger = logging.getLogger(__name__)

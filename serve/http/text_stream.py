@@ -15,8 +15,8 @@ from collections import deque
 from collections.abc import Sequence
 
 from jaxsys.model import Tokenizer
-from jaxsys.serve.executor import TokenLogprobs
 from jaxsys.serve.http.vocabulary import Vocabulary
+from jaxsys.serve.outcomes import TokenLogprobs
 
 PRIMING = 8
 """Tokens of the prompt that may begin the character which the answer ends: 4 at most do."""

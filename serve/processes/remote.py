@@ -16,9 +16,9 @@ from typing import Any
 from jaxsys.errors import RunError
 from jaxsys.serve.clock import Clock
 from jaxsys.serve.engine import Engine
-from jaxsys.serve.executor import TokenLogprobs, seed_of
 from jaxsys.serve.handover import Delivery, Message, Offer, Withdrawal
 from jaxsys.serve.member import InstanceLoad, Member, TokenEvent
+from jaxsys.serve.outcomes import TokenLogprobs
 from jaxsys.serve.processes.secret import (
     MAX_STRANGERS,
     PROOF_BYTES,
@@ -27,6 +27,7 @@ from jaxsys.serve.processes.secret import (
     proves,
 )
 from jaxsys.serve.processes.wire import Frame, Frames, message_frame, message_of, pack, request_data
+from jaxsys.serve.request_rules import seed_of
 from jaxsys.serve.requests import FinishReason, Request
 from jaxsys.serve.scheduler import SchedulerConfig
 

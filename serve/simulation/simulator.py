@@ -29,10 +29,10 @@ from jaxsys.serve.energy.meters import Metered, Reading
 from jaxsys.serve.energy.policy import ClockPolicy
 from jaxsys.serve.energy.shares import Shares
 from jaxsys.serve.energy.sleep import SleepConfig, Sleeper
-from jaxsys.serve.executor import Outcome
 from jaxsys.serve.hooks import InstanceView, Router
 from jaxsys.serve.host_pages import Fetch
 from jaxsys.serve.iterations import Completion, Iteration, Role, SchedulerConfig
+from jaxsys.serve.outcomes import Outcome
 from jaxsys.serve.requests import Request, SamplingParameters
 from jaxsys.serve.scheduler import Scheduler
 from jaxsys.serve.simulation.executor import SimExecutor

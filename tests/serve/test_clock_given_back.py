@@ -15,9 +15,9 @@ from jaxsys.serve.energy import governor as governor_module
 from jaxsys.serve.energy.governors import Served, real_governor
 from jaxsys.serve.energy.slo import SharedSlo
 from jaxsys.serve.engine import Engine
-from jaxsys.serve.executor import Outcome
 from jaxsys.serve.instance import Instance
 from jaxsys.serve.iterations import SchedulerConfig
+from jaxsys.serve.outcomes import Outcome
 from jaxsys.serve.requests import Request, SamplingParameters
 from jaxsys.serve.scheduler import Scheduler
 

@@ -25,9 +25,9 @@ from jaxsys.serve.energy.registry import (
     register_router,
 )
 from jaxsys.serve.energy.slo import SharedSlo
-from jaxsys.serve.executor import Outcome
 from jaxsys.serve.instance import Instance
 from jaxsys.serve.iterations import SchedulerConfig
+from jaxsys.serve.outcomes import Outcome
 from jaxsys.serve.requests import Request, SamplingParameters
 from jaxsys.serve.scheduler import Scheduler
 

@@ -8,8 +8,8 @@ import pytest
 
 from jaxsys.serve.energy.engine_sweep import EngineSweep
 from jaxsys.serve.energy.gpu_model import Load
-from jaxsys.serve.executor import Outcome
 from jaxsys.serve.iterations import SchedulerConfig
+from jaxsys.serve.outcomes import Outcome
 from jaxsys.serve.scheduler import Scheduler
 
 HOST_S, PIECE_S = 0.02, 0.06

@@ -14,10 +14,10 @@ import pytest
 from jaxsys.serve.clock import WallClock
 from jaxsys.serve.energy.fixed_clock import FixedClock
 from jaxsys.serve.energy.gpu_model import Load, Outcome, SimulatedGpu, simulated_gpu
-from jaxsys.serve.executor import Outcome as Sampled
 from jaxsys.serve.hooks import FewestRequestsRouter, NoGovernor
 from jaxsys.serve.instance import Instance
 from jaxsys.serve.iterations import SchedulerConfig
+from jaxsys.serve.outcomes import Outcome as Sampled
 from jaxsys.serve.requests import Request, SamplingParameters
 from jaxsys.serve.scheduler import Scheduler
 from jaxsys.serve.simulation.simulator import ClusterConfig, Simulator
