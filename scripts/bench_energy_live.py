@@ -50,7 +50,9 @@ from jaxsys.serve.energy.profile import load_profile
 from jaxsys.serve.hooks import FewestRequestsRouter
 from jaxsys.serve.iterations import SchedulerConfig
 from jaxsys.serve.processes.gpus import visible_gpus
-from jaxsys.serve.simulation.simulator import ClusterConfig, ReplayResult, Simulator
+from jaxsys.serve.simulation.installation import ClusterConfig
+from jaxsys.serve.simulation.result import ReplayResult
+from jaxsys.serve.simulation.simulator import Simulator
 from jaxsys.serve.simulation.traces import Trace, read_trace, synthetic_trace
 from jaxsys.serve.steps import ExecutorConfig
 from studies.measured_gpu import MeasuredGpu

@@ -36,7 +36,8 @@ from jaxsys.serve.energy.gpu_model import GPUS, SimulatedGpu, gpu_spec
 from jaxsys.serve.hooks import FewestRequestsRouter
 from jaxsys.serve.iterations import SchedulerConfig
 from jaxsys.serve.processes.gpus import visible_gpus
-from jaxsys.serve.simulation.simulator import ClusterConfig, Simulator
+from jaxsys.serve.simulation.installation import ClusterConfig
+from jaxsys.serve.simulation.simulator import Simulator
 from jaxsys.serve.simulation.traces import Trace, synthetic_trace
 from jaxsys.serve.steps import ExecutorConfig
 

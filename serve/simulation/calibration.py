@@ -30,8 +30,9 @@ from jaxsys.serve.energy.gpu_model import (
     served_shape,
 )
 from jaxsys.serve.energy.slo import Slo
+from jaxsys.serve.simulation.installation import ClusterConfig
 from jaxsys.serve.simulation.replay import POLICIES, Setting, simulate
-from jaxsys.serve.simulation.simulator import ClusterConfig, ReplayResult
+from jaxsys.serve.simulation.result import ReplayResult
 from jaxsys.serve.simulation.traces import Trace, synthetic_trace
 
 SLO = Slo(ttft_s=0.6, itl_s=0.06, reserve=0.05)

@@ -40,6 +40,7 @@ from jaxsys.serve.simulation.deployments import (
     demand_of,
     lengths_summary,
 )
+from jaxsys.serve.simulation.installation import ClusterConfig
 from jaxsys.serve.simulation.replay import (
     MOST_REQUESTS,
     Setting,
@@ -49,7 +50,6 @@ from jaxsys.serve.simulation.replay import (
     simulate,
     unmeetable,
 )
-from jaxsys.serve.simulation.simulator import ClusterConfig
 from jaxsys.serve.simulation.traces import Trace, read_trace, synthetic_trace
 
 POLICIES_TRIED = ("max", "ahead", "sweet-spot")

@@ -30,7 +30,9 @@ from jaxsys.serve.energy.profile import simulated_profile
 from jaxsys.serve.energy.registry import CLOCK_POLICIES, ROUTERS, Situation
 from jaxsys.serve.energy.sleep import SleepConfig
 from jaxsys.serve.energy.slo import SharedSlo, Slo
-from jaxsys.serve.simulation.simulator import ClusterConfig, ReplayResult, Simulator
+from jaxsys.serve.simulation.installation import ClusterConfig
+from jaxsys.serve.simulation.result import ReplayResult
+from jaxsys.serve.simulation.simulator import Simulator
 from jaxsys.serve.simulation.traces import Trace, agent_trace, read_trace, synthetic_trace
 
 SLEEPS = "+sleep"

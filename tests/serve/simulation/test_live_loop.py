@@ -20,7 +20,8 @@ from jaxsys.serve.iterations import SchedulerConfig
 from jaxsys.serve.outcomes import Outcome as Sampled
 from jaxsys.serve.requests import Request, SamplingParameters
 from jaxsys.serve.scheduler import Scheduler
-from jaxsys.serve.simulation.simulator import ClusterConfig, Simulator
+from jaxsys.serve.simulation.installation import ClusterConfig
+from jaxsys.serve.simulation.simulator import Simulator
 from jaxsys.serve.simulation.traces import synthetic_trace
 
 PIECES = (32, 128, 512, 2048)

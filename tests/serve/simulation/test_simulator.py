@@ -21,7 +21,8 @@ from jaxsys.serve.energy.slo import SharedSlo, Slo
 from jaxsys.serve.energy.window_control import WindowControl
 from jaxsys.serve.hooks import FewestRequestsRouter
 from jaxsys.serve.simulation.executor import SimExecutor
-from jaxsys.serve.simulation.simulator import ClusterConfig, Simulator
+from jaxsys.serve.simulation.installation import ClusterConfig
+from jaxsys.serve.simulation.simulator import Simulator
 from jaxsys.serve.simulation.traces import Trace, synthetic_trace
 
 GPU = simulated_gpu("h100", "llama-3-8b")
