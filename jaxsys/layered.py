@@ -33,7 +33,7 @@ class Layer(NamedTuple):
     it, or give blocks kinds where they are made differently."""
 
 
-Block = Callable[[PyTree, PyTree, PyTree, Layer], PyTree]
+BlockFunction = Callable[[PyTree, PyTree, PyTree, Layer], PyTree]
 """(one layer's parameters, x, microbatch, layer) -> x of the same structure, shapes and dtypes."""
 
 
@@ -62,7 +62,7 @@ class LayeredModel:
     embed: Callable[[PyTree, PyTree], PyTree]
     """(edge, microbatch) -> x, e.g. token ids [B, T] -> [B, T, D]."""
 
-    block: Block | Mapping[str, Block]
+    block: BlockFunction | Mapping[str, BlockFunction]
     """One function where blocks are alike, else kind -> function."""
 
     head_loss: Callable[[PyTree, PyTree, PyTree], tuple[Any, ...]]
@@ -131,7 +131,7 @@ class LayeredModel:
         object.__setattr__(self, "layers", len(self.pattern))
 
     @property
-    def kinds(self) -> dict[str, Block]:
+    def kinds(self) -> dict[str, BlockFunction]:
         """Kind -> block; one kind, `ALIKE`, where blocks are alike."""
         return {ALIKE: self.block} if callable(self.block) else dict(self.block)
 

@@ -20,7 +20,7 @@ from jaxsys.planner.axes import Joined, Split
 from jaxsys.planner.axes.members import gathered
 from jaxsys.planner.sharing import Pass, attention_pass
 from jaxsys.planner.sharing import again as exchanged_again
-from jaxsys.planner.workload import POLICIES, BlockWork, Workload
+from jaxsys.planner.workload import PLANNED_RECOMPUTE, BlockWork, Workload
 from jaxsys.schedule import (
     Block,
     Costs,
@@ -128,8 +128,8 @@ def block_cost(
     Raises:
         UsageError: if the recompute policy is unknown, or what it keeps of this block is.
     """
-    if recompute not in POLICIES:
-        legal = ", ".join(POLICIES)
+    if recompute not in PLANNED_RECOMPUTE:
+        legal = ", ".join(PLANNED_RECOMPUTE)
         raise UsageError(f"recompute={recompute!r} is not a policy; use one of {legal}")
     split = split or Split()
     memory = BlockBytes(residual=0.0, tap=0.0, work=0.0)

@@ -42,7 +42,7 @@ SIZES_BYTES = tuple(2**n for n in (12, 14, 16, 18, 20, 22, 24, 26, 28))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Profile:
+class ClusterProfile:
     """Measured specifications, ready for a `Cluster`."""
 
     device: DeviceSpec
@@ -199,7 +199,7 @@ def build_profile(
     }
 
 
-def load_profile(path: str | Path) -> Profile:
+def load_profile(path: str | Path) -> ClusterProfile:
     """Reads a profile.
 
     Raises:
@@ -217,7 +217,7 @@ def load_profile(path: str | Path) -> Profile:
     return profile_of(value, source=f"measured: {path}")
 
 
-def profile_of(value: Mapping[str, Any], *, source: str) -> Profile:
+def profile_of(value: Mapping[str, Any], *, source: str) -> ClusterProfile:
     """The specifications in a profile's JSON value.
 
     Raises:
@@ -228,7 +228,7 @@ def profile_of(value: Mapping[str, Any], *, source: str) -> Profile:
     link = file.fields("link") if "link" in file else None
     if "clocks" in device:
         raise device.fault("its field 'device.clocks' is not read: plans are at one clock")
-    return Profile(
+    return ClusterProfile(
         device=device.record(
             DeviceSpec, clocks=None, sources={name: source for name in device if name != "name"}
         ),

@@ -35,7 +35,7 @@ from jaxsys.layered import (
     part_shapes,
     parts_of,
 )
-from jaxsys.lowering import Recompute
+from jaxsys.lowering import RECOMPUTE_POLICIES, Recompute
 from jaxsys.lowering.memory import BlockBytes, block_bytes, head_bytes
 from jaxsys.model import abstract_parameters, layered
 from jaxsys.model.config import DecoderConfig
@@ -45,8 +45,8 @@ from jaxsys.model.leaves import block_leaves
 from jaxsys.model.parts import check_parts
 from jaxsys.planner.sharing import SharedSequences, splits_of
 
-POLICIES: tuple[Recompute, ...] = ("none", "selective", "around-attention", "block")
-"""What a plan may compute again."""
+PLANNED_RECOMPUTE = tuple(policy for policy in RECOMPUTE_POLICIES if policy != "chunk")
+"""What a plan may compute again: it says so by layers."""
 SHORTEST_PIECE = 1024
 """Tokens of the pieces, two a device, that plans cut sequences into: a pass through shorter ones is
 too short for what travels beside it."""
@@ -249,8 +249,8 @@ class Workload:
             return ("none", "block")
         known = all(block.attention_bytes is not None for block in self.blocks)
         if self.keeps_attention or known:
-            return POLICIES
-        return tuple(policy for policy in POLICIES if policy != "around-attention")
+            return PLANNED_RECOMPUTE
+        return tuple(policy for policy in PLANNED_RECOMPUTE if policy != "around-attention")
 
     def shares(self, parts: int) -> bool:
         """Whether so many devices, more than one, can share its sequences in any way."""
@@ -541,7 +541,7 @@ def traced_memory(
         )
         of_kind[kind] = tuple(
             (policy, block_bytes(alone, layer, x, microbatch, policy, split=True))
-            for policy in POLICIES
+            for policy in PLANNED_RECOMPUTE
         )
     head = head_bytes(model, edge, x, microbatch)
     if model.pattern is None:

@@ -73,7 +73,12 @@ from jaxsys.serve.simulation.replay import (
     setting,
     simulate,
 )
-from jaxsys.serve.simulation.traces import Trace, lengths_from_csv, read_trace, trace_of_lengths
+from jaxsys.serve.simulation.traces import (
+    RequestTrace,
+    lengths_from_csv,
+    read_trace,
+    trace_of_lengths,
+)
 from studies.energy_plots import (
     draw_ablation,
     draw_calibration,
@@ -397,7 +402,7 @@ def capacity_per_s(gpu: SimulatedGpu, prompt: float, output: float, slo: Slo) ->
     return min(prompts / batch_s, batch / step_s / output)
 
 
-def named_trace(name: str, data: Path) -> Trace:
+def named_trace(name: str, data: Path) -> RequestTrace:
     if name == "sharegpt":
         prompts, outputs = lengths_from_csv(
             data / "sharegpt_8k_filtered_stats_llama2_tokenizer.csv"
@@ -557,7 +562,7 @@ def ablation(data: Path, out: Path, options: Options) -> None:
     draw_ablation(path)
 
 
-def day_trace(data: Path, seconds: float) -> Trace:
+def day_trace(data: Path, seconds: float) -> RequestTrace:
     """An eighth of the requests, for an eighth of 64 instances: each has the same load."""
     whole = named_trace("azure-conv", data).repeated(seconds, daily_swing=0.6)
     return whole.sampled(1 / 8, seed=1)

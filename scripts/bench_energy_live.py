@@ -53,7 +53,7 @@ from jaxsys.serve.processes.gpus import visible_gpus
 from jaxsys.serve.simulation.installation import ClusterConfig
 from jaxsys.serve.simulation.result import ReplayResult
 from jaxsys.serve.simulation.simulator import Simulator
-from jaxsys.serve.simulation.traces import Trace, read_trace, synthetic_trace
+from jaxsys.serve.simulation.traces import RequestTrace, read_trace, synthetic_trace
 from jaxsys.serve.steps import ExecutorConfig
 from studies.measured_gpu import MeasuredGpu
 
@@ -263,7 +263,9 @@ async def hand_overs(client: httpx.AsyncClient, options: argparse.Namespace, pro
     }
 
 
-async def replay(client: httpx.AsyncClient, options: argparse.Namespace, trace: Trace) -> Answers:
+async def replay(
+    client: httpx.AsyncClient, options: argparse.Namespace, trace: RequestTrace
+) -> Answers:
     """Sends the trace's requests at their times."""
     answers = Answers()
     vocabulary = preset(options.model).vocab_size
@@ -314,7 +316,7 @@ def total_j(logs: list[EnergyLog], start_s: float, end_s: float) -> float | None
 
 
 async def measure(
-    options: argparse.Namespace, trace: Trace, server: dict, decode: int
+    options: argparse.Namespace, trace: RequestTrace, server: dict, decode: int
 ) -> dict[str, Any]:
     """Lone requests, hand-overs, an idle moment, the replay."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=200)
@@ -377,7 +379,12 @@ async def watch_clocks(devices: list[NvmlGpu], readings: list[int]) -> None:
 
 
 def simulate(
-    options: argparse.Namespace, trace: Trace, server: dict, decode: int, folder: Path, found: dict
+    options: argparse.Namespace,
+    trace: RequestTrace,
+    server: dict,
+    decode: int,
+    folder: Path,
+    found: dict,
 ) -> tuple[ReplayResult, float]:
     """Replays the slice on the GPU of the profile; also what HTTP adds to a first token."""
     profile = load_profile(folder / "profile.json")
@@ -641,7 +648,7 @@ def take_recorded(options: argparse.Namespace) -> None:
     options.pages = config.get("pages", options.pages)
 
 
-def read_slice(options: argparse.Namespace) -> Trace:
+def read_slice(options: argparse.Namespace) -> RequestTrace:
     if options.trace is None:
         # Means of the Azure conversation trace; lognormal, as wide as its percentiles ask for.
         long = min(1.0, options.max_length / 4096)
@@ -678,7 +685,7 @@ def main() -> int:
 
 
 def run(
-    options: argparse.Namespace, trace: Trace, decode: int, folder: Path, deadline_s: float
+    options: argparse.Namespace, trace: RequestTrace, decode: int, folder: Path, deadline_s: float
 ) -> int:
     content: dict[str, Any] = {
         "config": {

@@ -38,7 +38,7 @@ from jaxsys.serve.iterations import SchedulerConfig
 from jaxsys.serve.processes.gpus import visible_gpus
 from jaxsys.serve.simulation.installation import ClusterConfig
 from jaxsys.serve.simulation.simulator import Simulator
-from jaxsys.serve.simulation.traces import Trace, synthetic_trace
+from jaxsys.serve.simulation.traces import RequestTrace, synthetic_trace
 from jaxsys.serve.steps import ExecutorConfig
 
 LOADS: dict[str, dict[str, float]] = {
@@ -62,7 +62,7 @@ PREDICTED = Path("results/energy_loads_predicted.json")
 GOAL_PCT = {"mean": 10.0, "p50": 10.0, "p90": 10.0, "p99": 15.0, "energy": 10.0}
 
 
-def trace_of(name: str, seconds: float, longest: int) -> Trace:
+def trace_of(name: str, seconds: float, longest: int) -> RequestTrace:
     """A load's requests, the same in `predict` and `run`."""
     load = LOADS[name]
     short = min(1.0, longest / 4096)
@@ -141,7 +141,7 @@ def config_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 async def serve_load(
-    client: httpx.AsyncClient, options: argparse.Namespace, trace: Trace, logs: list
+    client: httpx.AsyncClient, options: argparse.Namespace, trace: RequestTrace, logs: list
 ) -> dict[str, Any]:
     """Figures of one load, under the names of `predicted_figures`."""
     began_s = time.perf_counter()

@@ -26,7 +26,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxsys import float8
-from jaxsys.model import Block, DecoderConfig
+from jaxsys.model import BoundBlock, DecoderConfig
 from jaxsys.model.block import Turn, attention_scale, norm, turn
 from jaxsys.model.contract import layer_cache
 from jaxsys.model.decoder import finish_logits
@@ -395,10 +395,10 @@ def _bound(
     index: int,
     layer: LayerWeights,
     adapted: Adapted | None,
-) -> tuple[Block, Rule, jax.Array | None]:
+) -> tuple[BoundBlock, Rule, jax.Array | None]:
     """A layer's mathematics over its weights, and its attention's rule and sinks."""
     own = None if adapted is None else adapted.layer(index)
-    block = Block(config, config.kind(index), HeldFused(config, layer, kernels.grouped, own))
+    block = BoundBlock(config, config.kind(index), HeldFused(config, layer, kernels.grouped, own))
     latent = config.latent
     rule = Rule(
         window=block.kind.window,

@@ -16,8 +16,8 @@ from jaxsys.train.own_mesh import without_axis_types
 from jaxsys.train.rules import RuleAtRest, by_name, rule_of, shape_of
 from jaxsys.train.state import (
     AveragedState,
-    LoweredStep,
     Names,
+    RunnableStep,
     State,
     TrainState,
     layer_shardings,
@@ -48,7 +48,7 @@ class StateAtRest:
 
     def __init__(
         self,
-        lowered: LoweredStep,
+        lowered: RunnableStep,
         mesh: Mesh,
         optimizer: optax.GradientTransformation,
         view: View | None,
@@ -169,7 +169,7 @@ def masters(parameters: Given) -> Parameters:
     return jax.tree.map(widen, without_axis_types(made))
 
 
-def _rows(lowered: LoweredStep, at_rest: Parameters) -> dict[Names, tuple[np.ndarray, int]]:
+def _rows(lowered: RunnableStep, at_rest: Parameters) -> dict[Names, tuple[np.ndarray, int]]:
     """For each stacked leaf the row at rest that holds each layer, and how many rows there are."""
     numbered = jax.tree.map(lambda leaf: jnp.arange(leaf.shape[0]), at_rest["blocks"])
     order = lowered.from_rest({"edge": {}, "blocks": numbered})

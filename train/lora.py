@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxsys.errors import UsageError
-from jaxsys.layered import Block, Layer, LayeredModel, Parameters, PyTree
+from jaxsys.layered import BlockFunction, Layer, LayeredModel, Parameters, PyTree
 from jaxsys.model.peft import Adapters
 from jaxsys.train.state import path_names
 
@@ -97,7 +97,7 @@ def add_adapters(
 def _with_adapters(model: LayeredModel, weight: float) -> LayeredModel:
     """The model on parameters with adapters; what it draws and how it is evaluated stay."""
 
-    def adapted(inner: Block) -> Block:
+    def adapted(inner: BlockFunction) -> BlockFunction:
         def block(weights: PyTree, x: PyTree, microbatch: PyTree, layer: Layer) -> PyTree:
             frozen = jax.lax.stop_gradient(weights["frozen"])
             return inner(_merge(frozen, weights["adapters"], weight), x, microbatch, layer)

@@ -46,7 +46,7 @@ State = TrainState | AveragedState
 """What a step takes and returns."""
 
 
-class LoweredStep(Protocol):
+class RunnableStep(Protocol):
     """What the trainer needs of `jaxsys.lowering.lower`'s result."""
 
     @property

@@ -24,7 +24,7 @@ from jaxsys.errors import UsageError
 from jaxsys.layered import Parameters, PyTree
 from jaxsys.lowering import Outcome
 from jaxsys.train.rules import RuleAtRest
-from jaxsys.train.state import AveragedState, LoweredStep, State
+from jaxsys.train.state import AveragedState, RunnableStep, State
 
 NonFinite = Literal["stop", "skip"]
 
@@ -158,7 +158,7 @@ def usual_step(parts: StepParts, state: State, batch: PyTree) -> tuple[State, St
 
 
 def make_step(
-    lowered: LoweredStep, rule: RuleAtRest, shardings: State, options: Updates
+    lowered: RunnableStep, rule: RuleAtRest, shardings: State, options: Updates
 ) -> Callable[[State, PyTree], tuple[State, StepResult]]:
     """The jitted step (state, batch) -> (state, result); the state is donated."""
     parts = StepParts(

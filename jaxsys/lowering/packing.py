@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsys.axes import MEMBER
-from jaxsys.layered import Block, Layer, LayeredModel, PyTree
+from jaxsys.layered import BlockFunction, Layer, LayeredModel, PyTree
 
 from .flat import Leaves, floats, is_float, with_floats
 
@@ -104,7 +104,7 @@ class Packing:
         block = next(iter(blocks.values())) if callable(model.block) else blocks
         return dataclasses.replace(model, block=block)
 
-    def packed_block(self, kind: str, block: Block) -> Block:
+    def packed_block(self, kind: str, block: BlockFunction) -> BlockFunction:
         """The same block on rows, whose gradient is one concatenation."""
 
         @jax.custom_vjp

@@ -1,7 +1,7 @@
 """Decoders by description: configurations, mathematics, plain pytrees, files and tokenizers."""
 
 from jaxsys.model.attention import attend, choose_implementation
-from jaxsys.model.block import Block
+from jaxsys.model.block import BoundBlock
 from jaxsys.model.config import DecoderConfig
 from jaxsys.model.decoder import (
     Decoder,
@@ -32,8 +32,8 @@ from jaxsys.model.tokenizer import ByteTokenizer, StreamDecoder, Tokenizer
 
 __all__ = [
     "FAMILIES",
-    "Block",
     "BlockKind",
+    "BoundBlock",
     "ByteTokenizer",
     "Decoder",
     "DecoderConfig",

@@ -184,7 +184,7 @@ class HeldTree(HeldWhole):
         return bias
 
 
-class Block(NamedTuple):
+class BoundBlock(NamedTuple):
     """One layer bound to its weights; cheap to make while tracing."""
 
     config: DecoderConfig
@@ -318,7 +318,7 @@ def attention_scale(config: DecoderConfig) -> float | None:
 def project(
     config: DecoderConfig, held: Held, x: Float[Array, "B T D"], turn: Turn
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """See `Block.project`."""
+    """See `BoundBlock.project`."""
     n = _attention_input(config, held, x)
     if config.latent is not None:
         query, latent, key = latent_project(config, held, n, turn)
@@ -413,7 +413,7 @@ def finish(
     x: Float[Array, "B T D"],
     o: Float[Array, "B T N K"],
 ) -> tuple[Float[Array, "B T D"], mixture.Load | None]:
-    """See `Block.finish`."""
+    """See `BoundBlock.finish`."""
     before, after = config.norm_places != "after", config.norm_places != "before"
     attended = held.heads_out(o)
     if after:
@@ -537,7 +537,7 @@ def _latent(config: DecoderConfig) -> Latent:
 
 
 __all__ = [
-    "Block",
+    "BoundBlock",
     "Held",
     "HeldTree",
     "HeldWhole",

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 from jaxsys.errors import UsageError
 from jaxsys.layered import Parameters, PyTree
 from jaxsys.model.attention import Implementation
-from jaxsys.model.block import Block, HeldTree, norm
+from jaxsys.model.block import BoundBlock, HeldTree, norm
 from jaxsys.model.config import DecoderConfig
 from jaxsys.model.float8_products import Float8
 from jaxsys.model.kinds import BlockKind
@@ -208,13 +208,13 @@ def bind_block(
     layer: PyTree,
     kind: BlockKind | None = None,
     float8: Float8 | None = None,
-) -> Block:
-    """A `Block` around one layer's parameters (no layer axis); of the first kind if not given.
+) -> BoundBlock:
+    """A `BoundBlock` around one layer's parameters (no layer axis); of the first kind if not given.
 
     Args:
         float8: which of its products run in float8.
     """
-    return Block(config, kind or config.kinds[0], HeldTree(config, layer, float8))
+    return BoundBlock(config, kind or config.kinds[0], HeldTree(config, layer, float8))
 
 
 def bind_edge(config: DecoderConfig, edge: PyTree) -> Edge:

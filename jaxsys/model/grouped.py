@@ -62,7 +62,7 @@ class Work(NamedTuple):
     """Static: rows of the result that read the same row in turn."""
 
 
-class Plan(NamedTuple):
+class RowOrder(NamedTuple):
     """Rows of a batch in the order that products take them."""
 
     work: Work
@@ -73,16 +73,16 @@ class Plan(NamedTuple):
     """Where sorted rows come from; None where they are as chosen."""
 
 
-def work_of(chosen: Int[Array, "R A"], count: int) -> Plan:
+def work_of(chosen: Int[Array, "R A"], count: int) -> RowOrder:
     """Sorts the choices of R tokens among `count` experts, unless they are few."""
     rows = chosen.size
     if rows <= FEW:
         flat = chosen.reshape(-1)
-        return Plan(Work(grouped_triton.single(flat), 1, chosen.shape[1]), flat, None)
+        return RowOrder(Work(grouped_triton.single(flat), 1, chosen.shape[1]), flat, None)
     groups, places = group(chosen, count)
     height = grouped_triton.height_for(rows, count)
     cut = grouped_triton.tiles(groups.sizes, rows, height)
-    return Plan(Work(cut, height, 1), groups.experts, places)
+    return RowOrder(Work(cut, height, 1), groups.experts, places)
 
 
 def used_product(

@@ -14,10 +14,9 @@ import jax.numpy as jnp
 from jaxsys.axes import TENSOR
 from jaxsys.context import ContextSplit
 from jaxsys.errors import UsageError
-from jaxsys.layered import Block, Layer, LayeredModel, Parts, PyTree
+from jaxsys.layered import BlockFunction, Layer, LayeredModel, Parts, PyTree
 from jaxsys.model.attention import Implementation
-from jaxsys.model.block import Block as Bound
-from jaxsys.model.block import HeldTree
+from jaxsys.model.block import BoundBlock, HeldTree
 from jaxsys.model.config import DecoderConfig
 from jaxsys.model.contract import attention_heads
 from jaxsys.model.decoder import bind_edge
@@ -108,13 +107,13 @@ def _layered(
         x = embed_part(config, edge, tokens) if split else bind_edge(config, edge).embed(tokens)
         return {"residual": x, "balance": jnp.zeros((), jnp.float32)} if balanced else x
 
-    def block(kind: BlockKind) -> Block:
+    def block(kind: BlockKind) -> BlockFunction:
         def run(weights: PyTree, x: PyTree, microbatch: PyTree, layer: Layer) -> PyTree:
             if sizes:
                 held = HeldPart(part, weights, sizes, float8)
             else:
                 held = HeldTree(config, weights, float8)
-            bound = Bound(part, kind, held)
+            bound = BoundBlock(part, kind, held)
             if not balanced:
                 return bound.run(x, implementation=implementation, context=context)[0]
             residual, load = bound.run(x["residual"], implementation=implementation)

@@ -33,7 +33,7 @@ from jaxsys.serve.energy.slo import Slo
 from jaxsys.serve.simulation.installation import ClusterConfig
 from jaxsys.serve.simulation.replay import POLICIES, Setting, simulate
 from jaxsys.serve.simulation.result import ReplayResult
-from jaxsys.serve.simulation.traces import Trace, synthetic_trace
+from jaxsys.serve.simulation.traces import RequestTrace, synthetic_trace
 
 SLO = Slo(ttft_s=0.6, itl_s=0.06, reserve=0.05)
 RUN_S = 120.0
@@ -205,7 +205,7 @@ def unpublished(rate_per_s: float) -> Point:
 
 def dataset_trace(
     dataset: str, rate_per_s: float, seed: int = 0, *, cv: float = 1.0, duration_s: float = RUN_S
-) -> Trace:
+) -> RequestTrace:
     """Arrivals of a data set's lengths; gaps are gamma with coefficient of variation `cv`."""
     if dataset not in DATASETS:
         raise UsageError(f"dataset={dataset!r} is not known; use one of {', '.join(DATASETS)}")

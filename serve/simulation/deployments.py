@@ -23,7 +23,7 @@ from jaxsys.model.config import DecoderConfig
 from jaxsys.serve.energy.governors import VALUE_BYTES, Served
 from jaxsys.serve.energy.gpu_model import Load, SimulatedGpu, gpu_spec
 from jaxsys.serve.energy.slo import Slo
-from jaxsys.serve.simulation.traces import Trace
+from jaxsys.serve.simulation.traces import RequestTrace
 
 FULL = 0.98
 """Busy share at which an instance is taken to be full."""
@@ -67,7 +67,7 @@ class Demand:
     """Of a sequence that decodes, at a random moment: long answers are met more often."""
 
 
-def demand_of(trace: Trace) -> Demand:
+def demand_of(trace: RequestTrace) -> Demand:
     """The trace's means."""
     prompts, outputs = (x.astype(float) for x in (trace.prompt_tokens, trace.output_tokens))
     weight = outputs.sum()
@@ -325,7 +325,7 @@ def _least(bound_of, most: int) -> int:
     return low
 
 
-def lengths_summary(trace: Trace) -> str:
+def lengths_summary(trace: RequestTrace) -> str:
     """The trace's demand in words."""
     prompts, outputs = trace.prompt_tokens, trace.output_tokens
     return (

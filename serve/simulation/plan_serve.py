@@ -50,7 +50,7 @@ from jaxsys.serve.simulation.replay import (
     simulate,
     unmeetable,
 )
-from jaxsys.serve.simulation.traces import Trace, read_trace, synthetic_trace
+from jaxsys.serve.simulation.traces import RequestTrace, read_trace, synthetic_trace
 
 POLICIES_TRIED = ("max", "ahead", "sweet-spot")
 MOST_GPUS = 4096
@@ -102,7 +102,7 @@ class Judged:
 
 
 def judge(
-    config: DecoderConfig, deployment: Deployment, bounds: Bounds, trace: Trace, policy: str
+    config: DecoderConfig, deployment: Deployment, bounds: Bounds, trace: RequestTrace, policy: str
 ) -> Judged:
     """Replays `trace` on a deployment under one policy."""
     gpu = bounds.gpu(deployment.gpu, deployment.tensor_parallel, deployment.weights)
@@ -147,7 +147,7 @@ class Search:
 
 def search(
     config: DecoderConfig,
-    trace: Trace,
+    trace: RequestTrace,
     bounds: Bounds,
     known: Sequence[tuple[Deployment, Bound]],
     *,
@@ -427,7 +427,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     return result
 
 
-def read_demand(options: argparse.Namespace) -> Trace:
+def read_demand(options: argparse.Namespace) -> RequestTrace:
     """The trace asked for."""
     if options.trace is not None:
         trace = read_trace(options.trace)
@@ -544,7 +544,7 @@ def report(
     options: argparse.Namespace,
     found: Search,
     bounds: Bounds,
-    trace: Trace,
+    trace: RequestTrace,
     slo: Slo,
     roomiest: Callable[[int], int | None],
     took: dict[str, float],
@@ -648,7 +648,7 @@ def _why_none(
     gpus: dict[str, int],
     ways: Sequence[int],
     options: argparse.Namespace,
-    trace: Trace,
+    trace: RequestTrace,
 ) -> str:
     """Why the bound lets nothing pass: bounds that no clock keeps, or what it would take."""
     reasons = []

@@ -33,7 +33,7 @@ from jaxsys.serve.energy.slo import SharedSlo, Slo
 from jaxsys.serve.simulation.installation import ClusterConfig
 from jaxsys.serve.simulation.result import ReplayResult
 from jaxsys.serve.simulation.simulator import Simulator
-from jaxsys.serve.simulation.traces import Trace, agent_trace, read_trace, synthetic_trace
+from jaxsys.serve.simulation.traces import RequestTrace, agent_trace, read_trace, synthetic_trace
 
 SLEEPS = "+sleep"
 MOST_REQUESTS = 500_000
@@ -159,7 +159,7 @@ def make_predictor(setting: Setting) -> Predictor:
 
 
 def simulate(
-    trace: Trace,
+    trace: RequestTrace,
     policy: Policy,
     setting: Setting,
     *,
@@ -247,7 +247,7 @@ def figures(result: ReplayResult, slo: Slo) -> dict[str, float]:
 
 
 def compare(
-    trace: Trace,
+    trace: RequestTrace,
     setting: Setting,
     policies: Sequence[str],
     *,
@@ -294,7 +294,7 @@ def check_policies(names: Sequence[str], gpus: Sequence[SimulatedGpu] = ()) -> N
                 _check_limit(cap_w, gpu)
 
 
-def unmeetable(trace: Trace, setting: Setting) -> list[str]:
+def unmeetable(trace: RequestTrace, setting: Setting) -> list[str]:
     """Bounds that no clock can meet even for one request alone; empty if all can be met."""
     gpu, slo = setting.gpu, setting.slo
     longest = int(np.max(trace.prompt_tokens))
@@ -319,7 +319,7 @@ def unmeetable(trace: Trace, setting: Setting) -> list[str]:
 
 
 def record(
-    rows: dict[str, dict[str, Any]], setting: Setting, trace: Trace, *, too_long: int = 0
+    rows: dict[str, dict[str, Any]], setting: Setting, trace: RequestTrace, *, too_long: int = 0
 ) -> dict[str, Any]:
     """The result file's content, as `jaxsys.results.write_result` takes it.
 
@@ -563,7 +563,7 @@ def main(argv: Sequence[str], prog: str) -> int:
     return 0
 
 
-def _agents(arguments: argparse.Namespace) -> Trace:
+def _agents(arguments: argparse.Namespace) -> RequestTrace:
     """Sessions of agents as the options say."""
     _check_count(arguments.agents * arguments.turns)
     rate_per_s = 1.0 if arguments.rate_per_s is None else arguments.rate_per_s

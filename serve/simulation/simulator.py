@@ -30,7 +30,7 @@ from jaxsys.serve.requests import Request, SamplingParameters
 from jaxsys.serve.simulation.installation import ClusterConfig
 from jaxsys.serve.simulation.instance import SimInstance
 from jaxsys.serve.simulation.result import ReplayResult
-from jaxsys.serve.simulation.traces import Trace
+from jaxsys.serve.simulation.traces import RequestTrace
 
 MOST_PAGES = 1 << 32
 """Of a prompt: apart by so many lie the identities of two sessions' pages."""
@@ -41,7 +41,7 @@ class Simulator:
 
     def __init__(
         self,
-        trace: Trace,
+        trace: RequestTrace,
         config: ClusterConfig,
         *,
         make_policy: Callable[[Role], ClockPolicy],
@@ -515,7 +515,7 @@ class Simulator:
         )
 
 
-def _turns_of(trace: Trace) -> tuple[list[int], dict[int, int]]:
+def _turns_of(trace: RequestTrace) -> tuple[list[int], dict[int, int]]:
     """The requests that arrive by themselves, and whom each of the others follows."""
     if trace.gap_s is None or trace.sessions is None:
         return list(range(len(trace))), {}

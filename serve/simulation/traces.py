@@ -29,7 +29,7 @@ _Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Trace:
+class RequestTrace:
     """Requests in order of arrival."""
 
     name: str
@@ -70,11 +70,11 @@ class Trace:
         """Mean arrivals a second."""
         return len(self) / self.duration_s if self.duration_s > 0 else math.inf
 
-    def head(self, count: int) -> "Trace":
+    def head(self, count: int) -> "RequestTrace":
         """The first `count` requests."""
         return self._take(slice(0, count))
 
-    def between(self, start_s: float, end_s: float) -> "Trace":
+    def between(self, start_s: float, end_s: float) -> "RequestTrace":
         """The requests that arrive in [start_s, end_s), with time counted from `start_s`."""
         kept = (self.arrival_s >= start_s) & (self.arrival_s < end_s)
         if not kept.any():
@@ -85,7 +85,7 @@ class Trace:
         taken = self._take(kept)
         return replace(taken, arrival_s=taken.arrival_s - start_s)
 
-    def at_rate(self, rate_per_s: float) -> "Trace":
+    def at_rate(self, rate_per_s: float) -> "RequestTrace":
         """The same requests with time stretched or squeezed to a mean rate: burstiness is kept."""
         if not rate_per_s > 0:
             raise UsageError(f"rate_per_s={rate_per_s} must be positive")
@@ -98,7 +98,7 @@ class Trace:
         gap_s = None if self.gap_s is None else self.gap_s * stretch
         return replace(self, arrival_s=self.arrival_s * stretch, gap_s=gap_s)
 
-    def repeated(self, duration_s: float, *, daily_swing: float = 0.0) -> "Trace":
+    def repeated(self, duration_s: float, *, daily_swing: float = 0.0) -> "RequestTrace":
         """Tiled to `duration_s`; with `daily_swing` s, the rate follows 1 + s * sin over 24 h.
 
         Arrivals are thinned to follow the swing, so at the peak the trace's own rate holds.
@@ -118,7 +118,7 @@ class Trace:
                 raise UsageError(f"daily_swing={daily_swing} must be from 0 to below 1")
             share = (1 + daily_swing * np.sin(2 * np.pi * arrival_s / 86_400)) / (1 + daily_swing)
             kept &= np.random.default_rng(0).random(len(arrival_s)) < share
-        return Trace(
+        return RequestTrace(
             name=self.name,
             arrival_s=arrival_s[kept],
             prompt_tokens=prompts[kept],
@@ -128,7 +128,7 @@ class Trace:
             gap_s=None if self.gap_s is None else np.tile(self.gap_s, times)[kept],
         )
 
-    def sampled(self, share: float, seed: int = 0) -> "Trace":
+    def sampled(self, share: float, seed: int = 0) -> "RequestTrace":
         """A random part of the requests, each kept with probability `share`."""
         if not 0 < share <= 1:
             raise UsageError(f"share={share} must be above 0, at most 1")
@@ -137,15 +137,15 @@ class Trace:
             raise UsageError(f"trace {self.name}: no request is left of {len(self)}")
         return self._take(kept)
 
-    def clipped(self, max_total_tokens: int) -> "Trace":
+    def clipped(self, max_total_tokens: int) -> "RequestTrace":
         """Without the requests longer than `max_total_tokens`, as an engine would refuse them."""
         kept = self.prompt_tokens + self.output_tokens <= max_total_tokens
         if not kept.any():
             raise UsageError(f"trace {self.name}: no request fits {max_total_tokens} tokens")
         return self._take(kept)
 
-    def _take(self, which: slice | np.ndarray) -> "Trace":
-        return Trace(
+    def _take(self, which: slice | np.ndarray) -> "RequestTrace":
+        return RequestTrace(
             name=self.name,
             arrival_s=self.arrival_s[which],
             prompt_tokens=self.prompt_tokens[which],
@@ -187,7 +187,7 @@ _FORMS = (
 )
 
 
-def read_trace(path: str | Path) -> Trace:
+def read_trace(path: str | Path) -> RequestTrace:
     """Reads a CSV trace of any known form; time starts at its first arrival.
 
     Raises:
@@ -201,7 +201,7 @@ def read_trace(path: str | Path) -> Trace:
         raise UsageError(f"trace {path} is not CSV text: {error}") from None
 
 
-def _read(rows: Iterator[list[str]], path: Path) -> Trace:
+def _read(rows: Iterator[list[str]], path: Path) -> RequestTrace:
     numbered = enumerate(rows, start=1)
     names = next((row for _, row in numbered if any(map(str.strip, row))), None)
     if names is None:
@@ -262,7 +262,7 @@ def _read(rows: Iterator[list[str]], path: Path) -> Trace:
             sessions.append(numbers.setdefault(name, len(numbers)))
     if not arrivals:
         raise UsageError(f"trace {path} holds no requests")
-    return Trace(
+    return RequestTrace(
         name=path.stem,
         arrival_s=np.array(arrivals) - arrivals[0],
         prompt_tokens=np.array(sizes[0]),
@@ -315,7 +315,7 @@ def synthetic_trace(
     cv: float = 1.0,
     most_tokens: int = 3000,
     name: str = "synthetic",
-) -> Trace:
+) -> RequestTrace:
     """Lognormal lengths and Poisson (or burstier) arrivals for `duration_s`."""
     for what, value in (("rate_per_s", rate_per_s), ("duration_s", duration_s), ("cv", cv)):
         if not (math.isfinite(value) and value > 0):
@@ -333,7 +333,7 @@ def synthetic_trace(
         )
     prompts = lognormal_lengths(count, prompt_mean, prompt_sigma, seed + 1, most=most_tokens)
     outputs = lognormal_lengths(count, output_mean, output_sigma, seed + 2, most=most_tokens)
-    return Trace(
+    return RequestTrace(
         name=name,
         arrival_s=arrival_s[kept],
         prompt_tokens=prompts[kept],
@@ -355,7 +355,7 @@ def agent_trace(
     output_s: float = 0.02,
     most_tokens: int = 1_000_000,
     name: str = "agents",
-) -> Trace:
+) -> RequestTrace:
     """Sessions of agents: each prompt is the one before, its answer, and what a tool said of it.
 
     A prompt grows by as much a turn as leaves `known_share` of it known from the turn before, on
@@ -410,7 +410,7 @@ def agent_trace(
             length += output + int((grown - output_mean) * generator.gamma(1, 1.0))
     found.sort()
     arrivals_s, prompts, outputs, numbers, gaps_s = zip(*found, strict=True)
-    return Trace(
+    return RequestTrace(
         name=name,
         arrival_s=np.array(arrivals_s),
         prompt_tokens=np.array(prompts),
@@ -457,11 +457,11 @@ def trace_of_lengths(
     duration_s: float,
     seed: int = 0,
     name: str = "lengths",
-) -> Trace:
+) -> RequestTrace:
     """Poisson arrivals whose lengths are drawn, in pairs, from a given set."""
     count = max(1, int(rate_per_s * duration_s))
     picks = np.random.default_rng(seed + 1).integers(0, len(prompts), count)
-    return Trace(
+    return RequestTrace(
         name=name,
         arrival_s=poisson_arrivals(count, rate_per_s, seed),
         prompt_tokens=prompts[picks],

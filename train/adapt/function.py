@@ -16,9 +16,9 @@ from jaxsys.layered import ALIKE, LayeredModel, Parameters, PyTree
 from jaxsys.layered import Layer as LayerInfo
 from jaxsys.train.adapt.mean import OUTPUT, check_scales, mean_of
 from jaxsys.train.adapt.places import (
-    Block,
     Edge,
     Fixed,
+    InBlock,
     Names,
     Place,
     Stack,
@@ -27,7 +27,7 @@ from jaxsys.train.adapt.places import (
     nested,
     places,
 )
-from jaxsys.train.adapt.plan import Plan
+from jaxsys.train.adapt.plan import CutProgram
 from jaxsys.train.adapt.program import trace
 from jaxsys.train.adapt.values import (
     BatchLeaf,
@@ -179,7 +179,7 @@ class _Adapter:
         leaves, self.structure = jax.tree.flatten(parameters)
         self.leaves = _of_one_dtype(leaves)
         self.places: list[Place] = places(parameters, paths, aliases)
-        self.plans: dict[Any, Plan] = {}
+        self.plans: dict[Any, CutProgram] = {}
         self.draws_if_known = False
         self.plan = self._plan(None, example)
         self.numbers = dict(zip(self.plan.layers, self.plan.pattern, strict=True))
@@ -303,7 +303,7 @@ class _Adapter:
         ]
         return _compute_dtype(dtypes), leaves
 
-    def _plan(self, dtype: Any, microbatch: PyTree) -> Plan:
+    def _plan(self, dtype: Any, microbatch: PyTree) -> CutProgram:
         if self.draws_if_known and KEY not in microbatch:
             raise UsageError(
                 f"the model draws random numbers, but the batch has no leaf {KEY!r}: one key a "
@@ -323,7 +323,7 @@ class _Adapter:
                 raise UsageError(lacks) from error
         return self.plans[key]
 
-    def _on_no_mesh(self, make: Callable[[], Plan]) -> Plan:
+    def _on_no_mesh(self, make: Callable[[], CutProgram]) -> CutProgram:
         """Traces on no mesh: the caller's would be written into every operation's types.
 
         Where the model constrains shardings by the names of the mesh that it was adapted on, on
@@ -349,7 +349,7 @@ class _Adapter:
         with jax.sharding.use_abstract_mesh(automatic):
             return make()
 
-    def _made(self, dtype: Any, microbatch: PyTree) -> Plan:
+    def _made(self, dtype: Any, microbatch: PyTree) -> CutProgram:
         avals, values = [], []
         for number, (place, leaf) in enumerate(zip(self.places, self.leaves, strict=True)):
             if isinstance(place, Fixed):
@@ -369,7 +369,7 @@ class _Adapter:
         program = trace(whole, values, avals, microbatch)
         sums = self._as_sums(program, microbatch, lambda m: trace(whole, values, avals, m))
         layers = sorted(
-            {(p.group, p.number) for p in self.places if isinstance(p, Block)}
+            {(p.group, p.number) for p in self.places if isinstance(p, InBlock)}
             | {(g, n) for g, length in program.lengths.items() for n in range(length)}
         )
         for place in self.places:
@@ -380,7 +380,7 @@ class _Adapter:
                 )
         shapes = self._shapes_of_layers(program.stack_axes)
         try:
-            plan = Plan(program, layers, shapes, self.numbers)
+            plan = CutProgram(program, layers, shapes, self.numbers)
         except UsageError:
             if program.whole is None:
                 raise
@@ -464,7 +464,7 @@ class _Adapter:
         found: dict[Layer, dict[Names, Any]] = {}
         for place, leaf in zip(self.places, self.leaves, strict=True):
             shape = np.shape(leaf)
-            if isinstance(place, Block):
+            if isinstance(place, InBlock):
                 here = found.setdefault((place.group, place.number), {})
                 here[place.names] = (shape, str(leaf.dtype))
             elif isinstance(place, Stack):
@@ -483,7 +483,7 @@ class _Adapter:
         for place, leaf in zip(self.places, self.leaves, strict=True):
             if isinstance(place, Edge):
                 edge[place.names] = jnp.array(leaf, copy=True)
-            elif isinstance(place, Block):
+            elif isinstance(place, InBlock):
                 layers[place.group, place.number][place.names] = leaf
             elif isinstance(place, Stack):
                 axis = self.plan.program.stack_axes.get((place.group, place.names), 0)
@@ -540,7 +540,7 @@ class _Adapter:
                 leaves.append(None)
             elif isinstance(place, Edge):
                 leaves.append(leaf_of(parameters["edge"], place.names))
-            elif isinstance(place, Block):
+            elif isinstance(place, InBlock):
                 leaves.append(own((place.group, place.number), place.names))
             else:
                 mine = sorted(layer for layer in self.plan.layers if layer[0] == place.group)
@@ -601,7 +601,7 @@ def _of_one_dtype(leaves: list[Any]) -> list[Any]:
 
 def _value(place: Place, aval: Any, number: int) -> Value:
     """What a leaf is to a program."""
-    if isinstance(place, Block):
+    if isinstance(place, InBlock):
         layer = (place.group, place.number)
         return BlockLeaf(
             aval=aval,

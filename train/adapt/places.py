@@ -35,7 +35,7 @@ class Edge:
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class InBlock:
     """A leaf of block `number` of a group."""
 
     group: int
@@ -51,7 +51,7 @@ class Stack:
     names: Names
 
 
-Place = Fixed | Edge | Block | Stack
+Place = Fixed | Edge | InBlock | Stack
 
 
 def places(
@@ -151,12 +151,12 @@ def _below(names: Sequence[Names], prefix: Names, last: str, group: int) -> dict
     bare = {i: leaf for i, leaf in inside.items() if leaf[0] == last}
     if matches:
         found: dict[int, Place] = {
-            i: Block(group, int(m[1]), inside[i][1:]) for i, m in matches.items()
+            i: InBlock(group, int(m[1]), inside[i][1:]) for i, m in matches.items()
         }
         # Haiku numbers from the second on: layer, layer_1, layer_2.
         if bare and all(int(m[1]) > 0 for m in matches.values()):
-            found |= {i: Block(group, 0, leaf[1:]) for i, leaf in bare.items()}
+            found |= {i: InBlock(group, 0, leaf[1:]) for i, leaf in bare.items()}
         return found
     if bare and all(leaf[1].isdigit() and len(leaf) > 2 for leaf in bare.values()):
-        return {i: Block(group, int(leaf[1]), leaf[2:]) for i, leaf in bare.items()}
+        return {i: InBlock(group, int(leaf[1]), leaf[2:]) for i, leaf in bare.items()}
     return {i: Stack(group, leaf[1:]) for i, leaf in bare.items()}

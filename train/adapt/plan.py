@@ -35,7 +35,7 @@ Leaves = dict[tuple[str, ...], Any]
 """A layer's parameters by name."""
 
 
-class Plan:
+class CutProgram:
     """A program cut into stages, with what is carried between them.
 
     Attributes:
@@ -215,7 +215,7 @@ class _Forms:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: CutProgram,
         role: Role,
         values: dict[Value, Any],
         info: LayerInfo,

@@ -8,7 +8,7 @@ import pytest
 from jaxsys.errors import UsageError
 from jaxsys.serve.energy.sleep import Change, SleepConfig, Sleeper
 from jaxsys.serve.simulation.replay import policy_named, setting, simulate
-from jaxsys.serve.simulation.traces import Trace
+from jaxsys.serve.simulation.traces import RequestTrace
 
 
 def some(*in_flight, asleep=(), waking=()):
@@ -49,7 +49,7 @@ def test_settings_are_checked():
 def test_a_replay_saves_idle_energy_counts_the_wakes_and_loses_no_attainment():
     """Four minutes of little, then one of much."""
     moments = np.concatenate([np.arange(0.0, 240.0, 2.0), 240.0 + np.arange(0.0, 60.0, 0.05)])
-    trace = Trace(
+    trace = RequestTrace(
         name="steps",
         arrival_s=moments,
         prompt_tokens=np.full(len(moments), 400),

@@ -23,7 +23,7 @@ from jaxsys.serve.hooks import FewestRequestsRouter
 from jaxsys.serve.simulation.executor import SimExecutor
 from jaxsys.serve.simulation.installation import ClusterConfig
 from jaxsys.serve.simulation.simulator import Simulator
-from jaxsys.serve.simulation.traces import Trace, synthetic_trace
+from jaxsys.serve.simulation.traces import RequestTrace, synthetic_trace
 
 GPU = simulated_gpu("h100", "llama-3-8b")
 TRACE = synthetic_trace(rate_per_s=12, duration_s=20, seed=5)
@@ -96,7 +96,7 @@ def test_many_steps_as_one_equal_steps_alone(make):
 
 
 def test_one_request_takes_what_the_model_says():
-    trace = Trace(
+    trace = RequestTrace(
         name="one",
         arrival_s=np.array([0.0]),
         prompt_tokens=np.array([1000]),
@@ -207,7 +207,7 @@ def test_one_instance_for_both_serves_everything():
 
 def test_the_engine_pads_each_piece_and_serves_newcomers_an_iteration_later():
     """Request 0 decodes; 1 comes within a step, waits for it and the one planned behind it."""
-    trace = Trace(
+    trace = RequestTrace(
         name="two",
         arrival_s=np.array([0.0, 1.0]),
         prompt_tokens=np.array([100, 700]),
@@ -235,7 +235,7 @@ def test_the_engine_pads_each_piece_and_serves_newcomers_an_iteration_later():
 
 def test_a_hand_over_takes_time_and_holds_up_both_instances():
     """Request 0 decodes; 1 comes later, 2 while 1 is computed."""
-    trace = Trace(
+    trace = RequestTrace(
         name="three",
         arrival_s=np.array([0.0, 1.0, 1.01]),
         prompt_tokens=np.array([100, 700, 700]),
@@ -294,7 +294,7 @@ def test_noise_changes_times_but_not_the_work():
 
 
 def test_what_cannot_be_replayed_is_refused():
-    long = Trace(
+    long = RequestTrace(
         name="long",
         arrival_s=np.array([0.0]),
         prompt_tokens=np.array([10**6]),
@@ -311,7 +311,7 @@ def test_what_cannot_be_replayed_is_refused():
 def test_turns_of_a_session_are_served_from_the_prefix_cache():
     """The prompts of one conversation share their beginning; without its name nothing is known."""
     count = 24
-    conversation = Trace(
+    conversation = RequestTrace(
         name="turns",
         arrival_s=np.arange(count) * 0.5,
         prompt_tokens=np.repeat(np.arange(1, 7), 4) * 1000,

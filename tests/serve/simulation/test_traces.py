@@ -7,7 +7,7 @@ import pytest
 
 from jaxsys.errors import UsageError
 from jaxsys.serve.simulation.traces import (
-    Trace,
+    RequestTrace,
     lengths_from_csv,
     lognormal_lengths,
     poisson_arrivals,
@@ -173,7 +173,7 @@ def test_lengths_without_arrivals(tmp_path):
 
 def test_unequal_columns_are_refused():
     with pytest.raises(UsageError, match="differ in length"):
-        Trace(
+        RequestTrace(
             name="t",
             arrival_s=np.zeros(2),
             prompt_tokens=np.ones(1, int),
@@ -193,7 +193,7 @@ def test_burstgpt_form_and_sessions(tmp_path):
     assert read_trace(write(tmp_path, first + "5,ChatGPT,472,18,490,x\n")).sessions is None
 
 
-def sessions_of(trace: Trace) -> list[int]:
+def sessions_of(trace: RequestTrace) -> list[int]:
     assert trace.sessions is not None
     return trace.sessions.tolist()
 
