@@ -7,6 +7,7 @@ The fastest recompute policy that fits memory is shown, or the leanest where non
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from jaxsys.errors import UsageError
 from jaxsys.lowering.tables import buffers_of
@@ -349,8 +350,9 @@ def plan_at(place: Place, recompute: str, devices: int, layers: int, microbatch_
     path = LayerPath(weights=place.weights, gradient=place.gradient, residual=residual)
     plain = LayerPath(weights=Weights.STAY, gradient=Gradient.ONCE, residual=residual)
     owned = place.axis != "shard"
+    ways: Any = {place.axis: devices}
     return Plan(
-        **{place.axis: devices},
+        **ways,
         microbatch_size=microbatch_size,
         state=place.state,
         order=place.order,

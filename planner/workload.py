@@ -45,7 +45,9 @@ from jaxsys.model.leaves import block_leaves
 from jaxsys.model.parts import check_parts
 from jaxsys.planner.sharing import SharedSequences, splits_of
 
-PLANNED_RECOMPUTE = tuple(policy for policy in RECOMPUTE_POLICIES if policy != "chunk")
+PLANNED_RECOMPUTE: tuple[Recompute, ...] = tuple(
+    policy for policy in RECOMPUTE_POLICIES if policy != "chunk"
+)
 """What a plan may compute again: it says so by layers."""
 SHORTEST_PIECE = 1024
 """Tokens of the pieces, two a device, that plans cut sequences into: a pass through shorter ones is

@@ -620,6 +620,7 @@ class Instance:
     """A decode instance as a router sees it."""
 
     name, waiting_tokens, clock_mhz, busy_until_s = "decode", 0, 1080, None
+    page_size = page_count = 0
 
     def __init__(self, batch: int) -> None:
         self.batch = self.in_flight = self.waiting_requests = batch

@@ -30,7 +30,7 @@ from jaxsys.serve.energy.governors import Served, make_router
 from jaxsys.serve.energy.slo import SharedSlo
 from jaxsys.serve.engine import Engine
 from jaxsys.serve.http.api import ApiConfig
-from jaxsys.serve.iterations import SchedulerConfig
+from jaxsys.serve.iterations import Role, SchedulerConfig
 from jaxsys.serve.member import InstanceLoad
 from jaxsys.serve.processes.front import bind, build_app
 from jaxsys.serve.processes.remote import Switchboard
@@ -51,7 +51,7 @@ def entry(name: str, reason: str | None) -> list[Any]:
 class Simulated(asyncio.Protocol):
     """One instance without a model."""
 
-    def __init__(self, name: str, role: str, token: str):
+    def __init__(self, name: str, role: Role, token: str):
         self.name, self.role, self.token = name, role, token
         self.frames = Frames()
         self.challenge = b""

@@ -124,6 +124,9 @@ class Loop:
     def dispatch(self, iteration):
         return self.executor.dispatch(iteration)
 
+    def fetch(self, fetch):
+        raise AssertionError(f"no host keeps pages: {fetch}")
+
     def ended(self, iteration, outcome, latency_s, now_s):
         if iteration.decodes and not iteration.prefills:
             self.ended_at_s.append(time.perf_counter())

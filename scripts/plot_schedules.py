@@ -70,6 +70,7 @@ def draw_nodes(nodes: int, microbatches: int, path: Path) -> None:
     timeline.xaxis.set_major_formatter(lambda thousandths, _: f"{thousandths / 1000:g}")
     timeline.set_xlabel("time units")
     legend = timeline.get_legend()  # below, where it covers nothing
+    assert legend is not None
     legend.set_loc("upper right")
     legend.set_bbox_to_anchor((1.0, -0.1))
     figure.savefig(path, format="png", dpi=100, metadata={"Software": None})

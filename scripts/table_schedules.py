@@ -6,6 +6,7 @@ scripts/table_schedules.py [--out results/schedules.json] [--devices 8] [--micro
 
 import argparse
 import sys
+from typing import Any
 
 from jaxsys.results import table, write_result
 from jaxsys.schedule import Costs, Data, Link, check, peak_live, simulate
@@ -14,7 +15,7 @@ from jaxsys.strategies import NAMES, build
 TIMES = {"equal": (1.0, 1.0, 1.0), "attention": (5.0, 8.0, 3.0)}
 """Of F, I and W. The second is a layer of 2048 wide heads and feed-forward at 16K tokens, where
 attention, which has no W, takes two thirds of what the products of weights take in F."""
-ONE_BYTE = {
+ONE_BYTE: dict[str, Any] = {
     "forward_s": 1.0,
     "backward_s": 1.0,
     "weight_bytes": 1.0,

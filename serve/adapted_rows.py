@@ -57,13 +57,13 @@ class AdaptedRows:
     ) -> Adapted:
         """A decode step's, of requests whose adapters lie in `slots`."""
         assert self._adapters is not None
-        of = (requests, batch, width)
-        if self._batch != of or self._rows is None:
+        of, rows = (requests, batch, width), self._rows
+        if self._batch != of or rows is None:
             # The same requests run for many steps: who has which adapter stays on the device.
             found = self.of_slots(slots, batch, width)
-            self._rows = jax.device_put(found[1:], self._placement)
-            self._batch = of
-        return Adapted(self._adapters.tables, *self._rows)
+            rows = jax.device_put((found.slots, found.rows), self._placement)
+            self._batch, self._rows = of, rows
+        return Adapted(self._adapters.tables, *rows)
 
     def of_slots(self, slots: Sequence[int | None], batch: int, width: int) -> Adapted:
         """What `batch` rows, the first of which have `slots`, take of `width` of them at most."""

@@ -140,20 +140,20 @@ def mix(
     """What each token's experts make of it, weighed and summed."""
     experts = config.experts
     assert experts is not None
-    plan = work_of(chosen.experts, experts.count)
-    x = rows if plan.places is None else rows[plan.places.rows]
+    order = work_of(chosen.experts, experts.count)
+    x = rows if order.places is None else rows[order.places.rows]
 
     def times(x: jax.Array, matrix: ExpertMatrix, bias: jax.Array | None, work: Work) -> jax.Array:
         y = grouped(x, matrix.values, work)
         if matrix.scale is not None:
-            y = (y * matrix.scale[plan.experts]).astype(x.dtype)
-        return y if bias is None else y + bias[plan.experts]
+            y = (y * matrix.scale[order.experts]).astype(x.dtype)
+        return y if bias is None else y + bias[order.experts]
 
-    both = times(x, weights.up, weights.up_bias, plan.work)
+    both = times(x, weights.up, weights.up_bias, order.work)
     gate = both[:, 0] if config.gated else None
     inner = mixture.activate(experts, lambda a: activation(config.activation, a), gate, both[:, -1])
-    fed = times(inner, weights.down, weights.down_bias, plan.work._replace(share=1))
-    if plan.places is not None:
-        return mixture.gather(fed, plan.places, chosen.weights)
+    fed = times(inner, weights.down, weights.down_bias, order.work._replace(share=1))
+    if order.places is not None:
+        return mixture.gather(fed, order.places, chosen.weights)
     each = fed.reshape(*chosen.weights.shape, -1)
     return jnp.sum(each * chosen.weights[..., None].astype(fed.dtype), axis=1)

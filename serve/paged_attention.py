@@ -139,7 +139,7 @@ class AttentionKernels:
     prefill: PrefillAttention
     reason: str
     grouped: Grouped = used_by_walk
-    several: SeveralAttention = dataclasses.field(default=lambda *given: attend_pages(*given))
+    several: SeveralAttention = dataclasses.field(default_factory=lambda: attend_pages)
 
 
 def choose_kernels(

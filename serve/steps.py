@@ -266,10 +266,11 @@ class Steps:
         if kind.endswith(ADAPTED):
             kind, used, rows = kind.removesuffix(ADAPTED), 1, 1
             if kind == "decode":
-                *shape, used = shape
+                shape, used = shape[:-1], shape[-1]
                 rows = shape[0]
             assert self._tables is not None
-            adapters = (Adapted(self._tables, like((used,)), like((rows,))),)
+            places: Any = (like((used,)), like((rows,)))
+            adapters = (Adapted(self._tables, *places),)
         if kind == "decode":
             batch, table = shape
             step = functools.partial(_decode, self.config, self.kernels)

@@ -50,7 +50,7 @@ GPU_COMPILER_OPTIONS: dict[str, Any] = {
     "xla_gpu_enable_latency_hiding_scheduler": True,
     "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
 }
-CPU_COMPILER_OPTIONS = {
+CPU_COMPILER_OPTIONS: dict[str, Any] = {
     "xla_disable_hlo_passes": "cse_barrier_expander,optimization-barrier-expander,"
     "optimization_barrier_expander"
 }

@@ -101,6 +101,7 @@ class QuickSchedule:
         slowed = bool(link.contention or link.waiting_contention)
         beside: list[deque] = [deque() for _ in range(p)]
         landing: dict[int, list[tuple[int, bool, int, int, float]]] = {}
+        after_s = sent_inside = 0.0
         for tick, (moves, tasks) in enumerate(zip(self.moves, self.tasks, strict=True)):
             arrived = landing.pop(tick, ())
             for slot, is_sum, _, _, end in arrived:

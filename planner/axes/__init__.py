@@ -53,7 +53,7 @@ def split_of_plan(cluster: "Cluster", plan: "Plan") -> Split:
     axes: list[PlannedAxis] = []
     links, own = {}, {}
     near = 1
-    for axis in reversed(AROUND.values()):
+    for axis in reversed(tuple(AROUND.values())):
         if not axis.within and near < inner:
             near = inner
         parts = getattr(plan, axis.name)

@@ -104,13 +104,13 @@ class Span:
 
     def figures(self) -> dict[str, Any]:
         """Rates, percentiles and joules a token."""
-        per_token = self.energy_j is not None and self.tokens
+        energy_j = self.energy_j if self.tokens else None
         return {
             "tokens_per_s": self.tokens / self.seconds if self.seconds else None,
             "requests_per_s": self.ended / self.seconds if self.seconds else None,
             "ttft_ms": self.ttft.percentiles_ms(),
             "itl_ms": self.itl.percentiles_ms(),
-            "energy_j_per_token": self.energy_j / self.tokens if per_token else None,
+            "energy_j_per_token": None if energy_j is None else energy_j / self.tokens,
         }
 
 

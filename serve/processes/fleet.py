@@ -21,11 +21,11 @@ from typing import Protocol
 from jaxsys.errors import RunError, UsageError
 from jaxsys.serve.deployment import instance_name
 from jaxsys.serve.engine import Engine
+from jaxsys.serve.iterations import Role
 from jaxsys.serve.member import Member
 from jaxsys.serve.processes.gpus import visible_gpus
 from jaxsys.serve.processes.remote import RemoteInstance, Switchboard
 from jaxsys.serve.processes.worker import WorkerSpec
-from jaxsys.serve.scheduler import Role
 
 logger = logging.getLogger(__name__)
 

@@ -17,6 +17,7 @@ from jaxsys.errors import RunError
 from jaxsys.serve.clock import Clock
 from jaxsys.serve.engine import Engine
 from jaxsys.serve.handover import Delivery, Message, Offer, Withdrawal
+from jaxsys.serve.iterations import SchedulerConfig
 from jaxsys.serve.member import InstanceLoad, Member, TokenEvent
 from jaxsys.serve.outcomes import TokenLogprobs
 from jaxsys.serve.processes.secret import (
@@ -29,7 +30,6 @@ from jaxsys.serve.processes.secret import (
 from jaxsys.serve.processes.wire import Frame, Frames, message_frame, message_of, pack, request_data
 from jaxsys.serve.request_rules import seed_of
 from jaxsys.serve.requests import FinishReason, Request
-from jaxsys.serve.scheduler import SchedulerConfig
 
 logger = logging.getLogger(__name__)
 

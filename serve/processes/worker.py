@@ -38,13 +38,13 @@ from jaxsys.serve.energy.governors import GovernorChoice, Served, make_governor
 from jaxsys.serve.energy.slo import SharedSlo, Slo
 from jaxsys.serve.grammars import Grammars
 from jaxsys.serve.handover import Message, Offer
+from jaxsys.serve.iterations import Role
 from jaxsys.serve.logs import log_to_stderr
 from jaxsys.serve.member import TokenEvent
 from jaxsys.serve.processes.page_transfer import PageServer
 from jaxsys.serve.processes.secret import prove
 from jaxsys.serve.processes.wire import Frame, Frames, message_frame, message_of, pack, request_of
 from jaxsys.serve.requests import Request
-from jaxsys.serve.scheduler import Role
 
 logger = logging.getLogger("jaxsys.serve.processes.worker")  # __name__ would be __main__
 

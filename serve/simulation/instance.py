@@ -1,9 +1,10 @@
 """A simulated instance: the live server's scheduler, turns and governor around a simulated body."""
 
 import zlib
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from jaxsys.clocks import SimulatedClocks
+from jaxsys.serve.clock import VirtualClock
 from jaxsys.serve.energy.governor import Governor
 from jaxsys.serve.energy.gpu_model import Load
 from jaxsys.serve.energy.meters import Metered, Reading
@@ -15,10 +16,45 @@ from jaxsys.serve.outcomes import Outcome
 from jaxsys.serve.requests import Request
 from jaxsys.serve.scheduler import Scheduler
 from jaxsys.serve.simulation.executor import SimExecutor
+from jaxsys.serve.simulation.installation import ClusterConfig
+from jaxsys.serve.simulation.traces import RequestTrace
 from jaxsys.serve.turns import Turns
 
-if TYPE_CHECKING:
-    from jaxsys.serve.simulation.simulator import Simulator
+
+class Replay(Protocol):
+    """What a simulated instance needs of the replay that it is part of."""
+
+    config: ClusterConfig
+    clock: VirtualClock
+    trace: RequestTrace
+    clocks_mhz: tuple[int, ...]
+    page_bytes: float
+
+    def dispatched(self, instance: "SimInstance", iteration: Iteration) -> None:
+        """An iteration is planned and its clock set."""
+        ...
+
+    def count_gaps(self, instance: "SimInstance", iteration: Iteration, now_s: float) -> None:
+        """Books the time between tokens."""
+        ...
+
+    def completed(
+        self, instance: "SimInstance", iteration: Iteration, completion: Completion, now_s: float
+    ) -> None:
+        """Books first tokens, and requests that ended."""
+        ...
+
+    def fetch(self, instance: "SimInstance", fetch: Fetch) -> None:
+        """Pages come back from the host's memory."""
+        ...
+
+    def hand_over(self, instance: "SimInstance", request: Request) -> None:
+        """A prompt is computed: its pages go to a decode instance."""
+        ...
+
+    def receive(self, instance: "SimInstance") -> None:
+        """Reserves pages for who fits."""
+        ...
 
 
 class ReplayMeter:
@@ -47,7 +83,7 @@ class SimInstance:
     """One simulated instance: its turns, and what they work with. Is an `InstanceView`."""
 
     def __init__(
-        self, name: str, role: Role, simulator: "Simulator", policy: ClockPolicy, *, shares: bool
+        self, name: str, role: Role, simulator: Replay, policy: ClockPolicy, *, shares: bool
     ) -> None:
         self.name = name
         self.role: Role = role

@@ -81,9 +81,9 @@ def _names(node: ast.AST, axis, constant: str) -> bool:
         return called in MAKERS and any(
             word.arg in (axis.name, axis.mesh) for word in node.keywords
         )
-    if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-        kind = node.annotation
-        return node.target.id == axis.name and isinstance(kind, ast.Name) and kind.id == "int"
+    if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Constant):
+        # A field that is 1 where nothing is split.
+        return getattr(node.target, "id", "") == axis.name and node.value.value == 1
     return False
 
 

@@ -53,13 +53,13 @@ def test_values_stay_and_lie_as_asked(seed):
     ],
 )
 def test_only_what_has_no_place_is_gathered(shape, source, target, gathers):
-    sizes = dict.fromkeys(NAMES, 2)
+    sizes: dict[str, int] = dict.fromkeys(NAMES, 2)
     steps = steps_between(shape, sizes, source, target)
     assert sum(step.target is None for step in steps) == gathers
 
 
 def test_every_pair_of_layouts_has_steps():
-    sizes = dict.fromkeys(NAMES, 2)
+    sizes: dict[str, int] = dict.fromkeys(NAMES, 2)
     cuts = [(), ("a",), ("b",), ("a", "b"), ("b", "a"), ("c", "a"), ("a", "b", "c")]
     specs = [
         P(*(cut or None for cut in pair))

@@ -386,10 +386,13 @@ def test_what_is_promised_is_compiled(case, how):
     )
     program = step.lower(params, batch).compile(compiler_options=CPU_COMPILER_OPTIONS)
     text, memory = program.as_text(), program.memory_analysis()
-    assert text is not None
+    assert text is not None and memory is not None
     sent, promise = bytes_sent(text), found.promise
     held = memory.temp_size_in_bytes + memory.output_size_in_bytes
-    near = {"rel": 0.15, "abs": 0.05 * (promise.summed_bytes + promise.gathered_bytes)}
+    near: dict[str, Any] = {
+        "rel": 0.15,
+        "abs": 0.05 * (promise.summed_bytes + promise.gathered_bytes),
+    }
     assert sent.get("all-reduce", 0) == pytest.approx(promise.summed_bytes, **near)
     assert sent.get("all-gather", 0) == pytest.approx(promise.gathered_bytes, **near)
     # Of like subtrees what is no layer's, such as an encoder, is taken to be split nowhere.

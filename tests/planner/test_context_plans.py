@@ -27,7 +27,7 @@ from jaxsys.planner.runs import that_runs
 from jaxsys.planner.search import Effort, search
 from jaxsys.planner.space import Space
 from jaxsys.planner.workload import decoder_workload
-from jaxsys.schedule import Schedule, TaskKind, simulate
+from jaxsys.schedule import Schedule, Task, TaskKind, simulate
 from jaxsys.schedule.inside import attention_transfers, timed
 from jaxsys.schedule.render import chrome_trace
 from jaxsys.train import Trainer
@@ -158,7 +158,8 @@ def test_a_schedule_says_it_and_a_trace_draws_it(tmp_path):
     costs = plan_costs(problem, plan, schedule)
     found = simulate(schedule, costs, schedule_link(problem, plan))
     inside = [event for event in found.events if event.stream == "inside"]
-    tasks = [e for e in found.events if e.stream == "compute" and e.work.kind is TaskKind.FORWARD]
+    compute = [e for e in found.events if e.stream == "compute"]
+    tasks = [e for e in compute if isinstance(e.work, Task) and e.work.kind is TaskKind.FORWARD]
     a_task = tasks[0]
     mine = [e for e in inside if e.device == a_task.device and e.start_s < a_task.end_s]
     assert [e.label for e in mine] == ["hop of keys and values"]

@@ -3,6 +3,7 @@
 import functools
 import random
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -274,10 +275,11 @@ def test_a_ring_of_nodes_sends_a_chunk_between_them_once_and_rests_in_pieces():
     )
     schedules = [to_schedule(problem, plan) for plan in (plain, nodes)]
     assert [(s.devices, s.members, s.microbatches) for s in schedules] == [(8, 1, 64), (2, 4, 16)]
-    whole, pieces = (
+    costs: Any = [
         plan_costs(problem, plan, schedule)
         for plan, schedule in zip((plain, nodes), schedules, strict=True)
-    )
+    ]
+    whole, pieces = costs
     # Chunks of four times as many layers, of which each member has a fourth.
     assert sum(pieces.weight_bytes) == pytest.approx(sum(whole.weight_bytes) / 4)
     assert schedule_link(problem, nodes).bytes_per_s == link("ethernet-100g").link.bytes_per_s

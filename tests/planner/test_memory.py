@@ -177,8 +177,10 @@ def test_the_plan_that_a_search_writes_is_not_refused(tmp_path, limit_gib):
     plan_of(tmp_path, "--memory-gib", str(limit_gib), "--plan", str(file))
     planned = read_plan(file, layers=preset("byte-llama").num_layers)
     predicted_gib = json.loads(file.read_text())["predicted"]["peak_gib"]
-    trainer = trainer_of(planned.schedule, planned.recompute, limit_gib, planned.replicas)
+    trainer = trainer_of(planned.schedule, planned.recompute, limit_gib, planned.schedule.replicas)
     check_memory(trainer, planned.microbatch_size)
-    close = trainer_of(planned.schedule, planned.recompute, 0.999 * predicted_gib, planned.replicas)
+    close = trainer_of(
+        planned.schedule, planned.recompute, 0.999 * predicted_gib, planned.schedule.replicas
+    )
     with pytest.raises(UsageError, match="predicted to need"):
         check_memory(close, planned.microbatch_size)

@@ -284,7 +284,7 @@ def test_what_a_search_finds_stands_in_the_table_and_runs(tmp_path):
     file = tmp_path / "plan.json"
     file.write_text(json.dumps(plan_file(problem, result.best, request={})))
     run = read_plan(file, layers=problem.layers)
-    assert run.replicas * run.schedule.devices == 8
+    assert run.schedule.replicas * run.schedule.devices == 8
     assert run.recompute == found.recompute
 
 

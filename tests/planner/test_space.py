@@ -232,7 +232,7 @@ def test_misspelt_primitives_list_what_there_is():
         space.copy("forever")
     with pytest.raises(UsageError, match="is not a variable"):
         space.domain("colour", 1)
-    with pytest.raises(UsageError, match="split batch, sequences, features, state or backward"):
+    with pytest.raises(UsageError, match="split batch, sequences, replicas, experts, .*, state or"):
         space.split("heads", 2)
     with pytest.raises(UsageError, match="layers=\\[99\\]"):
         space.redirect(layers=[99])

@@ -32,6 +32,7 @@ class Recorder(Member):
         self.messages.append(message)
 
     start = check_fits = submit = abort = stop = None  # type: ignore[assignment]
+    load_adapter = unload_adapter = None  # type: ignore[assignment]
 
 
 Recorder.__abstractmethods__ = frozenset()

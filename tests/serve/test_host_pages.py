@@ -62,7 +62,8 @@ class Owner:
     def fetch(self, fetch):
         self.fetches += 1
         if self.fails:
-            self.copies._pool = None
+            copies: Any = self.copies
+            copies._pool = None
         start = self.scheduler.start_fetched
         self.copies.fetch(fetch, lambda there: start(fetch.request, arrived=there))
 
@@ -142,7 +143,7 @@ def test_what_comes_back_is_what_was_computed(executor, fails):
         answers[host_pages] = [one.output_tokens for one in found]
         hits[host_pages] = sum(one.cached_tokens for one in found)
         if host_pages and not fails:
-            assert scheduler.host.fetched > 0
+            assert scheduler.host is not None and scheduler.host.fetched > 0
     assert answers[0] == answers[40]
     assert hits[40] > hits[0] or fails
 

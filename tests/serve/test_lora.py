@@ -132,7 +132,7 @@ def run(engine, work):
 def test_a_batch_of_adapters_is_the_merged_models(model, adapters, continuation, decode):
     """Three and the base in one batch, prefixes shared by all, few pages; apart, handed over."""
     engine: Any = build_engine(
-        model, DeploymentConfig(prefill=1, decode=decode, **(SMALL | {"page_count": 26}))
+        model, DeploymentConfig(prefill=1, decode=decode, **dict(SMALL, page_count=26))
     )
     names = [None, "a0", "a1", "a2"]
     asked = [(names[i % 4], p) for i, p in enumerate(prompts(4) * 3)]
@@ -194,7 +194,7 @@ def test_slots_come_and_go_while_others_decode(model, adapters, continuation):
 
 
 def test_what_is_no_adapter_of_the_model_is_refused(model, adapters, write_adapter, tmp_path):
-    engine: Any = build_engine(model, DeploymentConfig(decode=0, **(SMALL | {"max_lora_rank": 2})))
+    engine: Any = build_engine(model, DeploymentConfig(decode=0, **dict(SMALL, max_lora_rank=2)))
     other = described("qwen3")
     parameters = filled(other, np.random.default_rng(0))
     write_adapter(tmp_path / "other", other, parameters, rank=1, targets=("query",), seed=0)
@@ -219,7 +219,7 @@ def test_what_is_no_adapter_of_the_model_is_refused(model, adapters, write_adapt
 
 
 def test_without_adapters_nothing_of_them_is_compiled(model):
-    engine: Any = build_engine(model, DeploymentConfig(decode=0, **(SMALL | {"max_loras": 0})))
+    engine: Any = build_engine(model, DeploymentConfig(decode=0, **dict(SMALL, max_loras=0)))
     (instance,) = engine.instances
     steps = instance.executor.steps
     keys = [*steps.essential(), *steps.others()]
@@ -374,6 +374,7 @@ def test_a_quantised_base_has_the_adapters_sums_added(model, write_adapter, tmp_
     for name, with_, without in zip(
         ("mlp/gate", "mlp/up"), own.up(x, "mlp"), plain.up(x, "mlp"), strict=True
     ):
+        assert with_ is not None and without is not None
         found = np.asarray(with_ - without)
         assert (found[1] == 0).all()
         np.testing.assert_allclose(found[0], added(name), atol=2e-5)

@@ -104,6 +104,9 @@ class Owner:
         self.iterations.append(iteration)
         return self.executor.dispatch(iteration)
 
+    def fetch(self, fetch):
+        raise AssertionError(f"no host keeps pages: {fetch}")
+
     def ended(self, iteration, outcome, latency_s, now_s):
         return
 

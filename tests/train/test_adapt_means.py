@@ -216,7 +216,9 @@ def test_a_stack_of_unlike_blocks_stays_one():
     rows = data(2, 2)
     example = jax.tree.map(lambda leaf: leaf[0], rows)
     adapted = from_function(loss, PARAMETERS, example, blocks="layers")
-    shapes = jax.tree.map(np.shape, adapted.model.view(adapted.parameters))
+    view = adapted.model.view
+    assert view is not None
+    shapes = jax.tree.map(np.shape, view(adapted.parameters))
     assert shapes == jax.tree.map(np.shape, PARAMETERS)
     wanted = [loss(PARAMETERS, jax.tree.map(lambda leaf, n=n: leaf[n], rows)) for n in (0, 1)]
     found = reference_loss(adapted.model, adapted.parameters, rows)

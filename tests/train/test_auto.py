@@ -203,7 +203,7 @@ def test_a_file_says_how_many_devices_it_is_for(tmp_path):
             "plan",
             "shard",
             3,
-            "stages 1 x ring 1 x members 1 is 3 devices, but its field",
+            "stages 1 x ring 1 is 3 devices, but its field",
         ),
         ("plan", "chunks", "2", "its field 'chunks' is '2'"),
         ("plan", "microbatch_size", 3, "x microbatch_size 3 does not divide its field 'for.batch'"),

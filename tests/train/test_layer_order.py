@@ -1,6 +1,7 @@
 """To layer order and back no stack of matrices is whole on a device, or cut by chance."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,7 +27,7 @@ def test_no_matrix_is_whole_on_a_device(schedule, more, capfd):
     trainer = Trainer(
         layered(CONFIG), parameters, optax.adamw(1e-2), schedule=schedule, devices=2, **more
     )
-    rest = trainer._rest
+    rest: Any = trainer._rest  # whose functions are compiled
     moved = rest.in_layer_order(trainer.state)
     stacks = [leaf.shape for leaf in jax.tree.leaves(parameters["blocks"]) if leaf.ndim > 2]
     for program in (

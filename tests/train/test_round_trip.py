@@ -35,15 +35,12 @@ DENSE = DecoderConfig(
     vocab_size=32, hidden_size=16, intermediate_size=16, num_layers=LAYERS,
     num_heads=4, num_kv_heads=4, head_dim=8,
 )  # fmt: skip
-EXPERTS = replace(
-    DENSE,
-    kinds=(BlockKind(experts=True),),
-    experts=Experts(count=4, active=2, intermediate_size=8, balance=0.05),
-)
+CHOICE = Experts(count=4, active=2, intermediate_size=8, balance=0.05)
+EXPERTS = replace(DENSE, kinds=(BlockKind(experts=True),), experts=CHOICE)
 CONFIGS = {
     "dense": DENSE,
     "experts": EXPERTS,
-    "shared experts": replace(EXPERTS, experts=replace(EXPERTS.experts, balance=0.0)),
+    "shared experts": replace(EXPERTS, experts=replace(CHOICE, balance=0.0)),
 }
 """The first and the last have sequences that devices can share; a balance of experts is of whole
 microbatches."""

@@ -31,6 +31,8 @@ class View:
     name: str = "view"
 
     busy_until_s: float | None = None
+    page_size: int = 0
+    page_count: int = 0
 
     @property
     def batch(self) -> int:

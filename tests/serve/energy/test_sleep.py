@@ -1,6 +1,7 @@
 """Who sleeps and who is woken: spares, rest, and a replay that loses nothing by it."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from jaxsys.serve.simulation.replay import policy_named, setting, simulate
 from jaxsys.serve.simulation.traces import RequestTrace
 
 
-def some(*in_flight, asleep=(), waking=()):
+def some(*in_flight, asleep=(), waking=()) -> list[Any]:
     return [
         SimpleNamespace(in_flight=count, asleep=i in asleep, waking=i in waking)
         for i, count in enumerate(in_flight)
