@@ -8,8 +8,7 @@ part of their time. Programs are compiled as steps are, so that what overlaps th
 import functools
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -98,18 +97,6 @@ def _cpu_options() -> dict[str, Any]:
     if products_beside_a_barrier({}) == 2:
         return {"xla_disable_hlo_passes": LIFTING_PASSES}
     return dict(CPU_COMPILER_OPTIONS)
-
-
-def compiled_together(
-    compile_one: Callable[[Any], Any], wanted: Sequence[Any], jobs: int
-) -> list[Any]:
-    """`compile_one` of each, `jobs` at a time: before anything is timed, which they would disturb.
-
-    The first is compiled alone: what XLA finds about kernels there serves the others.
-    """
-    first = [compile_one(one) for one in wanted[:1]]
-    with ThreadPoolExecutor(jobs) as pool:
-        return first + list(pool.map(compile_one, wanted[1:]))
 
 
 def median_seconds(run: Callable[..., Any], *arguments: Any, repeats: int) -> float:

@@ -50,7 +50,20 @@ from jaxsys.serve.energy.meters import CounterMeter
 from jaxsys.serve.energy.predictors import Predictor
 from jaxsys.serve.energy.profile import simulated_profile
 from jaxsys.serve.energy.slo import SharedSlo, Slo
-from jaxsys.serve.simulation.calibration import (
+from jaxsys.serve.simulation.replay import (
+    Setting,
+    compare,
+    figures,
+    make_predictor,
+    policy_named,
+    setting,
+    simulate,
+)
+from jaxsys.serve.simulation.traces import (
+    RequestTrace,
+    read_trace,
+)
+from studies.calibration import (
     DATASETS,
     FITTED,
     OTHER_LINE_FITS,
@@ -64,27 +77,13 @@ from jaxsys.serve.simulation.calibration import (
     static_rows,
     unpublished,
 )
-from jaxsys.serve.simulation.replay import (
-    Setting,
-    compare,
-    figures,
-    make_predictor,
-    policy_named,
-    setting,
-    simulate,
-)
-from jaxsys.serve.simulation.traces import (
-    RequestTrace,
-    lengths_from_csv,
-    read_trace,
-    trace_of_lengths,
-)
 from studies.energy_plots import (
     draw_ablation,
     draw_calibration,
     draw_matrix,
     draw_published,
 )
+from studies.lengths import lengths_from_csv, trace_of_lengths
 
 FINE = tuple(range(1005, 1411, 45))
 NOISE = 0.02

@@ -44,10 +44,10 @@ from jaxsys.mesh import devices_ahead, make_mesh, own_cpu_devices, request_devic
 from jaxsys.model.decoder import initial_parameters
 from jaxsys.model.float8_products import BACKWARD, Float8
 from jaxsys.model.layers import layered
-from jaxsys.planner.timing import compiled_together
 from jaxsys.results import table, write_result
 from jaxsys.train.flops import training_flops_per_token
 from jaxsys.train.schedules import resolve
+from studies.timing import compiled_together
 
 
 def bench_block(options: argparse.Namespace) -> None:

@@ -27,12 +27,12 @@ from jaxsys.context import WAYS, ContextSplit, Way
 from jaxsys.context.fused import why_not_fused
 from jaxsys.hardware import GIB
 from jaxsys.lowering import lower
-from jaxsys.lowering.compiled import collective_counts
 from jaxsys.mesh import devices_ahead, make_mesh, request_devices
 from jaxsys.model.decoder import initial_parameters
 from jaxsys.model.layers import layered
 from jaxsys.train.flops import training_flops_per_token
 from jaxsys.train.schedules import resolve
+from studies.compiled import collective_counts
 
 
 def policies_of(text: str, layers: int) -> Any:

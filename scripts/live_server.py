@@ -38,8 +38,9 @@ from jaxsys.serve.deployment import (
     default_dtype,
 )
 from jaxsys.serve.energy.energy_log import EnergyLog
-from jaxsys.serve.energy.engine_sweep import EngineSweep, short_plan
+from jaxsys.serve.energy.engine_sweep import MOST_STEPS, WARM_UP, EngineSweep
 from jaxsys.serve.energy.governors import GovernorChoice, Served, make_governor
+from jaxsys.serve.energy.gpu_model import Load
 from jaxsys.serve.energy.meters import Reading
 from jaxsys.serve.energy.profile import Profile, fingerprint_here
 from jaxsys.serve.energy.slo import SharedSlo
@@ -47,6 +48,7 @@ from jaxsys.serve.executor import JaxExecutor
 from jaxsys.serve.hooks import Governor, NoGovernor
 from jaxsys.serve.http.api import ApiConfig
 from jaxsys.serve.instance import Instance
+from jaxsys.serve.iterations import SchedulerConfig
 from jaxsys.serve.processes.front import bind, build_app
 from jaxsys.serve.processes.gpus import gpu_of
 from jaxsys.serve.random_weights import random_parameters
@@ -54,6 +56,30 @@ from jaxsys.serve.sampling import SamplingNeeds
 
 COMPILERS = 8
 """Steps compiled at once."""
+
+
+def short_plan(config: SchedulerConfig, piece_buckets: tuple[int, ...]) -> list[Load]:
+    """Few loads that say what serving needs: every compiled size, short and long contexts."""
+    room = config.page_count * config.page_size
+    longest = config.max_length - MOST_STEPS - WARM_UP
+    contexts = sorted({max(1, longest // 16), max(1, longest // 4), longest})
+    loads = []
+    for batch in config.decode_buckets:
+        fitting = [c for c in contexts if batch * (c + MOST_STEPS + config.page_size) <= room]
+        # The least context where not even that leaves room to grow: one that does.
+        fitting = fitting or [max(1, room // batch - MOST_STEPS - config.page_size)]
+        loads += [Load(batch=batch, kv_tokens=batch * c, bucket=batch) for c in fitting]
+    budget = config.max_prefill_tokens
+    below = 0
+    for size in piece_buckets:
+        # Within one padded size, pieces short and long: their rows are padded alike.
+        for tokens in sorted({(below + size) // 2 + 1, min(size, budget)}):
+            loads.append(Load(prefill_tokens=tokens, prefill_requests=1))
+        later = min(size, budget, config.max_length - budget - 1)
+        if later > below:
+            loads.append(Load(prefill_tokens=later, prefill_requests=1, cached_tokens=budget))
+        below = size
+    return loads
 
 
 def tell(**message: Any) -> None:

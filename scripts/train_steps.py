@@ -20,9 +20,9 @@ from jaxsys.axes import RING
 from jaxsys.errors import UsageError
 from jaxsys.hardware import GIB
 from jaxsys.layered import Layer
-from jaxsys.lowering.compiled import program_bytes
 from jaxsys.mesh import inner_sizes, members_of
 from jaxsys.train.memory import StepShape, step_bytes
+from studies.compiled import program_bytes
 
 
 def fsdp_step(model, mesh, optimizer, microbatches: int, recompute: str, dtype, unroll: bool):

@@ -35,10 +35,11 @@ from jaxsys.serve.cli import _read_keys
 from jaxsys.serve.energy.gpu_model import Load
 from jaxsys.serve.energy.profile import Fingerprint, Profile, Sample
 from jaxsys.serve.energy.profile import load_profile as load_serving_profile
-from jaxsys.serve.simulation.traces import lengths_from_csv, read_trace
+from jaxsys.serve.simulation.traces import read_trace
 from jaxsys.train import corpus
 from jaxsys.train.metrics import MetricsLog
 from jaxsys.train.plan_file import devices_of, read_plan
+from studies.lengths import lengths_from_csv
 
 CONFIG = DecoderConfig(
     vocab_size=264,

@@ -20,7 +20,6 @@ from jax.sharding import Mesh
 from jaxsys.axes import RING
 from jaxsys.hardware import GIB
 from jaxsys.lowering import lower_sharded
-from jaxsys.lowering.compiled import program_bytes
 from jaxsys.model import abstract_parameters, initial_parameters, layered
 from jaxsys.model.config import DecoderConfig
 from jaxsys.planner.cluster import Cluster
@@ -30,8 +29,9 @@ from jaxsys.planner.lower import to_schedule
 from jaxsys.planner.plans import Gradient, LayerPath, Plan, Residual, State, Weights
 from jaxsys.planner.problem import Problem
 from jaxsys.planner.recognise import recognise
-from jaxsys.planner.timing import compiled_together
 from jaxsys.planner.workload import decoder_workload
+from studies.compiled import program_bytes
+from studies.timing import compiled_together
 
 LINKS: dict[str, dict[str, str]] = {
     "direct": {},

@@ -19,7 +19,7 @@ from jaxsys.errors import RunError
 from jaxsys.serve.energy.gpu_model import Load
 from jaxsys.serve.energy.profile import Sample
 from jaxsys.serve.instance import Instance
-from jaxsys.serve.iterations import Iteration, SchedulerConfig
+from jaxsys.serve.iterations import Iteration
 from jaxsys.serve.requests import Request, SamplingParameters
 
 MOST_STEPS = 256
@@ -36,30 +36,6 @@ REST_S = 0.1
 def steps_needed(repeats: int) -> int:
     """Tokens that a sequence must have room for beside its context, to be timed."""
     return WARM_UP + repeats + 6
-
-
-def short_plan(config: SchedulerConfig, piece_buckets: tuple[int, ...]) -> list[Load]:
-    """Few loads that say what serving needs: every compiled size, short and long contexts."""
-    room = config.page_count * config.page_size
-    longest = config.max_length - MOST_STEPS - WARM_UP
-    contexts = sorted({max(1, longest // 16), max(1, longest // 4), longest})
-    loads = []
-    for batch in config.decode_buckets:
-        fitting = [c for c in contexts if batch * (c + MOST_STEPS + config.page_size) <= room]
-        # The least context where not even that leaves room to grow: one that does.
-        fitting = fitting or [max(1, room // batch - MOST_STEPS - config.page_size)]
-        loads += [Load(batch=batch, kv_tokens=batch * c, bucket=batch) for c in fitting]
-    budget = config.max_prefill_tokens
-    below = 0
-    for size in piece_buckets:
-        # Within one padded size, pieces short and long: their rows are padded alike.
-        for tokens in sorted({(below + size) // 2 + 1, min(size, budget)}):
-            loads.append(Load(prefill_tokens=tokens, prefill_requests=1))
-        later = min(size, budget, config.max_length - budget - 1)
-        if later > below:
-            loads.append(Load(prefill_tokens=later, prefill_requests=1, cached_tokens=budget))
-        below = size
-    return loads
 
 
 class EngineSweep:

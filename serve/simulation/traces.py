@@ -10,7 +10,7 @@ the one before it. Generators make the same record from rates and length distrib
 import csv
 import datetime
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -230,7 +230,7 @@ def _read(rows: Iterator[list[str]], path: Path) -> RequestTrace:
         where = f"trace {path}, row {number}"
         if len(row) != len(header):
             raise UsageError(f"{where}: {len(row)} values for {len(header)} columns")
-        arrival_s = _parse(form.arrival, row[places[0]], where, form.columns[0])
+        arrival_s = parsed(form.arrival, row[places[0]], where, form.columns[0])
         if not math.isfinite(arrival_s):
             raise UsageError(
                 f"{where}, column {form.columns[0]}: {shown(row[places[0]])} is not a finite number"
@@ -248,7 +248,7 @@ def _read(rows: Iterator[list[str]], path: Path) -> RequestTrace:
                 "after the first row; cut the trace"
             )
         for values, place, column in zip(sizes, places[1:], form.columns[1:], strict=True):
-            count = _parse(int, row[place], where, column)
+            count = parsed(int, row[place], where, column)
             if not (1 if values is sizes[0] else 0) <= count <= MOST_TOKENS:
                 raise UsageError(
                     f"{where}, column {column}: {shown(count)} tokens; a count is needed, at most "
@@ -272,7 +272,7 @@ def _read(rows: Iterator[list[str]], path: Path) -> RequestTrace:
     )
 
 
-def _parse(convert: Callable[[str], _Value], text: str, where: str, column: str) -> _Value:
+def parsed(convert: Callable[[str], _Value], text: str, where: str, column: str) -> _Value:
     try:
         return convert(text)
     except (ValueError, OverflowError):
@@ -418,52 +418,4 @@ def agent_trace(
         sessions=np.array(numbers),
         common_tokens=common_tokens,
         gap_s=np.array(gaps_s),
-    )
-
-
-def lengths_from_csv(
-    path: str | Path, columns: Sequence[str] = ("num_prefill_tokens", "num_decode_tokens")
-) -> tuple[np.ndarray, np.ndarray]:
-    """Prompt and output lengths of a CSV without arrivals.
-
-    Raises:
-        UsageError: naming row and column where a value is malformed.
-    """
-    lines = (line for _, line in read_lines(path, what="lengths file", most_bytes=MIB))
-    try:
-        reader = csv.DictReader(lines)
-        missing = set(columns) - set(reader.fieldnames or ())
-        if missing:
-            raise UsageError(f"{path}: columns {sorted(missing)} are missing")
-        rows = [
-            [_parse(int, row[column] or "", f"{path}, row {n}", column) for column in columns]
-            for n, row in enumerate(reader, start=2)
-        ]
-    except csv.Error as error:
-        raise UsageError(f"lengths file {path} is not CSV text: {error}") from None
-    if not rows:
-        raise UsageError(f"lengths file {path} holds no lengths")
-    if any(not 0 <= count <= MOST_TOKENS for row in rows for count in row):
-        raise UsageError(f"lengths file {path}: token counts must be from 0 to {MOST_TOKENS}")
-    prompts, outputs = np.array(rows).T
-    return prompts, outputs
-
-
-def trace_of_lengths(
-    prompts: np.ndarray,
-    outputs: np.ndarray,
-    *,
-    rate_per_s: float,
-    duration_s: float,
-    seed: int = 0,
-    name: str = "lengths",
-) -> RequestTrace:
-    """Poisson arrivals whose lengths are drawn, in pairs, from a given set."""
-    count = max(1, int(rate_per_s * duration_s))
-    picks = np.random.default_rng(seed + 1).integers(0, len(prompts), count)
-    return RequestTrace(
-        name=name,
-        arrival_s=poisson_arrivals(count, rate_per_s, seed),
-        prompt_tokens=prompts[picks],
-        output_tokens=np.maximum(1, outputs[picks]),
     )

@@ -18,11 +18,11 @@ from jaxsys.context.split import order_of
 from jaxsys.errors import UsageError
 from jaxsys.layered import Layer, LayeredModel, Parameters, reference_loss
 from jaxsys.lowering import lower
-from jaxsys.lowering.compiled import collective_counts
 from jaxsys.mesh import make_mesh
 from jaxsys.model import BlockKind, Experts, initial_parameters, layered, preset
 from jaxsys.schedule import attention_transfers
 from jaxsys.strategies import for_layers
+from studies.compiled import collective_counts
 
 LENGTH, WIDTH = 48, 8
 LLAMA = dataclasses.replace(preset("bench-tiny"), num_layers=2)

@@ -8,11 +8,11 @@ import pytest
 
 from jaxsys.layered import LayeredModel, Parameters
 from jaxsys.lowering import LoweredStep, lower
-from jaxsys.lowering.compiled import executions, parse, spans
 from jaxsys.mesh import make_mesh
 from jaxsys.model import DecoderConfig, abstract_parameters, layered
 from jaxsys.schedule import Data
 from jaxsys.strategies import build
+from studies.compiled import executions, parse, spans
 
 WIDTH, TOKENS, RING, MICROBATCHES = 8, 4, 4, 16
 

@@ -14,11 +14,11 @@ from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel, Parameters, reference_loss
 from jaxsys.lowering.alike import Alike, Held
 from jaxsys.lowering.base import CPU_COMPILER_OPTIONS
-from jaxsys.lowering.compiled import collective_counts, parse
 from jaxsys.lowering.sharded import lower_sharded
 from jaxsys.mesh import make_mesh
 from jaxsys.strategies import zero
 from jaxsys.strategies.data_parallel import data_parallel
+from studies.compiled import collective_counts, parse
 
 DEVICES, TURNS, LAYERS, WIDTH = 4, 2, 3, 16
 LOOPED = 5

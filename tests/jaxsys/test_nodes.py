@@ -14,13 +14,13 @@ from jaxsys.errors import UsageError
 from jaxsys.layered import reference_loss
 from jaxsys.lowering import lower
 from jaxsys.lowering.base import CPU_COMPILER_OPTIONS
-from jaxsys.lowering.compiled import executions, groups_of, parse
 from jaxsys.mesh import make_mesh
 from jaxsys.model import DecoderConfig, layered
 from jaxsys.model.decoder import initial_parameters
 from jaxsys.model.kinds import BlockKind
 from jaxsys.schedule import Costs, Data, Link, MoveKind, Schedule, ScheduleError, simulate
 from jaxsys.strategies import build, for_layers
+from studies.compiled import executions, groups_of, parse
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 

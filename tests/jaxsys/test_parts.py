@@ -13,12 +13,12 @@ from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel, inside_parts, part_shapes, parts_of, reference_loss
 from jaxsys.lowering import lower
 from jaxsys.lowering.base import CPU_COMPILER_OPTIONS
-from jaxsys.lowering.compiled import collective_counts
 from jaxsys.mesh import make_mesh
 from jaxsys.model import DecoderConfig, layered
 from jaxsys.model.decoder import abstract_parameters, initial_parameters
 from jaxsys.model.kinds import BlockKind, Experts, Latent
 from jaxsys.strategies import for_layers
+from studies.compiled import collective_counts
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 

@@ -18,7 +18,6 @@ import jaxsys.planner
 from jaxsys.errors import UsageError
 from jaxsys.hardware import device, link
 from jaxsys.lowering.base import CPU_COMPILER_OPTIONS
-from jaxsys.lowering.compiled import executions, parse, program_bytes
 from jaxsys.mesh import make_mesh
 from jaxsys.model import abstract_parameters, forward, layered, preset
 from jaxsys.planner import Cluster, Conflict, Effort, Precision
@@ -26,6 +25,7 @@ from jaxsys.planner.api import Planned
 from jaxsys.planner.jaxpr_costs import function_cost, residual_bytes, trace_loss
 from jaxsys.planner.workload import Joins
 from jaxsys.schedule import check
+from studies.compiled import executions, parse, program_bytes
 
 _spec = importlib.util.spec_from_file_location(
     "function_cases", Path(__file__).with_name("function_cases.py")

@@ -11,7 +11,9 @@ from jaxsys.serve.energy.gpu_model import simulated_gpu
 from jaxsys.serve.energy.predictors import ModelPredictor
 from jaxsys.serve.energy.slo import SharedSlo, Slo
 from jaxsys.serve.energy.window_control import WindowControl
-from jaxsys.serve.simulation.calibration import (
+from jaxsys.serve.simulation.replay import POLICIES, compare, parse_instances, setting, unmeetable
+from jaxsys.serve.simulation.traces import synthetic_trace
+from studies.calibration import (
     FITTED,
     dataset_trace,
     errors_of,
@@ -19,8 +21,6 @@ from jaxsys.serve.simulation.calibration import (
     scenario,
     static_rows,
 )
-from jaxsys.serve.simulation.replay import POLICIES, compare, parse_instances, setting, unmeetable
-from jaxsys.serve.simulation.traces import synthetic_trace
 
 DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
 TABLE = DATA / "voltanallm_llama8b_lmsys.csv"

@@ -8,13 +8,12 @@ import pytest
 from jaxsys.errors import UsageError
 from jaxsys.serve.simulation.traces import (
     RequestTrace,
-    lengths_from_csv,
     lognormal_lengths,
     poisson_arrivals,
     read_trace,
     synthetic_trace,
-    trace_of_lengths,
 )
+from studies.lengths import lengths_from_csv, trace_of_lengths
 
 DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
