@@ -15,21 +15,18 @@ no copy from one microbatch to the next, so there the whole batch is one microba
 
 import dataclasses
 import math
-from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from jaxsys.axes import AXES, TENSOR
 from jaxsys.errors import UsageError
 from jaxsys.hardware import GIB, gib
-from jaxsys.layered import LayeredModel, inside_parts, microbatch_keys, part_shapes, parts_of
-from jaxsys.lowering.flat import flat_model
+from jaxsys.layered import LayeredModel, microbatch_keys
 from jaxsys.planner import explain
 from jaxsys.planner.applied import LayerLeaf, Promise, promise_of, spaces_of, wrapped
 from jaxsys.planner.cluster import Cluster
@@ -37,40 +34,33 @@ from jaxsys.planner.constraints import Conflict
 from jaxsys.planner.costs import Precision
 from jaxsys.planner.evaluate import POLICY, Evaluator
 from jaxsys.planner.feature_axes import feature_split
+from jaxsys.planner.function_workload import as_lowered, function_workload, layered_loss
 from jaxsys.planner.jaxpr_costs import (
-    FunctionCost,
     function_cost,
     shapes_of,
     trace_loss,
-    trace_residuals,
-    variable_bytes,
 )
+from jaxsys.planner.layers import Layers, find_layers, leaves_of, matrices_of
 from jaxsys.planner.lower import to_schedule
 from jaxsys.planner.named import USABLE_MEMORY
-from jaxsys.planner.plans import PATHS, Plan, State, Weights
+from jaxsys.planner.plans import PATHS, Plan, Weights
 from jaxsys.planner.problem import Problem
 from jaxsys.planner.recognise import describe, recognise
 from jaxsys.planner.runs import that_runs
 from jaxsys.planner.search import Effort, Found, Progress, Result, search
+from jaxsys.planner.shardings import (
+    REPLICA,
+    SHARD,
+    axis_sizes,
+    layer_leaves,
+    shardings_on,
+    specs_of,
+)
 from jaxsys.planner.space import Space
-from jaxsys.planner.workload import BlockWork, EdgeWork, Joins, Workload, traced_memory
+from jaxsys.planner.workload import Workload
 from jaxsys.schedule import Schedule
 
 PyTree = Any
-REPLICA, SHARD, FEATURES = (AXES[name].user for name in ("replicas", "shard", "features"))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layers:
-    """The repeated part of a model's parameters."""
-
-    count: int
-    leaves: tuple[int, ...]
-    """Which leaves of the parameters belong to layers, counted in flattening order."""
-    stacked: bool
-    """Whether each of them holds all layers along its leading axis."""
-    where: str
-    """In words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +133,7 @@ class Planned:
     def mesh(self, devices: Sequence[Any] | None = None) -> Mesh:
         """A mesh of axes replica, shard and features, neighbours in features nearest."""
         chosen = jax.devices() if devices is None else devices
-        sizes = _axis_sizes(self.plan)
+        sizes = axis_sizes(self.plan)
         wanted = math.prod(sizes.values())
         if len(chosen) < wanted:
             raise UsageError(f"the plan is for {wanted} devices; {len(chosen)} are present")
@@ -152,15 +142,15 @@ class Planned:
 
     def parameter_shardings(self, mesh: Mesh) -> PyTree:
         """NamedShardings of the parameters."""
-        return _shardings(mesh, self.parameter_specs)
+        return shardings_on(mesh, self.parameter_specs)
 
     def optimizer_shardings(self, mesh: Mesh) -> PyTree:
         """NamedShardings of one parameter-shaped part of the optimizer's state."""
-        return _shardings(mesh, self.optimizer_specs)
+        return shardings_on(mesh, self.optimizer_specs)
 
     def batch_shardings(self, mesh: Mesh) -> PyTree:
         """NamedShardings of a batch."""
-        return _shardings(mesh, self.batch_specs)
+        return shardings_on(mesh, self.batch_specs)
 
     def __str__(self) -> str:
         return (
@@ -215,22 +205,22 @@ def plan(
         )
     if isinstance(loss_fn, LayeredModel):
         batch = _with_keys(loss_fn, batch)
-    function = _layered_loss(loss_fn) if isinstance(loss_fn, LayeredModel) else loss_fn
-    if not any(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in _leaves(params)):
+    function = layered_loss(loss_fn) if isinstance(loss_fn, LayeredModel) else loss_fn
+    if not any(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves_of(params)):
         raise UsageError("params hold no floating-point array: there is nothing to train")
     examples = _examples(batch)
     closed = trace_loss(function, params, batch)
     count = len(jax.tree.leaves(params))
-    layers = _find_layers(params, function_cost(closed), count)
+    layers = find_layers(params, function_cost(closed), count)
     if memory_gib is not None and not memory_gib > 0:
         raise UsageError(f"memory_gib={memory_gib} must be above 0")
     limit = USABLE_MEMORY * cluster.device.memory_bytes if memory_gib is None else memory_gib * GIB
 
     def workload_of(size: int) -> Workload:
         rows = _rows(batch, size)
-        found = _workload(function, params, rows, size, layers, cluster)
+        found = function_workload(function, params, rows, size, layers, cluster)
         if isinstance(loss_fn, LayeredModel):
-            return _as_lowered(found, loss_fn, params, rows)
+            return as_lowered(found, loss_fn, params, rows)
         return found
 
     problem = Problem(
@@ -263,9 +253,9 @@ def plan(
     cuts: Mapping[int, int] = {}
     if best.features > 1:
         leaves = jax.tree.leaves(shapes_of(params))
-        matrices = _matrices(leaves, layers)
+        matrices = matrices_of(leaves, layers)
         cuts = feature_split(closed, matrices, best.features, parameters=count).axes
-    specs, state_specs = _specs(params, layers, best, cuts)
+    specs, state_specs = specs_of(params, layers, best, cuts)
     return Planned(
         plan=best,
         found=result.best,
@@ -274,7 +264,7 @@ def plan(
         layers=layers,
         parameter_specs=specs,
         optimizer_specs=state_specs,
-        layer_leaves=_layer_leaves(params, layers, cuts),
+        layer_leaves=layer_leaves(params, layers, cuts),
         batch_specs=jax.tree.map(
             lambda leaf: PartitionSpec((REPLICA, SHARD)) if np.ndim(leaf) or leaf.shape else None,
             shapes_of(batch),
@@ -304,7 +294,7 @@ def _searched(
 
 def _own_precision(params: PyTree) -> Precision:
     """What `jax.jit` makes of parameters: gradients and moments in their dtype, no other copy."""
-    leaves = [leaf for leaf in _leaves(params) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    leaves = [leaf for leaf in leaves_of(params) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / sum(x.size for x in leaves)
     return Precision(weight_bytes=size, gradient_bytes=size, rest_bytes=2 * size)
 
@@ -321,28 +311,8 @@ def _nothing_fits(limit: float, tried: Sequence[Space], spaces: Sequence[Space])
     return text
 
 
-def _layered_loss(model: LayeredModel) -> Callable[[PyTree, PyTree], jax.Array]:
-    def loss(params: PyTree, batch: PyTree) -> jax.Array:
-        def one(microbatch: PyTree) -> tuple[jax.Array, jax.Array]:
-            flat = flat_model(model, params["edge"], microbatch)
-            step = lambda x, layer: (flat.block(layer[0], x, microbatch, layer[1]), None)  # noqa: E731
-            blocks = params["blocks"], jnp.arange(model.layers)
-            x, _ = jax.lax.scan(step, flat.embed(params["edge"], microbatch), blocks)
-            loss, weight, _ = flat.head(params["edge"], x, microbatch)
-            return loss, weight
-
-        losses, weights = jax.lax.map(one, batch)
-        return losses.sum() / weights.sum()
-
-    return loss
-
-
-def _leaves(tree: PyTree) -> list[jax.ShapeDtypeStruct]:
-    return jax.tree.leaves(shapes_of(tree))
-
-
 def _examples(batch: PyTree) -> int:
-    sizes = {leaf.shape[0] for leaf in _leaves(batch) if leaf.shape}
+    sizes = {leaf.shape[0] for leaf in leaves_of(batch) if leaf.shape}
     if len(sizes) != 1:
         shown = ", ".join(map(str, sorted(sizes))) or "none"
         raise UsageError(f"leading axes of the batch are {shown}; all must be the same, examples")
@@ -355,127 +325,6 @@ def _rows(batch: PyTree, size: int) -> PyTree:
             jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype) if leaf.shape else leaf
         ),
         shapes_of(batch),
-    )
-
-
-def _find_layers(params: PyTree, cost: FunctionCost, count: int) -> Layers:
-    """Stacked parameters that a scan takes apart, else the largest family of like subtrees."""
-    leaves = jax.tree.leaves(shapes_of(params))
-    by_length: dict[int, list[int]] = defaultdict(list)
-    for index, length in cost.scanned.items():
-        if index < count and length > 1:
-            by_length[length].append(index)
-    if by_length:
-        weigh = lambda n: sum(leaves[i].size for i in by_length[n])  # noqa: E731
-        length = max(by_length, key=weigh)
-        return Layers(
-            count=length,
-            leaves=tuple(sorted(by_length[length])),
-            stacked=True,
-            where=f"{length}, stacked, taken apart by a scan",
-        )
-    family = _family(params)
-    if family is not None:
-        return family
-    return Layers(
-        count=1, leaves=tuple(range(count)), stacked=False, where="1: no part is there twice"
-    )
-
-
-def _family(params: PyTree) -> Layers | None:
-    """The most of the parameters that sibling subtrees of one structure and shapes make up."""
-    paths = jax.tree_util.tree_leaves_with_path(shapes_of(params))
-    groups: dict[Any, list[list[int]]] = defaultdict(list)
-    depth = max((len(path) for path, _ in paths), default=0)
-    for level in range(1, depth):
-        subtrees: dict[Any, list[int]] = defaultdict(list)
-        for index, (path, _) in enumerate(paths):
-            if len(path) > level:
-                subtrees[path[:level]].append(index)
-        for prefix, members in subtrees.items():
-            shape = tuple(
-                (str(paths[i][0][level:]), paths[i][1].shape, str(paths[i][1].dtype))
-                for i in members
-            )
-            groups[prefix[:-1], shape].append(members)
-    best: Layers | None = None
-    most = 0
-    for (prefix, _), families in groups.items():
-        size = sum(paths[i][1].size for members in families for i in members)
-        if len(families) > 1 and size > most:
-            most = size
-            parent = jax.tree_util.keystr(prefix) or "the parameters"
-            best = Layers(
-                count=len(families),
-                leaves=tuple(i for members in families for i in members),
-                stacked=False,
-                where=f"{len(families)} like subtrees of {parent}",
-            )
-    return best
-
-
-def _workload(
-    function: Callable[..., Any],
-    params: PyTree,
-    batch: PyTree,
-    size: int,
-    layers: Layers,
-    cluster: Cluster,
-) -> Workload:
-    leaves = jax.tree.leaves(shapes_of(params))
-    closed = trace_loss(function, params, batch)
-    cost = function_cost(closed)
-    residuals = trace_residuals(function, params, batch)
-    kept = float(sum(variable_bytes(v) for v in residuals.jaxpr.outvars))
-    inside = set(layers.leaves)
-    in_blocks = float(sum(leaves[i].size for i in inside))
-    weight_bytes = float(sum(leaves[i].size * leaves[i].dtype.itemsize for i in inside))
-    in_edge = float(sum(leaf.size for i, leaf in enumerate(leaves) if i not in inside))
-    edge_flops = sum(
-        f for i, f in cost.flops_by_input.items() if i < len(leaves) and i not in inside
-    )
-    block_flops = max(0.0, cost.product_flops - edge_flops) / layers.count
-    # Memory traffic and residuals go with the products, for want of a better key.
-    share = 1.0 - edge_flops / cost.product_flops if cost.product_flops else 1.0
-    passed = cost.carry_bytes.get(layers.count, 0.0) if layers.stacked else 0.0
-    ways = _feature_ways(leaves, layers, cluster.devices)
-    joins, cut_share = None, 1.0
-    if len(ways) > 1:
-        matrices = _matrices(leaves, layers)
-        split = feature_split(closed, matrices, ways[1], parameters=len(leaves))
-        again = feature_split(residuals, matrices, ways[1], parameters=len(leaves), axes=split.axes)
-        cut_share = again.cut_bytes / kept if kept else 1.0
-        joins = Joins(
-            forward_bytes=split.forward_bytes / layers.count,
-            forward_times=split.forward_joins / layers.count,
-            backward_bytes=split.backward_bytes / layers.count,
-            backward_times=split.backward_joins / layers.count,
-        )
-    block = BlockWork(
-        parameters=in_blocks / layers.count,
-        product_flops=block_flops,
-        elementwise_bytes=share * cost.elementwise_bytes / layers.count,
-        residual_bytes=share * kept / layers.count,
-        # Its weights, copied out of their stack, and its gradients, before they are in theirs.
-        work_bytes=2 * weight_bytes / layers.count if layers.stacked else 0.0,
-        joins=joins,
-        cut_share=cut_share,
-    )
-    return Workload(
-        name=getattr(function, "__name__", "loss"),
-        blocks=(block,) * layers.count,
-        edge=EdgeWork(
-            parameters=in_edge,
-            forward_flops=0.0,
-            backward_flops=3 * edge_flops,
-            workspace_bytes=(1.0 - share) * kept,
-        ),
-        activation_bytes=passed or block.residual_bytes / 10,
-        tokens=size,
-        model_flops=3 * cost.product_flops,
-        feature_ways=ways,
-        splits_between=False,
-        stacked=layers.stacked,
     )
 
 
@@ -496,141 +345,6 @@ def _with_keys(model: LayeredModel, batch: PyTree) -> PyTree:
     count = _examples(batch)
     keys = jax.eval_shape(lambda: jax.random.key_data(microbatch_keys(jax.random.key(0), count)))
     return {**batch, model.draws: keys}
-
-
-def layered_workload(
-    model: LayeredModel, params: PyTree, microbatch: PyTree, cluster: Cluster
-) -> Workload:
-    """A layered model's work on one microbatch of these arrays or shapes, [B, ...]."""
-    rows = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), shapes_of(microbatch)
-    )
-    function = _layered_loss(model)
-    cost = function_cost(trace_loss(function, params, rows))
-    layers = _find_layers(params, cost, len(jax.tree.leaves(params)))
-    found = _workload(function, params, rows, 1, layers, cluster)
-    return _as_lowered(found, model, params, rows)
-
-
-def _as_lowered(workload: Workload, model: LayeredModel, params: PyTree, rows: PyTree) -> Workload:
-    """The workload with what the programs of `jaxsys.lowering` keep and hold; rows [1, B, ...]."""
-    microbatch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), rows)
-    traced, head = traced_memory(model, shapes_of(params), microbatch)
-    return dataclasses.replace(
-        workload,
-        feature_ways=tuple(
-            ways
-            for ways in workload.feature_ways
-            if _splits(model, shapes_of(params), microbatch, ways)
-        ),
-        splits_between=True,
-        stacked=False,
-        blocks=tuple(
-            dataclasses.replace(
-                block, traced=traced[index if model.pattern else 0], joins=None, cut_share=1.0
-            )
-            for index, block in enumerate(workload.blocks)
-        ),
-        edge=dataclasses.replace(workload.edge, workspace_bytes=head),
-    )
-
-
-def _splits(model: LayeredModel, params: PyTree, microbatch: PyTree, ways: int) -> bool:
-    """Whether the trainer splits the features of such a model in so many parts."""
-    sizes = {TENSOR: ways} if ways > 1 else {}
-    try:
-        parts = parts_of(model, sizes)
-        if parts is not None:
-            edge = part_shapes(params, parts, sizes)["edge"]
-            inside_parts(sizes, lambda: jax.eval_shape(parts.model.embed, edge, microbatch))
-    except UsageError:
-        return False
-    return True
-
-
-def _matrices(leaves: Sequence[Any], layers: Layers) -> list[int]:
-    """The parameters of layers whose features can be split."""
-    first = 1 if layers.stacked else 0
-    return [i for i in layers.leaves if len(leaves[i].shape) - first >= 2]
-
-
-def _feature_ways(leaves: Sequence[Any], layers: Layers, devices: int) -> tuple[int, ...]:
-    """Counts that divide some axis of every matrix of a layer."""
-    first = 1 if layers.stacked else 0
-    matrices = [leaves[i].shape[first:] for i in _matrices(leaves, layers)]
-    return tuple(
-        ways
-        for ways in range(1, devices + 1)
-        if devices % ways == 0
-        and (ways == 1 or matrices)
-        and all(any(n % ways == 0 for n in shape) for shape in matrices)
-    )
-
-
-def _axis_sizes(plan: Plan) -> dict[str, int]:
-    sizes: dict[str, int] = {}
-    for axis in AXES.values():  # shard, stages and ring are one: at most one is more than 1
-        sizes[axis.user] = sizes.get(axis.user, 1) * getattr(plan, axis.name)
-    return sizes
-
-
-def _specs(
-    params: PyTree, layers: Layers, plan: Plan, cuts: Mapping[int, int]
-) -> tuple[PyTree, PyTree]:
-    """PartitionSpecs of parameters and of optimizer state.
-
-    Args:
-        params: as they are given.
-        layers: the repeated part.
-        plan: what is to be run.
-        cuts: parameter -> the axis along which its features are split.
-    """
-    split_weights = any(path.weights is not Weights.STAY for path in plan.layers)
-    split_state = plan.state is State.SPLIT and plan.shard > 1
-    inside = set(layers.leaves)
-    leaves, structure = jax.tree.flatten(shapes_of(params))
-
-    def spec(index: int, leaf: Any, sharded: bool) -> PartitionSpec:
-        names: list[Any] = [None] * len(leaf.shape)
-        first = 1 if layers.stacked and index in inside else 0
-        axes = sorted(range(first, len(leaf.shape)), key=lambda a: -leaf.shape[a])
-        if index in cuts:
-            names[cuts[index]] = FEATURES
-        if sharded:
-            axis = next((a for a in axes if not names[a] and leaf.shape[a] % plan.shard == 0), None)
-            if axis is not None:
-                names[axis] = SHARD
-        return PartitionSpec(*names)
-
-    def tree(sharded: bool, among: Collection[int]) -> PyTree:
-        rows = enumerate(leaves)
-        return structure.unflatten([spec(i, leaf, sharded and i in among) for i, leaf in rows])
-
-    # What is used all step long rests whole: no layer gathers it.
-    return tree(split_weights and split_state, inside), tree(split_state, range(len(leaves)))
-
-
-def _layer_leaves(params: PyTree, layers: Layers, cuts: Mapping[int, int]) -> tuple[LayerLeaf, ...]:
-    """The parameters of one layer, of like subtrees the first's."""
-    leaves, first = _leaves(params), 1 if layers.stacked else 0
-    mine = layers.leaves if layers.stacked else layers.leaves[: len(layers.leaves) // layers.count]
-    found = []
-    for index in mine:
-        names: list[Any] = [None] * len(leaves[index].shape)
-        if index in cuts:
-            names[cuts[index]] = FEATURES
-        found.append(
-            LayerLeaf(shape=leaves[index].shape[first:], whole=PartitionSpec(*names[first:]))
-        )
-    return tuple(found)
-
-
-def _shardings(mesh: Mesh, specs: PyTree) -> PyTree:
-    return jax.tree.map(
-        lambda s: NamedSharding(mesh, s if s is not None else PartitionSpec()),
-        specs,
-        is_leaf=lambda s: s is None or isinstance(s, PartitionSpec),
-    )
 
 
 def _smallest(space: Space) -> float:

@@ -52,7 +52,8 @@ class Simulated(asyncio.Protocol):
     """One instance without a model."""
 
     def __init__(self, name: str, role: Role, token: str):
-        self.name, self.role, self.token = name, role, token
+        self.name, self.token = name, token
+        self.role: Role = role
         self.frames = Frames()
         self.challenge = b""
         self.running: dict[str, int] = {}

@@ -9,9 +9,9 @@ from jaxsys import hardware
 from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel, Parameters, PyTree
 from jaxsys.lowering import Recompute
-from jaxsys.planner.api import layered_workload
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.costs import Precision
+from jaxsys.planner.function_workload import layered_workload
 from jaxsys.planner.named import compare
 from jaxsys.planner.workload import Workload
 from jaxsys.schedule import Schedule

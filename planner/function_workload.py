@@ -1,0 +1,157 @@
+"""What a loss function costs, read from its jaxpr; or a layered model, as it is lowered."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxsys.axes import TENSOR
+from jaxsys.errors import UsageError
+from jaxsys.layered import LayeredModel, inside_parts, part_shapes, parts_of
+from jaxsys.lowering.flat import flat_model
+from jaxsys.planner.cluster import Cluster
+from jaxsys.planner.feature_axes import feature_split
+from jaxsys.planner.jaxpr_costs import (
+    function_cost,
+    shapes_of,
+    trace_loss,
+    trace_residuals,
+    variable_bytes,
+)
+from jaxsys.planner.layers import Layers, feature_ways, find_layers, matrices_of
+from jaxsys.planner.workload import BlockWork, EdgeWork, Joins, Workload, traced_memory
+
+PyTree = Any
+
+
+def layered_loss(model: LayeredModel) -> Callable[[PyTree, PyTree], jax.Array]:
+    def loss(params: PyTree, batch: PyTree) -> jax.Array:
+        def one(microbatch: PyTree) -> tuple[jax.Array, jax.Array]:
+            flat = flat_model(model, params["edge"], microbatch)
+            step = lambda x, layer: (flat.block(layer[0], x, microbatch, layer[1]), None)  # noqa: E731
+            blocks = params["blocks"], jnp.arange(model.layers)
+            x, _ = jax.lax.scan(step, flat.embed(params["edge"], microbatch), blocks)
+            loss, weight, _ = flat.head(params["edge"], x, microbatch)
+            return loss, weight
+
+        losses, weights = jax.lax.map(one, batch)
+        return losses.sum() / weights.sum()
+
+    return loss
+
+
+def function_workload(
+    function: Callable[..., Any],
+    params: PyTree,
+    batch: PyTree,
+    size: int,
+    layers: Layers,
+    cluster: Cluster,
+) -> Workload:
+    leaves = jax.tree.leaves(shapes_of(params))
+    closed = trace_loss(function, params, batch)
+    cost = function_cost(closed)
+    residuals = trace_residuals(function, params, batch)
+    kept = float(sum(variable_bytes(v) for v in residuals.jaxpr.outvars))
+    inside = set(layers.leaves)
+    in_blocks = float(sum(leaves[i].size for i in inside))
+    weight_bytes = float(sum(leaves[i].size * leaves[i].dtype.itemsize for i in inside))
+    in_edge = float(sum(leaf.size for i, leaf in enumerate(leaves) if i not in inside))
+    edge_flops = sum(
+        f for i, f in cost.flops_by_input.items() if i < len(leaves) and i not in inside
+    )
+    block_flops = max(0.0, cost.product_flops - edge_flops) / layers.count
+    # Memory traffic and residuals go with the products, for want of a better key.
+    share = 1.0 - edge_flops / cost.product_flops if cost.product_flops else 1.0
+    passed = cost.carry_bytes.get(layers.count, 0.0) if layers.stacked else 0.0
+    ways = feature_ways(leaves, layers, cluster.devices)
+    joins, cut_share = None, 1.0
+    if len(ways) > 1:
+        matrices = matrices_of(leaves, layers)
+        split = feature_split(closed, matrices, ways[1], parameters=len(leaves))
+        again = feature_split(residuals, matrices, ways[1], parameters=len(leaves), axes=split.axes)
+        cut_share = again.cut_bytes / kept if kept else 1.0
+        joins = Joins(
+            forward_bytes=split.forward_bytes / layers.count,
+            forward_times=split.forward_joins / layers.count,
+            backward_bytes=split.backward_bytes / layers.count,
+            backward_times=split.backward_joins / layers.count,
+        )
+    block = BlockWork(
+        parameters=in_blocks / layers.count,
+        product_flops=block_flops,
+        elementwise_bytes=share * cost.elementwise_bytes / layers.count,
+        residual_bytes=share * kept / layers.count,
+        # Its weights, copied out of their stack, and its gradients, before they are in theirs.
+        work_bytes=2 * weight_bytes / layers.count if layers.stacked else 0.0,
+        joins=joins,
+        cut_share=cut_share,
+    )
+    return Workload(
+        name=getattr(function, "__name__", "loss"),
+        blocks=(block,) * layers.count,
+        edge=EdgeWork(
+            parameters=in_edge,
+            forward_flops=0.0,
+            backward_flops=3 * edge_flops,
+            workspace_bytes=(1.0 - share) * kept,
+        ),
+        activation_bytes=passed or block.residual_bytes / 10,
+        tokens=size,
+        model_flops=3 * cost.product_flops,
+        feature_ways=ways,
+        splits_between=False,
+        stacked=layers.stacked,
+    )
+
+
+def layered_workload(
+    model: LayeredModel, params: PyTree, microbatch: PyTree, cluster: Cluster
+) -> Workload:
+    """A layered model's work on one microbatch of these arrays or shapes, [B, ...]."""
+    rows = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), shapes_of(microbatch)
+    )
+    function = layered_loss(model)
+    cost = function_cost(trace_loss(function, params, rows))
+    layers = find_layers(params, cost, len(jax.tree.leaves(params)))
+    found = function_workload(function, params, rows, 1, layers, cluster)
+    return as_lowered(found, model, params, rows)
+
+
+def as_lowered(workload: Workload, model: LayeredModel, params: PyTree, rows: PyTree) -> Workload:
+    """The workload with what the programs of `jaxsys.lowering` keep and hold; rows [1, B, ...]."""
+    microbatch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), rows)
+    traced, head = traced_memory(model, shapes_of(params), microbatch)
+    return dataclasses.replace(
+        workload,
+        feature_ways=tuple(
+            ways
+            for ways in workload.feature_ways
+            if _splits(model, shapes_of(params), microbatch, ways)
+        ),
+        splits_between=True,
+        stacked=False,
+        blocks=tuple(
+            dataclasses.replace(
+                block, traced=traced[index if model.pattern else 0], joins=None, cut_share=1.0
+            )
+            for index, block in enumerate(workload.blocks)
+        ),
+        edge=dataclasses.replace(workload.edge, workspace_bytes=head),
+    )
+
+
+def _splits(model: LayeredModel, params: PyTree, microbatch: PyTree, ways: int) -> bool:
+    """Whether the trainer splits the features of such a model in so many parts."""
+    sizes = {TENSOR: ways} if ways > 1 else {}
+    try:
+        parts = parts_of(model, sizes)
+        if parts is not None:
+            edge = part_shapes(params, parts, sizes)["edge"]
+            inside_parts(sizes, lambda: jax.eval_shape(parts.model.embed, edge, microbatch))
+    except UsageError:
+        return False
+    return True
