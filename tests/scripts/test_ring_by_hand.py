@@ -14,7 +14,7 @@ from jaxsys.mesh import make_mesh
 from jaxsys.model import initial_parameters, preset
 from jaxsys.model.layers import layered
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 @pytest.mark.parametrize("recompute", [True, pytest.param(False, marks=pytest.mark.slow)])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-SCRIPT = Path(__file__).parents[1] / "scripts/demo_report.py"
+SCRIPT = Path(__file__).parents[2] / "scripts/demo_report.py"
 STRATEGIES = ("zero-3", "found: zero-3.5 over 8, 2 times", "weipipe-interleave")
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from jaxsys.results import write_result
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/RESULTS.md"
 
 
