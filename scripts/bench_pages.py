@@ -31,13 +31,13 @@ import numpy as np
 
 from jaxsys.model import LoadedModel, preset
 from jaxsys.results import table, write_result
-from jaxsys.serve.benchmark import model_of
 from jaxsys.serve.deployment import DeploymentConfig, build_engine, choose_devices, compile_ahead
 from jaxsys.serve.engine import Engine
 from jaxsys.serve.handover import Ticket
 from jaxsys.serve.paged_model import Contents
 from jaxsys.serve.processes.page_transfer import PageServer
 from jaxsys.serve.requests import SamplingParameters
+from studies.serving import model_of
 
 PAGE = 64
 

@@ -28,9 +28,9 @@ import numpy as np
 from jaxsys import float8
 from jaxsys.results import table, write_result
 from jaxsys.serve import few_rows, float8_pages
-from jaxsys.serve.benchmark import read_rate
 from jaxsys.serve.matrix import Matrix, Way, matmul, plain, quantised
 from jaxsys.serve.paged_attention import choose_kernels
+from studies.serving import read_rate
 
 BF16 = jnp.dtype(jnp.bfloat16)
 Row = dict[str, Any]

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from jaxsys.results import table, write_result
-from jaxsys.serve import benchmark
+from studies import serving as benchmark
 
 
 def main() -> int:

@@ -28,8 +28,6 @@ import numpy as np
 from jaxsys.errors import UsageError
 from jaxsys.model import default_model_path, load
 from jaxsys.results import table, write_result
-from jaxsys.serve import benchmark
-from jaxsys.serve.benchmark import Study
 from jaxsys.serve.clock import WallClock
 from jaxsys.serve.executor import JaxExecutor
 from jaxsys.serve.hooks import NoGovernor
@@ -37,6 +35,8 @@ from jaxsys.serve.requests import Request, SamplingParameters
 from jaxsys.serve.speculation import Speculation, SpeculationConfig
 from jaxsys.serve.steps import USUAL
 from jaxsys.serve.turns import Turns
+from studies import serving as benchmark
+from studies.serving import Study
 
 OF_STEPS = {
     "gpu": dataclasses.replace(

@@ -25,11 +25,11 @@ import numpy as np
 
 from jaxsys.model import default_model_path, load
 from jaxsys.results import table, write_result
-from jaxsys.serve import benchmark
-from jaxsys.serve.benchmark import Row, Study
 from jaxsys.serve.grammars import Grammars, of_json_schema
-from jaxsys.serve.random_weights import random_parameters
 from jaxsys.serve.sampling import SamplingNeeds
+from studies import serving as benchmark
+from studies.random_weights import random_parameters
+from studies.serving import Row, Study
 
 SHARES = (0.25, 1.0)
 """Of the batch, following grammars."""

@@ -51,8 +51,8 @@ from jaxsys.serve.instance import Instance
 from jaxsys.serve.iterations import SchedulerConfig
 from jaxsys.serve.processes.front import bind, build_app
 from jaxsys.serve.processes.gpus import gpu_of
-from jaxsys.serve.random_weights import random_parameters
 from jaxsys.serve.sampling import SamplingNeeds
+from studies.random_weights import random_parameters
 
 COMPILERS = 8
 """Steps compiled at once."""

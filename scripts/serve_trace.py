@@ -20,8 +20,8 @@ from jax.profiler import ProfileData
 
 from jaxsys.model import preset
 from jaxsys.results import table, write_result
-from jaxsys.serve import benchmark
-from jaxsys.serve.random_weights import random_parameters
+from studies import serving as benchmark
+from studies.random_weights import random_parameters
 
 STEPS = 8
 

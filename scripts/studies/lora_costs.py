@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsys.errors import RunError
-from jaxsys.serve import benchmark
-from jaxsys.serve.benchmark import Row, Study
 from jaxsys.serve.executor import JaxExecutor
 from jaxsys.serve.lora import AdapterSlots, Pair, Table, grouped
 from jaxsys.serve.steps import ADAPTED
+from studies import serving as benchmark
+from studies.serving import Row, Study
 
 ROUNDS = 3
 

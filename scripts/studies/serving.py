@@ -42,13 +42,13 @@ from jaxsys.serve.iterations import SchedulerConfig
 from jaxsys.serve.lora import AdapterSlots
 from jaxsys.serve.paged_model import number_bytes
 from jaxsys.serve.processes.gpus import gpu_of
-from jaxsys.serve.random_weights import random_parameters
 from jaxsys.serve.requests import Request, SamplingParameters
 from jaxsys.serve.sampling import SamplingNeeds
 from jaxsys.serve.scheduler import Scheduler
 from jaxsys.serve.speculation import Speculation
 from jaxsys.serve.steps import ExecutorConfig
 from jaxsys.serve.weights import ServingWeights, serving_weights
+from studies.random_weights import random_parameters
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
