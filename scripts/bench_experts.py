@@ -41,13 +41,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/bench_experts.py", description=__doc__)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--tune", action="store_true", help="block sizes of training, no more")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64, 2048])
     parser.add_argument("--tokens", type=int, default=8192, help="of a training product")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the JSON")
     options = parser.parse_args()
     if options.tiny:
         options.batches, options.tokens = [1, 4], 16
-    shapes = TINY if options.tiny else SHAPES
+    shapes = TINY if options.tiny else {name: SHAPES[name] for name in options.shapes}
     figures = {"read_bytes_per_s": None if options.tiny else read_bandwidth()}
     print(figures, flush=True)
     rows: list[dict[str, Any]] = []
@@ -150,7 +151,7 @@ def candidates(name: str, rows: int, experts: int, inputs: int, form: str) -> li
     """What `blocks_for` chooses, and others near it."""
     height = grouped_triton.height_for(rows, experts)
     depth = inputs // 2 if form == "mxfp4" else inputs
-    chosen = grouped_triton.blocks_for(height, rows, depth)
+    chosen = grouped_triton.blocks_for(height, rows, depth, packed=form == "mxfp4")
     found = [chosen]
     if jax.default_backend() == "cpu" or "down" in name:
         return found

@@ -105,7 +105,7 @@ def used_product(
         return _walk(rows, weights, work, count, outputs)
     flat = jax.tree.map(lambda leaf: leaf.reshape(shape[0], -1, leaf.shape[-1]), weights)
     depth = rows.shape[1] // 2 if packs else rows.shape[1]
-    blocks = grouped_triton.blocks_for(work.height, count, depth)
+    blocks = grouped_triton.blocks_for(work.height, count, depth, packed=packs)
     if packs:
         found = grouped_triton.packed_product(rows, flat, work.cut, blocks, share=work.share)
     else:

@@ -2,7 +2,10 @@
 
 A program multiplies one tile of an expert's rows with a block of that expert's columns, summing
 over K in float32. MXFP4 matrices are unpacked in registers: the two halves of a byte are K's even
-and odd numbers, so rows come as their even and odd channels and nothing is put back in order.
+and odd numbers, so rows come as their even and odd channels and nothing is put back in order. For
+bfloat16 a code is moved to where its sign, exponent and mantissa stand, and multiplied by a power
+of two: an H200 took 227 us so for 64 tokens of gpt-oss-20b's up, where numbers made by cases took
+797, and with one exponent read a number instead of one a block, 336.
 
 Legend: R rows, E experts, K inputs, N outputs, T tiles.
 """
@@ -72,9 +75,21 @@ def height_for(rows: int, experts: int) -> int:
     return _power(-(-rows // experts), 16, 128)
 
 
-def blocks_for(height: int, rows: int, inputs: int) -> Blocks:
-    """A program's sizes for tiles of `height`: narrow where reading weights is the work."""
+def blocks_for(height: int, rows: int, inputs: int, *, packed: bool = False) -> Blocks:
+    """A program's sizes for tiles of `height`: narrow where reading weights is the work.
+
+    Args:
+        height: rows of a tile.
+        rows: in all.
+        inputs: K, or pairs where they are packed.
+        packed: whether numbers are unpacked first: the work is that, and done once a tile.
+    """
     height = max(16, height)  # what a tensor core multiplies at least
+    if packed:
+        depth = _power(inputs, 16, 128 if height == 16 else 64)
+        if height == 16:
+            return Blocks(16, 64, depth, 4, 3)
+        return Blocks(height, 128, depth, 8, 3)
     deep = 128 if height == 16 else 64
     depth = next(
         (d for d in (128, 64, 32) if d <= deep and inputs % d == 0), _power(inputs, 16, 64)
@@ -132,8 +147,15 @@ def packed_product(
     """As `product`, of packed matrices [E, N, K]; `blocks.inputs` counts pairs."""
     count, inputs = rows.shape
     outputs = weights.codes.shape[1]
+    interpret = _no_gpu() if interpret is None else interpret
     kernel = functools.partial(
-        _packed_kernel, blocks=blocks, inputs=inputs // 2, outputs=outputs, share=share
+        _packed_kernel,
+        blocks=blocks,
+        inputs=inputs // 2,
+        outputs=outputs,
+        share=share,
+        # The shortest numbers are subnormal on their way, which CPUs take for zero.
+        unpack=_by_bits if rows.dtype == jnp.bfloat16 and not interpret else _by_cases,
     )
     operands = (rows[:, 0::2], rows[:, 1::2], weights.codes, weights.exponents)
     return _call(kernel, blocks, cut, operands, (share * count, outputs), rows.dtype, interpret)
@@ -239,10 +261,13 @@ def _product_kernel(
 
 def _packed_kernel(
     expert_ref, start_ref, stop_ref, even_ref, odd_ref, codes_ref, exponents_ref, out_ref,
-    *, blocks, inputs, outputs, share,
+    *, blocks, inputs, outputs, share, unpack,
 ):  # fmt: skip
     tile, part = pl.program_id(0), pl.program_id(1)
     expert, start, stop = expert_ref[tile], start_ref[tile], stop_ref[tile]
+    # Numbers of a block whose codes lie in one program: exponents are read once.
+    alike = BLOCK // 2
+    many = blocks.inputs // alike
 
     @pl.when(start < stop)
     def _():
@@ -253,15 +278,36 @@ def _packed_kernel(
             k, inside = _span(step * blocks.inputs, blocks.inputs, inputs)
             own, seen = _both(of_expert, inside), _both(there, inside)
             even, odd = (_load(ref, row // share, k, own) for ref in (even_ref, odd_ref))
-            pair = _load(codes_ref, column, k, seen, expert).astype(jnp.int32)
-            scale = factor(_load(exponents_ref, column, k // (BLOCK // 2), seen, expert))
-            low = (decoded(pair & 15) * scale).astype(even.dtype)
-            high = (decoded(pair >> 4) * scale).astype(even.dtype)
+            codes = _load(codes_ref, column, k, seen, expert)
+            block, within = _span(step * many, many, inputs // alike)
+            exponents = _load(exponents_ref, column, block, _both(there, within), expert)
+            each = jax.lax.broadcast_in_dim(exponents, (blocks.outputs, many, alike), (0, 1))
+            low, high = unpack(codes, each.reshape(codes.shape), even.dtype)
             return total + triton.dot(even, low.T) + triton.dot(odd, high.T)
 
         zeros = jnp.zeros((blocks.rows, blocks.outputs), jnp.float32)
         total = jax.lax.fori_loop(0, -(-inputs // blocks.inputs), turn, zeros)
         _store(out_ref, row, column, total, _both(of_expert, there))
+
+
+def _by_cases(codes, exponents, dtype):
+    """Both halves' numbers, of any dtype."""
+    pair, scale = codes.astype(jnp.int32), factor(exponents)
+    return tuple((decoded(half) * scale).astype(dtype) for half in (pair & 15, pair >> 4))
+
+
+def _by_bits(codes, exponents, dtype):
+    """The same in bfloat16.
+
+    A code's last three bits are put behind bfloat16's sign, as the end of its exponent and the
+    beginning of its mantissa, which is its number times 2**-126, zero and a half included.
+    """
+    pair = codes.astype(jnp.int16)
+    scale = jax.lax.bitcast_convert_type(exponents.astype(jnp.int16) << 7, dtype)
+    low = ((pair & 0x07) << 6) | ((pair & 0x08) << 12)
+    high = ((pair & 0x70) << 2) | ((pair & 0x80) << 8)
+    unit = dtype.type(2.0**126)
+    return tuple(jax.lax.bitcast_convert_type(half, dtype) * unit * scale for half in (low, high))
 
 
 def _outer_kernel(start_ref, stop_ref, x_ref, y_ref, out_ref, *, blocks, inputs, outputs):
