@@ -76,6 +76,7 @@ class DecoderConfig:
     qk_norm_after_rope: bool = False
 
     qkv_bias: bool = False
+    """Of queries, keys and values; in latent attention, of what squeezes them."""
     out_bias: bool = False
     mlp_bias: bool = False
     gated: bool = True

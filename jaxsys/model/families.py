@@ -62,6 +62,8 @@ class Family:
     epsilon: tuple[str, float] = ("rms_norm_eps", 1e-6)
     """The key of the norms' epsilon, and its value where absent."""
     activation: tuple[str, str] = ("hidden_act", "silu")
+    activations: Mapping[str, str] = field(default_factory=dict)
+    """Names that mean another function here."""
     tied: bool = False
     """`tie_word_embeddings` where absent."""
     theta: float = 10000.0
@@ -158,10 +160,7 @@ QUERY_SCALAR = Key(
     read=lambda value: float(value) ** -0.5,
     write=lambda value: _inverted(value, lambda guess: guess**-0.5, value**-2),
 )
-SOFTCAPS = (
-    Key(name="attn_logit_softcapping", fields=("attention_softcap",), default=None),
-    Key(name="final_logit_softcapping", fields=("logit_softcap",), default=None),
-)
+FINAL_CAP = Key(name="final_logit_softcapping", fields=("logit_softcap",), default=None)
 
 
 def _inverted(value: float, of: Callable[[float], float], guess: float) -> float:
@@ -267,7 +266,9 @@ register(
         keys=(ATTENTION_BIAS,),
         fixed={"qk_norm": "head", "qk_norm_after_rope": True},
         ignored=("use_qk_norm", "use_rotary_pos_emb", "norm_type", "org_vocab_size")
-        + ("attention_head_dim", "cla_share_factor", "mask_init_id", "num_experts", "moe_topk"),
+        + ("attention_head_dim", "cla_share_factor", "mask_init_id", "num_experts", "moe_topk")
+        + ("class_num", "dense_list", "im_newline_id", "num_media_embeds", "pad_id", "pool_type")
+        + ("text_end_id", "text_start_id"),
         modules={
             "attention/query_norm": "self_attn.query_layernorm",
             "attention/key_norm": "self_attn.key_layernorm",
@@ -400,6 +401,7 @@ register(
         architecture="GemmaForCausalLM",
         sizes=(256000, 3072, 24576, 28, 16, 16, 256, 8192),
         activation=("hidden_act", "gelu_pytorch_tanh"),
+        activations={"gelu": "gelu_pytorch_tanh"},  # as the first files called it
         keys=(ATTENTION_BIAS,),
         fixed={"norm_plus_one": True, **ROOT_WIDTH},
         tied=True,
@@ -431,7 +433,7 @@ register(
         architecture="Gemma3ForCausalLM",
         sizes=(262208, 2304, 9216, 26, 8, 4, 256, 131072),
         activation=("hidden_activation", "gelu_pytorch_tanh"),
-        keys=(ATTENTION_BIAS, QUERY_SCALAR, *SOFTCAPS),
+        keys=(ATTENTION_BIAS, QUERY_SCALAR, FINAL_CAP),
         fixed={
             "norm_plus_one": True,
             "norm_places": "both",
@@ -443,6 +445,8 @@ register(
         by_type=(10_000.0, 1_000_000.0),
         windows=Windows(how="by_type", default=4096, types=_every(6)),
         ignored=("hidden_act", "sliding_window_pattern", "_sliding_window_pattern"),
+        # transformers caps scores in one of its attentions, not in the one it takes unasked.
+        required={"attn_logit_softcapping": None},
         modules=FOUR_NORMS,
     )
 )
@@ -791,6 +795,7 @@ register(
             Key(name="qk_nope_head_dim", fields=("latent.plain_dim",), default=128),
             Key(name="qk_rope_head_dim", fields=("latent.rotary_dim",), default=64),
             Key(name="v_head_dim", fields=("latent.value_dim",), default=128),
+            ATTENTION_BIAS,
             _bias("rope_interleave", "rope_interleaved", default=True),
         ),
         fixed=GROUPED_SIGMOID,
@@ -846,6 +851,7 @@ register(
             Key(name="qk_nope_head_dim", fields=("latent.plain_dim",), default=128),
             Key(name="qk_rope_head_dim", fields=("latent.rotary_dim",), default=64),
             Key(name="v_head_dim", fields=("latent.value_dim",), default=128),
+            ATTENTION_BIAS,
         ),
         fixed={"rope_interleaved": True},
         dense_first=0,

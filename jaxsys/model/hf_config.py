@@ -150,11 +150,16 @@ class _Reader:
 
     def value(self, key: Key) -> Any:
         """What a family's key says, in the field's terms."""
-        found = key.default
-        for name in reversed((key.name, *key.also)):
-            self.asked.add(name)
-            if name in self.config:
-                found = self.config[name]
+        names = (key.name, *key.also)
+        self.asked.update(names)
+        given = [name for name in names if name in self.config]
+        found = self.config[given[0]] if given else key.default
+        for other in given[1:]:
+            if self.config[other] != found:
+                raise UsageError(
+                    f"{given[0]}={found!r} and {other}={self.config[other]!r} are names of one "
+                    "number and disagree; remove the one that is wrong"
+                )
         return found if key.read is None else key.read(found)
 
 
@@ -181,7 +186,8 @@ def read(config: Mapping[str, Any]) -> dict[str, Any]:
     name, default = family.epsilon
     fields["rms_norm_eps"] = float(reader.get(name, default))
     name, default = family.activation
-    fields["activation"] = _activation(name, reader.get(name, default))
+    named = reader.get(name, default)
+    fields["activation"] = _activation(name, family.activations.get(named, named))
     fields["tie_embeddings"] = bool(reader.get("tie_word_embeddings", family.tied))
     _gather(fields)
     rope = _read_rope(reader, family, fields)
@@ -199,6 +205,9 @@ def _family_of(config: Mapping[str, Any]) -> Family:
         raise UsageError(
             f"architecture {named or kind!r} (model_type {kind!r}) is not known; known: {known}"
         )
+    if kind == "mistral" and "layer_types" in config:
+        # As transformers reads it: what tells its layers apart is a Ministral.
+        return FAMILIES["ministral"]
     return family
 
 
@@ -279,7 +288,8 @@ def _read_rope(reader: _Reader, family: Family, fields: dict[str, Any]) -> Posit
         fields |= {"rope_theta": found.theta, "rope_scaling": found.scaling}
         return None
     _set_partial(family, fields, partial)
-    local = reader.get("rope_local_base_freq")
+    thetas = family.by_type
+    local = reader.get("rope_local_base_freq") if thetas[0] != thetas[1] else None
     full = dict(_mapping("full_attention", given.get("full_attention"))) | dict(scaling)
     sliding = dict(_mapping("sliding_attention", given.get("sliding_attention")))
     flat = set(given) - {"full_attention", "sliding_attention"}
@@ -288,7 +298,10 @@ def _read_rope(reader: _Reader, family: Family, fields: dict[str, Any]) -> Posit
             f"rope_parameters of {family.name} holds {', '.join(sorted(flat))}; its settings stand "
             "under full_attention and sliding_attention"
         )
-    thetas = family.by_type
+    for name, settings in (("full_attention", full), ("sliding_attention", sliding)):
+        if settings.get("truncate") is False:
+            # transformers looks for it beside the kinds of layers, not under them.
+            raise UsageError(f"truncate=False under {name} is not computed; only true is")
     window = _positions(
         family, fields, sliding, _first(sliding.get("rope_theta"), local, thetas[0]), None
     )
@@ -566,10 +579,12 @@ def _check_rest(reader: _Reader, family: Family) -> None:
     config = reader.config
     if config.get("quantization_config") is not None and not _is_packed(family, config):
         quantised_files.check(config["quantization_config"])
+    if config.get("is_causal", True) is not True:
+        raise UsageError(f"is_causal={config['is_causal']!r} is not computed; only true is")
     for name, wanted in family.required.items():
         if config.get(name, wanted) not in (wanted, None):
             raise UsageError(f"{name}={config[name]!r} is not computed; only {wanted!r} is")
-    known = reader.asked | set(family.required) | {"quantization_config"}
+    known = reader.asked | set(family.required) | {"quantization_config", "is_causal"}
     unknown = [
         name
         for name, value in config.items()

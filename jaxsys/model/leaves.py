@@ -158,11 +158,16 @@ def _latent_attention(config: "DecoderConfig") -> list[Leaf]:
     def norm(name: str, size: int) -> Leaf:
         return Leaf(path=("attention", name), shape=(size,), fill=_scale_fill(config))
 
+    def bias(name: str, size: int, wanted: bool) -> list[Leaf]:
+        path = ("attention", f"{name}_bias")
+        return [Leaf(path=path, shape=(size,), fill="zeros")] if wanted else []
+
     leaves = []
     if latent.query_rank is None:
         leaves.append(matrix("query", (width, queries), "attention", 1))
     else:
         leaves.append(matrix("query_down", (width, latent.query_rank), "attention", None))
+        leaves += bias("query_down", latent.query_rank, config.qkv_bias)
         leaves.append(norm("query_down_norm", latent.query_rank))
         leaves.append(matrix("query_up", (latent.query_rank, queries), "query", 1))
     narrow = latent.rank + latent.rotary_dim
@@ -170,9 +175,11 @@ def _latent_attention(config: "DecoderConfig") -> list[Leaf]:
     return [
         *leaves,
         matrix("latent_down", (width, narrow), "attention", None),
+        *bias("latent_down", narrow, config.qkv_bias),
         norm("latent_norm", latent.rank),
         matrix("latent_up", (latent.rank, unfolded), "latent", 1),
         matrix("out", (heads * latent.value_dim, width), "heads", 0),
+        *bias("out", width, config.out_bias),
     ]
 
 

@@ -216,7 +216,15 @@ def test_caches_and_products_say_what_layers_hold():
         ("qwen3", {"layer_types": ["full_attention"]}, "layer_types holds 1 entries, num_hidden"),
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True is n"),
         ("deepseek_v3", {"topk_method": "greedy"}, "topk_method='greedy' is not computed; only"),
-        ("deepseek_v3", {"attention_bias": True}, "attention_bias=True is not understood in deep"),
+        ("deepseek_v2", {"mlp_bias": True}, "mlp_bias=True is not understood in deepseek_v2"),
+        ("gemma2", {"is_causal": False}, "is_causal=False is not computed; only true is"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not com"),
+        ("qwen3_moe", {"num_experts": 8}, "num_experts=8 and num_local_experts=4 are names of"),
+        (
+            "olmo3",
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4, "truncate": False}},
+            "truncate=False under full_attention is not computed",
+        ),
         ("qwen3_moe", {"mlp_bias": True}, "mlp_bias=True is not understood in qwen3_moe"),
         ("llama", {"quantization_config": {"quant_method": "hqq"}}, "quant_method='hqq' is not"),
         ("phi3", {"rope_scaling": {"rope_type": "longrope"}}, "longrope lacks short_factor"),
@@ -229,6 +237,22 @@ def test_caches_and_products_say_what_layers_hold():
 def test_what_is_not_understood_is_refused_by_name(family, change, message):
     with pytest.raises(UsageError, match=message):
         DecoderConfig.from_hf(STORED[family]["config"] | change)
+
+
+def test_another_name_and_another_meaning():
+    """As transformers reads files: a Mistral of unlike layers is a Ministral, and such."""
+    types = ["sliding_attention", "full_attention"] * 2
+    config = DecoderConfig.from_hf(STORED["mistral"]["config"] | {"layer_types": types})
+    assert (config.family, [kind.window for kind in config.kinds]) == ("ministral", [8, None])
+    gemma = DecoderConfig.from_hf(STORED["gemma"]["config"] | {"hidden_act": "gelu"})
+    assert gemma.activation == "gelu_tanh"
+    llama = DecoderConfig.from_hf(STORED["llama"]["config"] | {"hidden_act": "gelu"})
+    assert llama.activation == "gelu"
+    latent = STORED["deepseek_v3"]["config"] | {"attention_bias": True}
+    assert {
+        f"model.layers.0.self_attn.{name}.bias"
+        for name in ("q_a_proj", "kv_a_proj_with_mqa", "o_proj")
+    } <= set(tensors_of(DecoderConfig.from_hf(latent)))
 
 
 def test_a_family_cannot_be_written_as_another():
