@@ -211,8 +211,8 @@ def main(argv: Sequence[str], prog: str) -> int:
         print(f"wrote {options.plan}")
     if Path(options.model).is_dir() and (options.plan is not None or options.schedule is not None):
         print(
-            "`jaxsys train` takes presets, no folders: train this model from Python, with "
-            "jaxsys.train.Trainer"
+            f"`jaxsys train --model {options.model}` goes on from the folder's weights: they and "
+            "its tokenizer must lie there"
         )
     if any((options.schedule, options.trace, options.png)):
         if plan is not None:
@@ -231,7 +231,7 @@ def main(argv: Sequence[str], prog: str) -> int:
         _write_pictures(_simulation(problem, plan, schedule), options)
     if options.schedule is not None and options.plan is not None:
         print(f"{options.schedule} is a part of {options.plan}, to look at: train with the latter")
-    elif options.schedule is not None and not Path(options.model).is_dir():
+    elif options.schedule is not None:
         gradients = "" if options.gradients == "float32" else f" --gradients {options.gradients}"
         recompute = POLICY[plan.layers[0].residual] if plan else "block"
         print(
@@ -259,9 +259,7 @@ def _shared_commands(
         )
         if command is not None:
             lines.append(f"{row.strategy}: `{command}`")
-    if not lines or Path(options.model).is_dir():
-        return []
-    return ["", *lines]
+    return ["", *lines] if lines else []
 
 
 def _beyond_schedule(plan: Plan, microbatch_size: int) -> str:

@@ -4,6 +4,7 @@ Names are those of the Hugging Face Hub without the owner; case and an owner in 
 Sizes are as published in each model's config.json there.
 """
 
+from pathlib import Path
 from typing import Any
 
 from jaxsys.errors import UsageError, did_you_mean
@@ -278,7 +279,10 @@ def preset(name: str) -> DecoderConfig:
     if found is not None:
         return PRESETS[found]
     near = did_you_mean(name.rpartition("/")[2], PRESETS).strip(" ()")
-    hint = f"{near.removesuffix('?')}? " if near else ""
-    is_path = name.startswith((".", "~", "/")) or name.count("/") > 1
-    is_what = "is no folder here, nor a preset" if is_path else "is not known"
-    raise UsageError(f"model {name!r} {is_what}; {hint}known: {', '.join(PRESETS)}")
+    if near:
+        way_out = f"{near.removesuffix('?')}? presets: {', '.join(PRESETS)}"
+    elif Path(name).name != name:
+        way_out = "give the folder of a model, its .gguf file, or the name of a preset"
+    else:
+        way_out = f"presets: {', '.join(PRESETS)}"
+    raise UsageError(f"model {name!r}: there is no such folder, file or preset; {way_out}")

@@ -312,9 +312,18 @@ def test_a_plan_that_no_schedule_runs_is_passed_over():
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--model", "llama-9"], 2, "known: Llama-2-7b"),
+        (
+            ["--model", "nofolder"],
+            2,
+            "'nofolder': there is no such folder, file or preset; presets:",
+        ),
+        (["--model", "llama-9"], 2, "presets: Llama-2-7b"),
         (["--model", ""], 2, "model is empty; name a preset"),
-        (["--model", "./no/folder"], 2, "'./no/folder' is no folder here, nor a preset"),
+        (
+            ["--model", "./no/folder"],
+            2,
+            "'./no/folder': there is no such folder, file or preset; give",
+        ),
         (["--model", __file__], 2, "is a file; name the folder that has it"),
         (["--model", "tiny", "--link", "wire"], 2, "known: nvlink"),
         (["--model", "tiny", "--device", "abacus"], 2, "known: h100"),
@@ -378,7 +387,7 @@ def test_a_folder_is_read_as_a_model(tmp_path, capsys):
     plan = ["--search-seconds", "1", "--plan", str(tmp_path / "plan.json")]
     assert main([*arguments, *plan]) == 0
     text = capsys.readouterr().out
-    assert "8 layers" in text and "`jaxsys train` takes presets, no folders" in text
+    assert "8 layers" in text and f"`jaxsys train --model {tmp_path}` goes on from" in text
     assert json.loads((tmp_path / "plan.json").read_text())["request"]["dtype"] == "bfloat16"
     (tmp_path / "config.json").write_text("{")
     assert main(["plan", "--model", str(tmp_path), "--devices", "2"]) == 2

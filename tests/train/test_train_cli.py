@@ -79,7 +79,7 @@ def test_adapters_of_a_folder_are_trained_and_exported_as_peft_has_them(text, tm
     [
         (("--devices", "64"), "--devices 64, but 8 cpu device(s) are present; use --devices 8"),
         (("--devices", "4", "--microbatches", "6"), "--microbatches 6 must be a positive multiple"),
-        (("--model", "huge"), "model 'huge' is not known"),
+        (("--model", "huge"), "model 'huge': there is no such folder, file or preset"),
         (("--schedule", "magic", "--devices", "2"), "schedule 'magic' is not known"),
         (("--schedule", __file__, "--devices", "2"), "test_train_cli.py' is no .json file; use"),
         (("--steps", "0"), "--steps 0 must be from 1 to"),
