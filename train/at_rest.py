@@ -1,6 +1,7 @@
 """The arrays of a run where a schedule keeps them: made, put there, taken out in layer order."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -24,8 +25,19 @@ from jaxsys.train.state import (
 )
 from jaxsys.train.view import View
 
-Given = Parameters | Callable[[], Parameters]
-"""A model's parameters in layer order, or what makes them."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """Parameters that lie in files, and are read when it is known which device keeps what."""
+
+    shapes: Parameters
+    """In layer order, float32."""
+    read: Callable[[Parameters], Parameters]
+    """Shardings in layer order -> the parameters, so placed."""
+
+
+Given = Parameters | Callable[[], Parameters] | Stored
+"""A model's parameters in layer order, what makes them, or where they lie."""
 
 
 class StateAtRest:
@@ -57,7 +69,7 @@ class StateAtRest:
         averaged: bool = False,
     ) -> None:
         self._lowered, self._mesh, self._averaged = lowered, mesh, averaged
-        shapes = jax.tree.map(shape_of, jax.eval_shape(lambda: masters(parameters)))
+        shapes = shapes_of(parameters)
         rule = rule_of(optimizer, shapes, view)
         count = jax.ShapeDtypeStruct((), jnp.int32)
         self.layer_shapes = self._state(shapes, rule.shapes(), count)
@@ -72,7 +84,12 @@ class StateAtRest:
 
     def initial(self, parameters: Given) -> State:
         """The state before the first step; the caller's arrays stay the caller's."""
-        if callable(parameters):
+        if isinstance(parameters, Stored):
+            # Read as they are cut in layer order, and moved to where they rest.
+            read = parameters.read(self.layer_shardings.parameters)
+            move = jax.jit(self._to_rest, out_shardings=self.shardings.parameters, donate_argnums=0)
+            placed = move(read)
+        elif callable(parameters):
             made = jax.jit(
                 lambda: self._lowered.to_rest(masters(parameters)),
                 out_shardings=self.shardings.parameters,
@@ -158,7 +175,14 @@ class StateAtRest:
         return AveragedState(*state, average=jax.tree.map(copy, parameters))
 
 
-def masters(parameters: Given) -> Parameters:
+def shapes_of(parameters: Given) -> Parameters:
+    """Shapes of the parameters as they are trained, in layer order."""
+    if isinstance(parameters, Stored):
+        return parameters.shapes
+    return jax.tree.map(shape_of, jax.eval_shape(lambda: masters(parameters)))
+
+
+def masters(parameters: Parameters | Callable[[], Parameters]) -> Parameters:
     """The parameters, made if they are a function, floats as float32."""
 
     def widen(leaf: Any) -> jax.Array:

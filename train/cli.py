@@ -389,7 +389,9 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
                 f"step {report.step}: the held-out loss is {report.held_out_loss}; nothing was "
                 "exported; train anew with a lower --learning-rate, or in --dtype float32"
             )
-        parameters, how = trainer.host_parameters(), ""
+        # Of one process a layer is fetched when it is written; several fetch together.
+        alone = jax.process_count() == 1
+        parameters, how = trainer.parameters() if alone else trainer.host_parameters(), ""
         if jax.process_index() == 0:
             try:
                 how = start.export(arguments.export, parameters, arguments.resume)

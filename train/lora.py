@@ -79,7 +79,7 @@ def add_adapters(
             "edge": trained["edge"],
             "blocks": model.blocks(
                 {
-                    kind: _merge(stack["frozen"], stack["adapters"], weight)
+                    kind: _merge(stack["frozen"], stack["adapters"], weight, _add_by_layer)
                     for kind, stack in model.stacks(trained["blocks"]).items()
                 }
             ),
@@ -124,12 +124,24 @@ def _with_adapters(model: LayeredModel, weight: float) -> LayeredModel:
     )
 
 
-def _merge(frozen: PyTree, adapters: Adapters, weight: float) -> PyTree:
+def _add(value: jax.Array, a: jax.Array, b: jax.Array, weight: float) -> jax.Array:
+    return value + (weight * (a @ b)).astype(value.dtype)
+
+
+@jax.jit
+def _add_by_layer(value: jax.Array, a: jax.Array, b: jax.Array, weight: float) -> jax.Array:
+    """Of stacks: beside the result lies only what one layer adds."""
+    return jax.lax.map(lambda layer: _add(*layer, weight), (value, a, b))
+
+
+def _merge(
+    frozen: PyTree, adapters: Adapters, weight: float, add: Callable[..., jax.Array] = _add
+) -> PyTree:
     def leaf(path: tuple[Any, ...], value: jax.Array) -> jax.Array:
         adapter = adapters.get("/".join(path_names(path)))
         if adapter is None:
             return value
-        return value + (weight * (adapter["a"] @ adapter["b"])).astype(value.dtype)
+        return add(value, adapter["a"], adapter["b"], weight)
 
     return jax.tree_util.tree_map_with_path(leaf, frozen)
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -16,17 +18,21 @@ from jaxsys.model import (
     ByteTokenizer,
     DecoderConfig,
     Tokenizer,
+    abstract_parameters,
     initial_parameters,
     layered,
-    load,
     preset,
 )
 from jaxsys.model.float8_products import Float8
+from jaxsys.model.leaves import Path as LeafPath
 from jaxsys.model.leaves import block_leaves
+from jaxsys.model.load import open_model
 from jaxsys.model.peft import write_adapters
 from jaxsys.model.save import save_safetensors
 from jaxsys.model.shapes import find_preset
+from jaxsys.train.at_rest import Stored
 from jaxsys.train.lora import add_adapters, train_adapters
+from jaxsys.train.rules import shape_of
 
 RATES = {"preset": 3e-3, "model": 2e-5, "adapters": 2e-4}
 """Peak learning rates where none is asked for."""
@@ -57,7 +63,7 @@ class Start:
     encode: Callable[[str], np.ndarray]
     """Text to ids, none of them special."""
     model: LayeredModel
-    parameters: Callable[[], Parameters]
+    parameters: Callable[[], Parameters] | Stored
     optimizer: Callable[[optax.GradientTransformation], optax.GradientTransformation]
     """Makes of an optimizer one of what trains."""
     learning_rate: float
@@ -93,8 +99,8 @@ def start_of(
     named = find_preset(model) is not None and model == Path(model).name
     if named or not Path(model).exists():
         return _of_preset(model, seed, float8, lora, balance)
-    loaded = load(model)
-    config, tokenizer = balanced(loaded.config, balance), loaded.tokenizer
+    opened = open_model(model)
+    config, tokenizer = balanced(opened.config, balance), opened.tokenizer
     if tokenizer is None or not tokenizer.eos_ids:
         raise UsageError(
             f"{model} has no tokenizer that says where texts end; add the one the model came with"
@@ -103,7 +109,10 @@ def start_of(
     def encode(text: str) -> np.ndarray:
         return np.asarray(tokenizer.encode(text, add_special=False))
 
-    whole = layered(config, float8=float8)
+    def read(shardings: Parameters) -> Parameters:
+        return opened.read(jnp.float32, lambda path: _at(shardings, path))
+
+    whole, shapes = layered(config, float8=float8), abstract_parameters(config)
     common: dict[str, Any] = {"config": config, "tokenizer": tokenizer, "encode": encode}
     if lora is None:
 
@@ -114,7 +123,7 @@ def start_of(
         return Start(
             **common,
             model=whole,
-            parameters=lambda: loaded.parameters,
+            parameters=Stored(shapes=shapes, read=read),
             optimizer=lambda optimizer: optimizer,
             learning_rate=RATES["model"],
             settings={"from": Path(model).name} | changed,
@@ -122,8 +131,22 @@ def start_of(
         )
     targets = lora.targets or servable(config)
     adapted, start, _ = add_adapters(
-        whole, loaded.parameters, rank=lora.rank, targets=targets, scale=lora.scale, seed=seed
+        whole, shapes, rank=lora.rank, targets=targets, scale=lora.scale, seed=seed
     )
+
+    def read_frozen(shardings: Parameters) -> Parameters:
+        """What is frozen as it is read, beside the adapters, which are small and here."""
+        placed, fresh = (adapted.stacks(tree["blocks"]) for tree in (shardings, start))
+        frozen = whole.blocks({kind: stack["frozen"] for kind, stack in placed.items()})
+        base = read({"edge": shardings["edge"], "blocks": frozen})
+        stacks = {
+            kind: {
+                "frozen": stack,
+                "adapters": jax.device_put(fresh[kind]["adapters"], placed[kind]["adapters"]),
+            }
+            for kind, stack in whole.stacks(base["blocks"]).items()
+        }
+        return {"edge": base["edge"], "blocks": adapted.blocks(stacks)}
 
     def write(folder: Path, parameters: Parameters, may: bool) -> str:
         del may  # its two files take the place of those that are there
@@ -135,7 +158,7 @@ def start_of(
     return Start(
         **common,
         model=adapted,
-        parameters=lambda: start,
+        parameters=Stored(shapes=jax.tree.map(shape_of, start), read=read_frozen),
         optimizer=train_adapters,
         learning_rate=RATES["adapters"],
         settings={
@@ -145,6 +168,12 @@ def start_of(
         | changed,
         export=write,
     )
+
+
+def _at(tree: Any, path: LeafPath) -> Any:
+    for name in path:
+        tree = tree[name]
+    return tree
 
 
 def _of_preset(

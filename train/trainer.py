@@ -29,7 +29,7 @@ from jaxsys.lowering.memory import tree_bytes
 from jaxsys.mesh import batch_axes, batch_parts, context_of, inner_sizes, make_mesh, members_of
 from jaxsys.schedule import Schedule
 from jaxsys.train import auto, checkpoint, schedules
-from jaxsys.train.at_rest import StateAtRest, masters
+from jaxsys.train.at_rest import Given, StateAtRest, shapes_of
 from jaxsys.train.derivatives import check_derivatives
 from jaxsys.train.evaluate import make_loss
 from jaxsys.train.flops import count_parameters
@@ -63,7 +63,7 @@ class Trainer:
     def __init__(
         self,
         model: LayeredModel,
-        parameters: Parameters | Callable[[], Parameters],
+        parameters: Given,
         optimizer: optax.GradientTransformation,
         *,
         schedule: str | Path | Schedule | None = None,
@@ -81,8 +81,8 @@ class Trainer:
 
         Args:
             model: the layered model.
-            parameters: in layer order, or a function that makes them, which is then traced so that
-                no device ever holds all of them.
+            parameters: in layer order; or a function that makes them, which is then traced, or
+                `jaxsys.train.at_rest.Stored` of files, so that no device ever holds all of them.
             optimizer: any optax transformation that takes (updates, state, params); it sees the
                 tree that `model.view` makes, each layer's leaf by itself.
             schedule: a strategy's name, a Schedule, a plan file, or "auto": what the planner finds
@@ -161,7 +161,7 @@ class Trainer:
         if policy not in (None, *RECOMPUTE_POLICIES):
             legal = ", ".join(RECOMPUTE_POLICIES)
             raise UsageError(f"schedule 'auto' takes one recompute of {legal}, not {policy!r}")
-        shapes = jax.tree.map(shape_of, jax.eval_shape(lambda: masters(self._parameters)))
+        shapes = shapes_of(self._parameters)
         choice = auto.choose_layered(
             self.model,
             shapes,
@@ -390,10 +390,20 @@ class Trainer:
         """The parameters in layer order on this host, numpy float32; every process must call it."""
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         spread = jax.jit(lambda leaf: leaf, out_shardings=everywhere)
-        # One leaf at a time: only that one is ever whole on a device.
-        return jax.tree.map(
-            lambda leaf: np.asarray(spread(leaf)), self.parameters(averaged=averaged)
-        )
+        row = jax.jit(lambda stack, index: stack[index], out_shardings=everywhere)
+
+        def by_layer(stack: jax.Array) -> np.ndarray:
+            """Only one layer's leaf is ever whole on a device."""
+            whole = np.empty(stack.shape, stack.dtype)
+            for index in range(stack.shape[0]):
+                whole[index] = row(stack, index)
+            return whole
+
+        parameters = self.parameters(averaged=averaged)
+        return {
+            "edge": jax.tree.map(lambda leaf: np.asarray(spread(leaf)), parameters["edge"]),
+            "blocks": jax.tree.map(by_layer, parameters["blocks"]),
+        }
 
     @on_own_mesh
     def optimizer_state(self) -> PyTree:

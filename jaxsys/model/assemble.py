@@ -5,8 +5,8 @@ into leaves, cast, and written into its layer's place of the stacked array.
 """
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,24 @@ Tensors = Callable[[BlockKind | None], Sequence[FileTensor]]
 """The tensors of one block of a kind; of the edge where it is None."""
 Placement = Callable[[Path], Sharding | None]
 """Where a leaf of the parameters, by its path from the root, rests; None: the default device."""
+
+
+class Read(Protocol):
+    """Reads all parameters of an open checkpoint, as often as it is called."""
+
+    def __call__(
+        self, dtype: DTypeLike, placement: Placement | None = None, *, layerwise: bool = False
+    ) -> Parameters:
+        """
+        Args:
+            dtype: of the result.
+            placement: of each leaf; the default device if not given.
+            layerwise: see `jaxsys.model.load`.
+
+        Raises:
+            UsageError: as `assemble`.
+        """
+        ...
 
 
 def assemble(
@@ -121,9 +139,8 @@ def _alone(
             for leaf, part in zip(tensor.leaves, parts, strict=True):
                 made.append((leaf.path, jax.device_put(jax.tree.map(np.array, part))))
             continue
-        for leaf, value in _read(tensor, fetch, filled):
-            # A copy: the array on the device must outlive the file behind `value`.
-            placed = jax.device_put(_cast(value, dtype), where(leaf.path))
+        for leaf, value in _read(tensor, fetch, filled, dtype):
+            placed = jax.device_put(value, where(leaf.path))
             flags.append(_is_finite(placed))
             names.append(name)
             made.append((leaf.path, placed))
@@ -148,20 +165,14 @@ def _stack(
         ]
         flags, names = [], []
         for index, layer in enumerate(layers):
-            for number, (_, value) in enumerate(_read(tensor, fetch, {"layer": layer})):
-                placed = jax.device_put(_cast(value, dtype), _of_layer(places[number]))
+            for number, (_, value) in enumerate(_read(tensor, fetch, {"layer": layer}, dtype)):
+                placed = jax.device_put(value, _of_layer(places[number]))
                 stacks[number], finite = _write(stacks[number], placed, index)
                 flags.append(finite)
                 names.append(_named(tensor.name, layer=layer))
         _check_finite(flags, names, dtype)
         made += [(leaf.path, stack) for leaf, stack in zip(tensor.leaves, stacks, strict=True)]
     return nest(made)
-
-
-def _cast(value: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """A copy in `dtype`; what it cannot express becomes infinity, which is found later."""
-    with np.errstate(over="ignore"):
-        return np.array(value, dtype, order="C")
 
 
 def _of_layer(place: Sharding | None) -> Sharding | None:
@@ -172,16 +183,27 @@ def _of_layer(place: Sharding | None) -> Sharding | None:
 
 
 def _read(
-    tensor: FileTensor, fetch: Fetch, filled: Mapping[str, int]
-) -> Iterable[tuple[Leaf, np.ndarray]]:
-    """The leaves that a tensor holds, items put together."""
+    tensor: FileTensor, fetch: Fetch, filled: Mapping[str, int], dtype: np.dtype
+) -> Iterator[tuple[Leaf, np.ndarray]]:
+    """The leaves that a tensor holds, one after the other, items put together.
+
+    They are copies, which outlive the file; what `dtype` cannot express becomes infinity, which is
+    found later.
+    """
     name = _named(tensor.name, **filled)
     if tensor.items is None:
-        values = tensor.take(fetch(name))
-    else:
-        each = [tensor.take(fetch(_named(name, item=item))) for item in range(tensor.items)]
-        values = [np.stack(parts) for parts in zip(*each, strict=True)]
-    return zip(tensor.leaves, values, strict=True)
+        for leaf, part in zip(tensor.leaves, tensor.take(fetch(name)), strict=True):
+            with np.errstate(over="ignore"):
+                made = np.array(part, dtype, order="C")
+            yield leaf, made
+        return
+    wholes = [np.empty(leaf.shape, dtype) for leaf in tensor.leaves]
+    for item in range(tensor.items):
+        with np.errstate(over="ignore"):
+            parts = tensor.take(fetch(_named(name, item=item)))
+            for whole, part in zip(wholes, parts, strict=True):
+                whole[item] = part
+    yield from zip(tensor.leaves, wholes, strict=True)
 
 
 def _named(name: str, **filled: int) -> str:

@@ -1,6 +1,7 @@
 """Reads a Hugging Face model folder: config.json, safetensors (sharded or not), tokenizer files."""
 
 import dataclasses
+import functools
 import re
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from jaxsys.model import packed, quantised_files
 from jaxsys.model.assemble import (
     Fetch,
     Placement,
+    Read,
     assemble,
     by_layer,
     check_layers,
@@ -36,6 +38,10 @@ GENERATION_CONFIG = "generation_config.json"
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
+MORE_TEMPLATES = "additional_chat_templates"
+"""A folder of templates by name."""
+TOOL_TEMPLATE = "tool_use"
+"""Of templates by name, that of requests with tools."""
 
 MOST_SETTINGS_BYTES = 8 * MIB
 """Of a config.json, a tokenizer_config.json (which may repeat 10,000 added tokens), a template."""
@@ -70,25 +76,15 @@ def read_config(folder: Path) -> DecoderConfig:
         raise UsageError(f"{path}: a value is of the wrong kind ({error!r})") from error
 
 
-def read_parameters(
-    folder: Path,
-    config: DecoderConfig,
-    dtype: DTypeLike,
-    placement: Placement | None = None,
-    *,
-    layerwise: bool = False,
-) -> tuple[DecoderConfig, Parameters]:
-    """All parameters, read tensor by tensor and cast to `dtype`.
+def open_parameters(folder: Path, config: DecoderConfig) -> tuple[DecoderConfig, Read]:
+    """All parameters, found and checked, to be read tensor by tensor.
 
     Args:
         folder: the model's.
         config: as `read_config` found it.
-        dtype: of the result.
-        placement: of each leaf; the default device if not given.
-        layerwise: see `load`.
 
     Returns:
-        The configuration, whose head is untied where the file holds another one, and parameters.
+        The configuration, whose head is untied where the file holds another one, and what reads.
 
     Raises:
         UsageError: if a file is missing or cut short, or the tensors are not the configuration's.
@@ -128,9 +124,23 @@ def read_parameters(
     check_layers(str(folder), config, found)
     ignored = [name for name in found if _is_ignored(config, name)]
     check_tensors(str(folder), expected_tensors(config, tensors), found, ignored=ignored)
-    if layerwise:
-        return config, by_layer(config, fetch, tensors, dtype=dtype, fetch_packed=fetch_packed)
-    return config, assemble(config, fetch, tensors, dtype=dtype, placement=placement)
+
+    def read(
+        dtype: DTypeLike, placement: Placement | None = None, *, layerwise: bool = False
+    ) -> Parameters:
+        if layerwise:
+            return by_layer(config, fetch, tensors, dtype=dtype, fetch_packed=fetch_packed)
+        return assemble(config, fetch, tensors, dtype=dtype, placement=placement)
+
+    return config, read
+
+
+def read_parameters(
+    folder: Path, config: DecoderConfig, dtype: DTypeLike
+) -> tuple[DecoderConfig, Parameters]:
+    """The same, read at once, cast to `dtype`, on the default device."""
+    config, read = open_parameters(folder, config)
+    return config, read(dtype)
 
 
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
@@ -175,11 +185,13 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
     if eos is not None:
         ends.append(eos)
     bos = backend.token_to_id(named["bos_token"]) if "bos_token" in named else None
+    templates = _chat_templates(folder, settings)
     return Tokenizer(
         backend,
         bos_id=bos,
         eos_ids=ends,
-        chat_template=_chat_template(folder, settings),
+        chat_template=templates.get("default"),
+        tool_template=templates.get(TOOL_TEMPLATE),
         special_tokens=named,
     )
 
@@ -188,13 +200,15 @@ def _special_tokens(folder: Path, settings: Fields) -> dict[str, str]:
     """Names of special tokens and their text, out of the three places that give them.
 
     `special_tokens_map.json` fills in what tokenizer_config.json lacks, and wins where that is of
-    the old form, which lists no added tokens; `extra_special_tokens` names further ones.
+    the old form, which lists no added tokens; `extra_special_tokens` names further ones, and so
+    does every key that ends in `_token` and is a text.
     """
     table = _settings(folder / SPECIAL_TOKENS_MAP)
     sources = [table, settings] if "added_tokens_decoder" in settings else [settings, table]
     named: dict[str, str] = {}
     for source in sources:
         named |= {name: _token_text(source, name) for name in SPECIAL_NAMES if name in source}
+        named |= {name: _token_text(source, name) for name in source if _is_token(source, name)}
         if isinstance(source.get("extra_special_tokens", None), dict):
             extra = source.fields("extra_special_tokens")
             named |= {name: _token_text(extra, name) for name in extra if name in extra}
@@ -257,17 +271,32 @@ def _weight_files(folder: Path) -> list[str]:
     raise UsageError(f"{folder} holds neither {WEIGHTS} nor {INDEX}{found}")
 
 
-def _chat_template(folder: Path, settings: Fields) -> str | None:
-    path = folder / CHAT_TEMPLATE
-    if path.is_file():
-        return read_text(path, most_bytes=MOST_SETTINGS_BYTES)
+def _chat_templates(folder: Path, settings: Fields) -> dict[str, str]:
+    """The templates by name; that of most models is called `default`.
+
+    Files of their own take the place of all that tokenizer_config.json has.
+    """
+    files = {path.stem: path for path in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))}
+    if (folder / CHAT_TEMPLATE).is_file():
+        files["default"] = folder / CHAT_TEMPLATE
+    if files:
+        read = functools.partial(read_text, most_bytes=MOST_SETTINGS_BYTES)
+        return {name: read(path) for name, path in files.items()}
     if isinstance(settings.get("chat_template", None), list):  # several named ones
-        named = {
+        return {
             entry.text("name"): entry.text("template")
             for entry in settings.objects("chat_template")
         }
-        return named.get("default")
-    return settings.text("chat_template", None)
+    only = settings.text("chat_template", None)
+    return {} if only is None else {"default": only}
+
+
+def _is_token(settings: Fields, name: str) -> bool:
+    """Whether a key names a token beside the usual ones."""
+    if not name.endswith("_token") or name in SPECIAL_NAMES or name not in settings:
+        return False
+    value = settings.get(name)
+    return isinstance(value, str) or (isinstance(value, dict) and "content" in value)
 
 
 def _token_text(settings: Fields, name: str) -> str:

@@ -20,6 +20,7 @@ from jaxsys.errors import UsageError
 from jaxsys.layered import Parameters
 from jaxsys.model.assemble import (
     Placement,
+    Read,
     assemble,
     by_layer,
     check_layers,
@@ -131,17 +132,11 @@ class GgufFile:
             return config
         return self._with_rope_scaling(config)
 
-    def parameters(
-        self,
-        config: DecoderConfig,
-        dtype: DTypeLike,
-        placement: Placement | None = None,
-        *,
-        layerwise: bool = False,
-    ) -> tuple[DecoderConfig, Parameters]:
-        """Dequantises every tensor, cast to `dtype`; `config` comes back as it is.
+    def open_parameters(self, config: DecoderConfig) -> Read:
+        """All parameters, found and checked, to be dequantised tensor by tensor.
 
-        `layerwise`: see `load`.
+        Raises:
+            UsageError: if the tensors are not the configuration's.
         """
         found = {name: self.shape(name) or () for name in (*self._tensors, *self._unfoldings)}
         halves = {name for pair in self._unfoldings.values() for name in pair}
@@ -154,9 +149,15 @@ class GgufFile:
         found = {name: shape for name, shape in found.items() if name not in ignored}
         check_layers(str(self.path), config, found)
         check_tensors(str(self.path), expected_tensors(config, tensors), found)
-        if layerwise:
-            return config, by_layer(config, self.values, tensors, dtype=dtype)
-        return config, assemble(config, self.values, tensors, dtype=dtype, placement=placement)
+
+        def read(
+            dtype: DTypeLike, placement: Placement | None = None, *, layerwise: bool = False
+        ) -> Parameters:
+            if layerwise:
+                return by_layer(config, self.values, tensors, dtype=dtype)
+            return assemble(config, self.values, tensors, dtype=dtype, placement=placement)
+
+        return read
 
     def _further(self, config: DecoderConfig) -> Iterator[str]:
         """Tensors of layers past the last, which predict further tokens; they are not read."""

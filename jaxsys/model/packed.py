@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from jaxsys.errors import UsageError
 from jaxsys.model.safetensors_file import SafetensorsFile
 
 BLOCKS, SCALES = "_blocks", "_scales"
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 BLOCK = 32
 """Numbers that share an exponent."""
@@ -89,10 +91,14 @@ def read(blocks: SafetensorsFile, scales: SafetensorsFile, name: str) -> Packed:
 
 
 def expand(blocks: SafetensorsFile, scales: SafetensorsFile, name: str) -> np.ndarray:
-    """The matrix [E, in, out] in float32."""
+    """The matrix [E, in, out] in bfloat16, which has all such numbers; made expert by expert."""
     codes = blocks.read_bytes(name + BLOCKS)
-    exponents = scales.read_bytes(name + SCALES).astype(np.int32) - 127
-    pairs = np.stack([codes & 15, codes >> 4], axis=-1)
-    values = np.ldexp(VALUES[pairs.reshape(*codes.shape[:-1], 32)], exponents[..., None])
-    experts, columns = codes.shape[:2]
-    return values.reshape(experts, columns, -1).swapaxes(1, 2)
+    exponents = scales.read_bytes(name + SCALES)
+    experts, columns, groups = codes.shape[:3]
+    made = np.empty((experts, columns, BLOCK * groups), BFLOAT16)
+    for expert in range(experts):
+        pairs = np.stack([codes[expert] & 15, codes[expert] >> 4], axis=-1)
+        powers = exponents[expert].astype(np.int32)[..., None] - 127
+        values = np.ldexp(VALUES[pairs.reshape(columns, groups, BLOCK)], powers)
+        made[expert] = values.reshape(columns, -1)
+    return made.swapaxes(1, 2)

@@ -139,6 +139,24 @@ def present(
     return shapes, fetch
 
 
+_AT_ONCE = 1 << 20
+"""Numbers that are spread out at a time, so that little lies beside a result."""
+
+
+def _made(rows: int, columns: int, of_rows: Callable[[slice], np.ndarray]) -> np.ndarray:
+    """A matrix in float32, made some rows at a time.
+
+    Args:
+        of_rows: the values of some rows.
+    """
+    result = np.empty((rows, columns), np.float32)
+    step = max(1, _AT_ONCE // max(1, columns))
+    for start in range(0, rows, step):
+        part = slice(start, min(start + step, rows))
+        result[part] = of_rows(part)
+    return result
+
+
 class _Files:
     """Tensors of a folder, by name, with the faults of what goes with them."""
 
@@ -161,17 +179,17 @@ class _Files:
         return self._found[name]
 
     def words(self, name: str) -> np.ndarray:
-        """Tensors of 32-bit integers, as unsigned."""
+        """Tensors of 32-bit integers, as unsigned; a view."""
         self.shape(name)
-        return self._home[name].read_as(name, "I32").astype(np.uint32)
+        return self._home[name].read_as(name, "I32").view("<u4")
 
     def integers(self, name: str, dtype: str) -> np.ndarray:
         self.shape(name)
         return self._home[name].read_as(name, dtype)
 
     def numbers(self, name: str) -> np.ndarray:
-        """Quantised values in float32."""
-        return self._home[name].read_as(name, "F8_E4M3", "I8").astype(np.float32)
+        """Quantised values; a view."""
+        return self._home[name].read_as(name, "F8_E4M3", "I8")
 
     def scales(self, name: str) -> np.ndarray:
         """Scales in float32.
@@ -211,10 +229,16 @@ def _of_bytes(files: _Files, settings: Mapping[str, Any], module: str):
         raise _misfit(scale, of_scale, shape)
 
     def read(_: str) -> np.ndarray:
-        values = files.numbers(name)
-        if zero in files:
-            values = values - _spread(files.integers(zero, "I8").astype(np.float32), block, shape)
-        return values * _spread(files.scales(scale), block, shape)
+        values, scales = files.numbers(name), files.scales(scale)
+        zeros = files.integers(zero, "I8").astype(np.float32) if zero in files else None
+
+        def of_rows(part: slice) -> np.ndarray:
+            some = values[part].astype(np.float32)
+            if zeros is not None:
+                some -= _spread(zeros, block, shape, part)
+            return some * _spread(scales, block, shape, part)
+
+        return _made(*shape, of_rows)
 
     parts = (WEIGHT, ".weight_scale", ".weight_scale_inv", ".weight_zero_point")
     return shape, read, parts
@@ -248,14 +272,15 @@ def _weights(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [group["weights"] for group in settings.get("config_groups", {}).values()]
 
 
-def _spread(scales: np.ndarray, block: tuple[int, int], shape: tuple[int, ...]) -> np.ndarray:
-    """Scales of blocks [.., ..] as those of numbers, or such as broadcast to them."""
+def _spread(
+    scales: np.ndarray, block: tuple[int, int], shape: tuple[int, ...], part: slice
+) -> np.ndarray:
+    """Scales of blocks [.., ..] as those of some rows' numbers, or such as broadcast to them."""
     outputs, inputs = shape
     rows, columns = block
     grid = scales.reshape(-(-outputs // rows), -(-inputs // columns))
-    if rows > 1:
-        grid = np.repeat(grid, rows, axis=0)[:outputs]
-    return grid if columns == inputs else np.repeat(grid, columns, axis=1)[:, :inputs]
+    own = grid[np.arange(part.start, part.stop) // rows]
+    return own if columns == inputs else np.repeat(own, columns, axis=1)[:, :inputs]
 
 
 def _of_words(files: _Files, settings: Mapping[str, Any], module: str):
@@ -277,13 +302,19 @@ def _of_words(files: _Files, settings: Mapping[str, Any], module: str):
     middle = 2 ** (bits - 1)
 
     def read(_: str) -> np.ndarray:
-        values = _unpack(files.words(packed), bits, axis=1)[:, : shape[1]] - middle
-        scales = files.scales(scale)
+        held, scales = files.words(packed), files.scales(scale)
         groups = _groups(files, order, shape[1], scales.shape[1])
+        zeros = None
         if zero in files:
             zeros = _unpack(files.words(zero), bits, axis=0)[: shape[0]] - middle
-            values = values - zeros[:, groups]
-        return values.astype(np.float32) * scales[:, groups]
+
+        def of_rows(part: slice) -> np.ndarray:
+            values = _unpack(held[part], bits, axis=1)[:, : shape[1]] - middle
+            if zeros is not None:
+                values -= zeros[part][:, groups]
+            return values.astype(np.float32) * scales[part][:, groups]
+
+        return _made(*shape, of_rows)
 
     parts = (".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point")
     return shape, read, (*parts, ".weight_g_idx")
@@ -327,11 +358,18 @@ def _of_gptq(files: _Files, settings: Mapping[str, Any], module: str):
     mask = 2**bits - 1
 
     def read(_: str) -> np.ndarray:
-        values = _unpack(files.words(names[0]), bits, axis=0)
+        held, scales = files.words(names[0]), files.scales(names[2])
         zeros = (_unpack(files.words(names[1]), bits, axis=1)[:, : shape[0]] + more) & mask
-        scales = files.scales(names[2])
         groups = _groups(files, module + ".g_idx", shape[1], scales.shape[0])
-        return ((values - zeros[groups]).astype(np.float32) * scales[groups]).T
+
+        def of_rows(part: slice) -> np.ndarray:  # of inputs, which lie along words
+            first = part.start // count
+            values = _unpack(held[first : -(-part.stop // count)], bits, axis=0)
+            values = values[part.start - first * count :][: part.stop - part.start]
+            own = groups[part]
+            return (values - zeros[own]).astype(np.float32) * scales[own]
+
+        return _made(shape[1], shape[0], of_rows).T
 
     return shape, read, (".qweight", ".qzeros", ".scales", ".g_idx")
 
@@ -346,14 +384,19 @@ def _of_awq(files: _Files, settings: Mapping[str, Any], module: str):
         raise _misfit(names[1], of_zeros, words)
     shape = (8 * words[1], words[0])
 
-    def columns(name: str) -> np.ndarray:
-        apart = _unpack(files.words(name), 4, axis=1)
+    def columns(words: np.ndarray) -> np.ndarray:
+        apart = _unpack(words, 4, axis=1)
         return apart.reshape(apart.shape[0], -1, 8)[..., _AWQ_ORDER].reshape(apart.shape)
 
     def read(_: str) -> np.ndarray:
-        scales = files.scales(names[2])
+        held, scales = files.words(names[0]), files.scales(names[2])
+        zeros = columns(files.words(names[1]))
         groups = np.arange(shape[1]) // (shape[1] // scales.shape[0])
-        values = columns(names[0]) - columns(names[1])[groups]
-        return (values.astype(np.float32) * scales[groups]).T
+
+        def of_rows(part: slice) -> np.ndarray:
+            own = groups[part]
+            return (columns(held[part]) - zeros[own]).astype(np.float32) * scales[own]
+
+        return _made(shape[1], shape[0], of_rows).T
 
     return shape, read, (".qweight", ".qzeros", ".scales")

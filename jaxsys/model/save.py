@@ -194,6 +194,11 @@ def _write_settings(
             described["chat_template"] = tokenizer.chat_template
             # transformers 5 looks here first.
             (folder / names.CHAT_TEMPLATE).write_text(tokenizer.chat_template, encoding="utf-8")
+        if tokenizer.tool_template is not None:
+            more = folder / names.MORE_TEMPLATES
+            more.mkdir()
+            path = more / f"{names.TOOL_TEMPLATE}.jinja"
+            path.write_text(tokenizer.tool_template, encoding="utf-8")
         _write_json(folder / names.TOKENIZER_CONFIG, described)
     _write_json(folder / names.CONFIG, settings)
 
@@ -203,7 +208,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _sync(folder: Path) -> None:
-    for path in [*folder.iterdir(), folder]:
+    for path in [*folder.rglob("*"), folder]:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)

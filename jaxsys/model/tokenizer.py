@@ -30,6 +30,7 @@ class Tokenizer:
         bos_id: id put before a text, or None.
         eos_ids: ids that end a generation, in no order of rank except that the first is `</s>`'s.
         chat_template: Jinja source, or None where the model has none.
+        tool_template: the one for chats with tools, where the model has one apart.
         special_tokens: names templates use ("bos_token", "eos_token", ...) and their text.
         limit: ids that the model has vectors for, from 0; None where that is not known. Added
             tokens may lie beyond (those of images in a text model), but no text may hold them.
@@ -44,12 +45,14 @@ class Tokenizer:
         bos_id: int | None = None,
         eos_ids: Iterable[int] = (),
         chat_template: str | None = None,
+        tool_template: str | None = None,
         special_tokens: Mapping[str, str] | None = None,
     ) -> None:
         self.backend = backend
         self.bos_id = bos_id
         self.eos_ids = tuple(dict.fromkeys(eos_ids))
         self.chat_template = chat_template
+        self.tool_template = tool_template
         self.special_tokens = dict(special_tokens or {})
 
     @property
@@ -111,6 +114,11 @@ class Tokenizer:
         """A fresh decoder for one generation."""
         return StreamDecoder(self, skip_special=skip_special)
 
+    def template_for(self, tools: Sequence[Any] | None) -> str | None:
+        """The chat template of chats with these tools, or without any; None if there is none."""
+        own = None if tools is None else self.tool_template
+        return self.chat_template if own is None else own
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -120,14 +128,17 @@ class Tokenizer:
     ) -> str:
         """Messages to the text the model was tuned on; see `render_chat`.
 
+        What is None in a message is left out of it, as transformers does.
+
         Raises:
             UsageError: if there is no template, or it refuses the messages.
         """
-        if self.chat_template is None:
+        template = self.template_for(tools)
+        if template is None:
             raise UsageError("this model has no chat template; use plain completions instead")
         return render_chat(
-            self.chat_template,
-            messages,
+            template,
+            [{k: v for k, v in message.items() if v is not None} for message in messages],
             add_generation_prompt=add_generation_prompt,
             special_tokens=self.special_tokens,
             tools=tools,

@@ -370,7 +370,7 @@ class _Face:
         self.metrics = metrics
         self.vocabulary = Vocabulary(tokenizer)
         self.templates = Templates(tokenizer)
-        self.tool_format = format_of(tokenizer.chat_template, config.tool_format)
+        self.tool_format = format_of(tokenizer.template_for(()), config.tool_format)
         self.marks = Marks(tokenizer)
         self.turns = Turns()
         self.grammars = engine.grammars or Grammars(tokenizer, tokenizer.vocab_size)
@@ -542,7 +542,7 @@ class _Face:
 
     def _reads(self, body: ChatRequest, use: ToolUse, prompt: str) -> Reads:
         """How an answer to a rendered chat is written and taken apart."""
-        form, template = self.tool_format, self.tokenizer.chat_template or ""
+        form, template = self.tool_format, self.tokenizer.template_for(use.tools or None) or ""
         going_on = bool(body.continue_final_message)
         thinking: Thinking = "no" if going_on else form.thinking(template, prompt)
         answer = body.asked_grammar()

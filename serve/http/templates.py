@@ -34,6 +34,7 @@ class Templates:
 
     def __init__(self, tokenizer: Tokenizer, *, limit_s: float = LIMIT_S):
         self.source = tokenizer.chat_template
+        self._template_for = tokenizer.template_for
         self.limit_s = limit_s
         self._special_tokens = dict(tokenizer.special_tokens)
         self._threads = ThreadPoolExecutor(PROCESSES, "template")
@@ -61,7 +62,8 @@ class Templates:
         Raises:
             UsageError: if there is no template, it refuses the messages, or takes too much.
         """
-        if self.source is None:
+        source = self._template_for(tools)
+        if source is None:
             raise UsageError("this model has no chat template; use plain completions instead")
         variables = dict(variables or {})
         taken = sorted(RESERVED & set(variables))
@@ -71,7 +73,7 @@ class Templates:
                 f"out"
             )
         asked = {
-            "template": self.source,
+            "template": source,
             "messages": list(messages),
             "tools": None if tools is None else list(tools),
             "add_generation_prompt": add_generation_prompt,
