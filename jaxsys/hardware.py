@@ -18,7 +18,7 @@ program gets that runs for seconds, and
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,11 +133,15 @@ class LinkSpec:
     """By what share compute takes longer while transfers run."""
     waiting_contention: float = 0.0
     """By what share it does beside a transfer that waits for its other end."""
+    switched_bytes_per_s: float | None = None
+    """Of collectives of more than two devices, where a switch joins these; None: as of two."""
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.bytes_per_s > 0:
-            raise UsageError(f"{self.name}: bytes_per_s={self.bytes_per_s!r} must be above 0")
+        for name in ("bytes_per_s", "switched_bytes_per_s"):
+            rate = getattr(self, name)
+            if rate is not None and not rate > 0:
+                raise UsageError(f"{self.name}: {name}={rate!r} must be above 0")
         for name in ("latency_s", "launch_s", "contention", "waiting_contention"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{self.name}: {name}={getattr(self, name)!r} must not be below 0")
@@ -152,6 +156,21 @@ class LinkSpec:
             contention=self.contention,
             waiting_contention=self.waiting_contention,
         )
+
+    def faster(self, factor: float) -> "LinkSpec":
+        """The link with so many times its rates."""
+        switched = self.switched_bytes_per_s
+        return replace(
+            self,
+            bytes_per_s=factor * self.bytes_per_s,
+            switched_bytes_per_s=None if switched is None else factor * switched,
+        )
+
+    def of_group(self, devices: int) -> Link:
+        """The link as a collective of so many devices has it."""
+        if devices <= 2 or self.switched_bytes_per_s is None:
+            return self.link
+        return replace(self.link, bytes_per_s=self.switched_bytes_per_s)
 
 
 _H100_RATES = (
@@ -187,27 +206,10 @@ to 1500 MHz); docs/energy.md says what was held out. 454,600 FLOP a cycle are 84
 multiprocessors x 4096. Below the knee memory is assumed to starve."""
 
 
-def sustained_at(clocks: Mapping[str, Any], memory_w: float, power_cap_w: float) -> float:
-    """Megahertz at which a device whose products are busy all the time draws its cap."""
-    per_ghz = clocks["clock_w"] + clocks["busy_w"] + clocks["compute_w"]
-    # Long products keep the memory busy for about a third of the time.
-    moving_w = power_cap_w - clocks["idle_w"] - memory_w / 3
-    low, high = 0.0, float(clocks["max_mhz"])
-    for _ in range(60):
-        mhz = (low + high) / 2
-        above = max(0.0, mhz - clocks["voltage_floor_mhz"]) / 1e3
-        volts = 1 + clocks["voltage_slope"] * above
-        if per_ghz * mhz / 1e3 * volts**2 > moving_w:
-            high = mhz
-        else:
-            low = mhz
-    return low
-
-
-_CAPPED_AT_500_W = sustained_at(_HOPPER_CLOCKS, 99.0, 500.0) / sustained_at(
-    _HOPPER_CLOCKS, 99.0, 700.0
-)
-"""The share of its clock that a Hopper GPU keeps at 500 of 700 W: 0.77."""
+_CAPPED_AT_500_W = 0.666
+"""The share of its rates that a Hopper GPU keeps at 500 of 700 W: fitted to torchtitan's 8B on
+eight (results/planner_published.json). Its power curve, which was fitted at 1080 MHz and above,
+would leave it 0.77 of its clock."""
 
 DEVICES: dict[str, DeviceSpec] = {
     "h100": DeviceSpec(
@@ -287,8 +289,8 @@ DEVICES: dict[str, DeviceSpec] = {
     "a100-80g": DeviceSpec(
         name="a100-80g",
         peak_flops_per_s=312e12,
-        product_flops_per_s=208e12,
-        attention_flops_per_s=174e12,
+        product_flops_per_s=235e12,
+        attention_flops_per_s=196e12,
         memory_bytes=79.1 * GIB,
         memory_bytes_per_s=2.039e12,
         clocks=ClockSpec(
@@ -297,7 +299,7 @@ DEVICES: dict[str, DeviceSpec] = {
             max_mhz=1410,
             step_mhz=15,
             sweet_spot_mhz=1005,
-            sustained_mhz=1045.0,
+            sustained_mhz=1180.5,
             product_flops_per_cycle=221_184 * 0.90,
             high_bandwidth_bytes=80 * GIB,
             achieved_bytes_per_s=1.85e12,
@@ -314,8 +316,9 @@ DEVICES: dict[str, DeviceSpec] = {
         ),
         sources={
             "peak_flops_per_s": "NVIDIA A100 80GB SXM data sheet, bf16 without sparsity",
-            "product_flops_per_s": _SHARE,
-            "attention_flops_per_s": _SHARE,
+            "product_flops_per_s": "fitted: Llama 2 7B on 128 of them, compiled, as IBM and Meta "
+            "published it (results/planner_published.json)",
+            "attention_flops_per_s": "assumed: what it is of products on an H100",
             "memory_bytes": "80 GB HBM2e less the driver's share, as nvidia-smi shows it",
             "memory_bytes_per_s": "NVIDIA A100 80GB SXM data sheet",
             "clocks": "clocks: VoltanaLLM; 90 % of 108 multiprocessors x 2048 FLOP a cycle and "
@@ -366,8 +369,8 @@ DEVICES: dict[str, DeviceSpec] = {
         ),
         sources={
             "peak_flops_per_s": "NVIDIA H100 SXM5 data sheet, at 700 W",
-            "product_flops_per_s": "assumed: the H100's at the clock that its power curve allows "
-            "at 500 W",
+            "product_flops_per_s": "the H100's, times what torchtitan's 8B on eight such GPUs was "
+            "fitted to",
             "attention_flops_per_s": "likewise",
             "memory_bytes": "assumed: 96 GB HBM2e less a driver's share",
             "memory_bytes_per_s": "torchtitan's benchmark report of December 2024",
@@ -400,9 +403,12 @@ LINKS: dict[str, LinkSpec] = {
         latency_s=8e-6,
         contention=2.2,
         waiting_contention=WAITING,
+        switched_bytes_per_s=362e9,
         sources={
             "bytes_per_s": f"{_GATHER}; ppermute of them 225 GB/s, of 512 MiB 290; the data sheet "
             "says 450 GB/s for NVLink 4",
+            "switched_bytes_per_s": "NCCL's all-reduce of 64 MiB over the eight H100s of a DGX, a "
+            "sample of github.com/NVIDIA/dgxc-benchmarking (nccl/README.md); of 256 MiB 422",
             "latency_s": _NCCL_LATENCY,
             "contention": _CONTENTION,
         },
@@ -413,7 +419,9 @@ LINKS: dict[str, LinkSpec] = {
         latency_s=8e-6,
         contention=2.2,
         waiting_contention=WAITING,
+        switched_bytes_per_s=241e9,
         sources={
+            "switched_bytes_per_s": "assumed: the share of NVLink 4's that eight H100s reach",
             "bytes_per_s": "assumed: NVLink 3's 300 GB/s times NVLink 4's measured share",
             "latency_s": _NCCL_LATENCY,
             "contention": _AS_NVLINK,
@@ -464,6 +472,20 @@ LINKS: dict[str, LinkSpec] = {
         sources={
             "bytes_per_s": "assumed: 90 % of 200 Gb/s, one adapter a device",
             "latency_s": "assumed: one NCCL step over InfiniBand",
+            "contention": _AS_HOST,
+        },
+    ),
+    "tcpx-100g": LinkSpec(
+        name="tcpx-100g",
+        bytes_per_s=8.0e9,
+        latency_s=30e-6,
+        contention=1.9,
+        waiting_contention=WAITING,
+        sources={
+            "bytes_per_s": "fitted: what MaxText's Llama 2 7B loses from one A3 node of Google "
+            "Cloud to two (results/planner_published.json); four adapters of 200 Gb/s for eight "
+            "GPUs have 12.5 GB/s a GPU",
+            "latency_s": "assumed: as TCP in one rack",
             "contention": _AS_HOST,
         },
     ),

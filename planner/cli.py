@@ -25,7 +25,7 @@ from jaxsys.planner.command import train_command
 from jaxsys.planner.costs import Precision
 from jaxsys.planner.evaluate import POLICY, plan_costs, schedule_link
 from jaxsys.planner.evaluate import microbatches as microbatches_of
-from jaxsys.planner.files import plan_file
+from jaxsys.planner.files import plan_file, pods_of
 from jaxsys.planner.lower import to_schedule
 from jaxsys.planner.named import Comparison, best_that_runs, compare, with_found
 from jaxsys.planner.plans import PATHS, Plan, Residual
@@ -82,6 +82,8 @@ def main(argv: Sequence[str], prog: str) -> int:
         link=measured.link if measured and measured.link else hardware.link(options.link),
         node_devices=options.node_devices,
         node_link=None if options.node_link is None else hardware.link(options.node_link),
+        pod_devices=options.pod_devices,
+        pod_link=None if options.pod_link is None else hardware.link(options.pod_link),
     )
     sequence_length = options.sequence_length
     if sequence_length is None:
@@ -131,7 +133,7 @@ def main(argv: Sequence[str], prog: str) -> int:
     searching = options.search or options.plan is not None
     if not searching:
         space = that_runs(Space.of(problem, microbatch_sizes=[size]))
-        effort = replace(EFFORT, work=GLANCE)
+        effort = replace(EFFORT, work=GLANCE, descent=False)
         glance = search(space, effort=effort, known=named, progress=_progress)
         runs = best_that_runs(glance)
         comparison = comparison if runs is None else with_found(comparison, problem, runs)
@@ -154,6 +156,7 @@ def main(argv: Sequence[str], prog: str) -> int:
         "link": cluster.link.name,
         "node_devices": options.node_devices,
         "node_link": options.node_link,
+        **pods_of(cluster),
         "sequence_length": sequence_length,
         "microbatch_size": size,
         "microbatches": microbatches,
@@ -245,10 +248,13 @@ def main(argv: Sequence[str], prog: str) -> int:
 def _shared_commands(
     comparison: Comparison, problem: Problem, options: argparse.Namespace, sequence_length: int
 ) -> list[str]:
-    """How the rows are run whose devices share sequences, a line for each that fits."""
+    """How the rows are run whose devices share sequences, features or experts, a line for each
+    that fits."""
     lines = []
     for row in comparison.rows:
-        if row.plan is None or row.plan.context == 1 or not row.fits or row.found:
+        if row.plan is None or not row.fits or row.found:
+            continue
+        if row.plan.context == row.plan.features == row.plan.experts == 1:
             continue
         command = train_command(
             row.plan,
@@ -420,6 +426,13 @@ def parser(prog: str) -> argparse.ArgumentParser:
     )
     add("--node-devices", type=whole(), help="devices of a node (default: all in one)")
     add("--node-link", help="link between nodes, per device")
+    add(
+        "--pod-devices",
+        type=whole(),
+        help="devices of a pod, such as a row of nodes, beyond which links are slower "
+        "(default: all in one)",
+    )
+    add("--pod-link", help="link between pods, per device")
     add("--search", action="store_true", help="search all plans, not the known strategies alone")
     add(
         "--search-seconds",

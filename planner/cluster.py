@@ -1,8 +1,12 @@
-"""Devices and the links between them, in one or two levels.
+"""Devices and the links between them, in up to three levels: nodes, and pods of nodes.
 
 Devices are numbered node by node. A group of w devices, s apart, that spans nodes runs a collective
-in two levels, first inside the node and then, with what is left for each device to move, between
-nodes:  t = ring(w_in, size) + ring(w_out, size / w_in).
+in two levels, inside nodes and, with what is left for each device to move, between them. Both send
+at once, piece by piece, so that the slower one tells the time: of a block of S bytes
+
+    t = latencies + max((w_in - 1) / w_in S / B_in, (w_out - 1) / w_out S / w_in / B_out)
+
+and likewise between pods.
 """
 
 import dataclasses
@@ -27,31 +31,28 @@ transfers hide: 5,762 to 5,605, compiled 6,667 to 6,514, in float8 8,532 to 8,38
 class GroupLink(Link):
     """What joins a group's neighbours, and how its collectives run.
 
-    Latency and rate are those of the slowest hop between neighbours.
+    Latency and rate are those of the slowest hop between neighbours, as a transfer has them.
     """
 
-    inside: Link
-    inside_devices: int
-    between: Link
-    between_devices: int
+    levels: tuple[tuple[Link, int], ...]
+    """What joins devices of a node, nodes and pods, and how many of the group it joins each."""
 
     def collective_s(self, size_bytes: float, *, devices: int, rounds: int = 1) -> float:
-        """Seconds of a two-level ring collective over the group."""
+        """Seconds of a ring collective over the group, all of its levels at once."""
         if devices == 1:  # alone there is nothing to send
             return 0.0
-        if devices != self.inside_devices * self.between_devices:
+        if devices != math.prod(ways for _, ways in self.levels):
             raise ValueError(
-                f"a group of {self.inside_devices} x {self.between_devices} devices cannot run a "
-                f"collective over {devices}"
+                f"a group of {' x '.join(str(ways) for _, ways in self.levels)} devices cannot run "
+                f"a collective over {devices}"
             )
-        time_s = self.launch_s
-        for link, ways, size in (
-            (self.inside, self.inside_devices, size_bytes),
-            (self.between, self.between_devices, size_bytes / self.inside_devices),
-        ):
+        latencies_s = sending_s = 0.0
+        for link, ways in self.levels:
             steps = rounds * (ways - 1)
-            time_s += steps * link.latency_s + steps / ways * size / link.bytes_per_s
-        return time_s
+            latencies_s += steps * link.latency_s
+            sending_s = max(sending_s, steps / ways * size_bytes / link.bytes_per_s)
+            size_bytes /= ways
+        return self.launch_s + latencies_s + sending_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,10 @@ class Cluster:
     """Devices of a node; all of them, if not given."""
     node_link: LinkSpec | None = None
     """Between nodes, per device."""
+    pod_devices: int | None = None
+    """Devices of a pod: a row of nodes, or a building, in which all are joined by `node_link`."""
+    pod_link: LinkSpec | None = None
+    """Between pods, per device."""
 
     def __post_init__(self) -> None:
         if self.devices < 1:
@@ -78,12 +83,25 @@ class Cluster:
             raise UsageError(
                 f"node_devices={self.node_devices} does not divide devices={self.devices}"
             )
+        if (self.pod_devices is None) != (self.pod_link is None):
+            raise UsageError("a cluster of pods needs both pod_devices and pod_link")
+        if self.pod_devices is None:
+            return
+        node = self.node_devices or 1
+        if self.pod_devices < 1 or self.pod_devices % node or self.devices % self.pod_devices:
+            raise UsageError(
+                f"pod_devices={self.pod_devices} must divide devices={self.devices} and be whole "
+                f"nodes of {node}"
+            )
 
     def __str__(self) -> str:
         text = f"{self.devices} x {self.device.name} over {self.link.name}"
         if self.node_link is None:
             return text
-        return f"{text}, {self.node_link.name} between nodes of {self.node_devices}"
+        text += f", {self.node_link.name} between nodes of {self.node_devices}"
+        if self.pod_link is None:
+            return text
+        return f"{text}, {self.pod_link.name} between pods of {self.pod_devices}"
 
     @property
     def nodes(self) -> int:
@@ -102,28 +120,42 @@ class Cluster:
 
     def group(self, ways: int, stride: int = 1) -> GroupLink:
         """The link of groups of `ways` devices, `stride` apart."""
-        inside = self.link.link
         node = self.node_devices or self.devices
-        within = max(1, min(ways, node // stride))
-        while ways % within:  # a group that nodes cut unevenly uses a common divisor of both
-            within -= 1
-        between = self.node_link.link if self.node_link is not None else inside
-        spans = ways > within
-        slow = between if spans else inside
+        within = self._part(ways, node // stride)
+        levels = [(self.link.of_group(within), within)]
+        if self.pod_devices is not None and self.pod_link is not None:
+            here = self._part(ways // within, self.pod_devices // max(node, stride))
+            levels += [(self._between_nodes, here)]
+            levels += [(self.pod_link.link, ways // within // here)]
+        else:
+            levels += [(self._between_nodes, ways // within)]
+        used = [link for link, count in levels if count > 1]
+        slow = used[-1] if used else self.link.link
+        if used and slow is levels[0][0]:
+            slow = self.link.link
         return GroupLink(
             latency_s=slow.latency_s,
             bytes_per_s=slow.bytes_per_s,
             launch_s=slow.launch_s,
-            contention=max(inside.contention if within > 1 else 0.0, slow.contention),
+            contention=max((link.contention for link in used), default=slow.contention),
             waiting_contention=slow.waiting_contention,
-            inside=inside,
-            inside_devices=within,
-            between=between,
-            between_devices=ways // within,
+            levels=tuple(levels),
         )
+
+    @property
+    def _between_nodes(self) -> Link:
+        return self.link.link if self.node_link is None else self.node_link.link
+
+    @staticmethod
+    def _part(ways: int, room: int) -> int:
+        """How many of a group have room together; one that is cut unevenly uses a divisor."""
+        within = max(1, min(ways, room))
+        while ways % within:
+            within -= 1
+        return within
 
     def scaled(self, *, link_bytes_per_s: float) -> "Cluster":
         """The same cluster with another rate inside its nodes."""
         return dataclasses.replace(
-            self, link=dataclasses.replace(self.link, bytes_per_s=link_bytes_per_s)
+            self, link=self.link.faster(link_bytes_per_s / self.link.bytes_per_s)
         )

@@ -6,10 +6,13 @@ whether any assignment exists. If none does, relations are left out one after an
 the rest still conflicts: what remains is a smallest set of culprits.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
+
+import numpy as np
 
 from jaxsys.errors import UsageError
 
@@ -68,14 +71,8 @@ def propagate(
     while queue:
         one = queue.pop()
         waiting.discard(id(one))
-        sets = [set(left[name]) for name in one.variables]
-        supported: list[set[Any]] = [set() for _ in one.variables]
-        for values in one.allowed:
-            if all(value in allowed for value, allowed in zip(values, sets, strict=True)):
-                for value, found in zip(values, supported, strict=True):
-                    found.add(value)
-        for name, old, found in zip(one.variables, sets, supported, strict=True):
-            if len(found) == len(old):
+        for name, found in zip(one.variables, _supported(one, left), strict=True):
+            if len(found) == len(left[name]):
                 continue
             if not found:
                 return None
@@ -85,6 +82,37 @@ def propagate(
                     queue.append(other)
                     waiting.add(id(other))
     return left
+
+
+def _supported(one: Relation, left: Domains) -> list[set[Any]]:
+    """For each variable the values that a tuple of what is left of the domains has."""
+    values, codes = _columns(one.allowed, len(one.variables))
+    keep = np.ones(len(one.allowed), bool)
+    for name, mine, column in zip(one.variables, values, codes, strict=True):
+        legal = set(left[name])
+        if len(legal) < len(mine) or not legal.issuperset(mine):
+            keep &= np.array([value in legal for value in mine], bool)[column]
+    found = []
+    for mine, column in zip(values, codes, strict=True):
+        there = np.bincount(column[keep], minlength=len(mine))
+        found.append({value for value, count in zip(mine, there, strict=True) if count})
+    return found
+
+
+@functools.lru_cache(maxsize=256)
+def _columns(
+    allowed: frozenset[tuple[Any, ...]], count: int
+) -> tuple[list[list[Any]], list[np.ndarray]]:
+    """For each variable of a relation its values, and which of them each tuple has."""
+    values: list[list[Any]] = []
+    codes: list[np.ndarray] = []
+    rows = list(allowed)
+    for place in range(count):
+        known: dict[Any, int] = {}
+        column = [known.setdefault(row[place], len(known)) for row in rows]
+        values.append(list(known))
+        codes.append(np.array(column, np.int64))
+    return values, codes
 
 
 def solutions(

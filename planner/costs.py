@@ -148,7 +148,8 @@ def block_cost(
     passes = block.elementwise_bytes / device.memory_bytes_per_s / ways
     forward = products + passes + down.time_s
     # All but attention is made again with `around-attention`, and what joins it sent again.
-    made = {"none": 0.0, "selective": passes, "around-attention": forward, "block": forward}
+    selective = passes + block.selective_flops / device.product_flops_per_s / ways
+    made = {"none": 0.0, "selective": selective, "around-attention": forward, "block": forward}
     again = made[recompute]
     passes_down = 2 if recompute in ("around-attention", "block") else 1
     joined = passes_down * down + up
@@ -174,7 +175,7 @@ def block_cost(
     else:
         back = _attended(ATTENTION_BACKWARD * attention)
     forward += there.time_s
-    if recompute == "block":
+    if recompute == "block" or (recompute == "selective" and block.selective_attention):
         again += there.time_s
         joined += Joined(time_s=there.waits_s, sent_bytes=there.sent_bytes)
 

@@ -31,7 +31,7 @@ from jaxsys.planner.costs import (
     schedule_costs,
 )
 from jaxsys.planner.orders import staged_schedule
-from jaxsys.planner.plans import PATHS, Gradient, Plan, Residual, State, Weights
+from jaxsys.planner.plans import PATHS, Gradient, Order, Plan, Residual, State, Weights
 from jaxsys.planner.problem import Problem
 from jaxsys.schedule import Costs, Data, Link, Placement, Schedule, Trace, trace
 from jaxsys.schedule.quick import QuickMemory, QuickSchedule, Totals
@@ -43,11 +43,14 @@ TICK, TICK_OF_PLAN = 15.0, 0.2
 """Likewise a tick of plans that shard, and each plan in it."""
 COMPILED = 24
 """Schedules of pipelines and rings that are kept, compiled; some MiB each."""
-FOLLOWED = 16_000
-"""Tasks of a pipeline or ring that may be followed one by one before a period is multiplied; enough
-microbatches to fill it always are."""
-STEADY_TURNS = 4
-"""Microbatches that are followed one by one; what lies between is multiplied."""
+FILLED = (2, 3, 5)
+"""Microbatches an owner, and two periods more, of schedules in which a middle is looked for that
+further ones repeat."""
+STEADY_TURNS, MOST_TURNS = 4, 64
+"""Microbatches of plans that shard which are followed one by one, and of those whose turns do not
+repeat by then; what lies between is multiplied."""
+STEADY = 1e-11
+"""By what share of a turn two may differ that are called the same."""
 POLICY: Mapping[Residual, Recompute] = {
     Residual.KEEP: "none",
     Residual.SELECTIVE: "selective",
@@ -96,6 +99,7 @@ class Evaluator:
         """How many plans have been evaluated."""
         self._sharded: dict[Plan, ShardedEvaluator] = {}
         self._staged: dict[tuple[Plan, tuple[int, ...]], Estimates] = {}
+        self._timed: dict[tuple[Plan, tuple[int, ...]], Totals] = {}
         self._compiled: set[tuple[str, Plan, int]] = set()
         self.work = 0.0
         """What has been computed, in about microseconds of a quiet core; counted, not measured."""
@@ -120,8 +124,10 @@ class Evaluator:
                 }
             )
         sharded = self.sharded(base)
-        self.work += sharded.ticks * (TICK + TICK_OF_PLAN * len(codes))
-        return sharded.evaluate(codes)
+        before = sharded.work
+        found = sharded.evaluate(codes)
+        self.work += sharded.work - before
+        return found
 
     def sharded(self, base: Plan) -> "ShardedEvaluator":
         """What evaluates the plans that share a common part without stages and ring."""
@@ -134,35 +140,30 @@ class Evaluator:
         """Estimates one plan, arrays [1]."""
         return self.evaluate(plan, np.array([plan.codes]))
 
+    def staged_step_s(self, plan: Plan) -> float:
+        """Seconds of a step of a plan whose layers rest on owners; its memory takes longer."""
+        return self._staged_times(plan).step_s
+
     def _staged_plan(self, base: Plan, codes: tuple[int, ...]) -> Estimates:
         plan = replace(base, layers=tuple(PATHS[c] for c in codes))
-        residuals = tuple(int(_PATH_RESIDUALS[c]) for c in codes)
-        key = (replace(base, layers=()), residuals)
+        key = _told_apart(plan)
         if key not in self._staged:
             self._staged[key] = self._simulate_staged(plan)
         return self._staged[key]
 
-    def _simulate_staged(self, plan: Plan) -> Estimates:
-        """A few microbatches simulated, the steady part multiplied.
+    def _staged_times(self, plan: Plan) -> Totals:
+        key = _told_apart(plan)
+        if key not in self._timed:
+            self._timed[key] = self._times(plan)
+        return self._timed[key]
 
-        Times are steady once all owners are at work, memory when the last has what it ever has.
-        """
-        ways = plan.owners
+    def _simulate_staged(self, plan: Plan) -> Estimates:
+        """As many microbatches as fill it, the turns between them and the end multiplied."""
+        ways, period = plan.owners, _period(plan)
         total = microbatches(self.problem, plan)
-        known = strategy_at(plan.choices)
-        even = plan.ring > 1 or plan.chunks > 1 or (known is not None and known.even_microbatches)
-        period = ways if even else 1
-        few = max(3 * ways + 2 * period, min(12 * ways, FOLLOWED // (2 * ways)))
-        few = min(total, few - few % period)
-        last = self._totals(plan, few)
-        step, sent, busy = last.step_s, last.sent_bytes + last.inside_bytes, last.busy_s
-        if total > few:
-            before = self._totals(plan, few - period)
-            periods = (total - few) / period
-            step += periods * (last.step_s - before.step_s)
-            sent += periods * (sent - before.sent_bytes - before.inside_bytes)
-            busy += periods * (last.busy_s - before.busy_s)
-        enough = min(total, 3 * ways if even else 2 * ways + 1)
+        times = self._staged_times(plan)
+        # Memory is what it ever is when the last owner has what it ever has.
+        enough = min(total, 3 * ways if period > 1 else 2 * ways + 1)
         peak, held = self._peak_bytes(plan, enough)
         if total > enough and held >= enough:
             # Of an order that runs every forward pass first memory grows with the microbatches.
@@ -172,11 +173,35 @@ class Evaluator:
             less, _ = self._peak_bytes(plan, more - period)
             peak += (total - more) / period * (peak - less)
         return Estimates(
-            step_s=np.array([step]),
+            step_s=np.array([times.step_s]),
             peak_bytes=np.array([peak]),
-            sent_bytes=np.array([sent]),
-            compute_s=np.array([busy - self._joins_s(plan, total)]),
+            sent_bytes=np.array([times.sent_bytes + times.inside_bytes]),
+            compute_s=np.array([times.busy_s - self._joins_s(plan, total)]),
         )
+
+    def _times(self, plan: Plan) -> Totals:
+        """A step, from as many microbatches as show what is repeated."""
+        ways, period = plan.owners, _period(plan)
+        total = microbatches(self.problem, plan)
+        for filled in () if plan.order == Order.ALL_FORWARD else FILLED:
+            few = filled * ways + 2 * period
+            few += (total - few) % period
+            if few >= total:
+                return self._totals(plan, total)
+            if _staged(_ordered(plan), few, period).quick.middle is not None:
+                return self._totals(plan, few, period=period, stands_for=total)
+        # One that repeats itself at several places, as where all forward passes come first.
+        few = FILLED[0] * ways + 2 * period
+        few += (total - few) % period
+        if few >= total:
+            return self._totals(plan, total)
+        last, before = self._totals(plan, few), self._totals(plan, few - period)
+        periods = (total - few) / period
+        grown = {
+            name: getattr(last, name) + periods * (getattr(last, name) - getattr(before, name))
+            for name in ("step_s", "busy_s", "sent_bytes", "inside_bytes")
+        }
+        return Totals(**grown)
 
     def _joins_s(self, plan: Plan, total: int) -> float:
         """What a device waits for others within its tasks in a step, which their times contain."""
@@ -210,14 +235,20 @@ class Evaluator:
             split=split_of_plan(self.problem.cluster, plan),
         )
 
-    def _totals(self, plan: Plan, count: int) -> Totals:
-        """A step of so many microbatches."""
+    def _totals(
+        self, plan: Plan, count: int, *, period: int = 0, stands_for: int | None = None
+    ) -> Totals:
+        """A step of so many microbatches, or of more that repeat its middle."""
         ordered = _ordered(plan)
-        staged = _staged(ordered, count)
+        staged = _staged(ordered, count, period)
         self._count(("times", ordered, count), staged.tasks)
         self.work += staged.tasks * SIMULATED
-        costs, _ = self._costs(plan, staged.shape)
-        return staged.quick.run(costs, schedule_link(self.problem, plan))
+        shape = staged.shape
+        if stands_for is not None:
+            shape = replace(shape, microbatches=stands_for)
+        costs, _ = self._costs(plan, shape)
+        link = schedule_link(self.problem, plan)
+        return staged.quick.run(costs, link, microbatches=stands_for)
 
     def _peak_bytes(self, plan: Plan, count: int) -> tuple[float, int]:
         """The most that a device holds of so many microbatches, and residuals of how many."""
@@ -260,6 +291,18 @@ class _Held:
     tasks: int
 
 
+def _told_apart(plan: Plan) -> tuple[Plan, tuple[int, ...]]:
+    """What makes a difference to a plan whose layers rest on owners."""
+    return replace(plan, layers=()), tuple(_RESIDUALS.index(p.residual) for p in plan.layers)
+
+
+def _period(plan: Plan) -> int:
+    """Microbatches after which the schedule of stages or a ring repeats itself."""
+    known = strategy_at(plan.choices)
+    even = plan.ring > 1 or plan.chunks > 1 or (known is not None and known.even_microbatches)
+    return plan.owners if even else 1
+
+
 def _ordered(plan: Plan) -> Plan:
     """What of a plan its schedule depends on."""
     alone = {one.name: one.default for one in fields(DividedAround)}
@@ -267,11 +310,11 @@ def _ordered(plan: Plan) -> Plan:
 
 
 @lru_cache(maxsize=COMPILED)
-def _staged(ordered: Plan, count: int) -> _Staged:
+def _staged(ordered: Plan, count: int, period: int) -> _Staged:
     schedule = staged_schedule(ordered, count)
     return _Staged(
         shape=replace(schedule, tasks=(), moves=(), starts=()),
-        quick=QuickSchedule(schedule),
+        quick=QuickSchedule(schedule, period=period),
         tasks=len(schedule.tasks),
     )
 
@@ -324,8 +367,11 @@ def schedule_link(problem: Problem, plan: Plan) -> Link:
     all.
     """
     if plan.state is State.SPLIT:
-        return problem.cluster.group(plan.group, parts_within(plan, shards=False))
-    return problem.cluster.group(plan.schedule_devices, parts_within(plan))
+        found = problem.cluster.group(plan.group, parts_within(plan, shards=False))
+    else:
+        found = problem.cluster.group(plan.schedule_devices, parts_within(plan))
+    share = problem.contention
+    return found if share is None else replace(found, contention=share, waiting_contention=share)
 
 
 def plan_costs(
@@ -365,7 +411,8 @@ class ShardedEvaluator:
         self.whole = base.state is State.WHOLE
         self.lookahead = base.lookahead
         self.turns = microbatches(problem, base) // base.shard
-        self.ticks = 2 * self.layers * min(self.turns, STEADY_TURNS)
+        self.work = 0.0
+        """See `Evaluator.work`."""
         split = split_of_plan(problem.cluster, base)
         link = schedule_link(problem, base)
         # Of a policy that the workload knows nothing of the space holds no plan.
@@ -451,8 +498,25 @@ class ShardedEvaluator:
         )
 
     def _time(self, weights: np.ndarray, gradients: np.ndarray, backward: np.ndarray) -> np.ndarray:
-        layers, ahead = self.layers, self.lookahead
+        """Seconds of a step: turns are followed until they repeat, and then multiplied."""
         turns = min(self.turns, STEADY_TURNS)
+        step, steady = self._followed(weights, gradients, backward, turns)
+        while turns < min(self.turns, MOST_TURNS) and not steady.all():
+            turns = min(self.turns, 2 * turns)
+            late = np.flatnonzero(~steady)
+            again = weights[late], gradients[late], backward[late]
+            step[late], steady[late] = self._followed(*again, turns)
+        return step
+
+    def _followed(
+        self, weights: np.ndarray, gradients: np.ndarray, backward: np.ndarray, turns: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Seconds of a step, so many turns of it followed, and whether further ones are known.
+
+        They are if a turn begins as the one before did, but for a constant: then all do.
+        """
+        layers, ahead = self.layers, self.lookahead
+        self.work += 2 * layers * turns * (TICK + TICK_OF_PLAN * len(weights))
         plans = len(weights)
         # Columns are read once a tick: layer-major and contiguous.
         refetch_forward: np.ndarray = np.ascontiguousarray(
@@ -490,10 +554,13 @@ class ShardedEvaluator:
                     sums[use + 1].append((layer, every_turn[layer]))
                 if some[3][layer]:
                     sums[base + 2 * layers + layer].append((layer, deferred[layer]))
-        starts = []
+        starts: list[np.ndarray] = []
+        waits: list[list[np.ndarray]] = []
         for tick in range(2 * layers * turns + 1):
             if tick % (2 * layers) == 0:
                 starts.append(head)
+                ends = [end for at in sorted(landing) for end in landing[at]]
+                waits.append([np.maximum(0.0, end - head) for end in (free, *ends)])
             for end in landing.pop(tick, ()):
                 head = np.maximum(head, end)
             for use, layer, mask in gathers.get(tick, ()):
@@ -522,9 +589,15 @@ class ShardedEvaluator:
         for ends in landing.values():
             for end in ends:
                 head = np.maximum(head, end)
+        steady = np.ones(plans, bool)
         if self.turns > turns:
-            head = head + (self.turns - turns) * (starts[turns - 1] - starts[turns - 2])
-        return head + self.frame.after_s + self.frame.update_s
+            turn_s = starts[turns - 1] - starts[turns - 2]
+            head = head + (self.turns - turns) * turn_s
+            last, before = waits[turns - 1], waits[turns - 2]
+            steady &= len(last) == len(before)
+            for new, old in zip(last, before, strict=False):
+                steady &= np.abs(new - old) <= STEADY * turn_s
+        return head + self.frame.after_s + self.frame.update_s, steady
 
     def _sent(
         self, weights: np.ndarray, gradients: np.ndarray, residuals: np.ndarray

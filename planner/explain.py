@@ -74,9 +74,7 @@ def _change(problem: Problem, best: Found, others: list[Found]) -> str:
 def _faster(problem: Problem, factor: float):
     cluster = problem.cluster
 
-    def scale(link):
-        return link and dataclasses.replace(link, bytes_per_s=factor * link.bytes_per_s)
-
+    links = {name: getattr(cluster, name) for name in ("link", "node_link", "pod_link")}
     return dataclasses.replace(
-        cluster, link=scale(cluster.link), node_link=scale(cluster.node_link)
+        cluster, **{name: link and link.faster(factor) for name, link in links.items()}
     )

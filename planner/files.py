@@ -11,6 +11,7 @@ from jaxsys.errors import UsageError
 from jaxsys.fields import Fields
 from jaxsys.files import read_json, shown
 from jaxsys.hardware import GIB
+from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.plans import Plan
 from jaxsys.planner.problem import Problem
 from jaxsys.planner.recognise import describe, recognise
@@ -34,8 +35,16 @@ def fingerprint(problem: Problem) -> dict[str, Any]:
         "link": cluster.link.name,
         "node_devices": cluster.node_devices,
         "node_link": None if cluster.node_link is None else cluster.node_link.name,
+        **pods_of(cluster),
         "batch": problem.batch,
     }
+
+
+def pods_of(cluster: Cluster) -> dict[str, Any]:
+    """What a file says of a cluster's pods; nothing where there are none."""
+    if cluster.pod_link is None:
+        return {}
+    return {"pod_devices": cluster.pod_devices, "pod_link": cluster.pod_link.name}
 
 
 def plan_file(problem: Problem, found: Found, *, request: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,9 +5,11 @@ recursion, a steady period of it multiplied. A strategy without a place is simul
 The fastest recompute policy that fits memory is shown, or the leanest where none fits.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from jaxsys.errors import UsageError
 from jaxsys.lowering.tables import buffers_of
@@ -30,7 +32,8 @@ MOST_TASKS = 200_000
 LONG = 32_768
 """Tokens of a sequence from which on a comparison has rows of devices that share each."""
 SHARED_WITH = ("zero-1", "zero-3")
-"""What goes on around such devices in these rows; a search looks at everything."""
+"""What goes on around devices that share sequences, features or experts in these rows; a search
+looks at everything."""
 USABLE_MEMORY = 0.92
 """The share of a device's memory that a step may take by default; the rest is for the runtime,
 collectives' buffers and fragmentation."""
@@ -147,9 +150,11 @@ def compare(
                 refused.append((called, str(error)))
             else:
                 rows.append(replace(row, strategy=called))
-    if workload.tokens // microbatch_size >= LONG:
-        progress("sharing sequences")
-        rows += _shared_rows(evaluator, microbatches, microbatch_size, policies)
+    for axis in ("features", "experts", "context"):
+        if axis == "context" and workload.tokens // microbatch_size < LONG:
+            continue
+        progress(f"sharing {'sequences' if axis == 'context' else axis}")
+        rows += _shared_rows(evaluator, axis, microbatches, microbatch_size, policies)
     if not rows:
         names_of: dict[str, list[str]] = {}  # a rule is said once, however many it refuses
         for name, why in refused:
@@ -198,7 +203,7 @@ def _row(
         plans = [
             plan_at(place, policy, devices, workload.layers, microbatch_size) for policy in policies
         ]
-        estimates = [_planned(evaluator, replace(plan, members=members)) for plan in plans]
+        estimates = _planned(evaluator, [replace(plan, members=members) for plan in plans])
     else:
         made = for_layers(
             strategy.name, devices=devices, microbatches=microbatches, layers=workload.layers
@@ -208,36 +213,56 @@ def _row(
 
 
 def _shared_rows(
-    evaluator: Evaluator, microbatches: int, microbatch_size: int, policies: Sequence[str]
+    evaluator: Evaluator,
+    axis: str,
+    microbatches: int,
+    microbatch_size: int,
+    policies: Sequence[str],
 ) -> list[Row]:
-    """For each way to share sequences the best number of devices that do."""
+    """The best number of devices that share features, experts, or in each way sequences."""
     problem = evaluator.problem
     workload, devices = problem.workload(microbatch_size), problem.cluster.devices
-    ways: dict[str, list[_Estimate]] = {}
-    for parts in range(2, devices + 1):
+    best: dict[str, list[_Estimate]] = {}
+    for way, shared in _ways_to_share(workload, axis, devices):
+        parts = shared[axis]
         around = devices // parts
-        if devices % parts or not workload.shares(parts) or microbatches % around:
+        if microbatches % (around * (parts if axis == "experts" else 1)):
             continue
-        if workload.uncut(devices) is not None:
-            continue
-        for split in splits_of(parts):
-            if workload.sharing is None or not workload.sharing.allows(split):
+        for name in SHARED_WITH:
+            place = STRATEGIES[name].place
+            assert place is not None
+            over = around * parts if axis == "context" else around
+            if over == 1 or workload.uncut(over) is not None:
                 continue
-            for name in SHARED_WITH:
-                place = STRATEGIES[name].place
-                assert place is not None
-                for policy in policies:
-                    plan = replace(
-                        plan_at(place, policy, around, workload.layers, microbatch_size),
-                        context=parts,
-                        context_by=split.by,
-                        context_exchange=split.exchange,
-                    )
-                    ways.setdefault(split.by, []).append(_planned(evaluator, plan))
+            plans = [
+                replace(plan_at(place, policy, around, workload.layers, microbatch_size), **shared)
+                for policy in policies
+            ]
+            best.setdefault(way, []).extend(_planned(evaluator, plans))
     return [
         _row_of(problem, None, workload.layers, estimates, microbatches, microbatch_size)
-        for estimates in ways.values()
+        for estimates in best.values()
     ]
+
+
+def _ways_to_share(
+    workload: Workload, axis: str, devices: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields what a row is for, and what of a plan says so."""
+    legal = {"features": workload.feature_ways, "experts": workload.expert_ways}
+    for parts in range(2, devices + 1):
+        if devices % parts:
+            continue
+        if axis != "context":
+            if parts in legal[axis]:
+                yield axis, {axis: parts}
+            continue
+        if not workload.shares(parts):
+            continue
+        for split in splits_of(parts):
+            if workload.sharing is not None and workload.sharing.allows(split):
+                how = {"context_by": split.by, "context_exchange": split.exchange}
+                yield split.by, {"context": parts, **how}
 
 
 def _row_of(
@@ -291,17 +316,21 @@ class _Estimate:
     sent_bytes: float
 
 
-def _planned(evaluator: Evaluator, plan: Plan) -> _Estimate:
-    found = evaluator.plan(plan)
-    return _Estimate(
-        recompute=POLICY[plan.layers[0].residual],
-        plan=plan,
-        not_run=why_not(plan),
-        step_s=float(found.step_s[0]),
-        compute_s=float(found.compute_s[0]),
-        peak_bytes=float(found.peak_bytes[0]),
-        sent_bytes=float(found.sent_bytes[0]),
-    )
+def _planned(evaluator: Evaluator, plans: Sequence[Plan]) -> list[_Estimate]:
+    """Of plans that differ in their layers alone."""
+    found = evaluator.evaluate(plans[0], np.array([plan.codes for plan in plans]))
+    return [
+        _Estimate(
+            recompute=POLICY[plan.layers[0].residual],
+            plan=plan,
+            not_run=why_not(plan),
+            step_s=float(found.step_s[index]),
+            compute_s=float(found.compute_s[index]),
+            peak_bytes=float(found.peak_bytes[index]),
+            sent_bytes=float(found.sent_bytes[index]),
+        )
+        for index, plan in enumerate(plans)
+    ]
 
 
 def _simulated(

@@ -23,6 +23,9 @@ class Problem:
     memory_bytes: float
     """The limit per device."""
     precision: Precision = field(default_factory=Precision)
+    contention: float | None = None
+    """By what share compute takes longer beside transfers, in a program whose compiler knew what
+    they take; None: as the cluster's links have it, in steps of `jaxsys.train`."""
     lowered: bool = False
     """Count memory as the programs of `jaxsys.lowering` allocate it, buffers that are not always
     full included; else what a schedule has alive, as papers count it."""

@@ -8,6 +8,7 @@ pass, beside what these rates predict for it. And how much products are slowed b
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ from jaxsys.model.shapes import preset
 from jaxsys.options import Parser, whole
 from jaxsys.planner.costs import Precision, block_cost
 from jaxsys.planner.rates import (
+    COLLECTIVES,
+    KERNELS,
     measure_collectives,
     measure_contention,
     measure_device,
@@ -38,6 +41,8 @@ from jaxsys.planner.workload import decoder_workload
 
 FORMAT = "jaxsys-profile-cluster"
 FORMAT_VERSION = 2
+EVERY_S = 5.0
+"""Between lines that say how far measuring is."""
 SIZES_BYTES = tuple(2**n for n in (12, 14, 16, 18, 20, 22, 24, 26, 28))
 
 
@@ -103,6 +108,33 @@ def _refuse_more_than_free(needed: float, free: float | None, *, devices: int, t
         )
 
 
+class Pace:
+    """Says how far measuring is and how long it may still take, at what it took so far."""
+
+    def __init__(self, total: int, say: Callable[[str], None]) -> None:
+        """
+        Args:
+            total: how much there is to measure.
+            say: told a line at the first, at the last, and every few seconds between.
+        """
+        self.total, self.say, self.count = total, say, 0
+        self.start_s = self.said_s = time.monotonic()
+
+    def done(self, what: str) -> None:
+        """One more is measured."""
+        now_s = time.monotonic()
+        self.count += 1
+        if self.count not in (1, self.total) and now_s - self.said_s < EVERY_S:
+            return
+        self.said_s = now_s
+        gone_s = now_s - self.start_s
+        left_s = gone_s / self.count * (self.total - self.count)
+        self.say(
+            f"{self.count} of {self.total} measured, {what} last: {gone_s:.0f} s gone, about "
+            f"{left_s:.0f} s to go"
+        )
+
+
 def build_profile(
     model: str,
     config: DecoderConfig,
@@ -125,12 +157,17 @@ def build_profile(
     if chosen[0].platform == "cpu":  # all of them have the host's memory
         needed = host_bytes(config, devices, tokens=tokens, largest_bytes=largest_bytes)
         _refuse_more_than_free(needed, free_host_bytes(), devices=devices, tokens=tokens)
+    sizes = [size for size in SIZES_BYTES if size <= largest_bytes] if devices > 1 else []
+    between = f", then 4 collectives at {len(sizes)} sizes up to {gib(sizes[-1])}" if sizes else ""
+    total = KERNELS + len(COLLECTIVES) * len(sizes)
     say(
         f"measuring products, attention, passes over memory and a block of {model} at {tokens} "
-        f"tokens on {devices} x {kind}, {repeats} runs each"
+        f"tokens on {devices} x {kind}{between}: {total} programs, each compiled and run "
+        f"{repeats} times; how long that takes is said after the first"
     )
+    pace = Pace(total, say)
     inputs = random_inputs(config, mesh, tokens=tokens, dtype=jnp.bfloat16)
-    rates = measure_device(config, mesh, inputs, repeats=repeats)
+    rates = measure_device(config, mesh, inputs, repeats=repeats, done=pace.done)
     near = min(
         DEVICES.values(),
         key=lambda spec: abs(np.log(spec.product_flops_per_s / rates["product_flops_per_s"])),
@@ -148,9 +185,8 @@ def build_profile(
     links: dict[str, Any] = {}
     link = None
     if devices > 1:
-        sizes = [size for size in SIZES_BYTES if size <= largest_bytes]
-        say(f"measuring 4 collectives at {len(sizes)} sizes up to {gib(sizes[-1])}")
-        measured = measure_collectives(mesh, sizes_bytes=sizes, repeats=repeats)
+        measured = measure_collectives(mesh, sizes_bytes=sizes, repeats=repeats, done=pace.done)
+        say("measuring products beside a gather, the last of it")
         for name, rows in measured.items():
             sent = [size * sent_share(name, devices) for size, _ in rows]
             alpha, beta = fit_line(sent, [seconds for _, seconds in rows])

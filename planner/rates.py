@@ -24,10 +24,16 @@ COLLECTIVES = ("ppermute", "all_gather", "psum_scatter", "psum")
 LONGEST_GATHER_S = 0.01
 """Of the gather beside which products are timed."""
 MOST_PRODUCTS = 64
+KERNELS = 5
+"""What `measure_device` measures."""
+
+
+Done = Callable[[str], None]
+"""Told what has just been measured."""
 
 
 def measure_collectives(
-    mesh: Mesh, *, sizes_bytes: Sequence[int], repeats: int = 10
+    mesh: Mesh, *, sizes_bytes: Sequence[int], repeats: int = 10, done: Done = lambda _: None
 ) -> dict[str, list[tuple[int, float]]]:
     """Collective -> (bytes of the block, median seconds), over the mesh's ring."""
     devices = mesh.shape[RING]
@@ -52,6 +58,7 @@ def measure_collectives(
                 about_s=rows[-1][1] if rows else 1e-3,
             )
             rows.append((4 * elements, seconds))
+            done(f"{kind} of {4 * elements} bytes")
         found[kind] = rows
     return found
 
@@ -116,7 +123,12 @@ def _of(*shape: int) -> jax.ShapeDtypeStruct:
 
 
 def measure_device(
-    config: DecoderConfig, mesh: Mesh, inputs: Mapping[str, Any], *, repeats: int = 5
+    config: DecoderConfig,
+    mesh: Mesh,
+    inputs: Mapping[str, Any],
+    *,
+    repeats: int = 5,
+    done: Done = lambda _: None,
 ) -> dict[str, float]:
     """Rates at a model's shapes, and its block's own times, all devices of the mesh at work.
 
@@ -127,11 +139,16 @@ def measure_device(
         mesh: the devices.
         inputs: `random_inputs`.
         repeats: of each program.
+        done: told what has been measured, `KERNELS` times.
     """
 
-    def seconds(run: Callable[..., Any], *names: str, about_s: float | None = None) -> float:
+    def seconds(
+        what: str, run: Callable[..., Any], *names: str, about_s: float | None = None
+    ) -> float:
         arguments = [inputs[name] for name in names]
-        return kernel_seconds(run, mesh, *arguments, repeats=repeats, about_s=about_s)
+        found = kernel_seconds(run, mesh, *arguments, repeats=repeats, about_s=about_s)
+        done(what)
+        return found
 
     def block(layer: Any, x: jax.Array) -> jax.Array:
         return bind_block(replace(config, num_layers=1), layer)(x[None])
@@ -143,17 +160,18 @@ def measure_device(
     tokens, width = inputs["x"].shape[1:]
     heads = config.num_heads * config.head_dim
     passed = inputs["passed"]
-    products_s = seconds(products, "x", "matrices")
-    attention_s = seconds(attend, "q", "k", "v")
-    pass_s = seconds(lambda x: x + 1, "passed")
-    forward_s = seconds(block, "layer", "x", about_s=2 * products_s)
+    products_s = seconds("products", products, "x", "matrices")
+    attention_s = seconds("attention", attend, "q", "k", "v")
+    pass_s = seconds("a pass over memory", lambda x: x + 1, "passed")
+    forward_s = seconds("a block forward", block, "layer", "x", about_s=2 * products_s)
+    both_s = seconds("a block forward and backward", both, "layer", "x", about_s=3 * forward_s)
     return {
         "products_s": products_s,
         "product_flops_per_s": 4.0 * tokens * width * sum(product_widths(config)) / products_s,
         "attention_flops_per_s": 2.0 * tokens * tokens * heads / attention_s,
         "memory_bytes_per_s": 2.0 * passed.nbytes / mesh.shape[RING] / pass_s,
         "block_forward_s": forward_s,
-        "block_both_s": seconds(both, "layer", "x", about_s=3 * forward_s),
+        "block_both_s": both_s,
     }
 
 

@@ -14,6 +14,7 @@ an anytime best:
 No strategy is named or special anywhere in it.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -108,6 +109,9 @@ class Effort:
     """Stop improving after this much, counted in about microseconds of a quiet core: what is found
     does not depend on how busy a machine is. The best plan so far is returned. Three times as much
     is tried while nothing fits."""
+    descent: bool = True
+    """Whether it begins with the descent from data parallelism; a short search is better off with
+    what bounds promise most."""
     tolerance: float = 0.0
     """Leave a common part alone where its bound promises less than this relative gain."""
 
@@ -181,8 +185,11 @@ class _Search:
         self.best: Found | None = None
         self.history: list[Progress] = []
         self.seen: dict[Plan, Found] = {}
+        self.slow: set[Plan] = set()
+        """Common parts whose time alone ruled them out."""
         self.skipped = 0
         self.work_before, self.bounds = evaluator.work, 0
+        self.bound_of: dict[Plan, float] = {}
         self.known: list[Found] = []
 
     def run(self, known: Sequence[Plan]) -> Result:
@@ -195,7 +202,8 @@ class _Search:
                 found = _best_of(self.space, self.evaluator, plan, np.array([plan.codes]))
                 self.known.append(found)
                 self.note(found, "known strategies", number, len(known))
-        self.descend(bases)
+        if self.effort.descent:
+            self.descend(bases)
         self.sweep(bases)
         self.refine()
         assert self.best is not None
@@ -259,63 +267,93 @@ class _Search:
         if key not in bases:  # excluded by the user or by the batch: the nearest there is
             key = min(bases, key=lambda base: _distance(base, key))
         at = self.look(bases[key], "descent")
+        if at is None:
+            return
         while not self.late:
-            near = [base for base in bases if _distance(base, key) == 1 and base not in self.seen]
+            near = [base for base in bases if _distance(base, key) == 1 and self.is_new(base)]
             bounds = {base: self.bound(bases[base]) for base in near}
             step: Found | None = None
             for base in sorted(near, key=bounds.__getitem__):
                 if bounds[base] >= at.potential or self.late:
                     break
                 found = self.look(bases[base], "descent")
-                if found.potential < at.potential * (1 - 1e-9):
+                if found is not None and found.potential < at.potential * (1 - 1e-9):
                     step = _better(step, found)
             if step is None:
                 return
             at, key = step, replace(step.plan, layers=())
 
     def sweep(self, bases: dict[Plan, Plan]) -> None:
-        rest = [base for base in bases if base not in self.seen]
+        rest = [base for base in bases if self.is_new(base)]
         bounds = {base: self.bound(bases[base]) for base in rest}
         rest.sort(key=bounds.__getitem__)
         for index, base in enumerate(rest):
-            assert self.best is not None
-            if bounds[base] >= self.best.potential * (1 - self.effort.tolerance) or self.late:
+            limit = math.inf if self.best is None else self.best.potential
+            if bounds[base] >= limit * (1 - self.effort.tolerance) or self.late:
                 self.skipped += len(rest) - index
                 return
             self.look(bases[base], "sweep", index, len(rest))
 
-    def look(self, base: Plan, phase: str, done: int = 0, total: int = 0) -> Found:
-        """The best plan of a common part with all layers on one path."""
+    def is_new(self, base: Plan) -> bool:
+        """Whether a common part has not been looked at."""
+        return base not in self.seen and base not in self.slow
+
+    def look(self, base: Plan, phase: str, done: int = 0, total: int = 0) -> Found | None:
+        """The best plan of a common part with all layers on one path; None if it is too slow.
+
+        Layers that rest on owners take a step of their own for every path, and what they hold takes
+        longer to find than their time: so that comes first, of what keeps most and is fastest.
+        """
+        key = replace(base, layers=())
         options = self.space.codes_of(base)
         assert options is not None
         rows = _uniform(base, options)
         if base.owners > 1:
+            first = replace(base, layers=tuple(PATHS[code] for code in rows[0]))
+            too_slow = self.best is not None and (
+                self.evaluator.staged_step_s(first) >= self.best.potential
+            )
+            if too_slow:
+                self.skipped += 1
+                self.slow.add(key)
+                return None
             found = self.least_recompute(base, rows)
         else:
             found = _best_of(self.space, self.evaluator, base, rows)
-        self.seen[replace(base, layers=())] = found
+        self.seen[key] = found
         self.note(found, phase, done, total)
         return found
 
     def least_recompute(self, base: Plan, rows: np.ndarray) -> Found:
-        """The best of plans that differ in recompute alone, each of which is simulated on its own.
+        """The best of plans that differ in recompute alone.
 
         What keeps more takes no longer: once one fits, or is too slow, the others are not looked
         at.
         """
         best: Found | None = None
         for row in rows:  # in the order of `Residual`: what keeps most first
+            plan = replace(base, layers=tuple(PATHS[code] for code in row))
+            limit = self.best.potential if self.best is not None else math.inf
+            if best is not None and self.evaluator.staged_step_s(plan) >= limit:
+                break
             found = _best_of(self.space, self.evaluator, base, row[None])
             best = _better(best, found)
-            slow = self.best is not None and found.step_s >= self.best.potential
-            if slow or found.peak_bytes <= self.memory_bytes:
+            if found.peak_bytes <= self.memory_bytes:
                 break
         assert best is not None
         return best
 
     def bound(self, base: Plan) -> float:
         """No plan with this common part has a lower potential."""
-        self.bounds += 1
+        # What order tasks run in, and how far ahead is gathered, makes no difference to it.
+        key = replace(base, layers=(), order="", delay=0, lookahead=1)
+        if key not in self.bound_of:
+            self.bounds += 1
+            self.bound_of[key] = self.bound_at(base)
+        return self.bound_of[key]
+
+    def bound_at(self, base: Plan) -> float:
+        """The same, computed."""
         problem = self.space.problem
         workload = problem.work(base)
         split = split_of_plan(problem.cluster, base)

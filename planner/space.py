@@ -87,7 +87,8 @@ class Space:
             domains[f"weights[{layer}]"] = tuple(Weights)
             domains[f"gradient[{layer}]"] = tuple(Gradient)
             domains[f"residual[{layer}]"] = residuals
-        return cls(problem=problem, domains=domains, rules=tuple(_rules(problem, domains)))
+        rules = _rules(problem, _legal(problem, domains), whole=False)
+        return cls(problem=problem, domains=domains, rules=tuple(rules))
 
     # Primitives. Each returns a narrower space.
 
@@ -213,7 +214,9 @@ class Space:
         """
         found = propagate(self.domains, self.relations)
         if found is None or not satisfiable(found, self.relations):
-            raise Conflict(culprits(self.domains, self.relations))
+            # Each rule by itself, where the others are not taken for granted.
+            rules = _rules(self.problem, self.domains, whole=True)
+            raise Conflict(culprits(self.domains, (*rules, *self.user)))
         return found
 
     def bases(self) -> Iterator[Plan]:
@@ -335,8 +338,33 @@ class Space:
         return None if self.problem.batch % unit else self.problem.batch // unit
 
 
-def _rules(problem: Problem, domains: Domains) -> Iterator[Relation]:
-    """Yields the built-in rules, each with its reason as label."""
+def _legal(problem: Problem, domains: Domains) -> Domains:
+    """The domains without the ways that a rule of one variable forbids."""
+    layers = problem.layers
+
+    def alone(label: str, names: tuple[str, ...], allows: Callable[..., bool]) -> Relation:
+        if len(names) == 1:
+            return relation(label, names, domains, allows)
+        return Relation(label=label, variables=names, allowed=frozenset())
+
+    legal = {name: tuple(n for n in domains[name] if n <= layers) for name in ("stages", "ring")}
+    for axis in PLANNED.values():
+        for one in axis.rules(problem, domains, alone):
+            if len(one.variables) == 1:
+                (name,) = one.variables
+                legal[name] = tuple(n for n in domains[name] if (n,) in one.allowed)
+    return {**domains, **legal}
+
+
+def _rules(problem: Problem, domains: Domains, *, whole: bool) -> Iterator[Relation]:
+    """Yields the built-in rules, each with its reason as label.
+
+    Args:
+        problem: what is planned.
+        domains: what relations are written out over.
+        whole: each says all that it allows, whatever others forbid; else what all of them allow is
+            the same, in fewer tuples.
+    """
     devices, layers, batch = problem.cluster.devices, problem.layers, problem.batch
     workload = problem.workload(1)
 
@@ -347,7 +375,11 @@ def _rules(problem: Problem, domains: Domains) -> Iterator[Relation]:
     yield Relation(
         label=f"rule: {' x '.join(WAYS)} = {devices} devices",
         variables=WAYS,
-        allowed=frozenset(_factorings(devices, [domains[name] for name in WAYS])),
+        allowed=frozenset(
+            found
+            for found in _factorings(devices, [domains[name] for name in WAYS])
+            if whole or _one_schedule(**dict(zip(WAYS, found, strict=True)))
+        ),
     )
     for axis in PLANNED.values():
         yield from axis.rules(problem, domains, rule)
@@ -419,6 +451,11 @@ def _rules(problem: Problem, domains: Domains) -> Iterator[Relation]:
         first = rule(label, (f"{what}[0]", other), allows)
         for layer in range(layers):
             yield replace(first, variables=(f"{what}[{layer}]", other))
+
+
+def _one_schedule(*, shard: int, stages: int, ring: int, members: int, **_: int) -> bool:
+    """Whether one axis at most splits the schedule's devices, and members have a ring."""
+    return (shard > 1) + (stages > 1) + (ring > 1) <= 1 and (members == 1 or ring > 1)
 
 
 def _factorings(number: int, domains: Sequence[Sequence[int]]) -> Iterator[tuple[int, ...]]:

@@ -16,7 +16,7 @@ width, V vocabulary.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 import jax
@@ -26,7 +26,7 @@ from jax.typing import DTypeLike
 
 from jaxsys.axes import EXPERT, TENSOR
 from jaxsys.context import WAYS, ContextSplit, Way
-from jaxsys.errors import UsageError
+from jaxsys.errors import UsageError, did_you_mean
 from jaxsys.layered import (
     LayeredModel,
     Parameters,
@@ -41,7 +41,7 @@ from jaxsys.model import abstract_parameters, layered
 from jaxsys.model.config import DecoderConfig
 from jaxsys.model.contract import attended, attention_heads, attention_widths, products
 from jaxsys.model.kinds import BlockKind
-from jaxsys.model.leaves import block_leaves
+from jaxsys.model.leaves import Leaf, block_leaves
 from jaxsys.model.parts import check_parts
 from jaxsys.planner.sharing import SharedSequences, splits_of
 
@@ -55,6 +55,8 @@ too short for what travels beside it."""
 PIECES = 16
 """How many such pieces a sequence has at least that plans cut: of shorter ones attention is a small
 part, and there are other ways."""
+ATTENTION = "attention"
+"""What attention makes, as recompute policies name it."""
 Traced = tuple[tuple[Recompute, BlockBytes], ...]
 """What a block keeps and holds by policy."""
 
@@ -123,6 +125,15 @@ class BlockWork:
     experts: ExpertWork | None = None
     shared: SharedSequences | None = None
     """Its attention, where other devices have the rest of its sequences."""
+    selective_flops: float = 0.0
+    """Of its products, those that `selective` computes again where it keeps some by name alone."""
+    selective_attention: bool = False
+    """Whether it computes attention again as well, likewise."""
+    selective_join: bool = False
+    """Whether it computes what a product writes to the residual again, likewise."""
+    features_hidden: float = 0.0
+    """The share of what split features send that a program sends under its products; `jaxsys.train`
+    hides none of it."""
 
     def memory(
         self, policy: str, activation_bytes: float, traced: Traced | None = None
@@ -297,6 +308,8 @@ def decoder_workload(
     dtype: DTypeLike = jnp.bfloat16,
     shortest_piece: int = SHORTEST_PIECE,
     context: ContextSplit | None = None,
+    selective: Collection[str] | None = None,
+    features_hidden: float = 0.0,
 ) -> Workload:
     """The workload of a decoder.
 
@@ -311,9 +324,13 @@ def decoder_workload(
         dtype: of compute.
         shortest_piece: tokens that plans leave in the pieces of a sequence that devices share.
         context: how sequences lie over devices: the work is then one device's part.
+        selective: what recompute `selective` keeps, by the names of `kept_names`, as programs of
+            others choose; all products and attention, as `jaxsys.train` does, if not given.
+        features_hidden: the share of what split features send that a program sends under its
+            products.
 
     Raises:
-        UsageError: if a size is not positive, or sequences cannot be cut so.
+        UsageError: if a size is not positive, a name is unknown, or sequences cannot be cut so.
     """
     for field, value in (
         ("sequence_length", sequence_length),
@@ -341,14 +358,16 @@ def decoder_workload(
     )
 
     def traced(kind: BlockKind, devices: int = 1) -> Traced:
-        return dict(zip(names, traced_with(devices)[0], strict=not c.pattern))[kind.name]
+        found = dict(zip(names, traced_with(devices)[0], strict=not c.pattern))[kind.name]
+        return found if selective is None else _kept_by_name(c, kind, selective, tokens, found)
 
     def head_held() -> float:
         return traced_with(1)[1]
 
     work = {
         kind.name: replace(
-            _block_work(c, kind, sequence_length, tokens, dtype),
+            _block_work(c, kind, sequence_length, tokens, dtype, selective),
+            features_hidden=features_hidden,
             traced=traced(kind) if context is None else (),
             # Of the many ways to share sequences few are looked at closely.
             trace=None if context is None else functools.partial(traced, kind),
@@ -405,6 +424,8 @@ def decoder_workload(
                 dtype=dtype,
                 shortest_piece=shortest_piece,
                 context=split,
+                selective=selective,
+                features_hidden=features_hidden,
             )
         ),
         keeps_attention=context is not None or (fused_attention and dtype.itemsize == 2),
@@ -466,6 +487,7 @@ def _block_work(
     sequence_length: int,
     tokens: int,
     dtype: np.dtype,
+    selective: Collection[str] | None = None,
 ) -> BlockWork:
     """One block of a kind: what its tokens multiply, not what it holds."""
     c = config
@@ -481,6 +503,9 @@ def _block_work(
         + 3 * inner  # silu(gate) * up
     )
     keys = attended(kind.window, sequence_length)
+    again: tuple[Leaf, ...] = ()
+    if selective is not None:
+        again = _made_again(c, kind, selective)
     return BlockWork(
         parameters=c.block_parameter_count(kind),
         product_flops=2.0
@@ -488,7 +513,68 @@ def _block_work(
         * tokens,
         attention_flops=2.0 * keys * (queries + values) * tokens,
         elementwise_bytes=float(dtype.itemsize * passes * tokens),
+        selective_flops=2.0 * sum(leaf.size * leaf.active for leaf in again) * tokens,
+        selective_attention=selective is not None and ATTENTION not in selective,
+        selective_join=any(leaf.fill == "residual" for leaf in again),
     )
+
+
+def kept_names(config: DecoderConfig) -> tuple[str, ...]:
+    """What a recompute policy of a decoder can keep by name: `attention`, and what each matrix of a
+    block makes, such as `query` or `up`; an expert's has the same name."""
+    matrices = (
+        leaf.path[-1] for kind in config.kinds for leaf in block_leaves(config, kind) if leaf.reads
+    )
+    return (ATTENTION, *dict.fromkeys(matrices))
+
+
+def _made_again(config: DecoderConfig, kind: BlockKind, kept: Collection[str]) -> tuple[Leaf, ...]:
+    """The matrices of a block whose products are computed again where these are kept.
+
+    What a block adds to the residual last, no backward pass reads.
+
+    Raises:
+        UsageError: if a name is unknown.
+    """
+    known = kept_names(config)
+    for name in kept:
+        if name not in known:
+            raise UsageError(
+                f"{name!r} is nothing that a block of this model makes"
+                f"{did_you_mean(name, known)}; it makes {', '.join(known)}"
+            )
+    last = (
+        () if config.norm_places != "before" else ("down", "out") if config.parallel else ("down",)
+    )
+    return tuple(
+        leaf
+        for leaf in block_leaves(config, kind)
+        if leaf.reads is not None and leaf.path[-1] not in (*kept, *last)
+    )
+
+
+def _kept_by_name(
+    config: DecoderConfig, kind: BlockKind, kept: Collection[str], tokens: int, traced: Traced
+) -> Traced:
+    """What a block keeps and holds where `selective` keeps its input and these alone.
+
+    What is made again is held while the block's backward pass runs.
+    """
+    _, values = attention_widths(config)
+    width = dict.fromkeys(kept_names(config), 0.0)
+    for leaf in block_leaves(config, kind):
+        if leaf.reads is not None:
+            width[leaf.path[-1]] += (
+                leaf.shape[-1] * leaf.active * (leaf.shape[0] if len(leaf.shape) == 3 else 1)
+            )
+    width[ATTENTION] = values + 2.0 * config.num_heads  # and a log-sum-exp a head, in float32
+    bfloat16 = 2.0 * tokens
+    residual = bfloat16 * (config.hidden_size + sum(width[name] for name in set(kept)))
+    again = sum(width[leaf.path[-1]] for leaf in _made_again(config, kind, kept))
+    again += 0.0 if ATTENTION in kept else width[ATTENTION]
+    whole = dict(traced)["selective"]
+    found = replace(whole, residual=residual, work=whole.work + bfloat16 * again)
+    return tuple((name, found if name == "selective" else one) for name, one in traced)
 
 
 @functools.lru_cache(maxsize=256)

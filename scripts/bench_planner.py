@@ -92,7 +92,9 @@ def run_map(model: str) -> None:
     for memory in MAP_MEMORY_GIB:
         for tokens in MAP_TOKENS:
             for rate in MAP_LINKS_GB_PER_S:
-                wire = dataclasses.replace(link("nvlink"), name="wire", bytes_per_s=1e9 * rate)
+                wire = dataclasses.replace(
+                    link("nvlink"), name="wire", bytes_per_s=1e9 * rate, switched_bytes_per_s=None,
+                )  # fmt: skip
                 problem = llama_problem(model, config, tokens, memory, wire, devices=8, turns=8)
                 space = Space.of(problem, microbatch_sizes=[1]).domain("lookahead", 1)
                 result = search(space, effort=MAP_EFFORT)

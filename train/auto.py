@@ -13,6 +13,7 @@ from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.costs import Precision
 from jaxsys.planner.function_workload import layered_workload
 from jaxsys.planner.named import compare
+from jaxsys.planner.plans import Plan
 from jaxsys.planner.workload import Workload
 from jaxsys.schedule import Schedule
 from jaxsys.strategies import for_layers
@@ -156,6 +157,11 @@ def _cluster(devices: list[Any], link: str | None) -> Cluster:
     )
 
 
+def _alone(plan: Plan) -> bool:
+    """Whether each device computes its tasks by itself; of others the caller has no layout."""
+    return plan.context == plan.features == plan.experts == 1
+
+
 def _fastest(
     workload: Workload,
     cluster: Cluster,
@@ -174,17 +180,16 @@ def _fastest(
         precision=precision,
         recompute=recompute,
     )
-    # Of rows with sequences that several devices share, the caller has no layout.
-    able = [row for row in found.rows if row.plan is None or row.plan.context == 1]
-    able = [row for row in able if row.fits and (shared or row.members == 1)]
-    fitting = sorted(able, key=lambda row: row.step_s)
+    able = [row for row in found.rows if row.plan is None or _alone(row.plan)]
+    able = [row for row in able if shared or row.members == 1]
+    fitting = sorted((row for row in able if row.fits), key=lambda row: row.step_s)
     runnable = [row for row in fitting if row.not_run is None]
     if not runnable:
         only = "" if recompute is None else f" with recompute {recompute}"
+        least = hardware.gib(min(row.memory_bytes for row in able))
         raise UsageError(
             f"no strategy{only} fits {hardware.gib(found.memory_bytes)} a device; the least that "
-            f"any needs is {hardware.gib(found.smallest_memory_bytes)}: use more devices or "
-            "shorter sequences"
+            f"any needs is {least}: use more devices or shorter sequences"
         )
     best = runnable[0]
     reason = (

@@ -5,6 +5,7 @@ it holds copies at once). Each tick becomes a row of small integers per device: 
 which to write, which chunk and microbatch. `bodies` folds the ticks into loops.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from jaxsys.errors import UsageError
 from jaxsys.schedule import (
     ALL,
     Copy,
+    Data,
     Move,
     MoveKind,
     Placement,
@@ -68,10 +70,64 @@ class Buffers:
 
 def buffers_of(schedule: Schedule, found: Trace) -> Buffers:
     """The buffers of a checked schedule's tables, without the tables."""
-    builder = _Builder(schedule, found)
-    builder.assign_slots()
-    rows = dict.fromkeys(builder.group_row(tick) for tick in range(schedule.ticks))
-    return Buffers(slots=builder.slots, groups=tuple(rows))
+    return Buffers(
+        slots=_most_at_once(schedule, found),
+        groups=tuple(
+            dict.fromkeys(
+                tuple(sorted(_grouped(row, found), key=lambda group: group.key))
+                for row in schedule.moves_by_start
+            )
+        ),
+    )
+
+
+def _most_at_once(schedule: Schedule, found: Trace) -> dict[BufferKey, int]:
+    """For each buffer the most copies that one device has of it at once: as many slots do."""
+    spans: dict[BufferKey, list[tuple[int, int, int]]] = {}
+    for copy in found.copies:
+        span = copy.device, copy.born, copy.last_use + 1
+        spans.setdefault((copy.block.data, copy.block.lane), []).append(span)
+    most = {}
+    width = schedule.ticks + 3
+    for key, rows in spans.items():
+        device, born, gone = np.array(rows).T
+        places = schedule.devices * width
+        change = np.bincount(device * width + born, minlength=places)
+        change -= np.bincount(device * width + gone, minlength=places)
+        most[key] = int(change.reshape(schedule.devices, width).cumsum(1).max())
+    return most
+
+
+def _grouped(moves: Sequence[Move], found: Trace) -> dict[GroupSignature, list[Move]]:
+    """A tick's moves in groups that one collective carries: of each device one to send and one to
+    receive at most."""
+    groups: dict[GroupSignature, list[Move]] = {}
+    sources: dict[GroupSignature, set[int]] = {}
+    targets: dict[GroupSignature, set[int]] = {}
+    for move in moves:
+        signature = _signature(move, found)
+        while signature in groups and (
+            move.source == ALL
+            or move.source in sources[signature]
+            or move.target in targets[signature]
+        ):
+            signature = replace(signature, number=signature.number + 1)
+        groups.setdefault(signature, []).append(move)
+        sources.setdefault(signature, set()).add(move.source)
+        targets.setdefault(signature, set()).add(move.target)
+    return groups
+
+
+def _signature(move: Move, found: Trace) -> GroupSignature:
+    block = move.block
+    return GroupSignature(
+        kind=move.kind,
+        source=(block.data, block.lane),
+        target=(block.data, block.lane if move.to_lane is None else move.to_lane),
+        exposed=move.arrive == move.start,
+        # Only sums merge, and other moves take long to look up.
+        merge=block.data is Data.GRADIENT and move in found.merges,
+    )
 
 
 def build_tables(schedule: Schedule, found: Trace) -> Tables:
@@ -198,15 +254,7 @@ class _Builder:
 
     def group_row(self, tick: int) -> tuple[GroupSignature, ...]:
         everyone = range(self.schedule.devices)
-        groups: dict[GroupSignature, list[Move]] = {}
-        for move in self.schedule.moves_by_start[tick]:
-            signature = self.group_signature(move)
-            while any(
-                move.source == ALL or m.source == move.source or m.target == move.target
-                for m in groups.get(signature, ())
-            ):
-                signature = replace(signature, number=signature.number + 1)
-            groups.setdefault(signature, []).append(move)
+        groups = _grouped(self.schedule.moves_by_start[tick], self.found)
         row = []
         for group, moves in groups.items():
             for move in moves:
@@ -230,15 +278,6 @@ class _Builder:
                 )
             )
         return tuple(sorted(row, key=lambda group: group.key))
-
-    def group_signature(self, move: Move) -> GroupSignature:
-        return GroupSignature(
-            kind=move.kind,
-            source=(move.block.data, move.block.lane),
-            target=(move.landed.data, move.landed.lane),
-            exposed=move.arrive == move.start,
-            merge=move in self.found.merges,
-        )
 
     def local_chunks(self) -> np.ndarray:
         schedule = self.schedule

@@ -7,17 +7,16 @@ kind of data on top of what is there all step long.
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
+from typing import TYPE_CHECKING, Any
 
 from jaxsys.files import write_whole
 
 from .inside import Inside
 from .schedule import Data, Move, Task, TaskKind
 from .simulate import Event, Simulation
+
+if TYPE_CHECKING:  # it takes longer to import than most plans do; only pictures need it
+    from matplotlib.axes import Axes
 
 GIB = 2**30
 TASK_COLOURS: Mapping[TaskKind, str] = {
@@ -112,6 +111,8 @@ def draw(simulation: Simulation, path: str | Path, *, title: str | None = None) 
         path: where to write it.
         title: the schedule's name and its step time, if not given.
     """
+    from matplotlib.figure import Figure
+
     schedule = simulation.schedule
     figure = Figure(figsize=(12, 2.6 + 0.42 * schedule.devices), layout="constrained")
     grid = figure.add_gridspec(2, 1, height_ratios=[0.6 + 0.42 * schedule.devices, 1.9])
@@ -126,12 +127,14 @@ def draw(simulation: Simulation, path: str | Path, *, title: str | None = None) 
     figure.savefig(path, format="png", dpi=110)
 
 
-def draw_timeline(simulation: Simulation, axes: Axes) -> None:
+def draw_timeline(simulation: Simulation, axes: "Axes") -> None:
     """Draws compute (thick) and sends (thin, below it) of each device against milliseconds.
 
     What devices that compute a task together send each other is drawn on it, and what the members
     of a place send each other before and after it beside it.
     """
+    from matplotlib.patches import Patch
+
     schedule = simulation.schedule
     bars: dict[tuple[int, str, str], list[tuple[float, float]]] = {}
     used: set[TaskKind] = set()
@@ -166,7 +169,7 @@ def draw_timeline(simulation: Simulation, axes: Axes) -> None:
     axes.legend(handles=handles, loc="upper right", ncols=4, fontsize="small")
 
 
-def draw_memory(simulation: Simulation, axes: Axes) -> None:
+def draw_memory(simulation: Simulation, axes: "Axes") -> None:
     """Draws the fullest device's memory against milliseconds, stacked by kind of data."""
     peaks = simulation.peak_bytes
     device = peaks.index(max(peaks))

@@ -5,6 +5,8 @@ enforces the data rules as it goes: an input must be where and when it is used, 
 contribution must reach the parameters' place of rest exactly once.
 """
 
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .schedule import (
@@ -51,13 +53,16 @@ class Trace:
     """All copies of a schedule, and where its gradients end."""
 
     copies: tuple[Copy, ...]
+    """Device by device, in order of birth."""
     contributions: tuple[Contribution, ...]
     merges: frozenset[Move]
     """Gradient moves that land on an accumulator that is already there, and are added to it."""
 
-    def on_device(self, device: int) -> list[Copy]:
+    def on_device(self, device: int) -> Sequence[Copy]:
         """The copies on one device, in order of birth."""
-        return [copy for copy in self.copies if copy.device == device]
+        low = bisect_left(self.copies, device, key=lambda copy: copy.device)
+        high = bisect_right(self.copies, device, key=lambda copy: copy.device)
+        return self.copies[low:high]
 
 
 @dataclass(slots=True)
@@ -158,7 +163,7 @@ class _Tracer:
                 self.read(task)
             for task in tasks:
                 for block in task_outputs(schedule, task):
-                    self.open(block, task.device, born=tick + 1, made_at=tick, by=str(task))
+                    self.open(block, task.device, born=tick + 1, made_at=tick, by=task)
             for move in landing.pop(tick + 1, []):
                 self.land(move)
             for task in tasks:
@@ -174,7 +179,7 @@ class _Tracer:
             merges=frozenset(self.merges),
         )
 
-    def open(self, block: Block, device: int, *, born: int, made_at: int, by: str) -> _Open:
+    def open(self, block: Block, device: int, *, born: int, made_at: int, by: Task | Move) -> _Open:
         held = self.held[device]
         if block in held:
             if block.data in (Data.ACTIVATION, Data.COTANGENT, Data.RESIDUAL, Data.TAP):
@@ -198,7 +203,7 @@ class _Tracer:
         )
         return copy
 
-    def use(self, block: Block, device: int, tick: int, *, by: str) -> None:
+    def use(self, block: Block, device: int, tick: int, *, by: Task | Move) -> None:
         copy = self.held[device].get(block)
         if copy is None or copy.born > tick:
             raise ScheduleError(f"{by} needs {block} on device {device}, where it is not")
@@ -206,7 +211,7 @@ class _Tracer:
 
     def read(self, task: Task) -> None:
         for block in task_inputs(self.schedule, task):
-            self.use(block, task.device, task.tick, by=str(task))
+            self.use(block, task.device, task.tick, by=task)
             # Activations and their like are read once, by the one task they are made for.
             if block.data in (Data.ACTIVATION, Data.COTANGENT, Data.RESIDUAL, Data.TAP):
                 self.close(block, task.device)
@@ -225,7 +230,7 @@ class _Tracer:
             raise ScheduleError(f"{move}: a copy stays on its device")
         if move.kind is MoveKind.PERMUTE and move.source == move.target:
             raise ScheduleError(f"{move}: a permute goes to another device")
-        self.use(block, move.source, move.start, by=str(move))
+        self.use(block, move.source, move.start, by=move)
         self.held[move.source][block].last_use = max(
             self.held[move.source][block].last_use, busy_until
         )
@@ -246,7 +251,7 @@ class _Tracer:
         parts: set[int] = set()
         for device in range(self.schedule.devices):
             if move.block in self.held[device]:
-                self.use(move.block, device, move.start, by=str(move))
+                self.use(move.block, device, move.start, by=move)
                 self.held[device][move.block].last_use = busy_until
                 gone = self.close(move.block, device)
                 if parts & gone.parts:
@@ -260,7 +265,7 @@ class _Tracer:
         block = move.landed
         if move.kind is MoveKind.ALL_GATHER:
             for device in range(self.schedule.devices):
-                self.open(block, device, born=move.arrive, made_at=move.start, by=str(move))
+                self.open(block, device, born=move.arrive, made_at=move.start, by=move)
             return
         if move.kind in (MoveKind.REDUCE_SCATTER, MoveKind.ALL_REDUCE):
             done = self.reduced.setdefault(block.chunk, set())
@@ -270,14 +275,12 @@ class _Tracer:
             done |= parts
             return
         if block.data is not Data.GRADIENT:
-            self.open(block, move.target, born=move.arrive, made_at=move.start, by=str(move))
+            self.open(block, move.target, born=move.arrive, made_at=move.start, by=move)
             return
         parts = self.sent_parts.pop(id(move))
         there = self.held[move.target].get(block)
         if there is None:
-            there = self.open(
-                block, move.target, born=move.arrive, made_at=move.start, by=str(move)
-            )
+            there = self.open(block, move.target, born=move.arrive, made_at=move.start, by=move)
         else:
             self.merges.add(move)
         if there.parts & parts:
@@ -289,9 +292,7 @@ class _Tracer:
         there = self.held[task.device].get(block)
         fresh = there is None
         if there is None:
-            there = self.open(
-                block, task.device, born=task.tick + 1, made_at=task.tick, by=str(task)
-            )
+            there = self.open(block, task.device, born=task.tick + 1, made_at=task.tick, by=task)
         if task.microbatch in there.parts or task.microbatch in self.reduced.get(task.chunk, ()):
             raise ScheduleError(f"{task} adds its gradient a second time")
         there.parts.add(task.microbatch)

@@ -41,21 +41,25 @@ class Features(PlannedAxis):
     ) -> tuple[Joined, Joined]:
         del device
         ways, link, joins = split.parts.features, split.links[self.name], block.joins
+        seen = 1.0 - block.features_hidden
         if joins is None:
 
             def times(count: int) -> Joined:
                 return Joined(
-                    time_s=count * link.collective_s(activation_bytes, devices=ways),
+                    time_s=seen * count * link.collective_s(activation_bytes, devices=ways),
                     sent_bytes=count * (ways - 1) / ways * activation_bytes,
                 )
 
-            return times(4), times(4 if recompute in ("around-attention", "block") else 6)
+            if recompute in ("around-attention", "block"):
+                return times(4), times(4)
+            return times(4), times(7 if recompute == "selective" and block.selective_join else 6)
 
         def summed(size_bytes: float, times: float) -> Joined:
             if not times:
                 return Joined()
+            one_s = link.collective_s(size_bytes / times, devices=ways, rounds=2)
             return Joined(
-                time_s=times * link.collective_s(size_bytes / times, devices=ways, rounds=2),
+                time_s=seen * times * one_s,
                 sent_bytes=2 * (ways - 1) / ways * size_bytes,
             )
 

@@ -45,7 +45,10 @@ def test_devices_are_known_by_what_drivers_call_them() -> None:
 @pytest.mark.parametrize("name", LINKS)
 def test_every_link_figure_has_a_source(name: str) -> None:
     spec = link(name)
-    assert set(spec.sources) == {"bytes_per_s", "latency_s", "contention"}
+    switched = {"switched_bytes_per_s"} if spec.switched_bytes_per_s else set()
+    assert set(spec.sources) == {"bytes_per_s", "latency_s", "contention"} | switched
+    assert spec.of_group(2) == spec.link
+    assert spec.of_group(8).bytes_per_s == (spec.switched_bytes_per_s or spec.bytes_per_s)
     fixed = spec.launch_s + spec.latency_s
     assert spec.link.transfer_s(1e9) == pytest.approx(fixed + 1e9 / spec.bytes_per_s)
 
@@ -79,3 +82,10 @@ def test_sizes_have_three_significant_digits_and_limits_are_not_rounded_down():
     for size in (0.00012341, 0.04442, 7.5, 9.9999, 61.94, 99.96, 171.62):
         limit = float(gib(size * GIB, up=True).split()[0])
         assert size <= limit <= 1.01 * size
+
+
+def test_a_faster_link_is_faster_between_any_number_of_devices() -> None:
+    twice = link("nvlink").faster(2)
+    assert twice.of_group(2).bytes_per_s == 2 * link("nvlink").of_group(2).bytes_per_s
+    assert twice.of_group(8).bytes_per_s == 2 * link("nvlink").of_group(8).bytes_per_s
+    assert link("ib-400").faster(2).switched_bytes_per_s is None

@@ -9,17 +9,16 @@ import numpy as np
 import pytest
 
 from jaxsys.context import ContextSplit
-from jaxsys.hardware import GIB, device, link
-from jaxsys.model import preset
+from jaxsys.errors import UsageError
+from jaxsys.hardware import device, link
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.evaluate import Evaluator, plan_costs, schedule_link
 from jaxsys.planner.lower import to_schedule
-from jaxsys.planner.named import plan_at
 from jaxsys.planner.orders import legal_order
 from jaxsys.planner.plans import PATHS, Backward, Order, Plan, Residual, State
 from jaxsys.planner.problem import Problem
 from jaxsys.planner.sharing import SharedSequences
-from jaxsys.planner.workload import BlockWork, EdgeWork, Workload, decoder_workload
+from jaxsys.planner.workload import BlockWork, EdgeWork, Workload
 from jaxsys.schedule import simulate
 from jaxsys.strategies import STRATEGIES
 
@@ -199,7 +198,7 @@ def test_many_microbatches_are_multiplied_from_few(seed):
     problem = problem_of(seed, batch=8 * 12)
     layers = tuple(rng.choice(PATHS) for _ in range(5))
     plan = Plan(shard=8, state=State.SPLIT, lookahead=rng.choice([1, 2]), layers=layers)
-    assert_equal(problem, plan, rel=2e-3)
+    assert_equal(problem, plan)
 
 
 PIPELINES = [
@@ -226,8 +225,9 @@ def test_stages(order, backward, delay, chunks, batch):
         layers=(PATHS[0],) * 8,
     )
     found, wanted = Evaluator(problem).plan(plan), exact(problem, plan)
-    # Many microbatches are multiplied from few, which orders with gaps forgive least.
-    assert found.step_s[0] == pytest.approx(wanted.step_s, rel=1.5e-2)
+    # Of all forward passes first, what more microbatches take is multiplied from two counts.
+    close = 1.5e-2 if order == Order.ALL_FORWARD else 1e-9
+    assert found.step_s[0] == pytest.approx(wanted.step_s, rel=close)
     assert found.peak_bytes[0] == pytest.approx(max(wanted.peak_bytes), rel=1e-9)
 
 
@@ -249,7 +249,7 @@ def test_rings(order, backward, delay, batch):
         layers=(PATHS[1],) * 8,
     )
     found, wanted = Evaluator(problem).plan(plan), exact(problem, plan)
-    assert found.step_s[0] == pytest.approx(wanted.step_s, rel=5e-3)
+    assert found.step_s[0] == pytest.approx(wanted.step_s, rel=1e-9)
     assert found.peak_bytes[0] == pytest.approx(max(wanted.peak_bytes), rel=1e-9)
 
 
@@ -261,10 +261,10 @@ def test_rings_of_nodes(ring, members, features, order):
     problem = problem_of(6, layers=8, batch=64)
     plan = Plan(ring=ring, members=members, features=features, order=order, layers=(PATHS[1],) * 8)
     found, wanted = Evaluator(problem).plan(plan), exact(problem, plan)
-    assert found.step_s[0] == pytest.approx(wanted.step_s, rel=5e-3)
+    assert found.step_s[0] == pytest.approx(wanted.step_s, rel=1e-9)
     assert found.peak_bytes[0] == pytest.approx(max(wanted.peak_bytes), rel=1e-9)
     sent = max(wanted.sent_bytes) + max(wanted.inside_bytes)
-    assert found.sent_bytes[0] == pytest.approx(sent, rel=2e-2)
+    assert found.sent_bytes[0] == pytest.approx(sent, rel=1e-9)
 
 
 def test_a_ring_of_nodes_sends_a_chunk_between_them_once_and_rests_in_pieces():
@@ -317,26 +317,30 @@ def test_more_nodes_wait_for_the_slowest():
     assert many.slowest.memory_bytes == many.device.memory_bytes
 
 
-@pytest.mark.parametrize(
-    ("devices", "tokens_per_s", "memory_gib"), [(8, 6667, 77.0), (128, 6514, 62.0)]
-)
-def test_a_published_run_on_capped_gpus(devices, tokens_per_s, memory_gib):
-    """torchtitan, December 2024: Llama 3.1 8B, FSDP, compiled, selective recompute, 2 x 8,192."""
-    config = preset("Llama-3.1-8B")
-    spread = {"node_devices": 8, "node_link": link("ib-400")} if devices > 8 else {}
-    problem = Problem(
-        workload_of=lambda size: decoder_workload(
-            "8b", config, sequence_length=8192, microbatch_size=size
-        ),
-        cluster=Cluster(
-            device=device("h100-96g-500w"), devices=devices, link=link("nvlink"), **spread
-        ),
-        batch=2 * devices,
-        memory_bytes=1e12,
-        lowered=True,
+def test_both_levels_of_a_group_send_at_once_and_the_slower_one_tells_the_time():
+    """Three levels: eight of a node, four nodes of a pod, two pods."""
+    fast, node, pod = (
+        replace(link("ib-400"), name=name, bytes_per_s=rate, latency_s=late, launch_s=0.0)
+        for name, rate, late in (("a", 100e9, 1e-6), ("b", 50e9, 1e-5), ("c", 1e9, 1e-4))
     )
-    place = STRATEGIES["zero-3"].place
-    assert place is not None
-    found = Evaluator(problem).plan(plan_at(place, "selective", devices, config.num_layers, 2))
-    assert 2 * 8192 / found.step_s[0] == pytest.approx(tokens_per_s, rel=0.15)
-    assert found.peak_bytes[0] / GIB == pytest.approx(memory_gib, rel=0.05)
+    cluster = Cluster(
+        device=device("h100"), devices=64, link=fast, node_devices=8, node_link=node,
+        pod_devices=32, pod_link=pod,
+    )  # fmt: skip
+    size = 8e9
+    assert str(cluster).endswith("b between nodes of 8, c between pods of 32")
+    late = 7 * 1e-6 + 3 * 1e-5
+    in_pod = cluster.group(32)
+    assert [ways for _, ways in in_pod.levels] == [8, 4, 1]
+    # A node's 7/8 of 8 GB at 100 GB/s, or 3/4 of 1 GB at 50 GB/s.
+    assert in_pod.collective_s(size, devices=32) == pytest.approx(late + 0.07)
+    everyone = cluster.group(64)
+    assert everyone.bytes_per_s == 1e9
+    assert everyone.collective_s(size, devices=64) == pytest.approx(late + 1e-4 + 0.125)
+    assert [ways for _, ways in cluster.group(4, 8).levels] == [1, 4, 1]
+    assert [ways for _, ways in cluster.group(2, 32).levels] == [1, 1, 2]
+    assert [ways for _, ways in cluster.group(8, 4).levels] == [2, 4, 1]
+    with pytest.raises(UsageError, match="pod_devices=12 must divide devices=64 and be whole"):
+        replace(cluster, pod_devices=12)
+    with pytest.raises(UsageError, match="needs both pod_devices and pod_link"):
+        replace(cluster, pod_link=None)

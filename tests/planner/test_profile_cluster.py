@@ -61,10 +61,28 @@ def test_command_measures_and_plan_uses_it(tmp_path, capsys, monkeypatch):
     assert profile.device.product_flops_per_s > 0
     assert profile.link is not None
     assert profile.link.contention >= 0
+    said = capsys.readouterr().err
+    assert "then 4 collectives at 3 sizes up to 0.000977 GiB: 17 programs, each compiled" in said
+    assert "1 of 17 measured, products last: " in said and " s to go" in said
+    assert "17 of 17 measured, psum of 1048576 bytes last: " in said
     assert main(command) == 2  # not overwritten
     plan = ["plan", "--model", "tiny", "--devices", "2", "--profile", str(path)]
     assert main(plan) == 0
     assert "measured" in capsys.readouterr().out
+
+
+def test_progress_is_said_at_the_first_the_last_and_every_few_seconds(monkeypatch):
+    now, said = [100.0], []
+    monkeypatch.setattr(profile.time, "monotonic", lambda: now[0])
+    pace = profile.Pace(5, said.append)
+    for seconds in (4, 1, 1, 6, 3):
+        now[0] += seconds
+        pace.done("a block")
+    assert [line.split(",")[0] for line in said] == [
+        "1 of 5 measured", "4 of 5 measured", "5 of 5 measured"
+    ]  # fmt: skip
+    assert said[0].endswith("4 s gone, about 16 s to go")
+    assert said[1].endswith("12 s gone, about 3 s to go")
 
 
 def test_other_files_are_refused(tmp_path):

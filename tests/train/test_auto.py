@@ -29,7 +29,10 @@ def test_takes_the_fastest_that_fits_and_runs():
     choice = auto.choose(WORKLOAD, [H100] * 8, microbatches=16)
     cluster = Cluster(device=hardware.device("h100"), devices=8, link=hardware.link("nvlink"))
     rows = compare(WORKLOAD, cluster, microbatches=16).rows
-    assert {row.strategy for row in rows} == set(strategies.NAMES)
+    # Rows whose devices share features are for `jaxsys plan`; auto has no layout for them.
+    assert {row.strategy for row in rows if row.plan is None or row.plan.features == 1} == set(
+        strategies.NAMES
+    )
     able = [row for row in rows if row.fits and row.strategy in strategies.NAMES]
     best = min(able, key=lambda row: row.step_s)
     assert choice.schedule.name == best.strategy and choice.recompute == best.recompute
