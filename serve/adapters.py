@@ -58,6 +58,31 @@ class Adapter:
     """Seconds since 1970."""
 
 
+class Served(Protocol):
+    """The adapters that requests may name, wherever they are looked after."""
+
+    most: int
+    """That are loaded at once, those that are going away counted."""
+
+    def __iter__(self) -> Iterator[Adapter]: ...
+
+    def get(self, name: str) -> Adapter | None:
+        """The adapter that is called so now."""
+        ...
+
+    async def load(self, name: str, folder: str, *, in_place: bool = False) -> Adapter:
+        """Loads a folder at every instance; raises as `Adapters.load`."""
+        ...
+
+    async def forget(self, name: str) -> None:
+        """Takes a name away; raises as `Adapters.unload`."""
+        ...
+
+    def join(self, member: Member, then: Callable[[], None]) -> None:
+        """An instance has come up."""
+        ...
+
+
 def name_of(key: str | None) -> str | None:
     """What the adapter of a key is called in the API; None where there is none."""
     return None if key is None else key.rpartition("@")[0]
@@ -76,6 +101,8 @@ class Adapters:
         self._named: dict[str, Adapter] = {}
         self._held: dict[str, str] = {}
         """Keys that have a slot, and their folders."""
+        self._places: dict[str, int] = {}
+        """Of those keys, each its own number below `most`."""
         self._numbers = itertools.count(1)
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -88,6 +115,11 @@ class Adapters:
     def get(self, name: str) -> Adapter | None:
         """The adapter that is called so now."""
         return self._named.get(name)
+
+    @property
+    def places(self) -> dict[str, int]:
+        """The keys that have a slot anywhere, each with a number of its own below `most`."""
+        return dict(self._places)
 
     async def load(self, name: str, folder: str, *, in_place: bool = False) -> Adapter:
         """Loads a folder at every instance.
@@ -107,6 +139,7 @@ class Adapters:
         self._check_new(name, in_place)
         key = f"{name}@{next(self._numbers)}"
         self._held[key] = folder
+        self._places[key] = min(set(range(self.most)) - set(self._places.values()))
         members = list(self._users.instances)
         faults = await asyncio.gather(*(self._load_at(one, key, folder) for one in members))
         fault = next((one for one in faults if one is not None), None)
@@ -133,6 +166,10 @@ class Adapters:
         if adapter is None:
             raise UnknownAdapter(f"adapter {name!r} is not loaded")
         self._retire(adapter)
+
+    async def forget(self, name: str) -> None:
+        """As `unload`, wherever that happens."""
+        self.unload(name)
 
     def join(self, member: Member, then: Callable[[], None]) -> None:
         """Loads at an instance that has come up what the others have; it is closed until then."""
@@ -210,6 +247,7 @@ class Adapters:
         for member in self._users.instances:
             member.unload_adapter(key)
         self._held.pop(key, None)
+        self._places.pop(key, None)
 
     def _start(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -66,6 +66,7 @@ from jaxsys.serve.processes.front import (
     read_face,
     shown,
 )
+from jaxsys.serve.processes.fronts import Fronts
 from jaxsys.serve.processes.worker import WorkerSpec
 from jaxsys.serve.requests import SamplingParameters
 from jaxsys.serve.settings import add_to as add_settings
@@ -160,10 +161,16 @@ def main(argv: Sequence[str], prog: str) -> int:
     )
     log_to_stderr(as_json=worker.json_log)
     raise_descriptor_limit()
+    if arguments.fronts > 1 and arguments.cluster != "local":
+        where = "" if arguments.cluster is None else f" --cluster {arguments.cluster}"
+        raise UsageError(
+            f"--fronts {arguments.fronts}{where}: several fronts need instances that are processes "
+            "of this machine; add --cluster local, or leave --fronts out"
+        )
     if arguments.cluster is None:
         return _serve_here(spec, arguments.drain)
     if arguments.cluster == "local":
-        return asyncio.run(_serve_processes(spec, arguments.drain))
+        return asyncio.run(_serve_processes(spec, arguments.fronts, arguments.drain))
     _serve_cluster(spec, arguments.cluster, arguments.drain)
     return 0
 
@@ -302,6 +309,7 @@ async def _serve_threads(spec: FrontSpec, listener: socket.socket, drain_s: floa
     gateway.app = found.app
     _tell(found.description)
     _tell_address(address, f"; energy is {engine.energy_method}")
+    _tell_guesses(spec.worker.deployment)
     failing = asyncio.create_task(engine.until_failure())
     await asyncio.wait([stop, failing, serving], return_when=asyncio.FIRST_COMPLETED)
     failing.cancel()
@@ -415,10 +423,15 @@ def _stopped() -> "asyncio.Future[int]":
     return future
 
 
-async def _serve_processes(spec: FrontSpec, drain_s: float) -> int:
+async def _serve_processes(spec: FrontSpec, fronts: int, drain_s: float) -> int:
     """Serves with instances in processes of this machine; returns the exit code."""
     stop = _stopped()
-    front = Front(spec, LocalProcesses(), reached_at="127.0.0.1")
+    launcher, here = LocalProcesses(), "127.0.0.1"
+    front: Front | Fronts
+    if fronts == 1:
+        front = Front(spec, launcher, reached_at=here)
+    else:
+        front = Fronts(spec, launcher, count=fronts, drain_s=drain_s, reached_at=here)
     started_s = time.monotonic()
     host, port = await front.listen()
     address = shown(spec, host, port)
@@ -433,7 +446,8 @@ async def _serve_processes(spec: FrontSpec, drain_s: float) -> int:
     starting.result()
     _tell_ready(spec, time.monotonic() - started_s)
     _tell_address(address)
-    failing = asyncio.ensure_future(front.engine.until_failure())
+    _tell_guesses(spec.worker.deployment)
+    failing = asyncio.ensure_future(front.until_failure())
     await asyncio.wait([stop, failing], return_when=asyncio.FIRST_COMPLETED)
     await front.stop(drain_s)
     if failing.done():
@@ -459,6 +473,7 @@ def _serve_cluster(spec: FrontSpec, address: str, drain_s: float) -> None:
         signal.signal(number, lambda *_: stop.set())
     _tell_ready(spec, time.monotonic() - started_s)
     _tell_address(shown(spec, served.host, served.port))
+    _tell_guesses(spec.worker.deployment)
     failure = None
     while failure is None and not stop.wait(LOOK_S):
         failure = served.failure()
@@ -482,6 +497,15 @@ def _tell_ready(spec: FrontSpec, seconds: float) -> None:
 
 def _tell_address(address: str, more: str = "") -> None:
     _tell(f"serving on {address}/v1 (also /health, /metrics, /dashboard, /docs){more}")
+
+
+def _tell_guesses(deployment: DeploymentConfig) -> None:
+    if deployment.speculate is not None:
+        adapted = "; a batch in which a request has an adapter guesses none"
+        _tell(
+            "tokens are guessed once the steps for that are compiled, behind the first answers "
+            f"(jaxsys_guesses_ready in /metrics says when){adapted if deployment.max_loras else ''}"
+        )
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
@@ -568,6 +592,13 @@ def parser(prog: str) -> argparse.ArgumentParser:
         help="run instances as processes: local (of this machine), auto (the Ray cluster that "
         "runs here, or one started for it), or the address of a Ray cluster (default: all in this "
         "process)",
+    )
+    many.add_argument(
+        "--fronts",
+        type=whole(most=64),
+        default=1,
+        help="processes that speak HTTP behind the one port, tokenize and stream; more than one "
+        "needs --cluster local (default %(default)s)",
     )
     loras = result.add_argument_group("low-rank adapters of the model")
     loras.add_argument(

@@ -396,11 +396,19 @@ class BackgroundCompilation:
     def _run(self) -> None:
         started_s = time.monotonic()
         for instance, executor in self._instances:
+            speculation = instance.scheduler.speculation
+            buckets = instance.scheduler.config.decode_buckets
             for key in executor.steps.others():
                 if self._stopping.is_set():
                     return
                 executor.steps.compile(key)
                 instance.post(functools.partial(_run_if_idle, instance, executor, key))
+                if speculation is not None and speculation.ready_for(buckets):
+                    seconds = round(time.monotonic() - started_s, 1)
+                    logger.info(
+                        "guesses begin", extra={"instance": instance.name, "seconds": seconds}
+                    )
+                    speculation = None  # said once
         logger.info("compiled", extra={"seconds": round(time.monotonic() - started_s, 1)})
 
 

@@ -10,11 +10,13 @@ import contextlib
 import itertools
 import logging
 import math
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 
 from jaxsys.errors import RunError, UsageError
-from jaxsys.serve.adapters import Adapters, UnknownAdapter
+from jaxsys.serve.adapters import Adapters, Served, UnknownAdapter, name_of
 from jaxsys.serve.clock import Clock
+from jaxsys.serve.crowd import Crowd, OwnCrowd
 from jaxsys.serve.exchange import Exchange, HandoverLimits
 from jaxsys.serve.grammars import Grammars
 from jaxsys.serve.handover import RequestId
@@ -42,6 +44,51 @@ class Overloaded(RunError):
         self.retry_after_s = retry_after_s
 
 
+class EventQueue:
+    """Events on their way to the one task that waits for them."""
+
+    __slots__ = ("_at_end", "_events", "_waiter")
+
+    def __init__(self) -> None:
+        self._events: deque[TokenEvent] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        self._at_end = False
+        """Whether it waits for the last one."""
+
+    def put(self, event: TokenEvent) -> None:
+        """Adds one; on the event loop's thread."""
+        self._events.append(event)
+        waiter = self._waiter
+        if waiter is None or (self._at_end and event.finish_reason is None):
+            return
+        if not waiter.done():
+            waiter.set_result(None)
+
+    def empty(self) -> bool:
+        return not self._events
+
+    async def get(self) -> TokenEvent:
+        """The next one."""
+        while not self._events:
+            await self._wait()
+        return self._events.popleft()
+
+    async def get_all(self) -> list[TokenEvent]:
+        """All of them, once the last one is there: nobody is woken before."""
+        while not (self._events and self._events[-1].finish_reason is not None):
+            await self._wait(at_end=True)
+        found = list(self._events)
+        self._events.clear()
+        return found
+
+    async def _wait(self, *, at_end: bool = False) -> None:
+        self._waiter, self._at_end = asyncio.get_running_loop().create_future(), at_end
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+
 class Generation:
     """A request as its caller's task sees it."""
 
@@ -52,7 +99,7 @@ class Generation:
         """As it was last submitted: an attempt to go on after a failure is a request of its own."""
         self.home: Member | None = None
         """The instance it was last known to be on; None while it waits for one to come up."""
-        self.events: asyncio.Queue[TokenEvent] = asyncio.Queue()
+        self.events = EventQueue()
         self.ended = False
         self.tokens: list[int] = []
         """Tokens that have reached the caller."""
@@ -98,11 +145,15 @@ class Engine:
         )
         self.grammars: Grammars | None = None
         """Those that the instances share, where they are in this process."""
-        self.adapters = Adapters(self)
+        self.adapters: Served = Adapters(self)
         """The low-rank adapters that requests may name."""
         self.draining = False
         self.healing = False
         """Whether failed instances are replaced: then requests wait for that, if they must."""
+        self.crowd: Crowd = OwnCrowd()
+        """Counts requests, where there are several fronts those of all."""
+        self.prefix = "request"
+        """How the names of requests begin that are given none."""
         self._generations: dict[RequestId, Generation] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._watcher: asyncio.Task[None] | None = None
@@ -175,17 +226,25 @@ class Engine:
 
     @property
     def unfinished(self) -> int:
-        """Requests in the engine."""
-        return len(self._generations)
+        """Requests in the engine, and in those of other fronts."""
+        return self.crowd.total()
 
     def uses(self, key: str) -> int:
         """Requests in the engine that are computed with an adapter."""
         return sum(one.request.adapter == key for one in self._generations.values())
 
-    @property
-    def requests(self) -> list[Request]:
-        """Those in the engine."""
-        return [one.request for one in self._generations.values()]
+    def by_adapter(self) -> dict[str, tuple[int, int]]:
+        """Of each adapter that requests are computed with: how many have no token yet, and some."""
+        found: dict[str, tuple[int, int]] = {}
+        for generation in self._generations.values():
+            name = name_of(generation.request.adapter)
+            if name is not None:
+                waiting, running = found.get(name, (0, 0))
+                if generation.request.timing.first_token_s is None:
+                    found[name] = waiting + 1, running
+                else:
+                    found[name] = waiting, running + 1
+        return found
 
     @property
     def energy_method(self) -> str:
@@ -270,9 +329,9 @@ class Engine:
             raise RunError(failure)
         if self.draining:
             raise RunError("the server is shutting down; use another one")
-        if len(self._generations) + count > self.max_requests:
+        if self.unfinished + count > self.max_requests:
             raise Overloaded(
-                f"{len(self._generations)} requests are being served or wait; at most "
+                f"{self.unfinished} requests are being served or wait; at most "
                 f"{self.max_requests} are taken. Try again later",
                 self._retry_after_s(count),
             )
@@ -318,18 +377,20 @@ class Engine:
             UsageError, Overloaded, RunError: as `check` and `admit` do.
         """
         self.check(len(prompt_tokens), sampling.places)
-        self.admit()
         found = None if adapter is None else self.adapters.get(adapter)
         if adapter is not None and found is None:
             raise UnknownAdapter(f"adapter {adapter!r} is not loaded")
         request = Request(
-            request_id or f"request-{next(self._numbers)}",
+            request_id or f"{self.prefix}-{next(self._numbers)}",
             sampling=sampling,
             arrival_s=self.clock.now_s(),
             prompt_tokens=prompt_tokens,
             adapter=None if found is None else found.key,
             session=session,
         )
+        with self.crowd.lock():
+            self.admit()
+            self.crowd.add(1, request.adapter)
         generation = Generation(request, watch)
         self._submit(generation)
         return generation
@@ -339,6 +400,13 @@ class Engine:
         try:
             while not generation.ended or not generation.events.empty():
                 yield await generation.events.get()
+        finally:
+            self.leave(generation)
+
+    async def all_events(self, generation: Generation) -> list[TokenEvent]:
+        """The same at once, when it has ended; nothing is computed for it in between."""
+        try:
+            return await generation.events.get_all()
         finally:
             self.leave(generation)
 
@@ -400,6 +468,7 @@ class Engine:
                 self.on_token(generation.request, event, name)
             if event.finish_reason is not None:
                 self._end(generation, everywhere=everywhere)
+                self.crowd.add(-1, generation.request.adapter)
                 if event.finish_reason == "error":
                     logger.error(
                         "request failed",
@@ -410,7 +479,7 @@ class Engine:
                         },
                     )
                 self._recent_s = [*self._recent_s[-31:], event.time_s]
-            generation.events.put_nowait(event)
+            generation.events.put(event)
 
     def _watched(self, watch: Watch, event: TokenEvent) -> bool:
         try:
@@ -511,4 +580,5 @@ class Engine:
         if len(recent) < 2 or recent[-1] <= recent[0]:
             return 1
         pace = (len(recent) - 1) / (recent[-1] - recent[0])
+        pace *= self.unfinished / max(1, len(self._generations))  # other fronts have their own
         return max(1, min(60, math.ceil(count / pace)))

@@ -155,4 +155,5 @@ class FewestRequestsRouter:
     __slots__ = ()
 
     def choose(self, instances: Sequence[InstanceView], request: "Request") -> int:
-        return min(range(len(instances)), key=lambda index: instances[index].in_flight)
+        counts = [one.in_flight for one in instances]
+        return counts.index(min(counts))

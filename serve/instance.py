@@ -77,6 +77,9 @@ class Instance(Member):
         """Requests known here that have not ended."""
         self.copies: HostCopies | None = None
         """Moves pages to the host's memory and back, where that keeps some."""
+        self._leaving: set[str] = set()
+        """Adapters that are unloaded when their last request here has ended: where several fronts
+        send requests, one's end may come behind the unloading."""
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._faults = 0
         self._faults_in_a_row = 0
@@ -139,7 +142,18 @@ class Instance(Member):
         threading.Thread(target=read, name=f"{self.name} reads {key}", daemon=True).start()
 
     def unload_adapter(self, key: str) -> None:
-        self.post(lambda: self._slots().drop(key))
+        def drop() -> None:
+            self._leaving.add(key)
+            self._drop_left()
+
+        self.post(drop)
+
+    def _drop_left(self) -> None:
+        """Frees slots of adapters that are to go and that no request here has any more."""
+        used = {request.adapter for request in self.requests.values()}
+        for key in self._leaving - used:
+            self._leaving.discard(key)
+            self._slots().drop(key)
 
     def _slots(self) -> "AdapterSlots":
         executor = self.executor
@@ -367,6 +381,8 @@ class Instance(Member):
 
     def _publish(self, iteration: Iteration | None) -> None:
         scheduler = self.scheduler
+        if self._leaving:
+            self._drop_left()
         reading = self.governor.reading(self.clock.now_s())
         self.load = InstanceLoad(
             batch=len(scheduler.running),
@@ -409,6 +425,7 @@ def _guesses(scheduler: Scheduler) -> dict[str, Any]:
         return {}
     return {
         "drafts": speculation.drafts,
+        "guesses_ready": speculation.ready_for(scheduler.config.decode_buckets),
         "draft_tokens": speculation.draft_tokens,
         "accepted_at": tuple(speculation.accepted_at),
     }

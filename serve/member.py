@@ -52,6 +52,8 @@ class InstanceLoad:
     """Faults of the device that the instance has outlived."""
     drafts: int | None = None
     """Guesses of tokens to come that were computed; None where none are made."""
+    guesses_ready: bool | None = None
+    """Whether the steps for them are compiled, for every batch that may guess; None likewise."""
     draft_tokens: int = 0
     """Tokens of these."""
     accepted_at: tuple[int, ...] = ()
@@ -86,9 +88,8 @@ class Member(abc.ABC):
         self.page_count = page_count
         self.page_size = page_size
         self.energy_method = energy_method
-        self.load = InstanceLoad()
-        self.in_flight = 0
-        """Requests a router has sent here that have not ended; counted by the router's owner."""
+        self._load = InstanceLoad()
+        self._in_flight = 0
         self.failure: BaseException | None = None
         self.retiring = False
         """Whether it gets no more requests because it is to go."""
@@ -97,6 +98,20 @@ class Member(abc.ABC):
         self.on_latency: Callable[[float], None] | None = None
         """Told the latency of each completed iteration in seconds, for gauges."""
         self._lock = threading.Lock()
+
+    @property
+    def load(self) -> InstanceLoad:
+        """What it last said of itself."""
+        return self._load
+
+    @load.setter
+    def load(self, load: InstanceLoad) -> None:
+        self._load = load
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that routers have sent here that have not ended; counted by their owners."""
+        return self._in_flight
 
     @property
     def batch(self) -> int:
@@ -133,7 +148,7 @@ class Member(abc.ABC):
     def adjust_in_flight(self, change: int) -> None:
         """Adds to `in_flight`; several threads do."""
         with self._lock:
-            self.in_flight += change
+            self._in_flight += change
 
     @abc.abstractmethod
     def start(self) -> None:

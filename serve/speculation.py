@@ -186,6 +186,7 @@ class Speculation:
         """
         self.config = config
         self.ready = ready
+        self._all_ready = False
         self.drafts = 0
         """Guesses that were computed."""
         self.draft_tokens = 0
@@ -196,6 +197,13 @@ class Speculation:
         self._waits: dict[int, tuple[int, int]] = {}
         """By size of batch, where guessing did not pay: steps to go until it is tried again, and
         how many they were."""
+
+    def ready_for(self, buckets: Sequence[int]) -> bool:
+        """Whether the steps that guess are there for all of these batches that may guess."""
+        if not self._all_ready:
+            small = [size for size in buckets if size * self.config.width <= MOST_ROWS]
+            self._all_ready = self.ready is None or all(map(self.ready, small))
+        return self._all_ready
 
     # --- before an iteration --------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ anything counts it: where the text ends, so does the request, and nothing comput
 
 import asyncio
 import contextlib
+import functools
 import logging
 import time
 import uuid
@@ -33,6 +34,7 @@ from fastapi.responses import (
     StreamingResponse,
 )
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from jaxsys import __version__
@@ -67,6 +69,7 @@ from jaxsys.serve.http.protocol import (
 )
 from jaxsys.serve.http.response_shape import ResponseShape
 from jaxsys.serve.http.responses import (
+    KeptTurns,
     NoSuchResponse,
     ResponseRequest,
     Turns,
@@ -86,6 +89,8 @@ from jaxsys.serve.requests import ContextLengthExceeded, SamplingParameters
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+FEW_CHARACTERS = 1024
+"""Of a prompt that is tokenized at once, in some 0.2 ms."""
 SLACK = 4
 """How many characters of a text a tokenizer may join into one before it looks for tokens."""
 
@@ -126,11 +131,22 @@ class ModelNotFound(HTTPException):
 
 
 def create_app(
-    engine: Engine, tokenizer: Tokenizer, config: ApiConfig, metrics: Metrics
+    engine: Engine,
+    tokenizer: Tokenizer,
+    config: ApiConfig,
+    metrics: Metrics,
+    *,
+    exposition: Callable[[], Awaitable[bytes]] | None = None,
+    turns: KeptTurns | None = None,
 ) -> fastapi.FastAPI:
     """The application; `engine` must be started on the same event loop.
 
     `app.state.close()` ends what it has started beside the engine.
+
+    Args:
+        metrics: counts what happens here.
+        exposition: what `/metrics` shows, where there is more than that.
+        turns: where `/v1/responses` keeps its turns; None: here.
     """
     app = fastapi.FastAPI(
         title="jaxsys",
@@ -145,7 +161,7 @@ def create_app(
         },
     )
     created_s = int(time.time())
-    face = _Face(engine, tokenizer, config, metrics)
+    face = _Face(engine, tokenizer, config, metrics, turns or Turns())
     app.state.close = face.close
 
     streams: dict[int | str, dict[str, Any]] = {
@@ -219,7 +235,7 @@ def create_app(
     async def unload_adapter(request: fastapi.Request) -> Response:
         lora_adapters.check_allowed(config.lora_updates)
         body = await face.bodies.read(UnloadAdapterRequest, request)
-        return lora_adapters.unload(engine.adapters, body)
+        return await lora_adapters.unload(engine.adapters, body)
 
     @app.post("/tokenize", openapi_extra=body_of(TokenizeRequest))
     async def tokenize(request: fastapi.Request) -> Tokens:
@@ -255,7 +271,8 @@ def create_app(
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def show_metrics() -> Response:
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        text = metrics.text() if exposition is None else await exposition()
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/docs", response_class=HTMLResponse, include_in_schema=False)
     async def docs() -> HTMLResponse:
@@ -318,6 +335,15 @@ def create_app(
         answer.headers.update(error.headers or {})
         return answer
 
+    # Those asked most, before FastAPI's own of the same, which stay for the description: they take
+    # the request as it is, and need none of its dependencies.
+    for path, handler in (
+        ("/v1/completions", face.completions),
+        ("/v1/chat/completions", face.chat),
+        ("/v1/responses", face.responses),
+    ):
+        app.router.routes.insert(0, Route(path, handler, methods=["POST"], include_in_schema=False))
+
     app.add_middleware(
         Gate,
         keys=config.api_keys,
@@ -363,7 +389,14 @@ class Reads(NamedTuple):
 class _Face:
     """The handlers, apart from their routes."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, config: ApiConfig, metrics: Metrics):
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        config: ApiConfig,
+        metrics: Metrics,
+        turns: KeptTurns,
+    ):
         self.engine = engine
         self.tokenizer = tokenizer
         self.config = config
@@ -372,7 +405,7 @@ class _Face:
         self.templates = Templates(tokenizer)
         self.tool_format = format_of(tokenizer.template_for(()), config.tool_format)
         self.marks = Marks(tokenizer)
-        self.turns = Turns()
+        self.turns = turns
         self.grammars = engine.grammars or Grammars(tokenizer, tokenizer.vocab_size)
         self.bodies = Bodies(max_bytes=config.max_body_bytes, max_length=config.max_length)
         self._most_characters = SLACK * config.max_length * self.vocabulary.longest()
@@ -414,7 +447,8 @@ class _Face:
         # Before the tokenizer is put to work.
         self.engine.admit(len(body.given()) * body.choices)
         most, asked = self.config.max_length, body.asked_tokens
-        found = await asyncio.to_thread(body.prompts, self.tokenizer, self._most_characters)
+        work = functools.partial(body.prompts, self.tokenizer, self._most_characters)
+        found = await _perhaps_apart(work, sum(map(len, body.given())))
         prompts = [body.cut(prompt, most - (asked or 1)) for prompt in found]
         max_tokens = asked or max(1, min(16, most - max(map(len, prompts))))
         sampling = body.sampling(
@@ -627,13 +661,14 @@ class _Face:
         raise refusal
 
     async def _encoded(self, text: str, *, add_special: bool) -> list[int]:
-        return await asyncio.to_thread(
+        work = functools.partial(
             encode,
             self.tokenizer,
             text,
             add_special=add_special,
             most_characters=self._most_characters,
         )
+        return await _perhaps_apart(work, len(text))
 
     async def _ready(self, grammar: str | None) -> str | None:
         """The grammar of an answer, made ready; None where it is free."""
@@ -669,11 +704,10 @@ class _Face:
             # Now, while they are admitted: once a stream has begun, none could be refused.
             answer.submit(prompts[index // choices], own, adapter, session)
         generations = [answer.generation for answer in answers]
-        runs = [answer.run() for answer in answers]
         if body.stream:
             options = body.stream_options
             parts = self._stream(
-                runs,
+                [answer.run() for answer in answers],
                 shape,
                 usage,
                 include_usage=bool(options and options.include_usage),
@@ -681,9 +715,7 @@ class _Face:
             )
             return _EventStream(parts, self.engine, generations)
         try:
-            collected = await _unless_disconnected(
-                request, asyncio.gather(*[_collect(run) for run in runs])
-            )
+            collected = await _unless_disconnected(request, _all_of(answers))
         finally:
             for generation in generations:
                 self.engine.leave(generation)
@@ -717,6 +749,9 @@ class _Face:
                     or choice.prompt
                     or (shape.logprobs and choice.tokens)
                 ):
+                    if not always and (line := shape.line(choice)) is not None:
+                        yield line
+                        continue
                     so_far = usage.body(self.engine.energy_method) if always else None
                     for one in shape.increments(choice, so_far):
                         yield event(one)
@@ -760,6 +795,9 @@ class _Answer:
         self.counts = counts
         self.tokens = 0
         """Tokens that were put out."""
+        self._begun = False
+        self._offset = 0
+        """Characters of the text so far."""
         self._released: deque[tuple[list[Spoken], Said | None]] = deque()
         """What became certain with each event that is on its way to `run`."""
         reader = None if reads is None else reads.reader
@@ -831,51 +869,72 @@ class _Answer:
 
     async def run(self) -> AsyncGenerator[Choice, None]:
         """The choice's increments."""
-        request, usage, text = self.generation.request, self.usage, self._text
-        usage.prompt_tokens += request.prompt_length if self.counts else 0
         last: TokenEvent | None = None
-        offset = 0
         events = self.face.engine.events(self.generation)
         async with contextlib.aclosing(events):
-            async for event in events:
-                spoken: list[Spoken] = []
-                prompt = said = None
-                if event.token is not None:
-                    usage.completion_tokens += 1
-                    self.tokens += 1
-                    if self.tokens == 1:
-                        spoken, prompt = self._prompt(request.prompt_tokens, event)
-                    fresh, said = self._released.popleft()
-                    spoken += fresh
-                reason = event.finish_reason
-                if last is None and self.counts:
-                    usage.cached_tokens += event.request.cached_tokens
-                last = event
-                if reason is not None:
-                    text.flush()
-                    rest = text.take()
-                    spoken += rest
-                    more = self._apart(rest, last=True)
-                    if more is not None:
-                        said = said or Said()
-                        said.add(more)
-                part = text_of(spoken)
-                yield Choice(
-                    self.index,
-                    part,
-                    spoken,
-                    reason,
-                    event.message,
-                    offset=offset,
-                    prompt=prompt,
-                    said=said if said is not None or self._reader is None else Said(),
-                    called=self._reader is not None and self._reader.whole,
-                )
-                offset += len(part)
-                if reason is not None:
+            async for last in events:
+                yield self._increment(last)
+                if last.finish_reason is not None:
                     break
         if last is not None:
             self._account(last)
+
+    async def whole(self) -> Choice:
+        """All of them as one, once there are no more."""
+        events = await self.face.engine.all_events(self.generation)
+        choice = self._increment(events[0])
+        pieces = [choice.text]
+        for one in events[1:]:
+            part = self._increment(one)
+            pieces.append(part.text)
+            choice.tokens += part.tokens
+            choice.called = part.called
+            if choice.said is not None and part.said is not None:
+                choice.said.add(part.said)
+            choice.finish_reason, choice.message = part.finish_reason, part.message
+        choice.text = "".join(pieces)
+        self._account(events[-1])
+        return choice
+
+    def _increment(self, event: TokenEvent) -> Choice:
+        """What comes of one event."""
+        request, usage, text = self.generation.request, self.usage, self._text
+        spoken: list[Spoken] = []
+        prompt = said = None
+        if not self._begun:
+            self._begun = True
+            if self.counts:
+                usage.prompt_tokens += request.prompt_length
+                usage.cached_tokens += event.request.cached_tokens
+        if event.token is not None:
+            usage.completion_tokens += 1
+            self.tokens += 1
+            if self.tokens == 1:
+                spoken, prompt = self._prompt(request.prompt_tokens, event)
+            fresh, said = self._released.popleft()
+            spoken += fresh
+        reason = event.finish_reason
+        if reason is not None:
+            text.flush()
+            rest = text.take()
+            spoken += rest
+            more = self._apart(rest, last=True)
+            if more is not None:
+                said = said or Said()
+                said.add(more)
+        part = text_of(spoken)
+        offset, self._offset = self._offset, self._offset + len(part)
+        return Choice(
+            self.index,
+            part,
+            spoken,
+            reason,
+            event.message,
+            offset=offset,
+            prompt=prompt,
+            said=said if said is not None or self._reader is None else Said(),
+            called=self._reader is not None and self._reader.whole,
+        )
 
     def _prompt(
         self, prompt: Sequence[int], event: TokenEvent
@@ -940,23 +999,11 @@ class _EventStream(StreamingResponse):
                 self._engine.leave(generation)
 
 
-async def _collect(run: AsyncIterator[Choice]) -> Choice:
-    """All increments of a choice as one."""
-    whole: Choice | None = None
-    pieces: list[str] = []
-    async for part in run:
-        pieces.append(part.text)
-        if whole is None:
-            whole = part
-        else:
-            whole.tokens += part.tokens
-            whole.called = part.called
-            if whole.said is not None and part.said is not None:
-                whole.said.add(part.said)
-            whole.finish_reason, whole.message = part.finish_reason, part.message
-    assert whole is not None
-    whole.text = "".join(pieces)
-    return whole
+async def _all_of(answers: Sequence[_Answer]) -> list[Choice]:
+    """The choices of an answer that is given at once."""
+    if len(answers) == 1:
+        return [await answers[0].whole()]
+    return await asyncio.gather(*[answer.whole() for answer in answers])
 
 
 async def _merged(runs: Sequence[AsyncGenerator[Choice, None]]) -> AsyncIterator[Choice]:
@@ -1008,6 +1055,11 @@ async def _unless_disconnected(request: fastapi.Request, work: Awaitable[T]) -> 
         for one in (task, watch):
             one.cancel()
         await asyncio.gather(task, watch, return_exceptions=True)
+
+
+async def _perhaps_apart(work: Callable[[], T], characters: int) -> T:
+    """What tokenizing gives, on a thread where it takes longer than to begin one."""
+    return work() if characters <= FEW_CHARACTERS else await asyncio.to_thread(work)
 
 
 def _most(*counts: int | None) -> int | None:

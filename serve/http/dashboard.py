@@ -11,7 +11,7 @@ import dataclasses
 import math
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import fastapi
@@ -43,6 +43,15 @@ class Attainment:
     first_in_time: int = 0
     later_tokens: int = 0
     later_in_time: int = 0
+
+    def add(
+        self, first_tokens: int, first_in_time: int, later_tokens: int, later_in_time: int
+    ) -> None:
+        """Adds what was counted elsewhere."""
+        self.first_tokens += first_tokens
+        self.first_in_time += first_in_time
+        self.later_tokens += later_tokens
+        self.later_in_time += later_in_time
 
     @property
     def ttft_pct(self) -> float | None:
@@ -114,39 +123,48 @@ class Span:
         }
 
 
-class Dashboard:
-    """Counts, remembers and serves the page. Give `on_token` every event of the engine, and have
-    `tick` called once a second or more often."""
+class Counts:
+    """Counts tokens. Give `on_token` every event of the engine."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        slo: SharedSlo,
-        *,
-        model_name: str = "",
-        refused: Callable[[], int] = lambda: 0,
-        now_s: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """
-        Args:
-            refused: how many requests were turned away.
-        """
-        self.engine = engine
+    def __init__(self, slo: SharedSlo) -> None:
         self.slo = slo
-        self.model_name = model_name
         self.total = Attainment()
         self.by_instance: defaultdict[str, Attainment] = defaultdict(Attainment)
         """By the instance a token came from."""
         self.errors = 0
-        self._refused = refused
-        self._now_s = now_s
         self._last_s: dict[str | int, float] = {}
-        self._started_s = self._ticked_s = now_s()
         self._span = Span()
-        self._spans: deque[Span] = deque(maxlen=LATELY_S)
-        self._history: deque[dict[str, Any]] = deque(maxlen=REMEMBERED_S)
-        self._energies_j: dict[str, float] = {}
-        """What each instance said last."""
+
+    def take(self) -> dict[str, Any]:
+        """What was counted since the last call, as plain data for a `Dashboard` elsewhere."""
+        span = self._span
+        data = {
+            "tokens": span.tokens,
+            "ended": span.ended,
+            "ttft": list(span.ttft.counts.items()),
+            "itl": list(span.itl.counts.items()),
+            "total": dataclasses.astuple(self.total),
+            "by_instance": {
+                name: dataclasses.astuple(one) for name, one in self.by_instance.items()
+            },
+            "errors": self.errors,
+        }
+        self._span, self.total, self.errors = Span(), Attainment(), 0
+        self.by_instance.clear()
+        return data
+
+    def absorb(self, data: dict[str, Any]) -> None:
+        """Adds what another one has counted."""
+        span = self._span
+        span.tokens += data["tokens"]
+        span.ended += data["ended"]
+        for mine, theirs in ((span.ttft, data["ttft"]), (span.itl, data["itl"])):
+            for place, count in theirs:
+                mine.counts[place] += count
+        self.errors += data["errors"]
+        self.total.add(*data["total"])
+        for name, counted in data["by_instance"].items():
+            self.by_instance[name].add(*counted)
 
     def on_token(self, request: Request, event: TokenEvent, instance: str) -> None:
         """Counts one token of an instance against the SLO in force."""
@@ -168,6 +186,34 @@ class Dashboard:
             span.ended += 1
             self.errors += event.finish_reason == "error"
             self._last_s.pop(request.request_id, None)
+
+
+class Dashboard(Counts):
+    """Counts, remembers and serves the page. Have `tick` called once a second or more often."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        slo: SharedSlo,
+        *,
+        model_name: str = "",
+        refused: Callable[[], int] = lambda: 0,
+        now_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """
+        Args:
+            refused: how many requests were turned away.
+        """
+        super().__init__(slo)
+        self.engine = engine
+        self.model_name = model_name
+        self._refused = refused
+        self._now_s = now_s
+        self._started_s = self._ticked_s = now_s()
+        self._spans: deque[Span] = deque(maxlen=LATELY_S)
+        self._history: deque[dict[str, Any]] = deque(maxlen=REMEMBERED_S)
+        self._energies_j: dict[str, float] = {}
+        """What each instance said last."""
 
     def tick(self) -> None:
         """Puts the second that has passed into the history; sooner it does nothing."""
@@ -256,13 +302,10 @@ class Dashboard:
     def add_to(self, app: fastapi.FastAPI) -> None:
         """Adds `/dashboard` and `/dashboard/data`."""
 
-        @app.get("/dashboard", response_class=HTMLResponse, include_in_schema=False)
-        async def page() -> HTMLResponse:
-            return HTMLResponse(PAGE)
+        async def data(since_s: float | None) -> dict[str, Any]:
+            return self.data(since_s)
 
-        @app.get("/dashboard/data", include_in_schema=False)
-        async def data(since: float | None = None) -> dict[str, Any]:
-            return self.data(since)
+        add_pages(app, data)
 
     # --- of the instances ---------------------------------------------------------------------
 
@@ -300,6 +343,20 @@ class Dashboard:
         instances = self.engine.instances
         pages = sum(one.page_count for one in instances)
         return _share(sum(one.load.pages_held for one in instances), pages)
+
+
+def add_pages(
+    app: fastapi.FastAPI, found: Callable[[float | None], Awaitable[dict[str, Any]]]
+) -> None:
+    """Adds `/dashboard` and `/dashboard/data` over data from wherever they are."""
+
+    @app.get("/dashboard", response_class=HTMLResponse, include_in_schema=False)
+    async def page() -> HTMLResponse:
+        return HTMLResponse(PAGE)
+
+    @app.get("/dashboard/data", include_in_schema=False)
+    async def data(since: float | None = None) -> dict[str, Any]:
+        return await found(since)
 
 
 def _share(part: int, whole: int) -> float | None:

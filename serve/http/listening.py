@@ -149,9 +149,18 @@ class _Connection(H11Protocol):
 class HttpServer(uvicorn.Server):
     """uvicorn over such connections; signals are its owner's."""
 
-    def __init__(self, app: ASGIApp, *, drain_s: float = 1.0, tls: tuple[str, str] | None = None):
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        drain_s: float = 1.0,
+        tls: tuple[str, str] | None = None,
+        one_by_one: bool = False,
+    ):
         """
         Args:
+            one_by_one: whether connections are taken one at a time, because other processes listen
+                on the same socket: otherwise whoever wakes first would take all that wait.
             drain_s: how long open requests may take once it is to exit.
             tls: files of a certificate and its key; without, the server speaks plain HTTP.
         """
@@ -165,7 +174,7 @@ class HttpServer(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 lifespan="off",
-                backlog=BACKLOG,
+                backlog=1 if one_by_one else BACKLOG,
                 timeout_keep_alive=KEEP_ALIVE_S,
                 ssl_certfile=certificate,
                 ssl_keyfile=key,
@@ -180,6 +189,11 @@ class HttpServer(uvicorn.Server):
     async def serve(self, sockets: Any = None) -> None:
         asyncio.get_running_loop().set_exception_handler(self.open_connections.handle)
         await super().serve(sockets)
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        for one in sockets or ():  # taking them one at a time, asyncio lets no more than one wait
+            one.listen(BACKLOG)
 
     async def shutdown(self, sockets: Any = None) -> None:
         if self.open_connections.open:  # whoever has just connected may still ask

@@ -6,7 +6,7 @@ from pydantic import Field
 from starlette.exceptions import HTTPException
 
 from jaxsys.errors import UsageError
-from jaxsys.serve.adapters import Adapters
+from jaxsys.serve.adapters import Served
 from jaxsys.serve.http.protocol import MAX_NAME
 
 MAX_PATH = 4096
@@ -54,7 +54,7 @@ def check_name(name: str, model_name: str) -> None:
         raise UsageError(f"lora_name={name!r} must be printable characters")
 
 
-async def load(adapters: Adapters, body: LoadAdapterRequest, model_name: str) -> Response:
+async def load(adapters: Served, body: LoadAdapterRequest, model_name: str) -> Response:
     """Loads a folder."""
     name = body.lora_name
     check_name(name, model_name)
@@ -62,7 +62,7 @@ async def load(adapters: Adapters, body: LoadAdapterRequest, model_name: str) ->
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
 
-def unload(adapters: Adapters, body: UnloadAdapterRequest) -> Response:
+async def unload(adapters: Served, body: UnloadAdapterRequest) -> Response:
     """Forgets a name."""
-    adapters.unload(body.lora_name)
+    await adapters.forget(body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")

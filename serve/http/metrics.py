@@ -8,19 +8,21 @@ idle time included, those that are gone too.
 """
 
 import bisect
+import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import prometheus_client
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
+    HistogramMetricFamily,
     InfoMetricFamily,
     Metric,
 )
 from prometheus_client.registry import Collector, CollectorRegistry
+from prometheus_client.utils import floatToGoString
 
-from jaxsys.serve.adapters import name_of
 from jaxsys.serve.engine import Engine
 from jaxsys.serve.http.vllm_metrics import VllmNames
 from jaxsys.serve.member import Member, TokenEvent
@@ -35,32 +37,52 @@ REQUEST_BUCKETS = (0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300)
 ENERGY_BUCKETS = (0.01, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)
 
 
+Key = tuple[str, str, tuple[tuple[str, str], ...]]
+"""Family, sample and labels."""
+Totals = dict[Key, float]
+"""What one front has counted since it started."""
+
+
 class Metrics:
     """Counters of one server, in a registry of their own."""
 
-    def __init__(self, engine: Engine, model_name: str = ""):
+    def __init__(
+        self,
+        engine: Engine,
+        model_name: str = "",
+        others: Callable[[], Sequence[Totals]] = lambda: (),
+    ):
         """
         Args:
             model_name: label of the figures that are there by vLLM's names too.
+            others: what fronts in other processes have counted, to be shown with this.
         """
         self.registry = CollectorRegistry()
+        """All there is to show."""
         self.engine = engine
+        self._own = CollectorRegistry()
+        self._others = others
+        self.registry.register(_Sums(self._own, others))
 
-        def histogram(name: str, text: str, buckets: tuple[float, ...], labels: tuple = ()):
-            return prometheus_client.Histogram(
-                name, text, labels, buckets=buckets, registry=self.registry
-            )
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> "_Histogram":
+            found = _Histogram(name, text, buckets)
+            self._own.register(found)
+            return found
 
         def counter(name: str, text: str, labels: tuple = ()):
-            return prometheus_client.Counter(name, text, labels, registry=self.registry)
+            return prometheus_client.Counter(name, text, labels, registry=self._own)
 
         self.ttft = histogram("jaxsys_ttft_seconds", "Arrival to first token.", TTFT_BUCKETS)
         self.itl = histogram("jaxsys_itl_seconds", "Between tokens of a request.", ITL_BUCKETS)
         self.latency = histogram(
             "jaxsys_request_seconds", "Arrival to last token.", REQUEST_BUCKETS
         )
-        self.iteration = histogram(
-            "jaxsys_iteration_seconds", "One iteration on the device.", ITL_BUCKETS, ("instance",)
+        self.iteration = prometheus_client.Histogram(
+            "jaxsys_iteration_seconds",
+            "One iteration on the device.",
+            ("instance",),
+            buckets=ITL_BUCKETS,
+            registry=self._own,
         )
         self.queue = histogram(
             "jaxsys_queue_seconds", "Arrival to the first piece of the prompt.", QUEUE_BUCKETS
@@ -83,9 +105,9 @@ class Metrics:
         self.refused = counter("jaxsys_requests_refused", "Requests refused.", ("status",))
         self.prompt_tokens = counter("jaxsys_prompt_tokens", "Prompt tokens of ended requests.")
         self.cached_tokens = counter("jaxsys_cached_tokens", "Of these, found in the prefix cache.")
-        self.output_tokens = counter("jaxsys_output_tokens", "Tokens generated.")
         self._tokens = 0
-        self.registry.register(_EngineCollector(engine, lambda: self._tokens))
+        self._own.register(_Tokens(lambda: self._tokens))
+        self.registry.register(_EngineCollector(engine, self._all_tokens))
         self._by_vllm = CollectorRegistry()
         self._by_vllm.register(VllmNames(self.registry, engine, model_name))
 
@@ -93,7 +115,6 @@ class Metrics:
         """Counts one event of `Engine`."""
         timing = request.timing
         if event.token is not None:
-            self.output_tokens.inc()
             self._tokens += 1
             times = timing.token_times_s
             if len(times) <= 1 or event.time_s <= times[0]:
@@ -126,7 +147,28 @@ class Metrics:
     def count_refused(self) -> int:
         """Requests refused so far, whatever the status."""
         (family,) = self.refused.collect()
-        return round(sum(s.value for s in family.samples if s.name.endswith("_total")))
+        own = sum(s.value for s in family.samples if s.name.endswith("_total"))
+        return round(own + self._of_others(f"{family.name}_total"))
+
+    def totals(self) -> Totals:
+        """What was counted here so far."""
+        return {
+            (family.name, sample.name, tuple(sample.labels.items())): sample.value
+            for family in self._own.collect()
+            for sample in family.samples
+            if not sample.name.endswith("_created")
+        }
+
+    def _all_tokens(self) -> float:
+        return self._tokens + self._of_others("jaxsys_output_tokens_total")
+
+    def _of_others(self, name: str) -> float:
+        return sum(
+            value
+            for totals in self._others()
+            for (_, sample, _), value in totals.items()
+            if sample == name
+        )
 
     def watch(self) -> None:
         """Has every instance, and each that joins later, report its iterations."""
@@ -141,6 +183,65 @@ class Metrics:
         """The exposition format."""
         ours = prometheus_client.generate_latest(self.registry)
         return ours + prometheus_client.generate_latest(self._by_vllm)
+
+
+class _Histogram(Collector):
+    """As Prometheus' own without labels, for one thread: a token passes two of them."""
+
+    def __init__(self, name: str, text: str, buckets: Sequence[float]):
+        self._name = name
+        self._text = text
+        self._buckets = tuple(buckets)
+        self._counts = [0] * (len(buckets) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Counts one."""
+        self._counts[bisect.bisect_left(self._buckets, value)] += 1
+        self._sum += value
+
+    def collect(self) -> Iterable[Metric]:
+        names = [*map(floatToGoString, self._buckets), "+Inf"]
+        up_to = itertools.accumulate(self._counts)
+        found = HistogramMetricFamily(self._name, self._text)
+        found.add_metric([], list(zip(names, up_to, strict=True)), self._sum)
+        return [found]
+
+
+class _Tokens(Collector):
+    """The count of tokens, likewise."""
+
+    def __init__(self, count: Callable[[], int]):
+        self._count = count
+
+    def collect(self) -> Iterable[Metric]:
+        return [CounterMetricFamily("jaxsys_output_tokens", "Tokens generated.", self._count())]
+
+
+class _Sums(Collector):
+    """A registry's counts with those of others added."""
+
+    def __init__(self, own: CollectorRegistry, others: Callable[[], Sequence[Totals]]):
+        self._own = own
+        self._others = others
+
+    def collect(self) -> Iterable[Metric]:
+        others = self._others()
+        for family in self._own.collect():
+            if not others:
+                yield family
+                continue
+            sums: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+            for sample in family.samples:
+                sums[sample.name, tuple(sample.labels.items())] = sample.value
+            for totals in others:
+                for (name, sample, labels), value in totals.items():
+                    if name == family.name:
+                        sums[sample, labels] = sums.get((sample, labels), 0.0) + value
+            found = Metric(family.name, family.documentation, family.type)
+            for (name, labels), value in sums.items():
+                found.add_sample(name, dict(labels), value)
+            yield found
 
 
 class _EngineCollector(Collector):
@@ -164,6 +265,7 @@ class _EngineCollector(Collector):
                 ("kv_pages", "Pages there are."),
                 ("clock_mhz", "Clock last asked for by the governor."),
                 ("host_pages_used", "Pages kept in the host's memory."),
+                ("guesses_ready", "1 once the steps that guess tokens are compiled; 0 before."),
                 ("power_watts", "Power measured; absent where a GPU is only modelled."),
             )
         }
@@ -196,6 +298,8 @@ class _EngineCollector(Collector):
             if load.host_pages is not None:
                 gauges["host_pages_used"].add_metric(label, load.host_pages)
                 counters["host_pages_fetched"].add_metric(label, load.host_fetched)
+            if load.guesses_ready is not None:
+                gauges["guesses_ready"].add_metric(label, load.guesses_ready)
             if instance.clock_mhz is not None:
                 gauges["clock_mhz"].add_metric(label, instance.clock_mhz)
             if load.power_w is not None:
@@ -215,10 +319,8 @@ class _EngineCollector(Collector):
     def _by_adapter(self) -> Metric:
         """Requests in the engine of each adapter that is loaded."""
         counts = {adapter.name: 0 for adapter in self.engine.adapters}
-        for request in self.engine.requests:
-            name = name_of(request.adapter)
-            if name is not None:
-                counts[name] = counts.get(name, 0) + 1
+        for name, (waiting, running) in self.engine.by_adapter().items():
+            counts[name] = waiting + running
         found = GaugeMetricFamily(
             "jaxsys_adapter_requests", "Requests in the engine, by adapter.", labels=("adapter",)
         )

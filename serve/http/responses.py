@@ -9,8 +9,8 @@ import json
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import pydantic
 from pydantic import Field
@@ -225,6 +225,24 @@ class NoSuchResponse(HTTPException):
         self.param = param
 
 
+class KeptTurns(Protocol):
+    """Turns that are remembered, wherever they lie; see `Turns`."""
+
+    def conversation(
+        self, previous: str | None, fresh: Sequence[dict[str, Any]]
+    ) -> list[dict[str, Any]]: ...
+
+    def keep(
+        self, body: dict[str, Any], own: list[dict[str, Any]], items: list[dict[str, Any]]
+    ) -> None: ...
+
+    def get(self, name: str) -> dict[str, Any]: ...
+
+    def inputs(self, name: str) -> list[dict[str, Any]]: ...
+
+    def forget(self, name: str) -> None: ...
+
+
 class _Turn:
     """One response and what led to it."""
 
@@ -258,19 +276,8 @@ class Turns:
             NoSuchResponse: if the previous response is not kept.
             UsageError: if an item is referred to that is not kept.
         """
-        found = [] if previous is None else list(self._get(previous, "previous_response_id").items)
-        for item in fresh:
-            if item["type"] == "item_reference":
-                kept = self._items.get(str(item.get("id")))
-                if kept is None:
-                    raise UsageError(
-                        f"item {str(item.get('id'))[:100]!r} is not kept; send the item itself"
-                    )
-                item = kept[1]
-            found.append(item)
-        if len(found) > MAX_ITEMS:
-            raise UsageError(f"the conversation has {len(found)} items; at most {MAX_ITEMS} do")
-        return found
+        found = [] if previous is None else self._get(previous, "previous_response_id").items
+        return joined(found, fresh, lambda name: self._items.get(name, ("", None))[1])
 
     def keep(
         self, body: dict[str, Any], own: list[dict[str, Any]], items: list[dict[str, Any]]
@@ -281,7 +288,8 @@ class Turns:
         self._turns[name] = turn
         self._bytes += turn.size
         for item in (*own, *body["output"]):
-            self._items[item["id"]] = (name, item)
+            if item["type"] != "item_reference":
+                self._items[item["id"]] = (name, item)
         while len(self._turns) > self.most or self._bytes > self.most_bytes:
             self.forget(next(iter(self._turns)))
 
@@ -319,6 +327,30 @@ class Turns:
         if name not in self._turns:
             raise NoSuchResponse(name, param)
         return self._turns[name]
+
+
+def joined(
+    before: Sequence[dict[str, Any]],
+    fresh: Sequence[dict[str, Any]],
+    kept: Callable[[str], dict[str, Any] | None],
+) -> list[dict[str, Any]]:
+    """A conversation and what a request brings, its references replaced by what is kept.
+
+    Raises:
+        UsageError: if an item is referred to that is not kept, or there are too many.
+    """
+    found = list(before)
+    for item in fresh:
+        if item["type"] == "item_reference":
+            name = str(item.get("id"))
+            known = kept(name)
+            if known is None:
+                raise UsageError(f"item {name[:100]!r} is not kept; send the item itself")
+            item = known
+        found.append(item)
+    if len(found) > MAX_ITEMS:
+        raise UsageError(f"the conversation has {len(found)} items; at most {MAX_ITEMS} do")
+    return found
 
 
 def head_of(body: ResponseRequest, model: str, choice: Any) -> dict[str, Any]:

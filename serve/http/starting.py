@@ -34,6 +34,11 @@ class Progress:
         with self._lock:
             self._done += 1
 
+    def repeat(self, said: dict[str, Any]) -> None:
+        """Says what another process's `body` has said."""
+        with self._lock:
+            self._stage, self._done, self._total = said["stage"], said["done"], said["total"]
+
     def body(self) -> dict[str, Any]:
         """As `/health` says it."""
         with self._lock:

@@ -97,6 +97,14 @@ class TextStream:
         """The text that became certain with `token`; its tokens are for `take`."""
         if self.stopped:
             return ""
+        if not self._stop and self._open is None and not self._primed:
+            first = not self._begun
+            text = self.vocabulary.plain(token, first=first)
+            if text is not None:  # as most are, and nothing waits for what comes next
+                self._begun = True
+                data = text.encode(errors="replace")
+                self._released.append(Spoken(token, beside, text, data, first, text))
+                return text
         fresh = Spoken(token, beside, first=not self._begun)
         self._decode(fresh)
         self._begun = self._begun or self._shows(token)

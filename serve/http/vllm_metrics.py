@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
-from jaxsys.serve.adapters import name_of
 from jaxsys.serve.engine import Engine
 from jaxsys.serve.member import InstanceLoad
 
@@ -82,12 +81,9 @@ class VllmNames(Collector):
 
     def _adapters(self) -> Metric:
         """Names in labels, the time as the value: vLLM's form."""
-        running: set[str] = set()
-        waiting: set[str] = set()
-        for request in self.engine.requests:
-            name = name_of(request.adapter)
-            if name is not None:
-                (waiting if request.timing.first_token_s is None else running).add(name)
+        used = self.engine.by_adapter()
+        running = [name for name, (_, begun) in used.items() if begun]
+        waiting = [name for name, (fresh, _) in used.items() if fresh]
         found = GaugeMetricFamily(
             "vllm:lora_requests_info",
             "Adapters of running and of waiting requests.",

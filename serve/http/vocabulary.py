@@ -47,6 +47,8 @@ class Vocabulary:
         self.each_byte = "ByteFallback" in kinds
         """Whether each broken byte becomes a U+FFFD, instead of each broken character."""
         self._pieces: dict[int, Piece] = {}
+        self._plain: dict[int, tuple[str | None, str | None]] = {}
+        """By token: its text behind other text, and where nothing stands before it."""
         self._anchor = None if self._byte_level else self._find_anchor()
 
     def longest(self) -> int:
@@ -59,6 +61,17 @@ class Vocabulary:
         if found is None:
             found = self._pieces[token] = self._read(token)
         return found
+
+    def plain(self, token: int, *, first: bool) -> str | None:
+        """Its text where that is known without its neighbours, and is text in any case."""
+        known = self._plain.get(token)
+        if known is None:
+            piece = self.piece(token)
+            both = piece.text, piece.first
+            if piece.text is None and piece.data.isascii():
+                both = (piece.data.decode("ascii"),) * 2
+            known = self._plain[token] = (None, None) if piece.special else both
+        return known[first]
 
     def name(self, token: int, *, first: bool = False) -> str:
         """A token's text; where its bytes are none, they are spelt out as OpenAI does."""

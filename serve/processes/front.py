@@ -177,6 +177,10 @@ class Front:
             for one in self.engine.instances
         ]
 
+    async def until_failure(self) -> str:
+        """Waits until nothing can be served any more, and says why."""
+        return await self.engine.until_failure()
+
     async def failure(self) -> str | None:
         """Why nothing can be served any more; None while something can."""
         return self.engine.failure

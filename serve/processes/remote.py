@@ -8,7 +8,9 @@ ends, when it says that it has failed, or when nothing, not even its pulse, has 
 
 import asyncio
 import contextlib
+import functools
 import logging
+import socket
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +29,16 @@ from jaxsys.serve.processes.secret import (
     challenge,
     proves,
 )
-from jaxsys.serve.processes.wire import Frame, Frames, message_frame, message_of, pack, request_data
+from jaxsys.serve.processes.shared import Tally
+from jaxsys.serve.processes.wire import (
+    Frame,
+    Frames,
+    load_of,
+    message_frame,
+    message_of,
+    pack,
+    request_data,
+)
 from jaxsys.serve.request_rules import seed_of
 from jaxsys.serve.requests import FinishReason, Request
 
@@ -52,7 +63,12 @@ class RemoteInstance(Member):
         process: str,
         engine: Engine,
         transport: asyncio.Transport,
+        tally: Tally | None = None,
     ):
+        """
+        Args:
+            tally: counts what is in flight here, where several fronts do; None: this one alone.
+        """
         super().__init__(
             name,
             page_count=config.page_count,
@@ -64,6 +80,11 @@ class RemoteInstance(Member):
         """Its machine and process number."""
         self.engine = engine
         self.clock: Clock = engine.clock
+        self.tally = tally
+        self._others = tally is not None
+        """Whether there are other fronts."""
+        self._values: list[Any] | None = None
+        """Its load as it came, if nobody has asked for it yet."""
         self.requests: dict[str | int, Request] = {}
         """Requests known there that have not ended."""
         self.stopped = threading.Event()
@@ -72,6 +93,28 @@ class RemoteInstance(Member):
         """Of each request, what it told last: in all, and for its prompt."""
         self._transport = transport
         self._loop = asyncio.get_running_loop()
+
+    @property
+    def load(self) -> InstanceLoad:
+        """What it last said of itself."""
+        if self._values is not None:
+            self._load, self._values = load_of(self._values), None
+        return self._load
+
+    @load.setter
+    def load(self, load: InstanceLoad) -> None:
+        self._load, self._values = load, None
+
+    @property
+    def in_flight(self) -> int:
+        """Requests in flight there, those of other fronts too."""
+        return self._in_flight if self.tally is None else self.tally.total()
+
+    def adjust_in_flight(self, change: int) -> None:
+        if self.tally is None:
+            super().adjust_in_flight(change)
+        else:
+            self.tally.add(change)
 
     def start(self) -> None:
         """Nothing: the process has started it."""
@@ -102,8 +145,12 @@ class RemoteInstance(Member):
         self.send(["unload_adapter", key])
 
     def stop(self, timeout_s: float | None = None) -> bool:
-        """Never on the event loop's thread, which must take in the answer."""
-        self._loop.call_soon_threadsafe(self.send, ["stop"])
+        """Never on the event loop's thread, which must take in the answer.
+
+        One of several fronts only hangs up: the instance goes on with the others.
+        """
+        end = self._transport.close if self._others else functools.partial(self.send, ["stop"])
+        self._loop.call_soon_threadsafe(end)
         return self.stopped.wait(timeout_s)
 
     def send(self, frame: Frame) -> None:
@@ -124,15 +171,14 @@ class RemoteInstance(Member):
         """Takes one frame from the process in."""
         kind = frame[0]
         if kind == "events":
-            _, events, latency_s, load = frame
-            self.load = InstanceLoad(**load)
-            if latency_s is not None and self.on_latency is not None:
-                self.on_latency(latency_s)
+            _, events, latencies_s, self._values = frame
+            self._tell(latencies_s)
             now_s = self.clock.now_s()
             made = [self._event(entry, now_s) for entry in events]
             self.engine.receive(self, [event for event in made if event is not None])
         elif kind == "pulse":
-            self.load = InstanceLoad(**frame[1])
+            _, latencies_s, self._values = frame
+            self._tell(latencies_s)
         elif kind == "offer":
             request = self.requests.get(frame[1])
             if request is not None:  # not aborted from here meanwhile
@@ -153,6 +199,11 @@ class RemoteInstance(Member):
             if isinstance(message, Delivery) and message.outputs is not None:
                 self._forget(message.request_id)
             self.engine.exchange.forward(self, message)
+
+    def _tell(self, latencies_s: list[float]) -> None:
+        if self.on_latency is not None:
+            for latency_s in latencies_s:
+                self.on_latency(latency_s)
 
     def _take_up(self, kind: str, request: Request) -> None:
         self.requests[request.request_id] = request
@@ -210,15 +261,18 @@ class Switchboard:
         *,
         on_up: Callable[[RemoteInstance], None],
         on_down: Callable[[RemoteInstance], None],
+        tally: Callable[[int], Tally] | None = None,
     ):
         """
         Args:
+            tally: of the instance with a number, where several fronts count.
             token: the deployment's secret, which whoever connects must prove to know.
             on_up: told of each instance that has said who it is.
             on_down: told of each whose connection has ended, whether it failed or was stopped.
         """
         self.engine = engine
         self.token = token
+        self.tally = tally
         self.on_up = on_up
         self.on_down = on_down
         self.lines: set[_Line] = set()
@@ -227,10 +281,13 @@ class Switchboard:
         self._server: asyncio.Server | None = None
         self._watcher: asyncio.Task[None] | None = None
 
-    async def open(self, host: str) -> int:
-        """Listens on a free port and returns it."""
+    async def open(self, host: str, listener: socket.socket | None = None) -> int:
+        """Listens on a free port, or on a socket that listens already; returns the port."""
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: _Line(self), host, 0)
+        if listener is None:
+            self._server = await loop.create_server(lambda: _Line(self), host, 0)
+        else:
+            self._server = await loop.create_server(lambda: _Line(self), sock=listener)
         self._watcher = asyncio.create_task(self._watch())
         return self._server.sockets[0].getsockname()[1]
 
@@ -344,7 +401,7 @@ class _Line(asyncio.Protocol):
         self._transport.abort()
 
     def _introduced(self, frame: Frame) -> bool:
-        kind, name, config, energy_method, process = frame
+        kind, name, config, energy_method, process, place = frame
         if kind != "hello":
             raise ValueError(f"the first frame is {kind!r}, no hello")
         for listed in ("decode_buckets", "windows"):
@@ -356,6 +413,7 @@ class _Line(asyncio.Protocol):
             process=process,
             engine=self.board.engine,
             transport=self._transport,
+            tally=None if self.board.tally is None else self.board.tally(place),
         )
         self.board.on_up(self.instance)
         return True

@@ -2,20 +2,26 @@
 
 Behind the proof that the caller knows the deployment's secret (`secret`), a connection carries
 msgpack values back to back; each is a list whose first entry is its kind. An instance's process and
-the front speak these kinds:
+a front speak these kinds:
 
-    front -> instance  submit, abort, offer, withdrawal, grant, refusal, delivery, receipt,
-                       load_adapter, unload_adapter, stop
+    front -> instance  submit, abort, offer, withdrawal, grant, refusal, delivery, receipt
     instance -> front  hello, events, pulse, offer, withdrawal, grant, refusal, delivery, receipt,
-                       adapter, failed, stopped
+                       failed, stopped
 
-An offer that goes to the front names the request only, since the front has it.
+An offer that goes to the front names the request only, since the front has it. Whoever launched the
+instance, the front itself or what looks after several, also says and hears:
+
+    -> instance        load_adapter, unload_adapter, fronts, stop
+    instance ->        adapter; latencies of iterations with events and pulse
+
+A load travels as the values of `InstanceLoad`, in its order.
 """
 
 import dataclasses
+import operator
 from array import array
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import msgpack
 
@@ -29,6 +35,7 @@ from jaxsys.serve.handover import (
     Ticket,
     Withdrawal,
 )
+from jaxsys.serve.member import InstanceLoad
 from jaxsys.serve.requests import Request, SamplingParameters
 
 Frame = list[Any]
@@ -36,7 +43,10 @@ Frame = list[Any]
 MAX_BYTES = 64 << 20
 """Most bytes a connection may hold unread; a request's prompt is a few hundred thousand."""
 
-_DEFAULT_SAMPLING = SamplingParameters()
+_USUAL = tuple(
+    (field.name, getattr(SamplingParameters(), field.name))
+    for field in dataclasses.fields(SamplingParameters)
+)
 
 
 def pack(frame: Frame) -> bytes:
@@ -72,12 +82,8 @@ def request_data(request: Request, now_s: float, seed: int) -> dict[str, Any]:
         now_s: this side's time, by which its age is given: clocks differ between machines.
         seed: replaces an absent one, so that every instance draws alike.
     """
-    sampling = {
-        field.name: value
-        for field in dataclasses.fields(SamplingParameters)
-        if (value := getattr(request.sampling, field.name))
-        != getattr(_DEFAULT_SAMPLING, field.name)
-    }
+    asked = request.sampling
+    sampling = {name: value for name, usual in _USUAL if (value := getattr(asked, name)) != usual}
     if "stop_token_ids" in sampling:
         sampling["stop_token_ids"] = sorted(sampling["stop_token_ids"])
     return {
@@ -111,6 +117,27 @@ def request_of(data: dict[str, Any], now_s: float) -> Request:
     request.generated = len(request.output_tokens)
     request.cached_tokens = data["cached"]
     return request
+
+
+class Named(str):
+    """A request's name where requests of several fronts meet, with the line that it came by."""
+
+    line: Any
+
+    def __new__(cls, name: str, line: Any) -> Self:
+        made = super().__new__(cls, name)
+        made.line = line
+        return made
+
+
+LOAD_FIELDS = tuple(field.name for field in dataclasses.fields(InstanceLoad))
+load_values = operator.attrgetter(*LOAD_FIELDS)
+"""A load as it travels."""
+
+
+def load_of(values: list[Any]) -> InstanceLoad:
+    """The inverse of `load_values`."""
+    return InstanceLoad(**dict(zip(LOAD_FIELDS, values, strict=True)))
 
 
 def message_frame(message: Message) -> Frame:
