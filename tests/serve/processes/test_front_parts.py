@@ -3,10 +3,11 @@
 import asyncio
 import contextlib
 import dataclasses
-import multiprocessing
 import os
 import random
 import socket
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -19,13 +20,13 @@ from jaxsys.serve.adapters import KnownAdapter
 from jaxsys.serve.clock import WallClock
 from jaxsys.serve.energy.prefix_route import PrefixIndex
 from jaxsys.serve.energy.slo import SharedSlo
-from jaxsys.serve.engine import Engine, Overloaded
+from jaxsys.serve.engine import Engine
 from jaxsys.serve.http.dashboard import Dashboard
 from jaxsys.serve.http.kept_turns import SharedTurns
 from jaxsys.serve.http.metrics import Metrics
 from jaxsys.serve.http.responses import NoSuchResponse, Turns
 from jaxsys.serve.member import InstanceLoad, TokenEvent
-from jaxsys.serve.processes import lines
+from jaxsys.serve.processes import lines, shared
 from jaxsys.serve.processes.channel import Channel
 from jaxsys.serve.processes.fronts import _Everything
 from jaxsys.serve.processes.lines import Line
@@ -63,41 +64,48 @@ def test_counts_are_sums_over_fronts_without_those_that_are_gone():
     assert (one.total(), crowds[0].total(), crowds[0].uses("a@1")) == (3, 3, 2)
 
 
-def crowded(file, sizes, number, most, results):
-    """Takes up requests as an engine does, as many as there is room for."""
-    shared = Shared(file, **sizes)
-    engine = Engine(clock=WallClock(), max_requests=most)
-    engine.crowd = SharedCrowd(shared, number)
-    taken = 0
-    for _ in range(4 * most):
-        with contextlib.suppress(Overloaded):
-            engine.submit([1], SamplingParameters(max_tokens=1))
+CROWDED = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("shared", sys.argv[1])
+shared = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(shared)
+file, number, most = map(int, sys.argv[2:])
+memory = shared.Shared(file, fronts=2, instances=3, adapters=2)
+crowd = shared.SharedCrowd(memory, number)
+taken = 0
+for _ in range(4 * most):
+    with crowd.lock():
+        if crowd.total() < most:
+            crowd.add(1, None)
             taken += 1
-    results.put((taken, engine.unfinished))
+print(taken)
+"""
+"""Takes up requests as `Engine.submit` does, without what that needs."""
 
 
 def test_no_more_requests_are_taken_than_all_fronts_may_have():
-    """Two processes at once, each asking for twice as many as there is room for in all."""
-    sizes = {"fronts": 2, "instances": 3, "adapters": 2}
-    shared = memory(**sizes)
-    fork = multiprocessing.get_context("fork")  # that the descriptor is theirs too
-    results = fork.Queue()
-    arguments = [(shared.file, sizes, number, 400, results) for number in range(2)]
-    others = [fork.Process(target=crowded, args=one) for one in arguments]
-    for other in others:
-        other.start()
-    found = [results.get(timeout=60) for _ in others]
-    for other in others:
-        other.join(10)
-    assert sum(taken for taken, _ in found) == 400 == shared.requests(0).total()
+    """Two processes at once, each asking for four times as many as there is room for in all."""
+    memory_of_both = memory()
+    command = [sys.executable, "-c", CROWDED, shared.__file__, str(memory_of_both.file)]
+    both = [
+        subprocess.Popen(
+            [*command, str(number), "4000"],
+            stdout=subprocess.PIPE,
+            pass_fds=[memory_of_both.file],
+            text=True,
+        )
+        for number in range(2)
+    ]
+    taken = [int(one.communicate(timeout=60)[0]) for one in both]
+    assert sum(taken) == 4000 == memory_of_both.requests(0).total()
 
 
 # --- notes ------------------------------------------------------------------------------------
 
 
 def test_what_one_front_notes_others_know_also_one_that_comes_later():
-    shared = memory(fronts=3)
-    rings = [shared.notes(number) for number in range(3)]
+    all_of_them = memory(fronts=3)
+    rings = [all_of_them.notes(number) for number in range(3)]
     notes = [Notes(rings[n], [rings[m] for m in range(3) if m != n]) for n in range(3)]
     plain = PrefixIndex()
     rng = random.Random(1)

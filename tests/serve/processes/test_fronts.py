@@ -120,8 +120,19 @@ class Server:
         limits = httpx.Limits(max_connections=1, keepalive_expiry=60)
         with httpx.Client(base_url=self.address, timeout=120, limits=limits) as client:
             with self.only(front):
-                assert client.get("/version").status_code == 200
+                self.until(lambda: client.get("/version").status_code == 200, 20)
             yield client
+
+    @contextlib.contextmanager
+    def held(self):
+        """No token of an answer comes but the first."""
+        decoder = self.children("worker")[-1]
+        os.kill(decoder, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(decoder, signal.SIGCONT)
 
     def metrics(self, client=None):
         text = (
@@ -232,9 +243,10 @@ def test_turns_limits_and_counts_are_those_of_one_server(server, both):
     # Room: so many in all, wherever they are.
     with concurrent.futures.ThreadPoolExecutor(MOST) as threads, contextlib.ExitStack() as stack:
         many = [stack.enter_context(server.client(server.fronts[n % 2])) for n in range(MOST)]
-        running = [threads.submit(streamed, client) for client in many]
-        server.until(lambda: one.get("/health").json()["unfinished"] == MOST)
-        refused = [client.post("/v1/completions", json=LONG) for client in both]
+        with server.held():
+            running = [threads.submit(streamed, client) for client in many]
+            server.until(lambda: one.get("/health").json()["unfinished"] == MOST)
+            refused = [client.post("/v1/completions", json=LONG) for client in both]
         assert [one.status_code for one in refused] == [429, 429]
         assert f"{MOST} requests are being served" in refused[0].text
         assert all(int(one.headers["retry-after"]) > 0 for one in refused)
@@ -264,10 +276,11 @@ def test_an_adapter_loaded_at_one_front_is_known_at_the_other(
     # What decodes with it ends with it, at whichever front its name goes.
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
         whole = text(one, model="a", max_tokens=150)
-        running = threads.submit(streamed, one, model="a")
-        server.until(lambda: two.get("/health").json()["unfinished"])
-        unloading = two.post("/v1/unload_lora_adapter", json={"lora_name": "a"})
-        assert unloading.status_code == 200
+        with server.held():
+            running = threads.submit(streamed, one, model="a")
+            server.until(lambda: two.get("/health").json()["unfinished"])
+            unloading = two.post("/v1/unload_lora_adapter", json={"lora_name": "a"})
+            assert unloading.status_code == 200
         assert running.result() == whole
     for client in both:
         gone = client.post("/v1/completions", json=LONG | {"model": "a"})
@@ -291,12 +304,14 @@ def test_a_killed_front_takes_its_own_requests_only(server, both):
         clients = [
             stack.enter_context(server.client(front)) for front in (victim, victim, other, other)
         ]
-        running = [threads.submit(streamed, client) for client in clients]
-        server.until(lambda: both[1].get("/health").json()["unfinished"] == 4)
-        os.kill(victim, signal.SIGKILL)
-        for lost in running[:2]:
-            with pytest.raises(httpx.HTTPError):
-                lost.result()
+        with server.held():  # while pages are handed over
+            running = [threads.submit(streamed, client) for client in clients]
+            server.until(lambda: both[1].get("/health").json()["unfinished"] == 4)
+            os.kill(victim, signal.SIGKILL)
+            for lost in running[:2]:
+                with pytest.raises(httpx.HTTPError):
+                    lost.result()
+            server.until(lambda: both[1].get("/health").json()["unfinished"] == 2)
         assert [kept.result() for kept in running[2:]] == [whole, whole]
         assert text(both[1], max_tokens=150) == whole
     server.until(lambda: len(server.fronts) == 2 and victim not in server.fronts)
@@ -310,6 +325,32 @@ def test_a_killed_front_takes_its_own_requests_only(server, both):
     assert after[done] == before[done] + 4
     assert after["jaxsys_requests_unfinished"] == 0
     assert (after["jaxsys_fronts"], after["jaxsys_front_losses_total"]) == (2, 1)
+    # And while tokens come, of which the others miss none.
+    over = threading.Event()
+
+    def again_and_again(client):
+        found = []
+        while not over.is_set():
+            found.append(streamed(client))
+        return found
+
+    with concurrent.futures.ThreadPoolExecutor(4) as threads, contextlib.ExitStack() as stack:
+        clients = [
+            stack.enter_context(server.client(front)) for front in (fresh, fresh, other, other)
+        ]
+        running = [threads.submit(again_and_again, client) for client in clients]
+        time.sleep(1.0)
+        os.kill(fresh, signal.SIGKILL)
+        time.sleep(1.0)
+        over.set()
+        for lost in running[:2]:
+            with pytest.raises(httpx.HTTPError):
+                lost.result()
+        for kept in running[2:]:
+            found = kept.result()
+            assert len(found) > 2 and set(found) == {whole}
+    server.until(lambda: len(server.fronts) == 2 and fresh not in server.fronts)
+    server.settled()
     said = "".join(server.lines)
     assert "lost a front" in said and "SIGKILL" in said and "started another front" in said
 
@@ -321,9 +362,10 @@ def test_a_killed_instance_loses_nothing_at_any_front(server, both):
         clients = [
             stack.enter_context(server.client(front)) for front in server.fronts for _ in "ab"
         ]
-        running = [threads.submit(streamed, client) for client in clients]
-        server.until(lambda: both[1].get("/health").json()["unfinished"] == 4)
-        os.kill(server.children("worker")[-1], signal.SIGKILL)
+        with server.held():
+            running = [threads.submit(streamed, client) for client in clients]
+            server.until(lambda: both[1].get("/health").json()["unfinished"] == 4)
+            os.kill(server.children("worker")[-1], signal.SIGKILL)
         assert {future.result() for future in running} == {whole}
     server.until(lambda: all(c.get("/health").json()["status"] == "ok" for c in both))
     server.settled()
@@ -335,9 +377,10 @@ def test_a_front_that_is_told_to_end_finishes_what_it_has(server, both):
     whole = text(both[1], max_tokens=150)
     victim = server.fronts[0]
     with concurrent.futures.ThreadPoolExecutor(1) as threads, server.client(victim) as client:
-        running = threads.submit(streamed, client)
-        server.until(lambda: both[1].get("/health").json()["unfinished"])
-        os.kill(victim, signal.SIGTERM)
+        with server.held():
+            running = threads.submit(streamed, client)
+            server.until(lambda: both[1].get("/health").json()["unfinished"])
+            os.kill(victim, signal.SIGTERM)
         assert running.result() == whole
     server.until(lambda: len(server.fronts) == 2 and victim not in server.fronts)
     server.settled()
@@ -352,9 +395,11 @@ def test_sigterm_lets_every_front_finish(server, both):
         concurrent.futures.ThreadPoolExecutor(2) as threads,
         server.client(server.fronts[0]) as client,
     ):
-        running = [threads.submit(streamed, client) for client in both]
-        server.until(lambda: client.get("/health").json()["unfinished"] == 2)
-        server.process.send_signal(signal.SIGTERM)
+        with server.held():
+            running = [threads.submit(streamed, client) for client in both]
+            server.until(lambda: client.get("/health").json()["unfinished"] == 2)
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(0.5)
         assert [future.result() for future in running] == [whole, whole]
     assert server.process.wait(60) == 0
     server.reader.join(10)
