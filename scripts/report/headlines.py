@@ -337,9 +337,9 @@ HEADLINES = (
         runs=MEASURE,
     ),
     Headline(
-        title="What fronts take",
+        title="What one front takes",
         kind="measured",
-        claim="none; instances are simulated, the fronts and their connections are real.",
+        claim="none; instances are simulated, the front and its connections are real.",
         files=("front_capacity.json",),
         show=tables.front,
         runs=(Run(name="front", commands=("scripts/bench_front.py",)),),

@@ -641,14 +641,11 @@ def ablation(results: Sequence[Result]) -> str:
 def front(results: Sequence[Result]) -> str:
     rows = [row for result in results for row in result.rows]
     return table(
-        ["fronts", "instances", "by way of", "route", "output tokens",
-         "requests a CPU second of a front", "CPU ms a request", "beside it, of all fronts' keeper",
-         "requests/s on cores of their own"],
-        [[row["fronts"], row["instances"], row["way"], row["route"], row["output_tokens"],
-          number(row["requests_per_front_cpu_s"], ",.0f"),
-          number(row["front_cpu_ms_per_request"], ".2f"),
-          number(row["supervisor_cpu_ms_per_request"], ".3f") if row["fronts"] > 1 else "",
-          number(row["requests_per_s_on_cores_of_their_own"], ",.0f")]
+        ["instances", "by way of", "route", "output tokens", "requests/s", "tokens/s",
+         "CPU ms a request", "its core busy (%)"],
+        [[row["instances"], row["way"], row["route"], row["output_tokens"],
+          number(row["requests_per_s"], ",.0f"), number(row["tokens_per_s"], ",.0f"),
+          number(row["front_cpu_ms_per_request"], ".2f"), number(100 * row["front_busy"], ".0f")]
          for row in rows],
     )  # fmt: skip
 
