@@ -1,7 +1,7 @@
 """What a loss function costs, read from its jaxpr; or a layered model, as it is lowered."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -111,6 +111,8 @@ def layered_workload(
     model: LayeredModel, params: PyTree, microbatch: PyTree, cluster: Cluster
 ) -> Workload:
     """A layered model's work on one microbatch of these arrays or shapes, [B, ...]."""
+    if not callable(model.block):
+        return _workload_of_kinds(model, params, microbatch, cluster)
     rows = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), shapes_of(microbatch)
     )
@@ -119,6 +121,39 @@ def layered_workload(
     layers = find_layers(params, cost, len(jax.tree.leaves(params)))
     found = function_workload(function, params, rows, 1, layers, cluster)
     return as_lowered(found, model, params, rows)
+
+
+def _workload_of_kinds(
+    model: LayeredModel, params: PyTree, microbatch: PyTree, cluster: Cluster
+) -> Workload:
+    """The same of a model whose blocks are of kinds: two of each kind are traced by themselves."""
+    found: dict[str, Workload] = {}
+    for kind, stack in model.stacks(params["blocks"]).items():
+        alone = LayeredModel(
+            embed=model.embed, block=model.kinds[kind], head_loss=model.head_loss, layers=2
+        )
+        pair = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape[1:]), leaf.dtype), stack
+        )
+        whole = {"edge": params["edge"], "blocks": pair}
+        found[kind] = layered_workload(alone, whole, microbatch, cluster)
+    first = next(iter(found.values()))
+    blocks = tuple(found[kind].blocks[0] for kind in model.kind_of)
+
+    def model_flops(blocks: Sequence[BlockWork]) -> float:
+        return 3 * sum(block.product_flops for block in blocks)
+
+    return dataclasses.replace(
+        first,
+        blocks=blocks,
+        activation_bytes=max(one.activation_bytes for one in found.values()),
+        model_flops=first.model_flops - model_flops(first.blocks) + model_flops(blocks),
+        feature_ways=tuple(
+            ways
+            for ways in first.feature_ways
+            if all(ways in one.feature_ways for one in found.values())
+        ),
+    )
 
 
 def as_lowered(workload: Workload, model: LayeredModel, params: PyTree, rows: PyTree) -> Workload:

@@ -123,11 +123,6 @@ def choose_layered(
     Raises:
         UsageError: if the devices have no preset, or nothing fits.
     """
-    if not callable(model.block):
-        raise UsageError(
-            "schedule 'auto' compares strategies for blocks that are alike; this model's are of "
-            f"kinds {', '.join(map(repr, model.block))}; name a schedule instead"
-        )
     cluster = _cluster(devices, None)
     precision = Precision(
         weight_bytes=float(jnp.dtype(compute.compute_dtype).itemsize),

@@ -2,15 +2,19 @@
 
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from jaxsys import hardware, strategies
 from jaxsys.axes import MEMBER, TENSOR
 from jaxsys.context import ContextSplit
 from jaxsys.errors import UsageError
+from jaxsys.layered import LayeredModel
 from jaxsys.model import preset
+from jaxsys.planner.function_workload import layered_workload
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.named import compare
 from jaxsys.planner.plans import Gradient, LayerPath, Order, Plan, Residual, State, Weights
@@ -18,6 +22,7 @@ from jaxsys.planner.workload import decoder_workload
 from jaxsys.schedule import Placement
 from jaxsys.train import auto, plan_file, schedules
 from jaxsys.train.layout import AskedLayout, lay_out
+from jaxsys.train.options import Compute
 
 WORKLOAD = decoder_workload(
     "llama-3-8b", preset("llama-3-8b"), sequence_length=8192, microbatch_size=1
@@ -74,6 +79,45 @@ def test_says_so_when_nothing_fits_or_the_device_is_unknown():
     other = SimpleNamespace(platform="gpu", device_kind="AMD Instinct MI300X")
     with pytest.raises(UsageError, match="no preset for AMD Instinct MI300X; name a schedule"):
         auto.choose(WORKLOAD, [other] * 8, microbatches=64)
+
+
+def test_blocks_of_kinds_are_compared():
+    """Each kind's work is traced by itself, so that a wide block costs more than a narrow one."""
+    shape = jax.ShapeDtypeStruct
+    width = {"wide": 256, "narrow": 8}
+    model = LayeredModel(
+        embed=lambda edge, m: m["x"] @ edge["w"],
+        block={
+            kind: lambda w, x, m, layer: x + jnp.tanh(x @ w["up"]) @ w["down"] for kind in width
+        },
+        head_loss=lambda edge, x, m: (jnp.sum(x), jnp.float32(len(x))),
+        pattern=("wide", "narrow", "narrow", "wide", "narrow"),
+    )
+    counts = {"wide": 2, "narrow": 3}
+    parameters: Any = {
+        "edge": {"w": shape((16, 16), jnp.float32)},
+        "blocks": {
+            kind: {
+                "up": shape((counts[kind], 16, n), jnp.float32),
+                "down": shape((counts[kind], n, 16), jnp.float32),
+            }
+            for kind, n in width.items()
+        },
+    }
+    microbatch = {"x": shape((32, 16), jnp.float32)}
+    devices = [SimpleNamespace(platform="cpu", device_kind="cpu")] * 4
+    cluster = Cluster(device=hardware.device("cpu"), devices=4, link=hardware.link("host-memory"))
+    work = layered_workload(model, parameters, microbatch, cluster)
+    assert [block.product_flops for block in work.blocks] == [
+        2 * 2 * 32 * 16 * width[kind] for kind in model.kind_of
+    ]
+    assert work.model_flops == 3 * (sum(b.product_flops for b in work.blocks) + 2 * 32 * 16 * 16)
+    assert work.parameters == sum(leaf.size for leaf in jax.tree.leaves(parameters))
+    choice = auto.choose_layered(
+        model, parameters, microbatch, devices, microbatches=8, memory_gib=1.0,
+        compute=Compute(), recompute=None,
+    )  # fmt: skip
+    assert choice.schedule.devices * choice.members == 4 and "auto took" in choice.reason
 
 
 def plan_path(tmp_path, **changes):
