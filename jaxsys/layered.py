@@ -24,6 +24,9 @@ PyTree = Any
 ALIKE = "block"
 """The kind of all blocks of a model that names none."""
 
+TOTALS = "jaxsys.totals"
+"""The microbatch's leaf that holds what `LayeredModel.totals` sums to over the whole batch."""
+
 
 class Layer(NamedTuple):
     """Which block of the model runs."""
@@ -34,7 +37,19 @@ class Layer(NamedTuple):
 
 
 BlockFunction = Callable[[PyTree, PyTree, PyTree, Layer], PyTree]
-"""(one layer's parameters, x, microbatch, layer) -> x of the same structure, shapes and dtypes."""
+"""(one layer's parameters, x, microbatch, layer) -> x of the same structure, shapes and dtypes. One
+that needs no layer may be written without it."""
+
+
+@dataclass(frozen=True, slots=True)
+class WithoutLayer:
+    """A block of three arguments as one of four."""
+
+    block: Callable[[PyTree, PyTree, PyTree], PyTree]
+
+    def __call__(self, parameters: PyTree, x: PyTree, microbatch: PyTree, layer: Layer) -> PyTree:
+        del layer
+        return self.block(parameters, x, microbatch)
 
 
 class Parameters(TypedDict):
@@ -47,6 +62,30 @@ class Parameters(TypedDict):
     """As the model likes."""
     blocks: PyTree
     """Stacked [L, ...]; of a model with kinds, kind -> stacked [layers of this kind, ...]."""
+
+
+def _of_four(kind: str, block: Any) -> BlockFunction:
+    """A block that takes its layer too, which one of three arguments is not told.
+
+    Raises:
+        UsageError: if it takes neither three arguments nor four.
+    """
+    try:
+        signature = inspect.signature(block)
+    except ValueError:  # some callables do not tell what they take
+        return block
+    for count in (4, 3):
+        try:
+            given = signature.bind(*range(count))
+        except TypeError:
+            continue
+        if count == 3:
+            return WithoutLayer(block)
+        # An option of the block's own, which has a default, is no place for the layer.
+        fourth = signature.parameters[list(given.arguments)[-1]]
+        if fourth.default is fourth.empty or fourth.name == "layer":
+            return block
+    raise UsageError(f"{kind} does not take (parameters of one layer, x, microbatch, layer)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +122,11 @@ class LayeredModel:
     """The leaf of a microbatch from whose key the model draws random numbers, None if it draws
     none. A trainer puts keys there if the batch has none."""
 
+    totals: Callable[[PyTree], PyTree] | None = None
+    """Microbatch -> scalars whose sums over all microbatches of a step must be known before the
+    first one runs, such as what losses are divided by; `with_totals` puts these sums into the
+    microbatch's leaf `TOTALS`. None: there are none."""
+
     sequences: Mapping[str, int] | None = None
     """Leaves of a microbatch that have a sequence -> the axis it lies along; of [B, T, ...] 1."""
 
@@ -100,15 +144,9 @@ class LayeredModel:
 
     def __post_init__(self) -> None:
         """Raises UsageError if blocks, layers and pattern do not fit together."""
-        for kind, block in self.kinds.items():
-            try:
-                inspect.signature(block).bind(*range(4))
-            except TypeError:
-                raise UsageError(
-                    f"{kind} does not take (parameters of one layer, x, microbatch, layer)"
-                ) from None
-            except ValueError:  # some callables do not tell what they take
-                pass
+        blocks = {kind: _of_four(kind, block) for kind, block in self.kinds.items()}
+        if any(blocks[kind] is not block for kind, block in self.kinds.items()):
+            object.__setattr__(self, "block", self.blocks(blocks))
         if callable(self.block):
             if self.pattern is not None:
                 raise UsageError(
@@ -276,6 +314,7 @@ def reference_loss(model: LayeredModel, parameters: Parameters, batch: PyTree) -
     Returns:
         The scalar float32 loss sum(losses) / sum(weights).
     """
+    batch = with_totals(model, batch)
     total = weight = 0.0
     for row in range(jax.tree.leaves(batch)[0].shape[0]):
         microbatch = jax.tree.map(lambda leaf, i=row: leaf[i], batch)
@@ -285,6 +324,21 @@ def reference_loss(model: LayeredModel, parameters: Parameters, batch: PyTree) -
         loss, count, *_ = model.head_loss(parameters["edge"], x, microbatch)
         total, weight = total + loss, weight + count
     return jnp.asarray(total / weight)
+
+
+def with_totals(model: LayeredModel, batch: PyTree) -> PyTree:
+    """The batch with what its model must know of all of it, see `LayeredModel.totals`.
+
+    Args:
+        model: the layered model.
+        batch: leaves [M, B, ...], all microbatches of a step.
+    """
+    if model.totals is None:
+        return batch
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    found = jax.vmap(model.totals)(batch)
+    whole = jax.tree.map(lambda leaf: jnp.repeat(jnp.sum(leaf, 0, keepdims=True), rows, 0), found)
+    return {**batch, TOTALS: whole}
 
 
 # Randomness. A model that draws gets a key with every microbatch, as a leaf of the batch, and folds

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxsys.axes import CONTEXT
 from jaxsys.context import ContextSplit
-from jaxsys.layered import LayeredModel, Parameters, PyTree
+from jaxsys.layered import LayeredModel, Parameters, PyTree, with_totals
 from jaxsys.lowering.flat import Leaves, flat_model
 from jaxsys.lowering.sequences import Sequences
 from jaxsys.mesh import context_of
@@ -42,7 +42,7 @@ def make_loss(
         compute_dtype: of weights in use and activations.
         context: how sequences lie over the mesh's CONTEXT axis, where it has one.
     """
-    sequences = Sequences(model=model, split=context)
+    sequences, whole_model = Sequences(model=model, split=context), model
     model = model.over(context)
     specs = jax.tree.map(lambda sharding: sharding.spec, shardings)
     names = mesh.axis_names
@@ -95,6 +95,7 @@ def make_loss(
     @jax.jit
     def loss(parameters: Parameters, batch: PyTree) -> Sums:
         sequences.check(batch)
+        batch = with_totals(whole_model, batch)
         rows = jax.tree.leaves(batch)[0].shape[0]
         spare = -rows % devices
         counted = jnp.arange(rows + spare) < rows

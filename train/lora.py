@@ -6,6 +6,7 @@ Gradients flow to A and B alone; the frozen leaves' gradients are zeros. Source:
 2106.09685).
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -98,15 +99,18 @@ def _with_adapters(model: LayeredModel, weight: float) -> LayeredModel:
     """The model on parameters with adapters; what it draws and how it is evaluated stay."""
 
     def adapted(inner: BlockFunction) -> BlockFunction:
+        @functools.wraps(inner)
         def block(weights: PyTree, x: PyTree, microbatch: PyTree, layer: Layer) -> PyTree:
             frozen = jax.lax.stop_gradient(weights["frozen"])
             return inner(_merge(frozen, weights["adapters"], weight), x, microbatch, layer)
 
         return block
 
+    @functools.wraps(model.embed)
     def embed(edge: PyTree, microbatch: PyTree) -> PyTree:
         return model.embed(jax.lax.stop_gradient(edge), microbatch)
 
+    @functools.wraps(model.head_loss)
     def head_loss(edge: PyTree, x: PyTree, microbatch: PyTree) -> tuple[Any, ...]:
         return model.head_loss(jax.lax.stop_gradient(edge), x, microbatch)
 

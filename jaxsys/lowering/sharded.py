@@ -33,7 +33,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxsys.axes import RING
 from jaxsys.context import ContextSplit
 from jaxsys.errors import UsageError
-from jaxsys.layered import LayeredModel, Parameters, PyTree
+from jaxsys.layered import LayeredModel, Parameters, PyTree, with_totals
 from jaxsys.mesh import batch_axes
 from jaxsys.schedule import Placement, Schedule, check
 from jaxsys.strategies import RECOMPUTES
@@ -140,6 +140,7 @@ class ShardedStep(Step):
             UsageError: if the batch does not hold D M microbatches.
         """
         self.check_batch(batch)
+        batch = with_totals(self.model, batch)
         total = self.replicas * self.schedule.microbatches
         # Device d of a replica computes microbatches d, d + P, ...: bring them side by side.
         order = np.arange(total).reshape(self.replicas, -1, self.schedule.devices)

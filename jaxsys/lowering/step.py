@@ -19,7 +19,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxsys.axes import MEMBER, RING
 from jaxsys.context import ContextSplit
 from jaxsys.errors import UsageError
-from jaxsys.layered import LayeredModel, Parameters, PyTree
+from jaxsys.layered import LayeredModel, Parameters, PyTree, with_totals
 from jaxsys.mesh import batch_axes, members_of
 from jaxsys.schedule import Data, MoveKind, Placement, Schedule, check
 
@@ -148,6 +148,7 @@ class LoweredStep(TabledStep):
             UsageError: if the batch does not hold D M microbatches.
         """
         self.check_batch(batch)
+        batch = with_totals(self.model, batch)
         order = self.tables.microbatch_order
         if order is not None:
             everywhere = np.concatenate(

@@ -3,6 +3,7 @@
 One model has all of it, and every schedule must give its loss, its metrics and every gradient leaf.
 """
 
+import dataclasses
 import functools
 from typing import Any, cast
 
@@ -225,7 +226,7 @@ def test_refuses_what_is_no_model():
     with pytest.raises(UsageError, match="layers=3 but the pattern has 2"):
         LayeredModel(block={"dense": dense}, layers=3, pattern=("dense",) * 2, **some)
     with pytest.raises(UsageError, match="block does not take"):
-        LayeredModel(block=cast(Any, lambda weights, x, microbatch: x), layers=2, **some)
+        LayeredModel(block=cast(Any, lambda weights, x: x), layers=2, **some)
     model, parameters = unlike_blocks(4)
     mesh = make_mesh(2, devices=jax.devices()[:2])
     step = lower(build("1f1b", devices=2, microbatches=2), model, mesh)
@@ -239,6 +240,28 @@ def test_refuses_what_is_no_model():
     step = lower(build("1f1b", devices=2, microbatches=2), grown, mesh)
     with pytest.raises(UsageError, match="block 'dense' maps .* it must keep structure"):
         jax.eval_shape(step.loss_and_gradients, step.to_rest(parameters), keyed_batch(2))
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        lambda weights, x, microbatch: weights * x,
+        lambda weights, x, microbatch, power=1: weights * x**power,
+        lambda weights, x, microbatch, layer=None: weights * x + 0 * layer.index,
+        lambda *given: given[0] * given[1] + 0 * given[3].index,
+    ],
+)
+def test_a_block_may_be_told_its_layer_or_not(block):
+    model = LayeredModel(
+        embed=lambda edge, microbatch: microbatch["x"],
+        block=block,
+        head_loss=lambda edge, x, microbatch: (jnp.sum(x), jnp.float32(1)),
+        layers=2,
+    )
+    again = dataclasses.replace(model, layers=3)
+    assert again.block is model.block
+    parameters: Any = {"edge": {}, "blocks": jnp.array([2.0, 3.0])}
+    assert reference_loss(model, parameters, {"x": jnp.ones((2, 1))}) == 6
 
 
 def test_evaluation_runs_unlike_blocks():

@@ -153,8 +153,10 @@ class Case:
 
     options: Options
     parameters: Any
-    loss: Callable[[Any, Any], Any]
-    """(parameters, batch) -> what the author's loss returns."""
+    output: Callable[[Any, Any], Any]
+    """(parameters, batch) -> the model's output, and what it sowed."""
+    score: Callable[[Any, Any, Any], Any]
+    """(that, batch, parameters) -> what the author's loss returns."""
     adapt: Callable[[Any], Adapted]
     """Handed over with an example of a microbatch."""
     own: Callable[[Any], Any] = field(default=lambda tree: tree)
@@ -194,30 +196,26 @@ def optimizer(options: Options) -> optax.GradientTransformation:
 
 
 def whole_loss(one: Case, parameters: Any, batch: Any, keys: Any) -> Any:
-    """The author's mean over a batch [rows * B, ...].
+    """The author's mean over a batch [rows * B, ...], taken of the whole batch at once.
 
-    It is taken of the whole batch at once; only where the model draws random numbers by the
-    microbatch, since each has a key of its own: `keys`, else None.
+    Where the model draws random numbers each microbatch is run by itself, with its own key of
+    `keys`, else None; what is sown are means, so those of microbatches are averaged.
     """
-
-    def parts(batch: Any) -> tuple[Any, Any]:
-        result = one.loss(parameters, batch)
-        total, *rest = result if isinstance(result, tuple) else (result,)
-        if rest and not isinstance(rest[0], dict):
-            return total, rest[0]
-        # A mean: of all that counts, so weighed by it where there are several.
-        counted = _counted(one.options, batch)
-        return total * counted, counted
-
     if keys is None:
-        total, weight = parts(batch)
-        return total / weight
-    rows = one.options.microbatches
-    cut = jax.tree.map(lambda leaf: leaf.reshape(rows, -1, *leaf.shape[1:]), batch)
-    sums = [
-        parts({**jax.tree.map(lambda leaf, i=i: leaf[i], cut), KEY: keys[i]}) for i in range(rows)
-    ]
-    return sum(total for total, _ in sums) / sum(weight for _, weight in sums)
+        made = one.output(parameters, batch)
+    else:
+        rows = one.options.microbatches
+        cut = jax.tree.map(lambda leaf: leaf.reshape(rows, -1, *leaf.shape[1:]), batch)
+        parts = [
+            one.output(parameters, {**jax.tree.map(lambda leaf, i=i: leaf[i], cut), KEY: keys[i]})
+            for i in range(rows)
+        ]
+        outputs = jax.tree.map(lambda *each: jnp.concatenate(each), *[part for part, _ in parts])
+        sown = jax.tree.map(lambda *each: sum(each) / rows, *[part for _, part in parts])
+        made = outputs, sown
+    result = one.score(made, batch, parameters)
+    total, *rest = result if isinstance(result, tuple) else (result,)
+    return total / rest[0] if rest and not isinstance(rest[0], dict) else total
 
 
 def keys_of(options: Options, seed: int, step: Any) -> Any:
@@ -262,14 +260,6 @@ def joined(moving: Any, still: Any) -> Any:
 
 
 # What models of every framework are made of.
-
-
-def _counted(options: Options, batch: Any) -> Any:
-    if options.loss in ("masked", "metrics"):
-        return jnp.sum(batch["targets"] >= 0).astype(jnp.float32)
-    if options.loss == "weighted":
-        return jnp.sum(batch["weights"])
-    return jnp.float32(batch["targets"].size)
 
 
 def _scored(options: Options, output: Any, batch: Any, sown: Any, parameters: Any) -> Any:
@@ -527,10 +517,12 @@ def _linen(options: Options) -> Case:
         output, written = output
         return _scored(options, output, batch, written, params)
 
-    def own(params: Any, batch: Any) -> Any:
+    def output(params: Any, batch: Any) -> Any:
         rngs = {"dropout": batch[KEY]} if KEY in batch else None
-        output = module.apply({"params": params}, batch["inputs"], rngs=rngs, mutable=["losses"])
-        return scored(output, batch, params)
+        return module.apply({"params": params}, batch["inputs"], rngs=rngs, mutable=["losses"])
+
+    def own(params: Any, batch: Any) -> Any:
+        return scored(output(params, batch), batch, params)
 
     blocks = "block" if options.wrapper == "scan" else "block_"
     if options.extra == "norms":
@@ -538,13 +530,15 @@ def _linen(options: Options) -> Case:
         return Case(
             options=options,
             parameters=params,
-            loss=own,
+            output=output,
+            score=scored,
             adapt=lambda example: from_function(own, params, example, blocks=blocks),
         )
     return Case(
         options=options,
         parameters=params,
-        loss=own,
+        output=output,
+        score=scored,
         adapt=lambda example: from_linen(
             module, {"params": params}, example, blocks=blocks, loss=scored, mutable=["losses"]
         ),
@@ -711,27 +705,35 @@ def _nnx(options: Options) -> Case:
             key = jax.random.fold_in(key, word)
         return key
 
-    def own(pure: Any, batch: Any) -> Any:
+    def output(pure: Any, batch: Any) -> Any:
         drawn = keys
         if KEY in batch:
             words = list(jax.random.key_data(batch[KEY]))
             drawn = jax.tree.map(lambda key: folded(key, words), keys)
         mine = nnx.merge(graph, params, drawn, rest, copy=True)
         nnx.update(mine, pure)
-        return _scored(options, mine(batch["inputs"]), batch, (), pure)
+        return mine(batch["inputs"]), ()
+
+    def score(made: Any, batch: Any, pure: Any) -> Any:
+        return _scored(options, made[0], batch, (), pure)
+
+    def own(pure: Any, batch: Any) -> Any:
+        return score(output(pure, batch), batch, pure)
 
     path = "body.blocks" if options.wrapper == "nested" else "blocks"
     if options.extra == "norms":
         return Case(
             options=options,
             parameters=pure,
-            loss=own,
+            output=output,
+            score=score,
             adapt=lambda example: from_function(own, pure, example, blocks=path),
         )
     return Case(
         options=options,
         parameters=pure,
-        loss=own,
+        output=output,
+        score=score,
         adapt=lambda example: from_nnx(
             module,
             example,
@@ -801,7 +803,7 @@ def _function(options: Options) -> Case:
     elif o.wrapper == "jit":
         block = jax.jit(block)
 
-    def loss(parameters: Any, batch: Any) -> Any:
+    def output(parameters: Any, batch: Any) -> Any:
         tokens, table = batch["inputs"], jnp.asarray(parameters["embed"]["table"])
         x = table[tokens]
         if o.positions == "learned":
@@ -838,11 +840,18 @@ def _function(options: Options) -> Case:
             x, extra, outputs = _around(o, x, run)
         head = table.T if o.tied else parameters["head"]
         logits = _ended(o, x, outputs, lambda y: y @ head)
-        return _scored(options, (logits, extra), batch, (), parameters)
+        return (logits, extra), ()
+
+    def score(made: Any, batch: Any, parameters: Any) -> Any:
+        return _scored(options, made[0], batch, (), parameters)
+
+    def loss(parameters: Any, batch: Any) -> Any:
+        return score(output(parameters, batch), batch, parameters)
 
     return Case(
         options=options,
         parameters=parameters,
-        loss=loss,
+        output=output,
+        score=score,
         adapt=lambda example: from_function(loss, parameters, example, blocks="layers"),
     )

@@ -18,11 +18,10 @@ from jaxsys.results import write_result
 HERE = Path(__file__).parent
 PATH = HERE.parents[1] / "results" / "random_models.json"
 REASONS = {
-    "is not linear in the gradient": "a custom_vjp that clips",
-    "means over different numbers": "a masked mean plus a mean over all",
+    "is not linear in the gradient": "a custom_vjp that clips more than a sample",
+    "means over different numbers": "means over numbers that are drawn or made of parameters",
     "not seen to be a mean": "a mean that is none of samples",
     "used whole by": "a stack used whole",
-    "compares strategies for blocks that are alike": "auto, of blocks of kinds",
     "do not run in its order": "a stack in another order",
 }
 

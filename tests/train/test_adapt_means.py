@@ -76,8 +76,23 @@ def with_rows(parameters, batch):
     return each(logits + states.swapaxes(0, 1), batch["targets"]).mean() + auxiliary.sum()
 
 
+def by_pieces(parameters, batch):
+    """Losses and their number added up over pieces of the sequence, as large vocabularies want."""
+    logits = logits_of(parameters, batch["inputs"])
+
+    @jax.checkpoint
+    def piece(sums, row):
+        logits, targets = row
+        mask = targets > 1
+        return (sums[0] + jnp.sum(each(logits, targets) * mask), sums[1] + jnp.sum(mask)), None
+
+    rows = logits.swapaxes(0, 1), batch["targets"].T
+    total, count = jax.lax.scan(piece, (jnp.float32(0), jnp.int32(0)), rows)[0]
+    return total / jnp.maximum(count, 1)
+
+
 @pytest.mark.parametrize("size", [1, 3])
-@pytest.mark.parametrize("loss", [mapped, one_by_one, flattened, with_rows])
+@pytest.mark.parametrize("loss", [mapped, one_by_one, flattened, with_rows, by_pieces])
 def test_a_mean_is_found_through_the_whole_model(loss, size):
     rows = data(2, size)
     adapted = from_function(
@@ -113,7 +128,22 @@ def handed_on(parameters, batch):
     return jax.lax.scan(lambda c, row: (c + row, c * row), 0.0, losses)[1].mean()
 
 
-@pytest.mark.parametrize("loss", [centred, contrastive, by_place, running, handed_on])
+def by_pieces_from_one(parameters, batch):
+    losses = each(logits_of(parameters, batch["inputs"]), batch["targets"])
+    total = jax.lax.scan(lambda c, row: (c + jnp.sum(row), None), 1.0, losses.T)[0]
+    return total / losses.size
+
+
+def by_pieces_squared(parameters, batch):
+    losses = each(logits_of(parameters, batch["inputs"]), batch["targets"])
+    squares = jax.lax.scan(lambda c, row: (c + jnp.sum(row) ** 2, None), 0.0, losses.T)[0]
+    return squares / losses.size
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [centred, contrastive, by_place, running, handed_on, by_pieces_from_one, by_pieces_squared],
+)
 def test_samples_that_enter_each_others_parts_are_refused(loss):
     example = jax.tree.map(lambda leaf: leaf[0], data(1, 3))
     with pytest.raises(UsageError, match="not seen to be a mean over samples"):
@@ -170,7 +200,7 @@ OTHER = {
 
 @pytest.mark.parametrize("name", [*LINEAR, *OTHER])
 @pytest.mark.parametrize("inside", ["", "scan"])
-def test_a_derivative_must_be_linear_in_the_gradient(name, inside):
+def test_derivatives_that_are_not_linear_are_seen(name, inside):
     act: Any = with_derivative({**LINEAR, **OTHER}[name])
     if inside:
         once = act
@@ -187,8 +217,10 @@ def test_a_derivative_must_be_linear_in_the_gradient(name, inside):
         return each(x @ jnp.asarray(parameters["table"]).T, batch["targets"]).mean()
 
     example = jax.tree.map(lambda leaf: leaf[0], data(1, 2))
-    if name in LINEAR:
-        from_function(loss, PARAMETERS, example, blocks="layers")
+    if name != "normalises":  # over the whole batch
+        adapted = from_function(loss, PARAMETERS, example, blocks="layers")
+        # Where it is not linear, what is divided by is known before: see test_adapt_totals.
+        assert (adapted.model.totals is None) == (name in LINEAR)
         return
     with pytest.raises(UsageError, match="not linear in the gradient"):
         from_function(loss, PARAMETERS, example, blocks="layers")

@@ -1,5 +1,6 @@
 """Layered models written by hand whose own derivatives a schedule would make another number of."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel
 from jaxsys.train import Trainer
 from jaxsys.train.derivatives import check_derivatives
+from jaxsys.train.lora import add_adapters
 
 D, L = 4, 2
 PARAMETERS: Any = {
@@ -96,6 +98,42 @@ def test_a_derivative_by_what_is_differentiated_is_refused():
 
     saving.defvjp(forward, backward, symbolic_zeros=True)
     check_derivatives(model(saving), PARAMETERS, MICROBATCH)
+
+
+def gates(edge, x):
+    return jax.nn.sigmoid(x @ edge["into"])[:, 0]
+
+
+@pytest.mark.parametrize(
+    ("weight", "moves"),
+    [
+        (lambda edge, x: jnp.sum(gates(edge, x)), True),
+        (lambda edge, x: jnp.sum(jax.lax.stop_gradient(gates(edge, x))), False),
+        (lambda edge, x: jnp.sum(gates(edge, x) > 0.5), False),
+        # Losses and their count in one loop.
+        (lambda edge, x: jax.lax.scan(
+            lambda c, row: ((c[0] + jnp.sum(row), c[1] + 1.0), None), (0.0, 0.0), x)[0][1], False),
+    ],
+)  # fmt: skip
+def test_a_weight_that_parameters_move_is_refused(weight, moves):
+    counted = dataclasses.replace(
+        model(lambda x, w: x @ w),
+        head_loss=lambda edge, x, microbatch: (jnp.sum(x), weight(edge, x)),
+    )
+    if moves:
+        with pytest.raises(UsageError, match="a weight that depends on parameters"):
+            check_derivatives(counted, PARAMETERS, MICROBATCH)
+    else:
+        check_derivatives(counted, PARAMETERS, MICROBATCH)
+
+
+def test_adapters_hide_no_derivative():
+    """They wrap a model's functions; what these are is looked at all the same."""
+    adapted, parameters = add_adapters(
+        model(with_derivative(clipped)), PARAMETERS, rank=1, targets=["w"]
+    )[:2]
+    with pytest.raises(UsageError, match="in block, a custom derivative"):
+        check_derivatives(adapted, parameters, MICROBATCH)
 
 
 def test_a_trainer_says_so_before_it_compiles():

@@ -12,9 +12,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.core import ShapedArray
 
 from jaxsys.errors import UsageError
-from jaxsys.layered import ALIKE, LayeredModel, Parameters, PyTree
+from jaxsys.layered import ALIKE, TOTALS, LayeredModel, Parameters, PyTree
 from jaxsys.layered import Layer as LayerInfo
-from jaxsys.train.adapt.mean import OUTPUT, check_scales, mean_of
 from jaxsys.train.adapt.places import (
     Edge,
     Fixed,
@@ -29,15 +28,15 @@ from jaxsys.train.adapt.places import (
 )
 from jaxsys.train.adapt.plan import CutProgram
 from jaxsys.train.adapt.program import trace
+from jaxsys.train.adapt.states import OUTPUT
+from jaxsys.train.adapt.sums import FORMS, sums_of
 from jaxsys.train.adapt.values import (
     BatchLeaf,
     BlockLeaf,
     EdgeLeaf,
     Layer,
-    Program,
     StackedLeaf,
     Value,
-    needed,
 )
 
 Loss = Callable[[Any, PyTree], Any]
@@ -58,15 +57,12 @@ LossFunction = Callable[[PyTree, PyTree], Any]
     summed loss, weight             a step's loss is sum(losses) / sum(weights)
     summed loss, weight, metrics    a dict of sums beside it; also summed loss, (weight, metrics)
     mean                            over samples, or over a mask that the microbatch gives
-    mean, metrics                   and a dict of means of the same kind
+    mean, metrics                   and a dict of means; one that is not seen to be a mean is
+                                    averaged over microbatches
 
-A mean is taken apart into sum and weight if it is seen to be one, else refused: see `mean`.
+A mean is taken apart into sum and weight if it is seen to be one, else refused: see `mean`. What is
+divided by must not depend on parameters.
 """
-
-_FORMS = (
-    "a loss returns (sum, weight), (sum, weight, metrics), a mean over samples or (mean, metrics), "
-    "all scalars"
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +154,8 @@ def with_evaluation(adapted: Adapted, evaluation: Adapted) -> Adapted:
             "as it is evaluated, the model's blocks are alike in another way than in training; "
             "call it so that evaluation only switches random numbers off"
         )
-    model = dataclasses.replace(adapted.model, evaluation=evaluation.model)
+    still = evaluation.model.evaluation or evaluation.model
+    model = dataclasses.replace(adapted.model, evaluation=still)
     return dataclasses.replace(adapted, model=model)
 
 
@@ -231,6 +228,7 @@ class _Adapter:
         plan, draws = self.plan, self.draws
 
         def embed(edge: PyTree, microbatch: PyTree) -> PyTree:
+            microbatch, _ = _without_totals(microbatch)
             mine, leaves = self._edge(edge)
             return self._plan(mine, microbatch).embed(leaves, jax.tree.leaves(microbatch))
 
@@ -239,6 +237,7 @@ class _Adapter:
             which = np.array([roles.index(n) if n in roles else 0 for n in plan.pattern], np.int32)
 
             def run(own: PyTree, x: PyTree, microbatch: PyTree, layer: LayerInfo) -> PyTree:
+                microbatch, _ = _without_totals(microbatch)
                 leaves = {name: leaf_of(own, name) for name in plan.roles[first].kind.leaves}
                 mine = _compute_dtype(
                     [(leaf.dtype, dtypes[first][name]) for name, leaf in leaves.items()]
@@ -253,16 +252,22 @@ class _Adapter:
 
             return run
 
-        def head_loss(edge: PyTree, x: PyTree, microbatch: PyTree) -> tuple[Any, ...]:
-            mine, leaves = self._edge(edge)
-            chosen = self._plan(mine, microbatch)
-            loss, weight, *metrics = chosen.sums(
-                chosen.head(leaves, x, jax.tree.leaves(microbatch))
-            )
-            loss, weight = jnp.asarray(loss, jnp.float32), jnp.asarray(weight, jnp.float32)
-            if not self.metrics:
-                return loss, weight
-            return loss, weight, dict(zip(self.metrics, metrics, strict=True))
+        def head_loss(divide: bool) -> Callable[..., tuple[Any, ...]]:
+            def score(edge: PyTree, x: PyTree, microbatch: PyTree) -> tuple[Any, ...]:
+                microbatch, totals = _without_totals(microbatch)
+                mine, leaves = self._edge(edge)
+                chosen = self._plan(mine, microbatch)
+                outputs = chosen.head(leaves, x, jax.tree.leaves(microbatch))
+                loss, weight, *metrics = chosen.sums.of(outputs, totals, divide)
+                loss, weight = jnp.asarray(loss, jnp.float32), jnp.asarray(weight, jnp.float32)
+                if not self.metrics:
+                    return loss, weight
+                return loss, weight, dict(zip(self.metrics, metrics, strict=True))
+
+            return score
+
+        def totals(microbatch: PyTree) -> list[Any]:
+            return self._plan(None, microbatch).totals(jax.tree.leaves(microbatch))
 
         shapes = self._shapes_of_layers(plan.program.stack_axes)
         dtypes = [
@@ -278,12 +283,18 @@ class _Adapter:
             block=block(self.members[0])
             if alike
             else {name: block(self.members[n]) for n, name in enumerate(self.kinds)},
-            head_loss=head_loss,
+            head_loss=head_loss(divide=False),
             layers=len(plan.layers),
             pattern=None if alike else tuple(self.kinds[n] for n in self.pattern),
             view=self._user_tree,
             draws=KEY if draws else None,
+            totals=totals if plan.sums.needs else None,
         )
+        if plan.sums.whole_weight is not None:
+            # Evaluated, nothing is derived: batches then weigh as much as counts in them.
+            model = dataclasses.replace(
+                model, head_loss=head_loss(divide=True), totals=totals, evaluation=model
+            )
         return Adapted(
             model=model,
             parameters=self._cut(),
@@ -367,7 +378,13 @@ class _Adapter:
             return self._outputs(self.loss(jax.tree.unflatten(self.structure, mine), microbatch))
 
         program = trace(whole, values, avals, microbatch)
-        sums = self._as_sums(program, microbatch, lambda m: trace(whole, values, avals, m))
+        sums = sums_of(
+            program,
+            microbatch,
+            lambda m: trace(whole, values, avals, m),
+            mean=self.mean,
+            key=(KEY,),
+        )
         layers = sorted(
             {(p.group, p.number) for p in self.places if isinstance(p, InBlock)}
             | {(g, n) for g, length in program.lengths.items() for n in range(length)}
@@ -405,57 +422,16 @@ class _Adapter:
             if rest and isinstance(rest[-1], Mapping):
                 metrics = dict(rest.pop())
             if len(rest) > 1:
-                raise UsageError(f"loss returned {len(result)} values; {_FORMS}")
+                raise UsageError(f"loss returned {len(result)} values; {FORMS}")
             weight = rest[0] if rest else None
         scalars = {"loss": loss, "weight": 0.0 if weight is None else weight, **metrics}
         for name, value in scalars.items():
             if not isinstance(value, int | float) and np.shape(value) != ():
-                raise UsageError(f"loss returned {name} of shape {np.shape(value)}; {_FORMS}")
+                raise UsageError(f"loss returned {name} of shape {np.shape(value)}; {FORMS}")
         values = [jnp.asarray(value, jnp.float32) for value in scalars.values()]
         self.metrics = tuple(metrics)
         self.mean = weight is None
         return values
-
-    def _as_sums(self, program: Program, microbatch: PyTree, again: Callable[[PyTree], Program]):
-        """What the head evaluates, and how (sum, weight, metrics) come of it."""
-        loss, _, *metrics = program.outputs
-        if not self.mean:
-            return lambda values: values
-        flat, structure = jax.tree_util.tree_flatten_with_path(microbatch)
-        key = next((n for n, (path, _) in enumerate(flat) if names_of(path) == (KEY,)), None)
-        leaves = [leaf for _, leaf in flat]
-        lengths = [leaf.shape[0] for n, leaf in enumerate(leaves) if leaf.ndim and n != key]
-        # Where leaves differ: of most, the others are no samples.
-        samples = max(lengths, key=lengths.count, default=0)
-        if not samples:
-            raise UsageError(f"the microbatch has no samples to take a mean over; {_FORMS}")
-        mean = mean_of(loss, samples, key)
-        doubled = [
-            jax.ShapeDtypeStruct((2 * samples, *leaf.shape[1:]), leaf.dtype)
-            if n != key and leaf.ndim and leaf.shape[0] == samples
-            else leaf
-            for n, leaf in enumerate(leaves)
-        ]
-        twice = again(jax.tree.unflatten(structure, doubled)).outputs[0]
-        check_scales(mean, mean_of(twice, 2 * samples, key))
-        read = [*(v for v, _ in mean.sums), *(v for v, _ in mean.rests)]
-        factors = [f for _, f in (*mean.sums, *mean.rests)]
-        count = len(mean.sums)
-        program.outputs = [*read, *([mean.divisor] if mean.divisor else []), *metrics]
-        program.operations = needed(program.operations, program.outputs)
-
-        def sums(values: list[Any]) -> list[Any]:
-            terms = [f * jnp.float32(v) for f, v in zip(factors, values, strict=False)]
-            rest = values[len(factors) :]
-            if mean.divisor is not None:
-                weight, *rest = rest
-                weight = jnp.float32(weight)
-                total = sum(terms[:count]) + weight * sum(terms[count:])
-            else:
-                weight, total = jnp.float32(samples), samples * sum(terms)
-            return [total, weight, *(weight * value for value in rest)]
-
-        return sums
 
     def _shapes_of_layers(
         self, axes: dict[tuple[int, Names], int]
@@ -551,6 +527,14 @@ class _Adapter:
                     (kind,) = {places_of[layer][0] for layer in mine}
                     leaves.append(leaf_of(stacks[kind], place.names))
         return leaves
+
+
+def _without_totals(microbatch: PyTree) -> tuple[PyTree, Any]:
+    """A microbatch as the user's batches have it, and what is known of the whole batch."""
+    if not isinstance(microbatch, Mapping) or TOTALS not in microbatch:
+        return microbatch, None
+    own = {name: leaf for name, leaf in microbatch.items() if name != TOTALS}
+    return own, microbatch[TOTALS]
 
 
 def _check_batch(microbatch: PyTree, example: PyTree) -> str | None:

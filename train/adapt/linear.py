@@ -3,7 +3,8 @@
 A step adds up the gradients of its microbatches and divides by their weight afterwards. That is the
 gradient of the whole batch's mean only if every backward pass is linear in what it is given. JAX's
 own are; a `custom_vjp` may clip, normalise or round the gradient it gets, and would then train
-another model under a schedule than in a loop, without a word.
+another model under a schedule than in a loop, without a word. Adapted models may have such ones
+where each sample is treated alone (`alone`): they divide first.
 
 A `custom_vjp` with symbolic zeros is told which of its inputs are differentiated. Schedules
 differentiate by parts (what is between blocks, then parameters), so such a derivative must give
@@ -53,10 +54,14 @@ _CALLS = frozenset(
 _MOST_ROUNDS = 8
 
 
-_NOT_LINEAR = (
+NOT_LINEAR = (
     "a custom derivative (custom_vjp) is not linear in the gradient that it is given (it clips, "
-    "normalises or rounds it); a step adds up its microbatches' gradients before they are divided "
-    "by the batch's weight, so it would be another number: leave that to the optimizer"
+    "normalises or rounds it)"
+)
+_LATE = (
+    f"{NOT_LINEAR}; a step adds up its microbatches' gradients before they are divided by the "
+    "batch's weight, so it would be another number: take the whole model apart with from_function, "
+    "which divides first, or leave that to the optimizer"
 )
 _BY_PARTS = (
     "a custom derivative (symbolic_zeros=True) gives an input another gradient where fewer of its "
@@ -66,14 +71,25 @@ _BY_PARTS = (
 
 
 def why_not(equation: Any) -> str | None:
-    """Why the custom derivatives in an equation are others under a schedule; None if they are not.
+    """Why the custom derivatives in an equation are others under a schedule that divides last.
 
     Args:
         equation: of a jaxpr; those in its own jaxprs count too.
+
+    Returns:
+        None if they are not.
     """
+    return _LATE if not_linear(equation) else why_not_by_parts(equation)
+
+
+def not_linear(equation: Any) -> tuple[Any, ...]:
+    """Equations in one, or itself, with a custom derivative that is not linear."""
+    return tuple(inner for inner in custom_derivatives(equation) if not is_linear(inner))
+
+
+def why_not_by_parts(equation: Any) -> str | None:
+    """Why custom derivatives in an equation are others where fewer inputs are differentiated."""
     for inner in custom_derivatives(equation):
-        if not is_linear(inner):
-            return _NOT_LINEAR
         if inner.params.get("symbolic_zeros") and not _is_by_parts(inner):
             return _BY_PARTS
     return None
@@ -90,11 +106,11 @@ def custom_derivatives(equation: Any) -> Iterator[Any]:
 
 def is_linear(equation: Any) -> bool:
     """Whether a `custom_vjp`'s backward pass is linear in the gradient it is given."""
-    shapes = _shapes(equation)
+    shapes = shapes_of(equation)
     try:
         outputs = jax.eval_shape(call_of(equation), shapes)
-        moving = [n for n, shape in enumerate(shapes) if _moves(shape)]
-        closed = jax.make_jaxpr(_pulled(equation, moving))(shapes, outputs)
+        moving = [n for n, shape in enumerate(shapes) if moves(shape)]
+        closed = jax.make_jaxpr(pulled(equation, moving))(shapes, outputs)
     except UNKNOWN:  # of the user's own
         return True
     parts: list[Part] = [*("none" for _ in shapes), *("linear" for _ in outputs)]
@@ -103,12 +119,12 @@ def is_linear(equation: Any) -> bool:
 
 def _is_by_parts(equation: Any) -> bool:
     """Whether each input's gradient is the same where it alone is differentiated."""
-    shapes = _shapes(equation)
-    moving = [n for n, shape in enumerate(shapes) if _moves(shape)]
+    shapes = shapes_of(equation)
+    moving = [n for n, shape in enumerate(shapes) if moves(shape)]
 
     def mark(chosen: list[int], place: int) -> Any:
-        pulled = _pulled(equation, chosen)
-        closed = jax.make_jaxpr(lambda x, g: pulled(x, g)[place])(shapes, outputs)
+        back = pulled(equation, chosen)
+        closed = jax.make_jaxpr(lambda x, g: back(x, g)[place])(shapes, outputs)
         return fingerprint_of_jaxpr(_live(closed.jaxpr), closed.consts)
 
     try:
@@ -118,15 +134,23 @@ def _is_by_parts(equation: Any) -> bool:
         return True
 
 
-def _shapes(equation: Any) -> list[jax.ShapeDtypeStruct]:
+def zeros(closed: Any, inputs: int) -> list[bool]:
+    """Which results of a backward pass (inputs, then gradients) are zero whatever it is given."""
+    gradients = len(closed.jaxpr.invars) - inputs
+    parts: list[Part] = ["none"] * inputs + ["linear"] * gradients
+    return [part == "zero" for part in _followed(closed.jaxpr, closed.consts, parts)]
+
+
+def shapes_of(equation: Any) -> list[jax.ShapeDtypeStruct]:
+    """Of what an equation reads."""
     return [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars]
 
 
-def _pulled(equation: Any, chosen: Sequence[int]) -> Callable[[Any, Any], list[Any]]:
+def pulled(equation: Any, chosen: Sequence[int]) -> Callable[[Any, Any], list[Any]]:
     """(inputs, gradients of the outputs) -> gradients of the chosen inputs, the others constant."""
     call = call_of(equation)
 
-    def pulled(inputs: Any, gradients: Any) -> list[Any]:
+    def back(inputs: Any, gradients: Any) -> list[Any]:
         def of(moving: Any) -> Any:
             whole = list(inputs)
             for n, value in zip(chosen, moving, strict=True):
@@ -135,7 +159,7 @@ def _pulled(equation: Any, chosen: Sequence[int]) -> Callable[[Any, Any], list[A
 
         return jax.vjp(of, [inputs[n] for n in chosen])[1](gradients)[0]
 
-    return pulled
+    return back
 
 
 def _live(jaxpr: Any) -> Any:
@@ -149,7 +173,8 @@ def _live(jaxpr: Any) -> Any:
     return jaxpr.replace(eqns=kept[::-1])
 
 
-def _moves(value: Any) -> bool:
+def moves(value: Any) -> bool:
+    """Whether a value has a gradient."""
     return jnp.issubdtype(value.dtype, jnp.inexact)
 
 
@@ -211,7 +236,7 @@ def _results(equation: Any, parts: list[Part]) -> list[Part]:
     if name == "integer_pow":
         return ["linear" if parameters["y"] == 1 else "other"]
     if name == "convert_element_type":
-        return ["linear" if _moves(equation.outvars[0].aval) else "other"]
+        return ["linear" if moves(equation.outvars[0].aval) else "other"]
     if name == "select_n":
         return ["other"] if parts[0] == "linear" else [_sum(parts[1:])]
     if name in ("add", "add_any", "sub", "concatenate", "stack", "pad"):

@@ -3,33 +3,27 @@
 A step sees one microbatch at a time; the mean of the whole batch is sum(sums) / sum(weights). So a
 mean must be seen to be one: it ends in sums over an array along whose one axis samples lie, each
 made of that sample alone (see `samples`), divided by the array's size, by the number of samples or
-by a sum of the same kind (of a mask). Anything else, such as a product of means in an auxiliary
-loss, is another number for the whole batch than for its parts, and is refused.
+by a sum of the same kind (of a mask). Terms may have divisors of their own (a masked mean beside a
+mean over all): see `sums`. Anything else, such as a product of means in an auxiliary loss, is
+another number for the whole batch than for its parts, and is refused.
 
 Legend: B samples in the microbatch.
 """
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
 
 from jaxsys.errors import UsageError
-from jaxsys.train.adapt.samples import (
-    Along,
-    Followed,
-    Mixed,
-    Same,
-    State,
-    Unknown,
-    everything_uneven,
-    of_constant,
-)
-from jaxsys.train.adapt.values import BatchLeaf, Constant, Value
+from jaxsys.train.adapt.fingerprint import words_of
+from jaxsys.train.adapt.samples import Mixed, Summed, Unknown
+from jaxsys.train.adapt.states import states_of
+from jaxsys.train.adapt.values import BlockLeaf, Value, known
 
-OUTPUT = "jaxsys_model_output"
-"""The name of a model's outputs: in what cannot be followed up to there, samples are believed to
-lie along the first axis."""
-
-_WAY_OUT = (
+WAY_OUT = (
     "return (sum over samples, their number) instead of a mean; each is then added up over "
     "microbatches"
 )
@@ -37,71 +31,156 @@ _WAY_OUT = (
 _AS_IT_IS = ("convert_element_type", "copy", "name", "reshape", "squeeze")
 
 
-@dataclass(slots=True)
-class Mean:
-    """What a mean is made of: (sum of factor * sums) / divisor + sum of factor * rests."""
+class Guard(NamedTuple):
+    """What keeps a divisor from zero."""
 
-    sums: list[tuple[Value, float]] = field(default_factory=list)
-    """Sums over samples, with factors."""
-    divisor: Value | None = None
-    """A sum over samples of a mask; None where factors hold the number of samples."""
-    rests: list[tuple[Value, float]] = field(default_factory=list)
-    """What no sample enters, such as the norm of parameters."""
+    name: str
+    """"max" or "add" of a number, or "none": what it is where it would be zero."""
+    number: float
 
 
-def mean_of(loss: Value, samples: int, key: int | None) -> Mean:
-    """The parts of a mean over samples.
+@dataclass(frozen=True, slots=True)
+class Divisor:
+    """A sum over samples, of a mask or of weights, that other such sums are divided by."""
+
+    value: Value
+    guards: tuple[Guard, ...] = ()
+    """First to last."""
+
+    def also(self, guard: Guard) -> "Divisor":
+        """With another guard, ahead of all."""
+        return Divisor(self.value, (guard, *self.guards))
+
+    def guarded(self, total: Any) -> Any:
+        """The divisor as it is for a batch of which `value` is this."""
+        for name, number in self.guards:
+            if name == "none":
+                total = jnp.where(total == 0, number, total)
+            else:
+                total = jnp.maximum(total, number) if name == "max" else total + number
+        return total
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is a number of elements, for which a guard says nothing unless it is zero."""
+        value = self.value
+        while jnp.issubdtype(value.aval.dtype, jnp.floating):
+            if value.maker is None or value.maker.primitive.name not in (
+                *_AS_IT_IS,
+                "broadcast_in_dim",
+                "reduce_sum",
+            ):
+                return False
+            value = value.maker.inputs[0]
+        return True
+
+
+class Term(NamedTuple):
+    """A part of a loss: factor * value / divisor."""
+
+    value: Value
+    """A sum over samples, or what no sample enters (a penalty on parameters)."""
+    factor: float
+    divisor: Divisor | None = None
+    grows: int = 0
+    """The factor is another one for other numbers of samples: as B to this power, -1 in a mean."""
+    seen: bool = True
+    """Whether it is known to be such a sum."""
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether microbatches just add up to the whole batch's."""
+        return not self.seen or (self.divisor is None and self.grows == (not self.value.varies))
+
+
+def terms_of(
+    loss: Value, samples: int, key: int | None, twice: Callable[[], Value], *, strict: bool = True
+) -> list[Term]:
+    """What a loss of B samples adds up.
 
     Args:
         loss: a scalar of a program.
         samples: B.
         key: the microbatch's leaf that is its key.
+        twice: makes the same loss of 2 B samples, by which factors are seen to depend on B.
+        strict: all must be seen; otherwise what is not is a term that is not `seen`.
 
     Raises:
-        UsageError: if the loss is not seen to be a mean over samples.
+        UsageError: if something is not seen.
     """
-    mean = Mean()
-    divisors: set[Value | None] = set()
-    for value, factor, divisor in _Terms(loss, samples, key).of(loss, 1.0):
-        if not value.varies:
-            mean.rests.append((value, factor))
+    found = _Terms(loss, samples, key, strict)
+    terms = found.of(loss, 1.0)
+    if strict and not any(term.value.varies for term in terms):
+        raise UsageError(f"the loss reads no sample; {WAY_OUT}")
+    if not (found.scaled or any(term.divisor or not term.value.varies for term in terms)):
+        return terms  # no factor that could be another
+    other = twice()
+    twins = _Terms(other, 2 * samples, key, strict).of(other, 1.0)
+    if len(terms) != len(twins):
+        if not strict:
+            return [Term(loss, 1.0, seen=False)]
+        raise UsageError(f"the loss adds other sums for more samples; {WAY_OUT}")
+    return [_scaled(*pair, strict) for pair in zip(terms, twins, strict=True)]
+
+
+def _scaled(one: Term, other: Term, strict: bool) -> Term:
+    """A term, with what it becomes for 2 B samples seen."""
+    if not (one.seen and other.seen):
+        return one._replace(seen=False)
+    powers = (0,) if one.divisor is not None else (-1, 0, 1)
+    for power in powers:
+        if abs(other.factor - 2.0**power * one.factor) <= 1e-6 * abs(one.factor) and (
+            one.value.varies or _is_same(one.value, other.value)
+        ):
+            return one._replace(grows=power)
+    if not strict:
+        return one._replace(seen=False)
+    raise UsageError(
+        f"the loss adds a term times another number for more samples, not in proportion; {WAY_OUT}"
+    )
+
+
+def _is_same(one: Value, other: Value) -> bool:
+    """Whether values of two programs are made alike of the same parameters."""
+    waiting, seen = [(one, other)], set()
+    while waiting:
+        a, b = waiting.pop()
+        if (a, b) in seen:
+            continue
+        seen.add((a, b))
+        if not (a.depends or b.depends):
+            # Made of numbers alone, such as the mean of as many zeros as there are samples.
+            x, y = (np.asarray(words_of(known(one))[0]) for one in (a, b))
+            if not np.array_equal(x, y):
+                return False
+        elif isinstance(a, BlockLeaf) and isinstance(b, BlockLeaf):
+            if (a.layer, a.name) != (b.layer, b.name):
+                return False
+        elif a.maker is None or b.maker is None:
+            if a is not b:
+                return False
+        elif a.maker.mark != b.maker.mark or a.place != b.place:
+            return False
         else:
-            mean.sums.append((value, factor))
-            divisors.add(divisor)
-    if len(divisors) != 1:
-        what = "adds means over different numbers of elements" if divisors else "reads no sample"
-        raise UsageError(f"the loss {what}; {_WAY_OUT}")
-    mean.divisor = divisors.pop()
-    return mean
-
-
-def check_scales(mean: Mean, twice: Mean) -> None:
-    """Raises UsageError unless a mean's factors are those of a mean, seen at B and at 2 B samples.
-
-    A mean over a number of elements divides by it; a bare sum has the same factor for any number.
-    """
-    if len(mean.sums) != len(twice.sums):
-        raise UsageError(f"the loss adds other sums for more samples; {_WAY_OUT}")
-    ratio = 0.5 if mean.divisor is None else 1.0
-    for (_, one), (_, other) in zip(mean.sums, twice.sums, strict=True):
-        if abs(other - ratio * one) > 1e-6 * abs(one):
-            raise UsageError(
-                f"the loss holds a sum over samples that is not divided by their number; {_WAY_OUT}"
-            )
+            waiting += zip(a.maker.inputs, b.maker.inputs, strict=True)
+    return True
 
 
 class _Terms:
     """What a loss adds up."""
 
-    def __init__(self, loss: Value, samples: int, key: int | None) -> None:
-        # With one sample axes of one element come and go; it is then seen with two, `check_scales`.
-        self.states = {} if samples == 1 else _states(loss, samples, key)
+    def __init__(self, loss: Value, samples: int, key: int | None, strict: bool) -> None:
+        # With one sample axes of one element come and go; it is then seen with two, `terms_of`.
+        self.states = {} if samples == 1 else states_of(loss, samples, key)
+        self.strict = strict
+        self.scaled = samples == 1
+        """Whether anything is multiplied by numbers."""
 
-    def of(self, value: Value, factor: float) -> list[tuple[Value, float, Value | None]]:
-        """(sum, factor, divisor) of each term."""
+    def of(self, value: Value, factor: float) -> list[Term]:
+        """The terms of a value times a factor."""
         maker = value.maker
         if maker is None or not value.varies:
-            return [(value, factor, None)]
+            return [] if number_of(value) == 0 else [Term(value, factor)]
         name, inputs = maker.primitive.name, maker.inputs
         if name in _AS_IT_IS and not inputs[0].aval.shape:
             return self.of(inputs[0], factor)
@@ -112,35 +191,50 @@ class _Terms:
             return [*self.of(inputs[0], factor), *self.of(inputs[1], sign * factor)]
         if name == "mul":
             for one, other in (inputs, inputs[::-1]):
-                if isinstance(one, Constant):
-                    return self.of(other, factor * float(one.words))
+                if (number := number_of(one)) is not None:
+                    self.scaled = True
+                    return self.of(other, factor * number)
                 if (inverse := _inverse(one)) is not None:
                     number, divisor = inverse
                     return self.divided(value, other, number * factor, divisor)
         if name == "div":
-            if isinstance(inputs[1], Constant):
-                return self.of(inputs[0], factor / float(inputs[1].words))
+            if (number := number_of(inputs[1])) is not None:
+                self.scaled = True
+                return self.of(inputs[0], factor / number)
             return self.divided(value, inputs[0], factor, inputs[1])
+        if name == "select_n" and (found := _where_counted(value)) is not None:
+            chosen, base, guard = found
+            nothing = guard.number == 0  # of the quotient: as over infinitely many
+            guard = guard._replace(number=float("inf"))
+            terms = self.of(chosen, factor) if nothing else []
+            if terms and all(t.divisor is not None and t.divisor.value is base for t in terms):
+                return [t._replace(divisor=t.divisor.also(guard)) for t in terms if t.divisor]
         if name == "reduce_sum" and (parts := _scalars(inputs[0])):
             return [term for part in parts for term in self.of(part, factor)]
         if self.is_sum(value):
-            return [(value, factor, None)]
-        return self.refused(value)
+            return [Term(value, factor)]
+        return self.unseen(value, factor)
 
-    def divided(self, value: Value, above: Value, factor: float, below: Value) -> list[Any]:
+    def divided(self, value: Value, above: Value, factor: float, below: Value) -> list[Term]:
         """The terms of a quotient, whose divisor must be a sum over samples."""
-        divisor = _masked(below)
-        if self.is_sum(divisor):
-            terms = self.of(above, factor)
-            if all(mine is None for _, _, mine in terms):
-                return [(one, own, divisor) for one, own, _ in terms]
-        return self.refused(value)
+        divisor, number = _unguarded(below)
+        if self.is_sum(divisor.value):
+            terms = self.of(above, factor / number)
+            if all(term.divisor is None and term.seen for term in terms):
+                return [term._replace(divisor=divisor) for term in terms]
+        return self.unseen(value, factor)
 
-    def refused(self, value: Value) -> list[Any]:
-        """Raises UsageError: what cannot be taken apart."""
+    def unseen(self, value: Value, factor: float) -> list[Term]:
+        """What cannot be taken apart, as it is.
+
+        Raises:
+            UsageError: if all must be.
+        """
+        if not self.strict:
+            return [Term(value, factor, seen=False)]
         raise UsageError(
             f"the loss is not seen to be a mean over samples (at {self.where(value)}): for the "
-            f"whole batch it may be another number than for its microbatches; {_WAY_OUT}"
+            f"whole batch it may be another number than for its microbatches; {WAY_OUT}"
         )
 
     def is_sum(self, value: Value) -> bool:
@@ -152,20 +246,8 @@ class _Terms:
         if name in (*_AS_IT_IS, "neg") and not inputs[0].aval.shape:
             return self.is_sum(inputs[0])
         if not self.states:
-            return name in ("reduce_sum", "dot_general")
-        states = [self.states[value] for value in inputs]
-        if name == "reduce_sum":
-            return isinstance(states[0], Along) and states[0].axis in maker.parameters["axes"]
-        if name == "dot_general":
-            contracted, _ = maker.parameters["dimension_numbers"]
-            pairs = list(zip(*contracted, strict=True))
-            one, other = states
-            return (
-                isinstance(one, Along)
-                and isinstance(other, Along)
-                and (one.axis, other.axis) in pairs
-            )
-        return False
+            return name in ("reduce_sum", "dot_general", "scan")
+        return isinstance(self.states[value], Summed)
 
     def where(self, value: Value) -> str:
         """The operation in which samples first enter each other's parts, or the value's own."""
@@ -187,53 +269,11 @@ def _inverse(value: Value) -> tuple[float, Value] | None:
     if maker is None:
         return None
     name, inputs = maker.primitive.name, maker.inputs
-    if name == "div" and isinstance(inputs[0], Constant):
-        return float(inputs[0].words), inputs[1]
+    if name == "div" and (number := number_of(inputs[0])) is not None:
+        return number, inputs[1]
     if name == "integer_pow" and maker.parameters["y"] == -1:
         return 1.0, inputs[0]
     return None
-
-
-def _states(loss: Value, samples: int, key: int | None) -> dict[Value, State]:
-    """Of all that a loss is made of, where samples lie."""
-    followed = Followed(samples)
-    states: dict[Value, State] = {}
-
-    def leaf(value: Value) -> State:
-        if isinstance(value, Constant):
-            shape = value.aval.shape  # keys made here would belong to whatever traces this
-            return of_constant(value.words) if value.keys is None else everything_uneven(shape)
-        if isinstance(value, BatchLeaf):
-            if value.number == key:
-                return Same(drawn=True)
-            return Along(0) if value.aval.shape[:1] == (samples,) else Unknown()
-        return everything_uneven(value.aval.shape)
-
-    waiting = [loss]
-    while waiting:
-        value = waiting[-1]
-        maker = value.maker
-        if value in states:
-            waiting.pop()
-        elif maker is None:
-            states[waiting.pop()] = leaf(value)
-        elif ahead := [one for one in maker.inputs if one not in states]:
-            waiting += ahead
-        else:
-            name = maker.primitive.name
-            found = followed.results(
-                name,
-                maker.parameters,
-                [states[one] for one in maker.inputs],
-                [one.aval.shape for one in maker.inputs],
-                [one.aval.shape for one in maker.outputs],
-            )
-            if name == "name" and maker.parameters.get("name") == OUTPUT:
-                first = value.aval.shape[:1] == (samples,)
-                found = [Along(0) if isinstance(s, Unknown) and first else s for s in found]
-            states.update(zip(maker.outputs, found, strict=True))
-            states.setdefault(value, found[value.place])
-    return states
 
 
 def _scalars(value: Value) -> list[Value]:
@@ -253,21 +293,75 @@ def _scalars(value: Value) -> list[Value]:
     return []
 
 
-def _masked(value: Value) -> Value:
-    """A divisor without what keeps it from zero: at least 1, or plus a little."""
-    maker = value.maker
-    while maker is not None:
+def number_of(value: Value) -> float | None:
+    """A scalar that depends on nothing; None if a value is none."""
+    if value.aval.shape or value.depends or value.varies or not _is_number(value.aval.dtype):
+        return None
+    return float(known(value))
+
+
+def _is_number(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.number) and not jnp.issubdtype(dtype, jnp.complexfloating)
+
+
+def _unguarded(value: Value) -> tuple[Divisor, float]:
+    """A divisor without what keeps it from zero, and what number it is times."""
+    guards: list[Guard] = []
+    times = 1.0
+    while (maker := value.maker) is not None:
         name, inputs = maker.primitive.name, maker.inputs
-        if name == "convert_element_type":
+        if name in ("convert_element_type", "copy"):
             value = inputs[0]
-        elif name in ("max", "add") and any(isinstance(v, Constant) for v in inputs):
-            other, constant = inputs if isinstance(inputs[1], Constant) else inputs[::-1]
-            if not isinstance(constant, Constant):
+        elif name == "select_n" and not guards and (found := _where_counted(value)) is not None:
+            chosen, base, guard = found
+            if base is not _bare(chosen):
                 break
-            if float(constant.words) > (1.0 if name == "max" else 1e-6):
+            guards.append(guard)
+            value = base
+        elif name in ("mul", "div", "max", "add") and len(inputs) == 2:
+            other, number = inputs[0], number_of(inputs[1])
+            if number is None and name != "div":
+                other, number = inputs[1], number_of(inputs[0])
+            if number is None:
                 break
+            if name in ("mul", "div"):
+                if guards or not number or not jnp.issubdtype(value.aval.dtype, jnp.floating):
+                    break
+                times = times * number if name == "mul" else times / number
+            elif times != 1.0 or number > (1.0 if name == "max" else 1e-6):
+                break
+            else:
+                guards.append(Guard(name, number))
             value = other
         else:
             break
-        maker = value.maker
+    return Divisor(value, tuple(guards[::-1])), times
+
+
+def _bare(value: Value) -> Value:
+    """A value before its conversions."""
+    while value.maker is not None and value.maker.primitive.name in _AS_IT_IS:
+        value = value.maker.inputs[0]
     return value
+
+
+def _where_counted(value: Value) -> tuple[Value, Value, "Guard"] | None:
+    """`where(T > 0, chosen, number)`: (chosen, T, what T becomes where there is none)."""
+    assert value.maker is not None
+    if len(value.maker.inputs) != 3:
+        return None
+    which, *cases = value.maker.inputs
+    which = _bare(which)
+    if which.maker is None or which.maker.primitive.name not in ("gt", "eq", "ne", "lt"):
+        return None
+    name, sides = which.maker.primitive.name, list(which.maker.inputs)
+    if number_of(sides[0]) is not None:
+        name, sides = {"gt": "lt", "lt": "gt"}.get(name, name), sides[::-1]
+    if number_of(sides[1]) != 0.0 or name == "lt":
+        return None
+    none, some = (1, 0) if name == "eq" else (0, 1)
+    number = number_of(cases[none])
+    if number is None:
+        return None
+    base = _bare(sides[0])
+    return cases[some], base, Guard("none", number)

@@ -17,6 +17,7 @@ from jaxsys.layered import Layer as LayerInfo
 from jaxsys.train.adapt.carry import Chain, Freight, Hold, Mail, Role, Table, freight
 from jaxsys.train.adapt.kinds import Computed, Input, Picked, Position, Same, kinds_of
 from jaxsys.train.adapt.stages import Stages, cuts
+from jaxsys.train.adapt.sums import Sums
 from jaxsys.train.adapt.values import (
     BatchLeaf,
     BlockLeaf,
@@ -42,7 +43,7 @@ class CutProgram:
         layers: blocks in the order in which they run.
         pattern: the role of each.
         roles: what blocks there are.
-        sums: what makes summed loss, weight and metrics of the head's outputs.
+        sums: what makes summed loss, weight and metrics of the head's outputs; set by the caller.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class CutProgram:
             UsageError: if it cannot be cut.
         """
         self.program = program
-        self.sums: Callable[[list[Any]], list[Any]] = list
+        self.sums = Sums(made=lambda values, _: values, samples=0)
         best: tuple[Stages, Freight] | None = None
         for stages in cuts(program, layers):
             found = freight(stages, kinds_of(stages, leaves, apart), program.outputs)
@@ -176,6 +177,15 @@ class CutProgram:
                 values[value] = parts["mail"][place.number][place.slots[0]]
         run(self.head_operations, values)
         return [value_of(value, values) for value in outputs]
+
+    def totals(self, batch: Sequence[Any]) -> list[Any]:
+        """A microbatch's part of what must be known of the whole batch, see `Sums`; float32."""
+        wanted = self.sums.ahead
+        operations = needed(self.program.operations, wanted)
+        values = self._values(operations, wanted, (), batch)
+        run(operations, values)
+        found = [self.sums.samples, *(value_of(value, values) for value in wanted)]
+        return [jnp.asarray(value, jnp.float32) for value in found]
 
     def _values(
         self,

@@ -27,7 +27,7 @@ from jaxsys.train.adapt.fingerprint import (
     scan_counts,
     words_of,
 )
-from jaxsys.train.adapt.linear import why_not
+from jaxsys.train.adapt.linear import not_linear, why_not_by_parts
 from jaxsys.train.adapt.values import (
     BatchLeaf,
     BlockLeaf,
@@ -39,9 +39,8 @@ from jaxsys.train.adapt.values import (
     StackedLeaf,
     Value,
     bind,
+    known,
     needed,
-    run,
-    value_of,
 )
 
 
@@ -130,18 +129,7 @@ def is_still(value: Value, original: Any) -> bool:
     """Whether a value of a program is what a constant was before it."""
     if value.depends or value.varies:
         return False
-    values: dict[Value, Any] = {}
-
-    def make(one: Value) -> None:
-        if one.maker is not None and one not in values:
-            for other in one.maker.inputs:
-                make(other)
-            run([one.maker], values)
-
-    with jax.ensure_compile_time_eval():
-        make(value)
-        now = words_of(value_of(value, values))[0]
-    before = words_of(original)[0]
+    now, before = words_of(known(value))[0], words_of(original)[0]
     return now.dtype == before.dtype and np.array_equal(now, before)
 
 
@@ -172,8 +160,8 @@ class _Flat:
     derivatives: Derivatives = field(default_factory=dict)
     takes_rows: bool = False
     """Whether a scan took rows apart."""
-    linear: set[Any] = field(default_factory=set)
-    """Marks of operations whose custom derivatives were looked at."""
+    linear: dict[Any, bool] = field(default_factory=dict)
+    """Mark of an operation -> whether its custom derivatives, if it has any, are linear."""
 
     def program(self, closed: Any, inputs: Sequence[Value]) -> Program:
         """A jaxpr as a program."""
@@ -285,11 +273,11 @@ class _Flat:
 
     def operation(self, equation: Any, inputs: list[Value]) -> tuple[Value, ...]:
         mark = fingerprint(equation, self.derivatives)
-        if any(value.depends for value in inputs) and mark not in self.linear:
-            self.linear.add(mark)
-            if (reason := why_not(equation)) is not None:
-                raise UsageError(reason)
         depends = any(value.depends for value in inputs)
+        if depends and mark not in self.linear:
+            if (reason := why_not_by_parts(equation)) is not None:
+                raise UsageError(reason)
+            self.linear[mark] = not not_linear(equation)
         varies = any(value.varies for value in inputs)
         late = any(value.late for value in inputs)
         key = None
@@ -305,6 +293,7 @@ class _Flat:
             parameters=equation.params,
             inputs=tuple(inputs),
             mark=mark,
+            not_linear=() if not depends or self.linear[mark] else not_linear(equation),
         )
         operation.outputs = tuple(
             Value(

@@ -6,12 +6,14 @@ included, whatever `vmap` or a transpose did to the axis:
 
     Same    no sample enters: parameters, constants, what is drawn from the microbatch's key
     Along   an axis of samples, or of rows that hold each sample's in a row (B T rows of tokens)
+    Summed  sums over samples of each one's own, nothing else done to them
     Mixed   samples enter each other's parts
     Unknown an operation that is not followed
 
 Legend: B samples in the microbatch.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from jaxsys.train.adapt.fingerprint import opened, scan_counts, words_of
+from jaxsys.train.adapt.values import Operation
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,8 @@ class Same:
     """Axes along which slices may differ from each other."""
     drawn: bool = False
     """From the microbatch's key."""
+    zero: bool = False
+    """All elements are zero."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +42,11 @@ class Along:
     """Samples lie along an axis."""
 
     axis: int
+
+
+@dataclass(frozen=True, slots=True)
+class Summed:
+    """Sums over samples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +59,7 @@ class Unknown:
     """Not followed."""
 
 
-State = Same | Along | Mixed | Unknown
+State = Same | Along | Summed | Mixed | Unknown
 
 EACH = frozenset(
     ("abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh")
@@ -101,6 +111,15 @@ _CALLS = frozenset(
     ("checkpoint", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "jit", "pjit")
     + ("custom_vjp_call_jaxpr", "remat", "remat2")
 )
+_STAY_ZERO = frozenset(
+    ("broadcast_in_dim", "convert_element_type", "copy", "expand_dims", "reshape", "squeeze")
+    + ("stop_gradient", "transpose")
+)
+_OF_SUMS = frozenset(
+    ("add", "add_any", "concatenate", "convert_element_type", "copy", "copy_p", "expand_dims")
+    + ("name", "neg", "reduce_sum", "reshape", "slice", "squeeze", "stack", "sub", "transpose")
+)
+"""What of sums makes sums."""
 _MOST_ROUNDS = 8
 
 
@@ -123,7 +142,7 @@ def of_constant(value: Any) -> Same:
             words, np.broadcast_to(words.take([0], axis), shape), equal_nan=words.dtype.kind == "f"
         )
     )
-    return Same(frozenset(differs))
+    return Same(frozenset(differs), zero=words.dtype.kind in "biuf" and not words.any())
 
 
 class Followed:
@@ -132,10 +151,17 @@ class Followed:
     def __init__(self, samples: int) -> None:
         self.samples = samples
 
+    def operation(
+        self, operation: Operation, states: Sequence[State], shapes: Any, outputs: Any
+    ) -> list[State]:
+        """States of an operation's results; arguments as of `results`."""
+        name = operation.primitive.name
+        return self.results(name, operation.parameters, states, shapes, outputs)
+
     def results(
         self, name: str, parameters: Any, states: Sequence[State], shapes: Any, outputs: Any
     ) -> list[State]:
-        """States of an operation's results.
+        """States of the results of a primitive.
 
         Args:
             name: of its primitive.
@@ -160,6 +186,14 @@ class Followed:
         for kind in (Mixed, Unknown):
             if any(isinstance(state, kind) for state in states):
                 return [kind() for _ in outputs]
+        if any(isinstance(state, Summed) for state in states):
+            stays = name in _OF_SUMS and all(
+                isinstance(state, Summed) or (isinstance(state, Same) and state.zero)
+                for state in states
+            )
+            if name == "convert_element_type":
+                stays = stays and np.issubdtype(parameters["new_dtype"], np.inexact)
+            return [Summed() if stays else Mixed() for _ in outputs]
         found = self._followed(name, parameters, list(states), shapes, outputs[0])
         return [found for _ in outputs]
 
@@ -292,7 +326,9 @@ class Followed:
         """Of an operation whose first input alone is `Along`."""
         if name in _REDUCE:
             axes = parameters["axes"]
-            return Mixed() if axis in axes else Along(axis - sum(a < axis for a in axes))
+            if axis in axes:
+                return Summed() if name == "reduce_sum" else Mixed()
+            return Along(axis - sum(a < axis for a in axes))
         if name in _RUNNING:
             return Mixed() if parameters["axis"] == axis else Along(axis)
         if name == "broadcast_in_dim":
@@ -358,7 +394,7 @@ def _inner(parameters: Any) -> Any:
 def _within(state: State) -> State | None:
     """Of a row of what a scan takes apart; None where rows are samples."""
     if isinstance(state, Same):
-        return Same(frozenset(axis - 1 for axis in state.uneven if axis), state.drawn)
+        return Same(frozenset(axis - 1 for axis in state.uneven if axis), state.drawn, state.zero)
     if isinstance(state, Along):
         return None if not state.axis else Along(state.axis - 1)
     return state
@@ -366,7 +402,7 @@ def _within(state: State) -> State | None:
 
 def _stacked(state: State) -> State:
     if isinstance(state, Same):
-        return Same(frozenset((0, *(axis + 1 for axis in state.uneven))), state.drawn)
+        return Same(frozenset((0, *(axis + 1 for axis in state.uneven))), state.drawn, state.zero)
     return Along(state.axis + 1) if isinstance(state, Along) else state
 
 
@@ -378,7 +414,11 @@ def _joined(one: State, other: State) -> State:
         if isinstance(one, kind) or isinstance(other, kind):
             return kind()
     if isinstance(one, Same) and isinstance(other, Same):
-        return Same(one.uneven | other.uneven, one.drawn or other.drawn)
+        drawn, zero = one.drawn or other.drawn, one.zero and other.zero
+        return Same(one.uneven | other.uneven, drawn, zero)
+    if isinstance(one, Summed) or isinstance(other, Summed):
+        sums, rest = (one, other) if isinstance(one, Summed) else (other, one)
+        return sums if isinstance(rest, Same) and rest.zero else Mixed()
     if isinstance(one, Along) and isinstance(other, Same):
         one, other = other, one
     if isinstance(one, Same) and isinstance(other, Along):
@@ -400,6 +440,9 @@ def _together(states: Sequence[Any], shapes: Any) -> State:
 
 def _dot(numbers: Any, states: Sequence[Any], shapes: Any) -> State:
     contracted, batch = numbers
+    pairs = list(zip(*contracted, strict=True))
+    if all(isinstance(s, Along) for s in states) and tuple(s.axis for s in states) in pairs:
+        return Summed()
     places = []
     for side in (0, 1):
         state = states[side]
@@ -454,6 +497,14 @@ def _same(
     name: str, parameters: Any, states: Sequence[Same], shapes: Any, output: Sequence[int]
 ) -> Same:
     """Of an operation that no sample enters."""
+    found = _same_but_zero(name, parameters, states, shapes, output)
+    zero = name in _STAY_ZERO and all(state.zero for state in states) and bool(states)
+    return dataclasses.replace(found, zero=zero)
+
+
+def _same_but_zero(
+    name: str, parameters: Any, states: Sequence[Same], shapes: Any, output: Sequence[int]
+) -> Same:
     drawn = any(state.drawn for state in states)
     if name in _RANDOM:
         # Draws from the microbatch's key differ by place: so they are meant.

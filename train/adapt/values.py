@@ -99,6 +99,8 @@ class Operation:
     outputs: tuple[Value, ...] = ()
     mark: Any = None
     """Equal for operations that compute the same of equal inputs."""
+    not_linear: tuple[Any, ...] = ()
+    """Equations in it, or itself, whose custom derivatives are not linear, see `linear`."""
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -135,6 +137,21 @@ def bind(primitive: Any, parameters: dict[str, Any], inputs: Sequence[Any]) -> S
 def value_of(value: Value, values: dict[Value, Any]) -> Any:
     """What an operation reads."""
     return value.array() if isinstance(value, Constant) else values[value]
+
+
+def known(value: Value) -> Any:
+    """What a value is that depends on neither parameters nor the microbatch."""
+    values: dict[Value, Any] = {}
+
+    def make(one: Value) -> None:
+        if one.maker is not None and one not in values:
+            for other in one.maker.inputs:
+                make(other)
+            run([one.maker], values)
+
+    with jax.ensure_compile_time_eval():
+        make(value)
+        return value_of(value, values)
 
 
 def needed(
