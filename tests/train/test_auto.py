@@ -14,8 +14,8 @@ from jaxsys.context import ContextSplit
 from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel
 from jaxsys.model import preset
-from jaxsys.planner.function_workload import layered_workload
 from jaxsys.planner.cluster import Cluster
+from jaxsys.planner.function_workload import layered_workload
 from jaxsys.planner.named import compare
 from jaxsys.planner.plans import Gradient, LayerPath, Order, Plan, Residual, State, Weights
 from jaxsys.planner.workload import decoder_workload
