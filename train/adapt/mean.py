@@ -179,7 +179,7 @@ class _Terms:
     def of(self, value: Value, factor: float) -> list[Term]:
         """The terms of a value times a factor."""
         maker = value.maker
-        if maker is None or not value.varies:
+        if maker is None or not (value.varies or value.depends):
             return [] if number_of(value) == 0 else [Term(value, factor)]
         name, inputs = maker.primitive.name, maker.inputs
         if name in _AS_IT_IS and not inputs[0].aval.shape:
@@ -194,13 +194,15 @@ class _Terms:
                 if (number := number_of(one)) is not None:
                     self.scaled = True
                     return self.of(other, factor * number)
-                if (inverse := _inverse(one)) is not None:
+                if value.varies and (inverse := _inverse(one)) is not None:
                     number, divisor = inverse
                     return self.divided(value, other, number * factor, divisor)
         if name == "div":
             if (number := number_of(inputs[1])) is not None:
                 self.scaled = True
                 return self.of(inputs[0], factor / number)
+            if not value.varies:
+                return [Term(value, factor)]
             return self.divided(value, inputs[0], factor, inputs[1])
         if name == "select_n" and (found := _where_counted(value)) is not None:
             chosen, base, guard = found
@@ -211,7 +213,7 @@ class _Terms:
                 return [t._replace(divisor=t.divisor.also(guard)) for t in terms if t.divisor]
         if name == "reduce_sum" and (parts := _scalars(inputs[0])):
             return [term for part in parts for term in self.of(part, factor)]
-        if self.is_sum(value):
+        if not value.varies or self.is_sum(value):
             return [Term(value, factor)]
         return self.unseen(value, factor)
 

@@ -280,11 +280,11 @@ def _of_mean(
         _of_metric(value, samples, key, lambda n=n: twin()[n]) for n, value in enumerate(metrics, 2)
     ]
     # By which metrics that are no means are averaged over microbatches.
-    by = mask if mask is not None and _is_of_batch(mask, key) else None
+    by = mask if None in means and mask is not None and _is_of_batch(mask, key) else None
 
     ahead = [] if plain and not curved else [one.value for one in divisors]
     ahead += [t.divisor.value for mean in means for t in mean or () if t.divisor is not None]
-    ahead += [by] if by is not None and None in means else []
+    ahead += [by] if by is not None else []
     ahead = list(dict.fromkeys(ahead))
     parts = [*terms, *(term for mean in means for term in mean or ())]
     read = list(dict.fromkeys([*(t.value for t in parts), *filter(None, masks), *metrics]))
