@@ -7,18 +7,47 @@ than the parameter it sets says which one that is by argparse's `dest`.
 
 import argparse
 import re
-from collections.abc import Callable
-from typing import NoReturn
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
-from jaxsys.errors import UsageError
+from jaxsys.errors import UsageError, did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
     """A parser whose faults are UsageErrors: the cause and where help is, not all usage before."""
 
+    typed: Sequence[str] = ()
+    """What is being parsed."""
+
+    def parse_known_args(self, *args: Any, **named: Any) -> Any:
+        typed = args[0] if args else named.get("args")
+        self.typed = sys.argv[1:] if typed is None else typed
+        return super().parse_known_args(*args, **named)
+
     def error(self, message: str) -> NoReturn:
         cause = re.sub(r"^argument ([^:]+): (?=\S* must be )", r"\1 ", message)
-        raise UsageError(f"{cause.removeprefix('argument ')}; see {self.prog} --help")
+        cause = cause.removeprefix("argument ") + self._meant(message)
+        raise UsageError(f"{cause}; see {self.prog} --help")
+
+    def _meant(self, message: str) -> str:
+        """ " (did you mean --link?)" where the fault may be a name that is near a known one."""
+        choice = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)$", message, re.DOTALL)
+        if choice is not None:
+            return did_you_mean(choice[1], [one.strip(" '") for one in choice[2].split(",")])
+        missing = message.startswith("the following arguments are required")
+        if not missing and not message.startswith("unrecognized arguments"):
+            return ""
+        known = [option for action in self._actions for option in action.option_strings]
+        names = [text.partition("=")[0] for text in self.typed if text.startswith("--")]
+        for name in names:
+            if any(option.startswith(name) for option in known):
+                continue  # whole, or as far as argparse needs it
+            near = did_you_mean(name[2:], [option[2:] for option in known if option[:2] == "--"])
+            if near:
+                near = re.sub(r"'([^']+)'", r"--\1", near)
+                return near.replace("(", f"({name}: ") if missing else near
+        return ""
 
 
 def whole(least: int = 1, most: int | None = None) -> Callable[[str], int]:

@@ -23,11 +23,17 @@ from jaxsys.planner.axes import PLANNED
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.command import train_command
 from jaxsys.planner.costs import Precision
-from jaxsys.planner.evaluate import POLICY, plan_costs, schedule_link
+from jaxsys.planner.evaluate import POLICY, Evaluator, plan_costs, schedule_link
 from jaxsys.planner.evaluate import microbatches as microbatches_of
 from jaxsys.planner.files import plan_file, pods_of
 from jaxsys.planner.lower import to_schedule
-from jaxsys.planner.named import Comparison, best_that_runs, compare, with_found
+from jaxsys.planner.named import (
+    USABLE_MEMORY,
+    Comparison,
+    best_that_runs,
+    compare,
+    with_found,
+)
 from jaxsys.planner.plans import PATHS, Plan, Residual
 from jaxsys.planner.problem import Problem
 from jaxsys.planner.profile import load_profile
@@ -112,29 +118,32 @@ def main(argv: Sequence[str], prog: str) -> int:
         )
 
     workload = workload_of(size)
+    if memory_bytes is None:
+        memory_bytes = USABLE_MEMORY * cluster.device.memory_bytes
+    problem = Problem(
+        workload_of=workload_of,
+        cluster=cluster,
+        batch=microbatches * size,
+        memory_bytes=memory_bytes,
+        precision=precision,
+        lowered=True,
+    )
+    evaluator = Evaluator(problem)
     comparison = compare(
         workload,
         cluster,
         microbatches=microbatches,
         microbatch_size=size,
         memory_bytes=memory_bytes,
-        precision=precision,
+        evaluator=evaluator,
         progress=_show,
     )
     named = [row.plan for row in comparison.rows if row.plan is not None]
-    problem = Problem(
-        workload_of=workload_of,
-        cluster=cluster,
-        batch=microbatches * size,
-        memory_bytes=comparison.memory_bytes,
-        precision=precision,
-        lowered=True,
-    )
     searching = options.search or options.plan is not None
     if not searching:
         space = that_runs(Space.of(problem, microbatch_sizes=[size]))
         effort = replace(EFFORT, work=GLANCE, descent=False)
-        glance = search(space, effort=effort, known=named, progress=_progress)
+        glance = search(space, effort=effort, evaluator=evaluator, known=named, progress=_progress)
         runs = best_that_runs(glance)
         comparison = comparison if runs is None else with_found(comparison, problem, runs)
     _show("")
@@ -168,7 +177,7 @@ def main(argv: Sequence[str], prog: str) -> int:
     if searching:
         space = Space.of(problem, microbatch_sizes=None if free else [size])
         found, answer = _search(
-            space, options.search_seconds, named, to_run=options.plan is not None
+            space, evaluator, options.search_seconds, named, to_run=options.plan is not None
         )
         comparison = with_found(comparison, problem, found)
         best = comparison.best
@@ -281,7 +290,7 @@ def _beyond_schedule(plan: Plan, microbatch_size: int) -> str:
 
 
 def _search(
-    space: Space, seconds: float, known: Sequence[Plan], *, to_run: bool
+    space: Space, evaluator: Evaluator, seconds: float, known: Sequence[Plan], *, to_run: bool
 ) -> tuple[Found, str]:
     """Searches with a line of progress, and prints the best of each name.
 
@@ -291,7 +300,7 @@ def _search(
     if to_run:
         space = that_runs(space)
     effort = replace(EFFORT, work=seconds * MICROSECONDS)
-    result = search(space, effort=effort, known=known, progress=_progress)
+    result = search(space, effort=effort, evaluator=evaluator, known=known, progress=_progress)
     _show("")
     print(
         f"\nsearched {result.evaluated} plans in {result.elapsed_s:.1f} s from data parallelism; "

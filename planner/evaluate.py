@@ -8,8 +8,10 @@ then multiplied. Pipelines and rings have few plans each and are simulated as sc
 Legend: B plans, L layers, K microbatches a device, T ticks.
 """
 
+import gc
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
@@ -309,7 +311,20 @@ def _ordered(plan: Plan) -> Plan:
     return replace(plan, layers=(), state=State.WHOLE, microbatch_size=1, **alone)
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without looking for cycles of objects: a schedule's are many, and none of them is in one."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
 @lru_cache(maxsize=COMPILED)
+@_uncollected()
 def _staged(ordered: Plan, count: int, period: int) -> _Staged:
     schedule = staged_schedule(ordered, count)
     return _Staged(
@@ -320,6 +335,7 @@ def _staged(ordered: Plan, count: int, period: int) -> _Staged:
 
 
 @lru_cache(maxsize=COMPILED)
+@_uncollected()
 def _held(ordered: Plan, count: int, lowered: bool) -> _Held:
     schedule = staged_schedule(ordered, count)
     found = trace(schedule)

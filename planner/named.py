@@ -103,6 +103,7 @@ def compare(
     memory_bytes: float | None = None,
     precision: Precision | None = None,
     recompute: str | None = None,
+    evaluator: Evaluator | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Comparison:
     """Simulates every known strategy.
@@ -115,6 +116,7 @@ def compare(
         memory_bytes: the limit per device; `USABLE_MEMORY` of the device's if not given.
         precision: bytes per parameter.
         recompute: the policy; of each strategy the best, if not given.
+        evaluator: of the same problem; keeps what it has prepared for a search after this.
         progress: told, in a few words, which strategy is next.
 
     Raises:
@@ -126,16 +128,16 @@ def compare(
         memory_bytes = USABLE_MEMORY * cluster.device.memory_bytes
     if not memory_bytes > 0:
         raise UsageError(f"memory of {memory_bytes / 2**30:.3g} GiB must be above 0")
-    precision = precision or Precision()
-    problem = Problem(
-        workload_of=lambda _: workload,
-        cluster=cluster,
-        batch=microbatches * microbatch_size,
-        memory_bytes=memory_bytes,
-        precision=precision,
-        lowered=True,
-    )
-    evaluator = Evaluator(problem)
+    if evaluator is None:
+        problem = Problem(
+            workload_of=lambda _: workload,
+            cluster=cluster,
+            batch=microbatches * microbatch_size,
+            memory_bytes=memory_bytes,
+            precision=precision or Precision(),
+            lowered=True,
+        )
+        evaluator = Evaluator(problem)
     policies = workload.recompute_policies if recompute is None else (recompute,)
     rows, refused = [], []
     for number, name in enumerate(STRATEGIES, 1):

@@ -8,6 +8,7 @@ contribution must reach the parameters' place of rest exactly once.
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from .schedule import (
     ALL,
@@ -23,8 +24,7 @@ from .schedule import (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Copy:
+class Copy(NamedTuple):
     """One copy of a block on a device.
 
     It is readable from the head of tick `born`, and needed until the end of tick `last_use`; what

@@ -118,6 +118,21 @@ def test_an_option_that_is_not_known_is_said_in_one_line(name, capsys):
     assert capsys.readouterr().err == f"{prog}: unrecognized arguments: --fly; see {prog} --help\n"
 
 
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("--modle tiny --devices 2", "required: --model (--modle: did you mean --model?)"),
+        ("--model tiny --devices 2 --lnk x", "arguments: --lnk x (did you mean --link?)"),
+        ("--model tiny --devices 2 --lnk=x", "arguments: --lnk=x (did you mean --link?)"),
+        ("--model tiny --devices 2 --gradients bfloat1", ") (did you mean 'bfloat16'?)"),
+        ("--mod tiny --devices 2 --link nvlnk", "(did you mean 'nvlink'?)"),
+    ],
+)
+def test_what_may_have_been_meant_is_said(typed, said, capsys):
+    assert cli.main(["plan", *typed.split()]) == 2
+    assert said in capsys.readouterr().err
+
+
 def whole_options():
     for name, (module, _) in cli.SUBCOMMANDS.items():
         make = getattr(importlib.import_module(module), "parser", None)
