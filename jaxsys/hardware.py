@@ -322,7 +322,7 @@ DEVICES: dict[str, DeviceSpec] = {
             "memory_bytes": "80 GB HBM2e less the driver's share, as nvidia-smi shows it",
             "memory_bytes_per_s": "NVIDIA A100 80GB SXM data sheet",
             "clocks": "clocks: VoltanaLLM; 90 % of 108 multiprocessors x 2048 FLOP a cycle and "
-            "power: fitted to VoltanaLLM's static runs (jaxsys.serve.simulation.calibration); "
+            "power: fitted to VoltanaLLM's static runs (scripts/studies/calibration.py); "
             "sustained_mhz: assumed, where these give the product rate above; "
             "achieved_bytes_per_s: assumed, the H100's share of the data sheet; link_bytes_per_s: "
             "assumed, as the links' row; voltage floor: the published sweet spot (throttLL'eM says "

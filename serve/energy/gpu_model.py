@@ -156,7 +156,7 @@ ENGINES: dict[str, EngineSpec] = {
         first_token_steps=2.28,
         reserved_tokens=512,
         source="host_s, request_s, kv_bytes_per_cycle, activation_values, first_token_steps: "
-        "fitted to VoltanaLLM's two Llama-3.1-8B lines (jaxsys.serve.simulation.calibration); "
+        "fitted to VoltanaLLM's two Llama-3.1-8B lines (scripts/studies/calibration.py); "
         "prompt_layer_s: assumed, eager launches; reserved_tokens: the code's default; layer_s and "
         "attention_share: this project's",
     ),
