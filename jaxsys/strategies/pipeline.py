@@ -9,6 +9,8 @@ Sources: GPipe (Huang et al., 2019); 1F1B (PipeDream-Flush, Narayanan et al., 20
 (Narayanan et al., SC 2021).
 """
 
+from collections.abc import Callable
+
 from jaxsys.errors import UsageError
 from jaxsys.schedule import Placement, Schedule, Task, TaskKind
 
@@ -32,14 +34,7 @@ def gpipe(devices: int, microbatches: int) -> Schedule:
         UsageError: if P or M is not positive.
     """
     p, m = devices, microbatches
-    check_stages(p, m)
-    tasks = []
-    for stage in range(p):
-        for index in range(m):
-            tasks.append(_task(stage + index, TaskKind.FORWARD, stage, index))
-            tick = (m + p - 1) + (p - 1 - stage) + index
-            tasks.append(_task(tick, TaskKind.BACKWARD, stage, index))
-    return pipeline_schedule("gpipe", devices=p, chunks=p, microbatches=m, tasks=tasks)
+    return _at_ticks("gpipe", p, m, lambda i, n: i + n, lambda i, n: m + p - 1 + (p - 1 - i) + n)
 
 
 def one_f_one_b(devices: int, microbatches: int) -> Schedule:
@@ -59,16 +54,14 @@ def one_f_one_b(devices: int, microbatches: int) -> Schedule:
     Raises:
         UsageError: if P or M is not positive.
     """
-    p, m = devices, microbatches
-    check_stages(p, m)
-    tasks = []
-    for stage in range(p):
-        for index in range(m):
-            tick = stage + index if index < p - stage else stage + 2 * index
-            tasks.append(_task(tick, TaskKind.FORWARD, stage, index))
-            tick = 2 * p - 1 - stage + 2 * index
-            tasks.append(_task(tick, TaskKind.BACKWARD, stage, index))
-    return pipeline_schedule("1f1b", devices=p, chunks=p, microbatches=m, tasks=tasks)
+    p = devices
+    return _at_ticks(
+        "1f1b",
+        p,
+        microbatches,
+        lambda i, n: i + n if n < p - i else i + 2 * n,
+        lambda i, n: 2 * p - 1 - i + 2 * n,
+    )
 
 
 def one_f_one_b_overlap(devices: int, microbatches: int) -> Schedule:
@@ -87,15 +80,14 @@ def one_f_one_b_overlap(devices: int, microbatches: int) -> Schedule:
     Raises:
         UsageError: if P or M is not positive.
     """
-    p, m = devices, microbatches
-    check_stages(p, m)
-    tasks = []
-    for stage in range(p):
-        for index in range(m):
-            tasks.append(_task(2 * (stage + index), TaskKind.FORWARD, stage, index))
-            tick = 2 * (2 * p - 2 - stage + index) + 1
-            tasks.append(_task(tick, TaskKind.BACKWARD, stage, index))
-    return pipeline_schedule("1f1b-overlap", devices=p, chunks=p, microbatches=m, tasks=tasks)
+    p = devices
+    return _at_ticks(
+        "1f1b-overlap",
+        p,
+        microbatches,
+        lambda i, n: 2 * (i + n),
+        lambda i, n: 2 * (2 * p - 2 - i + n) + 1,
+    )
 
 
 def interleaved_one_f_one_b(
@@ -150,8 +142,23 @@ def interleaved_one_f_one_b(
     )
 
 
-def _task(tick: int, kind: TaskKind, stage: int, microbatch: int) -> Task:
-    return Task(tick=tick, device=stage, kind=kind, chunk=stage, microbatch=microbatch)
+Tick = Callable[[int, int], int]
+"""(stage, microbatch) -> in which tick."""
+
+
+def _at_ticks(
+    name: str, devices: int, microbatches: int, forward: Tick, backward: Tick
+) -> Schedule:
+    """The pipeline of one chunk a stage whose F and B are at these ticks."""
+    check_stages(devices, microbatches)
+    tasks = [
+        Task(tick=at(stage, index), device=stage, kind=kind, chunk=stage, microbatch=index)
+        for stage in range(devices)
+        for index in range(microbatches)
+        for kind, at in ((TaskKind.FORWARD, forward), (TaskKind.BACKWARD, backward))
+    ]
+    sizes = {"devices": devices, "chunks": devices, "microbatches": microbatches}
+    return pipeline_schedule(name, **sizes, tasks=tasks)
 
 
 def _whole(signs: Signs) -> bool:
