@@ -34,7 +34,7 @@ from jaxsys.planner.costs import (
 )
 from jaxsys.planner.orders import staged_schedule
 from jaxsys.planner.plans import PATHS, Gradient, Order, Plan, Residual, State, Weights
-from jaxsys.planner.problem import Problem
+from jaxsys.planner.problem import Problem, Sizes
 from jaxsys.schedule import Costs, Data, Link, Placement, Schedule, Trace, trace
 from jaxsys.schedule.quick import QuickMemory, QuickSchedule, Totals
 from jaxsys.strategies import for_layers, strategy_at
@@ -357,7 +357,7 @@ def _held(ordered: Plan, count: int, lowered: bool) -> _Held:
     )
 
 
-def microbatches(problem: Problem, plan: Plan) -> int:
+def microbatches(problem: Sizes, plan: Plan) -> int:
     """M of the plan's schedule: what one replica computes in a step.
 
     Raises:

@@ -8,14 +8,14 @@ from jaxsys.errors import UsageError
 from jaxsys.planner.evaluate import microbatches
 from jaxsys.planner.orders import staged_schedule
 from jaxsys.planner.plans import Gradient, Plan, State, Weights
-from jaxsys.planner.problem import Problem
+from jaxsys.planner.problem import Sizes
 from jaxsys.planner.recognise import recognise
 from jaxsys.schedule import Schedule
 from jaxsys.strategies import for_layers
 from jaxsys.strategies.zero import trajectory
 
 
-def to_schedule(problem: Problem, plan: Plan) -> Schedule:
+def to_schedule(problem: Sizes, plan: Plan) -> Schedule:
     """The schedule of one replica; it says over how many devices features and sequences are split
     inside its tasks and what travels there, and how many replicas stand around it.
 

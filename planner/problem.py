@@ -3,12 +3,27 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Protocol
 
 from jaxsys.errors import UsageError
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.costs import Precision
 from jaxsys.planner.plans import Plan
 from jaxsys.planner.workload import Workload
+
+
+class Sizes(Protocol):
+    """What of a problem a plan's schedule depends on."""
+
+    @property
+    def layers(self) -> int:
+        """L."""
+        ...
+
+    @property
+    def batch(self) -> int:
+        """Sequences (or examples) of a step."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)

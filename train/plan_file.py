@@ -42,8 +42,8 @@ class PlannedRun:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Asked:
-    """All that `to_schedule` reads of a planning problem."""
+class _Sizes:
+    """Of a run, as `jaxsys.planner.problem.Sizes`."""
 
     layers: int
     batch: int
@@ -96,9 +96,8 @@ def run_of(found: Planned, *, layers: int) -> PlannedRun:
     if refused is not None:
         raise UsageError(f"the plan is not run: {refused}; narrow the space, and plan again")
     precision = found.problem.precision
-    asked: Any = _Asked(layers=layers, batch=found.problem.batch)
     return PlannedRun(
-        schedule=to_schedule(asked, found.plan),
+        schedule=to_schedule(_Sizes(layers=layers, batch=found.problem.batch), found.plan),
         recompute=_recompute(found.plan),
         microbatch_size=found.plan.microbatch_size,
         sequence_length=None,
@@ -135,8 +134,8 @@ def read_plan(path: str | Path, *, layers: int) -> PlannedRun:
         raise UsageError(
             f"plan {path} is not run: {refused}; `jaxsys plan --plan` writes plans that are"
         )
-    asked: Any = _Asked(layers=layers, batch=file.fields("for").integer("batch"))
-    schedule = to_schedule(asked, plan)
+    sizes = _Sizes(layers=layers, batch=file.fields("for").integer("batch"))
+    schedule = to_schedule(sizes, plan)
     length = dtype = gradients = None
     if "request" in file:
         request = file.fields("request")

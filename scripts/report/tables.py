@@ -239,6 +239,17 @@ def bubbles(results: Sequence[Result]) -> str:
     )
 
 
+def compiling(results: Sequence[Result]) -> str:
+    rows = [row for result in results for row in result.rows]
+    return table(
+        ["schedule", "layers", "trace (CPU s)", "compile (CPU s)", "temporary (KiB)",
+         "0.1.0 (CPU s)"],
+        [[f"`{row['schedule']}`", row["layers"], number(row["trace_cpu_s"], ".1f"),
+          number(row["compile_cpu_s"], ".1f"), f"{row['temporary_kib']:,}",
+          number(row.get("before_cpu_s"), ".1f")] for row in rows],
+    )  # fmt: skip
+
+
 def ring_search(results: Sequence[Result]) -> str:
     names = ("interleave", "wzb1", "wzb2", "wzb2-paired")
     rows = [row for result in results for row in result.rows if row["times"] == "1/1/1"]
