@@ -17,7 +17,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxsys.axes import RING
-from jaxsys.lowering.base import (
+from jaxsys.lowering.xla import (
     CPU_COMPILER_OPTIONS,
     gpu_compiler_options,
     products_beside_a_barrier,

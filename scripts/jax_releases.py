@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxsys import strategies
 from jaxsys.errors import RunError
 from jaxsys.lowering import lower
-from jaxsys.lowering.base import CPU_COMPILER_OPTIONS, EARLY_START, gpu_compiler_options
+from jaxsys.lowering.xla import CPU_COMPILER_OPTIONS, EARLY_START, gpu_compiler_options
 from jaxsys.mesh import make_mesh, request_devices
 from jaxsys.model import initial_parameters, layered, preset
 from jaxsys.results import versions, write_result

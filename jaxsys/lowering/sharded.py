@@ -14,7 +14,7 @@ packed shards, each reduction one `psum_scatter`. What keeps them where the sche
 * the next microbatch's input waits for the last one's cotangent: independent microbatches would all
   be alive at once.
 
-XLA:CPU drops barriers before it merges expressions; `base.CPU_COMPILER_OPTIONS` leaves them in.
+XLA:CPU drops barriers before it merges expressions; `xla.CPU_COMPILER_OPTIONS` leaves them in.
 Weights never outlive their copy: residuals that hold weights alone are made again from the copy
 that B has (see `programs`).
 

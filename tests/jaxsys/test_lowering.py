@@ -13,7 +13,7 @@ import pytest
 
 from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel, Parameters, reference_loss
-from jaxsys.lowering import RECOMPUTE_POLICIES, LoweredStep, base, lower
+from jaxsys.lowering import RECOMPUTE_POLICIES, LoweredStep, lower, xla
 from jaxsys.lowering.bodies import MOST_TICKS_THAT_PAY
 from jaxsys.lowering.programs import INDEX, block_program
 from jaxsys.lowering.split import split_backward
@@ -268,11 +268,11 @@ def test_gradients_travel_in_a_dtype_of_their_own():
 def test_a_compiler_option_that_permutes_wrongly_is_not_used(monkeypatch):
     """By values: an option may be taken and bring something else."""
     mesh = make_mesh(2, devices=jax.devices()[:2])
-    assert base.permutes_rightly(mesh, {})
-    assert base.permutes_rightly(mesh, base.PEER_COPIES)  # a CPU's compiler knows the name
-    assert not base.permutes_rightly(mesh, {"xla_gpu_no_such_option": True})
-    monkeypatch.setattr(base.lax, "ppermute", lambda value, *_: value)
-    assert not base.permutes_rightly(mesh, {})
+    assert xla.permutes_rightly(mesh, {})
+    assert xla.permutes_rightly(mesh, xla.PEER_COPIES)  # a CPU's compiler knows the name
+    assert not xla.permutes_rightly(mesh, {"xla_gpu_no_such_option": True})
+    monkeypatch.setattr(xla.lax, "ppermute", lambda value, *_: value)
+    assert not xla.permutes_rightly(mesh, {})
 
 
 def test_rest_order_round_trips():

@@ -13,8 +13,8 @@ import pytest
 from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel, Parameters, reference_loss
 from jaxsys.lowering.alike import Alike, Held
-from jaxsys.lowering.base import CPU_COMPILER_OPTIONS
 from jaxsys.lowering.sharded import lower_sharded
+from jaxsys.lowering.xla import CPU_COMPILER_OPTIONS
 from jaxsys.mesh import make_mesh
 from jaxsys.strategies import zero
 from jaxsys.strategies.data_parallel import data_parallel

@@ -13,7 +13,7 @@ from jaxsys.context import ContextSplit
 from jaxsys.errors import UsageError
 from jaxsys.layered import reference_loss
 from jaxsys.lowering import lower
-from jaxsys.lowering.base import CPU_COMPILER_OPTIONS
+from jaxsys.lowering.xla import CPU_COMPILER_OPTIONS
 from jaxsys.mesh import make_mesh
 from jaxsys.model import DecoderConfig, layered
 from jaxsys.model.decoder import initial_parameters

@@ -12,7 +12,7 @@ from jaxsys.axes import EXPERT, TENSOR
 from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel, inside_parts, part_shapes, parts_of, reference_loss
 from jaxsys.lowering import lower
-from jaxsys.lowering.base import CPU_COMPILER_OPTIONS
+from jaxsys.lowering.xla import CPU_COMPILER_OPTIONS
 from jaxsys.mesh import make_mesh
 from jaxsys.model import DecoderConfig, layered
 from jaxsys.model.decoder import abstract_parameters, initial_parameters

@@ -7,7 +7,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxsys.axes import RING
-from jaxsys.lowering import base
+from jaxsys.lowering import xla
 from jaxsys.mesh import make_mesh
 
 
@@ -17,13 +17,13 @@ def mesh():
 
 
 def test_barriers_stay_between_equal_products(mesh):
-    assert base.products_beside_a_barrier(base.CPU_COMPILER_OPTIONS) == 2
-    assert base.lacks(mesh) == ()
+    assert xla.products_beside_a_barrier(xla.CPU_COMPILER_OPTIONS) == 2
+    assert xla.lacks(mesh) == ()
 
 
 def test_a_release_that_merges_across_barriers_is_named(mesh, monkeypatch):
-    monkeypatch.setattr(base, "products_beside_a_barrier", lambda options: 1)
-    (sentence,) = base.lacks.__wrapped__(mesh)
+    monkeypatch.setattr(xla, "products_beside_a_barrier", lambda options: 1)
+    (sentence,) = xla.lacks.__wrapped__(mesh)
     assert sentence.startswith(f"JAX {jax.__version__} merges equal products across barriers")
 
 
@@ -64,4 +64,4 @@ def test_settings_that_turn_peer_access_off_hold_for_peer_copies(settings, allow
     monkeypatch.delenv("NCCL_P2P_LEVEL", raising=False)
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
-    assert base.peer_access_is_allowed() == allowed
+    assert xla.peer_access_is_allowed() == allowed

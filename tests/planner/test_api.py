@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 import jaxsys.planner
 from jaxsys.errors import UsageError
 from jaxsys.hardware import device, link
-from jaxsys.lowering.base import CPU_COMPILER_OPTIONS
+from jaxsys.lowering.xla import CPU_COMPILER_OPTIONS
 from jaxsys.mesh import make_mesh
 from jaxsys.model import abstract_parameters, forward, layered, preset
 from jaxsys.planner import Cluster, Conflict, Effort, Precision
