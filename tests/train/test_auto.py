@@ -1,6 +1,7 @@
 """`schedule="auto"` takes the planner's fastest runnable strategy; plan files run as they say."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -227,6 +228,17 @@ def test_sequences_are_as_long_as_planned_for(tmp_path):
     path.write_text(json.dumps(content))
     assert lay_out_plan(path, sequence_length=32).sequence_length == 32
     assert lay_out_plan(path, sequence_length=None).sequence_length == 128
+
+
+def test_a_schedules_file_says_what_stands_around_it(tmp_path):
+    path = tmp_path / "schedule.json"
+    made = strategies.build("dp", devices=2, microbatches=4)
+    path.write_text(replace(made, replicas=2, features=2).to_json())
+    assert plan_file.devices_of(path, {}) == 8 == plan_file.devices_of(path, {TENSOR: 2})
+    asked = AskedLayout(schedule=str(path))
+    found = lay_out(preset("tiny"), jax.devices()[:8], asked)
+    assert dict(found.mesh.shape) == {"data": 2, "ring": 2, "tensor": 2}
+    assert found.rows == 8
 
 
 def test_a_file_says_how_many_devices_it_is_for(tmp_path):
