@@ -55,6 +55,11 @@ class Axis:
     shards: bool = False
     """What rests in shards is cut over its devices as well as over the ring's."""
 
+    @property
+    def joint(self) -> bool:
+        """Its devices need each other within a task, and so compute none of it alone."""
+        return self.block or (self.within and not self.batch)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DividedAround:
@@ -78,6 +83,11 @@ class DividedAround:
     features: int = 1
     """Devices that compute every task together, each a part of every block's features; the
     sequence is split alike between blocks."""
+
+    @property
+    def joint(self) -> bool:
+        """Whether devices need each other within a task."""
+        return any(getattr(self, axis.name) > 1 for axis in AROUND.values() if axis.joint)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -261,9 +261,7 @@ def _shared_commands(
     that fits."""
     lines = []
     for row in comparison.rows:
-        if row.plan is None or not row.fits or row.found:
-            continue
-        if row.plan.context == row.plan.features == row.plan.experts == 1:
+        if row.plan is None or not row.plan.joint or not row.fits or row.found:
             continue
         command = train_command(
             row.plan,

@@ -5,14 +5,16 @@ recursion, a steady period of it multiplied. A strategy without a place is simul
 The fastest recompute policy that fits memory is shown, or the leanest where none fits.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from jaxsys.axes import AROUND, Axis
 from jaxsys.errors import UsageError
 from jaxsys.lowering.tables import buffers_of
+from jaxsys.planner.axes import PLANNED
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.costs import Precision, schedule_costs
 from jaxsys.planner.evaluate import POLICY, Evaluator
@@ -21,7 +23,6 @@ from jaxsys.planner.problem import Problem
 from jaxsys.planner.recognise import divided
 from jaxsys.planner.runs import why_not, why_not_schedule
 from jaxsys.planner.search import Found, Result
-from jaxsys.planner.sharing import splits_of
 from jaxsys.planner.workload import Workload
 from jaxsys.schedule import Placement, Schedule, ScheduleError, simulate, trace
 from jaxsys.strategies import STRATEGIES, Place, Strategy, for_layers
@@ -29,11 +30,9 @@ from jaxsys.strategies.data_parallel import check_microbatches
 
 MOST_TASKS = 200_000
 """Of a schedule that is simulated task by task."""
-LONG = 32_768
-"""Tokens of a sequence from which on a comparison has rows of devices that share each."""
 SHARED_WITH = ("zero-1", "zero-3")
-"""What goes on around devices that share sequences, features or experts in these rows; a search
-looks at everything."""
+"""What goes on around devices that share a task in a comparison's rows; a search looks at
+everything."""
 USABLE_MEMORY = 0.92
 """The share of a device's memory that a step may take by default; the rest is for the runtime,
 collectives' buffers and fragmentation."""
@@ -152,10 +151,8 @@ def compare(
                 refused.append((called, str(error)))
             else:
                 rows.append(replace(row, strategy=called))
-    for axis in ("features", "experts", "context"):
-        if axis == "context" and workload.tokens // microbatch_size < LONG:
-            continue
-        progress(f"sharing {'sequences' if axis == 'context' else axis}")
+    for axis in reversed(tuple(AROUND.values())):
+        progress(f"sharing {axis.name}")
         rows += _shared_rows(evaluator, axis, microbatches, microbatch_size, policies)
     if not rows:
         names_of: dict[str, list[str]] = {}  # a rule is said once, however many it refuses
@@ -216,24 +213,26 @@ def _row(
 
 def _shared_rows(
     evaluator: Evaluator,
-    axis: str,
+    axis: Axis,
     microbatches: int,
     microbatch_size: int,
     policies: Sequence[str],
 ) -> list[Row]:
-    """The best number of devices that share features, experts, or in each way sequences."""
+    """The best number of devices along an axis, in each way that they share a task."""
     problem = evaluator.problem
     workload, devices = problem.workload(microbatch_size), problem.cluster.devices
     best: dict[str, list[_Estimate]] = {}
-    for way, shared in _ways_to_share(workload, axis, devices):
-        parts = shared[axis]
+    divisors = (parts for parts in range(2, devices + 1) if devices % parts == 0)
+    planned = PLANNED[axis.name]
+    for way, shared in (one for n in divisors for one in planned.ways_to_share(workload, n)):
+        parts = shared[axis.name]
         around = devices // parts
-        if microbatches % (around * (parts if axis == "experts" else 1)):
+        if microbatches % (around * (parts if axis.batch else 1)):
             continue
         for name in SHARED_WITH:
             place = STRATEGIES[name].place
             assert place is not None
-            over = around * parts if axis == "context" else around
+            over = around * parts if axis.shards else around
             if over == 1 or workload.uncut(over) is not None:
                 continue
             plans = [
@@ -245,26 +244,6 @@ def _shared_rows(
         _row_of(problem, None, workload.layers, estimates, microbatches, microbatch_size)
         for estimates in best.values()
     ]
-
-
-def _ways_to_share(
-    workload: Workload, axis: str, devices: int
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields what a row is for, and what of a plan says so."""
-    legal = {"features": workload.feature_ways, "experts": workload.expert_ways}
-    for parts in range(2, devices + 1):
-        if devices % parts:
-            continue
-        if axis != "context":
-            if parts in legal[axis]:
-                yield axis, {axis: parts}
-            continue
-        if not workload.shares(parts):
-            continue
-        for split in splits_of(parts):
-            if workload.sharing is not None and workload.sharing.allows(split):
-                how = {"context_by": split.by, "context_exchange": split.exchange}
-                yield split.by, {"context": parts, **how}
 
 
 def _row_of(

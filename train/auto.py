@@ -13,7 +13,6 @@ from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.costs import Precision
 from jaxsys.planner.function_workload import layered_workload
 from jaxsys.planner.named import compare
-from jaxsys.planner.plans import Plan
 from jaxsys.planner.workload import Workload
 from jaxsys.schedule import Schedule
 from jaxsys.strategies import for_layers
@@ -152,11 +151,6 @@ def _cluster(devices: list[Any], link: str | None) -> Cluster:
     )
 
 
-def _alone(plan: Plan) -> bool:
-    """Whether each device computes its tasks by itself; of others the caller has no layout."""
-    return plan.context == plan.features == plan.experts == 1
-
-
 def _fastest(
     workload: Workload,
     cluster: Cluster,
@@ -175,7 +169,8 @@ def _fastest(
         precision=precision,
         recompute=recompute,
     )
-    able = [row for row in found.rows if row.plan is None or _alone(row.plan)]
+    # Of devices that need each other within a task the caller has no layout.
+    able = [row for row in found.rows if row.plan is None or not row.plan.joint]
     able = [row for row in able if shared or row.members == 1]
     fitting = sorted((row for row in able if row.fits), key=lambda row: row.step_s)
     runnable = [row for row in fitting if row.not_run is None]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from jaxsys.planner.cluster import Cluster
     from jaxsys.planner.plans import Plan
     from jaxsys.planner.problem import Problem
-    from jaxsys.planner.workload import BlockWork, Traced
+    from jaxsys.planner.workload import BlockWork, Traced, Workload
 
 NO_LINK = Link()
 
@@ -108,6 +108,18 @@ class PlannedAxis:
         """Why the trainer cannot run a plan that is split along it; None if it can."""
         del plan
         return None
+
+    def ways_to_share(
+        self, workload: "Workload", parts: int
+    ) -> Iterable[tuple[str, dict[str, Any]]]:
+        """What a comparison shows of P devices along it: what a row is for, and fields of its plan.
+
+        Args:
+            workload: of a microbatch.
+            parts: P, 2 or more.
+        """
+        del workload, parts
+        return ()
 
     def link(self, cluster: "Cluster", plan: "Plan", near: int) -> Any:
         """What joins its devices, `near` apart."""

@@ -5,21 +5,24 @@ What they send each other within a block, and how long they wait for it, is `pla
 
 import functools
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 from jaxsys.context import WAYS
 from jaxsys.lowering.refusal import why_not_in_turn
 from jaxsys.planner.axes.base import PlannedAxis, Rule
 from jaxsys.planner.constraints import Domains, Relation
-from jaxsys.planner.sharing import ContextLinks, split_of
+from jaxsys.planner.sharing import ContextLinks, split_of, splits_of
 from jaxsys.schedule.inside import exchanging, why_not_shared
 
 if TYPE_CHECKING:
     from jaxsys.planner.cluster import Cluster
     from jaxsys.planner.plans import Plan
     from jaxsys.planner.problem import Problem
+    from jaxsys.planner.workload import Workload
 
 SAID = ("context_by", "context_exchange")
+LONG = 32_768
+"""Tokens of a sequence from which on a comparison has rows of devices that share each."""
 
 
 @final
@@ -78,6 +81,17 @@ class Context(PlannedAxis):
                 c == 1 or p * w == 1 or by == "gather" or exchanging(by, c, u) == c
             ),
         )
+
+    def ways_to_share(
+        self, workload: "Workload", parts: int
+    ) -> Iterable[tuple[str, dict[str, Any]]]:
+        sharing = workload.sharing
+        if sharing is None or sharing.length < LONG or not workload.shares(parts):
+            return
+        by, exchange = SAID
+        for split in splits_of(parts):
+            if sharing.allows(split):
+                yield split.by, {self.name: parts, by: split.by, exchange: split.exchange}
 
     def why_not(self, plan: "Plan") -> str | None:
         if plan.split is None or plan.owners == 1:

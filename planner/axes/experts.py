@@ -6,7 +6,7 @@ with the rings beside it.
 """
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 from jaxsys.planner.axes.base import NOTHING, Joined, PlannedAxis, Rule, Split
 from jaxsys.planner.constraints import Domains, Relation
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from jaxsys.hardware import DeviceSpec
     from jaxsys.planner.plans import Plan
     from jaxsys.planner.problem import Problem
-    from jaxsys.planner.workload import BlockWork, Traced
+    from jaxsys.planner.workload import BlockWork, Traced, Workload
 
 
 @final
@@ -30,6 +30,12 @@ class Experts(PlannedAxis):
         shares = problem.workload(1).expert_ways
         said = ", ".join(map(str, shares))
         yield rule(f"experts shared by {said} devices only", (self.name,), shares.__contains__)
+
+    def ways_to_share(
+        self, workload: "Workload", parts: int
+    ) -> Iterable[tuple[str, dict[str, Any]]]:
+        if parts in workload.expert_ways:
+            yield self.name, {self.name: parts}
 
     def joined(
         self,

@@ -6,7 +6,7 @@ since nobody keeps it whole. Of a block that says its `joins` these are all_redu
 """
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 from jaxsys.planner.axes.base import Joined, PlannedAxis, Rule, Split
 from jaxsys.planner.constraints import Domains, Relation
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from jaxsys.hardware import DeviceSpec
     from jaxsys.planner.plans import Plan
     from jaxsys.planner.problem import Problem
-    from jaxsys.planner.workload import BlockWork
+    from jaxsys.planner.workload import BlockWork, Workload
 
 
 @final
@@ -29,6 +29,12 @@ class Features(PlannedAxis):
         ways = problem.workload(1).feature_ways
         said = ", ".join(map(str, ways))
         yield rule(f"features split in {said} parts only", (self.name,), ways.__contains__)
+
+    def ways_to_share(
+        self, workload: "Workload", parts: int
+    ) -> Iterable[tuple[str, dict[str, Any]]]:
+        if parts in workload.feature_ways:
+            yield self.name, {self.name: parts}
 
     def joined(
         self,
