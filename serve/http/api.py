@@ -6,12 +6,10 @@ anything counts it: where the text ends, so does the request, and nothing comput
 """
 
 import asyncio
-import contextlib
 import functools
 import logging
 import time
 import uuid
-from collections import deque
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
@@ -21,31 +19,27 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import fastapi
-from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import (
     HTMLResponse,
     JSONResponse,
     PlainTextResponse,
     Response,
-    StreamingResponse,
 )
-from starlette.exceptions import HTTPException
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 from jaxsys import __version__
 from jaxsys.errors import RunError, UsageError
 from jaxsys.model import Tokenizer
-from jaxsys.serve.adapters import UnknownAdapter, name_of
-from jaxsys.serve.engine import Engine, Generation, Overloaded, Watch
+from jaxsys.serve.engine import Engine
 from jaxsys.serve.grammars import Grammars
 from jaxsys.serve.http import lora_adapters
 from jaxsys.serve.http.answers import ChatShape, Choice, CompletionShape, Shape, Usage, event
 from jaxsys.serve.http.bodies import Bodies
+from jaxsys.serve.http.choice_run import ChoiceRun, Reads, all_of, failure_of, merged
 from jaxsys.serve.http.description import body_of, describe, page
 from jaxsys.serve.http.embeddings import AT_ONCE, EmbeddingRequest, entry
 from jaxsys.serve.http.gate import Gate
@@ -65,32 +59,27 @@ from jaxsys.serve.http.protocol import (
     check_tokens,
     encode,
     session_of,
-    what_is_wrong,
 )
+from jaxsys.serve.http.refusals import ModelNotFound, refuse_all
 from jaxsys.serve.http.response_shape import ResponseShape
 from jaxsys.serve.http.responses import (
     KeptTurns,
-    NoSuchResponse,
     ResponseRequest,
     Turns,
     head_of,
     items_of,
 )
 from jaxsys.serve.http.templates import Templates, history_forms
-from jaxsys.serve.http.text_stream import Spoken, TextStream, text_of
 from jaxsys.serve.http.tool_bodies import ToolUse, tool_use
-from jaxsys.serve.http.tools import Marks, Reader, Said, Thinking, format_of, told
+from jaxsys.serve.http.tools import Marks, Reader, Thinking, format_of, told
 from jaxsys.serve.http.vocabulary import Vocabulary
-from jaxsys.serve.member import NOT_FINITE, TokenEvent
-from jaxsys.serve.outcomes import TokenLogprobs
+from jaxsys.serve.http.waiting import EventStream, perhaps_apart, unless_disconnected
 from jaxsys.serve.request_rules import check_sampling
 from jaxsys.serve.requests import ContextLengthExceeded, SamplingParameters
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-FEW_CHARACTERS = 1024
-"""Of a prompt that is tokenized at once, in some 0.2 ms."""
 SLACK = 4
 """How many characters of a text a tokenizer may join into one before it looks for tokens."""
 
@@ -115,19 +104,6 @@ class ApiConfig:
     """What the model's makers sample with, for requests that do not say."""
     lora_updates: bool = False
     """Whether adapters are loaded and unloaded on demand."""
-
-
-class NotFinite(RunError):
-    """The model computed NaN or infinity."""
-
-
-class ModelNotFound(HTTPException):
-    """Another model is asked for than is served."""
-
-    def __init__(self, asked: str, served: Sequence[str]):
-        said = ", ".join(repr(name) for name in served[:10])
-        said += ", ..." if len(served) > 10 else ""
-        super().__init__(404, f"model {asked[:200]!r} is not served; use {said}")
 
 
 def create_app(
@@ -278,62 +254,7 @@ def create_app(
     async def docs() -> HTMLResponse:
         return HTMLResponse(page(app.openapi()))
 
-    @app.exception_handler(ContextLengthExceeded)
-    async def refuse_length(request: fastapi.Request, error: ContextLengthExceeded) -> JSONResponse:
-        path = request.url.path
-        param = "messages" if path.startswith("/v1/chat") else "prompt"
-        param = "input" if path.startswith(("/v1/responses", "/v1/embeddings")) else param
-        code = "context_length_exceeded"
-        return face.refuse(400, str(error), "invalid_request_error", param=param, code=code)
-
-    @app.exception_handler(UnknownAdapter)
-    async def refuse_adapter(_: fastapi.Request, error: UnknownAdapter) -> JSONResponse:
-        code, kind = "model_not_found", "invalid_request_error"
-        return face.refuse(404, str(error), kind, code=code)
-
-    @app.exception_handler(UsageError)
-    async def refuse_usage(_: fastapi.Request, error: UsageError) -> JSONResponse:
-        return face.refuse(400, str(error), "invalid_request_error")
-
-    @app.exception_handler(RecursionError)
-    async def refuse_depth(_: fastapi.Request, error: RecursionError) -> JSONResponse:
-        return face.refuse(400, "the body is nested too deep", "invalid_request_error")
-
-    @app.exception_handler(Overloaded)
-    async def refuse_load(_: fastapi.Request, error: Overloaded) -> JSONResponse:
-        answer = face.refuse(429, str(error), "rate_limit_error", code="overloaded")
-        answer.headers["Retry-After"] = str(error.retry_after_s)
-        return answer
-
-    @app.exception_handler(NotFinite)
-    async def refuse_numbers(_: fastapi.Request, error: NotFinite) -> JSONResponse:
-        return face.refuse(500, str(error), "server_error")
-
-    @app.exception_handler(RunError)
-    async def refuse_run(_: fastapi.Request, error: RunError) -> JSONResponse:
-        return face.refuse(503, str(error), "server_error")
-
-    @app.exception_handler(RequestValidationError)
-    async def refuse_body(_: fastapi.Request, error: RequestValidationError) -> JSONResponse:
-        return face.refuse_validation(error)
-
-    @app.exception_handler(NoSuchResponse)
-    async def refuse_response(_: fastapi.Request, error: NoSuchResponse) -> JSONResponse:
-        code = "not_found" if error.param is None else "previous_response_not_found"
-        message, kind = str(error.detail), "invalid_request_error"
-        return face.refuse(404, message, kind, param=error.param, code=code)
-
-    @app.exception_handler(ModelNotFound)
-    async def refuse_model(_: fastapi.Request, error: ModelNotFound) -> JSONResponse:
-        message, code = str(error.detail), "model_not_found"
-        return face.refuse(404, message, "invalid_request_error", param="model", code=code)
-
-    @app.exception_handler(HTTPException)
-    async def refuse_http(_: fastapi.Request, error: HTTPException) -> JSONResponse:
-        kind = "not_found_error" if error.status_code == 404 else "invalid_request_error"
-        answer = face.refuse(error.status_code, str(error.detail), kind)
-        answer.headers.update(error.headers or {})
-        return answer
+    refuse_all(app, face.refuse)
 
     # Those asked most, before FastAPI's own of the same, which stay for the description: they take
     # the request as it is, and need none of its dependencies.
@@ -374,16 +295,6 @@ def create_app(
         ],
     )
     return app
-
-
-class Reads(NamedTuple):
-    """How an answer is written, and how it is taken apart."""
-
-    grammar: str | None = None
-    reader: Callable[[], Reader] | None = None
-    """Makes the reader of one choice; None where its text is all content."""
-    most_calls: int | None = None
-    """Calls that end the answer; None where nothing does."""
 
 
 class _Face:
@@ -433,11 +344,6 @@ class _Face:
         error = {"message": message, "type": kind, "param": param, "code": code}
         return JSONResponse({"error": error}, status)
 
-    def refuse_validation(self, error: RequestValidationError) -> JSONResponse:
-        """The first thing wrong with a body, in one line."""
-        message, param = what_is_wrong(error.errors(), str(error.body))
-        return self.refuse(400, message, "invalid_request_error", param=param)
-
     # --- endpoints ----------------------------------------------------------------------------
 
     async def completions(self, request: fastapi.Request) -> Response:
@@ -448,7 +354,7 @@ class _Face:
         self.engine.admit(len(body.given()) * body.choices)
         most, asked = self.config.max_length, body.asked_tokens
         work = functools.partial(body.prompts, self.tokenizer, self._most_characters)
-        found = await _perhaps_apart(work, sum(map(len, body.given())))
+        found = await perhaps_apart(work, sum(map(len, body.given())))
         prompts = [body.cut(prompt, most - (asked or 1)) for prompt in found]
         max_tokens = asked or max(1, min(16, most - max(map(len, prompts))))
         sampling = body.sampling(
@@ -538,7 +444,7 @@ class _Face:
                     prompt, sampling, request_id=name, adapter=adapter
                 ):
                     if event.finish_reason == "error":
-                        raise _failure(event.message)
+                        raise failure_of(event.message)
                     if event.embedding is not None:
                         return event.embedding
             raise RunError("the server is shutting down; use another one")
@@ -549,7 +455,7 @@ class _Face:
             return [task.result() for task in tasks]
 
         try:
-            vectors = await _unless_disconnected(request, all_of_them())
+            vectors = await unless_disconnected(request, all_of_them())
         except* (RunError, UsageError) as errors:
             raise errors.exceptions[0] from None
         if vectors is None:
@@ -668,7 +574,7 @@ class _Face:
             add_special=add_special,
             most_characters=self._most_characters,
         )
-        return await _perhaps_apart(work, len(text))
+        return await perhaps_apart(work, len(text))
 
     async def _ready(self, grammar: str | None) -> str | None:
         """The grammar of an answer, made ready; None where it is free."""
@@ -694,12 +600,14 @@ class _Face:
         self.engine.admit(len(prompts) * choices)
         session = session_of(body, request.headers.get("x-session-id"))
         usage = Usage()
-        answers: list[_Answer] = []
+        answers: list[ChoiceRun] = []
         for index in range(len(prompts) * choices):
             own = sampling if choices == 1 else replace(sampling, stream=index % choices)
             name = f"{shape.identity}-{index}" if len(prompts) * choices > 1 else shape.identity
             counts = index % choices == 0
-            answer = _Answer(self, body, index, name, usage, reads, counts=counts)
+            answer = ChoiceRun(
+                self.engine, self.vocabulary, body, index, name, usage, reads, counts=counts
+            )
             answers.append(answer)
             # Now, while they are admitted: once a stream has begun, none could be refused.
             answer.submit(prompts[index // choices], own, adapter, session)
@@ -713,9 +621,9 @@ class _Face:
                 include_usage=bool(options and options.include_usage),
                 always=bool(options and options.continuous_usage_stats),
             )
-            return _EventStream(parts, self.engine, generations)
+            return EventStream(parts, self.engine, generations)
         try:
-            collected = await _unless_disconnected(request, _all_of(answers))
+            collected = await unless_disconnected(request, all_of(answers))
         finally:
             for generation in generations:
                 self.engine.leave(generation)
@@ -723,7 +631,7 @@ class _Face:
             return Response(status_code=499)  # nobody reads it
         for choice in collected:
             if choice.finish_reason == "error":
-                raise _failure(choice.message)
+                raise failure_of(choice.message)
         return JSONResponse(shape.whole(collected, usage, self.engine.energy_method))
 
     async def _stream(
@@ -739,9 +647,9 @@ class _Face:
             for first in shape.opening(index):
                 yield event(first)
         try:
-            async for choice in _merged(runs):
+            async for choice in merged(runs):
                 if choice.finish_reason == "error":
-                    raise _failure(choice.message)
+                    raise failure_of(choice.message)
                 says = choice.text or choice.tokens if choice.said is None else choice.said
                 if (
                     says
@@ -765,307 +673,6 @@ class _Face:
         yield b"data: [DONE]\n\n"
 
 
-class _Answer:
-    """One choice on its way: a request of the engine, and the text that comes of it."""
-
-    generation: Generation
-
-    def __init__(
-        self,
-        face: _Face,
-        body: CompletionRequest | ChatRequest,
-        index: int,
-        name: str,
-        usage: Usage,
-        reads: Reads | None = None,
-        *,
-        counts: bool,
-    ):
-        """
-        Args:
-            usage: of all choices.
-            reads: how the text is taken apart, if it is.
-            counts: whether the prompt is counted here.
-        """
-        self.face = face
-        self.body = body
-        self.index = index
-        self.name = name
-        self.usage = usage
-        self.counts = counts
-        self.tokens = 0
-        """Tokens that were put out."""
-        self._begun = False
-        self._offset = 0
-        """Characters of the text so far."""
-        self._released: deque[tuple[list[Spoken], Said | None]] = deque()
-        """What became certain with each event that is on its way to `run`."""
-        reader = None if reads is None else reads.reader
-        self._reader = None if reader is None else reader()
-        if self._reader is not None:
-            usage.reasoning_tokens = usage.reasoning_tokens or 0
-        self._most_calls = None if reads is None else reads.most_calls
-
-    def submit(
-        self,
-        prompt: Sequence[int],
-        sampling: SamplingParameters,
-        adapter: str | None,
-        session: str | None,
-    ) -> None:
-        """Begins the request; raises as `Engine.submit`."""
-        body = self.body
-        self._ends = sampling.stop_token_ids
-        self._include_stop = bool(body.include_stop_str_in_output)
-        # A reader looks at special tokens, and drops those that it does not know.
-        self._skip_special = body.skip_special_tokens is not False and self._reader is None
-        self._text = TextStream(
-            self.face.vocabulary,
-            sampling.stop,
-            prompt=prompt,
-            skip_special=self._skip_special,
-            include_stop=self._include_stop,
-            min_tokens=sampling.min_tokens,
-        )
-        watch: Watch = self._watch
-        self.generation = self.face.engine.submit(
-            prompt,
-            sampling,
-            request_id=self.name,
-            watch=watch,
-            adapter=adapter,
-            session=session,
-        )
-
-    def _watch(self, event: TokenEvent) -> bool:
-        """Takes a token in, as it reaches the engine's thread; whether the text ends with it."""
-        assert event.token is not None
-        # A token that ends the output is no text, unless it is asked for or a grammar's last one.
-        ends = event.finish_reason == "stop" and event.token in self._ends
-        if not ends or self._include_stop:
-            self._text.push(event.token, event.logprobs)
-        spoken = self._text.take()
-        self._released.append((spoken, self._apart(spoken)))
-        reader, most = self._reader, self._most_calls
-        if reader is not None and most is not None and reader.finished >= most:
-            return True
-        return self._text.stopped
-
-    def _apart(self, spoken: Sequence[Spoken], *, last: bool = False) -> Said | None:
-        """What tokens say: content, reasoning, calls; None where the text is not taken apart."""
-        reader = self._reader
-        if reader is None:
-            return None
-        said = Said()
-        special = self.face.vocabulary.special
-        for one in spoken:
-            if reader.reasoning:
-                self.usage.reasoning_tokens = (self.usage.reasoning_tokens or 0) + 1
-            if one.text:
-                said.add(reader.push(one.text, special=one.token in special))
-        if last:
-            said.add(reader.close())
-        return said
-
-    async def run(self) -> AsyncGenerator[Choice, None]:
-        """The choice's increments."""
-        last: TokenEvent | None = None
-        events = self.face.engine.events(self.generation)
-        async with contextlib.aclosing(events):
-            async for last in events:
-                yield self._increment(last)
-                if last.finish_reason is not None:
-                    break
-        if last is not None:
-            self._account(last)
-
-    async def whole(self) -> Choice:
-        """All of them as one, once there are no more."""
-        events = await self.face.engine.all_events(self.generation)
-        choice = self._increment(events[0])
-        pieces = [choice.text]
-        for one in events[1:]:
-            part = self._increment(one)
-            pieces.append(part.text)
-            choice.tokens += part.tokens
-            choice.called = part.called
-            if choice.said is not None and part.said is not None:
-                choice.said.add(part.said)
-            choice.finish_reason, choice.message = part.finish_reason, part.message
-        choice.text = "".join(pieces)
-        self._account(events[-1])
-        return choice
-
-    def _increment(self, event: TokenEvent) -> Choice:
-        """What comes of one event."""
-        request, usage, text = self.generation.request, self.usage, self._text
-        spoken: list[Spoken] = []
-        prompt = said = None
-        if not self._begun:
-            self._begun = True
-            if self.counts:
-                usage.prompt_tokens += request.prompt_length
-                usage.cached_tokens += event.request.cached_tokens
-        if event.token is not None:
-            usage.completion_tokens += 1
-            self.tokens += 1
-            if self.tokens == 1:
-                spoken, prompt = self._prompt(request.prompt_tokens, event)
-            fresh, said = self._released.popleft()
-            spoken += fresh
-        reason = event.finish_reason
-        if reason is not None:
-            text.flush()
-            rest = text.take()
-            spoken += rest
-            more = self._apart(rest, last=True)
-            if more is not None:
-                said = said or Said()
-                said.add(more)
-        part = text_of(spoken)
-        offset, self._offset = self._offset, self._offset + len(part)
-        return Choice(
-            self.index,
-            part,
-            spoken,
-            reason,
-            event.message,
-            offset=offset,
-            prompt=prompt,
-            said=said if said is not None or self._reader is None else Said(),
-            called=self._reader is not None and self._reader.whole,
-        )
-
-    def _prompt(
-        self, prompt: Sequence[int], event: TokenEvent
-    ) -> tuple[list[Spoken], list[tuple[int, TokenLogprobs | None]] | None]:
-        """What is said of the prompt before the first token: its text, its log-probabilities."""
-        beside = event.prompt or [None] * len(prompt)
-        spoken = []
-        if isinstance(self.body, CompletionRequest) and self.body.echo:
-            text = TextStream(self.face.vocabulary, skip_special=self._skip_special)
-            for token, entry in zip(prompt, beside, strict=True):
-                text.push(token, entry)
-            text.flush()
-            spoken = text.take()
-        if self.body.prompt_logprobs is None:
-            return spoken, None
-        return spoken, list(zip(prompt, beside, strict=True))
-
-    def _account(self, last: TokenEvent) -> None:
-        timing, usage = last.request.timing, self.usage
-        if timing.energy_j is not None:
-            usage.energy_j = (usage.energy_j or 0.0) + timing.energy_j
-            usage.prefill_energy_j += timing.prefill_energy_j or 0.0
-        logger.info(
-            "request",
-            extra={
-                "request_id": self.name,
-                "adapter": name_of(last.request.adapter),
-                "prompt_tokens": last.request.prompt_length,
-                "cached_tokens": last.request.cached_tokens,
-                "output_tokens": self.tokens,
-                "finish_reason": last.finish_reason,
-                "ttft_s": _rounded(timing.ttft_s),
-                "total_s": _rounded(last.time_s - timing.arrival_s),
-                "preemptions": timing.preemptions,
-                "energy_j": _rounded(timing.energy_j),
-            },
-        )
-
-
-def _failure(message: str) -> RunError:
-    if message == NOT_FINITE:
-        return NotFinite(message)
-    return RunError(message or "the request failed")
-
-
-class _EventStream(StreamingResponse):
-    """Server-sent events; the requests behind them end with it, even if it never began."""
-
-    def __init__(
-        self, parts: AsyncIterator[bytes], engine: Engine, generations: Sequence[Generation]
-    ):
-        headers = {"Cache-Control": "no-cache"}
-        super().__init__(parts, media_type="text/event-stream", headers=headers)
-        self._engine = engine
-        self._generations = generations
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            for generation in self._generations:
-                self._engine.leave(generation)
-
-
-async def _all_of(answers: Sequence[_Answer]) -> list[Choice]:
-    """The choices of an answer that is given at once."""
-    if len(answers) == 1:
-        return [await answers[0].whole()]
-    return await asyncio.gather(*[answer.whole() for answer in answers])
-
-
-async def _merged(runs: Sequence[AsyncGenerator[Choice, None]]) -> AsyncIterator[Choice]:
-    """Increments of several choices as they come."""
-    if len(runs) == 1:
-        async with contextlib.aclosing(runs[0]) as only:
-            async for choice in only:
-                yield choice
-        return
-    ready: asyncio.Queue[Choice | BaseException | None] = asyncio.Queue()
-
-    async def pump(run: AsyncIterator[Choice]) -> None:
-        try:
-            async for choice in run:
-                ready.put_nowait(choice)
-            ready.put_nowait(None)
-        except Exception as error:  # noqa: BLE001 - raised again where the choices meet
-            ready.put_nowait(error)
-
-    tasks = [asyncio.create_task(pump(run)) for run in runs]
-    try:
-        left = len(tasks)
-        while left:
-            item = await ready.get()
-            if item is None:
-                left -= 1
-            elif isinstance(item, BaseException):
-                raise item
-            else:
-                yield item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _unless_disconnected(request: fastapi.Request, work: Awaitable[T]) -> T | None:
-    """The result of `work`, or None (and `work` cancelled) once the client has gone."""
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(gone())
-    try:
-        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
-        return task.result() if task.done() else None
-    finally:
-        for one in (task, watch):
-            one.cancel()
-        await asyncio.gather(task, watch, return_exceptions=True)
-
-
-async def _perhaps_apart(work: Callable[[], T], characters: int) -> T:
-    """What tokenizing gives, on a thread where it takes longer than to begin one."""
-    return work() if characters <= FEW_CHARACTERS else await asyncio.to_thread(work)
-
-
 def _most(*counts: int | None) -> int | None:
     """The largest of those that are asked for."""
     return max((count for count in counts if count is not None), default=None)
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 6)
