@@ -31,10 +31,10 @@ from jaxsys.planner.plans import Plan, State, data_parallel_plan
 from jaxsys.planner.profile import load_profile as load_cluster_profile
 from jaxsys.results import read_result
 from jaxsys.schedule import Schedule, ScheduleError
-from jaxsys.serve.cli import _read_keys
 from jaxsys.serve.energy.gpu_model import Load
 from jaxsys.serve.energy.profile import Fingerprint, Profile, Sample
 from jaxsys.serve.energy.profile import load_profile as load_serving_profile
+from jaxsys.serve.options import read_keys
 from jaxsys.serve.simulation.traces import read_trace
 from jaxsys.train import corpus
 from jaxsys.train.metrics import MetricsLog
@@ -264,7 +264,7 @@ READERS = (
         read_metrics,
         refuses=False,
     ),
-    Reader("keys", written("keys", "sk-one\nsk-two\n"), _read_keys),
+    Reader("keys", written("keys", "sk-one\nsk-two\n"), read_keys),
     Reader(
         "trace",
         written("t.csv", "arrival_s,prompt_tokens,output_tokens\n0.5,10,2\n1.25,3,1\n"),

@@ -7,7 +7,6 @@ anything counts it: where the text ends, so does the request, and nothing comput
 
 import asyncio
 import functools
-import logging
 import time
 import uuid
 from collections.abc import (
@@ -77,7 +76,6 @@ from jaxsys.serve.http.waiting import EventStream, perhaps_apart, unless_disconn
 from jaxsys.serve.request_rules import check_sampling
 from jaxsys.serve.requests import ContextLengthExceeded, SamplingParameters
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SLACK = 4

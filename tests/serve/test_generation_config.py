@@ -6,8 +6,9 @@ import pytest
 
 from jaxsys.errors import UsageError
 from jaxsys.model import ByteTokenizer
-from jaxsys.serve.cli import _sampling_of, parser
+from jaxsys.serve.cli import _sampling_of
 from jaxsys.serve.http.protocol import ChatRequest, CompletionRequest
+from jaxsys.serve.options import parser
 
 DEFAULTS = {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.05}
 

@@ -17,11 +17,11 @@ import httpx
 import pytest
 
 from jaxsys.errors import UsageError
-from jaxsys.serve.cli import _root_path, _tls, parser
 from jaxsys.serve.http.listening import HttpServer
 from jaxsys.serve.http.metrics import Metrics
 from jaxsys.serve.http.starting import Gateway, Progress
 from jaxsys.serve.instance import InstanceLoad, TokenEvent
+from jaxsys.serve.options import parser, root_path, tls_files
 from jaxsys.serve.processes.front import bind, name_of
 from jaxsys.serve.requests import Request, SamplingParameters
 from jaxsys.serve.settings import with_settings
@@ -116,8 +116,8 @@ def test_a_root_path_may_be_left_or_taken_off():
         assert asyncio.run(asked(path)) == seen
     for path in ("llm", "/llm/", "/a b"):
         with pytest.raises(UsageError):
-            _root_path(path)
-    assert _root_path("/a/b") == "/a/b"
+            root_path(path)
+    assert root_path("/a/b") == "/a/b"
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
@@ -127,7 +127,7 @@ def test_https(tmp_path):
     command += ["-nodes", "-keyout", str(key), "-out", str(certificate), "-days", "2"]
     command += ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
     subprocess.run(command, check=True, capture_output=True)
-    tls = _tls(certificate, key)
+    tls = tls_files(certificate, key)
     listener = bind("127.0.0.1", 0)
     port = listener.getsockname()[1]
     trusted = ssl.create_default_context(cafile=str(certificate))
@@ -137,10 +137,10 @@ def test_https(tmp_path):
     ):
         answer = client.get(f"https://localhost:{port}/health")
         assert answer.json()["status"] == "starting"
-    assert _tls(None, None) is None
+    assert tls_files(None, None) is None
     for pair in ((certificate, None), (None, key), (key, certificate), (tmp_path / "no", key)):
         with pytest.raises(UsageError, match="--tls"):
-            _tls(*pair)
+            tls_files(*pair)
 
 
 def test_every_figure_of_the_dashboard_file_is_one_of_the_servers():

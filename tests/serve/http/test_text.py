@@ -169,7 +169,7 @@ def counted(server, name):
 )
 def test_where_an_answer_ends(letters, caplog, more, text, tokens):
     """What the client is told is what is counted; nothing computed ahead is."""
-    caplog.set_level("INFO", logger="jaxsys.serve.http.api")
+    caplog.set_level("INFO", logger="jaxsys.serve.http.choice_run")
     before = counted(letters, "jaxsys_")
     body = {"prompt": "x", "max_tokens": 12, "temperature": 0} | more
     answer = letters.post(COMPLETIONS, body).json()
