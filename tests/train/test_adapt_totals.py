@@ -189,6 +189,24 @@ def by_a_root(parameters, batch):
     return jnp.mean(each) + len(each) ** 0.5 * penalty(parameters)
 
 
+def test_a_model_of_one_batch_size():
+    """Seen with no other number of samples, a mean is not told from a sum; a sum says so itself."""
+
+    def losses(parameters, batch):
+        each, _, logits = losses_of(parameters, batch)
+        return each + 0 * jnp.sum(logits.reshape(SIZE, T, V), -1), logits
+
+    def mean(parameters, batch):
+        return losses(parameters, batch)[0].mean()
+
+    def sums(parameters, batch):
+        return jnp.sum(losses(parameters, batch)[0]), jnp.float32(SIZE * T)
+
+    with pytest.raises(UsageError, match="takes 2 samples and not 4, by which a mean is told"):
+        from_function(mean, PARAMETERS, first(data()), blocks="layers")
+    from_function(sums, PARAMETERS, first(data()), blocks="layers")
+
+
 def test_metrics_beside_a_mean_are_means():
     def loss(parameters, batch):
         each, mask, logits = losses_of(parameters, batch)

@@ -113,6 +113,7 @@ def sums_of(
     samples = max(lengths, key=lengths.count, default=0)
     curved = any(operation.not_linear for operation in program.operations)
 
+    @functools.cache
     def twice() -> Program:
         """The program for as many samples again."""
         doubled = [
@@ -121,7 +122,13 @@ def sums_of(
             else leaf
             for n, leaf in enumerate(leaves)
         ]
-        return again(jax.tree.unflatten(structure, doubled))
+        try:
+            return again(jax.tree.unflatten(structure, doubled))
+        except (TypeError, ValueError) as error:
+            raise UsageError(
+                f"the model takes {samples} samples and not {2 * samples}, by which a mean is told "
+                f"from a sum; {WAY_OUT}. JAX says: {str(error).splitlines()[0]}"
+            ) from error
 
     loss = program.outputs[0]
 
@@ -210,7 +217,7 @@ def _of_sum(
                 other = number_of(twice().outputs[1])
                 # One number for any batch: the sum is not divided by what grows with it.
                 grows = 0 if other == number else 1
-        except (TypeError, ValueError, UsageError):  # a model of so many samples alone
+        except UsageError:  # a model of so many samples alone
             pass
     if grows == 0:
         # What is not seen to be a sum is averaged.
@@ -261,8 +268,7 @@ def _of_mean(
 ) -> Sums:
     """Of a loss that is a mean; the program's outputs become its sums."""
     loss, _, *metrics = program.outputs
-    twin = functools.cache(lambda: twice().outputs)
-    terms = terms_of(loss, samples, key, lambda: twin()[0])
+    terms = terms_of(loss, samples, key, lambda: twice().outputs[0])
     divisors = [term.divisor for term in terms if term.divisor is not None]
     for one in divisors:
         _check_divisor(program, one.value)
@@ -277,7 +283,8 @@ def _of_mean(
     )
     mask = masks[0] if plain else None
     means = [
-        _of_metric(value, samples, key, lambda n=n: twin()[n]) for n, value in enumerate(metrics, 2)
+        _of_metric(value, samples, key, lambda n=n: twice().outputs[n])
+        for n, value in enumerate(metrics, 2)
     ]
     # By which metrics that are no means are averaged over microbatches.
     by = mask if None in means and mask is not None and _is_of_batch(mask, key) else None
