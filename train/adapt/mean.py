@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 
 from jaxsys.errors import UsageError
-from jaxsys.train.adapt.fingerprint import words_of
 from jaxsys.train.adapt.samples import Mixed, Summed, Unknown
 from jaxsys.train.adapt.states import states_of
-from jaxsys.train.adapt.values import BlockLeaf, Value, known
+from jaxsys.train.adapt.twins import are_alike
+from jaxsys.train.adapt.values import Value, known
 
 WAY_OUT = (
     "return (sum over samples, their number) instead of a mean; each is then added up over "
@@ -94,7 +93,13 @@ class Term(NamedTuple):
 
 
 def terms_of(
-    loss: Value, samples: int, key: int | None, twice: Callable[[], Value], *, strict: bool = True
+    loss: Value,
+    samples: int,
+    key: int | None,
+    twice: Callable[[], Value],
+    *,
+    strict: bool = True,
+    quick: bool = False,
 ) -> list[Term]:
     """What a loss of B samples adds up.
 
@@ -102,8 +107,9 @@ def terms_of(
         loss: a scalar of a program.
         samples: B.
         key: the microbatch's leaf that is its key.
-        twice: makes the same loss of 2 B samples, by which factors are seen to depend on B.
+        twice: makes the same loss of 2 B samples, by which numbers are seen to depend on B.
         strict: all must be seen; otherwise what is not is a term that is not `seen`.
+        quick: sums that are multiplied by no number are believed to be of no such.
 
     Raises:
         UsageError: if something is not seen.
@@ -112,58 +118,35 @@ def terms_of(
     terms = found.of(loss, 1.0)
     if strict and not any(term.value.varies for term in terms):
         raise UsageError(f"the loss reads no sample; {WAY_OUT}")
-    if not (found.scaled or any(term.divisor or not term.value.varies for term in terms)):
-        return terms  # no factor that could be another
+    if quick and not (found.scaled or any(t.divisor or not t.value.varies for t in terms)):
+        return terms
     other = twice()
     twins = _Terms(other, 2 * samples, key, strict).of(other, 1.0)
     if len(terms) != len(twins):
         if not strict:
             return [Term(loss, 1.0, seen=False)]
         raise UsageError(f"the loss adds other sums for more samples; {WAY_OUT}")
-    return [_scaled(*pair, strict) for pair in zip(terms, twins, strict=True)]
+    return [_scaled(*pair, key, strict) for pair in zip(terms, twins, strict=True)]
 
 
-def _scaled(one: Term, other: Term, strict: bool) -> Term:
+def _scaled(one: Term, other: Term, key: int | None, strict: bool) -> Term:
     """A term, with what it becomes for 2 B samples seen."""
     if not (one.seen and other.seen):
         return one._replace(seen=False)
     powers = (0,) if one.divisor is not None else (-1, 0, 1)
     for power in powers:
-        if abs(other.factor - 2.0**power * one.factor) <= 1e-6 * abs(one.factor) and (
-            one.value.varies or _is_same(one.value, other.value)
-        ):
-            return one._replace(grows=power)
+        if abs(other.factor - 2.0**power * one.factor) > 1e-6 * abs(one.factor):
+            continue
+        # Means are divided by numbers that are seen here; of a bare sum they may be further down.
+        further = one.divisor is None and power != -1
+        if (further or not one.value.varies) and not are_alike(one.value, other.value, key):
+            break
+        return one._replace(grows=power)
     if not strict:
         return one._replace(seen=False)
     raise UsageError(
         f"the loss adds a term times another number for more samples, not in proportion; {WAY_OUT}"
     )
-
-
-def _is_same(one: Value, other: Value) -> bool:
-    """Whether values of two programs are made alike of the same parameters."""
-    waiting, seen = [(one, other)], set()
-    while waiting:
-        a, b = waiting.pop()
-        if (a, b) in seen:
-            continue
-        seen.add((a, b))
-        if not (a.depends or b.depends):
-            # Made of numbers alone, such as the mean of as many zeros as there are samples.
-            x, y = (np.asarray(words_of(known(one))[0]) for one in (a, b))
-            if not np.array_equal(x, y):
-                return False
-        elif isinstance(a, BlockLeaf) and isinstance(b, BlockLeaf):
-            if (a.layer, a.name) != (b.layer, b.name):
-                return False
-        elif a.maker is None or b.maker is None:
-            if a is not b:
-                return False
-        elif a.maker.mark != b.maker.mark or a.place != b.place:
-            return False
-        else:
-            waiting += zip(a.maker.inputs, b.maker.inputs, strict=True)
-    return True
 
 
 class _Terms:

@@ -212,11 +212,16 @@ def _of_sum(
     number, grows, terms = number_of(weight), 1, [Term(loss, 1.0, seen=False)]
     if samples:
         try:
-            terms = terms_of(loss, samples, key, lambda: twice().outputs[0], strict=False)
-            if number is not None:
-                other = number_of(twice().outputs[1])
-                # One number for any batch: the sum is not divided by what grows with it.
-                grows = 0 if other == number else 1
+            if number is not None and number_of(twice().outputs[1]) == number:
+                grows = 0  # one number for any batch: the sum is not divided by what grows with it
+            terms = terms_of(
+                loss,
+                samples,
+                key,
+                lambda: twice().outputs[0],
+                strict=False,
+                quick=bool(grows),
+            )
         except UsageError:  # a model of so many samples alone
             pass
     if grows == 0:

@@ -1,0 +1,116 @@
+"""Whether two traces of a program, for unlike numbers of samples, compute the same of each sample.
+
+A sum over samples of `loss / B` looks like a bare sum, but for twice as many samples it is made of
+other numbers. So constants are compared wherever they enter, those inside loops included; of one
+that is as long as there are samples its first element is.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jax.extend import core
+
+from jaxsys.train.adapt.fingerprint import opened, words_of
+from jaxsys.train.adapt.values import BatchLeaf, BlockLeaf, Value, known
+
+
+def are_alike(one: Value, other: Value, key: int | None) -> bool:
+    """Whether values of two programs of the same parameters are made alike.
+
+    Args:
+        one: of one program.
+        other: of the other.
+        key: the batch's leaf that is its key; what is drawn from it is not compared.
+    """
+    waiting, seen = [(one, other)], set()
+    sampled: dict[Value, bool] = {}
+    while waiting:
+        a, b = pair = waiting.pop()
+        if pair in seen:
+            continue
+        seen.add(pair)
+        if not (a.depends or b.depends or a.varies or b.varies):
+            if not _same_numbers(known(a), known(b)):
+                return False
+        elif a.maker is None or b.maker is None:
+            if not _same_leaf(a, b):
+                return False
+        elif not a.depends and not _is_sampled(a, key, sampled):
+            continue
+        elif (
+            a.place != b.place
+            or a.maker.primitive is not b.maker.primitive
+            or len(a.maker.inputs) != len(b.maker.inputs)
+            or not _same_inside(a.maker.parameters, b.maker.parameters)
+        ):
+            return False
+        else:
+            waiting += zip(a.maker.inputs, b.maker.inputs, strict=True)
+    return True
+
+
+def _same_leaf(a: Value, b: Value) -> bool:
+    if isinstance(a, BlockLeaf) and isinstance(b, BlockLeaf):
+        return (a.layer, a.name) == (b.layer, b.name)
+    if isinstance(a, BatchLeaf) and isinstance(b, BatchLeaf):
+        return a.number == b.number
+    return a is b
+
+
+def _is_sampled(value: Value, key: int | None, found: dict[Value, bool]) -> bool:
+    """Whether a leaf of the batch other than its key enters a value."""
+    waiting = [value]
+    while waiting:
+        one = waiting[-1]
+        inputs = () if one.maker is None else one.maker.inputs
+        ahead = [v for v in inputs if v not in found]
+        if one in found or not ahead:
+            waiting.pop()
+            own = isinstance(one, BatchLeaf) and one.number != key
+            found.setdefault(one, own or any(found[v] for v in inputs))
+        else:
+            waiting += ahead
+    return found[value]
+
+
+def _same_numbers(a: Any, b: Any) -> bool:
+    a, b = (np.asarray(words_of(value)[0]) for value in (a, b))
+    if a.ndim != b.ndim:
+        return False
+    for axis in range(a.ndim):
+        if a.shape[axis] != b.shape[axis]:
+            a, b = a.take([0], axis), b.take([0], axis)
+    return np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
+
+
+def _same_inside(a: Any, b: Any) -> bool:
+    """Whether jaxprs among an operation's parameters hold the same constants."""
+    return all(
+        _same_jaxprs(x, y)
+        for name in a
+        for x, y in zip(_jaxprs_of(a[name]), _jaxprs_of(b.get(name)), strict=False)
+    )
+
+
+def _jaxprs_of(value: Any) -> Sequence[Any]:
+    items = value if isinstance(value, list | tuple) else (value,)
+    return [item for item in items if isinstance(item, core.ClosedJaxpr | core.Jaxpr)]
+
+
+def _same_jaxprs(a: Any, b: Any) -> bool:
+    (a, consts), (b, others) = opened(a), opened(b)
+    if len(a.eqns) != len(b.eqns) or len(consts) != len(others):
+        return False
+    if not all(_same_numbers(x, y) for x, y in zip(consts, others, strict=True)):
+        return False
+    for x, y in zip(a.eqns, b.eqns, strict=True):
+        if x.primitive is not y.primitive or len(x.invars) != len(y.invars):
+            return False
+        for p, q in zip(x.invars, y.invars, strict=True):
+            literal = hasattr(p, "val"), hasattr(q, "val")
+            if literal[0] != literal[1] or (literal[0] and not _same_numbers(p.val, q.val)):
+                return False
+        if not _same_inside(x.params, y.params):
+            return False
+    return True
