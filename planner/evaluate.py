@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -357,6 +357,13 @@ def _held(ordered: Plan, count: int, lowered: bool) -> _Held:
     )
 
 
+@lru_cache(maxsize=COMPILED)
+def _replicated(devices: int, turns: int, layers: int) -> tuple[Schedule, Buffers]:
+    """Data parallelism's schedule, without its tasks and moves, and its buffers."""
+    schedule = for_layers("dp", devices=devices, microbatches=devices * turns, layers=layers)
+    return replace(schedule, tasks=(), moves=(), starts=()), buffers_of(schedule, trace(schedule))
+
+
 def microbatches(problem: Sizes, plan: Plan) -> int:
     """M of the plan's schedule: what one replica computes in a step.
 
@@ -469,14 +476,10 @@ class ShardedEvaluator:
         )
         self.workspace_bytes = head_held_bytes(workload, between)
         self.stacked = workload.stacked
-        self.occupancy = self._occupancy()
         self.tabled = problem.lowered and self.whole
         if self.tabled:  # slots are each device's own: two stand for any number
             some = min(base.shard, 2)
-            self.schedule = for_layers(
-                "dp", devices=some, microbatches=some * min(self.turns, 3), layers=self.layers
-            )
-            self.buffers = buffers_of(self.schedule, trace(self.schedule))
+            self.schedule, self.buffers = _replicated(some, min(self.turns, 3), self.layers)
 
     @staticmethod
     def _block_costs(
@@ -716,7 +719,8 @@ class ShardedEvaluator:
         )
         return tabled_bytes(self.schedule, self.buffers, size, around)
 
-    def _occupancy(self) -> np.ndarray:
+    @cached_property
+    def occupancy(self) -> np.ndarray:
         """float64 [L * CHOICES, T]: MiB that each choice of each layer holds in each tick.
 
         Memory repeats itself from the second microbatch on, so three stand for all.

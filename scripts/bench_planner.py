@@ -6,11 +6,12 @@
     scripts/bench_planner.py zero       ZeRO-3.5 and ZeRO-4 against a prefetching ZeRO-3 and ZeRO-2
     scripts/bench_planner.py memory     what ZeRO-3.5 and ZeRO-4 hold below ZeRO-2, and where
     scripts/bench_planner.py sweep      every plan of Llama-3-8B on 64 devices
+    scripts/bench_planner.py size       what `jaxsys plan` itself takes, by model and devices
     scripts/bench_planner.py measure    predicted against measured steps on this machine's devices
 
-All but `measure` are simulated and need no accelerator. `measure` profiles the machine on its first
-call and keeps what it has measured, so that it may be called again until no plan is left. JSON goes
-to results/planner_*.json, and pictures are drawn from that JSON alone.
+All but `measure` need no accelerator, and all but it and `size` are simulated. `measure` profiles
+the machine on its first call and keeps what it has measured, so that it may be called again until
+no plan is left. JSON goes to results/planner_*.json, and pictures are drawn from that JSON alone.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import itertools
 import json
 import os
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -50,6 +52,19 @@ MAP_TOKENS = (1024, 4096, 16384)
 MAP_MEMORY_GIB = (72, 24)
 MAP_EFFORT = Effort(refine=1, chains=4, steps=4, pairs=100, restarts=1, tolerance=5e-3)
 GRADIENT_BYTES = 2.0
+SIZES = (
+    "--model llama-3-8b --devices 8",
+    "--model llama-3-8b --devices 64",
+    "--model llama-3-8b --devices 512",
+    "--model llama-3-8b --devices 1024",
+    "--model llama-3-70b --devices 64",
+    "--model llama-3-70b --devices 256",
+    "--model llama-3-70b --devices 1024",
+    "--model llama-3.1-405b --devices 16384",
+    "--model llama-3.1-405b --devices 16384 --pod-devices 2048 --pod-link ib-200",
+    "--model llama-3-70b --devices 256 --search",
+)
+"""What is planned for, on nodes of eight where there is more than one."""
 
 
 def run_regimes() -> None:
@@ -83,6 +98,44 @@ def run_regimes() -> None:
     wrong = [row["expected"] for row in rows if row["expected"] != row["found"]]
     if wrong:
         raise RunError(f"not found where expected: {', '.join(wrong)}")
+
+
+def run_size(only: str) -> None:
+    """Each in a process of its own: processor seconds, which a busy machine hardly changes, wall
+    seconds and load beside them, and the most memory it held. Cases not run keep their rows."""
+    rows = []
+    for case in SIZES:
+        if not re.search(only, case):
+            continue
+        nodes = [] if case.endswith(" 8") else ["--node-devices", "8", "--node-link", "ib-400"]
+        command = [sys.executable, "-m", "jaxsys.cli", "plan", *case.split(), *nodes]
+        load, start = os.getloadavg()[0], time.monotonic()
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        assert process.stdout is not None
+        said = process.stdout.read()
+        _, status, used = os.wait4(process.pid, 0)
+        if os.waitstatus_to_exitcode(status):
+            raise RunError(f"{' '.join(command)} failed")
+        rows.append(
+            {
+                "plan": " ".join([*case.split(), *nodes]),
+                "cpu_s": used.ru_utime + used.ru_stime,
+                "wall_s": time.monotonic() - start,
+                "load": load,
+                "peak_gib": used.ru_maxrss * 1024 / GIB,
+                "answer": next(line for line in said.splitlines() if " a step, of which " in line),
+            }
+        )
+        print(f"{rows[-1]['cpu_s']:.1f} s  {case}", file=sys.stderr, flush=True)
+    path = RESULTS / "planner_size.json"
+    named = {row["plan"] for row in rows}
+    before = read_result(path)["rows"] if path.exists() else []
+    rows += [row for row in before if row["plan"] not in named]
+    write_result(path, benchmark="planner_size", kind="measured", config={}, rows=rows)
+    columns = {"plan": "", "cpu_s": ".1f", "wall_s": ".1f", "load": ".0f", "peak_gib": ".2f"}
+    print(table(rows, columns))
 
 
 def run_map(model: str) -> None:
@@ -495,7 +548,7 @@ def run_measure(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Benchmarks of the planner.")
     add = parser.add_argument
-    add("what", choices=("regimes", "map", "zero", "memory", "sweep", "measure"))
+    add("what", choices=("regimes", "map", "zero", "memory", "sweep", "size", "measure"))
     add("--model", default="llama-3-8b", help="of the map")
     add("--devices", type=int, help="of the sweep (64) or of measure (2)")
     add("--link", default="direct", choices=tuple(measure.LINKS), help="between GPUs, for measure")
@@ -514,7 +567,9 @@ def main() -> None:
         choices=("float32", "bfloat16"),
         help="measure: in what they are summed and sent",
     )
-    add("--only", default="", metavar="REGEX", help="measure: plans whose name has this in it")
+    add(
+        "--only", default="", metavar="REGEX", help="measure, size: plans whose name has this in it"
+    )
     add("--jobs", type=int, default=1, help="measure: compile so many at a time, before timing")
     add("--out", type=Path, help="of measure; results/ if not given")
     options = parser.parse_args()
@@ -524,6 +579,7 @@ def main() -> None:
         "zero": run_zero,
         "sweep": lambda: run_sweep(options.devices or 64),
         "memory": run_memory,
+        "size": lambda: run_size(options.only),
         "measure": lambda: run_measure(options),
     }
     try:

@@ -144,7 +144,7 @@ def predicted_of(run: dict[str, Any]) -> tuple[DecoderConfig, Problem, Plan]:
             microbatch_size=size,
             loss_chunk_tokens=run.get("loss_chunk_tokens", 2048),
             selective=run.get("selective"),
-            features_hidden=float(run.get("megatron", False)),
+            features_hidden=float(run.get("megatron", run.get("async_tensor", False))),
         )
 
     nodes = run["devices"] > NODE

@@ -465,6 +465,22 @@ HEADLINES = (
         runs=(planner("sweep"),),
     ),
     Headline(
+        title="What planning takes, by model and devices",
+        kind="measured",
+        claim="none.",
+        files=("planner_size.json",),
+        show=tables.planning,
+        runs=(planner("size"),),
+    ),
+    Headline(
+        title="Training runs that others published, predicted",
+        kind="simulated",
+        claim="each run's own figure, with where it stands in scripts/published_runs.json.",
+        files=("planner_published.json",),
+        show=tables.published,
+        runs=(Run(name="published", commands=("scripts/published_runs.py",)),),
+    ),
+    Headline(
         title="Is the published serving experiment met",
         kind="simulated",
         claim=f"{VOLTANA}: energy and attainment of four A100 at two static clocks. Fitted to "

@@ -334,6 +334,31 @@ def sweep(results: Sequence[Result]) -> str:
     )
 
 
+def planning(results: Sequence[Result]) -> str:
+    """What `jaxsys plan` itself takes."""
+    (result,) = results
+    return table(
+        ["jaxsys plan", "CPU s", "s by the clock", "load before", "peak GiB"],
+        [[f"`{row['plan']}`", number(row["cpu_s"]), number(row["wall_s"]),
+          number(row["load"], ".0f"), number(row["peak_gib"], ".2f")] for row in result.rows],
+    )  # fmt: skip
+
+
+def published(results: Sequence[Result]) -> str:
+    """Runs of others: tokens/s of a GPU, published and predicted."""
+    (result,) = results
+    text = table(
+        ["source", "run", "published tokens/s", "predicted", "error", "part"],
+        [[row["source"], row["run"], number(row["published"], ",.0f"),
+          number(row["predicted"], ",.0f"), f"{row['error_pct']:+.1f} %", row["part"]]
+         for row in result.rows],
+    )  # fmt: skip
+    return (
+        f"Median error {result.record['median_abs_error_pct']:.1f} %, of those held out "
+        f"{result.record['median_abs_error_held_out_pct']:.1f} %.\n\n{text}"
+    )
+
+
 def predicted_steps(results: Sequence[Result]) -> str:
     cells = []
     for result in results:
