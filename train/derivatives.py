@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxsys.errors import UsageError
 from jaxsys.layered import Layer, LayeredModel, Parameters, PyTree, WithoutLayer
 from jaxsys.lowering.flat import pull_back
-from jaxsys.train.adapt.linear import why_not, zeros
+from jaxsys.train.adapt.linear import are_zero, why_not
 
 
 def check_derivatives(model: LayeredModel, parameters: Parameters, microbatch: PyTree) -> None:
@@ -66,7 +66,7 @@ def _weight_has_gradient(model: LayeredModel, edge: PyTree, x: PyTree, microbatc
         return [leaf for part in back([jnp.ones_like(weight)]) for leaf in part]
 
     closed = jax.make_jaxpr(pulled)(edge, x, microbatch)
-    return not all(zeros(closed, len(closed.jaxpr.invars)))
+    return not are_zero(closed)
 
 
 def _is_ours(function: Callable[..., Any]) -> bool:

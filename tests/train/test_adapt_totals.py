@@ -345,6 +345,31 @@ def test_derivatives_that_clip_each_sample(name, form):
 
 
 @jax.custom_vjp
+def product(x, w):
+    """x w, of which x alone gets a clipped gradient."""
+    return x @ w
+
+
+product.defvjp(
+    lambda x, w: (x @ w, (x, w)),
+    lambda kept, g: (
+        jnp.clip(g @ kept[1].T, -0.01, 0.01),
+        jnp.einsum("btd,bte->de", kept[0], g),
+    ),
+)
+
+
+def test_a_parameters_gradient_may_be_summed_beside_a_clipped_one():
+    def loss(parameters, batch):
+        x = parameters["table"][batch["inputs"]]
+        for n in range(L):
+            x = x + jnp.tanh(product(x, parameters["layers"]["w"][n]))
+        return jnp.mean(jnp.square(x))
+
+    check(loss)
+
+
+@jax.custom_vjp
 def clipped_product(x, w):
     """x w, its gradients clipped."""
     return x @ w

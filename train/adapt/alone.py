@@ -15,8 +15,8 @@ from typing import Any
 import jax
 
 from jaxsys.train.adapt.fingerprint import UNKNOWN, call_of
-from jaxsys.train.adapt.linear import moves, pulled, shapes_of, zeros
-from jaxsys.train.adapt.samples import Along, Followed, Same, State
+from jaxsys.train.adapt.linear import Part, moves, parts_of, pulled, shapes_of
+from jaxsys.train.adapt.samples import Along, Followed, Same, State, Summed
 from jaxsys.train.adapt.states import states_of
 from jaxsys.train.adapt.values import Operation, Value
 
@@ -84,17 +84,17 @@ class _Backward(Followed):
         if not all(isinstance(state, Along) for state in gradients):
             return False
         found = self.jaxpr(closed.jaxpr, closed.consts, [*given, *gradients])
-        nothing = zeros(closed, len(given))
+        parts = parts_of(closed, len(given))
         return all(
-            zero or self._is_own(given[n], state)
-            for n, state, zero in zip(moving, found, nothing, strict=True)
+            self._adds_up(given[n], state, part)
+            for n, state, part in zip(moving, found, parts, strict=True)
         )
 
     @staticmethod
-    def _is_own(given: State, gradient: State) -> bool:
-        """Whether an input's gradient is each sample's own."""
+    def _adds_up(given: State, gradient: State, part: Part) -> bool:
+        """Whether an input's gradient is each sample's own, or of all their sum."""
         if not isinstance(given, Along):
-            return False
+            return part == "zero" or (part == "linear" and isinstance(gradient, Summed))
         if isinstance(gradient, Same):
             return given.axis not in gradient.uneven and not gradient.drawn
         return gradient == given

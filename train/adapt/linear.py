@@ -134,11 +134,16 @@ def _is_by_parts(equation: Any) -> bool:
         return True
 
 
-def zeros(closed: Any, inputs: int) -> list[bool]:
-    """Which results of a backward pass (inputs, then gradients) are zero whatever it is given."""
+def parts_of(closed: Any, inputs: int) -> list[Part]:
+    """What of the gradients is in each result of a backward pass (inputs, then gradients)."""
     gradients = len(closed.jaxpr.invars) - inputs
     parts: list[Part] = ["none"] * inputs + ["linear"] * gradients
-    return [part == "zero" for part in _followed(closed.jaxpr, closed.consts, parts)]
+    return _followed(closed.jaxpr, closed.consts, parts)
+
+
+def are_zero(closed: Any) -> bool:
+    """Whether all results of a jaxpr are zero whatever it is given."""
+    return all(part == "zero" for part in parts_of(closed, len(closed.jaxpr.invars)))
 
 
 def shapes_of(equation: Any) -> list[jax.ShapeDtypeStruct]:

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jaxsys.errors import UsageError
 from jaxsys.layered import PyTree
 from jaxsys.train.adapt.alone import hand_on_alone
-from jaxsys.train.adapt.linear import NOT_LINEAR, moves, zeros
+from jaxsys.train.adapt.linear import NOT_LINEAR, are_zero, moves
 from jaxsys.train.adapt.mean import WAY_OUT, Term, number_of, terms_of
 from jaxsys.train.adapt.places import names_of
 from jaxsys.train.adapt.values import (
@@ -371,7 +371,7 @@ def _has_gradient(program: Program, value: Value) -> bool:
 
     shapes = [jax.ShapeDtypeStruct(leaf.aval.shape, leaf.aval.dtype) for leaf in leaves]
     closed = jax.make_jaxpr(pulled)(shapes)
-    return not all(zeros(closed, len(closed.jaxpr.invars)))
+    return not are_zero(closed)
 
 
 def _is_of_batch(value: Value, key: int | None) -> bool:
