@@ -7,11 +7,14 @@ near the limit, the longest silent one makes room for the newest, so that `/heal
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import resource
+import socket
+import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import uvicorn
@@ -27,6 +30,8 @@ HEAD_S = 10.0
 """How long a connection may take to send the head of a request."""
 LAST_S = 0.3
 """How long a server that is to end still takes requests, so that none is lost on its way."""
+ACCEPT_AGAIN_S = 1.0
+"""Pause before a connection is taken again, where descriptors have run out."""
 BACKLOG = 128
 """Connections that wait to be taken."""
 MOST_DESCRIPTORS = 1 << 20
@@ -146,6 +151,64 @@ class _Connection(H11Protocol):
             self._alarm = None
 
 
+class _OneByOne:
+    """Takes the connections of a socket that other processes take from too, one a turn of the loop:
+    a loop's own server takes all that wait, and whoever wakes first would have all of them."""
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        make: Callable[[], asyncio.Protocol],
+        tls: ssl.SSLContext | None,
+        failed: Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None],
+    ):
+        self._listener = listener
+        self._make = make
+        self._tls = tls
+        self._failed = failed
+        self._loop = asyncio.get_running_loop()
+        self._tasks: set[asyncio.Future[Any]] = set()
+        self._again: asyncio.TimerHandle | None = None
+        listener.setblocking(False)
+        self._watch()
+
+    def close(self) -> None:
+        """Takes no more."""
+        if self._again is not None:
+            self._again.cancel()
+        self._loop.remove_reader(self._listener)
+
+    async def wait_closed(self) -> None:
+        """Nothing is left to wait for."""
+
+    def _watch(self) -> None:
+        self._loop.add_reader(self._listener, self._take)
+
+    def _take(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            return  # another process was quicker
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                raise
+            message = "socket.accept() out of system resource"  # as asyncio says it
+            self._failed(self._loop, {"message": message, "exception": error})
+            self._loop.remove_reader(self._listener)
+            self._again = self._loop.call_later(ACCEPT_AGAIN_S, self._watch)
+            return
+        connection.setblocking(False)
+        work = self._loop.connect_accepted_socket(self._make, connection, ssl=self._tls)
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._taken)
+
+    def _taken(self, task: asyncio.Future[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # of a client that says no TLS, and has been hung up on
+
+
 class HttpServer(uvicorn.Server):
     """uvicorn over such connections; signals are its owner's."""
 
@@ -174,12 +237,13 @@ class HttpServer(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 lifespan="off",
-                backlog=1 if one_by_one else BACKLOG,
+                backlog=BACKLOG,
                 timeout_keep_alive=KEEP_ALIVE_S,
                 ssl_certfile=certificate,
                 ssl_keyfile=key,
             )
         )
+        self._one_by_one = one_by_one
         self.drain(drain_s)
 
     def drain(self, seconds: float) -> None:
@@ -191,9 +255,19 @@ class HttpServer(uvicorn.Server):
         await super().serve(sockets)
 
     async def startup(self, sockets: Any = None) -> None:
-        await super().startup(sockets)
-        for one in sockets or ():  # taking them one at a time, asyncio lets no more than one wait
-            one.listen(BACKLOG)
+        if not self._one_by_one:
+            await super().startup(sockets)
+            return
+        await super().startup([])
+        config, state = self.config, self.server_state
+
+        def connection() -> asyncio.Protocol:
+            made: Any = config.http_protocol_class
+            return made(config=config, server_state=state, app_state=self.lifespan.state)
+
+        handle = self.open_connections.handle
+        taking: Any = [_OneByOne(one, connection, config.ssl, handle) for one in sockets]
+        self.servers.extend(taking)
 
     async def shutdown(self, sockets: Any = None) -> None:
         if self.open_connections.open:  # whoever has just connected may still ask

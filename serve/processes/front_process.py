@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import uvloop
+
 from jaxsys.errors import RunError, UsageError
 from jaxsys.serve.adapters import Adapter
 from jaxsys.serve.clock import WallClock
@@ -302,7 +304,9 @@ def main() -> int:
     log_to_stderr(as_json=seat.spec.worker.json_log)
     raise_descriptor_limit()
     try:
-        asyncio.run(_serve(seat))
+        # Whatever a front does passes sockets, which uvloop serves at half the price.
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve(seat))
     except (UsageError, RunError) as error:
         logger.error("cannot serve", extra={"front": seat.number, "reason": str(error)})
         return 1
