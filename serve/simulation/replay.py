@@ -38,6 +38,9 @@ from jaxsys.serve.simulation.traces import RequestTrace, agent_trace, read_trace
 SLEEPS = "+sleep"
 MOST_REQUESTS = 500_000
 MOST_INSTANCES = 4096
+CARRIED_SHARE = 1 / 3
+"""Of the turns of agents that instances carry, how many are asked for where no rate is given: they
+come in bursts, and prompts do not always find what is known of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -464,7 +467,8 @@ def parser(prog: str) -> argparse.ArgumentParser:
         type=whole(most=100_000),
         metavar="SESSIONS",
         help="so many sessions of some --turns turns, each prompt longer by what came since; "
-        "--rate is of turns, --prompt-mean 140000 and --output-mean 440 unless given",
+        "--rate is of turns (default: a third of what the instances carry), --prompt-mean 140000 "
+        "and --output-mean 440 unless given",
     )
     agents.add_argument("--turns", type=whole(most=10_000), default=40, help="default 40")
     agents.add_argument(
@@ -517,7 +521,7 @@ def main(argv: Sequence[str], prog: str) -> int:
         if arguments.duration_s is not None:
             trace = trace.between(0.0, arguments.duration_s)
     elif arguments.agents is not None:
-        trace = _agents(arguments)
+        trace = _agents(arguments, chosen, prefill, decode)
     else:
         rate_per_s = 10.0 if arguments.rate_per_s is None else arguments.rate_per_s
         duration_s = 120.0 if arguments.duration_s is None else arguments.duration_s
@@ -563,17 +567,71 @@ def main(argv: Sequence[str], prog: str) -> int:
     return 0
 
 
-def _agents(arguments: argparse.Namespace) -> RequestTrace:
+def carried_turns_per_s(
+    gpu: SimulatedGpu,
+    prefill: int,
+    decode: int,
+    *,
+    prompt_tokens: float,
+    output_tokens: float,
+    known_share: float,
+    piece_tokens: int,
+) -> float:
+    """Turns of agents a second that instances carry at the maximum clock.
+
+    A turn computes what was not known of its prompt, in pieces over all before them, and is then
+    decoded beside as many others as memory has room for; whichever of the two is slower counts.
+
+    Args:
+        decode: instances that decode; with 0 the `prefill` ones do both.
+        piece_tokens: of a prompt that are computed at once.
+    """
+    clock_mhz, fresh = gpu.spec.max_mhz, max(1, round((1 - known_share) * prompt_tokens))
+    known = round(prompt_tokens) - fresh
+    reading_s = 0.0
+    for start in range(0, fresh, piece_tokens):
+        piece = min(piece_tokens, fresh - start)
+        reading_s += gpu.run(Load(piece, 1, known + start), clock_mhz).time_s
+    length = round(prompt_tokens + output_tokens)
+    together = max(1, gpu.kv_capacity_tokens // length)
+    step_s = gpu.run(Load(batch=together, kv_tokens=together * length), clock_mhz).time_s
+    writing_s = output_tokens * step_s / together
+    if not decode:
+        return prefill / (reading_s + writing_s)
+    return min(prefill / reading_s, decode / writing_s)
+
+
+def _agents(
+    arguments: argparse.Namespace, chosen: Setting, prefill: int, decode: int
+) -> RequestTrace:
     """Sessions of agents as the options say."""
     _check_count(arguments.agents * arguments.turns)
-    rate_per_s = 1.0 if arguments.rate_per_s is None else arguments.rate_per_s
+    prompt_mean = 140_000.0 if arguments.prompt_mean is None else arguments.prompt_mean
+    output_mean = 440.0 if arguments.output_mean is None else arguments.output_mean
+    rate_per_s = arguments.rate_per_s
+    if rate_per_s is None and 0 < arguments.known_share < 1 <= min(prompt_mean, output_mean):
+        carried = carried_turns_per_s(
+            chosen.gpu,
+            prefill,
+            decode,
+            prompt_tokens=prompt_mean,
+            output_tokens=output_mean,
+            known_share=arguments.known_share,
+            piece_tokens=chosen.cluster.max_prefill_tokens,
+        )
+        rate_per_s = CARRIED_SHARE * carried
+        _note(
+            f"--rate {rate_per_s:.2g} turns a second: {100 * CARRIED_SHARE:.0f} % of what "
+            f"{arguments.instances} carry at the maximum clock where each prompt finds what is "
+            "known of it"
+        )
     trace = agent_trace(
         sessions=arguments.agents,
-        sessions_per_s=rate_per_s / arguments.turns,
+        sessions_per_s=(rate_per_s or 1.0) / arguments.turns,
         seed=arguments.seed,
         turns=arguments.turns,
-        prompt_mean=140_000.0 if arguments.prompt_mean is None else arguments.prompt_mean,
-        output_mean=440.0 if arguments.output_mean is None else arguments.output_mean,
+        prompt_mean=prompt_mean,
+        output_mean=output_mean,
         known_share=arguments.known_share,
         common_tokens=arguments.common_tokens,
     )

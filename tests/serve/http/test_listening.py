@@ -2,14 +2,18 @@
 
 import asyncio
 import contextlib
+import errno
 import gzip
 import json
+import os
 import resource
+import socket
 import threading
 import time
 
 import httpx
 import pytest
+import uvloop
 
 from jaxsys.errors import UsageError
 from jaxsys.model import ByteTokenizer
@@ -72,6 +76,57 @@ def test_descriptors_that_run_out_are_told_once_a_minute(caplog):
         connections.handle(loop, fault)
     loop.close()
     assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("loop_factory", [None, uvloop.new_event_loop])
+@pytest.mark.parametrize("count", [1, 2])
+def test_who_shares_a_socket_takes_one_connection_at_a_time(
+    count, loop_factory, monkeypatch, caplog
+):
+    """Also where descriptors run out for a moment, which is told, and waited for."""
+    monkeypatch.setattr(listening, "ACCEPT_AGAIN_S", 0.05)
+    caplog.set_level("WARNING", logger="jaxsys.serve.http.listening")
+    faults = [OSError(errno.EMFILE, "Too many open files")] * 2 if count == 1 else []
+
+    class Listener(socket.socket):
+        def accept(self):
+            if faults:
+                raise faults.pop()
+            return super().accept()
+
+    async def run():
+        first = bind("127.0.0.1", 0)
+        first.listen(128)
+        port = first.getsockname()[1]
+        listeners = [Listener(fileno=os.dup(first.fileno())) for _ in range(count)]
+        servers = [HttpServer(Gateway(Progress()), one_by_one=True) for _ in listeners]
+        # All of them wait before anybody takes one.
+        waiting = [socket.create_connection(("127.0.0.1", port)) for _ in range(40)]
+        serving = [
+            asyncio.create_task(server.serve(sockets=[one]))
+            for server, one in zip(servers, listeners, strict=True)
+        ]
+        async with asyncio.timeout(10):
+            while sum(len(server.open_connections.open) for server in servers) < 40:
+                await asyncio.sleep(0.01)
+        shares = [len(server.open_connections.open) for server in servers]
+        reader, writer = await asyncio.open_connection(sock=waiting[0])
+        writer.write(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+        async with asyncio.timeout(10):
+            assert (await reader.readline()).startswith(b"HTTP/1.1 503")
+        writer.close()
+        for one in waiting[1:]:
+            one.close()
+        first.close()
+        for server in servers:
+            server.should_exit = True
+        await asyncio.gather(*serving)
+        return shares
+
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        shares = runner.run(run())
+    assert sum(shares) == 40 and min(shares) >= 40 / count - 5
+    assert not faults and ("Too many open files" in caplog.text) == (count == 1)
 
 
 def test_the_descriptor_limit_is_raised():

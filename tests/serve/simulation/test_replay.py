@@ -1,6 +1,8 @@
 """`jaxsys replay`: policies side by side, honest records, and refusals that name the fault."""
 
 import json
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,14 @@ from jaxsys.serve.energy.gpu_model import simulated_gpu
 from jaxsys.serve.energy.predictors import ModelPredictor
 from jaxsys.serve.energy.slo import SharedSlo, Slo
 from jaxsys.serve.energy.window_control import WindowControl
-from jaxsys.serve.simulation.replay import POLICIES, compare, parse_instances, setting, unmeetable
+from jaxsys.serve.simulation.replay import (
+    POLICIES,
+    carried_turns_per_s,
+    compare,
+    parse_instances,
+    setting,
+    unmeetable,
+)
 from jaxsys.serve.simulation.traces import synthetic_trace
 from studies.calibration import (
     FITTED,
@@ -204,3 +213,37 @@ def test_a_trace_of_one_moment_has_no_rate_to_change(tmp_path, capsys):
 
 def test_instances():
     assert parse_instances("32p16d") == (32, 16)
+
+
+def test_sessions_of_agents_are_replayed_whole_at_a_rate_that_is_carried(capsys):
+    """40 turns of 140,000 tokens in, as the options stand: quickly, and no queue grows."""
+    command = ["--agents", "1", "--ttft-ms", "5000", "--json"]
+    before_s = time.process_time()
+    assert run(*command, "--policy", "ecofreq+energy+prefix") == 0
+    assert time.process_time() - before_s < 30
+    said = capsys.readouterr()
+    rows = {row["policy"]: row for row in json.loads(said.out)["rows"]}
+    assert re.search(r"--rate 0\.19 turns a second: 33 % of what 2P2D carry", said.err)
+    row = rows["ecofreq+energy+prefix"]
+    assert row["requests"] >= 20 and row["prefix_hit_pct"] > 90
+    assert row["itl_attainment_pct"] > 95
+
+
+@pytest.mark.parametrize("gpu", ["h100", "h200"])
+def test_what_is_carried_of_agents_is_the_less_of_reading_and_writing(gpu):
+    chosen = setting(gpu, "llama-3-8b", prefill=2, decode=2, slo=Slo())
+
+    def carried(prefill, decode, **changed):
+        usual = {"prompt_tokens": 140_000, "output_tokens": 440, "known_share": 0.96}
+        return carried_turns_per_s(
+            chosen.gpu, prefill, decode, piece_tokens=2048, **usual | changed
+        )
+
+    reading, writing = carried(1, 10**6), carried(10**6, 1)
+    assert carried(2, 10**6) == pytest.approx(2 * reading)
+    for prefill, decode in ((2, 2), (4, 2), (1, 7)):
+        least = min(prefill * reading, decode * writing)
+        assert carried(prefill, decode) == pytest.approx(least)
+    assert carried(1, 0) == pytest.approx(1 / (1 / reading + 1 / writing))
+    assert carried(1, 10**6, known_share=0.9) < reading < carried(1, 10**6, known_share=0.98)
+    assert carried(10**6, 1, output_tokens=880) < 0.6 * writing
