@@ -78,16 +78,22 @@ class QuickSchedule:
         self.microbatches = schedule.microbatches
         data = {one: index for index, one in enumerate(DATA)}
         kinds = {one: index for index, one in enumerate(KINDS)}
+        once: dict[tuple[int, ...], tuple[int, ...]] = {}
+        """Tasks and moves, most of which come many times."""
+
+        def kept(*values: int) -> tuple[int, ...]:
+            return once.setdefault(values, values)
+
         self.moves = [
             [
-                (data[m.block.data], m.block.chunk, m.source, m.target, m.arrive - m.start)
+                kept(data[m.block.data], m.block.chunk, m.source, m.target, m.arrive - m.start)
                 for m in row
                 if m.kind is not MoveKind.COPY  # it is there at once
             ]
             for row in schedule.moves_by_start
         ]
         self.tasks = [
-            [(t.device, kinds[t.kind], t.chunk) for t in row] for row in schedule.tasks_by_tick
+            [kept(t.device, kinds[t.kind], t.chunk) for t in row] for row in schedule.tasks_by_tick
         ]
         self.middle = self._middle(period) if period else None
 

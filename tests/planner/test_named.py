@@ -130,7 +130,8 @@ def test_a_slower_link_never_speeds_up_and_bytes_do_not_change():
     told: list[str] = []
     fast = compare(workload, cluster("nvlink"), microbatches=8, progress=told.append)
     assert told[0].startswith("simulating dp (1 of ")
-    assert told[len(STRATEGIES) :] == ["sharing features", "sharing experts"]
+    assert all(line.startswith("sharing ") for line in told[len(STRATEGIES) :])
+    assert {"sharing features", "sharing experts"} <= set(told)
     slow = compare(workload, cluster("sockets"), microbatches=8)
     for a, b in zip(fast.rows, slow.rows, strict=True):
         assert b.step_s >= a.step_s
