@@ -394,7 +394,7 @@ def _serve_cluster(spec: FrontSpec, address: str, drain_s: float) -> None:
     read_face(Path(spec.worker.model))  # what is wrong with it is better said before Ray starts
     cluster.connect(address)
     started_s = time.monotonic()
-    served = cluster.Cluster(spec)
+    served = cluster.ServerOnCluster(spec)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

@@ -106,7 +106,7 @@ def _check_answers(address: str) -> None:
         ) from None
 
 
-class Cluster:
+class ServerOnCluster:
     """A server that runs on the cluster joined, and ends with this object's process."""
 
     def __init__(self, spec: FrontSpec):
