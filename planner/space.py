@@ -442,12 +442,13 @@ def _rules(problem: Problem, domains: Domains, *, whole: bool) -> Iterator[Relat
     whole = "weights and gradients that rest whole stay and are summed once"
     single = "with one microbatch nothing is kept for or put off to a next one"
     stay, refetch, once = Weights.STAY, Weights.REFETCH, Gradient.ONCE
-    for label, what, other, allows in (
+    tied: tuple[tuple[str, str, str, Callable[..., bool]], ...] = (
         (whole, "weights", "state", lambda w, t: w == stay or t == State.SPLIT),
         (whole, "gradient", "state", lambda g, t: g == once or t == State.SPLIT),
         (single, "weights", "turns", lambda w, k: k > 1 or w in (stay, refetch)),
         (single, "gradient", "turns", lambda g, k: k > 1 or g == once),
-    ):
+    )
+    for label, what, other, allows in tied:
         first = rule(label, (f"{what}[0]", other), allows)
         for layer in range(layers):
             yield replace(first, variables=(f"{what}[{layer}]", other))

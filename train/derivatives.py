@@ -74,7 +74,8 @@ def _is_ours(function: Callable[..., Any]) -> bool:
         if isinstance(function, functools.partial):
             function = function.func
         elif hasattr(function, "__wrapped__"):  # of adapters, by the model that they are added to
-            function = function.__wrapped__
+            wrapped: Any = function
+            function = wrapped.__wrapped__
         elif isinstance(function, WithoutLayer):
             function = function.block
         else:

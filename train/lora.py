@@ -135,7 +135,7 @@ def _add(value: jax.Array, a: jax.Array, b: jax.Array, weight: float) -> jax.Arr
 @jax.jit
 def _add_by_layer(value: jax.Array, a: jax.Array, b: jax.Array, weight: float) -> jax.Array:
     """Of stacks: beside the result lies only what one layer adds."""
-    return jax.lax.map(lambda layer: _add(*layer, weight), (value, a, b))
+    return jax.lax.map(lambda one: _add(one[0], one[1], one[2], weight), (value, a, b))
 
 
 def _merge(

@@ -167,6 +167,7 @@ class _Run:
         work_s, around, size, transfer_s = self.work_s, self.around, self.size, self.transfer_s
         link = self.link
         slowed = bool(link.contention or link.waiting_contention)
+        after_s = inside_bytes = 0.0
         for tick in range(first, last):
             for source, target, end in landing.pop(tick, ()):
                 head[source] = max(head[source], end)

@@ -67,9 +67,10 @@ class Vocabulary:
         known = self._plain.get(token)
         if known is None:
             piece = self.piece(token)
-            both = piece.text, piece.first
+            both: tuple[str | None, str | None] = piece.text, piece.first
             if piece.text is None and piece.data.isascii():
-                both = (piece.data.decode("ascii"),) * 2
+                text = piece.data.decode("ascii")
+                both = text, text
             known = self._plain[token] = (None, None) if piece.special else both
         return known[first]
 

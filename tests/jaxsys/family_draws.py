@@ -160,7 +160,7 @@ FAMILIES: dict[str, dict[str, list[Any]]] = {
 
 EPSILON = {"stablelm": "layer_norm_eps", "starcoder2": "norm_epsilon", "nemotron": "norm_eps"}
 EPSILON |= dict.fromkeys(("cohere", "cohere2"), "layer_norm_eps")
-ACTIVATION = dict.fromkeys(("gemma2", "gemma3_text"), "hidden_activation")
+ACTIVATION: dict[str, str] = dict.fromkeys(("gemma2", "gemma3_text"), "hidden_activation")
 NESTED = ("olmo3", "gemma3_text")
 """Families whose rotary settings are apart by kind of layer."""
 
@@ -361,7 +361,7 @@ def compare(family: str, seed: int, folder: Path) -> Outcome:
     from jaxsys.model import forward, load
 
     config = draw(family, seed)
-    refused = None
+    refused, wanted = None, np.zeros(0)
     try:
         theirs = their_folder(config, folder, head=seed % 4 == 0)
         wanted = cases.their_logits(theirs, TOKENS)

@@ -38,6 +38,9 @@ QUICK: Any = {
 }
 """To compile; what is computed is the same."""
 
+UNSAID: Any = None
+"""What a block is given for its layer where it does not ask."""
+
 
 def embed(edge, microbatch):
     """Python's own zero and an array of integers travel too."""
@@ -247,7 +250,7 @@ def test_refuses_what_is_no_model():
     [
         lambda weights, x, microbatch: weights * x,
         lambda weights, x, microbatch, power=1: weights * x**power,
-        lambda weights, x, microbatch, layer=None: weights * x + 0 * layer.index,
+        lambda weights, x, microbatch, layer=UNSAID: weights * x + 0 * layer.index,
         lambda *given: given[0] * given[1] + 0 * given[3].index,
     ],
 )

@@ -1,6 +1,7 @@
 """The compiled simulator has `simulate`'s totals, on every strategy whose layers rest on owners."""
 
 import random
+from typing import Any
 
 import pytest
 
@@ -78,7 +79,8 @@ def test_a_middle_is_repeated_until_times_are_steady_and_then_multiplied():
     steps = [quick.run(costs, link, microbatches=m).step_s for m in (10**5, 10**6, 10**6 + 1)]
     each = (steps[1] - steps[0]) / 9e5
     assert steps[2] - steps[1] == pytest.approx(each, rel=1e-6)
-    slowest = max(f + b for f, b in zip(costs.forward_s, costs.backward_s, strict=True))
+    times: Any = (costs.forward_s, costs.backward_s)
+    slowest = max(f + b for f, b in zip(*times, strict=True))
     assert each >= slowest
 
 

@@ -137,7 +137,7 @@ def _is_by_parts(equation: Any) -> bool:
 def parts_of(closed: Any, inputs: int) -> list[Part]:
     """What of the gradients is in each result of a backward pass (inputs, then gradients)."""
     gradients = len(closed.jaxpr.invars) - inputs
-    parts: list[Part] = ["none"] * inputs + ["linear"] * gradients
+    parts: list[Part] = ["none" if n < inputs else "linear" for n in range(inputs + gradients)]
     return _followed(closed.jaxpr, closed.consts, parts)
 
 

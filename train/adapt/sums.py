@@ -228,15 +228,16 @@ def _of_sum(
         # What is not seen to be a sum is averaged.
         terms = [t if t.seen else t._replace(seen=True, grows=-1) for t in terms]
     if all(term.is_sum for term in terms) and grows:
-        ahead = (weight,) if curved and number is None else ()
+        alone = (weight,) if curved and number is None else ()
         return Sums(
             made=lambda values, _: values,
             samples=samples,
-            ahead=ahead,
+            ahead=alone,
             whole_weight=_whole_weight(samples, number, grows) if curved else None,
         )
     divisors = [term.divisor.value for term in terms if term.divisor is not None]
-    ahead = list(dict.fromkeys([*divisors, *([weight] if curved and number is None else [])]))
+    first: list[Value] = [*divisors, *([weight] if curved and number is None else [])]
+    ahead: list[Value] = list(dict.fromkeys(first))
     for value in divisors:
         _check_divisor(program, value)
     read = list(dict.fromkeys([*(term.value for term in terms), weight, *metrics]))

@@ -235,7 +235,9 @@ def test_a_load_travels_as_its_values():
 def test_a_request_s_name_knows_its_line():
     line = object()
     name = Named("cmpl-1", line)
-    assert name == "cmpl-1" and hash(name) == hash("cmpl-1") and {name: 1}["cmpl-1"] == 1
+    assert name == "cmpl-1" and hash(name) == hash("cmpl-1")
+    found: dict[str, int] = {name: 1}
+    assert found["cmpl-1"] == 1
     assert next(iter(Frames().feed(pack(["a", name])))) == ["a", "cmpl-1"]
     assert name.line is line
 
@@ -362,7 +364,7 @@ def served(engine, count, *, tokens, reason="length", refuse=0):
         for at in range(tokens):
             now_s = 0.1 * (at + 1)
             request.timing.token_times_s.append(now_s)
-            last = reason if at == tokens - 1 else None
+            last: Any = reason if at == tokens - 1 else None
             event: Any = TokenEvent(request, 7, None, last, now_s)
             metrics.on_token(request, event)
             counts.on_token(request, event, f"decode-{number % 2}")

@@ -208,7 +208,7 @@ def streamed(client, **fields):
     """The text of a stream, and a call that begins to read it."""
     with client.stream("POST", "/v1/completions", json=LONG | {"stream": True} | fields) as answer:
         assert answer.status_code == 200
-        parts = []
+        parts, line = [], ""
         for line in answer.iter_lines():
             if line.startswith("data: {"):
                 parts.append(httpx.Response(200, text=line[6:]).json()["choices"][0]["text"])
