@@ -113,8 +113,29 @@ def register(family: Family) -> Family:
     return family
 
 
+def flag(name: str, value: Any) -> bool:
+    """What a key that is true or false says; null is false.
+
+    Raises:
+        UsageError: if it is something else, such as the text "false".
+    """
+    if value not in (None, True, False) or isinstance(value, float):
+        raise UsageError(f"{name}={value!r} is neither true nor false")
+    return bool(value)
+
+
 def _bias(name: str, *fields: str, default: bool = False) -> Key:
-    return Key(name=name, fields=fields, default=default, read=bool)
+    return Key(name=name, fields=fields, default=default, read=lambda value: flag(name, value))
+
+
+def _norm_of_heads(name: str, form: str) -> Key:
+    return Key(
+        name=name,
+        fields=("qk_norm",),
+        default=False,
+        read=lambda value: form if flag(name, value) else None,
+        write=lambda value: value is not None,
+    )
 
 
 def _every(period: int) -> Callable[[Mapping[str, Any], int], list[bool]]:
@@ -487,13 +508,7 @@ register(
         keys=(
             _bias("use_qkv_bias", "qkv_bias"),
             _bias("use_parallel_residual", "parallel"),
-            Key(
-                name="qk_layernorm",
-                fields=("qk_norm",),
-                default=False,
-                read=lambda value: "each" if value else None,
-                write=lambda value: value is not None,
-            ),
+            _norm_of_heads("qk_layernorm", "each"),
         ),
         fixed={"norm": "layer", "norm_bias": True},
         partial=0.25,
@@ -541,13 +556,7 @@ register(
         keys=(
             ATTENTION_BIAS,
             Key(name="logit_scale", fields=("logit_scale",), default=0.0625, read=float),
-            Key(
-                name="use_qk_norm",
-                fields=("qk_norm",),
-                default=False,
-                read=lambda value: "each" if value else None,
-                write=lambda value: value is not None,
-            ),
+            _norm_of_heads("use_qk_norm", "each"),
         ),
         fixed={"norm": "layer", "parallel": True, "rope_interleaved": True},
         tied=True,
@@ -589,7 +598,7 @@ def listed_positions(config: Mapping[str, Any], layers: int) -> list[bool]:
         return [(index + 1) % interval != 0 for index in range(layers)]
     if not isinstance(listed, list) or len(listed) < layers:
         raise UsageError(f"no_rope_layers must list each of {layers} layers")
-    return [bool(entry) for entry in listed[:layers]]
+    return [flag("no_rope_layers", entry) for entry in listed[:layers]]
 
 
 # Experts ------------------------------------------------------------------------------------------
@@ -692,13 +701,7 @@ register(
         epsilon=("rms_norm_eps", 1e-5),
         keys=(
             _bias("attention_bias", "qkv_bias"),
-            Key(
-                name="use_qk_norm",
-                fields=("qk_norm",),
-                default=False,
-                read=lambda value: "head" if value else None,
-                write=lambda value: value is not None,
-            ),
+            _norm_of_heads("use_qk_norm", "head"),
             *_experts(
                 Key(
                     name="n_routed_experts",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxsys.errors import UsageError
 from jaxsys.model import quantised_files
-from jaxsys.model.families import FAMILIES, Family, Key, listed_positions
+from jaxsys.model.families import FAMILIES, Family, Key, flag, listed_positions
 from jaxsys.model.kinds import Activation, BlockKind, Experts, Latent, Positions
 from jaxsys.model.rope import (
     DynamicRopeScaling,
@@ -188,7 +188,9 @@ def read(config: Mapping[str, Any]) -> dict[str, Any]:
     name, default = family.activation
     named = reader.get(name, default)
     fields["activation"] = _activation(name, family.activations.get(named, named))
-    fields["tie_embeddings"] = bool(reader.get("tie_word_embeddings", family.tied))
+    fields["tie_embeddings"] = flag(
+        "tie_word_embeddings", reader.get("tie_word_embeddings", family.tied)
+    )
     _gather(fields)
     rope = _read_rope(reader, family, fields)
     _read_layers(reader, family, fields, rope)
@@ -230,8 +232,8 @@ def _read_sizes(reader: _Reader, family: Family, fields: dict[str, Any]) -> None
         "intermediate_size": values["intermediate_size"],
         "num_layers": values["num_hidden_layers"],
         "num_heads": heads,
-        "num_kv_heads": values["num_key_value_heads"] or heads,
-        "head_dim": values["head_dim"] or values["hidden_size"] // heads,
+        "num_kv_heads": _first(values["num_key_value_heads"], heads),
+        "head_dim": _first(values["head_dim"], values["hidden_size"] // heads),
         "max_positions": values["max_position_embeddings"],
     }
 
@@ -377,7 +379,7 @@ def _positions(
             beta_slow=float(get("beta_slow", 0) or 1),
             mscale=get("mscale"),
             mscale_all_dim=get("mscale_all_dim"),
-            truncate=bool(get("truncate", True)),
+            truncate=flag("truncate", get("truncate", True)),
         )
         if "latent" in fields and scaling.mscale_all_dim:
             sharper = scaling.magnitude(scaling.mscale_all_dim) ** 2
@@ -531,7 +533,7 @@ def _read_windows(reader: _Reader, family: Family, layers: int) -> list[int | No
     if rule.how == "none":
         return [None] * layers
     window = reader.get("sliding_window", rule.default)
-    if rule.switch and not reader.get("use_sliding_window", False):
+    if rule.switch and not flag("use_sliding_window", reader.get("use_sliding_window", False)):
         window = None
     if rule.how == "all":
         # transformers reads it of every layer alike here, whatever the file calls them.
