@@ -23,6 +23,7 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "profile cluster": ("jaxsys.planner.profile", "measure links and devices for `plan`"),
     "train": ("jaxsys.train.cli", "train a model with a schedule"),
     "serve": ("jaxsys.serve.cli", "serve a model over an OpenAI-compatible API"),
+    "convert": ("jaxsys.model.convert", "write a model's folder or .gguf file as a folder"),
     "clocks": ("jaxsys.nvml", "read or reset GPU clocks"),
     "replay": ("jaxsys.serve.simulation.replay", "replay a request trace on simulated GPUs"),
     "profile serving": ("jaxsys.serve.energy.profile_cli", "measure latency and power for `serve`"),

@@ -117,7 +117,14 @@ def start_of(
     if lora is None:
 
         def save(folder: Path, parameters: Parameters, may: bool) -> str:
-            save_safetensors(folder, config, parameters, tokenizer, overwrite=may)
+            save_safetensors(
+                folder,
+                config,
+                parameters,
+                tokenizer,
+                overwrite=may,
+                generation=opened.generation,
+            )
             return f"--model {folder}"
 
         return Start(

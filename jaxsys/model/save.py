@@ -6,11 +6,12 @@ old one beside the target under a hidden name ending in `.old`.
 """
 
 import fcntl
+import functools
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from jaxsys.model import folder as names
 from jaxsys.model.config import DecoderConfig
 from jaxsys.model.decoder import abstract_parameters, kind_of_blocks
 from jaxsys.model.names import FileTensor, block_tensors, edge_tensors
+from jaxsys.model.packed import Packed, unpacked
 from jaxsys.model.safetensors_file import TensorToWrite, write_safetensors
 from jaxsys.model.tokenizer import Tokenizer
 
@@ -38,16 +40,19 @@ def save_safetensors(
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
+    generation: Mapping[str, float] | None = None,
 ) -> None:
     """Saves a model; dtypes are kept, values are exact.
 
     Args:
         folder: made by this call; its parent too.
         config: the model.
-        parameters: as `parameters(model)` returns them.
+        parameters: as `parameters(model)` returns them, or as `load(layerwise=True)` does, which
+            are read and written layer by layer.
         tokenizer: saved along, with its chat template.
         max_shard_bytes: largest weights file; a larger single tensor gets a file of its own.
         overwrite: replace a model folder that is there already.
+        generation: how its makers sample from it, by the names of generation_config.json.
 
     Raises:
         UsageError: if the folder is in use, or the parameters are not the configuration's.
@@ -63,7 +68,7 @@ def save_safetensors(
     fcntl.flock(held, fcntl.LOCK_EX)  # says to `_sweep` that somebody is at work on it
     try:
         _write_weights(partial, list(_tensors(config, parameters)), max_shard_bytes)
-        _write_settings(partial, config, parameters, tokenizer)
+        _write_settings(partial, config, parameters, tokenizer, dict(generation or {}))
         _sync(partial)
         _move(partial, target)
     finally:
@@ -101,7 +106,10 @@ def check_target(target: Path, *, overwrite: bool) -> None:
 
 
 def _check_parameters(config: DecoderConfig, parameters: Parameters) -> None:
-    wanted = jax.tree_util.tree_flatten_with_path(dict(abstract_parameters(config)))[0]
+    shapes = dict(abstract_parameters(config))
+    if callable(parameters["blocks"]):  # a layer's shapes are looked at when it is written
+        shapes, parameters = {"edge": shapes["edge"]}, {"edge": parameters["edge"]}
+    wanted = jax.tree_util.tree_flatten_with_path(shapes)[0]
     given = dict(jax.tree_util.tree_flatten_with_path(dict(parameters))[0])
     for path, leaf in wanted:
         name = jax.tree_util.keystr(path)
@@ -115,27 +123,49 @@ def _check_parameters(config: DecoderConfig, parameters: Parameters) -> None:
 
 
 def _tensors(config: DecoderConfig, parameters: Parameters) -> Iterator[TensorToWrite]:
+    edge, blocks = parameters["edge"], parameters["blocks"]
     for tensor in edge_tensors(config):
-        yield from _written(tensor, parameters["edge"], {}, None)
-    kept = {
-        kind.name: (
-            block_tensors(config, kind),
-            kind_of_blocks(config, parameters["blocks"], kind),
-            {layer: place for place, layer in enumerate(config.layers_of(kind))},
-        )
-        for kind in config.kinds
-    }
+        yield from _written(tensor, lambda: edge, {}, None)
+    kept = {}
+    for kind in config.kinds:
+        places = {layer: place for place, layer in enumerate(config.layers_of(kind))}
+        kept[kind.name] = block_tensors(config, kind), places
+    apart = _OneLayer(blocks) if callable(blocks) else None
+    dtype = np.dtype(jax.tree.leaves(edge)[0].dtype)  # of layers that are not there yet
     for layer in range(config.num_layers):
-        tensors, stack, places = kept[config.kind(layer).name]
+        kind = config.kind(layer)
+        tensors, places = kept[kind.name]
         for tensor in tensors:
-            yield from _written(tensor, stack, {"layer": layer}, places[layer])
+            if apart is not None:
+                read = functools.partial(apart, layer)
+                yield from _written(tensor, read, {"layer": layer}, None, dtype)
+            else:
+                stack = kind_of_blocks(config, blocks, kind)
+                yield from _written(tensor, lambda s=stack: s, {"layer": layer}, places[layer])
+
+
+class _OneLayer:
+    """Layers that are read when they are asked for, of which the last one stays."""
+
+    def __init__(self, read: Callable[[int], PyTree]) -> None:
+        self._read, self._number, self._tree = read, None, None
+
+    def __call__(self, layer: int) -> PyTree:
+        if layer != self._number:
+            self._tree = None  # before the next one is there
+            self._tree, self._number = self._read(layer), layer
+        return self._tree
 
 
 def _written(
-    tensor: FileTensor, tree: PyTree, filled: dict[str, int], place: int | None
+    tensor: FileTensor,
+    tree: Callable[[], PyTree],
+    filled: dict[str, int],
+    place: int | None,
+    dtype: np.dtype | None = None,
 ) -> Iterator[TensorToWrite]:
-    """The entries of one tensor: one, or one for each item."""
-    arrays = [_at(tree, leaf.path) for leaf in tensor.leaves]
+    """The entries of one tensor: one, or one for each item; in its leaf's dtype if none is said."""
+    made = np.dtype(_at(tree(), tensor.leaves[0].path).dtype) if dtype is None else dtype
     for item in [None] if tensor.items is None else range(tensor.items):
         index = tuple(part for part in (place, item) if part is not None)
         name = tensor.name
@@ -143,10 +173,24 @@ def _written(
             name = name.replace(f"{{{key}}}", str(value))
 
         def values(index: tuple[int, ...] = index) -> np.ndarray:
-            return tensor.give([np.asarray(array[index]) for array in arrays])
+            arrays = [_at(tree(), leaf.path) for leaf in tensor.leaves]
+            return tensor.give([_numbers(array, index, made) for array in arrays])
 
-        dtype = np.dtype(arrays[0].dtype)
-        yield TensorToWrite(name=name, shape=tensor.shape, dtype=dtype, values=values)
+        yield TensorToWrite(name=name, shape=tensor.shape, dtype=made, values=values)
+
+
+def _numbers(array: Any, index: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """One layer's or item's; of packed experts, those that they stand for, [.., in, out]."""
+    if not isinstance(array, Packed):
+        return np.asarray(array[index])
+    if index:
+        return _expert(array, index[0], dtype)
+    return np.stack([_expert(array, one, dtype) for one in range(array.codes.shape[0])])
+
+
+def _expert(array: Packed, number: int, dtype: np.dtype) -> np.ndarray:
+    one = Packed(*(part[number] for part in array))
+    return np.asarray(unpacked(one)).astype(dtype).T
 
 
 def _write_weights(folder: Path, tensors: list[TensorToWrite], max_shard_bytes: int) -> None:
@@ -171,9 +215,14 @@ def _write_weights(folder: Path, tensors: list[TensorToWrite], max_shard_bytes: 
 
 
 def _write_settings(
-    folder: Path, config: DecoderConfig, parameters: Parameters, tokenizer: Tokenizer | None
+    folder: Path,
+    config: DecoderConfig,
+    parameters: Parameters,
+    tokenizer: Tokenizer | None,
+    generation: dict[str, Any],
 ) -> None:
-    dtype = str(jax.tree.leaves(parameters["blocks"])[0].dtype)
+    layers = parameters["edge" if callable(parameters["blocks"]) else "blocks"]
+    dtype = str(jax.tree.leaves(layers)[0].dtype)
     # transformers 5 reads `dtype`, 4 reads `torch_dtype`.
     settings = config.to_hf() | {"dtype": dtype, "torch_dtype": dtype}
     # Absent ids would be those of the family's configuration class.
@@ -182,7 +231,7 @@ def _write_settings(
         ends = list(tokenizer.eos_ids)
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends[0] if ends else None}
         settings |= ids
-        _write_json(folder / names.GENERATION_CONFIG, ids | {"eos_token_id": ends or None})
+        generation = ids | {"eos_token_id": ends or None} | generation
         tokenizer.backend.save(str(folder / names.TOKENIZER))
         described: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -200,6 +249,8 @@ def _write_settings(
             path = more / f"{names.TOOL_TEMPLATE}.jinja"
             path.write_text(tokenizer.tool_template, encoding="utf-8")
         _write_json(folder / names.TOKENIZER_CONFIG, described)
+    if generation:
+        _write_json(folder / names.GENERATION_CONFIG, generation)
     _write_json(folder / names.CONFIG, settings)
 
 

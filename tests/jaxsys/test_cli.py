@@ -112,7 +112,8 @@ def test_quotes_that_are_not_typed_are_left_out():
 @pytest.mark.parametrize("name", cli.SUBCOMMANDS)
 def test_an_option_that_is_not_known_is_said_in_one_line(name, capsys):
     needed = {"clocks": ["show"], "plan": ["--model", "tiny", "--devices", "2"],
-              "plan serve": ["tiny"], "profile cluster": ["--out", "x"]}.get(name, [])  # fmt: skip
+              "plan serve": ["tiny"], "profile cluster": ["--out", "x"],
+              "convert": ["--model", "x", "--out", "y"]}.get(name, [])  # fmt: skip
     assert cli.main([*name.split(), *needed, "--fly"]) == 2
     prog = f"jaxsys {name}"
     assert capsys.readouterr().err == f"{prog}: unrecognized arguments: --fly; see {prog} --help\n"

@@ -1,0 +1,50 @@
+"""`jaxsys convert`: a model's folder or .gguf file to a folder that transformers reads too.
+
+Read and written layer by layer: memory holds one layer, and what lies outside the layers, at a
+time. Quantised numbers become those that they stand for.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from jaxsys.errors import RunError
+from jaxsys.model.load import load
+from jaxsys.model.save import check_target, save_safetensors
+from jaxsys.options import Parser
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def parser(prog: str) -> argparse.ArgumentParser:
+    """The options of `jaxsys convert`."""
+    result = Parser(
+        prog=prog, description="Write a model of any form that is read as a Hugging Face folder."
+    )
+    add = result.add_argument
+    add("--model", type=Path, required=True, help="folder or .gguf file")
+    add("--out", type=Path, required=True, help="folder to write, new or empty")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="of all numbers (default: bfloat16)")
+    return result
+
+
+def main(argv: Sequence[str], prog: str) -> int:
+    """Runs the command."""
+    options = parser(prog).parse_args(argv)
+    check_target(options.out, overwrite=False)
+    model = load(options.model, jnp.dtype(options.dtype), layerwise=True)
+    try:
+        save_safetensors(
+            options.out,
+            model.config,
+            model.parameters,
+            model.tokenizer,
+            generation=model.generation,
+        )
+    except OSError as error:
+        raise RunError(f"{options.out} could not be written: {error.strerror or error}") from None
+    count = model.config.parameter_count()
+    print(f"{options.out}: {model.config.family}, {count:,} parameters in {options.dtype}")
+    return 0
