@@ -57,24 +57,37 @@ def expert_weights(found: dict[tuple[str, ...], Any], quantise: Quantise) -> Exp
     """Takes the experts' leaves out of a layer's."""
 
     def taken(*names: str) -> ExpertMatrix:
-        held = [found.pop(("experts", name), None) for name in names]
-        kernels = [one for one in held if one is not None]
+        paths = [("experts", name) for name in names]
+        kernels = [found.pop(path) for path in paths if path in found]
         if isinstance(kernels[0], Packed):
-            return ExpertMatrix(_beside(kernels))
-        pairs = [quantise(kernel) for kernel in kernels]
-        values = _beside([value.swapaxes(1, 2) for value, _ in pairs])
-        scales = [scale for _, scale in pairs if scale is not None]
-        return ExpertMatrix(values, _beside(scales) if scales else None)
+            return ExpertMatrix(jax.tree.map(_beside, *kernels))
+        values, scales = [], []
+        while kernels:  # each goes when its values are there
+            value, scale = jax.block_until_ready(quantise(kernels.pop(0)))
+            values.append(value)
+            scales += [] if scale is None else [scale]
+        return ExpertMatrix(_outputs_first(*values), _beside(*scales) if scales else None)
 
-    def _beside(parts: list[Any]) -> Any:
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *parts)
+    def alone(matrix: ExpertMatrix) -> ExpertMatrix:
+        """What `_beside` made of one, its axis taken off again."""
+        return jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0], *leaf.shape[2:]), matrix)
 
-    up, down = taken("gate", "up"), taken("down")
-    down = jax.tree.map(lambda leaf: leaf[:, 0], down)
+    up = jax.block_until_ready(taken("gate", "up"))
+    down = alone(taken("down"))
     biases = [found.pop(("experts", f"{name}_bias"), None) for name in ("gate", "up")]
     biases = [bias for bias in biases if bias is not None]
-    up_bias = _beside(biases) if biases else None
+    up_bias = _beside(*biases) if biases else None
     return ExpertWeights(up, down, up_bias, found.pop(("experts", "down_bias"), None))
+
+
+def _beside(*parts: jax.Array) -> jax.Array:
+    return jnp.stack(parts, axis=1)
+
+
+@jax.jit
+def _outputs_first(*kernels: jax.Array) -> jax.Array:
+    """[E, in, out] each -> [E, U, out, in], with nothing between."""
+    return jnp.stack([kernel.swapaxes(1, 2) for kernel in kernels], axis=1)
 
 
 def placed(weights: ExpertWeights, placement: Sharding | None, axis: str) -> ExpertWeights:

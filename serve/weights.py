@@ -129,7 +129,10 @@ def serving_weights(
         if first is not None:
             tree = jax.device_put(tree, jax.sharding.SingleDeviceSharding(first))
         leaves = block_leaves(config, config.kind(index))
-        layers.append(_place_layer(_fused(config, leaves, tree, form), placement))
+        found = {leaf.path: _at(tree, leaf.path) for leaf in leaves}
+        del tree
+        layers.append(_place_layer(_fused(config, leaves, found, form), placement))
+        jax.block_until_ready(layers[-1])  # or the next is read while this one is still apart
     head = None
     if not config.tie_embeddings:
         head = _place(form.of(edge["head"]["kernel"]), "outputs", placement)
@@ -198,11 +201,18 @@ def fuse(config: DecoderConfig, name: str, parts: Sequence[Any], devices: int, x
     return only
 
 
-def _fused(config: DecoderConfig, leaves: tuple[Leaf, ...], tree: Any, form: _Form) -> LayerWeights:
-    """One layer's leaves, fused where they read the same input, and quantised."""
+def _fused(
+    config: DecoderConfig,
+    leaves: tuple[Leaf, ...],
+    found: dict[tuple[str, ...], Any],
+    form: _Form,
+) -> LayerWeights:
+    """One layer's leaves, fused where they read the same input, and quantised.
+
+    They are taken out of `found` one by one, so that they go when what they become is there.
+    """
     groups, latent = config.num_kv_heads, config.latent
     rows = config.num_heads // groups
-    found = {leaf.path: _at(tree, leaf.path) for leaf in leaves}
     matrices: dict[str, Matrix] = {}
     vectors: dict[str, jax.Array] = {}
 
@@ -222,21 +232,22 @@ def _fused(config: DecoderConfig, leaves: tuple[Leaf, ...], tree: Any, form: _Fo
         if name == "qkv" and latent is not None:  # its queries stand alone
             continue
         if (kernels := joined(name)) is not None:
-            matrices[name] = form.of(kernels.reshape(kernels.shape[0], -1), kernels.shape[1:])
+            outputs, kernels = kernels.shape[1:], kernels.reshape(kernels.shape[0], -1)
+            matrices[name] = jax.block_until_ready(form.of(kernels, outputs))
         if (biases := joined(name, "_bias")) is not None:
             vectors[f"{name}_bias"] = biases
     experts = None
     if ("experts", "down") in found:
         experts = expert_weights(found, form.of_experts)
     is_matrix = {leaf.path: leaf.is_matrix for leaf in leaves}
-    for path, value in found.items():
-        name = "/".join(path)
+    for path in list(found):
+        name, value = "/".join(path), found.pop(path)
         if not is_matrix[path]:
             vectors[name] = value
         else:
             # Routers and gates of one column decide: they keep their bits.
             decides = path[-1] in ("router", "weight")
-            matrices[name] = plain(value) if decides else form.of(value)
+            matrices[name] = plain(value) if decides else jax.block_until_ready(form.of(value))
     return LayerWeights(matrices, vectors, experts)
 
 

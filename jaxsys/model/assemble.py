@@ -141,7 +141,7 @@ def _alone(
             continue
         for leaf, value in _read(tensor, fetch, filled, dtype):
             placed = jax.device_put(value, where(leaf.path))
-            flags.append(_is_finite(placed))
+            flags.append(_is_finite(placed).block_until_ready())
             names.append(name)
             made.append((leaf.path, placed))
     _check_finite(flags, names, dtype)
@@ -170,6 +170,7 @@ def _stack(
                 stacks[number], finite = _write(stacks[number], placed, index)
                 flags.append(finite)
                 names.append(_named(tensor.name, layer=layer))
+                finite.block_until_ready()  # or reading runs ahead, and all that is read lies here
         _check_finite(flags, names, dtype)
         made += [(leaf.path, stack) for leaf, stack in zip(tensor.leaves, stacks, strict=True)]
     return nest(made)
