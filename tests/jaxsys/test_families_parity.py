@@ -52,12 +52,12 @@ def test_logits_both_ways(transformers, tmp_path, record_property, family, case)
     assert relative(cases.their_logits(again), wanted) < TOLERANCE
 
 
-@pytest.mark.parametrize("family", cases.CASES)
-def test_gradients_of_every_leaf(tmp_path, family):
+@pytest.mark.parametrize(("family", "case"), ALL)
+def test_gradients_of_every_leaf(tmp_path, family, case):
     import safetensors.numpy
     import torch  # pyright: ignore[reportMissingImports]
 
-    theirs = cases.their_folder(family, 0, tmp_path / "theirs")
+    theirs = cases.their_folder(family, case, tmp_path / "theirs")
     tokens = cases.TOKENS[:, :24]
     logits = theirs(torch.from_numpy(tokens[:, :-1])).logits.double()
     goals = torch.from_numpy(tokens[:, 1:]).reshape(-1)
