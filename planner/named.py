@@ -151,7 +151,7 @@ def compare(
                 refused.append((called, str(error)))
             else:
                 rows.append(replace(row, strategy=called))
-    for axis in reversed(tuple(AROUND.values())):
+    for axis in (one for one in reversed(tuple(AROUND.values())) if one.joint):
         progress(f"sharing {axis.name}")
         rows += _shared_rows(evaluator, axis, microbatches, microbatch_size, policies)
     if not rows:
