@@ -43,7 +43,7 @@ COMPILED_TASK, SIMULATED = 30.0, 1.5
 """Microseconds that a task of a pipeline or ring takes, to be compiled and in each simulation."""
 TICK, TICK_OF_PLAN = 15.0, 0.2
 """Likewise a tick of plans that shard, and each plan in it."""
-COMPILED = 24
+COMPILED = 8
 """Schedules of pipelines and rings that are kept, compiled; some MiB each."""
 FILLED = (2, 3, 5)
 """Microbatches an owner, and two periods more, of schedules in which a middle is looked for that

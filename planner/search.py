@@ -39,7 +39,7 @@ UNTIL_FITTING = 3.0
 """How many times as much is tried while nothing fits the memory."""
 BOUND = 300.0
 """Microseconds of a bound."""
-BATCH = 16_384
+BATCH = 4_096
 """Plans evaluated at once; bounds the search's own memory."""
 
 
