@@ -376,3 +376,15 @@ def test_what_cannot_be_is_refused():
     ):
         with pytest.raises(UsageError, match=text):
             SpeculationConfig(**changes)
+
+
+def test_it_says_when_every_step_that_guesses_is_there():
+    """Batches too large to guess are not waited for."""
+    there: set[int] = set()
+    speculation = Speculation(SpeculationConfig(), ready=there.__contains__)
+    sizes = (1, 4, 16, 512)
+    for size in (1, 16, 4):
+        assert not speculation.ready_for(sizes)
+        there.add(size)
+    assert speculation.ready_for(sizes)
+    assert Speculation(SpeculationConfig()).ready_for(sizes)
