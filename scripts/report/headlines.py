@@ -337,10 +337,10 @@ HEADLINES = (
         runs=MEASURE,
     ),
     Headline(
-        title="What one front takes",
+        title="What fronts take",
         kind="measured",
-        claim="none; instances are simulated, the front and its connections are real.",
-        files=("front_capacity.json",),
+        claim="none; instances are simulated, fronts and connections are real.",
+        files=("front_capacity.json", "fronts_capacity.json"),
         show=tables.front,
         runs=(Run(name="front", commands=("scripts/bench_front.py",)),),
     ),

@@ -677,11 +677,14 @@ def ablation(results: Sequence[Result]) -> str:
 def front(results: Sequence[Result]) -> str:
     rows = [row for result in results for row in result.rows]
     return table(
-        ["instances", "by way of", "route", "output tokens", "requests/s", "tokens/s",
-         "CPU ms a request", "its core busy (%)"],
-        [[row["instances"], row["way"], row["route"], row["output_tokens"],
-          number(row["requests_per_s"], ",.0f"), number(row["tokens_per_s"], ",.0f"),
-          number(row["front_cpu_ms_per_request"], ".2f"), number(100 * row["front_busy"], ".0f")]
+        ["fronts", "instances", "by way of", "route", "output tokens",
+         "requests a CPU second of a front", "CPU ms a request", "and of what looks after them",
+         "requests/s with a core each"],
+        [[row.get("fronts", 1), row["instances"], row["way"], row["route"], row["output_tokens"],
+          number(row["requests_per_front_cpu_s"], ",.0f"),
+          number(row["front_cpu_ms_per_request"], ".2f"),
+          number(row.get("supervisor_cpu_ms_per_request", 0) or None, ".3f"),
+          number(row.get("fronts", 1) * row["requests_per_front_cpu_s"], ",.0f")]
          for row in rows],
     )  # fmt: skip
 
