@@ -86,7 +86,7 @@ def until(condition, timeout_s=120.0):
 
 
 def test_instances_through_death_scaling_and_the_end(started, spec):
-    served = cluster.Cluster(spec)
+    served = cluster.ServerOnCluster(spec)
     address = f"http://{served.host}:{served.port}"
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
 
@@ -136,13 +136,13 @@ def test_instances_through_death_scaling_and_the_end(started, spec):
 def test_what_cannot_start_is_said(started, spec):
     wrong = dataclasses.replace(spec, port=99999)
     with pytest.raises(UsageError, match="port=99999 must be from 0"):
-        cluster.Cluster(wrong)
+        cluster.ServerOnCluster(wrong)
     deployment = dataclasses.replace(spec.worker.deployment, max_length=9000, page_count=None)
     wrong = dataclasses.replace(
         spec, worker=dataclasses.replace(spec.worker, deployment=deployment)
     )
     with pytest.raises(RunError, match="did not come up.*exceeds the model's 256 positions"):
-        cluster.Cluster(wrong)
+        cluster.ServerOnCluster(wrong)
 
 
 @pytest.mark.slow
