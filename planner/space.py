@@ -439,12 +439,12 @@ def _rules(problem: Problem, domains: Domains, *, whole: bool) -> Iterator[Relat
     )
     # With one microbatch `between` is `refetch`, `within` is `stay`, and there is no later forward
     # pass to sum in: nothing may be kept or put off across the update.
-    whole = "weights and gradients that rest whole stay and are summed once"
+    at_rest = "weights and gradients that rest whole stay and are summed once"
     single = "with one microbatch nothing is kept for or put off to a next one"
     stay, refetch, once = Weights.STAY, Weights.REFETCH, Gradient.ONCE
     tied: tuple[tuple[str, str, str, Callable[..., bool]], ...] = (
-        (whole, "weights", "state", lambda w, t: w == stay or t == State.SPLIT),
-        (whole, "gradient", "state", lambda g, t: g == once or t == State.SPLIT),
+        (at_rest, "weights", "state", lambda w, t: w == stay or t == State.SPLIT),
+        (at_rest, "gradient", "state", lambda g, t: g == once or t == State.SPLIT),
         (single, "weights", "turns", lambda w, k: k > 1 or w in (stay, refetch)),
         (single, "gradient", "turns", lambda g, k: k > 1 or g == once),
     )

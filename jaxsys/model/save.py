@@ -106,11 +106,11 @@ def check_target(target: Path, *, overwrite: bool) -> None:
 
 
 def _check_parameters(config: DecoderConfig, parameters: Parameters) -> None:
-    shapes = dict(abstract_parameters(config))
+    shapes, values = dict(abstract_parameters(config)), dict(parameters)
     if callable(parameters["blocks"]):  # a layer's shapes are looked at when it is written
-        shapes, parameters = {"edge": shapes["edge"]}, {"edge": parameters["edge"]}
+        del shapes["blocks"], values["blocks"]
     wanted = jax.tree_util.tree_flatten_with_path(shapes)[0]
-    given = dict(jax.tree_util.tree_flatten_with_path(dict(parameters))[0])
+    given = dict(jax.tree_util.tree_flatten_with_path(values)[0])
     for path, leaf in wanted:
         name = jax.tree_util.keystr(path)
         if path not in given:

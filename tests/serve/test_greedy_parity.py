@@ -34,10 +34,9 @@ def our_texts(model, shape: dict[str, Any]) -> list[list[int]]:
     settings = dict(shape)
     if settings["page_count"] is None:  # as few as one request needs, and a few more
         for count in (14, 20, 28, 40, 56, 80):
+            fields: dict[str, Any] = cases.COMMON | settings | {"page_count": count}
             try:
-                build_engine(
-                    model, DeploymentConfig(**cases.COMMON, **settings | {"page_count": count})
-                )
+                build_engine(model, DeploymentConfig(**fields))
             except ValueError:  # layers with windows need more
                 continue
             settings["page_count"] = count
