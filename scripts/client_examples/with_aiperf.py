@@ -22,7 +22,7 @@ def load():
         command, capture_output=True, text=True, timeout=800, check=False, env=own
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-400:]
-    found = next(Path("out").rglob("*.json"))
+    found = next(Path("out").rglob("profile_export_aiperf.json"))
     report = json.loads(found.read_text())
     assert report["request_count"]["avg"] == 6, report.get("request_count")
 
