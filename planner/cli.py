@@ -20,7 +20,7 @@ from jaxsys.model.shapes import preset
 from jaxsys.options import Parser, whole
 from jaxsys.planner import explain, report
 from jaxsys.planner.axes import PLANNED
-from jaxsys.planner.cluster import Cluster
+from jaxsys.planner.cluster import LARGEST_NODE, Cluster
 from jaxsys.planner.command import train_command
 from jaxsys.planner.costs import Precision
 from jaxsys.planner.evaluate import POLICY, Evaluator, plan_costs, schedule_link
@@ -152,6 +152,11 @@ def main(argv: Sequence[str], prog: str) -> int:
         f"{cluster}; a step is {microbatches} microbatches of {size} x "
         f"{sequence_length} tokens; limit {gib(comparison.memory_bytes)} per device\n"
     )
+    if cluster.node_devices is None and cluster.devices > LARGEST_NODE:
+        print(
+            f"All {cluster.devices} devices are taken as one node, which is more than there is; "
+            "--node-devices and --node-link say where slower links begin\n"
+        )
     print(report.table(comparison))
     answer = report.verdict(comparison)
     if not searching:

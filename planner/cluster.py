@@ -18,6 +18,9 @@ from jaxsys.errors import UsageError
 from jaxsys.hardware import DeviceSpec, LinkSpec
 from jaxsys.schedule import Link
 
+LARGEST_NODE = 72
+"""Devices of the largest group that one fast link joins: NVIDIA's GB200 NVL72."""
+
 STRAGGLING = 0.0057
 """By what share a step takes longer with each doubling of nodes: all wait for the slowest.
 
@@ -87,7 +90,12 @@ class Cluster:
             raise UsageError("a cluster of pods needs both pod_devices and pod_link")
         if self.pod_devices is None:
             return
-        node = self.node_devices or 1
+        if self.node_devices is None:
+            raise UsageError(
+                f"pod_devices={self.pod_devices} are whole nodes: give node_devices and node_link, "
+                "or node_devices and node_link alone where there is one slower level"
+            )
+        node = self.node_devices
         if self.pod_devices < 1 or self.pod_devices % node or self.devices % self.pod_devices:
             raise UsageError(
                 f"pod_devices={self.pod_devices} must divide devices={self.devices} and be whole "

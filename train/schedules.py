@@ -21,7 +21,7 @@ from jaxsys.files import MIB, read_text
 from jaxsys.lowering.refusal import why_not_lowered
 from jaxsys.mesh import context_of, inner_sizes, make_mesh, members_of, request_devices
 from jaxsys.planner.sharing import split_of as split_of_plan
-from jaxsys.schedule import Schedule
+from jaxsys.schedule import Schedule, ScheduleError, check
 from jaxsys.strategies import STRATEGIES, for_layers
 from jaxsys.train.options import Compute
 from jaxsys.train.plan_file import PlannedRun, is_plan_file, read_plan, run_of
@@ -314,11 +314,18 @@ def read_schedule(path: Any) -> Schedule:
         raise UsageError(
             f"schedule {str(path)!r} {is_what}; use {names}, or a file that `jaxsys plan` wrote"
         )
-    text = read_text(file, what="plan", most_bytes=64 * MIB)
+    text = read_text(file, what="schedule", most_bytes=64 * MIB)
     try:
-        return Schedule.from_json(text)
+        schedule = Schedule.from_json(text)
     except ValueError as error:
         raise UsageError(
             f"schedule {str(path)!r} is neither a plan nor a schedule that `jaxsys plan` wrote: "
             f"{error}"
         ) from None
+    try:
+        check(schedule)
+    except ScheduleError as error:
+        raise UsageError(
+            f"schedule {str(path)!r} breaks a rule: {error}; have `jaxsys plan` write it anew"
+        ) from None
+    return schedule

@@ -100,7 +100,10 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         raise UsageError(f"{target} is a file; give a folder to save to")
     if any(target.iterdir()):
         if not overwrite:
-            raise UsageError(f"{target} is not empty; choose another folder or pass overwrite=True")
+            raise UsageError(
+                f"{target} is not empty; choose another folder (from Python overwrite=True "
+                "replaces a model)"
+            )
         if not (target / names.CONFIG).is_file():
             raise UsageError(f"{target} is no model folder, and will not be replaced by one")
 

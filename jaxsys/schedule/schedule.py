@@ -273,7 +273,8 @@ class Schedule(DividedAround):
     @classmethod
     def _of(cls, raw: Fields) -> "Schedule":
         """Raises UsageError if a field is not what it must be."""
-        for name in ("devices", "chunks", "microbatches"):
+        around = [axis.name for axis in AROUND.values() if axis.name in raw.value]
+        for name in ("devices", "chunks", "microbatches", *around):
             raw.integer(name, least=1, most=MOST_TICKS)
         tasks = tuple(task.record(Task) for task in raw.objects("tasks"))
         moves = tuple(

@@ -344,3 +344,5 @@ def test_both_levels_of_a_group_send_at_once_and_the_slower_one_tells_the_time()
         replace(cluster, pod_devices=12)
     with pytest.raises(UsageError, match="needs both pod_devices and pod_link"):
         replace(cluster, pod_link=None)
+    with pytest.raises(UsageError, match="pod_devices=32 are whole nodes: give node_devices"):
+        replace(cluster, node_devices=None, node_link=None)

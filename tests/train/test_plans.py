@@ -1,6 +1,7 @@
 """Plans and schedule "auto" given to a Trainer from Python: run as planned, or refused."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from jaxsys.schedule import Schedule
 from jaxsys.strategies import for_layers
 from jaxsys.train import Trainer
 from jaxsys.train.checkpoint import CheckpointStore
+from jaxsys.train.schedules import read_schedule
 
 CLUSTER = planner.Cluster(device=device("cpu"), devices=4, link=link("host-memory"))
 SHAPE = (2, 6)
@@ -223,3 +225,22 @@ def test_state_goes_to_layer_order_and_back_however_it_is_split(sizes, schedule,
     np.testing.assert_allclose(
         float(again.step(batch).loss), float(whole.step(batch).loss), rtol=1e-5
     )
+
+
+def test_a_schedules_file_that_breaks_a_rule_is_one_line(tmp_path):
+    whole = for_layers("weipipe-interleave", devices=2, layers=4, microbatches=4)
+    file = tmp_path / "ring.json"
+    for tasks, says in (
+        (whole.tasks[1:], "is never done"),
+        ((*whole.tasks, whole.tasks[0]), "is done twice"),
+    ):
+        text = json.dumps(json.loads(whole.to_json()) | {"tasks": [asdict(one) for one in tasks]})
+        file.write_text(text)
+        with pytest.raises(UsageError, match=f"'{file}' breaks a rule: .*{says}; have `jaxsys"):
+            read_schedule(file)
+    for wrong in ("2", 0, 1.5):
+        file.write_text(json.dumps(json.loads(whole.to_json()) | {"replicas": wrong}))
+        with pytest.raises(UsageError, match="replicas.*must be a whole number from 1 to"):
+            read_schedule(file)
+    file.write_text(whole.to_json())
+    assert read_schedule(file) == whole

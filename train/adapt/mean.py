@@ -219,7 +219,8 @@ class _Terms:
             return [Term(value, factor, seen=False)]
         raise UsageError(
             f"the loss is not seen to be a mean over samples (at {self.where(value)}): for the "
-            f"whole batch it may be another number than for its microbatches; {WAY_OUT}"
+            "whole batch it may be another number than for its microbatches. Divide behind the "
+            f"sum, (loss * weight).sum() / weight.sum(); {WAY_OUT}"
         )
 
     def is_sum(self, value: Value) -> bool:
