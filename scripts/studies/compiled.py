@@ -173,6 +173,17 @@ def groups_of(instruction: Instruction) -> frozenset[frozenset[int]]:
     if listed:
         rows = re.findall(r"\{([0-9, ]+)\}", listed.group(1))
         return frozenset(frozenset(map(int, row.split(","))) for row in rows)
+    # Since JAX 0.11, by the axes of a mesh whose devices are in order.
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text)
+    if named:
+        sizes = dict(part.split("=") for part in named.group(1).replace("'", "").split(","))
+        joined = named.group(2).replace("'", "").split(",")
+        grid = np.arange(math.prod(map(int, sizes.values()))).reshape(*map(int, sizes.values()))
+        apart = [axis for axis, name in enumerate(sizes) if name not in joined]
+        together = [axis for axis, name in enumerate(sizes) if name in joined]
+        each = math.prod(grid.shape[axis] for axis in together)
+        rows = grid.transpose(*apart, *together).reshape(-1, each)
+        return frozenset(frozenset(map(int, row)) for row in rows)
     iota = re.search(r"replica_groups=\[([0-9,]+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?", text)
     if iota is None:
         raise ValueError(f"{instruction.operation} {instruction.name} names no groups")

@@ -216,7 +216,7 @@ def test_schedules_say_how_many_share_a_place():
     model = layered(LLAMA)
     with pytest.raises(UsageError, match=r"members over 4 devices, the mesh\s+has member=2"):
         lower(planned, model, make_mesh(2, member=2))
-    with pytest.raises(ScheduleError, match="members=0 must be at least 1"):
+    with pytest.raises(ScheduleError, match="members.* is 0, and must be a whole number from 1"):
         Schedule.from_json(schedule.to_json().replace('"members":1', '"members":0'))
 
 
