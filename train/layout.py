@@ -91,7 +91,7 @@ def lay_out(config: DecoderConfig, devices: list[Any], asked: AskedLayout) -> La
     sequence_length, microbatch_size = asked.sequence_length, asked.microbatch_size
     recompute, dtype, gradient_dtype = asked.recompute, asked.dtype, asked.gradient_dtype
     around = {name: asked.around.get(name) for name in AROUND if name != CONTEXT}
-    reason = None
+    reason, of_ring = None, None
     if schedule is not None and plan_file.is_plan_file(schedule):
         planned = plan_file.read_plan(schedule, layers=config.num_layers)
         says = schedules.around_of(planned.schedule)
@@ -129,7 +129,14 @@ def lay_out(config: DecoderConfig, devices: list[Any], asked: AskedLayout) -> La
     elif schedule is not None and schedule not in (*STRATEGIES, schedules.AUTO):
         read = schedules.read_schedule(schedule)
         context, says = schedules.agreed_context(context, read), schedules.around_of(read)
+        for name, count in around.items():
+            if count is not None and says[name] not in (1, count):
+                raise UsageError(
+                    f"{AROUND[name].asked}={count}, but schedule {str(schedule)!r} says "
+                    f"{says[name]}; leave it out, or plan again"
+                )
         around = {name: count or says[name] for name, count in around.items()}
+        of_ring = read.devices
     dtype, gradient_dtype = dtype or DTYPE, gradient_dtype or DTYPE
     size = MICROBATCH_SIZE if microbatch_size is None else microbatch_size
     length = SEQUENCE_LENGTH if sequence_length is None else sequence_length
@@ -148,6 +155,11 @@ def lay_out(config: DecoderConfig, devices: list[Any], asked: AskedLayout) -> La
     if len(devices) % of_each:
         raise UsageError(f"{_said(sizes)} does not divide devices={len(devices)}")
     ring = len(devices) // of_each
+    if of_ring is not None and ring != of_ring:
+        raise UsageError(
+            f"devices={len(devices)}, but schedule {str(schedule)!r} is for {of_ring * of_each}; "
+            f"use devices={of_ring * of_each}"
+        )
     usual = "zero-3" if context is not None else "weipipe-interleave" if ring > 1 else "dp"
     chosen: str | Schedule = schedule or usual
     known = STRATEGIES.get(chosen) if isinstance(chosen, str) else None

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxsys import hardware, strategies
-from jaxsys.axes import MEMBER, TENSOR
+from jaxsys.axes import DATA, MEMBER, TENSOR
 from jaxsys.context import ContextSplit
 from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel
@@ -310,6 +310,18 @@ def test_a_plan_file_that_does_not_fit(tmp_path):
     three = tuple(plan_file.load_plan(path).layers[:3])
     with pytest.raises(UsageError, match="the plan is for 3 layers, the model has 4"):
         lay_out_plan(plan_path(tmp_path, layers=three))
+
+
+def test_a_schedule_file_that_does_not_fit(tmp_path):
+    """Two rings of two devices each."""
+    path = tmp_path / "rings.json"
+    one = strategies.build("weipipe-interleave", devices=2, microbatches=4)
+    path.write_text(replace(one, replicas=2).to_json())
+    assert dict(lay_out_plan(path).mesh.shape)[DATA] == 2
+    with pytest.raises(UsageError, match="devices=4, but schedule .* is for 8; use devices=8"):
+        lay_out_plan(path, tensor=2)
+    with pytest.raises(UsageError, match="replicas=1, but schedule .* says 2; leave it out"):
+        lay_out_plan(path, replicas=1)
 
 
 def ranks(*places):
