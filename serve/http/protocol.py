@@ -7,6 +7,7 @@ value is its `description`. Values are of their field's type as JSON has it: "4"
 whole numbers.
 """
 
+import difflib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -40,6 +41,9 @@ MAX_MESSAGES = 10_000
 MAX_NAME = 512
 """Characters of a name or a stop string."""
 LOGPROBS = "a whole number from 0 to 20 for a completion, true or false for a chat"
+MISSPELT = 0.87
+"""How alike a name must be to a field's to be meant for it, by difflib's ratio: `temprature` is,
+fields of other servers are not."""
 DESCRIBE_THE_CALLER = {
     "cache_salt",
     "metadata",
@@ -224,7 +228,8 @@ class _Sampled(pydantic.BaseModel):
         return self.max_completion_tokens or self.max_tokens
 
     def refuse_unimplemented(self) -> None:
-        """Raises UsageError for fields that would change the answer; logs those not known."""
+        """Raises UsageError for fields that would change the answer, and for names that are nearly
+        those of fields; logs others that are not known."""
         extra = self.model_extra or {}
         for name, value in extra.items():
             if name in DESCRIBE_THE_CALLER:
@@ -243,6 +248,10 @@ class _Sampled(pydantic.BaseModel):
             for name in set(extra) - DESCRIBE_THE_CALLER - {*UNIMPLEMENTED}
             if not name.startswith(UNIMPLEMENTED_KINDS)
         )
+        for name in ignored:
+            meant = difflib.get_close_matches(name, type(self).model_fields, 1, cutoff=MISSPELT)
+            if meant:
+                raise UsageError(f"{name[:60]} is not known; did you mean {meant[0]}?")
         if ignored:
             names = ", ".join(repr(name[:40]) for name in ignored[:10])
             logger.info("ignored fields of a body", extra={"fields": names})

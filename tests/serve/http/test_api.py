@@ -266,9 +266,17 @@ def test_a_body_sent_as_no_json_says_which_header_to_send(server):
 def test_fields_that_are_not_known_are_named_in_the_log(server, caplog):
     caplog.set_level("INFO", logger="jaxsys.serve.http.protocol")
     body = {"messages": [{"role": "developer", "content": "a"}], "max_tokens": 2}
-    more = {"user": "me", "max_token": 3}
+    more = {"user": "me", "flavour": "sweet"}
     assert server.post("/v1/chat/completions", body | more).status_code == 200
-    assert [record.fields for record in caplog.records] == ["'max_token'"]  # type: ignore
+    assert [record.fields for record in caplog.records] == ["'flavour'"]  # type: ignore
+
+
+def test_fields_that_are_nearly_known_are_refused(server):
+    for wrong, meant in (("temprature", "temperature"), ("max_token", "max_tokens")):
+        answer = server.post("/v1/completions", {"prompt": "a", "max_tokens": 2, wrong: 1})
+        assert answer.status_code == 400
+        message = answer.json()["error"]["message"]
+        assert message == f"{wrong} is not known; did you mean {meant}?"
 
 
 def test_unknown_paths_and_methods(server):
