@@ -128,14 +128,8 @@ def lay_out(config: DecoderConfig, devices: list[Any], asked: AskedLayout) -> La
         reason = "; ".join(differs) or None
     elif schedule is not None and schedule not in (*STRATEGIES, schedules.AUTO):
         read = schedules.read_schedule(schedule)
-        context, says = schedules.agreed_context(context, read), schedules.around_of(read)
-        for name, count in around.items():
-            if count is not None and says[name] not in (1, count):
-                raise UsageError(
-                    f"{AROUND[name].asked}={count}, but schedule {str(schedule)!r} says "
-                    f"{says[name]}; leave it out, or plan again"
-                )
-        around = {name: count or says[name] for name, count in around.items()}
+        context = schedules.agreed_context(context, read)
+        around = {name: schedules.agreed(around[name], AROUND[name], read) for name in around}
         of_ring = read.devices
     dtype, gradient_dtype = dtype or DTYPE, gradient_dtype or DTYPE
     size = MICROBATCH_SIZE if microbatch_size is None else microbatch_size

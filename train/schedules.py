@@ -214,7 +214,7 @@ def _mesh(asked: Asked, schedule: Schedule | None) -> Mesh:
     """The mesh given, or one as asked; refused where it is not as the schedule says."""
     mesh, devices = asked.mesh, asked.devices
     wanted = {
-        name: _agreed(asked.around.get(name), axis, schedule)
+        name: agreed(asked.around.get(name), axis, schedule)
         for name, axis in AROUND.items()
         if name != CONTEXT
     }
@@ -257,7 +257,7 @@ def _said(ring: int, wanted: Mapping[str, int]) -> str:
     return f"{parts}, each of {each}" if each > 1 else parts
 
 
-def _agreed(count: int | None, axis: Axis, schedule: Schedule | None) -> int:
+def agreed(count: int | None, axis: Axis, schedule: Schedule | None) -> int:
     """How many are asked for, which what a schedule says may not contradict."""
     says = getattr(schedule, axis.name, 1)
     if count is None:

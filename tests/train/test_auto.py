@@ -320,7 +320,7 @@ def test_a_schedule_file_that_does_not_fit(tmp_path):
     assert dict(lay_out_plan(path).mesh.shape)[DATA] == 2
     with pytest.raises(UsageError, match="devices=4, but schedule .* is for 8; use devices=8"):
         lay_out_plan(path, tensor=2)
-    with pytest.raises(UsageError, match="replicas=1, but schedule .* says 2; leave it out"):
+    with pytest.raises(UsageError, match="replicas=1, but schedule .* planned for 2; leave it out"):
         lay_out_plan(path, replicas=1)
 
 
