@@ -174,3 +174,26 @@ class PlannedAxis:
         """Likewise where it is no part of a schedule's file; None where that says it."""
         del plan
         return None
+
+
+class SharedBlocks(PlannedAxis):
+    """An axis whose devices share every block, as the workload says that they can."""
+
+    said: str
+    """Its rule in words, with {} for the numbers of devices."""
+
+    def ways(self, workload: "Workload") -> tuple[int, ...]:
+        """Numbers of devices that can share a block."""
+        raise NotImplementedError
+
+    def rules(self, problem: "Problem", domains: Domains, rule: Rule) -> Iterable[Relation]:
+        del domains
+        ways = self.ways(problem.workload(1))
+        said = self.said.format(", ".join(map(str, ways)))
+        yield rule(said, (self.name,), ways.__contains__)
+
+    def ways_to_share(
+        self, workload: "Workload", parts: int
+    ) -> Iterable[tuple[str, dict[str, Any]]]:
+        if parts in self.ways(workload):
+            yield self.name, {self.name: parts}

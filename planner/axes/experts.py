@@ -5,37 +5,27 @@ back. Its experts' gradients are complete once rows are back; those of everythin
 with the rings beside it.
 """
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 
-from jaxsys.planner.axes.base import NOTHING, Joined, PlannedAxis, Rule, Split
-from jaxsys.planner.constraints import Domains, Relation
+from jaxsys.planner.axes.base import NOTHING, Joined, SharedBlocks, Split
 
 if TYPE_CHECKING:
     from jaxsys.hardware import DeviceSpec
     from jaxsys.planner.plans import Plan
-    from jaxsys.planner.problem import Problem
     from jaxsys.planner.workload import BlockWork, Traced, Workload
 
 
 @final
-class Experts(PlannedAxis):
+class Experts(SharedBlocks):
     """Rings that share the experts of every block."""
 
     name = "experts"
     owns = True
 
-    def rules(self, problem: "Problem", domains: Domains, rule: Rule) -> Iterable[Relation]:
-        del domains
-        shares = problem.workload(1).expert_ways
-        said = ", ".join(map(str, shares))
-        yield rule(f"experts shared by {said} devices only", (self.name,), shares.__contains__)
+    said = "experts shared by {} devices only"
 
-    def ways_to_share(
-        self, workload: "Workload", parts: int
-    ) -> Iterable[tuple[str, dict[str, Any]]]:
-        if parts in workload.expert_ways:
-            yield self.name, {self.name: parts}
+    def ways(self, workload: "Workload") -> tuple[int, ...]:
+        return workload.expert_ways
 
     def joined(
         self,

@@ -5,36 +5,26 @@ after, of activations, nothing hidden. Backward gathers both of what the product
 since nobody keeps it whole. Of a block that says its `joins` these are all_reduces instead.
 """
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 
-from jaxsys.planner.axes.base import Joined, PlannedAxis, Rule, Split
-from jaxsys.planner.constraints import Domains, Relation
+from jaxsys.planner.axes.base import Joined, SharedBlocks, Split
 
 if TYPE_CHECKING:
     from jaxsys.hardware import DeviceSpec
     from jaxsys.planner.plans import Plan
-    from jaxsys.planner.problem import Problem
     from jaxsys.planner.workload import BlockWork, Workload
 
 
 @final
-class Features(PlannedAxis):
+class Features(SharedBlocks):
     """Devices that share every block's features, and the sequence between blocks."""
 
     name = "features"
 
-    def rules(self, problem: "Problem", domains: Domains, rule: Rule) -> Iterable[Relation]:
-        del domains
-        ways = problem.workload(1).feature_ways
-        said = ", ".join(map(str, ways))
-        yield rule(f"features split in {said} parts only", (self.name,), ways.__contains__)
+    said = "features split in {} parts only"
 
-    def ways_to_share(
-        self, workload: "Workload", parts: int
-    ) -> Iterable[tuple[str, dict[str, Any]]]:
-        if parts in workload.feature_ways:
-            yield self.name, {self.name: parts}
+    def ways(self, workload: "Workload") -> tuple[int, ...]:
+        return workload.feature_ways
 
     def joined(
         self,
