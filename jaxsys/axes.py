@@ -16,6 +16,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Literal, get_args
 
 RING = "ring"
 DATA = "data"
@@ -26,6 +27,28 @@ CONTEXT = "context"
 MEMBER = "member"
 """Devices of one place of a ring, a node: each holds and sends a piece of every chunk that is
 there, and computes microbatches of its own."""
+
+
+Way = Literal["ring", "gather", "ulysses", "mixed"]
+"""What travels between devices that share a sequence. `ring`: keys and values, from device to
+device, while queries stay. `gather`: keys and values, to every device at once. `ulysses`: each
+device gives up tokens for heads, and back. `mixed`: heads are exchanged among neighbours, keys and
+values go round a ring of such groups."""
+
+WAYS: tuple[Way, ...] = get_args(Way)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """What says how an axis splits, beside its number of parts."""
+
+    name: str
+    """A field of schedules and plans; of `jaxsys train` an option, with hyphens."""
+    help: str
+    """What that option says of itself."""
+    choices: tuple[str, ...] | None = None
+    """Its values; None: whole numbers."""
+    metavar: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +69,8 @@ class Axis:
     """What it is asked for by: an argument of `Trainer`, an option of `jaxsys train`."""
     help: str = ""
     """What that option says of itself."""
+    more: tuple[Option, ...] = ()
+    """What is asked for beside the number."""
     within: bool = False
     """Its devices are of one place of a ring; else whole rings stand beside each other."""
     batch: bool = False
@@ -54,11 +79,23 @@ class Axis:
     """A block itself is split, and its devices run one schedule's tasks together."""
     shards: bool = False
     """What rests in shards is cut over its devices as well as over the ring's."""
+    place: str | None = None
+    """What a place of a ring is called that its devices share, where that has a name."""
+
+    @property
+    def copies(self) -> bool:
+        """Its devices have all that a schedule has, and but another part of the batch."""
+        return not (self.within or self.block)
+
+    @property
+    def shares(self) -> bool:
+        """Its devices compute every task of a place together, each with all of its weights."""
+        return self.within and not (self.batch or self.block)
 
     @property
     def joint(self) -> bool:
         """Its devices need each other within a task, and so compute none of it alone."""
-        return self.block or (self.within and not self.batch)
+        return self.block or self.shares
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +110,7 @@ class DividedAround:
     """Devices that compute every task together, each a part of its sequences; what is split over a
     shard group is split over these too. See `jaxsys.schedule.inside`."""
     context_by: str = "ring"
-    """What travels between devices that share a sequence: one of `jaxsys.context.WAYS`."""
+    """What travels between devices that share a sequence: one of `WAYS`."""
     context_exchange: int | None = None
     """How many neighbours of them exchange heads, where that is `mixed`."""
     members: int = 1
@@ -150,6 +187,20 @@ AXES: Mapping[str, Axis] = MappingProxyType(
                 "that are not split, summed once a step: `planner.costs.frame`",
                 asked="context",
                 help="devices that share every sequence in each place of a ring (default 1)",
+                more=(
+                    Option(
+                        name="context_by",
+                        choices=WAYS,
+                        help="what travels between them: keys and values round a ring or to all "
+                        "at once, heads for sequence, or heads among neighbours in a ring of such "
+                        "groups (default ring)",
+                    ),
+                    Option(
+                        name="context_exchange",
+                        metavar="U",
+                        help="neighbours that exchange heads, with --context-by mixed",
+                    ),
+                ),
                 within=True,
                 shards=True,
             ),
@@ -166,6 +217,7 @@ AXES: Mapping[str, Axis] = MappingProxyType(
                 within=True,
                 batch=True,
                 shards=True,
+                place="node",
             ),
             Axis(
                 name="features",
@@ -209,11 +261,26 @@ AROUND: Mapping[str, Axis] = MappingProxyType(
 """Mesh axis -> axis, of all that stand around a ring or within its places: a schedule has a number
 of parts for each, by its name (`DividedAround`)."""
 
+ALWAYS = (DATA, RING)
+"""The mesh axes that every mesh has, be they of one device."""
+SHARING: tuple[str, ...] = tuple(name for name, axis in AROUND.items() if axis.shares)
+"""Mesh axes whose devices compute a task together, and have the same rows of a batch."""
+PIECES: tuple[str, ...] = tuple(n for n, axis in AROUND.items() if axis.within and axis.batch)
+"""Mesh axes whose devices have pieces of what rests and travels in a place of a ring."""
+SHARERS: tuple[str, ...] = tuple(AROUND[name].name for name in SHARING)
+"""Likewise by the names that plans have for them."""
 INNER: tuple[str, ...] = tuple(name for name, axis in AROUND.items() if axis.block)
 """Mesh axes along which a block itself is split, and whose devices run one schedule's tasks
 together."""
+CUT: tuple[Axis, ...] = tuple(axis for axis in AROUND.values() if axis.block and axis.within)
+"""The axes along which a block's own products and matrices are split in one place."""
 BATCH: tuple[str, ...] = tuple(name for name, axis in AROUND.items() if axis.batch)
 """Mesh axes beside the ring along which the batch is split, from the outermost in."""
+
+
+def parts_around(parts: DividedAround) -> dict[str, int]:
+    """Mesh axis -> devices along it, of all that stand around a ring or within its places."""
+    return {name: getattr(parts, axis.name) for name, axis in AROUND.items()}
 
 
 def parts_within(parts: DividedAround, *, shards: bool = True) -> int:
@@ -225,6 +292,22 @@ def parts_within(parts: DividedAround, *, shards: bool = True) -> int:
     """
     within = (axis for axis in AROUND.values() if axis.within and (shards or not axis.shards))
     return math.prod(getattr(parts, axis.name) for axis in within)
+
+
+def parts_sharing(parts: DividedAround) -> int:
+    """How many devices of a place compute a task together, each with all of its weights."""
+    return math.prod(getattr(parts, name) for name in SHARERS)
+
+
+def place_of(parts: DividedAround) -> str:
+    """What a place of a ring is called: a device, or after those that share it."""
+    shared = (axis.place for axis in AROUND.values() if getattr(parts, axis.name) > 1)
+    return next(filter(None, shared), "device")
+
+
+def parts_of_block(parts: DividedAround) -> int:
+    """Over how many devices of a place a block's own products and matrices are split."""
+    return math.prod(getattr(parts, axis.name) for axis in CUT)
 
 
 def parts_of_batch(parts: DividedAround) -> int:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from jaxsys.axes import AROUND, BATCH, CONTEXT, DATA, INNER, MEMBER, MESH, RING
+from jaxsys.axes import ALWAYS, AROUND, BATCH, DATA, INNER, MESH, RING
 from jaxsys.errors import UsageError
 
 MOST_VIRTUAL_DEVICES = 256
@@ -73,14 +73,14 @@ def make_mesh(
     """
     unknown = around.keys() - AROUND.keys()
     if unknown:
-        known = ", ".join(name for name in MESH if name not in (DATA, RING))
+        known = ", ".join(name for name in MESH if name not in ALWAYS)
         raise UsageError(f"mesh axis {min(unknown)!r} is not known; beside ring and data: {known}")
     asked = {DATA: data, RING: ring, **around}
     sizes = {name: asked[name] for name in MESH if name in asked}
     if min(sizes.values()) < 1:
         name, size = min(sizes.items(), key=lambda item: item[1])
         raise UsageError(f"{name}={size} must be at least 1")
-    sizes = {name: n for name, n in sizes.items() if n > 1 or name in (DATA, RING)}
+    sizes = {name: n for name, n in sizes.items() if n > 1 or name in ALWAYS}
     count = math.prod(sizes.values())
     chosen = request_devices(count) if devices is None else devices
     if len(chosen) != count:
@@ -95,14 +95,9 @@ def inner_sizes(mesh: Mesh) -> dict[str, int]:
     return {name: mesh.shape[name] for name in INNER if mesh.shape.get(name, 1) > 1}
 
 
-def context_of(mesh: Mesh) -> int:
-    """How many devices share each sequence."""
-    return mesh.shape.get(CONTEXT, 1)
-
-
-def members_of(mesh: Mesh) -> int:
-    """How many devices share each place of a ring."""
-    return mesh.shape.get(MEMBER, 1)
+def sizes_around(mesh: Mesh) -> dict[str, int]:
+    """Axis of `AROUND` -> devices, of those that the mesh has more than one along."""
+    return {name: mesh.shape[name] for name in AROUND if mesh.shape.get(name, 1) > 1}
 
 
 def shard_axes(mesh: Mesh) -> tuple[str, ...]:

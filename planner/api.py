@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
+from jaxsys.axes import parts_of_block
 from jaxsys.errors import UsageError
 from jaxsys.hardware import GIB, gib
 from jaxsys.layered import LayeredModel, microbatch_keys
@@ -47,7 +48,7 @@ from jaxsys.planner.plans import PATHS, Plan, Weights
 from jaxsys.planner.problem import Problem
 from jaxsys.planner.recognise import describe, recognise
 from jaxsys.planner.runs import that_runs
-from jaxsys.planner.search import Effort, Found, Progress, Result, search
+from jaxsys.planner.search import Effort, Found, Result, SearchMoment, search
 from jaxsys.planner.shardings import (
     REPLICA,
     SHARD,
@@ -171,7 +172,7 @@ def plan(
     narrow: Callable[[Space], Space] | None = None,
     effort: Effort | None = None,
     recompute: bool = False,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[SearchMoment], None] | None = None,
 ) -> Planned:
     """Plans a training step for a cluster.
 
@@ -251,10 +252,10 @@ def plan(
         raise UsageError(_nothing_fits(limit, tried, spaces))
     best = result.best.plan
     cuts: Mapping[int, int] = {}
-    if best.features > 1:
+    if parts_of_block(best) > 1:
         leaves = jax.tree.leaves(shapes_of(params))
         matrices = matrices_of(leaves, layers)
-        cuts = feature_split(closed, matrices, best.features, parameters=count).axes
+        cuts = feature_split(closed, matrices, parts_of_block(best), parameters=count).axes
     specs, state_specs = specs_of(params, layers, best, cuts)
     return Planned(
         plan=best,
@@ -274,7 +275,7 @@ def plan(
 
 
 def _searched(
-    spaces: Sequence[Space], effort: Effort, progress: Callable[[Progress], None] | None
+    spaces: Sequence[Space], effort: Effort, progress: Callable[[SearchMoment], None] | None
 ) -> list[Result]:
     """What searches find, of the spaces in which there is anything.
 

@@ -15,6 +15,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxsys.axes import parts_of_batch, parts_of_block
 from jaxsys.errors import UsageError
 from jaxsys.planner.plans import Plan, Residual, Weights
 from jaxsys.planner.problem import Problem
@@ -142,17 +143,17 @@ class Promise:
 def promise_of(problem: Problem, plan: Plan, peak_bytes: float) -> Promise:
     """What a plan for a function counts on."""
     workload, precision = problem.workload(plan.microbatch_size), problem.precision
-    blocks = sum(block.parameters for block in workload.blocks) / plan.features
+    blocks = sum(block.parameters for block in workload.blocks) / parts_of_block(plan)
     everything = blocks + workload.edge.parameters
-    copies = plan.replicas * plan.shard
+    copies = parts_of_batch(plan) * plan.shard
     summed = everything * precision.gradient_bytes if copies > 1 else 0.0
-    if plan.features > 1:
+    if parts_of_block(plan) > 1:
         for block, path in zip(workload.blocks, plan.layers, strict=True):
             if block.joins is not None:
                 passes = 2 if path.residual is Residual.RECOMPUTE else 1
                 summed += passes * block.joins.forward_bytes + block.joins.backward_bytes
     gathers = [path.weights is Weights.REFETCH for path in plan.layers]
-    gathered = 2 * precision.weight_bytes / plan.features if plan.shard > 1 else 0.0
+    gathered = 2 * precision.weight_bytes / parts_of_block(plan) if plan.shard > 1 else 0.0
     gathered *= sum(b.parameters for b, each in zip(workload.blocks, gathers, strict=True) if each)
     ways = plan.group
     resting = precision.rest_bytes * everything / ways

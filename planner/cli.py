@@ -39,7 +39,7 @@ from jaxsys.planner.problem import Problem
 from jaxsys.planner.profile import load_profile
 from jaxsys.planner.recognise import describe
 from jaxsys.planner.runs import that_runs, why_not
-from jaxsys.planner.search import Effort, Found, Progress, search
+from jaxsys.planner.search import Effort, Found, SearchMoment, search
 from jaxsys.planner.space import Space
 from jaxsys.planner.workload import Workload, decoder_workload
 from jaxsys.schedule import Placement, Schedule, Simulation, simulate, trace
@@ -324,7 +324,7 @@ def _simulation(problem: Problem, plan: Plan, schedule: Schedule) -> Simulation:
     return simulate(schedule, costs, schedule_link(problem, plan), known_trace=found)
 
 
-def _progress(moment: Progress) -> None:
+def _progress(moment: SearchMoment) -> None:
     _show(
         f"{moment.elapsed_s:5.1f} s  {moment.phase} {moment.done}/{moment.total}  "
         f"{moment.evaluated} plans  best {report.seconds(moment.best.step_s)}  "

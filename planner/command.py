@@ -1,6 +1,6 @@
 """The command that runs a plan: options of `jaxsys train`, where they can say all of it."""
 
-from jaxsys.axes import AROUND, CONTEXT
+from jaxsys.planner.axes import PLANNED
 from jaxsys.planner.evaluate import POLICY
 from jaxsys.planner.plans import Plan
 from jaxsys.strategies import STRATEGIES, called
@@ -26,11 +26,7 @@ def train_command(
     if not alike:
         return None
     options = [("model", model), ("schedule", name), ("devices", plan.devices)]
-    around = [axis for axis in AROUND.values() if axis.mesh != CONTEXT]
-    options += [(axis.asked, getattr(plan, axis.name)) for axis in around]
-    if plan.split is not None:
-        options += [("context", plan.context), ("context-by", plan.context_by)]
-        options += [("context-exchange", plan.context_exchange)]
+    options += [option for axis in PLANNED.values() for option in axis.options(plan)]
     options += [
         ("microbatches", microbatches),
         ("microbatch-size", plan.microbatch_size),
@@ -39,10 +35,5 @@ def train_command(
         ("dtype", "bfloat16"),
         ("gradients", None if gradients == "float32" else gradients),
     ]
-    left_out = {axis.asked: 1 for axis in around} | {"context-exchange": None, "gradients": None}
-    said = (
-        f"--{option} {value}"
-        for option, value in options
-        if option not in left_out or value != left_out[option]
-    )
+    said = (f"--{option} {value}" for option, value in options if value is not None)
     return f"jaxsys train {' '.join(said)}"

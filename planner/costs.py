@@ -12,14 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from jaxsys.axes import parts_of_block
 from jaxsys.errors import UsageError
 from jaxsys.hardware import DeviceSpec
 from jaxsys.lowering.memory import Around, BlockBytes, sharded_static_bytes, tabled_bytes
 from jaxsys.lowering.tables import Buffers
 from jaxsys.planner.axes import Joined, Split
-from jaxsys.planner.axes.members import gathered
-from jaxsys.planner.sharing import Pass, attention_pass
-from jaxsys.planner.sharing import again as exchanged_again
+from jaxsys.planner.sharing import Pass
 from jaxsys.planner.workload import PLANNED_RECOMPUTE, BlockWork, Workload
 from jaxsys.schedule import (
     Block,
@@ -79,13 +78,14 @@ class BlockCost:
     """What devices that share its sequences send each other in F."""
     backward_inside: tuple[Inside, ...] = ()
     """Likewise in B or I."""
-    members_join_s: float = 0.0
-    """What the members of a place wait for its weights before each pass, outside their times."""
-    members_join_sent: float = 0.0
+    place_join_s: float = 0.0
+    """What the devices of a place that have pieces wait for its weights before each pass, outside
+    their times."""
+    place_join_sent: float = 0.0
     """Bytes that each sends for it."""
-    members_cut_s: float = 0.0
+    place_cut_s: float = 0.0
     """Likewise for its gradient, after B or W."""
-    members_cut_sent: float = 0.0
+    place_cut_sent: float = 0.0
 
     @property
     def backward_s(self) -> float:
@@ -136,7 +136,7 @@ def block_cost(
     if not times_alone:
         traced = (axis.traced(block, split.parts_along(axis)) for axis in split.axes)
         memory = block.memory(recompute, activation_bytes, next(filter(None, traced), None))
-    ways, links = split.parts.features, split.links.get("context")
+    ways = parts_of_block(split.parts)
     down = up = Joined()
     for axis in split.axes:
         forth, home = axis.joined(
@@ -154,24 +154,18 @@ def block_cost(
     passes_down = 2 if recompute in ("around-attention", "block") else 1
     joined = passes_down * down + up
     there = back = _attended(attention)
-    if block.shared is not None and links is not None:
+    inside = next((axis for axis in split.axes if axis.inside), None)
+    if block.shared is not None and inside is not None:
         there, back = (
-            attention_pass(
-                block.shared,
-                time_s,
-                links,
-                features=ways,
-                memory_bytes_per_s=device.memory_bytes_per_s,
-                backward=backward,
-            )
+            inside.attention(block, split, device, time_s, backward=backward)
             for time_s, backward in ((attention, False), (ATTENTION_BACKWARD * attention, True))
         )
         joined += Joined(time_s=there.waits_s + back.waits_s, sent_bytes=there.sent_bytes)
         joined += Joined(sent_bytes=back.sent_bytes)
         if recompute in ("selective", "around-attention"):
-            time_s, size = exchanged_again(block.shared, links, features=ways)
-            again += time_s
-            joined += Joined(time_s=time_s, sent_bytes=size)
+            found = inside.attention_again(block, split)
+            again += found.time_s
+            joined += found
     else:
         back = _attended(ATTENTION_BACKWARD * attention)
     forward += there.time_s
@@ -183,12 +177,12 @@ def block_cost(
         return size * (block.cut_share / ways + 1.0 - block.cut_share)
 
     parameters = split.parameters_of(block) / ways
-    members, weight_bytes = split.parts.members, parameters * precision.weight_bytes
+    pieces, weight_bytes = split.pieces, parameters * precision.weight_bytes
     gradient_bytes = parameters * precision.gradient_bytes
-    whole, cut = (gathered(split, size) for size in (weight_bytes, gradient_bytes))
+    whole, cut = split.gathered(weight_bytes), split.gathered(gradient_bytes)
     # Rows as they came, leaves of them, and the gradient in rows as it is summed.
-    in_place = 2 * weight_bytes + gradient_bytes if members > 1 else 0.0
-    weight_bytes, gradient_bytes = weight_bytes / members, gradient_bytes / members
+    in_place = 2 * weight_bytes + gradient_bytes if pieces > 1 else 0.0
+    weight_bytes, gradient_bytes = weight_bytes / pieces, gradient_bytes / pieces
     return BlockCost(
         forward_s=forward,
         input_gradient_s=products + back.time_s + 2 * passes + up.time_s + again,
@@ -204,10 +198,10 @@ def block_cost(
         # Attention is drawn in the middle of its block, which is about where it is.
         forward_inside=_later(there.inside, (forward - there.time_s) / 2),
         backward_inside=_later(back.inside, again + (products + 2 * passes + up.time_s) / 2),
-        members_join_s=whole.time_s,
-        members_join_sent=whole.sent_bytes,
-        members_cut_s=cut.time_s,
-        members_cut_sent=cut.sent_bytes,
+        place_join_s=whole.time_s,
+        place_join_sent=whole.sent_bytes,
+        place_cut_s=cut.time_s,
+        place_cut_sent=cut.sent_bytes,
     )
 
 
@@ -237,8 +231,8 @@ def frame(
     reduced before the update. Copies add their gradients up after that.
     """
     split = split or Split()
-    features, members = split.parts.features, split.parts.members
-    edge_ways = features if workload.splits_between else 1
+    cut, pieces = parts_of_block(split.parts), split.pieces
+    edge_ways = cut if workload.splits_between else 1
     edge_parameters = workload.edge.parameters / edge_ways
     # What is an axis' own is split along it, and fewer devices have copies of it.
     own = {
@@ -247,18 +241,18 @@ def frame(
         if axis.owns
     }
     in_blocks = workload.parameters - workload.edge.parameters - sum(own.values())
-    mine = {name: size / features / getattr(split.parts, name) for name, size in own.items()}
-    common = in_blocks / features + edge_parameters
+    mine = {name: size / cut / getattr(split.parts, name) for name, size in own.items()}
+    common = in_blocks / cut + edge_parameters
     parameters = common + sum(mine.values())
     replicated = placement is Placement.REPLICATED
-    share = 1 if replicated else devices * members
+    share = 1 if replicated else devices * pieces
     weight, gradient = precision.weight_bytes, precision.gradient_bytes
     before = after = sent = 0.0
-    if members > 1 and edge_parameters:
-        # Between nodes each member sends its own pieces, inside them all are joined.
+    if pieces > 1 and edge_parameters:
+        # Between places each device sends its own pieces, inside them all are joined.
         for size, joined in ((gradient, False), (weight, True)):
-            inside, piece = edge_parameters * size, edge_parameters * size / members
-            among = gathered(split, inside)
+            inside, piece = edge_parameters * size, edge_parameters * size / pieces
+            among = split.gathered(inside)
             time_s = link.collective_s(piece, devices=devices) + among.time_s
             sent += piece * (devices - 1) / devices + among.sent_bytes
             before, after = (before + time_s, after) if joined else (before, after + time_s)
@@ -424,12 +418,12 @@ def costs_around(
     padding = spare * len(parts) - workload.layers if placement is Placement.OWNER else 0
     if padding > 0:
         largest = max(block.parameters for block in workload.blocks)
-        owners = split.parts.features * split.parts.members * devices
+        owners = parts_of_block(split.parts) * split.pieces * devices
         rest += precision.rest_bytes * padding * largest / owners
     # Every device runs F and B of as many layers, whichever they are.
     passes = schedule.microbatches * workload.layers / devices
     joined = sum(cost.sent_bytes for cost in blocks) / workload.layers * passes
-    between = split.parts.features if workload.splits_between else 1
+    between = parts_of_block(split.parts) if workload.splits_between else 1
     costs_of_step = Costs(
         forward_s=total("forward_s"),
         backward_s=total("backward_s"),
@@ -453,10 +447,10 @@ def costs_around(
         }
         if any(cost.forward_inside for cost in blocks)
         else {},
-        join_s=total("members_join_s"),
-        join_bytes=total("members_join_sent"),
-        cut_s=total("members_cut_s"),
-        cut_bytes=total("members_cut_sent"),
+        join_s=total("place_join_s"),
+        join_bytes=total("place_join_sent"),
+        cut_s=total("place_cut_s"),
+        cut_bytes=total("place_cut_sent"),
     )
     held = Around(
         rest=rest,

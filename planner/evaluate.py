@@ -17,7 +17,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from jaxsys.axes import AROUND, BATCH, DividedAround, parts_of_batch, parts_within
+from jaxsys.axes import AROUND, BATCH, DividedAround, parts_of_batch, parts_of_block, parts_within
 from jaxsys.errors import UsageError
 from jaxsys.lowering import Recompute
 from jaxsys.lowering.memory import Around, tabled_bytes
@@ -451,7 +451,7 @@ class ShardedEvaluator:
         self.work_bytes = np.array([[c.work_bytes for c in row] for row in costs])
         self.joined_bytes = np.array([[c.sent_bytes for c in row] for row in costs])
         self.join_s = np.array([[c.join_s for c in row] for row in costs])
-        between = base.features if workload.splits_between else 1
+        between = parts_of_block(base) if workload.splits_between else 1
         self.activation_bytes = workload.activation_bytes / between
         self.contention = link.contention
         alone, group = self.devices == 1, self.devices

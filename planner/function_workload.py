@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxsys.axes import TENSOR
+from jaxsys.axes import AXES, CUT
 from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel, inside_parts, part_shapes, parts_of
 from jaxsys.lowering.flat import flat_model
@@ -101,7 +101,7 @@ def function_workload(
         activation_bytes=passed or block.residual_bytes / 10,
         tokens=size,
         model_flops=3 * cost.product_flops,
-        feature_ways=ways,
+        ways={axis.name: ways for axis in CUT},
         splits_between=False,
         stacked=layers.stacked,
     )
@@ -148,11 +148,10 @@ def _workload_of_kinds(
         blocks=blocks,
         activation_bytes=max(one.activation_bytes for one in found.values()),
         model_flops=first.model_flops - model_flops(first.blocks) + model_flops(blocks),
-        feature_ways=tuple(
-            ways
-            for ways in first.feature_ways
-            if all(ways in one.feature_ways for one in found.values())
-        ),
+        ways={
+            axis: tuple(n for n in counts if all(n in one.ways[axis] for one in found.values()))
+            for axis, counts in first.ways.items()
+        },
     )
 
 
@@ -162,11 +161,14 @@ def as_lowered(workload: Workload, model: LayeredModel, params: PyTree, rows: Py
     traced, head = traced_memory(model, shapes_of(params), microbatch)
     return dataclasses.replace(
         workload,
-        feature_ways=tuple(
-            ways
-            for ways in workload.feature_ways
-            if _splits(model, shapes_of(params), microbatch, ways)
-        ),
+        ways={
+            axis: tuple(
+                n
+                for n in counts
+                if _splits(model, shapes_of(params), microbatch, {AXES[axis].mesh: n})
+            )
+            for axis, counts in workload.ways.items()
+        },
         splits_between=True,
         stacked=False,
         blocks=tuple(
@@ -179,9 +181,9 @@ def as_lowered(workload: Workload, model: LayeredModel, params: PyTree, rows: Py
     )
 
 
-def _splits(model: LayeredModel, params: PyTree, microbatch: PyTree, ways: int) -> bool:
-    """Whether the trainer splits the features of such a model in so many parts."""
-    sizes = {TENSOR: ways} if ways > 1 else {}
+def _splits(model: LayeredModel, params: PyTree, microbatch: PyTree, asked: Any) -> bool:
+    """Whether the trainer splits such a model over so many devices along mesh axes."""
+    sizes = {axis: count for axis, count in asked.items() if count > 1}
     try:
         parts = parts_of(model, sizes)
         if parts is not None:

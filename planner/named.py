@@ -5,13 +5,14 @@ recursion, a steady period of it multiplied. A strategy without a place is simul
 The fastest recompute policy that fits memory is shown, or the leanest where none fits.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from jaxsys.axes import AROUND, Axis
+from jaxsys.axes import AROUND, AXES, Axis
 from jaxsys.errors import UsageError
 from jaxsys.lowering.tables import buffers_of
 from jaxsys.planner.axes import PLANNED
@@ -55,8 +56,6 @@ class Row:
     tokens_per_s: float
     mfu: float
     fits: bool
-    members: int = 1
-    """Devices that share each place of its ring."""
     plan: Plan | None = None
     """What it does, if it has a place in the space of plans."""
     found: bool = False
@@ -141,11 +140,11 @@ def compare(
     rows, refused = [], []
     for number, name in enumerate(STRATEGIES, 1):
         progress(f"simulating {name} ({number} of {len(STRATEGIES)})")
-        for members in _member_ways(STRATEGIES[name], cluster):
-            called = name if members == 1 else f"{name}, nodes of {members}"
+        for within in _shared_places(STRATEGIES[name], cluster):
+            called = ", ".join((name, *(f"{AXES[a].place}s of {n}" for a, n in within.items())))
             try:
                 row = _row(
-                    evaluator, STRATEGIES[name], microbatches, microbatch_size, policies, members
+                    evaluator, STRATEGIES[name], microbatches, microbatch_size, policies, within
                 )
             except (UsageError, ScheduleError) as error:
                 refused.append((called, str(error)))
@@ -163,11 +162,11 @@ def compare(
     return Comparison(rows=tuple(rows), refused=tuple(refused), memory_bytes=memory_bytes)
 
 
-def _member_ways(strategy: Strategy, cluster: Cluster) -> tuple[int, ...]:
-    """Into how many pieces a strategy's places are cut: on nodes, rings stand in one and in D."""
-    node = cluster.node_devices or 1
-    is_ring = strategy.place is not None and strategy.place.axis == "ring"
-    return (1, node) if is_ring and node > 1 and cluster.nodes > 1 else (1,)
+def _shared_places(strategy: Strategy, cluster: Cluster) -> list[dict[str, int]]:
+    """Over how many devices of a place a strategy is shown beside one: axis -> devices."""
+    ring = strategy.place is not None and strategy.place.axis == "ring"
+    axes = PLANNED.values()
+    return [{}, *({axis.name: n} for axis in axes for n in axis.parts_in_rows(cluster, ring=ring))]
 
 
 def _row(
@@ -176,7 +175,7 @@ def _row(
     microbatches: int,
     microbatch_size: int,
     policies: Sequence[str],
-    members: int = 1,
+    within: Mapping[str, int],
 ) -> Row:
     """The fastest recompute policy that fits, or the leanest where none does.
 
@@ -184,12 +183,13 @@ def _row(
         UsageError: if the strategy is not legal here.
     """
     problem = evaluator.problem
-    workload, devices = problem.workload(microbatch_size), problem.cluster.devices // members
+    every = problem.cluster.devices
+    workload, devices = problem.workload(microbatch_size), every // math.prod(within.values())
     chunks = strategy.chunks(devices=devices, layers=workload.layers)
     if chunks > workload.layers:
         raise UsageError(f"chunks={chunks} are more than layers={workload.layers}")
     if strategy.even_microbatches:
-        check_microbatches(devices * members, microbatches)
+        check_microbatches(every, microbatches)
     sharded = strategy.placement is Placement.SHARDED
     shape = workload.uncut(devices) if sharded else None
     if shape is not None:
@@ -202,7 +202,7 @@ def _row(
         plans = [
             plan_at(place, policy, devices, workload.layers, microbatch_size) for policy in policies
         ]
-        estimates = _planned(evaluator, [replace(plan, members=members) for plan in plans])
+        estimates = _planned(evaluator, [replace(plan, **within) for plan in plans])
     else:
         made = for_layers(
             strategy.name, devices=devices, microbatches=microbatches, layers=workload.layers
@@ -278,7 +278,6 @@ def _row_of(
         tokens_per_s=workload.tokens * microbatches / best.step_s,
         mfu=flops / (best.step_s * peak_flops),
         fits=bool(fitting),
-        members=1 if best.plan is None else best.plan.members,
         plan=best.plan,
         not_run=best.not_run,
     )

@@ -21,14 +21,12 @@ from enum import StrEnum
 from itertools import product
 from typing import Any
 
-from jaxsys.axes import AXES, Divided
-from jaxsys.context import WAYS, ContextSplit
+from jaxsys.axes import AXES, Divided, parts_sharing
+from jaxsys.context import ContextSplit, said_by
 from jaxsys.errors import UsageError
 from jaxsys.fields import Fields
 from jaxsys.files import parse_json, shown
-from jaxsys.planner.sharing import split_of
-from jaxsys.schedule import Placement
-from jaxsys.schedule.inside import why_not_shared
+from jaxsys.schedule import Placement, why_not_divided
 from jaxsys.strategies import (
     RECOMPUTES,
     Backward,
@@ -98,7 +96,7 @@ class Plan(Divided):
     layers: tuple[LayerPath, ...]
 
     def __post_init__(self) -> None:
-        refused = why_not_shared(self.context_by, self.context, self.context_exchange)
+        refused = why_not_divided(self)
         if refused is not None:
             raise UsageError(refused)
 
@@ -111,17 +109,17 @@ class Plan(Divided):
     def group(self) -> int:
         """The devices over which what is split lies: a shard group, and all that share its
         sequences; 1 where nothing is."""
-        return self.shard * self.context if self.state is State.SPLIT else 1
+        return self.shard * parts_sharing(self) if self.state is State.SPLIT else 1
 
     @property
     def sharers(self) -> int:
         """Devices within a place that add up gradients of weights that all of them have whole."""
-        return 1 if self.state is State.SPLIT else self.context
+        return 1 if self.state is State.SPLIT else parts_sharing(self)
 
     @property
     def split(self) -> ContextSplit | None:
         """How its sequences lie over devices; None where each is whole on one."""
-        return split_of(self.context, self.context_by, self.context_exchange)
+        return said_by(self)
 
     @property
     def placement(self) -> Placement:
@@ -207,7 +205,9 @@ class Plan(Divided):
             layers += [run.fields("path").record(LayerPath)] * count
             if len(layers) > MOST_LAYERS:
                 raise raw.fault(f"it has more than {MOST_LAYERS} layers")
-        raw.choice("context_by", WAYS, None)
+        for option in (one for axis in AXES.values() for one in axis.more):
+            if option.choices is not None:
+                raw.choice(option.name, option.choices, None)
         order = raw.choice("order", (*Order, *orders()), Order.DEPTH_FIRST)
         apart = ("format", "version", "layers", "order")
         plain = {k: v for k, v in raw.value.items() if k not in apart}

@@ -12,7 +12,7 @@ from jaxsys.axes import AXES
 from jaxsys.lowering.refusal import why_not_lowered
 from jaxsys.planner.axes import PLANNED
 from jaxsys.planner.evaluate import POLICY
-from jaxsys.planner.plans import Plan, State
+from jaxsys.planner.plans import Plan
 from jaxsys.planner.space import Space
 from jaxsys.schedule import Schedule
 from jaxsys.strategies import RECOMPUTES
@@ -24,13 +24,8 @@ def why_not(plan: Plan) -> str | None:
         parts = getattr(plan, axis.name)
         if axis.mesh is None and parts > 1:
             return f"it splits {axis.name} over {parts} devices, which no schedule runs"
-    if plan.state is State.SPLIT and (plan.group == 1 or plan.owners > 1):
-        return (
-            f"it splits state over {plan.replicas} replicas, and replicas keep all of the state "
-            "that a stage or ring keeps"
-        )
     for axis in PLANNED.values():
-        refused = axis.why_not(plan) if getattr(plan, axis.name) > 1 else None
+        refused = axis.why_not(plan)
         if refused is not None:
             return refused
     recompute = RECOMPUTES[plan.placement]

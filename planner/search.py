@@ -61,7 +61,7 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
+class SearchMoment:
     """A moment of the search."""
 
     elapsed_s: float
@@ -79,7 +79,7 @@ class Result:
     best: Found
     by_base: tuple[Found, ...]
     """The best plan of each common part looked at, best first."""
-    history: tuple[Progress, ...] = field(repr=False)
+    history: tuple[SearchMoment, ...] = field(repr=False)
     """The moments at which the best plan changed."""
     evaluated: int
     skipped: int
@@ -123,7 +123,7 @@ def search(
     seed: int = 0,
     evaluator: Evaluator | None = None,
     known: Sequence[Plan] = (),
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[SearchMoment], None] | None = None,
 ) -> Result:
     """Searches the space, starting from plain data parallelism.
 
@@ -174,7 +174,7 @@ class _Search:
         effort: Effort,
         seed: int,
         evaluator: Evaluator,
-        progress: Callable[[Progress], None] | None,
+        progress: Callable[[SearchMoment], None] | None,
     ) -> None:
         self.space, self.effort, self.evaluator = space, effort, evaluator
         self.random = np.random.default_rng(seed)
@@ -183,7 +183,7 @@ class _Search:
         self.last_report_s = 0.0
         self.memory_bytes = space.problem.memory_bytes
         self.best: Found | None = None
-        self.history: list[Progress] = []
+        self.history: list[SearchMoment] = []
         self.seen: dict[Plan, Found] = {}
         self.slow: set[Plan] = set()
         """Common parts whose time alone ruled them out."""
@@ -245,7 +245,7 @@ class _Search:
         if better:
             self.best = found
         assert self.best is not None
-        moment = Progress(
+        moment = SearchMoment(
             elapsed_s=self.elapsed_s,
             phase=phase,
             done=done,
@@ -373,9 +373,9 @@ class _Search:
         ]
         times = dict(zip(alike, costs, strict=True))
         once = sum(times[id(b)].forward_s + times[id(b)].backward_s for b in workload.blocks)
-        if base.members > 1:
+        if split.pieces > 1:
             mine = [times[id(block)] for block in workload.blocks]
-            once += sum(2 * cost.members_join_s + cost.members_cut_s for cost in mine)
+            once += sum(2 * cost.place_join_s + cost.place_cut_s for cost in mine)
         devices = base.schedule_devices
         around = frame(
             workload,

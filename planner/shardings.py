@@ -13,7 +13,7 @@ from jaxsys.planner.layers import Layers, leaves_of
 from jaxsys.planner.plans import Plan, State, Weights
 
 PyTree = Any
-REPLICA, SHARD, FEATURES = (AXES[name].user for name in ("replicas", "shard", "features"))
+REPLICA, SHARD, FEATURES = dict.fromkeys(axis.user for axis in AXES.values())
 
 
 def axis_sizes(plan: Plan) -> dict[str, int]:

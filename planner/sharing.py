@@ -14,11 +14,9 @@ Legend: P devices share a sequence, U of them exchange heads, R = P / U groups; 
 a device, N query heads, G key/value heads, K and V their widths.
 """
 
-import functools
 from dataclasses import dataclass
-from typing import Any
 
-from jaxsys.context import WAYS, ContextSplit
+from jaxsys.context import ContextSplit
 from jaxsys.schedule import Inside, Link, attention_transfers
 from jaxsys.schedule.inside import Carried, Collective, Transfer, timed
 
@@ -47,9 +45,9 @@ class SharedSequences:
     itemsize: float
     """Bytes of a value in compute."""
 
-    def repeated(self, features: int) -> float:
+    def repeated(self, cut: int) -> float:
         """How often a key/value head is sent where more devices exchange than there are heads."""
-        ways, heads = self.split.exchanging, max(1, self.key_heads // features)
+        ways, heads = self.split.exchanging, max(1, self.key_heads // cut)
         return ways / heads if heads % ways else 1.0
 
 
@@ -81,7 +79,7 @@ def attention_pass(
     attention_s: float,
     links: ContextLinks,
     *,
-    features: int,
+    cut: int,
     memory_bytes_per_s: float,
     backward: bool,
 ) -> Pass:
@@ -91,16 +89,16 @@ def attention_pass(
         shared: its part.
         attention_s: of its products alone.
         links: to the others.
-        features: devices that share its heads.
+        cut: devices that share its heads, each a part of them.
         memory_bytes_per_s: of its memory.
         backward: which pass.
     """
     split = shared.split
     groups = split.groups
     transfers = attention_transfers(split.by, split.parts, split.exchange, backward=backward)
-    sizes = {one: sent(shared, one, links, features=features) for one in dict.fromkeys(transfers)}
-    keys = shared.key_values * shared.repeated(features) / features
-    queries = shared.query_values / features
+    sizes = {one: sent(shared, one, links, cut=cut) for one in dict.fromkeys(transfers)}
+    keys = shared.key_values * shared.repeated(cut) / cut
+    queries = shared.query_values / cut
     merged = MERGE_PASSES_BACKWARD * queries + SUMS_OF_KEYS * keys
     if not backward:
         merged = MERGE_PASSES * queries
@@ -115,22 +113,22 @@ def attention_pass(
     )
 
 
-def again(shared: SharedSequences, links: ContextLinks, *, features: int) -> tuple[float, float]:
+def again(shared: SharedSequences, links: ContextLinks, *, cut: int) -> tuple[float, float]:
     """(seconds, bytes) to make the queries, keys and values of attention's backward pass again."""
     transfers = attention_transfers(
         shared.split.by, shared.split.parts, shared.split.exchange, backward=False
     )
     heads = [one for one in transfers if one.carries is Carried.HEADS]
-    found = [sent(shared, one, links, features=features) for one in heads]
+    found = [sent(shared, one, links, cut=cut) for one in heads]
     return sum(time_s for time_s, _ in found), sum(size for _, size in found)
 
 
 def sent(
-    shared: SharedSequences, transfer: Transfer, links: ContextLinks, *, features: int
+    shared: SharedSequences, transfer: Transfer, links: ContextLinks, *, cut: int
 ) -> tuple[float, float]:
     """(seconds, bytes that a device sends) of one transfer."""
     split = shared.split
-    keys = shared.key_values * shared.repeated(features)
+    keys = shared.key_values * shared.repeated(cut)
     values, arrays = {
         Carried.KEYS: (keys, 2),
         Carried.KEY_GRADIENTS: (keys, 2),
@@ -138,7 +136,7 @@ def sent(
         Carried.TOKENS: (shared.out_values, 1),
     }[transfer.carries]
     itemsize = 4.0 if transfer.carries is Carried.KEY_GRADIENTS else shared.itemsize
-    size = values * itemsize / features
+    size = values * itemsize / cut
     if transfer.collective is Collective.HOP:
         more = (arrays - 1) * links.hop.transfer_s(0.0)
         return links.hop.transfer_s(size) + more, size
@@ -149,17 +147,3 @@ def sent(
     time_s = link.collective_s(size, devices=ways)
     more = (arrays - 1) * link.collective_s(0.0, devices=ways)
     return time_s + more, (ways - 1) / ways * size
-
-
-@functools.lru_cache(maxsize=1024)
-def split_of(parts: int, by: str, exchange: int | None) -> ContextSplit | None:
-    """How sequences lie over so many devices; None where each is whole on one."""
-    way: Any = by
-    return ContextSplit(parts=parts, by=way, exchange=exchange) if parts > 1 else None
-
-
-def splits_of(parts: int) -> tuple[ContextSplit, ...]:
-    """All ways for so many devices, two or more, to share sequences."""
-    plain = tuple(ContextSplit(parts=parts, by=by) for by in WAYS if by != "mixed")
-    between = (u for u in range(2, parts) if parts % u == 0)
-    return (*plain, *(ContextSplit(parts=parts, by="mixed", exchange=u) for u in between))

@@ -14,6 +14,7 @@ Memory is no constraint: it is pressure in the search. What must be where and wh
 one, and is not for the user to state: no point of the space breaks it.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxsys.axes import AROUND, AXES, BATCH, parts_of_batch
+from jaxsys.axes import AROUND, AXES, BATCH, SHARERS, parts_of_batch
 from jaxsys.errors import UsageError
 from jaxsys.planner.axes import PLANNED
 from jaxsys.planner.constraints import (
@@ -42,8 +43,9 @@ from jaxsys.strategies import orders
 
 WAYS = tuple(AXES)
 ORDER = ("order", "backward", "delay", "chunks")
-SHARED = tuple(name for axis in PLANNED.values() for name in axis.more)
+SHARED = tuple(option.name for axis in AROUND.values() for option in axis.more)
 COMMON = (*WAYS, *SHARED, "microbatch_size", "turns", "lookahead", "state", *ORDER)
+COPIES = tuple(axis.name for axis in AROUND.values() if axis.copies)
 LAYERED = ("weights", "gradient", "residual")
 LOOKAHEADS = (1, 2, 4)
 DELAYS = (0, 1, 2)
@@ -113,14 +115,14 @@ class Space:
         if what in PLANNED:
             return self.require(label, (what,), lambda parts: parts == ways)
         if what == "sequences":
-            return self.require(label, ("context",), lambda c: c == ways)
+            return self.require(label, SHARERS, lambda *c: math.prod(c) == ways)
         if what == "batch":
-            return self.require(label, ("replicas", "shard"), lambda r, s: r * s == ways)
+            return self.require(label, (*COPIES, "shard"), lambda *n: math.prod(n) == ways)
         if what == "state":
             return self.require(
                 label,
-                ("state", "shard", "context"),
-                lambda t, s, c: t == State.SPLIT and s * c == ways,
+                ("state", "shard", *SHARERS),
+                lambda t, s, *c: t == State.SPLIT and s * math.prod(c) == ways,
             )
         known = f"batch, sequences, {', '.join(PLANNED)}, state or backward"
         raise UsageError(f"cannot split {what!r}; split {known}")
@@ -399,20 +401,9 @@ def _rules(problem: Problem, domains: Domains, *, whole: bool) -> Iterator[Relat
         lambda s, p, w: (s > 1) + (p > 1) + (w > 1) <= 1,
     )
     yield rule(
-        "replicas stand around a shard group, stages or a ring",
-        ("replicas", "shard", "context", "stages", "ring", "state"),
-        lambda r, s, c, p, w, t: r == 1 or s * p * w > 1 or (c > 1 and t == State.SPLIT),
-    )
-    yield rule(
-        "state is split over a shard group and those that share its sequences, and by one that "
-        "stands inside replicas",
-        ("state", "shard", "context", "stages", "ring", "replicas"),
-        lambda t, s, c, p, w, r: s == 1 or r == 1 if t == State.WHOLE else s * c > 1 and p * w == 1,
-    )
-    yield rule(
         "what is split over a shard group has an axis that it divides",
-        ("state", "shard", "context"),
-        lambda t, s, c: t == State.WHOLE or workload.uncut(s * c) is None,
+        ("state", "shard", *SHARERS),
+        lambda t, s, *c: t == State.WHOLE or workload.uncut(s * math.prod(c)) is None,
     )
     yield rule(
         "order, backward pass, its delay and chunks must suit stages or ring",
@@ -454,9 +445,11 @@ def _rules(problem: Problem, domains: Domains, *, whole: bool) -> Iterator[Relat
             yield replace(first, variables=(f"{what}[{layer}]", other))
 
 
-def _one_schedule(*, shard: int, stages: int, ring: int, members: int, **_: int) -> bool:
-    """Whether one axis at most splits the schedule's devices, and members have a ring."""
-    return (shard > 1) + (stages > 1) + (ring > 1) <= 1 and (members == 1 or ring > 1)
+def _one_schedule(*, shard: int, stages: int, ring: int, **around: int) -> bool:
+    """Whether one axis at most splits the schedule's devices, and places that share what travels
+    have a ring."""
+    placed = any(around[axis.name] > 1 for axis in PLANNED.values() if axis.joins)
+    return (shard > 1) + (stages > 1) + (ring > 1) <= 1 and (ring > 1 or not placed)
 
 
 def _factorings(number: int, domains: Sequence[Sequence[int]]) -> Iterator[tuple[int, ...]]:

@@ -16,16 +16,17 @@ width, V vocabulary.
 """
 
 import functools
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxsys.axes import EXPERT, TENSOR
-from jaxsys.context import WAYS, ContextSplit, Way
+from jaxsys.axes import AROUND
+from jaxsys.context import WAYS, ContextSplit, Way, splits_of
 from jaxsys.errors import UsageError, did_you_mean
 from jaxsys.layered import (
     LayeredModel,
@@ -42,8 +43,8 @@ from jaxsys.model.config import DecoderConfig
 from jaxsys.model.contract import attended, attention_heads, attention_widths, products
 from jaxsys.model.kinds import BlockKind
 from jaxsys.model.leaves import Leaf, block_leaves
-from jaxsys.model.parts import check_parts
-from jaxsys.planner.sharing import SharedSequences, splits_of
+from jaxsys.model.parts import ways_to_cut
+from jaxsys.planner.sharing import SharedSequences
 
 PLANNED_RECOMPUTE: tuple[Recompute, ...] = tuple(
     policy for policy in RECOMPUTE_POLICIES if policy != "chunk"
@@ -57,6 +58,8 @@ PIECES = 16
 part, and there are other ways."""
 ATTENTION = "attention"
 """What attention makes, as recompute policies name it."""
+NOT_SPLIT: Mapping[str, int] = MappingProxyType({})
+"""Mesh axis -> devices, where a device has all of a block."""
 Traced = tuple[tuple[Recompute, BlockBytes], ...]
 """What a block keeps and holds by policy."""
 
@@ -84,8 +87,8 @@ class ExpertWork:
     active: int
     """Experts that each chooses."""
     row_bytes: float
-    traced: Callable[[int], "Traced"]
-    """Devices that share them -> what the block's programs keep and hold by policy."""
+    traced: Callable[[Mapping[str, int]], "Traced"]
+    """Mesh axis -> devices that share them: what the block's programs keep and hold by policy."""
 
     def exchanged_bytes(self, devices: int) -> float:
         """What one device sends and keeps of rows: room for all that could go to each device."""
@@ -200,17 +203,17 @@ class Sharing:
     """What may travel."""
     shortest_piece: int = SHORTEST_PIECE
 
-    def allows(self, split: ContextSplit, features: int = 1) -> bool:
-        """Whether the trainer cuts them so, where so many devices share the features."""
+    def allows(self, split: ContextSplit, cut: int = 1) -> bool:
+        """Whether the trainer cuts them so, where so many devices share its heads."""
         pieces = max(2 * split.parts, PIECES)
         if split.by not in self.by or self.length < pieces * self.shortest_piece:
             return False
         try:
             split.check_length(self.length)
-            split.check_heads(self.heads // features, max(1, self.key_heads // features))
+            split.check_heads(self.heads // cut, max(1, self.key_heads // cut))
         except UsageError:
             return False
-        return (self.length // split.parts) % features == 0
+        return (self.length // split.parts) % cut == 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,10 +229,9 @@ class Workload:
     """Tokens (or examples) in a microbatch."""
     model_flops: float
     """Forward and backward of a microbatch as MFU counts it: nothing twice, half the square."""
-    feature_ways: tuple[int, ...] = (1,)
-    """In how many parts a block can be split along its features: the legal counts."""
-    expert_ways: tuple[int, ...] = (1,)
-    """Over how many devices experts can be shared: the legal counts."""
+    ways: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Axis along which a block itself is split -> over how many devices: the legal counts, where
+    there are more than one."""
     splits_between: bool = True
     """Whether split features also cut embedding and head, and the sequence between blocks."""
     sharing: Sharing | None = None
@@ -332,13 +334,13 @@ def decoder_workload(
     Raises:
         UsageError: if a size is not positive, a name is unknown, or sequences cannot be cut so.
     """
-    for field, value in (
+    for size, value in (
         ("sequence_length", sequence_length),
         ("microbatch_size", microbatch_size),
         ("loss_chunk_tokens", loss_chunk_tokens),
     ):
         if value < 1:
-            raise UsageError(f"{field}={value} must be at least 1")
+            raise UsageError(f"{size}={value} must be at least 1")
     c = config
     parts = 1 if context is None else context.parts
     if context is not None:
@@ -357,12 +359,13 @@ def decoder_workload(
         context,
     )
 
-    def traced(kind: BlockKind, devices: int = 1) -> Traced:
-        found = dict(zip(names, traced_with(devices)[0], strict=not c.pattern))[kind.name]
-        return found if selective is None else _kept_by_name(c, kind, selective, tokens, found)
+    def traced(kind: BlockKind, sizes: Mapping[str, int] = NOT_SPLIT) -> Traced:
+        found, _ = traced_with(tuple(sizes.items()))
+        mine = dict(zip(names, found, strict=not c.pattern))[kind.name]
+        return mine if selective is None else _kept_by_name(c, kind, selective, tokens, mine)
 
     def head_held() -> float:
-        return traced_with(1)[1]
+        return traced_with(())[1]
 
     work = {
         kind.name: replace(
@@ -408,10 +411,7 @@ def decoder_workload(
         model_flops=3 * sum(block.product_flops + block.attention_flops for block in blocks)
         + 3 * head,
         matrices=tuple(matrices),
-        feature_ways=tuple(
-            ways for ways in (1, 2, 4, 8, 16, 32, 64) if splits(c, ways, sequence_length)
-        ),
-        expert_ways=(1,) if c.experts is None else tuple(_divisors(c.experts.count)),
+        ways=ways_of(c, sequence_length),
         sharing=_sharing(c, sequence_length, fused_attention, shortest_piece),
         part_of=functools.lru_cache(maxsize=None)(
             lambda split: decoder_workload(
@@ -468,17 +468,16 @@ def _shared(
     )
 
 
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
+def ways_of(config: DecoderConfig, sequence_length: int) -> dict[str, tuple[int, ...]]:
+    """Axis -> over how many devices the trainer splits a decoder's blocks along it.
 
-
-def splits(config: DecoderConfig, ways: int, sequence_length: int) -> bool:
-    """Whether the trainer splits the features of a decoder, and its sequences, in so many parts."""
-    try:
-        check_parts(config, {TENSOR: ways} if ways > 1 else {})
-    except UsageError:
-        return False
-    return sequence_length % ways == 0
+    Those of one place share the sequence between blocks as well.
+    """
+    found = {}
+    for name, counts in ways_to_cut(config).items():
+        axis = AROUND[name]
+        found[axis.name] = tuple(n for n in counts if not axis.within or sequence_length % n == 0)
+    return found
 
 
 def _block_work(
@@ -586,7 +585,7 @@ def _decoder_memory(
     fused: bool,
     dtype: str,
     context: ContextSplit | None = None,
-    experts: int = 1,
+    sizes: tuple[tuple[str, int], ...] = (),
 ) -> tuple[tuple[Traced, ...], float]:
     model = layered(
         config,
@@ -598,12 +597,12 @@ def _decoder_memory(
     if context is not None:
         mine //= context.parts
     ids = jax.ShapeDtypeStruct((microbatch_size, mine), jnp.int32)
-    parameters, sizes = abstract_parameters(config, dtype), {EXPERT: experts} if experts > 1 else {}
-    parts = parts_of(model, sizes)
+    parameters, inside = abstract_parameters(config, dtype), dict(sizes)
+    parts = parts_of(model, inside)
     if parts is not None:
-        model, parameters = parts.model, part_shapes(parameters, parts, sizes)
+        model, parameters = parts.model, part_shapes(parameters, parts, inside)
     batch = {"inputs": ids, "targets": ids}
-    return inside_parts({**inner, **sizes}, lambda: traced_memory(model, parameters, batch))
+    return inside_parts({**inner, **inside}, lambda: traced_memory(model, parameters, batch))
 
 
 def traced_memory(

@@ -45,7 +45,7 @@ from jaxsys.serve.energy.meters import Reading
 from jaxsys.serve.energy.profile import Profile, fingerprint_here
 from jaxsys.serve.energy.slo import SharedSlo
 from jaxsys.serve.executor import JaxExecutor
-from jaxsys.serve.hooks import Governor, NoGovernor
+from jaxsys.serve.hooks import AnyGovernor, NoGovernor
 from jaxsys.serve.http.api import ApiConfig
 from jaxsys.serve.instance import Instance
 from jaxsys.serve.iterations import SchedulerConfig
@@ -91,7 +91,7 @@ class TimedGovernor:
     because it begins from a profile of it."""
 
     def __init__(self) -> None:
-        self.inner: Governor = NoGovernor()
+        self.inner: AnyGovernor = NoGovernor()
         self.wall_s: dict[str, list[float]] = {"decide": [], "observe": []}
         self.cpu_s: dict[str, list[float]] = {"decide": [], "observe": []}
         self.plan_after_s: list[float] = []

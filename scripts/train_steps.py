@@ -20,7 +20,7 @@ from jaxsys.axes import RING
 from jaxsys.errors import UsageError
 from jaxsys.hardware import GIB
 from jaxsys.layered import Layer
-from jaxsys.mesh import inner_sizes, members_of
+from jaxsys.mesh import sizes_around
 from jaxsys.train.memory import StepShape, step_bytes
 from studies.compiled import program_bytes
 
@@ -243,7 +243,6 @@ def predicted_bytes(lowered, shapes, state, batch) -> float:
             recompute=lowered.recompute,
             unroll=getattr(lowered, "unroll", False),  # sharded steps are on GPUs
             context=lowered.context,
-            inner=inner_sizes(lowered.mesh),
-            members=members_of(lowered.mesh),
+            sizes=sizes_around(lowered.mesh),
         )
     )

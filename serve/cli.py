@@ -43,7 +43,7 @@ from jaxsys.serve.energy.governors import (
 from jaxsys.serve.energy.slo import SharedSlo, Slo
 from jaxsys.serve.engine import Engine
 from jaxsys.serve.http.listening import BACKLOG, HttpServer, raise_descriptor_limit
-from jaxsys.serve.http.starting import Gateway, Progress
+from jaxsys.serve.http.starting import Gateway, StartProgress
 from jaxsys.serve.logs import log_to_stderr
 from jaxsys.serve.options import (
     adapters_of,
@@ -205,7 +205,7 @@ def _serve_here(spec: FrontSpec, drain_s: float) -> int:
 
 async def _serve_threads(spec: FrontSpec, listener: socket.socket, drain_s: float) -> int:
     address = shown(spec, *name_of(listener))
-    progress = Progress()
+    progress = StartProgress()
     gateway = Gateway(progress, spec.root_path)
     server = HttpServer(gateway, drain_s=drain_s, tls=spec.tls)
     stop, serving = _stopped(), asyncio.create_task(server.serve(sockets=[listener]))
@@ -259,7 +259,7 @@ class _Built:
     description: str
 
 
-def _build(spec: FrontSpec, progress: Progress, address: str) -> _Built:
+def _build(spec: FrontSpec, progress: StartProgress, address: str) -> _Built:
     """All that serving needs, compiled; nothing runs yet."""
     worker = spec.worker
     config = worker.deployment

@@ -8,8 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 
 import jax
-import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxsys.errors import UsageError
@@ -22,7 +21,7 @@ from jaxsys.serve.engine import Engine
 from jaxsys.serve.executor import JaxExecutor
 from jaxsys.serve.grammars import Grammars
 from jaxsys.serve.handover import Message, PageTransfer, Receiver, SameProcess, Sender
-from jaxsys.serve.hooks import Governor, NoGovernor, Router
+from jaxsys.serve.hooks import AnyGovernor, NoGovernor, Router
 from jaxsys.serve.host_copies import HostCopies
 from jaxsys.serve.instance import Instance
 from jaxsys.serve.iterations import Role, SchedulerConfig
@@ -31,9 +30,9 @@ from jaxsys.serve.member import Member, TokenEvent
 from jaxsys.serve.paged_model import CacheForm, number_bytes
 from jaxsys.serve.scheduler import Scheduler
 from jaxsys.serve.speculation import Method, Speculation, SpeculationConfig
+from jaxsys.serve.split import mesh_over
 from jaxsys.serve.steps import ExecutorConfig
 from jaxsys.serve.weights import (
-    TENSOR,
     Quantisation,
     ServingWeights,
     check_served,
@@ -149,7 +148,7 @@ def build_engine(
     config: DeploymentConfig,
     *,
     devices: Sequence[Device] | None = None,
-    governors: Callable[[tuple[Device, ...], int], Governor] | None = None,
+    governors: Callable[[tuple[Device, ...], int], AnyGovernor] | None = None,
     prefill_router: Router | None = None,
     decode_router: Router | None = None,
 ) -> Engine:
@@ -239,7 +238,7 @@ def build_instance(
     role: Role,
     group: tuple[Device, ...],
     sink: Callable[[Sequence[TokenEvent]], None],
-    governor: Governor | None = None,
+    governor: AnyGovernor | None = None,
     sharing: int = 1,
     grammars: Grammars | None = None,
 ) -> Instance:
@@ -323,8 +322,7 @@ def _placement(group: tuple[Device, ...]) -> jax.sharding.Sharding:
             f"tensor_parallel={len(group)} needs as many devices for each instance; "
             f"{len(set(group))} are left for one: use fewer instances or a lower value"
         )
-    mesh = Mesh(np.array(group), (TENSOR,), axis_types=(AxisType.Auto,))
-    return NamedSharding(mesh, PartitionSpec())
+    return NamedSharding(mesh_over(group), PartitionSpec())
 
 
 def choose_devices(count: int) -> list[Device]:

@@ -23,8 +23,8 @@ from jaxsys.serve.flights import (
     Guessed,
     Held,
     Pending,
-    Piece,
     Pooled,
+    PromptPiece,
     Scored,
     logprobs_of,
     note,
@@ -35,7 +35,7 @@ from jaxsys.serve.following import Following
 from jaxsys.serve.grammars import Grammars
 from jaxsys.serve.iterations import Iteration, PrefillPiece, SchedulerConfig
 from jaxsys.serve.lora import Adapted, AdapterSlots
-from jaxsys.serve.outcomes import Outcome, RequestFault, TokenLogprobs
+from jaxsys.serve.outcomes import RequestFault, Sampled, TokenLogprobs
 from jaxsys.serve.paged_attention import choose_kernels
 from jaxsys.serve.paged_model import CacheForm, Contents
 from jaxsys.serve.request_rules import history_of, rules_of, tokens_of
@@ -50,9 +50,10 @@ from jaxsys.serve.sampling import (
     pack_rules,
     set_history,
 )
+from jaxsys.serve.split import AXIS, cut
 from jaxsys.serve.steps import ADAPTED, COPIES, USUAL, ExecutorConfig, Steps
 from jaxsys.serve.verification import Verified
-from jaxsys.serve.weights import TENSOR, ServingWeights
+from jaxsys.serve.weights import ServingWeights
 
 
 class JaxExecutor:
@@ -76,7 +77,7 @@ class JaxExecutor:
             adapters: where requests' adapters lie; without, no request may have one.
             grammars: over the model's vocabulary; without, no request may have one.
             placement: one device's sharding, or a `NamedSharding` that spells out nothing over the
-                mesh whose axis `TENSOR` splits the weights; step inputs are whole on every device.
+                mesh of `jaxsys.serve.split`; step inputs are whole on every device.
             cache_form: of keys and values in pages; the weights' dtype if None.
         """
         self.cache_form: CacheForm | None = cache_form
@@ -95,14 +96,14 @@ class JaxExecutor:
         self._cache_placement: Sharding = placement
         if isinstance(mesh, Mesh):
             split = layer_cache(config, config.kinds[0]).split
-            axes = () if split is None else (None, None, *(None,) * split, TENSOR)
-            self._cache_placement = NamedSharding(mesh, PartitionSpec(*axes))
+            spec = PartitionSpec() if split is None else cut(2 + split)
+            self._cache_placement = NamedSharding(mesh, spec)
         self.kernels = choose_kernels(
             dtype=weights.dtype,
             head_dim=config.head_dim,
             device=next(iter(placement.device_set)),
             mesh=mesh if isinstance(mesh, Mesh) else None,
-            axis=TENSOR,
+            axis=AXIS,
         )
         self._groups = len(scheduler.windows)
         width = self.shapes.table_buckets[-1]
@@ -181,14 +182,14 @@ class JaxExecutor:
         faults, self._following.faults = self._following.faults, []
         return faults
 
-    def collect(self, handle: list[Pending | Held | Guessed]) -> Outcome:
+    def collect(self, handle: list[Pending | Held | Guessed]) -> Sampled:
         """Waits for a dispatched iteration, also where it samples nothing."""
         guessed = handle[-1] if handle and isinstance(handle[-1], Guessed) else None
         if guessed is not None:
             return self._with_guesses(self._collect(handle[:-1]), guessed)
         return self._collect(handle)
 
-    def _collect(self, handle: Sequence[Pending | Held | Guessed]) -> Outcome:
+    def _collect(self, handle: Sequence[Pending | Held | Guessed]) -> Sampled:
         tokens: list[int] = []
         logprobs: list[TokenLogprobs | None] = []
         ended: list[bool] = []
@@ -219,7 +220,7 @@ class JaxExecutor:
             for row, request in enumerate(requests):
                 count = None if request is None else request.sampling.logprobs
                 logprobs.append(None if count is None else logprobs_of(columns, row, count))
-        return Outcome(tokens, logprobs if asked else None, ended if any(ended) else None)
+        return Sampled(tokens, logprobs if asked else None, ended if any(ended) else None)
 
     def rebuild(self) -> None:
         """After a fault of the device: frees all but weights and compiled steps, begins anew.
@@ -322,7 +323,7 @@ class JaxExecutor:
 
     # --- inside -------------------------------------------------------------------------------
 
-    def _prepare(self, piece: PrefillPiece) -> Piece | None:
+    def _prepare(self, piece: PrefillPiece) -> PromptPiece | None:
         """A piece's arguments; None where its request has ended. Touches nothing on the device."""
         request = piece.request
         if request.state is RequestState.FINISHED:
@@ -363,9 +364,9 @@ class JaxExecutor:
             raise RequestFault(request, error) from error
         shape = (size, table, continued)
         beside = (sampling, history, start, following, mask, adapted)
-        return Piece(request, end, shape, packed, *beside)
+        return PromptPiece(request, end, shape, packed, *beside)
 
-    def _prefill(self, piece: Piece) -> tuple[jax.Array, Scored | Pooled | None]:
+    def _prefill(self, piece: PromptPiece) -> tuple[jax.Array, Scored | Pooled | None]:
         following, request = piece.following, piece.request
         suffix, adapted = ("", ()) if piece.adapted is None else (ADAPTED, (piece.adapted,))
         if request.sampling.pooling is not None and not request.generated:
@@ -535,7 +536,7 @@ class JaxExecutor:
         packed[:, 1], packed[:, 2], packed[:, 3 : 3 + width] = 0, 1, 0
         return packed
 
-    def _with_guesses(self, outcome: Outcome, guessed: Guessed) -> Outcome:
+    def _with_guesses(self, outcome: Sampled, guessed: Guessed) -> Sampled:
         """An iteration's samples, those of a step with guesses behind the others."""
         sampled, gained = guessed.verified.sample, np.asarray(guessed.verified.gained)
         chosen = np.asarray(sampled.tokens)
@@ -562,7 +563,7 @@ class JaxExecutor:
                 ]
             logprobs.append(beside[0] if beside else None)
             further.append(beside[1:])
-        return Outcome(
+        return Sampled(
             tokens,
             logprobs if any(one is not None for one in logprobs) else None,
             ended if any(ended) else None,

@@ -66,7 +66,7 @@ NOBODYS = Pending(Sample(cast(Any, np.zeros(1, np.int32)), None, None, None), [N
 """Stands in for the sample of a request that has ended."""
 
 
-class Piece(NamedTuple):
+class PromptPiece(NamedTuple):
     """A prompt's piece as the device takes it."""
 
     request: Request

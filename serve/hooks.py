@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from jaxsys.serve.requests import Request
 
 
-class Governor(Protocol):
-    """Called by an instance's loop around each iteration; must return in well under 0.5 ms."""
+class AnyGovernor(Protocol):
+    """What an instance's loop calls around each iteration; must return in well under 0.5 ms."""
 
     @property
     def method(self) -> str:

@@ -21,12 +21,12 @@ from jax.errors import JaxRuntimeError
 from jaxsys.errors import RunError, UsageError
 from jaxsys.serve.clock import Clock
 from jaxsys.serve.executor import JaxExecutor
-from jaxsys.serve.hooks import Governor
+from jaxsys.serve.hooks import AnyGovernor
 from jaxsys.serve.host_copies import HostCopies
 from jaxsys.serve.host_pages import Fetch
 from jaxsys.serve.iterations import Completion, Iteration
 from jaxsys.serve.member import NOT_FINITE, InstanceLoad, Member, TokenEvent
-from jaxsys.serve.outcomes import Executor, Outcome, RequestFault, TokenLogprobs
+from jaxsys.serve.outcomes import Executor, RequestFault, Sampled, TokenLogprobs
 from jaxsys.serve.requests import FinishReason, Request, RequestState
 from jaxsys.serve.sampling import NOTHING
 from jaxsys.serve.scheduler import Scheduler
@@ -53,7 +53,7 @@ class Instance(Member):
         scheduler: Scheduler,
         executor: Executor,
         *,
-        governor: Governor,
+        governor: AnyGovernor,
         clock: Clock,
         sink: Callable[[Sequence[TokenEvent]], None],
     ):
@@ -300,7 +300,7 @@ class Instance(Member):
         self.copies.fetch(fetch, lambda there: start(request, arrived=there))
 
     def ended(
-        self, iteration: Iteration, outcome: Outcome | None, latency_s: float, now_s: float
+        self, iteration: Iteration, outcome: Sampled | None, latency_s: float, now_s: float
     ) -> None:
         """Ends requests that came to nothing, and tells gauges."""
         if outcome is not None:
@@ -309,7 +309,7 @@ class Instance(Member):
             self.on_latency(latency_s)
 
     def completed(
-        self, iteration: Iteration, outcome: Outcome | None, completion: Completion, now_s: float
+        self, iteration: Iteration, outcome: Sampled | None, completion: Completion, now_s: float
     ) -> None:
         """Sends tokens on."""
         if completion.emitted and outcome is not None:
@@ -332,7 +332,7 @@ class Instance(Member):
     def _emit(
         self,
         iteration: Iteration,
-        outcome: Outcome,
+        outcome: Sampled,
         completion: Completion,
         now_s: float,
     ) -> None:

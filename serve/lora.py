@@ -26,13 +26,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Float, Int
 
-from jaxsys.axes import TENSOR
 from jaxsys.errors import UsageError
 from jaxsys.model import DecoderConfig
 from jaxsys.model.kinds import BlockKind
 from jaxsys.model.leaves import block_leaves
 from jaxsys.model.peft import LayerAdapters, largest_rank, read_layers
-from jaxsys.serve.weights import FUSED, SPLIT, fuse
+from jaxsys.serve.split import SPLIT, cut, devices_of
+from jaxsys.serve.weights import FUSED, fuse
 
 UNSERVED = ("experts/", "shared/weight", "attention/latent_up")
 """How the paths of kernels begin that no adapter is added to."""
@@ -157,7 +157,7 @@ class AdapterSlots:
             dtype: that the passes compute in.
             count: most adapters at once.
             rank: the largest of them.
-            placement: as the weights', one device's or a mesh's whose axis `TENSOR` splits them.
+            placement: as the weights', one device's or those of a mesh of `jaxsys.serve.split`.
         """
         self.config = config
         self.dtype = dtype
@@ -232,7 +232,7 @@ class AdapterSlots:
         if self._mesh is None:
             return self._placement, self._placement
         split, none = SPLIT.get(name), PartitionSpec()
-        last = PartitionSpec(None, None, TENSOR)
+        last = cut(2)
         specs = (last if split == "inputs" else none, last if split == "outputs" else none)
         return NamedSharding(self._mesh, specs[0]), NamedSharding(self._mesh, specs[1])
 
@@ -271,8 +271,7 @@ class AdapterSlots:
                 left, right = own[path]
                 span = slice(place * self.rank, place * self.rank + left.shape[1])
                 a[span], b[place][span] = left.T, right
-            devices = 1 if self._mesh is None else self._mesh.shape[TENSOR]
-            fused = fuse(self.config, module.name, b, devices)
+            fused = fuse(self.config, module.name, b, devices_of(self._mesh))
             table[module.name] = Pair(
                 cast(Any, a.astype(self.dtype)), fused.reshape(rank, -1).astype(self.dtype)
             )

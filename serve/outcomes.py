@@ -17,7 +17,7 @@ class TokenLogprobs(NamedTuple):
     """Place among all tokens by likelihood, from 1; 0 where it was not looked for."""
 
 
-class Outcome(NamedTuple):
+class Sampled(NamedTuple):
     """What one iteration sampled, in the order of `Iteration.sampling`."""
 
     tokens: list[int]
@@ -54,7 +54,7 @@ class Executor(Protocol):
         """
         ...
 
-    def collect(self, handle: Any) -> Outcome:
+    def collect(self, handle: Any) -> Sampled:
         """Waits for a dispatched iteration."""
         ...
 

@@ -41,7 +41,7 @@ CacheForm = Literal["fp8"]
 CACHE_FORMS: tuple[CacheForm, ...] = get_args(CacheForm)
 
 
-class LayerCache(NamedTuple):
+class LayerPages(NamedTuple):
     """One layer's keys and values, each [P, S, G, K]; or its latent vectors and key as `keys`.
 
     Scales [P, S, G] where they are float8.
@@ -66,7 +66,7 @@ class LayerCache(NamedTuple):
 
     def written(
         self, pages: jax.Array, offsets: jax.Array, k: jax.Array, v: jax.Array | None
-    ) -> "LayerCache":
+    ) -> "LayerPages":
         """With k and v [..., G, K] at their places [...]; those past the last page are dropped."""
         found = []
         for (pool, scales), fresh in zip(self.pools, (k, v), strict=False):
@@ -78,12 +78,12 @@ class LayerCache(NamedTuple):
         return _layer_cache(found)
 
 
-def _layer_cache(pools: list[tuple[jax.Array, jax.Array | None]]) -> LayerCache:
+def _layer_cache(pools: list[tuple[jax.Array, jax.Array | None]]) -> LayerPages:
     values, of_values = pools[1] if len(pools) > 1 else (None, None)
-    return LayerCache(pools[0][0], values, pools[0][1], of_values)
+    return LayerPages(pools[0][0], values, pools[0][1], of_values)
 
 
-Cache = tuple[LayerCache, ...]
+Cache = tuple[LayerPages, ...]
 
 Contents = Float[Array, "N W S G K"]
 """What some pages hold: each pool of each layer in turn, N = 2 * layers, or layers where latent.
@@ -110,7 +110,7 @@ def empty_cache(
 ) -> Cache:
     """Pools of zeros, each laid out by `placement`; of `dtype` without a form."""
 
-    def pools() -> LayerCache:
+    def pools() -> LayerPages:
         found: list[tuple[jax.Array, jax.Array | None]] = []
         for shape in layer_cache(config, config.kinds[0]).shapes:
             size = (page_count, page_size, *shape)

@@ -15,10 +15,10 @@ import collections
 from typing import Any, Protocol
 
 from jaxsys.serve.clock import Clock
-from jaxsys.serve.hooks import Governor
+from jaxsys.serve.hooks import AnyGovernor
 from jaxsys.serve.host_pages import Fetch
 from jaxsys.serve.iterations import Completion, Iteration
-from jaxsys.serve.outcomes import Outcome
+from jaxsys.serve.outcomes import Sampled
 from jaxsys.serve.requests import Request
 from jaxsys.serve.scheduler import Scheduler
 
@@ -59,13 +59,13 @@ class Owner(Protocol):
         ...
 
     def ended(
-        self, iteration: Iteration, outcome: Outcome | None, latency_s: float, now_s: float
+        self, iteration: Iteration, outcome: Sampled | None, latency_s: float, now_s: float
     ) -> None:
         """The device is done with an iteration, of which nothing else is told yet."""
         ...
 
     def completed(
-        self, iteration: Iteration, outcome: Outcome | None, completion: Completion, now_s: float
+        self, iteration: Iteration, outcome: Sampled | None, completion: Completion, now_s: float
     ) -> None:
         """What came of it."""
         ...
@@ -92,7 +92,7 @@ class Turns:
     def __init__(
         self,
         scheduler: Scheduler,
-        governor: Governor,
+        governor: AnyGovernor,
         clock: Clock,
         owner: Owner,
         *,
@@ -161,7 +161,7 @@ class Turns:
             return in_flight[0]
         return None
 
-    def end(self, outcome: Outcome | None) -> None:
+    def end(self, outcome: Sampled | None) -> None:
         """The oldest iteration in flight has ended, with these tokens (None in a replay)."""
         flight = self.in_flight.popleft()
         iteration = flight.iteration

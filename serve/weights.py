@@ -13,9 +13,8 @@ experts, V vocabulary, L layers, W devices of a mesh.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jaxsys import float8
-from jaxsys.axes import TENSOR
 from jaxsys.errors import UsageError
 from jaxsys.layered import Parameters
 from jaxsys.model import DecoderConfig
@@ -44,6 +42,7 @@ from jaxsys.serve.matrix import (
     quantised,
     way,
 )
+from jaxsys.serve.split import AXIS, FEEDS, SPLIT, check_tensor_parallel, devices_of, placed_as
 
 if TYPE_CHECKING:
     from jaxsys.serve.lora import AdaptedLayer
@@ -101,7 +100,7 @@ def serving_weights(
 
     Args:
         parameters: "blocks" may be a function that gives the layer of a number.
-        placement: one device's sharding, or a `NamedSharding` whose mesh has the axis `TENSOR`;
+        placement: one device's sharding, or a `NamedSharding` over a mesh of `jaxsys.serve.split`;
             where they lie if None.
         how: matrices lie and multiply; what suits the form and the device if None.
 
@@ -111,7 +110,7 @@ def serving_weights(
     ways = 1
     if isinstance(placement, NamedSharding) and isinstance(placement.mesh, Mesh):
         check_tensor_parallel(config, placement.mesh)
-        ways = placement.mesh.shape[TENSOR]
+        ways = devices_of(placement.mesh)
     edge, blocks = parameters["edge"], parameters["blocks"]
     if how is None:
         how = WIDENED if quantisation is None else way(quantisation, _device(placement))
@@ -135,14 +134,14 @@ def serving_weights(
         jax.block_until_ready(layers[-1])  # or the next is read while this one is still apart
     head = None
     if not config.tie_embeddings:
-        head = _place(form.of(edge["head"]["kernel"]), "outputs", placement)
+        head = placed_as(form.of(edge["head"]["kernel"]), "outputs", placement)
     bias = edge["norm"].get("bias")
     return ServingWeights(
-        embedding=_place(edge["embed"]["table"], PartitionSpec(), placement),
+        embedding=placed_as(edge["embed"]["table"], PartitionSpec(), placement),
         layers=tuple(layers),
-        norm=_place(edge["norm"]["scale"], PartitionSpec(), placement),
+        norm=placed_as(edge["norm"]["scale"], PartitionSpec(), placement),
         head=head,
-        norm_bias=None if bias is None else _place(bias, PartitionSpec(), placement),
+        norm_bias=None if bias is None else placed_as(bias, PartitionSpec(), placement),
     )
 
 
@@ -175,11 +174,9 @@ def _device(placement: Sharding | None) -> Any:
     return jax.devices()[0] if placement is None else next(iter(placement.device_set))
 
 
-_FEEDS = ("mlp", "shared")
-
 FUSED: Mapping[str, tuple[str, ...]] = {
     "qkv": ("attention/query", "attention/key", "attention/value"),
-    **{f"{name}/up": (f"{name}/gate", f"{name}/up") for name in _FEEDS},
+    **{f"{name}/up": (f"{name}/gate", f"{name}/up") for name in FEEDS},
 }
 """Matrices that are several kernels in one: those that there are, in this order."""
 
@@ -260,15 +257,12 @@ def _at(tree: Any, path: tuple[str, ...]) -> jax.Array:
 __all__ = [
     "FUSED",
     "QUANTISATIONS",
-    "SPLIT",
-    "TENSOR",
     "HeldFused",
     "LayerWeights",
     "Matrix",
     "Quantisation",
     "ServingWeights",
     "check_served",
-    "check_tensor_parallel",
     "fuse",
     "matmul",
     "serving_weights",
@@ -354,83 +348,14 @@ def check_served(config: DecoderConfig, max_length: int | None = None) -> None:
             )
 
 
-SPLIT: dict[str, Literal["inputs", "outputs"] | PartitionSpec] = {
-    "qkv": "outputs",
-    "qkv_bias": PartitionSpec(TENSOR, None, None),
-    "out": "inputs",
-    "attention/sinks": PartitionSpec(TENSOR, None),
-    "attention/query": "outputs",
-    "attention/query_up": "outputs",
-    "attention/latent_up": PartitionSpec(None, TENSOR, None),
-    **{f"{name}/up": "outputs" for name in _FEEDS},
-    **{f"{name}/up_bias": PartitionSpec(TENSOR, None, None) for name in _FEEDS},
-    **{f"{name}/down": "inputs" for name in _FEEDS},
-}
-"""How a mesh splits what it splits; all else is whole on each device. A matrix's scale follows its
-outputs, that of groups its inputs too."""
-
-
-def check_tensor_parallel(config: DecoderConfig, mesh: Mesh) -> None:
-    """Raises UsageError where the mesh's `TENSOR` axis does not divide heads and feed-forward."""
-    ways = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True)).get(TENSOR)
-    if ways is None:
-        raise UsageError(f"the mesh has axes {mesh.axis_names}; it needs one named {TENSOR!r}")
-    sizes = {name: getattr(config, name) for name in ("num_kv_heads", "vocab_size")}
-    if any(not kind.experts for kind in config.kinds):
-        sizes["intermediate_size"] = config.intermediate_size
-    if config.experts is not None:
-        sizes["hidden_size"] = config.hidden_size
-        sizes["experts intermediate_size"] = config.experts.intermediate_size
-        if config.experts.shared_size:
-            sizes["experts shared_size"] = config.experts.shared_size
-    common = math.gcd(*sizes.values())
-    if common % ways:
-        fitting = [str(n) for n in range(1, common + 1) if common % n == 0]
-        said = [f"{name}={value}" for name, value in sizes.items()]
-        raise UsageError(
-            f"tensor_parallel={ways} does not divide {', '.join(said[:-1])} and {said[-1]}; "
-            f"use {', '.join(fitting)}"
-        )
-
-
 def _place_layer(layer: LayerWeights, placement: Sharding | None) -> LayerWeights:
     whole = PartitionSpec()
 
     def placed(group: dict[str, Any]) -> dict[str, Any]:
-        return {
-            name: _place(value, SPLIT.get(name, whole), placement) for name, value in group.items()
-        }
+        named = group.items()
+        return {name: placed_as(one, SPLIT.get(name, whole), placement) for name, one in named}
 
     experts = layer.experts
     if experts is not None:
-        experts = expert_weights_placed(experts, placement, TENSOR)
+        experts = expert_weights_placed(experts, placement, AXIS)
     return LayerWeights(placed(layer.matrices), placed(layer.vectors), experts)
-
-
-def _place(node: Any, split: Any, placement: Sharding | None) -> Any:
-    """Puts a matrix or vector where it belongs; `split` says how a mesh cuts it."""
-    if placement is None:
-        return node
-    if not isinstance(placement, NamedSharding):
-        return jax.device_put(node, placement)
-    if not isinstance(node, Matrix):
-        return jax.device_put(node, NamedSharding(placement.mesh, split))
-    of_values, of_scale = _specs(node, split)
-    scale = node.scale
-    if scale is not None:
-        scale = jax.device_put(scale, NamedSharding(placement.mesh, of_scale))
-    values = jax.device_put(node.values, NamedSharding(placement.mesh, of_values))
-    return dataclasses.replace(node, values=values, scale=scale)
-
-
-def _specs(matrix: Matrix, split: Any) -> tuple[PartitionSpec, PartitionSpec]:
-    """How a matrix's values and scale are cut."""
-    if isinstance(split, PartitionSpec):
-        return split, PartitionSpec()
-    inputs = TENSOR if split == "inputs" else None
-    outputs = TENSOR if split == "outputs" else None
-    if matrix.packed:  # by whole groups, see `check_tensor_parallel`
-        return PartitionSpec(outputs, inputs, None), PartitionSpec(outputs, inputs)
-    if matrix.outputs_first:
-        return PartitionSpec(outputs, inputs), PartitionSpec(outputs)
-    return PartitionSpec(inputs, outputs), PartitionSpec(outputs)

@@ -1,11 +1,14 @@
 """`schedule="auto"`: asks the planner, and takes the fastest strategy that fits and can be run."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import jax.numpy as jnp
 
 from jaxsys import hardware
+from jaxsys.axes import parts_around, parts_within
 from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel, Parameters, PyTree
 from jaxsys.lowering import Recompute
@@ -26,8 +29,8 @@ class Choice:
 
     schedule: Schedule
     recompute: Recompute
-    members: int
-    """Devices that share each of its places."""
+    around: Mapping[str, int]
+    """Mesh axis -> devices along it, of those that share each of its places."""
     reason: str
     """In words: what was predicted, and what would be faster but cannot be run."""
 
@@ -171,7 +174,7 @@ def _fastest(
     )
     # Of devices that need each other within a task the caller has no layout.
     able = [row for row in found.rows if row.plan is None or not row.plan.joint]
-    able = [row for row in able if shared or row.members == 1]
+    able = [row for row in able if shared or row.plan is None or parts_within(row.plan) == 1]
     fitting = sorted((row for row in able if row.fits), key=lambda row: row.step_s)
     runnable = [row for row in fitting if row.not_run is None]
     if not runnable:
@@ -192,15 +195,17 @@ def _fastest(
         reason += (
             f"; {other.strategy} would take {other.step_s:.3g} s but is not run: {other.not_run}"
         )
-    name = best.strategy.partition(",")[0]  # of a ring, without the number of its members
+    name = best.strategy.partition(",")[0]  # of a ring, without the number of a place's devices
+    around = {} if best.plan is None else parts_around(best.plan)
+    each = math.prod(around.values())
     return Choice(
         schedule=for_layers(
             name,
-            devices=cluster.devices // best.members,
-            microbatches=microbatches // best.members,
+            devices=cluster.devices // each,
+            microbatches=microbatches // each,
             layers=workload.layers,
         ),
-        members=best.members,
+        around={axis: count for axis, count in around.items() if count > 1},
         recompute=cast(Recompute, best.recompute),
         reason=reason,
     )

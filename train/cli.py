@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxsys import float8 as eight_bits
-from jaxsys.axes import AROUND, CONTEXT
-from jaxsys.context import WAYS, ContextSplit
+from jaxsys.axes import AROUND
+from jaxsys.context import ContextSplit, with_split
 from jaxsys.errors import RunError, UsageError
 from jaxsys.files import check_writable
 from jaxsys.lowering import RECOMPUTE_POLICIES, lacks
@@ -86,18 +86,14 @@ def parser(prog: str) -> argparse.ArgumentParser:
     )
     for axis in AROUND.values():
         how.add_argument(f"--{axis.asked}", type=whole(), help=axis.help)
-    how.add_argument(
-        "--context-by",
-        choices=WAYS,
-        help="what travels between them: keys and values round a ring or to all at once, heads for "
-        "sequence, or heads among neighbours in a ring of such groups (default ring)",
-    )
-    how.add_argument(
-        "--context-exchange",
-        type=whole(),
-        metavar="U",
-        help="neighbours that exchange heads, with --context-by mixed",
-    )
+        for option in axis.more:
+            how.add_argument(
+                f"--{option.name.replace('_', '-')}",
+                type=str if option.choices else whole(),
+                choices=option.choices,
+                metavar=option.metavar,
+                help=option.help,
+            )
     how.add_argument(
         "--microbatches",
         type=whole(),
@@ -289,19 +285,18 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
         balance=arguments.balance,
     )
     config, tokenizer = start.config, start.tokenizer
+    around, split = asked_around(arguments)
     asked = AskedLayout(
         schedule=arguments.schedule,
         sequence_length=arguments.sequence_length,
-        around={
-            name: getattr(arguments, axis.asked) for name, axis in AROUND.items() if name != CONTEXT
-        },
+        around=around,
+        split=split,
         microbatches=arguments.microbatches,
         microbatch_size=arguments.microbatch_size,
         recompute=arguments.recompute,
         memory_gib=arguments.memory_gib,
         dtype=arguments.compute_dtype,
         gradient_dtype=arguments.gradient_dtype,
-        context=_context(arguments),
     )
     layout = lay_out(config, devices, asked)
     recipe = Recipe(
@@ -332,7 +327,7 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
         start.optimizer(recipe.optimizer()),
         schedule=layout.schedule,
         mesh=layout.mesh,
-        context=layout.context,
+        **layout.named,
         compute_dtype=recipe.compute_dtype,
         gradient_dtype=layout.gradient_dtype,
         recompute=layout.recompute,
@@ -419,16 +414,14 @@ def _lora(arguments: argparse.Namespace) -> Lora | None:
     return Lora(rank=rank, alpha=alpha, targets=tuple(targets or ()))
 
 
-def _context(arguments: argparse.Namespace) -> ContextSplit | None:
-    parts, by, exchange = arguments.context, arguments.context_by, arguments.context_exchange
-    if parts is None:
-        if by is not None or exchange is not None:
-            raise UsageError(
-                "--context-by and --context-exchange say what travels between the devices that "
-                "share a sequence; say how many with --context"
-            )
-        return None
-    return ContextSplit(parts=parts, by=by or "ring", exchange=exchange)
+def asked_around(
+    arguments: argparse.Namespace,
+) -> tuple[dict[str, int | None], ContextSplit | None]:
+    """What the command asks of axes around a ring and within its places, see `with_split`."""
+    return with_split(
+        {name: getattr(arguments, axis.asked) for name, axis in AROUND.items()},
+        {one.name: getattr(arguments, one.name) for axis in AROUND.values() for one in axis.more},
+    )
 
 
 def _read(path: str | None, start: Start) -> corpus.Corpus:

@@ -6,6 +6,7 @@ axis of their own (`state.layer_shardings`), and every device runs its share of 
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,12 +15,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxsys.axes import CONTEXT
+from jaxsys.axes import SHARING
 from jaxsys.context import ContextSplit
 from jaxsys.layered import LayeredModel, Parameters, PyTree, with_totals
 from jaxsys.lowering.flat import Leaves, flat_model
 from jaxsys.lowering.sequences import Sequences
-from jaxsys.mesh import context_of
 
 Sums = tuple[jax.Array, jax.Array]
 """(summed loss, weight)."""
@@ -40,14 +40,14 @@ def make_loss(
         mesh: of `jaxsys.mesh.make_mesh`.
         shardings: where the parameters lie.
         compute_dtype: of weights in use and activations.
-        context: how sequences lie over the mesh's CONTEXT axis, where it has one.
+        context: how sequences lie over devices that share them, where the mesh has such.
     """
     sequences, whole_model = Sequences(model=model, split=context), model
     model = model.over(context)
     specs = jax.tree.map(lambda sharding: sharding.spec, shardings)
     names = mesh.axis_names
-    rows_over = tuple(name for name in names if name != CONTEXT)  # whose rows are not the same
-    devices = mesh.size // context_of(mesh)
+    rows_over = tuple(name for name in names if name not in SHARING)
+    devices = math.prod(mesh.shape[name] for name in rows_over)
 
     def gather(leaf: jax.Array, spec: PartitionSpec, lead: int) -> jax.Array:
         leaf = leaf.astype(compute_dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf

@@ -8,8 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxsys.axes import AROUND, BATCH, CONTEXT, DATA, MEMBER
-from jaxsys.context import ContextSplit
+from jaxsys.axes import AROUND, BATCH, parts_around
+from jaxsys.context import ContextSplit, agreed_split
 from jaxsys.errors import UsageError
 from jaxsys.lowering import Recompute
 from jaxsys.mesh import make_mesh
@@ -44,10 +44,15 @@ class Layout:
     """In which gradients are summed and sent."""
     rows: int
     """Microbatches of a step, over all replicas."""
-    context: ContextSplit | None
+    split: ContextSplit | None
     """How each sequence lies over devices; None: it is whole on one."""
     reason: str | None
     """What the planner chose and why, or how the run differs from its plan, where it does."""
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """What a `Trainer` is asked for by name beside the mesh."""
+        return {} if self.split is None else {AROUND[self.split.axis].asked: self.split}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +64,7 @@ class AskedLayout:
     sequence_length: int | None = None
     """Tokens."""
     around: Mapping[str, int | None] = field(default_factory=dict)
-    """Mesh axis of `jaxsys.axes.AROUND` -> devices along it, that of `context` left aside."""
+    """Mesh axis of `jaxsys.axes.AROUND` -> devices along it, of those that are asked for."""
     microbatches: int | None = None
     """Of one ring and step."""
     microbatch_size: int | None = None
@@ -72,7 +77,7 @@ class AskedLayout:
     """Of compute."""
     gradient_dtype: str | None = None
     """In which gradients are summed and sent."""
-    context: ContextSplit | None = None
+    split: ContextSplit | None = None
     """How each sequence lies over devices."""
 
 
@@ -87,14 +92,15 @@ def lay_out(config: DecoderConfig, devices: list[Any], asked: AskedLayout) -> La
     Raises:
         UsageError: if the devices, the batch and the schedule do not fit together.
     """
-    schedule, microbatches, context = asked.schedule, asked.microbatches, asked.context
+    schedule, microbatches, split = asked.schedule, asked.microbatches, asked.split
     sequence_length, microbatch_size = asked.sequence_length, asked.microbatch_size
     recompute, dtype, gradient_dtype = asked.recompute, asked.dtype, asked.gradient_dtype
-    around = {name: asked.around.get(name) for name in AROUND if name != CONTEXT}
+    around = {name: asked.around.get(name) for name in AROUND}
     reason, of_ring = None, None
     if schedule is not None and plan_file.is_plan_file(schedule):
         planned = plan_file.read_plan(schedule, layers=config.num_layers)
-        says = schedules.around_of(planned.schedule)
+        says, read = parts_around(planned.schedule), planned.schedule
+        split = agreed_split(split, read, name=read.name, whole=f"the plan {schedule}")
         for name, mine, has in (
             *((AROUND[name].asked, mine, says[name]) for name, mine in around.items()),
             ("microbatch_size", microbatch_size, planned.microbatch_size),
@@ -105,12 +111,6 @@ def lay_out(config: DecoderConfig, devices: list[Any], asked: AskedLayout) -> La
                     f"{name}={mine}, but the plan {schedule} is for {name}={has}; leave it out, "
                     "or plan again"
                 )
-        if context is not None and context.parts > 1 and planned.schedule.context == 1:
-            raise UsageError(
-                f"context={context.parts}, but the plan {schedule} is for whole sequences; leave "
-                "it out, or name a schedule such as zero-3"
-            )
-        context = schedules.agreed_context(context, planned.schedule)
         around, microbatch_size = {**says}, planned.microbatch_size
         recompute = recompute or planned.recompute
         sequence_length = planned.sequence_length or sequence_length
@@ -128,7 +128,7 @@ def lay_out(config: DecoderConfig, devices: list[Any], asked: AskedLayout) -> La
         reason = "; ".join(differs) or None
     elif schedule is not None and schedule not in (*STRATEGIES, schedules.AUTO):
         read = schedules.read_schedule(schedule)
-        context = schedules.agreed_context(context, read)
+        split = agreed_split(split, read, name=read.name)
         around = {name: schedules.agreed(around[name], AROUND[name], read) for name in around}
         of_ring = read.devices
     dtype, gradient_dtype = dtype or DTYPE, gradient_dtype or DTYPE
@@ -138,13 +138,14 @@ def lay_out(config: DecoderConfig, devices: list[Any], asked: AskedLayout) -> La
         raise UsageError(
             f"sequence_length={length} is past the model's max_positions={config.max_positions}"
         )
+    if split is not None:
+        around[split.axis] = split.parts
     sizes = {name: 1 if count is None else count for name, count in around.items()}
-    sizes[CONTEXT] = 1 if context is None else context.parts
     for name, count in sizes.items():
         if count < 1:
             raise UsageError(f"{AROUND[name].asked}={count} must be at least 1")
-    if context is not None:
-        context.check_length(length)
+    if split is not None:
+        split.check_length(length)
     of_each = math.prod(sizes.values())
     if len(devices) % of_each:
         raise UsageError(f"{_said(sizes)} does not divide devices={len(devices)}")
@@ -154,7 +155,7 @@ def lay_out(config: DecoderConfig, devices: list[Any], asked: AskedLayout) -> La
             f"devices={len(devices)}, but schedule {str(schedule)!r} is for {of_ring * of_each}; "
             f"use devices={of_ring * of_each}"
         )
-    usual = "zero-3" if context is not None else "weipipe-interleave" if ring > 1 else "dp"
+    usual = "zero-3" if split is not None else "weipipe-interleave" if ring > 1 else "dp"
     chosen: str | Schedule = schedule or usual
     known = STRATEGIES.get(chosen) if isinstance(chosen, str) else None
     if ring == 1 and of_each > 1 and known is not None and known.placement is Placement.OWNER:
@@ -162,8 +163,8 @@ def lay_out(config: DecoderConfig, devices: list[Any], asked: AskedLayout) -> La
             f"{len(devices)} devices over {_said(sizes)} leave 1, and {chosen} goes from device to "
             f"device; use at least {2 * of_each}, or a schedule such as zero-3"
         )
-    if chosen == "auto" and of_each > sizes[DATA]:
-        more = _said({name: count for name, count in sizes.items() if name != DATA})
+    more = _said({name: count for name, count in sizes.items() if not AROUND[name].copies})
+    if chosen == "auto" and more:
         raise UsageError(
             "schedule 'auto' chooses for devices that each compute whole blocks; name a schedule "
             f"beside {more}, or have `jaxsys plan --plan FILE` split features"
@@ -188,8 +189,9 @@ def lay_out(config: DecoderConfig, devices: list[Any], asked: AskedLayout) -> La
         )
         chosen, recompute = choice.schedule, recompute or choice.recompute
         reason = choice.reason
-        # What was asked of one ring is shared by the members of each of its places.
-        sizes[MEMBER], ring, microbatches = choice.members, ring // choice.members, None
+        # What was asked of one ring is shared by the devices of each of its places.
+        sizes, microbatches = {**sizes, **choice.around}, None
+        ring //= math.prod(choice.around.values())
     resolved = schedules.resolve(
         chosen, devices=ring, layers=config.num_layers, microbatches=microbatches
     )
@@ -203,7 +205,7 @@ def lay_out(config: DecoderConfig, devices: list[Any], asked: AskedLayout) -> La
         gradient_dtype=gradient_dtype,
         rows=math.prod(sizes[name] for name in BATCH) * resolved.microbatches,
         reason=reason,
-        context=context,
+        split=split,
     )
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsys.axes import INNER, PIECES, SHARING
 from jaxsys.context import ContextSplit
 from jaxsys.errors import UsageError
 from jaxsys.hardware import free_host_bytes, gib
@@ -37,7 +38,7 @@ from jaxsys.lowering.memory import (
     tabled_bytes,
     tree_bytes,
 )
-from jaxsys.lowering.refusal import why_not_members
+from jaxsys.lowering.refusal import why_not_shared_places
 from jaxsys.lowering.sequences import Sequences
 from jaxsys.lowering.tables import buffers_of
 from jaxsys.planner.costs import cut, full_chunks
@@ -62,12 +63,26 @@ class StepShape:
     recompute: Recompute | tuple[Recompute, ...]
     unroll: bool = False
     """A chunk's layers are written out."""
-    inner: Mapping[str, int] = field(default_factory=dict)
-    """Axis of `jaxsys.axes.INNER` -> devices that compute a block together."""
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """Mesh axis of `jaxsys.axes.AROUND` -> devices along it."""
     context: ContextSplit | None = None
     """How each sequence lies over devices."""
-    members: int = 1
-    """Devices that share each place of a ring."""
+
+    @property
+    def around(self) -> dict[str, int]:
+        """`sizes`, with those that share each sequence."""
+        shared = {} if self.context is None else {self.context.axis: self.context.parts}
+        return {**self.sizes, **shared}
+
+    @property
+    def inner(self) -> dict[str, int]:
+        """Axis of `jaxsys.axes.INNER` -> devices that compute a block together."""
+        return {name: count for name, count in self.sizes.items() if name in INNER}
+
+    @property
+    def pieces(self) -> int:
+        """In how many pieces the devices of a place have what rests and travels there."""
+        return math.prod(count for name, count in self.sizes.items() if name in PIECES)
 
     @property
     def sharers(self) -> int:
@@ -84,7 +99,7 @@ class StepShape:
 
 def step_bytes(step: StepShape) -> float:
     """The most that any device is predicted to hold."""
-    split, inner = step.context, dict(step.inner)
+    split, inner = step.context, step.inner
     if split is not None:
         part = Sequences(model=step.model, split=split).part(step.microbatch)
         step = replace(step, model=step.model.over(split), microbatch=part)
@@ -156,14 +171,14 @@ def _step_bytes(step: StepShape) -> float:
     costs = Costs(
         forward_s=0.0,
         backward_s=0.0,
-        weight_bytes=[weighed(p, weight_of, longest_weight) / step.members for p in parts],
-        gradient_bytes=[weighed(p, gradient_of, longest_gradient) / step.members for p in parts],
+        weight_bytes=[weighed(p, weight_of, longest_weight) / step.pieces for p in parts],
+        gradient_bytes=[weighed(p, gradient_of, longest_gradient) / step.pieces for p in parts],
         activation_bytes=tree_bytes(x),
         residual_bytes=[kept(part) for part in parts],
         tap_bytes=[0.0 if sharded else longest * longest_of[policies[0]].tap for _ in parts],
     )
     in_place = 0.0
-    if step.members > 1:  # a layer's rows as they came, leaves of them, its gradient in rows
+    if step.pieces > 1:  # a layer's rows as they came, leaves of them, its gradient in rows
         in_place = 2 * longest_weight + longest_gradient
     # Chunks are as long as the longest where they rest; what pads them has its state too.
     rest = step.state_bytes
@@ -175,7 +190,7 @@ def _step_bytes(step: StepShape) -> float:
         )
         rest *= 1 + padded / tree_bytes((edge, blocks))
     around = Around(
-        rest=rest / state_share(schedule, step.sharers, step.members),
+        rest=rest / state_share(schedule, step.around),
         edge=tree_bytes(edge),
         edge_sums=tree_bytes(floats(edge), step.gradient_dtype),
         block=max(each.work for each in found.values()) + again + in_place,
@@ -194,14 +209,19 @@ def _step_bytes(step: StepShape) -> float:
     return float(tabled_bytes(schedule, buffers, size, around, unroll=step.unroll))
 
 
-def state_share(schedule: Schedule, sharers: int = 1, members: int = 1) -> int:
+def state_share(schedule: Schedule, around: Mapping[str, int]) -> int:
     """Over how many devices a schedule's state rests in parts.
 
-    So many `sharers` of each sequence, or `members` of a place of a ring, stand for one of its.
+    Args:
+        schedule: what is run.
+        around: mesh axis -> devices along it. Of those that share each sequence all stand for one
+            of the schedule's devices where its state rests in shards; of those that have pieces of
+            a place of a ring where it rests on owners.
     """
     if schedule.placement is Placement.REPLICATED:
         return 1
-    return schedule.devices * (sharers if schedule.placement is Placement.SHARDED else members)
+    axes = SHARING if schedule.placement is Placement.SHARDED else PIECES
+    return schedule.devices * math.prod(around.get(name, 1) for name in axes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,13 +252,11 @@ def limit_of(device: Any) -> Limit:
 
 
 def check_state_fits(
-    schedule: Schedule, state_bytes: float, limit: Limit, *, sharers: int = 1, members: int = 1
+    schedule: Schedule, state_bytes: float, limit: Limit, *, around: Mapping[str, int]
 ) -> None:
-    """Raises UsageError if masters and optimizer state do not fit as the schedule rests them.
-
-    `sharers` or `members` stand for one of the schedule's devices, see `state_share`.
-    """
-    split = state_share(schedule, sharers, members)
+    """Raises UsageError if masters and optimizer state do not fit as the schedule rests them, on
+    so many devices along the axes `around` it."""
+    split = state_share(schedule, around)
     if state_bytes / split > limit.bytes:
         raise UsageError(
             f"parameters and optimizer state of {schedule.name} take "
@@ -297,7 +315,7 @@ def _alternatives(step: StepShape) -> Iterator[tuple[str, StepShape]]:
             cut(step.model.layers, made.chunks)
         except UsageError:
             continue
-        if made.name != old.name and (step.members == 1 or why_not_members(made) is None):
+        if made.name != old.name and (step.pieces == 1 or why_not_shared_places(made) is None):
             yield f"{name} with recompute block", replace(step, schedule=made, recompute="block")
     sizes = {leaf.shape[0] for leaf in jax.tree.leaves(step.microbatch)}
     if all(size % 2 == 0 for size in sizes):

@@ -14,13 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxsys.axes import AROUND, CONTEXT, DATA, RING, Axis
-from jaxsys.context import ContextSplit
+from jaxsys.axes import AROUND, RING, Axis
+from jaxsys.context import ContextSplit, agreed_split, with_split
 from jaxsys.errors import UsageError, did_you_mean
 from jaxsys.files import MIB, read_text
 from jaxsys.lowering.refusal import why_not_lowered
-from jaxsys.mesh import context_of, inner_sizes, make_mesh, members_of, request_devices
-from jaxsys.planner.sharing import split_of as split_of_plan
+from jaxsys.mesh import inner_sizes, make_mesh, request_devices, sizes_around
 from jaxsys.schedule import Schedule, ScheduleError, check
 from jaxsys.strategies import STRATEGIES, for_layers
 from jaxsys.train.options import Compute
@@ -43,8 +42,9 @@ class Asked:
     devices: int | None
     """Of the ring; with a plan, of all that it plans for."""
     around: Mapping[str, int | None]
-    """Mesh axis of `jaxsys.axes.AROUND` -> devices along it, that of `context` left aside."""
-    context: ContextSplit | None
+    """Mesh axis of `jaxsys.axes.AROUND` -> devices along it."""
+    split: ContextSplit | None
+    """How each sequence lies over those that share it."""
     microbatches: int | None
     """Of one ring and step; of a ring of nodes, of one member of each."""
     compute: Compute
@@ -59,52 +59,13 @@ class Chosen:
     schedule: Schedule
     mesh: Mesh
     compute: Compute
-    context: ContextSplit | None = None
+    split: ContextSplit | None = None
     """How each sequence lies over devices, where it is said."""
-
-
-def split_of(context: int | ContextSplit | None) -> ContextSplit | None:
-    """What is asked of a context, whole: a number is of devices round which keys and values go."""
-    if context is None or isinstance(context, ContextSplit):
-        return context
-    if not isinstance(context, int) or isinstance(context, bool):
-        raise UsageError(
-            f"context={context!r} must be a number of devices, or a jaxsys.context.ContextSplit"
-        )
-    return ContextSplit(parts=context)
 
 
 def taken_from(named: dict[str, Any]) -> tuple[dict[str, int | None], ContextSplit | None]:
     """Takes out of options what they say of axes, by the names that `AROUND` has for them."""
-    asked = {name: named.pop(axis.asked, None) for name, axis in AROUND.items()}
-    return asked, split_of(asked.pop(CONTEXT))
-
-
-def around_of(schedule: Schedule) -> dict[str, int]:
-    """Mesh axis -> devices along it that a schedule is planned for, `CONTEXT` left aside."""
-    return {name: getattr(schedule, axis.name) for name, axis in AROUND.items() if name != CONTEXT}
-
-
-def said_by(schedule: Schedule) -> ContextSplit | None:
-    """How sequences lie over devices in a schedule; None where it has each whole on one."""
-    return split_of_plan(schedule.context, schedule.context_by, schedule.context_exchange)
-
-
-def agreed_context(asked: ContextSplit | None, schedule: Schedule) -> ContextSplit | None:
-    """How sequences lie, which what a schedule says may not contradict.
-
-    Raises:
-        UsageError: if it does.
-    """
-    says = said_by(schedule)
-    if asked is None or says is None:
-        return says if asked is None else asked
-    if (asked.parts, asked.by, asked.exchange) != (says.parts, says.by, says.exchange):
-        raise UsageError(
-            f"context={asked.parts} ({asked.by}), but schedule {schedule.name} is planned for "
-            f"context={says.parts} ({says.by}); leave it out, or plan again"
-        )
-    return asked
+    return with_split({name: named.pop(axis.asked, None) for name, axis in AROUND.items()})
 
 
 def choose(asked: Asked, *, layers: int) -> Chosen:
@@ -121,7 +82,7 @@ def choose(asked: Asked, *, layers: int) -> Chosen:
     elif not isinstance(read, Schedule) and read not in STRATEGIES:
         read = read_schedule(read)
     if isinstance(read, Schedule):
-        asked = replace(asked, context=agreed_context(asked.context, read))
+        asked = replace(asked, split=agreed_split(asked.split, read, name=read.name))
     if isinstance(asked.schedule, Schedule) and (refused := why_not_lowered(asked.schedule)):
         raise UsageError(refused)
     if planned is not None:
@@ -132,22 +93,24 @@ def choose(asked: Asked, *, layers: int) -> Chosen:
     resolved = resolve(
         read, devices=mesh.shape[RING], layers=layers, microbatches=asked.microbatches
     )
-    return Chosen(schedule=resolved, mesh=mesh, compute=compute, context=asked.context)
+    return Chosen(schedule=resolved, mesh=mesh, compute=compute, split=asked.split)
 
 
 def mesh_of(asked: Asked) -> Mesh:
     """The mesh where a schedule is still to be chosen: as given, or one ring."""
     mesh = _mesh(asked, None)
-    if context_of(mesh) > 1:
-        raise UsageError(
-            f"schedule 'auto' chooses for whole sequences, not for context={context_of(mesh)}; "
-            "name a schedule such as zero-3"
-        )
-    if members_of(mesh) > 1:
-        raise UsageError(
-            f"schedule 'auto' finds by itself which devices share a place of a ring; leave "
-            f"members={members_of(mesh)} out, or name a schedule such as weipipe-keep"
-        )
+    for axis, count in sizes_around(mesh).items():
+        said = f"{AROUND[axis].asked}={count}"
+        if AROUND[axis].shares:
+            raise UsageError(
+                f"schedule 'auto' chooses for whole sequences, not for {said}; name a schedule "
+                "such as zero-3"
+            )
+        if AROUND[axis].within and AROUND[axis].batch:
+            raise UsageError(
+                f"schedule 'auto' finds by itself which devices share a place of a ring; leave "
+                f"{said} out, or name a schedule such as weipipe-keep"
+            )
     if inner := inner_sizes(mesh):
         said = ", ".join(f"{name}={count}" for name, count in inner.items())
         raise UsageError(
@@ -213,12 +176,7 @@ def _planned(schedule: Any, layers: int) -> PlannedRun | None:
 def _mesh(asked: Asked, schedule: Schedule | None) -> Mesh:
     """The mesh given, or one as asked; refused where it is not as the schedule says."""
     mesh, devices = asked.mesh, asked.devices
-    wanted = {
-        name: agreed(asked.around.get(name), axis, schedule)
-        for name, axis in AROUND.items()
-        if name != CONTEXT
-    }
-    wanted[CONTEXT] = 1 if asked.context is None else asked.context.parts
+    wanted = {name: agreed(asked.around.get(name), axis, schedule) for name, axis in AROUND.items()}
     around = math.prod(wanted.values())
     if mesh is None:
         if schedule is not None:
@@ -237,7 +195,7 @@ def _mesh(asked: Asked, schedule: Schedule | None) -> Mesh:
     for axis, count in wanted.items():
         have = mesh.shape.get(axis, 1)
         if count > 1 and have != count:
-            if axis == DATA and schedule is not None:
+            if AROUND[axis].copies and schedule is not None:
                 raise UsageError(
                     f"the mesh has {have} rings, but schedule {schedule.name} is planned for "
                     f"{count} side by side; use make_mesh({schedule.devices}, {count}), or plan "
@@ -252,7 +210,9 @@ def _mesh(asked: Asked, schedule: Schedule | None) -> Mesh:
 
 def _said(ring: int, wanted: Mapping[str, int]) -> str:
     """How devices are divided, in words."""
-    parts = f"{wanted[DATA]} replicas of {ring}" if wanted[DATA] > 1 else f"{ring}"
+    beside = {name: count for name, count in wanted.items() if AROUND[name].copies and count > 1}
+    parts = "".join(f"{count} {AROUND[name].name} of " for name, count in beside.items())
+    parts += f"{ring}"
     each = math.prod(count for name, count in wanted.items() if AROUND[name].within)
     return f"{parts}, each of {each}" if each > 1 else parts
 

@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsys.layered import Parameters, PyTree
-from jaxsys.lowering import Outcome
+from jaxsys.lowering import LossAndGradients
 from jaxsys.mesh import inner_sizes, over, shard_axes
 
 Names = tuple[str, ...]
@@ -57,7 +57,7 @@ class RunnableStep(Protocol):
     def in_rest_order(self, parameters: Any) -> Any: ...
     def from_rest(self, parameters: Any) -> Any: ...
     def batch_shardings(self, batch: Any) -> Any: ...
-    def loss_and_gradients(self, parameters: Any, batch: Any) -> Outcome: ...
+    def loss_and_gradients(self, parameters: Any, batch: Any) -> LossAndGradients: ...
 
 
 def path_names(path: tuple[Any, ...]) -> Names:

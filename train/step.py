@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from jaxsys.errors import UsageError
 from jaxsys.layered import Parameters, PyTree
-from jaxsys.lowering import Outcome
+from jaxsys.lowering import LossAndGradients
 from jaxsys.train.rules import RuleAtRest
 from jaxsys.train.state import AveragedState, RunnableStep, State
 
@@ -81,7 +81,7 @@ class StepParts:
     norms) is an optax transformation's work: `update` runs it on the user's own tree.
     """
 
-    loss_and_gradients: Callable[[Parameters, PyTree], Outcome]
+    loss_and_gradients: Callable[[Parameters, PyTree], LossAndGradients]
     """(parameters, batch) -> the schedule's loss, gradients, weight and metrics."""
     update: Callable[[Parameters, PyTree, Parameters], tuple[Parameters, PyTree]]
     """(gradients, optimizer state, parameters) -> the optimizer's parameters and state."""

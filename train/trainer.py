@@ -20,13 +20,13 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxsys
-from jaxsys.axes import DATA, RING
+from jaxsys.axes import AROUND, RING
 from jaxsys.errors import RunError, UsageError
 from jaxsys.hardware import GIB
 from jaxsys.layered import LayeredModel, Parameters, PyTree, part_shapes, parts_of
 from jaxsys.lowering import RECOMPUTE_POLICIES, Recompute, lower
 from jaxsys.lowering.memory import tree_bytes
-from jaxsys.mesh import batch_axes, batch_parts, context_of, inner_sizes, make_mesh, members_of
+from jaxsys.mesh import batch_axes, batch_parts, inner_sizes, make_mesh, sizes_around
 from jaxsys.schedule import Schedule
 from jaxsys.train import auto, checkpoint, schedules
 from jaxsys.train.at_rest import Given, StateAtRest, shapes_of
@@ -114,7 +114,7 @@ class Trainer:
                 f"the model is a {type(model).__name__}; take it apart first: from_nnx, from_linen "
                 "or from_function of jaxsys.train give model and parameters"
             )
-        around, context = schedules.taken_from(named)
+        around, split = schedules.taken_from(named)
         given: Any = (compute or Compute(), updates or Updates(), memory or Memory())
         groups: Any = with_fields((*given, about or About()), named, beside=schedules.ASKED_AROUND)
         chosen_compute, self._updates, self._memory, self._about = groups
@@ -125,7 +125,7 @@ class Trainer:
             mesh=mesh,
             devices=devices,
             around=around,
-            context=context,
+            split=split,
             microbatches=microbatches,
             compute=chosen_compute,
             named=frozenset(named),
@@ -175,10 +175,10 @@ class Trainer:
             shared=asked.mesh is None and self._memory.microbatch is not None,
         )
         self.chosen = choice.reason
-        if choice.members > 1:
-            devices = list(self.mesh.devices.flat)
-            ring, data = self.mesh.shape[RING] // choice.members, self.mesh.shape[DATA]
-            self.mesh = make_mesh(ring, data, member=choice.members, devices=devices)
+        if choice.around:
+            devices, sizes = list(self.mesh.devices.flat), {**self.mesh.shape, **choice.around}
+            ring = sizes.pop(RING) // math.prod(choice.around.values())
+            self.mesh = make_mesh(ring, devices=devices, **sizes)
         self._set_up(
             schedules.Chosen(
                 schedule=choice.schedule,
@@ -199,7 +199,7 @@ class Trainer:
             "gradient_dtype": compute.gradient_dtype,
             "recompute": compute.recompute,
             "unroll": compute.unroll,
-            "context": chosen.context,
+            "context": chosen.split,
         }
         self._lowered = lower(self.schedule, self.model, self.mesh, **options)
         self._rest = StateAtRest(
@@ -212,13 +212,8 @@ class Trainer:
         )
         if self._memory.microbatch is None:
             needed = self._state_bytes * self._share
-            check_state_fits(
-                self.schedule,
-                needed,
-                self._limit,
-                sharers=context_of(self.mesh),
-                members=members_of(self.mesh),
-            )
+            around = sizes_around(self.mesh)
+            check_state_fits(self.schedule, needed, self._limit, around=around)
         else:
             self._check_memory(self._memory.microbatch)
         self.state = self._rest.initial(self._parameters)
@@ -438,9 +433,7 @@ class Trainer:
             made_with={
                 "schedule": self.schedule.name,
                 "ring": self.mesh.shape[RING],
-                "data": self.mesh.shape[DATA],
-                "context": context_of(self.mesh),
-                "members": members_of(self.mesh),
+                **{name: self.mesh.shape.get(name, 1) for name in AROUND},
                 "jaxsys": jaxsys.__version__,
                 "jax": jax.__version__,
             },
@@ -563,9 +556,8 @@ class Trainer:
                     gradient_dtype=self._lowered.gradient_dtype,
                     recompute=self.recompute,
                     unroll=self.unroll,
-                    inner=inner_sizes(self.mesh),
+                    sizes=sizes_around(self.mesh),
                     context=self._lowered.context,
-                    members=members_of(self.mesh),
                 ),
                 self._limit,
             )

@@ -11,6 +11,7 @@ ring of R groups, and the u-th of group r holds the u-th parts of pieces r and 2
 Legend: P devices, U of them exchange heads, R = P / U groups, T tokens of a whole sequence.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +20,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
-from jaxsys.axes import CONTEXT
+from jaxsys.axes import CONTEXT, WAYS, DividedAround, Way
 from jaxsys.errors import UsageError
-from jaxsys.schedule.inside import WAYS, Way, exchanging, why_not_shared
+from jaxsys.schedule.inside import exchanging, why_not_shared
 
-__all__ = ["WAYS", "ContextSplit", "Way", "order_of"]
+__all__ = ["WAYS", "ContextSplit", "Way", "order_of", "said_by", "split_of", "splits_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,6 +145,25 @@ class ContextSplit:
         starts = self.starts(self.device(), half)
         found = [lax.dynamic_slice_in_dim(whole, start, half, axis) for start in starts]
         return jnp.concatenate(found, axis=axis)
+
+
+def said_by(parts: DividedAround) -> ContextSplit | None:
+    """How sequences lie over devices in a plan or schedule; None where it has each whole on one."""
+    return split_of(parts.context, parts.context_by, parts.context_exchange)
+
+
+@functools.lru_cache(maxsize=1024)
+def split_of(parts: int, by: str, exchange: int | None) -> ContextSplit | None:
+    """How sequences lie over so many devices; None where each is whole on one."""
+    way: Any = by
+    return ContextSplit(parts=parts, by=way, exchange=exchange) if parts > 1 else None
+
+
+def splits_of(parts: int) -> tuple[ContextSplit, ...]:
+    """All ways for so many devices, two or more, to share sequences."""
+    plain = tuple(ContextSplit(parts=parts, by=by) for by in WAYS if by != "mixed")
+    between = (u for u in range(2, parts) if parts % u == 0)
+    return (*plain, *(ContextSplit(parts=parts, by="mixed", exchange=u) for u in between))
 
 
 def order_of(split: ContextSplit, length: int) -> list[int]:

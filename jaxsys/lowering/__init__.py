@@ -1,6 +1,6 @@
 """From a Schedule to one jitted `shard_map` step."""
 
-from .base import Outcome
+from .base import LossAndGradients
 from .programs import RECOMPUTE_POLICIES, Recompute
 from .sharded import ShardedStep, lower_sharded
 from .step import LoweredStep, lower
@@ -8,8 +8,8 @@ from .xla import lacks
 
 __all__ = [
     "RECOMPUTE_POLICIES",
+    "LossAndGradients",
     "LoweredStep",
-    "Outcome",
     "Recompute",
     "ShardedStep",
     "lacks",

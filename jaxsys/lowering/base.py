@@ -9,7 +9,7 @@ is cut along their axis, all step long, and what is not cut has its gradient sum
 
 import math
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -18,18 +18,16 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxsys.axes import AROUND, CONTEXT, DATA, MEMBER, RING
+from jaxsys.axes import ALWAYS, AROUND, RING
 from jaxsys.context import ContextSplit
-from jaxsys.context.fused import why_not_fused
+from jaxsys.context.agreed import split_on
 from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel, Parameters, Parts, PyTree, parts_of
 from jaxsys.mesh import (
     axes_of,
     batch_axes,
     batch_parts,
-    context_of,
     inner_sizes,
-    members_of,
     over,
     ring_axis,
     shard_axes,
@@ -37,11 +35,12 @@ from jaxsys.mesh import (
 from jaxsys.schedule import Placement, Schedule
 
 from .flat import Leaves, cast, floats, is_float
+from .place import by_places, gather_by_places, reduce_by_places
 from .sequences import Sequences
 from .xla import CPU_COMPILER_OPTIONS, gpu_compiler_options
 
 
-class Outcome(NamedTuple):
+class LossAndGradients(NamedTuple):
     """What one pass over a batch finds."""
 
     loss: jax.Array
@@ -99,11 +98,6 @@ class Step:
     def sequences(self) -> Sequences:
         """What of a batch is cut, and how."""
         return Sequences(model=self.model, split=self.context)
-
-    @property
-    def members(self) -> int:
-        """How many devices share each place of the ring."""
-        return members_of(self.mesh)
 
     @property
     def shard_axes(self) -> tuple[str, ...]:
@@ -166,10 +160,10 @@ class Step:
                 )
         self.sequences.check(batch)
 
-    def outcome_specs(self, specs: Parameters) -> Outcome:
+    def outcome_specs(self, specs: Parameters) -> LossAndGradients:
         """PartitionSpecs of what a step returns, from those of parameters at rest."""
         whole: Any = PartitionSpec()
-        return Outcome(loss=whole, gradients=specs, weight=whole, metrics=whole)
+        return LossAndGradients(loss=whole, gradients=specs, weight=whole, metrics=whole)
 
     # Inside shard_map, where shapes are per device.
 
@@ -180,8 +174,8 @@ class Step:
             axis = ring_axis(spec)
             if axis is None:
                 return leaf
-            if spec[axis] == (RING, MEMBER):
-                return gather_by_nodes(leaf, axis)
+            if by_places(spec[axis]):
+                return gather_by_places(leaf, axis)
             return lax.all_gather(leaf, spec[axis], axis=axis, tiled=True)
 
         return jax.tree.map(gather, cast(edge, self.compute_dtype), specs)
@@ -198,8 +192,8 @@ class Step:
             axis = ring_axis(spec)
             if axis is None:
                 return lax.psum(total, RING) / weight
-            if spec[axis] == (RING, MEMBER):
-                return reduce_by_nodes(total, axis, at_rest.shape[axis]) / weight
+            if by_places(spec[axis]):
+                return reduce_by_places(total, axis, at_rest.shape[axis]) / weight
             return lax.psum_scatter(total, spec[axis], scatter_dimension=axis, tiled=True) / weight
 
         rest = iter(sums)
@@ -231,9 +225,9 @@ class Step:
 
 def check_fit(schedule: Schedule, model: LayeredModel, mesh: Mesh) -> None:
     """Raises UsageError unless mesh and layers fit the schedule."""
-    for axis in (DATA, RING):
+    for axis in ALWAYS:
         if axis not in mesh.axis_names:
-            raise UsageError(f"mesh axes are {mesh.axis_names}; a step needs {(DATA, RING)}")
+            raise UsageError(f"mesh axes are {mesh.axis_names}; a step needs {ALWAYS}")
     if mesh.shape[RING] != schedule.devices:
         raise UsageError(
             f"mesh axis {RING!r} has {mesh.shape[RING]} devices but schedule {schedule.name} "
@@ -242,8 +236,8 @@ def check_fit(schedule: Schedule, model: LayeredModel, mesh: Mesh) -> None:
     parts_of(model, inner_sizes(mesh))
     for name, axis in AROUND.items():
         count, ways = getattr(schedule, axis.name), mesh.shape.get(name, 1)
-        # Any number of replicas may stand around; of a context `context_on` says more.
-        if name not in (DATA, CONTEXT) and count not in (1, ways):
+        # Any number of copies may stand around; how sequences lie `context_on` has seen.
+        if not (axis.copies or axis.shares) and count not in (1, ways):
             raise UsageError(
                 f"schedule {schedule.name} is planned for {axis.name} over {count} devices, the "
                 f"mesh has {name}={ways}; use make_mesh(..., {name}={count})"
@@ -255,62 +249,17 @@ def check_fit(schedule: Schedule, model: LayeredModel, mesh: Mesh) -> None:
         )
 
 
-def gather_by_nodes(leaf: jax.Array, axis: int) -> jax.Array:
-    """A leaf cut along `axis` over ring and members, whole: between nodes each piece goes once.
-
-    Members gather their own pieces of all nodes, then each other's.
-    """
-    parts = lax.all_gather(leaf, RING, axis=axis)  # [..., N, n, ...]
-    parts = lax.all_gather(parts, MEMBER, axis=axis + 1)  # [..., N, D, n, ...]
-    size = math.prod(parts.shape[axis : axis + 3])
-    return parts.reshape(*leaf.shape[:axis], size, *leaf.shape[axis + 1 :])
-
-
-def reduce_by_nodes(total: jax.Array, axis: int, size: int) -> jax.Array:
-    """`gather_by_nodes` undone, with the sum over all: first inside nodes, then between them.
-
-    Args:
-        total: whole, each device's own.
-        axis: along which it is cut.
-        size: of a piece.
-    """
-    nodes, members = lax.axis_size(RING), lax.axis_size(MEMBER)
-    before, after = total.shape[:axis], total.shape[axis + 1 :]
-    parts = total.reshape(*before, nodes, members, size, *after)
-    parts = lax.psum_scatter(parts, MEMBER, scatter_dimension=axis + 1)
-    return lax.psum_scatter(parts, RING, scatter_dimension=axis)
-
-
 def context_on(
     mesh: Mesh, model: LayeredModel, schedule: Schedule, asked: ContextSplit | None
 ) -> ContextSplit | None:
-    """How sequences lie over a mesh: as asked, as the schedule says, or round a ring where the mesh
-    has such an axis.
+    """How sequences lie over a mesh, see `jaxsys.context.agreed.split_on`.
 
     Raises:
-        UsageError: if what is asked is for another number of devices, or the model cannot be cut.
+        UsageError: if what is asked is for something else, or the model cannot be cut.
     """
-    parts = context_of(mesh)
-    if schedule.context > 1:
-        way: Any = schedule.context_by
-        says = ContextSplit(parts=schedule.context, by=way, exchange=schedule.context_exchange)
-        asked = asked or says
-        if (asked.parts, asked.by, asked.exchange) != (says.parts, says.by, says.exchange):
-            raise UsageError(
-                f"context={asked.parts} ({asked.by}), but schedule {schedule.name} is planned for "
-                f"context={says.parts} ({says.by}); leave it out, or plan again"
-            )
-    if asked is not None and asked.parts != parts:
-        raise UsageError(
-            f"context={asked.parts}, but the mesh has {parts} device(s) for each sequence; use "
-            f"make_mesh(..., {CONTEXT}={asked.parts})"
-        )
-    if parts == 1:
-        return None
-    split = asked or ContextSplit(parts=parts)
-    here = jax.local_devices()[0]  # where GPUs are compiled for ahead, this one stands for them
-    split = replace(split, fused=split.fused and why_not_fused(here) is None)
-    model.over(split)
+    split = split_on(mesh, schedule, asked, name=schedule.name)
+    if split is not None:
+        model.over(split)
     return split
 
 
@@ -357,14 +306,6 @@ def spec_of(names: list[Any]) -> PartitionSpec:
 def add_to(totals: Leaves, parts: Leaves) -> Leaves:
     """`totals` + `parts` in the dtypes of `totals`."""
     return [t + p.astype(t.dtype) for t, p in zip(totals, parts, strict=True)]
-
-
-def cut_axis(spec: PartitionSpec, name: str) -> int | None:
-    """Along which axis of one layer a stack's spec cuts it over a mesh axis."""
-    for axis, entry in enumerate(spec[1:]):
-        if name in (entry if isinstance(entry, tuple) else (entry,)):
-            return axis
-    return None
 
 
 def is_spec(value: Any) -> bool:

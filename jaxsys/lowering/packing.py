@@ -15,54 +15,24 @@ Legend: D devices of a place, n elements of a row.
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from jaxsys.axes import MEMBER
 from jaxsys.layered import BlockFunction, Layer, LayeredModel, PyTree
 
 from .flat import Leaves, floats, is_float, with_floats
+from .place import SharedPlace
 
 Row = list[jax.Array]
 """A layer's leaves in rows [..., size], one for each dtype; gradients have rows of floats alone."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """How the members of a place of a ring share a layer."""
-
-    axes: Mapping[str, list[int | None]]
-    """Kind -> along which axis each leaf of a layer is cut; None: each member has all of it."""
-    members: int
-    """D."""
-    sum_dtype: Any
-    """In which gradients are summed over members."""
-
-    def joined(self, axis: int | None, pieces: jax.Array) -> jax.Array:
-        """A leaf's pieces [D, *shape] -> the leaf."""
-        if axis is None:
-            return pieces[0]
-        shape = pieces.shape[1:]
-        whole = (*shape[:axis], self.members * shape[axis], *shape[axis + 1 :])
-        return jnp.moveaxis(pieces, 0, axis).reshape(whole)
-
-    def cut(self, axis: int | None, leaf: jax.Array) -> jax.Array:
-        """A leaf -> what each member is given of it [D, *shape]."""
-        if axis is None:
-            return jnp.broadcast_to(leaf, (self.members, *leaf.shape))
-        size = leaf.shape[axis] // self.members
-        apart = (*leaf.shape[:axis], self.members, size, *leaf.shape[axis + 1 :])
-        return jnp.moveaxis(leaf.reshape(apart), axis, 0)
-
-
 class Packing:
     """How a layer's leaves lie in rows, by kind."""
 
-    def __init__(self, layers: Mapping[str, PyTree], *, place: Place | None = None) -> None:
+    def __init__(self, layers: Mapping[str, PyTree], *, place: SharedPlace | None = None) -> None:
         """Lays them out.
 
         Args:
@@ -129,11 +99,11 @@ class Packing:
         """Rows [n] -> whole leaves; floats among them are for `_whole_floats` to say."""
         if self._place is None:
             return self.unpack(kind, rows)
-        # Constants come from other members too; floats, which are replaced, from none.
+        # Constants come from other devices too; floats, which are replaced, from none.
         gathered = [
-            jnp.broadcast_to(row, (self._place.members, *row.shape))
+            jnp.broadcast_to(row, (self._place.devices, *row.shape))
             if is_float(row)
-            else lax.all_gather(row, MEMBER)
+            else self._place.gathered(row)
             for row in rows
         ]
         leaves = jax.tree.leaves(self.unpack(kind, gathered))
@@ -145,7 +115,7 @@ class Packing:
         """Rows of floats [n] -> whole leaves of floats."""
         if self._place is None:
             return self.unpack_gradient(kind, floating)
-        pieces = self.unpack_gradient(kind, [lax.all_gather(row, MEMBER) for row in floating])
+        pieces = self.unpack_gradient(kind, [self._place.gathered(row) for row in floating])
         pairs = zip(self._float_axes(kind), pieces, strict=True)
         return [self._place.joined(axis, leaf) for axis, leaf in pairs]
 
@@ -156,10 +126,7 @@ class Packing:
             return self.pack_gradient(kind, leaves)
         pairs = zip(self._float_axes(kind), leaves, strict=True)
         rows = self.pack_gradient(kind, [place.cut(axis, leaf) for axis, leaf in pairs])
-        # A sum over members in the dtype of one product would round once for each of them.
-        return [
-            lax.psum_scatter(row.astype(place.sum_dtype), MEMBER).astype(row.dtype) for row in rows
-        ]
+        return [place.summed(row) for row in rows]
 
     def _float_axes(self, kind: str) -> list[int | None]:
         assert self._place is not None

@@ -29,7 +29,7 @@ def why_not_lowered(schedule: Schedule) -> str | None:
     return None
 
 
-def why_not_members(schedule: Schedule) -> str | None:
+def why_not_shared_places(schedule: Schedule) -> str | None:
     """Why the devices of a node do not share the chunks of a legal schedule; None if they do."""
     if any(
         move.kind is MoveKind.PERMUTE and move.block.data is Data.WEIGHT for move in schedule.moves

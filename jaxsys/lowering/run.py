@@ -18,15 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxsys.axes import MEMBER, RING
+from jaxsys.axes import RING
 from jaxsys.layered import Parameters, PyTree
 from jaxsys.schedule import Data, MoveKind, Placement, TaskKind
 
-from .base import Outcome, Step, add_to, cut_axis, is_spec
+from .base import LossAndGradients, Step, add_to, is_spec
 from .bodies import BufferKey, GroupSignature, Segment, TaskSignature, TickSignature
 from .flat import Leaves, cast, flat_model, floats, head_back, is_float, like, pull_back
 from .kinds import RestOrder
-from .packing import Packing, Place
+from .packing import Packing
+from .place import WITHIN, SharedPlace, shared_place
 from .programs import ChunkProgram, Recompute, SplitChunkProgram, chunk_program
 from .tables import Tables
 
@@ -130,17 +131,11 @@ class Run:
         return self.finish(state, parameters)
 
     @property
-    def place(self) -> "Place | None":
-        """How the members of a place share a layer; None where each place is one device."""
-        if self.lowered.members == 1:
-            return None
+    def place(self) -> "SharedPlace | None":
+        """How the devices of a place share a layer; None where each place is one device."""
         stacks = self.model.stacks(self.specs["blocks"])
         specs = {kind: jax.tree.leaves(stack, is_leaf=is_spec) for kind, stack in stacks.items()}
-        return Place(
-            axes={kind: [cut_axis(s, MEMBER) for s in mine] for kind, mine in specs.items()},
-            members=self.lowered.members,
-            sum_dtype=self.lowered.gradient_dtype,
-        )
+        return shared_place(self.lowered.mesh, specs, self.lowered.gradient_dtype)
 
     def initial_state(self, own: PyTree, chunk: PyTree) -> _State:
         lowered, slots = self.lowered, self.tables.slots
@@ -442,7 +437,7 @@ class Run:
             lambda leaf: lax.dynamic_index_in_dim(leaf, index, 0, keepdims=False), self.batch
         )
 
-    def finish(self, state: _State, parameters: Parameters) -> Outcome:
+    def finish(self, state: _State, parameters: Parameters) -> LossAndGradients:
         loss, weight, metrics = self.lowered.over_all(state.scores)
         if self.schedule.placement is Placement.REPLICATED:
             sums = state.reduced
@@ -463,8 +458,7 @@ class Run:
 
         def block_gradient(total: jax.Array, at_rest: jax.Array, spec: Any) -> jax.Array:
             total = total.reshape(at_rest.shape).astype(at_rest.dtype)
-            # A place's members have added theirs in every task.
-            return self.lowered.over_others(total, spec, done=(MEMBER,)) / weight
+            return self.lowered.over_others(total, spec, done=WITHIN) / weight
 
         def of_kind(kind: str, stack: PyTree) -> PyTree:
             specs = jax.tree.leaves(self.model.stacks(self.specs["blocks"])[kind], is_leaf=is_spec)
@@ -477,7 +471,7 @@ class Run:
             kind: of_kind(kind, stack)
             for kind, stack in self.model.stacks(parameters["blocks"]).items()
         }
-        return Outcome(
+        return LossAndGradients(
             loss=loss / weight,
             gradients=Parameters(
                 edge=self.lowered.reduce_edge(

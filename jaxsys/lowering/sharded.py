@@ -38,7 +38,7 @@ from jaxsys.mesh import batch_axes
 from jaxsys.schedule import Placement, Schedule, check
 from jaxsys.strategies import RECOMPUTES
 
-from .base import Outcome, Step, check_fit, context_on, sharded_spec
+from .base import LossAndGradients, Step, check_fit, context_on, sharded_spec
 from .programs import Recompute
 from .refusal import why_not_lowered
 from .sharded_run import Run
@@ -129,7 +129,7 @@ class ShardedStep(Step):
         """The parameters in layer order, which is the order they rest in."""
         return parameters
 
-    def loss_and_gradients(self, parameters: Parameters, batch: PyTree) -> Outcome:
+    def loss_and_gradients(self, parameters: Parameters, batch: PyTree) -> LossAndGradients:
         """The step's loss, gradients and metrics; trace it inside a jit of your own.
 
         Args:

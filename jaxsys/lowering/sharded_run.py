@@ -23,7 +23,7 @@ from jaxsys.mesh import over, ring_axis
 from jaxsys.schedule import MoveKind, Task, TaskKind
 
 from .alike import Alike, Group, Held, Span
-from .base import Outcome, add_to
+from .base import LossAndGradients, add_to
 from .flat import Leaves, cast, flat_model, floats, head_back, is_float, like, pull_back
 from .kinds import Shared
 from .programs import BlockProgram, Recompute, block_program
@@ -89,7 +89,7 @@ class Run:
         """B of a device's microbatch number `turn` and F of the next."""
         return range((2 * turn + 1) * self.half, (2 * turn + 3) * self.half)
 
-    def step(self, parameters: Parameters, batch: PyTree) -> Outcome:
+    def step(self, parameters: Parameters, batch: PyTree) -> LossAndGradients:
         """blocks [L, ...] in shards, batch leaves [M / P, B, ...]."""
         lowered, schedule = self.lowered, self.schedule
         self.batch = batch = lowered.sequences.own(batch)
@@ -593,7 +593,7 @@ class Run:
     def add_to_edge(self, part: Leaves) -> None:
         self.state.edge_gradient = add_to(self.state.edge_gradient, part)
 
-    def finish(self, parameters: Parameters) -> Outcome:
+    def finish(self, parameters: Parameters) -> LossAndGradients:
         loss, weight, metrics = self.lowered.over_all(self.state.scores)
         totals: dict[str, list[Leaves]] = {kind: [] for kind in self.stacks}
         for group in self.alike.groups:
@@ -618,7 +618,7 @@ class Run:
             rows = zip(whole, floats(at_rest), specs, strict=True)
             gradients[kind] = like(at_rest, [block(*row) for row in rows])
 
-        return Outcome(
+        return LossAndGradients(
             loss=loss / weight,
             gradients=Parameters(
                 edge=self.lowered.reduce_edge(

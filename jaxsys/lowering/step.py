@@ -16,16 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxsys.axes import MEMBER, RING
+from jaxsys.axes import RING
 from jaxsys.context import ContextSplit
 from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel, Parameters, PyTree, with_totals
-from jaxsys.mesh import batch_axes, members_of
+from jaxsys.mesh import batch_axes
 from jaxsys.schedule import Data, MoveKind, Placement, Schedule, check
 
-from .base import Outcome, check_fit, context_on, sharded_spec, spec_of
+from .base import LossAndGradients, check_fit, context_on, sharded_spec, spec_of
+from .place import THROUGHOUT, WITHIN, devices_of_place
 from .programs import RECOMPUTE_POLICIES, Recompute
-from .refusal import why_not_cut, why_not_members
+from .refusal import why_not_cut, why_not_shared_places
 from .run import Run, TabledStep
 from .sharded import ShardedStep, lower_sharded
 from .tables import build_tables
@@ -48,8 +49,8 @@ def lower(
     Args:
         schedule: any schedule whose moves take at most one tick.
         model: the layered model it runs.
-        mesh: axes `DATA` and `RING`, the ring as long as the schedule's devices; with `MEMBER`, so
-            many devices share each of its places.
+        mesh: axes `DATA` and `RING`, the ring as long as the schedule's devices; and those
+            of `jaxsys.axes.AROUND` that devices are shared by.
         compute_dtype: dtype of the travelling weights and of all compute.
         gradient_dtype: dtype in which gradients are summed and travel.
         recompute: what backward computes again, see `programs.Recompute`.
@@ -57,8 +58,8 @@ def lower(
             are on GPUs.
         travel_dtype: dtype in which sums of gradients are sent around a ring, `gradient_dtype` if
             not given: bfloat16 halves what is sent, each addition is still in `gradient_dtype`.
-        context: how sequences lie over the mesh's CONTEXT axis, where it has one; round a ring if
-            not given.
+        context: how sequences lie over devices that share them, where the mesh has such; round a
+            ring if not given.
 
     Raises:
         ScheduleError: if the schedule is not legal.
@@ -72,7 +73,7 @@ def lower(
             f"travel_dtype={jnp.dtype(travel_dtype)}, but no gradients go around a ring in "
             f"schedule {schedule.name}; leave it out, or use a ring such as weipipe-interleave"
         )
-    refused = why_not_members(schedule) if members_of(mesh) > 1 else None
+    refused = why_not_shared_places(schedule) if devices_of_place(mesh) > 1 else None
     if refused is not None:
         raise UsageError(refused)
     if schedule.placement is Placement.SHARDED:
@@ -137,7 +138,7 @@ class LoweredStep(TabledStep):
         }
         return Parameters(edge=parameters["edge"], blocks=self.model.blocks(stacks))
 
-    def loss_and_gradients(self, parameters: Parameters, batch: PyTree) -> Outcome:
+    def loss_and_gradients(self, parameters: Parameters, batch: PyTree) -> LossAndGradients:
         """The step's loss, gradients and metrics; trace it inside a jit of your own.
 
         Args:
@@ -173,21 +174,21 @@ class LoweredStep(TabledStep):
     def rest_specs(self, parameters: Parameters) -> Parameters:
         """PartitionSpecs: blocks by owner along their stacked axis, or whole on every device.
 
-        The members of a place have parts of what it owns, along an axis behind the layers'.
+        The devices of a place have parts of what it owns, along an axis behind the layers'.
         """
-        ring, members = self.schedule.devices, self.members
+        ring, each = self.schedule.devices, devices_of_place(self.mesh)
         replicated = self.schedule.placement is Placement.REPLICATED
-        axes = (RING, MEMBER) if members > 1 else (RING,)
+        axes = THROUGHOUT if each > 1 else (RING,)
         cuts = self.cuts(parameters)
 
         def edge(leaf: Any, cut: PartitionSpec) -> PartitionSpec:
             if replicated:
                 return spec_of([*cut])
-            return sharded_spec(leaf.shape, ring * members, cut=cut, axes=axes)
+            return sharded_spec(leaf.shape, ring * each, cut=cut, axes=axes)
 
         def block(leaf: Any, cut: PartitionSpec) -> PartitionSpec:
-            if members > 1:
-                cut = sharded_spec(leaf.shape[1:], members, cut=cut, axes=(MEMBER,))
+            if each > 1:
+                cut = sharded_spec(leaf.shape[1:], each, cut=cut, axes=WITHIN)
             return spec_of([None if replicated else RING, *cut])
 
         return Parameters(

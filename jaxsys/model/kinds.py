@@ -10,7 +10,7 @@ from jaxsys.errors import UsageError
 from jaxsys.model.rope import RopeScaling
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
-Router = Literal["softmax", "chosen_softmax", "sigmoid"]
+RouterKind = Literal["softmax", "chosen_softmax", "sigmoid"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,7 @@ class Experts:
     """Experts a token uses."""
     intermediate_size: int
     """F of each."""
-    router: Router = "softmax"
+    router: RouterKind = "softmax"
     renormalise: bool = False
     """Whether the weights of the chosen sum to 1."""
     scale: float = 1.0
@@ -95,7 +95,7 @@ class Experts:
             )
         if self.groups > 1 and self.count // self.groups < self.group_worth:
             raise UsageError(f"groups={self.groups} of count={self.count} hold less than 2 experts")
-        check_choice("router", self.router, Router)
+        check_choice("router", self.router, RouterKind)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from jaxsys.axes import TENSOR
 from jaxsys.context import ContextSplit
 from jaxsys.errors import UsageError
 from jaxsys.layered import BlockFunction, Layer, LayeredModel, Parts, PyTree
@@ -24,7 +23,14 @@ from jaxsys.model.float8_products import GPU_OPTIONS, Float8
 from jaxsys.model.kinds import BlockKind
 from jaxsys.model.leaves import Path, block_leaves
 from jaxsys.model.loss import HEAD, head_loss
-from jaxsys.model.parts import HeldPart, check_parts, config_of_part, cuts, embed_part
+from jaxsys.model.parts import (
+    HeldPart,
+    check_parts,
+    config_of_part,
+    cuts,
+    edge_axis,
+    embed_part,
+)
 
 
 def layered(
@@ -100,11 +106,11 @@ def _layered(
 ) -> LayeredModel:
     """The model, or one device's part of it, see `jaxsys.model.parts`."""
     balanced = expert_layers(config) if config.experts and config.experts.balance else 0
-    part, split = config_of_part(config, sizes), sizes.get(TENSOR, 1) > 1
+    part, axis = config_of_part(config, sizes), edge_axis(sizes)
 
     def embed(edge: PyTree, microbatch: PyTree) -> PyTree:
         tokens = microbatch["inputs"]
-        x = embed_part(config, edge, tokens) if split else bind_edge(config, edge).embed(tokens)
+        x = embed_part(config, edge, tokens) if axis else bind_edge(config, edge).embed(tokens)
         return {"residual": x, "balance": jnp.zeros((), jnp.float32)} if balanced else x
 
     def block(kind: BlockKind) -> BlockFunction:
@@ -130,7 +136,7 @@ def _layered(
             residual,
             microbatch["targets"],
             chunk_tokens=loss_chunk_tokens,
-            axis=TENSOR if split else None,
+            axis=axis,
             float8=float8,
         )
         if not balanced:

@@ -60,6 +60,24 @@ def check_parts(config: DecoderConfig, sizes: Mapping[str, int]) -> None:
         _check_divides("expert", shares, {"experts count": config.experts.count})
 
 
+def ways_to_cut(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """`TENSOR`, `EXPERT` -> over how many devices `check_parts` lets a decoder be split.
+
+    Of features powers of two alone, as nodes have devices.
+    """
+    count = 1 if config.experts is None else config.experts.count
+    wanted = {TENSOR: [2**n for n in range(7)], EXPERT: [n for n in range(1, count + 1)]}
+
+    def legal(axis: str, devices: int) -> bool:
+        try:
+            check_parts(config, {axis: devices})
+        except UsageError:
+            return False
+        return True
+
+    return {axis: tuple(n for n in counts if legal(axis, n)) for axis, counts in wanted.items()}
+
+
 def split_sizes(config: DecoderConfig) -> dict[str, int]:
     """Name -> number, of what the devices of `TENSOR` must divide."""
     heads = "num_kv_heads" if config.latent is None else "num_heads"
@@ -100,6 +118,12 @@ def cuts(config: DecoderConfig, sizes: Mapping[str, int]) -> Parameters:
     }
     edge = nest((leaf.path, spec(leaf)) for leaf in edge_leaves(config))
     return {"edge": edge, "blocks": by_kind(config, blocks)}
+
+
+def edge_axis(sizes: Mapping[str, int]) -> str | None:
+    """The axis along which embedding and head are cut, over the vocabulary; None where a device
+    has them whole."""
+    return TENSOR if sizes.get(TENSOR, 1) > 1 else None
 
 
 def config_of_part(config: DecoderConfig, sizes: Mapping[str, int]) -> DecoderConfig:

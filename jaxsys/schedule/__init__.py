@@ -1,7 +1,7 @@
 """The plan language that training, planning and pictures share."""
 
 from .check import check, peak_live
-from .inside import Inside, Transfer, attention_transfers
+from .inside import Inside, Transfer, attention_transfers, why_not_divided
 from .schedule import (
     ALL,
     Block,
@@ -45,4 +45,5 @@ __all__ = [
     "task_inputs",
     "task_outputs",
     "trace",
+    "why_not_divided",
 ]

@@ -17,14 +17,8 @@ Legend: P devices share a sequence, U of them exchange heads, R = P / U groups f
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal, get_args
 
-Way = Literal["ring", "gather", "ulysses", "mixed"]
-"""What travels. `ring`: keys and values, from device to device, while queries stay. `gather`: keys
-and values, to every device at once. `ulysses`: each device gives up tokens for heads, and back.
-`mixed`: heads are exchanged among neighbours, keys and values go round a ring of such groups."""
-
-WAYS: tuple[Way, ...] = get_args(Way)
+from jaxsys.axes import WAYS, DividedAround
 
 
 class Carried(StrEnum):
@@ -90,6 +84,11 @@ def why_not_shared(by: str, parts: int, exchange: int | None) -> str | None:
         f"context_by='mixed' of context={parts} devices exchanges heads among "
         f"context_exchange={exchange}, which must divide {parts} and leave a ring; {say}"
     )
+
+
+def why_not_divided(parts: DividedAround) -> str | None:
+    """Likewise of a plan or schedule that says how its devices do."""
+    return why_not_shared(parts.context_by, parts.context, parts.context_exchange)
 
 
 def attention_transfers(

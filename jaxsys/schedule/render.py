@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxsys.axes import place_of
 from jaxsys.files import write_whole
 
 from .inside import Inside
@@ -155,7 +156,7 @@ def draw_timeline(simulation: Simulation, axes: "Axes") -> None:
             "inside": (device - 0.12, 0.22),
         }[stream]
         axes.broken_barh(spans, place, facecolors=colour, edgecolors="white", linewidth=0.2)
-    one = "device" if schedule.members == 1 else "node"
+    one = place_of(schedule)
     axes.set_xlim(0, 1e3 * simulation.step_s)
     axes.set_ylim(schedule.devices - 0.45, -0.55)
     axes.set_yticks(range(schedule.devices), [f"{one} {d}" for d in range(schedule.devices)])

@@ -20,12 +20,12 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import cached_property
 
-from jaxsys.axes import AROUND, DividedAround
+from jaxsys.axes import AROUND, DividedAround, parts_sharing
 from jaxsys.errors import UsageError
 from jaxsys.fields import Fields
 from jaxsys.files import parse_json, shown
 
-from .inside import why_not_shared
+from .inside import why_not_divided
 
 FORMAT_VERSION = 1
 MOST_OBJECTS = 1_000_000
@@ -186,7 +186,7 @@ class Schedule(DividedAround):
         for field in ("devices", "chunks", "microbatches", *around):
             if getattr(self, field) < 1:
                 raise ScheduleError(f"{field}={getattr(self, field)} must be at least 1")
-        refused = why_not_shared(self.context_by, self.context, self.context_exchange)
+        refused = why_not_divided(self)
         if refused is not None:
             raise ScheduleError(refused)
         if self.placement is Placement.OWNER:
@@ -202,7 +202,7 @@ class Schedule(DividedAround):
     @property
     def sharers(self) -> int:
         """Devices over which what is gathered and summed in shards lies, for each of `devices`."""
-        return self.context if self.placement is Placement.SHARDED else 1
+        return parts_sharing(self) if self.placement is Placement.SHARDED else 1
 
     @cached_property
     def ticks(self) -> int:

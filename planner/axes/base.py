@@ -6,11 +6,12 @@ own that says what is otherwise with it. Costs add up what the axes of a plan sa
 Legend: P devices along an axis.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from jaxsys.axes import DividedAround
+from jaxsys.axes import AXES, DividedAround
 from jaxsys.planner.constraints import Domains, Relation
 from jaxsys.schedule import Link
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from jaxsys.planner.cluster import Cluster
     from jaxsys.planner.plans import Plan
     from jaxsys.planner.problem import Problem
+    from jaxsys.planner.sharing import Pass
     from jaxsys.planner.workload import BlockWork, Traced, Workload
 
 NO_LINK = Link()
@@ -73,6 +75,24 @@ class Split:
         """How many devices there are along an axis."""
         return getattr(self.parts, axis.name)
 
+    @property
+    def pieces(self) -> int:
+        """In how many pieces the devices of a place have what rests and travels there."""
+        return math.prod(self.parts_along(axis) for axis in self.axes if axis.joins)
+
+    def gathered(self, size_bytes: float) -> Joined:
+        """A layer's pieces to all devices of a place, or the sum of its gradient to each its
+        piece."""
+        found = Joined()
+        for axis in self.axes:
+            if axis.joins:
+                parts = self.parts_along(axis)
+                found += Joined(
+                    time_s=self.links[axis.name].collective_s(size_bytes, devices=parts),
+                    sent_bytes=(parts - 1) / parts * size_bytes,
+                )
+        return found
+
     def parameters_of(self, block: "BlockWork") -> float:
         """What a device has of a block's parameters, cuts of features and pieces left aside."""
         own = {axis: axis.own_parameters(block) for axis in self.axes if axis.owns}
@@ -86,8 +106,11 @@ class PlannedAxis:
     name: str
     owns: bool = False
     """Whether `own_parameters` has any."""
-    more: tuple[str, ...] = ()
-    """Variables of the space that say how it splits, beside its number of parts."""
+    inside: bool = False
+    """Whether its devices send within attention, see `attention`."""
+    joins: bool = False
+    """Whether its devices have pieces of weights, joined before each pass, and cut the sum of
+    their gradient among them after."""
 
     def domains(self, problem: "Problem", ways: tuple[int, ...]) -> Domains:
         """The values of its variables, before any rule.
@@ -103,6 +126,25 @@ class PlannedAxis:
         """What shapes and data dependencies ask for."""
         del problem, domains, rule
         return ()
+
+    def parts_in_rows(self, cluster: "Cluster", *, ring: bool) -> tuple[int, ...]:
+        """Over how many devices along it, 2 or more, a comparison shows strategies beside 1.
+
+        Args:
+            cluster: what they run on.
+            ring: whether weights travel in it.
+        """
+        del cluster, ring
+        return ()
+
+    def options(self, plan: "Plan") -> list[tuple[str, Any]]:
+        """Options of `jaxsys train` that ask for a plan's parts along it, and their values; None
+        is left out."""
+        axis, parts = AXES[self.name], getattr(plan, self.name)
+        if parts == 1:
+            return []
+        said = [(option.name.replace("_", "-"), getattr(plan, option.name)) for option in axis.more]
+        return [(axis.asked, parts), *said]
 
     def why_not(self, plan: "Plan") -> str | None:
         """Why the trainer cannot run a plan that is split along it; None if it can."""
@@ -146,6 +188,22 @@ class PlannedAxis:
         del block, split, device, activation_bytes, recompute
         return NOTHING, NOTHING
 
+    def attention(
+        self,
+        block: "BlockWork",
+        split: Split,
+        device: "DeviceSpec",
+        attention_s: float,
+        *,
+        backward: bool,
+    ) -> "Pass":
+        """A pass through a block's attention, of which products alone take `attention_s`."""
+        raise NotImplementedError
+
+    def attention_again(self, block: "BlockWork", split: Split) -> Joined:
+        """What makes queries, keys and values of its backward pass again, beside the products."""
+        raise NotImplementedError
+
     def own_parameters(self, block: "BlockWork") -> float:
         """Parameters of a block that it alone splits: other axes outside a ring have copies."""
         del block
@@ -184,7 +242,7 @@ class SharedBlocks(PlannedAxis):
 
     def ways(self, workload: "Workload") -> tuple[int, ...]:
         """Numbers of devices that can share a block."""
-        raise NotImplementedError
+        return workload.ways.get(self.name, (1,))
 
     def rules(self, problem: "Problem", domains: Domains, rule: Rule) -> Iterable[Relation]:
         del domains

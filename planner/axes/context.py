@@ -4,23 +4,32 @@ What they send each other within a block, and how long they wait for it, is `pla
 """
 
 import functools
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, final
 
-from jaxsys.context import WAYS
+from jaxsys.axes import AXES, CUT, WAYS, parts_of_block
+from jaxsys.context import splits_of
+from jaxsys.context.split import split_of
 from jaxsys.lowering.refusal import why_not_in_turn
-from jaxsys.planner.axes.base import PlannedAxis, Rule
+from jaxsys.planner.axes.base import Joined, PlannedAxis, Rule, Split
 from jaxsys.planner.constraints import Domains, Relation
-from jaxsys.planner.sharing import ContextLinks, split_of, splits_of
+from jaxsys.planner.sharing import (
+    ContextLinks,
+    Pass,
+    again,
+    attention_pass,
+)
 from jaxsys.schedule.inside import exchanging, why_not_shared
 
 if TYPE_CHECKING:
+    from jaxsys.hardware import DeviceSpec
     from jaxsys.planner.cluster import Cluster
     from jaxsys.planner.plans import Plan
     from jaxsys.planner.problem import Problem
-    from jaxsys.planner.workload import Workload
+    from jaxsys.planner.workload import BlockWork, Workload
 
-SAID = ("context_by", "context_exchange")
+SAID = tuple(option.name for option in AXES["context"].more)
 LONG = 32_768
 """Tokens of a sequence from which on a comparison has rows of devices that share each."""
 
@@ -30,7 +39,7 @@ class Context(PlannedAxis):
     """Devices that share every sequence."""
 
     name = "context"
-    more = SAID
+    inside = True
 
     def domains(self, problem: "Problem", ways: tuple[int, ...]) -> Domains:
         workload = problem.workload(1)
@@ -56,7 +65,7 @@ class Context(PlannedAxis):
         )
 
         @functools.cache
-        def allowed(features: int, parts: int, by: str, exchange: int | None) -> bool:
+        def allowed(parts: int, by: str, exchange: int | None, *cut: int) -> bool:
             if why_not_shared(by, parts, exchange) is not None:
                 return False
             if parts == 1:
@@ -64,14 +73,14 @@ class Context(PlannedAxis):
             if parts not in legal:  # which the rule above says
                 return True
             split = split_of(parts, by, exchange)
-            return split is not None and sharing.allows(split, features)
+            return split is not None and sharing.allows(split, math.prod(cut))
 
-        exchanges = [parts for parts in legal if parts > 1 and allowed(1, parts, "ulysses", None)]
+        exchanges = [parts for parts in legal if parts > 1 and allowed(parts, "ulysses", None)]
         yield rule(
             f"{sharing.heads} query and {sharing.key_heads} key/value heads exchanged by "
             f"{', '.join(map(str, exchanges)) or 'no'} devices only, and by as many as leave each "
             "of those that share features whole heads and tokens",
-            ("features", self.name, *SAID),
+            (self.name, *SAID, *(axis.name for axis in CUT)),
             allowed,
         )
         yield rule(
@@ -106,6 +115,31 @@ class Context(PlannedAxis):
             hop=cluster.group(split.groups, near * split.exchanging),
             exchange=cluster.group(split.exchanging, near),
         )
+
+    def attention(
+        self,
+        block: "BlockWork",
+        split: Split,
+        device: "DeviceSpec",
+        attention_s: float,
+        *,
+        backward: bool,
+    ) -> Pass:
+        assert block.shared is not None
+        return attention_pass(
+            block.shared,
+            attention_s,
+            split.links[self.name],
+            cut=parts_of_block(split.parts),
+            memory_bytes_per_s=device.memory_bytes_per_s,
+            backward=backward,
+        )
+
+    def attention_again(self, block: "BlockWork", split: Split) -> Joined:
+        assert block.shared is not None
+        links, cut = split.links[self.name], parts_of_block(split.parts)
+        time_s, size = again(block.shared, links, cut=cut)
+        return Joined(time_s=time_s, sent_bytes=size)
 
     def code(self, plan: "Plan") -> str:
         return f"cp-{plan.context_by}"

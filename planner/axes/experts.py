@@ -7,12 +7,13 @@ with the rings beside it.
 
 from typing import TYPE_CHECKING, final
 
+from jaxsys.axes import EXPERT
 from jaxsys.planner.axes.base import NOTHING, Joined, SharedBlocks, Split
 
 if TYPE_CHECKING:
     from jaxsys.hardware import DeviceSpec
     from jaxsys.planner.plans import Plan
-    from jaxsys.planner.workload import BlockWork, Traced, Workload
+    from jaxsys.planner.workload import BlockWork, Traced
 
 
 @final
@@ -23,9 +24,6 @@ class Experts(SharedBlocks):
     owns = True
 
     said = "experts shared by {} devices only"
-
-    def ways(self, workload: "Workload") -> tuple[int, ...]:
-        return workload.expert_ways
 
     def joined(
         self,
@@ -51,7 +49,7 @@ class Experts(SharedBlocks):
         return 0.0 if block.experts is None else block.experts.parameters
 
     def traced(self, block: "BlockWork", parts: int) -> "Traced | None":
-        return None if block.experts is None else block.experts.traced(parts)
+        return None if block.experts is None else block.experts.traced({EXPERT: parts})
 
     def code(self, plan: "Plan") -> str:
         del plan

@@ -12,7 +12,7 @@ from jaxsys.planner.axes.base import Joined, SharedBlocks, Split
 if TYPE_CHECKING:
     from jaxsys.hardware import DeviceSpec
     from jaxsys.planner.plans import Plan
-    from jaxsys.planner.workload import BlockWork, Workload
+    from jaxsys.planner.workload import BlockWork
 
 
 @final
@@ -22,9 +22,6 @@ class Features(SharedBlocks):
     name = "features"
 
     said = "features split in {} parts only"
-
-    def ways(self, workload: "Workload") -> tuple[int, ...]:
-        return workload.feature_ways
 
     def joined(
         self,

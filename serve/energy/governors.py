@@ -39,8 +39,7 @@ from jaxsys.serve.energy.profile import (
 from jaxsys.serve.energy.registry import CLOCK_POLICIES, ROUTERS, Situation
 from jaxsys.serve.energy.shares import Shares
 from jaxsys.serve.energy.slo import SharedSlo
-from jaxsys.serve.hooks import FewestRequestsRouter, NoGovernor, Router
-from jaxsys.serve.hooks import Governor as AnyGovernor
+from jaxsys.serve.hooks import AnyGovernor, FewestRequestsRouter, NoGovernor, Router
 from jaxsys.serve.paged_model import number_bytes
 from jaxsys.serve.processes.gpus import gpu_of
 

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 RETRY_AFTER_S = 5
 
 
-class Progress:
+class StartProgress:
     """How far a start has come; told from any thread."""
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class Progress:
 class Gateway:
     """An application that answers for another one until that is there."""
 
-    def __init__(self, progress: Progress, root_path: str = ""):
+    def __init__(self, progress: StartProgress, root_path: str = ""):
         """
         Args:
             root_path: that paths may begin with: proxies take it off, or leave it.

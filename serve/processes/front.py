@@ -27,7 +27,7 @@ from jaxsys.serve.http.api import ApiConfig, create_app
 from jaxsys.serve.http.dashboard import Dashboard
 from jaxsys.serve.http.listening import BACKLOG, HttpServer
 from jaxsys.serve.http.metrics import Metrics
-from jaxsys.serve.http.starting import Gateway, Progress
+from jaxsys.serve.http.starting import Gateway, StartProgress
 from jaxsys.serve.member import TokenEvent
 from jaxsys.serve.processes.fleet import Fleet, Launcher
 from jaxsys.serve.processes.worker import WorkerSpec
@@ -116,7 +116,7 @@ class Front:
         )
         self.engine.adapters.most = worker.deployment.max_loras
         self.app = build_app(self.engine, tokenizer, spec.api(), slo)
-        self.progress = Progress()
+        self.progress = StartProgress()
         self._gateway = Gateway(self.progress, spec.root_path)
         self.fleet = Fleet(self.engine, launcher, worker, host=reached_at)
         self.fleet.on_up = lambda _: self.progress.advance()

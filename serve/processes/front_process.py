@@ -37,7 +37,7 @@ from jaxsys.serve.http.dashboard import Counts, add_pages
 from jaxsys.serve.http.kept_turns import SharedTurns
 from jaxsys.serve.http.listening import HttpServer, raise_descriptor_limit
 from jaxsys.serve.http.metrics import Metrics
-from jaxsys.serve.http.starting import Gateway, Progress
+from jaxsys.serve.http.starting import Gateway, StartProgress
 from jaxsys.serve.logs import log_to_stderr
 from jaxsys.serve.member import Member, TokenEvent
 from jaxsys.serve.processes.channel import Channel
@@ -150,7 +150,7 @@ class SeatedFront:
             turns=SharedTurns(Path(seat.turns)),
         )
         add_pages(self.app, lambda since_s: self._channel.ask("dashboard", since_s, timeout_s=10))
-        self.progress = Progress()
+        self.progress = StartProgress()
         self._gateway = Gateway(self.progress, spec.root_path)
         self._server = HttpServer(self._gateway, tls=spec.tls, one_by_one=True)
         self._board = Switchboard(

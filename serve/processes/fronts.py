@@ -38,7 +38,7 @@ from jaxsys.serve.engine import Engine
 from jaxsys.serve.http.dashboard import Dashboard
 from jaxsys.serve.http.listening import BACKLOG
 from jaxsys.serve.http.metrics import Metrics, Totals
-from jaxsys.serve.http.starting import Progress
+from jaxsys.serve.http.starting import StartProgress
 from jaxsys.serve.member import Member
 from jaxsys.serve.processes.channel import Channel
 from jaxsys.serve.processes.fleet import Fleet, Launcher
@@ -194,7 +194,7 @@ class Fronts:
             engine, slo, model_name=spec.model_name, refused=self.metrics.count_refused
         )
         engine.on_watch = self.dashboard.tick
-        self.progress = Progress()
+        self.progress = StartProgress()
         self.drain_s = drain_s
         self.fronts: list[_Front] = []
         self._count = count

@@ -12,7 +12,7 @@ from jaxsys.serve.energy.policy import ClockPolicy
 from jaxsys.serve.energy.shares import Shares
 from jaxsys.serve.host_pages import Fetch
 from jaxsys.serve.iterations import Completion, Iteration, Role, SchedulerConfig
-from jaxsys.serve.outcomes import Outcome
+from jaxsys.serve.outcomes import Sampled
 from jaxsys.serve.requests import Request
 from jaxsys.serve.scheduler import Scheduler
 from jaxsys.serve.simulation.executor import SimExecutor
@@ -202,14 +202,14 @@ class SimInstance:
         self.simulator.dispatched(self, iteration)
 
     def ended(
-        self, iteration: Iteration, outcome: Outcome | None, latency_s: float, now_s: float
+        self, iteration: Iteration, outcome: Sampled | None, latency_s: float, now_s: float
     ) -> None:
         """Books the gaps between its tokens."""
         if iteration.decodes:
             self.simulator.count_gaps(self, iteration, now_s)
 
     def completed(
-        self, iteration: Iteration, outcome: Outcome | None, completion: Completion, now_s: float
+        self, iteration: Iteration, outcome: Sampled | None, completion: Completion, now_s: float
     ) -> None:
         """Books first tokens and requests that ended."""
         self.simulator.completed(self, iteration, completion, now_s)

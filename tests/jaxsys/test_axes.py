@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("train", "serve", "planner")
 HOLDERS = {"plan", "base", "parts", "schedule", "split", "around", "asked", "planned"}
 """What plans, schedules and their parts are called."""
+OF_PLANS = ("planner/", "jaxsys/lowering/", "jaxsys/schedule/", "jaxsys/strategies/", "jaxsys/mesh")
+"""Where the name of an axis as a string means the axis."""
 MAKERS = {"Plan", "Schedule", "make_mesh", "Trainer", "AskedLayout", "Split"}
 """What takes an axis by its name."""
 
@@ -46,7 +49,8 @@ def test_meshes_have_no_other_axes():
 
 
 def files_that_name(axis) -> set[str]:
-    """Modules of the package in whose code an axis stands: its mesh axis, or its number of parts.
+    """Modules of the package in whose code an axis stands: its mesh axis, its number of parts, or
+    its name as a string where plans and schedules are dealt with.
 
     The model's own experts (`config.experts`) and the like are no axis.
     """
@@ -58,19 +62,37 @@ def files_that_name(axis) -> set[str]:
         if isinstance(target, ast.Name) and node.value.value == axis.mesh
     )
     found = set()
-    for part in ("jaxsys", *PARTS):
-        for path in (ROOT / part).rglob("*.py"):
-            name, text = path.relative_to(ROOT), path.read_text()
-            if name.parts[1] in PARTS or not (axis.name in text or constant in text):
-                continue  # links to the other three among them
-            if any(_names(node, axis, constant) for node in ast.walk(ast.parse(text))):
-                found.add(str(name))
+    for name, tree in _modules().items():
+        words = {axis.name} if name.startswith(OF_PLANS) else set()
+        # A name like an axis' constant is of something else where it is not imported.
+        own = name == "jaxsys/axes.py" or any(
+            isinstance(node, ast.ImportFrom)
+            and node.module == "jaxsys.axes"
+            and constant in {one.name for one in node.names}
+            for node in ast.walk(tree)
+        )
+        if any(_names(node, axis, constant if own else "", words) for node in ast.walk(tree)):
+            found.add(name)
     return found
 
 
-def _names(node: ast.AST, axis, constant: str) -> bool:
+@functools.cache
+def _modules() -> dict[str, ast.Module]:
+    paths = (path for part in ("jaxsys", *PARTS) for path in (ROOT / part).rglob("*.py"))
+    names = {path: path.relative_to(ROOT) for path in paths}
+    # In jaxsys/ are links to the other three.
+    return {
+        str(name): ast.parse(path.read_text())
+        for path, name in names.items()
+        if name.parts[1] not in PARTS
+    }
+
+
+def _names(node: ast.AST, axis, constant: str, words: set[str]) -> bool:
     if isinstance(node, ast.Name):
         return node.id == constant
+    if isinstance(node, ast.Constant):
+        return node.value in words
     if isinstance(node, ast.Attribute) and node.attr == axis.name:
         holder = node.value
         name = holder.attr if isinstance(holder, ast.Attribute) else getattr(holder, "id", "")
@@ -87,13 +109,9 @@ def _names(node: ast.AST, axis, constant: str) -> bool:
     return False
 
 
-def test_an_axis_along_which_blocks_are_split_stands_in_few_files():
-    """`experts`: its row, the cut of a decoder, and its costs, with the work that they are of."""
-    found = files_that_name(AXES["experts"])
-    assert found <= {
-        "jaxsys/axes.py",
-        "jaxsys/model/parts.py",
-        "planner/axes/experts.py",
-        "planner/workload.py",
-    }
-    assert {"jaxsys/axes.py", "planner/axes/experts.py"} <= found
+@pytest.mark.parametrize("name", [axis.name for axis in AROUND.values()])
+def test_an_axis_stands_in_few_files(name):
+    """Its row, how it is lowered or a decoder is cut along it, and what it costs."""
+    found = files_that_name(AXES[name])
+    assert len(found) <= 5, found
+    assert {"jaxsys/axes.py", f"planner/axes/{name}.py"} <= found

@@ -13,6 +13,7 @@ from jaxsys.context import ContextSplit
 from jaxsys.errors import UsageError
 from jaxsys.layered import reference_loss
 from jaxsys.lowering import lower
+from jaxsys.lowering.place import devices_of_place
 from jaxsys.lowering.xla import CPU_COMPILER_OPTIONS
 from jaxsys.mesh import make_mesh
 from jaxsys.model import DecoderConfig, layered
@@ -179,7 +180,7 @@ def test_what_rests_is_cut_over_nodes_and_members():
     step, _, _, _, rest, _ = lowered(Case(schedule="weipipe-interleave"))
     for path, leaf in jax.tree.leaves_with_path(rest):
         assert leaf.addressable_shards[0].data.size * 4 == leaf.size, path
-    assert step.members == 2
+    assert devices_of_place(step.mesh) == 2
 
 
 def test_the_simulator_tells_links_apart():

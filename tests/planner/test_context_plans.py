@@ -190,7 +190,7 @@ def test_the_command_that_runs_a_row(capsys, tmp_path):
         preset("bench-tiny"),
         jax.devices()[: options.devices],
         AskedLayout(
-            schedule=options.schedule, context=split, microbatches=options.microbatches,
+            schedule=options.schedule, split=split, microbatches=options.microbatches,
             microbatch_size=options.microbatch_size, sequence_length=options.sequence_length,
         ),
     )  # fmt: skip

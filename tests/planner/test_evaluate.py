@@ -66,7 +66,7 @@ def uneven_workload(seed: int, layers: int):
             activation_bytes=3e7 * size / parts,
             tokens=1024 * size // parts,
             model_flops=1e13 * size,
-            feature_ways=(1, 2, 4),
+            ways={"features": (1, 2, 4)},
             part_of=functools.partial(workload, size),
         )  # fmt: skip
 

@@ -96,7 +96,7 @@ def _legal(plan: Plan, problem: Problem) -> bool:
     plain = path.weights == Weights.STAY and path.gradient == Gradient.ONCE
     owners = plan.stages * plan.ring
     return (
-        plan.features in problem.workload(1).feature_ways
+        plan.features in problem.workload(1).ways["features"]
         and turns % plan.ring == 0
         and sum(n > 1 for n in (plan.shard, plan.stages, plan.ring)) <= 1
         and (plan.replicas == 1 or plan.shard * owners > 1)

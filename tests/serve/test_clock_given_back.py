@@ -17,7 +17,7 @@ from jaxsys.serve.energy.slo import SharedSlo
 from jaxsys.serve.engine import Engine
 from jaxsys.serve.instance import Instance
 from jaxsys.serve.iterations import SchedulerConfig
-from jaxsys.serve.outcomes import Outcome
+from jaxsys.serve.outcomes import Sampled
 from jaxsys.serve.requests import Request, SamplingParameters
 from jaxsys.serve.scheduler import Scheduler
 
@@ -39,7 +39,7 @@ class ToyExecutor:
         self.going.wait(30)
         if self.fault is not None:
             raise self.fault
-        return Outcome([1] * handle, None)
+        return Sampled([1] * handle, None)
 
     def release(self):
         return []

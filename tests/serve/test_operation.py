@@ -19,7 +19,7 @@ import pytest
 from jaxsys.errors import UsageError
 from jaxsys.serve.http.listening import HttpServer
 from jaxsys.serve.http.metrics import Metrics
-from jaxsys.serve.http.starting import Gateway, Progress
+from jaxsys.serve.http.starting import Gateway, StartProgress
 from jaxsys.serve.instance import InstanceLoad, TokenEvent
 from jaxsys.serve.options import parser, root_path, tls_files
 from jaxsys.serve.processes.front import bind, name_of
@@ -82,7 +82,7 @@ def test_a_unix_socket_is_served_and_one_left_behind_replaced(tmp_path):
     for _ in range(2):  # the second finds what the first has left
         listener = bind(f"unix:{path}", 0)
         assert name_of(listener) == (f"unix:{path}", 0)
-        with serving(listener, Gateway(Progress())):
+        with serving(listener, Gateway(StartProgress())):
             transport = httpx.HTTPTransport(uds=str(path))
             with httpx.Client(transport=transport, base_url="http://localhost") as client:
                 assert client.get("/health").json()["status"] == "starting"
@@ -99,7 +99,7 @@ def test_a_root_path_may_be_left_or_taken_off():
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": scope["path"].encode()})
 
-    gateway = Gateway(Progress(), "/llm")
+    gateway = Gateway(StartProgress(), "/llm")
     gateway.app = app
 
     async def asked(path):
@@ -132,7 +132,7 @@ def test_https(tmp_path):
     port = listener.getsockname()[1]
     trusted = ssl.create_default_context(cafile=str(certificate))
     with (
-        serving(listener, Gateway(Progress()), tls=tls),
+        serving(listener, Gateway(StartProgress()), tls=tls),
         httpx.Client(verify=trusted) as client,
     ):
         answer = client.get(f"https://localhost:{port}/health")

@@ -1,6 +1,7 @@
 """`schedule="auto"` takes the planner's fastest runnable strategy; plan files run as they say."""
 
 import json
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -118,7 +119,10 @@ def test_blocks_of_kinds_are_compared():
         model, parameters, microbatch, devices, microbatches=8, memory_gib=1.0,
         compute=Compute(), recompute=None,
     )  # fmt: skip
-    assert choice.schedule.devices * choice.members == 4 and "auto took" in choice.reason
+    assert (
+        choice.schedule.devices * math.prod(choice.around.values()) == 4
+        and "auto took" in choice.reason
+    )
 
 
 def plan_path(tmp_path, **changes):
@@ -139,9 +143,9 @@ def plan_path(tmp_path, **changes):
 
 
 def lay_out_plan(path, **asked):
-    around, context = schedules.taken_from(asked)
+    around, split = schedules.taken_from(asked)
     asked = {"sequence_length": 16, **asked}
-    wanted = AskedLayout(schedule=str(path), around=around, context=context, **asked)
+    wanted = AskedLayout(schedule=str(path), around=around, split=split, **asked)
     return lay_out(preset("tiny"), jax.devices()[:4], wanted)
 
 
@@ -351,7 +355,7 @@ def test_devices_of_a_node_are_told_from_those_of_others():
 
 def test_auto_may_have_the_devices_of_nodes_share_the_places_of_a_ring(monkeypatch):
     ring = strategies.for_layers("weipipe-keep", devices=2, microbatches=4, layers=4)
-    told = auto.Choice(schedule=ring, members=2, recompute="block", reason="as told")
+    told = auto.Choice(schedule=ring, around={MEMBER: 2}, recompute="block", reason="as told")
     monkeypatch.setattr(auto, "choose", lambda *_, **__: told)
     asked = AskedLayout(schedule="auto", microbatches=8)
     found = lay_out(preset("tiny"), jax.devices()[:4], asked)

@@ -15,7 +15,7 @@ from jaxsys.errors import UsageError
 from jaxsys.model import initial_parameters, layered, preset
 from jaxsys.train import Trainer
 from jaxsys.train.checkpoint import CheckpointStore
-from jaxsys.train.cli import _context, parser
+from jaxsys.train.cli import asked_around, parser
 from jaxsys.train.layout import AskedLayout, lay_out
 
 CONFIG = dataclasses.replace(preset("bench-tiny"), num_layers=2)
@@ -62,28 +62,32 @@ def asked(*options: str) -> argparse.Namespace:
     return parser("jaxsys train").parse_args([*options])
 
 
+def split_asked(arguments: argparse.Namespace):
+    return asked_around(arguments)[1]
+
+
 def lay(devices: int, **options):
     return lay_out(CONFIG, jax.devices()[:devices], AskedLayout(**options))
 
 
 def test_a_split_is_laid_out_over_the_devices_of_a_run():
-    split = _context(asked("--context", "4", "--context-by", "mixed", "--context-exchange", "2"))
-    found = lay(8, context=split)
+    split = split_asked(asked("--context", "4", "--context-by", "mixed", "--context-exchange", "2"))
+    found = lay(8, split=split)
     assert dict(found.mesh.shape) == {"data": 1, "ring": 2, "context": 4}
-    assert found.schedule.name == "zero-3" and found.context == split
+    assert found.schedule.name == "zero-3" and found.split == split
 
 
 @pytest.mark.parametrize(
     ("attempt", "message"),
     [
-        (lambda: _context(asked("--context-by", "ring")), "say how many with --context"),
-        (lambda: lay(4, context=ContextSplit(parts=3), sequence_length=96), "does not divide"),
+        (lambda: split_asked(asked("--context-by", "ring")), "say how many with --context"),
+        (lambda: lay(4, split=ContextSplit(parts=3), sequence_length=96), "does not divide"),
         (
-            lambda: lay(4, context=ContextSplit(parts=2), sequence_length=50),
+            lambda: lay(4, split=ContextSplit(parts=2), sequence_length=50),
             "sequence_length=50 cannot be cut into 2 x context=2 pieces; use sequence_length=48",
         ),
         (
-            lambda: lay(4, context=ContextSplit(parts=2), schedule="auto"),
+            lambda: lay(4, split=ContextSplit(parts=2), schedule="auto"),
             "schedule 'auto' chooses for devices that each compute whole blocks",
         ),
         (lambda: trainer(schedule="auto", devices=2, context=2), "name a schedule such as zero-3"),

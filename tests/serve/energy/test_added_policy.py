@@ -27,7 +27,7 @@ from jaxsys.serve.energy.registry import (
 from jaxsys.serve.energy.slo import SharedSlo
 from jaxsys.serve.instance import Instance
 from jaxsys.serve.iterations import SchedulerConfig
-from jaxsys.serve.outcomes import Outcome
+from jaxsys.serve.outcomes import Sampled
 from jaxsys.serve.requests import Request, SamplingParameters
 from jaxsys.serve.scheduler import Scheduler
 
@@ -90,7 +90,7 @@ def test_it_sets_a_live_instances_clock(driver):
             return iteration
 
         def collect(self, handle):
-            return Outcome([1] * len(handle.sampling), None)
+            return Sampled([1] * len(handle.sampling), None)
 
         def release(self):
             return []

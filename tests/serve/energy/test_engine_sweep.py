@@ -9,7 +9,7 @@ import pytest
 from jaxsys.serve.energy.engine_sweep import EngineSweep
 from jaxsys.serve.energy.gpu_model import Load
 from jaxsys.serve.iterations import SchedulerConfig
-from jaxsys.serve.outcomes import Outcome
+from jaxsys.serve.outcomes import Sampled
 from jaxsys.serve.scheduler import Scheduler
 
 HOST_S, PIECE_S = 0.02, 0.06
@@ -33,7 +33,7 @@ class SleepingExecutor:
 
     def collect(self, handle):
         time.sleep(max(0.0, handle[0] - time.perf_counter()))
-        return Outcome([1] * handle[1], None)
+        return Sampled([1] * handle[1], None)
 
 
 def an_instance(executor: SleepingExecutor) -> Any:

@@ -21,7 +21,7 @@ from jaxsys.serve.http import body_process, listening
 from jaxsys.serve.http.bodies import Bodies
 from jaxsys.serve.http.listening import Connections, HttpServer, raise_descriptor_limit
 from jaxsys.serve.http.protocol import CompletionRequest
-from jaxsys.serve.http.starting import Gateway, Progress
+from jaxsys.serve.http.starting import Gateway, StartProgress
 from jaxsys.serve.processes.front import bind
 
 JSON = {"Content-Type": "application/json"}
@@ -61,7 +61,7 @@ def test_silent_connections_make_room_and_are_told_once(caplog, monkeypatch):
                     assert await reader.read() == b""
                 writer.close()
 
-    with listening_on(Gateway(Progress()), most=8) as (server, port):
+    with listening_on(Gateway(StartProgress()), most=8) as (server, port):
         asyncio.run(crowd(port))
         assert len(server.open_connections.open) <= 8
     assert len(caplog.records) == 1
@@ -99,7 +99,7 @@ def test_who_shares_a_socket_takes_one_connection_at_a_time(
         first.listen(128)
         port = first.getsockname()[1]
         listeners = [Listener(fileno=os.dup(first.fileno())) for _ in range(count)]
-        servers = [HttpServer(Gateway(Progress()), one_by_one=True) for _ in listeners]
+        servers = [HttpServer(Gateway(StartProgress()), one_by_one=True) for _ in listeners]
         # All of them wait before anybody takes one.
         waiting = [socket.create_connection(("127.0.0.1", port)) for _ in range(40)]
         serving = [

@@ -17,7 +17,7 @@ from jaxsys.serve.energy.gpu_model import Load, Outcome, SimulatedGpu, simulated
 from jaxsys.serve.hooks import FewestRequestsRouter, NoGovernor
 from jaxsys.serve.instance import Instance
 from jaxsys.serve.iterations import SchedulerConfig
-from jaxsys.serve.outcomes import Outcome as Sampled
+from jaxsys.serve.outcomes import Sampled
 from jaxsys.serve.requests import Request, SamplingParameters
 from jaxsys.serve.scheduler import Scheduler
 from jaxsys.serve.simulation.installation import ClusterConfig
