@@ -261,6 +261,10 @@ AROUND: Mapping[str, Axis] = MappingProxyType(
 """Mesh axis -> axis, of all that stand around a ring or within its places: a schedule has a number
 of parts for each, by its name (`DividedAround`)."""
 
+CALLED: Mapping[str, str] = MappingProxyType(
+    {word: axis.name for mesh, axis in AROUND.items() for word in (mesh, axis.asked)}
+)
+"""What users call the number of parts along an axis -> what plans and schedules call it."""
 ALWAYS = (DATA, RING)
 """The mesh axes that every mesh has, be they of one device."""
 SHARING: tuple[str, ...] = tuple(name for name, axis in AROUND.items() if axis.shares)

@@ -18,6 +18,8 @@ class RunError(RuntimeError):
 
 MOST_NAMES = 4
 """Names that are put forward at once."""
+LONGEST_NAME = 100
+"""Beyond it what was given is no name, and takes long to compare."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -26,6 +28,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     Names are families, such as `weipipe-naive` and `weipipe-interleave`: what is near the beginning
     that several share means any of them.
     """
+    if len(str(name)) > LONGEST_NAME:
+        return ""
     typed, likeness = str(name).lower(), {}
     for one in known:
         words = one.lower().split("-")

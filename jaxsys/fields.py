@@ -14,9 +14,10 @@ import math
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
-from jaxsys.errors import UsageError
+from jaxsys.errors import UsageError, did_you_mean
 from jaxsys.files import MOST_BYTES, MOST_DIGITS, read_json, shown
 
 LARGEST = 2**53
@@ -26,6 +27,7 @@ _NEEDED: Any = object()
 _KINDS = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
 
 Record = TypeVar("Record")
+NOT_CALLED: Mapping[str, str] = MappingProxyType({})
 
 
 def read_fields(
@@ -183,12 +185,15 @@ class Fields:
             for index, item in enumerate(self.array(key))
         ]
 
-    def record(self, kind: type[Record], **given: Any) -> Record:
+    def record(
+        self, kind: type[Record], *, called: Mapping[str, str] = NOT_CALLED, **given: Any
+    ) -> Record:
         """A dataclass from the fields that are called as its own, each of its annotated type.
 
         Args:
             kind: a dataclass whose fields are int, float, str, bool, enumerations of strings, or
                 one of these or None.
+            called: another name -> the field that is meant by it, for who writes that.
             **given: fields that are not read here.
 
         Raises:
@@ -197,8 +202,10 @@ class Fields:
         known = _annotations(kind)
         for key in self.value:
             if key not in known:
+                meant = called.get(key)
+                near = did_you_mean(key, known) if meant is None else f" (did you mean {meant!r}?)"
                 raise self.fault(
-                    f"its field {self.path(key)!r} is not known; known: {', '.join(known)}"
+                    f"its field {self.path(key)!r} is not known{near}; known: {', '.join(known)}"
                 )
         values = dict(given)
         for key, (type_, needed, may_be_none) in known.items():

@@ -19,7 +19,6 @@ from jaxsys.model.folder import read_config
 from jaxsys.model.shapes import preset
 from jaxsys.options import Parser, whole
 from jaxsys.planner import explain, report
-from jaxsys.planner.axes import PLANNED
 from jaxsys.planner.cluster import LARGEST_NODE, Cluster
 from jaxsys.planner.command import train_command
 from jaxsys.planner.costs import Precision
@@ -55,6 +54,8 @@ EFFORT = Effort(refine=4, chains=24, steps=60, pairs=8000, restarts=1, tolerance
 GLANCE = 1e6
 """How much is searched for the table, of plans that mix or repeat the known strategies."""
 MICROSECONDS = 1e6
+SAME = 1e-8
+"""By what share of a step two may differ that are one plan, summed in another order."""
 _said_s = time.monotonic()
 """When a line of progress was last printed, where none is put in place of another."""
 
@@ -186,12 +187,7 @@ def main(argv: Sequence[str], prog: str) -> int:
         )
         comparison = with_found(comparison, problem, found)
         best = comparison.best
-        if best is not None and not best.found:
-            answer += (
-                f" Of the table {best.strategy} (recompute {best.recompute}) takes "
-                f"{report.seconds(best.step_s)}, but is no plan of this space: "
-                f"`jaxsys train --schedule {best.strategy}`."
-            )
+        answer += _beside_found(comparison, found, space)
         print(answer)
         if found.plan.microbatch_size != size:
             print(
@@ -210,12 +206,8 @@ def main(argv: Sequence[str], prog: str) -> int:
             f"that would do is {gib(smallest, up=True)}: raise --memory-gib or --devices, or "
             "shorten --sequence-length"
         )
-    beyond = "" if plan is None else _beyond_schedule(plan, size)
-    if beyond and options.schedule is not None and options.plan is None:
-        raise UsageError(
-            f"the winner is more than a schedule, with {beyond}: nothing was written; name --plan "
-            "FILE instead of --schedule, and `jaxsys train --schedule FILE` runs all of it"
-        )
+    if plan is not None and options.schedule is not None and options.plan is None:
+        _check_said_by_schedule(plan)
     if options.json is not None:
         write_whole(
             options.json,
@@ -251,12 +243,31 @@ def main(argv: Sequence[str], prog: str) -> int:
     elif options.schedule is not None:
         gradients = "" if options.gradients == "float32" else f" --gradients {options.gradients}"
         recompute = POLICY[plan.layers[0].residual] if plan else "block"
+        mine = size if plan is None else plan.microbatch_size
         print(
             f"what it does not say: `jaxsys train --model {options.model} --schedule "
-            f"{options.schedule} --recompute {recompute} --microbatch-size {size} "
+            f"{options.schedule} --recompute {recompute} --microbatch-size {mine} "
             f"--sequence-length {sequence_length} --dtype bfloat16{gradients}`"
         )
     return 0
+
+
+def _beside_found(comparison: Comparison, found: Found, space: Space) -> str:
+    """In words a row of the table that is better than what a search found, and why that has it
+    not; nothing where there is none, or both are one plan."""
+    best = comparison.best
+    if best is None or best.found or not best.step_s < found.step_s * (1 - SAME):
+        return ""
+    text = (
+        f" Of the table {best.strategy} (recompute {best.recompute}) takes "
+        f"{report.seconds(best.step_s)}"
+    )
+    if best.not_run is not None:
+        return f"{text}, but is not run by `jaxsys train`: {best.not_run}."
+    if best.plan is None:
+        return f"{text}, but is no plan: `jaxsys train --schedule {best.strategy}`."
+    outside = space.why_not(best.plan)
+    return f"{text}." if outside is None else f"{text}, but was not searched: {outside}."
 
 
 def _shared_commands(
@@ -280,16 +291,20 @@ def _shared_commands(
     return ["", *lines] if lines else []
 
 
-def _beyond_schedule(plan: Plan, microbatch_size: int) -> str:
-    """In words what of a plan a schedule's file has no place for; microbatches are as asked for."""
-    split = (axis for axis in PLANNED.values() if getattr(plan, axis.name) > 1)
-    more = [said for axis in split if (said := axis.beyond(plan)) is not None]
-    if plan.microbatch_size != microbatch_size:
-        more.append(f"microbatches of {plan.microbatch_size} sequences")
-    if len({path.residual for path in plan.layers}) > 1:
-        more.append("recompute by layer")
+def _check_said_by_schedule(plan: Plan) -> None:
+    """Raises UsageError where a schedule's file and a command beside it say not all of a plan."""
     refused = why_not(plan)
-    return ", ".join(more) or (refused or "")
+    if refused is not None:
+        raise UsageError(
+            f"the winner is not run by `jaxsys train`: {refused}; nothing was written: name --plan "
+            "FILE instead of --schedule, which searches among plans that are"
+        )
+    if len({path.residual for path in plan.layers}) > 1:
+        raise UsageError(
+            "the winner is more than a schedule, with recompute by layer: nothing was written; "
+            "name --plan FILE instead of --schedule, and `jaxsys train --schedule FILE` runs all "
+            "of it"
+        )
 
 
 def _search(
@@ -457,7 +472,8 @@ def parser(prog: str) -> argparse.ArgumentParser:
     add(
         "--schedule",
         type=Path,
-        help="write the winner's schedule; one that is more than a schedule needs --plan",
+        help="write the winner's schedule, with what stands around it, for `jaxsys train "
+        "--schedule`; recompute by layer needs --plan",
     )
     add("--trace", type=Path, help="write the winner's timeline as a Perfetto trace")
     add("--png", type=Path, help="draw the winner's timeline and memory")

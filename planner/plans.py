@@ -21,7 +21,7 @@ from enum import StrEnum
 from itertools import product
 from typing import Any
 
-from jaxsys.axes import AXES, Divided, parts_sharing
+from jaxsys.axes import AXES, CALLED, Divided, parts_sharing
 from jaxsys.context import ContextSplit, said_by
 from jaxsys.errors import UsageError
 from jaxsys.fields import Fields
@@ -212,7 +212,7 @@ class Plan(Divided):
         apart = ("format", "version", "layers", "order")
         plain = {k: v for k, v in raw.value.items() if k not in apart}
         plain = Fields(plain, name=raw.name, hint=raw.hint)
-        return plain.record(cls, layers=tuple(layers), order=order)
+        return plain.record(cls, called=CALLED, layers=tuple(layers), order=order)
 
 
 def data_parallel_plan(devices: int, layers: int) -> Plan:

@@ -326,6 +326,24 @@ class Space:
             return False
         return all(code in legal for code, legal in zip(plan.codes, options, strict=True))
 
+    def why_not(self, plan: Plan) -> str | None:
+        """The first constraint that excludes a plan, in words; None if none does."""
+        turns = self._turns(plan)
+        if turns is None:
+            return f"its microbatches do not divide a step of {self.problem.batch} sequences"
+        values: dict[str, Any] = {n: getattr(plan, n) for n in COMMON if n != "turns"}
+        values["turns"] = turns
+        for layer, path in enumerate(plan.layers):
+            values |= {f"{what}[{layer}]": getattr(path, what) for what in LAYERED}
+        for name, value in values.items():
+            if value not in self.domains[name]:
+                legal = ", ".join(map(str, self.domains[name]))
+                return f"{name}={value} is none of {legal}"
+        for one in self.relations:
+            if tuple(values[name] for name in one.variables) not in one.allowed:
+                return one.label
+        return None if self.contains(plan) else "layers that run in one loop recompute alike"
+
     def groups(self) -> list[list[int]]:
         """Layers that are alike in cost and in what they may do, together."""
         blocks = self.problem.workload(1).blocks

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import cached_property
 
-from jaxsys.axes import AROUND, DividedAround, parts_sharing
+from jaxsys.axes import AROUND, CALLED, DividedAround, parts_sharing
 from jaxsys.errors import UsageError
 from jaxsys.fields import Fields
 from jaxsys.files import parse_json, shown
@@ -294,6 +294,7 @@ class Schedule(DividedAround):
         plain = Fields({k: v for k, v in raw.value.items() if k not in _NESTED}, name=raw.name)
         return plain.record(
             cls,
+            called=CALLED,
             owners=tuple(raw.array("owners", of=int)),
             starts=tuple(starts),
             tasks=tasks,

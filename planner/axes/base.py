@@ -228,11 +228,6 @@ class PlannedAxis:
         """
         raise NotImplementedError
 
-    def beyond(self, plan: "Plan") -> str | None:
-        """Likewise where it is no part of a schedule's file; None where that says it."""
-        del plan
-        return None
-
 
 class SharedBlocks(PlannedAxis):
     """An axis whose devices share every block, as the workload says that they can."""

@@ -57,6 +57,3 @@ class Experts(SharedBlocks):
 
     def words(self, plan: "Plan", *, alone: bool) -> str:
         return f"of {plan.experts}" if alone else f"experts over {plan.experts} (ep)"
-
-    def beyond(self, plan: "Plan") -> str:
-        return f"experts shared by {plan.experts} devices"

@@ -67,6 +67,3 @@ class Features(SharedBlocks):
 
     def words(self, plan: "Plan", *, alone: bool) -> str:
         return f"of {plan.features}" if alone else f"each of {plan.features} (tp-sp)"
-
-    def beyond(self, plan: "Plan") -> str:
-        return f"features split over {plan.features} devices"

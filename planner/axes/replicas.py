@@ -49,6 +49,3 @@ class Replicas(PlannedAxis):
     def words(self, plan: "Plan", *, alone: bool) -> str:
         del alone
         return f"{plan.replicas} times"
-
-    def beyond(self, plan: "Plan") -> str:
-        return f"{plan.replicas} replicas of its schedule"

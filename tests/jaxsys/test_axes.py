@@ -3,16 +3,19 @@
 import ast
 import dataclasses
 import functools
+import json
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
-from jaxsys.axes import AROUND, AXES, MESH, RING, Divided, DividedAround
+from jaxsys.axes import AROUND, AXES, CALLED, MESH, RING, Divided, DividedAround
 from jaxsys.errors import UsageError
 from jaxsys.mesh import make_mesh
 from jaxsys.planner.axes import PLANNED
 from jaxsys.planner.plans import Plan
-from jaxsys.schedule import Schedule
+from jaxsys.schedule import Block, Move, Schedule, ScheduleError, Task
+from jaxsys.strategies import build
 from jaxsys.train.cli import parser
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,3 +118,48 @@ def test_an_axis_stands_in_few_files(name):
     found = files_that_name(AXES[name])
     assert len(found) <= 5, found
     assert {"jaxsys/axes.py", f"planner/axes/{name}.py"} <= found
+
+
+def test_the_page_of_schedules_lists_every_field_of_their_files():
+    """Name, type, default, and the option that says the same."""
+    page = (ROOT / "docs/schedules.md").read_text().split("## Its file")[1].split("\n## ")[0]
+    lines = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    rows = {row[0].strip("`"): [cell.strip(" |") for cell in row[1:]] for row in lines}
+    fields = {one.name: one for one in dataclasses.fields(Schedule)}
+    assert rows.keys() == {"format", *fields}
+    kinds = get_type_hints(Schedule)
+    options = {one.name: f"--{one.asked}" for one in AROUND.values()}
+    more = [option for axis in AROUND.values() for option in axis.more]
+    options |= {one.name: f"--{one.name.replace('_', '-')}" for one in more}
+    names = {int: "whole number", str: "string", int | None: "whole number or null"}
+    nested = {"owners", "starts", "tasks", "moves"}  # which a file must have, be they empty
+    for name, field in fields.items():
+        kind, default, _, *option = rows[name]
+        needed = field.default is dataclasses.MISSING or name in nested
+        written = {None: "null"}.get(field.default, field.default)
+        assert default.strip("`") == ("needed" if needed else str(written) or '""'), name
+        if name in options:
+            assert option == [f"`{options[name]}`"], name
+        legal = next((one.choices for one in more if one.name == name), None)
+        if name == "placement":
+            legal = [*kinds[name]]
+        if legal:
+            assert kind == ", ".join(f"`{one}`" for one in legal)
+        elif name not in nested:
+            assert kind == names[kinds[name]], name
+        else:
+            assert kind.startswith("array of ")
+    parts = {one.name for kind in (Task, Move, Block) for one in dataclasses.fields(kind)}
+    said = rows["tasks"][2] + rows["moves"][2] + page.split("A block is an object")[1]
+    assert {name for name in parts if f"`{name}`" not in said} == set()
+
+
+@pytest.mark.parametrize("word", [w for name, axis in AROUND.items() for w in (name, axis.asked)])
+def test_a_field_of_a_schedules_file_that_is_not_known_says_which_is_meant(word):
+    schedule = build("weipipe-keep", devices=2, microbatches=4)
+    value = json.loads(schedule.to_json())
+    if word in value:
+        word = word[:-1]
+    meant = CALLED.get(word, word)
+    with pytest.raises(ScheduleError, match=rf"'{word}' is not known \(did you mean '{meant}"):
+        Schedule.from_json(json.dumps({**value, word: 2}))

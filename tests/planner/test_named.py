@@ -15,6 +15,7 @@ from jaxsys.lowering import lower, lower_sharded
 from jaxsys.mesh import make_mesh
 from jaxsys.model import abstract_parameters, layered
 from jaxsys.model.shapes import preset
+from jaxsys.planner import cli
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.costs import Precision, cut, full_chunks, schedule_costs
 from jaxsys.planner.files import load_plan, plan_file
@@ -39,7 +40,8 @@ from jaxsys.planner.workload import BlockWork, EdgeWork, Workload, decoder_workl
 from jaxsys.schedule import Schedule, check, simulate
 from jaxsys.strategies import NAMES, STRATEGIES, for_layers
 from jaxsys.train.cli import parser as train_parser
-from jaxsys.train.plan_file import read_plan
+from jaxsys.train.layout import AskedLayout, lay_out
+from jaxsys.train.plan_file import devices_of, read_plan
 
 PAPER = Precision(weight_bytes=2, gradient_bytes=2, rest_bytes=12)
 
@@ -426,20 +428,59 @@ def test_nothing_is_written_where_nothing_fits(tmp_path, capsys):
     assert len(list(tmp_path.iterdir())) == 4
 
 
-def test_a_winner_that_is_more_than_a_schedule_is_written_as_a_plan_alone(tmp_path, capsys):
+def test_a_winner_with_replicas_is_a_schedule_that_trains(tmp_path, capsys):
     schedule, plan = tmp_path / "schedule.json", tmp_path / "plan.json"
     # On slow links four small groups win over one large.
     arguments = ["plan", "--model", "tiny", "--devices", "8", "--link", "sockets"]
     arguments += ["--microbatches", "64", "--microbatch-size", "1", "--sequence-length", "64"]
-    table = tmp_path / "table.json"
-    assert main([*arguments, "--schedule", str(schedule), "--json", str(table)]) == 2
-    error = capsys.readouterr().err
-    assert "replicas of its schedule" in error and "--plan FILE" in error
-    assert list(tmp_path.iterdir()) == []
-    more = ["--search-seconds", "5", "--plan", str(plan), "--schedule", str(schedule)]
+    assert main([*arguments, "--schedule", str(schedule)]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    words = line.split("`jaxsys train ")[1].rstrip("`").split()
+    asked = train_parser("jaxsys train").parse_args(words)
+    written = Schedule.from_json(schedule.read_text())
+    assert written.replicas > 1 and devices_of(asked.schedule, {}) == 8
+    wanted = AskedLayout(
+        schedule=asked.schedule, microbatch_size=asked.microbatch_size,
+        sequence_length=asked.sequence_length, dtype=asked.compute_dtype,
+    )  # fmt: skip
+    layout = lay_out(preset("tiny"), jax.devices()[:8], wanted)
+    assert layout.mesh.shape["data"] == written.replicas and layout.rows == 64
+    more = ["--search-seconds", "5", "--plan", str(plan), "--schedule", str(tmp_path / "2.json")]
     assert main([*arguments, *more]) == 0
     assert f"is a part of {plan}" in capsys.readouterr().out
-    assert load_plan(plan).replicas > 1 and schedule.exists()
+    assert load_plan(plan).replicas > 1
+
+
+def test_recompute_by_layer_is_written_as_a_plan_alone():
+    keeps = LayerPath(weights=Weights.REFETCH, gradient=Gradient.EACH, residual=Residual.KEEP)
+    plan = Plan(
+        shard=2,
+        state=State.SPLIT,
+        layers=(keeps, dataclasses.replace(keeps, residual=Residual.RECOMPUTE)),
+    )
+    with pytest.raises(UsageError, match="recompute by layer: nothing was written; name --plan"):
+        cli._check_said_by_schedule(plan)
+
+
+def test_a_row_that_a_search_does_not_better_is_not_called_outside_its_space():
+    """The row of a strategy and what a search finds are often one plan."""
+    workload = decoder_workload("t", preset("tiny"), sequence_length=64, microbatch_size=1)
+    made = compare(workload, cluster("nvlink"), microbatches=16)
+    problem = Problem(
+        workload_of=lambda size: workload, cluster=cluster("nvlink"), batch=16,
+        memory_bytes=made.memory_bytes, lowered=True,
+    )  # fmt: skip
+    space, row = Space.of(problem, microbatch_sizes=[1]), made.best
+    assert row is not None and row.plan is not None and space.why_not(row.plan) is None
+    found = Found(
+        plan=row.plan, step_s=row.step_s, compute_s=row.compute_s, peak_bytes=row.memory_bytes,
+        sent_bytes=row.sent_bytes, potential=row.step_s,
+    )  # fmt: skip
+    assert cli._beside_found(with_found(made, problem, found), found, space) == ""
+    worse = dataclasses.replace(found, step_s=2 * row.step_s)
+    narrow = space.not_("weights", "stay", layers=range(workload.layers)).split("shard", 1)
+    said = cli._beside_found(with_found(made, problem, worse), worse, narrow)
+    assert f"Of the table {row.strategy}" in said and "was not searched: " in said
 
 
 def test_a_schedule_comes_with_the_options_that_it_does_not_say(tmp_path, capsys):

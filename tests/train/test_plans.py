@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import optax
 import pytest
 
 from jaxsys import planner
-from jaxsys.axes import DATA, RING, TENSOR
+from jaxsys.axes import AROUND, AXES, DATA, RING, TENSOR
 from jaxsys.errors import UsageError
 from jaxsys.hardware import device, link
 from jaxsys.mesh import make_mesh
@@ -18,11 +19,16 @@ from jaxsys.model import initial_parameters, layered, preset
 from jaxsys.model.kinds import BlockKind, Experts
 from jaxsys.planner.constraints import Conflict
 from jaxsys.planner.files import plan_file
+from jaxsys.planner.lower import to_schedule
+from jaxsys.planner.named import plan_at
 from jaxsys.planner.plans import Plan, Residual, State
+from jaxsys.planner.runs import why_not
 from jaxsys.schedule import Schedule
-from jaxsys.strategies import for_layers
+from jaxsys.strategies import STRATEGIES, for_layers
 from jaxsys.train import Trainer
 from jaxsys.train.checkpoint import CheckpointStore
+from jaxsys.train.layout import AskedLayout, lay_out
+from jaxsys.train.plan_file import devices_of as plan_devices
 from jaxsys.train.schedules import read_schedule
 
 CLUSTER = planner.Cluster(device=device("cpu"), devices=4, link=link("host-memory"))
@@ -244,3 +250,39 @@ def test_a_schedules_file_that_breaks_a_rule_is_one_line(tmp_path):
             read_schedule(file)
     file.write_text(whole.to_json())
     assert read_schedule(file) == whole
+
+
+def plan_of(strategy: str, **around) -> Plan:
+    place = STRATEGIES[strategy].place
+    assert place is not None
+    return replace(plan_at(place, "block", 2, 4, 1), **around)
+
+
+SPLITS = {
+    "replicas": plan_of("1f1b", replicas=2),
+    "experts": plan_of("zero-3", experts=2),
+    "context": plan_of("zero-3", context=4, context_by="mixed", context_exchange=2),
+    "members": plan_of("weipipe-keep", members=2),
+    "features": plan_of("zero-3", features=2),
+}
+"""A plan along each axis that stands around a schedule's devices or within its places."""
+
+
+@pytest.mark.parametrize("axis", [axis.name for axis in AROUND.values()])
+def test_what_a_schedules_file_says_of_an_axis_is_laid_out_again(axis, tmp_path):
+    plan, config = SPLITS[axis], replace(preset("tiny"), num_layers=4)
+    if axis == "experts":
+        mixture = Experts(count=4, active=2, intermediate_size=32)
+        config = replace(config, kinds=(BlockKind(experts=True),), experts=mixture)
+    assert getattr(plan, axis) > 1 and why_not(plan) is None
+    made = to_schedule(SimpleNamespace(layers=4, batch=16), plan)
+    file = tmp_path / "schedule.json"
+    file.write_text(made.to_json())
+    assert Schedule.from_json(file.read_text()) == made
+    assert plan_devices(file, {}) == plan.devices
+    asked = AskedLayout(schedule=str(file), microbatch_size=1, sequence_length=32)
+    layout = lay_out(config, jax.devices()[: plan.devices], asked)
+    assert layout.schedule == made
+    assert layout.mesh.shape[AXES[axis].mesh] == getattr(plan, axis)
+    assert layout.rows * layout.microbatch_size == 16
+    assert layout.split == plan.split
