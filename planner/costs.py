@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from jaxsys.axes import parts_of_block
-from jaxsys.errors import UsageError
+from jaxsys.errors import UsageError, did_you_mean
 from jaxsys.hardware import DeviceSpec
 from jaxsys.lowering.memory import Around, BlockBytes, sharded_static_bytes, tabled_bytes
 from jaxsys.lowering.tables import Buffers
@@ -130,7 +130,8 @@ def block_cost(
     """
     if recompute not in PLANNED_RECOMPUTE:
         legal = ", ".join(PLANNED_RECOMPUTE)
-        raise UsageError(f"recompute={recompute!r} is not a policy; use one of {legal}")
+        near = did_you_mean(recompute, PLANNED_RECOMPUTE)
+        raise UsageError(f"recompute={recompute!r} is not a policy{near}; use one of {legal}")
     split = split or Split()
     memory = BlockBytes(residual=0.0, tap=0.0, work=0.0)
     if not times_alone:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from jaxsys.axes import AROUND, AXES, BATCH, SHARERS, parts_of_batch
-from jaxsys.errors import UsageError
+from jaxsys.errors import UsageError, did_you_mean
 from jaxsys.planner.axes import PLANNED
 from jaxsys.planner.constraints import (
     Conflict,
@@ -161,7 +161,10 @@ class Space:
         for name in names:
             if name not in self.domains:
                 known = ", ".join([*COMMON, *(f"{w}[layer]" for w in LAYERED)])
-                raise UsageError(f"{name!r} is not a variable of the space; there are {known}")
+                near = did_you_mean(name, self.domains)
+                raise UsageError(
+                    f"{name!r} is not a variable of the space{near}; there are {known}"
+                )
         return replace(self, user=(*self.user, relation(label, names, self.domains, allows)))
 
     def _narrow(

@@ -21,7 +21,7 @@ import fastapi
 import jax
 import jax.numpy as jnp
 
-from jaxsys.errors import RunError, UsageError
+from jaxsys.errors import RunError, UsageError, did_you_mean
 from jaxsys.interrupt import leave
 from jaxsys.model import default_model_path, load
 from jaxsys.model.folder import read_generation
@@ -72,6 +72,8 @@ from jaxsys.serve.settings import with_settings
 
 T = TypeVar("T")
 
+CLUSTERS = ("local", "auto")
+"""What `--cluster` takes beside an address."""
 LOOK_S = 2.0
 """How often a server on a cluster is asked whether it has failed."""
 
@@ -155,6 +157,12 @@ def main(argv: Sequence[str], prog: str) -> int:
     )
     log_to_stderr(as_json=worker.json_log)
     raise_descriptor_limit()
+    where = arguments.cluster
+    if where not in (None, *CLUSTERS) and ":" not in where:
+        raise UsageError(
+            f"--cluster {where} is neither {' nor '.join(CLUSTERS)}, nor an address such as "
+            f"10.0.0.1:6379{did_you_mean(where, CLUSTERS)}"
+        )
     if arguments.fronts > 1 and arguments.cluster != "local":
         where = "" if arguments.cluster is None else f" --cluster {arguments.cluster}"
         raise UsageError(
@@ -372,7 +380,7 @@ async def _serve_processes(spec: FrontSpec, fronts: int, drain_s: float) -> int:
         return 128 + stop.result()
     starting.result()
     _tell_ready(spec, time.monotonic() - started_s)
-    _tell_address(address)
+    _tell_address(address, f" from {fronts} fronts" if fronts > 1 else "")
     _tell_guesses(spec.worker.deployment)
     failing = asyncio.ensure_future(front.until_failure())
     await asyncio.wait([stop, failing], return_when=asyncio.FIRST_COMPLETED)

@@ -32,7 +32,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxsys.axes import RING
 from jaxsys.context import ContextSplit
-from jaxsys.errors import UsageError
+from jaxsys.errors import UsageError, did_you_mean
 from jaxsys.layered import LayeredModel, Parameters, PyTree, with_totals
 from jaxsys.mesh import batch_axes
 from jaxsys.schedule import Placement, Schedule, check
@@ -83,7 +83,8 @@ def lower_sharded(
     for policy in policies:
         if policy not in taken:
             legal = ", ".join(taken)
-            raise UsageError(f"recompute={policy!r} is not a policy here; use one of {legal}")
+            near = did_you_mean(str(policy), taken)
+            raise UsageError(f"recompute={policy!r} is not a policy here{near}; use one of {legal}")
     check(schedule)
     refused = why_not_lowered(schedule)
     if refused is not None:

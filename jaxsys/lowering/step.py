@@ -18,7 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxsys.axes import RING
 from jaxsys.context import ContextSplit
-from jaxsys.errors import UsageError
+from jaxsys.errors import UsageError, did_you_mean
 from jaxsys.layered import LayeredModel, Parameters, PyTree, with_totals
 from jaxsys.mesh import batch_axes
 from jaxsys.schedule import Data, MoveKind, Placement, Schedule, check
@@ -94,7 +94,8 @@ def lower(
     check_fit(schedule, model, mesh)
     if recompute not in RECOMPUTE_POLICIES:
         legal = ", ".join(RECOMPUTE_POLICIES)
-        raise UsageError(f"recompute={recompute!r} is not a policy; use one of {legal}")
+        near = did_you_mean(str(recompute), RECOMPUTE_POLICIES)
+        raise UsageError(f"recompute={recompute!r} is not a policy{near}; use one of {legal}")
     return LoweredStep(
         schedule=schedule,
         model=model,

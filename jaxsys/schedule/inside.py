@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from jaxsys.axes import WAYS, DividedAround
+from jaxsys.errors import did_you_mean
 
 
 class Carried(StrEnum):
@@ -71,7 +72,9 @@ def why_not_shared(by: str, parts: int, exchange: int | None) -> str | None:
     if parts < 1:
         return f"context={parts} must be at least 1"
     if by not in WAYS:
-        return f"context_by={by!r} is not known; use one of {', '.join(WAYS)}"
+        return (
+            f"context_by={by!r} is not known{did_you_mean(by, WAYS)}; use one of {', '.join(WAYS)}"
+        )
     if by != "mixed":
         if exchange is None:
             return None

@@ -102,6 +102,8 @@ class ApiConfig:
     """What the model's makers sample with, for requests that do not say."""
     lora_updates: bool = False
     """Whether adapters are loaded and unloaded on demand."""
+    created_s: float = field(default_factory=time.time)
+    """When the model began to be served, as the list of models says it."""
 
 
 def create_app(
@@ -134,7 +136,6 @@ def create_app(
             for status in (400, 401, 404, 405, 408, 413, 415, 422, 429, 503)
         },
     )
-    created_s = int(time.time())
     face = _Face(engine, tokenizer, config, metrics, turns or Turns())
     app.state.close = face.close
 
@@ -174,7 +175,9 @@ def create_app(
         return JSONResponse({"object": "list", "data": found, "has_more": False, **ends})
 
     def served() -> list[Model]:
-        one = Model(id=config.model_name, created=created_s, max_model_len=config.max_length)
+        one = Model(
+            id=config.model_name, created=int(config.created_s), max_model_len=config.max_length
+        )
         adapted = [
             one.model_copy(
                 update={

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import dataclasses
 import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,8 @@ class FrontSpec:
     """Names and folders of low-rank adapters that are served from the start."""
     lora_updates: bool = False
     """Whether more are loaded on demand."""
+    created_s: float = dataclasses.field(default_factory=time.time)
+    """When the deployment began, of all its fronts, those that are started again among them."""
     worker: WorkerSpec
     """What the instances have in common."""
 
@@ -76,6 +79,7 @@ class FrontSpec:
             tool_format=self.tool_format,
             sampling=self.sampling,
             lora_updates=self.lora_updates,
+            created_s=self.created_s,
         )
 
 

@@ -193,6 +193,8 @@ def test_fuzzing_by_the_description_finds_no_server_error(server):
         (["--page-size", "0"], "--page-size 0 must be at least 1"),
         (["--pages", "1"], "--pages 1 x --page-size 64 tokens hold 64 tokens, below --max-length"),
         (["--max-requests", "0"], "--max-requests 0 must be at least 1"),
+        (["--cluster", "lokal"], "--cluster lokal is neither local nor auto, nor an address"),
+        (["--cluster", "lokal"], "(did you mean 'local'?)"),
         (["--drain", "-5"], "--drain -5.0 must be 0 or more seconds"),
         (["--drain", "nan"], "--drain nan must be 0 or more seconds"),
         (["--max-batch", "0"], "--max-batch 0 must be at least 1"),

@@ -1,6 +1,6 @@
 """How models call tools: a file a family, chosen by what the model's chat template says."""
 
-from jaxsys.errors import UsageError
+from jaxsys.errors import UsageError, did_you_mean
 from jaxsys.serve.http.tools.base import (
     CallPart,
     Marks,
@@ -49,7 +49,10 @@ def format_of(template: str | None, name: str = "auto") -> ToolFormat:
     """
     if name != "auto":
         if name not in FORMATS:
-            raise UsageError(f"tool-format={name!r} is unknown; use auto, {', '.join(FORMATS)}")
+            near = did_you_mean(name, ("auto", *FORMATS))
+            raise UsageError(
+                f"tool-format={name!r} is unknown{near}; use auto, {', '.join(FORMATS)}"
+            )
         return FORMATS[name]
     if template is None or "tools" not in template:
         return FORMATS["plain"]

@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -64,6 +65,9 @@ def test_a_router_that_remembers_for_itself_is_refused(folder):
     launcher: Any = None
     with pytest.raises(UsageError, match="--fronts 3 with --route my-own: what that router"):
         Fronts(spec, launcher, count=3, drain_s=1, reached_at="127.0.0.1")
+    # A front that is started again is given the same, and lists the model as the others do.
+    again = pickle.loads(pickle.dumps(spec))
+    assert again.api().created_s == spec.created_s > 0
 
 
 # --- a server with two of them ----------------------------------------------------------------
@@ -298,7 +302,7 @@ def test_a_killed_front_takes_its_own_requests_only(server, both):
     """Instances free its pages, another takes its place, and nothing that was counted is lost."""
     whole = text(both[1], max_tokens=150)
     victim, other = server.fronts
-    before = server.metrics()
+    before, listed = server.metrics(), both[1].get("/v1/models").json()
     done = 'jaxsys_requests_total{finish_reason="length"}'
     with concurrent.futures.ThreadPoolExecutor(4) as threads, contextlib.ExitStack() as stack:
         clients = [
@@ -321,6 +325,7 @@ def test_a_killed_front_takes_its_own_requests_only(server, both):
     with server.client(fresh) as client:
         server.until(lambda: client.get("/health").status_code == 200)
         assert text(client, max_tokens=150) == whole
+        assert client.get("/v1/models").json() == listed  # of the deployment, not of a front
         after = server.metrics(client)
     assert after[done] == before[done] + 4
     assert after["jaxsys_requests_unfinished"] == 0
