@@ -135,6 +135,9 @@ class LinkSpec:
     """By what share it does beside a transfer that waits for its other end."""
     switched_bytes_per_s: float | None = None
     """Of collectives of more than two devices, where a switch joins these; None: as of two."""
+    switch_s: float | None = None
+    """Latency of a collective that this switch runs, whatever the number of devices; None: it runs
+    none, and a ring of P devices takes P - 1 messages."""
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -170,7 +173,7 @@ class LinkSpec:
         """The link as a collective of so many devices has it."""
         if devices <= 2 or self.switched_bytes_per_s is None:
             return self.link
-        return replace(self.link, bytes_per_s=self.switched_bytes_per_s)
+        return replace(self.link, bytes_per_s=self.switched_bytes_per_s, switch_s=self.switch_s)
 
 
 _H100_RATES = (
@@ -404,12 +407,15 @@ LINKS: dict[str, LinkSpec] = {
         contention=2.2,
         waiting_contention=WAITING,
         switched_bytes_per_s=362e9,
+        switch_s=23e-6,
         sources={
             "bytes_per_s": f"{_GATHER}; ppermute of them 225 GB/s, of 512 MiB 290; the data sheet "
             "says 450 GB/s for NVLink 4",
             "switched_bytes_per_s": "NCCL's all-reduce of 64 MiB over the eight H100s of a DGX, a "
             "sample of github.com/NVIDIA/dgxc-benchmarking (nccl/README.md); of 256 MiB 422",
             "latency_s": _NCCL_LATENCY,
+            "switch_s": "NCCL's own model of NVLink SHARP inside a machine (github.com/NVIDIA/nccl "
+            "at b647562, src/graph/tuning.cc: `hwLat` of NVLS), and 5/6 of a ring's rate",
             "contention": _CONTENTION,
         },
     ),

@@ -21,6 +21,9 @@ from jaxsys.schedule import Link
 LARGEST_NODE = 72
 """Devices of the largest group that one fast link joins: NVIDIA's GB200 NVL72."""
 
+SWITCHED_RATE = 5 / 6
+"""Of a collective that a switch runs, over a ring's: NCCL's own model, see `hardware.LINKS`."""
+
 STRAGGLING = 0.0057
 """By what share a step takes longer with each doubling of nodes: all wait for the slowest.
 
@@ -41,7 +44,10 @@ class GroupLink(Link):
     """What joins devices of a node, nodes and pods, and how many of the group it joins each."""
 
     def collective_s(self, size_bytes: float, *, devices: int, rounds: int = 1) -> float:
-        """Seconds of a ring collective over the group, all of its levels at once."""
+        """Seconds of a collective over the group, all of its levels at once.
+
+        Devices that a switch joins go round a ring or have the switch do it, whichever is sooner.
+        """
         if devices == 1:  # alone there is nothing to send
             return 0.0
         if devices != math.prod(ways for _, ways in self.levels):
@@ -50,12 +56,20 @@ class GroupLink(Link):
                 f"a collective over {devices}"
             )
         latencies_s = sending_s = 0.0
+        (first, here), *_ = self.levels
+        whole = size_bytes
         for link, ways in self.levels:
             steps = rounds * (ways - 1)
             latencies_s += steps * link.latency_s
             sending_s = max(sending_s, steps / ways * size_bytes / link.bytes_per_s)
             size_bytes /= ways
-        return self.launch_s + latencies_s + sending_s
+        ring_s = latencies_s + sending_s
+        steps = rounds * (here - 1)
+        if first.switch_s is None or first.switch_s >= steps * first.latency_s:
+            return self.launch_s + ring_s
+        switched_s = steps / here * whole / (SWITCHED_RATE * first.bytes_per_s)
+        sooner_s = latencies_s - steps * first.latency_s + first.switch_s
+        return self.launch_s + min(ring_s, sooner_s + max(sending_s, switched_s))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,6 +42,9 @@ class Link:
     """By what share compute takes longer while its device sends."""
     waiting_contention: float = 0.0
     """Likewise while its device is ready to send and its target is not."""
+    switch_s: float | None = None
+    """Of a collective that a switch of these devices runs, however many they are; None: none does,
+    and collectives go round a ring."""
 
     def transfer_s(self, size_bytes: float, *, messages: int = 1) -> float:
         """Seconds for `size_bytes` in `messages` dependent messages."""

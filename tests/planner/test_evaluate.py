@@ -346,3 +346,25 @@ def test_both_levels_of_a_group_send_at_once_and_the_slower_one_tells_the_time()
         replace(cluster, pod_link=None)
     with pytest.raises(UsageError, match="pod_devices=32 are whole nodes: give node_devices"):
         replace(cluster, node_devices=None, node_link=None)
+
+
+def test_a_switch_runs_collectives_of_any_number_of_its_devices():
+    """A ring pays a message for each device; a thousand of one link are no slower than in nodes."""
+    h100, nvlink = device("h100"), link("nvlink")
+    flat = Cluster(device=h100, devices=1024, link=nvlink)
+    nodes = Cluster(
+        device=h100, devices=1024, link=nvlink, node_devices=8, node_link=link("ib-400"),
+    )  # fmt: skip
+    for size in (1e6, 60e6, 436e6):
+        times = [flat.group(n).collective_s(size, devices=n) for n in (8, 72, 256, 1024)]
+        assert times[-1] < nodes.group(1024).collective_s(size, devices=1024)
+        assert times[-1] < 1.4 * times[0]
+    rate, start = 362e9, 7e-6
+    few, many = flat.group(8), flat.group(1024)
+    # Large arrays go round a ring of eight, small ones and large groups by the switch.
+    ring, switch = start + 7 * 8e-6, start + 23e-6
+    assert few.collective_s(8e9, devices=8) == pytest.approx(ring + 7e9 / rate)
+    assert few.collective_s(8e6, devices=8) == pytest.approx(switch + 7e6 / (rate * 5 / 6))
+    wanted = switch + 1023 / 1024 * 8e9 / (rate * 5 / 6)
+    assert many.collective_s(8e9, devices=1024) == pytest.approx(wanted)
+    assert flat.group(2).collective_s(8e9, devices=2) == pytest.approx(15e-6 + 4e9 / 199e9)
