@@ -122,10 +122,11 @@ class LayeredModel:
     """The leaf of a microbatch from whose key the model draws random numbers, None if it draws
     none. A trainer puts keys there if the batch has none."""
 
-    totals: Callable[[PyTree], PyTree] | None = None
-    """Microbatch -> scalars whose sums over all microbatches of a step must be known before the
+    totals: Callable[[PyTree], PyTree] | tuple[Callable[[PyTree], PyTree], ...] | None = None
+    """Microbatch -> arrays whose sums over all microbatches of a step must be known before the
     first one runs, such as what losses are divided by; `with_totals` puts these sums into the
-    microbatch's leaf `TOTALS`. None: there are none."""
+    microbatch's leaf `TOTALS`. Several: each sees what those before it sum to, a list in `TOTALS`
+    (a variance needs the mean first). None: there are none."""
 
     sequences: Mapping[str, int] | None = None
     """Leaves of a microbatch that have a sequence -> the axis it lies along; of [B, T, ...] 1."""
@@ -336,9 +337,20 @@ def with_totals(model: LayeredModel, batch: PyTree) -> PyTree:
     if model.totals is None:
         return batch
     rows = jax.tree.leaves(batch)[0].shape[0]
-    found = jax.vmap(model.totals)(batch)
-    whole = jax.tree.map(lambda leaf: jnp.repeat(jnp.sum(leaf, 0, keepdims=True), rows, 0), found)
-    return {**batch, TOTALS: whole}
+
+    def sums(totals: Callable[[PyTree], PyTree]) -> PyTree:
+        found = jax.vmap(totals)(batch)
+        return jax.tree.map(
+            lambda leaf: jnp.repeat(jnp.sum(leaf, 0, keepdims=True), rows, 0), found
+        )
+
+    if callable(model.totals):
+        return {**batch, TOTALS: sums(model.totals)}
+    made: list[PyTree] = []
+    for totals in model.totals:
+        made = [*made, sums(totals)]
+        batch = {**batch, TOTALS: made}
+    return batch
 
 
 # Randomness. A model that draws gets a key with every microbatch, as a leaf of the batch, and folds

@@ -91,8 +91,26 @@ def by_pieces(parameters, batch):
     return total / jnp.maximum(count, 1)
 
 
+def pairs_in_a_row(parameters, batch):
+    """Both parts of each pair in one call, one batch behind the other, as DPO has them."""
+    both = jnp.concatenate([batch["inputs"], batch["targets"]])
+    scores = jnp.tanh(logits_of(parameters, both)).mean((1, 2))
+    chosen, other = scores[: len(scores) // 2], scores[len(scores) // 2 :]
+    return -jax.nn.log_sigmoid(chosen - other).mean() + 0.1 * jnp.square(scores).mean()
+
+
+def pairs_side_by_side(parameters, batch):
+    """The same, taken apart by an axis of their own."""
+    both = jnp.stack([batch["inputs"], batch["targets"]]).reshape(-1, T)
+    scores = jnp.tanh(logits_of(parameters, both)).mean((1, 2)).reshape(2, -1)
+    return -jax.nn.log_sigmoid(scores[0] - scores[1]).mean()
+
+
 @pytest.mark.parametrize("size", [1, 3])
-@pytest.mark.parametrize("loss", [mapped, one_by_one, flattened, with_rows, by_pieces])
+@pytest.mark.parametrize(
+    "loss",
+    [mapped, one_by_one, flattened, with_rows, by_pieces, pairs_in_a_row, pairs_side_by_side],
+)
 def test_a_mean_is_found_through_the_whole_model(loss, size):
     rows = data(2, size)
     adapted = from_function(
@@ -111,6 +129,12 @@ def centred(parameters, batch):
 def contrastive(parameters, batch):
     pooled = logits_of(parameters, batch["inputs"]).mean(1)
     return each(pooled @ pooled.T, jnp.arange(pooled.shape[0])).mean()
+
+
+def pairs_of_neighbours(parameters, batch):
+    both = jnp.concatenate([batch["inputs"], batch["targets"]])
+    scores = logits_of(parameters, both).mean((1, 2))
+    return jnp.tanh(scores[1:] - scores[:-1]).mean()
 
 
 def by_place(parameters, batch):
@@ -142,7 +166,16 @@ def by_pieces_squared(parameters, batch):
 
 @pytest.mark.parametrize(
     "loss",
-    [centred, contrastive, by_place, running, handed_on, by_pieces_from_one, by_pieces_squared],
+    [
+        centred,
+        contrastive,
+        pairs_of_neighbours,
+        by_place,
+        running,
+        handed_on,
+        by_pieces_from_one,
+        by_pieces_squared,
+    ],
 )
 def test_samples_that_enter_each_others_parts_are_refused(loss):
     example = jax.tree.map(lambda leaf: leaf[0], data(1, 3))
@@ -224,6 +257,74 @@ def test_derivatives_that_are_not_linear_are_seen(name, inside):
         return
     with pytest.raises(UsageError, match="not linear in the gradient"):
         from_function(loss, PARAMETERS, example, blocks="layers")
+
+
+def masked_by_draws(parameters, batch):
+    """Tokens that are hidden by the order of draws, as masked autoencoders choose them."""
+    order = jnp.argsort(jax.random.uniform(batch[KEY], batch["inputs"].shape), axis=1)
+    kept = jnp.take_along_axis(batch["inputs"], order[:, :1], 1)
+    noise = jnp.asarray([0.0, 0.5, 1.0])[jax.random.randint(batch[KEY], (len(kept),), 0, 3)]
+    losses = each(logits_of(parameters, kept), batch["targets"][:, :1]) + noise[:, None]
+    mask = (order == 0).astype(jnp.float32)
+    return (losses * mask).sum() / mask.sum()
+
+
+def test_what_draws_choose_is_a_samples_own():
+    rows = data(2, 2)
+    keys = jax.random.split(jax.random.key(0), 2)
+    example = jax.tree.map(lambda leaf: leaf[0], rows)
+    adapted = from_function(masked_by_draws, PARAMETERS, example, blocks="layers")
+    wanted = [
+        float(
+            masked_by_draws(
+                PARAMETERS, {**jax.tree.map(lambda leaf, n=n: leaf[n], rows), KEY: keys[n]}
+            )
+        )
+        for n in (0, 1)
+    ]
+    found = reference_loss(adapted.model, adapted.parameters, {**rows, KEY: keys})
+    assert float(found) == pytest.approx(sum(wanted) / 2, rel=2e-6)
+
+
+def test_leaves_that_are_no_arrays():
+    """Floats of Python's train, as jax.grad has it; integers, names and functions stay."""
+    parameters = {
+        "scale": 0.5,
+        "table": PARAMETERS["table"],
+        "layers": [
+            {"w": w, "rate": 0.1 * n, "power": 2, "name": "tanh", "act": jnp.tanh}
+            for n, w in enumerate(PARAMETERS["layers"]["w"])
+        ],
+    }
+
+    def loss(parameters, batch):
+        x = jnp.asarray(parameters["table"])[batch["inputs"]] * parameters["scale"]
+        for layer in parameters["layers"]:
+            for _ in range(layer["power"]):
+                x = x + layer["act"](x @ layer["w"]) + layer["rate"]
+            x = getattr(jnp, layer["name"])(x)
+        return each(x @ jnp.asarray(parameters["table"]).T, batch["targets"]).mean()
+
+    rows = data(1, 2)
+    example = jax.tree.map(lambda leaf: leaf[0], rows)
+    adapted = from_function(loss, parameters, example, blocks="layers")
+    found = jax.grad(lambda p: reference_loss(adapted.model, p, rows))(adapted.parameters)
+    own = adapted.rebuild(found)
+    assert [own["layers"][1][name] for name in ("power", "name", "act")] == [2, "tanh", jnp.tanh]
+    moving = {"scale": 0.5, "rates": [0.0, 0.1]}
+
+    def of(moving):
+        layers = [
+            {**layer, "rate": rate}
+            for layer, rate in zip(parameters["layers"], moving["rates"], strict=True)
+        ]
+        return loss({**parameters, "scale": moving["scale"], "layers": layers}, example)
+
+    wanted = jax.grad(of)(moving)
+    assert float(own["scale"]) == pytest.approx(float(wanted["scale"]), rel=1e-5)
+    np.testing.assert_allclose(
+        [layer["rate"] for layer in own["layers"]], wanted["rates"], rtol=1e-5
+    )
 
 
 def test_a_tree_may_hold_nothing_in_places():

@@ -38,7 +38,8 @@ class _Backward(Followed):
     """Follows operations, and of those with such derivatives the way back too."""
 
     def __init__(self, samples: int) -> None:
-        super().__init__(samples)
+        # A number that is made of B may enter the way back unseen.
+        super().__init__(samples, scales=False)
         self.alone = True
         self._watched: dict[int, Any] = {}
         self._found: dict[int, bool] = {}
@@ -81,7 +82,7 @@ class _Backward(Followed):
             for state, variable in zip(made, equation.outvars, strict=True)
             if moves(variable.aval)
         ]
-        if not all(isinstance(state, Along) for state in gradients):
+        if not all(isinstance(state, Along) and state.copies == 1 for state in gradients):
             return False
         found = self.jaxpr(closed.jaxpr, closed.consts, [*given, *gradients])
         parts = parts_of(closed, len(given))

@@ -21,10 +21,12 @@ from jaxsys.train.adapt.places import (
     Names,
     Place,
     Stack,
+    is_array,
     leaf_of,
     names_of,
     nested,
     places,
+    trains,
 )
 from jaxsys.train.adapt.plan import CutProgram
 from jaxsys.train.adapt.program import trace
@@ -174,8 +176,9 @@ class _Adapter:
         self.loss, self.example, self.numbers = loss, example, numbers
         self.mesh = jax.sharding.get_abstract_mesh()
         leaves, self.structure = jax.tree.flatten(parameters)
-        self.leaves = _of_one_dtype(leaves)
-        self.places: list[Place] = places(parameters, paths, aliases)
+        self.leaves = _of_one_dtype(_as_arrays(leaves))
+        whole = jax.tree.unflatten(self.structure, self.leaves)
+        self.places: list[Place] = places(whole, paths, aliases)
         self.plans: dict[Any, CutProgram] = {}
         self.draws_if_known = False
         self.plan = self._plan(None, example)
@@ -228,21 +231,20 @@ class _Adapter:
         plan, draws = self.plan, self.draws
 
         def embed(edge: PyTree, microbatch: PyTree) -> PyTree:
-            microbatch, _ = _without_totals(microbatch)
-            mine, leaves = self._edge(edge)
-            return self._plan(mine, microbatch).embed(leaves, jax.tree.leaves(microbatch))
+            dtype, leaves = self._edge(edge)
+            mine, flat, _ = self._planned(dtype, microbatch)
+            return mine.embed(leaves, flat)
 
         def block(roles: Sequence[int]) -> Callable[..., PyTree]:
             first = roles[0]
             which = np.array([roles.index(n) if n in roles else 0 for n in plan.pattern], np.int32)
 
             def run(own: PyTree, x: PyTree, microbatch: PyTree, layer: LayerInfo) -> PyTree:
-                microbatch, _ = _without_totals(microbatch)
                 leaves = {name: leaf_of(own, name) for name in plan.roles[first].kind.leaves}
-                mine = _compute_dtype(
+                dtype = _compute_dtype(
                     [(leaf.dtype, dtypes[first][name]) for name, leaf in leaves.items()]
                 )
-                mine, flat = self._plan(mine, microbatch), jax.tree.leaves(microbatch)
+                mine, flat, _ = self._planned(dtype, microbatch)
                 if len(roles) == 1:
                     return mine.block(first)(leaves, x, flat, layer)
                 branches = [
@@ -254,11 +256,10 @@ class _Adapter:
 
         def head_loss(divide: bool) -> Callable[..., tuple[Any, ...]]:
             def score(edge: PyTree, x: PyTree, microbatch: PyTree) -> tuple[Any, ...]:
-                microbatch, totals = _without_totals(microbatch)
-                mine, leaves = self._edge(edge)
-                chosen = self._plan(mine, microbatch)
-                outputs = chosen.head(leaves, x, jax.tree.leaves(microbatch))
-                loss, weight, *metrics = chosen.sums.of(outputs, totals, divide)
+                dtype, leaves = self._edge(edge)
+                mine, flat, totals = self._planned(dtype, microbatch)
+                outputs = mine.head(leaves, x, flat)
+                loss, weight, *metrics = mine.sums.of(outputs, totals, divide)
                 loss, weight = jnp.asarray(loss, jnp.float32), jnp.asarray(weight, jnp.float32)
                 if not self.metrics:
                     return loss, weight
@@ -266,8 +267,15 @@ class _Adapter:
 
             return score
 
-        def totals(microbatch: PyTree) -> list[Any]:
-            return self._plan(None, microbatch).totals(jax.tree.leaves(microbatch))
+        def totals_in(number: int) -> Callable[[PyTree], list[Any]]:
+            def totals(microbatch: PyTree) -> list[Any]:
+                microbatch, found = _without_totals(microbatch)
+                mine = self._plan(None, microbatch)
+                return mine.totals(number, jax.tree.leaves(microbatch), found or ())
+
+            return totals
+
+        totals = tuple(totals_in(number) for number in range(plan.sums.rounds))
 
         shapes = self._shapes_of_layers(plan.program.stack_axes)
         dtypes = [
@@ -334,6 +342,18 @@ class _Adapter:
                 raise UsageError(lacks) from error
         return self.plans[key]
 
+    def _planned(
+        self, dtype: Any, microbatch: PyTree
+    ) -> tuple[CutProgram, list[Any], list[Any] | None]:
+        """The plan for a microbatch; what its program reads of it, and totals of the whole batch.
+
+        Raises:
+            UsageError: see `_plan`.
+        """
+        microbatch, totals = _without_totals(microbatch)
+        plan = self._plan(dtype, microbatch)
+        return plan, plan.with_whole(jax.tree.leaves(microbatch), totals), totals
+
     def _on_no_mesh(self, make: Callable[[], CutProgram]) -> CutProgram:
         """Traces on no mesh: the caller's would be written into every operation's types.
 
@@ -372,7 +392,7 @@ class _Adapter:
         def whole(leaves: Sequence[Any], microbatch: PyTree) -> Any:
             given = iter(leaves)
             mine = [
-                jnp.asarray(leaf) if isinstance(place, Fixed) else next(given)
+                next(given) if not isinstance(place, Fixed) else _as_it_is(leaf)
                 for place, leaf in zip(self.places, self.leaves, strict=True)
             ]
             return self._outputs(self.loss(jax.tree.unflatten(self.structure, mine), microbatch))
@@ -529,12 +549,12 @@ class _Adapter:
         return leaves
 
 
-def _without_totals(microbatch: PyTree) -> tuple[PyTree, Any]:
+def _without_totals(microbatch: PyTree) -> tuple[PyTree, list[Any] | None]:
     """A microbatch as the user's batches have it, and what is known of the whole batch."""
     if not isinstance(microbatch, Mapping) or TOTALS not in microbatch:
         return microbatch, None
     own = {name: leaf for name, leaf in microbatch.items() if name != TOTALS}
-    return own, microbatch[TOTALS]
+    return own, jax.tree.leaves(microbatch[TOTALS])
 
 
 def _check_batch(microbatch: PyTree, example: PyTree) -> str | None:
@@ -563,13 +583,23 @@ def _check_batch(microbatch: PyTree, example: PyTree) -> str | None:
     return lacks
 
 
+def _as_arrays(leaves: list[Any]) -> list[Any]:
+    """The leaves; numbers of Python's that have a gradient as arrays."""
+    return [np.float32(leaf) if isinstance(leaf, float) else leaf for leaf in leaves]
+
+
+def _as_it_is(leaf: Any) -> Any:
+    """A constant as a loss gets it; a number, a name or a function of Python's stays one."""
+    return jnp.asarray(leaf) if is_array(leaf) else leaf
+
+
 def _of_one_dtype(leaves: list[Any]) -> list[Any]:
     """The leaves, floats of several dtypes as float32: masters are, and all compute in one.
 
     Raises:
         UsageError: if there are complex ones.
     """
-    kinds = {leaf.dtype for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)}
+    kinds = {leaf.dtype for leaf in leaves if trains(leaf)}
     if any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in kinds):
         raise UsageError(
             "there are complex parameters, which no schedule moves; hold their real and imaginary "
@@ -577,10 +607,7 @@ def _of_one_dtype(leaves: list[Any]) -> list[Any]:
         )
     if len(kinds) < 2:
         return leaves
-    return [
-        jnp.asarray(leaf, jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
-        for leaf in leaves
-    ]
+    return [jnp.asarray(leaf, jnp.float32) if trains(leaf) else leaf for leaf in leaves]
 
 
 def _value(place: Place, aval: Any, number: int) -> Value:

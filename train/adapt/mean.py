@@ -10,7 +10,7 @@ another number for the whole batch than for its parts, and is refused.
 Legend: B samples in the microbatch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,8 +18,9 @@ import jax.numpy as jnp
 
 from jaxsys.errors import UsageError
 from jaxsys.train.adapt.samples import Mixed, Summed, Unknown
+from jaxsys.train.adapt.sources import written_at
 from jaxsys.train.adapt.states import states_of
-from jaxsys.train.adapt.twins import are_alike
+from jaxsys.train.adapt.twins import numbers_between
 from jaxsys.train.adapt.values import Value, known
 
 WAY_OUT = (
@@ -75,7 +76,7 @@ class Divisor:
 
 
 class Term(NamedTuple):
-    """A part of a loss: factor * value / divisor."""
+    """A part of a loss: factor * value * times / divisor."""
 
     value: Value
     """A sum over samples, or what no sample enters (a penalty on parameters)."""
@@ -85,6 +86,15 @@ class Term(NamedTuple):
     """The factor is another one for other numbers of samples: as B to this power, -1 in a mean."""
     seen: bool = True
     """Whether it is known to be such a sum."""
+    times: tuple[tuple[Value, int], ...] = ()
+    """Scalars that no sample enters, each to the power 1 or -1, by which it is multiplied too."""
+
+    def scaled(self, own: Mapping[Value, Any]) -> Any:
+        """factor * value, of what values are."""
+        part = self.factor * own[self.value]
+        for value, power in self.times:
+            part = part * own[value] if power > 0 else part / own[value]
+        return part
 
     @property
     def is_sum(self) -> bool:
@@ -96,7 +106,7 @@ def terms_of(
     loss: Value,
     samples: int,
     key: int | None,
-    twice: Callable[[], Value],
+    again: Callable[[int], Value],
     *,
     strict: bool = True,
     quick: bool = False,
@@ -107,7 +117,8 @@ def terms_of(
         loss: a scalar of a program.
         samples: B.
         key: the microbatch's leaf that is its key.
-        twice: makes the same loss of 2 B samples, by which numbers are seen to depend on B.
+        again: makes the same loss of so many times B samples, by which numbers are seen to depend
+            on B.
         strict: all must be seen; otherwise what is not is a term that is not `seen`.
         quick: sums that are multiplied by no number are believed to be of no such.
 
@@ -116,37 +127,58 @@ def terms_of(
     """
     found = _Terms(loss, samples, key, strict)
     terms = found.of(loss, 1.0)
+    # Where axes of one element come and go, what enters is compared for 2 B and 4 B samples.
+    more = 2 if samples == 1 else 1
     if strict and not any(term.value.varies for term in terms):
         raise UsageError(f"the loss reads no sample; {WAY_OUT}")
     if quick and not (found.scaled or any(t.divisor or not t.value.varies for t in terms)):
         return terms
-    other = twice()
-    twins = _Terms(other, 2 * samples, key, strict).of(other, 1.0)
-    if len(terms) != len(twins):
-        if not strict:
-            return [Term(loss, 1.0, seen=False)]
-        raise UsageError(f"the loss adds other sums for more samples; {WAY_OUT}")
-    return [_scaled(*pair, key, strict) for pair in zip(terms, twins, strict=True)]
+    several = [terms]
+    for times in (2, 4)[:more]:
+        other = again(times)
+        twins = _Terms(other, times * samples, key, strict).of(other, 1.0)
+        if len(terms) != len(twins):
+            if not strict:
+                return [Term(loss, 1.0, seen=False)]
+            raise UsageError(f"the loss adds other sums for more samples; {WAY_OUT}")
+        several.append(twins)
+    return [_grown(*each, key=key, strict=strict) for each in zip(*several, strict=True)]
 
 
-def _scaled(one: Term, other: Term, key: int | None, strict: bool) -> Term:
-    """A term, with what it becomes for 2 B samples seen."""
+def _grown(one: Term, other: Term, *more: Term, key: int | None, strict: bool) -> Term:
+    """A term, with what it becomes for 2 B samples, and perhaps for 4 B, seen."""
     if not (one.seen and other.seen):
         return one._replace(seen=False)
     powers = (0,) if one.divisor is not None else (-1, 0, 1)
+    where = one.value.maker
     for power in powers:
         if abs(other.factor - 2.0**power * one.factor) > 1e-6 * abs(one.factor):
             continue
-        # Means are divided by numbers that are seen here; of a bare sum they may be further down.
-        further = one.divisor is None and power != -1
-        if (further or not one.value.varies) and not are_alike(one.value, other.value, key):
+        # Numbers that are seen here aside, there may be others further down.
+        pair = (other, more[0]) if more else (one, other)
+        compared = _compared(*pair, key)
+        if compared != []:
+            where = compared[0][0][0] if isinstance(compared, list) else compared
             break
         return one._replace(grows=power)
     if not strict:
         return one._replace(seen=False)
+    at = "" if where is None else f" (at {written_at(where)})"
     raise UsageError(
-        f"the loss adds a term times another number for more samples, not in proportion; {WAY_OUT}"
+        "the loss adds a term that is made with another number for more samples, which is not seen "
+        f"to be a mean{at}; {WAY_OUT}"
     )
+
+
+def _compared(one: Term, other: Term, key: int | None) -> Any:
+    """What is found between two terms, see `numbers_between`; nothing if they are made alike."""
+    pairs = [(one.value, other.value)]
+    if one.divisor is not None and other.divisor is not None:
+        pairs.append((one.divisor.value, other.divisor.value))
+    if [power for _, power in one.times] != [power for _, power in other.times]:
+        return None
+    pairs += [(a, b) for (a, _), (b, _) in zip(one.times, other.times, strict=True)]
+    return numbers_between(pairs, key)
 
 
 class _Terms:
@@ -174,6 +206,8 @@ class _Terms:
             return [*self.of(inputs[0], factor), *self.of(inputs[1], sign * factor)]
         if name == "mul":
             for one, other in (inputs, inputs[::-1]):
+                if value.varies and _is_still(one):
+                    return _times(self.of(other, factor), one, 1)
                 if (number := number_of(one)) is not None:
                     self.scaled = True
                     return self.of(other, factor * number)
@@ -186,6 +220,8 @@ class _Terms:
                 return self.of(inputs[0], factor / number)
             if not value.varies:
                 return [Term(value, factor)]
+            if _is_still(inputs[1]):
+                return _times(self.of(inputs[0], factor), inputs[1], -1)
             return self.divided(value, inputs[0], factor, inputs[1])
         if name == "select_n" and (found := _where_counted(value)) is not None:
             chosen, base, guard = found
@@ -218,9 +254,9 @@ class _Terms:
         if not self.strict:
             return [Term(value, factor, seen=False)]
         raise UsageError(
-            f"the loss is not seen to be a mean over samples (at {self.where(value)}): for the "
-            "whole batch it may be another number than for its microbatches. Divide behind the "
-            f"sum, (loss * weight).sum() / weight.sum(); {WAY_OUT}"
+            "the loss is not seen to be a mean over samples: they enter each other's parts at "
+            f"{self.where(value)}, so for the whole batch it may be another number than for its "
+            f"microbatches; make each sample's part of that sample alone, or {WAY_OUT}"
         )
 
     def is_sum(self, value: Value) -> bool:
@@ -246,7 +282,17 @@ class _Terms:
             if not worse:
                 break
             value = worse[0]
-        return value.maker.primitive.name if value.maker is not None else "a leaf of the batch"
+        return "a leaf of the batch" if value.maker is None else written_at(value.maker)
+
+
+def _is_still(value: Value) -> bool:
+    """Whether a scalar is made of parameters and of what the whole batch has, no sample's part."""
+    return value.depends and not value.varies and not value.aval.shape
+
+
+def _times(terms: list[Term], value: Value, power: int) -> list[Term]:
+    """The terms, each times what no sample enters."""
+    return [t._replace(times=(*t.times, (value, power))) for t in terms]
 
 
 def _inverse(value: Value) -> tuple[float, Value] | None:

@@ -22,7 +22,7 @@ Names = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class Fixed:
-    """An integer or boolean leaf: a constant of the model, trained by nobody."""
+    """A leaf of integers or booleans, or no array: a constant of the model, trained by nobody."""
 
     names: Names
 
@@ -80,13 +80,23 @@ def places(
     result: list[Place] = []
     for index, (_, leaf) in enumerate(flat):
         here = found.get(index, set())
-        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        if not trains(leaf):
             result.append(Fixed(own[index]))
         elif len(here) == 1:
             result.append(here.pop())
         else:
             result.append(Edge(own[index]))
     return result
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf has shape and dtype."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def trains(leaf: Any) -> bool:
+    """Whether a leaf is a parameter."""
+    return is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
 def names_of(path: tuple[Any, ...]) -> Names:

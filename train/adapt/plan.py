@@ -26,6 +26,7 @@ from jaxsys.train.adapt.values import (
     Operation,
     Program,
     Value,
+    Whole,
     bind,
     needed,
     run,
@@ -178,14 +179,36 @@ class CutProgram:
         run(self.head_operations, values)
         return [value_of(value, values) for value in outputs]
 
-    def totals(self, batch: Sequence[Any]) -> list[Any]:
-        """A microbatch's part of what must be known of the whole batch, see `Sums`; float32."""
-        wanted = self.sums.ahead
+    def totals(self, number: int, batch: Sequence[Any], found: Sequence[Any]) -> list[Any]:
+        """A microbatch's part of what must be known of the whole batch, see `Sums`.
+
+        Args:
+            number: of the round.
+            batch: the microbatch's leaves.
+            found: what the rounds before have summed up over the whole batch.
+        """
+        wanted = self.sums.ahead_in(number)
         operations = needed(self.program.operations, wanted)
-        values = self._values(operations, wanted, (), batch)
+        handed = self.sums.handed(found) if number else []
+        values = self._values(operations, wanted, (), [*batch, *handed])
         run(operations, values)
-        found = [self.sums.samples, *(value_of(value, values) for value in wanted)]
+        own = [] if number else [self.sums.samples]
+        found = [*own, *(value_of(value, values) for value in wanted)]
         return [jnp.asarray(value, jnp.float32) for value in found]
+
+    def with_whole(self, batch: Sequence[Any], totals: Sequence[Any] | None) -> list[Any]:
+        """A microbatch's leaves and what it is handed of the whole batch.
+
+        Args:
+            batch: its leaves.
+            totals: of the whole batch; None if it is all there is.
+        """
+        if not self.sums.wholes:
+            return list(batch)
+        found = list(totals or ())
+        for number in range(self.sums.rounds if totals is None else 0):
+            found += self.totals(number, batch, found)
+        return [*batch, *self.sums.handed(found)]
 
     def _values(
         self,
@@ -200,7 +223,7 @@ class CutProgram:
         for value in (*read, *outputs):
             if isinstance(value, EdgeLeaf):
                 values[value] = edge[value.number]
-            elif isinstance(value, BatchLeaf):
+            elif isinstance(value, BatchLeaf | Whole):
                 values[value] = batch[value.number]
         return values
 

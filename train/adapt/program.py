@@ -160,6 +160,8 @@ class _Flat:
     derivatives: Derivatives = field(default_factory=dict)
     takes_rows: bool = False
     """Whether a scan took rows apart."""
+    calls: tuple[Any, ...] = ()
+    """Where calls were written that are being written out, innermost first."""
     linear: dict[Any, bool] = field(default_factory=dict)
     """Mark of an operation -> whether its custom derivatives, if it has any, are linear."""
 
@@ -221,7 +223,10 @@ class _Flat:
         name = equation.primitive.name
         inner = equation.params.get("jaxpr") or equation.params.get("call_jaxpr")
         if name in _CALLS and inner is not None:
-            return self.call(inner, inputs)
+            around, self.calls = self.calls, (equation.source_info, *self.calls)
+            found = self.call(inner, inputs)
+            self.calls = around
+            return found
         if name == "sharding_constraint":  # of the user's own mesh; a schedule has another
             return inputs
         if name in _REMAT and inner is not None and (self.apart or self.around_blocks(inputs)):
@@ -294,6 +299,7 @@ class _Flat:
             inputs=tuple(inputs),
             mark=mark,
             not_linear=() if not depends or self.linear[mark] else not_linear(equation),
+            sources=(equation.source_info, *self.calls),
         )
         operation.outputs = tuple(
             Value(

@@ -42,6 +42,8 @@ class Along:
     """Samples lie along an axis."""
 
     axis: int
+    copies: int = 1
+    """So many batches one after another along it, such as both parts of pairs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +150,11 @@ def of_constant(value: Any) -> Same:
 class Followed:
     """Follows operations for one number of samples."""
 
-    def __init__(self, samples: int) -> None:
-        self.samples = samples
+    def __init__(self, samples: int, *, scales: bool = True) -> None:
+        """Args: B, and whether a sum times what no sample enters is seen as a sum."""
+        self.samples, self.scales = samples, scales
+        self.known: dict[Any, Any] = {}
+        """What values are that depend on nothing."""
 
     def operation(
         self, operation: Operation, states: Sequence[State], shapes: Any, outputs: Any
@@ -182,6 +187,8 @@ class Followed:
             return self._cond(parameters, states, outputs)
         if all(isinstance(state, Same) for state in states):
             same: Any = list(states)
+            if self._sums_draws(name, same[:1], shapes, outputs):
+                return [Summed()]
             return [_same(name, parameters, same, shapes, shape) for shape in outputs]
         for kind in (Mixed, Unknown):
             if any(isinstance(state, kind) for state in states):
@@ -193,9 +200,20 @@ class Followed:
             )
             if name == "convert_element_type":
                 stays = stays and np.issubdtype(parameters["new_dtype"], np.inexact)
+            if self.scales and name in ("mul", "div", "dot_general"):
+                stays = _is_scaled_sum(name, states)
             return [Summed() if stays else Mixed() for _ in outputs]
-        found = self._followed(name, parameters, list(states), shapes, outputs[0])
+        found = self._in_copies(name, parameters, list(states), shapes, outputs[0])
         return [found for _ in outputs]
+
+    def _sums_draws(self, name: str, states: Sequence[Same], shapes: Any, outputs: Any) -> bool:
+        """Whether all that was drawn for all samples is added up (a mask that is drawn).
+
+        That the axis is as long as there are samples by more than chance is told by another number
+        of samples, see `mean`.
+        """
+        drawn = name == "reduce_sum" and states[0].drawn and not outputs[0]
+        return drawn and shapes[0][:1] == (self.samples,)
 
     def jaxpr(self, jaxpr: Any, consts: Any, states: Sequence[State]) -> list[State]:
         """States of a jaxpr's outputs."""
@@ -275,6 +293,39 @@ class Followed:
             found = [_joined(a, b) for a, b in zip(found, way, strict=True)]
         return found
 
+    def _in_copies(
+        self, name: str, parameters: Any, states: list[Any], shapes: Any, output: Sequence[int]
+    ) -> State:
+        """As `_followed`, where batches may lie one after another along an axis."""
+        mine = [
+            (state, shape)
+            for state, shape in zip(states, shapes, strict=True)
+            if isinstance(state, Along)
+        ]
+        first, shape = mine[0]
+        axis, copies = first.axis, first.copies
+        if name == "concatenate" and parameters["dimension"] == axis:
+            rows = {(s.axis, shape[s.axis] // s.copies) for s, shape in mine}
+            alike = len(mine) == len(states) and len(rows) == 1
+            return Along(axis, sum(s.copies for s, _ in mine)) if alike else Mixed()
+        if name == "reshape" and len(mine) == 1:
+            return self._reshaped(first, shape, output)
+        if {s.copies for s, _ in mine} != {copies}:
+            return Mixed()
+        if copies > 1 and name in ("slice", "split") and output[axis] != shape[axis]:
+            rows = shape[axis] // copies
+            start = parameters["start_indices"][axis] if name == "slice" else 0
+            sizes = {output[axis], *parameters.get("sizes", ())}
+            even = len(sizes) == 1 and output[axis] % rows == 0 and start % rows == 0
+            whole = (parameters.get("strides") or {axis: 1})[axis] == 1
+            same_axis = name == "slice" or parameters["axis"] == axis
+            return Along(axis, output[axis] // rows) if even and whole and same_axis else Mixed()
+        if copies == 1:
+            return self._followed(name, parameters, states, shapes, output)
+        bare = [Along(s.axis) if isinstance(s, Along) else s for s in states]
+        found = self._followed(name, parameters, bare, shapes, output)
+        return Along(found.axis, copies) if isinstance(found, Along) else found
+
     def _followed(
         self, name: str, parameters: Any, states: list[Any], shapes: Any, output: Any
     ) -> State:
@@ -300,6 +351,8 @@ class Followed:
             return _dot(parameters["dimension_numbers"], states, shapes)
         if name == "gather":
             return _gathered(parameters, states, shapes)
+        if name == "scatter-add":
+            return _counted(parameters["dimension_numbers"], states, shapes)
         if name == "conv_general_dilated":
             numbers = parameters["dimension_numbers"]
             lhs, rhs = states
@@ -335,7 +388,7 @@ class Followed:
             moved = parameters["broadcast_dimensions"][axis]
             return Along(moved) if output[moved] == shape[axis] else Unknown()
         if name in ("reshape", "expand_dims"):
-            return self._reshaped(axis, shape, output)
+            return self._reshaped(Along(axis), shape, output)
         if name == "squeeze":
             gone = [a % len(shape) for a in parameters["dimensions"]]
             return Unknown() if axis in gone else Along(axis - sum(a < axis for a in gone))
@@ -360,16 +413,37 @@ class Followed:
             return Mixed() if parameters["axis"] == axis else Along(axis)
         return Unknown()
 
-    def _reshaped(self, axis: int, shape: Sequence[int], output: Sequence[int]) -> State:
+    def _reshaped(self, state: Along, shape: Sequence[int], output: Sequence[int]) -> State:
         """Rows stay in order: samples lie where as many elements are before them."""
+        axis, copies = state.axis, state.copies
         before = math.prod(shape[:axis])
         ways = [
             place
             for place, length in enumerate(output)
-            if math.prod(output[:place]) == before and length % self.samples == 0 and length
+            if math.prod(output[:place]) == before
+            and length
+            and length % (self.samples * copies) == 0
         ]
         same = [place for place in ways if output[place] == shape[axis]]
-        return Along((same or ways)[0]) if ways else Unknown()
+        if ways:
+            return Along((same or ways)[0], copies)
+        rows = shape[axis] // copies
+        for place, length in enumerate(output):
+            ahead = math.prod(output[:place])
+            # Copies get an axis of their own, or the axis before becomes copies.
+            if copies > 1 and ahead == before * copies and length % self.samples == 0 and length:
+                return Along(place)
+            if axis and ahead * shape[axis - 1] == before and length == shape[axis - 1] * rows:
+                return Along(place, shape[axis - 1]) if copies == 1 else Unknown()
+        return Unknown()
+
+
+def _is_scaled_sum(name: str, states: Sequence[State]) -> bool:
+    """Whether a product or quotient is a sum over samples times what no sample enters."""
+    sums = [isinstance(state, Summed) for state in states]
+    rest = [s for s in states if not isinstance(s, Summed)]
+    alone = sums == [True, False] or (name != "div" and sums == [False, True])
+    return alone and all(isinstance(state, Same) and not state.drawn for state in rest)
 
 
 def _fit(shapes: Any, output: Sequence[int]) -> bool:
@@ -396,14 +470,14 @@ def _within(state: State) -> State | None:
     if isinstance(state, Same):
         return Same(frozenset(axis - 1 for axis in state.uneven if axis), state.drawn, state.zero)
     if isinstance(state, Along):
-        return None if not state.axis else Along(state.axis - 1)
+        return None if not state.axis else Along(state.axis - 1, state.copies)
     return state
 
 
 def _stacked(state: State) -> State:
     if isinstance(state, Same):
         return Same(frozenset((0, *(axis + 1 for axis in state.uneven))), state.drawn, state.zero)
-    return Along(state.axis + 1) if isinstance(state, Along) else state
+    return Along(state.axis + 1, state.copies) if isinstance(state, Along) else state
 
 
 def _joined(one: State, other: State) -> State:
@@ -484,13 +558,32 @@ def _gathered(parameters: Any, states: Sequence[Any], shapes: Any) -> State:
                 return Along(by_index[indices.axis]) if operand.axis == paired else Unknown()
             return Unknown() if paired in operand.uneven else Along(by_index[indices.axis])
         return Along(by_index[indices.axis]) if isinstance(operand, Same) else Unknown()
-    # The same places of each sample, whose rows are taken whole.
     axis = operand.axis
+    if axis in numbers.operand_batching_dims:
+        paired = numbers.start_indices_batching_dims[
+            list(numbers.operand_batching_dims).index(axis)
+        ]
+        return Unknown() if paired in indices.uneven else Along(by_index[paired])
+    # The same places of each sample, whose rows are taken whole.
     moved = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
     if axis in moved or parameters["slice_sizes"][axis] != shapes[0][axis]:
         return Unknown()
     kept = [a for a in range(len(shapes[0])) if a not in moved]
     return Along(numbers.offset_dims[kept.index(axis)])
+
+
+def _counted(numbers: Any, states: Sequence[Any], shapes: Any) -> State:
+    """Of rows that are added up by their numbers: counts by class, sums over segments."""
+    operand, indices, updates = states
+    rows = [a for a in range(len(shapes[2])) if a not in numbers.update_window_dims]
+    if numbers.operand_batching_dims or not isinstance(operand, Same) or not operand.zero:
+        return Unknown()
+    if not isinstance(indices, Along) or indices.axis == len(shapes[1]) - 1:
+        return Unknown()
+    axis = rows[indices.axis]
+    if isinstance(updates, Same):
+        return Unknown() if axis in updates.uneven else Summed()
+    return Summed() if updates.axis == axis else Unknown()
 
 
 def _same(
@@ -545,12 +638,33 @@ def _same_but_zero(
         axis = parameters["axis"]
         moved = (a + (a >= axis) for state in states for a in state.uneven)
         return Same(frozenset([axis, *moved]), drawn)
+    if name in _RUNNING or name in ("sort", "top_k"):
+        along = parameters.get("axis", parameters.get("dimension", len(shape) - 1))
+        uneven = frozenset().union(*(state.uneven for state in states))
+        return Same(uneven if drawn else uneven | {along % len(shape)}, drawn)
+    if name == "gather":
+        return Same(_gathered_uneven(parameters, states, shapes), drawn)
     if name == "pad":
         padded = (
             n for n, row in enumerate(parameters["padding_config"]) if tuple(row) != (0, 0, 0)
         )
         return Same(first.uneven | frozenset(padded), drawn)
     return everything_uneven(output, drawn=drawn)
+
+
+def _gathered_uneven(parameters: Any, states: Sequence[Same], shapes: Any) -> frozenset[int]:
+    """Uneven axes of what is gathered: those of the indices, and what is left of the operand's."""
+    numbers = parameters["dimension_numbers"]
+    operand, indices = states
+    rank = len(numbers.offset_dims) + len(shapes[1]) - 1
+    by_index = [axis for axis in range(rank) if axis not in numbers.offset_dims]
+    moved = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+    kept = [axis for axis in range(len(shapes[0])) if axis not in moved]
+    found = {by_index[axis] for axis in indices.uneven if axis < len(shapes[1]) - 1}
+    found |= {numbers.offset_dims[n] for n, axis in enumerate(kept) if axis in operand.uneven}
+    paired = zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True)
+    found |= {by_index[own] for axis, own in paired if axis in operand.uneven}
+    return frozenset(found)
 
 
 def _reshaped_uneven(

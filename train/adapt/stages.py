@@ -328,4 +328,5 @@ def _with_inputs(operation: Operation, inputs: tuple[Value, ...]) -> Operation:
         inputs=inputs,
         outputs=operation.outputs,
         mark=operation.mark,
+        sources=operation.sources,
     )

@@ -13,11 +13,13 @@ make the whole batch's number:
 Metrics beside a mean are taken likewise. A custom derivative that is not linear is given the
 gradient that it gets in a loop if sum and weight are divided by the sum of all weights. For all
 that N and T must be known before the first microbatch runs, which a model asks for by
-`LayeredModel.totals`; they must be made of the batch alone (counts, masks).
+`LayeredModel.totals`; they must be made of the batch alone (counts, masks). Where a sample's part
+reads such sums, or B, it is handed those of the whole batch: see `whole`.
 
 Legend: B samples in the microbatch, N in the batch, S and T sums over samples.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,10 +39,12 @@ from jaxsys.train.adapt.values import (
     Constant,
     Program,
     Value,
+    Whole,
     needed,
     run,
     value_of,
 )
+from jaxsys.train.adapt.whole import put_whole, round_of, value_of_whole
 
 FORMS = (
     "a loss returns (sum, weight), (sum, weight, metrics), a mean over samples or (mean, metrics), "
@@ -60,11 +64,35 @@ class Sums:
     """B."""
     ahead: tuple[Value, ...] = ()
     """What of the batch alone must be summed over all of it, besides B."""
+    wholes: tuple[Whole, ...] = ()
+    """What a microbatch is handed of the whole batch."""
     needs: bool = False
     """Whether anything must be, as the loss is evaluated."""
     whole_weight: Callable[[list[Any]], Any] | None = None
     """Totals -> the sum of all weights, by which sum and weight are divided for the sake of
     derivatives; None where that is not needed."""
+
+    @property
+    def rounds(self) -> int:
+        """How often all microbatches are looked at before the first one runs."""
+        return 1 + max((round_of(whole) for whole in self.wholes), default=0)
+
+    def ahead_in(self, number: int) -> list[Value]:
+        """What of `ahead` is summed up in a round."""
+        late = {whole.of: round_of(whole) for whole in self.wholes if whole.amount is None}
+        return [value for value in self.ahead if late.get(value, 0) == number]
+
+    def handed(self, totals: Sequence[Any]) -> list[Any]:
+        """What a microbatch is handed, of what is summed up so far: [N, *ahead].
+
+        In place of what is not there yet are zeros.
+        """
+        share = totals[0] / self.samples
+        known = dict(zip(self.ahead, totals[1:], strict=False))
+        return [
+            value_of_whole(one, known.get(one.of, jnp.zeros(one.aval.shape)), share)
+            for one in self.wholes
+        ]
 
     def of(self, values: Sequence[Any], totals: Sequence[Any] | None, divide: bool) -> list[Any]:
         """[sum, weight, *metrics] of a microbatch.
@@ -111,39 +139,116 @@ def sums_of(
     lengths = [leaf.shape[0] for n, leaf in enumerate(leaves) if leaf.ndim and n != number]
     # Where leaves differ: of most, the others are no samples.
     samples = max(lengths, key=lengths.count, default=0)
-    curved = any(operation.not_linear for operation in program.operations)
 
-    @functools.cache
-    def twice() -> Program:
-        """The program for as many samples again."""
-        doubled = [
-            jax.ShapeDtypeStruct((2 * samples, *leaf.shape[1:]), leaf.dtype)
+    def grown(times: int) -> Program:
+        """The program for so many times as many samples, traced anew."""
+        more = [
+            jax.ShapeDtypeStruct((times * samples, *leaf.shape[1:]), leaf.dtype)
             if n != number and leaf.ndim and leaf.shape[0] == samples
             else leaf
             for n, leaf in enumerate(leaves)
         ]
         try:
-            return again(jax.tree.unflatten(structure, doubled))
+            return again(jax.tree.unflatten(structure, more))
         except (TypeError, ValueError) as error:
             raise UsageError(
-                f"the model takes {samples} samples and not {2 * samples}, by which a mean is told "
-                f"from a sum; {WAY_OUT}. JAX says: {str(error).splitlines()[0]}"
+                f"the model takes {samples} samples and not {times * samples}, by which a mean is "
+                f"told from a sum; {WAY_OUT}. JAX says: {str(error).splitlines()[0]}"
             ) from error
 
+    if mean and not samples:
+        raise UsageError(f"the microbatch has no samples to take a mean over; {FORMS}")
+    traced = _Traced(program, samples, number, functools.cache(grown), mean)
+    try:
+        found = _of(traced)
+        unseen = traced.unseen
+    except UsageError as error:
+        found, unseen = error, True
+    if unseen and samples:
+        found = _with_whole(traced, grown, len(leaves), found)
+    if isinstance(found, UsageError):
+        raise found
+    if (found.needs or traced.curved) and not isinstance(microbatch, Mapping):
+        raise UsageError(
+            "the loss needs what the whole batch is divided by, which is put into a leaf of the "
+            f"batch; make batches dicts, not {type(microbatch).__name__}"
+        )
+    program.outputs = [*traced.program.outputs, *found.ahead]
+    program.operations = needed(traced.program.operations, program.outputs)
+    return found
+
+
+@dataclass(slots=True)
+class _Traced:
+    """A program that is looked at."""
+
+    program: Program
+    samples: int
+    """B."""
+    key: int | None
+    """The batch's leaf that is its key."""
+    grown: Callable[[int], Program]
+    """The program for so many times as many samples."""
+    mean: bool
+    unseen: bool = False
+    """Whether anything in a sum is not seen to be one."""
+
+    @property
+    def curved(self) -> bool:
+        """Whether there are derivatives that are not linear."""
+        return any(operation.not_linear for operation in self.program.operations)
+
+    def again(self, output: int) -> Callable[[int], Value]:
+        """An output for so many times as many samples."""
+        return lambda times: self.grown(times).outputs[output]
+
+
+def _with_whole(
+    traced: _Traced, grown: Callable[[int], Program], leaves: int, found: "Sums | UsageError"
+) -> "Sums | UsageError":
+    """What is found once microbatches are handed what the whole batch has, if that helps."""
+    try:
+        programs = [grown(1), grown(2), grown(4)]
+        wholes = put_whole(programs, traced.samples, leaves, traced.key)
+        if not wholes:
+            return found
+        of_whole: dict[int, Program] = dict(zip((1, 2, 4), programs, strict=True))
+        other = _Traced(
+            programs[0], traced.samples, traced.key, lambda times: of_whole[times], traced.mean
+        )
+        better = _of(other)
+    except UsageError as error:
+        # What is left when all that the batch alone makes is known is the model's own doing.
+        return error if isinstance(found, UsageError) else found
+    if other.unseen:
+        return found
+    traced.program, traced.unseen = other.program, False
+    kept = [whole for whole in wholes if whole.amount is None]
+    ahead = (*better.ahead, *sorted((whole.of for whole in kept), key=_round_by(kept)))
+    return dataclasses.replace(better, ahead=ahead, wholes=tuple(wholes), needs=True)
+
+
+def _round_by(wholes: Sequence[Whole]) -> Callable[[Value], int]:
+    rounds = {whole.of: round_of(whole) for whole in wholes}
+    return lambda value: rounds[value]
+
+
+def _of(traced: _Traced) -> Sums:
+    """Takes a loss apart.
+
+    Raises:
+        UsageError: see `sums_of`.
+    """
+    program, samples, number, curved = traced.program, traced.samples, traced.key, traced.curved
     loss = program.outputs[0]
 
     def alone() -> bool:
         """Whether samples keep to themselves on the way back; of one it is not seen."""
         if samples > 1:
             return hand_on_alone(loss, samples, number)
-        return hand_on_alone(twice().outputs[0], 2, number)
+        return hand_on_alone(traced.grown(2).outputs[0], 2, number)
 
-    if mean:
-        if not samples:
-            raise UsageError(f"the microbatch has no samples to take a mean over; {FORMS}")
-        found = _of_mean(program, samples, number, twice, curved)
-    else:
-        found = _of_sum(program, samples, number, twice, curved)
+    found = (_of_mean if traced.mean else _of_sum)(traced)
     if curved and not (samples and alone()):
         raise UsageError(
             f"{NOT_LINEAR}, and it is not seen to treat each sample's alone (a norm over the "
@@ -157,13 +262,6 @@ def sums_of(
                 f"{what}; that needs what the whole batch is divided by before it is run, and a "
                 f"divisor is made of parameters or drawn; {WAY_OUT}"
             )
-    if (found.needs or curved) and not isinstance(microbatch, Mapping):
-        raise UsageError(
-            "the loss needs what the whole batch is divided by, which is put into a leaf of the "
-            f"batch; make batches dicts, not {type(microbatch).__name__}"
-        )
-    program.outputs = [*program.outputs, *found.ahead]
-    program.operations = needed(program.operations, program.outputs)
     return found
 
 
@@ -172,7 +270,7 @@ class _Totals:
 
     def __init__(self, samples: int, ahead: Sequence[Value], totals: Sequence[Any]) -> None:
         self.samples, (self.every, *whole) = samples, totals
-        self.whole = dict(zip(ahead, whole, strict=True))
+        self.whole = dict(zip(ahead, whole, strict=False))  # others are handed to programs
 
     @property
     def share(self) -> Any:
@@ -188,7 +286,7 @@ class _Totals:
         """
         total = jnp.float32(0)
         for term in terms:
-            part = term.factor * own[term.value]
+            part = term.scaled(own)
             if not term.seen:
                 total += part
                 continue
@@ -199,29 +297,25 @@ class _Totals:
         return total
 
 
-def _of_sum(
-    program: Program,
-    samples: int,
-    key: int | None,
-    twice: Callable[[], Program],
-    curved: bool,
-) -> Sums:
+def _of_sum(traced: _Traced) -> Sums:
     """Of a loss that returns its sum and weight."""
+    program, samples, curved = traced.program, traced.samples, traced.curved
     loss, weight, *metrics = program.outputs
     _check_divisor(program, weight)
     number, grows, terms = number_of(weight), 1, [Term(loss, 1.0, seen=False)]
     if samples:
         try:
-            if number is not None and number_of(twice().outputs[1]) == number:
+            if number is not None and number_of(traced.grown(2).outputs[1]) == number:
                 grows = 0  # one number for any batch: the sum is not divided by what grows with it
             terms = terms_of(
                 loss,
                 samples,
-                key,
-                lambda: twice().outputs[0],
+                traced.key,
+                traced.again(0),
                 strict=False,
                 quick=bool(grows),
             )
+            traced.unseen = not all(term.seen for term in terms)
         except UsageError:  # a model of so many samples alone
             pass
     if grows == 0:
@@ -240,7 +334,7 @@ def _of_sum(
     ahead: list[Value] = list(dict.fromkeys(first))
     for value in divisors:
         _check_divisor(program, value)
-    read = list(dict.fromkeys([*(term.value for term in terms), weight, *metrics]))
+    read = list(dict.fromkeys([*_read_by(terms), weight, *metrics]))
     program.outputs = read
 
     def made(found: list[Any], totals: list[Any]) -> list[Any]:
@@ -265,16 +359,16 @@ def _whole_weight(
     return lambda totals: number * (totals[0] / samples) ** grows
 
 
-def _of_mean(
-    program: Program,
-    samples: int,
-    key: int | None,
-    twice: Callable[[], Program],
-    curved: bool,
-) -> Sums:
+def _read_by(terms: Sequence[Term]) -> list[Value]:
+    """What terms are made of, divisors aside."""
+    return [v for term in terms for v in (term.value, *(value for value, _ in term.times))]
+
+
+def _of_mean(traced: _Traced) -> Sums:
     """Of a loss that is a mean; the program's outputs become its sums."""
+    program, samples, key, curved = traced.program, traced.samples, traced.key, traced.curved
     loss, _, *metrics = program.outputs
-    terms = terms_of(loss, samples, key, lambda: twice().outputs[0])
+    terms = terms_of(loss, samples, key, traced.again(0))
     divisors = [term.divisor for term in terms if term.divisor is not None]
     for one in divisors:
         _check_divisor(program, one.value)
@@ -288,10 +382,7 @@ def _of_mean(
         and all(not one.guards or one.counts for one in divisors)
     )
     mask = masks[0] if plain else None
-    means = [
-        _of_metric(value, samples, key, lambda n=n: twice().outputs[n])
-        for n, value in enumerate(metrics, 2)
-    ]
+    means = [_of_metric(value, samples, key, traced.again(n)) for n, value in enumerate(metrics, 2)]
     # By which metrics that are no means are averaged over microbatches.
     by = mask if None in means and mask is not None and _is_of_batch(mask, key) else None
 
@@ -300,7 +391,7 @@ def _of_mean(
     ahead += [by] if by is not None else []
     ahead = list(dict.fromkeys(ahead))
     parts = [*terms, *(term for mean in means for term in mean or ())]
-    read = list(dict.fromkeys([*(t.value for t in parts), *filter(None, masks), *metrics]))
+    read = list(dict.fromkeys([*_read_by(parts), *filter(None, masks), *metrics]))
     program.outputs = read
 
     def made(found: list[Any], totals: list[Any]) -> list[Any]:
@@ -308,9 +399,9 @@ def _of_mean(
         batch = _Totals(samples, ahead, totals)
         weight = jnp.float32(samples) if mask is None else own[mask]
         if plain:
-            total = sum(term.factor * own[term.value] for term in sums)
+            total = sum(term.scaled(own) for term in sums)
             total = total if mask is not None else weight * total
-            total += weight * sum((r.factor * own[r.value] for r in rests), jnp.float32(0))
+            total += weight * sum((rest.scaled(own) for rest in rests), jnp.float32(0))
         else:
             total = batch.every * batch.part(terms, own)
         mine = batch.share if by is None else own[by] / batch.whole[by]
@@ -331,11 +422,11 @@ def _of_mean(
 
 
 def _of_metric(
-    value: Value, samples: int, key: int | None, twin: Callable[[], Value]
+    value: Value, samples: int, key: int | None, again: Callable[[int], Value]
 ) -> list[Term] | None:
     """A metric over the whole batch; None where it is not seen to be a mean."""
     try:
-        terms = terms_of(value, samples, key, twin)
+        terms = terms_of(value, samples, key, again)
     except UsageError:
         return None
     divisors = [term.divisor.value for term in terms if term.divisor is not None]
@@ -357,7 +448,9 @@ def _has_gradient(program: Program, value: Value) -> bool:
     operations = needed(program.operations, [value])
     read = dict.fromkeys([value, *(v for one in operations for v in one.inputs)])
     leaves = [v for v in read if v.maker is None and not isinstance(v, Constant)]
-    moving = [leaf for leaf in leaves if leaf.depends and moves(leaf.aval)]
+    moving = [
+        leaf for leaf in leaves if leaf.depends and moves(leaf.aval) and not isinstance(leaf, Whole)
+    ]
 
     def pulled(given: list[Any]) -> list[Any]:
         def of(chosen: list[Any]) -> Any:

@@ -12,30 +12,45 @@ import numpy as np
 from jax.extend import core
 
 from jaxsys.train.adapt.fingerprint import opened, words_of
-from jaxsys.train.adapt.values import BatchLeaf, BlockLeaf, Value, known
+from jaxsys.train.adapt.values import BatchLeaf, BlockLeaf, Operation, Value, Whole, known
+
+Place = tuple[Operation, int]
+"""Where an operation reads."""
 
 
-def are_alike(one: Value, other: Value, key: int | None) -> bool:
-    """Whether values of two programs of the same parameters are made alike.
+def numbers_between(
+    pairs: Sequence[tuple[Value, Value]], key: int | None
+) -> list[tuple[Place, Place]] | Operation | None:
+    """Where values of two programs are made alike but for numbers read there.
 
     Args:
-        one: of one program.
-        other: of the other.
+        pairs: values of the one and the other.
         key: the batch's leaf that is its key; what is drawn from it is not compared.
+
+    Returns:
+        If they are made otherwise, the one's operation that is, or None of a leaf.
     """
-    waiting, seen = [(one, other)], set()
+    waiting: list[tuple[Value, Value, tuple[Place, Place] | None]] = [(*p, None) for p in pairs]
+    seen: set[tuple[Value, Value]] = set()
+    found: list[tuple[Place, Place]] = []
     sampled: dict[Value, bool] = {}
+    equal: dict[tuple[Value, Value], bool] = {}
     while waiting:
-        a, b = pair = waiting.pop()
-        if pair in seen:
-            continue
-        seen.add(pair)
+        a, b, read = waiting.pop()
         if not (a.depends or b.depends or a.varies or b.varies):
-            if not _same_numbers(known(a), known(b)):
-                return False
-        elif a.maker is None or b.maker is None:
+            if (a, b) not in equal:
+                equal[a, b] = _same_numbers(known(a), known(b))
+            if not equal[a, b]:
+                if read is None:
+                    return a.maker
+                found.append(read)
+            continue
+        if (a, b) in seen:
+            continue
+        seen.add((a, b))
+        if a.maker is None or b.maker is None:
             if not _same_leaf(a, b):
-                return False
+                return None
         elif not a.depends and not _is_sampled(a, key, sampled):
             continue
         elif (
@@ -44,16 +59,21 @@ def are_alike(one: Value, other: Value, key: int | None) -> bool:
             or len(a.maker.inputs) != len(b.maker.inputs)
             or not _same_inside(a.maker.parameters, b.maker.parameters)
         ):
-            return False
+            return a.maker
         else:
-            waiting += zip(a.maker.inputs, b.maker.inputs, strict=True)
-    return True
+            waiting += [
+                (x, y, ((a.maker, n), (b.maker, n)))
+                for n, (x, y) in enumerate(zip(a.maker.inputs, b.maker.inputs, strict=True))
+            ]
+    return found
 
 
 def _same_leaf(a: Value, b: Value) -> bool:
     if isinstance(a, BlockLeaf) and isinstance(b, BlockLeaf):
         return (a.layer, a.name) == (b.layer, b.name)
     if isinstance(a, BatchLeaf) and isinstance(b, BatchLeaf):
+        return a.number == b.number
+    if isinstance(a, Whole) and isinstance(b, Whole):
         return a.number == b.number
     return a is b
 

@@ -90,6 +90,23 @@ class BatchLeaf(Value):
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
+class Whole(Value):
+    """What the whole batch has in place of a value of a microbatch's, see `whole`.
+
+    To a program it is what a parameter outside the blocks is: no sample enters it.
+    """
+
+    number: int
+    """Place among what is handed to a microbatch: behind the leaves of its batch."""
+    of: Value
+    """A sum over samples, of the batch alone; or a number that is made of B."""
+    amount: np.ndarray | None = None
+    """Of a number: what it is for B; None for a sum."""
+    power: float = 0.0
+    """Of a number: it grows as B to this power."""
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
 class Operation:
     """One primitive on values."""
 
@@ -101,6 +118,8 @@ class Operation:
     """Equal for operations that compute the same of equal inputs."""
     not_linear: tuple[Any, ...] = ()
     """Equations in it, or itself, whose custom derivatives are not linear, see `linear`."""
+    sources: tuple[Any, ...] = ()
+    """JAX's records of where it was written, and of the calls around it, innermost first."""
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -139,9 +158,14 @@ def value_of(value: Value, values: dict[Value, Any]) -> Any:
     return value.array() if isinstance(value, Constant) else values[value]
 
 
-def known(value: Value) -> Any:
-    """What a value is that depends on neither parameters nor the microbatch."""
-    values: dict[Value, Any] = {}
+def known(value: Value, found: dict[Value, Any] | None = None) -> Any:
+    """What a value is that depends on neither parameters nor the microbatch.
+
+    Args:
+        value: which.
+        found: of others, if they are kept; added to.
+    """
+    values: dict[Value, Any] = {} if found is None else found
 
     def make(one: Value) -> None:
         if one.maker is not None and one not in values:
