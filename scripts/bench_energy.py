@@ -6,9 +6,9 @@
     scripts/bench_energy.py predict --shape parameters=3.3e9,layers=14,... --published FIGURES.csv
 
 Sections: calibration (is the published experiment met?), published (savings at its rates),
-matrix (traces x models x GPUs x loads), ablation (prediction error, set latency, clock sets),
-day (24 h on 8 instances, asleep and awake), decisions (what deciding costs). FOLDER holds the
-public traces.
+headroom (where they lie: clocks held), matrix (traces x models x GPUs x loads), ablation
+(prediction error, set latency, clock sets), day (24 h on 8 instances, asleep and awake), decisions
+(what deciding costs). FOLDER holds the public traces.
 `predict` runs the published installation with any model from its shape, at both static clocks, and
 says how far off it is where figures are given.
 """
@@ -83,6 +83,7 @@ from studies.energy_plots import (
     draw_matrix,
     draw_published,
 )
+from studies.headroom import MOST_LOST, decomposed
 from studies.lengths import lengths_from_csv, trace_of_lengths
 
 FINE = tuple(range(1005, 1411, 45))
@@ -372,6 +373,43 @@ def published_rates(data: Path, out: Path, options: Options) -> None:
     draw_published(path)
 
 
+def headroom_row(case: tuple[Line, Point]) -> list[dict[str, Any]]:
+    """One published rate: what each part of it is worth, and to what the published controller came,
+    with the first tokens that it lost by the published figures."""
+    line, point = case
+    trace = dataset_trace(line.dataset, point.rate_per_s, 3)
+    ttft = point.ttft_attainment_pct
+    lost = None if None in (ttft["1410"], ttft["governed"]) else ttft["1410"] - ttft["governed"]  # type: ignore[operator]
+    note(f"headroom of {line.dataset} at {point.rate_per_s:.0f}/s")
+    return [
+        {
+            "dataset": line.dataset,
+            "rate_per_s": point.rate_per_s,
+            "published_headroom_pct": point.headroom_pct,
+            "published_ttft_lost_points": lost,
+            **row,
+        }
+        for row in decomposed(trace, published_setting())
+    ]
+
+
+def headroom(data: Path, out: Path, options: Options) -> None:
+    """Where the headroom of the mid loads lies."""
+    cases = [
+        (line, point)
+        for line in FITTED
+        for point in published(data / line.table)
+        if point.rate_per_s in MID_RATES[line.dataset]
+    ]
+    rows = [
+        row
+        for rows in each(headroom_row, cases[:1] if options.quick else cases, options.jobs)
+        for row in rows
+    ]
+    save(out, "headroom", {"config": {"arrivals": "Poisson, seed 3", "time_noise": NOISE,
+         "most_lost_points": MOST_LOST, "clocks_mhz": list(FINE)}, "rows": rows})  # fmt: skip
+
+
 MID_RATES = {"lmsys": (95, 100, 105), "sharegpt": (70,)}
 """Where control can be worth something: below, the sweet spot keeps all bounds, and above, the
 simulated maximum clock keeps none."""
@@ -654,7 +692,7 @@ def decisions(data: Path, out: Path, options: Options) -> None:
     idle_w = gpu.idle_power_w(clocks_mhz[0])
     energy = EnergyRouter(predictor, slo, clocks_mhz=clocks_mhz, idle_power_w=idle_w)
     published_rule = StateSpaceRouter(predictor, slo, clocks_mhz=clocks_mhz)
-    first = QueueRouter(predictor, clock_mhz=clocks_mhz[0])
+    first = QueueRouter(predictor, clocks_mhz=clocks_mhz)
     eight = [Load(batch=10 * k, kv_tokens=3000 * k) for k in range(1, 9)]
     rows = {
         "what_if_8x5": timed(lambda: predictor.what_if(eight, clocks_mhz), repeats),
@@ -684,6 +722,7 @@ def decisions(data: Path, out: Path, options: Options) -> None:
 SECTIONS = {
     "calibration": calibration,
     "published": published_rates,
+    "headroom": headroom,
     "matrix": matrix,
     "ablation": ablation,
     "day": day,

@@ -4,8 +4,10 @@
                          key-for-all = true                         JAXSYS_SERVE_KEY_FOR_ALL=true
                          cors = ["https://a.org"]                   JAXSYS_SERVE_CORS=https://a.org
 
-A name is the option's without its dashes. What is typed goes before the environment, and that
-before the file. Names that no option has are refused, so that no setting is passed over in silence.
+A file whose name ends in .json holds an object of the same names, or the manifest of `jaxsys plan
+serve`, whose "serve" is one. A name is the option's without its dashes. What is typed goes before
+the environment, and that before the file. Names that no option has are refused, so that no setting
+is passed over in silence.
 """
 
 import argparse
@@ -16,8 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from jaxsys.errors import UsageError
+from jaxsys.files import MIB, read_json
 
 PREFIX = "JAXSYS_SERVE_"
+SERVE = "serve"
+"""Of a manifest, what holds the options."""
 _NEVER = frozenset({"help", "settings"})
 
 
@@ -27,8 +32,9 @@ def add_to(parser: argparse.ArgumentParser) -> None:
         "--settings",
         type=Path,
         metavar="FILE",
-        help=f"TOML file of these options, such as port = 8000; {PREFIX}PORT and the like in the "
-        f"environment go before it, and what is typed before both",
+        help=f"TOML file of these options, such as port = 8000, or the manifest of `jaxsys plan "
+        f"serve` (JSON); {PREFIX}PORT and the like in the environment go before it, and what is "
+        f"typed before both",
     )
 
 
@@ -64,6 +70,16 @@ def with_settings(
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if path.suffix == ".json":
+        found = read_json(path, what="--settings", most_bytes=MIB)
+        if isinstance(found, dict) and SERVE in found:
+            found = found[SERVE]
+        if not isinstance(found, dict):
+            raise UsageError(
+                f"--settings {path} must hold an object of options, or a manifest whose "
+                f'"{SERVE}" is one'
+            )
+        return found
     try:
         return tomllib.loads(path.read_text())
     except OSError as error:

@@ -156,6 +156,7 @@ class EcoFreq(ClockPolicy):
 
     def choose(self, load: Load, queue: Queue, clocks: Clocks) -> int:
         slo, config, now_s = self.slo.current, self.config, clocks.now_s
+        prompt_s = self.slo.planned_prompt_s
         if clocks.choices_mhz != self._choices_mhz:
             self._choices_mhz = clocks.choices_mhz
             self._clock_squares = [float(mhz) ** 2 for mhz in clocks.choices_mhz]
@@ -165,7 +166,7 @@ class EcoFreq(ClockPolicy):
         loads, deadlines_s = batches_at_hand(
             load,
             queue,
-            left_s=slo.planned_ttft_s - now_s,
+            left_s=prompt_s - now_s,
             budget=config.prefill_budget,
             most=config.queue_chunks,
         )
@@ -187,7 +188,7 @@ class EcoFreq(ClockPolicy):
             # above the sweet spot energy rises with the clock.
             [self._clock_squares if math.isnan(row[0]) else row for row in powers_w[:batches]],
             deadlines_s,
-            bound_s=slo.planned_ttft_s,
+            bound_s=prompt_s,
             clearance=clearance,
             worth=config.worth,
             broken_worth=config.broken_worth,
@@ -200,7 +201,7 @@ class EcoFreq(ClockPolicy):
         planned_itl_s = min(slo.planned_itl_s * load.gain, itl_s / self._slowness)
         levels, itl_kept = list(range(top + 1)), True
         if load.batch:
-            saturated = config.saturation_s and times_s[-1][-1] > itl_s
+            saturated = self.saturated(load, times_s[-1][-1] > itl_s, clocks)
             levels = [
                 level
                 for level in levels
@@ -244,6 +245,15 @@ class EcoFreq(ClockPolicy):
     def expected(self, now_s: float) -> Expected | None:
         """The prompts that are looked out for though they are not there yet: none here."""
         return None
+
+    def saturated(self, load: Load, outgrown: bool, clocks: Clocks) -> bool:
+        """Whether the highest clock is taken at once, for what the batch leads to.
+
+        Args:
+            outgrown: whether that clock could not keep the ITL for what the batch grows to, at the
+                pace of late, in `saturation_s`.
+        """
+        return outgrown and self.config.saturation_s > 0
 
     def _growths(self, batch: int, now_s: float) -> list[float]:
         """Shares by which the batch lies above its exponential means: what it grew by in their

@@ -17,6 +17,7 @@ evenly, a little too much makes all of them late.
 All what-ifs of a decision are one batched call.
 """
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -75,6 +76,16 @@ class RoundRobinRouter:
         chosen = self._next % len(instances)
         self._next = chosen + 1
         return chosen
+
+
+class RandomRouter:
+    """Any instance, each as likely as the others, as simple balancers do."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self._random = random.Random(seed)
+
+    def choose(self, instances: Sequence[InstanceView], request: "Request") -> int:
+        return self._random.randrange(len(instances))
 
 
 _State = tuple[int, int, int, int, int]
@@ -196,8 +207,10 @@ class EnergyRouter:
     energy rises faster than the load, and batches that fluctuate need the room: the instance with
     the fewest sequences is taken.
 
-    An instance that cannot keep the SLO with the request counts only where none can; then the
-    slowest is taken, or beyond `late_share` the one with the shortest step.
+    An instance that cannot keep the SLO with the request counts only where none can. As long as one
+    keeps it without, and what is looked ahead for may not come, that is the one of the fewest
+    sequences again; where all are late, the slowest, or beyond `late_share` the one with the
+    shortest step.
     """
 
     def __init__(
@@ -233,6 +246,8 @@ class EnergyRouter:
         rows = np.arange(len(times))
         chosen = np.argmin(energies, axis=1)
         if not feasible.any():
+            if times[0::2, -1].min() <= self.slo.current.itl_s:  # not late yet, and may never be
+                return int(np.argmin(counts))
             slowest = _slowest_within((times[1::2, -1] / bound_s - 1).tolist(), config.late_share)
             return int(np.argmin(times[1::2, -1])) if slowest is None else slowest
         calm = feasible & (times[1::2, 0] <= bound_s * (1 - config.calm_share))
@@ -250,30 +265,37 @@ class EnergyRouter:
 
 
 class QueueRouter:
-    """Prefill: the instance whose first token for this prompt is predicted earliest.
+    """Prefill: the instance whose first token for this prompt is predicted earliest, or, as long as
+    there is time, the one that is busy anyway.
 
     A prompt waits for the iteration in flight and is then computed with all that wait before it.
-    Ties within `tie_s` go to the instance with the longer wait, so that others may idle.
+    What a batch takes besides its tokens, its weights' reading and its launch, is shared by its
+    prompts: so the longest queue is taken whose first token is still to come within `gather_share`
+    of the time there is, and the others idle.
     """
 
     def __init__(
         self,
         predictor: Predictor,
         *,
-        clock_mhz: int,
-        tie_s: float = 0.0,
+        clocks_mhz: Sequence[int],
         slo: SharedSlo | None = None,
+        gather_share: float = 0.0,
     ) -> None:
         """
         Args:
-            clock_mhz: the clock at which queues are judged.
+            clocks_mhz: of the instances: where prompts gather is judged at the lowest, else the
+                highest counts.
             slo: where given, a prompt that no instance can serve in time goes to the longest queue:
                 it is late anyway, and must not make others late too.
+            gather_share: 0 for the earliest first token always.
         """
+        if not 0 <= gather_share < 1:
+            raise UsageError(f"gather_share={gather_share} must be from 0 to below 1")
         self.slo = slo
         self.predictor = predictor
-        self.tie_s = tie_s
-        self._clock_mhz = clock_mhz
+        self.gather_share = gather_share
+        self._clocks_mhz = (min(clocks_mhz), max(clocks_mhz))
 
     def choose(self, instances: Sequence[InstanceView], request: "Request") -> int:
         now_s = request.timing.arrival_s
@@ -283,12 +305,17 @@ class QueueRouter:
             states.append((tokens, instance.waiting_requests + 1, 0, 0, 0))
             ends_s = instance.busy_until_s
             residual_s.append(0.0 if ends_s is None else max(0.0, ends_s - now_s))
-        times, _ = _what_if(self.predictor, states, (self._clock_mhz,))
-        waits = [
-            time_s + left for time_s, left in zip(times[:, 0].tolist(), residual_s, strict=True)
-        ]
-        least = min(waits)
-        if self.slo is not None and least > self.slo.current.ttft_s:
-            return max(range(len(waits)), key=lambda i: (waits[i], -i))
-        near = [i for i, wait in enumerate(waits) if wait <= least + self.tie_s]
-        return max(near, key=lambda i: (waits[i], -i))
+        times, _ = _what_if(self.predictor, states, self._clocks_mhz)
+        slow, fast = (
+            [time_s + left for time_s, left in zip(times[:, k].tolist(), residual_s, strict=True)]
+            for k in (0, 1)
+        )
+        least = min(fast)
+        if self.slo is not None:
+            if least > self.slo.current.ttft_s - self.slo.after_s:
+                return max(range(len(fast)), key=lambda i: (fast[i], -i))
+            within_s = self.gather_share * self.slo.planned_prompt_s
+            gathers = [i for i, wait_s in enumerate(slow) if wait_s <= within_s]
+            if gathers:
+                return max(gathers, key=lambda i: (slow[i], -i))
+        return min(range(len(fast)), key=lambda i: (fast[i], i))

@@ -131,7 +131,8 @@ class Governor:
             self.meter.begin(now_s)
         load = load_of(iteration)
         clocks.now_s = now_s
-        mhz = policy.choose(load, Queue(iteration.prefills, waiting), clocks)
+        queue = Queue(iteration.prefills, waiting, iteration.decodes)
+        mhz = policy.choose(load, queue, clocks)
         self._open.append((load, policy.predicted_s))
         was_idle, self._idle = self._idle, False
         if mhz is not None and (mhz != clocks.mhz or was_idle):
@@ -164,7 +165,7 @@ class Governor:
             policy.overran()
             self._to_top(now_s)
         if energy_j is not None and self.shares is not None:
-            self.shares.give(iteration, energy_j)
+            self.shares.give(iteration, energy_j, now_s)
         if self._watchdog is not None and self._open:  # the next one began when this one ended
             self._watchdog.expect(now_s + self.patience_s(1))
 

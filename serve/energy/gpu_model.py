@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxsys.errors import UsageError
+from jaxsys.errors import UsageError, did_you_mean
 from jaxsys.hardware import DEVICES, ClockSpec, DeviceSpec
 
 TILE = 128
@@ -327,21 +327,26 @@ GPUS: dict[str, GpuSpec] = {
 def engine_spec(name: str) -> EngineSpec:
     """The engine called `name`."""
     if name not in ENGINES:
-        raise UsageError(f"engine={name!r} is not known here; use one of {', '.join(ENGINES)}")
+        near = did_you_mean(name, ENGINES)
+        raise UsageError(
+            f"engine={name!r} is not known here{near}; use one of {', '.join(ENGINES)}"
+        )
     return ENGINES[name]
 
 
 def gpu_spec(name: str) -> GpuSpec:
     """The preset called `name`."""
     if name not in GPUS:
-        raise UsageError(f"gpu={name!r} is not simulated; use one of {', '.join(GPUS)}")
+        near = did_you_mean(name, GPUS)
+        raise UsageError(f"gpu={name!r} is not simulated{near}; use one of {', '.join(GPUS)}")
     return GPUS[name]
 
 
 def served_shape(name: str) -> ServedShape:
     """The model shape called `name`."""
     if name not in SHAPES:
-        raise UsageError(f"model={name!r} is not known here; use one of {', '.join(SHAPES)}")
+        near = did_you_mean(name, SHAPES)
+        raise UsageError(f"model={name!r} is not known here{near}; use one of {', '.join(SHAPES)}")
     return SHAPES[name]
 
 

@@ -24,12 +24,15 @@ if TYPE_CHECKING:
 
 
 class Queue(NamedTuple):
-    """Prompts whose first token is still to come; `request.timing.arrival_s` says since when."""
+    """Prompts whose first token is still to come; `request.timing.arrival_s` says since when.
+    And beside them who decodes."""
 
     pieces: "Sequence[PrefillPiece]" = ()
     """Of the iteration about to run."""
     waiting: "Collection[Request]" = ()
     """Behind it, the next first."""
+    decodes: "Sequence[Request]" = ()
+    """Not prompts any more: the sequences that the iteration decodes, who joined first foremost."""
 
 
 @dataclass(slots=True, kw_only=True)

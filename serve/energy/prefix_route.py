@@ -134,7 +134,7 @@ class PrefixRouter:
         joules = (times * powers)[0::2].min(axis=1)
         if np.isnan(joules).any():  # where no power was ever read, time stands for it
             joules = times[0::2, -1]
-        kept = waits_s <= self.slo.current.planned_ttft_s
+        kept = waits_s <= self.slo.planned_prompt_s
         if not kept.any():
             return int(np.argmin(waits_s))
         joules = np.where(kept, joules, np.inf)

@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from jaxsys.errors import UsageError
+from jaxsys.errors import UsageError, did_you_mean
 from jaxsys.serve.energy.ahead import Ahead, AheadConfig
 from jaxsys.serve.energy.ecofreq import EcoFreq, EcoFreqConfig
 from jaxsys.serve.energy.ecoroute import (
     EnergyRouter,
     QueueRouter,
+    RandomRouter,
     RoundRobinRouter,
     StateSpaceRouter,
 )
@@ -50,6 +51,9 @@ class Situation:
 
 
 T = TypeVar("T")
+
+GATHER_SHARE = 0.4
+"""Of the time that prompts have, what they may wait where others are, with `gather`."""
 
 
 class Registry(Mapping[str, Callable[[Situation], T]], Generic[T]):
@@ -90,7 +94,10 @@ class Registry(Mapping[str, Callable[[Situation], T]], Generic[T]):
     def check(self, name: str) -> None:
         """Raises UsageError where none is called `name`."""
         if name not in self:
-            raise UsageError(f"{self.what} {name!r} is not known; use one of {', '.join(self)}")
+            near = did_you_mean(name, self)
+            raise UsageError(
+                f"{self.what} {name!r} is not known{near}; use one of {', '.join(self)}"
+            )
 
     def __getitem__(self, name: str) -> Callable[[Situation], T]:
         self._look()
@@ -147,7 +154,11 @@ ROUTERS: Registry[Router] = Registry(
     {
         "fewest": lambda s: FewestRequestsRouter(),
         "round-robin": lambda s: RoundRobinRouter(),
-        "queue": lambda s: QueueRouter(s.predictor(), clock_mhz=s.top_mhz, slo=s.slo),
+        "random": lambda s: RandomRouter(),
+        "queue": lambda s: QueueRouter(s.predictor(), clocks_mhz=s.clocks_mhz, slo=s.slo),
+        "gather": lambda s: QueueRouter(
+            s.predictor(), clocks_mhz=s.clocks_mhz, slo=s.slo, gather_share=GATHER_SHARE
+        ),
         "prefix": lambda s: PrefixRouter(s.predictor(), s.slo, clocks_mhz=s.clocks_mhz),
         "ecoroute": lambda s: StateSpaceRouter(s.predictor(), s.slo, clocks_mhz=s.clocks_mhz),
         "energy": lambda s: EnergyRouter(

@@ -9,15 +9,19 @@ the keys and values read for it. Reading the weights is shared by tokens. With T
 
 where c, a and k are the times of a token's products, of a pair's attention and of reading a
 token's keys and values (of a layer with a window: of the tokens in it), and W that of reading the
-weights. The parts sum to the whole.
+weights. The parts sum to the whole. What an iteration computes for a request that ended before it
+was over, by its last token in the one before or because its client left, is borne by those beside
+it: that one's answer is out, and its energy said.
 """
 
+import math
 from typing import TYPE_CHECKING
 
 from jaxsys.serve.energy.gpu_model import ENGINES, GpuSpec, ServedShape
 
 if TYPE_CHECKING:
     from jaxsys.serve.iterations import Iteration
+    from jaxsys.serve.requests import Request
 
 
 ATTENTION_SHARE = ENGINES["jaxsys"].attention_share
@@ -41,8 +45,12 @@ class Shares:
             kept += min(length, window) * each
         return kept / self._hbm_bytes_per_s
 
-    def give(self, iteration: "Iteration", energy_j: float) -> None:
-        """Adds to each request its part of `energy_j`; a part for nobody goes to nobody."""
+    def give(self, iteration: "Iteration", energy_j: float, ended_s: float = -math.inf) -> None:
+        """Adds to each request its part of `energy_j`.
+
+        Args:
+            ended_s: when the iteration ended. Who ended before has no part, unless all did.
+        """
         steps = max(1, iteration.steps)
         pieces, decodes = iteration.prefills, iteration.decodes
         drafts = iteration.drafts or ((),) * len(decodes)
@@ -62,11 +70,18 @@ class Shares:
             step_s + each_s * len(draft) + steps * self._kv_s(r.prompt_length + r.generated)
             for r, draft in zip(decodes, drafts, strict=True)
         ]
+        requests = [*(piece.request for piece in pieces), *decodes]
+        late = [_ended_before(request, ended_s) for request in requests]
+        if any(late) and not all(late):
+            weights = [0.0 if gone else w for gone, w in zip(late, weights, strict=True)]
         unit_j = energy_j / sum(weights)
-        for piece, weight in zip(pieces, weights, strict=False):
-            timing = piece.request.timing
-            timing.prefill_energy_j = (timing.prefill_energy_j or 0.0) + unit_j * weight
-            timing.energy_j = (timing.energy_j or 0.0) + unit_j * weight
-        for request, weight in zip(decodes, weights[len(pieces) :], strict=True):
+        for place, (request, weight) in enumerate(zip(requests, weights, strict=True)):
             timing = request.timing
             timing.energy_j = (timing.energy_j or 0.0) + unit_j * weight
+            if place < len(pieces):
+                timing.prefill_energy_j = (timing.prefill_energy_j or 0.0) + unit_j * weight
+
+
+def _ended_before(request: "Request", moment_s: float) -> bool:
+    finished_s = request.timing.finished_s
+    return finished_s is not None and finished_s < moment_s

@@ -9,6 +9,11 @@ from dataclasses import dataclass
 
 from jaxsys.errors import UsageError
 
+AFTER_STEP = 0.02
+"""How much of one first token's wait is believed ..."""
+AFTER_DEVIATIONS = 2.0
+"""... and for how many mean deviations above the mean there is to be time."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slo:
@@ -42,11 +47,31 @@ class Slo:
 class SharedSlo:
     """The SLO in force. Readers take `current` anew at each decision."""
 
-    __slots__ = ("changes", "current")
+    __slots__ = ("_deviation_s", "_mean_s", "changes", "current")
 
     def __init__(self, slo: Slo | None = None) -> None:
         self.current = slo or Slo()
         self.changes = 0
+        self._mean_s = self._deviation_s = 0.0
+
+    @property
+    def after_s(self) -> float:
+        """What passes between a prompt's end and its first token, for nearly all of them. At most
+        half of the TTFT: what waits longer there waits for no prompt's clock."""
+        after_s = self._mean_s + AFTER_DEVIATIONS * self._deviation_s
+        return min(after_s, self.current.ttft_s / 2)
+
+    @property
+    def planned_prompt_s(self) -> float:
+        """Of the TTFT that decisions aim for, what waiting for and computing a prompt may take."""
+        return self.current.planned_ttft_s - self.after_s
+
+    def first_token_came(self, after_s: float) -> None:
+        """A first token came so long after its prompt was computed: where another instance sends
+        it, it waits for that one's step."""
+        # Mean and deviation as TCP keeps them of round trips (Jacobson, 1988).
+        self._deviation_s += AFTER_STEP * (abs(after_s - self._mean_s) - self._deviation_s)
+        self._mean_s += AFTER_STEP * (after_s - self._mean_s)
 
     def change(self, slo: Slo) -> None:
         """Puts another SLO in force; rebinding one reference is atomic for threads."""

@@ -49,7 +49,9 @@ from jaxsys.serve.processes.shared import Shared, SharedCrowd
 
 logger = logging.getLogger(__name__)
 
-ROUTES = frozenset({"fewest", "round-robin", "queue", "prefix", "ecoroute", "energy"})
+ROUTES = frozenset(
+    {"fewest", "round-robin", "random", "queue", "gather", "prefix", "ecoroute", "energy"}
+)
 """Routers that decide by what all fronts count."""
 UP_S = 120.0
 """How long a front may take to start."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxsys import __version__
-from jaxsys.errors import RunError, UsageError
+from jaxsys.errors import RunError, UsageError, did_you_mean
 from jaxsys.model.config import DecoderConfig
 from jaxsys.model.shapes import find_preset
 from jaxsys.options import Parser, whole
@@ -30,6 +30,7 @@ from jaxsys.results import table, write_result
 from jaxsys.serve.energy.governors import VALUE_BYTES
 from jaxsys.serve.energy.gpu_model import GPUS
 from jaxsys.serve.energy.slo import Slo
+from jaxsys.serve.settings import SERVE
 from jaxsys.serve.simulation.deployments import (
     WAYS,
     Bound,
@@ -47,6 +48,7 @@ from jaxsys.serve.simulation.replay import (
     check_policies,
     figures,
     policy_named,
+    routers_of,
     simulate,
     unmeetable,
 )
@@ -308,31 +310,48 @@ def limit_of(one: Judged) -> dict[str, Any] | None:
     }
 
 
-def command_of(model: str, one: Judged, slo: Slo) -> list[str]:
-    """The words that start a deployment; a power limit is none of them: see `limit_of`."""
-    deployment = one.deployment
-    words = ["jaxsys", "serve", "--model", placeholder_of(model) or model]
-    words += ["--prefill", str(deployment.prefill), "--decode", str(deployment.decode)]
-    words += ["--max-batch", str(deployment.max_batch)]
+def options_of(model: str, one: Judged, slo: Slo, longest: int) -> dict[str, str | int | float]:
+    """The options of `jaxsys serve` that start a deployment as it was replayed; a power limit is
+    none of them: see `limit_of`.
+
+    Args:
+        longest: tokens of a request, prompt and output.
+    """
+    deployment, policy = one.deployment, policy_named(one.policy)
+    options: dict[str, str | int | float] = {
+        "model": placeholder_of(model) or model,
+        "prefill": deployment.prefill,
+        "decode": deployment.decode,
+        "max-batch": deployment.max_batch,
+        "max-length": longest,
+        # As many again may wait, and be read, as are written at once.
+        "max-requests": max(
+            256, 2 * deployment.max_batch * (deployment.prefill + deployment.decode)
+        ),
+    }
     if deployment.tensor_parallel > 1:
-        words += ["--tensor-parallel", str(deployment.tensor_parallel)]
-    if deployment.weights in DTYPES:
-        words += ["--dtype", deployment.weights]
-    else:
-        words += ["--quantise", deployment.weights]
-    words += ["--ttft-slo", f"{slo.ttft_s:g}", "--itl-slo", f"{slo.itl_s:g}"]
-    policy = policy_named(one.policy)
-    words += ["--gpu", deployment.gpu, "--policy", policy.clock]
-    if policy.route is not None:
-        words += ["--route", policy.route]
-    words += ["--clocks", "control"]
+        options["tensor-parallel"] = deployment.tensor_parallel
+    options["dtype" if deployment.weights in DTYPES else "quantise"] = deployment.weights
+    options |= {"ttft-slo": slo.ttft_s, "itl-slo": slo.itl_s}
+    options |= {"gpu": deployment.gpu, "policy": policy.clock}
+    options |= {"route-prompts": routers_of(policy)[0], "route": routers_of(policy)[1]}
+    options["clocks"] = "control"
     if deployment.gpus > NODE_GPUS:
-        words += ["--cluster", "auto"]
+        options["cluster"] = "auto"
+    return options
+
+
+def command_of(model: str, one: Judged, slo: Slo, longest: int) -> list[str]:
+    """The words that start a deployment."""
+    words = ["jaxsys", "serve"]
+    for name, value in options_of(model, one, slo, longest).items():
+        words += [f"--{name}", f"{value:g}" if isinstance(value, float) else str(value)]
     return words
 
 
-def manifest_of(model: str, one: Judged, slo: Slo) -> dict[str, Any]:
-    """What an orchestrator needs to start it: instances by role, and the command."""
+def manifest_of(model: str, one: Judged, slo: Slo, longest: int) -> dict[str, Any]:
+    """What an orchestrator needs to start it: instances by role, and the server's options, which
+    `jaxsys serve --settings` reads off it."""
     deployment = one.deployment
     roles = {"prefill": deployment.prefill, "decode": deployment.decode}
     if not deployment.decode:
@@ -348,7 +367,8 @@ def manifest_of(model: str, one: Judged, slo: Slo) -> dict[str, Any]:
              "gpus_each": deployment.tensor_parallel}
             for role, count in roles.items()
         ],
-        "command": command_of(model, one, slo),
+        SERVE: options_of(model, one, slo, longest),
+        "command": command_of(model, one, slo, longest),
         "predicted": one.row(),
     }  # fmt: skip
 
@@ -362,7 +382,8 @@ def parse_gpus(text: str) -> dict[str, int]:
     for part in text.split(","):
         kind, equals, count = part.strip().partition("=")
         if kind not in GPUS:
-            raise UsageError(f"gpus: {kind!r} is not modelled; use one of {', '.join(GPUS)}")
+            near = did_you_mean(kind, GPUS)
+            raise UsageError(f"gpus: {kind!r} is not modelled{near}; use one of {', '.join(GPUS)}")
         if not equals or not count.isdigit() or not 1 <= int(count) <= MOST_GPUS:
             raise UsageError(f"gpus={part!r} must read like h100=8, from 1 to {MOST_GPUS}")
         if kind in found:
@@ -480,7 +501,7 @@ def main(argv: Sequence[str], prog: str) -> int:
     config = read_model(options.model)
     ways = check_model(config, [int(w) for w in options.ways] if options.ways else WAYS)
     trace = read_demand(options)
-    slo = Slo(ttft_s=options.ttft_s, itl_s=options.itl_s, reserve=0.02)
+    slo = Slo(ttft_s=options.ttft_s, itl_s=options.itl_s)
     bounds = Bounds(config, demand_of(trace), slo)
     modelled = [
         bounds.gpu(kind, way, form) for kind in gpus for way in ways for form in VALUE_BYTES
@@ -573,7 +594,7 @@ def report(
         "replays": len(found.judged),
         "cut_short": found.cut_short,
         **{f"search_{name}": value for name, value in took.items()},
-        "chosen": None if chosen is None else manifest_of(options.model, chosen, slo),
+        "chosen": None if chosen is None else manifest_of(options.model, chosen, slo, longest),
         "halving": []
         if chosen is None
         else halving(chosen, found.judged, bounds, longest=longest, roomiest=roomiest),
@@ -618,6 +639,9 @@ def report(
                 f"{limit['gpus']} {limit['gpu']} first: {shlex.join(limit['command'])}"
             )
         print(shlex.join(content["chosen"]["command"]))
+        if options.manifest is not None:
+            print(f"or: jaxsys serve --settings {options.manifest}", end="")
+            print("" if needed is None else " --model FOLDER")
     return 0
 
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxsys.errors import UsageError
+from jaxsys.errors import UsageError, did_you_mean
 from jaxsys.files import check_writable
 from jaxsys.options import Parser, whole
 from jaxsys.results import hardware, versions, write_result
@@ -67,12 +67,12 @@ POLICIES: dict[str, Policy] = {
     "ecoroute": Policy(clock="max", route="ecoroute"),
     "both": Policy(clock="ecofreq", route="ecoroute"),
     "both-energy": Policy(clock="ecofreq", route="energy"),
-    "ahead": Policy(clock="ahead", route="energy"),
-    "ahead-sleep": Policy(clock="ahead", route="energy", sleeps=True),
+    "ahead": Policy(clock="ahead", route="energy", prompts="gather"),
+    "ahead-sleep": Policy(clock="ahead", route="energy", prompts="gather", sleeps=True),
 }
 """Those that have a name of their own. `ecoroute` alone: the published router at the maximum clock.
-`both-energy`: EcoFreq with the router of least energy increase; `ahead`: Ahead with the same;
-`ahead-sleep`: and instances that are not needed sleep."""
+`both-energy`: EcoFreq with the router of least energy increase; `ahead`: Ahead with the same, and
+prompts gathered; `ahead-sleep`: and instances that are not needed sleep."""
 
 
 def policy_named(name: str) -> Policy:
@@ -95,7 +95,8 @@ def policy_named(name: str) -> Policy:
     if clock not in CLOCK_POLICIES:
         known = dict.fromkeys((*POLICIES, *CLOCK_POLICIES))
         raise UsageError(
-            f"policy {name!r} is not known; use one of {', '.join(known)}, CLOCK+ROUTER with a "
+            f"policy {name!r} is not known{did_you_mean(name, known)}; use one of "
+            f"{', '.join(known)}, CLOCK+ROUTER with a "
             f"router of {', '.join(ROUTERS)}, CLOCK+ROUTER+ROUTER with one for prompts behind, or "
             f"cap-WATTS, each with {SLEEPS} or without"
         )
@@ -103,6 +104,16 @@ def policy_named(name: str) -> Policy:
         if given:
             ROUTERS.check(named)
     return Policy(clock=clock, route=route if plus else None, prompts=prompts if also else None)
+
+
+def routers_of(policy: Policy, *, quick: bool = True) -> tuple[str, str]:
+    """The routers before prompts and before decode.
+
+    Args:
+        quick: whether a policy with a router has one for prompts too.
+    """
+    prompts = "queue" if policy.route is not None and quick else "round-robin"
+    return policy.prompts or prompts, policy.route or "fewest"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,16 +201,16 @@ def simulate(
         prefill_budget=setting.cluster.max_prefill_tokens,
         options=setting.clock_options,
     )
-    quick = policy.route is not None and setting.quick_prefill
-    prompts = policy.prompts or ("queue" if quick else "round-robin")
+    prompts, decode = routers_of(policy, quick=setting.quick_prefill)
     return Simulator(
         trace,
         setting.cluster,
         make_policy=lambda role: CLOCK_POLICIES.make(policy.clock, situation),
         clocks_mhz=situation.clocks_mhz,
         prefill_router=ROUTERS.make(prompts, situation),
-        decode_router=ROUTERS.make(policy.route or "fewest", situation),
+        decode_router=ROUTERS.make(decode, situation),
         sample_every_s=sample_every_s,
+        slo=slo,
     ).run()
 
 

@@ -23,6 +23,7 @@ from jaxsys.serve.clock import VirtualClock
 from jaxsys.serve.energy.gpu_model import Load
 from jaxsys.serve.energy.policy import ClockPolicy
 from jaxsys.serve.energy.sleep import Sleeper
+from jaxsys.serve.energy.slo import SharedSlo
 from jaxsys.serve.hooks import InstanceView, Router
 from jaxsys.serve.host_pages import Fetch
 from jaxsys.serve.iterations import Completion, Iteration, Role
@@ -50,6 +51,7 @@ class Simulator:
         decode_router: Router,
         sample_every_s: float | None = None,
         shares: bool = False,
+        slo: SharedSlo | None = None,
     ) -> None:
         """
         Args:
@@ -57,7 +59,9 @@ class Simulator:
             clocks_mhz: the clocks that policies choose among; the GPU's control clocks where None.
             sample_every_s: record power, batch and clock over time at this interval.
             shares: whether each request is given its share of the energy (`timing.energy_j`).
+            slo: of policies and routers, which is told how late first tokens follow their prompts.
         """
+        self._slo = slo
         self.trace = trace
         self.config = config
         self.clocks_mhz = tuple(clocks_mhz or config.gpu.spec.control_mhz)
@@ -327,6 +331,8 @@ class Simulator:
             if self._first_token_steps is not None:
                 first_s = instance.started_s + self._first_token_steps * step_s
                 self._ttft.append(first_s - request.timing.arrival_s)
+                if last_s is not None and self._slo is not None:
+                    self._slo.first_token_came(first_s - last_s)
                 waited_s = 0.0
             self._itl.append(waited_s + step_s)
             self._itl_weight.append(1.0)

@@ -63,6 +63,23 @@ def test_settings_that_no_option_has_are_refused(tmp_path, text, environment, sa
         with_settings(parser("serve"), ["--settings", str(tmp_path / "none")], {})
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[1]", "must hold an object of options"),
+        ('{"serve": 3, "jaxsys": "0.1.0"}', "must hold an object of options"),
+        ('{"serve": {"magic": 3}}', "magic is no option"),
+        ('{"instances": []}', "instances is no option"),
+    ],
+)
+def test_a_manifest_that_is_none_is_refused(tmp_path, text, message):
+    path = tmp_path / "plan.json"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=message):
+        with_settings(parser("serve"), ["--settings", str(path)], {})
+
+
 @contextlib.contextmanager
 def serving(listener, app, **options):
     listener.listen(16)

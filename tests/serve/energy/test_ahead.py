@@ -5,14 +5,14 @@ import pytest
 from jaxsys.errors import UsageError
 from jaxsys.serve.energy.ahead import Ahead, AheadConfig, Arrivals
 from jaxsys.serve.energy.eco_prompts import ToCome
-from jaxsys.serve.energy.ecofreq import EcoFreq, EcoFreqConfig
 from jaxsys.serve.energy.gpu_model import Load, simulated_gpu
+from jaxsys.serve.energy.offered import Offered
 from jaxsys.serve.energy.policy import Clocks, Queue
 from jaxsys.serve.energy.predictors import ModelPredictor
 from jaxsys.serve.energy.slo import SharedSlo, Slo
 from jaxsys.serve.iterations import PrefillPiece
 from jaxsys.serve.requests import Request, SamplingParameters
-from jaxsys.serve.simulation.traces import poisson_arrivals
+from jaxsys.serve.simulation.traces import lognormal_lengths, poisson_arrivals
 
 GPU = simulated_gpu("a100-80g", "llama-3-8b")
 CLOCKS = GPU.spec.control_mhz
@@ -86,17 +86,74 @@ def test_prompts_to_come_keep_the_clock_up_before_a_backlog_is_there():
     assert served(calm, per_s=0.2 * rate, length=2000) == CLOCKS[0]
 
 
-def test_decode_is_planned_for_the_batch_that_is_to_come():
-    slo = SharedSlo(Slo(itl_s=0.03, reserve=0.0))
-    batch = max(
-        b
-        for b in range(1, 1024)
-        if GPU.run(Load(batch=b, kv_tokens=200 * b), CLOCKS[0]).time_s <= 0.03 / 1.15
-    )
-    load = Load(batch=batch, kv_tokens=200 * batch)
-    ecofreq = EcoFreq(ModelPredictor(GPU), slo, config=EcoFreqConfig(growth_s=0, saturation_s=0))
-    ahead = Ahead(ModelPredictor(GPU), slo, config=AheadConfig(growth_s=0, saturation_s=0))
-    assert ask(ecofreq, load) == CLOCKS[0] < ask(ahead, load)
+def batches(per_s: float, lengths, *, until_s: float, step_s: float = 0.03):
+    """Requests that join evenly and write so many tokens, one a step: moment and batch."""
+    running: list[tuple[Request, int]] = []
+    joined = 0
+    for step in range(int(until_s / step_s)):
+        now_s = step * step_s
+        while joined < now_s * per_s:
+            running.append((prompt(now_s, 100).request, lengths[joined]))
+            joined += 1
+        for request, _ in running:
+            request.generated += 1
+        yield now_s, [request for request, _ in running]
+        running = [(r, length) for r, length in running if r.generated < length]
+
+
+def test_what_is_offered_is_found_before_the_long_answers_have_ended():
+    lengths = lognormal_lengths(4000, 150, 1.2, seed=4, most=2000)
+    offered = Offered()
+    seen = [offered.see(batch, now_s) for now_s, batch in batches(40, lengths, until_s=20)]
+    assert len(seen) == 666
+    found = offered.estimate(20.0)
+    assert found is not None
+    assert offered.joins_per_s(20.0) == pytest.approx(40, rel=0.02)
+    joined = lengths[: offered._joined]
+    assert found[0] == pytest.approx(40 * joined.mean(), rel=0.15)
+    # The mean of those that have ended would be far too short.
+    ended = offered._wrote[: offered._joined][offered._ended[: offered._joined]]
+    assert ended.mean() < 0.75 * joined.mean()
+    # A sequence met at random: the prompt, and half of what weighs by length.
+    met = 100 + (joined.astype(float) ** 2).sum() / 2 / joined.sum()
+    assert found[1] == pytest.approx(met, rel=0.25)
+    # Nobody comes any more.
+    offered.see([], 60.0)
+    assert offered.joins_per_s(60.0) == 0
+    assert Offered().estimate(5.0) is None
+
+
+def test_lengths_that_are_all_alike_are_found_exactly():
+    offered = Offered()
+    for now_s, batch in batches(20, [50] * 1000, until_s=30):
+        offered.see(batch, now_s)
+    found = offered.estimate(30.0)
+    assert found is not None
+    assert found[0] / offered.joins_per_s(30.0) == pytest.approx(50, rel=0.02)
+    assert found[1] == pytest.approx(125, rel=0.02)
+
+
+@pytest.mark.parametrize(("share", "clock"), [(0.7, CLOCKS[0]), (1.2, CLOCKS[-1])])
+def test_decode_takes_the_highest_clock_where_more_is_asked_for_than_it_can_write(share, clock):
+    """Long before the batch is as large as it will be."""
+    context, slo = 100 + 50, SharedSlo(Slo(itl_s=0.03, reserve=0.0))
+    within = [
+        batch / GPU.run(Load(batch=batch, kv_tokens=batch * context), CLOCKS[-1]).time_s
+        for batch in range(1, 1024)
+        if GPU.run(Load(batch=batch, kv_tokens=batch * context), CLOCKS[-1]).time_s <= 0.03
+    ]
+    per_s = share * max(within) / 100
+    policy = Ahead(ModelPredictor(GPU), slo)
+    *_, (now_s, batch) = [
+        (now_s, policy.offered.see(batch, now_s) or batch)
+        for now_s, batch in batches(per_s, [100] * 4000, until_s=6, step_s=0.02)
+    ]
+    part = batch[: int(0.6 * len(batch))]
+    policy.offered.see(part, now_s)
+    load = Load(batch=len(part), kv_tokens=context * len(part))
+    assert GPU.run(load, CLOCKS[0]).time_s < 0.8 * 0.03
+    assert ask(policy, load, Queue(decodes=part), now_s) == clock
+    assert (policy.pressure > 1) == (share > 1)
 
 
 def test_settings_are_checked():
@@ -104,3 +161,5 @@ def test_settings_are_checked():
         AheadConfig(horizon_s=-1)
     with pytest.raises(UsageError, match="growth_guard"):
         AheadConfig(growth_guard=-1)
+    with pytest.raises(UsageError, match="full_share=0"):
+        AheadConfig(full_share=0.0)

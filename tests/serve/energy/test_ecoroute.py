@@ -160,6 +160,9 @@ def test_energy_router_never_breaks_the_slo_while_another_can_keep_it():
     slo = SharedSlo(Slo(itl_s=GPU.run(Load(batch=300, kv_tokens=75_000), 1410).time_s, reserve=0.0))
     views = [View(300, kv_tokens=75_000), View(0)]
     assert energy_router(slo).choose(views, request()) == 1
+    # None keeps it with what is looked ahead for, though both do now.
+    edge = [View(300, kv_tokens=74_000), View(299, kv_tokens=74_000)]
+    assert energy_router(slo).choose(edge, request(400)) == 1
     full = [View(420, kv_tokens=75_000), View(400, kv_tokens=75_000)]
     assert energy_router(slo).choose(full, request()) == 0  # none can: the slowest
     overfull = [View(1400, kv_tokens=275_000), View(1300, kv_tokens=275_000)]
@@ -167,7 +170,7 @@ def test_energy_router_never_breaks_the_slo_while_another_can_keep_it():
 
 
 def test_queue_router_takes_the_earliest_first_token():
-    router = QueueRouter(ModelPredictor(GPU), clock_mhz=1005)
+    router = QueueRouter(ModelPredictor(GPU), clocks_mhz=(1005,))
     views = [View(4, waiting_tokens=9000), View(9, waiting_tokens=500), View(6, waiting_tokens=700)]
     assert router.choose(views, request()) == 1  # nine waiting prompts cost less than 9000 tokens
 
@@ -180,9 +183,29 @@ def test_queue_router_takes_the_earliest_first_token():
     views = [Telling(1, busy_until_s=0.5), Telling(1, busy_until_s=0.1), Telling(0)]
     assert router.choose(views, request()) == 2
     assert router.choose(views[:2], request()) == 1
-    # Within the tie the busier one is taken, so that others may idle.
-    lazy = QueueRouter(ModelPredictor(GPU), clock_mhz=1005, tie_s=1.0)
-    assert lazy.choose([View(0), View(1, waiting_tokens=500)], request()) == 1
+
+
+def test_prompts_gather_where_others_are_as_long_as_there_is_time():
+    slo = SharedSlo(Slo(ttft_s=0.6, reserve=0.0))
+    router = QueueRouter(ModelPredictor(GPU), clocks_mhz=CLOCKS, slo=slo, gather_share=0.5)
+    first_s = [
+        GPU.run(Load(prefill_tokens=n + 100, prefill_requests=2), 1005).time_s
+        for n in (500, 20_000)
+    ]
+    assert first_s[0] < 0.3 < first_s[1]
+    assert router.choose([View(0), View(1, waiting_tokens=500)], request(100)) == 1
+    assert router.choose([View(0), View(1, waiting_tokens=20_000)], request(100)) == 0
+    # Nobody waits: all go to the same one.
+    assert router.choose([View(0), View(0)], request(100)) == 0
+    # Time that passes behind the prompt is no time to gather in.
+    for _ in range(500):
+        slo.first_token_came(0.25)
+    assert slo.planned_prompt_s == pytest.approx(0.35, abs=0.001)
+    busy = View(1, waiting_tokens=2500)
+    assert 0.5 * 0.35 < GPU.run(Load(2600, 2), 1005).time_s < 0.3
+    assert router.choose([View(0), busy], request(100)) == 0
+    with pytest.raises(UsageError, match="gather_share=1"):
+        QueueRouter(ModelPredictor(GPU), clocks_mhz=CLOCKS, gather_share=1.0)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from jaxsys.model import preset
 from jaxsys.serve.cli import parser as serve_parser
 from jaxsys.serve.energy.governors import VALUE_BYTES
 from jaxsys.serve.energy.slo import Slo
+from jaxsys.serve.settings import with_settings
 from jaxsys.serve.simulation import plan_serve
 from jaxsys.serve.simulation.deployments import Bounds, Deployment, candidates, demand_of
 from jaxsys.serve.simulation.plan_serve import (
@@ -122,8 +123,15 @@ def test_the_command_prints_a_frontier_and_what_starts_the_choice(tmp_path, caps
     assert chosen["weights_needed"] == "FOLDER_OF_Llama-3-8B" and "power_limit" not in chosen
     assert chosen["instances"] == [{"role": "both", "count": 1, "gpu": "h100", "gpus_each": 1}]
     # What it prints is a command of the server.
-    options = serve_parser("jaxsys serve").parse_args(chosen["command"][2:])
+    serve = serve_parser("jaxsys serve")
+    options = serve.parse_args(chosen["command"][2:])
     assert (options.prefill, options.decode, options.clocks) == (1, 0, "control")
+    # So is the manifest, and what is typed goes before it.
+    read = serve.parse_args(with_settings(serve, ["--settings", str(manifest)], {}))
+    assert vars(read) == vars(options) | {"settings": manifest}
+    typed = ["--settings", str(manifest), "--model", str(tmp_path)]
+    assert serve.parse_args(with_settings(serve, typed, {})).model == tmp_path
+    assert f"jaxsys serve --settings {manifest} --model FOLDER" in text.out
 
 
 @pytest.mark.parametrize(
@@ -131,6 +139,8 @@ def test_the_command_prints_a_frontier_and_what_starts_the_choice(tmp_path, caps
     [
         (["--gpus", "h100"], 2, "--gpus h100 must read like h100=8"),
         (["--gpus", "v9=1"], 2, "'v9' is not modelled; use one of"),
+        (["--gpus", "h10=1"], 2, "(did you mean 'h100'?)"),
+        (["--policy", "ahed"], 2, "(did you mean 'ahead'?)"),
         (["--attainment", "0"], 2, "--attainment 0 must be above 0"),
         (["--tensor-parallel", "3"], 2, "divides neither 32 heads nor 8"),
         (["--itl-slo", "0.001"], 1, "ITL of 1 ms cannot be met"),
@@ -171,7 +181,7 @@ def test_a_power_limit_is_said_beside_the_command(capsys, tmp_path, monkeypatch)
     monkeypatch.setattr(plan_serve, "judge", capped)
     manifest = tmp_path / "manifest.json"
     assert run(*SHORT, "--gpus", "h100=1", "--policy", "cap-400", "--manifest", str(manifest)) == 0
-    *_, limit, command = capsys.readouterr().out.splitlines()
+    *_, limit, command, _ = capsys.readouterr().out.splitlines()
     assert "set 400 W on each of the 1 h100 first: nvidia-smi -pl 400" in limit
     chosen = json.loads(manifest.read_text())
     assert shlex.split(command) == chosen["command"]
@@ -183,9 +193,13 @@ def test_a_power_limit_is_said_beside_the_command(capsys, tmp_path, monkeypatch)
 @pytest.mark.parametrize("weights", VALUE_BYTES)
 def test_every_form_of_weights_is_a_command_of_the_server(weights):
     one = replace(judged(1, 0.1, 100.0), deployment=replace(ONE, weights=weights))
-    options = serve_parser("jaxsys serve").parse_args(command_of("Llama-3-8B", one, Slo())[2:])
+    options = serve_parser("jaxsys serve").parse_args(
+        command_of("Llama-3-8B", one, Slo(), 4000)[2:]
+    )
     assert weights in (options.dtype, options.quantisation)
     assert None in (options.dtype, options.quantisation)
+    # Nothing that was replayed is refused.
+    assert options.max_length == 4000 and options.max_requests >= 256
 
 
 def test_help_lists_the_forms_of_weights(capsys):
@@ -197,7 +211,7 @@ def test_help_lists_the_forms_of_weights(capsys):
 
 
 def test_a_folder_is_named_as_it_is(tmp_path):
-    found = manifest_of(str(tmp_path), judged(1, 0.1, 100.0), Slo())
+    found = manifest_of(str(tmp_path), judged(1, 0.1, 100.0), Slo(), 4000)
     assert str(tmp_path) in found["command"] and "weights_needed" not in found
 
 

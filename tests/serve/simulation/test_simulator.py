@@ -142,7 +142,7 @@ def test_window_control_and_queue_router_serve_everything():
         TRACE,
         ClusterConfig(gpu=GPU),
         make_policy=lambda role: WindowControl(ModelPredictor(GPU), shared),
-        prefill_router=QueueRouter(ModelPredictor(GPU), clock_mhz=1980),
+        prefill_router=QueueRouter(ModelPredictor(GPU), clocks_mhz=(1080, 1980)),
         decode_router=FewestRequestsRouter(),
     ).run()
     assert result.requests == len(TRACE)
