@@ -14,6 +14,7 @@ Exits with 1 if a case took more than the largest layer and `--spare` MiB.
 
 import argparse
 import dataclasses
+import gc
 import json
 import os
 import struct
@@ -34,11 +35,13 @@ import numpy as np
 import optax
 
 from jaxsys.model import ByteTokenizer, DecoderConfig, Experts, load, save_safetensors
+from jaxsys.model.convert import convert
 from jaxsys.model.decoder import layer_of
 from jaxsys.model.gguf_names import gguf_tensors
 from jaxsys.model.kinds import BlockKind
 from jaxsys.model.layers import layered
 from jaxsys.model.leaves import block_leaves, edge_leaves
+from jaxsys.model.load import open_model
 from jaxsys.model.names import block_tensors
 from jaxsys.model.safetensors_file import STORED, SafetensorsFile
 from jaxsys.results import table, write_result
@@ -195,7 +198,7 @@ def write_quantised(source: Path, target: Path, config: DecoderConfig, method: s
 
 
 def served(folder: Path, dtype: str, form: Any = None) -> Any:
-    model = load(folder, jnp.dtype(dtype), layerwise=True)
+    model = load(folder, jnp.dtype(dtype), leafwise=True)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return serving_weights(model.config, model.parameters, quantisation=form, placement=device)
 
@@ -219,10 +222,9 @@ def saved(root: Path, model: Any) -> Any:
 
 
 def converted(root: Path, source: str, dtype: str) -> Any:
-    """From file to file; what lies outside the layers stays in memory meanwhile."""
-    model = load(root / source, jnp.dtype(dtype), layerwise=True)
-    save_safetensors(root / "out", model.config, model.parameters, overwrite=True)
-    return model.parameters["edge"]
+    """From file to file."""
+    convert(open_model(root / source), root / "out", dtype, overwrite=True)
+    return ()
 
 
 def merged(root: Path, model: Any) -> Any:
@@ -238,7 +240,7 @@ def merged(root: Path, model: Any) -> Any:
 
 
 def exported(root: Path, trainer: Any) -> Any:
-    config = load(root / "float32", layerwise=True).config
+    config = open_model(root / "float32").config
     save_safetensors(root / "out", config, trainer.parameters(), overwrite=True)
     return ()
 
@@ -299,7 +301,7 @@ CASES: dict[str, Case] = {
 
 
 def child(case: Case, root: Path) -> None:
-    """Does it on a small model first, so that what is made once is there; then waits for a word."""
+    """Does it once, so that what is made once is there, such as programs; then waits for a word."""
     jax.config.update("jax_num_cpu_devices", 2)
 
     def given(where: Path) -> tuple[Any, ...]:
@@ -308,11 +310,12 @@ def child(case: Case, root: Path) -> None:
     def work(where: Path, made: tuple[Any, ...]) -> Any:
         return jax.block_until_ready(case.run(where, *made))
 
-    work(root / "small", given(root / "small"))
-    large = given(root / "large")
+    work(root, given(root))
+    gc.collect()
+    large = given(root)
     print("ready", flush=True)
     sys.stdin.readline()
-    result = work(root / "large", large)
+    result = work(root, large)
     print(sum(leaf.nbytes for leaf in jax.tree.leaves(result)), flush=True)
     sys.stdin.readline()
 
@@ -366,8 +369,7 @@ def measured(name: str, root: Path, layer_bytes: float) -> dict[str, Any]:
 
 
 def write_models(root: Path, layers: int, width: int) -> dict[str, DecoderConfig]:
-    """Every folder and file of one size."""
-    root.mkdir()
+    """Every folder and file."""
     configs = {name: made(layers, width, name) for name in ("llama", "qwen3_moe", "gpt_oss")}
     dense = configs["llama"]
     parameters = stacked(dense, jnp.float32)
@@ -403,8 +405,7 @@ def main() -> int:
     rows = []
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        write_models(root / "small", 1, 256)
-        configs = write_models(root / "large", arguments.layers, arguments.width)
+        configs = write_models(root, arguments.layers, arguments.width)
         for case in arguments.case or CASES:
             config, dtype = configs[CASES[case].family], jnp.dtype(CASES[case].dtype)
             layer = sum(leaf.size for leaf in block_leaves(config, config.kinds[0]))

@@ -278,10 +278,8 @@ def _build(spec: FrontSpec, progress: StartProgress, address: str) -> _Built:
     dtype = worker.dtype or default_dtype(devices[0])
     started_s = time.monotonic()
     progress.enter("reading the model")
-    # Layers are read one at a time when they are placed; embedding and head wait in the host's
-    # memory, so that the accelerator's is left to weights and pages.
-    with jax.default_device(jax.devices("cpu")[0]):
-        model = load(worker.model, jnp.dtype(dtype), layerwise=True)
+    # What the file holds is read when it is placed.
+    model = load(worker.model, jnp.dtype(dtype), leafwise=True)
     if model.tokenizer is None:
         raise UsageError(f"{worker.model} has no tokenizer.json; add the one the model came with")
     shape, slo, governor = model.config, SharedSlo(worker.slo), worker.governor

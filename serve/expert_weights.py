@@ -57,15 +57,20 @@ def expert_weights(found: dict[tuple[str, ...], Any], quantise: Quantise) -> Exp
     """Takes the experts' leaves out of a layer's."""
 
     def taken(*names: str) -> ExpertMatrix:
-        paths = [("experts", name) for name in names]
-        kernels = [found.pop(path) for path in paths if path in found]
-        if isinstance(kernels[0], Packed):
-            return ExpertMatrix(jax.tree.map(_beside, *kernels))
-        values, scales = [], []
-        while kernels:  # each goes when its values are there
-            value, scale = jax.block_until_ready(quantise(kernels.pop(0)))
+        values, packed, scales = [], [], []
+        for path in [("experts", name) for name in names]:
+            if path not in found:
+                continue
+            kernels = found.pop(path)
+            if isinstance(kernels, Packed):
+                packed.append(kernels)
+                continue
+            value, scale = jax.block_until_ready(quantise(kernels))
+            del kernels  # before the next ones are read
             values.append(value)
             scales += [] if scale is None else [scale]
+        if packed:
+            return ExpertMatrix(jax.tree.map(_beside, *packed))
         return ExpertMatrix(_outputs_first(*values), _beside(*scales) if scales else None)
 
     def alone(matrix: ExpertMatrix) -> ExpertMatrix:

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.typing import DTypeLike
 
 from jaxsys import float8
 from jaxsys.errors import UsageError
@@ -28,7 +29,7 @@ from jaxsys.model import DecoderConfig
 from jaxsys.model.block import HeldWhole
 from jaxsys.model.decoder import layer_of
 from jaxsys.model.experts import Chosen
-from jaxsys.model.leaves import Leaf, block_leaves
+from jaxsys.model.leaves import Leaf, block_leaves, edge_leaves
 from jaxsys.serve.expert_weights import ExpertWeights, Grouped, expert_weights, mix
 from jaxsys.serve.expert_weights import placed as expert_weights_placed
 from jaxsys.serve.matrix import (
@@ -99,7 +100,8 @@ def serving_weights(
     """Fuses stacked parameters {"edge", "blocks" [L, ...]}, quantises and places them.
 
     Args:
-        parameters: "blocks" may be a function that gives the layer of a number.
+        parameters: "blocks" may be a function that gives the layer of a number, and leaves may be
+            functions that give arrays.
         placement: one device's sharding, or a `NamedSharding` over a mesh of `jaxsys.serve.split`;
             where they lie if None.
         how: matrices lie and multiply; what suits the form and the device if None.
@@ -111,7 +113,7 @@ def serving_weights(
     if isinstance(placement, NamedSharding) and isinstance(placement.mesh, Mesh):
         check_tensor_parallel(config, placement.mesh)
         ways = devices_of(placement.mesh)
-    edge, blocks = parameters["edge"], parameters["blocks"]
+    blocks = parameters["blocks"]
     if how is None:
         how = WIDENED if quantisation is None else way(quantisation, _device(placement))
         if ways > 1:
@@ -120,29 +122,45 @@ def serving_weights(
     form = _Form(quantisation, how, ways)
     layers = []
     first = None if placement is None else min(placement.device_set, key=lambda one: one.id)
+    # Read, fused and quantised where they are to lie, and placed one by one: never more than one
+    # layer beside the result, or beside the result and the original.
     for index in range(config.num_layers):
-        # Fused where they are to lie, and placed one by one: never more than one layer beside the
-        # result, or beside the result and the original.
-        with jax.default_device(first):
-            tree = layer_of(config, blocks, index)
-        if first is not None:
-            tree = jax.device_put(tree, jax.sharding.SingleDeviceSharding(first))
         leaves = block_leaves(config, config.kind(index))
-        found = {leaf.path: _at(tree, leaf.path) for leaf in leaves}
-        del tree
-        layers.append(_place_layer(_fused(config, leaves, found, form), placement))
+        with jax.default_device(first):
+            found = _Found(layer_of(config, blocks, index), [leaf.path for leaf in leaves], first)
+            made = _fused(config, leaves, found, form)
+        layers.append(_place_layer(made, placement))
+        del made
         jax.block_until_ready(layers[-1])  # or the next is read while this one is still apart
-    head = None
-    if not config.tie_embeddings:
-        head = placed_as(form.of(edge["head"]["kernel"]), "outputs", placement)
-    bias = edge["norm"].get("bias")
-    return ServingWeights(
-        embedding=placed_as(edge["embed"]["table"], PartitionSpec(), placement),
-        layers=tuple(layers),
-        norm=placed_as(edge["norm"]["scale"], PartitionSpec(), placement),
-        head=head,
-        norm_bias=None if bias is None else placed_as(bias, PartitionSpec(), placement),
-    )
+    with jax.default_device(first):
+        edge = _Found(parameters["edge"], [leaf.path for leaf in edge_leaves(config)], first)
+        head = None
+        if not config.tie_embeddings:
+            head = placed_as(form.of(edge.pop(("head", "kernel"))), "outputs", placement)
+        bias = edge.pop(("norm", "bias"), None)
+        return ServingWeights(
+            embedding=placed_as(edge.pop(("embed", "table")), PartitionSpec(), placement),
+            layers=tuple(layers),
+            norm=placed_as(edge.pop(("norm", "scale")), PartitionSpec(), placement),
+            head=head,
+            norm_bias=None if bias is None else placed_as(bias, PartitionSpec(), placement),
+        )
+
+
+class _Found(dict[tuple[str, ...], Any]):
+    """Leaves by their paths, read where they are functions, and brought to a device, when taken."""
+
+    def __init__(self, tree: Any, paths: Sequence[tuple[str, ...]], device: Any) -> None:
+        super().__init__({path: _at(tree, path) for path in paths})
+        self._device = device
+
+    def pop(self, path: tuple[str, ...], *default: Any) -> Any:
+        """The leaf, which is not kept here; or a default."""
+        leaf = super().pop(path, *default)
+        leaf = leaf() if callable(leaf) else leaf
+        if self._device is None or leaf is None:
+            return leaf
+        return jax.device_put(leaf, jax.sharding.SingleDeviceSharding(self._device))
 
 
 class _Form(NamedTuple):
@@ -152,22 +170,28 @@ class _Form(NamedTuple):
     way: Way
     devices: int
 
-    def of(self, kernel: jax.Array, outputs: tuple[int, ...] | None = None) -> Matrix:
-        """A kernel [K, N], whose N may stand for several axes."""
+    def of(self, kernel: jax.Array) -> Matrix:
+        """A kernel [K, N]."""
         if self.quantisation is None:
-            return plain(kernel, outputs)
-        return _quantised(kernel, self.quantisation, self.way, outputs, self.devices)
+            return plain(kernel)
+        return _quantised(kernel, self.quantisation, self.way, self.devices)
 
     def of_experts(self, kernels: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """See `expert_weights.Quantise`; what would be int4 is int8, a scale an output."""
         if self.quantisation is None:
             return kernels, None
         small = float8.E4M3 if self.quantisation == "fp8" else jnp.int8
-        values, scale = float8.scaled(kernels, small, axis=1)
-        return values, scale[:, 0]
+        return _scaled_experts(kernels, small)
 
 
-_quantised = functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))(quantised)
+_quantised = functools.partial(jax.jit, static_argnums=(1, 2, 3))(quantised)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _scaled_experts(kernels: jax.Array, small: DTypeLike) -> tuple[jax.Array, jax.Array]:
+    """Values, and a scale an output [E, N]; one expert after the other, so that little is wide."""
+    values, scale = jax.lax.map(lambda kernel: float8.scaled(kernel, small, axis=0), kernels)
+    return values, scale[:, 0]
 
 
 def _device(placement: Sharding | None) -> Any:
@@ -181,27 +205,43 @@ FUSED: Mapping[str, tuple[str, ...]] = {
 """Matrices that are several kernels in one: those that there are, in this order."""
 
 
-def fuse(config: DecoderConfig, name: str, parts: Sequence[Any], devices: int, xp: Any = np) -> Any:
-    """The last axes of kernels or biases [..., N] as the matrix `name` has them.
+def fuse(
+    config: DecoderConfig,
+    name: str,
+    parts: Sequence[Any],
+    devices: int,
+    xp: Any = np,
+    *,
+    outputs_first: bool = False,
+) -> Any:
+    """Kernels or biases [..., N], or [N, ...], as the matrix `name` has them.
 
     Args:
         devices: over which outputs may be split.
         xp: numpy, or its like that the parts are arrays of.
+        outputs_first: whether outputs are the first axis, not the last.
+
+    Returns:
+        The same with several axes in place of N.
     """
-    if name == "qkv":
-        split = (config.num_kv_heads, -1, config.head_dim)
-        return xp.concatenate([part.reshape(*part.shape[:-1], *split) for part in parts], axis=-2)
-    if name in FUSED:
-        split = [part.reshape(*part.shape[:-1], devices, -1) for part in parts]
-        return xp.stack(split, axis=-2)
-    (only,) = parts
-    return only
+    if name not in FUSED:
+        (only,) = parts
+        return only
+    split = (config.num_kv_heads, -1, config.head_dim) if name == "qkv" else (devices, -1)
+
+    def apart(part: Any) -> Any:
+        lead, rest = ((), part.shape[1:]) if outputs_first else (part.shape[:-1], ())
+        return part.reshape(*lead, *split, *rest)
+
+    axis = 1 if outputs_first else parts[0].ndim
+    join = xp.concatenate if name == "qkv" else xp.stack
+    return join([apart(part) for part in parts], axis=axis)
 
 
 def _fused(
     config: DecoderConfig,
     leaves: tuple[Leaf, ...],
-    found: dict[tuple[str, ...], Any],
+    found: _Found,
     form: _Form,
 ) -> LayerWeights:
     """One layer's leaves, fused where they read the same input, and quantised.
@@ -213,10 +253,30 @@ def _fused(
     matrices: dict[str, Matrix] = {}
     vectors: dict[str, jax.Array] = {}
 
-    def joined(name: str, suffix: str = "") -> jax.Array | None:
-        paths = [tuple(f"{path}{suffix}".split("/")) for path in FUSED[name]]
-        held = [found.pop(path) for path in paths if path in found]
-        return fuse(config, name, held, form.devices, jnp) if held else None
+    def paths(name: str, suffix: str = "") -> list[tuple[str, ...]]:
+        those = [tuple(f"{path}{suffix}".split("/")) for path in FUSED[name]]
+        return [path for path in those if path in found]
+
+    def fused(name: str, parts: list[jax.Array], *, outputs_first: bool = False) -> jax.Array:
+        return fuse(config, name, parts, form.devices, jnp, outputs_first=outputs_first)
+
+    def joined(name: str, where: list[tuple[str, ...]]) -> Matrix:
+        if form.quantisation is None:
+            kernels = fused(name, [found.pop(path) for path in where])
+            return plain(kernels.reshape(kernels.shape[0], -1), kernels.shape[1:])
+        # Each is small before it is put beside the others, of which no output knows.
+        small = [jax.block_until_ready(form.of(found.pop(path))) for path in where]
+        values = [one.values for one in small]
+        scales = [one.scale for one in small if one.scale is not None]
+        both = fused(name, values, outputs_first=True)
+        outputs = both.shape[: both.ndim - values[0].ndim + 1]
+        return Matrix(
+            both.reshape(-1, *values[0].shape[1:]),
+            fused(name, scales, outputs_first=True).reshape(-1, *scales[0].shape[1:]),
+            outputs,
+            True,
+            form.way,
+        )
 
     if latent is not None:
         unfolding = found.pop(("attention", "latent_up"))
@@ -228,11 +288,10 @@ def _fused(
     for name in FUSED:
         if name == "qkv" and latent is not None:  # its queries stand alone
             continue
-        if (kernels := joined(name)) is not None:
-            outputs, kernels = kernels.shape[1:], kernels.reshape(kernels.shape[0], -1)
-            matrices[name] = jax.block_until_ready(form.of(kernels, outputs))
-        if (biases := joined(name, "_bias")) is not None:
-            vectors[f"{name}_bias"] = biases
+        if where := paths(name):
+            matrices[name] = jax.block_until_ready(joined(name, where))
+        if where := paths(name, "_bias"):
+            vectors[f"{name}_bias"] = fused(name, [found.pop(path) for path in where])
     experts = None
     if ("experts", "down") in found:
         experts = expert_weights(found, form.of_experts)

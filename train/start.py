@@ -110,7 +110,7 @@ def start_of(
         return np.asarray(tokenizer.encode(text, add_special=False))
 
     def read(shardings: Parameters) -> Parameters:
-        return opened.read(jnp.float32, lambda path: _at(shardings, path))
+        return opened.checkpoint.parameters(jnp.float32, lambda path: _at(shardings, path))
 
     whole, shapes = layered(config, float8=float8), abstract_parameters(config)
     common: dict[str, Any] = {"config": config, "tokenizer": tokenizer, "encode": encode}

@@ -5,7 +5,6 @@ import functools
 import re
 from pathlib import Path
 
-import numpy as np
 import tokenizers
 from jax.typing import DTypeLike
 
@@ -15,11 +14,8 @@ from jaxsys.files import MIB, one_line, read_text, shown
 from jaxsys.layered import Parameters
 from jaxsys.model import packed, quantised_files
 from jaxsys.model.assemble import (
+    Checkpoint,
     Fetch,
-    Placement,
-    Read,
-    assemble,
-    by_layer,
     check_layers,
     check_tensors,
     expected_tensors,
@@ -28,6 +24,7 @@ from jaxsys.model.config import DecoderConfig
 from jaxsys.model.families import FAMILIES
 from jaxsys.model.kinds import BlockKind
 from jaxsys.model.names import FileTensor, block_tensors, edge_tensors
+from jaxsys.model.rows import Rows, rows_of, same
 from jaxsys.model.safetensors_file import SafetensorsFile
 from jaxsys.model.tokenizer import Tokenizer
 
@@ -76,15 +73,15 @@ def read_config(folder: Path) -> DecoderConfig:
         raise UsageError(f"{path}: a value is of the wrong kind ({error!r})") from error
 
 
-def open_parameters(folder: Path, config: DecoderConfig) -> tuple[DecoderConfig, Read]:
-    """All parameters, found and checked, to be read tensor by tensor.
+def open_parameters(folder: Path, config: DecoderConfig) -> Checkpoint:
+    """All parameters, found and checked, to be read some rows at a time.
 
     Args:
         folder: the model's.
         config: as `read_config` found it.
 
     Returns:
-        The configuration, whose head is untied where the file holds another one, and what reads.
+        What reads them; the configuration's head is untied where the file holds another one.
 
     Raises:
         UsageError: if a file is missing or cut short, or the tensors are not the configuration's.
@@ -103,11 +100,11 @@ def open_parameters(folder: Path, config: DecoderConfig) -> tuple[DecoderConfig,
     if settings is not None and settings.get("quant_method") != "mxfp4":
         found, small = quantised_files.present(settings, home, found)
 
-    def fetch(name: str) -> np.ndarray:
+    def fetch(name: str) -> Rows:
         if name in small:
             return small[name](name)
         if name in home:
-            return home[name].read(name)
+            return rows_of(home[name].read(name))
         return packed.expand(home[name + packed.BLOCKS], home[name + packed.SCALES], name)
 
     def fetch_packed(name: str) -> packed.Packed | None:
@@ -125,22 +122,15 @@ def open_parameters(folder: Path, config: DecoderConfig) -> tuple[DecoderConfig,
     ignored = [name for name in found if _is_ignored(config, name)]
     check_tensors(str(folder), expected_tensors(config, tensors), found, ignored=ignored)
 
-    def read(
-        dtype: DTypeLike, placement: Placement | None = None, *, layerwise: bool = False
-    ) -> Parameters:
-        if layerwise:
-            return by_layer(config, fetch, tensors, dtype=dtype, fetch_packed=fetch_packed)
-        return assemble(config, fetch, tensors, dtype=dtype, placement=placement)
-
-    return config, read
+    return Checkpoint(config=config, fetch=fetch, tensors=tensors, fetch_packed=fetch_packed)
 
 
 def read_parameters(
     folder: Path, config: DecoderConfig, dtype: DTypeLike
 ) -> tuple[DecoderConfig, Parameters]:
     """The same, read at once, cast to `dtype`, on the default device."""
-    config, read = open_parameters(folder, config)
-    return config, read(dtype)
+    found = open_parameters(folder, config)
+    return found.config, found.parameters(dtype)
 
 
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
@@ -155,7 +145,7 @@ def _untied(
     """
     if not config.tie_embeddings or HEAD not in found or found[HEAD] != found.get(TABLE):
         return config
-    if np.array_equal(fetch(HEAD), fetch(TABLE)):
+    if same(fetch(HEAD), fetch(TABLE)):
         return config
     return dataclasses.replace(config, tie_embeddings=False)
 

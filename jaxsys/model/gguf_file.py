@@ -1,7 +1,7 @@
 """Reads GGUF: llama.cpp's models of one file or several, with tokenizer and chat template.
 
-Tensors stay memory-mapped and are dequantised one by one through the `gguf` package. What the
-metadata mean is `gguf_config`'s and `gguf_vocabulary`'s; where tensors lie, `gguf_names`'.
+Tensors stay memory-mapped and are dequantised some rows at a time through the `gguf` package. What
+the metadata mean is `gguf_config`'s and `gguf_vocabulary`'s; where tensors lie, `gguf_names`'.
 """
 
 import dataclasses
@@ -14,15 +14,10 @@ from typing import Any
 import gguf
 import numpy as np
 from gguf.quants import dequantize
-from jax.typing import DTypeLike
 
 from jaxsys.errors import UsageError
-from jaxsys.layered import Parameters
 from jaxsys.model.assemble import (
-    Placement,
-    Read,
-    assemble,
-    by_layer,
+    Checkpoint,
     check_layers,
     check_tensors,
     expected_tensors,
@@ -35,6 +30,7 @@ from jaxsys.model.gguf_vocabulary import read_vocabulary
 from jaxsys.model.kinds import BlockKind
 from jaxsys.model.names import FileTensor
 from jaxsys.model.rope import Llama3RopeScaling, inverse_frequencies
+from jaxsys.model.rows import Rows
 from jaxsys.model.tokenizer import Tokenizer
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -110,20 +106,40 @@ class GgufFile:
             return of_keys[0] * (of_keys[2] + of_values[1]), of_keys[1]
         return None if found is None else tuple(int(size) for size in found.shape[::-1])
 
-    def values(self, tensor: str) -> np.ndarray:
-        """A tensor's numbers, dequantised."""
-        if tensor not in self._tensors and tensor in self._unfoldings:
-            of_keys, of_values = (self.values(name) for name in self._unfoldings[tensor])
-            both = np.concatenate([of_keys.swapaxes(1, 2), of_values], axis=1)
-            return both.reshape(-1, both.shape[-1])
+    def values(self, tensor: str) -> Rows:
+        """A tensor's numbers, dequantised some rows at a time."""
+        shape = self.shape(tensor)
+        assert shape is not None
+        if tensor not in self._tensors:
+            return self._unfolded(tensor, shape)
         found = self._tensors[tensor]
-        try:
-            return dequantize(found.data, found.tensor_type)
-        except NotImplementedError as error:
-            raise UsageError(
-                f"{self.path}: tensor {tensor!r} is quantised as {found.tensor_type.name}, which "
-                "the gguf package cannot expand; use another quantisation of this model"
-            ) from error
+        data = found.data if len(shape) > 1 else found.data[None]
+
+        def read(start: int, stop: int) -> np.ndarray:
+            try:
+                if len(shape) > 1:
+                    return dequantize(data[start:stop], found.tensor_type)
+                return dequantize(data, found.tensor_type)[0, start:stop]
+            except NotImplementedError as error:
+                raise UsageError(
+                    f"{self.path}: tensor {tensor!r} is quantised as {found.tensor_type.name}, "
+                    "which the gguf package cannot expand; use another quantisation of this model"
+                ) from error
+
+        return Rows(shape=shape, read=read)
+
+    def _unfolded(self, tensor: str, shape: tuple[int, ...]) -> Rows:
+        """What unfolds latent vectors, out of its two halves: heads one below the other."""
+        of_keys, of_values = (self.values(name) for name in self._unfoldings[tensor])
+        rows = of_keys.shape[2] + of_values.shape[1]  # of a head
+
+        def read(start: int, stop: int) -> np.ndarray:
+            heads = start // rows, -(-stop // rows)
+            both = [of_keys.read(*heads).swapaxes(1, 2), of_values.read(*heads)]
+            made = np.concatenate(both, axis=1).reshape(-1, shape[1])
+            return made[start - heads[0] * rows :][: stop - start]
+
+        return Rows(shape=shape, read=read)
 
     def config(self) -> DecoderConfig:
         """The configuration that the metadata describes."""
@@ -132,7 +148,7 @@ class GgufFile:
             return config
         return self._with_rope_scaling(config)
 
-    def open_parameters(self, config: DecoderConfig) -> Read:
+    def open_parameters(self, config: DecoderConfig) -> Checkpoint:
         """All parameters, found and checked, to be dequantised tensor by tensor.
 
         Raises:
@@ -150,14 +166,11 @@ class GgufFile:
         check_layers(str(self.path), config, found)
         check_tensors(str(self.path), expected_tensors(config, tensors), found)
 
-        def read(
-            dtype: DTypeLike, placement: Placement | None = None, *, layerwise: bool = False
-        ) -> Parameters:
-            if layerwise:
-                return by_layer(config, self.values, tensors, dtype=dtype)
-            return assemble(config, self.values, tensors, dtype=dtype, placement=placement)
+        return Checkpoint(config=config, fetch=self.values, tensors=tensors)
 
-        return read
+    def forget_metadata(self) -> None:
+        """Lets go of what a reader keeps of vocabularies, hundreds of MB; tensors stay."""
+        self._reader.fields.clear()
 
     def _further(self, config: DecoderConfig) -> Iterator[str]:
         """Tensors of layers past the last, which predict further tokens; they are not read."""
@@ -198,7 +211,8 @@ class GgufFile:
     def _with_rope_scaling(self, config: DecoderConfig) -> DecoderConfig:
         # The file holds the divisors, not Llama 3.1's four numbers. The largest divisor is the
         # factor; the others are the same in every published model: so guess, then verify.
-        divisors = self.values(ROPE_FACTORS).astype(np.float64).reshape(-1)
+        rows = self.values(ROPE_FACTORS)
+        divisors = rows.read(0, rows.shape[0]).astype(np.float64).reshape(-1)
         guess = Llama3RopeScaling(
             factor=shortest(divisors.max()),
             low_freq_factor=1.0,

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from jaxsys.errors import UsageError
 from jaxsys.layered import Parameters
-from jaxsys.model.assemble import Placement, Read
+from jaxsys.model.assemble import Checkpoint, Placement
 from jaxsys.model.config import DecoderConfig
 from jaxsys.model.folder import (
     open_parameters,
@@ -50,7 +50,7 @@ class OpenModel:
     """A model whose numbers are still where they lie."""
 
     config: DecoderConfig
-    read: Read
+    checkpoint: Checkpoint
     tokenizer: Tokenizer | None
     source: str
     generation: Mapping[str, float]
@@ -61,7 +61,7 @@ def load(
     dtype: DTypeLike = jnp.float32,
     *,
     placement: Placement | None = None,
-    layerwise: bool = False,
+    leafwise: bool = False,
 ) -> LoadedModel:
     """Loads a folder with config.json and safetensors, or a .gguf file.
 
@@ -72,18 +72,20 @@ def load(
         dtype: of all parameters, and so of the computation.
         placement: where each leaf rests, by its path such as ("blocks", "mlp", "up"), stacked
             [L, ...]; the default device if not given.
-        layerwise: "blocks" of the parameters are a function that reads the layer of a number, for
-            `serving_weights`, which keeps each in a form of its own; experts in MXFP4 are left as
-            they are, as `Packed`. What is wrong with a layer's numbers is said when it is read.
+        leafwise: leaves of the parameters are functions that read them, and "blocks" is a function
+            of a layer's number, for `serving_weights`, which keeps each in a form of its own;
+            experts in MXFP4 are left as they are, as `Packed`. What is wrong with numbers is said
+            when they are read.
 
     Raises:
         UsageError: if the path does not exist, a file is cut short, the architecture is unknown,
             or tensors are missing, unexpected or of other shapes.
     """
     found = open_model(path)
+    read = found.checkpoint
     return LoadedModel(
         config=found.config,
-        parameters=found.read(dtype, placement, layerwise=layerwise),
+        parameters=read.by_leaf(dtype) if leafwise else read.parameters(dtype, placement),
         tokenizer=found.tokenizer,
         chat_template=None if found.tokenizer is None else found.tokenizer.chat_template,
         source=found.source,
@@ -110,12 +112,13 @@ def open_model(path: str | Path) -> OpenModel:
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from error
     if file is None:
-        config, read = open_parameters(path, config)
+        checkpoint = open_parameters(path, config)
     else:
-        read = file.open_parameters(config)
+        checkpoint = file.open_parameters(config)
+        file.forget_metadata()
     return OpenModel(
-        config=config,
-        read=read,
+        config=checkpoint.config,
+        checkpoint=checkpoint,
         tokenizer=tokenizer,
         source=str(path),
         generation=read_generation(path) if path.is_dir() else {},

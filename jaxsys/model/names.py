@@ -5,9 +5,9 @@ joined; we keep kernels [in, out], layers stacked and matrices apart. A `FileTen
 leaves one tensor holds and how. Families differ in names alone, see `jaxsys.model.families`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -92,34 +92,71 @@ class FileTensor:
             return (sum(shape[0] for shape in turned), *turned[0][1:])
         return _turned_shape(shapes[0]) if self.form == "turned" else shapes[0]
 
-    def take(self, value: np.ndarray) -> list[np.ndarray]:
-        """The leaves out of the tensor, each of one item; views where that is possible."""
-        if self.more:
-            value = value - np.asarray(self.more, value.dtype)
-        if self.form == "woven":
-            return [value[..., 0::2], value[..., 1::2]]
+    def spans(self) -> list[tuple[tuple[int, ...], int, int]]:
+        """Which leaves, by number, lie in which rows of the tensor, of one item."""
         if self.form == "rows":
-            ends = np.cumsum([_turned_shape(self._own(leaf))[0] for leaf in self.leaves])[:-1]
-            parts = np.split(value, ends)
-        else:
-            parts = [value]
-        if self.halves:
-            parts = [
-                part if leaf.turning_heads is None else apart(part, leaf.turning_heads)
-                for part, leaf in zip(parts, self.leaves, strict=True)
+            ends = np.cumsum([_turned_shape(self._own(leaf))[0] for leaf in self.leaves]).tolist()
+            starts = [0, *ends[:-1]]
+            return [
+                ((number,), *span) for number, span in enumerate(zip(starts, ends, strict=True))
             ]
-        if self.form == "plain":
-            return parts
-        return [np.swapaxes(part, -1, -2) if part.ndim > 1 else part for part in parts]
+        return [(tuple(range(len(self.leaves))), 0, self.shape[0])]
+
+    def fill(self, number: int, leaf: np.ndarray, start: int, rows: np.ndarray) -> None:
+        """Writes what some rows of the tensor hold of a leaf to its place there.
+
+        Args:
+            number: the leaf's.
+            leaf: its values, of one item; those of these rows are written, in its dtype.
+            start: which rows, counted from the first that holds something of the leaf.
+            rows: the tensor's.
+        """
+        if self.more:
+            rows = rows - np.asarray(self.more, rows.dtype)
+        if self.form == "woven":
+            rows = rows[..., number::2]
+        place: slice | np.ndarray = slice(start, start + rows.shape[0])
+        heads = self.leaves[number].turning_heads
+        if self.halves and heads is not None:
+            place = np.argsort(apart(np.arange(_turned_shape(leaf.shape)[0]), heads))[place]
+        if self.form in ("plain", "woven") or leaf.ndim == 1:
+            leaf[place] = rows
+        elif leaf.ndim == 2:
+            leaf[:, place] = rows.T
+        else:
+            leaf[place] = np.swapaxes(rows, -1, -2)
+
+    def rows(self, values: Sequence[Any], start: int, stop: int) -> Iterator[np.ndarray]:
+        """Some rows of the tensor made of its leaves, each of one item; in pieces.
+
+        Args:
+            values: the leaves: arrays, or what gives arrays for slices of its axes.
+        """
+        if self.form == "woven":
+            parts = [np.asarray(value[start:stop]) for value in values]
+            yield np.stack(parts, axis=-1).reshape(stop - start, *self.shape[1:])
+            return
+        for numbers, first, end in self.spans():
+            part = slice(max(start, first) - first, min(stop, end) - first)
+            if part.start >= part.stop:
+                continue
+            value = values[numbers[0]]
+            if self.form == "plain" or len(value.shape) == 1:
+                made = np.asarray(value[part])
+                yield made + np.asarray(self.more, made.dtype) if self.more else made
+            elif len(value.shape) == 2:
+                yield np.asarray(value[:, part]).T
+            else:
+                yield np.asarray(value[part]).swapaxes(-1, -2)
 
     def give(self, values: Sequence[np.ndarray]) -> np.ndarray:
         """The tensor made of its leaves, each of one item."""
         if self.form == "woven":
-            return np.stack(values, axis=-1).reshape(self.shape)
+            return np.stack(values, axis=-1).reshape(*values[0].shape[:-1], -1)
         if self.form == "plain":
             return values[0] + np.asarray(self.more, values[0].dtype) if self.more else values[0]
         turned = [np.swapaxes(part, -1, -2) if part.ndim > 1 else part for part in values]
-        return turned[0] if self.form == "turned" else np.concatenate(turned)
+        return np.concatenate(turned)
 
     def _own(self, leaf: Leaf) -> tuple[int, ...]:
         return leaf.shape if self.items is None else leaf.shape[1:]

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxsys.errors import UsageError
+from jaxsys.model.rows import Rows, spans
 from jaxsys.model.safetensors_file import SafetensorsFile
 
 BLOCKS, SCALES = "_blocks", "_scales"
@@ -90,15 +91,38 @@ def read(blocks: SafetensorsFile, scales: SafetensorsFile, name: str) -> Packed:
     return Packed(*held)
 
 
-def expand(blocks: SafetensorsFile, scales: SafetensorsFile, name: str) -> np.ndarray:
-    """The matrix [E, in, out] in bfloat16, which has all such numbers; made expert by expert."""
-    codes = blocks.read_bytes(name + BLOCKS)
-    exponents = scales.read_bytes(name + SCALES)
-    experts, columns, groups = codes.shape[:3]
-    made = np.empty((experts, columns, BLOCK * groups), BFLOAT16)
-    for expert in range(experts):
-        pairs = np.stack([codes[expert] & 15, codes[expert] >> 4], axis=-1)
-        powers = exponents[expert].astype(np.int32)[..., None] - 127
-        values = np.ldexp(VALUES[pairs.reshape(columns, groups, BLOCK)], powers)
-        made[expert] = values.reshape(columns, -1)
-    return made.swapaxes(1, 2)
+def expand(blocks: SafetensorsFile, scales: SafetensorsFile, name: str) -> Rows:
+    """The matrices [E, in, out] in bfloat16, which has all such numbers; rows are experts.
+
+    Raises:
+        UsageError: as `read`.
+    """
+    whole = Expanded(read(blocks, scales, name))
+    return Rows(shape=whole.shape, read=lambda start, stop: whole[start:stop])
+
+
+class Expanded:
+    """Packed matrices [E, out, in] as those [E, in, out] that they stand for, on the host.
+
+    Made in bfloat16 where experts are sliced, `value[2:3]`.
+    """
+
+    def __init__(self, held: Packed) -> None:
+        self._codes, self._exponents = (np.asarray(part) for part in held)
+        experts, columns, half = self._codes.shape
+        self.shape = (experts, 2 * half, columns)
+
+    def __getitem__(self, experts: slice) -> np.ndarray:
+        codes, exponents = self._codes[experts], self._exponents[experts]
+        made = np.empty((len(codes), self.shape[2], self.shape[1]), BFLOAT16)
+        for expert, start, stop in (
+            (expert, *span)
+            for expert in range(len(codes))
+            for span in spans(made.shape[1:], 0, made.shape[1])
+        ):
+            some = codes[expert, start:stop]
+            pairs = np.stack([some & 15, some >> 4], axis=-1)
+            values = VALUES[pairs.reshape(len(some), -1, BLOCK)]
+            powers = exponents[expert, start:stop].astype(np.int32)[..., None] - 127
+            made[expert, start:stop] = np.ldexp(values, powers).reshape(len(some), -1)
+        return made.swapaxes(1, 2)

@@ -24,10 +24,11 @@ import numpy as np
 
 from jaxsys.errors import UsageError
 from jaxsys.files import shown
+from jaxsys.model.rows import Rows
 from jaxsys.model.safetensors_file import SafetensorsFile
 
 Shapes = dict[str, tuple[int, ...]]
-Fetch = Callable[[str], np.ndarray]
+Fetch = Callable[[str], Rows]
 
 WEIGHT = ".weight"
 _UNREAD = (
@@ -111,7 +112,7 @@ def present(
 
     Returns:
         Shapes as an unquantised file would have them, and how to read those that are quantised:
-        name -> float32.
+        name -> rows in float32.
 
     Raises:
         UsageError: if a module's tensors do not fit together, or a scale is missing.
@@ -137,24 +138,6 @@ def present(
                 shapes.pop(module + part, None)
             shapes[module + WEIGHT], fetch[module + WEIGHT] = shape, read
     return shapes, fetch
-
-
-_AT_ONCE = 1 << 20
-"""Numbers that are spread out at a time, so that little lies beside a result."""
-
-
-def _made(rows: int, columns: int, of_rows: Callable[[slice], np.ndarray]) -> np.ndarray:
-    """A matrix in float32, made some rows at a time.
-
-    Args:
-        of_rows: the values of some rows.
-    """
-    result = np.empty((rows, columns), np.float32)
-    step = max(1, _AT_ONCE // max(1, columns))
-    for start in range(0, rows, step):
-        part = slice(start, min(start + step, rows))
-        result[part] = of_rows(part)
-    return result
 
 
 class _Files:
@@ -228,17 +211,18 @@ def _of_bytes(files: _Files, settings: Mapping[str, Any], module: str):
     if block is None:
         raise _misfit(scale, of_scale, shape)
 
-    def read(_: str) -> np.ndarray:
+    def read(_: str) -> Rows:
         values, scales = files.numbers(name), files.scales(scale)
         zeros = files.integers(zero, "I8").astype(np.float32) if zero in files else None
 
-        def of_rows(part: slice) -> np.ndarray:
-            some = values[part].astype(np.float32)
+        def some(start: int, stop: int) -> np.ndarray:
+            made = values[start:stop].astype(np.float32)
             if zeros is not None:
-                some -= _spread(zeros, block, shape, part)
-            return some * _spread(scales, block, shape, part)
+                made -= _spread(zeros, block, shape, start, stop)
+            made *= _spread(scales, block, shape, start, stop)
+            return made
 
-        return _made(*shape, of_rows)
+        return Rows(shape=shape, read=some)
 
     parts = (WEIGHT, ".weight_scale", ".weight_scale_inv", ".weight_zero_point")
     return shape, read, parts
@@ -273,13 +257,13 @@ def _weights(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _spread(
-    scales: np.ndarray, block: tuple[int, int], shape: tuple[int, ...], part: slice
+    scales: np.ndarray, block: tuple[int, int], shape: tuple[int, ...], start: int, stop: int
 ) -> np.ndarray:
     """Scales of blocks [.., ..] as those of some rows' numbers, or such as broadcast to them."""
     outputs, inputs = shape
     rows, columns = block
     grid = scales.reshape(-(-outputs // rows), -(-inputs // columns))
-    own = grid[np.arange(part.start, part.stop) // rows]
+    own = grid[np.arange(start, stop) // rows]
     return own if columns == inputs else np.repeat(own, columns, axis=1)[:, :inputs]
 
 
@@ -301,20 +285,20 @@ def _of_words(files: _Files, settings: Mapping[str, Any], module: str):
         raise _misfit(scale, of_scale, shape)
     middle = 2 ** (bits - 1)
 
-    def read(_: str) -> np.ndarray:
+    def read(_: str) -> Rows:
         held, scales = files.words(packed), files.scales(scale)
         groups = _groups(files, order, shape[1], scales.shape[1])
         zeros = None
         if zero in files:
             zeros = _unpack(files.words(zero), bits, axis=0)[: shape[0]] - middle
 
-        def of_rows(part: slice) -> np.ndarray:
-            values = _unpack(held[part], bits, axis=1)[:, : shape[1]] - middle
+        def some(start: int, stop: int) -> np.ndarray:
+            values = _unpack(held[start:stop], bits, axis=1)[:, : shape[1]] - middle
             if zeros is not None:
-                values -= zeros[part][:, groups]
-            return values.astype(np.float32) * scales[part][:, groups]
+                values -= zeros[start:stop][:, groups]
+            return values.astype(np.float32) * scales[start:stop][:, groups]
 
-        return _made(*shape, of_rows)
+        return Rows(shape=shape, read=some)
 
     parts = (".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point")
     return shape, read, (*parts, ".weight_g_idx")
@@ -357,19 +341,17 @@ def _of_gptq(files: _Files, settings: Mapping[str, Any], module: str):
     more = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1
     mask = 2**bits - 1
 
-    def read(_: str) -> np.ndarray:
+    def read(_: str) -> Rows:
         held, scales = files.words(names[0]), files.scales(names[2])
         zeros = (_unpack(files.words(names[1]), bits, axis=1)[:, : shape[0]] + more) & mask
         groups = _groups(files, module + ".g_idx", shape[1], scales.shape[0])
 
-        def of_rows(part: slice) -> np.ndarray:  # of inputs, which lie along words
-            first = part.start // count
-            values = _unpack(held[first : -(-part.stop // count)], bits, axis=0)
-            values = values[part.start - first * count :][: part.stop - part.start]
-            own = groups[part]
-            return (values - zeros[own]).astype(np.float32) * scales[own]
+        def some(start: int, stop: int) -> np.ndarray:
+            values = _unpack(held[:, start:stop], bits, axis=0)
+            values -= zeros[:, start:stop][groups]
+            return (values.astype(np.float32) * scales[:, start:stop][groups]).T
 
-        return _made(shape[1], shape[0], of_rows).T
+        return Rows(shape=shape, read=some)
 
     return shape, read, (".qweight", ".qzeros", ".scales", ".g_idx")
 
@@ -388,15 +370,18 @@ def _of_awq(files: _Files, settings: Mapping[str, Any], module: str):
         apart = _unpack(words, 4, axis=1)
         return apart.reshape(apart.shape[0], -1, 8)[..., _AWQ_ORDER].reshape(apart.shape)
 
-    def read(_: str) -> np.ndarray:
+    def read(_: str) -> Rows:
         held, scales = files.words(names[0]), files.scales(names[2])
-        zeros = columns(files.words(names[1]))
+        zeros = files.words(names[1])
         groups = np.arange(shape[1]) // (shape[1] // scales.shape[0])
 
-        def of_rows(part: slice) -> np.ndarray:
-            own = groups[part]
-            return (columns(held[part]) - zeros[own]).astype(np.float32) * scales[own]
+        def some(start: int, stop: int) -> np.ndarray:
+            words = slice(start // 8, -(-stop // 8))  # of eight outputs each
+            own = slice(8 * words.start, min(8 * words.stop, shape[0]))
+            values = columns(held[:, words]) - columns(zeros[:, words])[groups]
+            made = values.astype(np.float32) * scales[:, own][groups]
+            return made[:, start - own.start :][:, : stop - start].T
 
-        return _made(shape[1], shape[0], of_rows).T
+        return Rows(shape=shape, read=some)
 
     return shape, read, (".qweight", ".qzeros", ".scales")

@@ -8,7 +8,7 @@ has no bfloat16 on reading and wants all tensors of a file in memory on writing.
 import json
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,12 +162,13 @@ def _parse_header(text: bytes, path: Path) -> dict[str, _Entry]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorToWrite:
-    """A tensor whose values are asked for only when its turn comes."""
+    """A tensor whose values are asked for only when their turn comes."""
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
-    values: Callable[[], np.ndarray]
+    pieces: Callable[[], Iterable[np.ndarray]]
+    """Its values, some rows after the other."""
 
     @property
     def size_bytes(self) -> int:
@@ -176,7 +177,7 @@ class TensorToWrite:
 
 
 def write_safetensors(path: Path, tensors: Sequence[TensorToWrite]) -> None:
-    """Writes one file, holding one tensor in memory at a time.
+    """Writes one file, holding some rows of a tensor in memory at a time.
 
     Raises:
         UsageError: if a dtype is no float type of the format known here.
@@ -203,7 +204,14 @@ def write_safetensors(path: Path, tensors: Sequence[TensorToWrite]) -> None:
         file.write(struct.pack("<Q", len(text)))
         file.write(text)
         for tensor in tensors:
-            values = np.ascontiguousarray(tensor.values(), tensor.dtype)
-            if values.shape != tensor.shape:
-                raise UsageError(f"{tensor.name}: values {values.shape}, said {tensor.shape}")
-            file.write(values.view(np.uint8).data)
+            written = 0
+            for piece in tensor.pieces():
+                values = np.ascontiguousarray(piece, tensor.dtype)
+                if values.shape[1:] != tensor.shape[1:]:
+                    raise UsageError(f"{tensor.name}: values {values.shape}, said {tensor.shape}")
+                file.write(values.view(np.uint8).data)
+                written += values.nbytes
+            if written != tensor.size_bytes:
+                raise UsageError(
+                    f"{tensor.name}: {written} bytes of values, said {tensor.size_bytes}"
+                )

@@ -6,12 +6,11 @@ old one beside the target under a hidden name ending in `.old`.
 """
 
 import fcntl
-import functools
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,13 @@ import numpy as np
 from jaxsys.errors import UsageError
 from jaxsys.layered import Parameters, PyTree
 from jaxsys.model import folder as names
+from jaxsys.model.assemble import Leaves, not_finite
 from jaxsys.model.config import DecoderConfig
 from jaxsys.model.decoder import abstract_parameters, kind_of_blocks
+from jaxsys.model.leaves import Path as LeafPath
 from jaxsys.model.names import FileTensor, block_tensors, edge_tensors
-from jaxsys.model.packed import Packed, unpacked
+from jaxsys.model.packed import Expanded, Packed
+from jaxsys.model.rows import all_finite, spans
 from jaxsys.model.safetensors_file import TensorToWrite, write_safetensors
 from jaxsys.model.tokenizer import Tokenizer
 
@@ -35,7 +37,7 @@ MAX_SHARD_BYTES = 5_000_000_000
 def save_safetensors(
     folder: str | Path,
     config: DecoderConfig,
-    parameters: Parameters,
+    parameters: Parameters | Leaves,
     tokenizer: Tokenizer | None = None,
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -47,8 +49,8 @@ def save_safetensors(
     Args:
         folder: made by this call; its parent too.
         config: the model.
-        parameters: as `parameters(model)` returns them, or as `load(layerwise=True)` does, which
-            are read and written layer by layer.
+        parameters: as `parameters(model)` returns them, or the `Leaves` of an open checkpoint,
+            which are read and written tensor by tensor.
         tokenizer: saved along, with its chat template.
         max_shard_bytes: largest weights file; a larger single tensor gets a file of its own.
         overwrite: replace a model folder that is there already.
@@ -59,7 +61,8 @@ def save_safetensors(
     """
     target = Path(folder).absolute()
     check_target(target, overwrite=overwrite)
-    _check_parameters(config, parameters)
+    if not isinstance(parameters, Leaves):
+        _check_parameters(config, parameters)
     target.parent.mkdir(parents=True, exist_ok=True)
     _sweep(target)
     partial = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
@@ -67,8 +70,10 @@ def save_safetensors(
     held = os.open(partial, os.O_RDONLY)
     fcntl.flock(held, fcntl.LOCK_EX)  # says to `_sweep` that somebody is at work on it
     try:
-        _write_weights(partial, list(_tensors(config, parameters)), max_shard_bytes)
-        _write_settings(partial, config, parameters, tokenizer, dict(generation or {}))
+        tensors = list(_tensors(config, parameters))
+        _write_weights(partial, tensors, max_shard_bytes)
+        dtype = str(max(tensors, key=lambda tensor: tensor.size_bytes).dtype)
+        _write_settings(partial, config, dtype, tokenizer, dict(generation or {}))
         _sync(partial)
         _move(partial, target)
     finally:
@@ -109,11 +114,8 @@ def check_target(target: Path, *, overwrite: bool) -> None:
 
 
 def _check_parameters(config: DecoderConfig, parameters: Parameters) -> None:
-    shapes, values = dict(abstract_parameters(config)), dict(parameters)
-    if callable(parameters["blocks"]):  # a layer's shapes are looked at when it is written
-        del shapes["blocks"], values["blocks"]
-    wanted = jax.tree_util.tree_flatten_with_path(shapes)[0]
-    given = dict(jax.tree_util.tree_flatten_with_path(values)[0])
+    wanted = jax.tree_util.tree_flatten_with_path(abstract_parameters(config))[0]
+    given = dict(jax.tree_util.tree_flatten_with_path(parameters)[0])
     for path, leaf in wanted:
         name = jax.tree_util.keystr(path)
         if path not in given:
@@ -125,75 +127,75 @@ def _check_parameters(config: DecoderConfig, parameters: Parameters) -> None:
         raise UsageError(f"parameters hold {jax.tree_util.keystr(next(iter(given)))}, not expected")
 
 
-def _tensors(config: DecoderConfig, parameters: Parameters) -> Iterator[TensorToWrite]:
-    edge, blocks = parameters["edge"], parameters["blocks"]
+def _tensors(config: DecoderConfig, parameters: Parameters | Leaves) -> Iterator[TensorToWrite]:
+    read = parameters if isinstance(parameters, Leaves) else _Stacked(config, parameters)
     for tensor in edge_tensors(config):
-        yield from _written(tensor, lambda: edge, {}, None)
-    kept = {}
-    for kind in config.kinds:
-        places = {layer: place for place, layer in enumerate(config.layers_of(kind))}
-        kept[kind.name] = block_tensors(config, kind), places
-    apart = _OneLayer(blocks) if callable(blocks) else None
-    dtype = np.dtype(jax.tree.leaves(edge)[0].dtype)  # of layers that are not there yet
+        yield from _written(tensor, read, None)
     for layer in range(config.num_layers):
-        kind = config.kind(layer)
-        tensors, places = kept[kind.name]
-        for tensor in tensors:
-            if apart is not None:
-                read = functools.partial(apart, layer)
-                yield from _written(tensor, read, {"layer": layer}, None, dtype)
-            else:
-                stack = kind_of_blocks(config, blocks, kind)
-                yield from _written(tensor, lambda s=stack: s, {"layer": layer}, places[layer])
+        for tensor in block_tensors(config, config.kind(layer)):
+            yield from _written(tensor, read, layer)
 
 
-class _OneLayer:
-    """Layers that are read when they are asked for, of which the last one stays."""
+class _Stacked:
+    """Leaves of parameters, by layer."""
 
-    def __init__(self, read: Callable[[int], PyTree]) -> None:
-        self._read, self._number, self._tree = read, None, None
+    def __init__(self, config: DecoderConfig, parameters: Parameters) -> None:
+        self._config, self._parameters = config, parameters
+        self._places: dict[int, int] = {}
+        for kind in config.kinds:
+            places = {layer: place for place, layer in enumerate(config.layers_of(kind))}
+            self._places |= places
+        self._held: tuple[Any, np.ndarray] | None = None
 
-    def __call__(self, layer: int) -> PyTree:
-        if layer != self._number:
-            self._tree = None  # before the next one is there
-            self._tree, self._number = self._read(layer), layer
-        return self._tree
+    def dtype(self, layer: int | None, path: LeafPath) -> np.dtype:
+        return np.dtype(self._leaf(layer, path).dtype)
+
+    def read(self, layer: int | None, path: LeafPath) -> np.ndarray:
+        if layer is None:
+            return np.asarray(self._leaf(layer, path))
+        if self._held is None or self._held[0] != (layer, path):  # many items ask for one leaf
+            self._held = None  # before the next one is there
+            found = self._leaf(layer, path)[self._places[layer]]
+            self._held = (layer, path), np.asarray(found)
+        return self._held[1]
+
+    def _leaf(self, layer: int | None, path: LeafPath) -> Any:
+        if layer is None:
+            return _at(self._parameters["edge"], path)
+        kind = self._config.kind(layer)
+        return _at(kind_of_blocks(self._config, self._parameters["blocks"], kind), path)
 
 
 def _written(
-    tensor: FileTensor,
-    tree: Callable[[], PyTree],
-    filled: dict[str, int],
-    place: int | None,
-    dtype: np.dtype | None = None,
+    tensor: FileTensor, read: "_Stacked | Leaves", layer: int | None
 ) -> Iterator[TensorToWrite]:
-    """The entries of one tensor: one, or one for each item; in its leaf's dtype if none is said."""
-    made = np.dtype(_at(tree(), tensor.leaves[0].path).dtype) if dtype is None else dtype
+    """The entries of one tensor: one, or one for each item; in its leaf's dtype."""
+    in_files = isinstance(read, Leaves)  # where damage is found
+    dtype = read.dtype if in_files else read.dtype(layer, tensor.leaves[0].path)
     for item in [None] if tensor.items is None else range(tensor.items):
-        index = tuple(part for part in (place, item) if part is not None)
         name = tensor.name
-        for key, value in (filled | ({} if item is None else {"item": item})).items():
-            name = name.replace(f"{{{key}}}", str(value))
+        for key, value in (("layer", layer), ("item", item)):
+            name = name if value is None else name.replace(f"{{{key}}}", str(value))
 
-        def values(index: tuple[int, ...] = index) -> np.ndarray:
-            arrays = [_at(tree(), leaf.path) for leaf in tensor.leaves]
-            return tensor.give([_numbers(array, index, made) for array in arrays])
+        def pieces(item: int | None = item, name: str = name) -> Iterator[np.ndarray]:
+            values = [_item(read.read(layer, leaf.path), item) for leaf in tensor.leaves]
+            for start, stop in spans(tensor.shape, 0, tensor.shape[0]):
+                for piece in tensor.rows(values, start, stop):
+                    with np.errstate(over="ignore"):
+                        made = piece.astype(dtype, copy=False)
+                    if in_files and not all_finite(made):
+                        raise not_finite(name, dtype)
+                    yield made
 
-        yield TensorToWrite(name=name, shape=tensor.shape, dtype=made, values=values)
+        yield TensorToWrite(name=name, shape=tensor.shape, dtype=dtype, pieces=pieces)
 
 
-def _numbers(array: Any, index: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """One layer's or item's; of packed experts, those that they stand for, [.., in, out]."""
+def _item(array: np.ndarray | Packed, item: int | None) -> Any:
+    """One item of what is kept together; what is packed is expanded as it is sliced."""
     if not isinstance(array, Packed):
-        return np.asarray(array[index])
-    if index:
-        return _expert(array, index[0], dtype)
-    return np.stack([_expert(array, one, dtype) for one in range(array.codes.shape[0])])
-
-
-def _expert(array: Packed, number: int, dtype: np.dtype) -> np.ndarray:
-    one = Packed(*(part[number] for part in array))
-    return np.asarray(unpacked(one)).astype(dtype).T
+        return array if item is None else array[item]
+    whole = Expanded(array)
+    return whole if item is None else whole[item : item + 1][0]
 
 
 def _write_weights(folder: Path, tensors: list[TensorToWrite], max_shard_bytes: int) -> None:
@@ -220,12 +222,10 @@ def _write_weights(folder: Path, tensors: list[TensorToWrite], max_shard_bytes: 
 def _write_settings(
     folder: Path,
     config: DecoderConfig,
-    parameters: Parameters,
+    dtype: str,
     tokenizer: Tokenizer | None,
     generation: dict[str, Any],
 ) -> None:
-    layers = parameters["edge" if callable(parameters["blocks"]) else "blocks"]
-    dtype = str(jax.tree.leaves(layers)[0].dtype)
     # transformers 5 reads `dtype`, 4 reads `torch_dtype`.
     settings = config.to_hf() | {"dtype": dtype, "torch_dtype": dtype}
     # Absent ids would be those of the family's configuration class.

@@ -117,8 +117,7 @@ class Worker:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
         group = tuple(choose_devices(spec.deployment.tensor_parallel))
         dtype = spec.dtype or default_dtype(group[0])
-        with jax.default_device(jax.devices("cpu")[0]):
-            model = load(Path(spec.model), jnp.dtype(dtype), layerwise=True)
+        model = load(Path(spec.model), jnp.dtype(dtype), leafwise=True)
         weights = place_weights(model, spec.deployment, group)
         slo = SharedSlo(spec.slo)
         served = Served(

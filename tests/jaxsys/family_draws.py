@@ -354,16 +354,20 @@ class Outcome:
 
 def compare(family: str, seed: int, folder: Path) -> Outcome:
     """Draws a configuration and has both compute it."""
+    return compared(draw(family, seed), folder, head=seed % 4 == 0)
+
+
+def compared(config: dict[str, Any], folder: Path, *, head: bool = False) -> Outcome:
+    """Has both compute a configuration; `head` as of `their_folder`."""
     import jax
     import jax.numpy as jnp
 
     from jaxsys.errors import UsageError
     from jaxsys.model import forward, load
 
-    config = draw(family, seed)
     refused, wanted = None, np.zeros(0)
     try:
-        theirs = their_folder(config, folder, head=seed % 4 == 0)
+        theirs = their_folder(config, folder, head=head)
         wanted = cases.their_logits(theirs, TOKENS)
     except TheirsRefuses as error:
         refused = str(error)

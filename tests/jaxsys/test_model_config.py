@@ -10,7 +10,7 @@ from jaxsys.errors import UsageError
 from jaxsys.model import BlockKind, DecoderConfig, abstract_parameters, preset
 from jaxsys.model.decoder import kind_of_blocks
 from jaxsys.model.rope import Llama3RopeScaling
-from jaxsys.model.shapes import PRESETS
+from jaxsys.model.shapes import PRESETS, find_preset
 
 # Model cards on the Hugging Face Hub give these totals.
 PUBLISHED = {
@@ -27,6 +27,43 @@ PUBLISHED = {
     "DeepSeek-V2-Lite": 15_706_484_224,
     "gpt-oss-20b": 20_914_757_184,
     "DeepSeek-V3": 671_026_419_200,
+    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": 1_100_048_384,
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": 1_777_088_000,
+    "01-ai/Yi-1.5-34B-Chat": 34_388_917_248,
+    "mistralai/Mistral-7B-Instruct-v0.3": 7_248_023_552,
+    "mistralai/Mistral-Nemo-Instruct-2407": 12_247_782_400,
+    "mistralai/Mistral-Small-24B-Instruct-2501": 23_572_403_200,
+    "mistralai/Mistral-Large-Instruct-2407": 122_610_069_504,
+    "mistralai/Ministral-8B-Instruct-2410": 8_019_808_256,
+    "mistralai/Mixtral-8x22B-Instruct-v0.1": 140_630_071_296,
+    "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
+    "Qwen/Qwen2.5-Coder-32B-Instruct": 32_763_876_352,
+    "Qwen/Qwen3-4B-Instruct-2507": 4_022_468_096,
+    "Qwen/Qwen3-235B-A22B-Thinking-2507-FP8": 235_093_634_560,
+    "Qwen/Qwen3-Coder-480B-A35B-Instruct": 480_154_875_392,
+    "Qwen/Qwen1.5-MoE-A2.7B-Chat": 14_315_784_192,
+    "google/gemma-2b-it": 2_506_172_416,
+    "google/gemma-7b": 8_537_680_896,
+    "google/gemma-3-270m-it": 268_098_176,
+    "google/gemma-3-1b-it": 999_885_952,
+    "microsoft/Phi-3-mini-4k-instruct": 3_821_079_552,
+    "microsoft/Phi-3-medium-4k-instruct": 13_960_238_080,
+    "microsoft/phi-4": 14_659_507_200,
+    "allenai/OLMo-2-0425-1B-Instruct": 1_484_916_736,
+    "allenai/OLMo-2-0325-32B": 32_234_279_936,
+    "bigcode/starcoder2-3b": 3_030_371_328,
+    "bigcode/starcoder2-15b": 15_957_889_024,
+    "stabilityai/stablelm-2-1_6b-chat": 1_644_515_328,
+    "CohereLabs/c4ai-command-r-v01": 34_980_831_232,
+    "CohereLabs/c4ai-command-r-plus": 103_810_674_688,
+    "CohereLabs/aya-expanse-8b": 8_028_033_024,
+    "zai-org/GLM-4-9B-0414": 9_400_279_040,
+    "HuggingFaceTB/SmolLM3-3B": 3_075_098_624,
+    "ByteDance-Seed/Seed-OSS-36B-Instruct": 36_151_104_512,
+    "LGAI-EXAONE/EXAONE-4.0-1.2B": 1_279_391_488,
+    "baidu/ERNIE-4.5-0.3B-PT": 360_748_032,
+    "openai/gpt-oss-120b": 116_829_156_672,
+    "deepseek-ai/DeepSeek-R1-0528": 671_026_419_200,
 }
 
 
@@ -67,15 +104,42 @@ def test_hf_keys_round_trip(name):
 def test_unknown_preset_lists_the_known():
     with pytest.raises(UsageError, match="'mamba': there is no such .*; presets: Llama-2-7b, "):
         preset("mamba")
-    with pytest.raises(UsageError, match="; did you mean 'Qwen3-30B-A3B'[?] presets: "):
+    with pytest.raises(UsageError, match="; did you mean 'Qwen3-30B-A3B'[?]$"):
         preset("qwen3-30B-A3")
 
 
 @pytest.mark.parametrize(
-    "name", ["llama-3-8b", "meta-llama/Meta-Llama-3-8B", "Llama-3-8B-Instruct", "LLAMA-3-8B"]
+    ("name", "meant"),
+    [
+        ("llama-3-8b", "Llama-3-8B"),
+        ("meta-llama/Meta-Llama-3-8B", "Llama-3-8B"),
+        ("Llama-3-8B-Instruct", "Llama-3-8B"),
+        ("LLAMA-3-8B", "Llama-3-8B"),
+        ("RedHatAI/Meta-Llama-3.1-8B-Instruct-quantized.w4a16", "Llama-3.1-8B"),
+        ("meta-llama/Llama-2-7b-chat-hf", "Llama-2-7b"),
+        ("mistralai/Mistral-7B-Instruct-v0.1", "Mistral-7B-v0.1"),
+        ("mistralai/Mixtral-8x7B-Instruct-v0.1", "Mixtral-8x7B-v0.1"),
+        ("Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4", "Qwen2.5-7B"),
+        ("unsloth/Qwen3-8B-unsloth-bnb-4bit", "Qwen3-8B"),
+        ("Qwen/Qwen3-30B-A3B-Thinking-2507", "Qwen3-30B-A3B-Instruct-2507"),
+        ("Qwen/Qwen3-30B-A3B-Base", "Qwen3-30B-A3B"),
+        ("deepseek-ai/DeepSeek-V3-Base", "DeepSeek-V3"),
+        ("google/gemma-3-1b-it", "gemma-3-1b-pt"),
+        ("zai-org/glm-4-9b-chat-hf", "glm-4-9b-chat-hf"),
+        ("zai-org/GLM-4.5-Air-FP8", "GLM-4.5-Air"),
+    ],
 )
-def test_presets_are_found_by_their_names_on_the_hub(name):
-    assert preset(name) is PRESETS["Llama-3-8B"]
+def test_presets_are_found_by_their_names_on_the_hub(name, meant):
+    assert preset(name) is PRESETS[meant]
+
+
+@pytest.mark.parametrize("name", ["instruct", "Qwen3-8B.gguf", "Llama-9-8B-Instruct", "Qwen3-8"])
+def test_names_that_are_none(name):
+    assert find_preset(name) is None
+
+
+def test_names_of_presets_are_apart():
+    assert [find_preset(name) for name in PRESETS] == list(PRESETS)
 
 
 @pytest.mark.parametrize(

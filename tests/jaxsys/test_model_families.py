@@ -79,7 +79,7 @@ def write_folder(folder, settings):
                 name=name,
                 shape=shape,
                 dtype=np.dtype(np.float32),
-                values=lambda n=name, s=shape: cases.weights_of(n, s),
+                pieces=lambda n=name, s=shape: [cases.weights_of(n, s)],
             )
             for name, shape in sorted(tensors_of(config).items())
         ],

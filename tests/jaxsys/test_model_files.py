@@ -41,6 +41,12 @@ TIED = dataclasses.replace(preset("tiny"), tie_embeddings=True)
 UNTIED = preset("tiny")
 
 
+@pytest.fixture(autouse=True)
+def few_rows_at_once(monkeypatch):
+    """Tensors are read and written in pieces of few rows, as large ones are."""
+    monkeypatch.setattr("jaxsys.model.rows.AT_ONCE", 700)
+
+
 def assert_equal_bits(got, wanted):
     for (path, leaf), other in zip(
         jax.tree_util.tree_leaves_with_path(dict(got)), jax.tree.leaves(dict(wanted)), strict=True

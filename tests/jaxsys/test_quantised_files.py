@@ -7,6 +7,7 @@ computed beside, from its numbers and scales.
 import dataclasses
 import json
 import struct
+import tracemalloc
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ import pytest
 
 from jaxsys.errors import UsageError
 from jaxsys.model import initial_parameters, load, preset
+from jaxsys.model.assemble import Leaves
+from jaxsys.model.load import open_model
 from jaxsys.model.quantised_files import check
 from jaxsys.model.safetensors_file import STORED, SafetensorsFile
 from jaxsys.model.save import save_safetensors
@@ -180,10 +183,19 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def few_rows_at_once(monkeypatch):
+    """Pieces of few rows, as those of large matrices are; no multiple of words or blocks."""
+    monkeypatch.setattr("jaxsys.model.rows.AT_ONCE", 1000)
+
+
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("plain")
-    save_safetensors(folder, CONFIG, initial_parameters(CONFIG))
+    return plain_of(CONFIG, tmp_path_factory.mktemp("plain"))
+
+
+def plain_of(config, folder):
+    save_safetensors(folder, config, initial_parameters(config))
     file = SafetensorsFile(folder / "model.safetensors")
     settings = json.loads((folder / "config.json").read_text())
     return settings, {name: np.array(file.read(name)) for name in file.shapes}
@@ -223,6 +235,27 @@ def test_matrices_are_those_meant(case, plain, tmp_path):
         if ours[1] in ("query", "key"):  # rotary pairs lie as they do here
             assert value.shape == wanted.shape
         np.testing.assert_allclose(value, wanted, rtol=1e-6, atol=0)
+
+
+@pytest.fixture(scope="module")
+def wide_plain(tmp_path_factory):
+    config = dataclasses.replace(CONFIG, hidden_size=256, intermediate_size=2048)
+    return plain_of(config, tmp_path_factory.mktemp("wide"))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "fp8 blocks"])
+def test_a_matrix_is_never_there_whole_in_another_dtype(case, wide_plain, tmp_path):
+    """Its 1 MiB in bfloat16 would be 2 MiB in float32."""
+    made(wide_plain, tmp_path, *CASES[case])
+    read = Leaves(open_model(tmp_path).checkpoint, jnp.bfloat16)
+    tracemalloc.start()
+    try:
+        values = np.asarray(read.read(0, ("mlp", "down")))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert values.nbytes == 2**20
+    assert peak < 1.6 * 2**20
 
 
 DAMAGED = {

@@ -177,7 +177,7 @@ def packed_folder(tmp_path_factory):
 def test_experts_in_mxfp4_are_served_as_they_are(packed_folder):
     """Half a byte a number and one for 32 of them are held; the text is that of what they mean."""
     expanded = load(packed_folder)
-    kept = load(packed_folder, layerwise=True)
+    kept = load(packed_folder, leafwise=True)
     found, engine = served(kept, prefill=1, decode=0, page_count=40)
     assert found == [expected(expanded, prompt) for prompt in prompts(kept.config.vocab_size)]
     numbers = 0

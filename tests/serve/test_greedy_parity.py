@@ -74,7 +74,7 @@ def write_folder(family: str, folder: Path) -> None:
                 name=name,
                 shape=shape,
                 dtype=np.dtype(np.float32),
-                values=lambda n=name, s=shape: cases.family_cases.weights_of(n, s),
+                pieces=lambda n=name, s=shape: [cases.family_cases.weights_of(n, s)],
             )
             for name, shape in sorted(shapes.items())
         ],
