@@ -114,43 +114,21 @@ def plain(values: jax.Array, outputs: tuple[int, ...] | None = None) -> Matrix:
     return Matrix(values, outputs=values.shape[1:] if outputs is None else outputs)
 
 
-_AT_ONCE = 1 << 18
-"""Numbers of a matrix that are wide at a time."""
-
-
 def quantised(
     values: jax.Array, quantisation: Quantisation, way: Way = WIDENED, devices: int = 1
 ) -> Matrix:
-    """A matrix [K, N] in a small form, made some outputs at a time: none knows of another.
+    """A matrix [K, N] in a small form, of which no output knows of another.
 
     Args:
         devices: over which its inputs may be split.
     """
-
-    def small(columns: jax.Array) -> tuple[jax.Array, jax.Array]:
-        if quantisation == "int4":
-            return _grouped(columns.T, devices)
+    if quantisation == "int4":
+        small, scale = _grouped(values.T, devices)
+    else:
         form = float8.E4M3 if quantisation == "fp8" else jnp.int8
-        made, scale = float8.scaled(columns.T, form, axis=1)
-        return made, scale[:, 0]
-
-    inputs, outputs = values.shape
-    step = max(1, _AT_ONCE // inputs)
-    if outputs <= step:
-        made, scale = small(values)
-        return Matrix(made, scale, (outputs,), True, way)
-
-    def some(index: jax.Array, held: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        # The last ones begin earlier, where the step does not divide: some are made twice.
-        first = jnp.minimum(index * step, outputs - step)
-        found = small(jax.lax.dynamic_slice_in_dim(values, first, step, 1))
-        put = jax.lax.dynamic_update_slice_in_dim
-        return put(held[0], found[0], first, 0), put(held[1], found[1], first, 0)
-
-    shapes = jax.eval_shape(small, jax.ShapeDtypeStruct((inputs, step), values.dtype))
-    empty = [jnp.zeros((outputs, *one.shape[1:]), one.dtype) for one in shapes]
-    made, scale = jax.lax.fori_loop(0, -(-outputs // step), some, (empty[0], empty[1]))
-    return Matrix(made, scale, (outputs,), True, way)
+        small, scale = float8.scaled(values.T, form, axis=1)
+        scale = scale[:, 0]
+    return Matrix(small, scale, values.shape[1:], True, way)
 
 
 def group_of(inputs: int, ways: int = 1) -> int:

@@ -174,7 +174,7 @@ class _Form(NamedTuple):
         """A kernel [K, N]."""
         if self.quantisation is None:
             return plain(kernel)
-        return _quantised(kernel, self.quantisation, self.way, self.devices)
+        return _in_parts(kernel, self)
 
     def of_experts(self, kernels: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """See `expert_weights.Quantise`; what would be int4 is int8, a scale an output."""
@@ -184,7 +184,41 @@ class _Form(NamedTuple):
         return _scaled_experts(kernels, small)
 
 
-_quantised = functools.partial(jax.jit, static_argnums=(1, 2, 3))(quantised)
+_AT_ONCE = 1 << 19
+"""Numbers of a matrix that are wide at a time."""
+
+
+def _in_parts(kernel: jax.Array, form: _Form) -> Matrix:
+    """A kernel [K, N] made small some outputs at a time, so that little of it is wide."""
+    inputs, outputs = kernel.shape
+    step = min(outputs, max(1, _AT_ONCE // inputs))
+    values, scale = jax.eval_shape(
+        functools.partial(_part, form, step), kernel, jax.ShapeDtypeStruct((), jnp.int32)
+    )
+    held = [jnp.zeros((outputs, *one.shape[1:]), one.dtype) for one in (values, scale)]
+    for first in range(0, outputs, step):
+        # The last ones begin earlier, where the step does not divide: some are made twice.
+        held = _next_part(form, step, held, kernel, min(first, outputs - step))
+    return Matrix(held[0], held[1], (outputs,), True, form.way)
+
+
+def _part(
+    form: _Form, step: int, kernel: jax.Array, first: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    assert form.quantisation is not None
+    some = jax.lax.dynamic_slice_in_dim(kernel, first, step, 1)
+    made = quantised(some, form.quantisation, form.way, form.devices)
+    assert made.scale is not None
+    return made.values, made.scale
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _next_part(
+    form: _Form, step: int, held: list[jax.Array], kernel: jax.Array, first: jax.Array
+) -> list[jax.Array]:
+    put = jax.lax.dynamic_update_slice_in_dim
+    made = _part(form, step, kernel, first)
+    return [put(old, new, first, 0) for old, new in zip(held, made, strict=True)]
 
 
 @functools.partial(jax.jit, static_argnums=1)
