@@ -336,6 +336,7 @@ def published_row(case: tuple[Line, Point, str, float, int]) -> dict[str, Any]:
         "seed": seed,
         "published_saving_pct": point.saving_pct,
         "published_headroom_pct": point.headroom_pct,
+        "published_ttft_lost_points": point.ttft_lost_points,
         "counts": holds(policies["max"]),
         "policies": {n: strip(r) for n, r in policies.items()},
     }
@@ -378,15 +379,13 @@ def headroom_row(case: tuple[Line, Point]) -> list[dict[str, Any]]:
     with the first tokens that it lost by the published figures."""
     line, point = case
     trace = dataset_trace(line.dataset, point.rate_per_s, 3)
-    ttft = point.ttft_attainment_pct
-    lost = None if None in (ttft["1410"], ttft["governed"]) else ttft["1410"] - ttft["governed"]  # type: ignore[operator]
     note(f"headroom of {line.dataset} at {point.rate_per_s:.0f}/s")
     return [
         {
             "dataset": line.dataset,
             "rate_per_s": point.rate_per_s,
             "published_headroom_pct": point.headroom_pct,
-            "published_ttft_lost_points": lost,
+            "published_ttft_lost_points": point.ttft_lost_points,
             **row,
         }
         for row in decomposed(trace, published_setting())
@@ -558,7 +557,8 @@ def ablation_cases() -> list[tuple[str, str, Setting]]:
     cases += [
         ("governor", "no larger batch borne", governed(growth_guard=0.0)),
         ("governor", "larger by half borne", governed(growth_guard=0.5)),
-        ("governor", "saturation not foreseen", governed(saturation_s=0.0)),
+        ("governor", "saturation not foreseen", governed(full_share=math.inf)),
+        ("governor", "burstiness not reckoned with", governed(deviations=0.0)),
         ("governor", "reserve alone for late steps", governed(late_steps=0.0)),
         ("governor", "no hysteresis, no dwell", governed(hysteresis=0.0, minimum_dwell_s=0.0)),
         ("governor", "arrivals not played on", governed(horizon_s=0.0)),

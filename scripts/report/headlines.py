@@ -501,6 +501,14 @@ HEADLINES = (
         runs=(energy("published"),),
     ),
     Headline(
+        title="Where the headroom lies",
+        kind="simulated",
+        claim="none.",
+        files=("energy_headroom.json",),
+        show=tables.headroom,
+        runs=(energy("headroom"),),
+    ),
+    Headline(
         title="Energy on other traces, models and GPUs",
         kind="simulated",
         claim="none.",

@@ -505,12 +505,14 @@ def savings(results: Sequence[Result]) -> str:
         cells.append(
             [row["dataset"], f"{row['rate_per_s']:g}", row["arrivals"],
              _attainment(policies["max"]), "yes" if row["counts"] else "no",
-             number(row["published_headroom_pct"], ".0f"), share("both"), share("cap-250"),
+             number(row["published_headroom_pct"], ".0f"),
+             number(row["published_ttft_lost_points"]), share("both"), share("cap-250"),
              share("ahead"), number(policies["ahead"]["energy_saving_pct"])]
         )  # fmt: skip
     text = table(
         ["data set", "requests/s", "arrivals", "maximum clock's TTFT / ITL ok (%)", "counts",
-         "published (%)", "`both`", "`cap-250`", "`ahead`", "its saving (%)"],
+         "published (%)", "its TTFT lost (points)", "`both`", "`cap-250`", "`ahead`",
+         "its saving (%)"],
         cells,
     )  # fmt: skip
     return (
@@ -518,6 +520,35 @@ def savings(results: Sequence[Result]) -> str:
         "brackets how many points of TTFT or ITL attainment, whichever is more, lie below the "
         f"maximum clock's (equal: at most {EQUAL_POINTS}). A point where that itself attains too "
         f"little does not count.\n\n{text}"
+    )
+
+
+def headroom(results: Sequence[Result]) -> str:
+    """What each part of the headroom is worth, at most half a point lost."""
+    (result,) = results
+    cells = []
+    for row in result.rows:
+        if row["best"] or row["what"] == "decode at the sweet spot":
+            clocks = f"{row['prefill_mhz']}"
+            clocks += (
+                f", high from {row['rises_s']:g} s"
+                if row["decode_mhz"] is None
+                else f" / {row['decode_mhz']}"
+            )
+            cells.append(
+                [row["dataset"], f"{row['rate_per_s']:g}", row["what"], clocks,
+                 number(row["headroom_pct"], ".0f"), number(row["lost_points"], ".2f")]
+            )  # fmt: skip
+    text = table(
+        ["data set", "requests/s", "held", "prefill / decode (MHz)", "of the headroom (%)",
+         "points lost"],
+        cells,
+    )  # fmt: skip
+    most = result.record["config"]["most_lost_points"]
+    return (
+        f"Of each kind the most that loses {most:g} points at most, and decode held at the sweet "
+        "spot, which never does. A schedule knows when the last request arrives: between that and "
+        f"the moment named decode is at the highest clock.\n\n{text}"
     )
 
 

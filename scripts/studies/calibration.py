@@ -161,6 +161,12 @@ class Point:
         assert top is not None
         return saving / (1 - low / top)
 
+    @property
+    def ttft_lost_points(self) -> float | None:
+        """By how much fewer first tokens than 1410 MHz the published controller had in time."""
+        top, governed = self.ttft_attainment_pct["1410"], self.ttft_attainment_pct["governed"]
+        return None if top is None or governed is None else top - governed
+
 
 def published(path: str | Path) -> list[Point]:
     """Reads the digitised figures (read off a plot, within about 1 %)."""

@@ -3,15 +3,15 @@
 Decode. A slower step keeps every sequence longer, so the batch grows until as many end as come:
 what must keep the ITL is the batch that today's offered load leads to. So a clock must keep it for
 a batch larger by `growth_guard` (arrivals fluctuate by about that much within the time a request
-stays), and where not even the highest clock could for what it grows to within `saturation_s`, that
-one is taken at once. The two are apart: a guard added to the growth would hold the highest clock
-through every rise from a quiet time, when there is room for all of it.
+stays). And where about as many tokens a second are asked for as the highest clock can write within
+the ITL (`serve.energy.offered`), that one is taken long before the batch is there: what a slower
+one leaves undone would never be caught up with.
 
 Prompts. EcoFreq weighs the backlog at each clock; a slower clock leaves those who come after to a
 longer backlog, which it does not see. Here the backlog is played on: with prompts arriving at the
-rate and of the length of late, each clock's queue is followed over `horizon_s`, and its late first
-tokens are counted with the energy of all that work (a receding horizon: only the first clock is
-used, and all is planned anew at the next iteration).
+rate and of the length of late, and some more where they come in bursts, each clock's queue is
+followed over `horizon_s`, and its late first tokens are counted with the energy of all that work (a
+receding horizon: only the first clock is used, and all is planned anew at the next iteration).
 """
 
 import math
@@ -45,13 +45,12 @@ class AheadConfig(EcoFreqConfig):
 
     growth_guard: float = 0.1
     growth_s: float = 0.0
-    saturation_s: float = 90.0
-    saturation_guard: float = 0.0
+    saturation_s: float = 0.0
     worth: float = 40.0
     broken_worth: float = 40.0
     full_share: float = 0.94
     """Of the tokens that the highest clock could write within the ITL, the share from which that
-    clock is taken ..."""
+    clock is taken, infinite for never, ..."""
     fill_share: float = 0.4
     """... once the batch is that share of the largest within the ITL: below there is time."""
     horizon_s: float = 2.0
@@ -144,6 +143,8 @@ class Ahead(EcoFreq):
     def saturated(self, load: Load, outgrown: bool, clocks: Clocks) -> bool:
         """Whether more is asked for than the highest clock could write within the ITL."""
         config = self.config
+        if super().saturated(load, outgrown, clocks):
+            return True
         found = self.offered.estimate(clocks.now_s)
         if found is None:
             return False
@@ -164,12 +165,17 @@ class Ahead(EcoFreq):
         loads = [
             Load(batch=batch, kv_tokens=round(batch * context), gain=load.gain) for batch in LADDER
         ]
-        times_s, _ = self.predictor.what_if(loads, (clocks.top_mhz,))
+        tokens = max(1, round(self.arrivals.tokens))
+        prompts = Load(prefill_tokens=SEVERAL * tokens, prefill_requests=SEVERAL)
+        times_s, _ = self.predictor.what_if([*loads, prompts], (clocks.top_mhz,))
         most, per_s = 0, 0.0
-        for one, row in zip(loads, times_s, strict=True):
+        for one, row in zip(loads, times_s, strict=False):
             time_s = float(row[0])
             if time_s <= itl_s:
                 most, per_s = one.batch, max(per_s, one.batch * load.gain / time_s)
+        # Where the instance reads prompts too, that time is lost to writing.
+        reading = self.arrivals.rate_per_s(clocks.now_s) * float(times_s[-1][0]) / SEVERAL
+        per_s *= max(0.0, 1.0 - reading)
         return most, per_s
 
     def expected(self, now_s: float) -> Expected | None:

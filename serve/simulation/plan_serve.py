@@ -319,7 +319,7 @@ def options_of(model: str, one: Judged, slo: Slo, longest: int) -> dict[str, str
     """
     deployment, policy = one.deployment, policy_named(one.policy)
     options: dict[str, str | int | float] = {
-        "model": placeholder_of(model) or model,
+        "model": placeholder_of(model) or str(Path(model).absolute()),
         "prefill": deployment.prefill,
         "decode": deployment.decode,
         "max-batch": deployment.max_batch,

@@ -49,6 +49,15 @@ def test_the_rate_and_length_of_arrivals_are_found(rate):
     assert Arrivals().rate_per_s(5.0) == 0.0
 
 
+@pytest.mark.parametrize("cv", [1.0, 2.0])
+def test_bursts_are_told_from_even_arrivals(cv):
+    arrivals = Arrivals()
+    for moment in poisson_arrivals(3000, 40.0, seed=5, cv=cv):
+        arrivals.see(float(moment), 300)
+    assert arrivals.variation == pytest.approx(cv, rel=0.35)
+    assert Arrivals().variation == 1.0
+
+
 def test_played_on_arrivals_are_late_where_a_clock_cannot_keep_up():
     # 20 a second; 60 ms each in a row is too much, 10 ms is not.
     to_come = ToCome(20.0, 2.0, one_s=[0.07, 0.02], more_s=[0.06, 0.01], power_w=[100.0, 200.0])
