@@ -2,7 +2,8 @@
 
 Each replay holds what it names; all else is at the maximum clock and routed plainly. Energy counts
 as a share of what lies between the maximum clock and the sweet spot, and points of attainment lost
-as the larger of first tokens' and tokens'. What is best of its kind loses half a point at most.
+as the larger of first tokens' and tokens'. What is best of its kind loses half a point at most;
+where all lose more, it loses least.
 """
 
 from collections.abc import Callable, Iterator
@@ -127,10 +128,19 @@ def decomposed(trace: RequestTrace, setting: Setting) -> list[dict[str, Any]]:
             }
         )
     rows[1]["headroom_pct"] = 100.0
-    for what in dict.fromkeys(row["what"] for row in rows):
-        kept = [row for row in rows if row["what"] == what and row["lost_points"] <= MOST_LOST]
-        best = max(kept, key=lambda row: row["headroom_pct"], default=None)
-        for row in rows:
-            if row["what"] == what:
-                row["best"] = row is best
+    mark_best(rows)
     return rows
+
+
+def mark_best(rows: list[dict[str, Any]]) -> None:
+    """Of each kind the one that saves most within `MOST_LOST`, or else the one that loses least."""
+    for what in dict.fromkeys(row["what"] for row in rows):
+        alike = [row for row in rows if row["what"] == what]
+        kept = [row for row in alike if row["lost_points"] <= MOST_LOST]
+        best = (
+            max(kept, key=lambda row: row["headroom_pct"])
+            if kept
+            else min(alike, key=lambda row: row["lost_points"])
+        )
+        for row in alike:
+            row["best"] = row is best
