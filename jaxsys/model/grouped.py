@@ -49,7 +49,8 @@ def _has_kernel(dtype: Any, device: Any) -> bool:
 
 FEW = 64
 """Rows up to which each is a tile of its own: sorting them takes longer than reading some experts
-twice."""
+twice. Not where there are more than half as many rows as experts, of which most then have two: an
+H200 took 145 us for 8 tokens of gpt-oss-20b's up sorted, 203 not."""
 
 
 class Work(NamedTuple):
@@ -76,7 +77,7 @@ class RowOrder(NamedTuple):
 def work_of(chosen: Int[Array, "R A"], count: int) -> RowOrder:
     """Sorts the choices of R tokens among `count` experts, unless they are few."""
     rows = chosen.size
-    if rows <= FEW:
+    if rows <= min(FEW, max(1, count // 2)):
         flat = chosen.reshape(-1)
         return RowOrder(Work(grouped_triton.single(flat), 1, chosen.shape[1]), flat, None)
     groups, places = group(chosen, count)

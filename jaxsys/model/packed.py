@@ -20,6 +20,8 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 BLOCK = 32
 """Numbers that share an exponent."""
+LARGEST = 154
+"""Exponent of a packed block, which is a scale of 2**27: products widen numbers in bfloat16."""
 
 
 class Packed(NamedTuple):
@@ -82,11 +84,17 @@ def read(blocks: SafetensorsFile, scales: SafetensorsFile, name: str) -> Packed:
     """The matrices [E, out, in] as they are, in host memory; views of the files.
 
     Raises:
-        UsageError: if an exponent is the one that means NaN.
+        UsageError: if an exponent is the one that means NaN, or larger than products take.
     """
     codes, exponents = blocks.read_bytes(name + BLOCKS), scales.read_bytes(name + SCALES)
-    if (exponents == 255).any():
+    most = int(exponents.max(initial=0))
+    if most == 255:
         raise UsageError(f"tensor {name + SCALES!r} holds NaN; the checkpoint is damaged")
+    if most > LARGEST:
+        raise UsageError(
+            f"tensor {name + SCALES!r} holds a scale of 2**{most - 127}; packed experts have at "
+            f"most 2**{LARGEST - 127}: load them unpacked, or repair the checkpoint"
+        )
     held: Any = (codes.reshape(*codes.shape[:2], -1), exponents)
     return Packed(*held)
 
