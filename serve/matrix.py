@@ -12,9 +12,9 @@ H200). Their scales:
 
 A product runs by the matrix's `Way`: values widened, exactly, to what the pass computes in; or
 both sides in float8, where x gets a scale for each of its rows; one row as a sum of numbers
-times numbers, which XLA makes one reading kernel of; int4's few rows by a kernel that unpacks them
-in registers (`few_rows`). The first is everywhere; the others are for devices that compute them,
-chosen by `way` from what was measured (results/products_h200.json).
+times numbers, which XLA makes one reading kernel of, or `one_row` does; int4's few rows by a kernel
+that unpacks them in registers (`few_rows`). The first is everywhere; the others are for devices
+that compute them, chosen by `way` from what was measured (results/products_h200.json).
 
 Legend: M rows of x, N outputs, K inputs, E experts, g numbers that share a scale.
 """
@@ -31,7 +31,7 @@ from jaxtyping import Array, Float
 from jaxsys import float8
 from jaxsys.errors import UsageError
 from jaxsys.mesh import Device
-from jaxsys.serve import few_rows
+from jaxsys.serve import few_rows, one_row
 
 Quantisation = Literal["int8", "fp8", "int4"]
 
@@ -50,6 +50,8 @@ class Way:
 
     summed_row: bool = False
     """Whether one row of x is multiplied as a sum, not as a product."""
+    one_row: bool = False
+    """Whether that sum is made by the kernel for one row, where a matrix is int4 or wide."""
     few_rows: int = 0
     """Up to so many rows of x, by the kernel for few rows, where a matrix is int4."""
     both: bool = False
@@ -68,9 +70,11 @@ def way(quantisation: Quantisation, device: Device) -> Way:
         computes, reason = float8.answer(device)
         if not computes:
             return Way(reason=f"fp8 values widened: {reason}")
-        return Way(summed_row=True, both=True, reason=f"both sides in fp8: {reason}")
+        both = f"both sides in fp8: {reason}"
+        return Way(summed_row=True, one_row=True, both=True, reason=both)
     if quantisation == "int4":
-        return Way(few_rows=few_rows.MOST, reason=f"int4 widened past {few_rows.MOST} rows")
+        widened = f"int4 widened past {few_rows.MOST} rows"
+        return Way(one_row=True, few_rows=few_rows.MOST, reason=widened)
     # Activations in int8 too would be faster, and cost the most quality of all forms but int4.
     return Way(summed_row=True, reason="int8 values widened: activations keep their bits")
 
@@ -195,12 +199,17 @@ def _product(x: Float[Array, "M K"], matrix: Matrix, dtype: jnp.dtype) -> Float[
     scale, how = matrix.scale, matrix.way
     if scale is None:
         return _dot(x, matrix.values, matrix.outputs_first, dtype)
+    alone = how.one_row and x.shape[0] == 1 and one_row.fits(matrix.values)
     if matrix.packed:
+        if alone and x.shape[1] == 2 * math.prod(matrix.values.shape[1:]):
+            return one_row.packed_product(x, matrix.values, scale, dtype)
         if x.shape[0] <= how.few_rows and few_rows.fits(matrix.values, x.dtype):
             return few_rows.product(x, matrix.values, scale, dtype)
         spare = matrix.values.shape[1] * matrix.values.shape[2] * 2 - x.shape[1]
         return _dot(jnp.pad(x, ((0, 0), (0, spare))), matrix.wide(x.dtype), True, dtype)
     if how.summed_row and x.shape[0] == 1:
+        if alone and x.shape[1] >= one_row.LONG:
+            return one_row.product(x, matrix.values, scale, dtype)
         return _summed(x, matrix.values, scale, dtype)
     if how.both and matrix.values.dtype == float8.E4M3:
         small, of_rows = float8.scaled(x, matrix.values.dtype, axis=1)

@@ -117,8 +117,8 @@ def serving_weights(
     if how is None:
         how = WIDENED if quantisation is None else way(quantisation, _device(placement))
         if ways > 1:
-            # The kernel for few rows sees one device's arrays, which no mesh splits for it.
-            how = dataclasses.replace(how, few_rows=0)
+            # Kernels for few rows see one device's arrays, which no mesh splits for them.
+            how = dataclasses.replace(how, one_row=False, few_rows=0)
     form = _Form(quantisation, how, ways)
     layers = []
     first = None if placement is None else min(placement.device_set, key=lambda one: one.id)

@@ -11,7 +11,7 @@ import pytest
 
 from jaxsys.errors import UsageError
 from jaxsys.model import forward, initial_parameters, preset
-from jaxsys.serve import few_rows, paged_model
+from jaxsys.serve import few_rows, one_row, paged_model
 from jaxsys.serve.matrix import Way, group_of, quantised
 from jaxsys.serve.paged_attention import choose_kernels
 from jaxsys.serve.weights import QUANTISATIONS, matmul, serving_weights
@@ -102,6 +102,19 @@ def test_the_kernel_for_few_rows_computes_the_same_product():
     found = few_rows.product(x, matrix.values, matrix.scale, jnp.dtype("float32"), interpret=True)
     expected = np.asarray(x, np.float32) @ meant(matrix)
     np.testing.assert_allclose(np.asarray(found), expected, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("form", ["fp8", "int8", "int4"])
+def test_the_kernel_for_one_row_computes_the_same_product(form):
+    """Of more inputs than a turn takes, the last turn not whole."""
+    w = jax.random.normal(jax.random.key(1), (1280, 24))
+    x = jax.random.normal(jax.random.key(0), (1, 1280)).astype(jnp.bfloat16)
+    matrix = quantised(w, form)
+    assert matrix.scale is not None and one_row.fits(matrix.values)
+    run = one_row.packed_product if matrix.packed else one_row.product
+    found = run(x, matrix.values, matrix.scale, jnp.dtype("float32"), interpret=True)
+    expected = np.asarray(x, np.float32) @ meant(matrix)
+    np.testing.assert_allclose(np.asarray(found), expected, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("form", ["fp8", "int8"])
