@@ -27,9 +27,10 @@ import numpy as np
 
 from jaxsys import float8
 from jaxsys.results import table, write_result
-from jaxsys.serve import few_rows, float8_pages
+from jaxsys.serve import few_rows, paged_kernel
 from jaxsys.serve.matrix import Matrix, Way, matmul, plain, quantised
 from jaxsys.serve.paged_attention import choose_kernels
+from jaxsys.serve.paged_kernel import Tile
 from studies.serving import read_rate
 
 BF16 = jnp.dtype(jnp.bfloat16)
@@ -116,6 +117,8 @@ def forms(rows: int) -> dict[str, tuple[Callable[[jax.Array], Any], Product]]:
                 functools.partial(quantised, quantisation=cast(Any, form)),
                 summed,
             )
+        found["fp8 one row"] = small("fp8", summed_row=True, one_row=True)
+        found["int4 one row"] = small("int4", one_row=True)
     if rows <= few_rows.MOST:
         found["int4 few rows"] = small("int4", few_rows=few_rows.MOST)
     return found
@@ -130,7 +133,7 @@ def bench_serve(options: argparse.Namespace, reads: float | None) -> Iterator[Ro
             every = forms(rows)
             if name not in every or (options.forms and name not in options.forms):
                 continue
-            if options.interpret and "few rows" in name:
+            if options.interpret and name.endswith(("few rows", "one row")):
                 continue  # for GPUs only; tests interpret it
             make, product = every[name]
             if kept != name:
@@ -216,14 +219,29 @@ def bench_pages(options: argparse.Namespace, reads: float | None) -> Iterator[Ro
         for programs, warps, stages in itertools.product(
             options.programs, options.warps, options.stages
         ):
-            run = functools.partial(
-                float8_pages.decode, scale=width**-0.5, programs=programs, warps=warps,
-                stages=stages, interpret=options.interpret,
-            )  # fmt: skip
-            row = {"form": "fp8", "kernel": "float8_pages", "programs": programs}
+            tile = Tile(paged_kernel.LEAST, warps, stages)
+
+            def run(
+                q: jax.Array, k: Any, v: Any, scales: Any, tables: Any, at: Any,
+                settings: Any = (programs, tile),
+            ) -> jax.Array:  # fmt: skip
+                return paged_kernel.attend(
+                    q[:, None], k, v, tables, at[:, None], scale=width**-0.5, scales=scales,
+                    programs=settings[0], tile=settings[1], interpret=options.interpret,
+                )[:, 0]  # fmt: skip
+
+            row = {"kernel": "paged_kernel", "programs": programs}
             row |= {"warps": warps, "stages": stages}
-            small = (q, k8, v8, scales, tables, positions)
-            cases.append((row, run, small, 2.0 * k8.nbytes + 2.0 * scales[0].nbytes))
+            size = 2.0 * k8.nbytes + 2.0 * scales[0].nbytes
+            cases += [
+                (row | {"form": "fp8"}, run, (q, k8, v8, scales, tables, positions), size),
+                (
+                    row | {"form": "bfloat16"},
+                    run,
+                    (q, k, v, None, tables, positions),
+                    2.0 * k.nbytes,
+                ),
+            ]
         for row, run, arguments, size in cases:
             row = {"part": "pages", "batch": batch, "context": options.context, **row}
             try:

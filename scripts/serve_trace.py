@@ -30,6 +30,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/serve_trace.py", description=__doc__)
     parser.add_argument("study", choices=benchmark.STUDIES)
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument("--form", help="of weights+cache, such as fp8+fp8")
     parser.add_argument("--layers", type=int, help="instead of the model's: quick to compile")
     parser.add_argument("--most", type=int, default=24, help="names shown of each")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the JSON")
@@ -44,7 +45,7 @@ def main() -> int:
             config, num_layers=options.layers, pattern=config.pattern[: options.layers]
         )
     parameters = random_parameters(config, jnp.dtype(study.dtype), packed=study.packed)
-    executor = benchmark.build_executor(study, config, parameters, None)
+    executor = benchmark.build_executor(study, config, parameters, options.form)
     del parameters
     benchmark.compile_steps(study, executor, study.batches, ())
     rows: list[dict[str, Any]] = []
@@ -69,6 +70,7 @@ def main() -> int:
             rows += [
                 {
                     "batch": batch,
+                    "form": options.form or study.dtype,
                     "where": where,
                     "us_a_step": round(sum(times) / STEPS, 2),
                     "calls_a_step": round(len(times) / STEPS, 2),

@@ -14,8 +14,8 @@ their log-sum-exp. On an H100 (32 query heads, 8 key/value heads of 128, 1024 to
 paged kernel took 1.02x the time of copying the keys and values at batch 128; JAX's Pallas kernel
 1.28x, gathering pages for cuDNN 3.0x, for XLA 3.3x, the portable walk 4.7x.
 
-Pages may hold float8 with a scale a token and head (`Scales`); cuDNN has no paged kernel for that
-which JAX reaches, so decoding takes our own (`float8_pages`).
+Windows, caps, sinks, latent keys, and pages of float8 with a scale a token and head (`Scales`) are
+beyond the kernels of cuDNN that JAX reaches: there our own attends (`paged_kernel`).
 
 Legend: B requests, T tokens of a prompt piece, W pages of a block table, P pages, S tokens a page,
 G key/value heads, R query heads for each, K head width, C tokens of a chunk.
@@ -34,7 +34,7 @@ from jaxtyping import Array, Float, Int
 from jaxsys.mesh import Device
 from jaxsys.model import choose_implementation
 from jaxsys.model.grouped import serving_way
-from jaxsys.serve import float8_pages
+from jaxsys.serve import paged_kernel
 from jaxsys.serve.expert_weights import Grouped, grouped_over, used_by_walk
 
 CHUNK_TOKENS = 128
@@ -273,12 +273,29 @@ def portable_prefill(
     return attend_pages(q, keys, values, table[None], positions[None], rule, sinks, scales)
 
 
+def _own_several(q, keys, values, tables, positions, rule=PLAIN, sinks=None, scales=None):
+    """By the kernel for what cuDNN does not compute, where it takes these pages."""
+    if not paged_kernel.fits(keys):
+        return attend_pages(q, keys, values, tables, positions, rule, sinks, scales)
+    return paged_kernel.attend(
+        q,
+        keys,
+        values,
+        tables,
+        positions,
+        scale=rule.of_width(q.shape[-1]),
+        window=rule.window,
+        softcap=rule.softcap,
+        value_channels=rule.value_channels,
+        sinks=sinks,
+        scales=scales,
+    )
+
+
 def _cudnn_decode(q, keys, values, tables, positions, rule=PLAIN, sinks=None, scales=None):
-    if scales is not None and rule.kernels_know(sinks) and float8_pages.fits(q, keys):
-        of_width = rule.of_width(q.shape[-1])
-        return float8_pages.decode(q, keys, values, scales, tables, positions, of_width)
     if scales is not None or not rule.kernels_know(sinks):
-        return portable_decode(q, keys, values, tables, positions, rule, sinks, scales)
+        at = positions[:, None]
+        return _own_several(q[:, None], keys, values, tables, at, rule, sinks, scales)[:, 0]
     # The only door to cuDNN's paged attention that JAX has. Its public wrapper demands a pool of
     # exactly B * W pages; the primitive under it does not.
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
@@ -316,10 +333,8 @@ def _cudnn_decode(q, keys, values, tables, positions, rule=PLAIN, sinks=None, sc
 
 def _cudnn_several(q, keys, values, tables, positions, rule=PLAIN, sinks=None, scales=None):
     """Each query as a request of its own: cuDNN's paged attention masks by lengths alone."""
-    if not rule.kernels_know(sinks) or (
-        scales is not None and not float8_pages.fits(q[:, 0], keys)
-    ):
-        return attend_pages(q, keys, values, tables, positions, rule, sinks, scales)
+    if scales is not None or not rule.kernels_know(sinks):
+        return _own_several(q, keys, values, tables, positions, rule, sinks, scales)
     batch, steps = positions.shape
     rows = q.reshape(batch * steps, *q.shape[2:])
     tables = jnp.repeat(tables, steps, axis=0)
@@ -331,7 +346,8 @@ def _cudnn_prefill(
     q, k, v, keys, values, table, start, continued, rule=PLAIN, sinks=None, scales=None
 ):
     if not rule.kernels_know(sinks):
-        return portable_prefill(q, k, v, keys, values, table, start, continued, rule, sinks, scales)
+        positions = start + jnp.arange(q.shape[1], dtype=jnp.int32)
+        return _own_several(q, keys, values, table[None], positions[None], rule, sinks, scales)
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     one, steps, groups, rows, width = q.shape

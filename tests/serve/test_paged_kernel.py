@@ -12,9 +12,9 @@ import pytest
 
 from jaxsys import float8
 from jaxsys.model import forward, initial_parameters, preset
-from jaxsys.serve import float8_pages, paged_model
+from jaxsys.serve import paged_kernel, paged_model
 from jaxsys.serve.deployment import DeploymentConfig, build_engine
-from jaxsys.serve.paged_attention import choose_kernels, portable_decode
+from jaxsys.serve.paged_attention import Rule, attend_pages, choose_kernels, portable_decode
 from jaxsys.serve.requests import SamplingParameters
 from jaxsys.serve.weights import serving_weights
 
@@ -56,11 +56,12 @@ def plainly(q, k, v, scales):
 @pytest.mark.parametrize("programs", [1, 4])
 def test_the_kernel_attends_to_the_numbers_that_pages_stand_for(pages, programs):
     q, k, v, scales = pages
-    assert float8_pages.fits(q, k)
-    found = float8_pages.decode(
-        q, k, v, scales, TABLES, POSITIONS, 32**-0.5, programs=programs, interpret=True
-    )
-    np.testing.assert_allclose(np.asarray(found, np.float32), plainly(*pages), atol=0.02)
+    assert paged_kernel.fits(k)
+    found = paged_kernel.attend(
+        q[:, None], k, v, TABLES, POSITIONS[:, None], scale=32**-0.5, scales=scales,
+        programs=programs, interpret=True,
+    )  # fmt: skip
+    np.testing.assert_allclose(np.asarray(found[:, 0], np.float32), plainly(*pages), atol=0.02)
 
 
 def test_the_portable_walk_attends_to_them_too(pages):
@@ -70,7 +71,49 @@ def test_the_portable_walk_attends_to_them_too(pages):
 
 
 def test_programs_fill_a_device_and_never_outnumber_pages():
-    assert [float8_pages.programs_of(batch, 8, 32) for batch in (1, 16, 64, 512)] == [32, 8, 2, 1]
+    found = [paged_kernel.programs_of(batch * 8, 32) for batch in (1, 16, 64, 512)]
+    assert found == [32, 2, 1, 1]
+    assert paged_kernel.programs_of(8, 3) == 4
+
+
+@pytest.mark.parametrize(
+    ("width", "rule", "steps", "sunk", "form"),
+    [
+        (32, Rule(window=20), 1, True, None),
+        (32, Rule(window=1), 5, False, None),
+        (48, Rule(softcap=2.0, scale=0.3), 40, True, None),
+        (32, Rule(window=7, softcap=3.0), 70, True, "fp8"),
+        (48, Rule(value_channels=32, scale=0.2), 3, False, None),
+        (48, Rule(value_channels=32, scale=0.2), 1, False, "fp8"),
+    ],
+)
+def test_the_kernel_attends_as_the_portable_walk_does(width, rule, steps, sunk, form):
+    """Prompts, a few tokens and single ones; programs that share pages, and that do not."""
+    keys = jax.random.split(jax.random.key(5), 4)
+    groups = 2 if rule.value_channels is None else 1
+    pools: list[Any] = [jax.random.normal(key, (12, 16, groups, width)) for key in keys[:2]]
+    ends: Any = np.array([[79], [33]], np.int32)
+    positions = np.maximum(ends - np.arange(steps, dtype=np.int32)[::-1], 0)
+    tables: Any = np.array([[1, 2, 3, 4, 5], [6, 7, 8, 99, 99]], np.int32)
+    pools = [pool.at[8, 2:].set(jnp.nan).at[0].set(jnp.nan) for pool in pools]
+    scales: Any = None
+    if form == "fp8":
+        pools, scales = zip(*(float8.scaled(p, float8.E4M3, axis=-1) for p in pools), strict=True)
+        scales = [scale[..., 0] for scale in scales]
+    k, v = pools
+    if rule.value_channels is not None:
+        v, scales = None, None if scales is None else (scales[0], None)
+    q = jax.random.normal(keys[2], (2, steps, groups, 3, width))
+    sinks = jax.random.normal(keys[3], (groups, 3)) if sunk else None
+    wanted = attend_pages(q, k, v, tables, jnp.asarray(positions), rule, sinks, scales)
+    for programs in (1, 4):
+        found = paged_kernel.attend(
+            q, k, v, tables, jnp.asarray(positions), scale=rule.of_width(width),
+            window=rule.window, softcap=rule.softcap, value_channels=rule.value_channels,
+            sinks=sinks, scales=scales, programs=programs, interpret=True,
+        )  # fmt: skip
+        atol = 2e-6 if form is None else 2e-3  # float8 is multiplied in float16
+        np.testing.assert_allclose(np.asarray(found), np.asarray(wanted), atol=atol)
 
 
 @pytest.fixture(scope="module")
