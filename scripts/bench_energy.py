@@ -289,14 +289,14 @@ def each(work: Callable[[Any], Any], cases: Sequence[Any], jobs: int) -> Iterato
         yield from pool.map(work, cases)
 
 
-_TRAINED: dict[tuple[str, str], Predictor] = {}
+_TRAINED: dict[tuple[str, str, tuple[int, ...]], Predictor] = {}
 
 
 def trained(chosen: Setting) -> Callable[[], Predictor]:
-    """The setting's predictor, trained once for a GPU and a model."""
+    """The setting's predictor, trained once for a GPU, a model and its clocks."""
 
     def get() -> Predictor:
-        key = (chosen.gpu.spec.name, chosen.gpu.shape.name)
+        key = (chosen.gpu.spec.name, chosen.gpu.shape.name, chosen.clocks_mhz)
         if key not in _TRAINED:
             _TRAINED[key] = make_predictor(chosen)
         return _TRAINED[key]

@@ -264,6 +264,10 @@ class EnergyRouter:
         return int(np.argmin(np.where(feasible, after_j - before_j, np.inf)))
 
 
+GATHER_GAIN = 0.25
+"""Of a prompt's time alone, what one that shares its batch must save to be worth waiting for."""
+
+
 class QueueRouter:
     """Prefill: the instance whose first token for this prompt is predicted earliest, or, as long as
     there is time, the one that is busy anyway.
@@ -271,7 +275,8 @@ class QueueRouter:
     A prompt waits for the iteration in flight and is then computed with all that wait before it.
     What a batch takes besides its tokens, its weights' reading and its launch, is shared by its
     prompts: so the longest queue is taken whose first token is still to come within `gather_share`
-    of the time there is, and the others idle.
+    of the time there is, and the others idle. Long prompts fill the device alone; where the second
+    of two would save less than `GATHER_GAIN` of its time, it is not kept waiting for nothing.
     """
 
     def __init__(
@@ -299,15 +304,17 @@ class QueueRouter:
 
     def choose(self, instances: Sequence[InstanceView], request: "Request") -> int:
         now_s = request.timing.arrival_s
-        states, residual_s = [], []
+        length = request.prompt_length
+        states: list[_State] = [(length, 1, 0, 0, 0), (2 * length, 2, 0, 0, 0)]
+        residual_s: list[float] = []
         for instance in instances:
-            tokens = instance.waiting_tokens + request.prompt_length
+            tokens = instance.waiting_tokens + length
             states.append((tokens, instance.waiting_requests + 1, 0, 0, 0))
             ends_s = instance.busy_until_s
             residual_s.append(0.0 if ends_s is None else max(0.0, ends_s - now_s))
         times, _ = _what_if(self.predictor, states, self._clocks_mhz)
         slow, fast = (
-            [time_s + left for time_s, left in zip(times[:, k].tolist(), residual_s, strict=True)]
+            [time_s + left for time_s, left in zip(times[2:, k].tolist(), residual_s, strict=True)]
             for k in (0, 1)
         )
         least = min(fast)
@@ -316,6 +323,6 @@ class QueueRouter:
                 return max(range(len(fast)), key=lambda i: (fast[i], -i))
             within_s = self.gather_share * self.slo.planned_prompt_s
             gathers = [i for i, wait_s in enumerate(slow) if wait_s <= within_s]
-            if gathers:
+            if gathers and times[1, 0] <= (2 - GATHER_GAIN) * times[0, 0]:
                 return max(gathers, key=lambda i: (slow[i], -i))
         return min(range(len(fast)), key=lambda i: (fast[i], i))

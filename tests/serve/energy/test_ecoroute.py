@@ -195,6 +195,8 @@ def test_prompts_gather_where_others_are_as_long_as_there_is_time():
     assert first_s[0] < 0.3 < first_s[1]
     assert router.choose([View(0), View(1, waiting_tokens=500)], request(100)) == 1
     assert router.choose([View(0), View(1, waiting_tokens=20_000)], request(100)) == 0
+    # A long one fills the device: beside another it would save nothing.
+    assert router.choose([View(0), View(1, waiting_tokens=100)], request(1500)) == 0
     # Nobody waits: all go to the same one.
     assert router.choose([View(0), View(0)], request(100)) == 0
     # Time that passes behind the prompt is no time to gather in.
