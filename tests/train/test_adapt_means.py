@@ -121,6 +121,60 @@ def test_a_mean_is_found_through_the_whole_model(loss, size):
     assert float(found) == pytest.approx(float(loss(PARAMETERS, whole)), rel=2e-6)
 
 
+def put_into_places(parameters, batch):
+    """Some of each sample's set by index, and added up by numbers of its own."""
+    inputs = jnp.asarray(batch["inputs"]).at[:, -1].set(0)
+    logits = logits_of(parameters, inputs).at[..., 0].add(-1.0)
+    sums = jax.vmap(lambda rows, ids: jax.ops.segment_sum(rows, ids, V))(logits, batch["targets"])
+    return jnp.tanh(sums).mean()
+
+
+def centred_in_groups(parameters, batch, groups=(-1, 2)):
+    """Two answers to a prompt in a row, less their mean."""
+    losses = each(logits_of(parameters, batch["inputs"]), batch["targets"]).mean(1)
+    rows = losses.reshape(groups)
+    rows = rows - rows.mean(1, keepdims=True)
+    return jnp.mean(jnp.square(rows.reshape(-1)) + losses)
+
+
+def by_numbers_of_samples(parameters, batch):
+    """Each sample's own place, read and written by the numbers of samples."""
+    logits, rows = logits_of(parameters, batch["inputs"]), jnp.arange(len(batch["inputs"]))
+    last = logits[rows, batch["targets"][:, 0] % T]
+    chosen = jax.nn.log_softmax(last)[rows, batch["targets"][:, 1]]
+    marked = jnp.zeros(last.shape).at[rows, batch["targets"][:, 2]].set(1.0)
+    return jnp.mean(chosen) + jnp.mean(marked * last)
+
+
+def by_matrices(parameters, batch):
+    """A matrix of each sample's, taken apart."""
+    logits = logits_of(parameters, batch["inputs"])[..., :3]
+    matrices = logits @ jnp.swapaxes(logits, 1, 2) + 2 * jnp.eye(T)[None]
+    factors = jnp.linalg.cholesky(matrices)
+    return jnp.mean(jnp.log(jnp.diagonal(factors, axis1=1, axis2=2)).sum(-1))
+
+
+@pytest.mark.parametrize(
+    "loss", [put_into_places, centred_in_groups, by_numbers_of_samples, by_matrices]
+)
+def test_places_groups_and_matrices_of_samples(loss):
+    rows = data(2, 4)
+    example = jax.tree.map(lambda leaf: leaf[0], rows)
+    adapted = from_function(loss, PARAMETERS, example, blocks="layers")
+    whole = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), rows)
+    found = reference_loss(adapted.model, adapted.parameters, rows)
+    assert float(found) == pytest.approx(float(loss(PARAMETERS, whole)), rel=2e-6)
+
+
+@pytest.mark.parametrize("groups", [(2, -1), (1, -1)])
+def test_groups_that_grow_with_the_batch_are_refused(groups):
+    example = jax.tree.map(lambda leaf: leaf[0], data(1, 4))
+    with pytest.raises(UsageError, match="not seen to be a mean"):
+        from_function(
+            lambda p, b: centred_in_groups(p, b, groups), PARAMETERS, example, blocks="layers"
+        )
+
+
 def centred(parameters, batch):
     logits = logits_of(parameters, batch["inputs"])
     return each(logits - jnp.mean(logits, 0, keepdims=True), batch["targets"]).mean()
@@ -135,6 +189,12 @@ def pairs_of_neighbours(parameters, batch):
     both = jnp.concatenate([batch["inputs"], batch["targets"]])
     scores = logits_of(parameters, both).mean((1, 2))
     return jnp.tanh(scores[1:] - scores[:-1]).mean()
+
+
+def in_another_order(parameters, batch):
+    logits = logits_of(parameters, batch["inputs"])
+    rows = jnp.arange(len(logits))
+    return each(logits[(rows + 1) % len(rows), 0], batch["targets"][:, 0]).mean()
 
 
 def by_place(parameters, batch):
@@ -170,6 +230,7 @@ def by_pieces_squared(parameters, batch):
         centred,
         contrastive,
         pairs_of_neighbours,
+        in_another_order,
         by_place,
         running,
         handed_on,

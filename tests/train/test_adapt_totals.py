@@ -162,6 +162,27 @@ def test_sums_are_those_of_the_whole_batch(name, size):
     check(loss, size, of_batch=of_batch)
 
 
+@pytest.mark.parametrize("pair", [True, False])
+def test_a_microbatch_may_count_nothing(pair):
+    """What keeps a divisor from zero is of the whole batch, not one for each that has none."""
+
+    def loss(parameters, batch) -> Any:
+        each, mask, _ = losses_of(parameters, batch)
+        total, count = jnp.sum(each * mask), jnp.maximum(jnp.sum(mask), 1)
+        return (total, count) if pair else total / count
+
+    rows = data()
+    rows["targets"][1:3] = -1
+    adapted = from_function(loss, PARAMETERS, first(rows), blocks="layers")
+    found = reference_loss(adapted.model, adapted.parameters, rows)
+    wanted = loss(jax.tree.map(jnp.asarray, PARAMETERS), together(rows))
+    wanted = wanted[0] / wanted[1] if pair else wanted
+    assert float(found) == pytest.approx(float(wanted), rel=2e-6)
+    rows["targets"][:] = -1
+    gradients = jax.grad(lambda p: reference_loss(adapted.model, p, rows))(adapted.parameters)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradients))
+
+
 def gated(parameters, batch):
     each, _, logits = losses_of(parameters, batch)
     gates = jax.nn.sigmoid(logits[..., 0])

@@ -11,7 +11,7 @@ import pytest
 from jaxsys.errors import UsageError
 from jaxsys.layered import reference_loss
 from jaxsys.train import Trainer
-from jaxsys.train.adapt import from_function
+from jaxsys.train.adapt import KEY, from_function
 
 V, D, T, L, ROWS = 7, 4, 3, 2, 4
 RNG = np.random.default_rng(0)
@@ -241,6 +241,23 @@ def compared(loss: Any, size: int) -> Any:
 )
 def test_microbatches_add_up_to_the_whole_batch(loss, size):
     compared(loss, size)
+
+
+def test_what_draws_beside_a_sum_of_the_batch():
+    """Draws are each microbatch's, the sum is all of theirs."""
+
+    def loss(p, b):
+        e, m, _ = losses_of(p, b)
+        kept = jax.random.bernoulli(b[KEY], 0.5, e.shape)
+        return (e * kept * m / m.sum()).sum()
+
+    rows = {**data(2), KEY: jax.random.split(jax.random.key(0), ROWS)}
+    adapted = from_function(loss, PARAMETERS, first(data(2)), blocks="layers")
+    found = reference_loss(adapted.model, adapted.parameters, rows)
+    parts = [jax.tree.map(lambda leaf, n=n: leaf[n], rows) for n in range(ROWS)]
+    counts = [np.sum(part["targets"] >= 0) for part in parts]
+    sums = [float(loss(PARAMETERS, part)) * n for part, n in zip(parts, counts, strict=True)]
+    assert float(found) == pytest.approx(sum(sums) / sum(counts), rel=2e-6)
 
 
 def root(p, b):

@@ -29,6 +29,13 @@ STEPS, SEED = 5, 5
 ROWS = models.ROWS
 
 
+@pytest.fixture(autouse=True)
+def _as_people_write_them():
+    """Ranks that differ are broadcast, as everywhere but in these tests."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
 def cut(batch: Any) -> Any:
     """Into microbatches."""
     return jax.tree.map(lambda leaf: leaf.reshape(ROWS, -1, *leaf.shape[1:]), batch)

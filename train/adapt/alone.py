@@ -14,9 +14,10 @@ from typing import Any
 
 import jax
 
+from jaxsys.train.adapt.axes import Along, Same, State, Summed
 from jaxsys.train.adapt.fingerprint import UNKNOWN, call_of
 from jaxsys.train.adapt.linear import Part, moves, parts_of, pulled, shapes_of
-from jaxsys.train.adapt.samples import Along, Followed, Same, State, Summed
+from jaxsys.train.adapt.samples import Followed
 from jaxsys.train.adapt.states import states_of
 from jaxsys.train.adapt.values import Operation, Value
 
@@ -82,7 +83,7 @@ class _Backward(Followed):
             for state, variable in zip(made, equation.outvars, strict=True)
             if moves(variable.aval)
         ]
-        if not all(isinstance(state, Along) and state.copies == 1 for state in gradients):
+        if not all(isinstance(s, Along) and s == Along(s.axis) for s in gradients):
             return False
         found = self.jaxpr(closed.jaxpr, closed.consts, [*given, *gradients])
         parts = parts_of(closed, len(given))

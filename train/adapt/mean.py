@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jaxsys.errors import UsageError
-from jaxsys.train.adapt.samples import Mixed, Summed, Unknown
+from jaxsys.train.adapt.axes import Mixed, Summed, Unknown
+from jaxsys.train.adapt.samples import Followed
 from jaxsys.train.adapt.sources import written_at
 from jaxsys.train.adapt.states import states_of
 from jaxsys.train.adapt.twins import numbers_between
@@ -136,13 +137,33 @@ def terms_of(
     several = [terms]
     for times in (2, 4)[:more]:
         other = again(times)
-        twins = _Terms(other, times * samples, key, strict).of(other, 1.0)
+        seen = _Terms(other, times * samples, key, strict)
+        twins = seen.of(other, 1.0)
+        if samples > 1 and seen.followed.groups != found.followed.groups:
+            if not strict:
+                return [Term(loss, 1.0, seen=False)]
+            raise UsageError(
+                "the loss puts samples into groups that are larger where there are more of them, "
+                f"which is not seen to be a mean; {WAY_OUT}"
+            )
         if len(terms) != len(twins):
             if not strict:
                 return [Term(loss, 1.0, seen=False)]
             raise UsageError(f"the loss adds other sums for more samples; {WAY_OUT}")
         several.append(twins)
     return [_grown(*each, key=key, strict=strict) for each in zip(*several, strict=True)]
+
+
+def counts_in(weight: Value, samples: int, key: int | None) -> Value | None:
+    """What a weight counts where something keeps it from zero; None where nothing does.
+
+    `maximum(mask.sum(), 1)` of microbatches would count one for each that has none.
+    """
+    divisor, number = _unguarded(weight)
+    kept = divisor.guards and divisor.counts and number == 1.0 and samples
+    if not kept or not _Terms(weight, samples, key, False).is_sum(divisor.value):
+        return None
+    return divisor.value
 
 
 def _grown(one: Term, other: Term, *more: Term, key: int | None, strict: bool) -> Term:
@@ -186,7 +207,8 @@ class _Terms:
 
     def __init__(self, loss: Value, samples: int, key: int | None, strict: bool) -> None:
         # With one sample axes of one element come and go; it is then seen with two, `terms_of`.
-        self.states = {} if samples == 1 else states_of(loss, samples, key)
+        self.followed = Followed(samples)
+        self.states = {} if samples == 1 else states_of(loss, samples, key, self.followed)
         self.strict = strict
         self.scaled = samples == 1
         """Whether anything is multiplied by numbers."""

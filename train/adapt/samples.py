@@ -2,13 +2,7 @@
 
 A loss that is a mean can be taken apart only if no sample enters another one's part. Followed from
 the microbatch's leaves, whose first axis is the samples', through every operation, scans and calls
-included, whatever `vmap` or a transpose did to the axis:
-
-    Same    no sample enters: parameters, constants, what is drawn from the microbatch's key
-    Along   an axis of samples, or of rows that hold each sample's in a row (B T rows of tokens)
-    Summed  sums over samples of each one's own, nothing else done to them
-    Mixed   samples enter each other's parts
-    Unknown an operation that is not followed
+included, whatever `vmap` or a transpose did to the axis; see `axes` for what becomes of it.
 
 Legend: B samples in the microbatch.
 """
@@ -16,52 +10,32 @@ Legend: B samples in the microbatch.
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from jaxsys.train.adapt.fingerprint import opened, scan_counts, words_of
+from jaxsys.train.adapt.axes import (
+    Along,
+    Mixed,
+    Placed,
+    Same,
+    State,
+    Summed,
+    Unknown,
+    everything_uneven,
+    of_constant,
+)
+from jaxsys.train.adapt.fingerprint import opened, scan_counts
+from jaxsys.train.adapt.picks import (
+    SCATTERS,
+    at_places,
+    counted,
+    gathered,
+    gathered_uneven,
+    placed,
+    scattered,
+)
 from jaxsys.train.adapt.values import Operation
-
-
-@dataclass(frozen=True, slots=True)
-class Same:
-    """No sample enters."""
-
-    uneven: frozenset[int] = frozenset()
-    """Axes along which slices may differ from each other."""
-    drawn: bool = False
-    """From the microbatch's key."""
-    zero: bool = False
-    """All elements are zero."""
-
-
-@dataclass(frozen=True, slots=True)
-class Along:
-    """Samples lie along an axis."""
-
-    axis: int
-    copies: int = 1
-    """So many batches one after another along it, such as both parts of pairs."""
-
-
-@dataclass(frozen=True, slots=True)
-class Summed:
-    """Sums over samples."""
-
-
-@dataclass(frozen=True, slots=True)
-class Mixed:
-    """Samples enter each other's parts."""
-
-
-@dataclass(frozen=True, slots=True)
-class Unknown:
-    """Not followed."""
-
-
-State = Same | Along | Summed | Mixed | Unknown
 
 EACH = frozenset(
     ("abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh")
@@ -94,6 +68,8 @@ EACH = frozenset(
     + ("pow", "real", "reduce_precision", "rem", "round", "rsqrt", "select_n")
     + ("shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh")
     + ("sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor", "sharding_constraint")
+    + ("bessel_i0e", "bessel_i1e", "clz", "complex", "conj", "igamma", "igammac", "polygamma")
+    + ("igamma_grad_a", "random_gamma_grad", "regularized_incomplete_beta", "zeta")
 )
 """Element by element."""
 
@@ -105,6 +81,10 @@ _RUNNING = frozenset(("cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum"))
 _WINDOW = frozenset(
     ("reduce_window", "reduce_window_max", "reduce_window_min", "reduce_window_sum")
 )
+_ALGEBRA = frozenset(
+    ("cholesky", "eigh", "householder_product", "lu", "qr", "svd", "triangular_solve")
+)
+"""Of the matrices in the last two axes."""
 _RANDOM = frozenset(
     ("random_bits", "random_clone", "random_fold_in", "random_gamma", "random_seed")
     + ("random_split", "random_unwrap", "random_wrap", "threefry2x32")
@@ -125,34 +105,14 @@ _OF_SUMS = frozenset(
 _MOST_ROUNDS = 8
 
 
-def everything_uneven(shape: Sequence[int], *, drawn: bool = False) -> Same:
-    """What no sample enters, and of which nothing more is known."""
-    return Same(frozenset(axis for axis, length in enumerate(shape) if length > 1), drawn)
-
-
-def of_constant(value: Any) -> Same:
-    """The state of a constant, by its elements."""
-    words = words_of(value)[0]
-    shape = np.shape(value)
-    if words.shape != shape:  # keys
-        return everything_uneven(shape)
-    differs = (
-        axis
-        for axis, length in enumerate(shape)
-        if length > 1
-        and not np.array_equal(
-            words, np.broadcast_to(words.take([0], axis), shape), equal_nan=words.dtype.kind == "f"
-        )
-    )
-    return Same(frozenset(differs), zero=words.dtype.kind in "biuf" and not words.any())
-
-
 class Followed:
     """Follows operations for one number of samples."""
 
     def __init__(self, samples: int, *, scales: bool = True) -> None:
         """Args: B, and whether a sum times what no sample enters is seen as a sum."""
         self.samples, self.scales = samples, scales
+        self.groups: set[int] = set()
+        """Sizes of the groups that samples are put into."""
         self.known: dict[Any, Any] = {}
         """What values are that depend on nothing."""
 
@@ -193,6 +153,8 @@ class Followed:
         for kind in (Mixed, Unknown):
             if any(isinstance(state, kind) for state in states):
                 return [kind() for _ in outputs]
+        if any(isinstance(state, Placed) for state in states):
+            return [at_places(name, parameters, states, shapes) for _ in outputs]
         if any(isinstance(state, Summed) for state in states):
             stays = name in _OF_SUMS and all(
                 isinstance(state, Summed) or (isinstance(state, Same) and state.zero)
@@ -304,10 +266,17 @@ class Followed:
         ]
         first, shape = mine[0]
         axis, copies = first.axis, first.copies
+        group = max(state.group for state, _ in mine)
+        if any(group % state.group for state, _ in mine):
+            return Mixed()
         if name == "concatenate" and parameters["dimension"] == axis:
             rows = {(s.axis, shape[s.axis] // s.copies) for s, shape in mine}
             alike = len(mine) == len(states) and len(rows) == 1
-            return Along(axis, sum(s.copies for s, _ in mine)) if alike else Mixed()
+            return Along(axis, sum(s.copies for s, _ in mine), group) if alike else Mixed()
+        if name == "concatenate" and copies == group == 1 and shape[axis] == self.samples:
+            found = placed(parameters["dimension"], axis, states, shapes)
+            if found is not None:
+                return found
         if name == "reshape" and len(mine) == 1:
             return self._reshaped(first, shape, output)
         if {s.copies for s, _ in mine} != {copies}:
@@ -318,13 +287,15 @@ class Followed:
             sizes = {output[axis], *parameters.get("sizes", ())}
             even = len(sizes) == 1 and output[axis] % rows == 0 and start % rows == 0
             whole = (parameters.get("strides") or {axis: 1})[axis] == 1
-            same_axis = name == "slice" or parameters["axis"] == axis
-            return Along(axis, output[axis] // rows) if even and whole and same_axis else Mixed()
-        if copies == 1:
+            mine_alone = name == "slice" or parameters["axis"] == axis
+            if not (even and whole and mine_alone):
+                return Mixed()
+            return Along(axis, output[axis] // rows, group)
+        if copies == group == 1:
             return self._followed(name, parameters, states, shapes, output)
         bare = [Along(s.axis) if isinstance(s, Along) else s for s in states]
         found = self._followed(name, parameters, bare, shapes, output)
-        return Along(found.axis, copies) if isinstance(found, Along) else found
+        return Along(found.axis, copies, group) if isinstance(found, Along) else found
 
     def _followed(
         self, name: str, parameters: Any, states: list[Any], shapes: Any, output: Any
@@ -350,9 +321,16 @@ class Followed:
         if name == "dot_general":
             return _dot(parameters["dimension_numbers"], states, shapes)
         if name == "gather":
-            return _gathered(parameters, states, shapes)
-        if name == "scatter-add":
-            return _counted(parameters["dimension_numbers"], states, shapes)
+            return gathered(parameters, states, shapes)
+        if name in SCATTERS:
+            found = scattered(parameters["dimension_numbers"], states, shapes)
+            if isinstance(found, Unknown) and name == "scatter-add":
+                return counted(parameters["dimension_numbers"], states, shapes)
+            return found
+        if name in _ALGEBRA:
+            found = _together(states, shapes)
+            inside = isinstance(found, Along) and found.axis < len(shapes[0]) - 2
+            return found if inside else Unknown()
         if name == "conv_general_dilated":
             numbers = parameters["dimension_numbers"]
             lhs, rhs = states
@@ -415,26 +393,28 @@ class Followed:
 
     def _reshaped(self, state: Along, shape: Sequence[int], output: Sequence[int]) -> State:
         """Rows stay in order: samples lie where as many elements are before them."""
-        axis, copies = state.axis, state.copies
+        axis, copies, group = state.axis, state.copies, state.group
+        units = self.samples // group
         before = math.prod(shape[:axis])
-        ways = [
-            place
-            for place, length in enumerate(output)
-            if math.prod(output[:place]) == before
-            and length
-            and length % (self.samples * copies) == 0
-        ]
+        here = [n for n in range(len(output)) if math.prod(output[:n]) == before and output[n]]
+        ways = [place for place in here if output[place] % (units * copies) == 0]
         same = [place for place in ways if output[place] == shape[axis]]
         if ways:
-            return Along((same or ways)[0], copies)
+            return Along((same or ways)[0], copies, group)
         rows = shape[axis] // copies
         for place, length in enumerate(output):
             ahead = math.prod(output[:place])
             # Copies get an axis of their own, or the axis before becomes copies.
-            if copies > 1 and ahead == before * copies and length % self.samples == 0 and length:
-                return Along(place)
+            if copies > 1 and ahead == before * copies and length % units == 0 and length:
+                return Along(place, 1, group)
             if axis and ahead * shape[axis - 1] == before and length == shape[axis - 1] * rows:
-                return Along(place, shape[axis - 1]) if copies == 1 else Unknown()
+                return Along(place, shape[axis - 1], group) if copies == 1 else Unknown()
+        if copies == 1:
+            for place in here:
+                if self.samples % output[place] == 0:
+                    group = self.samples // output[place]
+                    self.groups.add(group)
+                    return Along(place, 1, group)
         return Unknown()
 
 
@@ -470,14 +450,16 @@ def _within(state: State) -> State | None:
     if isinstance(state, Same):
         return Same(frozenset(axis - 1 for axis in state.uneven if axis), state.drawn, state.zero)
     if isinstance(state, Along):
-        return None if not state.axis else Along(state.axis - 1, state.copies)
-    return state
+        return None if not state.axis else dataclasses.replace(state, axis=state.axis - 1)
+    return Mixed() if isinstance(state, Placed) else state
 
 
 def _stacked(state: State) -> State:
     if isinstance(state, Same):
         return Same(frozenset((0, *(axis + 1 for axis in state.uneven))), state.drawn, state.zero)
-    return Along(state.axis + 1, state.copies) if isinstance(state, Along) else state
+    if isinstance(state, Along):
+        return dataclasses.replace(state, axis=state.axis + 1)
+    return Mixed() if isinstance(state, Placed) else state
 
 
 def _joined(one: State, other: State) -> State:
@@ -543,49 +525,6 @@ def _place_in_product(side: int, axis: int, numbers: Any, shapes: Any) -> int:
     return place + side * (len(shapes[0]) - len(contracted[0]) - len(batch[0]))
 
 
-def _gathered(parameters: Any, states: Sequence[Any], shapes: Any) -> State:
-    numbers = parameters["dimension_numbers"]
-    operand, indices = states
-    rank = len(numbers.offset_dims) + len(shapes[1]) - 1
-    by_index = [axis for axis in range(rank) if axis not in numbers.offset_dims]
-    if isinstance(indices, Along):
-        if indices.axis == len(shapes[1]) - 1:
-            return Unknown()
-        batching = list(numbers.start_indices_batching_dims)
-        if indices.axis in batching:
-            paired = numbers.operand_batching_dims[batching.index(indices.axis)]
-            if isinstance(operand, Along):
-                return Along(by_index[indices.axis]) if operand.axis == paired else Unknown()
-            return Unknown() if paired in operand.uneven else Along(by_index[indices.axis])
-        return Along(by_index[indices.axis]) if isinstance(operand, Same) else Unknown()
-    axis = operand.axis
-    if axis in numbers.operand_batching_dims:
-        paired = numbers.start_indices_batching_dims[
-            list(numbers.operand_batching_dims).index(axis)
-        ]
-        return Unknown() if paired in indices.uneven else Along(by_index[paired])
-    # The same places of each sample, whose rows are taken whole.
-    moved = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
-    if axis in moved or parameters["slice_sizes"][axis] != shapes[0][axis]:
-        return Unknown()
-    kept = [a for a in range(len(shapes[0])) if a not in moved]
-    return Along(numbers.offset_dims[kept.index(axis)])
-
-
-def _counted(numbers: Any, states: Sequence[Any], shapes: Any) -> State:
-    """Of rows that are added up by their numbers: counts by class, sums over segments."""
-    operand, indices, updates = states
-    rows = [a for a in range(len(shapes[2])) if a not in numbers.update_window_dims]
-    if numbers.operand_batching_dims or not isinstance(operand, Same) or not operand.zero:
-        return Unknown()
-    if not isinstance(indices, Along) or indices.axis == len(shapes[1]) - 1:
-        return Unknown()
-    axis = rows[indices.axis]
-    if isinstance(updates, Same):
-        return Unknown() if axis in updates.uneven else Summed()
-    return Summed() if updates.axis == axis else Unknown()
-
-
 def _same(
     name: str, parameters: Any, states: Sequence[Same], shapes: Any, output: Sequence[int]
 ) -> Same:
@@ -643,28 +582,13 @@ def _same_but_zero(
         uneven = frozenset().union(*(state.uneven for state in states))
         return Same(uneven if drawn else uneven | {along % len(shape)}, drawn)
     if name == "gather":
-        return Same(_gathered_uneven(parameters, states, shapes), drawn)
+        return Same(gathered_uneven(parameters, states, shapes), drawn)
     if name == "pad":
         padded = (
             n for n, row in enumerate(parameters["padding_config"]) if tuple(row) != (0, 0, 0)
         )
         return Same(first.uneven | frozenset(padded), drawn)
     return everything_uneven(output, drawn=drawn)
-
-
-def _gathered_uneven(parameters: Any, states: Sequence[Same], shapes: Any) -> frozenset[int]:
-    """Uneven axes of what is gathered: those of the indices, and what is left of the operand's."""
-    numbers = parameters["dimension_numbers"]
-    operand, indices = states
-    rank = len(numbers.offset_dims) + len(shapes[1]) - 1
-    by_index = [axis for axis in range(rank) if axis not in numbers.offset_dims]
-    moved = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
-    kept = [axis for axis in range(len(shapes[0])) if axis not in moved]
-    found = {by_index[axis] for axis in indices.uneven if axis < len(shapes[1]) - 1}
-    found |= {numbers.offset_dims[n] for n, axis in enumerate(kept) if axis in operand.uneven}
-    paired = zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True)
-    found |= {by_index[own] for axis, own in paired if axis in operand.uneven}
-    return frozenset(found)
 
 
 def _reshaped_uneven(

@@ -10,15 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxsys.train.adapt.samples import (
+from jaxsys.train.adapt.axes import (
     Along,
-    Followed,
     Same,
     State,
     Unknown,
     everything_uneven,
     of_constant,
 )
+from jaxsys.train.adapt.samples import Followed
 from jaxsys.train.adapt.values import BatchLeaf, Constant, Operation, Value, Whole, known
 
 OUTPUT = "jaxsys_model_output"

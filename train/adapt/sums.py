@@ -32,7 +32,7 @@ from jaxsys.errors import UsageError
 from jaxsys.layered import PyTree
 from jaxsys.train.adapt.alone import hand_on_alone
 from jaxsys.train.adapt.linear import NOT_LINEAR, are_zero, moves
-from jaxsys.train.adapt.mean import WAY_OUT, Term, number_of, terms_of
+from jaxsys.train.adapt.mean import WAY_OUT, Term, counts_in, number_of, terms_of
 from jaxsys.train.adapt.places import names_of
 from jaxsys.train.adapt.values import (
     BatchLeaf,
@@ -50,6 +50,9 @@ FORMS = (
     "a loss returns (sum, weight), (sum, weight, metrics), a mean over samples or (mean, metrics), "
     "all scalars"
 )
+
+_ALMOST_NONE = 1e-30
+"""Less than any count, and no denormal."""
 
 Made = Callable[[list[Any], list[Any]], list[Any]]
 """(what the head evaluates, totals) -> [sum, weight, *metrics]."""
@@ -302,6 +305,10 @@ def _of_sum(traced: _Traced) -> Sums:
     program, samples, curved = traced.program, traced.samples, traced.curved
     loss, weight, *metrics = program.outputs
     _check_divisor(program, weight)
+    counted = counts_in(weight, samples, traced.key)
+    if counted is not None:
+        weight = counted
+        program.outputs = [loss, weight, *metrics]
     number, grows, terms = number_of(weight), 1, [Term(loss, 1.0, seen=False)]
     if samples:
         try:
@@ -323,8 +330,13 @@ def _of_sum(traced: _Traced) -> Sums:
         terms = [t if t.seen else t._replace(seen=True, grows=-1) for t in terms]
     if all(term.is_sum for term in terms) and grows:
         alone = (weight,) if curved and number is None else ()
+
+        def as_they_are(values: list[Any], _: list[Any]) -> list[Any]:
+            weight = values[1] if counted is None else _above_zero(values[1])
+            return [values[0], weight, *values[2:]]
+
         return Sums(
-            made=lambda values, _: values,
+            made=as_they_are,
             samples=samples,
             ahead=alone,
             whole_weight=_whole_weight(samples, number, grows) if curved else None,
@@ -341,6 +353,7 @@ def _of_sum(traced: _Traced) -> Sums:
         own = dict(zip(read, map(jnp.float32, found), strict=True))
         batch = _Totals(samples, ahead, totals)
         mine = own[weight] if grows else own[weight] * batch.share
+        mine = mine if counted is None else _above_zero(mine)
         return [batch.part(terms, own), mine, *(own[value] for value in metrics)]
 
     whole = None
@@ -348,6 +361,11 @@ def _of_sum(traced: _Traced) -> Sums:
         place = 1 + ahead.index(weight) if number is None else 0
         whole = _whole_weight(samples, number, grows, place)
     return Sums(made=made, samples=samples, ahead=tuple(ahead), needs=True, whole_weight=whole)
+
+
+def _above_zero(count: Any) -> Any:
+    """A count, of which there may be none in a microbatch or in all: 0 / 0 is 0 then."""
+    return jnp.maximum(jnp.float32(count), _ALMOST_NONE)
 
 
 def _whole_weight(
@@ -382,6 +400,7 @@ def _of_mean(traced: _Traced) -> Sums:
         and all(not one.guards or one.counts for one in divisors)
     )
     mask = masks[0] if plain else None
+    guarded = plain and any(one.guards for one in divisors)
     means = [_of_metric(value, samples, key, traced.again(n)) for n, value in enumerate(metrics, 2)]
     # By which metrics that are no means are averaged over microbatches.
     by = mask if None in means and mask is not None and _is_of_batch(mask, key) else None
@@ -398,6 +417,7 @@ def _of_mean(traced: _Traced) -> Sums:
         own = dict(zip(read, map(jnp.float32, found), strict=True))
         batch = _Totals(samples, ahead, totals)
         weight = jnp.float32(samples) if mask is None else own[mask]
+        weight = _above_zero(weight) if guarded else weight
         if plain:
             total = sum(term.scaled(own) for term in sums)
             total = total if mask is not None else weight * total

@@ -22,8 +22,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsys.train.adapt.axes import Mixed, State, Summed, Unknown
 from jaxsys.train.adapt.fingerprint import words_of
-from jaxsys.train.adapt.samples import Followed, Mixed, State, Summed, Unknown
+from jaxsys.train.adapt.samples import Followed
 from jaxsys.train.adapt.states import state_of_leaf, states_made
 from jaxsys.train.adapt.twins import numbers_between
 from jaxsys.train.adapt.values import (
