@@ -22,6 +22,7 @@ G key/value heads, R query heads for each, K head width, C tokens of a chunk.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -153,10 +154,11 @@ def choose_kernels(
     """
     choice = choose_implementation(dtype=dtype, head_dim=head_dim, device=device)
     if choice.implementation == "cudnn":
+        own = functools.partial(_own_several, paged_kernel.device_of(device))
         kernels = AttentionKernels(
-            decode=_cudnn_decode,
-            prefill=_cudnn_prefill,
-            several=_cudnn_several,
+            decode=functools.partial(_cudnn_decode, own),
+            prefill=functools.partial(_cudnn_prefill, own),
+            several=functools.partial(_cudnn_several, own),
             reason=f"cuDNN: {choice.reason}",
         )
     else:
@@ -273,9 +275,11 @@ def portable_prefill(
     return attend_pages(q, keys, values, table[None], positions[None], rule, sinks, scales)
 
 
-def _own_several(q, keys, values, tables, positions, rule=PLAIN, sinks=None, scales=None):
+def _own_several(device, q, keys, values, tables, positions, rule=PLAIN, sinks=None, scales=None):
     """By the kernel for what cuDNN does not compute, where it takes these pages."""
-    if not paged_kernel.fits(keys):
+    rows, apart = q.shape[1] * q.shape[3], values is not None
+    tile = None if device is None else paged_kernel.tile_for(rows, keys, apart, device)
+    if tile is None:
         return attend_pages(q, keys, values, tables, positions, rule, sinks, scales)
     return paged_kernel.attend(
         q,
@@ -289,13 +293,14 @@ def _own_several(q, keys, values, tables, positions, rule=PLAIN, sinks=None, sca
         value_channels=rule.value_channels,
         sinks=sinks,
         scales=scales,
+        tile=tile,
     )
 
 
-def _cudnn_decode(q, keys, values, tables, positions, rule=PLAIN, sinks=None, scales=None):
+def _cudnn_decode(own, q, keys, values, tables, positions, rule=PLAIN, sinks=None, scales=None):
     if scales is not None or not rule.kernels_know(sinks):
         at = positions[:, None]
-        return _own_several(q[:, None], keys, values, tables, at, rule, sinks, scales)[:, 0]
+        return own(q[:, None], keys, values, tables, at, rule, sinks, scales)[:, 0]
     # The only door to cuDNN's paged attention that JAX has. Its public wrapper demands a pool of
     # exactly B * W pages; the primitive under it does not.
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
@@ -331,23 +336,23 @@ def _cudnn_decode(q, keys, values, tables, positions, rule=PLAIN, sinks=None, sc
     return output.reshape(q.shape)
 
 
-def _cudnn_several(q, keys, values, tables, positions, rule=PLAIN, sinks=None, scales=None):
+def _cudnn_several(own, q, keys, values, tables, positions, rule=PLAIN, sinks=None, scales=None):
     """Each query as a request of its own: cuDNN's paged attention masks by lengths alone."""
     if scales is not None or not rule.kernels_know(sinks):
-        return _own_several(q, keys, values, tables, positions, rule, sinks, scales)
+        return own(q, keys, values, tables, positions, rule, sinks, scales)
     batch, steps = positions.shape
     rows = q.reshape(batch * steps, *q.shape[2:])
     tables = jnp.repeat(tables, steps, axis=0)
     at = positions.reshape(-1)
-    return _cudnn_decode(rows, keys, values, tables, at, rule, sinks, scales).reshape(q.shape)
+    return _cudnn_decode(own, rows, keys, values, tables, at, rule, sinks, scales).reshape(q.shape)
 
 
 def _cudnn_prefill(
-    q, k, v, keys, values, table, start, continued, rule=PLAIN, sinks=None, scales=None
+    own, q, k, v, keys, values, table, start, continued, rule=PLAIN, sinks=None, scales=None
 ):
     if not rule.kernels_know(sinks):
         positions = start + jnp.arange(q.shape[1], dtype=jnp.int32)
-        return _own_several(q, keys, values, table[None], positions[None], rule, sinks, scales)
+        return own(q, keys, values, table[None], positions[None], rule, sinks, scales)
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     one, steps, groups, rows, width = q.shape

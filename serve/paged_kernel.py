@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxsys import float8
+
 LEAST = 16
 """Rows of a program: what tensor cores take at least."""
 PROGRAMS = 256
@@ -36,20 +38,52 @@ class Tile(NamedTuple):
     stages: int
 
 
-def fits(keys: jax.Array) -> bool:
-    """Whether the kernel takes these pages [P, S, G, K]: powers of two of tokens, whole parts."""
+SHARED_BYTES = {(8, 0): 163 << 10, (8, 7): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10}
+"""What a program may have of a multiprocessor's shared memory, by compute capability (CUDA C++
+Programming Guide, technical specifications)."""
+OTHER_BYTES = 99 << 10
+"""Of other devices of 8.6 and up, the least of which have so much."""
+LEAST_CAPABILITY = (8, 0)
+"""From which Triton multiplies bfloat16 on tensor cores."""
+
+
+class Device(NamedTuple):
+    """What the kernel needs to know of a GPU."""
+
+    shared_bytes: int
+    float8: bool
+    """Whether it converts float8."""
+
+
+def device_of(device: Any) -> Device | None:
+    """None where the device is too old."""
+    major, _, minor = str(getattr(device, "compute_capability", "0.0")).partition(".")
+    capability = int(major), int(minor or 0)
+    if capability < LEAST_CAPABILITY:
+        return None
+    return Device(SHARED_BYTES.get(capability, OTHER_BYTES), float8.answer(device).computes)
+
+
+def tile_for(rows: int, keys: jax.Array, apart: bool, device: Device) -> Tile | None:
+    """A program's sizes for N rows and pages [P, S, G, K]; None where it does not take them.
+
+    It takes powers of two of tokens, and widths in multiples of 16, as long as a page's keys and,
+    where they are `apart`, values fit into the device's shared memory.
+    """
     page_size, width = keys.shape[1], keys.shape[3]
-    return page_size >= 16 and page_size & (page_size - 1) == 0 and width % 16 == 0
-
-
-def tile_for(rows: int, width: int) -> Tile:
-    """A program's sizes for N rows and keys of a width."""
+    narrow = keys.dtype.itemsize == 1
+    whole = page_size >= 16 and page_size & (page_size - 1) == 0 and width % 16 == 0
+    if not whole or (narrow and not device.float8):
+        return None
     most = 128 if width <= 128 else 64 if width <= 256 else LEAST
     height = LEAST
     while height < min(rows, most):
         height *= 2
     wide = width > 256 or (height == 128 and width <= 64)
-    return Tile(height, 8 if wide else 4, 3 if height == LEAST and width <= 128 else 2)
+    stages = 3 if height == LEAST and width <= 128 else 2
+    page_bytes = 2 * page_size * width * (2 if apart else 1)  # float8 is widened on its way
+    room = (device.shared_bytes - 2 * height * (width + page_size)) // page_bytes
+    return Tile(height, 8 if wide else 4, min(stages, room)) if room else None
 
 
 def programs_of(tiles: int, pages: int) -> int:
@@ -83,7 +117,7 @@ def attend(
     value_channels: int | None = None,
     sinks: Float[Array, "G R"] | None = None,
     scales: tuple[jax.Array, jax.Array | None] | None = None,
-    tile: Tile | None = None,
+    tile: Tile,
     programs: int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T G R V"]:
@@ -98,6 +132,7 @@ def attend(
         softcap: c: scores become c tanh(scores / c).
         sinks: scores that take part in each head's softmax and add nothing.
         scales: of keys and of values [P, S, G], where pages are float8.
+        tile: as `tile_for` has it.
         programs: that share a tile's pages; a power of two.
         interpret: run it without a GPU, operation by operation.
 
@@ -110,7 +145,6 @@ def attend(
     batch, steps, groups, heads, width = q.shape
     page_count, page_size = keys.shape[:2]
     channels = width if value_channels is None else value_channels
-    tile = tile or tile_for(steps * heads, width)
     tiles = -(-steps * heads // tile.rows)
     seen_pages = tables.shape[1]
     if window is not None:
@@ -223,7 +257,9 @@ def _kernel(
         page = table_ref[index]
         where = index * page_size + offsets
         k = [k_ref[page, :, pl.ds(at, size)].astype(dtype) for at, size in of_keys]
-        scores = sum(_dot(mine, part, 1) for mine, part in zip(q, k, strict=True))
+        scores = functools.reduce(
+            jnp.add, [_dot(mine, part, 1) for mine, part in zip(q, k, strict=True)]
+        )
         scores *= scale if k_scale_ref is None else (k_scale_ref[page] * scale)[None]
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)

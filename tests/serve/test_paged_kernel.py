@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import functools
+import types
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from jaxsys.serve.requests import SamplingParameters
 from jaxsys.serve.weights import serving_weights
 
 CONFIG = dataclasses.replace(preset("tiny"), num_layers=2)
+H200 = paged_kernel.Device(shared_bytes=227 << 10, float8=True)
 PLACE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 POSITIONS: Any = np.array([63, 20, 0], np.int32)
 TABLES: Any = np.array([[1, 2, 3, 4], [5, 6, 99, 99], [7, 99, 99, 99]], np.int32)
@@ -56,10 +58,11 @@ def plainly(q, k, v, scales):
 @pytest.mark.parametrize("programs", [1, 4])
 def test_the_kernel_attends_to_the_numbers_that_pages_stand_for(pages, programs):
     q, k, v, scales = pages
-    assert paged_kernel.fits(k)
+    tile = paged_kernel.tile_for(4, k, True, H200)
+    assert tile is not None
     found = paged_kernel.attend(
         q[:, None], k, v, TABLES, POSITIONS[:, None], scale=32**-0.5, scales=scales,
-        programs=programs, interpret=True,
+        tile=tile, programs=programs, interpret=True,
     )  # fmt: skip
     np.testing.assert_allclose(np.asarray(found[:, 0], np.float32), plainly(*pages), atol=0.02)
 
@@ -74,6 +77,26 @@ def test_programs_fill_a_device_and_never_outnumber_pages():
     found = [paged_kernel.programs_of(batch * 8, 32) for batch in (1, 16, 64, 512)]
     assert found == [32, 2, 1, 1]
     assert paged_kernel.programs_of(8, 3) == 4
+
+
+def test_pages_that_a_device_has_no_room_for_are_walked():
+    def tile(page_size, width, dtype="bfloat16", capability="9.0", apart=True):
+        device = paged_kernel.device_of(types.SimpleNamespace(
+            platform="gpu", compute_capability=capability
+        ))  # fmt: skip
+        pages: Any = jax.ShapeDtypeStruct((10, page_size, 2, width), jnp.dtype(dtype))
+        return device and paged_kernel.tile_for(16, pages, apart, device)
+
+    assert tile(64, 128) == (16, 4, 3)
+    assert tile(64, 256) == (16, 4, 2)
+    assert tile(64, 256, capability="8.6") == (16, 4, 1)
+    assert tile(64, 576, apart=False) == (16, 8, 2)
+    assert tile(64, 576, capability="8.9", apart=False) == (16, 8, 1)
+    assert tile(128, 256, capability="12.0") is None
+    assert tile(64, 128, "float8_e4m3fn", "8.9") == (16, 4, 2)
+    assert tile(64, 128, "float8_e4m3fn", "8.0") is None
+    assert tile(64, 128, capability="7.5") is None
+    assert tile(48, 128) is None and tile(8, 128) is None and tile(64, 72) is None
 
 
 @pytest.mark.parametrize(
@@ -91,7 +114,7 @@ def test_the_kernel_attends_as_the_portable_walk_does(width, rule, steps, sunk, 
     """Prompts, a few tokens and single ones; programs that share pages, and that do not."""
     keys = jax.random.split(jax.random.key(5), 4)
     groups = 2 if rule.value_channels is None else 1
-    pools: list[Any] = [jax.random.normal(key, (12, 16, groups, width)) for key in keys[:2]]
+    pools: Any = [jax.random.normal(key, (12, 16, groups, width)) for key in keys[:2]]
     ends: Any = np.array([[79], [33]], np.int32)
     positions = np.maximum(ends - np.arange(steps, dtype=np.int32)[::-1], 0)
     tables: Any = np.array([[1, 2, 3, 4, 5], [6, 7, 8, 99, 99]], np.int32)
@@ -106,11 +129,13 @@ def test_the_kernel_attends_as_the_portable_walk_does(width, rule, steps, sunk, 
     q = jax.random.normal(keys[2], (2, steps, groups, 3, width))
     sinks = jax.random.normal(keys[3], (groups, 3)) if sunk else None
     wanted = attend_pages(q, k, v, tables, jnp.asarray(positions), rule, sinks, scales)
+    tile = paged_kernel.tile_for(3 * steps, k, v is not None, H200)
+    assert tile is not None
     for programs in (1, 4):
         found = paged_kernel.attend(
             q, k, v, tables, jnp.asarray(positions), scale=rule.of_width(width),
             window=rule.window, softcap=rule.softcap, value_channels=rule.value_channels,
-            sinks=sinks, scales=scales, programs=programs, interpret=True,
+            sinks=sinks, scales=scales, tile=tile, programs=programs, interpret=True,
         )  # fmt: skip
         atol = 2e-6 if form is None else 2e-3  # float8 is multiplied in float16
         np.testing.assert_allclose(np.asarray(found), np.asarray(wanted), atol=atol)
