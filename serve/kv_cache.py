@@ -95,7 +95,6 @@ class PageAllocator:
         "_sequence",
         "page_count",
         "page_size",
-        "reclaimed",
         "reuse",
     )
 
@@ -118,8 +117,6 @@ class PageAllocator:
         self._dearest = 0.0
         """The most that a page was worth above the floor of its time, of late."""
         self.reuse = Reuse()
-        self.reclaimed = 0
-        """Pages whose content was given up."""
 
     @property
     def available(self) -> int:
@@ -254,7 +251,6 @@ class PageAllocator:
             self._dearest -= rise / STAY
             self.reuse.count(self._kinds[page], used=False)
             self._drop(page)
-            self.reclaimed += 1
             count -= 1
 
     def _drop(self, page: int) -> None:

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from jaxsys.errors import RunError
 from jaxsys.serve.adapters import name_of
-from jaxsys.serve.engine import Engine, Generation, Watch
+from jaxsys.serve.engine import Engine
+from jaxsys.serve.generation import Generation, Watch
 from jaxsys.serve.http.answers import Choice, Usage
 from jaxsys.serve.http.protocol import ChatRequest, CompletionRequest
 from jaxsys.serve.http.refusals import NotFinite

@@ -8,7 +8,8 @@ import fastapi
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from jaxsys.serve.engine import Engine, Generation
+from jaxsys.serve.engine import Engine
+from jaxsys.serve.generation import Generation
 
 T = TypeVar("T")
 FEW_CHARACTERS = 1024
