@@ -33,7 +33,8 @@ from jaxsys.planner.applied import LayerLeaf, Promise, promise_of, spaces_of, wr
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.constraints import Conflict
 from jaxsys.planner.costs import Precision
-from jaxsys.planner.evaluate import POLICY, Evaluator
+from jaxsys.planner.estimates import POLICY
+from jaxsys.planner.evaluate import Evaluator
 from jaxsys.planner.feature_axes import feature_split
 from jaxsys.planner.function_workload import as_lowered, function_workload, layered_loss
 from jaxsys.planner.jaxpr_costs import (

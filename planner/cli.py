@@ -22,8 +22,9 @@ from jaxsys.planner import explain, report
 from jaxsys.planner.cluster import LARGEST_NODE, Cluster
 from jaxsys.planner.command import train_command
 from jaxsys.planner.costs import Precision
-from jaxsys.planner.evaluate import POLICY, Evaluator, plan_costs, schedule_link
-from jaxsys.planner.evaluate import microbatches as microbatches_of
+from jaxsys.planner.estimates import POLICY, plan_costs, schedule_link
+from jaxsys.planner.estimates import microbatches as microbatches_of
+from jaxsys.planner.evaluate import Evaluator
 from jaxsys.planner.files import plan_file, pods_of
 from jaxsys.planner.lower import to_schedule
 from jaxsys.planner.named import (

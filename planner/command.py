@@ -1,7 +1,7 @@
 """The command that runs a plan: options of `jaxsys train`, where they can say all of it."""
 
 from jaxsys.planner.axes import PLANNED
-from jaxsys.planner.evaluate import POLICY
+from jaxsys.planner.estimates import POLICY
 from jaxsys.planner.plans import Plan
 from jaxsys.strategies import STRATEGIES, called
 
@@ -15,7 +15,7 @@ def train_command(
         plan: what is to be run.
         model: a preset's name.
         sequence_length: T.
-        microbatches: of its schedule, see `jaxsys.planner.evaluate.microbatches`.
+        microbatches: of its schedule, see `jaxsys.planner.estimates.microbatches`.
         gradients: the dtype in which gradients are summed and sent.
     """
     name = called(plan.choices)

@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxsys.axes import DividedAround
 from jaxsys.errors import UsageError
-from jaxsys.planner.evaluate import microbatches
+from jaxsys.planner.estimates import microbatches
 from jaxsys.planner.orders import staged_schedule
 from jaxsys.planner.plans import Gradient, Plan, State, Weights
 from jaxsys.planner.problem import Sizes

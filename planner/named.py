@@ -18,7 +18,8 @@ from jaxsys.lowering.tables import buffers_of
 from jaxsys.planner.axes import PLANNED
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.costs import Precision, schedule_costs
-from jaxsys.planner.evaluate import POLICY, Evaluator
+from jaxsys.planner.estimates import POLICY
+from jaxsys.planner.evaluate import Evaluator
 from jaxsys.planner.plans import Gradient, LayerPath, Plan, Weights
 from jaxsys.planner.problem import Problem
 from jaxsys.planner.recognise import divided

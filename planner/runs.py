@@ -11,7 +11,7 @@ plan files by it, and `schedule="auto"` passes over what it names.
 from jaxsys.axes import AXES
 from jaxsys.lowering.refusal import why_not_lowered
 from jaxsys.planner.axes import PLANNED
-from jaxsys.planner.evaluate import POLICY
+from jaxsys.planner.estimates import POLICY
 from jaxsys.planner.plans import Plan
 from jaxsys.planner.space import Space
 from jaxsys.schedule import Schedule

@@ -24,12 +24,8 @@ import numpy as np
 from jaxsys.errors import UsageError
 from jaxsys.planner.axes import split_of_plan
 from jaxsys.planner.costs import BlockCost, block_cost, frame, full_chunks
-from jaxsys.planner.evaluate import (
-    Estimates,
-    Evaluator,
-    microbatches,
-    schedule_link,
-)
+from jaxsys.planner.estimates import Estimates, microbatches, schedule_link
+from jaxsys.planner.evaluate import Evaluator
 from jaxsys.planner.plans import PATHS, Backward, Plan, Residual, State, data_parallel_plan
 from jaxsys.planner.space import ORDER, SHARED, WAYS, Space
 

@@ -35,7 +35,7 @@ from jaxsys.planner.constraints import (
     satisfiable,
     solutions,
 )
-from jaxsys.planner.evaluate import POLICY
+from jaxsys.planner.estimates import POLICY
 from jaxsys.planner.orders import legal_order
 from jaxsys.planner.plans import PATHS, Backward, Gradient, Order, Plan, Residual, State, Weights
 from jaxsys.planner.problem import Problem

@@ -22,7 +22,8 @@ from jaxsys.model.config import DecoderConfig
 from jaxsys.model.shapes import preset
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.costs import Precision
-from jaxsys.planner.evaluate import POLICY, Evaluator, plan_costs, schedule_link
+from jaxsys.planner.estimates import POLICY, plan_costs, schedule_link
+from jaxsys.planner.evaluate import Evaluator
 from jaxsys.planner.lower import to_schedule
 from jaxsys.planner.plans import Gradient, LayerPath, Order, Plan, State, Weights
 from jaxsys.planner.problem import Problem

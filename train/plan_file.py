@@ -12,7 +12,7 @@ from jaxsys.fields import read_fields
 from jaxsys.files import read_json, read_text
 from jaxsys.lowering import Recompute
 from jaxsys.planner.api import Planned
-from jaxsys.planner.evaluate import POLICY
+from jaxsys.planner.estimates import POLICY
 from jaxsys.planner.files import FORMAT, load_plan
 from jaxsys.planner.lower import to_schedule
 from jaxsys.planner.plans import Plan

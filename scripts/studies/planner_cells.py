@@ -24,7 +24,8 @@ from jaxsys.model import abstract_parameters, initial_parameters, layered
 from jaxsys.model.config import DecoderConfig
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.costs import Precision
-from jaxsys.planner.evaluate import POLICY, Evaluator
+from jaxsys.planner.estimates import POLICY
+from jaxsys.planner.evaluate import Evaluator
 from jaxsys.planner.lower import to_schedule
 from jaxsys.planner.plans import Gradient, LayerPath, Plan, Residual, State, Weights
 from jaxsys.planner.problem import Problem

@@ -136,7 +136,7 @@ def test_the_page_of_schedules_lists_every_field_of_their_files():
     for name, field in fields.items():
         kind, default, _, *option = rows[name]
         needed = field.default is dataclasses.MISSING or name in nested
-        written = {None: "null"}.get(field.default, field.default)
+        written = "null" if field.default is None else field.default
         assert default.strip("`") == ("needed" if needed else str(written) or '""'), name
         if name in options:
             assert option == [f"`{options[name]}`"], name

@@ -333,7 +333,7 @@ def test_what_a_model_draws_for_a_sequence_is_the_same_however_it_is_cut():
          "or 24, or context=1, 2, 5 or 10")),
         (lambda: ring(4).check_length(0), "use sequence_length=8"),
         (lambda: ring(0), "context=0 must be at least 1"),
-        (lambda: ring(2, "rings"), "context_by='rings' is not known; use one of ring, gather, "),  # pyright: ignore[reportArgumentType]
+        (lambda: ring(2, "rings"), "not known (did you mean 'ring'?); use one of ring, "),  # pyright: ignore[reportArgumentType]
         (lambda: ring(4, "mixed", 3), ("context_exchange=3, which must divide 4 and leave a ring; "
          "use 2")),
         (lambda: ring(3, "mixed", 3), "use ring or ulysses"),

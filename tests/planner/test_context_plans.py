@@ -18,7 +18,8 @@ from jaxsys.model import initial_parameters, layered, preset
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.command import train_command
 from jaxsys.planner.constraints import Conflict
-from jaxsys.planner.evaluate import Evaluator, microbatches, plan_costs, schedule_link
+from jaxsys.planner.estimates import microbatches, plan_costs, schedule_link
+from jaxsys.planner.evaluate import Evaluator
 from jaxsys.planner.lower import to_schedule
 from jaxsys.planner.plans import Gradient, LayerPath, Plan, Residual, State, Weights
 from jaxsys.planner.problem import Problem

@@ -12,7 +12,8 @@ from jaxsys.context import ContextSplit
 from jaxsys.errors import UsageError
 from jaxsys.hardware import device, link
 from jaxsys.planner.cluster import Cluster
-from jaxsys.planner.evaluate import Evaluator, plan_costs, schedule_link
+from jaxsys.planner.estimates import plan_costs, schedule_link
+from jaxsys.planner.evaluate import Evaluator
 from jaxsys.planner.lower import to_schedule
 from jaxsys.planner.orders import legal_order
 from jaxsys.planner.plans import PATHS, Backward, Order, Plan, Residual, State

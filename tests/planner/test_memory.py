@@ -17,7 +17,8 @@ from jaxsys.mesh import make_mesh
 from jaxsys.model import abstract_parameters, initial_parameters, layered, preset
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.costs import Precision
-from jaxsys.planner.evaluate import POLICY, Evaluator
+from jaxsys.planner.estimates import POLICY
+from jaxsys.planner.evaluate import Evaluator
 from jaxsys.planner.lower import to_schedule
 from jaxsys.planner.named import compare
 from jaxsys.planner.plans import PATHS

@@ -12,7 +12,7 @@ from jaxsys.lowering.programs import block_program
 from jaxsys.model import abstract_parameters, layered
 from jaxsys.model.shapes import preset
 from jaxsys.planner.cluster import Cluster
-from jaxsys.planner.evaluate import plan_costs, schedule_link
+from jaxsys.planner.estimates import plan_costs, schedule_link
 from jaxsys.planner.lower import to_schedule
 from jaxsys.planner.orders import staged_schedule
 from jaxsys.planner.plans import PATHS, Backward, Order, Plan

@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, replace
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -275,7 +276,8 @@ def test_what_a_schedules_file_says_of_an_axis_is_laid_out_again(axis, tmp_path)
         mixture = Experts(count=4, active=2, intermediate_size=32)
         config = replace(config, kinds=(BlockKind(experts=True),), experts=mixture)
     assert getattr(plan, axis) > 1 and why_not(plan) is None
-    made = to_schedule(SimpleNamespace(layers=4, batch=16), plan)
+    sizes: Any = SimpleNamespace(layers=4, batch=16)
+    made = to_schedule(sizes, plan)
     file = tmp_path / "schedule.json"
     file.write_text(made.to_json())
     assert Schedule.from_json(file.read_text()) == made
