@@ -79,6 +79,43 @@ def test_programs_fill_a_device_and_never_outnumber_pages():
     assert paged_kernel.programs_of(8, 3) == 4
 
 
+@pytest.mark.parametrize("programs", [1, 4])
+@pytest.mark.parametrize(
+    ("width", "values", "form", "rule"),
+    [
+        (96, 96, "bfloat16", {"window": 100, "softcap": 30.0}),
+        (576, 512, "bfloat16", {"value_channels": 512}),
+        (128, 128, "float8_e4m3fn", {}),
+    ],
+)
+def test_the_kernel_lowers_for_a_gpu(width, values, form, rule, programs):
+    """Whether Triton takes what the interpreter does: no GPU is needed to see that."""
+    apart = "value_channels" not in rule
+
+    def of(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+
+    q, pages = of((2, 3, 2, 5, width), "bfloat16"), of((9, 64, 2, width), form)
+    given = {"sinks": of((2, 5), "bfloat16")}
+    if form != "bfloat16":
+        given["scales"] = (of((9, 64, 2), "float32"),) * 2
+    as_pages: Any = pages
+    tile = paged_kernel.tile_for(15, as_pages, apart, H200)
+    assert tile is not None
+    attend = functools.partial(
+        paged_kernel.attend, scale=0.1, tile=tile, programs=programs, interpret=False, **rule
+    )
+    places = (of((2, 4), "int32"), of((2, 3), "int32"))
+    run = jax.jit(lambda q, k, v, tables, at, more: attend(q, k, v, tables, at, **more))
+    traced = run.trace(q, pages, pages if apart else None, *places, given)
+    try:
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    except RuntimeError as error:
+        pytest.skip(f"this JAX lowers for a GPU that is there: {error}")
+    assert "paged_attention" in text
+    assert traced.out_info.shape == (2, 3, 2, 5, values)
+
+
 def test_pages_that_a_device_has_no_room_for_are_walked():
     def tile(page_size, width, dtype="bfloat16", capability="9.0", apart=True):
         device = paged_kernel.device_of(types.SimpleNamespace(
