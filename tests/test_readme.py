@@ -199,6 +199,10 @@ def test_the_readmes_table():
         f"**{gains['zero-3.5_measured_speedup_over_zero_3']:.2f}** times as fast; "
         f"{gains['zero-3.5_predicted_speedup_over_zero_3']:.2f} predicted"
     ) in README
+    experts = [made("serve_gpt_oss_20b", study="decode", batch=batch) for batch in (1, 8, 64)]
+    times = " / ".join(f"{row['itl_ms']:.1f}" for row in experts).replace("2.5", "**2.5**", 1)
+    ratios = " / ".join(f"{row['itl_floor_ratio']:.1f}" for row in experts)
+    assert f"every {times} ms: {ratios} times what reading takes" in README
     name, form = "serve_gpu_quantised_h200", {"weights": "fp8+fp8"}
     times = " / ".join(
         f"{made(name, study='decode', batch=batch, **form)['itl_ms']:.1f}" for batch in (1, 64, 128)
