@@ -94,13 +94,21 @@ def _sizes(model: DecoderConfig) -> str:
         f"vocabulary {model.vocab_size}",
     ]
     experts, latent = model.experts, model.latent
+    if not model.gated:
+        words.append("two matrices of feed-forward")
     if experts is not None:
         shared = f" and one of {experts.shared_size} for all" if experts.shared_size else ""
+        some = sum(len(model.layers_of(kind)) for kind in model.kinds if kind.experts)
+        where = "" if some == model.num_layers else f" in {some} layers"
         words.append(
             f"{experts.active} of {experts.count} experts of {experts.intermediate_size}{shared}"
+            f"{where}"
         )
     if latent is not None:
-        words.append(f"latent vectors of {latent.rank} and {latent.rotary_dim}")
+        words.append(
+            f"latent vectors of {latent.rank} and {latent.rotary_dim}, queries of "
+            f"{latent.query_rank}, heads of {latent.plain_dim} and {latent.value_dim}"
+        )
     windows = {kind.window: len(model.layers_of(kind)) for kind in model.kinds if kind.window}
     words += [f"windows of {window} in {layers}" for window, layers in sorted(windows.items())]
     return ", ".join(words)

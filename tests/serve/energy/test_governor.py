@@ -418,11 +418,20 @@ def test_a_profile_is_refused_by_what_it_was_measured_for(make):
         SERVED.model, experts=experts, kinds=(dataclasses.replace(kind, experts=True),)
     )
     with_window = dataclasses.replace(SERVED.model, kinds=(dataclasses.replace(kind, window=512),))
+    dense, mixed = dataclasses.replace(kind, name="dense"), with_experts.kinds[0]
+    after_dense = dataclasses.replace(
+        with_experts,
+        kinds=(dense, mixed),
+        pattern=("dense",) * 3 + (mixed.name,) * (SERVED.model.num_layers - 3),
+    )
+    ungated = dataclasses.replace(SERVED.model, gated=False)
     for changes, message in (
         ({"gpu": "NVIDIA H200"}, "gpu='NVIDIA H200' instead of 'NVIDIA H100'"),
         ({"model": many_heads}, "32 heads and 32 of keys and values of 128"),
         ({"model": with_experts}, "2 of 8 experts of 14336"),
+        ({"model": after_dense}, "2 of 8 experts of 14336 in 29 layers"),
         ({"model": with_window}, "windows of 512 in 32"),
+        ({"model": ungated}, "two matrices of feed-forward"),
         ({"weights": "int8"}, "weights='int8' instead of 'bfloat16'"),
         ({"tensor_parallel": 2}, "tensor_parallel=2 instead of 1"),
     ):
