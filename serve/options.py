@@ -329,7 +329,8 @@ def parser(prog: str) -> argparse.ArgumentParser:
         choices=list(ROUTERS),
         default="fewest",
         help="which instance reads a prompt; prefix: one that holds its beginning, where that "
-        "saves energy and is in time (default %(default)s)",
+        "saves energy and is in time; gather: where others wait, while there is time (default "
+        "%(default)s)",
     )
     energy.add_argument(
         "--gpu",

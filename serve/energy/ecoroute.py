@@ -276,7 +276,8 @@ class QueueRouter:
     What a batch takes besides its tokens, its weights' reading and its launch, is shared by its
     prompts: so the longest queue is taken whose first token is still to come within `gather_share`
     of the time there is, and the others idle. Long prompts fill the device alone; where the second
-    of two would save less than `GATHER_GAIN` of its time, it is not kept waiting for nothing.
+    of two would save less than `GATHER_GAIN` of its time, it is not kept waiting for nothing. Where
+    instances decode what they read, sequences would gather too: there prompts are spread.
     """
 
     def __init__(
@@ -308,8 +309,9 @@ class QueueRouter:
         states: list[_State] = [(length, 1, 0, 0, 0), (2 * length, 2, 0, 0, 0)]
         residual_s: list[float] = []
         for instance in instances:
-            tokens = instance.waiting_tokens + length
-            states.append((tokens, instance.waiting_requests + 1, 0, 0, 0))
+            tokens, batch = instance.waiting_tokens + length, instance.batch
+            kv_tokens = instance.kv_tokens if batch else 0
+            states.append((tokens, instance.waiting_requests + 1, 0, batch, kv_tokens))
             ends_s = instance.busy_until_s
             residual_s.append(0.0 if ends_s is None else max(0.0, ends_s - now_s))
         times, _ = _what_if(self.predictor, states, self._clocks_mhz)
@@ -323,6 +325,7 @@ class QueueRouter:
                 return max(range(len(fast)), key=lambda i: (fast[i], -i))
             within_s = self.gather_share * self.slo.planned_prompt_s
             gathers = [i for i, wait_s in enumerate(slow) if wait_s <= within_s]
-            if gathers and times[1, 0] <= (2 - GATHER_GAIN) * times[0, 0]:
+            pays = times[1, 0] <= (2 - GATHER_GAIN) * times[0, 0]
+            if gathers and pays and not any(instance.batch for instance in instances):
                 return max(gathers, key=lambda i: (slow[i], -i))
         return min(range(len(fast)), key=lambda i: (fast[i], i))

@@ -43,6 +43,14 @@ class View:
         return self.in_flight
 
 
+class Reader(View):
+    """Of those that read prompts alone."""
+
+    @property
+    def batch(self) -> int:
+        return 0
+
+
 def request(length: int = 100) -> Request:
     return Request(
         0, sampling=SamplingParameters(max_tokens=10), arrival_s=0.0, prompt_length=length
@@ -171,7 +179,11 @@ def test_energy_router_never_breaks_the_slo_while_another_can_keep_it():
 
 def test_queue_router_takes_the_earliest_first_token():
     router = QueueRouter(ModelPredictor(GPU), clocks_mhz=(1005,))
-    views = [View(4, waiting_tokens=9000), View(9, waiting_tokens=500), View(6, waiting_tokens=700)]
+    views = [
+        Reader(4, waiting_tokens=9000),
+        Reader(9, waiting_tokens=500),
+        Reader(6, waiting_tokens=700),
+    ]
     assert router.choose(views, request()) == 1  # nine waiting prompts cost less than 9000 tokens
 
     class Telling(View):
@@ -193,19 +205,21 @@ def test_prompts_gather_where_others_are_as_long_as_there_is_time():
         for n in (500, 20_000)
     ]
     assert first_s[0] < 0.3 < first_s[1]
-    assert router.choose([View(0), View(1, waiting_tokens=500)], request(100)) == 1
-    assert router.choose([View(0), View(1, waiting_tokens=20_000)], request(100)) == 0
+    assert router.choose([Reader(0), Reader(1, waiting_tokens=500)], request(100)) == 1
+    assert router.choose([Reader(0), Reader(1, waiting_tokens=20_000)], request(100)) == 0
     # A long one fills the device: beside another it would save nothing.
-    assert router.choose([View(0), View(1, waiting_tokens=100)], request(1500)) == 0
+    assert router.choose([Reader(0), Reader(1, waiting_tokens=100)], request(1500)) == 0
+    # Where they decode as well, sequences are not to gather.
+    assert router.choose([View(0), View(1, waiting_tokens=500)], request(100)) == 0
     # Nobody waits: all go to the same one.
-    assert router.choose([View(0), View(0)], request(100)) == 0
+    assert router.choose([Reader(0), Reader(0)], request(100)) == 0
     # Time that passes behind the prompt is no time to gather in.
     for _ in range(500):
         slo.first_token_came(0.25)
     assert slo.planned_prompt_s == pytest.approx(0.35, abs=0.001)
-    busy = View(1, waiting_tokens=2500)
+    busy = Reader(1, waiting_tokens=2500)
     assert 0.5 * 0.35 < GPU.run(Load(2600, 2), 1005).time_s < 0.3
-    assert router.choose([View(0), busy], request(100)) == 0
+    assert router.choose([Reader(0), busy], request(100)) == 0
     with pytest.raises(UsageError, match="gather_share=1"):
         QueueRouter(ModelPredictor(GPU), clocks_mhz=CLOCKS, gather_share=1.0)
 
