@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import tokenizers
@@ -168,6 +169,7 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
     backend = read_backend(path)
     settings = _settings(folder / TOKENIZER_CONFIG)
     named = _special_tokens(folder, settings)
+    _add_tokens(backend, settings, named)
     ends: list[int] = []
     for source in (GENERATION_CONFIG, CONFIG):
         ends += _ids(_settings(folder / source), "eos_token_id")
@@ -184,6 +186,37 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
         tool_template=templates.get(TOOL_TEMPLATE),
         special_tokens=named,
     )
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, settings: Fields, named: Mapping[str, str]) -> None:
+    """Adds the tokens that tokenizer_config.json lists, and names, to those of tokenizer.json.
+
+    As transformers does, in its order; what both have is as tokenizer_config.json describes it.
+    """
+    tokens: dict[str, tokenizers.AddedToken] = {}
+    if "added_tokens_decoder" in settings:
+        listed = settings.fields("added_tokens_decoder")
+        for key in listed:
+            if not key.isdecimal() or int(key) >= MOST_TOKENS:
+                raise listed.wrong("", f"tokens by their ids, below {MOST_TOKENS}", key)
+        for key in sorted(listed, key=int):
+            one = listed.fields(key)
+            flags = {
+                flag: one.flag(flag, False)
+                for flag in ("single_word", "lstrip", "rstrip", "special")
+            }
+            content, special = one.text("content"), flags["special"]
+            special = special or content in named.values()
+            normalized = one.flag("normalized", not flags["special"])
+            tokens[content] = tokenizers.AddedToken(
+                content, **flags | {"special": special, "normalized": normalized}
+            )
+    there = {token.content for token in backend.get_added_tokens_decoder().values()}
+    for content in named.values():
+        if content and content not in there and content not in tokens:
+            tokens[content] = tokenizers.AddedToken(content, special=True)
+    if tokens:
+        backend.add_tokens(list(tokens.values()))
 
 
 def _special_tokens(folder: Path, settings: Fields) -> dict[str, str]:
@@ -236,6 +269,8 @@ def read_backend(path: Path) -> tokenizers.Tokenizer:
 
 
 def _weight_files(folder: Path) -> list[str]:
+    if (folder / WEIGHTS).is_file():  # beside an index too, as transformers does
+        return [WEIGHTS]
     index = folder / INDEX
     if index.is_file():
         weight_map = read_fields(index, hint="fetch the folder again").fields("weight_map")
@@ -254,8 +289,6 @@ def _weight_files(folder: Path) -> list[str]:
                 "again"
             )
         return names
-    if (folder / WEIGHTS).is_file():
-        return [WEIGHTS]
     others = sorted(path.name for path in folder.glob("*.bin"))
     found = f"; {others[0]} is a pickle, which is not read: convert it" if others else ""
     raise UsageError(f"{folder} holds neither {WEIGHTS} nor {INDEX}{found}")

@@ -345,6 +345,56 @@ def test_special_tokens_come_from_three_places(folder):
     assert special_tokens() == named | {"bos_token": "<|im_start|>"}
 
 
+def test_tokens_of_tokenizer_config_are_added(folder):
+    """Some are new, one is only described anew; a name of none is added at last."""
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    decoder = {
+        "265": {"content": "<b>", "special": False, "lstrip": False, "rstrip": False},
+        "264": {"content": "<a>", "special": True},
+        "256": {"content": "<|im_start|>", "special": False, "rstrip": True},
+    }
+    settings |= {"added_tokens_decoder": decoder, "mask_token": "<mask>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load(folder).tokenizer
+    assert tokenizer is not None
+    ids = [tokenizer.backend.token_to_id(text) for text in ("<a>", "<b>", "<mask>")]
+    assert ids == [264, 265, 266]
+    encoded = tokenizer.backend.encode("<|im_start|>  x<b>", add_special_tokens=False).ids
+    assert encoded == [tokenizer.backend.token_to_id("<|im_start|>"), 120, 265]
+    assert tokenizer.decode([120, 264, 265]) == "x<b>"
+    settings["added_tokens_decoder"] = {"first": {"content": "x"}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UsageError, match="added_tokens_decoder' is 'first', and must be tokens by"):
+        load(folder)
+
+
+def test_a_whole_file_counts_where_an_index_lies_beside_it(tmp_path):
+    weights = initial_parameters(UNTIED, seed=2)
+    save_safetensors(tmp_path / "m", UNTIED, weights)
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (tmp_path / "m" / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_equal_bits(load(tmp_path / "m").parameters, weights)
+
+
+def test_tensors_of_unlike_dtypes(tmp_path):
+    """Half, brain, single and double floats in one file."""
+    weights = initial_parameters(UNTIED, seed=2)
+    save_safetensors(tmp_path / "m", UNTIED, weights)
+    path = tmp_path / "m" / "model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    for name, dtype in zip(
+        sorted(tensors), [np.float16, np.float64, np.float32] * len(tensors), strict=False
+    ):
+        tensors[name] = tensors[name].astype(dtype)
+    safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
+    found = load(tmp_path / "m")
+    for leaf, other in zip(
+        jax.tree.leaves(dict(found.parameters)), jax.tree.leaves(dict(weights)), strict=True
+    ):
+        assert leaf.dtype == jnp.float32
+        np.testing.assert_allclose(leaf, other, rtol=2**-11, atol=1e-7)
+
+
 def test_the_makers_sampling_is_read(folder):
     assert load(folder).generation == {}
     settings = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": None, "do_sample": True}
