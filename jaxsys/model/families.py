@@ -138,16 +138,17 @@ def _norm_of_heads(name: str, form: str) -> Key:
     )
 
 
-def _every(period: int) -> Callable[[Mapping[str, Any], int], list[bool]]:
-    """Windows in all but each `period`-th layer; the file may say another period."""
+PATTERN = "sliding_window_pattern"
+
+
+def _every(period: int, *, said: bool = False) -> Callable[[Mapping[str, Any], int], list[bool]]:
+    """Windows in all but each `period`-th layer; where it is `said`, the file may say another."""
 
     def types(config: Mapping[str, Any], layers: int) -> list[bool]:
-        pattern = config.get("sliding_window_pattern", config.get("_sliding_window_pattern"))
-        size = period if pattern is None else pattern
+        size = config.get(PATTERN, period) if said else period
         if not isinstance(size, int) or size < 1:
             raise UsageError(
-                f"sliding_window_pattern={size!r} without layer_types is not understood; give "
-                "layer_types"
+                f"{PATTERN}={size!r} without layer_types is not understood; give layer_types"
             )
         return [(index + 1) % size != 0 for index in range(layers)]
 
@@ -411,9 +412,9 @@ register(
         sizes=(102400, 4096, 16384, 32, 32, 32, None, 2048),
         epsilon=("rms_norm_eps", 1e-5),
         fixed={"qk_norm": "head", "norm_places": "after"},
-        windows=Windows(how="by_type", default=4096, types=_every(4)),
+        windows=Windows(how="by_type", default=4096, types=_every(4, said=True)),
         plain_layers="full_if_window",
-        ignored=("sliding_window_pattern",),
+        ignored=(PATTERN,),
     )
 )
 register(
@@ -464,8 +465,8 @@ register(
         tied=True,
         theta=1_000_000.0,
         by_type=(10_000.0, 1_000_000.0),
-        windows=Windows(how="by_type", default=4096, types=_every(6)),
-        ignored=("hidden_act", "sliding_window_pattern", "_sliding_window_pattern"),
+        windows=Windows(how="by_type", default=4096, types=_every(6, said=True)),
+        ignored=("hidden_act", PATTERN),
         # transformers caps scores in one of its attentions, not in the one it takes unasked.
         required={"attn_logit_softcapping": None},
         modules=FOUR_NORMS,
@@ -576,11 +577,11 @@ register(
         ),
         fixed={"norm": "layer", "parallel": True, "rope_interleaved": True},
         tied=True,
-        windows=Windows(how="by_type", default=4096, types=_every(4)),
+        windows=Windows(how="by_type", default=4096, types=_every(4, said=True)),
         plain_layers="full",
         ignored=("order_of_interleaved_layers", "position_embedding_type", "rotary_pct")
         + ("use_embedding_sharing", "use_gated_activation", "use_parallel_block", "layer_switch")
-        + ("sliding_window_pattern", "model_max_length"),
+        + (PATTERN, "model_max_length"),
     )
 )
 

@@ -541,7 +541,6 @@ def _read_windows(reader: _Reader, family: Family, layers: int) -> list[int | No
         return [window] * layers
     types = reader.get("layer_types")
     if types is None:
-        reader.asked |= {"sliding_window_pattern", "_sliding_window_pattern"}
         if window is None:
             return [None] * layers
         assert rule.types is not None

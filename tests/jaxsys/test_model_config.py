@@ -178,6 +178,30 @@ def test_a_llama_file_may_name_a_window_that_transformers_ignores():
 
 
 @pytest.mark.parametrize(
+    ("family", "given", "full"),
+    [
+        ("gemma3_text", {"sliding_window_pattern": 3}, [2, 5]),
+        ("gemma3_text", {"_sliding_window_pattern": 3}, [5]),
+        ("cohere2", {"_sliding_window_pattern": 3}, [3]),
+        ("cohere2", {"sliding_window_pattern": 2}, [1, 3, 5]),
+        ("gemma2", {"_sliding_window_pattern": 3}, [1, 3, 5]),
+        ("gpt_oss", {}, [1, 3, 5]),
+    ],
+)
+def test_periods_of_windows_are_read_where_transformers_reads_them(family, given, full):
+    """A key with a line in front is one that it writes, not one that it reads."""
+    config = DecoderConfig.from_hf({"model_type": family, "num_hidden_layers": 6, **given})
+    windows = [config.kind(layer).window for layer in range(6)]
+    assert [layer for layer, window in enumerate(windows) if window is None] == full
+
+
+@pytest.mark.parametrize("family", ["gemma2", "olmo3", "gpt_oss"])
+def test_a_period_that_a_family_does_not_have_is_refused(family):
+    with pytest.raises(UsageError, match="sliding_window_pattern=3 is not understood in"):
+        DecoderConfig.from_hf({"model_type": family, "sliding_window_pattern": 3})
+
+
+@pytest.mark.parametrize(
     ("given", "window"),
     [({"sliding_window": 64}, 64), ({"sliding_window": None}, None), ({}, 4096)],
 )
