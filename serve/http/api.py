@@ -63,8 +63,8 @@ from jaxsys.serve.http.refusals import ModelNotFound, refuse_all
 from jaxsys.serve.http.response_shape import ResponseShape
 from jaxsys.serve.http.responses import (
     KeptTurns,
+    OwnTurns,
     ResponseRequest,
-    Turns,
     head_of,
     items_of,
 )
@@ -136,7 +136,7 @@ def create_app(
             for status in (400, 401, 404, 405, 408, 413, 415, 422, 429, 503)
         },
     )
-    face = _Face(engine, tokenizer, config, metrics, turns or Turns())
+    face = _Face(engine, tokenizer, config, metrics, turns or OwnTurns())
     app.state.close = face.close
 
     streams: dict[int | str, dict[str, Any]] = {

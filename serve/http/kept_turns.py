@@ -40,7 +40,7 @@ CREATE INDEX IF NOT EXISTS owners ON items (turn);
 
 
 class SharedTurns:
-    """The latest turns, as `Turns` has them; for one thread."""
+    """The latest turns, as `OwnTurns` has them; for one thread."""
 
     def __init__(self, path: Path, *, most: int = MAX_TURNS, most_bytes: int = MAX_BYTES):
         self.most = most
@@ -53,7 +53,7 @@ class SharedTurns:
     def conversation(
         self, previous: str | None, fresh: Sequence[dict[str, Any]]
     ) -> list[dict[str, Any]]:
-        """As `Turns.conversation`."""
+        """As `OwnTurns.conversation`."""
         with self._reading():
             found = [] if previous is None else self._items(previous, "previous_response_id")
             return joined(found, fresh, self._item)
@@ -61,7 +61,7 @@ class SharedTurns:
     def keep(
         self, body: dict[str, Any], own: list[dict[str, Any]], items: list[dict[str, Any]]
     ) -> None:
-        """As `Turns.keep`."""
+        """As `OwnTurns.keep`."""
         size = len(json.dumps([own, body]))
         with self._writing():
             row = self._file.execute(
@@ -99,18 +99,18 @@ class SharedTurns:
                 self._drop(oldest)
 
     def get(self, name: str) -> dict[str, Any]:
-        """As `Turns.get`."""
+        """As `OwnTurns.get`."""
         with self._reading():
             return json.loads(self._row(name)[1])
 
     def inputs(self, name: str) -> list[dict[str, Any]]:
-        """As `Turns.inputs`."""
+        """As `OwnTurns.inputs`."""
         with self._reading():
             items = self._items(name)
             return items[: len(items) - len(json.loads(self._row(name)[1])["output"])]
 
     def forget(self, name: str) -> None:
-        """As `Turns.forget`."""
+        """As `OwnTurns.forget`."""
         with self._writing():
             self._drop(self._row(name)[0])
 

@@ -226,7 +226,7 @@ class NoSuchResponse(HTTPException):
 
 
 class KeptTurns(Protocol):
-    """Turns that are remembered, wherever they lie; see `Turns`."""
+    """Turns that are remembered, wherever they lie; see `OwnTurns`."""
 
     def conversation(
         self, previous: str | None, fresh: Sequence[dict[str, Any]]
@@ -256,7 +256,7 @@ class _Turn:
         self.size = len(json.dumps([own, body]))
 
 
-class Turns:
+class OwnTurns:
     """The latest turns; only for the event loop's thread."""
 
     def __init__(self, *, most: int = MAX_TURNS, most_bytes: int = MAX_BYTES):

@@ -13,7 +13,7 @@ import pytest
 
 from jaxsys.model.decoder import forward
 from jaxsys.serve.deployment import DeploymentConfig
-from jaxsys.serve.http.responses import NoSuchResponse, Turns, items_of
+from jaxsys.serve.http.responses import NoSuchResponse, OwnTurns, items_of
 
 TOOLS = [
     {
@@ -282,7 +282,7 @@ def test_what_a_response_cannot_be_is_refused(server, fields, says):
 
 
 def test_turns_are_kept_within_bounds():
-    turns = Turns(most=3, most_bytes=2000)
+    turns = OwnTurns(most=3, most_bytes=2000)
     for number in range(5):
         own = items_of(f"question {number}")
         items = turns.conversation(f"r{number - 1}" if number else None, own)

@@ -24,7 +24,7 @@ from jaxsys.serve.engine import Engine
 from jaxsys.serve.http.dashboard import Dashboard
 from jaxsys.serve.http.kept_turns import SharedTurns
 from jaxsys.serve.http.metrics import Metrics
-from jaxsys.serve.http.responses import NoSuchResponse, Turns
+from jaxsys.serve.http.responses import NoSuchResponse, OwnTurns
 from jaxsys.serve.member import InstanceLoad, TokenEvent
 from jaxsys.serve.processes import lines, shared
 from jaxsys.serve.processes.channel import Channel
@@ -159,7 +159,7 @@ def kept(request, tmp_path):
 
     def make(**limits):
         if request.param == "one":
-            store = Turns(**limits)
+            store = OwnTurns(**limits)
             return store, store
         path = tmp_path / "turns.sqlite"
         return SharedTurns(path, **limits), SharedTurns(path, **limits)
