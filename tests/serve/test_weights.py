@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxsys.errors import UsageError
-from jaxsys.model import forward, initial_parameters, preset
+from jaxsys.model import forward, initial_parameters, load, preset, save_safetensors
 from jaxsys.serve import few_rows, one_row, paged_model
 from jaxsys.serve.matrix import Way, group_of, quantised
 from jaxsys.serve.paged_attention import choose_kernels
@@ -37,6 +37,28 @@ def meant(matrix):
     codes = np.asarray(matrix.values).astype(np.int32)
     numbers = np.concatenate([codes & 15, codes >> 4], axis=-1) - 8
     return (numbers * scale[..., None]).reshape(scale.shape[0], -1).T
+
+
+def assert_same(one, two):
+    for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        assert left.dtype == right.dtype
+        assert np.asarray(left).tobytes() == np.asarray(right).tobytes()
+
+
+@pytest.mark.parametrize("form", QUANTISATIONS)
+def test_matrices_are_made_small_some_outputs_at_a_time(parameters, monkeypatch, form):
+    """Ten of 64 and more, the last ones twice: no output knows of another."""
+    at_once = serving_weights(CONFIG, parameters, quantisation=form)
+    monkeypatch.setattr("jaxsys.serve.weights._AT_ONCE", 10 * CONFIG.hidden_size)
+    assert_same(serving_weights(CONFIG, parameters, quantisation=form), at_once)
+
+
+@pytest.mark.parametrize("form", [None, "int8"])
+def test_leaves_that_are_read_as_they_are_fused_are_the_same(parameters, tmp_path, form):
+    save_safetensors(tmp_path / "m", CONFIG, parameters)
+    model = load(tmp_path / "m", leafwise=True)
+    read = serving_weights(model.config, model.parameters, quantisation=form)
+    assert_same(read, serving_weights(CONFIG, parameters, quantisation=form))
 
 
 @pytest.mark.parametrize("form", QUANTISATIONS)
