@@ -124,6 +124,26 @@ def flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
+def number(value: Any) -> float:
+    """What a key that is a number says.
+
+    Raises:
+        TypeError: if it is something else, such as a text or true.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{value!r} is no number")
+    return float(value)
+
+
+def _cap(name: str, field: str, default: float | None) -> Key:
+    return Key(
+        name=name,
+        fields=(field,),
+        default=default,
+        read=lambda value: None if value is None else number(value),
+    )
+
+
 def _bias(name: str, *fields: str, default: bool = False) -> Key:
     return Key(name=name, fields=fields, default=default, read=lambda value: flag(name, value))
 
@@ -155,13 +175,20 @@ def _every(period: int, *, said: bool = False) -> Callable[[Mapping[str, Any], i
     return types
 
 
+def _max_window_layers(config: Mapping[str, Any]) -> int:
+    value = config.get("max_window_layers", 28)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UsageError(f"max_window_layers={value!r} is of the wrong kind")
+    return value
+
+
 def _after_first(config: Mapping[str, Any], layers: int) -> list[bool]:
-    first = config.get("max_window_layers", 28)
+    first = _max_window_layers(config)
     return [index >= first for index in range(layers)]
 
 
 def _alternate_first(config: Mapping[str, Any], layers: int) -> list[bool]:
-    last = config.get("max_window_layers", 28)
+    last = _max_window_layers(config)
     return [index % 2 == 0 and index < last for index in range(layers)]
 
 
@@ -179,10 +206,10 @@ QUERY_SCALAR = Key(
     name="query_pre_attn_scalar",
     fields=("attention_scale",),
     default=256,
-    read=lambda value: float(value) ** -0.5,
+    read=lambda value: number(value) ** -0.5,
     write=lambda value: _inverted(value, lambda guess: guess**-0.5, value**-2),
 )
-FINAL_CAP = Key(name="final_logit_softcapping", fields=("logit_softcap",), default=None)
+FINAL_CAP = _cap("final_logit_softcapping", "logit_softcap", None)
 
 
 def _inverted(value: float, of: Callable[[float], float], guess: float) -> float:
@@ -204,6 +231,7 @@ def _experts(
             name="router_aux_loss_coef",
             fields=("experts.balance",),
             default=more.get("balance", 0.001),
+            read=number,
         ),
     ]
     if renormalise is not None:
@@ -354,14 +382,14 @@ register(
         keys=(
             ATTENTION_BIAS,
             MLP_BIAS,
-            Key(name="embedding_multiplier", fields=("embedding_scale",), default=1.0, read=float),
-            Key(name="residual_multiplier", fields=("residual_scale",), default=1.0, read=float),
-            Key(name="attention_multiplier", fields=("attention_scale",), default=1.0, read=float),
+            Key(name="embedding_multiplier", fields=("embedding_scale",), default=1.0, read=number),
+            Key(name="residual_multiplier", fields=("residual_scale",), default=1.0, read=number),
+            Key(name="attention_multiplier", fields=("attention_scale",), default=1.0, read=number),
             Key(
                 name="logits_scaling",
                 fields=("logit_scale",),
                 default=1.0,
-                read=lambda value: 1.0 / value,
+                read=lambda value: 1.0 / number(value),
                 write=lambda value: _inverted(value, lambda guess: 1.0 / guess, 1.0 / value),
             ),
         ),
@@ -439,8 +467,8 @@ register(
         keys=(
             ATTENTION_BIAS,
             QUERY_SCALAR,
-            Key(name="attn_logit_softcapping", fields=("attention_softcap",), default=50.0),
-            Key(name="final_logit_softcapping", fields=("logit_softcap",), default=30.0),
+            _cap("attn_logit_softcapping", "attention_softcap", 50.0),
+            _cap("final_logit_softcapping", "logit_softcap", 30.0),
         ),
         fixed={"norm_plus_one": True, "norm_places": "both", **ROOT_WIDTH},
         tied=True,
@@ -556,7 +584,7 @@ register(
         epsilon=("layer_norm_eps", 1e-5),
         keys=(
             ATTENTION_BIAS,
-            Key(name="logit_scale", fields=("logit_scale",), default=0.0625, read=float),
+            Key(name="logit_scale", fields=("logit_scale",), default=0.0625, read=number),
             _norm_of_heads("use_qk_norm", "each"),
         ),
         fixed={"norm": "layer", "parallel": True, "rope_interleaved": True},
@@ -573,7 +601,7 @@ register(
         epsilon=("layer_norm_eps", 1e-5),
         keys=(
             ATTENTION_BIAS,
-            Key(name="logit_scale", fields=("logit_scale",), default=0.0625, read=float),
+            Key(name="logit_scale", fields=("logit_scale",), default=0.0625, read=number),
         ),
         fixed={"norm": "layer", "parallel": True, "rope_interleaved": True},
         tied=True,
@@ -715,7 +743,7 @@ register(
                 renormalise=True,
                 balance=0.0,
             ),
-            Key(name="routed_scaling_factor", fields=("experts.scale",), default=1.0, read=float),
+            Key(name="routed_scaling_factor", fields=("experts.scale",), default=1.0, read=number),
             Key(name="n_group", fields=("experts.groups",), default=1),
             Key(name="topk_group", fields=("experts.active_groups",), default=1),
             Key(name="n_shared_experts", fields=("experts.shared_count",), default=1),
@@ -748,8 +776,8 @@ register(
                 ),
                 renormalise=None,
             ),
-            Key(name="swiglu_limit", fields=("experts.clamp",), default=7.0, read=float),
-            Key(name="swiglu_alpha", fields=("experts.slope",), default=1.702, read=float),
+            Key(name="swiglu_limit", fields=("experts.clamp",), default=7.0, read=number),
+            Key(name="swiglu_alpha", fields=("experts.slope",), default=1.702, read=number),
         ),
         fixed={"sinks": True, "experts.router": "chosen_softmax", "experts.bias": True},
         theta=150_000.0,
@@ -790,7 +818,7 @@ register(
                 renormalise=True,
                 balance=0.0,
             ),
-            Key(name="routed_scaling_factor", fields=("experts.scale",), default=2.5, read=float),
+            Key(name="routed_scaling_factor", fields=("experts.scale",), default=2.5, read=number),
             Key(name="n_group", fields=("experts.groups",), default=8),
             Key(name="topk_group", fields=("experts.active_groups",), default=4),
             Key(name="n_shared_experts", fields=("experts.shared_count",), default=1),
@@ -839,7 +867,7 @@ register(
             ),
             _moe_size(1407),
             Key(name="num_experts_per_tok", fields=("experts.active",), default=None),
-            Key(name="routed_scaling_factor", fields=("experts.scale",), default=1.0, read=float),
+            Key(name="routed_scaling_factor", fields=("experts.scale",), default=1.0, read=number),
             Key(name="n_group", fields=("experts.groups",), default=None, read=_or_one),
             Key(name="topk_group", fields=("experts.active_groups",), default=None, read=_or_one),
             Key(

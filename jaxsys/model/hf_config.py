@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from jaxsys.errors import UsageError
+from jaxsys.files import shown
 from jaxsys.model import quantised_files
-from jaxsys.model.families import FAMILIES, Family, Key, flag, listed_positions
+from jaxsys.model.families import FAMILIES, Family, Key, flag, listed_positions, number
 from jaxsys.model.kinds import Activation, BlockKind, Experts, Latent, Positions
 from jaxsys.model.rope import (
     DynamicRopeScaling,
@@ -160,7 +161,29 @@ class _Reader:
                     f"{given[0]}={found!r} and {other}={self.config[other]!r} are names of one "
                     "number and disagree; remove the one that is wrong"
                 )
-        return found if key.read is None else key.read(found)
+        if key.read is None:
+            return found
+        try:
+            return key.read(found)
+        except (TypeError, ValueError, ArithmeticError):
+            raise _wrong_kind(given[0] if given else key.name, found) from None
+
+
+def _wrong_kind(name: str, value: Any) -> UsageError:
+    return UsageError(f"{name}={shown(value)} is of the wrong kind")
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return number(value)
+    except TypeError:
+        raise _wrong_kind(name, value) from None
+
+
+def _whole(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise _wrong_kind(name, value)
+    return value
 
 
 MOST_LAYERS = 10_000
@@ -184,7 +207,7 @@ def read(config: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in family.fixed.items():
         fields[name] = value(fields) if callable(value) else value
     name, default = family.epsilon
-    fields["rms_norm_eps"] = float(reader.get(name, default))
+    fields["rms_norm_eps"] = _number(name, reader.get(name, default))
     name, default = family.activation
     named = reader.get(name, default)
     fields["activation"] = _activation(name, family.activations.get(named, named))
@@ -343,7 +366,7 @@ def _positions(
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if family.name == "phi3" and kind in ("su", "yarn"):
         kind = "longrope"  # what its first files called it
-    theta = float(theta)
+    theta = _number("rope_theta", theta)
     most = fields["max_positions"]
     asked = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
@@ -357,28 +380,33 @@ def _positions(
         asked.add(name)
         return default if rope.get(name) is None else rope[name]
 
+    def get_number(name: str) -> float | None:
+        value = get(name)
+        return None if value is None else _number(name, value)
+
     trained = get("original_max_position_embeddings")
     scaling: RopeScaling | None = None
     if kind == "linear":
-        scaling = LinearRopeScaling(factor=float(need("factor")))
+        scaling = LinearRopeScaling(factor=_number("factor", need("factor")))
     elif kind == "dynamic" and family.name == "hunyuan_v1_dense" and get("alpha"):
         # A fixed stretch of theta; the other keys beside it are not computed with.
         asked |= {"factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
         width = fields["head_dim"]
-        theta *= float(rope["alpha"]) ** (width / (width - 2))
+        theta *= _number("alpha", rope["alpha"]) ** (width / (width - 2))
     elif kind == "dynamic":
-        scaling = DynamicRopeScaling(factor=float(need("factor")), original_max_positions=most)
+        factor = _number("factor", need("factor"))
+        scaling = DynamicRopeScaling(factor=factor, original_max_positions=most)
     elif kind == "yarn":
         trained = _first(original, trained, most)
-        factor = get("factor")
+        factor = get_number("factor")
         scaling = YarnRopeScaling(
             factor=float(most / trained if factor is None else factor),
             original_max_positions=int(trained),
-            attention_factor=get("attention_factor"),
-            beta_fast=float(get("beta_fast", 0) or 32),
-            beta_slow=float(get("beta_slow", 0) or 1),
-            mscale=get("mscale"),
-            mscale_all_dim=get("mscale_all_dim"),
+            attention_factor=get_number("attention_factor"),
+            beta_fast=get_number("beta_fast") or 32.0,
+            beta_slow=get_number("beta_slow") or 1.0,
+            mscale=get_number("mscale"),
+            mscale_all_dim=get_number("mscale_all_dim"),
             truncate=flag("truncate", get("truncate", True)),
         )
         if "latent" in fields and scaling.mscale_all_dim:
@@ -388,22 +416,22 @@ def _positions(
         if family.name == "phi3" and original is None:
             original = 4096  # of its configuration class
         trained = _first(original, trained, most)
-        factor = get("factor")
+        factor = get_number("factor")
         factor = float(most / trained if factor is None else factor)
-        magnitude = get("attention_factor")
+        magnitude = get_number("attention_factor")
         if magnitude is None:
             magnitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(trained))
         scaling = LongRopeScaling(
-            short_factor=tuple(map(float, need("short_factor"))),
-            long_factor=tuple(map(float, need("long_factor"))),
+            short_factor=tuple(_number("short_factor", one) for one in need("short_factor")),
+            long_factor=tuple(_number("long_factor", one) for one in need("long_factor")),
             original_max_positions=int(trained),
             attention_factor=float(magnitude),
         )
     elif kind == "llama3":
         scaling = Llama3RopeScaling(
-            factor=float(need("factor")),
-            low_freq_factor=float(need("low_freq_factor")),
-            high_freq_factor=float(need("high_freq_factor")),
+            factor=_number("factor", need("factor")),
+            low_freq_factor=_number("low_freq_factor", need("low_freq_factor")),
+            high_freq_factor=_number("high_freq_factor", need("high_freq_factor")),
             original_max_positions=int(_first(original, trained, most)),
         )
     elif kind != "default":
@@ -567,11 +595,15 @@ def _read_dense(reader: _Reader, family: Family, layers: int) -> list[bool]:
     if family.dense_first is not None:
         first = 0
         if family.dense_first or "first_k_dense_replace" not in family.ignored:
-            first = reader.get("first_k_dense_replace", family.dense_first)
+            name = "first_k_dense_replace"
+            first = _whole(name, reader.get(name, family.dense_first))
         return [index < first for index in range(layers)]
     if family.dense_listed:
-        step = reader.get("decoder_sparse_step", 1)
-        listed = reader.get("mlp_only_layers") or []
+        step = _whole("decoder_sparse_step", reader.get("decoder_sparse_step", 1))
+        listed = reader.get("mlp_only_layers")
+        if not isinstance(listed, list | None):
+            raise _wrong_kind("mlp_only_layers", listed)
+        listed = [_whole("mlp_only_layers", layer) for layer in listed or []]
         return [index in listed or (index + 1) % step != 0 for index in range(layers)]
     return [True] * layers
 

@@ -78,6 +78,8 @@ class Experts:
     def __post_init__(self) -> None:
         for name in ("count", "active", "intermediate_size", "groups", "active_groups"):
             check_size(f"experts {name}", getattr(self, name))
+        if self.shared_size != 0:
+            check_size("experts shared_size", self.shared_size)
         if self.active > self.count:
             raise UsageError(f"active={self.active} experts of count={self.count} cannot be chosen")
         if self.count % self.groups or self.active_groups > self.groups:

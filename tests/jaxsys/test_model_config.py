@@ -178,6 +178,31 @@ def test_a_llama_file_may_name_a_window_that_transformers_ignores():
 
 
 @pytest.mark.parametrize(
+    ("family", "key", "value"),
+    [
+        ("llama", "rms_norm_eps", "1e-5"),
+        ("llama", "rope_theta", True),
+        ("llama", "rope_parameters", {"rope_type": "linear", "factor": "4"}),
+        ("granite", "residual_multiplier", True),
+        ("granite", "logits_scaling", "8"),
+        ("gemma2", "attn_logit_softcapping", True),
+        ("gemma2", "query_pre_attn_scalar", "256"),
+        ("qwen2", "max_window_layers", 1.5),
+        ("qwen3_moe", "decoder_sparse_step", True),
+        ("qwen3_moe", "mlp_only_layers", "0"),
+        ("glm4_moe", "first_k_dense_replace", 1.5),
+        ("deepseek_v3", "routed_scaling_factor", "2.5"),
+    ],
+)
+def test_numbers_are_numbers(family, key, value):
+    """Neither texts nor truth: transformers takes none of them either."""
+    sizes = {"use_sliding_window": True} if family == "qwen2" else {}
+    name = "factor" if key == "rope_parameters" else key
+    with pytest.raises(UsageError, match=f"{name}=.* is of the wrong kind"):
+        DecoderConfig.from_hf({"model_type": family, key: value, **sizes})
+
+
+@pytest.mark.parametrize(
     ("family", "given", "full"),
     [
         ("gemma3_text", {"sliding_window_pattern": 3}, [2, 5]),
