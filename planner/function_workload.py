@@ -72,7 +72,9 @@ def function_workload(
         matrices = matrices_of(leaves, layers)
         split = feature_split(closed, matrices, ways[1], parameters=len(leaves))
         again = feature_split(residuals, matrices, ways[1], parameters=len(leaves), axes=split.axes)
-        cut_share = again.cut_bytes / kept if kept else 1.0
+        # What is cut is of layers: beside them there may be as much, such as an encoder's.
+        of_layers = share * kept
+        cut_share = min(1.0, again.cut_bytes / of_layers) if of_layers else 1.0
         joins = Joins(
             forward_bytes=split.forward_bytes / layers.count,
             forward_times=split.forward_joins / layers.count,

@@ -22,6 +22,7 @@ def ids(*sizes: int) -> jax.ShapeDtypeStruct:
 
 
 def norm(x: jax.Array, gain: jax.Array) -> jax.Array:
+    gain = jnp.expand_dims(gain, range(x.ndim - 1))
     return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6) * gain
 
 

@@ -396,7 +396,7 @@ def test_what_is_promised_is_compiled(case, how):
     assert sent.get("all-reduce", 0) == pytest.approx(promise.summed_bytes, **near)
     assert sent.get("all-gather", 0) == pytest.approx(promise.gathered_bytes, **near)
     # Of like subtrees what is no layer's, such as an encoder, is taken to be split nowhere.
-    more = 0.25 if (case, how) == ("T5", "features") else 0.15
+    more = 0.16 if (case, how) == ("T5", "features") else 0.15
     assert promise.held_bytes == pytest.approx(held, rel=more)
 
 
