@@ -76,7 +76,7 @@ class Server:
     def fetch(self, fetch: Any) -> None:
         raise AssertionError(fetch)
 
-    def ended(self, *told: Any) -> None:
+    def ended(self, iteration: Iteration, outcome: Any, latency_s: float, now_s: float) -> None:
         return
 
     def completed(self, iteration: Iteration, outcome: Any, completion: Any, now_s: float) -> None:
