@@ -51,6 +51,19 @@ def without_axis_types(tree: PyTree) -> PyTree:
     return jax.tree.map(plain, tree)
 
 
+def on_automatic_axes(make: Callable[[Any], Any], tree: PyTree) -> Any:
+    """What is made of arrays, on a mesh of automatic axes if the caller works on explicit ones.
+
+    Not to be called while tracing.
+    """
+    if not _is_typed(jax.sharding.get_abstract_mesh()):
+        return make(tree)
+    mesh = jax.sharding.get_mesh()
+    types = (AxisType.Auto,) * len(mesh.axis_names)
+    with jax.set_mesh(Mesh(mesh.devices, mesh.axis_names, axis_types=types)):
+        return make(without_axis_types(tree))
+
+
 def are_typed(shapes: PyTree) -> bool:
     """Whether some of a function's results, as `jax.eval_shape` has them, lie on explicit axes."""
     shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(shapes))

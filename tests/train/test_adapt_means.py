@@ -1,5 +1,6 @@
 """Means that are followed through a whole model, and custom derivatives that no step can sum up."""
 
+import contextlib
 from typing import Any
 
 import jax
@@ -99,6 +100,15 @@ def pairs_in_a_row(parameters, batch):
     return -jax.nn.log_sigmoid(chosen - other).mean() + 0.1 * jnp.square(scores).mean()
 
 
+def real_and_made_up(parameters, batch):
+    """Two batches in one array, and what each is in a constant beside it."""
+    count = len(batch["inputs"])
+    both = jnp.concatenate([batch["inputs"], batch["targets"]])
+    labels = jnp.concatenate([jnp.ones(count), jnp.zeros(count)])
+    scores = logits_of(parameters, both).mean((1, 2))
+    return optax.sigmoid_binary_cross_entropy(scores, labels).mean()
+
+
 def pairs_side_by_side(parameters, batch):
     """The same, taken apart by an axis of their own."""
     both = jnp.stack([batch["inputs"], batch["targets"]]).reshape(-1, T)
@@ -109,7 +119,16 @@ def pairs_side_by_side(parameters, batch):
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize(
     "loss",
-    [mapped, one_by_one, flattened, with_rows, by_pieces, pairs_in_a_row, pairs_side_by_side],
+    [
+        mapped,
+        one_by_one,
+        flattened,
+        with_rows,
+        by_pieces,
+        pairs_in_a_row,
+        pairs_side_by_side,
+        real_and_made_up,
+    ],
 )
 def test_a_mean_is_found_through_the_whole_model(loss, size):
     rows = data(2, size)
@@ -191,6 +210,12 @@ def pairs_of_neighbours(parameters, batch):
     return jnp.tanh(scores[1:] - scores[:-1]).mean()
 
 
+def marked_by_halves(parameters, batch):
+    count = len(batch["inputs"])
+    marks = jnp.concatenate([jnp.ones(count // 2), jnp.zeros(count - count // 2)])
+    return (each(logits_of(parameters, batch["inputs"]), batch["targets"]).mean(1) * marks).mean()
+
+
 def in_another_order(parameters, batch):
     logits = logits_of(parameters, batch["inputs"])
     rows = jnp.arange(len(logits))
@@ -231,6 +256,7 @@ def by_pieces_squared(parameters, batch):
         contrastive,
         pairs_of_neighbours,
         in_another_order,
+        marked_by_halves,
         by_place,
         running,
         handed_on,
@@ -440,6 +466,31 @@ def test_constraints_by_a_mesh_of_the_models_own_are_left_out():
     found = reference_loss(adapted.model, adapted.parameters, rows)
     wanted = loss(PARAMETERS, example, constrained=False)
     assert float(found) == pytest.approx(float(wanted), rel=2e-6)
+
+
+def test_layers_may_lie_in_unlike_ways_on_explicit_axes():
+    mesh = jax.make_mesh((2,), ("x",))
+    cut, whole = (
+        jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in (["x"], [])
+    )
+    layers = [
+        {"w": jax.device_put(w, where)}
+        for w, where in zip(PARAMETERS["layers"]["w"], (cut, whole), strict=True)
+    ]
+    parameters = {"table": jax.device_put(PARAMETERS["table"], whole), "layers": layers}
+
+    def loss(parameters, batch):
+        x = jnp.asarray(parameters["table"])[batch["inputs"]]
+        for layer in parameters["layers"]:
+            x = x + jnp.tanh(x @ layer["w"])
+        return each(x @ jnp.asarray(parameters["table"]).T, batch["targets"]).mean()
+
+    example = jax.tree.map(lambda leaf: leaf[0], data(1, 2))
+    for current in (contextlib.nullcontext, lambda: jax.set_mesh(mesh)):
+        with current():
+            adapted = from_function(loss, parameters, example, blocks="layers")
+            rebuilt = adapted.rebuild(adapted.parameters)
+        jax.tree.map(np.testing.assert_array_equal, rebuilt, parameters)
 
 
 def test_a_batch_is_like_the_example():

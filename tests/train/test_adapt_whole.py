@@ -217,6 +217,23 @@ ADAPT = [
 ]
 
 
+QUICK = {
+    normalised_inside: 1,
+    at_least_five: 2,
+    nan_mean: 2,
+    weighted: 1,
+    balanced: 2,
+    balanced_by_bincount: 1,
+    mean_of_classes: 2,
+    normalised_advantages: 1,
+    positive_weight: 2,
+    divided_twice: 1,
+    times_a_root: 2,
+    tasks_with_weights_of_their_own: 1,
+}
+"""Losses of the default suite, and samples in a microbatch."""
+
+
 def compared(loss: Any, size: int) -> Any:
     """Loss and gradients by microbatches are the author's of the whole batch."""
     rows = data(size)
@@ -234,8 +251,8 @@ def compared(loss: Any, size: int) -> Any:
 @pytest.mark.parametrize(
     ("loss", "size"),
     [
-        pytest.param(loss, size, marks=() if size == 1 + number % 2 else pytest.mark.slow)
-        for number, loss in enumerate(ADAPT)
+        pytest.param(loss, size, marks=() if QUICK.get(loss) == size else pytest.mark.slow)
+        for loss in ADAPT
         for size in (1, 2, 3)
     ],
 )
@@ -284,7 +301,7 @@ def of_a_logarithm(p, b):
     return e.mean() * jnp.log(len(e) + 1.0)
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize(
     ("loss", "says"),
     [

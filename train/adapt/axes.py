@@ -31,6 +31,8 @@ class Same:
     """All elements are zero."""
     order: int | None = None
     """An axis along which they are 0, 1, 2, ..."""
+    blocks: int = 1
+    """Where they differ along one axis alone: so many equally long parts of it are even."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +91,13 @@ def of_constant(value: Any) -> Same:
             words, np.broadcast_to(words.take([0], axis), shape), equal_nan=words.dtype.kind == "f"
         )
     ]
-    order = None
-    if len(differs) == 1 and words.dtype.kind in "iu":
+    order, blocks = None, 1
+    if len(differs) == 1:
         row = np.moveaxis(words, differs[0], 0).reshape(shape[differs[0]], -1)[:, 0]
-        order = differs[0] if np.array_equal(row, np.arange(len(row))) else None
+        ends = np.flatnonzero(row[1:] != row[:-1]) + 1
+        blocks = len(ends) + 1
+        blocks = blocks if np.array_equal(ends * blocks, np.arange(1, blocks) * len(row)) else 1
+        if words.dtype.kind in "iu" and np.array_equal(row, np.arange(len(row))):
+            order = differs[0]
     zero = words.dtype.kind in "biuf" and not words.any()
-    return Same(frozenset(differs), zero=zero, order=order)
+    return Same(frozenset(differs), zero=zero, order=order, blocks=blocks)

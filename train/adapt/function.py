@@ -40,6 +40,7 @@ from jaxsys.train.adapt.values import (
     StackedLeaf,
     Value,
 )
+from jaxsys.train.own_mesh import on_automatic_axes, without_axis_types
 
 Loss = Callable[[Any, PyTree], Any]
 """(the model's output, microbatch) -> (summed loss, weight), scalars, or what else `LossFunction`
@@ -494,13 +495,18 @@ class _Adapter:
                 if mine == number
             ]
             stacks[kind] = nested(
-                {name: jnp.stack([member[name] for member in members]) for name in members[0]}
+                {name: _stacked([member[name] for member in members]) for name in members[0]}
             )
         blocks = stacks[ALIKE] if len(self.kinds) == 1 else stacks
         return {"edge": nested(edge), "blocks": blocks}
 
     def _rebuilt(self, parameters: Parameters) -> PyTree:
         """Parameters of the layered model as the user's own tree."""
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(parameters)):
+            return self._in_own_tree(parameters)
+        return on_automatic_axes(self._in_own_tree, parameters)
+
+    def _in_own_tree(self, parameters: Parameters) -> PyTree:
         # Not by way of the tree: it may hold a None of the user's own.
         leaves = self._user_leaves(parameters, jnp.stack)
         leaves = [
@@ -547,6 +553,13 @@ class _Adapter:
                     (kind,) = {places_of[layer][0] for layer in mine}
                     leaves.append(leaf_of(stacks[kind], place.names))
         return leaves
+
+
+def _stacked(layers: list[Any]) -> Any:
+    """Layers of one leaf in one array; explicit axes do not mix such as lie in unlike ways."""
+    if len({getattr(layer, "sharding", None) for layer in layers}) == 1:
+        return jnp.stack(layers)
+    return on_automatic_axes(jnp.stack, without_axis_types(layers))
 
 
 def _without_totals(microbatch: PyTree) -> tuple[PyTree, list[Any] | None]:

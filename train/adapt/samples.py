@@ -293,7 +293,14 @@ class Followed:
             return Along(axis, output[axis] // rows, group)
         if copies == group == 1:
             return self._followed(name, parameters, states, shapes, output)
-        bare = [Along(s.axis) if isinstance(s, Along) else s for s in states]
+        bare = [
+            Along(s.axis)
+            if isinstance(s, Along)
+            else dataclasses.replace(s, uneven=s.uneven - {axis})
+            if name in EACH and s.blocks == copies > 1 and len(shapes[n]) > axis
+            else s
+            for n, s in enumerate(states)
+        ]
         found = self._followed(name, parameters, bare, shapes, output)
         return Along(found.axis, copies, group) if isinstance(found, Along) else found
 
