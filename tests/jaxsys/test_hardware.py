@@ -47,7 +47,6 @@ def test_every_link_figure_has_a_source(name: str) -> None:
     spec = link(name)
     switched = {"switched_bytes_per_s"} if spec.switched_bytes_per_s else set()
     switched |= {"switch_s"} if spec.switch_s is not None else set()
-    switched |= {"switch_s"} if spec.switch_s is not None else set()
     assert set(spec.sources) == {"bytes_per_s", "latency_s", "contention"} | switched
     assert spec.of_group(2) == spec.link
     assert spec.of_group(8).bytes_per_s == (spec.switched_bytes_per_s or spec.bytes_per_s)
