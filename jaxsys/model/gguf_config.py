@@ -16,6 +16,7 @@ from jaxsys.errors import UsageError
 from jaxsys.model.config import DecoderConfig
 from jaxsys.model.hf_config import refuse_many_layers
 from jaxsys.model.rope import LinearRopeScaling
+from jaxsys.model.rows import Rows
 
 
 class Source(Protocol):
@@ -38,7 +39,7 @@ class Source(Protocol):
         """A tensor's, slowest axis first; None where there is none."""
         ...
 
-    def values(self, tensor: str) -> np.ndarray:
+    def values(self, tensor: str) -> Rows:
         """A tensor's, dequantised."""
         ...
 
@@ -83,6 +84,12 @@ More = Callable[[_Metadata, Keys], None]
 def shortest(value: float) -> float:
     """The shortest number that is the same float32: 1e-05 comes back as 9.999999747378752e-06."""
     return float(str(np.float32(value)))
+
+
+def _factors(source: Source, tensor: str) -> list[float]:
+    """Those of rotary frequencies, which lie in a tensor."""
+    rows = source.values(tensor)
+    return list(map(shortest, rows.read(0, rows.shape[0])))
 
 
 def _plain(name: str) -> More:
@@ -481,8 +488,8 @@ def _rope(metadata: _Metadata, keys: Keys) -> Keys:
         keys["original_max_position_embeddings"] = trained or keys["max_position_embeddings"]
         return rope | {
             "rope_type": "longrope",
-            "short_factor": list(map(shortest, source.values("rope_factors_short.weight"))),
-            "long_factor": list(map(shortest, source.values("rope_factors_long.weight"))),
+            "short_factor": _factors(source, "rope_factors_short.weight"),
+            "long_factor": _factors(source, "rope_factors_long.weight"),
             "attention_factor": attention,
         }
     if kind == "yarn":

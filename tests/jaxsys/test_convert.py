@@ -66,8 +66,8 @@ def packed_folder(settings, folder, exponents=(118, 124), codes=(0, 256)):
     for name in [name for name, value in tensors.items() if value.ndim == 3]:
         experts, inputs, outputs = tensors.pop(name).shape
         size = (experts, outputs, inputs // 32)
-        tensors[f"{name}_blocks"] = rng.integers(*codes, (*size, 16), np.uint8)
-        tensors[f"{name}_scales"] = rng.integers(*exponents, size, np.uint8)
+        tensors[f"{name}_blocks"] = rng.integers(codes[0], codes[1], (*size, 16), np.uint8)
+        tensors[f"{name}_scales"] = rng.integers(exponents[0], exponents[1], size, np.uint8)
     safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
     source = folder / "config.json"
     written = json.loads(source.read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}

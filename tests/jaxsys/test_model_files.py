@@ -775,6 +775,31 @@ def test_gguf_of_families(tmp_path, family):
         np.testing.assert_allclose(got, wanted, atol=1e-6)  # one added to norms and taken off
 
 
+def test_gguf_of_long_rope(tmp_path):
+    """Phi-3 of 128k tokens: factors of both lengths lie in tensors."""
+    stored = json.loads((Path(__file__).parent / "data/families.json").read_text())["families"]
+    settings = stored["phi3"]["config"] | {"sliding_window": None, "vocab_size": 264}
+    half = DecoderConfig.from_hf(settings).head_dim // 2
+    factors = {
+        f"{length}_factor": [start + 0.25 * i for i in range(half)]
+        for length, start in (("short", 1.0), ("long", 2.0))
+    }
+    scaling = factors | {"rope_type": "longrope", "attention_factor": 1.19}
+    settings |= {"rope_parameters": None, "original_max_position_embeddings": 32}
+    config = DecoderConfig.from_hf(settings | {"rope_scaling": scaling})
+    more = (
+        lambda w: w.add_rope_scaling_attn_factors(1.19),
+        lambda w: w.add_rope_scaling_orig_ctx_len(32),
+    )
+    extra = {
+        f"rope_factors_{length}.weight": np.array(factors[f"{length}_factor"], np.float32)
+        for length in ("short", "long")
+    }
+    given = {"architecture": "phi3", "more": more, "extra": extra}
+    path = write_gguf(tmp_path / "m.gguf", config, family_weights(config), **given)
+    assert load(path).config == config
+
+
 def family_weights(config):
     """Any numbers; drawing them as a model's first ones would compile for seconds."""
     return jax.tree.map(

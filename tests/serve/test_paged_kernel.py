@@ -96,7 +96,7 @@ def test_the_kernel_lowers_for_a_gpu(width, values, form, rule, programs):
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
     q, pages = of((2, 3, 2, 5, width), "bfloat16"), of((9, 64, 2, width), form)
-    given = {"sinks": of((2, 5), "bfloat16")}
+    given: dict[str, Any] = {"sinks": of((2, 5), "bfloat16")}
     if form != "bfloat16":
         given["scales"] = (of((9, 64, 2), "float32"),) * 2
     as_pages: Any = pages

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.core import ShapedArray
+from jax.core import ShapedArray, Tracer
 
 from jaxsys.errors import UsageError
 from jaxsys.layered import ALIKE, TOTALS, LayeredModel, Parameters, PyTree
@@ -502,7 +502,7 @@ class _Adapter:
 
     def _rebuilt(self, parameters: Parameters) -> PyTree:
         """Parameters of the layered model as the user's own tree."""
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(parameters)):
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(parameters)):
             return self._in_own_tree(parameters)
         return on_automatic_axes(self._in_own_tree, parameters)
 
