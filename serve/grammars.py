@@ -84,7 +84,8 @@ def of_json_schema(
     """The grammar of JSON texts that a schema admits, properties in its order.
 
     Args:
-        whitespace: regular expression of what may stand between parts.
+        whitespace: regular expression of what may stand between parts, "" if nothing; `WHITESPACE`
+            if not given.
         compact: whether nothing may.
 
     Raises:
@@ -95,10 +96,10 @@ def of_json_schema(
     check_schema(schema)
     # A schema could ask llguidance itself to be lenient: these are read last.
     options: Any = {"lenient": False, "coerce_one_of": False}
-    if compact:
+    if compact or whitespace == "":
         options["whitespace_flexible"] = False
     else:
-        options["whitespace_pattern"] = whitespace or WHITESPACE
+        options["whitespace_pattern"] = WHITESPACE if whitespace is None else whitespace
     try:
         return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
     except ValueError as error:  # nested too deep for it, or half of a surrogate pair

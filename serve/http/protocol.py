@@ -234,6 +234,8 @@ class _Sampled(pydantic.BaseModel):
         for name, value in extra.items():
             if name in DESCRIBE_THE_CALLER:
                 continue
+            if name in structured.OPTIONS and value not in (None, False):
+                raise UsageError(f"{name} is an option of structured_outputs; write it there")
             known = name in UNIMPLEMENTED or name.startswith(UNIMPLEMENTED_KINDS)
             constrains = name.startswith(("guided_", "structured_"))  # {} is still "any JSON"
             if not known or value is None or (not constrains and value in ("", [], {})):
@@ -245,7 +247,7 @@ class _Sampled(pydantic.BaseModel):
                 raise UsageError(f"{name[:60]} is not implemented; leave it out")
         ignored = sorted(
             name
-            for name in set(extra) - DESCRIBE_THE_CALLER - {*UNIMPLEMENTED}
+            for name in set(extra) - DESCRIBE_THE_CALLER - {*UNIMPLEMENTED, *structured.OPTIONS}
             if not name.startswith(UNIMPLEMENTED_KINDS)
         )
         for name in ignored:

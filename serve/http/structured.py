@@ -23,6 +23,7 @@ GUIDED = {
 FIELDS = frozenset({"response_format", "structured_outputs", *GUIDED})
 KINDS = ("json", "json_object", "regex", "choice", "grammar")
 OPTIONS = ("whitespace_pattern", "disable_any_whitespace", "disable_additional_properties")
+"""What `structured_outputs` says of them, and no field of a body."""
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
 
@@ -113,6 +114,9 @@ def _of_json(schema: Any, options: Mapping[str, Any]) -> str:
     pattern = options.get("whitespace_pattern")
     if pattern is not None and not isinstance(pattern, str):
         raise UsageError("whitespace_pattern must be a text")
+    for name in OPTIONS[1:]:
+        if not isinstance(options.get(name, False), bool):
+            raise UsageError(f"{name} must be true or false")
     if options.get("disable_additional_properties"):
         schema = closed(schema)
     return grammars.of_json_schema(

@@ -117,6 +117,20 @@ def test_a_schema_holds_in_a_mixed_batch_and_leaves_free_requests_as_they_are(se
             },
             r"\[1,1\]",
         ),
+        (
+            {"guided_json": {"const": {"a": [1, 2]}}, "guided_whitespace_pattern": ""},
+            r'\{"a":\[1,2\]\}',
+        ),
+        (
+            {
+                "structured_outputs": {
+                    "json": {"const": [1, 2]},
+                    "whitespace_pattern": "",
+                    "disable_any_whitespace": False,
+                }
+            },
+            r"\[1,2\]",
+        ),
     ],
 )
 def test_forms(servers, fields, pattern):
@@ -154,6 +168,9 @@ def test_a_completion_streams_its_last_token_too(servers):
         ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "exclude"),
         ({"guided_regex": "a", "min_tokens": 2}, "min_tokens"),
         ({"guided_whitespace_pattern": " "}, "whitespace_pattern"),
+        ({"guided_json": {}, "disable_any_whitespace": True}, "option of structured_outputs"),
+        ({"guided_json": {}, "whitespace_pattern": ""}, "option of structured_outputs"),
+        ({"structured_outputs": {"json": {}, "disable_any_whitespace": "no"}}, "true or false"),
         ({"structured_outputs": {"structural_tag": "x"}}, "structural_tag"),
         ({"structured_outputs": []}, "structured_outputs"),
         ({"response_format": {"type": "xml"}}, "json_schema"),
