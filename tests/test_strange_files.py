@@ -183,7 +183,7 @@ def schedule(folder: Path) -> Path:
 
 
 def read_schedule(path: Path) -> None:
-    devices_of(path, {})
+    devices_of(path)
     text = path.read_bytes().decode("utf-8", "replace")
     found = Schedule.from_json(text)
     assert found.ticks == len(found.tasks_by_tick) == len(found.moves_by_start)

@@ -217,10 +217,7 @@ def main(argv: list[str], prog: str) -> int:
         process=arguments.process,
     )
     if arguments.devices is None and arguments.schedule is not None:
-        arguments.devices = plan_file.devices_of(
-            arguments.schedule,
-            {name: getattr(arguments, axis.asked) for name, axis in AROUND.items()},
-        )
+        arguments.devices = plan_file.devices_of(arguments.schedule)
     join(hosts, devices=arguments.devices)
     watched = contextlib.nullcontext()
     if hosts.many:  # from here on: making parameters waits for peers, and compiling takes long

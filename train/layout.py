@@ -128,8 +128,10 @@ def lay_out(config: DecoderConfig, devices: list[Any], asked: AskedLayout) -> La
         reason = "; ".join(differs) or None
     elif schedule is not None and schedule not in (*STRATEGIES, schedules.AUTO):
         read = schedules.read_schedule(schedule)
-        split = agreed_split(split, read, name=read.name)
-        around = {name: schedules.agreed(around[name], AROUND[name], read) for name in around}
+        split = agreed_split(split, read, name=read.name, whole=f"the schedule {schedule}")
+        around = {
+            name: schedules.agreed(around[name], AROUND[name], read, free=False) for name in around
+        }
         of_ring = read.devices
     dtype, gradient_dtype = dtype or DTYPE, gradient_dtype or DTYPE
     size = MICROBATCH_SIZE if microbatch_size is None else microbatch_size

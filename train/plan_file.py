@@ -1,12 +1,11 @@
 """Runs a plan that `jaxsys plan` wrote: what of it is a schedule, and what stands around it."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxsys.axes import AROUND
+from jaxsys.axes import parts_around
 from jaxsys.errors import UsageError
 from jaxsys.fields import read_fields
 from jaxsys.files import read_json, read_text
@@ -58,19 +57,13 @@ def is_plan_file(path: str | Path) -> bool:
     return isinstance(value, dict) and value.get("format") == FORMAT
 
 
-def devices_of(path: str | Path, around: Mapping[str, int | None]) -> int | None:
-    """How many devices the plan or schedule in a file is for; None if the file holds neither.
-
-    Args:
-        path: the file.
-        around: mesh axis -> devices along it, where they are asked for; else as a schedule says.
-    """
+def devices_of(path: str | Path) -> int | None:
+    """How many devices the plan or schedule in a file is for; None if the file holds neither."""
     if is_plan_file(path):
         return load_plan(path).devices
     try:
         schedule = Schedule.from_json(read_text(path))
-        parts = (around.get(name) or getattr(schedule, axis.name) for name, axis in AROUND.items())
-        return schedule.devices * math.prod(parts)
+        return schedule.devices * math.prod(parts_around(schedule).values())
     except ValueError:
         return None
 

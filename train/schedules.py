@@ -82,7 +82,9 @@ def choose(asked: Asked, *, layers: int) -> Chosen:
     elif not isinstance(read, Schedule) and read not in STRATEGIES:
         read = read_schedule(read)
     if isinstance(read, Schedule):
-        asked = replace(asked, split=agreed_split(asked.split, read, name=read.name))
+        whole = None if _open(asked.schedule) else f"schedule {read.name}"
+        split = agreed_split(asked.split, read, name=read.name, whole=whole)
+        asked = replace(asked, split=split)
     if isinstance(asked.schedule, Schedule) and (refused := why_not_lowered(asked.schedule)):
         raise UsageError(refused)
     if planned is not None:
@@ -176,7 +178,11 @@ def _planned(schedule: Any, layers: int) -> PlannedRun | None:
 def _mesh(asked: Asked, schedule: Schedule | None) -> Mesh:
     """The mesh given, or one as asked; refused where it is not as the schedule says."""
     mesh, devices = asked.mesh, asked.devices
-    wanted = {name: agreed(asked.around.get(name), axis, schedule) for name, axis in AROUND.items()}
+    free = _open(asked.schedule)
+    wanted = {
+        name: agreed(asked.around.get(name), axis, schedule, free=free)
+        for name, axis in AROUND.items()
+    }
     around = math.prod(wanted.values())
     if mesh is None:
         if schedule is not None:
@@ -194,7 +200,8 @@ def _mesh(asked: Asked, schedule: Schedule | None) -> Mesh:
         raise UsageError(f"devices={devices} but the mesh's ring has {mesh.shape[RING]}")
     for axis, count in wanted.items():
         have = mesh.shape.get(axis, 1)
-        if count > 1 and have != count:
+        said = count > 1 or (schedule is not None and not free)
+        if said and have != count:
             if AROUND[axis].copies and schedule is not None:
                 raise UsageError(
                     f"the mesh has {have} rings, but schedule {schedule.name} is planned for "
@@ -217,14 +224,29 @@ def _said(ring: int, wanted: Mapping[str, int]) -> str:
     return f"{parts}, each of {each}" if each > 1 else parts
 
 
-def agreed(count: int | None, axis: Axis, schedule: Schedule | None) -> int:
-    """How many are asked for, which what a schedule says may not contradict."""
+def _open(schedule: Any) -> bool:
+    """Whether more may stand around what is given than it says: it is a name or a `Schedule`, of
+    one ring. A file or a plan says how many devices there are in all."""
+    return isinstance(schedule, Schedule) or (
+        isinstance(schedule, str) and schedule in (*STRATEGIES, AUTO)
+    )
+
+
+def agreed(count: int | None, axis: Axis, schedule: Schedule | None, *, free: bool) -> int:
+    """How many are asked for, which what a schedule says may not contradict.
+
+    Args:
+        count: what is asked for.
+        axis: along what.
+        schedule: what says so too, if anything does.
+        free: whether it leaves those open that it does not split.
+    """
     says = getattr(schedule, axis.name, 1)
     if count is None:
         return says
     if not isinstance(count, int) or count < 1:
         raise UsageError(f"{axis.asked}={count!r} must be a whole number of at least 1")
-    if schedule is not None and says not in (1, count):
+    if schedule is not None and says != count and not (free and says == 1):
         raise UsageError(
             f"{axis.asked}={count}, but schedule {schedule.name} is planned for {says}; leave it "
             "out, or plan again"

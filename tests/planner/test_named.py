@@ -320,7 +320,7 @@ def test_a_plan_that_no_schedule_runs_is_passed_over():
             2,
             "'nofolder': there is no such folder, file or preset; presets:",
         ),
-        (["--model", "llama-9"], 2, "presets: Llama-2-7b"),
+        (["--model", "llama-9"], 2, "did you mean 'Llama-2-7b'"),
         (["--model", ""], 2, "model is empty; name a preset"),
         (
             ["--model", "./no/folder"],
@@ -438,7 +438,7 @@ def test_a_winner_with_replicas_is_a_schedule_that_trains(tmp_path, capsys):
     words = line.split("`jaxsys train ")[1].rstrip("`").split()
     asked = train_parser("jaxsys train").parse_args(words)
     written = Schedule.from_json(schedule.read_text())
-    assert written.replicas > 1 and devices_of(asked.schedule, {}) == 8
+    assert written.replicas > 1 and devices_of(asked.schedule) == 8
     wanted = AskedLayout(
         schedule=asked.schedule, microbatch_size=asked.microbatch_size,
         sequence_length=asked.sequence_length, dtype=asked.compute_dtype,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxsys import hardware, strategies
-from jaxsys.axes import DATA, MEMBER, TENSOR
+from jaxsys.axes import DATA, MEMBER
 from jaxsys.context import ContextSplit
 from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel
@@ -238,7 +238,7 @@ def test_a_schedules_file_says_what_stands_around_it(tmp_path):
     path = tmp_path / "schedule.json"
     made = strategies.build("dp", devices=2, microbatches=4)
     path.write_text(replace(made, replicas=2, features=2).to_json())
-    assert plan_file.devices_of(path, {}) == 8 == plan_file.devices_of(path, {TENSOR: 2})
+    assert plan_file.devices_of(path) == 8
     asked = AskedLayout(schedule=str(path))
     found = lay_out(preset("tiny"), jax.devices()[:8], asked)
     assert dict(found.mesh.shape) == {"data": 2, "ring": 2, "tensor": 2}
@@ -246,11 +246,11 @@ def test_a_schedules_file_says_what_stands_around_it(tmp_path):
 
 
 def test_a_file_says_how_many_devices_it_is_for(tmp_path):
-    assert plan_file.devices_of(plan_path(tmp_path, shard=2, replicas=4), {}) == 8
+    assert plan_file.devices_of(plan_path(tmp_path, shard=2, replicas=4)) == 8
     path = tmp_path / "schedule.json"
     path.write_text(strategies.build("1f1b", devices=2, microbatches=4).to_json())
-    assert plan_file.devices_of(path, {TENSOR: 2}) == 4
-    assert plan_file.devices_of("weipipe-interleave", {}) is None
+    assert plan_file.devices_of(path) == 2
+    assert plan_file.devices_of("weipipe-interleave") is None
     with pytest.raises(UsageError, match="is not a plan file but a schedule"):
         plan_file.load_plan(path)
     path.write_text(json.dumps({"format": "jaxsys-comparison", "rows": []}))
@@ -322,8 +322,10 @@ def test_a_schedule_file_that_does_not_fit(tmp_path):
     one = strategies.build("weipipe-interleave", devices=2, microbatches=4)
     path.write_text(replace(one, replicas=2).to_json())
     assert dict(lay_out_plan(path).mesh.shape)[DATA] == 2
+    eight = tmp_path / "eight.json"
+    eight.write_text(replace(one, replicas=4).to_json())
     with pytest.raises(UsageError, match="devices=4, but schedule .* is for 8; use devices=8"):
-        lay_out_plan(path, tensor=2)
+        lay_out_plan(eight)
     with pytest.raises(UsageError, match="replicas=1, but schedule .* planned for 2; leave it out"):
         lay_out_plan(path, replicas=1)
 

@@ -30,7 +30,7 @@ from jaxsys.train import Trainer
 from jaxsys.train.checkpoint import CheckpointStore
 from jaxsys.train.layout import AskedLayout, lay_out
 from jaxsys.train.plan_file import devices_of as plan_devices
-from jaxsys.train.schedules import read_schedule
+from jaxsys.train.schedules import read_schedule, taken_from
 
 CLUSTER = planner.Cluster(device=device("cpu"), devices=4, link=link("host-memory"))
 SHAPE = (2, 6)
@@ -281,10 +281,55 @@ def test_what_a_schedules_file_says_of_an_axis_is_laid_out_again(axis, tmp_path)
     file = tmp_path / "schedule.json"
     file.write_text(made.to_json())
     assert Schedule.from_json(file.read_text()) == made
-    assert plan_devices(file, {}) == plan.devices
+    assert plan_devices(file) == plan.devices
     asked = AskedLayout(schedule=str(file), microbatch_size=1, sequence_length=32)
     layout = lay_out(config, jax.devices()[: plan.devices], asked)
     assert layout.schedule == made
     assert layout.mesh.shape[AXES[axis].mesh] == getattr(plan, axis)
     assert layout.rows * layout.microbatch_size == 16
     assert layout.split == plan.split
+
+
+@pytest.mark.parametrize("axis", AROUND.values(), ids=lambda axis: axis.asked)
+@pytest.mark.parametrize("says", [1, 4])
+def test_what_is_asked_of_an_axis_beside_a_file_that_says_otherwise_is_refused(
+    axis, says, small_model, small_parameters, tmp_path
+):
+    """Also where the file's number is the usual one."""
+    around = {axis.name: says}
+    made = replace(for_layers("zero-3", devices=2, layers=4, microbatches=4), **around)
+    file = tmp_path / "schedule.json"
+    file.write_text(made.to_json())
+    # A place of a ring is shared by members in rings alone, and zero-3 is none.
+    plan = plan_of("weipipe-keep" if axis.name == "members" else "zero-3", **around)
+    value = {
+        "format": "jaxsys-plan-file",
+        "version": 1,
+        "for": {"layers": 4, "devices": plan.devices, "batch": 16},
+        "plan": plan.to_json(),
+    }
+    planned = tmp_path / "plan.json"
+    planned.write_text(json.dumps(value))
+    assert why_not(plan) is None
+    config = replace(preset("tiny"), num_layers=4)
+    asked, split = taken_from({axis.asked: 2})
+    for path in (file, planned):
+        with pytest.raises(UsageError, match=f"{axis.asked}=2.* is .*for .*; leave it out"):
+            lay_out(
+                config, jax.devices(), AskedLayout(schedule=str(path), around=asked, split=split)
+            )
+        with pytest.raises(UsageError, match=f"{axis.asked}=2.* is .*for .*; leave it out"):
+            trainer_of(small_model, small_parameters, schedule=path, **{axis.asked: 2})
+
+
+def test_a_mesh_that_splits_more_than_a_file_says_is_refused(
+    small_model, small_parameters, tmp_path
+):
+    file = tmp_path / "schedule.json"
+    file.write_text(for_layers("dp", devices=2, layers=4, microbatches=4).to_json())
+    mesh = make_mesh(2, 2, devices=jax.devices()[:4])
+    with pytest.raises(UsageError, match="the mesh has 2 rings, but schedule dp is planned for 1"):
+        trainer_of(small_model, small_parameters, schedule=file, mesh=mesh)
+    # What is no file says nothing of rings beside its own.
+    made = read_schedule(file)
+    assert trainer_of(small_model, small_parameters, schedule=made, mesh=mesh).rows == 8
