@@ -470,8 +470,8 @@ def parser(prog: str) -> argparse.ArgumentParser:
     add = synthetic.add_argument
     add("--prompt-mean", type=float, help="tokens (default 250)")
     add("--output-mean", type=float, help="tokens (default 215)")
-    add("--cv", type=float, default=1.0, help="burstiness; 1, the default, is Poisson")
-    add("--seed", type=whole(0), default=0, help="default 0")
+    add("--cv", type=float, help="burstiness; 1, the default, is Poisson")
+    add("--seed", type=whole(0), help="default 0")
     agents = result.add_argument_group("sessions of agents, without --trace")
     agents.add_argument(
         "--agents",
@@ -481,20 +481,47 @@ def parser(prog: str) -> argparse.ArgumentParser:
         "--rate is of turns (default: a third of what the instances carry), --prompt-mean 140000 "
         "and --output-mean 440 unless given",
     )
-    agents.add_argument("--turns", type=whole(most=10_000), default=40, help="default 40")
+    agents.add_argument("--turns", type=whole(most=10_000), help="default 40")
     agents.add_argument(
-        "--known-share",
-        type=float,
-        default=0.96,
-        help="of a prompt, from the turn before (default %(default)s)",
+        "--known-share", type=float, help="of a prompt, from the turn before (default 0.96)"
     )
     agents.add_argument(
-        "--common-tokens",
-        type=whole(0),
-        default=16_000,
-        help="that all sessions begin with (default %(default)s)",
+        "--common-tokens", type=whole(0), help="that all sessions begin with (default 16000)"
     )
     return result
+
+
+OF_AGENTS = {"turns": 40, "known_share": 0.96, "common_tokens": 16_000}
+"""Option -> its value where it is not given, of those that sessions of agents alone have."""
+GENERATED = {"agents": None, "prompt_mean": None, "output_mean": None, "cv": 1.0, "seed": 0}
+"""Likewise of all traffic that is made and not read."""
+
+
+def _settle(arguments: argparse.Namespace) -> None:
+    """Fills in what is not given of traffic that is made.
+
+    Raises:
+        UsageError: if an option is given that says nothing of what is replayed.
+    """
+    for name, usual in (GENERATED | OF_AGENTS).items():
+        value = getattr(arguments, name)
+        if value is None:
+            setattr(arguments, name, usual)
+        elif arguments.trace is not None:
+            raise UsageError(
+                f"{name}={value} is of traffic that is made, and --trace {arguments.trace} is "
+                "replayed as it is; leave one of them out"
+            )
+        elif name in OF_AGENTS and arguments.agents is None:
+            raise UsageError(
+                f"{name}={value} is of sessions of agents; say how many with --agents, or leave "
+                "it out"
+            )
+        elif name == "cv" and arguments.agents is not None:
+            raise UsageError(
+                f"cv={value:g} is of requests that know nothing of each other, not of --agents; "
+                "leave one of them out"
+            )
 
 
 def main(argv: Sequence[str], prog: str) -> int:
@@ -512,6 +539,7 @@ def main(argv: Sequence[str], prog: str) -> int:
         raise UsageError(f"--out {arguments.out} is a file; name a folder")
     if arguments.out is not None:
         check_writable(arguments.out)
+    _settle(arguments)
     prefill, decode = parse_instances(arguments.instances)
     slo = Slo(ttft_s=arguments.ttft_ms / 1e3, itl_s=arguments.itl_ms / 1e3)
     chosen = setting(

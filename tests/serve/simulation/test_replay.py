@@ -196,6 +196,16 @@ def test_requests_that_fit_no_instance_are_counted(tmp_path, capsys):
         (["--duration", "0.01"], "no request arrives in --duration 0.01 at --rate 10: the first"),
         (["--rate", "1000000", "--duration", "1"], "1,000,000 requests are too many"),
         (["--out", __file__], "is a file; name a folder"),
+        (["--trace", "ok.csv", "--prompt-mean", "9"], "--prompt-mean 9.0 is of traffic that is"),
+        (["--trace", "ok.csv", "--output-mean", "9"], "--output-mean 9.0 is of traffic that is"),
+        (["--trace", "ok.csv", "--cv", "1"], "--cv 1.0 is of traffic that is made, and --trace"),
+        (["--trace", "ok.csv", "--seed", "0"], "--seed 0 is of traffic that is made"),
+        (["--trace", "ok.csv", "--agents", "2"], "--agents 2 is of traffic that is made"),
+        (["--trace", "ok.csv", "--turns", "2"], "--turns 2 is of traffic that is made"),
+        (["--turns", "40"], "--turns 40 is of sessions of agents; say how many with --agents"),
+        (["--known-share", "0.5"], "--known-share 0.5 is of sessions of agents"),
+        (["--common-tokens", "0"], "--common-tokens 0 is of sessions of agents"),
+        (["--agents", "2", "--cv", "3"], "--cv 3 is of requests that know nothing of each other"),
     ],
 )
 def test_wrong_requests_exit_2_with_one_line(arguments, message, capsys):
