@@ -165,6 +165,8 @@ class _Reader:
             return found
         try:
             return key.read(found)
+        except UsageError:  # it says more
+            raise
         except (TypeError, ValueError, ArithmeticError):
             raise _wrong_kind(given[0] if given else key.name, found) from None
 
