@@ -165,4 +165,7 @@ def test_a_cluster_that_is_not_there_is_named(spec, capsys):
     assert main([*given, "--cluster", "127.0.0.1:1"]) == 1
     assert "no Ray cluster answers at 127.0.0.1:1" in capsys.readouterr().err
     assert main([*given, "--cluster", "nowhere"]) == 2
-    assert "--cluster nowhere is neither local nor auto, nor an address such as" in capsys.readouterr().err
+    assert (
+        "--cluster nowhere is neither local nor auto, nor an address such as"
+        in capsys.readouterr().err
+    )
