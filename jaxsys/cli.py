@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from jaxsys import __version__
 from jaxsys.errors import RunError, UsageError, did_you_mean
 from jaxsys.interrupt import Interruptible
-from jaxsys.options import in_options
+from jaxsys.options import said_of
 
 SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("jaxsys.planner.cli", "compare parallel plans for a model on a cluster"),
@@ -88,7 +88,7 @@ def _run(arguments: list[str]) -> int:
         if debug:
             raise
         parser = getattr(module, "parser", None)
-        text = str(error) if parser is None else in_options(str(error), parser(prog))
+        text = str(error) if parser is None else said_of(error, parser(prog))
         print(f"{prog}: {text}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except BrokenPipeError:  # the reader of a pipe left; nothing is wrong with us

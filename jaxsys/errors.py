@@ -12,6 +12,10 @@ class UsageError(ValueError):
     """The request cannot be met as asked: says the value, the rule and the way out."""
 
 
+class FileError(UsageError):
+    """What a file holds is wrong: names are the file's own, not those of options."""
+
+
 class RunError(RuntimeError):
     """A run that began could not go on: says what stopped it and what is left behind."""
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from jaxsys.errors import UsageError, did_you_mean
+from jaxsys.errors import FileError, UsageError, did_you_mean
 from jaxsys.files import MOST_BYTES, MOST_DIGITS, read_json, shown
 
 LARGEST = 2**53
@@ -90,7 +90,7 @@ class Fields:
 
     def fault(self, text: str) -> UsageError:
         """An error with the file's name before it and the way out behind it."""
-        return UsageError(
+        return FileError(
             (f"{self.name}: " if self.name else "") + text + (f"; {self.hint}" if self.hint else "")
         )
 

@@ -56,6 +56,19 @@ def check_writable(folder: Path) -> None:
         raise UsageError(f"nothing can be written in {folder}: {there}: {error.strerror}") from None
 
 
+POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raises UsageError for a file that Git LFS left its pointer of."""
+    with open(path, "rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise UsageError(
+                f"{path} is a Git LFS pointer, not the file itself; fetch it with `git lfs pull` "
+                "in its folder"
+            )
+
+
 def shown(value: Any) -> str:
     """A value as an error says it: on one line, and short however large it is."""
     return _SHORT.repr(value)

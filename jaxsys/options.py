@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from jaxsys.errors import UsageError, did_you_mean
+from jaxsys.errors import FileError, UsageError, did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
@@ -64,6 +64,20 @@ def whole(least: int = 1, most: int | None = None) -> Callable[[str], int]:
         return value
 
     return convert
+
+
+def said_of(error: Exception, parser: argparse.ArgumentParser) -> str:
+    """An error's message as `in_options`, but for what it says of a file's fields."""
+    message = str(error)
+    cause: BaseException | None = error
+    seen: set[int] = set()
+    while cause is not None and id(cause) not in seen:
+        if isinstance(cause, FileError) and str(cause) in message:
+            before, of_file, after = message.partition(str(cause))
+            return in_options(before, parser) + of_file + in_options(after, parser)
+        seen.add(id(cause))
+        cause = cause.__cause__ or cause.__context__
+    return in_options(message, parser)
 
 
 def in_options(message: str, parser: argparse.ArgumentParser) -> str:

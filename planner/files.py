@@ -7,7 +7,7 @@ from typing import Any
 
 import jaxsys
 from jaxsys.axes import AROUND, AXES, BATCH
-from jaxsys.errors import UsageError
+from jaxsys.errors import FileError, UsageError
 from jaxsys.fields import Fields
 from jaxsys.files import read_json, shown
 from jaxsys.hardware import GIB
@@ -120,14 +120,14 @@ def _check_sizes(path: str | Path, plan: Plan, made_for: Fields) -> None:
     batch = made_for.integer("batch", least=1)
     if plan.devices != devices:
         product = " x ".join(f"{name} {getattr(plan, name)}" for name in AXES)
-        raise UsageError(
+        raise FileError(
             f"plan {path}: {product} is {plan.devices} devices, but its field 'for.devices' is "
             f"{devices}; make the plan again"
         )
     cuts = (*(AROUND[name].name for name in BATCH), "shard", "microbatch_size")
     unit = math.prod(getattr(plan, name) for name in cuts)
     if batch % unit:
-        raise UsageError(
+        raise FileError(
             f"plan {path}: {' x '.join(f'{name} {getattr(plan, name)}' for name in cuts)} "
             f"does not divide its field 'for.batch', "
             f"{batch}; make the plan again"

@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import jaxsys
 from jaxsys.axes import AROUND, RING
 from jaxsys.errors import RunError, UsageError
+from jaxsys.files import shown
 from jaxsys.hardware import GIB
 from jaxsys.layered import LayeredModel, Parameters, PyTree, part_shapes, parts_of
 from jaxsys.lowering import RECOMPUTE_POLICIES, Recompute, lower
@@ -113,6 +114,11 @@ class Trainer:
             raise UsageError(
                 f"the model is a {type(model).__name__}; take it apart first: from_nnx, from_linen "
                 "or from_function of jaxsys.train give model and parameters"
+            )
+        if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+            raise UsageError(
+                f"the optimizer is {shown(optimizer)}; give a transformation of optax, such as "
+                "optax.adamw(3e-4)"
             )
         around, split = schedules.taken_from(named)
         given: Any = (compute or Compute(), updates or Updates(), memory or Memory())

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from jaxsys.errors import UsageError
 from jaxsys.fields import Fields, read_fields
-from jaxsys.files import MIB, one_line, read_text, shown
+from jaxsys.files import MIB, one_line, read_text, refuse_pointer, shown
 from jaxsys.layered import Parameters
 from jaxsys.model import packed, quantised_files
 from jaxsys.model.assemble import (
@@ -259,6 +259,7 @@ def read_backend(path: Path) -> tokenizers.Tokenizer:
     Raises:
         UsageError: if it is none.
     """
+    refuse_pointer(path)
     text = read_text(path, most_bytes=MOST_TOKENIZER_BYTES)
     try:
         return tokenizers.Tokenizer.from_str(text)

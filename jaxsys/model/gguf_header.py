@@ -14,6 +14,7 @@ import struct
 from pathlib import Path
 
 from jaxsys.errors import UsageError
+from jaxsys.files import refuse_pointer
 
 MAGIC = b"GGUF"
 SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
@@ -33,6 +34,7 @@ def check_header(path: Path) -> None:
             it goes beyond the file.
     """
     try:
+        refuse_pointer(path)
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
             _Walk(path, content).header()
     except OSError as error:

@@ -53,7 +53,6 @@ SIZES = (
 HARMLESS = frozenset(
     {
         "_name_or_path",
-        "add_cross_attention",
         "architectures",
         "attention_dropout",
         "auto_map",
@@ -84,7 +83,6 @@ HARMLESS = frozenset(
         "im_start_id",
         "initializer_range",
         "is_decoder",
-        "is_encoder_decoder",
         "label2id",
         "length_penalty",
         "max_length",
@@ -103,7 +101,6 @@ HARMLESS = frozenset(
         "prefix",
         "pretraining_tp",
         "problem_type",
-        "pruned_heads",
         "remove_invalid_values",
         "repetition_penalty",
         "resid_pdrop",
@@ -133,6 +130,9 @@ HARMLESS = frozenset(
     }
 )
 """Keys of any config.json that change no number in inference, nor in training without dropout."""
+
+NOT_DECODER = ("add_cross_attention", "is_encoder_decoder", "pruned_heads")
+"""Keys that make another model than a decoder of its family, unless they are false or empty."""
 
 ROPE_HARMLESS = frozenset({"finetuned", "max_position_embeddings"})
 
@@ -200,7 +200,8 @@ def read(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     family = _family_of(config)
     reader = _Reader(config)
-    reader.asked |= HARMLESS | set(family.ignored)
+    reader.asked |= HARMLESS | set(NOT_DECODER) | set(family.ignored)
+    _check_harmless(config)
     fields: dict[str, Any] = {"family": family.name}
     _read_sizes(reader, family, fields)
     for key in family.keys:
@@ -223,9 +224,33 @@ def read(config: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
+def _check_harmless(config: Mapping[str, Any]) -> None:
+    for name in NOT_DECODER:
+        if config.get(name):
+            raise UsageError(
+                f"{name}={shown(config[name])} is not computed: models are decoders, with all of "
+                "their heads; use another model"
+            )
+    ends = config.get("eos_token_id")
+    for token in ends if isinstance(ends, list) else [ends]:
+        if token is not None and type(token) is not int:
+            raise UsageError(f"eos_token_id={shown(ends)} must be a token id or a list of them")
+
+
 def _family_of(config: Mapping[str, Any]) -> Family:
-    kind, named = config.get("model_type"), (config.get("architectures") or [None])[0]
+    kind, listed = config.get("model_type"), config.get("architectures") or [None]
+    listed = [listed] if isinstance(listed, str) else listed
+    if not isinstance(listed, list) or not isinstance(listed[0], str | None):
+        raise UsageError(f"architectures={shown(listed)} must be a list of names")
+    named = listed[0]
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
+    if family is not None and named and named != family.architecture:
+        others = [one.name for one in FAMILIES.values() if one.architecture == named]
+        if others:
+            raise UsageError(
+                f"architecture {named!r} and model_type {kind!r} disagree: one is of model_type "
+                f"{others[0]!r}, the other of {family.architecture!r}; correct what is wrong"
+            )
     if family is None or (named and named != family.architecture):
         # A fine-tune of another head is another model.
         known = ", ".join(f"{one.architecture} ({one.name})" for one in FAMILIES.values())

@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxsys.errors import UsageError
 from jaxsys.fields import Fields
-from jaxsys.files import parse_json, shown
+from jaxsys.files import parse_json, refuse_pointer, shown
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"),
@@ -68,6 +68,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        refuse_pointer(path)
         size = path.stat().st_size
         with open(path, "rb") as file:
             prefix = file.read(8)

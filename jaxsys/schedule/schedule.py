@@ -268,7 +268,7 @@ class Schedule(DividedAround):
         try:
             return cls._of(raw)
         except UsageError as error:
-            raise ScheduleError(f"not a schedule in JSON: {error}") from error
+            raise ScheduleError(str(error)) from error
 
     @classmethod
     def _of(cls, raw: Fields) -> "Schedule":

@@ -19,7 +19,9 @@ task and to cut a gradient after it, goes over their own link and is waited for.
 
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+
+from jaxsys.errors import UsageError
 
 from .inside import Inside
 from .schedule import ALL, Block, Data, Move, MoveKind, Schedule, Task, TaskKind
@@ -45,6 +47,14 @@ class Link:
     switch_s: float | None = None
     """Of a collective that a switch of these devices runs, however many they are; None: none does,
     and collectives go round a ring."""
+
+    def __post_init__(self) -> None:
+        if not self.bytes_per_s > 0:
+            raise UsageError(f"bytes_per_s={self.bytes_per_s!r} must be above 0")
+        for name in ("latency_s", "launch_s", "contention", "waiting_contention", "switch_s"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise UsageError(f"{name}={value!r} must not be below 0")
 
     def transfer_s(self, size_bytes: float, *, messages: int = 1) -> float:
         """Seconds for `size_bytes` in `messages` dependent messages."""
@@ -99,6 +109,13 @@ class Costs:
     """After B and W: the chunk's gradient that they sum, each for its own piece."""
     cut_bytes: float | Sequence[float] = 0.0
 
+    def __post_init__(self) -> None:
+        for name in _AMOUNTS:
+            value = getattr(self, name)
+            least = min(value, default=0) if hasattr(value, "__len__") else value
+            if not least >= 0:
+                raise UsageError(f"{name}={least!r} must not be below 0")
+
     def task_s(self, task: Task, chunks: int) -> float:
         """Seconds of one task."""
         by_kind = {
@@ -136,6 +153,9 @@ class Costs:
             Data.TAP: self.tap_bytes,
         }
         return _of(sizes[block.data], block.chunk)
+
+
+_AMOUNTS = tuple(one.name for one in fields(Costs) if one.name != "inside")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ A package adds one with `register`, or declares it as an entry point, so that th
 
 from collections.abc import Iterator, Mapping
 from importlib.metadata import entry_points
+from typing import Any
 
 from jaxsys.errors import UsageError, did_you_mean
 from jaxsys.schedule import Schedule
@@ -120,7 +121,12 @@ def find(name: str) -> Strategy:
     return STRATEGIES[name]
 
 
-def build(name: str, *, devices: int, microbatches: int, **options: int) -> Schedule:
+_NEEDED: Any = object()
+
+
+def build(
+    name: str, *, devices: int = _NEEDED, microbatches: int = _NEEDED, **options: int
+) -> Schedule:
     """Makes a schedule by its strategy's name.
 
     Args:
@@ -137,7 +143,11 @@ def build(name: str, *, devices: int, microbatches: int, **options: int) -> Sche
     for option in options:
         if option not in known:
             takes = f"it takes {', '.join(known)}" if known else "it takes none"
-            raise UsageError(f"strategy {name!r} has no option {option!r}; {takes}")
+            near = did_you_mean(option, ("devices", "microbatches", *known))
+            raise UsageError(f"strategy {name!r} has no option {option!r}{near}; {takes}")
+    for needed, value in (("devices", devices), ("microbatches", microbatches)):
+        if value is _NEEDED:
+            raise UsageError(f"strategy {name!r} needs {needed}; give a number of them")
     return strategy.build(devices, microbatches, **options)
 
 

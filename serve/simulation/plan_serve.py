@@ -454,7 +454,14 @@ def read_demand(options: argparse.Namespace) -> RequestTrace:
         trace = read_trace(options.trace)
         if options.rate_per_s is not None:
             trace = trace.at_rate(options.rate_per_s)
-        trace = trace.between(0.0, min(options.duration_s, trace.duration_s + 1e-9))
+        whole = trace
+        trace = trace.between(0.0, min(options.duration_s, whole.duration_s + 1e-9))
+        if math.isfinite(whole.rate_per_s) and not math.isfinite(trace.rate_per_s):
+            raise UsageError(
+                f"duration_s={options.duration_s:g} leaves {len(trace)} of trace {whole.name}'s "
+                f"{len(whole)} requests, all at one moment, and so no rate; it lasts "
+                f"{whole.duration_s:g} s: raise it"
+            )
     else:
         rate_per_s = RATE_PER_S if options.rate_per_s is None else options.rate_per_s
         if rate_per_s * options.duration_s > MOST_REQUESTS:

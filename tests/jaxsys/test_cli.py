@@ -1,6 +1,7 @@
 """The command's own behaviour: finding subcommands, exit codes, one line for a fault."""
 
 import argparse
+import dataclasses
 import errno
 import importlib
 import subprocess
@@ -10,7 +11,8 @@ import pytest
 
 from jaxsys import cli
 from jaxsys.errors import RunError, UsageError
-from jaxsys.options import in_options
+from jaxsys.fields import Fields
+from jaxsys.options import in_options, said_of
 
 
 class Subcommand:
@@ -100,6 +102,25 @@ def test_messages_name_options_instead_of_parameters():
     )
     other = "the model in /tmp/max_length/page_count.json is not known; x.page_count=2"
     assert in_options(other, parser) == other
+
+
+@dataclasses.dataclass(frozen=True)
+class Said:
+    context_by: str = "ring"
+
+
+def test_fields_of_files_keep_their_names():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--context-by")
+    with pytest.raises(UsageError) as raised:
+        try:
+            Fields({"context_bi": 1}, name="plan p.json").record(Said)
+        except UsageError as error:
+            raise UsageError(f"context_by='ring' is in vain: {error}") from None
+    assert said_of(raised.value, parser) == (
+        "--context-by ring is in vain: plan p.json: its field 'context_bi' is not known "
+        "(did you mean 'context_by'?); known: context_by"
+    )
 
 
 def test_quotes_that_are_not_typed_are_left_out():

@@ -150,6 +150,12 @@ def test_names_of_presets_are_apart():
             {"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"]},
             "architecture 'GPTNeoXForCausalLM'.*known: LlamaForCausalLM .llama., Mistral",
         ),
+        ({"model_type": "mistral"}, "'LlamaForCausalLM' and model_type 'mistral' disagree"),
+        ({"architectures": {"a": 1}}, "architectures=.* must be a list of names"),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder=True is not computed"),
+        ({"add_cross_attention": True}, "add_cross_attention=True is not computed"),
+        ({"pruned_heads": {"0": [1]}}, "pruned_heads=.* is not computed"),
+        ({"eos_token_id": "x"}, "eos_token_id='x' must be a token id"),
         ({"hidden_act": "xielu"}, "hidden_act='xielu' is not computed; known: 'silu', "),
         ({"clip_qkv": 8.0}, "clip_qkv=8.0 is not understood in llama; what it changes is not"),
         ({"quantization_config": {"bits": 4}}, "quant_method=None is not supported; read are fp8"),
@@ -170,6 +176,11 @@ def test_names_of_presets_are_apart():
 def test_what_is_not_computed_is_refused(change, message):
     with pytest.raises(UsageError, match=message):
         DecoderConfig.from_hf(preset("tiny").to_hf() | change)
+
+
+def test_what_says_nothing_is_passed_over():
+    says = {"architectures": "LlamaForCausalLM", "is_encoder_decoder": False, "pruned_heads": {}}
+    assert DecoderConfig.from_hf(preset("tiny").to_hf() | says) == preset("tiny")
 
 
 def test_a_llama_file_may_name_a_window_that_transformers_ignores():

@@ -178,6 +178,14 @@ def test_truncated_weights(folder, kept):
         load(folder)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "m.gguf"])
+def test_pointers_of_git_lfs(folder, name):
+    path = folder / name
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n")
+    with pytest.raises(UsageError, match=f"{name} is a Git LFS pointer.*`git lfs pull`"):
+        load(path if path.suffix == ".gguf" else folder)
+
+
 def test_header_of_nonsense(folder):
     path = folder / "model.safetensors"
     for header in (

@@ -314,7 +314,7 @@ def test_trace_of_a_strategy_is_the_same_through_json():
         ("[]", "not a schedule in JSON"),
         ("{}", "not a schedule in JSON"),
         ('{"format": 99}', "schedule format 99, but this version reads 1"),
-        ('{"format": 1}', "not a schedule in JSON"),
+        ('{"format": 1}', "^its field 'devices' is missing"),
     ],
 )
 def test_json_that_is_no_schedule(text, message):

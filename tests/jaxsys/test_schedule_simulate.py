@@ -2,6 +2,7 @@
 
 import pytest
 
+from jaxsys.errors import UsageError
 from jaxsys.schedule import (
     Block,
     Costs,
@@ -217,3 +218,17 @@ def test_a_travelling_sum_is_ready_when_its_last_part_is():
     assert eager.step_s == 16.0
     # Where both ends wait at the head of tick 5, chunk 0's sum leaves at 14.
     assert simulate(schedule, costs, Link(bytes_per_s=1.0)).step_s == 21.0
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: Link(bytes_per_s=0), "bytes_per_s=0 must be above 0"),
+        (lambda: Link(latency_s=-1), "latency_s=-1 must not be below 0"),
+        (lambda: Costs(forward_s=-1, backward_s=1), "forward_s=-1 must not be below 0"),
+        (lambda: Costs(forward_s=1, backward_s=(1, -2)), "backward_s=-2 must not be below 0"),
+    ],
+)
+def test_amounts_below_nothing(make, says):
+    with pytest.raises(UsageError, match=says):
+        make()

@@ -49,3 +49,10 @@ def test_options_reach_the_generator_and_unknown_ones_are_refused():
 def test_impossible_sizes_are_usage_errors(name, devices, microbatches):
     with pytest.raises(UsageError, match=f"={min(devices, microbatches)}"):
         build(name, devices=devices, microbatches=microbatches)
+
+
+def test_a_near_miss_of_an_argument_means_it():
+    with pytest.raises(UsageError, match=r"no option 'device' \(did you mean 'devices'\?\)"):
+        build("1f1b", device=4, microbatches=4)
+    with pytest.raises(UsageError, match="needs microbatches"):
+        build("1f1b", devices=4)

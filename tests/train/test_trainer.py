@@ -241,6 +241,11 @@ def test_bad_requests(small_model, small_parameters, options, says):
         Trainer(small_model, small_parameters, optax.sgd(0.1), **options)
 
 
+def test_an_optimizer_by_its_name(small_model, small_parameters):
+    with pytest.raises(UsageError, match="the optimizer is 'adam'; give a transformation of optax"):
+        Trainer(small_model, small_parameters, "adam")
+
+
 def test_a_batch_of_other_length(small_model, small_parameters):
     trainer = Trainer(small_model, small_parameters, optax.sgd(0.1), devices=2, microbatches=4)
     with pytest.raises(UsageError, match=r"first axis must be the 4 microbatches"):

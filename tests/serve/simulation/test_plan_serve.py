@@ -261,3 +261,11 @@ def test_a_model_that_fits_no_gpu_is_said(capsys):
     assert cli.main(["plan", "serve", "Llama-3-70B", *arguments]) == 1
     said = "the model does not fit 2 h100, in float32; with --weights bfloat16 or int8 or"
     assert said in capsys.readouterr().err
+
+
+def test_a_duration_that_leaves_one_moment_is_named(tmp_path, capsys):
+    trace = tmp_path / "trace.csv"
+    trace.write_text("arrival_s,prompt_tokens,output_tokens\n0,9,9\n1,9,9\n2,9,9\n")
+    asked = ["--gpus", "h100=1", "--trace", str(trace), "--duration", "1"]
+    assert cli.main(["plan", "serve", "Llama-3-8B", *asked]) == 2
+    assert "--duration 1 leaves 1 of trace" in capsys.readouterr().err
