@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxsys.errors import UsageError
-from jaxsys.serve.requests import Request, SamplingParameters
+from jaxsys.serve.requests import FieldRefused, Request, SamplingParameters
 from jaxsys.serve.sampling import MAX_BIASED, MAX_STOPS, Rules, SamplingNeeds, pack_rules
 
 
@@ -53,12 +53,14 @@ def tokens_of(request: Request, start: int, length: int) -> Sequence[int]:
 def check_sampling(parameters: SamplingParameters, vocabulary: int) -> None:
     """Raises UsageError for what the device cannot take: too many biases, unknown tokens."""
     if len(parameters.logit_bias) > MAX_BIASED:
-        raise UsageError(
-            f"logit_bias has {len(parameters.logit_bias)} entries; at most {MAX_BIASED} are taken"
+        raise FieldRefused(
+            f"logit_bias has {len(parameters.logit_bias)} entries; at most {MAX_BIASED} are taken",
+            "logit_bias",
         )
     for token in parameters.logit_bias:
         if not 0 <= token < vocabulary:
-            raise UsageError(f"logit_bias token {token} is none of 0..{vocabulary - 1}")
+            said = f"logit_bias token {token} is none of 0..{vocabulary - 1}"
+            raise FieldRefused(said, "logit_bias")
     if parameters.min_tokens and len(parameters.stop_token_ids) > MAX_STOPS:
         raise UsageError(
             f"min_tokens={parameters.min_tokens} beside {len(parameters.stop_token_ids)} tokens "

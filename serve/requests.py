@@ -23,6 +23,21 @@ class ContextLengthExceeded(UsageError):
     """Prompt and answer together are longer than a request may be."""
 
 
+class FieldRefused(UsageError):
+    """One field of a request is at fault.
+
+    Attributes:
+        field: its name.
+    """
+
+    def __init__(self, message: str, field: str):
+        super().__init__(message, field)  # both are its arguments, so that it can be pickled
+        self.field = field
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class RequestState(enum.Enum):
     """Where a request stands within one instance."""
 
@@ -103,7 +118,7 @@ class SamplingParameters:
             ("prompt_logprobs", "from 0 to 20", _few(self.prompt_logprobs)),
         ):
             if not holds:
-                raise UsageError(f"{name}={getattr(self, name)} must be {rule}")
+                raise FieldRefused(f"{name}={getattr(self, name)} must be {rule}", name)
 
     @property
     def places(self) -> int:

@@ -74,7 +74,7 @@ from jaxsys.serve.http.tools import Marks, Reader, Thinking, format_of, told
 from jaxsys.serve.http.vocabulary import Vocabulary
 from jaxsys.serve.http.waiting import EventStream, perhaps_apart, unless_disconnected
 from jaxsys.serve.request_rules import check_sampling
-from jaxsys.serve.requests import ContextLengthExceeded, SamplingParameters
+from jaxsys.serve.requests import ContextLengthExceeded, FieldRefused, SamplingParameters
 
 T = TypeVar("T")
 
@@ -380,8 +380,9 @@ class _Face:
         """A chat's prompt, and how its answer is chosen and read."""
         body.refuse_unimplemented()
         if body.top_logprobs is not None and not body.logprobs:
-            raise UsageError(
-                f"top_logprobs={body.top_logprobs} needs logprobs=true; set it or leave both out"
+            raise FieldRefused(
+                f"top_logprobs={body.top_logprobs} needs logprobs=true; set it or leave both out",
+                "top_logprobs",
             )
         self.engine.admit(body.choices)
         variables = dict(body.chat_template_kwargs or {})

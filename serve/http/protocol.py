@@ -31,7 +31,7 @@ from jaxsys.serve.http.tool_bodies import (
     ToolUse,
     tool_use,
 )
-from jaxsys.serve.requests import ContextLengthExceeded, SamplingParameters
+from jaxsys.serve.requests import ContextLengthExceeded, FieldRefused, SamplingParameters
 
 MAX_CHOICES = 16
 MAX_STOPS = 4
@@ -228,14 +228,21 @@ class _Sampled(pydantic.BaseModel):
         return self.max_completion_tokens or self.max_tokens
 
     def refuse_unimplemented(self) -> None:
-        """Raises UsageError for fields that would change the answer, and for names that are nearly
-        those of fields; logs others that are not known."""
+        """Raises UsageError for fields that would change the answer, for names that are nearly
+        those of fields and for stream_options without a stream; logs others that are not known."""
+        if self.stream_options is not None and not self.stream:
+            raise FieldRefused(
+                "stream_options needs stream=true; set it or leave stream_options out",
+                "stream_options",
+            )
         extra = self.model_extra or {}
         for name, value in extra.items():
             if name in DESCRIBE_THE_CALLER:
                 continue
             if name in structured.OPTIONS and value not in (None, False):
-                raise UsageError(f"{name} is an option of structured_outputs; write it there")
+                raise FieldRefused(
+                    f"{name} is an option of structured_outputs; write it there", name
+                )
             known = name in UNIMPLEMENTED or name.startswith(UNIMPLEMENTED_KINDS)
             constrains = name.startswith(("guided_", "structured_"))  # {} is still "any JSON"
             if not known or value is None or (not constrains and value in ("", [], {})):
@@ -244,7 +251,7 @@ class _Sampled(pydantic.BaseModel):
             if not any(type(value) is type(one) and value == one for one in neutral) and not (
                 (number := _number(value)) is not None and number in map(_number, neutral)
             ):
-                raise UsageError(f"{name[:60]} is not implemented; leave it out")
+                raise FieldRefused(f"{name[:60]} is not implemented; leave it out", name[:60])
         ignored = sorted(
             name
             for name in set(extra) - DESCRIBE_THE_CALLER - {*UNIMPLEMENTED, *structured.OPTIONS}
@@ -253,7 +260,7 @@ class _Sampled(pydantic.BaseModel):
         for name in ignored:
             meant = difflib.get_close_matches(name, type(self).model_fields, 1, cutoff=MISSPELT)
             if meant:
-                raise UsageError(f"{name[:60]} is not known; did you mean {meant[0]}?")
+                raise FieldRefused(f"{name[:60]} is not known; did you mean {meant[0]}?", name[:60])
         if ignored:
             names = ", ".join(repr(name[:40]) for name in ignored[:10])
             logger.info("ignored fields of a body", extra={"fields": names})
@@ -289,14 +296,14 @@ class _Sampled(pydantic.BaseModel):
         """
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if any(not stop for stop in stops):
-            raise UsageError("stop holds an empty string; leave it out")
+            raise FieldRefused("stop holds an empty string; leave it out", "stop")
         bias: dict[int, float] = {}
         for key, value in (self.logit_bias or {}).items():
             if not (key.isascii() and key.isdigit() and len(key) < 10):
-                raise UsageError(f"logit_bias key {key[:40]!r} is no token id")
+                raise FieldRefused(f"logit_bias key {key[:40]!r} is no token id", "logit_bias")
             bias[int(key)] = value
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
-            raise UsageError(f"seed={str(self.seed)[:40]} must fit 64 bits")
+            raise FieldRefused(f"seed={str(self.seed)[:40]} must fit 64 bits", "seed")
         ends = check_tokens(tokenizer, self.stop_token_ids) if self.stop_token_ids else []
 
         def given(value: Any, default: Any) -> Any:

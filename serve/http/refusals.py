@@ -13,7 +13,7 @@ from jaxsys.serve.adapters import UnknownAdapter
 from jaxsys.serve.engine import Overloaded
 from jaxsys.serve.http.protocol import what_is_wrong
 from jaxsys.serve.http.responses import NoSuchResponse
-from jaxsys.serve.requests import ContextLengthExceeded
+from jaxsys.serve.requests import ContextLengthExceeded, FieldRefused
 
 
 class NotFinite(RunError):
@@ -58,6 +58,10 @@ def refuse_all(app: fastapi.FastAPI, refuse: Refuse) -> None:
     async def refuse_adapter(_: fastapi.Request, error: UnknownAdapter) -> JSONResponse:
         code, kind = "model_not_found", "invalid_request_error"
         return refuse(404, str(error), kind, code=code)
+
+    @app.exception_handler(FieldRefused)
+    async def refuse_field(_: fastapi.Request, error: FieldRefused) -> JSONResponse:
+        return refuse(400, str(error), "invalid_request_error", param=error.field)
 
     @app.exception_handler(UsageError)
     async def refuse_usage(_: fastapi.Request, error: UsageError) -> JSONResponse:

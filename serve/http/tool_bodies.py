@@ -10,6 +10,7 @@ from pydantic import Field
 
 from jaxsys.errors import UsageError
 from jaxsys.serve.http.tools import Tool, Writing
+from jaxsys.serve.requests import FieldRefused
 
 MAX_TOOLS = 256
 MAX_CALLS = 256
@@ -115,15 +116,18 @@ def tool_use(tools: Sequence[ToolBody] | None, choice: Any, parallel: bool | Non
         return ToolUse(tools=every, callable=every, many=many)
     if choice in ("required", "any"):
         if not every:
-            raise UsageError(f"tool_choice={choice!r} needs tools; add them")
+            raise FieldRefused(f"tool_choice={choice!r} needs tools; add them", "tool_choice")
         return ToolUse(tools=every, callable=every, needed=True, many=many)
     named = choice.get("function", choice) if isinstance(choice, dict) else None
     name = named.get("name") if isinstance(named, dict) else None
     if not isinstance(name, str) or choice.get("type", "function") != "function":
-        raise UsageError(
+        raise FieldRefused(
             'tool_choice must be none, auto, required or {"type": "function", "function": '
-            '{"name": ...}}'
+            '{"name": ...}}',
+            "tool_choice",
         )
     if name not in found:
-        raise UsageError(f"tool_choice names {name[:140]!r}, which is none of the tools")
+        raise FieldRefused(
+            f"tool_choice names {name[:140]!r}, which is none of the tools", "tool_choice"
+        )
     return ToolUse(tools=every, callable=(found[name],), needed=True, many=False)

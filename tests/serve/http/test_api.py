@@ -239,6 +239,31 @@ def test_what_cannot_be_answered_is_refused(server, path, body, status, words):
     server.idle()
 
 
+HI = {"messages": [{"role": "user", "content": "a"}]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("completions", {"prompt": "a", "stop": [""]}, "stop"),
+        ("completions", {"prompt": "a", "seed": 2**70}, "seed"),
+        ("completions", {"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias"),
+        ("completions", {"prompt": "a", "logit_bias": {"900": 1}}, "logit_bias"),
+        ("completions", {"prompt": "a", "max_tokens": 2, "min_tokens": 3}, "min_tokens"),
+        ("completions", {"prompt": "a", "temprature": 1}, "temprature"),
+        ("completions", {"prompt": "a", "stream_options": {}}, "stream_options"),
+        ("chat/completions", HI | {"tool_choice": "required"}, "tool_choice"),
+        ("chat/completions", HI | {"tool_choice": {"type": "x"}}, "tool_choice"),
+        ("chat/completions", HI | {"top_logprobs": 2}, "top_logprobs"),
+        ("chat/completions", HI | {"stream_options": {"include_usage": True}}, "stream_options"),
+    ],
+)
+def test_a_refusal_names_the_field_at_fault(server, path, body, param):
+    answer = server.ask("POST", f"/v1/{path}", json=body)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == param
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
