@@ -11,6 +11,7 @@ from jaxsys.errors import FileError, UsageError
 from jaxsys.fields import Fields
 from jaxsys.files import read_json, shown
 from jaxsys.hardware import GIB
+from jaxsys.model.shapes import PRESETS, find_preset
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.plans import Plan
 from jaxsys.planner.problem import Problem
@@ -110,7 +111,36 @@ def load_plan(path: str | Path, problem: Problem | None = None) -> Plan:
     except UsageError as error:
         raise UsageError(f"plan {path}: {error}") from None
     _check_sizes(path, plan, file.fields("for"))
+    if "request" in file:
+        _check_request(file.fields("request"), file.fields("for"))
     return plan
+
+
+def _check_request(request: Fields, made_for: Fields) -> None:
+    """Raises UsageError where what was asked is not what the plan is for."""
+    if request.integer("devices", made_for.get("devices")) != made_for.get("devices"):
+        raise request.fault(
+            f"its field 'request.devices' is {request.get('devices')}, but 'for.devices' is "
+            f"{made_for.get('devices')}"
+        )
+    if "microbatches" in request and "microbatch_size" in request:
+        count = request.integer("microbatches", least=1)
+        size = request.integer("microbatch_size", least=1)
+        if count * size != made_for.get("batch"):
+            raise request.fault(
+                f"its field 'for.batch' is {made_for.get('batch')}, but 'request.microbatches' x "
+                f"'request.microbatch_size' is {count} x {size}"
+            )
+    named = find_preset(request.text("model")) if "model" in request else None
+    has = made_for.number("parameters", None, least=1)
+    if named is None or has is None:
+        return
+    count = PRESETS[named].parameter_count()
+    if has != count:
+        raise request.fault(
+            f"its field 'request.model' is {shown(request.get('model'))}, of {count:,.0f} "
+            f"parameters, but 'for.parameters' is {has:,.0f}"
+        )
 
 
 def _check_sizes(path: str | Path, plan: Plan, made_for: Fields) -> None:

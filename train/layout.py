@@ -99,6 +99,11 @@ def lay_out(config: DecoderConfig, devices: list[Any], asked: AskedLayout) -> La
     reason, of_ring = None, None
     if schedule is not None and plan_file.is_plan_file(schedule):
         planned = plan_file.read_plan(schedule, layers=config.num_layers)
+        if planned.parameters not in (None, config.parameter_count()):
+            raise UsageError(
+                f"the plan {schedule} is for a model of {planned.parameters:,.0f} parameters, and "
+                f"this one has {config.parameter_count():,.0f}; train that one, or plan for this"
+            )
         says, read = parts_around(planned.schedule), planned.schedule
         split = agreed_split(split, read, name=read.name, whole=f"the plan {schedule}")
         for name, mine, has in (

@@ -38,6 +38,8 @@ class PlannedRun:
     """Of compute, likewise."""
     gradients: str | None
     """In what gradients are summed and sent, likewise."""
+    parameters: float | None
+    """How many the model has that it was planned for, likewise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +98,7 @@ def run_of(found: Planned, *, layers: int) -> PlannedRun:
         sequence_length=None,
         dtype=_dtype("weight_bytes", precision.weight_bytes),
         gradients=_dtype("gradient_bytes", precision.gradient_bytes),
+        parameters=None,
     )
 
 
@@ -143,4 +146,5 @@ def read_plan(path: str | Path, *, layers: int) -> PlannedRun:
         sequence_length=length,
         dtype=dtype,
         gradients=gradients,
+        parameters=file.fields("for").number("parameters", None),
     )

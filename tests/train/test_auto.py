@@ -234,6 +234,33 @@ def test_sequences_are_as_long_as_planned_for(tmp_path):
     assert lay_out_plan(path, sequence_length=None).sequence_length == 128
 
 
+def test_a_plan_that_contradicts_itself_or_the_model_is_refused(tmp_path):
+    path = plan_path(tmp_path)
+    content, count = json.loads(path.read_text()), preset("tiny").parameter_count()
+    asked = {"model": "tiny", "devices": 4, "microbatches": 16, "microbatch_size": 2}
+
+    def lay_out_changed(made_for: dict, request: dict):
+        changed = {
+            "for": content["for"] | {"parameters": float(count)} | made_for,
+            "request": content["request"] | asked | request,
+        }
+        path.write_text(json.dumps(content | changed))
+        return lay_out_plan(path)
+
+    assert lay_out_changed({}, {}).rows == 16
+    # The same model by where it lies.
+    assert lay_out_changed({}, {"model": "folders/mine"}).rows == 16
+    for made_for, request, message in (
+        ({"batch": 64}, {}, "'for.batch' is 64, but 'request.microbatches' x .* is 16 x 2; make"),
+        ({}, {"microbatches": 8}, "'for.batch' is 32, but .* is 8 x 2; make the plan again"),
+        ({}, {"devices": 8}, "'request.devices' is 8, but 'for.devices' is 4; make the plan"),
+        ({}, {"model": "byte-llama"}, "'byte-llama', of 1,608,832 .* 'for.parameters' is 54,048;"),
+        ({"parameters": 5.0}, {"model": "mine"}, "of 5 parameters, and this one has 54,048; train"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            lay_out_changed(made_for, request)
+
+
 def test_a_schedules_file_says_what_stands_around_it(tmp_path):
     path = tmp_path / "schedule.json"
     made = strategies.build("dp", devices=2, microbatches=4)
