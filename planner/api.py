@@ -184,8 +184,11 @@ def plan(
             `LayeredModel` one example a microbatch, [M, B, ...].
         cluster: the devices and links.
         memory_gib: the limit per device; most of the device's memory, if not given.
-        precision: bytes per parameter of weights, gradients and state; of a function, if not
-            given, those of its parameters' dtype, and Adam's two moments in it.
+        precision: bytes per parameter of weights, gradients and state. If not given, those of the
+            parameters' dtype: of a function all, Adam's two moments too; of a `LayeredModel` the
+            weights in use, 2 where every parameter has two bytes and else 4, beside float32
+            gradients and state. The trainer computes in that dtype:
+            `Precision(weight_bytes=2)` plans bfloat16 for float32 parameters.
         narrow: takes plans away from the space before it is searched.
         effort: how hard to search.
         recompute: the layers of `loss_fn` may be computed again in the backward pass, and rest in
@@ -230,7 +233,7 @@ def plan(
         cluster=cluster,
         batch=examples,
         memory_bytes=limit,
-        precision=precision or (Precision() if layered else _own_precision(params)),
+        precision=precision or (_trained_precision if layered else _own_precision)(params),
         lowered=layered,
     )
     sizes = [1] if layered else [n for n in range(1, examples + 1) if examples % n == 0]
@@ -299,6 +302,12 @@ def _own_precision(params: PyTree) -> Precision:
     leaves = [leaf for leaf in leaves_of(params) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / sum(x.size for x in leaves)
     return Precision(weight_bytes=size, gradient_bytes=size, rest_bytes=2 * size)
+
+
+def _trained_precision(params: PyTree) -> Precision:
+    """What a trainer makes of parameters: masters are float32, weights in use of their dtype."""
+    sizes = {x.dtype.itemsize for x in leaves_of(params) if jnp.issubdtype(x.dtype, jnp.floating)}
+    return Precision(weight_bytes=2.0 if sizes == {2} else 4.0)
 
 
 def _nothing_fits(limit: float, tried: Sequence[Space], spaces: Sequence[Space]) -> str:

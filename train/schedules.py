@@ -28,6 +28,8 @@ from jaxsys.train.plan_file import PlannedRun, is_plan_file, read_plan, run_of
 USUAL = "weipipe-interleave"
 """The strategy where none is named."""
 AUTO = "auto"
+_BYTES = {"compute_dtype": "weight_bytes", "gradient_dtype": "gradient_bytes"}
+"""Field of `Compute` -> what of `jaxsys.planner.Precision` says so of a plan."""
 ASKED_AROUND = tuple(axis.asked for axis in AROUND.values())
 """What `Trainer` takes by name for the axes around a ring and within its places."""
 
@@ -271,8 +273,12 @@ def _as_planned(asked: Asked, planned: PlannedRun) -> Compute:
             value, have = jnp.dtype(value), jnp.dtype(have)
         named = name in asked.named or have != getattr(usual, name)
         if named and have != value:
+            again = "plan again"
+            if name in _BYTES:  # what a search does not choose
+                size = f"{_BYTES[name]}={jnp.dtype(have).itemsize}"
+                again = f"plan with precision=planner.Precision({size})"
             raise UsageError(
-                f"{name}={have}, but the plan is for {name}={value}; leave it out, or plan again"
+                f"{name}={have}, but the plan is for {name}={value}; leave it out, or {again}"
             )
         compute = replace(compute, **{name: value})
     return compute

@@ -1,5 +1,6 @@
 """Plans and schedule "auto" given to a Trainer from Python: run as planned, or refused."""
 
+import functools
 import json
 from dataclasses import asdict, replace
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from jaxsys import planner
 from jaxsys.axes import AROUND, AXES, DATA, RING, TENSOR
 from jaxsys.errors import UsageError
 from jaxsys.hardware import device, link
+from jaxsys.layered import reference_loss
 from jaxsys.mesh import make_mesh
 from jaxsys.model import initial_parameters, layered, preset
 from jaxsys.model.kinds import BlockKind, Experts
@@ -63,14 +65,41 @@ def test_a_plan_is_run_whole(found, small_model, small_parameters):
     trainer = trainer_of(small_model, small_parameters, plan=found)
     assert dict(trainer.mesh.shape) == {DATA: 2, RING: 2}
     assert trainer.rows == 8
-    # The planner's own default: weights of two bytes, gradients of four.
-    assert trainer.compute_dtype == jnp.bfloat16
+    # As the parameters it was planned with: float32.
+    assert trainer.compute_dtype == jnp.float32
     assert trainer._lowered.gradient_dtype == jnp.float32
     policies = {"keep": "none", "selective": "selective", "recompute": "block"}
     assert trainer.recompute == policies[found.plan.layers[0].residual]
     # Its schedule alone says as much of the devices.
     alone = trainer_of(small_model, small_parameters, schedule=found.schedule)
     assert dict(alone.mesh.shape) == {DATA: 2, RING: 2}
+
+
+def test_a_plan_trains_in_the_dtype_of_the_parameters_it_was_made_with(
+    found, small_model, small_parameters
+):
+    """Of float32 parameters as a plain loop does; of two bytes, or where that is asked, in two."""
+    batch = batch_of(8)
+    trainer = trainer_of(small_model, small_parameters, plan=found)
+    plain, state = small_parameters, optax.sgd(0.1).init(small_parameters)
+    for _ in range(3):
+        wanted, gradients = jax.value_and_grad(functools.partial(reference_loss, small_model))(
+            plain, batch
+        )
+        updates, state = optax.sgd(0.1).update(gradients, state, plain)
+        plain = optax.apply_updates(plain, updates)
+        assert float(trainer.step(batch).loss) == pytest.approx(float(wanted), rel=1e-6)
+
+    def planned(parameters, **options):
+        made = planner.plan(small_model, parameters, batch, cluster=CLUSTER, **options)
+        return trainer_of(small_model, small_parameters, plan=made).compute_dtype
+
+    halves = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), small_parameters
+    )
+    assert planned(halves) == jnp.bfloat16
+    assert planned(small_parameters, precision=planner.Precision()) == jnp.bfloat16
+    assert planned({**halves, "edge": small_parameters["edge"]}) == jnp.float32
 
 
 def test_recompute_by_layer_is_that_of_the_plan(found, small_model, small_parameters):
@@ -87,7 +116,14 @@ def test_recompute_by_layer_is_that_of_the_plan(found, small_model, small_parame
     [
         ({"devices": 2}, "devices=2, but schedule .* 2 replicas of 2 devices; use devices=4"),
         ({"microbatches": 2}, "takes 4 microbatches, not microbatches=2"),
-        ({"compute_dtype": "float32"}, "compute_dtype=float32, but the plan is for .*bfloat16"),
+        (
+            {"compute_dtype": "bfloat16"},
+            r"=bfloat16, but the plan is for .*float32; .*precision=.*Precision\(weight_bytes=2\)",
+        ),
+        (
+            {"gradient_dtype": "bfloat16"},
+            r"=bfloat16, but the plan is for .*float32; .*=.*Precision\(gradient_bytes=2\)",
+        ),
         ({"schedule": "dp"}, "plan and schedule='dp' are both given"),
     ],
 )
