@@ -359,7 +359,13 @@ class Trainer:
 
     @on_own_mesh
     def evaluate(self, batches: Iterable[PyTree], *, averaged: bool = False) -> float:
-        """The mean loss over all that counts in the batches; nothing is updated.
+        """The loss over the batches, each as much as it weighs; nothing is updated.
+
+        A batch weighs what the model's head says: of a mean over a mask, what counts in it, so that
+        this is the mean over all that counts. What an adapted loss divides by inside its sum, or
+        keeps from zero though it is no count (`(loss * m / m.sum()).sum()`, `maximum(m.sum(), 1)`
+        of a float m), is of one batch: such batches weigh as many samples as they have. Return
+        `(sum, weight)` to have others.
 
         Args:
             batches: leaves [R, B, ...], any number R of microbatches of any size B.

@@ -451,3 +451,47 @@ def test_a_schedule_divides_first(schedule):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
     alone = float(jax.jit(loss)(parameters, together(rows)))
     assert trainer.evaluate([rows]) == pytest.approx(alone, rel=2e-6)
+
+
+def _plain_mean(losses, mask):
+    return (losses * mask).sum() / mask.sum()
+
+
+def _divided_inside(losses, mask):
+    return (losses * mask / mask.sum()).sum()
+
+
+@pytest.mark.parametrize("form", [_plain_mean, _divided_inside])
+def test_batches_of_unlike_counts_are_evaluated_by_what_they_weigh(form):
+    """Sum over sum where the head knows both; a batch that is divided whole counts by its size."""
+    random = np.random.default_rng(0)
+    parameters = {
+        "layers": {"kernel": (0.3 * random.standard_normal((2, 4, 4))).astype(np.float32)},
+        "table": random.standard_normal((8, 4)).astype(np.float32),
+    }
+
+    def loss(parameters, batch):
+        x = parameters["table"][batch["tokens"]]
+        x, _ = jax.lax.scan(
+            lambda x, layer: (x + jnp.tanh(x @ layer["kernel"]), None), x, parameters["layers"]
+        )
+        return form(jnp.square(x.sum(-1)), batch["mask"])
+
+    def rows(kept):
+        mask = random.permutation(np.arange(24) < kept).reshape(4, 6).astype(np.float32)
+        return {"tokens": random.integers(0, 8, (4, 6)).astype(np.int32), "mask": mask}
+
+    many, few = rows(20), rows(5)
+    adapted = from_function(
+        loss, parameters, {name: leaf[:2] for name, leaf in many.items()}, blocks="layers"
+    )
+    trainer = Trainer(
+        adapted.model, adapted.parameters, optax.sgd(0.1), schedule="dp", devices=1,
+        microbatches=2, memory_gib=float("inf"),
+    )  # fmt: skip
+    found = trainer.evaluate([trainer.split(many), trainer.split(few)])
+    by_count = (20 * loss(parameters, many) + 5 * loss(parameters, few)) / 25
+    by_size = (loss(parameters, many) + loss(parameters, few)) / 2
+    assert abs(by_count - by_size) > 1e-2
+    wanted = by_count if form is _plain_mean else by_size
+    assert found == pytest.approx(float(wanted), rel=1e-5)
