@@ -226,6 +226,10 @@ def test_a_model_of_one_batch_size():
     with pytest.raises(UsageError, match="takes 2 samples and not 4, by which a mean is told"):
         from_function(mean, PARAMETERS, first(data()), blocks="layers")
     from_function(sums, PARAMETERS, first(data()), blocks="layers")
+    with pytest.raises(UsageError, match="the first is a mean already"):
+        from_function(
+            lambda p, b: (mean(p, b), SIZE * T), PARAMETERS, first(data()), blocks="layers"
+        )
 
 
 def test_metrics_beside_a_mean_are_means():
@@ -266,7 +270,7 @@ def test_metrics_beside_a_mean_are_means():
     ("loss", "says"),
     [
         (gated, "divided by what depends on parameters"),
-        (gated_sums, "divided by what depends on parameters"),
+        (gated_sums, "the second depends on parameters"),
         (stopped_beside_another, "a divisor is made of parameters"),
         (divided_in_a_loop, "another number for more samples"),
     ],
@@ -495,3 +499,93 @@ def test_batches_of_unlike_counts_are_evaluated_by_what_they_weigh(form):
     assert abs(by_count - by_size) > 1e-2
     wanted = by_count if form is _plain_mean else by_size
     assert found == pytest.approx(float(wanted), rel=1e-5)
+
+
+NO_PAIRS: dict[str, tuple[Any, str]] = {
+    "a number of elements": (lambda e, g, b: (e.mean(), e.size), "a mean already"),
+    "a number of samples": (lambda e, g, b: (e.mean(), len(e)), "a mean already"),
+    "any number": (lambda e, g, b: (e.mean(), 0.5), "a mean already"),
+    "a masked mean": (
+        lambda e, g, b: (jnp.sum(e * (b["targets"] > 1)) / jnp.sum(b["targets"] > 1), e.size),
+        "a mean already",
+    ),
+    "a mask's count": (lambda e, g, b: (e.mean(), jnp.sum(b["targets"] > 1)), "a mean already"),
+    "a mask's mean": (lambda e, g, b: (e.mean(), jnp.mean(b["targets"] > 1)), "a mean already"),
+    "what is no mean beside a mean": (
+        lambda e, g, b: (e.mean() + jnp.mean(g[..., 0]) * jnp.mean(g[..., 1]), e.size),
+        "a mean already",
+    ),
+    "a mean axis by axis": (lambda e, g, b: (e.mean(0).mean(), e.size), "a mean already"),
+    "parts of a mean": (lambda e, g, b: (jnp.sum(e / e.size), e.size), "a mean already"),
+    "parts of a masked mean": (
+        lambda e, g, b: (jnp.sum(e * b["targets"] / jnp.sum(b["targets"])), e.size),
+        "a mean already",
+    ),
+    "a perplexity": (lambda e, g, b: (jnp.exp(e.mean()), e.size), "a mean already"),
+    "a mean of all against all": (
+        lambda e, g, b: (jnp.mean(jax.nn.logsumexp(g[:, 0] @ g[:, 0].T, -1)), len(e)),
+        "a mean already",
+    ),
+    "another mean": (lambda e, g, b: (e.mean(), jnp.mean(jnp.square(g))), "depends on parameters"),
+    "itself": (lambda e, g, b: (e.mean(), e.mean()), "depends on parameters"),
+    "itself, stopped": (
+        lambda e, g, b: (e.mean(), jax.lax.stop_gradient(e.mean())),
+        "depends on parameters",
+    ),
+    "accuracy": (
+        lambda e, g, b: (e.mean(), jnp.mean(jnp.argmax(g, -1) == b["targets"])),
+        "depends on parameters",
+    ),
+    "how many are right": (
+        lambda e, g, b: (jnp.sum(e), jnp.sum(jnp.argmax(g, -1) == b["targets"])),
+        "depends on parameters",
+    ),
+    "a sum and a mean": (
+        lambda e, g, b: (jnp.sum(e), jnp.mean(b["targets"])),
+        "does not add up over samples",
+    ),
+    "a sum and the largest": (
+        lambda e, g, b: (jnp.sum(e), jnp.max(b["targets"])),
+        "does not add up over samples",
+    ),
+}
+
+
+WEIGHTS: dict[str, Any] = {
+    "weights": lambda e, g, b: (jnp.sum(e * b["inputs"]), jnp.sum(b["inputs"])),
+    "weights above zero": lambda e, g, b: (
+        jnp.sum(e * b["inputs"]), jnp.maximum(0.5 * jnp.sum(b["inputs"]), 1e-6)),
+    "a scaled count": lambda e, g, b: (jnp.sum(e), 2.0 * jnp.sum(b["targets"] > 1)),
+    "a mean times its number": lambda e, g, b: (e.mean() * len(e), len(e)),
+    "a mean of one": lambda e, g, b: (e.mean(), 1.0),
+    "of any batch": lambda e, g, b: (jnp.sum(e), 48),
+    "all against all": lambda e, g, b: (
+        jnp.sum(jax.nn.logsumexp(g[:, 0] @ g[:, 0].T, -1)), len(e)),
+    "the root of a sum": lambda e, g, b: (len(e) * jnp.sqrt(jnp.mean(e)), len(e)),
+    "in pieces": lambda e, g, b: (
+        jax.lax.scan(lambda c, row: (c + jnp.sum(row), None), 0.0, e.T)[0], e.size),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_sums_and_weights_are_taken(name, size):
+    def loss(parameters, batch):
+        each, _, logits = losses_of(parameters, batch)
+        return WEIGHTS[name](each, logits, batch)
+
+    from_function(loss, PARAMETERS, first(data(size)), blocks="layers")
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("name", NO_PAIRS)
+def test_what_else_scripts_return_beside_a_mean_is_no_weight(name, size):
+    """As `jax.value_and_grad(..., has_aux=True)` has it: divided by it, all would train wrongly."""
+    form, says = NO_PAIRS[name]
+
+    def loss(parameters, batch):
+        each, _, logits = losses_of(parameters, batch)
+        return form(each, logits, batch)
+
+    with pytest.raises(UsageError, match=rf"\(sum over samples, their weight\), but .*{says}"):
+        from_function(loss, PARAMETERS, first(data(size)), blocks="layers")

@@ -166,10 +166,17 @@ def counts_in(weight: Value, samples: int, key: int | None) -> Value | None:
     return divisor.value
 
 
+def unguarded(weight: Value) -> tuple[Value, float]:
+    """What a weight adds up, without what keeps it from zero, and what number it is times."""
+    divisor, times = _unguarded(weight)
+    return (divisor.value, times) if divisor.guards else (weight, 1.0)
+
+
 def _grown(one: Term, other: Term, *more: Term, key: int | None, strict: bool) -> Term:
     """A term, with what it becomes for 2 B samples, and perhaps for 4 B, seen."""
     if not (one.seen and other.seen):
-        return one._replace(seen=False)
+        mean = abs(2 * other.factor - one.factor) <= 1e-6 * abs(one.factor) and one.factor
+        return one._replace(seen=False, grows=-1 if mean else 0)
     powers = (0,) if one.divisor is not None else (-1, 0, 1)
     where = one.value.maker
     for power in powers:

@@ -33,6 +33,7 @@ from jaxsys.layered import PyTree
 from jaxsys.train.adapt.alone import hand_on_alone
 from jaxsys.train.adapt.linear import NOT_LINEAR, are_zero, moves
 from jaxsys.train.adapt.mean import WAY_OUT, Term, counts_in, number_of, terms_of
+from jaxsys.train.adapt.pair import check_pair
 from jaxsys.train.adapt.places import names_of
 from jaxsys.train.adapt.values import (
     BatchLeaf,
@@ -133,8 +134,9 @@ def sums_of(
         key: path of the leaf that holds the microbatch's key.
 
     Raises:
-        UsageError: if a loss that is to be a mean is not seen to be one, is divided by what
-            parameters enter, or has derivatives that microbatches would change.
+        UsageError: if a loss that is to be a mean is not seen to be one, or one that is to be sum
+            and weight is seen to be none, is divided by what parameters enter, or has derivatives
+            that microbatches would change.
     """
     flat, structure = jax.tree_util.tree_flatten_with_path(microbatch)
     number = next((n for n, (path, _) in enumerate(flat) if names_of(path) == key), None)
@@ -162,6 +164,9 @@ def sums_of(
     if mean and not samples:
         raise UsageError(f"the microbatch has no samples to take a mean over; {FORMS}")
     traced = _Traced(program, samples, number, functools.cache(grown), mean)
+    if not mean:
+        loss, weight, *_ = program.outputs
+        check_pair(loss, weight, samples, number, (traced.again(0), traced.again(1)))
     try:
         found = _of(traced)
         unseen = traced.unseen
