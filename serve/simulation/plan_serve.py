@@ -49,6 +49,7 @@ from jaxsys.serve.simulation.replay import (
     figures,
     policy_named,
     routers_of,
+    settle_made,
     simulate,
     unmeetable,
 )
@@ -424,10 +425,10 @@ def parser(prog: str) -> argparse.ArgumentParser:
         help="mean requests a second (default: the trace's own, or 10)")  # fmt: skip
     add("--duration", type=float, dest="duration_s", default=60.0, metavar="S",
         help="seconds of arrivals to replay (default %(default)s)")  # fmt: skip
-    add("--prompt-mean", type=float, default=250.0, help="tokens, without --trace (default 250)")
-    add("--output-mean", type=float, default=215.0, help="tokens, without --trace (default 215)")
-    add("--cv", type=float, default=1.0, help="burstiness, without --trace; 1 is Poisson")
-    add("--seed", type=whole(0), default=0, help="default 0")
+    add("--prompt-mean", type=float, help="tokens, without --trace (default 250)")
+    add("--output-mean", type=float, help="tokens, without --trace (default 215)")
+    add("--cv", type=float, help="burstiness, without --trace; 1 is Poisson")
+    add("--seed", type=whole(0), help="without --trace (default 0)")
     add("--ttft-slo", type=float, default=0.6, dest="ttft_s", metavar="S", help="default 0.6")
     add("--itl-slo", type=float, default=0.06, dest="itl_s", metavar="S", help="default 0.06")
     add("--attainment", type=float, default=99.0, dest="attainment_pct", metavar="PERCENT",
@@ -450,6 +451,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
 
 def read_demand(options: argparse.Namespace) -> RequestTrace:
     """The trace asked for."""
+    settle_made(options, {"prompt_mean": 250.0, "output_mean": 215.0, "cv": 1.0, "seed": 0})
     if options.trace is not None:
         trace = read_trace(options.trace)
         if options.rate_per_s is not None:

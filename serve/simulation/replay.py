@@ -497,31 +497,41 @@ GENERATED = {"agents": None, "prompt_mean": None, "output_mean": None, "cv": 1.0
 """Likewise of all traffic that is made and not read."""
 
 
-def _settle(arguments: argparse.Namespace) -> None:
+def settle_made(arguments: argparse.Namespace, usual: Mapping[str, Any]) -> None:
     """Fills in what is not given of traffic that is made.
 
+    Args:
+        arguments: `trace`, and the options.
+        usual: option -> its value where it is not given.
+
     Raises:
-        UsageError: if an option is given that says nothing of what is replayed.
+        UsageError: if one is given beside a trace, of which it says nothing.
     """
-    for name, usual in (GENERATED | OF_AGENTS).items():
-        value = getattr(arguments, name)
-        if value is None:
-            setattr(arguments, name, usual)
+    for name, value in usual.items():
+        given = getattr(arguments, name)
+        if given is None:
+            setattr(arguments, name, value)
         elif arguments.trace is not None:
             raise UsageError(
-                f"{name}={value} is of traffic that is made, and --trace {arguments.trace} is "
+                f"{name}={given} is of traffic that is made, and --trace {arguments.trace} is "
                 "replayed as it is; leave one of them out"
             )
-        elif name in OF_AGENTS and arguments.agents is None:
+
+
+def _check_agents(arguments: argparse.Namespace) -> None:
+    """Raises UsageError for options of agents without agents, or of requests without."""
+    for name in OF_AGENTS:
+        given = getattr(arguments, name)
+        if given is not None and arguments.agents is None and arguments.trace is None:
             raise UsageError(
-                f"{name}={value} is of sessions of agents; say how many with --agents, or leave "
+                f"{name}={given} is of sessions of agents; say how many with --agents, or leave "
                 "it out"
             )
-        elif name == "cv" and arguments.agents is not None:
-            raise UsageError(
-                f"cv={value:g} is of requests that know nothing of each other, not of --agents; "
-                "leave one of them out"
-            )
+    if arguments.cv is not None and arguments.agents is not None:
+        raise UsageError(
+            f"cv={arguments.cv:g} is of requests that know nothing of each other, not of --agents; "
+            "leave one of them out"
+        )
 
 
 def main(argv: Sequence[str], prog: str) -> int:
@@ -539,7 +549,8 @@ def main(argv: Sequence[str], prog: str) -> int:
         raise UsageError(f"--out {arguments.out} is a file; name a folder")
     if arguments.out is not None:
         check_writable(arguments.out)
-    _settle(arguments)
+    _check_agents(arguments)
+    settle_made(arguments, GENERATED | OF_AGENTS)
     prefill, decode = parse_instances(arguments.instances)
     slo = Slo(ttft_s=arguments.ttft_ms / 1e3, itl_s=arguments.itl_ms / 1e3)
     chosen = setting(

@@ -150,6 +150,7 @@ def test_the_command_prints_a_frontier_and_what_starts_the_choice(tmp_path, caps
         (["--gpus", "v9=1"], 2, "'v9' is not modelled; use one of"),
         (["--gpus", "h10=1"], 2, "(did you mean 'h100'?)"),
         (["--policy", "ahed"], 2, "(did you mean 'ahead'?)"),
+        (["--trace", "ok.csv"], 2, "--prompt-mean 200.0 is of traffic that is made, and"),
         (["--attainment", "0"], 2, "--attainment 0 must be above 0"),
         (["--tensor-parallel", "3"], 2, "divides neither 32 heads nor 8"),
         (["--itl-slo", "0.001"], 1, "ITL of 1 ms cannot be met"),
