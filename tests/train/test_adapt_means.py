@@ -270,6 +270,23 @@ def test_samples_that_enter_each_others_parts_are_refused(loss):
         from_function(loss, PARAMETERS, example, blocks="layers")
 
 
+def test_draws_with_a_fixed_key_are_named():
+    def loss(parameters, batch):
+        logits = logits_of(parameters, batch["inputs"])
+        noise = jax.random.normal(jax.random.key(0), logits.shape)
+        return each(logits + noise, batch["targets"]).mean()
+
+    example = jax.tree.map(lambda leaf: leaf[0], data(1, 3))
+    with pytest.raises(UsageError, match="drawn with a fixed key.*'key'"):
+        from_function(loss, PARAMETERS, example, blocks="layers")
+
+
+def test_one_group_is_told_what_it_takes():
+    example = jax.tree.map(lambda leaf: leaf[0], data(1, 2))
+    with pytest.raises(UsageError, match="at least two whole ones"):
+        from_function(centred_in_groups, PARAMETERS, example, blocks="layers")
+
+
 def test_a_raw_key_is_no_sample():
     """Two words of a key beside two samples."""
 

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 
 from jaxsys.errors import UsageError
 from jaxsys.train.adapt.axes import Mixed, Summed, Unknown
-from jaxsys.train.adapt.samples import Followed
+from jaxsys.train.adapt.samples import RANDOM, Followed
 from jaxsys.train.adapt.sources import written_at
 from jaxsys.train.adapt.states import states_of
 from jaxsys.train.adapt.twins import numbers_between
-from jaxsys.train.adapt.values import Value, known
+from jaxsys.train.adapt.values import Operation, Value, known
 
 WAY_OUT = (
     "return (sum over samples, their number) instead of a mean; each is then added up over "
@@ -282,10 +282,25 @@ class _Terms:
         """
         if not self.strict:
             return [Term(value, factor, seen=False)]
+        at = self.where(value)
+        where = "a leaf of the batch" if at is None else written_at(at)
+        drawn = [
+            one
+            for one in (() if at is None else at.inputs)
+            if self.followed.samples in one.aval.shape and _is_drawn_once(one)
+        ]
+        if drawn:
+            raise UsageError(
+                "the loss is not seen to be a mean over samples: random numbers of the batch's "
+                f"shape, drawn with a fixed key, enter at {where}, and each microbatch would get "
+                "the same; draw them with the batch's leaf 'key', which is each microbatch's own"
+            )
         raise UsageError(
             "the loss is not seen to be a mean over samples: they enter each other's parts at "
-            f"{self.where(value)}, so for the whole batch it may be another number than for its "
-            f"microbatches; make each sample's part of that sample alone, or {WAY_OUT}"
+            f"{where}, so for the whole batch it may be another number than for its microbatches; "
+            "make each sample's part of that sample alone (of groups side by side, give a "
+            "microbatch at least two whole ones), or return (sum over samples, their number) "
+            "instead of a mean, which is another number then: each microbatch's, added up"
         )
 
     def is_sum(self, value: Value) -> bool:
@@ -300,7 +315,7 @@ class _Terms:
             return name in ("reduce_sum", "dot_general", "scan")
         return isinstance(self.states[value], Summed)
 
-    def where(self, value: Value) -> str:
+    def where(self, value: Value) -> Operation | None:
         """The operation in which samples first enter each other's parts, or the value's own."""
         seen: set[Value] = set()
         while value.maker is not None and value not in seen:
@@ -311,7 +326,21 @@ class _Terms:
             if not worse:
                 break
             value = worse[0]
-        return "a leaf of the batch" if value.maker is None else written_at(value.maker)
+        return value.maker
+
+
+def _is_drawn_once(value: Value) -> bool:
+    """Whether a value is drawn with a key that is neither the batch's nor a parameter."""
+    waiting, seen = [value], {value}
+    while waiting:
+        one = waiting.pop()
+        if one.depends or one.varies or one.maker is None:
+            continue
+        if one.maker.primitive.name in RANDOM:
+            return True
+        waiting += [v for v in dict.fromkeys(one.maker.inputs) if v not in seen]
+        seen.update(one.maker.inputs)
+    return False
 
 
 def _is_still(value: Value) -> bool:

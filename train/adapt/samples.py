@@ -85,7 +85,7 @@ _ALGEBRA = frozenset(
     ("cholesky", "eigh", "householder_product", "lu", "qr", "svd", "triangular_solve")
 )
 """Of the matrices in the last two axes."""
-_RANDOM = frozenset(
+RANDOM = frozenset(
     ("random_bits", "random_clone", "random_fold_in", "random_gamma", "random_seed")
     + ("random_split", "random_unwrap", "random_wrap", "threefry2x32")
 )
@@ -545,7 +545,7 @@ def _same_but_zero(
     name: str, parameters: Any, states: Sequence[Same], shapes: Any, output: Sequence[int]
 ) -> Same:
     drawn = any(state.drawn for state in states)
-    if name in _RANDOM:
+    if name in RANDOM:
         # Draws from the microbatch's key differ by place: so they are meant.
         return Same(drawn=True) if drawn else everything_uneven(output)
     if name in EACH and _fit(shapes, output):
