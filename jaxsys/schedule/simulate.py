@@ -95,7 +95,8 @@ class Costs:
     residual_bytes: float | Sequence[float] = 0.0
     tap_bytes: float | Sequence[float] = 0.0
     static_bytes: float = 0.0
-    """Per device, all step long: parameters and optimizer state at rest, edge copies, workspace."""
+    """Per device, all step long: parameters and optimizer state at rest, edge copies, workspace.
+    Below 0 where a step as it is lowered holds less than the copies that are traced."""
     other_sent_bytes: float = 0.0
     """Sent per device and step outside the schedule's moves (embedding, head, inside tasks)."""
     inside: Mapping[TaskKind, Sequence[tuple[Inside, ...]]] = field(default_factory=dict)
@@ -155,7 +156,7 @@ class Costs:
         return _of(sizes[block.data], block.chunk)
 
 
-_AMOUNTS = tuple(one.name for one in fields(Costs) if one.name != "inside")
+_AMOUNTS = tuple(one.name for one in fields(Costs) if one.name not in ("inside", "static_bytes"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

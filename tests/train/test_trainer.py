@@ -242,8 +242,9 @@ def test_bad_requests(small_model, small_parameters, options, says):
 
 
 def test_an_optimizer_by_its_name(small_model, small_parameters):
+    name: Any = "adam"
     with pytest.raises(UsageError, match="the optimizer is 'adam'; give a transformation of optax"):
-        Trainer(small_model, small_parameters, "adam")
+        Trainer(small_model, small_parameters, name)
 
 
 def test_a_batch_of_other_length(small_model, small_parameters):
