@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxsys.model.grouped_triton import load_block, span
+
 LONG = 8192
 """Inputs from which the kernel is quicker than XLA's sum of numbers that are not packed."""
 OUTPUTS = 4
@@ -89,8 +91,8 @@ def _of_numbers(x_ref: Any, w_ref: Any, scale_ref: Any, o_ref: Any, *, inputs: i
     row = _rows()
 
     def turn(index: jax.Array, sums: jax.Array) -> jax.Array:
-        k, inside = _span(index, _NUMBERS, inputs)
-        w = _block(w_ref, row, k, inside).astype(jnp.float32)
+        k, inside = span(index * _NUMBERS, _NUMBERS, inputs)
+        w = load_block(w_ref, row, k, inside[None]).astype(jnp.float32)
         return sums + w * _part(x_ref, (k,), inside)[None]
 
     start = jnp.zeros((OUTPUTS, _NUMBERS), jnp.float32)
@@ -103,8 +105,8 @@ def _of_pairs(x_ref: Any, w_ref: Any, scale_ref: Any, o_ref: Any, *, pairs: int,
     many = _PAIRS // half
 
     def turn(index: jax.Array, sums: jax.Array) -> jax.Array:
-        k, inside = _span(index, _PAIRS, pairs)
-        codes = _block(w_ref, row, k, inside).astype(jnp.int32)
+        k, inside = span(index * _PAIRS, _PAIRS, pairs)
+        codes = load_block(w_ref, row, k, inside[None]).astype(jnp.int32)
         # 128 and a number from 0 to 15, written behind the point: no integer is converted.
         low, high = (
             jax.lax.bitcast_convert_type(bits | 0x43000000, jnp.float32) - 136.0
@@ -112,7 +114,8 @@ def _of_pairs(x_ref: Any, w_ref: Any, scale_ref: Any, o_ref: Any, *, pairs: int,
         )
         found = low * _part(x_ref, (0, k), inside)[None]
         found += high * _part(x_ref, (1, k), inside)[None]
-        scale = _block(scale_ref, row, *_span(index, many, pairs // half))
+        group, there = span(index * many, many, pairs // half)
+        scale = load_block(scale_ref, row, group, there[None])
         each = jax.lax.broadcast_in_dim(scale, (OUTPUTS, many, half), (0, 1))
         return sums + found * each.reshape(found.shape)
 
@@ -127,20 +130,7 @@ def _rows() -> jax.Array:
     return pl.program_id(0) * OUTPUTS + jnp.arange(OUTPUTS, dtype=jnp.int32)
 
 
-def _span(index: jax.Array, size: int, end: int) -> tuple[jax.Array, jax.Array]:
-    """Places of a turn, and which there are."""
-    place = index * size + jnp.arange(size, dtype=jnp.int32)
-    return place, place < end
-
-
 def _part(x_ref: Any, place: tuple[Any, ...], inside: jax.Array) -> jax.Array:
     from jax.experimental.pallas import triton
 
     return triton.load(x_ref.at[place], mask=inside, other=0.0).astype(jnp.float32)
-
-
-def _block(ref: Any, row: jax.Array, k: jax.Array, inside: jax.Array) -> jax.Array:
-    from jax.experimental.pallas import triton
-
-    other = 0.0 if jnp.issubdtype(ref.dtype, jnp.floating) else 0
-    return triton.load(ref.at[row[:, None], k[None, :]], mask=inside[None, :], other=other)

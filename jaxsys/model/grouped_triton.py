@@ -10,7 +10,7 @@ Legend: R rows, E experts, K inputs, N outputs, T tiles.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -204,13 +204,13 @@ def outer(
 # Kernels ------------------------------------------------------------------------------------------
 
 
-def _span(start, size: int, end: int):
+def span(start: jax.Array, size: int, end: Any) -> tuple[jax.Array, jax.Array]:
     """Indices from `start`, and which of them are before `end`."""
     index = start + jnp.arange(size, dtype=jnp.int32)
     return index, index < end
 
 
-def _load(ref, first, second, seen, expert=None):
+def load_block(ref: Any, first: jax.Array, second: jax.Array, seen: Any, expert: Any = None) -> Any:
     """A block; of one expert's matrix where it is given: Triton takes a single index."""
     places = (first[:, None], second[None, :])
     # Triton casts no integer to a float of eight bits.
@@ -242,16 +242,16 @@ def _product_kernel(
 
     @pl.when(start < stop)
     def _():
-        row, of_expert = _span(start, blocks.rows, stop)
-        column, there = _span(part * blocks.outputs, blocks.outputs, outputs)
+        row, of_expert = span(start, blocks.rows, stop)
+        column, there = span(part * blocks.outputs, blocks.outputs, outputs)
 
         def turn(step, total):
-            k, inside = _span(step * blocks.inputs, blocks.inputs, inputs)
-            x = _load(x_ref, row // share, k, _both(of_expert, inside))
+            k, inside = span(step * blocks.inputs, blocks.inputs, inputs)
+            x = load_block(x_ref, row // share, k, _both(of_expert, inside))
             if outputs_first:
-                w = _load(w_ref, column, k, _both(there, inside), expert).astype(x.dtype).T
+                w = load_block(w_ref, column, k, _both(there, inside), expert).astype(x.dtype).T
             else:
-                w = _load(w_ref, k, column, _both(inside, there), expert).astype(x.dtype)
+                w = load_block(w_ref, k, column, _both(inside, there), expert).astype(x.dtype)
             return total + triton.dot(x, w)
 
         zeros = jnp.zeros((blocks.rows, blocks.outputs), jnp.float32)
@@ -271,16 +271,16 @@ def _packed_kernel(
 
     @pl.when(start < stop)
     def _():
-        row, of_expert = _span(start, blocks.rows, stop)
-        column, there = _span(part * blocks.outputs, blocks.outputs, outputs)
+        row, of_expert = span(start, blocks.rows, stop)
+        column, there = span(part * blocks.outputs, blocks.outputs, outputs)
 
         def turn(step, total):
-            k, inside = _span(step * blocks.inputs, blocks.inputs, inputs)
+            k, inside = span(step * blocks.inputs, blocks.inputs, inputs)
             own, seen = _both(of_expert, inside), _both(there, inside)
-            even, odd = (_load(ref, row // share, k, own) for ref in (even_ref, odd_ref))
-            codes = _load(codes_ref, column, k, seen, expert)
-            block, within = _span(step * many, many, inputs // alike)
-            exponents = _load(exponents_ref, column, block, _both(there, within), expert)
+            even, odd = (load_block(ref, row // share, k, own) for ref in (even_ref, odd_ref))
+            codes = load_block(codes_ref, column, k, seen, expert)
+            block, within = span(step * many, many, inputs // alike)
+            exponents = load_block(exponents_ref, column, block, _both(there, within), expert)
             each = jax.lax.broadcast_in_dim(exponents, (blocks.outputs, many, alike), (0, 1))
             low, high = unpack(codes, each.reshape(codes.shape), even.dtype)
             return total + triton.dot(even, low.T) + triton.dot(odd, high.T)
@@ -342,13 +342,13 @@ fma.rn.bf16x2 $1, pair, $4, none;
 def _outer_kernel(start_ref, stop_ref, x_ref, y_ref, out_ref, *, blocks, inputs, outputs):
     expert = pl.program_id(2)
     start, stop = start_ref[expert], stop_ref[expert]
-    k, inside = _span(pl.program_id(0) * blocks.inputs, blocks.inputs, inputs)
-    column, there = _span(pl.program_id(1) * blocks.outputs, blocks.outputs, outputs)
+    k, inside = span(pl.program_id(0) * blocks.inputs, blocks.inputs, inputs)
+    column, there = span(pl.program_id(1) * blocks.outputs, blocks.outputs, outputs)
 
     def turn(step, total):
-        row, own = _span(start + step * blocks.rows, blocks.rows, stop)
-        x = _load(x_ref, row, k, _both(own, inside))
-        y = _load(y_ref, row, column, _both(own, there))
+        row, own = span(start + step * blocks.rows, blocks.rows, stop)
+        x = load_block(x_ref, row, k, _both(own, inside))
+        y = load_block(y_ref, row, column, _both(own, there))
         return total + triton.dot(x.T, y)
 
     zeros = jnp.zeros((blocks.inputs, blocks.outputs), jnp.float32)
