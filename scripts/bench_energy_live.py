@@ -19,6 +19,7 @@ import argparse
 import asyncio
 import contextlib
 import datetime
+import itertools
 import json
 import math
 import queue
@@ -56,6 +57,7 @@ from jaxsys.serve.simulation.simulator import Simulator
 from jaxsys.serve.simulation.traces import RequestTrace, read_trace, synthetic_trace
 from jaxsys.serve.steps import ExecutorConfig
 from studies.measured_gpu import MeasuredGpu
+from studies.stream_client import Stream, stream
 
 ROOT = Path(__file__).resolve().parent.parent
 PERCENTS = (50, 90, 99)
@@ -88,14 +90,26 @@ class Server:
     """scripts/live_server.py as a child; it ends when its standard input does."""
 
     def __init__(
-        self, options: argparse.Namespace, folder: Path, decode: int, *, profile: bool = True
+        self,
+        options: argparse.Namespace,
+        folder: Path,
+        decode: int,
+        *,
+        load_s: float | None = 1.0,
+        log: bool = False,
     ) -> None:
+        """
+        Args:
+            load_s: seconds of each load of the profile; None: none is taken.
+            log: whether the server notes when each iteration's parts began and ended.
+        """
         line = [sys.executable, str(ROOT / "scripts/live_server.py"), "--model", options.model]
         line += ["--gpu", options.gpu, "--decode", str(decode), "--folder", str(folder)]
         line += ["--max-batch", str(options.max_batch), "--pages", str(options.pages)]
         line += ["--max-length", str(options.max_length)]
         line += ["--max-prefill-tokens", str(options.max_prefill_tokens)]
-        line += [] if profile else ["--no-profile"]
+        line += ["--no-profile"] if load_s is None else ["--load-seconds", str(load_s)]
+        line += ["--log"] if log else []
         self.log = folder / "server.log"
         with self.log.open("w") as errors:
             self.process = subprocess.Popen(
@@ -151,17 +165,32 @@ class Answers:
     """What clients saw."""
 
     def __init__(self) -> None:
-        self.ttft_s: list[float] = []
-        self.itl_s: list[float] = []
-        self.tokens = 0
+        self.streams: list[Stream] = []
         self.failures: list[str] = []
-        self.ended_s = 0.0
+
+    @property
+    def ttft_s(self) -> list[float]:
+        return [one.came_s[0] - one.sent_s for one in self.streams if one.came_s]
+
+    @property
+    def itl_s(self) -> list[float]:
+        return [
+            later - earlier
+            for one in self.streams
+            for earlier, later in itertools.pairwise(one.came_s)
+        ]
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(one.came_s) for one in self.streams)
+
+    @property
+    def ended_s(self) -> float:
+        return max((one.came_s[-1] for one in self.streams if one.came_s), default=0.0)
 
 
-async def ask(
-    client: httpx.AsyncClient, model: str, vocabulary: int, prompt: int, output: int, to: Answers
-) -> None:
-    """Sends one request and notes when its tokens come."""
+def body_of(model: str, vocabulary: int, prompt: int, output: int) -> bytes:
+    """A request of so many tokens in and out."""
     draw = random.Random(prompt * 100_003 + output)
     body = {
         "model": model,
@@ -171,53 +200,36 @@ async def ask(
         "ignore_eos": True,
         "stream": True,
     }
-    content = json.dumps(body)
-    sent_s, last_s, count = time.perf_counter(), None, 0
+    return json.dumps(body).encode()
+
+
+async def ask(port: int, body: bytes, to: Answers) -> None:
+    """Sends one request and notes when its tokens come."""
+    one = Stream()
+    to.streams.append(one)
     try:
-        headers = {"content-type": "application/json"}
-        async with client.stream(
-            "POST", "/v1/completions", content=content, headers=headers
-        ) as answer:
-            if answer.status_code != 200:
-                raise RunError(f"HTTP {answer.status_code}: {(await answer.aread())[:200]!r}")
-            async for line in answer.aiter_lines():
-                if not line.startswith("data: {"):
-                    continue
-                now_s = time.perf_counter()
-                if '"error"' in line:
-                    raise RunError(line[:200])
-                if last_s is None:
-                    to.ttft_s.append(now_s - sent_s)
-                else:
-                    to.itl_s.append(now_s - last_s)
-                last_s = now_s
-                count += 1
-    except (httpx.HTTPError, RunError) as error:
-        to.failures.append(f"{type(error).__name__}: {error}")
-    to.tokens += count
-    to.ended_s = max(to.ended_s, last_s or 0.0)
+        await stream(port, "/v1/completions", body, one)
+    except RunError as error:
+        to.failures.append(str(error))
 
 
 async def probe(
-    client: httpx.AsyncClient, options: argparse.Namespace, prompt: int, count: int, times: int
+    port: int, options: argparse.Namespace, prompt: int, count: int, times: int
 ) -> Answers:
     """`times` rounds of `count` requests at once, and what came of the later half."""
-    vocabulary = preset(options.model).vocab_size
+    body = body_of(options.model, preset(options.model).vocab_size, prompt, STEPS)
     kept = Answers()
     for number in range(times):
         answers = Answers()
-        await asyncio.gather(
-            *(ask(client, options.model, vocabulary, prompt, STEPS, answers) for _ in range(count))
-        )
+        await asyncio.gather(*(ask(port, body, answers) for _ in range(count)))
         if answers.failures:
             raise RunError(f"the server does not answer: {answers.failures[0]}")
         if number >= times // 2:
-            kept.ttft_s += answers.ttft_s
-            kept.itl_s += answers.itl_s
+            kept.streams += answers.streams
     return kept
 
 
-async def hand_overs(client: httpx.AsyncClient, options: argparse.Namespace, prompt: int) -> dict:
+async def hand_overs(port: int, options: argparse.Namespace, prompt: int) -> dict:
     """Seconds that handing prompts over takes and holds up, one after the other.
 
     Returns:
@@ -228,7 +240,8 @@ async def hand_overs(client: httpx.AsyncClient, options: argparse.Namespace, pro
     vocabulary = preset(options.model).vocab_size
 
     def send(length: int, tokens: int, to: Answers) -> asyncio.Task[None]:
-        return asyncio.ensure_future(ask(client, options.model, vocabulary, length, tokens, to))
+        body = body_of(options.model, vocabulary, length, tokens)
+        return asyncio.ensure_future(ask(port, body, to))
 
     beside = Answers()
     long = send(16, min(6 * QUIET, options.max_length - 16), beside)
@@ -263,24 +276,23 @@ async def hand_overs(client: httpx.AsyncClient, options: argparse.Namespace, pro
     }
 
 
-async def replay(
-    client: httpx.AsyncClient, options: argparse.Namespace, trace: RequestTrace
-) -> Answers:
+async def replay(port: int, options: argparse.Namespace, trace: RequestTrace) -> Answers:
     """Sends the trace's requests at their times."""
     answers = Answers()
     vocabulary = preset(options.model).vocab_size
+    bodies = [
+        body_of(options.model, vocabulary, prompt, output)
+        for prompt, output in zip(
+            trace.prompt_tokens.tolist(), trace.output_tokens.tolist(), strict=True
+        )
+    ]
     began_s = time.perf_counter()
 
-    async def one(arrival_s: float, prompt: int, output: int) -> None:
+    async def one(arrival_s: float, body: bytes) -> None:
         await asyncio.sleep(began_s + arrival_s - time.perf_counter())
-        await ask(client, options.model, vocabulary, prompt, output, answers)
+        await ask(port, body, answers)
 
-    rows = zip(
-        trace.arrival_s.tolist(),
-        trace.prompt_tokens.tolist(),
-        trace.output_tokens.tolist(),
-        strict=True,
-    )
+    rows = zip(trace.arrival_s.tolist(), bodies, strict=True)
     waiting = [asyncio.ensure_future(one(*row)) for row in rows]
     _, late = await asyncio.wait(waiting, timeout=trace.duration_s + 120)
     for task in late:
@@ -315,39 +327,51 @@ def total_j(logs: list[EnergyLog], start_s: float, end_s: float) -> float | None
     return sum(part for part in parts if part is not None) if parts and None not in parts else None
 
 
+async def look_before(
+    client: httpx.AsyncClient,
+    port: int,
+    options: argparse.Namespace,
+    prompt: int,
+    decode: int,
+    logs: list[EnergyLog],
+) -> dict[str, Any]:
+    """What is found out before a load is served: lone requests, hand-overs, an idle moment."""
+    found: dict[str, Any] = {}
+    found["lone_prompt"] = prompt = min(prompt, options.max_length - STEPS)
+    alone = await probe(port, options, prompt, 1, LONE)
+    found["lone_ttft_s"] = statistics.median(alone.ttft_s)
+    together = found["together"] = min(TOGETHER, options.max_batch)
+    group = await probe(port, options, prompt, together, 2)
+    found["itl_s"] = {1: statistics.median(alone.itl_s)}
+    found["itl_s"][together] = statistics.median(group.itl_s)
+    if decode:
+        found["hand_overs"] = await hand_overs(port, options, prompt)
+    await asyncio.sleep(0.5)
+    idle_from_s = time.perf_counter()
+    await asyncio.sleep(IDLE_S if logs else 0.0)
+    idle_to_s = time.perf_counter()
+    idle_j = await asyncio.to_thread(total_j, logs, idle_from_s, idle_to_s)
+    if idle_j is not None:
+        found["idle_w"] = idle_j / (idle_to_s - idle_from_s) / len(logs)
+    found["plan_after_s"] = (await client.post("/forget-timings")).json()["plan_after_s"]
+    return found
+
+
 async def measure(
     options: argparse.Namespace, trace: RequestTrace, server: dict, decode: int
 ) -> dict[str, Any]:
     """Lone requests, hand-overs, an idle moment, the replay."""
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=200)
-    url = f"http://127.0.0.1:{server['port']}"
-    found: dict[str, Any] = {}
+    port = server["port"]
+    prompt = int(np.median(trace.prompt_tokens))
     with energy_logs(server["gpus"]) as (devices, logs):
-        async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
-            longest = options.max_length - STEPS
-            prompt = found["lone_prompt"] = min(int(np.median(trace.prompt_tokens)), longest)
-            alone = await probe(client, options, prompt, 1, LONE)
-            found["lone_ttft_s"] = statistics.median(alone.ttft_s)
-            together = found["together"] = min(TOGETHER, options.max_batch)
-            group = await probe(client, options, prompt, together, 2)
-            found["itl_s"] = {1: statistics.median(alone.itl_s)}
-            found["itl_s"][together] = statistics.median(group.itl_s)
-            if decode:
-                found["hand_overs"] = await hand_overs(client, options, prompt)
-            await asyncio.sleep(0.5)
-            idle_from_s = time.perf_counter()
-            await asyncio.sleep(IDLE_S if logs else 0.0)
-            idle_to_s = time.perf_counter()
-            idle_j = await asyncio.to_thread(total_j, logs, idle_from_s, idle_to_s)
-            if idle_j is not None:
-                found["idle_w"] = idle_j / (idle_to_s - idle_from_s) / len(logs)
-            found["plan_after_s"] = (await client.post("/forget-timings")).json()["plan_after_s"]
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=300) as client:
+            found = await look_before(client, port, options, prompt, decode, logs)
             before_j = None if logs else await modelled_energy_j(client)
             note(f"replaying {len(trace)} requests over {trace.duration_s:.0f} s")
             clocks_mhz: list[int] = []
             watching = asyncio.ensure_future(watch_clocks(devices, clocks_mhz))
             began_s = time.perf_counter()
-            answers = await replay(client, options, trace)
+            answers = await replay(port, options, trace)
             watching.cancel()
             if logs:
                 found["energy_j"] = await asyncio.to_thread(total_j, logs, began_s, answers.ended_s)

@@ -2,19 +2,23 @@
 """Three loads served live on two GPUs, beside what was predicted of them before.
 
     scripts/bench_energy_loads.py predict                  needs no GPU; writes what is to be met
-    scripts/bench_energy_loads.py run                      two GPUs, about 140 s; clocks observed
+    scripts/bench_energy_loads.py run                      two GPUs, about 260 s; clocks observed
     scripts/bench_energy_loads.py run --model tiny --seconds 4           on a CPU, to try it
 
 `predict` replays each load on one prefill and one decode instance modelled from the GPU's row and
-the model's shape alone: no profile and no request of the run goes into it. `run` serves the same
-requests with random weights over HTTP, takes energy from the GPUs' counters (idle included), and
-sets measured and predicted side by side.
+the model's shape alone: no profile and no request of the run goes into it. `run` takes a short
+profile and sends a few requests, predicts the loads of that, serves them with random weights over
+HTTP, takes energy from the GPUs' counters (idle included), and sets measured and predicted side by
+side. Then it serves them again where threads may keep Python's interpreter for a tenth of the usual
+time: what changes is what they waited for one another.
 """
 
 import argparse
 import asyncio
 import dataclasses
 import datetime
+import json
+import shutil
 import statistics
 import sys
 import tempfile
@@ -59,6 +63,19 @@ FOUND_BEFORE = {
 """What the host adds. The first three: an earlier run on one H200 (results/energy_live_h200.json).
 Hand-overs: landing as timed on a CPU, the rest assumed."""
 PREDICTED = Path("results/energy_loads_predicted.json")
+PROBE = 900
+"""Tokens of the prompts sent before any load, one at a time and together."""
+SWITCH_US = (500,)
+"""How long a thread may keep the interpreter while others wait, where the loads are served again;
+Python's default is 5000."""
+TAIL = ("itl_mean_ms", "itl_p50_ms", "itl_p90_ms", "itl_p99_ms", "ttft_mean_ms", "ttft_p99_ms")
+SHOWN = {
+    "load": "",
+    "within_goal": "",
+    "profiled": ".3f",
+    "profiled_error_pct": "+.1f",
+    "profiled_within_goal": "",
+}
 GOAL_PCT = {"mean": 10.0, "p50": 10.0, "p90": 10.0, "p99": 15.0, "energy": 10.0}
 
 
@@ -141,59 +158,121 @@ def config_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 async def serve_load(
-    client: httpx.AsyncClient, options: argparse.Namespace, trace: RequestTrace, logs: list
+    client: httpx.AsyncClient,
+    port: int,
+    options: argparse.Namespace,
+    trace: RequestTrace,
+    gpus: tuple[list, list],
+    name: str,
 ) -> dict[str, Any]:
     """Figures of one load, under the names of `predicted_figures`."""
+    live.note(f"load {name}")
+    devices, logs = gpus
+    clocks_mhz: list[int] = []
+    watching = asyncio.ensure_future(live.watch_clocks(devices, clocks_mhz))
     began_s = time.perf_counter()
-    answers = await live.replay(client, options, trace)
+    answers = await live.replay(port, options, trace)
+    watching.cancel()
     if answers.failures or not answers.ttft_s:
-        raise RunError(f"{trace.name}: {len(answers.failures)} failed: {answers.failures[:2]}")
+        raise RunError(f"{name}: {len(answers.failures)} failed: {answers.failures[:2]}")
     energy_j = None
     if logs:
         energy_j = await asyncio.to_thread(live.total_j, logs, began_s, answers.ended_s)
     figures: dict[str, Any] = {}
-    for name, values in (("ttft", answers.ttft_s), ("itl", answers.itl_s)):
-        figures[f"{name}_mean_ms"] = 1e3 * statistics.fmean(values)
+    for figure, values in (("ttft", answers.ttft_s), ("itl", answers.itl_s)):
+        figures[f"{figure}_mean_ms"] = 1e3 * statistics.fmean(values)
         for p in live.PERCENTS:
-            figures[f"{name}_p{p}_ms"] = 1e3 * float(np.percentile(values, p))
+            figures[f"{figure}_p{p}_ms"] = 1e3 * float(np.percentile(values, p))
     figures["energy_j_per_token"] = None if energy_j is None else energy_j / answers.tokens
     figures["output_tokens"] = answers.tokens
     figures["duration_s"] = answers.ended_s - began_s
     figures["spread"] = {
         "itl_ms": {f"p{p}": 1e3 * float(np.percentile(answers.itl_s, p)) for p in live.SPREAD},
         "ttft_ms": [round(1e3 * value, 2) for value in answers.ttft_s],
-        # Where the tails are: first gaps follow a hand-over, the others do not.
         "requests": len(trace),
     }
+    if clocks_mhz:
+        figures["clock_mhz"] = {f"p{p}": float(np.percentile(clocks_mhz, p)) for p in (1, 10, 50)}
+    figures["held_up"] = (await client.post(f"/take-log/{name}")).json()
+    if options.logs is not None:
+        streams = [one for one in answers.streams if one.came_s]
+        np.savez_compressed(
+            options.logs / f"{name} client.npz",
+            name=np.array([one.name for one in streams]),
+            sent_s=np.array([one.sent_s for one in streams]),
+            tokens=np.array([len(one.came_s) for one in streams]),
+            came_s=np.concatenate([one.came_s for one in streams]),
+        )
     return figures
 
 
-async def measure(options: argparse.Namespace, server: dict[str, Any]) -> dict[str, dict]:
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=200)
-    url = f"http://127.0.0.1:{server['port']}"
-    found: dict[str, dict] = {}
-    with live.energy_logs(server["gpus"]) as (_, logs):
-        async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
+async def measure(
+    options: argparse.Namespace, server: dict[str, Any], folder: Path, content: dict[str, Any]
+) -> None:
+    """Puts into `content` what is known as it becomes known: what was found before any load, what
+    is predicted from it, the loads, and the loads again where no thread keeps the interpreter."""
+    port, found = server["port"], content["measured"]
+    with live.energy_logs(server["gpus"]) as gpus:
+        url = f"http://127.0.0.1:{port}"
+        async with httpx.AsyncClient(base_url=url, timeout=300) as client:
             # A compiled step is loaded when it first runs: every size once.
             longest = options.max_length - live.STEPS
             for prompt in sorted({min(length, longest) for length in (8, 64, 256, 1024)}):
-                await live.probe(client, options, prompt, 1, 2)
-            for name in LOADS:
-                live.note(f"load {name}")
-                trace = trace_of(name, options.seconds, options.max_length)
-                found[name] = await serve_load(client, options, trace, logs)
-    return found
+                await live.probe(port, options, prompt, 1, 2)
+            live.note("before the loads")
+            before = await live.look_before(client, port, options, PROBE, 1, gpus[1])
+            await client.post("/take-log/before")
+            content["found_before"] = before
+            traces = [trace_of(name, options.seconds, options.max_length) for name in LOADS]
+            content["predicted_from_profile"] = [
+                predict_from_profile(options, trace, server, folder, before) for trace in traces
+            ]
+            save(options, content)
+            for trace in traces:
+                found[trace.name] = await serve_load(client, port, options, trace, gpus, trace.name)
+                save(options, content)
+            for microseconds in SWITCH_US:
+                again = content["switch_interval_us"].setdefault(str(microseconds), {})
+                await client.post(f"/switch-interval/{microseconds}")
+                for trace in traces:
+                    if time.monotonic() + 1.2 * options.seconds > options.deadline_s:
+                        live.note(f"no time left for {trace.name} at {microseconds} us")
+                        continue
+                    name = f"{trace.name} {microseconds}us"
+                    again[trace.name] = await serve_load(client, port, options, trace, gpus, name)
+                    save(options, content)
 
 
-def compare(predicted: dict[str, Any], found: dict[str, dict]) -> list[dict[str, Any]]:
-    """A row a load and figure."""
+def predict_from_profile(
+    options: argparse.Namespace,
+    trace: RequestTrace,
+    server: dict[str, Any],
+    folder: Path,
+    before: dict[str, Any],
+) -> dict[str, Any]:
+    """What the simulator says of a load, of the profile and of requests sent before it."""
+    known = dict(before)
+    simulated, front_s = live.simulate(options, trace, server, 1, folder, known)
+    figures = live.predicted_figures(simulated, front_s, "idle_w" in before)
+    return {"load": trace.name, "requests": len(trace), **figures}
+
+
+def save(options: argparse.Namespace, content: dict[str, Any]) -> None:
+    write_result(options.out, benchmark="energy_loads", kind="measured", **content)
+
+
+def compare(
+    before: list[dict[str, Any]], profiled: list[dict[str, Any]], found: dict[str, dict]
+) -> list[dict[str, Any]]:
+    """A row a load and figure: by the GPU's row, by the profile, and as it was."""
     rows = []
-    for row in predicted["rows"]:
+    for row, other in zip(before, profiled, strict=True):
         for figure, said in row.items():
             if figure in ("load", "requests", "duration_s", "output_tokens"):
                 continue
             measured = found[row["load"]].get(figure)
             error = live.error_pct(measured, said)
+            again = live.error_pct(measured, other.get(figure))
             goal = GOAL_PCT[figure.split("_")[0 if figure.startswith("energy") else 1]]
             rows.append(
                 {
@@ -203,12 +282,16 @@ def compare(predicted: dict[str, Any], found: dict[str, dict]) -> list[dict[str,
                     "predicted": said,
                     "prediction_error_pct": error,
                     "within_goal": None if error is None else abs(error) <= goal,
+                    "profiled": other.get(figure),
+                    "profiled_error_pct": again,
+                    "profiled_within_goal": None if again is None else abs(again) <= goal,
                 }
             )
     return rows
 
 
 def run(options: argparse.Namespace) -> int:
+    options.deadline_s = time.monotonic() + options.most_seconds
     predicted = read_result(options.predicted)
     mine = config_of(options)
     different = [key for key, value in mine.items() if predicted["config"].get(key) != value]
@@ -217,28 +300,52 @@ def run(options: argparse.Namespace) -> int:
             f"{options.predicted} predicts another {', '.join(different)}; run `predict` with the "
             "same options first"
         )
-    content: dict[str, Any] = {"config": mine | {"clocks": "default, observed"}, "rows": []}
-    with tempfile.TemporaryDirectory() as folder:
-        server = live.Server(options, Path(folder), 1, profile=False)
+    content: dict[str, Any] = {
+        "config": mine | {"clocks": "default, observed"},
+        "rows": [],
+        "measured": {},
+        "switch_interval_us": {},
+        "predicted_on": predicted["config"]["predicted_on"],
+    }
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        server = live.Server(options, folder, 1, load_s=options.load_seconds, log=True)
         try:
             ready, content["stages_s"] = server.wait_until_ready(time.monotonic() + 300)
             content["energy"] = ready["energy"]
-            found = asyncio.run(measure(options, ready))
+            content["server"] = {key: ready[key] for key in live.SERVER_KEYS}
+            content["profile"] = json.loads((folder / "profile.json").read_text())
+            asyncio.run(measure(options, ready, folder, content))
         except RunError:
             live.note(server.last_words())
             raise
         finally:
             server.end()
-    content["predicted_on"] = predicted["config"]["predicted_on"]
-    content["measured"] = found
-    content["rows"] = rows = compare(predicted, found)
-    judged = [row["within_goal"] for row in rows if row["within_goal"] is not None]
-    content["within_goal"] = sum(judged)
-    content["judged"] = len(judged)
-    write_result(options.out, benchmark="energy_loads", kind="measured", **content)
-    shown = [{**row, "within_goal": str(row["within_goal"])} for row in rows]
-    print(table(shown, {**live.FORMATS, "load": "", "within_goal": ""}))
-    print(f"{sum(judged)} of {len(judged)} figures within the goal; wrote {options.out}")
+            if options.logs is not None:
+                for each in folder.glob("*.npz"):
+                    shutil.copy(each, options.logs / each.name)
+        decisions = folder / "decisions.json"
+        content["decisions"] = json.loads(decisions.read_text()) if decisions.exists() else None
+    content["rows"] = rows = compare(
+        predicted["rows"], content["predicted_from_profile"], content["measured"]
+    )
+    for name in ("within_goal", "profiled_within_goal"):
+        content[name] = sum(bool(row[name]) for row in rows)
+    content["judged"] = sum(row["within_goal"] is not None for row in rows)
+    save(options, content)
+    shown = [{key: str(v) if isinstance(v, bool) else v for key, v in r.items()} for r in rows]
+    print(table(shown, {**live.FORMATS, **SHOWN}))
+    for label, others in content["switch_interval_us"].items():
+        for load, figures in others.items():
+            tail = ", ".join(f"{key} {figures[key]:.2f}" for key in TAIL)
+            was = ", ".join(f"{content['measured'][load][key]:.2f}" for key in TAIL)
+            print(f"{load}, threads keep the interpreter for {label} us: {tail} (before: {was})")
+    for load, figures in content["measured"].items():
+        print(f"{load}: held up by {figures['held_up']}")
+    print(
+        f"of {content['judged']} figures {content['within_goal']} within the goal by the GPU's "
+        f"row, {content['profiled_within_goal']} by the profile; wrote {options.out}"
+    )
     return 0
 
 
@@ -253,6 +360,12 @@ def main() -> int:
     add("--seconds", type=float, default=20.0, help="of arrivals, each load (default 20)")
     add("--predicted", type=Path, default=PREDICTED, help="what `predict` writes and `run` reads")
     add("--out", type=Path, help="of `run` (default results/energy_loads.json)")
+    add("--logs", type=Path, metavar="FOLDER",
+        help="of `run`: keep there when each iteration's parts and each token came")  # fmt: skip
+    add("--load-seconds", type=float, default=0.4,
+        help="of `run`: time of each load of the profile (default 0.4)")  # fmt: skip
+    add("--most-seconds", type=float, default=270.0,
+        help="of `run`: what does not end by then is not begun (default 270)")  # fmt: skip
     options = parser.parse_args()
     tiny = options.model == "tiny"
     options.max_length = min(4096, preset(options.model).max_positions)
@@ -264,6 +377,8 @@ def main() -> int:
                 raise UsageError(f"--out {options.out} is of `run`; `predict` writes --predicted")
             return predict(options)
         options.out = options.out or Path("results/energy_loads.json")
+        if options.logs is not None:
+            options.logs.mkdir(parents=True, exist_ok=True)
         if not tiny and len(visible_gpus()) < 2:
             raise UsageError("two GPUs are needed, one an instance; --model tiny runs on a CPU")
         return run(options)

@@ -52,6 +52,7 @@ from jaxsys.serve.iterations import SchedulerConfig
 from jaxsys.serve.processes.front import bind, build_app
 from jaxsys.serve.processes.gpus import gpu_of
 from jaxsys.serve.sampling import SamplingNeeds
+from studies.iteration_log import ServerLog
 from studies.random_weights import random_parameters
 
 COMPILERS = 8
@@ -249,6 +250,7 @@ def main() -> int:
     add("--pages", type=int, required=True)
     add("--load-seconds", type=float, default=1.0, help="time of a load in the profile")
     add("--no-profile", action="store_true", help="measure nothing before serving")
+    add("--log", action="store_true", help="note when each iteration's parts began and ended")
     add("--folder", type=Path, required=True, help="for the profile and the timings")
     arguments = parser.parse_args()
     config = preset(arguments.model)
@@ -343,6 +345,19 @@ def main() -> int:
         for timed, _ in governors:
             timed.forget()
         return {"plan_after_s": statistics.median(known) if known else 0.0}
+
+    log = ServerLog(engine) if arguments.log else None
+
+    @app.post("/take-log/{name}")
+    async def take_log(name: str) -> dict[str, Any]:
+        assert log is not None
+        return log.save(arguments.folder / f"{name}.npz")
+
+    @app.post("/switch-interval/{microseconds}")
+    async def switch_interval(microseconds: int) -> dict[str, float]:
+        """How long a thread keeps the interpreter while another waits for it."""
+        sys.setswitchinterval(1e-6 * microseconds)
+        return {"switch_interval_s": sys.getswitchinterval()}
 
     with contextlib.closing(bind("127.0.0.1", 0)) as listener:
         listener.listen(512)
