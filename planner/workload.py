@@ -588,7 +588,7 @@ def _decoder_memory(
     sizes: tuple[tuple[str, int], ...] = (),
 ) -> tuple[tuple[Traced, ...], float]:
     model = layered(
-        config,
+        replace(config, in_training=()),  # of which training speaks
         loss_chunk_tokens=loss_chunk_tokens,
         implementation="shapes" if fused and jnp.dtype(dtype).itemsize == 2 else "xla",
     )

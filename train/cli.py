@@ -345,6 +345,11 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
     # Said only now: what is refused is refused in one line.
     if layout.reason is not None:
         say(layout.reason)
+    if start.not_applied is not None:
+        say(start.not_applied)
+    experts = config.experts
+    if arguments.balance is None and experts is not None and experts.balance:
+        say(f"the loss has {experts.balance:g} times that of unequally busy experts; see --balance")
     for sentence in lacks(layout.mesh):
         say(sentence)
     if float8 is not None:

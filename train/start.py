@@ -70,6 +70,8 @@ class Start:
     """Peak, where none is asked for."""
     settings: dict[str, Any]
     """What a resumed run must not change unasked."""
+    not_applied: str | None
+    """What its files ask of training that is not done."""
     export: Callable[[Path, Parameters, bool], str]
     """Writes what was trained, over what is there if told so; gives the options that serve it."""
 
@@ -112,8 +114,9 @@ def start_of(
     def read(shardings: Parameters) -> Parameters:
         return opened.checkpoint.parameters(jnp.float32, lambda path: _at(shardings, path))
 
-    whole, shapes = layered(config, float8=float8), abstract_parameters(config)
+    whole, shapes = layered(_quiet(config), float8=float8), abstract_parameters(config)
     common: dict[str, Any] = {"config": config, "tokenizer": tokenizer, "encode": encode}
+    common["not_applied"] = config.not_applied()
     if lora is None:
 
         def save(folder: Path, parameters: Parameters, may: bool) -> str:
@@ -201,13 +204,19 @@ def _of_preset(
         config=config,
         tokenizer=tokenizer,
         encode=tokenizer.encode_array,
-        model=layered(config, float8=float8),
+        model=layered(_quiet(config), float8=float8),
+        not_applied=config.not_applied(),
         parameters=lambda: initial_parameters(config, seed=seed),
         optimizer=lambda optimizer: optimizer,
         learning_rate=RATES["preset"],
         settings={} if balance is None else {"balance": balance},
         export=save,
     )
+
+
+def _quiet(config: DecoderConfig) -> DecoderConfig:
+    """The model without what is not applied, which the command says in its own place."""
+    return replace(config, in_training=())
 
 
 def balanced(config: DecoderConfig, weight: float | None) -> DecoderConfig:

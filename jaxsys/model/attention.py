@@ -86,7 +86,7 @@ def attend(
     Args:
         q: queries [B, T, N, K].
         k: keys [B, S, G, K].
-        v: values [B, S, G, V]; V need not be K, where it may be narrower.
+        v: values [B, S, G, V]; V need not be K.
         causal: query t sees keys up to t, counted from the start of both. It needs S == T unless
             `query_positions` says where the queries stand.
         key_lengths: int32 [B]; keys at or past this index are padding.
@@ -127,16 +127,17 @@ def attend(
     if softcap is not None or sinks is not None:
         seen = _seen(length, keys, causal, window, key_lengths, mask)
         return _scored(q, k, v, seen, scale, softcap, sinks)
+    own, width = q.shape[-1], v.shape[-1]
+    if own < width and scale is None:
+        scale = own**-0.5
+    # Kernels want one width: zeros add nothing to scores, and what they give is cut off again.
+    q, k, v = (_widened(a, max(own, width)) for a in (q, k, v))
     if implementation is None:
         implementation = choose_implementation(
             dtype=q.dtype, head_dim=q.shape[-1], masked=mask is not None
         ).implementation
-    narrow = v.shape[-1]
-    if narrow != q.shape[-1]:
-        # Kernels want one width: what zeros add is cut off again.
-        v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, q.shape[-1] - narrow)))
     if implementation == "shapes":
-        return _kernel_shapes(q, k, v)[..., :narrow]
+        return _kernel_shapes(q, k, v)[..., :width]
     attended = jax.nn.dot_product_attention(
         q,
         k,
@@ -148,7 +149,13 @@ def attend(
         local_window_size=None if window is None else (window - 1, 0),
         implementation=implementation,
     )
-    return attended if narrow == q.shape[-1] else attended[..., :narrow]
+    return attended if width == q.shape[-1] else attended[..., :width]
+
+
+def _widened(x: jax.Array, width: int) -> jax.Array:
+    """With zeros behind its last axis up to `width`."""
+    more = width - x.shape[-1]
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, more))) if more else x
 
 
 def _seen(

@@ -98,6 +98,10 @@ class DecoderConfig:
     experts: Experts | None = None
     latent: Latent | None = None
 
+    in_training: tuple[tuple[str, float], ...] = ()
+    """Keys of a config.json that change training alone, and their values: dropout and such. None
+    of it is applied here, which `layered` says; files keep it."""
+
     def __post_init__(self) -> None:
         for name in (
             "vocab_size",
@@ -177,6 +181,13 @@ class DecoderConfig:
             width=width if self.latent is None else self.latent.rotary_dim,
             interleaved=self.rope_interleaved,
         )
+
+    def not_applied(self) -> str | None:
+        """What its files ask of training that is not done here, in a sentence; None: nothing."""
+        if not self.in_training:
+            return None
+        asked = ", ".join(f"{name}={value:g}" for name, value in self.in_training)
+        return f"the model's configuration asks for {asked} in training, which is done without"
 
     def block_parameter_count(self, kind: BlockKind | None = None) -> int:
         """Parameters of one block of a kind; of the first kind if none is given."""

@@ -94,6 +94,8 @@ class Family:
     """Modules that hold several matrices, one below the other."""
     woven: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Tensors whose columns are two matrices' in turn."""
+    in_training: Mapping[str, float] = field(default_factory=dict)
+    """Values of keys that change training alone, where they are absent and that is not 0."""
     unread_layers: bool = False
     """Whether files hold layers past the last that predict further tokens; they are not read."""
 
@@ -300,6 +302,7 @@ register(
         name="seed_oss",
         architecture="SeedOssForCausalLM",
         sizes=(155136, 4096, 27648, 64, 80, 8, 128, 524288),
+        in_training={"attention_dropout": 0.1, "residual_dropout": 0.1},
         keys=(
             _bias("attention_bias", "qkv_bias", default=True),
             _bias("attention_out_bias", "out_bias"),
@@ -655,7 +658,7 @@ register(
         theta=1_000_000.0,
         windows=Windows(how="all"),
         dense_first=0,
-        ignored=("router_jitter_noise", "first_k_dense_replace"),
+        ignored=("first_k_dense_replace",),
         modules={
             "experts/router": "block_sparse_moe.gate",
             "experts/gate": "block_sparse_moe.experts.{item}.w1",
@@ -833,7 +836,7 @@ register(
         fixed=GROUPED_SIGMOID,
         dense_first=3,
         ignored=("num_nextn_predict_layers", "num_mtp_layers", "qk_head_dim", "head_dim")
-        + ("aux_loss_alpha", "seq_aux", "ep_size", "num_key_value_heads"),
+        + ("seq_aux", "ep_size", "num_key_value_heads"),
         required={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1},
         unread_layers=True,
     )
@@ -887,8 +890,7 @@ register(
         ),
         fixed={"rope_interleaved": True},
         dense_first=0,
-        ignored=("qk_head_dim", "head_dim", "num_key_value_heads")
-        + ("aux_loss_alpha", "seq_aux", "ep_size"),
+        ignored=("qk_head_dim", "head_dim", "num_key_value_heads") + ("seq_aux", "ep_size"),
         # transformers reads no norm_topk_prob here, the first code did: neither is wrong.
         required={"scoring_func": "softmax", "moe_layer_freq": 1, "norm_topk_prob": False},
     )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxsys.errors import UsageError
 from jaxsys.files import shown
-from jaxsys.model import quantised_files
+from jaxsys.model import quantised_settings
 from jaxsys.model.families import FAMILIES, Family, Key, flag, listed_positions, number
 from jaxsys.model.kinds import Activation, BlockKind, Experts, Latent, Positions
 from jaxsys.model.rope import (
@@ -54,7 +54,6 @@ HARMLESS = frozenset(
     {
         "_name_or_path",
         "architectures",
-        "attention_dropout",
         "auto_map",
         "bad_words_ids",
         "begin_suppress_tokens",
@@ -68,8 +67,6 @@ HARMLESS = frozenset(
         "do_sample",
         "dtype",
         "early_stopping",
-        "embd_pdrop",
-        "embedding_dropout",
         "encoder_no_repeat_ngram_size",
         "eod_token_id",
         "eos_token_id",
@@ -77,7 +74,6 @@ HARMLESS = frozenset(
         "finetuning_task",
         "forced_bos_token_id",
         "forced_eos_token_id",
-        "hidden_dropout",
         "id2label",
         "im_end_id",
         "im_start_id",
@@ -103,11 +99,8 @@ HARMLESS = frozenset(
         "problem_type",
         "remove_invalid_values",
         "repetition_penalty",
-        "resid_pdrop",
-        "residual_dropout",
         "return_dict",
         "return_dict_in_generate",
-        "router_z_loss_coef",
         "sep_token_id",
         "suppress_tokens",
         "task_specific_params",
@@ -129,7 +122,23 @@ HARMLESS = frozenset(
         "use_cache",
     }
 )
-"""Keys of any config.json that change no number in inference, nor in training without dropout."""
+"""Keys of any config.json that change no number, neither in inference nor in training."""
+
+IN_TRAINING = (
+    "activation_dropout",
+    "attention_dropout",
+    "attn_pdrop",
+    "aux_loss_alpha",
+    "embd_pdrop",
+    "embedding_dropout",
+    "hidden_dropout",
+    "layerdrop",
+    "resid_pdrop",
+    "residual_dropout",
+    "router_jitter_noise",
+    "router_z_loss_coef",
+)
+"""Keys that change training alone, unless they are 0: noise, and losses beside that of tokens."""
 
 NOT_DECODER = ("add_cross_attention", "is_encoder_decoder", "pruned_heads")
 """Keys that make another model than a decoder of its family, unless they are false or empty."""
@@ -203,6 +212,7 @@ def read(config: Mapping[str, Any]) -> dict[str, Any]:
     reader.asked |= HARMLESS | set(NOT_DECODER) | set(family.ignored)
     _check_harmless(config)
     fields: dict[str, Any] = {"family": family.name}
+    fields["in_training"] = _read_in_training(reader, family)
     _read_sizes(reader, family, fields)
     for key in family.keys:
         value = reader.value(key)
@@ -222,6 +232,12 @@ def read(config: Mapping[str, Any]) -> dict[str, Any]:
     _read_layers(reader, family, fields, rope)
     _check_rest(reader, family)
     return fields
+
+
+def _read_in_training(reader: _Reader, family: Family) -> tuple[tuple[str, float], ...]:
+    """Those of the keys that change training alone which are not 0."""
+    found = {name: reader.get(name, family.in_training.get(name)) for name in IN_TRAINING}
+    return tuple((name, value) for name, value in found.items() if value and _number(name, value))
 
 
 def _check_harmless(config: Mapping[str, Any]) -> None:
@@ -638,7 +654,7 @@ def _read_dense(reader: _Reader, family: Family, layers: int) -> list[bool]:
 def _check_rest(reader: _Reader, family: Family) -> None:
     config = reader.config
     if config.get("quantization_config") is not None and not _is_packed(family, config):
-        quantised_files.check(config["quantization_config"])
+        quantised_settings.check(config["quantization_config"])
     if config.get("is_causal", True) is not True:
         raise UsageError(f"is_causal={config['is_causal']!r} is not computed; only true is")
     for name, wanted in family.required.items():
@@ -694,6 +710,7 @@ def write(config: "DecoderConfig") -> dict[str, Any]:
     for key in family.keys:
         value = _field(config, key.fields[0])
         written[key.name] = value if key.write is None else key.write(value)
+    written |= dict.fromkeys(family.in_training, 0.0) | dict(config.in_training)
     written |= _write_layers(config, family)
     return written | _write_rope(config, family)
 

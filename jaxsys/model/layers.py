@@ -6,6 +6,7 @@ x = {"residual": [B, T, D], "balance": []}, summed over layers.
 """
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 
 import jax
@@ -32,6 +33,8 @@ from jaxsys.model.parts import (
     embed_part,
 )
 
+logger = logging.getLogger(__name__)
+
 
 def layered(
     config: DecoderConfig,
@@ -48,6 +51,8 @@ def layered(
         implementation: of attention; chosen by device, dtype and shape if not given.
         float8: which products run in float8, forward and backward; none if not given.
 
+    What the configuration asks of training and is not done (`DecoderConfig.in_training`) is logged.
+
     Raises:
         UsageError: if `loss_chunk_tokens` is below 1, or `float8` names no matrix of the model.
     """
@@ -55,7 +60,8 @@ def layered(
         raise UsageError(f"loss_chunk_tokens={loss_chunk_tokens} must be at least 1")
     if float8 is not None:
         float8.check(matrices(config))
-
+    if config.in_training:
+        logger.warning("%s", config.not_applied())
     return _cuttable(config, loss_chunk_tokens, implementation, float8, None)
 
 

@@ -17,13 +17,13 @@ they compute; weights do not depend on them, and they are not read.
 Legend: N outputs, K inputs, g inputs of a group, n numbers in a word of 32 bits.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxsys.errors import UsageError
-from jaxsys.files import shown
+from jaxsys.model.quantised_settings import WHOLE, Scheme, one_more, schemes
 from jaxsys.model.rows import Rows
 from jaxsys.model.safetensors_file import SafetensorsFile
 
@@ -39,65 +39,6 @@ _UNREAD = (
 _WORD = 32
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """The nibble that holds each of eight columns."""
-_METHODS = "fp8, compressed-tensors (float, int, pack), gptq, awq, and mxfp4 of gpt_oss"
-_CT_FORMATS = ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized", "dense")
-
-
-def check(settings: Any) -> None:
-    """Raises UsageError for a `quantization_config` that is not read."""
-    if not isinstance(settings, Mapping):
-        raise UsageError(f"quantization_config={shown(settings)} is no object")
-    _check_block("weight_block_size", settings.get("weight_block_size"))
-    method = settings.get("quant_method")
-    if method == "gptq":
-        _among(settings, "bits", (2, 4, 8), None)
-        _among(settings, "checkpoint_format", ("gptq", "gptq_v2"), "gptq")
-    elif method == "awq":
-        _among(settings, "bits", (4,), 4)
-        _among(settings, "version", ("gemm",), "gemm")
-    elif method == "compressed-tensors":
-        _among(settings, "format", (*_CT_FORMATS, "mixed-precision"), "dense")
-        groups = settings.get("config_groups")
-        if not isinstance(groups, Mapping):
-            raise _unread("config_groups", groups)
-        for group in groups.values():
-            if not isinstance(group, Mapping) or not isinstance(group.get("weights"), Mapping):
-                raise _unread("config_groups", group)
-            if group.get("format") is not None:
-                _among(group, "format", _CT_FORMATS, None)
-            _among(group["weights"], "num_bits", (2, 4, 8), None)
-            _check_block("block_structure", group["weights"].get("block_structure"))
-        if settings.get("sparsity_config"):
-            raise _unread("sparsity_config", settings["sparsity_config"])
-    elif method == "fp8":
-        _among(settings, "fmt", ("e4m3",), "e4m3")
-        if settings.get("expert_dtype") not in (None, "fp8"):
-            raise _unread("expert_dtype", settings["expert_dtype"])
-    else:
-        raise _unread("quant_method", method)
-
-
-def _check_block(name: str, block: Any) -> None:
-    if block is None:
-        return
-    whole = isinstance(block, list | tuple) and [type(n) is int and n > 0 for n in block]
-    if whole != [True, True]:
-        raise _unread(name, block)
-
-
-def _among(settings: Mapping[str, Any], name: str, known: tuple, default: Any) -> None:
-    value = settings.get(name, default)
-    if isinstance(value, str):
-        value = value.lower()
-    if type(value) not in (str, int) or value not in known:
-        raise _unread(name, value)
-
-
-def _unread(name: str, value: Any) -> UsageError:
-    return UsageError(
-        f"quantization_config's {name}={shown(value)} is not supported; read are {_METHODS}. Use "
-        "the model's files in one of these or in bfloat16"
-    )
 
 
 def present(
@@ -106,7 +47,7 @@ def present(
     """Shapes with each quantised module's tensors as the one weight [N, K] that they stand for.
 
     Args:
-        settings: a `quantization_config` that `check` takes.
+        settings: a `quantization_config` that `quantised_settings.check` takes.
         home: the file of each tensor.
         found: shapes of all tensors as stored.
 
@@ -192,8 +133,33 @@ class _Files:
         return values
 
 
-def _misfit(name: str, shape: tuple[int, ...], weight: tuple[int, ...]) -> UsageError:
-    return UsageError(f"tensor {name!r} of shape {shape} does not fit a weight of shape {weight}")
+def _check_zeros(
+    files: _Files,
+    name: str,
+    said: list[Scheme],
+    integers: bool,
+    wanted: tuple[int, ...],
+    shape: tuple[int, ...],
+) -> None:
+    """Raises UsageError where zero points are said to be and are not, or do not fit."""
+    if name in files or (integers and all(scheme.zeros for scheme in said)):
+        found = files.shape(name)
+        if found != wanted:
+            raise _misfit(name, found, shape)
+
+
+def _misfit(
+    name: str, shape: tuple[int, ...], weight: tuple[int, ...], said: Sequence[Scheme] = ()
+) -> UsageError:
+    groups = next((scheme.group for scheme in said if scheme.group is not None), None)
+    more = "" if groups is None else f" with a scale {_a_group(groups)}, as its settings say"
+    return UsageError(
+        f"tensor {name!r} of shape {shape} does not fit a weight of shape {weight}{more}"
+    )
+
+
+def _a_group(size: int) -> str:
+    return "an output" if size == WHOLE else f"for {size} inputs of an output"
 
 
 def _of_bytes(files: _Files, settings: Mapping[str, Any], module: str):
@@ -205,11 +171,13 @@ def _of_bytes(files: _Files, settings: Mapping[str, Any], module: str):
         scale += "_inv"
     of_scale = files.shape(scale)
     zero = module + ".weight_zero_point"
+    said = schemes(settings)
     if len(shape) != 2:
         raise _misfit(scale, of_scale, shape)
-    block = _block(settings, shape, of_scale)
+    block = _block(said, shape, of_scale)
     if block is None:
-        raise _misfit(scale, of_scale, shape)
+        raise _misfit(scale, of_scale, shape, said)
+    _check_zeros(files, zero, said, files.dtype(name) == "I8", of_scale, shape)
 
     def read(_: str) -> Rows:
         values, scales = files.numbers(name), files.scales(scale)
@@ -224,36 +192,33 @@ def _of_bytes(files: _Files, settings: Mapping[str, Any], module: str):
 
         return Rows(shape=shape, read=some)
 
-    parts = (WEIGHT, ".weight_scale", ".weight_scale_inv", ".weight_zero_point")
-    return shape, read, parts
+    return shape, read, (WEIGHT, scale.removeprefix(module), ".weight_zero_point")
 
 
 def _block(
-    settings: Mapping[str, Any], shape: tuple[int, ...], of_scale: tuple[int, ...]
+    said: list[Scheme], shape: tuple[int, ...], of_scale: tuple[int, ...]
 ) -> tuple[int, int] | None:
-    """Rows and columns that share a scale; None where the scales do not fit."""
+    """Rows and columns that share a scale; None where the scales are not as is said."""
     outputs, inputs = shape
     if int(np.prod(of_scale)) == 1:
         return outputs, inputs
-    if of_scale in ((outputs,), (outputs, 1)):
-        return 1, inputs
+    if of_scale == (outputs,):
+        of_scale = (outputs, 1)
     if len(of_scale) != 2:
         return None
-    wanted = settings.get("weight_block_size")
-    if wanted is None:
-        found = [weights.get("block_structure") for weights in _weights(settings)]
-        wanted = next((block for block in found if block), None)
-    if wanted is None:  # groups of inputs
-        group = -(-inputs // of_scale[1])
-        return (1, group) if of_scale[0] == outputs and inputs % of_scale[1] == 0 else None
-    rows, columns = (int(size) for size in wanted)
-    # The last block of a row or column may be cut short.
-    grid = (-(-outputs // rows), -(-inputs // columns))
-    return (rows, columns) if of_scale == grid else None
-
-
-def _weights(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [group["weights"] for group in settings.get("config_groups", {}).values()]
+    for scheme in said:
+        if scheme.block is not None:
+            rows, columns = scheme.block
+            # The last block of a row or column may be cut short.
+            if of_scale == (-(-outputs // rows), -(-inputs // columns)):
+                return rows, columns
+        elif of_scale[0] == outputs:
+            group = scheme.inputs_of_group(inputs, of_scale[1])
+            if group is not None:
+                return 1, group
+    # A scale an output is what it is, also of modules that a file of blocks says nothing of.
+    alone = of_scale == (outputs, 1) and all(scheme.group is None for scheme in said)
+    return (1, inputs) if alone else None
 
 
 def _spread(
@@ -275,19 +240,24 @@ def _of_words(files: _Files, settings: Mapping[str, Any], module: str):
     if len(shape) != 2 or len(words) != 2 or words[0] != shape[0] or min(shape) < 1:
         raise _misfit(packed, words, shape)
     fitting = [b for b in (2, 4, 8) if words[1] == -(-shape[1] * b // _WORD)]
-    said = {int(weights["num_bits"]) for weights in _weights(settings)} & set(fitting)
+    said = {scheme.bits for scheme in schemes(settings)} & set(fitting)
     if not said:
         raise _misfit(packed, words, shape)
     bits = min(said)
-    order = module + ".weight_g_idx"
-    zero = module + ".weight_zero_point"
-    if len(of_scale) != 2 or of_scale[0] != shape[0] or shape[1] % of_scale[1]:
+    order, zero = module + ".weight_g_idx", module + ".weight_zero_point"
+    own = [scheme for scheme in schemes(settings) if scheme.bits == bits]
+    if len(of_scale) != 2 or of_scale[0] != shape[0]:
         raise _misfit(scale, of_scale, shape)
+    size = _size(own, shape[1], of_scale[1])
+    if size is None:
+        raise _misfit(scale, of_scale, shape, own)
+    _need_order(files, order, own, of_scale[1])
+    _check_zeros(files, zero, own, True, (-(-shape[0] * bits // _WORD), of_scale[1]), shape)
     middle = 2 ** (bits - 1)
 
     def read(_: str) -> Rows:
         held, scales = files.words(packed), files.scales(scale)
-        groups = _groups(files, order, shape[1], scales.shape[1])
+        groups = _groups(files, order, shape[1], scales.shape[1], size)
         zeros = None
         if zero in files:
             zeros = _unpack(files.words(zero), bits, axis=0)[: shape[0]] - middle
@@ -304,14 +274,26 @@ def _of_words(files: _Files, settings: Mapping[str, Any], module: str):
     return shape, read, (*parts, ".weight_g_idx")
 
 
-def _groups(files: _Files, name: str, inputs: int, count: int) -> np.ndarray:
-    """The group of each input.
+def _size(said: list[Scheme], inputs: int, count: int) -> int | None:
+    """Inputs of a group, by the first of some schemes that has so many groups."""
+    sizes = [scheme.inputs_of_group(inputs, count) for scheme in said]
+    return next((size for size in sizes if size is not None), None)
+
+
+def _need_order(files: _Files, name: str, said: list[Scheme], count: int) -> None:
+    """Raises UsageError where groups are not in a row and no tensor says how they are."""
+    if count > 1 and all(scheme.ordered for scheme in said):
+        files.shape(name)
+
+
+def _groups(files: _Files, name: str, inputs: int, count: int, size: int) -> np.ndarray:
+    """The group of each input: as a tensor says, else `size` of them in a row.
 
     Raises:
         UsageError: if a tensor that says so names groups that there are not.
     """
     if name not in files:
-        return np.arange(inputs) // (inputs // count)
+        return np.arange(inputs) // size
     groups = files.integers(name, "I32").astype(np.int64)
     if groups.shape != (inputs,) or groups.min() < 0 or groups.max() >= count:
         raise UsageError(f"tensor {name!r} does not name one of {count} groups for {inputs} inputs")
@@ -328,23 +310,34 @@ def _unpack(words: np.ndarray, bits: int, axis: int) -> np.ndarray:
 
 def _of_gptq(files: _Files, settings: Mapping[str, Any], module: str):
     """qweight of GPTQ: inputs along the words of a column."""
-    bits = int(settings["bits"])
     names = [module + part for part in (".qweight", ".qzeros", ".scales")]
+    order = module + ".g_idx"
     words, of_zeros, of_scales = (files.shape(name) for name in names)
-    count = _WORD // bits
     if len(words) != 2 or len(of_scales) != 2 or of_scales[1] != words[1]:
         raise _misfit(names[2], of_scales, words)
-    shape = (words[1], words[0] * count)
-    if of_zeros != (of_scales[0], -(-words[1] // count)) or shape[1] % of_scales[0]:
-        raise _misfit(names[1], of_zeros, shape)
-    # The first format stores zeros less one.
-    more = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1
+    # Modules may have other bits than most: zero points show how many.
+    own = [
+        scheme
+        for scheme in schemes(settings)
+        if of_zeros == (of_scales[0], -(-words[1] * (scheme.bits or 0) // _WORD))
+    ]
+    if not own:
+        raise _misfit(names[1], of_zeros, words)
+    bits = own[0].bits
+    assert bits is not None
+    own = [scheme for scheme in own if scheme.bits == bits]
+    shape = (words[1], words[0] * _WORD // bits)
+    size = _size(own, shape[1], of_scales[0])
+    if size is None:
+        raise _misfit(names[2], of_scales, shape, own)
+    _need_order(files, order, own, of_scales[0])
+    more = 1 if one_more(settings) else 0
     mask = 2**bits - 1
 
     def read(_: str) -> Rows:
         held, scales = files.words(names[0]), files.scales(names[2])
         zeros = (_unpack(files.words(names[1]), bits, axis=1)[:, : shape[0]] + more) & mask
-        groups = _groups(files, module + ".g_idx", shape[1], scales.shape[0])
+        groups = _groups(files, order, shape[1], scales.shape[0], size)
 
         def some(start: int, stop: int) -> np.ndarray:
             values = _unpack(held[:, start:stop], bits, axis=0)
@@ -360,11 +353,14 @@ def _of_awq(files: _Files, settings: Mapping[str, Any], module: str):
     """qweight of AWQ: outputs along the words of a row, in an order of their own."""
     names = [module + part for part in (".qweight", ".qzeros", ".scales")]
     words, of_zeros, of_scales = (files.shape(name) for name in names)
-    if len(words) != 2 or of_scales[1:] != (8 * words[1],) or words[0] % of_scales[0]:
+    if len(words) != 2 or of_scales[1:] != (8 * words[1],):
         raise _misfit(names[2], of_scales, words)
+    shape, said = (8 * words[1], words[0]), schemes(settings)
+    size = _size(said, shape[1], of_scales[0])
+    if size is None:
+        raise _misfit(names[2], of_scales, shape, said)
     if of_zeros != (of_scales[0], words[1]):
         raise _misfit(names[1], of_zeros, words)
-    shape = (8 * words[1], words[0])
 
     def columns(words: np.ndarray) -> np.ndarray:
         apart = _unpack(words, 4, axis=1)
@@ -373,7 +369,7 @@ def _of_awq(files: _Files, settings: Mapping[str, Any], module: str):
     def read(_: str) -> Rows:
         held, scales = files.words(names[0]), files.scales(names[2])
         zeros = files.words(names[1])
-        groups = np.arange(shape[1]) // (shape[1] // scales.shape[0])
+        groups = np.arange(shape[1]) // size
 
         def some(start: int, stop: int) -> np.ndarray:
             words = slice(start // 8, -(-stop // 8))  # of eight outputs each

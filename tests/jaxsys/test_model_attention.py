@@ -60,10 +60,10 @@ def test_choice_elsewhere(monkeypatch):
 
 
 def plain(q, k, v, allowed):
-    """[B, T, N, K] attention with allowed [B, T, S], head by head in float64."""
+    """[B, T, N, V] attention with allowed [B, T, S], head by head in float64."""
     batch, _, heads, width = q.shape
     group = heads // k.shape[2]
-    out = np.zeros(q.shape)
+    out = np.zeros((*q.shape[:-1], v.shape[-1]))
     for b in range(batch):
         for n in range(heads):
             scores = q[b, :, n].astype(np.float64) @ k[b, :, n // group].T / np.sqrt(width)
@@ -87,6 +87,16 @@ def test_causal():
     allowed = np.broadcast_to(np.tril(np.ones((6, 6), bool)), (2, 6, 6))
     typed = jaxtyping.jaxtyped(attend, typechecker=beartype.beartype)
     got = typed(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v))
+    np.testing.assert_allclose(got, plain(q, k, v, allowed), atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [3, 13])
+@pytest.mark.parametrize("implementation", ["xla", None])
+def test_values_of_another_width(width, implementation):
+    q, k, _ = random_heads(6, 6)
+    v = np.random.default_rng(1).normal(size=(2, 6, 2, width)).astype(np.float32)
+    allowed = np.broadcast_to(np.tril(np.ones((6, 6), bool)), (2, 6, 6))
+    got = attend(*map(jnp.asarray, (q, k, v)), implementation=implementation)
     np.testing.assert_allclose(got, plain(q, k, v, allowed), atol=1e-5)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxsys.errors import UsageError
-from jaxsys.model import BlockKind, DecoderConfig, abstract_parameters, preset
+from jaxsys.model import BlockKind, DecoderConfig, abstract_parameters, layered, preset
 from jaxsys.model.decoder import kind_of_blocks
 from jaxsys.model.rope import Llama3RopeScaling
 from jaxsys.model.shapes import PRESETS, find_preset
@@ -181,6 +181,35 @@ def test_what_is_not_computed_is_refused(change, message):
 def test_what_says_nothing_is_passed_over():
     says = {"architectures": "LlamaForCausalLM", "is_encoder_decoder": False, "pruned_heads": {}}
     assert DecoderConfig.from_hf(preset("tiny").to_hf() | says) == preset("tiny")
+
+
+@pytest.mark.parametrize(
+    ("given", "asked"),
+    [
+        ({"attention_dropout": 0.1, "resid_pdrop": 0}, {"attention_dropout": 0.1}),
+        ({"model_type": "phi3", "resid_pdrop": 0.2, "embd_pdrop": None}, {"resid_pdrop": 0.2}),
+        ({"model_type": "mixtral", "router_jitter_noise": 0.01}, {"router_jitter_noise": 0.01}),
+        ({"model_type": "deepseek_v3", "aux_loss_alpha": 0.001}, {"aux_loss_alpha": 0.001}),
+        ({"model_type": "seed_oss"}, {"attention_dropout": 0.1, "residual_dropout": 0.1}),
+        ({"model_type": "seed_oss", "attention_dropout": 0.0}, {"residual_dropout": 0.1}),
+        ({"model_type": "stablelm", "attention_dropout": 0.0}, {}),
+    ],
+)
+def test_what_is_asked_of_training_alone_is_kept_and_said(given, asked, caplog):
+    config = DecoderConfig.from_hf({"model_type": "llama", "num_hidden_layers": 4, **given})
+    assert dict(config.in_training) == asked
+    written = config.to_hf()
+    assert {name: written[name] for name in asked} == asked
+    layered(config)
+    for name, value in asked.items():
+        assert f"{name}={value:g}" in caplog.text
+    assert ("in training, which is done without" in caplog.text) == bool(asked)
+
+
+@pytest.mark.parametrize("value", ["0.1", True, [0.1]])
+def test_dropout_is_a_number(value):
+    with pytest.raises(UsageError, match="attention_dropout=.* is of the wrong kind"):
+        DecoderConfig.from_hf({"model_type": "llama", "attention_dropout": value})
 
 
 def test_a_llama_file_may_name_a_window_that_transformers_ignores():

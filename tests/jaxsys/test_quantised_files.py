@@ -19,7 +19,7 @@ from jaxsys.errors import UsageError
 from jaxsys.model import initial_parameters, load, preset
 from jaxsys.model.assemble import Leaves
 from jaxsys.model.load import open_model
-from jaxsys.model.quantised_files import check
+from jaxsys.model.quantised_settings import check
 from jaxsys.model.safetensors_file import STORED, SafetensorsFile
 from jaxsys.model.save import save_safetensors
 
@@ -138,6 +138,32 @@ def gptq(n, k, version=1, ordered=True):
     }, meant
 
 
+def gptq_in_eight_bits(n, k):
+    """Some modules have more bits than the others, and zeros for biases that are not there."""
+    if n != 96:
+        return gptq(n, k)
+    values, zero = RANDOM.integers(0, 256, (n, k)), RANDOM.integers(0, 256, (n, k // 32))
+    scale = scales(n, k // 32, dtype=np.float16)
+    return {
+        "qweight": words(values.T, 8, 0),
+        "qzeros": words((zero.T - 1) & 255, 8, 1),
+        "scales": np.ascontiguousarray(scale.T),
+        "bias": np.zeros(n, np.float16),
+    }, (values - zero.repeat(32, 1)) * wide(scale).repeat(32, 1)
+
+
+def gptq_with_short_groups(n, k):
+    """Groups of 40 inputs, the last of them shorter; no tensor says which input is of which."""
+    values, count = RANDOM.integers(0, 16, (n, k)), -(-k // 40)
+    zero, scale = RANDOM.integers(0, 16, (n, count)), scales(n, count, dtype=np.float16)
+    groups = np.arange(k) // 40
+    return {
+        "qweight": words(values.T, 4, 0),
+        "qzeros": words((zero.T - 1) & 15, 4, 1),
+        "scales": np.ascontiguousarray(scale.T),
+    }, (values - zero[:, groups]) * wide(scale)[:, groups]
+
+
 def awq(n, k):
     values, zero = RANDOM.integers(0, 16, (n, k)), RANDOM.integers(0, 16, (n, k // 32))
     scale = scales(n, k // 32, dtype=np.float16)
@@ -164,6 +190,11 @@ def compressed(form, **weights):
     }
 
 
+def renamed(made, old, new):
+    tensors, meant = made
+    return {new if name == old else name: value for name, value in tensors.items()}, meant
+
+
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [64, 64]}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}
 CASES = {
@@ -172,12 +203,23 @@ CASES = {
     "compressed-tensors, int8": (compressed("int-quantized", num_bits=8), integers),
     "compressed-tensors, 4 bits": (compressed("pack-quantized", num_bits=4), packed),
     "compressed-tensors, zeros": (
-        compressed("pack-quantized", num_bits=4), lambda n, k: packed(n, k, asymmetric=True)
+        compressed("pack-quantized", num_bits=4, group_size=32, symmetric=False),
+        lambda n, k: packed(n, k, asymmetric=True),
+    ),
+    "compressed-tensors, blocks": (
+        compressed("float-quantized", num_bits=8, strategy="block", block_structure="64x64")
+        | {"sparsity_config": {"format": "dense"}},
+        lambda n, k: renamed(blocks(n, k), "weight_scale_inv", "weight_scale"),
     ),
     "fp8 blocks": (FP8, blocks),
     "fp8 blocks, exponents": (FP8 | {"scale_fmt": "ue8m0"}, exponents),
     "gptq": (GPTQ, gptq),
     "gptq_v2": (GPTQ | {"checkpoint_format": "gptq_v2"}, lambda n, k: gptq(n, k, version=2)),
+    "gptq_v2 by its other name": (GPTQ | {"format": "gptq_v2"}, lambda n, k: gptq(n, k, version=2)),
+    "gptq, bits by module": (
+        GPTQ | {"dynamic": {"+:.*up_proj": {"bits": 8}, "-:lm_head": {}}}, gptq_in_eight_bits
+    ),
+    "gptq, short groups": (GPTQ | {"group_size": 40}, gptq_with_short_groups),
     "gptq, by act order": (GPTQ | {"desc_act": True}, lambda n, k: gptq(n, k, ordered=False)),
     "awq": ({"quant_method": "awq", "bits": 4, "version": "gemm"}, awq),
 }  # fmt: skip
@@ -291,6 +333,39 @@ DAMAGED = {
                             .repeat(3, 0)}),
         r"weight_scale_inv' of shape \(3, 1\) does not fit a weight of shape \(96, 64\)",
     ),
+    "numbers have no zero points": (
+        "compressed-tensors, zeros",
+        lambda t: t.pop("model.layers.0.mlp.up_proj.weight_zero_point"),
+        "'model.layers.0.mlp.up_proj.weight_zero_point' is missing",
+    ),
+    "zero points are too few": (
+        "compressed-tensors, zeros",
+        lambda t: t.update({"model.layers.0.mlp.up_proj.weight_zero_point":
+                            t["model.layers.0.mlp.up_proj.weight_zero_point"][:, :1]}),
+        r"weight_zero_point' of shape \(12, 1\) does not fit a weight of shape \(96, 64\)",
+    ),
+    "the order is missing": (
+        "gptq, by act order", lambda t: t.pop("model.layers.0.mlp.up_proj.g_idx"),
+        "'model.layers.0.mlp.up_proj.g_idx' is missing",
+    ),
+    "groups are of another size": (
+        "gptq, short groups",
+        lambda t: t.update({"model.layers.0.mlp.up_proj.scales":
+                            t["model.layers.0.mlp.up_proj.scales"][:1],
+                            "model.layers.0.mlp.up_proj.qzeros":
+                            t["model.layers.0.mlp.up_proj.qzeros"][:1]}),
+        r"scales' of shape \(1, 96\) does not fit a weight of shape \(96, 64\) with a scale for 40",
+    ),
+    "there are two scales": (
+        "fp8 blocks",
+        lambda t: t.update({"model.layers.0.mlp.up_proj.weight_scale": scales(1)}),
+        "first 'model.layers.0.mlp.up_proj.weight_scale_inv'",
+    ),
+    "a bias is not zero": (
+        "gptq, bits by module",
+        lambda t: t["model.layers.0.mlp.up_proj.bias"].__setitem__(3, 1),
+        "first 'model.layers.0.mlp.up_proj.bias'",
+    ),
     "an index is out of range": (
         "gptq", lambda t: t["model.layers.0.mlp.up_proj.g_idx"].__setitem__(0, 2),
         "up_proj.g_idx' does not name one of 2 groups for 64 inputs",
@@ -315,6 +390,20 @@ def test_what_is_damaged_is_named(case, plain, tmp_path):
         ({"quant_method": "awq", "version": "gemv"}, "version='gemv' is not"),
         (compressed("nvfp4-pack-quantized", num_bits=4), "format='nvfp4-pack-quantized' is not"),
         (compressed("pack-quantized", num_bits=3), "num_bits=3 is not"),
+        (GPTQ | {"format": "gptq_p"}, "format='gptq_p' is not"),
+        (GPTQ | {"format": "gptq_v2", "checkpoint_format": "gptq"}, "disagree"),
+        (GPTQ | {"is_marlin_format": True}, "is_marlin_format=true is not|=True is not"),
+        (GPTQ | {"rotation": "hadamard"}, "rotation='hadamard' is not"),
+        (GPTQ | {"dynamic": {"+:x": {"bits": 3}}}, "bits=3 is not"),
+        (GPTQ | {"group_size": 0}, "group_size=0 is not"),
+        ({"quant_method": "awq", "w_bit": 8}, "w_bit=8 is not"),
+        ({"quant_method": "awq", "format": "gemv"}, "format='gemv' is not"),
+        ({"quant_method": "awq", "backend": "llm-awq"}, "backend='llm-awq' is not"),
+        (compressed("pack-quantized", num_bits=4, strategy="tensor_group"), "strategy='tensor_gr"),
+        (
+            compressed("pack-quantized", num_bits=4) | {"transform_config": {"config_groups": {}}},
+            "transform_config={'config_groups': {}} is not",
+        ),
         (FP8 | {"weight_block_size": [128]}, r"weight_block_size=\[128\] is not"),
         (FP8 | {"expert_dtype": "fp4"}, "expert_dtype='fp4' is not"),
         ("fp8", "quantization_config='fp8' is no object"),

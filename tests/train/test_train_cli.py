@@ -54,6 +54,20 @@ def test_trains_stops_resumes_and_exports(text, tmp_path, capsys):
     assert "seed: 0 -> 7" in capsys.readouterr().err
 
 
+def test_what_a_folder_asks_of_training_and_is_not_done_is_said(text, tmp_path, capsys):
+    config = dataclasses.replace(
+        preset("byte-moe"), num_layers=2, in_training=(("attention_dropout", 0.1),)
+    )
+    save_safetensors(tmp_path / "base", config, initial_parameters(config), ByteTokenizer())
+    more = ("--model", str(tmp_path / "base"), "--devices", "1", "--steps", "1")
+    assert main(options(text, *more, "--export", str(tmp_path / "again"))) == 0
+    said = capsys.readouterr().err
+    assert said.count("asks for attention_dropout=0.1 in training, which is done without") == 1
+    assert "the loss has 0.001 times that of unequally busy experts; see --balance" in said
+    settings = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert settings["attention_dropout"] == 0.1
+
+
 @pytest.mark.slow
 def test_adapters_of_a_folder_are_trained_and_exported_as_peft_has_them(text, tmp_path, capsys):
     base, out, exported = tmp_path / "base", tmp_path / "run", tmp_path / "python"
