@@ -8,10 +8,11 @@ hops that bring what is there already:
   from its first turn to its last, and they are not sent to it again. All workers keep in the same
   ticks, so that in each the ring turns for everyone or stands still for everyone;
 * of gradients, a sum that would be sent on in such a tick stays where it is and grows, turn after
-  turn; in its worker's last turn it is passed on once, and takes up what rests on the others.
+  turn; in its worker's last turn it is passed on once, and takes up what rests on the others. At
+  home it stays: the rest comes there, and after the last turn nobody waits for a second hop.
 
 With A = M / P microbatches a worker and everything kept, a worker sends P - 1 chunks of weights and
-P of gradients a step, however large A is, where Interleave sends about 3 A P: it is data
+as many of gradients a step, however large A is, where Interleave sends about 3 A P: it is data
 parallelism whose collectives are taken apart into hops that travel under compute. A chunk of
 weights that is kept takes room on every worker, twice (for F and for B) unless all are kept.
 
@@ -106,21 +107,24 @@ def _sums(p: int, m: int, kept: int) -> list[Move]:
     for worker in range(p):
         for turn in range(m):
             tick, chunk = worker + p + turn + 1, (-1 - turn) % p
-            last = turn >= m - p
+            last, home = turn >= m - p, -chunk % p
             if not last and tick % p < kept:
                 continue
             target = (worker + 1) % p
             if last and worker == p - 1:
-                target = -chunk % p  # every worker has added its part
-            if target != worker:
+                target = home  # the others have added their parts
+            if target != worker and not (last and worker == home):
+                # What ends where it is added up waits, to travel beside the very last hop.
+                ends = last and target == home == p - 1 and kept == p
+                start = m + 2 * p - 1 if ends else tick
                 moves.append(
                     Move(
                         kind=MoveKind.PERMUTE,
                         block=gradient_block(chunk),
                         source=worker,
                         target=target,
-                        start=tick,
-                        arrive=tick + 1,
+                        start=start,
+                        arrive=start + 1,
                     )
                 )
     return moves

@@ -34,7 +34,12 @@ def test_every_count_kept_is_legal_and_has_the_tasks_of_interleave(p, m):
 def test_all_kept_sends_each_chunk_once_however_many_microbatches(p, m):
     kept = keep(p, m)
     assert sent(kept)[Data.WEIGHT] == p - 1
-    assert sent(kept)[Data.GRADIENT] == (p * p - 1) / p  # the last chunk's sum ends at home
+    assert sent(kept)[Data.GRADIENT] == p - 1  # as few as a reduce-scatter
+    ends = max(task.tick for task in kept.tasks)
+    late = [move for move in kept.moves if move.start > ends]
+    assert {move.start for move in late} == {ends + 1}  # one hop that nothing hides
+    links = [(move.source, move.target) for move in late]
+    assert len(set(links)) == len(links) <= 2  # and no link carries two
     trace = check(kept)
     assert max(peak_live(kept, trace, Data.WEIGHT)) == p
     assert max(peak_live(kept, trace, Data.GRADIENT)) == p
