@@ -51,9 +51,11 @@ PRESETS: dict[str, DecoderConfig] = {
         tie_word_embeddings=True,
     ),
     "tiny": llama((BYTE_VOCABULARY, 32, 64, 4, 4, 2), 256, 1e4),
-    # Of the training benchmarks: the shape of WeiPipe's tables; light compute, so that a slow
-    # network of hosts on one machine is what a step waits for; and one to try a script with.
+    # Of the training benchmarks: the shape of WeiPipe's tables; few and narrow layers, whose
+    # activations outweigh them at long contexts; light compute, so that a slow network of hosts
+    # on one machine is what a step waits for; and one to try a script with.
     "bench-1b": llama((32000, 2048, 5632, 16, 16, 16), 131072, 1e4),
+    "bench-narrow": llama((32000, 1024, 2816, 4, 8, 8), 131072, 1e4),
     "bench-network": llama((256, 64, 171, 8, 4, 4), 131072, 1e4),
     "bench-tiny": llama((256, 64, 192, 4, 4, 4), 131072, 1e4),
     # Experts: 3 billion parameters of which a token uses 0.48, as Qwen3-MoE lays them out;
