@@ -40,7 +40,7 @@ from jaxsys.serve.energy.governors import (
     make_governor,
     make_router,
 )
-from jaxsys.serve.energy.slo import SharedSlo, Slo
+from jaxsys.serve.energy.slo import SharedSlo, targets_of
 from jaxsys.serve.engine import Engine
 from jaxsys.serve.http.listening import BACKLOG, HttpServer, raise_descriptor_limit
 from jaxsys.serve.http.starting import Gateway, StartProgress
@@ -131,7 +131,7 @@ def main(argv: Sequence[str], prog: str) -> int:
             clocks=arguments.clocks,
             profile=None if arguments.profile is None else str(arguments.profile.absolute()),
         ),
-        slo=Slo(ttft_s=arguments.ttft_s, itl_s=arguments.itl_s),
+        slo=targets_of(arguments),
         compilation_cache=str(arguments.compilation_cache),
         json_log=arguments.log == "json",
         front_host="",

@@ -12,7 +12,7 @@ import logging
 import math
 from collections.abc import AsyncGenerator, Callable, Sequence
 
-from jaxsys.errors import RunError, UsageError
+from jaxsys.errors import RunError
 from jaxsys.serve.adapters import Adapters, Served, UnknownAdapter, name_of
 from jaxsys.serve.clock import Clock
 from jaxsys.serve.crowd import Crowd, OwnCrowd
@@ -22,7 +22,7 @@ from jaxsys.serve.grammars import Grammars
 from jaxsys.serve.handover import RequestId
 from jaxsys.serve.hooks import FewestRequestsRouter, Router
 from jaxsys.serve.member import Member, TokenEvent
-from jaxsys.serve.requests import FinishReason, Request, SamplingParameters
+from jaxsys.serve.requests import FieldRefused, FinishReason, Request, SamplingParameters
 
 logger = logging.getLogger(__name__)
 
@@ -254,9 +254,10 @@ class Engine:
             RunError: if the engine drains or an instance has failed.
         """
         if count > self.max_requests:
-            raise UsageError(
+            raise FieldRefused(
                 f"{count} choices are asked for at once; at most {self.max_requests} are taken. "
-                f"Lower n or send fewer prompts"
+                f"Lower n or send fewer prompts",
+                "n",
             )
         failure = self.failure
         if failure is not None:

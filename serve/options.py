@@ -12,6 +12,7 @@ from jaxsys.model.peft import largest_rank
 from jaxsys.options import Parser, whole
 from jaxsys.serve.energy.gpu_model import GPUS
 from jaxsys.serve.energy.registry import CLOCK_POLICIES, ROUTERS
+from jaxsys.serve.energy.slo import add_targets
 from jaxsys.serve.http.lora_adapters import check_name
 from jaxsys.serve.http.tools import FORMATS
 from jaxsys.serve.paged_model import CACHE_FORMS
@@ -288,22 +289,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
         help="folder that keeps compiled steps between runs (default %(default)s)",
     )
     energy = result.add_argument_group("latency and energy")
-    energy.add_argument(
-        "--ttft-slo",
-        type=float,
-        default=0.6,
-        dest="ttft_s",
-        metavar="S",
-        help="seconds to the first token to aim for (default %(default)s)",
-    )
-    energy.add_argument(
-        "--itl-slo",
-        type=float,
-        default=0.06,
-        dest="itl_s",
-        metavar="S",
-        help="seconds between tokens to aim for (default %(default)s)",
-    )
+    add_targets(energy.add_argument)
     energy.add_argument(
         "--clocks",
         choices=("observe", "control"),

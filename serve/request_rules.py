@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxsys.errors import UsageError
 from jaxsys.serve.requests import FieldRefused, Request, SamplingParameters
 from jaxsys.serve.sampling import MAX_BIASED, MAX_STOPS, Rules, SamplingNeeds, pack_rules
 
@@ -62,9 +61,10 @@ def check_sampling(parameters: SamplingParameters, vocabulary: int) -> None:
             said = f"logit_bias token {token} is none of 0..{vocabulary - 1}"
             raise FieldRefused(said, "logit_bias")
     if parameters.min_tokens and len(parameters.stop_token_ids) > MAX_STOPS:
-        raise UsageError(
+        raise FieldRefused(
             f"min_tokens={parameters.min_tokens} beside {len(parameters.stop_token_ids)} tokens "
-            f"that end the output, the model's own among them; at most {MAX_STOPS} are taken"
+            f"that end the output, the model's own among them; at most {MAX_STOPS} are taken",
+            "stop_token_ids",
         )
 
 

@@ -9,9 +9,10 @@ dispatched whose values the host has not seen. While a request decodes,
 `computed == prompt_length + generated + pending - 1`.
 """
 
+import contextlib
 import dataclasses
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from jaxsys.errors import UsageError
@@ -36,6 +37,17 @@ class FieldRefused(UsageError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+@contextlib.contextmanager
+def about(field: str) -> Iterator[None]:
+    """Refusals in this block that do not say so themselves are of one field."""
+    try:
+        yield
+    except UsageError as error:
+        if type(error) is not UsageError:  # it has a status or a code of its own, or a field
+            raise
+        raise FieldRefused(str(error), field) from None
 
 
 class RequestState(enum.Enum):

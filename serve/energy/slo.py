@@ -4,7 +4,9 @@ One `SharedSlo` is held by the governors and the router alike, so they cannot di
 change reaches both at their next decision.
 """
 
+import argparse
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from jaxsys.errors import UsageError
@@ -42,6 +44,63 @@ class Slo:
     def planned_itl_s(self) -> float:
         """The ITL that decisions aim for."""
         return self.itl_s * (1 - self.reserve)
+
+
+MOST_MS = {"--ttft-ms": 300_000, "--itl-ms": 60_000}
+"""Longest targets that commands take; the shortest is 1 ms, since seconds are below that."""
+
+
+def add_targets(add: Callable[..., object]) -> None:
+    """The targets as options of a command, under one name and in one unit for all commands.
+
+    Args:
+        add: `add_argument` of a parser or a group.
+    """
+    bounds = Slo()
+    for option, default_s, what, old in (
+        ("--ttft-ms", bounds.ttft_s, "to the first token", "--ttft-slo"),
+        ("--itl-ms", bounds.itl_s, "between tokens", "--itl-slo"),
+    ):
+        add(
+            option,
+            type=_milliseconds(option),
+            default=1e3 * default_s,
+            metavar="MS",
+            help=f"milliseconds {what} to aim for (default {1e3 * default_s:g})",
+        )
+        add(old, type=_renamed(option), help=argparse.SUPPRESS)
+
+
+def targets_of(arguments: argparse.Namespace) -> Slo:
+    """What `add_targets` was given."""
+    return Slo(ttft_s=arguments.ttft_ms / 1e3, itl_s=arguments.itl_ms / 1e3)
+
+
+def _milliseconds(option: str) -> Callable[[str], float]:
+    most = MOST_MS[option]
+
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not 1 <= value <= most:
+            meant = f"; {text} seconds are {option} {1e3 * value:g}" if 0 < value < 1 else ""
+            raise argparse.ArgumentTypeError(f"{text} must be from 1 to {most} milliseconds{meant}")
+        return value
+
+    return convert
+
+
+def _renamed(option: str) -> Callable[[str], float]:
+    def refuse(text: str) -> float:
+        try:
+            meant = f"{1e3 * float(text):g}"
+        except ValueError:
+            meant = "MS"
+        raise argparse.ArgumentTypeError(f"{text} must be in milliseconds: give {option} {meant}")
+
+    return refuse
 
 
 class SharedSlo:

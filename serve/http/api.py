@@ -65,6 +65,7 @@ from jaxsys.serve.http.responses import (
     KeptTurns,
     OwnTurns,
     ResponseRequest,
+    as_asked,
     head_of,
     items_of,
 )
@@ -74,7 +75,12 @@ from jaxsys.serve.http.tools import Marks, Reader, Thinking, format_of, told
 from jaxsys.serve.http.vocabulary import Vocabulary
 from jaxsys.serve.http.waiting import EventStream, perhaps_apart, unless_disconnected
 from jaxsys.serve.request_rules import check_sampling
-from jaxsys.serve.requests import ContextLengthExceeded, FieldRefused, SamplingParameters
+from jaxsys.serve.requests import (
+    ContextLengthExceeded,
+    FieldRefused,
+    SamplingParameters,
+    about,
+)
 
 T = TypeVar("T")
 
@@ -363,7 +369,7 @@ class _Face:
             max_tokens=max_tokens,
             logprobs=body.logprobs,
             prompt_logprobs=_most(body.prompt_logprobs, body.logprobs if body.echo else None),
-            grammar=await self._ready(body.asked_grammar()),
+            grammar=await self._ready(body.asked_grammar(), body.grammar_field),
             defaults=self.config.sampling,
         )
         shape = CompletionShape(model, self.vocabulary, body.logprobs is not None)
@@ -388,7 +394,9 @@ class _Face:
         variables = dict(body.chat_template_kwargs or {})
         if body.reasoning_effort is not None:
             if not self.templates.names("reasoning_effort"):
-                raise UsageError("reasoning_effort is unknown to this model; leave it out")
+                raise FieldRefused(
+                    "reasoning_effort is unknown to this model; leave it out", "reasoning_effort"
+                )
             variables["reasoning_effort"] = body.reasoning_effort
         use = body.tool_use()
         text = await self._rendered(body, variables, use)
@@ -401,7 +409,7 @@ class _Face:
             max_tokens=asked or max(1, most - len(prompt)),
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             prompt_logprobs=body.prompt_logprobs,
-            grammar=await self._ready(reads.grammar),
+            grammar=await self._ready(reads.grammar, body.grammar_field),
             defaults=self.config.sampling,
         )
         return prompt, sampling, reads
@@ -412,8 +420,9 @@ class _Face:
         asked.refuse()
         own = items_of(asked.input)
         items = self.turns.conversation(asked.previous_response_id, own)
-        body = asked.chat(items)
-        prompt, sampling, reads = await self._of_chat(body)
+        with as_asked():
+            body = asked.chat(items)
+            prompt, sampling, reads = await self._of_chat(body)
 
         def keep(response: dict[str, Any]) -> None:
             if asked.store is not False:
@@ -464,9 +473,10 @@ class _Face:
             return Response(status_code=499)  # nobody reads it
         wide = len(vectors[0])
         if body.dimensions not in (None, wide):
-            raise UsageError(
+            raise FieldRefused(
                 f"dimensions={body.dimensions} is not implemented: vectors of this model have "
-                f"{wide}; leave it out"
+                f"{wide}; leave it out",
+                "dimensions",
             )
         total = sum(map(len, prompts))
         return JSONResponse(
@@ -492,7 +502,9 @@ class _Face:
         if not going_on:
             grammar = form.grammar(self.marks, use.writing(answer), thinking, template)
         elif use.needed:
-            raise UsageError("continue_final_message goes on with text; leave tool_choice out")
+            raise FieldRefused(
+                "continue_final_message goes on with text; leave tool_choice out", "tool_choice"
+            )
         if going_on or (not use.callable and thinking == "no"):
             return Reads(grammar)
         # One call only: what comes behind it is not waited for.
@@ -509,7 +521,7 @@ class _Face:
         body = await self.bodies.read(TokenizeRequest, request)
         self._model(body.model)
         if (body.prompt is None) == (body.messages is None):
-            raise UsageError("give a prompt or messages, one of them")
+            raise FieldRefused("give a prompt or messages, one of them", "prompt")
         add_special = body.add_special_tokens
         if body.messages is not None:
             chat = ChatRequest.model_construct(
@@ -533,7 +545,7 @@ class _Face:
     async def detokenize(self, request: fastapi.Request) -> Text:
         body = await self.bodies.read(DetokenizeRequest, request)
         self._model(body.model)
-        tokens = check_tokens(self.tokenizer, body.tokens) if body.tokens else []
+        tokens = check_tokens(self.tokenizer, body.tokens, "tokens") if body.tokens else []
         text = await asyncio.to_thread(self.tokenizer.decode, tokens, skip_special=False)
         return Text(prompt=text)
 
@@ -566,7 +578,8 @@ class _Face:
             else:
                 return body.ended(text, messages)
         assert refusal is not None
-        raise refusal
+        with about("messages"):
+            raise refusal
 
     async def _encoded(self, text: str, *, add_special: bool) -> list[int]:
         work = functools.partial(
@@ -578,10 +591,15 @@ class _Face:
         )
         return await perhaps_apart(work, len(text))
 
-    async def _ready(self, grammar: str | None) -> str | None:
-        """The grammar of an answer, made ready; None where it is free."""
+    async def _ready(self, grammar: str | None, field: str) -> str | None:
+        """The grammar of an answer, made ready; None where it is free.
+
+        Args:
+            field: of the body, that it came of.
+        """
         if grammar is not None:
-            await asyncio.to_thread(self.grammars.prepare, grammar)
+            with about(field):
+                await asyncio.to_thread(self.grammars.prepare, grammar)
         return grammar
 
     async def _answer(

@@ -12,9 +12,9 @@ import numpy as np
 import pydantic
 from pydantic import Field
 
-from jaxsys.errors import UsageError
 from jaxsys.model import Tokenizer
 from jaxsys.serve.http.protocol import MAX_NAME, ListOf, Name, TokenId, check_tokens, encode
+from jaxsys.serve.requests import FieldRefused
 
 MAX_INPUTS = 2048
 AT_ONCE = 32
@@ -49,7 +49,7 @@ class EmbeddingRequest(pydantic.BaseModel):
         if isinstance(given, str) or (given and isinstance(given[0], int)):
             given = [given]
         if not 0 < len(given) <= MAX_INPUTS:
-            raise UsageError(f"input has {len(given)} entries; give 1 to {MAX_INPUTS}")
+            raise FieldRefused(f"input has {len(given)} entries; give 1 to {MAX_INPUTS}", "input")
         return given
 
     def name(self, index: int) -> str:
@@ -64,7 +64,10 @@ class EmbeddingRequest(pydantic.BaseModel):
         """
         most = self.truncate_prompt_tokens
         if most == 0:
-            raise UsageError("truncate_prompt_tokens=0 leaves no input; use 1 or more, or -1")
+            raise FieldRefused(
+                "truncate_prompt_tokens=0 leaves no input; use 1 or more, or -1",
+                "truncate_prompt_tokens",
+            )
         found = []
         for index, one in enumerate(self.given()):
             name = self.name(index)

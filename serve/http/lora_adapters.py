@@ -5,9 +5,9 @@ from fastapi.responses import PlainTextResponse, Response
 from pydantic import Field
 from starlette.exceptions import HTTPException
 
-from jaxsys.errors import UsageError
 from jaxsys.serve.adapters import Served
 from jaxsys.serve.http.protocol import MAX_NAME
+from jaxsys.serve.requests import FieldRefused
 
 MAX_PATH = 4096
 """Characters of a folder's path."""
@@ -49,9 +49,9 @@ def check_allowed(allowed: bool) -> None:
 def check_name(name: str, model_name: str) -> None:
     """Raises UsageError for a name that an adapter cannot have."""
     if name == model_name:
-        raise UsageError(f"lora_name={name!r} is the model's own; give another")
+        raise FieldRefused(f"lora_name={name!r} is the model's own; give another", "lora_name")
     if not name.isprintable():
-        raise UsageError(f"lora_name={name!r} must be printable characters")
+        raise FieldRefused(f"lora_name={name!r} must be printable characters", "lora_name")
 
 
 async def load(adapters: Served, body: LoadAdapterRequest, model_name: str) -> Response:

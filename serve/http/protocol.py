@@ -31,7 +31,12 @@ from jaxsys.serve.http.tool_bodies import (
     ToolUse,
     tool_use,
 )
-from jaxsys.serve.requests import ContextLengthExceeded, FieldRefused, SamplingParameters
+from jaxsys.serve.requests import (
+    ContextLengthExceeded,
+    FieldRefused,
+    SamplingParameters,
+    about,
+)
 
 MAX_CHOICES = 16
 MAX_STOPS = 4
@@ -213,6 +218,11 @@ class _Sampled(pydantic.BaseModel):
     guided_grammar: Any = Field(None, description="a text")
     guided_whitespace_pattern: Any = Field(None, description="a text")
 
+    @property
+    def grammar_field(self) -> str:
+        """The field that asks for a form of the answer, where one does."""
+        return structured.field_of({name: getattr(self, name) for name in structured.FIELDS})
+
     def asked_grammar(self) -> str | None:
         """What the answer's form is to follow; None where it is free."""
         return structured.grammar_of({name: getattr(self, name) for name in structured.FIELDS})
@@ -275,7 +285,10 @@ class _Sampled(pydantic.BaseModel):
         if most is None:
             return tokens
         if most == 0:
-            raise UsageError("truncate_prompt_tokens=0 leaves no prompt; use 1 or more, or -1")
+            raise FieldRefused(
+                "truncate_prompt_tokens=0 leaves no prompt; use 1 or more, or -1",
+                "truncate_prompt_tokens",
+            )
         most = max(1, room) if most == -1 else most
         return tokens[-most:]
 
@@ -304,7 +317,9 @@ class _Sampled(pydantic.BaseModel):
             bias[int(key)] = value
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
             raise FieldRefused(f"seed={str(self.seed)[:40]} must fit 64 bits", "seed")
-        ends = check_tokens(tokenizer, self.stop_token_ids) if self.stop_token_ids else []
+        ends = self.stop_token_ids or []
+        if ends:
+            check_tokens(tokenizer, ends, "stop_token_ids")
 
         def given(value: Any, default: Any) -> Any:
             return default if value is None else value
@@ -353,7 +368,7 @@ class CompletionRequest(_Sampled):
         if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
             prompt = [prompt]
         if not prompt:
-            raise UsageError("prompt is an empty list; give a text or token ids")
+            raise FieldRefused("prompt is an empty list; give a text or token ids", "prompt")
         return prompt
 
     def prompts(self, tokenizer: Tokenizer, most_characters: int | None = None) -> list[list[int]]:
@@ -443,16 +458,21 @@ class _Chat(pydantic.BaseModel):
         Raises:
             UsageError: if one is not understood, or holds half of a surrogate pair.
         """
-        messages = [message.plain() for message in self.messages]
-        check_text(json.dumps(messages, ensure_ascii=False))
+        with about("messages"):
+            messages = [message.plain() for message in self.messages]
+            check_text(json.dumps(messages, ensure_ascii=False))
         if self.continue_final_message:
             if self.add_generation_prompt:
-                raise UsageError(
+                raise FieldRefused(
                     "continue_final_message and add_generation_prompt exclude each other; leave "
-                    "one out"
+                    "one out",
+                    "continue_final_message",
                 )
             if not messages[-1]["content"].strip():
-                raise UsageError("continue_final_message needs a last message with content")
+                raise FieldRefused(
+                    "continue_final_message needs a last message with content",
+                    "continue_final_message",
+                )
         return messages
 
     @property
@@ -469,9 +489,10 @@ class _Chat(pydantic.BaseModel):
         content = messages[-1]["content"]
         at = rendered.rfind(content.strip())
         if at < 0:
-            raise UsageError(
+            raise FieldRefused(
                 "continue_final_message: the chat template does not render the last message's "
-                "content as it stands"
+                "content as it stands",
+                "continue_final_message",
             )
         # Templates may trim: the spaces behind it stay where the template has left them.
         for kept in (content.lstrip(), content.strip()):
@@ -670,10 +691,12 @@ def encode(
             f"{name} is too long: {len(text)} characters; no text of over {most_characters} "
             f"characters can fit. Shorten it"
         )
-    check_text(text)
+    field = name.partition("[")[0]
+    with about(field):
+        check_text(text)
     tokens = tokenizer.encode(text, add_special=add_special)
     if not tokens:
-        raise UsageError(f"the {name} is empty; give at least one token")
+        raise FieldRefused(f"the {name} is empty; give at least one token", field)
     return tokens
 
 
@@ -686,11 +709,12 @@ def check_text(text: str) -> None:
 
 
 def check_tokens(tokenizer: Tokenizer, tokens: list[int], name: str = "prompt") -> list[int]:
-    """Raises UsageError for ids the model does not have."""
+    """Raises FieldRefused for ids the model does not have, or where there are none."""
+    field = name.partition("[")[0]
     if not tokens:
-        raise UsageError(f"the {name} is empty; give at least one token")
+        raise FieldRefused(f"the {name} is empty; give at least one token", field)
     vocabulary = tokenizer.vocab_size
     for token in tokens:
         if not 0 <= token < vocabulary:
-            raise UsageError(f"token id {token} is none of 0..{vocabulary - 1}")
+            raise FieldRefused(f"token id {token} is none of 0..{vocabulary - 1}", field)
     return tokens

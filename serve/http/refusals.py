@@ -55,9 +55,10 @@ def refuse_all(app: fastapi.FastAPI, refuse: Refuse) -> None:
         return refuse(400, str(error), "invalid_request_error", param=param, code=code)
 
     @app.exception_handler(UnknownAdapter)
-    async def refuse_adapter(_: fastapi.Request, error: UnknownAdapter) -> JSONResponse:
+    async def refuse_adapter(request: fastapi.Request, error: UnknownAdapter) -> JSONResponse:
         code, kind = "model_not_found", "invalid_request_error"
-        return refuse(404, str(error), kind, code=code)
+        param = "lora_name" if request.url.path.endswith("lora_adapter") else "model"
+        return refuse(404, str(error), kind, param=param, code=code)
 
     @app.exception_handler(FieldRefused)
     async def refuse_field(_: fastapi.Request, error: FieldRefused) -> JSONResponse:

@@ -5,11 +5,12 @@ messages of a chat; what the chat says becomes items again. Turns are kept, the 
 bounds of number and size, for `previous_response_id` and references.
 """
 
+import contextlib
 import json
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import pydantic
@@ -18,6 +19,8 @@ from starlette.exceptions import HTTPException
 
 from jaxsys.errors import UsageError
 from jaxsys.serve.http.protocol import MAX_NAME, ChatRequest, Name, what_is_wrong
+from jaxsys.serve.http.structured import schema_of_format
+from jaxsys.serve.requests import FieldRefused, about
 
 MAX_TURNS = 1000
 MAX_BYTES = 64 << 20
@@ -33,6 +36,15 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "prompt": (),
 }
 """Fields that would change the answer, and their values beside null that do not."""
+OF_CHAT = {
+    "messages": "input",
+    "response_format": "text.format",
+    "max_completion_tokens": "max_output_tokens",
+    "max_tokens": "max_output_tokens",
+    "reasoning_effort": "reasoning.effort",
+    "logprobs": "top_logprobs",
+}
+"""Fields of the chat that answers, and where they come from."""
 INCLUDED = frozenset({"reasoning.encrypted_content", "message.output_text.logprobs"})
 """What `include` may name: what there is of it is always there."""
 
@@ -67,12 +79,14 @@ class ResponseRequest(pydantic.BaseModel):
         for name, neutral in REFUSED.items():
             value = (self.model_extra or {}).get(name)
             if value is not None and value not in neutral:
-                raise UsageError(f"{name} is not implemented; leave it out")
+                raise FieldRefused(f"{name} is not implemented; leave it out", name)
         if self.truncation not in (None, "disabled"):
-            raise UsageError(f"truncation={self.truncation!r} is not implemented; use disabled")
+            said = f"truncation={self.truncation!r} is not implemented; use disabled"
+            raise FieldRefused(said, "truncation")
         unknown = sorted(set(self.include or ()) - INCLUDED)
         if unknown:
-            raise UsageError(f"include {unknown[0][:80]!r} is not implemented; leave it out")
+            said = f"include {unknown[0][:80]!r} is not implemented; leave it out"
+            raise FieldRefused(said, "include")
         try:  # what is said again in the answer
             json.dumps(self.model_dump(), allow_nan=False, ensure_ascii=False).encode()
         except ValueError:
@@ -81,7 +95,8 @@ class ResponseRequest(pydantic.BaseModel):
             ) from None
         verbosity = (self.text or {}).get("verbosity")
         if verbosity not in (None, "medium"):
-            raise UsageError(f"text.verbosity={verbosity!r} is not implemented; leave it out")
+            said = f"text.verbosity={verbosity!r} is not implemented; leave it out"
+            raise FieldRefused(said, "text.verbosity")
 
     def chat(self, items: Sequence[dict[str, Any]]) -> ChatRequest:
         """The chat that answers, over a whole conversation.
@@ -89,7 +104,14 @@ class ResponseRequest(pydantic.BaseModel):
         Raises:
             UsageError: if an item, a tool or a field is not understood.
         """
-        messages = messages_of(items)
+        with about("input"):
+            messages = messages_of(items)
+        form = (self.text or {}).get("format")
+        with about("text.format"):
+            if form is not None:
+                schema_of_format(form, "text.format")
+        with about("tools"):
+            tools = [_tool(tool) for tool in self.tools or ()]
         if self.instructions:
             messages.insert(0, {"role": "system", "content": self.instructions})
         effort = (self.reasoning or {}).get("effort")
@@ -100,10 +122,10 @@ class ResponseRequest(pydantic.BaseModel):
             "max_completion_tokens": self.max_output_tokens,
             "temperature": self.temperature,
             "top_p": self.top_p,
-            "tools": [_tool(tool) for tool in self.tools or ()],
+            "tools": tools,
             "tool_choice": self.tool_choice,
             "parallel_tool_calls": self.parallel_tool_calls,
-            "response_format": (self.text or {}).get("format"),
+            "response_format": form,
             "stream": self.stream,
             "logprobs": self.top_logprobs is not None,
             "top_logprobs": self.top_logprobs,
@@ -115,12 +137,33 @@ class ResponseRequest(pydantic.BaseModel):
         try:
             return ChatRequest.model_validate(body)
         except pydantic.ValidationError as error:
-            message, _ = what_is_wrong(error.errors(include_url=False), "ChatRequest")
-            raise UsageError(message) from None
+            message, field = what_is_wrong(error.errors(include_url=False), "ChatRequest")
+            if field is None:
+                raise UsageError(message) from None
+            raise FieldRefused(message, field) from None
+
+
+@contextlib.contextmanager
+def as_asked() -> Iterator[None]:
+    """Refusals of the chat that a request was made to, in the request's own names."""
+    try:
+        yield
+    except FieldRefused as error:
+        first = error.field.partition(".")[0]
+        raise FieldRefused(str(error), OF_CHAT.get(first, error.field)) from None
 
 
 def items_of(asked: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The items that a request brings, each with an id."""
+    """The items that a request brings, each with an id.
+
+    Raises:
+        FieldRefused: if they are too many, or an id is no text.
+    """
+    with about("input"):
+        return _items_of(asked)
+
+
+def _items_of(asked: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
     if isinstance(asked, str):
         asked = [{"type": "message", "role": "user", "content": asked}]
     if len(asked) > MAX_ITEMS:
@@ -345,11 +388,13 @@ def joined(
             name = str(item.get("id"))
             known = kept(name)
             if known is None:
-                raise UsageError(f"item {name[:100]!r} is not kept; send the item itself")
+                said = f"item {name[:100]!r} is not kept; send the item itself"
+                raise FieldRefused(said, "input")
             item = known
         found.append(item)
     if len(found) > MAX_ITEMS:
-        raise UsageError(f"the conversation has {len(found)} items; at most {MAX_ITEMS} do")
+        said = f"the conversation has {len(found)} items; at most {MAX_ITEMS} do"
+        raise FieldRefused(said, "input")
     return found
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxsys.errors import UsageError
 from jaxsys.serve import grammars
+from jaxsys.serve.requests import about
 
 MAX_CHOICES = 10_000
 GUIDED = {
@@ -20,7 +21,8 @@ GUIDED = {
     "guided_whitespace_pattern": "whitespace_pattern",
 }
 """Fields of a body, and what they are called in `structured_outputs`."""
-FIELDS = frozenset({"response_format", "structured_outputs", *GUIDED})
+ORDER = ("structured_outputs", *GUIDED, "response_format")
+FIELDS = frozenset(ORDER)
 KINDS = ("json", "json_object", "regex", "choice", "grammar")
 OPTIONS = ("whitespace_pattern", "disable_any_whitespace", "disable_additional_properties")
 """What `structured_outputs` says of them, and no field of a body."""
@@ -31,8 +33,20 @@ def grammar_of(fields: Mapping[str, Any]) -> str | None:
     """The grammar that a body's fields ask for; None where they ask for none.
 
     Raises:
-        UsageError: if they are not understood, or contradict each other.
+        FieldRefused: if they are not understood, or contradict each other.
     """
+    with about(field_of(fields)):
+        return _grammar_of(fields)
+
+
+def field_of(fields: Mapping[str, Any]) -> str:
+    """The field that asks for a form; of several the one that says most, "tools" where none does:
+    then a grammar is that of calls."""
+    asking = [name for name in ORDER if fields.get(name) is not None]
+    return asking[0] if asking else "tools"
+
+
+def _grammar_of(fields: Mapping[str, Any]) -> str | None:
     asked: dict[str, Any] = {}
     outputs = fields.get("structured_outputs")
     if outputs is not None:

@@ -17,6 +17,7 @@ from typing import Any
 from jaxsys.errors import UsageError
 from jaxsys.model import Tokenizer, chat
 from jaxsys.serve.http.apart import Apart
+from jaxsys.serve.requests import FieldRefused
 
 LIMIT_S = 5.0
 """Longest time that one rendering may take."""
@@ -68,9 +69,10 @@ class Templates:
         variables = dict(variables or {})
         taken = sorted(RESERVED & set(variables))
         if taken:
-            raise UsageError(
+            raise FieldRefused(
                 f"chat_template_kwargs holds {taken[0]!r}, which the request itself sets; leave it "
-                f"out"
+                f"out",
+                "chat_template_kwargs",
             )
         asked = {
             "template": source,

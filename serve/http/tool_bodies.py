@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
-from jaxsys.errors import UsageError
 from jaxsys.serve.http.tools import Tool, Writing
 from jaxsys.serve.requests import FieldRefused
 
@@ -85,12 +84,13 @@ def tool_use(tools: Sequence[ToolBody] | None, choice: Any, parallel: bool | Non
     for tool in tools or ():
         function = tool.function
         if not _NAME.fullmatch(function.name):
-            raise UsageError(
+            raise FieldRefused(
                 f"the tool name {function.name[:140]!r} must be 1 to 128 letters, digits, _, -, . "
-                f"or :"
+                f"or :",
+                "tools",
             )
         if function.name in found:
-            raise UsageError(f"two tools are called {function.name!r}; rename one")
+            raise FieldRefused(f"two tools are called {function.name!r}; rename one", "tools")
         parameters = function.parameters or NO_ARGUMENTS
         source = {
             "type": "function",

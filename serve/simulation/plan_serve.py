@@ -29,7 +29,7 @@ from jaxsys.planner.cli import read_model, refuse_to_overwrite
 from jaxsys.results import table, write_result
 from jaxsys.serve.energy.governors import VALUE_BYTES
 from jaxsys.serve.energy.gpu_model import GPUS
-from jaxsys.serve.energy.slo import Slo
+from jaxsys.serve.energy.slo import Slo, add_targets, targets_of
 from jaxsys.serve.settings import SERVE
 from jaxsys.serve.simulation.deployments import (
     WAYS,
@@ -333,7 +333,7 @@ def options_of(model: str, one: Judged, slo: Slo, longest: int) -> dict[str, str
     if deployment.tensor_parallel > 1:
         options["tensor-parallel"] = deployment.tensor_parallel
     options["dtype" if deployment.weights in DTYPES else "quantise"] = deployment.weights
-    options |= {"ttft-slo": slo.ttft_s, "itl-slo": slo.itl_s}
+    options |= {"ttft-ms": 1e3 * slo.ttft_s, "itl-ms": 1e3 * slo.itl_s}
     options |= {"gpu": deployment.gpu, "policy": policy.clock}
     options |= {"route-prompts": routers_of(policy)[0], "route": routers_of(policy)[1]}
     options["clocks"] = "control"
@@ -429,8 +429,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     add("--output-mean", type=float, help="tokens, without --trace (default 215)")
     add("--cv", type=float, help="burstiness, without --trace; 1 is Poisson")
     add("--seed", type=whole(0), help="without --trace (default 0)")
-    add("--ttft-slo", type=float, default=0.6, dest="ttft_s", metavar="S", help="default 0.6")
-    add("--itl-slo", type=float, default=0.06, dest="itl_s", metavar="S", help="default 0.06")
+    add_targets(add)
     add("--attainment", type=float, default=99.0, dest="attainment_pct", metavar="PERCENT",
         help="of first tokens and of tokens, within them (default %(default)s)")  # fmt: skip
     add("--tensor-parallel", type=listed(), dest="ways", help="to try (default 1,2,4,8)")
@@ -490,7 +489,7 @@ def read_demand(options: argparse.Namespace) -> RequestTrace:
 def main(argv: Sequence[str], prog: str) -> int:
     """`jaxsys plan serve`."""
     options = parser(prog).parse_args(argv)
-    for name in ("rate_per_s", "duration_s", "ttft_s", "itl_s", "seconds"):
+    for name in ("rate_per_s", "duration_s", "seconds"):
         value = getattr(options, name)
         if value is not None and not (math.isfinite(value) and value > 0):
             raise UsageError(f"{name}={value:g} must be a finite positive number")
@@ -510,7 +509,7 @@ def main(argv: Sequence[str], prog: str) -> int:
     config = read_model(options.model)
     ways = check_model(config, [int(w) for w in options.ways] if options.ways else WAYS)
     trace = read_demand(options)
-    slo = Slo(ttft_s=options.ttft_s, itl_s=options.itl_s)
+    slo = targets_of(options)
     bounds = Bounds(config, demand_of(trace), slo)
     modelled = [
         bounds.gpu(kind, way, form) for kind in gpus for way in ways for form in VALUE_BYTES

@@ -29,7 +29,7 @@ from jaxsys.serve.energy.predictors import ModelPredictor, Predictor
 from jaxsys.serve.energy.profile import simulated_profile
 from jaxsys.serve.energy.registry import CLOCK_POLICIES, ROUTERS, Situation
 from jaxsys.serve.energy.sleep import SleepConfig
-from jaxsys.serve.energy.slo import SharedSlo, Slo
+from jaxsys.serve.energy.slo import SharedSlo, Slo, add_targets, targets_of
 from jaxsys.serve.simulation.installation import ClusterConfig
 from jaxsys.serve.simulation.result import ReplayResult
 from jaxsys.serve.simulation.simulator import Simulator
@@ -448,8 +448,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
         metavar="S",
         help="seconds of arrivals to replay (default: the whole trace, or 120)",
     )
-    add("--ttft-ms", type=float, default=600.0, help="first token to aim for (default 600)")
-    add("--itl-ms", type=float, default=60.0, help="between tokens to aim for (default 60)")
+    add_targets(add)
     add(
         "--predictor",
         choices=("ecopred", "model"),
@@ -537,7 +536,7 @@ def _check_agents(arguments: argparse.Namespace) -> None:
 def main(argv: Sequence[str], prog: str) -> int:
     """`jaxsys replay`."""
     arguments = parser(prog).parse_args(argv)
-    for name in ("rate_per_s", "duration_s", "ttft_ms", "itl_ms"):
+    for name in ("rate_per_s", "duration_s"):
         value = getattr(arguments, name)
         if value is not None and not (math.isfinite(value) and value > 0):
             raise UsageError(f"{name}={value:g} must be a finite positive number")
@@ -552,7 +551,7 @@ def main(argv: Sequence[str], prog: str) -> int:
     _check_agents(arguments)
     settle_made(arguments, GENERATED | OF_AGENTS)
     prefill, decode = parse_instances(arguments.instances)
-    slo = Slo(ttft_s=arguments.ttft_ms / 1e3, itl_s=arguments.itl_ms / 1e3)
+    slo = targets_of(arguments)
     chosen = setting(
         arguments.gpu,
         arguments.model,

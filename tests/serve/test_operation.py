@@ -31,15 +31,25 @@ DEPLOY = Path(__file__).parents[2] / "docs" / "deploy"
 
 def test_what_is_typed_goes_before_the_environment_and_that_before_the_file(tmp_path):
     path = tmp_path / "serve.toml"
-    path.write_text('port = 1\nhost = "a"\nitl-slo = 0.5\ncors = ["https://a", "https://b"]\n')
+    path.write_text('port = 1\nhost = "a"\nitl-ms = 500\ncors = ["https://a", "https://b"]\n')
     options = parser("serve")
     environment = {"JAXSYS_SERVE_PORT": "2", "JAXSYS_SERVE_HOST": "b", "OTHER": "x"}
     environment |= {"JAXSYS_SERVE_KEY_FOR_ALL": "true"}
     argv = ["--settings", str(path), "--port", "3"]
     found = options.parse_args(with_settings(options, argv, environment))
-    assert (found.port, found.host, found.itl_s) == (3, "b", 0.5)
+    assert (found.port, found.host, found.itl_ms) == (3, "b", 500)
     assert found.key_for_all and found.cors == ["https://a", "https://b"]
     assert with_settings(options, ["--port", "3"], {}) == ["--port", "3"]
+
+
+def test_targets_in_seconds_of_an_older_file_are_refused_with_what_to_write(tmp_path):
+    path = tmp_path / "serve.toml"
+    path.write_text("itl-slo = 0.05\n")
+    options = parser("serve")
+    with pytest.raises(
+        UsageError, match="--itl-slo 0.05 must be in milliseconds: give --itl-ms 50"
+    ):
+        options.parse_args(with_settings(options, ["--settings", str(path)], {}))
 
 
 @pytest.mark.parametrize(

@@ -239,6 +239,10 @@ def test_what_cannot_be_answered_is_refused(server, path, body, status, words):
     server.idle()
 
 
+NOT_HELD = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"not": {}}}}
+FORM = {"type": "json_schema"}
+ODD = {"role": "user", "content": [{"type": "image_url"}]}
+ODDLY_NAMED = {"type": "function", "function": {"name": "a b"}}
 HI = {"messages": [{"role": "user", "content": "a"}]}
 
 
@@ -256,12 +260,51 @@ HI = {"messages": [{"role": "user", "content": "a"}]}
         ("chat/completions", HI | {"tool_choice": {"type": "x"}}, "tool_choice"),
         ("chat/completions", HI | {"top_logprobs": 2}, "top_logprobs"),
         ("chat/completions", HI | {"stream_options": {"include_usage": True}}, "stream_options"),
+        ("completions", {"prompt": []}, "prompt"),
+        ("completions", {"prompt": [9999]}, "prompt"),
+        ("completions", {"prompt": "a", "stop_token_ids": [9999]}, "stop_token_ids"),
+        ("completions", {"prompt": "a", "guided_regex": "("}, "guided_regex"),
+        ("completions", {"prompt": "a", "structured_outputs": {"x": 1}}, "structured_outputs"),
+        (
+            "completions",
+            {"prompt": "a", "structured_outputs": {"regex": "("}},
+            "structured_outputs",
+        ),
+        ("chat/completions", HI | {"response_format": {"type": "xml"}}, "response_format"),
+        ("chat/completions", HI | {"response_format": NOT_HELD}, "response_format"),
+        ("chat/completions", HI | {"reasoning_effort": "high"}, "reasoning_effort"),
+        ("chat/completions", HI | {"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+        ("chat/completions", {"messages": [ODD]}, "messages"),
+        ("chat/completions", HI | {"tools": [ODDLY_NAMED]}, "tools"),
+        ("responses", {"input": []}, "input"),
+        ("responses", {"input": [{"type": "frob"}]}, "input"),
+        ("responses", {"input": [{"type": "item_reference", "id": "gone"}]}, "input"),
+        ("responses", {"input": [{"role": "wizard", "content": "a"}]}, "input"),
+        ("responses", {"input": "a", "truncation": "auto"}, "truncation"),
+        ("responses", {"input": "a", "include": ["x"]}, "include"),
+        ("responses", {"input": "a", "background": True}, "background"),
+        ("responses", {"input": "a", "text": {"format": {"type": "xml"}}}, "text.format"),
+        (
+            "responses",
+            {"input": "a", "text": {"format": NOT_HELD["json_schema"] | FORM}},
+            "text.format",
+        ),
+        ("responses", {"input": "a", "text": {"verbosity": "low"}}, "text.verbosity"),
+        ("responses", {"input": "a", "tools": [{"type": "web_search"}]}, "tools"),
+        ("responses", {"input": "a", "tool_choice": "required"}, "tool_choice"),
+        ("responses", {"input": "a", "reasoning": {"effort": "high"}}, "reasoning.effort"),
+        ("responses", {"input": "a", "previous_response_id": "no"}, "previous_response_id"),
+        ("embeddings", {"input": []}, "input"),
+        ("embeddings", {"input": ["a", ""]}, "input"),
+        ("embeddings", {"input": "a", "dimensions": 3}, "dimensions"),
+        ("embeddings", {"input": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
     ],
 )
 def test_a_refusal_names_the_field_at_fault(server, path, body, param):
     answer = server.ask("POST", f"/v1/{path}", json=body)
-    assert answer.status_code == 400, answer.text
+    assert answer.status_code == (404 if param == "previous_response_id" else 400), answer.text
     assert answer.json()["error"]["param"] == param
+    server.idle()
 
 
 @pytest.mark.parametrize(
