@@ -52,6 +52,38 @@ class WithoutLayer:
         return self.block(parameters, x, microbatch)
 
 
+@dataclass(frozen=True, slots=True)
+class WithAgain:
+    """A block, and the form of it that runs where its backward pass computes it again.
+
+    Both have the same values and gradients; the other makes what is made again in pieces.
+    """
+
+    block: BlockFunction
+    again: BlockFunction
+    differ: Callable[[PyTree], bool]
+    """Whether they differ for an x of such shapes."""
+
+    def __call__(self, parameters: PyTree, x: PyTree, microbatch: PyTree, layer: Layer) -> PyTree:
+        return self.block(parameters, x, microbatch, layer)
+
+
+def form_of(block: BlockFunction, *, again: bool) -> BlockFunction:
+    """The form of a block for steps that compute it again, or for others."""
+    if not isinstance(block, WithAgain):
+        return block
+    return block.again if again else block.block
+
+
+def each_form(
+    wrap: Callable[[BlockFunction], BlockFunction], block: BlockFunction
+) -> BlockFunction:
+    """`wrap(block)`, in both forms where it has two."""
+    if not isinstance(block, WithAgain):
+        return wrap(block)
+    return WithAgain(wrap(block.block), wrap(block.again), block.differ)
+
+
 class Parameters(TypedDict):
     """A layered model's parameters.
 

@@ -70,6 +70,8 @@ class BlockCost:
     """Kept from I to W."""
     work_bytes: float
     """Held only while the block's B runs: what recompute brings back among it."""
+    split_work_bytes: float
+    """The same where B may be cut into I and W."""
     sent_bytes: float
     """Sent by F and B together to join split features, experts and sequences."""
     join_s: float = 0.0
@@ -181,6 +183,8 @@ def block_cost(
     pieces, weight_bytes = split.pieces, parameters * precision.weight_bytes
     gradient_bytes = parameters * precision.gradient_bytes
     whole, cut = split.gathered(weight_bytes), split.gathered(gradient_bytes)
+    # What is joined is whole while a product reads it, and its cotangent before it is cut.
+    joined_bytes = 2 * activation_bytes if ways > 1 else 0.0
     # Rows as they came, leaves of them, and the gradient in rows as it is summed.
     in_place = 2 * weight_bytes + gradient_bytes if pieces > 1 else 0.0
     weight_bytes, gradient_bytes = weight_bytes / pieces, gradient_bytes / pieces
@@ -192,8 +196,8 @@ def block_cost(
         gradient_bytes=gradient_bytes,
         residual_bytes=part(memory.residual),
         tap_bytes=part(memory.tap),
-        # What is joined is whole while a product reads it, and its cotangent before it is cut.
-        work_bytes=part(memory.work) + (2 * activation_bytes if ways > 1 else 0.0) + in_place,
+        work_bytes=part(memory.work) + joined_bytes + in_place,
+        split_work_bytes=part(memory.most_work) + joined_bytes + in_place,
         sent_bytes=joined.sent_bytes,
         join_s=joined.time_s,
         # Attention is drawn in the middle of its block, which is about where it is.
@@ -459,6 +463,7 @@ def costs_around(
         edge_sums=around.edge_sum_bytes,
         block=max(cost.work_bytes for cost in blocks),
         head=head_held_bytes(workload, between),
+        split_block=max(cost.split_work_bytes for cost in blocks),
     )
     return costs_of_step, held
 

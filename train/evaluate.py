@@ -70,7 +70,7 @@ def make_loss(
             def of_kind(kind: str, x: Leaves, row: jax.Array, index: jax.Array) -> Leaves:
                 shard = jax.tree.map(lambda p: p[row], stacks[kind])
                 whole = jax.tree.map(lambda p, s: gather(p, s, 1), shard, stack_specs[kind])
-                return flat.block(whole, x, microbatch, index, kind)
+                return flat.block(whole, x, microbatch, index, kind, again=True)
 
             def layer(x: Leaves, item: tuple[jax.Array, ...]) -> tuple[Leaves, None]:
                 number, *place = item

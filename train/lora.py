@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxsys.errors import UsageError
-from jaxsys.layered import BlockFunction, Layer, LayeredModel, Parameters, PyTree
+from jaxsys.layered import BlockFunction, Layer, LayeredModel, Parameters, PyTree, each_form
 from jaxsys.model.peft import Adapters
 from jaxsys.train.state import path_names
 
@@ -119,7 +119,9 @@ def _with_adapters(model: LayeredModel, weight: float) -> LayeredModel:
     return replace(
         model,
         embed=embed,
-        block=model.blocks({kind: adapted(inner) for kind, inner in model.kinds.items()}),
+        block=model.blocks(
+            {kind: each_form(adapted, inner) for kind, inner in model.kinds.items()}
+        ),
         head_loss=head_loss,
         evaluation=None if model.evaluation is None else _with_adapters(model.evaluation, weight),
         across=None if across is None else lambda split: _with_adapters(across(split), weight),

@@ -218,7 +218,7 @@ def _backward(how: _How, kept: Any, d_out: jax.Array) -> tuple[Any, ...]:
         # Where the forward pass is computed again its transfers are these, and XLA would make one
         # of both and hold every device's pieces between them; where keys and values alone are made
         # again it would send them before the rest of the block's backward pass, and hold them.
-        k, v, d_out = lax.optimization_barrier((k, v, d_out))
+        q, k, v, d_out = lax.optimization_barrier((q, k, v, d_out))
     travel = _travel(how, (k, v, segments))
     gather = how.split.by == "gather"
     home = _Gathered(how, (k, v)) if gather else _Carried(how)
@@ -228,6 +228,10 @@ def _backward(how: _How, kept: Any, d_out: jax.Array) -> tuple[Any, ...]:
         piece = travel.arrive(step)
         more, *found = gradients(how, step, q, segments, piece, out, lse, d_out)
         dq = dq + more
+        if step == how.split.groups - 1:
+            dq = dq.astype(q.dtype)
+        # Summed before they travel: what they are sums of would be held beside them.
+        dq, found = lax.optimization_barrier((dq, found))
         home.leave(step, found)
     others = home.arrive()
     if others is not None:
@@ -397,18 +401,6 @@ def _halves(x: jax.Array, axis: int = 1) -> tuple[jax.Array, jax.Array]:
     return early, late
 
 
-def _queries_of_visit(earlier: jax.Array, x: jax.Array, axis: int = 1) -> jax.Array:
-    """[B, 2 c, ...] -> [2 B, c, ...]: the late queries, and those that see a second piece."""
-    early, late = _halves(x, axis)
-    return jnp.concatenate([late, _pick(earlier, early, late)])
-
-
-def _keys_of_visit(earlier: jax.Array, x: jax.Array) -> jax.Array:
-    """[B, 2 c, ...] -> [2 B, c, ...]: the early keys, and the second piece that is seen."""
-    early, late = _halves(x)
-    return jnp.concatenate([early, _pick(earlier, early, late)])
-
-
 def _visit(
     how: _How, step: int, q: jax.Array, segments: jax.Array | None, piece: Any, found: Part
 ) -> Part:
@@ -416,27 +408,34 @@ def _visit(
     del segments
     k, v, _ = piece
     earlier = how.split.group() >= step
-    queries = _queries_of_visit(earlier, q)
-    keys, values = (_keys_of_visit(earlier, x) for x in (k, v))
-    if how.fused:
-        part = fused.forward(
-            queries, keys, values, causal=False, scale=how.scores.scale, shapes=how.shapes
-        )
-    else:
-        seen = blocks.everything(queries.shape[1], keys.shape[1])
-        part = blocks.forward(queries, keys, values, seen, how.scores)
+
+    def product(*given: jax.Array) -> Part:
+        scores = how.scores
+        if how.fused:
+            return fused.forward(*given, causal=False, scale=scores.scale, shapes=how.shapes)
+        seen = blocks.everything(given[0].shape[1], given[1].shape[1])
+        return blocks.forward(*given, seen, scores)
+
+    (_, late), (early_k, _), (early_v, _) = map(_halves, (q, k, v))
+    first, given = _then(product(late, early_k, early_v), (q, k, v))
     # The second product is the early queries' or the late ones': it weighs nothing for the others.
-    (first, second), (first_lse, second_lse) = jnp.split(part[0], 2), jnp.split(part[1], 2)
+    second, second_lse = product(*(_pick(earlier, *_halves(x)) for x in given))
     nothing = jnp.full_like(second_lse, -jnp.inf)
     (early_out, late_out), (early_lse, late_lse) = _halves(found[0]), _halves(found[1], axis=2)
     early_part = merge((early_out, early_lse), (second, _pick(earlier, second_lse, nothing)))
-    late_part = merge(
-        (late_out, late_lse), (first, first_lse), (second, _pick(earlier, nothing, second_lse))
-    )
+    late_part = merge((late_out, late_lse), first, (second, _pick(earlier, nothing, second_lse)))
     return (
         jnp.concatenate([early_part[0], late_part[0]], axis=1),
         jnp.concatenate([early_part[1], late_part[1]], axis=2),
     )
+
+
+def _then(found: Any, given: Any) -> tuple[Any, Any]:
+    """What one product found, and what the next is given, of which it then makes its halves.
+
+    Halves for both would be there at once otherwise.
+    """
+    return lax.optimization_barrier((found, given))
 
 
 def _gradients(
@@ -453,34 +452,32 @@ def _gradients(
     del segments
     k, v, _ = piece
     earlier = how.split.group() >= step
-    queries, outs, d_outs = (_queries_of_visit(earlier, x) for x in (q, out, d_out))
-    lses = _queries_of_visit(earlier, lse, axis=2)
-    keys, values = (_keys_of_visit(earlier, x) for x in (k, v))
-    if how.fused:
-        found = fused.backward(
-            queries,
-            keys,
-            values,
-            outs,
-            lses,
-            d_outs,
-            causal=False,
-            scale=how.scores.scale,
-            shapes=how.shapes,
-        )
-    else:
-        seen = blocks.everything(queries.shape[1], keys.shape[1])
-        found = blocks.backward(queries, keys, values, outs, lses, d_outs, seen, how.scores)
-    (to_late, to_either), *to_keys = (jnp.split(x.astype(jnp.float32), 2) for x in found)
+
+    def product(*given: jax.Array) -> tuple[jax.Array, ...]:
+        scores = how.scores
+        if how.fused:
+            return fused.backward(*given, causal=False, scale=scores.scale, shapes=how.shapes)
+        seen = blocks.everything(given[0].shape[1], given[1].shape[1])
+        return blocks.backward(*given, seen, scores)
+
+    given = q, k, v, out, lse, d_out
+    halves = [_halves(x, axis=2 if x is lse else 1) for x in given]
+    # Late queries and what belongs to them, early keys and values.
+    first, given = _then(product(*(pair[n not in (1, 2)] for n, pair in enumerate(halves))), given)
+    halves = [_halves(x, axis=2 if n == 4 else 1) for n, x in enumerate(given)]
+    second = product(*(_pick(earlier, *pair) for pair in halves))
+    (to_late, *to_early_keys), (to_either, *to_keys) = (
+        [x.astype(jnp.float32) for x in found] for found in (first, second)
+    )
     zero = jnp.zeros_like(to_either)
     dq = jnp.concatenate(
         [_pick(earlier, to_either, zero), to_late + _pick(earlier, zero, to_either)], axis=1
     )
     sums = []
-    for first, second in to_keys:
-        zero = jnp.zeros_like(second)
-        early = first + _pick(earlier, second, zero)
-        sums.append(jnp.concatenate([early, _pick(earlier, zero, second)], axis=1))
+    for first_sum, second_sum in zip(to_early_keys, to_keys, strict=True):
+        zero = jnp.zeros_like(second_sum)
+        early = first_sum + _pick(earlier, second_sum, zero)
+        sums.append(jnp.concatenate([early, _pick(earlier, zero, second_sum)], axis=1))
     return dq, *sums
 
 

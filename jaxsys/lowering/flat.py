@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsys.errors import UsageError
-from jaxsys.layered import ALIKE, Layer, LayeredModel, PyTree
+from jaxsys.layered import ALIKE, Layer, LayeredModel, PyTree, form_of
 
 Leaves = list[Any]
 """Arrays, or shapes and dtypes."""
@@ -35,12 +35,20 @@ class FlatModel:
         return _arrays(self.model.embed(edge, microbatch))
 
     def block(
-        self, weights: PyTree, x: Leaves, microbatch: PyTree, index: Any, kind: str = ALIKE
+        self,
+        weights: PyTree,
+        x: Leaves,
+        microbatch: PyTree,
+        index: Any,
+        kind: str = ALIKE,
+        *,
+        again: bool = False,
     ) -> Leaves:
-        """Block number `index`, which is of `kind`: x -> x."""
+        """Block number `index`, which is of `kind`: x -> x; see `form_of`."""
         tree = jax.tree.unflatten(self.structure, x)
         layer = Layer(index=jnp.asarray(index, jnp.int32))
-        return _arrays(self.model.kinds[kind](weights, tree, microbatch, layer))
+        run = form_of(self.model.kinds[kind], again=again)
+        return _arrays(run(weights, tree, microbatch, layer))
 
     def head(
         self, edge: PyTree, x: Leaves, microbatch: PyTree

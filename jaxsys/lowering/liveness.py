@@ -16,6 +16,8 @@ from .jaxprs import VIEWS, bytes_of, inlined, is_literal
 from .residuals import ELEMENTWISE
 
 LOOPS = ("scan", "while")
+BARRIER = "optimization_barrier"
+"""Its results are what it is given, once all of that is there."""
 KERNELS = ("pallas_call", "core_map", "custom_call", "ffi_call", "triton_kernel_call")
 """Their bodies work in a chip's registers and shared memory."""
 
@@ -63,6 +65,10 @@ def _kernels(jaxpr: Any) -> list[tuple[Any, set[Any]]]:
     kernels = []
     for equation in jaxpr.eqns:
         name = equation.primitive.name
+        if name == BARRIER:
+            pairs = zip(equation.outvars, equation.invars, strict=True)
+            made_from |= {v: set() if is_literal(x) else made_from[x] for v, x in pairs}
+            continue
         read: set[Any] = set().union(*(made_from[v] for v in equation.invars if not is_literal(v)))
         inside = name in ELEMENTWISE and not any(v in written for v in equation.outvars)
         if name in VIEWS or inside:
@@ -75,12 +81,17 @@ def _kernels(jaxpr: Any) -> list[tuple[Any, set[Any]]]:
 
 def _results(jaxpr: Any, kernels: list[tuple[Any, set[Any]]]) -> set[Any]:
     """The written values that the jaxpr returns, views of them included."""
-    makers = {v: e for e in jaxpr.eqns for v in e.outvars}
+    made_from = {
+        v: e.invars[place if e.primitive.name == BARRIER else 0]
+        for e in jaxpr.eqns
+        if e.invars
+        for place, v in enumerate(e.outvars)
+    }
     written = {v for equation, _ in kernels for v in equation.outvars}
     found = set()
     for variable in jaxpr.outvars:
-        while not is_literal(variable) and variable not in written and variable in makers:
-            variable = makers[variable].invars[0]
+        while not is_literal(variable) and variable not in written and variable in made_from:
+            variable = made_from[variable]
         if not is_literal(variable):
             found.add(variable)
     return found

@@ -9,20 +9,20 @@ what is alive, written out or nearly so in loops.
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsys.layered import ALIKE, LayeredModel, PyTree
+from jaxsys.layered import ALIKE, LayeredModel, PyTree, WithAgain
 from jaxsys.schedule import Block, Costs, Data, MoveKind, Placement, Schedule
 
 from .flat import Leaves, flat_of, floats, head_back
 from .kinds import Shared
 from .liveness import peak_bytes
-from .programs import INDEX, BlockProgram, Recompute, block_program
+from .programs import INDEX, MADE_AGAIN, BlockProgram, Recompute, block_program
 from .split import split_backward
 from .tables import Buffers
 
@@ -40,6 +40,13 @@ class BlockBytes:
     """Kept from I to W."""
     work: float
     """The most that its backward pass holds beside what it is given."""
+    split_work: float | None = None
+    """The same where it is cut into I and W; None: as much."""
+
+    @property
+    def most_work(self) -> float:
+        """What its backward pass holds, cut or not."""
+        return max(self.work, self.split_work or 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +63,8 @@ class Around:
     """The most that a block's backward pass holds beside what it is given."""
     head: Size
     """The most that head and loss hold, forward and backward."""
+    split_block: Size = 0.0
+    """`block` where backward passes are cut into I and W, if it is more."""
 
 
 def tree_bytes(tree: PyTree, dtype: Any = None) -> float:
@@ -86,11 +95,16 @@ def block_bytes(
         x: of a block's input.
         microbatch: of one microbatch.
         policy: what backward computes again; of `chunk` what a block's own part is.
-        split: whether backward is cut into I and W; there are no taps otherwise.
+        split: whether backward may be cut into I and W; there are no taps otherwise.
         kind: of the block.
     """
     residuals, taps, work = _traced(model, layer, x, microbatch, policy, split, kind)
-    return BlockBytes(residual=tree_bytes(residuals), tap=tree_bytes(taps), work=work)
+    found = BlockBytes(residual=tree_bytes(residuals), tap=tree_bytes(taps), work=work)
+    block = model.kinds[kind]
+    if not (split and policy in MADE_AGAIN and isinstance(block, WithAgain) and block.differ(x)):
+        return found
+    *_, whole = _traced(model, layer, x, microbatch, policy, False, kind)
+    return replace(found, work=whole, split_work=work)
 
 
 def longest_block_bytes(
@@ -146,7 +160,7 @@ def _traced(
 ) -> tuple[Leaves, Leaves, float]:
     """Residuals, taps, and the bytes that backward holds."""
     inner: Recompute = "none" if policy == "chunk" else policy
-    found: BlockProgram = block_program(model, layer, x, microbatch, inner, kind)
+    found: BlockProgram = block_program(model, layer, x, microbatch, inner, kind, split=split)
     backward = found.backward, layer, found.residuals, floats(x), microbatch, INDEX
     taps = split_backward(*backward).taps if split else []
     return found.residuals, taps, peak_bytes(*backward)
@@ -185,7 +199,10 @@ def tabled_bytes(
         slots -= size[Data.GRADIENT]  # nothing is summed, the update takes what backward made
     # A loop over layers stacks a chunk's weight gradients onto zeros of the same size.
     gradients = size[Data.WEIGHT] * (1 if unroll else 2)
-    in_block = gradients + _in_flight(buffers, size) + around.block
+    block = around.block
+    if any(data is Data.TAP and count for (data, _), count in buffers.slots.items()):
+        block = np.maximum(block, around.split_block)
+    in_block = gradients + _in_flight(buffers, size) + block
     # The loss comes before, and arrivals after it; its branch returns sums beside those it was
     # given, and the zeros are there all step long.
     in_head = size[Data.WEIGHT] + around.edge_sums + around.head

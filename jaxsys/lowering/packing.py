@@ -13,6 +13,7 @@ Legend: D devices of a place, n elements of a row.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxsys.layered import BlockFunction, Layer, LayeredModel, PyTree
+from jaxsys.layered import BlockFunction, Layer, LayeredModel, PyTree, each_form
 
 from .flat import Leaves, floats, is_float, with_floats
 from .place import SharedPlace
@@ -70,7 +71,10 @@ class Packing:
 
     def packed(self, model: LayeredModel) -> LayeredModel:
         """The model whose blocks take rows."""
-        blocks = {kind: self.packed_block(kind, block) for kind, block in model.kinds.items()}
+        blocks = {
+            kind: each_form(functools.partial(self.packed_block, kind), block)
+            for kind, block in model.kinds.items()
+        }
         block = next(iter(blocks.values())) if callable(model.block) else blocks
         return dataclasses.replace(model, block=block)
 

@@ -38,6 +38,9 @@ output, which long sequences would spend most of their time on. `block`: each bl
 `chunk`: the chunk from its input."""
 
 RECOMPUTE_POLICIES: tuple[Recompute, ...] = get_args(Recompute)
+MADE_AGAIN: tuple[Recompute, ...] = ("around-attention", "block")
+"""Those that compute a block's products again, so that it may run in its other form
+(`jaxsys.layered.WithAgain`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +95,8 @@ def block_program(
     microbatch: PyTree,
     recompute: Recompute,
     kind: str = ALIKE,
+    *,
+    split: bool = False,
 ) -> BlockProgram:
     """Traces one block into a forward and a backward program.
 
@@ -102,15 +107,17 @@ def block_program(
         microbatch: shapes and dtypes of one microbatch.
         recompute: any but `chunk`.
         kind: of the block.
+        split: whether backward will be cut into I and W. A loop over pieces cannot be.
 
     Raises:
         UsageError: if the block does not map x to its own structure, shapes and dtypes.
     """
     flat = flat_of(model, x)
     check_block(flat, weights, microbatch, kind)
+    again = recompute in MADE_AGAIN and not split
 
     def block(weights: PyTree, x: Leaves, microbatch: PyTree, index: Any) -> Leaves:
-        return flat.block(weights, x, microbatch, index, kind)
+        return flat.block(weights, x, microbatch, index, kind, again=again)
 
     if recompute == "block":
         return _recomputing_block(block, flat.x)
@@ -266,7 +273,10 @@ def chunk_program(
     layers = jax.tree.leaves(weights)[0].shape[0]
     one = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape[1:], w.dtype), weights)
     policy: Recompute = "none" if recompute == "chunk" else recompute
-    inner = {kind: block_program(model, one, x, microbatch, policy, kind) for kind in model.kinds}
+    inner = {
+        kind: block_program(model, one, x, microbatch, policy, kind, split=split)
+        for kind in model.kinds
+    }
     choice = Choice(model, layers, unroll=unroll)
     shared = {
         possible: Shared({kind: inner[kind].residuals for kind in possible})

@@ -277,6 +277,16 @@ class BoundBlock(NamedTuple):
 
         With `context` x is what this device has of each sequence, and positions follow from that.
         """
+        q, k, v = self.project(x, self.turn_of(x, positions, context))
+        return self.finish(x, self.attend(q, k, v, implementation, context))
+
+    def turn_of(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"] | None = None,
+        context: ContextSplit | None = None,
+    ) -> Turn:
+        """What `project` turns queries and keys by; see `run`."""
         length = None
         if positions is None:
             length = self.held.length(x)
@@ -285,8 +295,7 @@ class BoundBlock(NamedTuple):
             else:
                 positions = context.positions(length)[None, :]
                 length *= context.parts
-        q, k, v = self.project(x, turn(self.config, self.kind, positions, length))
-        return self.finish(x, self.attend(q, k, v, implementation, context))
+        return turn(self.config, self.kind, positions, length)
 
     def __call__(
         self,

@@ -8,13 +8,14 @@ x = {"residual": [B, T, D], "balance": []}, summed over layers.
 import dataclasses
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
 from jaxsys.context import ContextSplit
 from jaxsys.errors import UsageError
-from jaxsys.layered import BlockFunction, Layer, LayeredModel, Parts, PyTree
+from jaxsys.layered import BlockFunction, Layer, LayeredModel, Parts, PyTree, WithAgain
 from jaxsys.model.attention import Implementation
 from jaxsys.model.block import BoundBlock, HeldTree
 from jaxsys.model.config import DecoderConfig
@@ -32,6 +33,7 @@ from jaxsys.model.parts import (
     edge_axis,
     embed_part,
 )
+from jaxsys.model.pieces import PIECE_TOKENS, pieces_of, run_in_pieces
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,7 @@ def layered(
     config: DecoderConfig,
     *,
     loss_chunk_tokens: int = 2048,
+    piece_tokens: int = PIECE_TOKENS,
     implementation: Implementation | None = None,
     float8: Float8 | None = None,
 ) -> LayeredModel:
@@ -48,37 +51,52 @@ def layered(
     Args:
         config: the model.
         loss_chunk_tokens: tokens of a microbatch whose logits are held at once.
+        piece_tokens: of blocks that are computed again, tokens that all but attention goes over at
+            once, where a microbatch has at least four such pieces. Experts, features that devices
+            share and products in float8 take all tokens at once.
         implementation: of attention; chosen by device, dtype and shape if not given.
         float8: which products run in float8, forward and backward; none if not given.
 
     What the configuration asks of training and is not done (`DecoderConfig.in_training`) is logged.
 
     Raises:
-        UsageError: if `loss_chunk_tokens` is below 1, or `float8` names no matrix of the model.
+        UsageError: if `loss_chunk_tokens` or `piece_tokens` is below 1, or `float8` names no matrix
+            of the model.
     """
-    if loss_chunk_tokens < 1:
-        raise UsageError(f"loss_chunk_tokens={loss_chunk_tokens} must be at least 1")
+    for name, count in (("loss_chunk_tokens", loss_chunk_tokens), ("piece_tokens", piece_tokens)):
+        if count < 1:
+            raise UsageError(f"{name}={count} must be at least 1")
     if float8 is not None:
         float8.check(matrices(config))
     if config.in_training:
         logger.warning("%s", config.not_applied())
-    return _cuttable(config, loss_chunk_tokens, implementation, float8, None)
+    asked = _Asked(
+        loss_chunk_tokens=loss_chunk_tokens,
+        piece_tokens=piece_tokens,
+        implementation=implementation,
+        float8=float8,
+    )
+    return _cuttable(config, asked, None)
 
 
-def _cuttable(
-    config: DecoderConfig,
-    loss_chunk_tokens: int,
-    implementation: Implementation | None,
-    float8: Float8 | None,
-    context: ContextSplit | None,
-) -> LayeredModel:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """What `layered` was asked for."""
+
+    loss_chunk_tokens: int
+    piece_tokens: int
+    implementation: Implementation | None
+    float8: Float8 | None
+
+
+def _cuttable(config: DecoderConfig, asked: _Asked, context: ContextSplit | None) -> LayeredModel:
     """The model, on whole sequences or a device's pieces of them, that says how it is split."""
 
     def in_parts(sizes: Mapping[str, int]) -> Parts:
         check_parts(config, sizes)
         if context is not None:
             context.check_heads(*attention_heads(config_of_part(config, sizes)))
-        part = _layered(config, loss_chunk_tokens, implementation, float8, sizes, context)
+        part = _layered(config, asked, sizes, context)
         return Parts(model=part, cuts=cuts(config, sizes), whole=model)
 
     def across(split: ContextSplit) -> LayeredModel:
@@ -89,30 +107,29 @@ def _cuttable(
                 f"context={split.parts} devices each route a part of one; use balance=0, or "
                 "context=1"
             )
-        return _cuttable(config, loss_chunk_tokens, implementation, float8, split)
+        return _cuttable(config, asked, split)
 
-    model = _layered(config, loss_chunk_tokens, implementation, float8, {}, context)
+    model = _layered(config, asked, {}, context)
     model = dataclasses.replace(
         model,
         in_parts=in_parts,
         across=across,
         sequences={"inputs": 1, "targets": 1},
-        gpu_options={} if float8 is None else GPU_OPTIONS,
+        gpu_options={} if asked.float8 is None else GPU_OPTIONS,
     )
     return model
 
 
 def _layered(
     config: DecoderConfig,
-    loss_chunk_tokens: int,
-    implementation: Implementation | None,
-    float8: Float8 | None,
+    asked: _Asked,
     sizes: Mapping[str, int],
     context: ContextSplit | None,
 ) -> LayeredModel:
     """The model, or one device's part of it, see `jaxsys.model.parts`."""
     balanced = expert_layers(config) if config.experts and config.experts.balance else 0
     part, axis = config_of_part(config, sizes), edge_axis(sizes)
+    implementation, float8 = asked.implementation, asked.float8
 
     def embed(edge: PyTree, microbatch: PyTree) -> PyTree:
         tokens = microbatch["inputs"]
@@ -120,19 +137,40 @@ def _layered(
         return {"residual": x, "balance": jnp.zeros((), jnp.float32)} if balanced else x
 
     def block(kind: BlockKind) -> BlockFunction:
-        def run(weights: PyTree, x: PyTree, microbatch: PyTree, layer: Layer) -> PyTree:
+        def bind(weights: PyTree) -> BoundBlock:
             if sizes:
                 held = HeldPart(part, weights, sizes, float8)
             else:
                 held = HeldTree(config, weights, float8)
-            bound = BoundBlock(part, kind, held)
+            return BoundBlock(part, kind, held)
+
+        def run(weights: PyTree, x: PyTree, microbatch: PyTree, layer: Layer) -> PyTree:
+            bound = bind(weights)
             if not balanced:
                 return bound.run(x, implementation=implementation, context=context)[0]
             residual, load = bound.run(x["residual"], implementation=implementation)
             balance = x["balance"] if load is None else x["balance"] + load.balance
             return {"residual": residual, "balance": balance}
 
-        return run
+        def again(weights: PyTree, x: PyTree, microbatch: PyTree, layer: Layer) -> PyTree:
+            residual = run_in_pieces(
+                bind,
+                weights,
+                x["residual"] if balanced else x,
+                tokens=asked.piece_tokens,
+                implementation=implementation,
+                context=context,
+            )
+            return {**x, "residual": residual} if balanced else residual
+
+        def differ(x: PyTree) -> bool:
+            batch, length, _ = (x["residual"] if balanced else x).shape
+            return pieces_of(batch * length, asked.piece_tokens) > 1
+
+        # Experts would have the gradients of all of them added in every piece, devices that share
+        # features send in every piece, and products in float8 have a scale for each.
+        whole = kind.experts or axis is not None or float8 is not None
+        return run if whole else WithAgain(run, again, differ)
 
     def score(edge: PyTree, x: PyTree, microbatch: PyTree) -> tuple[jax.Array, ...]:
         residual = x["residual"] if balanced else x
@@ -141,7 +179,7 @@ def _layered(
             edge,
             residual,
             microbatch["targets"],
-            chunk_tokens=loss_chunk_tokens,
+            chunk_tokens=asked.loss_chunk_tokens,
             axis=axis,
             float8=float8,
         )
