@@ -18,7 +18,9 @@ from jaxsys.errors import UsageError
 from jaxsys.hardware import free_host_bytes
 from jaxsys.lowering import Recompute
 from jaxsys.lowering.liveness import peak_bytes
+from jaxsys.lowering.programs import MADE_AGAIN
 from jaxsys.model import abstract_parameters, initial_parameters, layered, preset
+from jaxsys.model.pieces import PIECE_TOKENS, pieces_of
 from jaxsys.results import read_result
 from jaxsys.schedule import TaskKind
 from jaxsys.train import Trainer, memory
@@ -181,6 +183,9 @@ def test_predictions_are_near_what_was_compiled_for_h100s():
         )
         if any(task.kind is TaskKind.INPUT_GRADIENT for task in schedule.tasks):
             continue  # a split backward pass keeps less than when these were compiled
+        tokens = row["microbatch_size"] * row["sequence_length"]
+        if row["recompute"] in MADE_AGAIN and pieces_of(tokens, PIECE_TOKENS) > 1:
+            continue  # what is computed again is made in pieces since
         ids = jax.ShapeDtypeStruct((row["microbatch_size"], row["sequence_length"]), jnp.int32)
         predicted = step_bytes(
             StepShape(
@@ -197,7 +202,7 @@ def test_predictions_are_near_what_was_compiled_for_h100s():
         )
         key = *(row[k] for k in ("schedule", "recompute", "sequence_length", "devices")), unroll
         ratios[key] = predicted / 2**30 / compiled_gib
-    assert len(ratios) >= 15
+    assert len(ratios) >= 14
     assert min(ratios.values()) > 0.94 and max(ratios.values()) < 1.1, ratios
 
 
