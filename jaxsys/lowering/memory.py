@@ -19,6 +19,7 @@ import numpy as np
 from jaxsys.layered import ALIKE, LayeredModel, PyTree, WithAgain
 from jaxsys.schedule import Block, Costs, Data, MoveKind, Placement, Schedule
 
+from .apart import RESIDUALS, lie_apart
 from .flat import Leaves, flat_of, floats, head_back
 from .kinds import Shared
 from .liveness import peak_bytes
@@ -191,7 +192,8 @@ def tabled_bytes(
         unroll: a chunk's layers are written out.
     """
     slots = sum(count * size[data] for (data, _), count in buffers.slots.items())
-    if unroll and buffers.slots[Data.RESIDUAL, ""] > 1:
+    apart = lie_apart(buffers.slots, schedule.chunks) if unroll else ()
+    if unroll and buffers.slots[RESIDUALS] > 1 and RESIDUALS not in apart:
         slots += size[Data.RESIDUAL]  # a slot's layers are leaves of their own, copied in and out
     if schedule.placement is Placement.REPLICATED and schedule.chunks > 1:
         slots += schedule.chunks * size[Data.GRADIENT]  # of all chunks, summed over the devices

@@ -22,6 +22,7 @@ from jaxsys.axes import RING
 from jaxsys.layered import Parameters, PyTree
 from jaxsys.schedule import Data, MoveKind, Placement, TaskKind
 
+from .apart import RESIDUALS, TAPS, in_slot, lie_apart
 from .base import LossAndGradients, Step, add_to, is_spec
 from .bodies import BufferKey, GroupSignature, Segment, TaskSignature, TickSignature
 from .flat import Leaves, cast, flat_model, floats, head_back, is_float, like, pull_back
@@ -149,10 +150,10 @@ class Run:
         buffers: dict[BufferKey, Buffer] = {}
         for key, count in slots.items():
             data, _ = key
-            if data is Data.RESIDUAL:
-                buffers[key] = self.program.empty_residuals(count)
-            elif data is Data.TAP:
-                buffers[key] = self.halves.empty_taps(count)
+            if data in (Data.RESIDUAL, Data.TAP):
+                of = self.program.empty_residuals if key == RESIDUALS else self.halves.empty_taps
+                apart = key in self.apart
+                buffers[key] = tuple(of(1) for _ in range(count)) if apart else of(count)
             elif key in self.tables.start_slots:
                 buffers[key] = self.starting_weights(key, count, own)
             else:
@@ -171,6 +172,13 @@ class Run:
             reduced=reduced,
             scores=(jnp.float32(0), jnp.float32(0), self.flat.empty_metrics()),
         )
+
+    @cached_property
+    def apart(self) -> frozenset[BufferKey]:
+        """The buffers whose slots are values of their own."""
+        if not self.lowered.unroll:
+            return frozenset()
+        return lie_apart(self.tables.slots, self.schedule.chunks)
 
     def starting_weights(self, key: BufferKey, count: int, own: PyTree) -> Buffer:
         """The chunks at rest, put into the slots in which they start."""
@@ -259,7 +267,7 @@ class Run:
     def forward(self, task: TaskSignature, cell: "_Cells", state: _State) -> _State:
         lane = (Data.WEIGHT, self.schedule.forward_lane)
         kind = task.kind
-        activation, residual = (Data.ACTIVATION, ""), (Data.RESIDUAL, "")
+        activation = (Data.ACTIVATION, "")
         slots = self.tables.slots
 
         def run(buffers: dict[BufferKey, Buffer]) -> dict[BufferKey, Buffer]:
@@ -275,19 +283,20 @@ class Run:
                 return _read(buffers[activation], slots[activation], slot)
 
             x = _choose(task.first, chunk == 0, embed, carried)
-            y, kept = self.program.forward(
-                weights,
-                x,
-                microbatch,
-                buffers[residual],
+            first_layer = chunk * self.lowered.chunk_layers
+            y, kept = in_slot(
+                buffers[RESIDUALS],
                 cell[f"{kind}.out.residual"],
-                chunk * self.lowered.chunk_layers,
+                lambda kept, slot: self.program.forward(
+                    weights, x, microbatch, kept, slot, first_layer
+                ),
+                apart=RESIDUALS in self.apart,
             )
             slot = cell[f"{kind}.out.activation"]
             made = _write(buffers[activation], slots[activation], slot, y, None)
-            return {activation: made, residual: kept}
+            return {activation: made, RESIDUALS: kept}
 
-        mine = {key: state.buffers[key] for key in (activation, residual)}
+        mine = {key: state.buffers[key] for key in (activation, RESIDUALS)}
         if not task.everyone:
             mine = lax.cond(cell[f"{kind}.valid"] == 1, run, lambda buffers: buffers, mine)
         else:
@@ -302,9 +311,7 @@ class Run:
         kind = task.kind
         whole = kind is TaskKind.BACKWARD
         lane = (Data.WEIGHT, self.schedule.backward_lane)
-        activation, cotangent, residual, tap = (
-            (data, "") for data in (Data.ACTIVATION, Data.COTANGENT, Data.RESIDUAL, Data.TAP)
-        )
+        activation, cotangent = (Data.ACTIVATION, ""), (Data.COTANGENT, "")
         slots = self.tables.slots
 
         def run(edge_gradient: Leaves, scores: PyTree, made: PyTree):
@@ -327,20 +334,26 @@ class Run:
             dy, edge_gradient, scores = _choose(
                 task.last, chunk == self.schedule.chunks - 1, head, carried
             )
-            arguments = (
-                weights,
-                kept,
-                cell[f"{kind}.in.residual"],
-                dy,
-                microbatch,
-                chunk * self.lowered.chunk_layers,
-            )
-            gradient = None
-            if whole:
-                gradient, dx, kept = self.program.backward(*arguments)
-            else:
+            first_layer = chunk * self.lowered.chunk_layers
+
+            def from_kept(kept: Buffer, slot: Any):
+                arguments = weights, kept, slot, dy, microbatch, first_layer
+                if whole:
+                    gradient, dx, kept = self.program.backward(*arguments)
+                    return (gradient, dx, taps), kept
+
+                def into_taps(taps: Buffer, slot: Any):
+                    dx, handed_on, taps = self.halves.input_gradient(*arguments, taps, slot)
+                    return (dx, handed_on), taps
+
                 slot = cell[f"{kind}.out.tap"]
-                dx, kept, taps = self.halves.input_gradient(*arguments, taps, slot)
+                (dx, kept), tapped = in_slot(taps, slot, into_taps, apart=TAPS in self.apart)
+                return (None, dx, tapped), kept
+
+            slot = cell[f"{kind}.in.residual"]
+            (gradient, dx, taps), kept = in_slot(
+                kept, slot, from_kept, apart=RESIDUALS in self.apart
+            )
 
             def embed():
                 _, vjp = pull_back(lambda e: self.flat.embed(e, microbatch), self.edge)
@@ -353,7 +366,7 @@ class Run:
                 cotangents = _write(cotangents, slots[cotangent], slot, dx, valid)
             return edge_gradient, scores, (cotangents, taps, kept), gradient
 
-        made = (state.buffers.get(cotangent), state.buffers.get(tap), state.buffers[residual])
+        made = (state.buffers.get(cotangent), state.buffers.get(TAPS), state.buffers[RESIDUALS])
         carried = (state.edge_gradient, state.scores, made)
         if task.everyone:
             outcome = run(*carried)
@@ -367,7 +380,7 @@ class Run:
         # The residuals are read by now: forward may write the slot that this frees.
         outcome = lax.optimization_barrier(outcome)
         edge_gradient, scores, (cotangents, taps, kept), gradient = outcome
-        written = {residual: kept, cotangent: cotangents, tap: taps}
+        written = {RESIDUALS: kept, cotangent: cotangents, TAPS: taps}
         buffers = {**state.buffers, **{k: v for k, v in written.items() if v is not None}}
         state = _replace(state, buffers=buffers, edge_gradient=edge_gradient, scores=scores)
         return state, gradient
@@ -379,13 +392,18 @@ class Run:
 
     def weight_gradient(self, task: TaskSignature, cell: "_Cells", state: _State):
         """W: the weight gradient from what I kept."""
-        kind, key = task.kind, (Data.TAP, "")
+        kind = task.kind
 
         def run(taps: Buffer) -> tuple[PyTree, Buffer]:
             first_layer = cell[f"{kind}.chunk"] * self.lowered.chunk_layers
-            return self.halves.weight_gradient(taps, cell[f"{kind}.in.tap"], first_layer)
+            return in_slot(
+                taps,
+                cell[f"{kind}.in.tap"],
+                lambda taps, slot: self.halves.weight_gradient(taps, slot, first_layer),
+                apart=TAPS in self.apart,
+            )
 
-        taps = state.buffers[key]
+        taps = state.buffers[TAPS]
         if task.everyone:
             outcome = run(taps)
         else:
@@ -397,7 +415,7 @@ class Run:
             outcome = lax.cond(cell[f"{kind}.valid"] == 1, run, skip, taps)
         # The taps are read by now: I may write the slot that this frees.
         gradient, taps = lax.optimization_barrier(outcome)
-        return _replace(state, buffers={**state.buffers, key: taps}), gradient
+        return _replace(state, buffers={**state.buffers, TAPS: taps}), gradient
 
     def no_gradient(self, weights: PyTree) -> PyTree:
         """What `backward` of the program returns for these weights, zero."""

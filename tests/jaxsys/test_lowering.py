@@ -13,7 +13,7 @@ import pytest
 
 from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel, Parameters, reference_loss
-from jaxsys.lowering import RECOMPUTE_POLICIES, LoweredStep, lower, xla
+from jaxsys.lowering import RECOMPUTE_POLICIES, LoweredStep, apart, lower, xla
 from jaxsys.lowering.bodies import MOST_TICKS_THAT_PAY
 from jaxsys.lowering.programs import INDEX, block_program
 from jaxsys.lowering.split import split_backward
@@ -208,6 +208,39 @@ def test_written_out_layers_change_no_value(name):
         "split": with_late_weight_gradients(one_f_one_b(2, 4)),
     }[name]
     assert_matches_reference(schedule, 4, recompute="none", unroll=True)
+
+
+def test_written_out_layers_lie_apart_and_are_not_copied_to_their_slots():
+    schedule = interleave(2, 4)
+    model, parameters = small_model(4)
+    text = {}
+    for unroll in (False, True):
+        step = lower(schedule, model, make_mesh(2), recompute="none", unroll=unroll)
+        rest, batch = step.to_rest(parameters), random_batch(4)
+        text[unroll] = str(jax.make_jaxpr(step.loss_and_gradients)(rest, batch))
+    slots = dict(build_tables(schedule, check(schedule)).slots)
+    assert slots[apart.RESIDUALS] == 2
+    layer = f"{SEQUENCES},{TOKENS},{WIDTH}]"
+    assert f"f32[2,2,{layer}" in text[False]  # slots, and the layers of a chunk
+    assert f"f32[2,{layer}" not in text[True]  # nor an array of slots for a layer
+
+
+def test_slots_lie_apart_where_branches_are_few():
+    """A branch for each slot writes a chunk out again: at most twice the model's layers in all."""
+
+    def found(name, devices, microbatches):
+        schedule = build(name, devices=devices, microbatches=microbatches)
+        slots = build_tables(schedule, check(schedule)).slots
+        return apart.lie_apart(slots, schedule.chunks)
+
+    residuals, taps = apart.RESIDUALS, apart.TAPS
+    for devices in (2, 4, 8):
+        for name in ("weipipe-interleave", "weipipe-keep", "1f1b-overlap", "zb-h2"):
+            assert residuals in found(name, devices, 2 * devices), (name, devices)
+    assert found("gpipe", 2, 4) == {residuals}
+    assert not found("gpipe", 2, 8)  # one for each microbatch
+    assert found("weipipe-wzb1", 2, 4) == {residuals, taps}
+    assert found("weipipe-wzb1", 4, 8) == {residuals}  # I has both: 4 times 4 of 4 chunks
 
 
 def test_taps_are_what_products_read():
