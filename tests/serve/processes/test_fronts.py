@@ -428,3 +428,40 @@ def test_nothing_is_left_of_a_server_whose_first_process_is_killed(start, tmp_pa
         while any(Path(f"/proc/{one}").exists() for one in processes):
             assert time.monotonic() < deadline_s
             time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_what_the_answers_of_all_fronts_and_idle_time_took_adds_up_to_the_instances(start):
+    server = start("--gpu", "h100", "--policy", "ecofreq")
+    with concurrent.futures.ThreadPoolExecutor(8) as threads, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(server.client(server.fronts[n % 2])) for n in range(8)]
+
+        def usage(number):
+            fields = {"prompt": f"request {number} " * (1 + number), "max_tokens": 10 + 9 * number}
+            answer = clients[number].post("/v1/completions", json=LONG | fields)
+            assert answer.status_code == 200, answer.text
+            return answer.json()["usage"]
+
+        said = list(threads.map(usage, range(8)))
+        server.settled()
+        found = [server.metrics(client) for client in clients[:2]]
+    assert all(one["energy_kind"] == "modelled" and one["energy_j"] > 0 for one in said)
+    total_j = sum(one["energy_j"] for one in said)
+    for one in found:  # the same at both fronts
+        took, idle = (
+            sum(value for name, value in one.items() if name.startswith(f"jaxsys_{what}_joules_t"))
+            for what in ("energy", "idle_energy")
+        )
+        # Exact, but for steps whose requests had all ended, and what fronts hear a second later.
+        assert total_j == pytest.approx(took - idle, rel=0.02)
+        assert one["jaxsys_request_energy_joules_sum"] == pytest.approx(total_j, rel=1e-3)
+        assert one["jaxsys_request_energy_joules_count"] == 8
+    # Each role's share over the same tokens.
+    tokens = sum(one["completion_tokens"] for one in said)
+    for role in ("prefill", "decode"):
+        share_j = sum(
+            one["joules_per_output_token_by_role"][role] * one["completion_tokens"] for one in said
+        )
+        assert share_j > 0
+        per_token = f'jaxsys_joules_per_output_token{{kind="modelled",role="{role}"}}'
+        assert found[0][per_token] * tokens >= share_j * 0.98  # that one counts idle time too
