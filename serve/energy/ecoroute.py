@@ -11,8 +11,9 @@ would not rise come first, the most boosted of them foremost, so that boosted on
 a slow one is disturbed. `EnergyRouter` takes the instance whose predicted energy rises least,
 among those that keep the SLO. `QueueRouter` serves prefill: the earliest predicted first token.
 
-Where no clock keeps the SLO with the request, both put it where the tokens are late already: spread
-evenly, a little too much makes all of them late.
+Where tokens are late at every instance already, both put it where they are latest: spread evenly, a
+little too much makes all of them late. Before, the one goes by the published rule and the other by
+the fewest sequences.
 
 All what-ifs of a decision are one batched call.
 """
@@ -151,23 +152,23 @@ class StateSpaceRouter:
                 range(len(instances)),
                 key=lambda i: (instances[i].clock_mhz or 0.0, counts[i]),
             )
-        now, after, late = self._levels(instances, counts, request)
+        now, after, late, are_late = self._levels(instances, counts, request)
         places = list(range(len(counts)))
-        if self.config.late_share and any(late):
-            if all(late):
-                slowest = _slowest_within(late, self.config.late_share)
-                if slowest is not None:
-                    return slowest
-            else:
-                places = [i for i in places if not late[i]]
+        if self.config.late_share and not all(late):
+            places = [i for i in places if not late[i]]
+        elif self.config.late_share and are_late:
+            slowest = _slowest_within(late, self.config.late_share)
+            if slowest is not None:
+                return slowest
         chosen = self._published_choice(*([row[i] for i in places] for row in (counts, now, after)))
         return places[chosen]
 
     def _levels(
         self, instances: Sequence[InstanceView], counts: list[int], request: "Request"
-    ) -> tuple[list[int], list[int], list[float]]:
-        """Clock levels each instance needs without and with the request, and by what share it
-        then exceeds the ITL at the top."""
+    ) -> tuple[list[int], list[int], list[float], bool]:
+        """Clock levels each instance needs without and with the request, by what share it then
+        exceeds the ITL at the top, and whether all exceed it without: what is looked ahead for may
+        never come."""
         config = self.config
         states = _without_and_with(instances, counts, request, config)
         times, _ = _what_if(self.predictor, states, self._clocks_mhz)
@@ -177,7 +178,8 @@ class StateSpaceRouter:
         keeps[:, -1] = True
         levels = np.argmax(keeps, axis=1)
         late = np.maximum(0.0, times[1::2, -1] / bound_s - 1)
-        return levels[0::2].tolist(), levels[1::2].tolist(), late.tolist()
+        are_late = bool(times[0::2, -1].min() > self.slo.current.itl_s)
+        return levels[0::2].tolist(), levels[1::2].tolist(), late.tolist(), are_late
 
     def _published_choice(self, counts: list[int], now: list[int], after: list[int]) -> int:
         top = len(self._clocks_mhz) - 1

@@ -60,14 +60,14 @@ def request(length: int = 100) -> Request:
 class Levels(StateSpaceRouter):
     """The published rule over levels given by hand."""
 
-    def __init__(self, now, after, late=(0.0, 0.0), *, clocks=(1, 2, 3), **config):
+    def __init__(self, now, after, late=(0.0, 0.0), *, are_late=True, clocks=(1, 2, 3), **config):
         super().__init__(
             ModelPredictor(GPU),
             SharedSlo(),
             clocks_mhz=clocks,
             config=EcoRouteConfig(**({"tile_from": 0} | config)),
         )
-        self._given = (now, after, late)
+        self._given = (now, after, late, are_late)
 
     def _levels(self, instances, counts, request):
         return self._given
@@ -122,6 +122,26 @@ def test_what_is_late_at_every_clock_stays_together():
     assert Levels([2, 2], [2, 2], [0.3, 0.1]).choose(views, request()) == 0
     assert Levels([2, 2], [2, 2], [0.5, 0.1]).choose(views, request()) == 1
     assert Levels([2, 2], [2, 2], [0.6, 0.5]).choose(views, request()) == 1
+    # Nor would it, but no token is late yet: by the published rule, as if neither were.
+    assert Levels([2, 2], [2, 2], [0.3, 0.1], are_late=False).choose(views, request()) == 1
+
+
+def test_what_is_looked_ahead_for_is_not_late_yet():
+    views = [View(700, kv_tokens=140_000, clock_mhz=1410), View(690, kv_tokens=138_000)]
+    now_s, then_s = (
+        GPU.run(Load(batch=count, kv_tokens=kv), CLOCKS[1]).time_s
+        for count, kv in ((690, 138_000 + 2 * 690), (691, 138_100 + 50 * 691))
+    )
+
+    def late(itl_s):
+        slo = SharedSlo(Slo(itl_s=itl_s, reserve=0.0))
+        router = StateSpaceRouter(ModelPredictor(GPU), slo, clocks_mhz=CLOCKS)
+        *_, late, are_late = router._levels(views, [700, 690], request())
+        return all(late), are_late
+
+    assert late((now_s + then_s) / 2) == (True, False)
+    assert late(now_s * 0.99) == (True, True)
+    assert late(then_s * 1.1) == (False, False)
 
 
 def test_state_space_router_asks_the_predictor_for_the_levels():
@@ -130,10 +150,12 @@ def test_state_space_router_asks_the_predictor_for_the_levels():
     just_below = View(300, kv_tokens=60_000)
     full = View(330, kv_tokens=66_000, clock_mhz=1410)
     edge = View(301, kv_tokens=60_050)
-    now, after, late = router._levels([just_below, full, edge], [300, 330, 301], request(1))
+    now, after, late, are_late = router._levels(
+        [just_below, full, edge], [300, 330, 301], request(1)
+    )
     assert now == [0, 1, 0]
     assert after == [0, 1, 1]
-    assert late == [0.0, 0.0, 0.0]
+    assert late == [0.0, 0.0, 0.0] and not are_late
     # The edge would rise, the boosted one would not: it is filled first.
     assert router.choose([edge, full], request(1)) == 1
 
