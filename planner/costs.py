@@ -15,7 +15,7 @@ from itertools import pairwise
 from jaxsys.axes import parts_of_block
 from jaxsys.errors import UsageError, did_you_mean
 from jaxsys.hardware import DeviceSpec
-from jaxsys.lowering.memory import Around, BlockBytes, sharded_static_bytes, tabled_bytes
+from jaxsys.lowering.memory import Around, BlockBytes, sharded_peak_bytes, tabled_bytes
 from jaxsys.lowering.tables import Buffers
 from jaxsys.planner.axes import Joined, Split
 from jaxsys.planner.sharing import Pass
@@ -31,6 +31,7 @@ from jaxsys.schedule import (
     TaskKind,
     Trace,
     alive_bytes,
+    check,
 )
 
 ATTENTION_BACKWARD = 2.5
@@ -328,8 +329,10 @@ def schedule_costs(
         split=split,
     )
     if schedule.placement is Placement.SHARDED:
-        group = schedule.devices * schedule.sharers
-        static = sharded_static_bytes(schedule, costs, held, group=group)
+        found = check(schedule)
+        group, looped = schedule.devices * schedule.sharers, not device.fused_attention
+        peak = sharded_peak_bytes(schedule, costs, held, found, group=group, looped=looped)
+        static = peak - max(alive_bytes(schedule, costs, found))
     elif lowered is None:
         static = held.rest + held.edge + held.edge_sums + max(held.block, held.head)
     else:

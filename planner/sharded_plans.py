@@ -106,6 +106,10 @@ class ShardedEvaluator:
         )
         self.workspace_bytes = head_held_bytes(workload, between)
         self.stacked = workload.stacked
+        # A CPU, which has no such kernel, runs loops that have all reduced sums from the start.
+        looped = self.stacked or not problem.cluster.slowest.fused_attention
+        self.growing = not (self.whole or looped) and self.turns == 1
+        """Whether shards of sums come one after another, each once."""
         self.tabled = problem.lowered and self.whole
         if self.tabled:  # slots are each device's own: two stand for any number
             some = min(base.shard, 2)
@@ -314,8 +318,9 @@ class ShardedEvaluator:
         if not self.whole:
             again = (weights != _STAY) & ((self.turns > 1) | (weights != _WITHIN))
             held += (again * self.weight_bytes).sum(1) / self.devices
-            every = (gradients != _ONCE) | (self.turns == 1)
-            held += (every * self.gradient_bytes).sum(1) / self.devices
+            if not self.growing:
+                every = (gradients != _ONCE) | (self.turns == 1)
+                held += (every * self.gradient_bytes).sum(1) / self.devices
         return static + held + np.maximum(self.workspace_bytes, work) + moving
 
     def _all_at_once(self, weights: np.ndarray, residuals: np.ndarray) -> np.ndarray:
@@ -387,6 +392,8 @@ class ShardedEvaluator:
             hold(4 + _EACH, backward, backward + ahead, gradient)
             until = backward + ahead if last else following + ahead - 1
             hold(4 + _DEFERRED, backward, until, gradient)
+            for choice in (_ONCE, _EACH, _DEFERRED) if self.growing else ():
+                hold(4 + choice, backward + 1, np.full(layers, ticks), gradient / self.devices)
             for choice in range(len(_RESIDUALS)):
                 hold(7 + choice, forward, backward, self.residual_bytes[choice])
                 # What passes on to the next layer and back, whatever is chosen.

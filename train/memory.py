@@ -34,7 +34,7 @@ from jaxsys.lowering.memory import (
     head_bytes,
     longest_block_bytes,
     longest_layer_bytes,
-    sharded_static_bytes,
+    sharded_peak_bytes,
     tabled_bytes,
     tree_bytes,
 )
@@ -42,7 +42,7 @@ from jaxsys.lowering.refusal import why_not_shared_places
 from jaxsys.lowering.sequences import Sequences
 from jaxsys.lowering.tables import buffers_of
 from jaxsys.planner.costs import cut, full_chunks
-from jaxsys.schedule import Block, Costs, Data, Placement, Schedule, TaskKind, alive_bytes, check
+from jaxsys.schedule import Block, Costs, Data, Placement, Schedule, TaskKind, check
 from jaxsys.strategies import STRATEGIES, for_layers
 
 
@@ -63,6 +63,8 @@ class StepShape:
     recompute: Recompute | tuple[Recompute, ...]
     unroll: bool = False
     """A chunk's layers are written out."""
+    looped: bool = False
+    """Chunks that are alike are a loop, of a schedule whose parameters rest in shards."""
     sizes: Mapping[str, int] = field(default_factory=dict)
     """Mesh axis of `jaxsys.axes.AROUND` -> devices along it."""
     context: ContextSplit | None = None
@@ -198,9 +200,8 @@ def _step_bytes(step: StepShape) -> float:
     )
     live = check(schedule)
     if sharded:
-        alive = max(alive_bytes(schedule, costs, live))
         group = schedule.devices * step.sharers
-        return sharded_static_bytes(schedule, costs, around, group=group) + alive
+        return sharded_peak_bytes(schedule, costs, around, live, group=group, looped=step.looped)
     size = {
         data: max(costs.block_bytes(Block(data=data, chunk=c)) for c in range(schedule.chunks))
         for data in Data

@@ -568,6 +568,7 @@ class Trainer:
                     gradient_dtype=self._lowered.gradient_dtype,
                     recompute=self.recompute,
                     unroll=self.unroll,
+                    looped=getattr(self._lowered, "looped", False),
                     sizes=sizes_around(self.mesh),
                     context=self._lowered.context,
                 ),

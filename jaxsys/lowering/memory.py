@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsys.layered import ALIKE, LayeredModel, PyTree, WithAgain
-from jaxsys.schedule import Block, Costs, Data, MoveKind, Placement, Schedule
+from jaxsys.schedule import Block, Costs, Data, MoveKind, Placement, Schedule, Trace
+from jaxsys.schedule.simulate import alive_by_tick
 
 from .apart import RESIDUALS, lie_apart
 from .flat import Leaves, flat_of, floats, head_back
@@ -225,13 +226,28 @@ def _in_flight(buffers: Buffers, size: Mapping[Data, Size]) -> Size:
     return arrivals + sum(size[key[0]] for key in several if key[0] in (Data.WEIGHT, Data.GRADIENT))
 
 
-def sharded_static_bytes(
-    schedule: Schedule, costs: Costs, around: Around, *, group: int | None = None
+def sharded_peak_bytes(
+    schedule: Schedule,
+    costs: Costs,
+    around: Around,
+    found: Trace,
+    *,
+    group: int | None = None,
+    looped: bool = False,
 ) -> float:
-    """What a device holds all step long where parameters rest in shards, and its fullest task.
+    """The most that a device holds where parameters rest in shards.
 
-    Shards are of `group` devices where several stand for one of the schedule's.
+    Args:
+        schedule: whose parameters rest in shards.
+        costs: bytes of its data.
+        around: what else there is.
+        found: the schedule's trace.
+        group: devices that shards are of, where several stand for one of the schedule's.
+        looped: chunks that are alike are a loop, whose reduced sums have their room all along.
     """
+    group = group or schedule.devices
+    # One turn reduces every sum once, when residuals of later chunks are gone.
+    growing = schedule.microbatches == schedule.devices and not looped
     counts = Counter((move.kind, move.block.chunk) for move in schedule.moves)
     shards = sum(
         shard_bytes(
@@ -239,13 +255,33 @@ def sharded_static_bytes(
             costs.block_bytes(Block(data=Data.GRADIENT, chunk=chunk)),
             gathers=counts[MoveKind.ALL_GATHER, chunk],
             reductions=counts[MoveKind.REDUCE_SCATTER, chunk],
-            turns=schedule.microbatches // schedule.devices,
-            devices=group or schedule.devices,
+            turns=-1 if growing else schedule.microbatches // schedule.devices,
+            devices=group,
         )
         for chunk in range(schedule.chunks)
     )
+    alive = max(
+        max(row)
+        for row in (
+            _with_shards(schedule, costs, found, device, group if growing else None)
+            for device in range(schedule.devices)
+        )
+    )
     task = max(around.block, around.head)
-    return around.rest + around.edge + around.edge_sums + shards + task
+    return around.rest + around.edge + around.edge_sums + shards + task + alive
+
+
+def _with_shards(
+    schedule: Schedule, costs: Costs, found: Trace, device: int, group: int | None
+) -> list[float]:
+    """What a device has alive in every tick; with a `group`, shards of sums since their B too."""
+    rows = [sum(tick.values()) for tick in alive_by_tick(schedule, costs, found, device)]
+    if group is not None:
+        for copy in found.on_device(device):
+            if copy.block.data is Data.GRADIENT:
+                for tick in range(copy.made_at + 1, len(rows)):
+                    rows[tick] += costs.block_bytes(copy.block) / group
+    return rows
 
 
 def shard_bytes(

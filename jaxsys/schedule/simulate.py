@@ -261,7 +261,7 @@ def simulate(
     found = known_trace if known_trace is not None else trace(schedule)
     run = _Run(schedule, costs, link, lockstep=lockstep, eager_sends=eager_sends)
     run.go()
-    memory = tuple(_memory(schedule, costs, found, d) for d in range(schedule.devices))
+    memory = tuple(alive_by_tick(schedule, costs, found, d) for d in range(schedule.devices))
     peaks = tuple(
         costs.static_bytes + max((sum(tick.values()) for tick in rows), default=0.0)
         for rows in memory
@@ -479,14 +479,18 @@ def done_s(beside: deque[tuple[float, float, float]], begin: float, compute_s: f
 def alive_bytes(schedule: Schedule, costs: Costs, found: Trace) -> tuple[float, ...]:
     """The most that each device has alive of the schedule's data, static bytes not included."""
     return tuple(
-        max((sum(tick.values()) for tick in _memory(schedule, costs, found, device)), default=0.0)
+        max(
+            (sum(tick.values()) for tick in alive_by_tick(schedule, costs, found, device)),
+            default=0.0,
+        )
         for device in range(schedule.devices)
     )
 
 
-def _memory(
+def alive_by_tick(
     schedule: Schedule, costs: Costs, found: Trace, device: int
 ) -> tuple[dict[Data, float], ...]:
+    """What a device has alive in every tick, by kind of data."""
     change: list[dict[Data, float]] = [defaultdict(float) for _ in range(schedule.ticks + 2)]
     for copy in found.on_device(device):
         size = costs.block_bytes(copy.block)

@@ -21,7 +21,7 @@ from jaxsys.planner.estimates import POLICY
 from jaxsys.planner.evaluate import Evaluator
 from jaxsys.planner.lower import to_schedule
 from jaxsys.planner.named import compare
-from jaxsys.planner.plans import PATHS
+from jaxsys.planner.plans import PATHS, State
 from jaxsys.planner.problem import Problem
 from jaxsys.planner.runs import that_runs, why_not
 from jaxsys.planner.space import Space
@@ -40,9 +40,16 @@ def config_of(layers: int):
 
 
 def trainers_bytes(
-    schedule, config, recompute, *, size: int = 1, gradients: Any = jnp.float32
+    schedule,
+    config,
+    recompute,
+    *,
+    size: int = 1,
+    gradients: Any = jnp.float32,
+    looped: bool = False,
+    tokens: int = TOKENS,
 ) -> float:
-    ids = jax.ShapeDtypeStruct((size, TOKENS), jnp.int32)
+    ids = jax.ShapeDtypeStruct((size, tokens), jnp.int32)
     return step_bytes(
         StepShape(
             schedule=schedule,
@@ -53,6 +60,7 @@ def trainers_bytes(
             compute_dtype=jnp.bfloat16,
             gradient_dtype=gradients,
             recompute=recompute,
+            looped=looped,
         )
     )
 
@@ -185,3 +193,37 @@ def test_the_plan_that_a_search_writes_is_not_refused(tmp_path, limit_gib):
     )
     with pytest.raises(UsageError, match="predicted to need"):
         check_memory(close, planned.microbatch_size)
+
+
+def test_a_single_turn_holds_what_the_trainer_says():
+    """Shards of sums come one after another, as residuals go; in loops they are there all along."""
+    config, devices, rng = config_of(4), 2, np.random.default_rng(0)
+    tokens = 8 * TOKENS  # a layer's residuals are more than its shard
+    problem = Problem(
+        workload_of=lambda size: decoder_workload(
+            "m", config, sequence_length=tokens, microbatch_size=size
+        ),
+        cluster=Cluster(device=device("h100"), devices=devices, link=link("nvlink")),
+        batch=2 * devices,
+        memory_bytes=1e12,
+        lowered=True,
+    )
+    space = that_runs(Space.of(problem, microbatch_sizes=[2])).split("features", 1)
+    checked = less = 0
+    for base in space.bases():
+        options = space.codes_of(base)
+        if base.state is State.WHOLE or base.shard != devices or options is None:
+            continue
+        layers = tuple(PATHS[rng.choice(one)] for one in options)
+        plan = dataclasses.replace(base, layers=layers)
+        schedule = to_schedule(problem, plan)
+        assert schedule.microbatches == schedule.devices == devices
+        policies = tuple(POLICY[path.residual] for path in layers)
+        expected, looped = (
+            trainers_bytes(schedule, config, policies, size=2, looped=looped, tokens=tokens)
+            for looped in (False, True)
+        )
+        assert Evaluator(problem).plan(plan).peak_bytes[0] == pytest.approx(expected, rel=1e-6)
+        less += expected < looped
+        checked += 1
+    assert checked and less == checked
