@@ -246,6 +246,9 @@ def _cohere2(metadata: _Metadata, keys: Keys) -> None:
 def _granite(metadata: _Metadata, keys: Keys) -> None:
     if metadata.get("expert_count", 0):
         raise UsageError(f"{metadata.source.name}: Granite's mixtures of experts are not computed")
+    if metadata.get("rope.scaling.finetuned", True) is not True:
+        # What says elsewhere how a model was made says here whether heads turn.
+        raise UsageError(f"{metadata.source.name}: Granite without positions is not computed")
     scale = metadata.number("attention.scale", 0.0)
     keys |= {
         "model_type": "granite",
@@ -349,6 +352,9 @@ def _deepseek2(metadata: _Metadata, keys: Keys) -> None:
         if keys["n_group"] > 1:
             keys["topk_method"] = "group_limited_greedy"
     rope = keys["rope_parameters"]
+    if rope["rope_type"] == "linear":
+        # llama.cpp sharpens scores by the factor then, as a config.json cannot say.
+        raise UsageError(f"{source.name}: linear rope scaling is not computed in deepseek2")
     if rope["rope_type"] != "yarn" or rope["factor"] <= 1.0:
         return
     # llama.cpp: queries and keys turn without a magnitude; scores have that of mscale_all_dim,
@@ -420,6 +426,8 @@ def read_config(source: Source, architecture: str) -> DecoderConfig:
         epsilon, key = "attention.layer_norm_epsilon", EPSILONS.get(architecture, "layer_norm_eps")
     else:
         epsilon, key = "attention.layer_norm_rms_epsilon", "rms_norm_eps"
+    if metadata.get("attention.causal", True) is not True:
+        raise UsageError(f"{source.name}: attention.causal=false is not computed; only true is")
     experts = metadata.get("expert_count", 0)
     refuse_many_layers("block_count", metadata.need("block_count"))
     keys: Keys = {
@@ -485,6 +493,11 @@ def _rope(metadata: _Metadata, keys: Keys) -> Keys:
         short = source.shape("rope_factors_short.weight")
         if short != long:
             raise UsageError(f"{source.name} lacks tensor 'rope_factors_short.weight'")
+        if factor != 1.0 or kind not in ("linear", "longrope"):
+            raise UsageError(
+                f"{source.name}: rope scaling of type {kind!r} by {factor:g} beside "
+                "rope_factors_long.weight is not computed"
+            )
         keys["original_max_position_embeddings"] = trained or keys["max_position_embeddings"]
         return rope | {
             "rope_type": "longrope",

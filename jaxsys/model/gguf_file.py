@@ -29,7 +29,7 @@ from jaxsys.model.gguf_names import gguf_tensors
 from jaxsys.model.gguf_vocabulary import read_vocabulary
 from jaxsys.model.kinds import BlockKind
 from jaxsys.model.names import FileTensor
-from jaxsys.model.rope import Llama3RopeScaling, inverse_frequencies
+from jaxsys.model.rope import Llama3RopeScaling, LongRopeScaling, inverse_frequencies
 from jaxsys.model.rows import Rows
 from jaxsys.model.tokenizer import Tokenizer
 
@@ -210,24 +210,43 @@ class GgufFile:
 
     def _with_rope_scaling(self, config: DecoderConfig) -> DecoderConfig:
         # The file holds the divisors, not Llama 3.1's four numbers. The largest divisor is the
-        # factor; the others are the same in every published model: so guess, then verify.
+        # factor; the others are the same in every published model: so guess, then verify. Other
+        # divisors are those of a long rope whose lengths are alike.
         rows = self.values(ROPE_FACTORS)
         divisors = rows.read(0, rows.shape[0]).astype(np.float64).reshape(-1)
-        guess = Llama3RopeScaling(
-            factor=shortest(divisors.max()),
-            low_freq_factor=1.0,
-            high_freq_factor=4.0,
-            original_max_positions=8192,
-        )
-        scaled = dataclasses.replace(config, rope_scaling=guess)
-        before, after = config.rope(), scaled.rope()
-        assert before is not None and after is not None
-        wanted = inverse_frequencies(before) / divisors
-        if not np.allclose(inverse_frequencies(after), wanted, rtol=1e-4):
+        ropes = [rope for kind in config.kinds if (rope := config.rope(kind)) is not None]
+        if not ropes:
+            return config
+        plain, finite = ropes[0], bool(np.isfinite(divisors).all())
+        if divisors.shape != (plain.width // 2,) or not finite or not (divisors > 0).all():
             raise UsageError(
-                f"{self.path}: {ROPE_FACTORS} is not Llama 3's rope scaling, the one supported"
+                f"{self.path}: {ROPE_FACTORS} must be {plain.width // 2} numbers above 0"
             )
-        return scaled
+        if (divisors == 1).all():
+            return config
+        if len(set(ropes)) > 1 or plain.scaling is not None:
+            raise UsageError(
+                f"{self.path}: {ROPE_FACTORS} beside another rope scaling is not computed"
+            )
+        wanted = inverse_frequencies(plain) / divisors
+        if divisors.max() >= 1:
+            guess = Llama3RopeScaling(
+                factor=shortest(divisors.max()),
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_positions=8192,
+            )
+            found = inverse_frequencies(dataclasses.replace(plain, scaling=guess))
+            if np.allclose(found, wanted, rtol=1e-4):
+                return dataclasses.replace(config, rope_scaling=guess)
+        factors = tuple(map(shortest, divisors))
+        scaling = LongRopeScaling(
+            short_factor=factors,
+            long_factor=factors,
+            original_max_positions=config.max_positions,
+            attention_factor=1.0,
+        )
+        return dataclasses.replace(config, rope_scaling=scaling)
 
 
 def _open(path: Path) -> gguf.GGUFReader:

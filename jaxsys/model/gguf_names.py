@@ -64,6 +64,7 @@ JOINED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 OTHER: Mapping[str, Mapping[str, str]] = {
     "gpt_oss": {"mlp_norm": "post_attention_norm"},
     "glm4_moe": {"mlp_norm": "post_attention_norm"},
+    "seed_oss": {"mlp_norm": "post_attention_norm"},
 }
 """Names that a family has otherwise."""
 

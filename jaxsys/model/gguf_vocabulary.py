@@ -61,6 +61,18 @@ DEEPSEEK_CODER = (
     r"[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
     r"\p{N}",
 )
+DEEPSEEK_LLM = (
+    r"[\r\n]",
+    r"\s?[\p{Lu}\p{Ll}\p{Lt}]+",
+    r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
+    r"\s+$",
+    r"[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
+    r"\p{N}+",
+)
+SEED_CODER = (
+    _CONTRACTIONS
+    + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
 _DEEPSEEK3_WORDS = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -81,9 +93,10 @@ TEKKEN = (
 
 SPLITS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "lfm2"), LLAMA3),
+    "midm-2.0": LLAMA3,
     **dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe", "glm4", "glm5"), LLAMA3),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2", "hunyuan", "megrez"), QWEN2),
-    **dict.fromkeys(("solar-open", "grok-2"), QWEN2),
+    **dict.fromkeys(("solar-open", "grok-2", "kormo"), QWEN2),
     "qwen35": QWEN35,
     **dict.fromkeys(("starcoder", "refact", "command-r", "smollm", "codeshell"), DIGITS),
     **dict.fromkeys(("exaone", "minerva-7b", "mellum2"), DIGITS),
@@ -92,7 +105,9 @@ SPLITS: dict[str, tuple[str, ...]] = {
     "default": DEFAULT,
     "falcon": FALCON,
     "deepseek-coder": DEEPSEEK_CODER,
-    **dict.fromkeys(("deepseek-v3", "hunyuan-dense"), DEEPSEEK3),
+    "deepseek-llm": DEEPSEEK_LLM,
+    "seed-coder": SEED_CODER,
+    **dict.fromkeys(("deepseek-v3", "hunyuan-dense", "joyai-llm"), DEEPSEEK3),
     **dict.fromkeys(("gpt-4o", "llama4", "kanana2", "minimax-m2"), GPT4O),
     "tekken": TEKKEN,
 }
@@ -100,6 +115,7 @@ SPLITS: dict[str, tuple[str, ...]] = {
 
 WHOLE_WORDS = frozenset(
     ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "lfm2", "glm4", "glm5", "tekken")
+    + ("midm-2.0",)
 )
 """Those under which a word of the vocabulary skips the merges."""
 BEGINNING = WHOLE_WORDS - {"glm4", "glm5"}

@@ -358,7 +358,16 @@ def _read_rope(reader: _Reader, family: Family, fields: dict[str, Any]) -> Posit
     _set_partial(family, fields, partial)
     thetas = family.by_type
     local = reader.get("rope_local_base_freq") if thetas[0] != thetas[1] else None
-    full = dict(_mapping("full_attention", given.get("full_attention"))) | dict(scaling)
+    full = dict(_mapping("full_attention", given.get("full_attention")))
+    named = full.get("rope_type", None if "full_attention" in given else "default")
+    old = scaling.get("type")
+    if "rope_type" not in scaling and named is not None and old not in (None, named):
+        # Its older versions took either name; it now has a type already where it reads this one.
+        raise UsageError(
+            f"rope_scaling's type={old!r} is not read by transformers in {family.name}; call it "
+            "rope_type"
+        )
+    full |= scaling
     sliding = dict(_mapping("sliding_attention", given.get("sliding_attention")))
     flat = set(given) - {"full_attention", "sliding_attention"}
     if flat:

@@ -9,7 +9,7 @@ import pytest
 from jaxsys.errors import UsageError
 from jaxsys.model import BlockKind, DecoderConfig, abstract_parameters, layered, preset
 from jaxsys.model.decoder import kind_of_blocks
-from jaxsys.model.rope import Llama3RopeScaling
+from jaxsys.model.rope import LinearRopeScaling, Llama3RopeScaling
 from jaxsys.model.shapes import PRESETS, find_preset
 
 # Model cards on the Hugging Face Hub give these totals.
@@ -176,6 +176,20 @@ def test_names_of_presets_are_apart():
 def test_what_is_not_computed_is_refused(change, message):
     with pytest.raises(UsageError, match=message):
         DecoderConfig.from_hf(preset("tiny").to_hf() | change)
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "olmo3"])
+def test_a_type_that_transformers_does_not_read_is_refused(family):
+    """Of families whose rotary settings are by kind of layer it takes `rope_type` alone."""
+    scaling = {"type": "linear", "factor": 8.0}
+    with pytest.raises(UsageError, match="type='linear' is not read by .*; call it rope_type"):
+        DecoderConfig.from_hf({"model_type": family, "rope_scaling": scaling})
+    for said in (
+        {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+        {"rope_scaling": scaling, "rope_parameters": {"full_attention": {}}},
+    ):
+        config = DecoderConfig.from_hf({"model_type": family, **said})
+        assert config.rope_scaling == LinearRopeScaling(factor=8.0)
 
 
 def test_what_says_nothing_is_passed_over():

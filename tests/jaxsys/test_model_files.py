@@ -35,7 +35,12 @@ from jaxsys.model.decoder import layer_of
 from jaxsys.model.gguf_names import gguf_tensors
 from jaxsys.model.gguf_vocabulary import read_vocabulary
 from jaxsys.model.names import apart
-from jaxsys.model.rope import LinearRopeScaling, Llama3RopeScaling, YarnRopeScaling
+from jaxsys.model.rope import (
+    LinearRopeScaling,
+    Llama3RopeScaling,
+    LongRopeScaling,
+    YarnRopeScaling,
+)
 
 TIED = dataclasses.replace(preset("tiny"), tie_embeddings=True)
 UNTIED = preset("tiny")
@@ -634,6 +639,27 @@ def test_gguf_without_a_word_on_the_first_token(tmp_path, split, begins):
     assert tokenizer.encode("ab") == ([256] if begins else []) + [260]
 
 
+@pytest.mark.parametrize(
+    ("split", "text", "pieces"),
+    [
+        ("qwen2", "It's 12!\n\nok", ["It", "'s", " ", "1", "2", "!\n\n", "ok"]),
+        ("seed-coder", "It's 12!\n\nok", ["It", "'s", " ", "1", "2", "!", "\n\n", "ok"]),
+        ("deepseek-llm", "It's 123 !?\n你好 7", ["It", "'", "s", " ", "123", " !?", "\n"]
+         + ["你好", " ", "7"]),
+    ],
+)  # fmt: skip
+def test_gguf_pre_tokenizers(tmp_path, split, text, pieces):
+    """As llama.cpp of 2026-10 splits, by whose tokens of 57 texts all names were compared."""
+    changes = {"tokenizer_pre": split}
+    path = write_gguf(tmp_path / "m.gguf", UNTIED, initial_parameters(UNTIED), **changes)
+    tokenizer = load(path).tokenizer
+    assert tokenizer is not None
+    found = [
+        text[slice(*span)] for _, span in tokenizer.backend.pre_tokenizer.pre_tokenize_str(text)
+    ]
+    assert found == pieces
+
+
 def test_gguf_in_parts(tmp_path):
     weights = initial_parameters(UNTIED, seed=2)
     whole = write_gguf(tmp_path / "w.gguf", UNTIED, weights)
@@ -738,6 +764,7 @@ FAMILIES_IN_GGUF = {
         ),
     ),
     "phi3": ("phi3", {"sliding_window": None}, ()),
+    "seed_oss": ("seed_oss", {}, ()),
     "olmo2": ("olmo2", {}, ()),
     "glm": ("chatglm", {}, (lambda w: w.add_rope_dimension_count(4),)),
     "glm4_moe": (
@@ -806,6 +833,48 @@ def test_gguf_of_long_rope(tmp_path):
     given = {"architecture": "phi3", "more": more, "extra": extra}
     path = write_gguf(tmp_path / "m.gguf", config, family_weights(config), **given)
     assert load(path).config == config
+    given["more"] = (*more, lambda w: w.add_rope_scaling_factor(4.0))
+    path = write_gguf(tmp_path / "n.gguf", config, family_weights(config), **given)
+    with pytest.raises(UsageError, match="by 4 beside rope_factors_long.weight is not computed"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("family", "architecture", "more", "message"),
+    [
+        (
+            "granite",
+            "granite",
+            (
+                lambda w: w.add_logit_scale(7.0),
+                lambda w: w.add_rope_scaling_finetuned(False),
+            ),
+            "Granite without positions is not computed",
+        ),
+        (
+            "deepseek_v3",
+            "deepseek2",
+            (
+                *ROUTED,
+                lambda w: w.add_rope_dimension_count(8),
+                lambda w: w.add_value_length(12),
+                lambda w: w.add_kv_lora_rank(16),
+                lambda w: w.add_q_lora_rank(24),
+                lambda w: w.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID),
+                lambda w: w.add_rope_scaling_factor(4.0),
+            ),
+            "linear rope scaling is not computed in deepseek2",
+        ),
+    ],
+)
+def test_gguf_keys_that_mean_more_in_a_family(tmp_path, family, architecture, more, message):
+    """What llama.cpp computes by them, no config.json says."""
+    stored = json.loads((Path(__file__).parent / "data/families.json").read_text())["families"]
+    config = DecoderConfig.from_hf(stored[family]["config"] | {"vocab_size": 264})
+    given = {"architecture": architecture, "more": more}
+    path = write_gguf(tmp_path / "m.gguf", config, family_weights(config), **given)
+    with pytest.raises(UsageError, match=message):
+        load(path)
 
 
 def family_weights(config):
@@ -921,15 +990,48 @@ def test_gguf_rope_factors(tmp_path):
     extra = {"rope_freqs.weight": np.array(divisors, np.float32)}
     assert divisors[0] == 1 and divisors[-1] == 32
     assert load(write_gguf(tmp_path / "m.gguf", config, weights, extra=extra)).config == config
-    extra["rope_freqs.weight"][1] = 2.5
-    with pytest.raises(UsageError, match="is not Llama 3's rope scaling"):
-        load(write_gguf(tmp_path / "n.gguf", config, weights, extra=extra))
+
+
+@pytest.mark.parametrize(
+    ("divisors", "more", "found"),
+    [
+        ([1.0, 1.5, 3.0, 8.0], (), (1.0, 1.5, 3.0, 8.0)),
+        ([0.5, 0.25, 1.0, 0.75], (), (0.5, 0.25, 1.0, 0.75)),
+        ([1.0] * 4, (lambda w: w.add_rope_scaling_factor(4.0),), LinearRopeScaling(factor=4.0)),
+        ([1.0] * 3, (), "must be 4 numbers above 0"),
+        ([1.0, 2.0, 0.0, 1.0], (), "must be 4 numbers above 0"),
+        ([2.0] * 4, (lambda w: w.add_rope_scaling_factor(4.0),), "beside another rope scaling"),
+        (
+            [2.0] * 4,
+            (lambda w: w.add_float32("llama.rope.scaling.attn_factor", 0.5),),
+            "beside another rope scaling",
+        ),
+    ],
+)
+def test_gguf_rope_factors_of_other_models(tmp_path, divisors, more, found):
+    """As llama.cpp of 2026-10 computes them, compared by hand: each frequency by its divisor."""
+    extra = {"rope_freqs.weight": np.array(divisors, np.float32)}
+    weights = initial_parameters(UNTIED)
+    path = write_gguf(tmp_path / "m.gguf", UNTIED, weights, extra=extra, more=more)
+    if isinstance(found, str):
+        with pytest.raises(UsageError, match=found):
+            load(path)
+        return
+    if isinstance(found, tuple):
+        found = LongRopeScaling(
+            short_factor=found, long_factor=found, original_max_positions=256, attention_factor=1.0
+        )
+    assert load(path).config == dataclasses.replace(UNTIED, rope_scaling=found)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"architecture": "mamba"}, "is of architecture 'mamba'; known in GGUF: llama, qwen2, "),
+        (
+            {"more": (lambda w: w.add_bool("llama.attention.causal", False),)},
+            "attention.causal=false is not computed",
+        ),
         ({"tokenizer_model": "bert"}, "tokenizer model 'bert' is not supported"),
         ({"tokenizer_pre": "klingon"}, "pre-tokenizer 'klingon' is not known; known: llama-bpe, "),
         ({"merge": "a c"}, "tokenizer metadata do not fit together .*`ac` out of vocabulary"),
