@@ -125,7 +125,17 @@ def in_pieces(
 
     @jax.custom_vjp
     def run(own: list[jax.Array], rows: PyTree, constants: PyTree) -> PyTree:
-        return joined(lax.map(lambda piece: of_read(own, *piece), cut((rows, constants))))
+        rows, zero = lax.optimization_barrier((rows, jnp.float32(0)))
+        turns = jnp.arange(pieces), *cut((rows, constants))
+        first = jax.tree.map(lambda x: x[0], turns[1:])
+        made = jax.eval_shape(of_read, own, *first)
+        room = jax.tree.map(lambda y: _room(zero, (pieces, *y.shape), y.dtype), made)
+
+        def one(room: PyTree, turn: Any) -> tuple[PyTree, None]:
+            number, *piece = turn
+            return _put(room, of_read(own, *piece), number), None
+
+        return joined(lax.scan(one, room, turns)[0])
 
     def ahead(own: list[Any], rows: PyTree, constants: PyTree) -> Any:
         trained = _Trained(tuple(w.perturbed for w in own))
@@ -135,6 +145,7 @@ def in_pieces(
     def back(kept: Any, dy: PyTree) -> Any:
         own, rows, constants, trained = kept
         dy = jax.tree.map(_instantiated, dy, is_leaf=lambda e: isinstance(e, SymbolicZero))
+        dy, rows, zero = lax.optimization_barrier((dy, rows, jnp.float32(0)))
         errors, of_y = jax.tree.flatten(cut(dy))
         inputs, of_rows = jax.tree.flatten(cut(rows))
         # The gradient of an input takes the place of an output's, once that has been read.
@@ -146,7 +157,7 @@ def in_pieces(
                 instead[place] = found
 
         def one(carry: Any, piece: Any) -> Any:
-            sums, there = carry
+            sums, there, found = carry
             number, inputs, constant, others = piece
             error = [there[n][number] if n in instead else others[n] for n in range(len(errors))]
             _, vjp = jax.vjp(
@@ -162,20 +173,21 @@ def in_pieces(
             sums = {n: total + d_own[n].astype(jnp.float32) for n, total in sums.items()}
             # What is read of a piece has been read before it is overwritten.
             sums, d_inputs = lax.optimization_barrier((sums, d_inputs))
-            there = {
-                place: lax.dynamic_update_index_in_dim(there[place], d_inputs[n], number, 0)
-                for place, n in instead.items()
-            }
-            taken = instead.values()
-            return (sums, there), {n: d for n, d in enumerate(d_inputs) if n not in taken}
+            there = _put(there, {place: d_inputs[n] for place, n in instead.items()}, number)
+            return (sums, there, _put(found, {n: d_inputs[n] for n in found}, number)), None
 
         others = {n: error for n, error in enumerate(errors) if n not in instead}
         start = (
-            {n: jnp.zeros(w.shape, jnp.float32) for n, w in enumerate(own) if trained.leaves[n]},
+            {n: _room(zero, w.shape, jnp.float32) for n, w in enumerate(own) if trained.leaves[n]},
             {place: errors[place] for place in instead},
+            {
+                n: _room(zero, x.shape, x.dtype)
+                for n, x in enumerate(inputs)
+                if n not in instead.values()
+            },
         )
-        pieces_in_turn = jnp.arange(pieces), inputs, cut(constants), others
-        (sums, there), found = lax.scan(one, start, pieces_in_turn)
+        turns = jnp.arange(pieces), inputs, cut(constants), others
+        (sums, there, found), _ = lax.scan(one, start, turns)
         found |= {n: there[place] for place, n in instead.items()}
         d_rows = jax.tree.unflatten(of_rows, [found[n] for n in range(len(inputs))])
         d_own = [sums[n].astype(w.dtype) if n in sums else None for n, w in enumerate(own)]
@@ -191,6 +203,21 @@ class _Trained:
     """Which leaves of the weights have a gradient: what is frozen has none, and no products."""
 
     leaves: tuple[bool, ...]
+
+
+def _room(zero: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Zeros that a loop fills.
+
+    `zero` comes out of a barrier with what the loop reads: XLA makes constant zeros of all loops of
+    a step in one kernel at its start, and holds them.
+    """
+    return jnp.broadcast_to(zero.astype(dtype), shape)
+
+
+def _put(room: PyTree, made: PyTree, number: jax.Array) -> PyTree:
+    return jax.tree.map(
+        lambda there, y: lax.dynamic_update_index_in_dim(there, y, number, 0), room, made
+    )
 
 
 def _is_primal(leaf: Any) -> bool:
