@@ -317,8 +317,8 @@ def published_row(case: tuple[Line, Point, str, float, int]) -> dict[str, Any]:
     """One rate under one kind of arrivals."""
     line, point, arrivals, cv, seed = case
     base = published_setting()
-    names = ["sweet-spot", "both", "ahead", "cap-250"]
-    asked = names if arrivals == "Poisson" else ["sweet-spot", "ahead"]
+    names = ["sweet-spot", "both", "eco", "ahead", "cap-250"]
+    asked = names if arrivals == "Poisson" else ["sweet-spot", "eco", "ahead"]
     trace = dataset_trace(line.dataset, point.rate_per_s, seed, cv=cv)
     policies = compare(trace, base, asked, trained=trained(base))
     shares(policies)

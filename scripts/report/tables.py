@@ -507,12 +507,12 @@ def savings(results: Sequence[Result]) -> str:
              _attainment(policies["max"]), "yes" if row["counts"] else "no",
              number(row["published_headroom_pct"], ".0f"),
              number(row["published_ttft_lost_points"]), share("both"), share("cap-250"),
-             share("ahead"), number(policies["ahead"]["energy_saving_pct"])]
+             share("ahead"), share("eco"), number(policies["eco"]["energy_saving_pct"])]
         )  # fmt: skip
     text = table(
         ["data set", "requests/s", "arrivals", "maximum clock's TTFT / ITL ok (%)", "counts",
          "published (%)", "its TTFT lost (points)", "`both`", "`cap-250`", "`ahead`",
-         "its saving (%)"],
+         "`eco`", "its saving (%)"],
         cells,
     )  # fmt: skip
     return (

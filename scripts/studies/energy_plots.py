@@ -81,10 +81,10 @@ def draw_published(path: Path) -> Path:
         ):  # fmt: skip
             some = [row for row in rows if row["arrivals"] == arrivals]
             rates = [row["rate_per_s"] for row in some]
-            for name in ("both", "cap-250", "ahead"):
+            for name in ("both", "cap-250", "ahead", "eco"):
                 drawn = [(x, row["policies"].get(name)) for x, row in zip(rates, some, strict=True)]
                 drawn = [(x, policy) for x, policy in drawn if policy is not None]
-                if not drawn or (name != "ahead" and arrivals != "Poisson"):
+                if not drawn or (name not in ("ahead", "eco") and arrivals != "Poisson"):
                     continue
                 for place, key in ((0, "headroom_pct"), (1, "lost_points")):
                     axes[place][column].plot(

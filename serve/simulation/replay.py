@@ -67,12 +67,14 @@ POLICIES: dict[str, Policy] = {
     "ecoroute": Policy(clock="max", route="ecoroute"),
     "both": Policy(clock="ecofreq", route="ecoroute"),
     "both-energy": Policy(clock="ecofreq", route="energy"),
+    "eco": Policy(clock="ecofreq", route="ecoroute", prompts="gather"),
     "ahead": Policy(clock="ahead", route="energy", prompts="gather"),
     "ahead-sleep": Policy(clock="ahead", route="energy", prompts="gather", sleeps=True),
 }
 """Those that have a name of their own. `ecoroute` alone: the published router at the maximum clock.
-`both-energy`: EcoFreq with the router of least energy increase; `ahead`: Ahead with the same, and
-prompts gathered; `ahead-sleep`: and instances that are not needed sleep."""
+`both-energy`: EcoFreq with the router of least energy increase; `eco`: EcoFreq with the published
+router, and prompts gathered; `ahead`: Ahead with the router of least energy increase, and prompts
+gathered; `ahead-sleep`: and instances that are not needed sleep."""
 
 
 def policy_named(name: str) -> Policy:

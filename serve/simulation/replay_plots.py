@@ -17,6 +17,7 @@ COLOURS = {
     "ecoroute": "#9467bd",
     "both": "#2ca02c",
     "both-energy": "#17becf",
+    "eco": "#e377c2",
     "ahead": "#d62728",
 }
 

@@ -18,6 +18,7 @@ from jaxsys.serve.simulation.replay import (
     carried_turns_per_s,
     compare,
     parse_instances,
+    policy_named,
     setting,
     unmeetable,
 )
@@ -106,6 +107,8 @@ def test_window_control_needs_a_window():
 def test_any_clock_policy_goes_with_any_router():
     rows = compare(LIGHT, setting("h100", predictor="model"), ["both-energy", "ecofreq+energy"])
     assert rows["both-energy"]["energy_j"] == rows["ecofreq+energy"]["energy_j"]
+    assert policy_named("eco") == policy_named("ecofreq+ecoroute+gather")
+    assert policy_named("ahead") == policy_named("ahead+energy+gather")
     for name, message in (
         ("magic", "policy 'magic' is not known; use one of max, sweet-spot, window, ecofreq"),
         ("max+magic", "router 'magic' is not known; use one of fewest, round-robin"),
