@@ -13,8 +13,10 @@ import mmap
 import struct
 from pathlib import Path
 
+import gguf
+
 from jaxsys.errors import UsageError
-from jaxsys.files import refuse_pointer
+from jaxsys.files import refuse_pointer, shown
 
 MAGIC = b"GGUF"
 SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
@@ -24,6 +26,8 @@ MOST_VALUES = 4_000_000
 """Of metadata, elements of arrays counted; a vocabulary of 262,144 takes some 1,300,000."""
 MOST_TENSORS = 200_000
 MOST_AXES = 4
+KINDS = frozenset(int(kind) for kind in gguf.GGMLQuantizationType)
+"""Of tensors' numbers."""
 
 
 def check_header(path: Path) -> None:
@@ -69,11 +73,20 @@ class _Walk:
             self._string()
             self._value(self._number(4))
         for _ in range(tensors):
+            start = self._at + 8
             self._string()
+            name = self._content[start : self._at]
             axes = self._number(4)
             if axes > MOST_AXES:
                 raise self._fault(f"a tensor has {axes} axes; at most {MOST_AXES} are known")
-            self._skip(8 * axes + 4 + 8)
+            self._skip(8 * axes)
+            kind = self._number(4)
+            if kind not in KINDS:
+                raise UsageError(
+                    f"{self._path}: tensor {shown(name.decode(errors='replace'))} is quantised as "
+                    f"type {kind}, which is not known; use another quantisation of this model"
+                )
+            self._skip(8)
 
     def _value(self, kind: int, *, inner: bool = False) -> None:
         self._count(1)

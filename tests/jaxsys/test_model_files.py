@@ -1047,6 +1047,17 @@ def test_gguf_refusals(tmp_path, changes, message):
         load(path)
 
 
+def test_a_gguf_of_unknown_numbers_names_tensor_and_type(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", UNTIED, initial_parameters(UNTIED))
+    content, name = bytearray(path.read_bytes()), b"blk.1.ffn_up.weight"
+    at = content.index(name) + len(name) + 4 + 2 * 8  # behind the axes' count and sizes
+    assert content[at : at + 4] == bytes(4)
+    content[at] = 99
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match="tensor 'blk.1.ffn_up.weight' is quantised as type 99"):
+        load(path)
+
+
 def test_a_big_endian_gguf_is_refused_as_such(tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
     writer.add_block_count(2)
