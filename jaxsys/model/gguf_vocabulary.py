@@ -7,6 +7,7 @@ the models' own tokenizer.json; which name means which, and what an absent key m
 llama.cpp's (of 2026-10).
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from jaxsys.errors import UsageError
+from jaxsys.files import shown
 from jaxsys.model.gguf_config import Source
 from jaxsys.model.tokenizer import Tokenizer
 
@@ -34,7 +36,7 @@ END_OF_GENERATION = (
 )
 """Control tokens that end a turn whatever the file names as its end-of-text."""
 
-CONTROL, USER_DEFINED = 3, 4
+UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 """`tokenizer.ggml.token_type` of tokens that are matched whole."""
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -133,6 +135,9 @@ def read_vocabulary(source: Source) -> Tokenizer:
     kinds: list[int] = source.field("tokenizer.ggml.token_type", [1] * len(tokens))
     if len(kinds) != len(tokens):
         raise UsageError(f"{source.name}: {len(kinds)} token types for {len(tokens)} tokens")
+    if len(set(tokens)) < len(tokens):
+        counted = Counter(tokens).most_common(1)[0]
+        raise UsageError(f"{source.name}: token {shown(counted[0])} is {counted[1]} times there")
     split = source.field("tokenizer.ggml.pre") or "default"
     try:
         if kind == "gpt2":
@@ -151,7 +156,7 @@ def read_vocabulary(source: Source) -> Tokenizer:
         raise UsageError(
             f"{source.name}: the tokenizer metadata do not fit together ({error})"
         ) from error
-    for which, special in ((CONTROL, True), (USER_DEFINED, False)):
+    for which, special in ((UNKNOWN, True), (CONTROL, True), (USER_DEFINED, False)):
         added = [token for token, found in zip(tokens, kinds, strict=True) if found == which]
         backend.add_tokens(
             [tokenizers.AddedToken(text, special=special, normalized=False) for text in added]
@@ -184,6 +189,7 @@ def read_vocabulary(source: Source) -> Tokenizer:
         bos_id=bos,
         eos_ids=[index for index in ends if index is not None],
         chat_template=source.field("tokenizer.chat_template"),
+        tool_template=source.field("tokenizer.chat_template.tool_use"),
         special_tokens=named,
     )
 

@@ -33,6 +33,7 @@ Fetch = Callable[[str], Rows]
 WEIGHT = ".weight"
 _UNREAD = (
     ".input_scale", ".activation_scale", ".input_global_scale", ".k_scale", ".v_scale", ".q_scale",
+    ".kv_scale",
     ".output_scale", ".input_zero_point", ".k_zero_point", ".v_zero_point",
 )  # fmt: skip
 """Of activations and caches."""

@@ -716,8 +716,15 @@ def test_gguf_sentence_piece(tmp_path):
     assert tokenizer.encode("é") == [1, by_piece["▁"], by_piece["<0xC3>"], by_piece["<0xA9>"]]
     assert tokenizer.decode(tokenizer.encode("abc é a")) == "abc é a"
     assert (tokenizer.bos_id, tokenizer.eos_ids) == (1, (2,))
+    assert tokenizer.encode("<unk>a") == [1, 0, by_piece["▁a"]]
     fields["tokenizer.ggml.add_space_prefix"] = False
-    assert read_vocabulary(source).encode("ab") == [1, by_piece["ab"]]
+    fields["tokenizer.chat_template.tool_use"] = "{{ tools }}"
+    changed = read_vocabulary(source)
+    assert changed.encode("ab") == [1, by_piece["ab"]]
+    assert (changed.chat_template, changed.tool_template) == (None, "{{ tools }}")
+    pieces[-1] = "ab"
+    with pytest.raises(UsageError, match="token 'ab' is 2 times there"):
+        read_vocabulary(source)
 
 
 def renormalised(writer):
