@@ -33,8 +33,24 @@ END_OF_GENERATION = (
     "<|user|>",
     "[|endofturn|]",
     "</s>",
+    "<｜end▁of▁sentence｜>",
+    "<end_of_utterance>",
+    "<|calls|>",
+    "<|flush|>",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "[EOS]",
+    "<eos>",
+    "<turn|>",
+    "<|tool_response>",
+    "[e~[",
+    "<|ifm|im_end|>",
 )
 """Control tokens that end a turn whatever the file names as its end-of-text."""
+END_OF_MESSAGE = "<|end|>"
+TURNS_OF_MESSAGES = (("<|return|>", "<|call|>"), ("<|calls|>", "<|flush|>"))
+"""Where a vocabulary has such a pair, which ends turns, `END_OF_MESSAGE` stands within them."""
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 """`tokenizer.ggml.token_type` of tokens that are matched whole."""
@@ -178,6 +194,9 @@ def read_vocabulary(source: Source) -> Tokenizer:
         for index, (token, found) in enumerate(zip(tokens, kinds, strict=True))
         if token in END_OF_GENERATION and found in (CONTROL, USER_DEFINED)
     ]
+    ending = {tokens[index] for index in ends if index is not None}
+    if any(ending.issuperset(pair) for pair in TURNS_OF_MESSAGES):
+        ends = [index for index in ends if index is None or tokens[index] != END_OF_MESSAGE]
     called = {"unknown": "unk", "padding": "pad", "seperator": "sep"}
     named = {
         f"{called.get(name, name)}_token": tokens[index]

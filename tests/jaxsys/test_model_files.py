@@ -640,6 +640,33 @@ def test_gguf_without_a_word_on_the_first_token(tmp_path, split, begins):
 
 
 @pytest.mark.parametrize(
+    ("named", "ends"),
+    [
+        (["<|end|>", "<|user|>"], {"<|end|>", "<|user|>"}),
+        (["<|end|>", "<|return|>"], {"<|end|>", "<|return|>"}),
+        (["<|end|>", "<|return|>", "<|call|>"], {"<|return|>", "<|call|>"}),
+        (["<|start|>", "<EOT>", "<turn|>"], {"<EOT>", "<turn|>"}),
+    ],
+)
+def test_gguf_tokens_that_end_turns(named, ends):
+    """gpt-oss goes on to its answer after the end of a message, whatever the file calls it."""
+    tokens = ["a", "b", "<last>", *named]
+    fields = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [1, 1, *[3] * (len(named) + 1)],
+        "tokenizer.ggml.merges": [],
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.eot_token_id": 3 if "<|end|>" in named else None,
+    }
+    source = cast(
+        Any, types.SimpleNamespace(name="a file", field=fields.get, need=fields.__getitem__)
+    )
+    found = {tokens[index] for index in read_vocabulary(source).eos_ids}
+    assert found == ends | {"<last>"}
+
+
+@pytest.mark.parametrize(
     ("split", "text", "pieces"),
     [
         ("qwen2", "It's 12!\n\nok", ["It", "'s", " ", "1", "2", "!\n\n", "ok"]),
