@@ -111,7 +111,7 @@ def cluster_of(options: argparse.Namespace) -> ClusterConfig:
     return ClusterConfig(
         gpu=SimulatedGpu(gpu_spec(options.gpu), shape),
         prefill_instances=1,
-        decode_instances=1,
+        decode_instances=options.decode,
         max_batch=options.max_batch,
         max_prefill_tokens=options.max_prefill_tokens,
         page_size=ACCELERATOR_PAGE,
@@ -154,7 +154,8 @@ def predict(options: argparse.Namespace) -> int:
 
 def config_of(options: argparse.Namespace) -> dict[str, Any]:
     names = ("model", "gpu", "seconds", "max_batch", "max_length", "max_prefill_tokens", "pages")
-    return {name: getattr(options, name) for name in names} | {"loads": LOADS}
+    apart = {} if options.decode else {"instances": "one that does both"}
+    return {name: getattr(options, name) for name in names} | apart | {"loads": LOADS}
 
 
 async def serve_load(
@@ -220,7 +221,7 @@ async def measure(
             for prompt in sorted({min(length, longest) for length in (8, 64, 256, 1024)}):
                 await live.probe(port, options, prompt, 1, 2)
             live.note("before the loads")
-            before = await live.look_before(client, port, options, PROBE, 1, gpus[1])
+            before = await live.look_before(client, port, options, PROBE, options.decode, gpus[1])
             await client.post("/take-log/before")
             content["found_before"] = before
             traces = [trace_of(name, options.seconds, options.max_length) for name in LOADS]
@@ -252,7 +253,7 @@ def predict_from_profile(
 ) -> dict[str, Any]:
     """What the simulator says of a load, of the profile and of requests sent before it."""
     known = dict(before)
-    simulated, front_s = live.simulate(options, trace, server, 1, folder, known)
+    simulated, front_s = live.simulate(options, trace, server, options.decode, folder, known)
     figures = live.predicted_figures(simulated, front_s, "idle_w" in before)
     return {"load": trace.name, "requests": len(trace), **figures}
 
@@ -292,6 +293,8 @@ def compare(
 
 def run(options: argparse.Namespace) -> int:
     options.deadline_s = time.monotonic() + options.most_seconds
+    if not options.predicted.exists():  # then it is made now, before anything is served
+        predict(options)
     predicted = read_result(options.predicted)
     mine = config_of(options)
     different = [key for key, value in mine.items() if predicted["config"].get(key) != value]
@@ -309,7 +312,7 @@ def run(options: argparse.Namespace) -> int:
     }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        server = live.Server(options, folder, 1, load_s=options.load_seconds, log=True)
+        server = live.Server(options, folder, options.decode, load_s=options.load_seconds, log=True)
         try:
             ready, content["stages_s"] = server.wait_until_ready(time.monotonic() + 300)
             content["energy"] = ready["energy"]
@@ -358,7 +361,10 @@ def main() -> int:
     add("--model", choices=list(PRESETS), default="Llama-3-8B", help="shape; weights are random")
     add("--gpu", choices=list(GPUS), default="h200", help="row that predicts (default h200)")
     add("--seconds", type=float, default=20.0, help="of arrivals, each load (default 20)")
-    add("--predicted", type=Path, default=PREDICTED, help="what `predict` writes and `run` reads")
+    add("--predicted", type=Path,
+        help=f"what `predict` writes and `run` reads, or makes where it is not there (default "
+        f"{PREDICTED}, or beside --out with --one-gpu)")  # fmt: skip
+    add("--one-gpu", action="store_true", help="one instance that does both, on one GPU")
     add("--out", type=Path, help="of `run` (default results/energy_loads.json)")
     add("--logs", type=Path, metavar="FOLDER",
         help="of `run`: keep there when each iteration's parts and each token came")  # fmt: skip
@@ -368,6 +374,9 @@ def main() -> int:
         help="of `run`: what does not end by then is not begun (default 270)")  # fmt: skip
     options = parser.parse_args()
     tiny = options.model == "tiny"
+    options.decode = 0 if options.one_gpu else 1
+    beside = (options.out or PREDICTED).parent / "energy_loads_one_gpu_predicted.json"
+    options.predicted = options.predicted or (beside if options.one_gpu else PREDICTED)
     options.max_length = min(4096, preset(options.model).max_positions)
     options.max_batch, options.max_prefill_tokens = (4, 64) if tiny else (64, 2048)
     options.pages = 128 if tiny else 1500
@@ -376,11 +385,15 @@ def main() -> int:
             if options.out is not None:
                 raise UsageError(f"--out {options.out} is of `run`; `predict` writes --predicted")
             return predict(options)
-        options.out = options.out or Path("results/energy_loads.json")
+        one = "_one_gpu" if options.one_gpu else ""
+        options.out = options.out or Path(f"results/energy_loads{one}.json")
         if options.logs is not None:
             options.logs.mkdir(parents=True, exist_ok=True)
-        if not tiny and len(visible_gpus()) < 2:
-            raise UsageError("two GPUs are needed, one an instance; --model tiny runs on a CPU")
+        needed = 1 + options.decode
+        if not tiny and len(visible_gpus()) < needed:
+            raise UsageError(
+                f"{needed} GPU(s) are needed, one an instance; --model tiny runs on a CPU"
+            )
         return run(options)
     except (RunError, UsageError) as error:
         print(f"bench_energy_loads: {error}", file=sys.stderr)
