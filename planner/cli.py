@@ -15,7 +15,7 @@ from jaxsys.files import check_writable, write_whole
 from jaxsys.hardware import GIB, gib
 from jaxsys.lowering.tables import buffers_of
 from jaxsys.model.config import DecoderConfig
-from jaxsys.model.folder import read_config
+from jaxsys.model.folder import read_whole_config
 from jaxsys.model.shapes import preset
 from jaxsys.options import Parser, whole
 from jaxsys.planner import explain, report
@@ -391,7 +391,7 @@ def read_model(name: str) -> DecoderConfig:
         )
     if not path.is_dir():
         return preset(name)
-    return read_config(path)
+    return read_whole_config(path)
 
 
 def _refuse_shared(paths: Sequence[Path]) -> None:

@@ -132,6 +132,22 @@ def open_parameters(folder: Path, config: DecoderConfig) -> Checkpoint:
     return Checkpoint(config=config, fetch=fetch, tensors=tensors, fetch_packed=fetch_packed)
 
 
+def read_whole_config(folder: Path) -> DecoderConfig:
+    """As `read_config`, its head untied where the weights beside it have another one.
+
+    Weights that are not all there, as where a model is only planned for, say nothing.
+    """
+    config = read_config(folder)
+    if not config.tie_embeddings:
+        return config
+    try:
+        if any(HEAD in SafetensorsFile(folder / name).shapes for name in _weight_files(folder)):
+            return open_parameters(folder, config).config
+    except (UsageError, OSError):
+        pass
+    return config
+
+
 def read_parameters(
     folder: Path, config: DecoderConfig, dtype: DTypeLike
 ) -> tuple[DecoderConfig, Parameters]:

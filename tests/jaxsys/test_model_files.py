@@ -32,6 +32,7 @@ from jaxsys.model import (
     save_safetensors,
 )
 from jaxsys.model.decoder import layer_of
+from jaxsys.model.folder import read_whole_config
 from jaxsys.model.gguf_names import gguf_tensors
 from jaxsys.model.gguf_vocabulary import read_vocabulary
 from jaxsys.model.names import apart
@@ -430,6 +431,10 @@ def test_a_tied_configuration_with_another_head_uses_the_head(tmp_path):
     save_safetensors(tmp_path / "n", UNTIED, copied)
     edit_config(tmp_path / "n", tie_word_embeddings=True)
     assert load(tmp_path / "n").config == TIED
+    # What is planned for is what will be trained; without weights it is what the file says.
+    assert [read_whole_config(tmp_path / name) for name in "mn"] == [UNTIED, TIED]
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"cut")
+    assert read_whole_config(tmp_path / "m") == TIED
 
 
 @pytest.mark.parametrize(
