@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jaxsys.errors import RunError, UsageError, did_you_mean
 from jaxsys.interrupt import leave
 from jaxsys.model import default_model_path, load
-from jaxsys.model.folder import read_generation
+from jaxsys.model.folder import read_generation, read_unapplied
 from jaxsys.serve.deployment import (
     BackgroundCompilation,
     DeploymentConfig,
@@ -195,6 +195,10 @@ def _sampling_of(path: Path, unasked: bool) -> dict[str, float]:
             f"requests that do not say are sampled with {said} (generation_config.json; "
             "--no-generation-config turns this off)"
         )
+    left = read_unapplied(path)
+    if left:
+        said = ", ".join(f"{name}={value}" for name, value in left.items())
+        _tell(f"generation_config.json asks for {said}, which is not applied")
     return found
 
 

@@ -54,6 +54,23 @@ SPECIAL_NAMES = tuple(
     f"{name}_token" for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
 )
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+OF_GENERATION: Mapping[str, float | None] = {
+    "typical_p": 1,
+    "epsilon_cutoff": 0,
+    "eta_cutoff": 0,
+    "no_repeat_ngram_size": 0,
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "diversity_penalty": 0,
+    "guidance_scale": 1,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    **dict.fromkeys(("top_h", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens")),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "sequence_bias")),
+    **dict.fromkeys(("watermarking_config", "max_new_tokens", "stop_strings", "penalty_alpha")),
+    **dict.fromkeys(("dola_layers", "exponential_decay_length_penalty", "force_words_ids")),
+}
+"""Keys of a generation_config.json that change texts and are not applied -> what changes none."""
 
 
 def read_config(folder: Path) -> DecoderConfig:
@@ -268,11 +285,26 @@ def read_generation(folder: Path) -> dict[str, float]:
     """
     settings = _settings(folder / GENERATION_CONFIG)
     found: dict[str, float] = {}
+    greedy = "do_sample" in settings and not settings.flag("do_sample", False)
+    if greedy:
+        found["temperature"] = 0.0
     for name in SAMPLING:
+        if greedy and name != "repetition_penalty":
+            continue  # of sampling alone
         if name in settings:
             number = settings.number(name)
             found[name] = int(number) if name == "top_k" else number
     return found
+
+
+def read_unapplied(folder: Path) -> dict[str, str]:
+    """What a generation_config.json asks for beside that and is not done, as an error shows it."""
+    settings = _settings(folder / GENERATION_CONFIG)
+    return {
+        name: shown(settings.get(name))
+        for name, nothing in OF_GENERATION.items()
+        if name in settings and settings.get(name) not in (nothing, False, [], {})
+    }
 
 
 def read_backend(path: Path) -> tokenizers.Tokenizer:

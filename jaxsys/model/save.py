@@ -253,8 +253,17 @@ def _write_settings(
             path.write_text(tokenizer.tool_template, encoding="utf-8")
         _write_json(folder / names.TOKENIZER_CONFIG, described)
     if generation:
-        _write_json(folder / names.GENERATION_CONFIG, generation)
+        _write_json(folder / names.GENERATION_CONFIG, _as_transformers_samples(generation))
     _write_json(folder / names.CONFIG, settings)
+
+
+def _as_transformers_samples(generation: dict[str, Any]) -> dict[str, Any]:
+    """With the word on whether it samples at all, without which it takes the likeliest token."""
+    if generation.get("temperature") == 0:
+        rest = {name: value for name, value in generation.items() if name != "temperature"}
+        return rest | {"do_sample": False}
+    samples = any(name in generation for name in names.SAMPLING if name != "repetition_penalty")
+    return generation | ({"do_sample": True} if samples else {})
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -414,6 +414,16 @@ def test_the_makers_sampling_is_read(folder):
     settings = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": None, "do_sample": True}
     (folder / "generation_config.json").write_text(json.dumps(settings))
     assert load(folder).generation == {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
+    for given, written in (
+        ({"temperature": 0.6}, {"temperature": 0.6, "do_sample": True}),
+        ({"temperature": 0.0}, {"do_sample": False}),
+        ({"repetition_penalty": 1.1}, {"repetition_penalty": 1.1}),
+    ):
+        save_safetensors(
+            folder, UNTIED, initial_parameters(UNTIED), overwrite=True, generation=given
+        )
+        assert json.loads((folder / "generation_config.json").read_text()) == written
+        assert load(folder).generation == given
     (folder / "generation_config.json").write_text(json.dumps({"top_p": "high"}))
     with pytest.raises(UsageError, match="generation_config.json: its field 'top_p' is 'high'"):
         load(folder)

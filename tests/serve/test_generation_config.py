@@ -39,6 +39,12 @@ def test_the_server_says_at_its_start_what_it_samples_with(tmp_path, capsys):
     assert "--no-generation-config turns this off" in said
     assert _sampling_of(tmp_path, True) == {} and not capsys.readouterr().err
     assert parser("serve").parse_args(["--no-generation-config"]).no_generation_config
+    rest = {"num_beams": 1, "typical_p": 0.9, "bad_words_ids": [[5]], "suppress_tokens": []}
+    path.write_text(json.dumps({"do_sample": False, "temperature": 0.6, "top_p": 0.9, **rest}))
+    assert _sampling_of(tmp_path, False) == {"temperature": 0.0}
+    said = capsys.readouterr().err
+    assert "sampled with temperature=0 (" in said
+    assert "asks for typical_p=0.9, bad_words_ids=[[5]], which is not applied" in said
     path.write_text(json.dumps({"top_p": 1.5}))
     with pytest.raises(UsageError, match=r"generation_config.json: top_p=1.5 must be .*--no-gen"):
         _sampling_of(tmp_path, False)
