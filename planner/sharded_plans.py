@@ -313,7 +313,10 @@ class ShardedEvaluator:
         sums = frame.edge_sum_bytes
         if self.stacked and not self.whole:
             sums /= self.devices
-        static = frame.rest_bytes + frame.edge_bytes + sums
+        if self.growing:
+            task = np.maximum(work + sums, self.workspace_bytes + frame.edge_bytes)
+        else:
+            task = frame.edge_bytes + sums + np.maximum(self.workspace_bytes, work)
         held = np.zeros(plans)
         if not self.whole:
             again = (weights != _STAY) & ((self.turns > 1) | (weights != _WITHIN))
@@ -321,7 +324,7 @@ class ShardedEvaluator:
             if not self.growing:
                 every = (gradients != _ONCE) | (self.turns == 1)
                 held += (every * self.gradient_bytes).sum(1) / self.devices
-        return static + held + np.maximum(self.workspace_bytes, work) + moving
+        return frame.rest_bytes + held + task + moving
 
     def _all_at_once(self, weights: np.ndarray, residuals: np.ndarray) -> np.ndarray:
         """What loops over layers hold of them: all that they keep, and all gradients; those that
@@ -398,7 +401,8 @@ class ShardedEvaluator:
                 hold(7 + choice, forward, backward, self.residual_bytes[choice])
                 # What passes on to the next layer and back, whatever is chosen.
                 hold(7 + choice, forward, forward + 1, passed)
-                hold(7 + choice, backward, backward + 1, np.where(layer > 0, passed, 0.0))
+                made = backward + self.growing  # in its own tick it is among what the task holds
+                hold(7 + choice, made, backward + 1, np.where(layer > 0, passed, 0.0))
         live = np.cumsum(change, axis=2)[:, :, :ticks]
         return (live / 2**20).reshape(layers * CHOICES, ticks)
 

@@ -221,7 +221,7 @@ def _backward(how: _How, kept: Any, d_out: jax.Array) -> tuple[Any, ...]:
         q, k, v, d_out = lax.optimization_barrier((q, k, v, d_out))
     travel = _travel(how, (k, v, segments))
     gather = how.split.by == "gather"
-    home = _Gathered(how, (k, v)) if gather else _Carried(how)
+    home = _Gathered(how) if gather else _Carried(how)
     dq, dk, dv = _own_gradients(how, q, k, v, segments, out, lse, d_out)
     gradients = _gradients_by_position if _by_position(how, segments) else _gradients
     for step in range(1, how.split.groups):
@@ -317,13 +317,18 @@ class _Carried:
 class _Gathered:
     """Gradients that are put aside by device, and summed where they belong in one collective."""
 
-    def __init__(self, how: _How, piece: Any) -> None:
+    def __init__(self, how: _How) -> None:
         self._split = how.split
-        self._sums = [jnp.zeros((how.split.parts, *x.shape), jnp.float32) for x in piece]
+        self._sums: Any = None
 
     def leave(self, step: int, found: Any) -> None:
         """Puts aside what a visit found."""
-        source = (self._split.device() - step) % self._split.parts
+        split = self._split
+        source = (split.device() - step) % split.parts
+        if self._sums is None:
+            # Zeros that wait for the first: constant ones XLA makes once for all layers, and holds.
+            found, zero = lax.optimization_barrier((found, jnp.float32(0)))
+            self._sums = [jnp.broadcast_to(zero, (split.parts, *part.shape)) for part in found]
         self._sums = [
             lax.dynamic_update_index_in_dim(sums, part, source, 0)
             for sums, part in zip(self._sums, found, strict=True)
@@ -331,7 +336,7 @@ class _Gathered:
 
     def arrive(self) -> Any:
         """The sums of this device's own piece."""
-        if self._split.parts == 1:
+        if self._sums is None:
             return None
         return [lax.psum_scatter(sums, self._split.axis) for sums in self._sums]
 

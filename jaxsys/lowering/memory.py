@@ -246,7 +246,8 @@ def sharded_peak_bytes(
         looped: chunks that are alike are a loop, whose reduced sums have their room all along.
     """
     group = group or schedule.devices
-    # One turn reduces every sum once, when residuals of later chunks are gone.
+    # One turn reduces every sum once, when residuals of later chunks are gone. Copies of the edge's
+    # weights are gone when blocks are gone back through, and none of its sums is there before.
     growing = schedule.microbatches == schedule.devices and not looped
     counts = Counter((move.kind, move.block.chunk) for move in schedule.moves)
     shards = sum(
@@ -267,20 +268,30 @@ def sharded_peak_bytes(
             for device in range(schedule.devices)
         )
     )
-    task = max(around.block, around.head)
-    return around.rest + around.edge + around.edge_sums + shards + task + alive
+    if growing:
+        task = max(around.block + around.edge_sums, around.head + around.edge)
+    else:
+        task = around.edge + around.edge_sums + max(around.block, around.head)
+    return around.rest + shards + task + alive
 
 
 def _with_shards(
     schedule: Schedule, costs: Costs, found: Trace, device: int, group: int | None
 ) -> list[float]:
-    """What a device has alive in every tick; with a `group`, shards of sums since their B too."""
+    """What a device has alive in every tick.
+
+    With a `group` shards of sums since their B too, and of a tick's own cotangent nothing, which is
+    among what its task holds.
+    """
     rows = [sum(tick.values()) for tick in alive_by_tick(schedule, costs, found, device)]
     if group is not None:
         for copy in found.on_device(device):
+            size = costs.block_bytes(copy.block)
+            if copy.block.data is Data.COTANGENT and copy.made_at < len(rows):
+                rows[copy.made_at] -= size
             if copy.block.data is Data.GRADIENT:
                 for tick in range(copy.made_at + 1, len(rows)):
-                    rows[tick] += costs.block_bytes(copy.block) / group
+                    rows[tick] += size / group
     return rows
 
 
