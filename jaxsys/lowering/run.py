@@ -204,9 +204,18 @@ class Run:
                 state = self.tick(signature, rows[position], state)
             return state, None
 
-        if segment.repeats == 1:
+        if segment.repeats > 1:
+            return lax.scan(period, state, chosen)[0]
+        if not self.apart:
             return period(state, chosen[0])[0]
-        return lax.scan(period, state, chosen)[0]
+
+        # Once round a loop whose end the compiler does not know: what a loop carries stays in its
+        # place, and in a straight line branches copied the slots that they only hand on.
+        def once(carried):
+            return carried[0] + 1, period(carried[1], chosen[0])[0]
+
+        end = lax.optimization_barrier(jnp.int32(1))
+        return lax.while_loop(lambda carried: carried[0] < end, once, (jnp.int32(0), state))[1]
 
     def tick(self, signature: TickSignature, row: jax.Array, state: _State) -> _State:
         cell = _Cells(self.tables.columns, row)
