@@ -196,6 +196,9 @@ def tabled_bytes(
     apart = lie_apart(buffers.slots, schedule.chunks) if unroll else ()
     if unroll and buffers.slots[RESIDUALS] > 1 and RESIDUALS not in apart:
         slots += size[Data.RESIDUAL]  # a slot's layers are leaves of their own, copied in and out
+    if RESIDUALS in apart and buffers.slots[RESIDUALS] > 2:
+        # Branches that hand more than one on: compiled, a pipeline of two stages takes half a slot.
+        slots += size[Data.RESIDUAL] / 2
     if schedule.placement is Placement.REPLICATED and schedule.chunks > 1:
         slots += schedule.chunks * size[Data.GRADIENT]  # of all chunks, summed over the devices
     if schedule.devices == schedule.microbatches == 1:

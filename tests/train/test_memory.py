@@ -158,23 +158,24 @@ def test_a_kernel_holds_its_result_alone():
     assert peak_bytes(lambda a: call(a) @ a, wide) == 2 * 64 * 64 * 4
 
 
-def compiled_for_h100s():
+def compiled_for_gpus():
     """Steps whose memory the compiler told, and what of it is predicted here."""
-    whole = read_result(ROOT / "results/train_memory_h100.json")["rows"]
-    for row in whole:
-        if "predicted_gib" in row:
-            yield row, SHAPES[row["shape"]], row["compiled_gib"], False
+    for gpu, unroll in (("h100", False), ("h200", True)):
+        for row in read_result(ROOT / f"results/train_memory_{gpu}.json")["rows"]:
+            if "predicted_gib" in row:
+                yield row, SHAPES[row["shape"]], row["compiled_gib"], unroll
     for row in read_result(ROOT / "results/gpus_2.json")["rows"]:
         mended = "no longer" in row.get("remark", "")  # the program since
+        mended |= "weipipe" in row["schedule"] or "1f1b" in row["schedule"]  # slots lie apart since
         if row.get("predicted_gib") and "temp_gib" in row and not mended:
             taken = row["temp_gib"] + row["argument_gib"]
             yield {**row, "devices": 2, "microbatch_size": 1}, SHAPES["1b"], taken, True
 
 
-def test_predictions_are_near_what_was_compiled_for_h100s():
+def test_predictions_are_near_what_was_compiled_for_gpus():
     """An underestimate would let a step through that does not fit."""
     ratios = {}
-    for row, config, compiled_gib, unroll in compiled_for_h100s():
+    for row, config, compiled_gib, unroll in compiled_for_gpus():
         schedule = resolve(
             row["schedule"],
             devices=row["devices"],
@@ -202,7 +203,7 @@ def test_predictions_are_near_what_was_compiled_for_h100s():
         )
         key = *(row[k] for k in ("schedule", "recompute", "sequence_length", "devices")), unroll
         ratios[key] = predicted / 2**30 / compiled_gib
-    assert len(ratios) >= 14
+    assert len(ratios) >= 12
     assert min(ratios.values()) > 0.94 and max(ratios.values()) < 1.1, ratios
 
 
