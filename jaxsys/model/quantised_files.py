@@ -241,7 +241,7 @@ def _of_words(files: _Files, settings: Mapping[str, Any], module: str):
     if len(shape) != 2 or len(words) != 2 or words[0] != shape[0] or min(shape) < 1:
         raise _misfit(packed, words, shape)
     fitting = [b for b in (2, 4, 8) if words[1] == -(-shape[1] * b // _WORD)]
-    said = {scheme.bits for scheme in schemes(settings)} & set(fitting)
+    said = [bits for bits in fitting if bits in {one.bits for one in schemes(settings)}]
     if not said:
         raise _misfit(packed, words, shape)
     bits = min(said)
