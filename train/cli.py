@@ -282,6 +282,8 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
         balance=arguments.balance,
     )
     config, tokenizer = start.config, start.tokenizer
+    if arguments.export is not None and arguments.lora is None:
+        config.to_hf()  # what no config.json says is refused before it is trained
     around, split = asked_around(arguments)
     asked = AskedLayout(
         schedule=arguments.schedule,

@@ -57,10 +57,12 @@ def save_safetensors(
         generation: how its makers sample from it, by the names of generation_config.json.
 
     Raises:
-        UsageError: if the folder is in use, or the parameters are not the configuration's.
+        UsageError: if the folder is in use, the family's files cannot say what this model is, or
+            the parameters are not the configuration's.
     """
     target = Path(folder).absolute()
     check_target(target, overwrite=overwrite)
+    config.to_hf()  # what no config.json says is refused before anything is written
     if not isinstance(parameters, Leaves):
         _check_parameters(config, parameters)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -153,6 +153,11 @@ def test_saving_parameters_of_another_model(tmp_path):
     narrow = dataclasses.replace(UNTIED, intermediate_size=32)
     with pytest.raises(UsageError, match=r"is \(4, 32, 32\), the configuration says \(4, 64, 32\)"):
         save_safetensors(tmp_path / "model", UNTIED, initial_parameters(narrow))
+    linear = LinearRopeScaling(factor=1.0, attention_factor=0.5)  # of GGUF files
+    no_file = dataclasses.replace(UNTIED, rope_scaling=linear)
+    with pytest.raises(UsageError, match="a config.json has no attention_factor=0.5"):
+        save_safetensors(tmp_path / "model", no_file, initial_parameters(UNTIED))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture

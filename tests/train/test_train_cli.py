@@ -9,6 +9,7 @@ import pytest
 from jaxsys.cli import main
 from jaxsys.model import (
     ByteTokenizer,
+    LinearRopeScaling,
     initial_parameters,
     load,
     preset,
@@ -157,6 +158,17 @@ def test_a_model_whose_held_out_loss_is_not_finite_is_not_exported(text, tmp_pat
     error = capsys.readouterr().err.splitlines()[-1]
     assert "step 2: the held-out loss is nan; nothing was exported" in error
     assert not exported.exists()
+
+
+def test_what_no_config_says_is_refused_before_training(text, tmp_path, capsys, monkeypatch):
+    """Such as what a GGUF file says of attention."""
+    linear = LinearRopeScaling(factor=2.0, attention_factor=0.5)
+    config = dataclasses.replace(preset("tiny"), rope_scaling=linear)
+    monkeypatch.setattr("jaxsys.train.start.preset", lambda name: config)
+    assert main(options(text, "--export", str(tmp_path / "model"), "--devices", "1")) == 2
+    error = capsys.readouterr().err
+    assert "a config.json has no attention_factor=0.5" in error and error.count("\n") == 1
+    assert not (tmp_path / "model").exists()
 
 
 def test_an_export_is_not_put_over_another(text, tmp_path, capsys):
