@@ -414,12 +414,11 @@ def _visit(
     k, v, _ = piece
     earlier = how.split.group() >= step
 
-    def product(*given: jax.Array) -> Part:
+    def product(q: jax.Array, k: jax.Array, v: jax.Array) -> Part:
         scores = how.scores
         if how.fused:
-            return fused.forward(*given, causal=False, scale=scores.scale, shapes=how.shapes)
-        seen = blocks.everything(given[0].shape[1], given[1].shape[1])
-        return blocks.forward(*given, seen, scores)
+            return fused.forward(q, k, v, causal=False, scale=scores.scale, shapes=how.shapes)
+        return blocks.forward(q, k, v, blocks.everything(q.shape[1], k.shape[1]), scores)
 
     (_, late), (early_k, _), (early_v, _) = map(_halves, (q, k, v))
     first, given = _then(product(late, early_k, early_v), (q, k, v))
@@ -458,19 +457,31 @@ def _gradients(
     k, v, _ = piece
     earlier = how.split.group() >= step
 
-    def product(*given: jax.Array) -> tuple[jax.Array, ...]:
+    def product(
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        out: jax.Array,
+        lse: jax.Array,
+        d_out: jax.Array,
+    ) -> tuple[jax.Array, ...]:
         scores = how.scores
         if how.fused:
-            return fused.backward(*given, causal=False, scale=scores.scale, shapes=how.shapes)
-        seen = blocks.everything(given[0].shape[1], given[1].shape[1])
-        return blocks.backward(*given, seen, scores)
+            return fused.backward(
+                q, k, v, out, lse, d_out, causal=False, scale=scores.scale, shapes=how.shapes
+            )
+        seen = blocks.everything(q.shape[1], k.shape[1])
+        return blocks.backward(q, k, v, out, lse, d_out, seen, scores)
 
-    given = q, k, v, out, lse, d_out
-    halves = [_halves(x, axis=2 if x is lse else 1) for x in given]
-    # Late queries and what belongs to them, early keys and values.
-    first, given = _then(product(*(pair[n not in (1, 2)] for n, pair in enumerate(halves))), given)
-    halves = [_halves(x, axis=2 if n == 4 else 1) for n, x in enumerate(given)]
-    second = product(*(_pick(earlier, *pair) for pair in halves))
+    early, late = zip(*map(_halves, (q, k, v, out, d_out)), strict=True)
+    _, late_lse = _halves(lse, axis=2)
+    first = product(late[0], early[1], early[2], late[3], late_lse, late[4])
+    first, (q, k, v, out, lse, d_out) = _then(first, (q, k, v, out, lse, d_out))
+    queries, keys, values, outs, d_outs = (
+        _pick(earlier, *_halves(x)) for x in (q, k, v, out, d_out)
+    )
+    lses = _pick(earlier, *_halves(lse, axis=2))
+    second = product(queries, keys, values, outs, lses, d_outs)
     (to_late, *to_early_keys), (to_either, *to_keys) = (
         [x.astype(jnp.float32) for x in found] for found in (first, second)
     )

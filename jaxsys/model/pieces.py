@@ -123,8 +123,7 @@ def in_pieces(
     def joined(tree: PyTree) -> PyTree:
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], tree)
 
-    @jax.custom_vjp
-    def run(own: list[jax.Array], rows: PyTree, constants: PyTree) -> PyTree:
+    def forward(own: list[jax.Array], rows: PyTree, constants: PyTree) -> PyTree:
         rows, zero = lax.optimization_barrier((rows, jnp.float32(0)))
         turns = jnp.arange(pieces), *cut((rows, constants))
         first = jax.tree.map(lambda x: x[0], turns[1:])
@@ -140,7 +139,7 @@ def in_pieces(
     def ahead(own: list[Any], rows: PyTree, constants: PyTree) -> Any:
         trained = _Trained(tuple(w.perturbed for w in own))
         kept = jax.tree.map(lambda leaf: leaf.value, (own, rows, constants), is_leaf=_is_primal)
-        return run(*kept), (*kept, trained)
+        return forward(*kept), (*kept, trained)
 
     def back(kept: Any, dy: PyTree) -> Any:
         own, rows, constants, trained = kept
@@ -193,6 +192,7 @@ def in_pieces(
         d_own = [sums[n].astype(w.dtype) if n in sums else None for n, w in enumerate(own)]
         return d_own, joined(d_rows), None
 
+    run = jax.custom_vjp(forward)
     run.defvjp(ahead, back, symbolic_zeros=True)
     return run([leaves[place] for place in read], rows, constants)
 
@@ -225,7 +225,8 @@ def _is_primal(leaf: Any) -> bool:
 
 
 def _instantiated(error: Any) -> jax.Array:
-    return jnp.zeros(error.shape, error.dtype) if isinstance(error, SymbolicZero) else error
+    symbolic = isinstance(error, SymbolicZero)
+    return jnp.zeros(error.aval.shape, error.aval.dtype) if symbolic else error
 
 
 def _read(function: Callable[..., PyTree], weights: PyTree, *rest: PyTree) -> list[int]:
