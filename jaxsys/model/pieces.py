@@ -225,8 +225,8 @@ def _is_primal(leaf: Any) -> bool:
 
 
 def _instantiated(error: Any) -> jax.Array:
-    symbolic = isinstance(error, SymbolicZero)
-    return jnp.zeros(error.aval.shape, error.aval.dtype) if symbolic else error
+    form: Any = getattr(error, "aval", error)
+    return jnp.zeros(form.shape, form.dtype) if isinstance(error, SymbolicZero) else error
 
 
 def _read(function: Callable[..., PyTree], weights: PyTree, *rest: PyTree) -> list[int]:
