@@ -464,7 +464,7 @@ def matrix_row(case: tuple[str, str, str, float, tuple[int, int], Path, int]) ->
     prompt, output = float(trace.prompt_tokens.mean()), float(trace.output_tokens.mean())
     rate = load * p * capacity_per_s(chosen.gpu, prompt, output, slo)
     trace = trace.at_rate(rate).head(requests * p)
-    names = ["sweet-spot", "both", "ahead"]
+    names = ["sweet-spot", "both", "eco", "ahead"]
     asked = [*names, "ahead-sleep"] if p > 2 else names  # of two none can sleep
     policies = compare(trace, chosen, asked, trained=trained(chosen))
     shares(policies)

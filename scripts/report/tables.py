@@ -568,15 +568,18 @@ def matrix(results: Sequence[Result]) -> str:
     cells = []
     for row in (row for result in results for row in result.rows):
         most, ours = row["policies"]["max"], row["policies"]["ahead"]
+        eco = row["policies"]["eco"]
         cells.append(
             [row["gpu"] + ("*" if row["extrapolated"] else ""), row["instances"], row["model"],
              row["trace"], row["load"], number(ours["energy_saving_pct"]),
              number(ours["headroom_pct"], ".0f"), _attainment(ours), _attainment(most),
-             "yes" if row["counts"] else "no", "yes" if _attains(ours, most) else "no"]
+             "yes" if row["counts"] else "no", "yes" if _attains(ours, most) else "no",
+             f"{eco['headroom_pct']:.0f} ({eco['lost_points']:+.1f})"]
         )  # fmt: skip
     text = table(
         ["GPU", "instances", "model", "trace", "load", "saving (%)",
-         "of the sweet spot's (%)", "TTFT / ITL ok (%)", "maximum clock's", "counts", "equal"],
+         "of the sweet spot's (%)", "TTFT / ITL ok (%)", "maximum clock's", "counts", "equal",
+         "`eco`, of the sweet spot's (points lost)"],
         cells,
     )  # fmt: skip
     return f"Policy `ahead`; * marks constants extrapolated from data sheets.\n\n{text}"

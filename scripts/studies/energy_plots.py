@@ -124,7 +124,7 @@ def draw_matrix(path: Path) -> Path:
     ]
     figure, axes = plt.subplots(1, 2, figsize=(13, 1.5 + 0.24 * len(rows)), sharey=True)
     places = range(len(rows))
-    for name, marker in (("sweet-spot", "s"), ("both", "o"), ("ahead", "D")):
+    for name, marker in (("sweet-spot", "s"), ("both", "o"), ("eco", "^"), ("ahead", "D")):
         axes[0].plot(
             [row["policies"][name]["energy_saving_pct"] for row in rows],
             places,
