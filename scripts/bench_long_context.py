@@ -131,7 +131,7 @@ CONTEXT_ROWS: dict[str, list[dict]] = {
     # Attention's output of as many layers is kept as memory has room for.
     "8b": [
         {"shape": "8b", "by": "ring", "recompute": recompute, "repeats": 1}
-        for recompute in (f"{SAVED}*10,block", f"{SAVED}*5,block", "block")
+        for recompute in (SAVED, f"{SAVED}*24,block", f"{SAVED}*10,block", "block")
     ],
     "million": [
         {"by": "ring", "recompute": recompute, "length": 1_003_520, "repeats": 1}
