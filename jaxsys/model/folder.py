@@ -117,6 +117,13 @@ def open_parameters(folder: Path, config: DecoderConfig) -> Checkpoint:
     settings = _settings(folder / CONFIG).value.get("quantization_config")
     if settings is not None and settings.get("quant_method") != "mxfp4":
         found, small = quantised_files.present(settings, home, found)
+    marked = [name for name in found if name.endswith(quantised_files.MARKS)]
+    if settings is None and marked:
+        raise UsageError(
+            f"{folder}: tensor {min(marked)!r} is of quantised weights, and {CONFIG} has no "
+            "quantization_config that says how; older files have its keys in quantize_config.json "
+            "or quant_config.json: put them there, with quant_method"
+        )
 
     def fetch(name: str) -> Rows:
         if name in small:

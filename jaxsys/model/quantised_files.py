@@ -37,6 +37,8 @@ _UNREAD = (
     ".output_scale", ".input_zero_point", ".k_zero_point", ".v_zero_point",
 )  # fmt: skip
 """Of activations and caches."""
+MARKS = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv")
+"""Of tensors that no other weights have."""
 _WORD = 32
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """The nibble that holds each of eight columns."""

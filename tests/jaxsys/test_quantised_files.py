@@ -386,6 +386,19 @@ def test_what_is_damaged_is_named(case, plain, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("case", "tensor"),
+    [("gptq", "down_proj.qweight"), ("fp8 blocks", "down_proj.weight_scale_inv")],
+)
+def test_a_configuration_that_does_not_say_how_is_refused(case, tensor, plain, tmp_path):
+    made(plain, tmp_path, *CASES[case])
+    settings = json.loads((tmp_path / "config.json").read_text())
+    del settings["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UsageError, match=f"{tensor}' is of quantised weights.*quantize_config.j"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"quant_method": "bitsandbytes"}, "quant_method='bitsandbytes' is not supported; read"),
