@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -38,3 +39,38 @@ def test_the_command_serves_measures_and_predicts(tmp_path, instances):
     again = json.loads(out.read_text())
     assert all(row["again"] == row["predicted"] for row in again["rows"])
     assert again["hardware"] == result["hardware"] and again["ttft_s"] == result["ttft_s"]
+
+
+@pytest.mark.slow
+def test_loads_are_predicted_served_and_noted_part_by_part(tmp_path):
+    out = tmp_path / "loads.json"
+    line = [sys.executable, str(ROOT / "scripts/bench_energy_loads.py"), "run", "--model", "tiny"]
+    line += ["--seconds", "2", "--load-seconds", "0.05", "--out", str(out)]
+    line += ["--predicted", str(tmp_path / "predicted.json"), "--logs", str(tmp_path / "logs")]
+    done = subprocess.run(line, check=False, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(out.read_text())
+    assert len(result["rows"]) == 27 and set(result["switch_interval_us"]["500"]) == set(
+        result["measured"]
+    )
+    for row in result["rows"]:
+        if row["figure"] != "energy_j_per_token":  # nothing reads energy on a CPU
+            assert row["measured"] > 0 and row["predicted"] > 0 and row["profiled"] > 0
+    for name, measured in result["measured"].items():
+        server = np.load(tmp_path / "logs" / f"{name}.npz")
+        client = np.load(tmp_path / "logs" / f"{name} client.npz")
+        assert measured["held_up"]["compile_events"] == 0
+        # Each token of each request was at the front before the client had it.
+        assert len(server["token_s"]) == client["tokens"].sum() == measured["output_tokens"]
+        ends = np.cumsum(client["tokens"])
+        for request, end, count in zip(client["name"], ends, client["tokens"], strict=True):
+            at_front_s = server["token_s"][server["token_of"] == request]
+            assert len(at_front_s) == count
+            assert (client["came_s"][end - count : end] > at_front_s).all()
+        # Every step of the decode instance, in order: planned, dispatched, waited for, ended.
+        column = {name: place for place, name in enumerate(server["columns"])}
+        steps = server["decode-0"]
+        assert steps[:, column["batch"]].sum() == measured["output_tokens"] - len(client["tokens"])
+        order = ("turn_s", "dispatch_s", "dispatched_s", "turned_s", "collect_s", "collected_s")
+        times_s = steps[:, [column[name] for name in (*order, "sunk_s", "ended_s")]]
+        assert (np.diff(times_s, axis=1) >= 0).all()
