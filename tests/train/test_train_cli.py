@@ -147,7 +147,7 @@ def test_what_does_not_fit_is_refused_before_anything_else_is_said(text, capsys,
 def test_half_as_wide_a_dtype_is_named_where_it_would_fit(text, capsys):
     more = ("--sequence-length", "256", "--microbatch-size", "8", "--devices", "2")
     assert main(options(text, *more, "--memory-gib", "0.019")) == 2
-    assert "what would fit: --dtype bfloat16 (0.0179 GiB)" in capsys.readouterr().err
+    assert "what would fit: --dtype bfloat16 (0.0178 GiB)" in capsys.readouterr().err
 
 
 def test_a_model_whose_held_out_loss_is_not_finite_is_not_exported(text, tmp_path, capsys):
