@@ -302,6 +302,7 @@ def schedule_costs(
     recompute: str | Sequence[str],
     split: Split | None = None,
     lowered: tuple[Trace, Buffers] | None = None,
+    ours: bool = True,
 ) -> Costs:
     """What a schedule needs for `simulate`.
 
@@ -315,6 +316,7 @@ def schedule_costs(
         split: what stands around the schedule's devices and inside each.
         lowered: the schedule's trace and buffers; with them, static bytes are such that the peak is
             what `jaxsys.lowering` allocates, buffers that are not full at that moment included.
+        ours: whether `jaxsys.lowering` makes the steps, and not a program of the user's.
 
     Raises:
         UsageError: if there are more chunks than layers, or a policy is unknown.
@@ -330,7 +332,8 @@ def schedule_costs(
     )
     if schedule.placement is Placement.SHARDED:
         found = check(schedule)
-        group, looped = schedule.devices * schedule.sharers, not device.fused_attention
+        group = schedule.devices * schedule.sharers
+        looped = not (ours and device.fused_attention)
         peak = sharded_peak_bytes(schedule, costs, held, found, group=group, looped=looped)
         static = peak - max(alive_bytes(schedule, costs, found))
     elif lowered is None:

@@ -103,4 +103,5 @@ def plan_costs(
         recompute=[POLICY[path.residual] for path in plan.layers],
         split=split_of_plan(problem.cluster, plan),
         lowered=lowered,
+        ours=problem.lowered,
     )

@@ -107,8 +107,8 @@ class ShardedEvaluator:
         self.workspace_bytes = head_held_bytes(workload, between)
         self.stacked = workload.stacked
         # A CPU, which has no such kernel, runs loops that have all reduced sums from the start.
-        looped = self.stacked or not problem.cluster.slowest.fused_attention
-        self.growing = not (self.whole or looped) and self.turns == 1
+        written_out = problem.lowered and problem.cluster.slowest.fused_attention
+        self.growing = written_out and not self.whole and self.turns == 1
         """Whether shards of sums come one after another, each once."""
         self.tabled = problem.lowered and self.whole
         if self.tabled:  # slots are each device's own: two stand for any number
