@@ -68,9 +68,11 @@ def function_workload(
     passed = cost.carry_bytes.get(layers.count, 0.0) if layers.stacked else 0.0
     ways = feature_ways(leaves, layers, cluster.devices)
     joins, cut_share = None, 1.0
+    matrices = matrices_of(leaves, layers)
+    split = feature_split(closed, matrices, ways[:2][-1], parameters=len(leaves))
+    if not split.axes:  # of kernels of convolutions, for one, nothing is cut
+        ways = (1,)
     if len(ways) > 1:
-        matrices = matrices_of(leaves, layers)
-        split = feature_split(closed, matrices, ways[1], parameters=len(leaves))
         again = feature_split(residuals, matrices, ways[1], parameters=len(leaves), axes=split.axes)
         # What is cut is of layers: beside them there may be as much, such as an encoder's.
         of_layers = share * kept
