@@ -348,7 +348,9 @@ def _read_rope(reader: _Reader, family: Family, fields: dict[str, Any]) -> Posit
     reader.asked.add("original_max_position_embeddings")
     partial = reader.get("partial_rotary_factor")
     if family.by_type is None:
-        rope = dict(scaling or given or family.scaling or {})
+        # An empty object is a word too: no scaling.
+        said = reader.config.get("rope_parameters") is not None
+        rope = dict(scaling or (given if said else family.scaling or {}))
         theta = _first(rope.get("rope_theta"), top, family.theta)
         partial = _first(rope.get("partial_rotary_factor"), partial, family.partial)
         _set_partial(family, fields, partial)

@@ -192,6 +192,22 @@ def test_a_type_that_transformers_does_not_read_is_refused(family):
         assert config.rope_scaling == LinearRopeScaling(factor=8.0)
 
 
+@pytest.mark.parametrize(
+    ("said", "factor"),
+    [
+        ({}, 32.0),
+        ({"rope_parameters": None}, 32.0),
+        ({"rope_scaling": {}}, 32.0),
+        ({"rope_parameters": {}}, None),
+        ({"rope_parameters": {}, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}, 2.0),
+    ],
+)
+def test_an_empty_object_of_rotary_settings_is_no_scaling(said, factor):
+    """gpt-oss has one where its file is silent; transformers' logits are those without it here."""
+    scaling = DecoderConfig.from_hf({"model_type": "gpt_oss", **said}).rope_scaling
+    assert getattr(scaling, "factor", None) == factor
+
+
 def test_what_says_nothing_is_passed_over():
     says = {"architectures": "LlamaForCausalLM", "is_encoder_decoder": False, "pruned_heads": {}}
     assert DecoderConfig.from_hf(preset("tiny").to_hf() | says) == preset("tiny")
