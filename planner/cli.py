@@ -14,9 +14,7 @@ from jaxsys.errors import RunError, UsageError
 from jaxsys.files import check_writable, write_whole
 from jaxsys.hardware import GIB, gib
 from jaxsys.lowering.tables import buffers_of
-from jaxsys.model.config import DecoderConfig
-from jaxsys.model.folder import read_whole_config
-from jaxsys.model.shapes import preset
+from jaxsys.model.shapes import path_of, preset_beside
 from jaxsys.options import Parser, whole
 from jaxsys.planner import explain, report
 from jaxsys.planner.cluster import LARGEST_NODE, Cluster
@@ -37,6 +35,7 @@ from jaxsys.planner.named import (
 from jaxsys.planner.plans import PATHS, Plan, Residual
 from jaxsys.planner.problem import Problem
 from jaxsys.planner.profile import load_profile
+from jaxsys.planner.read import read_model
 from jaxsys.planner.recognise import describe
 from jaxsys.planner.runs import that_runs, why_not
 from jaxsys.planner.search import Effort, Found, SearchMoment, search
@@ -149,6 +148,9 @@ def main(argv: Sequence[str], prog: str) -> int:
         runs = best_that_runs(glance)
         comparison = comparison if runs is None else with_found(comparison, problem, runs)
     _show("")
+    beside = preset_beside(options.model)
+    if beside is not None:
+        print(beside)
     print(
         f"{options.model}: {workload.parameters / 1e9:.2f} B parameters, {workload.layers} layers; "
         f"{cluster}; a step is {microbatches} microbatches of {size} x "
@@ -166,7 +168,8 @@ def main(argv: Sequence[str], prog: str) -> int:
     for text in _shared_commands(comparison, problem, options, sequence_length):
         print(text)
     request = {
-        "model": options.model,
+        # A folder stays one, whatever its name, where it is read.
+        "model": path_of(options.model) if Path(options.model).is_dir() else options.model,
         "devices": options.devices,
         "device": cluster.device.name,
         "link": cluster.link.name,
@@ -373,27 +376,6 @@ def _write_pictures(simulation: Simulation, options: argparse.Namespace) -> None
         print(f"wrote {options.png}")
 
 
-def read_model(name: str) -> DecoderConfig:
-    """A preset's configuration, or that of a Hugging Face folder.
-
-    Raises:
-        UsageError: if the name is neither, or the folder's config.json cannot be used.
-    """
-    if not name.strip():
-        raise UsageError("model is empty; name a preset such as Llama-3-8B, or a model's folder")
-    path = Path(name)
-    if path.is_file():
-        raise UsageError(
-            f"model {name} is a file; name the folder that has it beside its config.json"
-            if path.suffix != ".gguf"
-            else f"model {name} is a GGUF file, which is served but not planned for; name a preset "
-            "of its shape, or a folder with a config.json"
-        )
-    if not path.is_dir():
-        return preset(name)
-    return read_whole_config(path)
-
-
 def _refuse_shared(paths: Sequence[Path]) -> None:
     """Raises UsageError if a file cannot be written, or two would be written to one place."""
     for number, path in enumerate(paths):
@@ -415,7 +397,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     """The options of `jaxsys plan`."""
     result = Parser(prog=prog, description="Compare parallel plans for a model on a cluster.")
     add = result.add_argument
-    add("--model", required=True, help="a preset's name or a Hugging Face folder")
+    add("--model", required=True, help="a Hugging Face folder, or a preset's name")
     add("--devices", type=whole(), required=True, help="how many devices")
     add("--link", default="nvlink", help=f"one of {', '.join(hardware.LINKS)}")
     add("--device", default="h100", help=f"one of {', '.join(hardware.DEVICES)}")

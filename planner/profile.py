@@ -25,7 +25,7 @@ from jaxsys.files import check_writable, read_json, shown, write_whole
 from jaxsys.hardware import DEVICES, WAITING, DeviceSpec, LinkSpec, free_host_bytes, gib
 from jaxsys.mesh import make_mesh, request_devices
 from jaxsys.model.config import DecoderConfig
-from jaxsys.model.shapes import preset
+from jaxsys.model.shapes import preset_beside
 from jaxsys.options import Parser, whole
 from jaxsys.planner.costs import Precision, block_cost
 from jaxsys.planner.rates import (
@@ -37,6 +37,7 @@ from jaxsys.planner.rates import (
     product_widths,
     random_inputs,
 )
+from jaxsys.planner.read import read_model
 from jaxsys.planner.workload import decoder_workload
 
 FORMAT = "jaxsys-profile-cluster"
@@ -287,7 +288,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     add(
         "--model",
         default="llama-3-8b",
-        help="preset whose shapes are measured (default: %(default)s)",
+        help="folder or preset whose shapes are measured (default: %(default)s)",
     )
     add("--tokens", type=whole(), default=8192, help="tokens of a microbatch (default: 8192)")
     add("--repeats", type=whole(), default=10, help="runs of each (default: 10)")
@@ -308,9 +309,12 @@ def main(argv: Sequence[str], prog: str) -> int:
     if not options.out.parent.is_dir():
         raise UsageError(f"folder {options.out.parent} does not exist")
     check_writable(options.out.parent)
+    config, beside = read_model(options.model), preset_beside(options.model)
+    if beside is not None:
+        print(beside, file=sys.stderr)
     value = build_profile(
         options.model,
-        preset(options.model),
+        config,
         devices=options.devices,
         tokens=options.tokens,
         repeats=options.repeats,

@@ -44,7 +44,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     add(
         "--model",
         default="byte-llama",
-        help="preset to train, or a model's folder or .gguf file to train on (default %(default)s)",
+        help="model folder or .gguf file to train on, or a preset to train (default %(default)s)",
     )
     add("--data", help="text, .jsonl, .npy tokens or a folder (default: the standard library)")
     add(
@@ -347,6 +347,8 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
     # Said only now: what is refused is refused in one line.
     if layout.reason is not None:
         say(layout.reason)
+    if start.from_what is not None:
+        say(start.from_what)
     if start.not_applied is not None:
         say(start.not_applied)
     experts = config.experts

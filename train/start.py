@@ -28,8 +28,9 @@ from jaxsys.model.leaves import Path as LeafPath
 from jaxsys.model.leaves import block_leaves
 from jaxsys.model.load import open_model
 from jaxsys.model.peft import write_adapters
+from jaxsys.model.published import PUBLISHED
 from jaxsys.model.save import save_safetensors
-from jaxsys.model.shapes import find_preset
+from jaxsys.model.shapes import find_preset, preset_beside, telling_preset
 from jaxsys.train.at_rest import Stored
 from jaxsys.train.lora import add_adapters, train_adapters
 from jaxsys.train.rules import shape_of
@@ -72,6 +73,8 @@ class Start:
     """What a resumed run must not change unasked."""
     not_applied: str | None
     """What its files ask of training that is not done."""
+    from_what: str | None
+    """Of which weights it starts, where a user may have meant others."""
     export: Callable[[Path, Parameters, bool], str]
     """Writes what was trained, over what is there if told so; gives the options that serve it."""
 
@@ -84,7 +87,7 @@ def start_of(
     lora: Lora | None,
     balance: float | None = None,
 ) -> Start:
-    """A start by a preset's name, or by the path of a folder or .gguf file.
+    """A start by the path of a folder or .gguf file, or where there is none by a preset's name.
 
     Args:
         model: which.
@@ -98,10 +101,10 @@ def start_of(
             a model without experts.
     """
     changed = {} if balance is None else {"balance": balance}
-    named = find_preset(model) is not None and model == Path(model).name
-    if named or not Path(model).exists():
+    if not Path(model).exists():
         return _of_preset(model, seed, float8, lora, balance)
-    opened = open_model(model)
+    with telling_preset(model):
+        opened = open_model(model)
     config, tokenizer = balanced(opened.config, balance), opened.tokenizer
     if tokenizer is None or not tokenizer.eos_ids:
         raise UsageError(
@@ -117,6 +120,7 @@ def start_of(
     whole, shapes = layered(_quiet(config), float8=float8), abstract_parameters(config)
     common: dict[str, Any] = {"config": config, "tokenizer": tokenizer, "encode": encode}
     common["not_applied"] = config.not_applied()
+    common["from_what"] = preset_beside(model)
     if lora is None:
 
         def save(folder: Path, parameters: Parameters, may: bool) -> str:
@@ -206,6 +210,11 @@ def _of_preset(
         encode=tokenizer.encode_array,
         model=layered(_quiet(config), float8=float8),
         not_applied=config.not_applied(),
+        # Of these there are trained weights, which somebody may have at hand.
+        from_what=f"{name} is a preset: it starts from random weights; from those of a model's "
+        "folder with --model FOLDER"
+        if find_preset(name) in PUBLISHED
+        else None,
         parameters=lambda: initial_parameters(config, seed=seed),
         optimizer=lambda optimizer: optimizer,
         learning_rate=RATES["preset"],

@@ -2,12 +2,17 @@
 
 Names are those of the Hugging Face Hub (`jaxsys.model.published`), and a few of our own. Case, an
 owner in front, and words that say what a model was tuned to or how its numbers are kept do not
-matter.
+matter. Everywhere what lies here by a name is meant before the preset of that name; a path, such as
+./NAME, is never a preset.
 """
 
+import difflib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from jaxsys.errors import UsageError, did_you_mean
+from jaxsys.errors import FileError, UsageError, did_you_mean
 from jaxsys.model.config import DecoderConfig
 from jaxsys.model.published import PUBLISHED, SAME, Sizes, llama, shape
 
@@ -83,10 +88,16 @@ _KEPT = frozenset(
 """Words of a name that say how numbers are kept."""
 _TUNED = frozenset(("instruct", "base", "chat", "thinking", "hf", "it", "pt"))
 """Words of a name that say what a model was tuned to, or whose files they are."""
+_SIZE = re.compile(r"[a-z]?(\d+x)?\d+(\.\d+)?[bmt]")
+"""A word of a name that says how large a model is: 8B, 0.6B, 8x7B, A3B, 135M."""
+_ALMOST = 0.75
+"""How like a word of `_KEPT` or `_TUNED` one is that was meant to be it."""
 
 
 def find_preset(name: str) -> str | None:
-    """The name in `PRESETS` that is meant, or None."""
+    """The name in `PRESETS` that is meant, or None; a path means none."""
+    if _is_path(name):
+        return None
     known = {one: one for one in PRESETS} | SAME
     wanted = name.rpartition("/")[2].removeprefix("Meta-").removeprefix("meta-")
     # A name as it stands wins: a few models have another vocabulary once they are tuned.
@@ -96,6 +107,60 @@ def find_preset(name: str) -> str | None:
             if stem and stem in (one.casefold(), _without(one, dropped)):
                 return meant
     return None
+
+
+def _is_path(name: str) -> bool:
+    """Whether it can only be a path: the Hub's names have an owner in front at most."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def preset_beside(name: str) -> str | None:
+    """What to say where a plain name is that of a preset, and something else lies here by it."""
+    found = find_preset(name)
+    if found is None or Path(name).name != name or not Path(name).exists():
+        return None
+    return f"{name} is ./{name}, which lies here; the preset is --model preset/{found}"
+
+
+@contextmanager
+def telling_preset(name: str) -> Iterator[None]:
+    """Says in a refusal of what lies here that a preset may have been meant."""
+    try:
+        yield
+    except UsageError as error:
+        beside = preset_beside(name)
+        if beside is None:
+            raise
+        kind = FileError if isinstance(error, FileError) else UsageError
+        raise kind(f"{error}; {beside}") from error
+
+
+def path_of(name: str) -> str:
+    """What lies here by a name, spelt as a path, which is no preset's name anywhere."""
+    return name if _is_path(name) else f"./{name}"
+
+
+def _near(name: str) -> str:
+    """Known names that are near one that is none, of the sizes that it has if any is, or nothing.
+
+    What a model was tuned to changes no shape, and its size does: Qwen3-8B-Instrct is Qwen3-8B,
+    though more letters are those of Qwen3-4B-Instruct-2507.
+    """
+    words = name.rpartition("/")[2].casefold().replace("_", "-").split("-")[:20]
+    dropped = _KEPT | _TUNED
+    words = [w for w in words if not difflib.get_close_matches(w, dropped, 1, _ALMOST)]
+    stem, sizes = "-".join(words), {word for word in words if _SIZE.fullmatch(word)}
+    meant = find_preset(stem)
+    if meant is not None:
+        return f"did you mean {meant!r}?"
+    alike = {one: len(sizes.intersection(one.casefold().split("-"))) for one in PRESETS}
+    most = max(alike.values())
+    sized = [one for one in PRESETS if alike[one] == most]
+    family = stem[:4]
+    near = did_you_mean(stem, sized)
+    if not near and not any(one.casefold().startswith(family) for one in sized):
+        near = did_you_mean(stem, PRESETS)
+    return near.strip(" ()")
 
 
 def _without(name: str, dropped: frozenset[str]) -> str:
@@ -112,7 +177,7 @@ def preset(name: str) -> DecoderConfig:
     found = find_preset(name)
     if found is not None:
         return PRESETS[found]
-    near = did_you_mean(name.rpartition("/")[2], PRESETS).strip(" ()")
+    near = _near(name)
     if near:
         way_out = near
     elif Path(name).name != name:

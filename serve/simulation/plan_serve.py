@@ -23,9 +23,10 @@ from typing import Any
 from jaxsys import __version__
 from jaxsys.errors import RunError, UsageError, did_you_mean
 from jaxsys.model.config import DecoderConfig
-from jaxsys.model.shapes import find_preset
+from jaxsys.model.shapes import find_preset, preset_beside
 from jaxsys.options import Parser, whole
-from jaxsys.planner.cli import read_model, refuse_to_overwrite
+from jaxsys.planner.cli import refuse_to_overwrite
+from jaxsys.planner.read import read_model
 from jaxsys.results import table, write_result
 from jaxsys.serve.energy.governors import VALUE_BYTES
 from jaxsys.serve.energy.gpu_model import GPUS
@@ -612,6 +613,9 @@ def report(
     if options.json:
         print(json.dumps(content))
     else:
+        beside = preset_beside(options.model)
+        if beside is not None:
+            print(beside)
         formats = {"gpus": "", "deployment": "", "policy": "", "J a token": ".3f",
                    "TTFT ok %": ".1f", "ITL ok %": ".1f", "keeps": ""}  # fmt: skip
         rows = [

@@ -1,6 +1,7 @@
 """Configurations: sizes against published counts, the keys of config.json, and refusals."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -133,7 +134,29 @@ def test_presets_are_found_by_their_names_on_the_hub(name, meant):
     assert preset(name) is PRESETS[meant]
 
 
-@pytest.mark.parametrize("name", ["instruct", "Qwen3-8B.gguf", "Llama-9-8B-Instruct", "Qwen3-8"])
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("Qwen3-8B-Instrct", "'Qwen3-8B'"),
+        ("Qwen/Qwen3-8B-Instrct-FP8", "'Qwen3-8B'"),
+        ("Qwen2.5-7B-Instruct-GTPQ-Int4", "'Qwen2.5-7B'"),
+        ("Llma-3.2-1B-Instruct", "'Llama-3.2-1B'"),
+        ("llama-3-1b", "'Llama-3.2-1B'"),
+        ("llama-70b", "'Llama-2-70b' or 'Llama-3-70B'"),
+        ("Mixtral-8x7B-v0.3", "'Mixtral-8x7B-v0.1'"),
+        ("./Llama-3.2-1B", "'Llama-3.2-1B'"),
+    ],
+)
+def test_a_near_miss_is_answered_with_a_model_of_its_size(name, meant):
+    with pytest.raises(UsageError, match=rf"preset; did you mean {re.escape(meant)}[?]$"):
+        preset(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["instruct", "Qwen3-8B.gguf", "Llama-9-8B-Instruct", "Qwen3-8"]
+    + ["./Qwen3-8B", "../Qwen3-8B", "/models/Qwen3-8B", "~/Qwen3-8B", "all/models/Qwen3-8B"],
+)
 def test_names_that_are_none(name):
     assert find_preset(name) is None
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -395,6 +396,28 @@ def test_a_folder_is_read_as_a_model(tmp_path, capsys):
     (tmp_path / "config.json").write_text("{")
     assert main(["plan", "--model", str(tmp_path), "--devices", "2"]) == 2
     assert "config.json is not JSON" in capsys.readouterr().err
+
+
+def test_a_folder_is_meant_before_a_preset_of_its_name(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("Llama-3.2-1B", "models/Llama-3.2-1B"):
+        Path(name).mkdir(parents=True)
+        (Path(name) / "config.json").write_text(json.dumps(preset("tiny").to_hf()))
+    beside = "Llama-3.2-1B is ./Llama-3.2-1B, which lies here; the preset is --model preset/Llama"
+    arguments = ["plan", "--devices", "2", "--microbatches", "4", "--sequence-length", "64"]
+    arguments += ["--search-seconds", "1"]
+    for name in ("Llama-3.2-1B", "./Llama-3.2-1B", "models/Llama-3.2-1B"):
+        assert main([*arguments, "--model", name, "--plan", "plan.json"]) == 0
+        assert (beside in capsys.readouterr().out) == ("/" not in name)
+        # What is read goes by what was planned, not by the preset of that name.
+        assert load_plan("plan.json").devices == 2
+        assert json.loads(Path("plan.json").read_text())["request"]["model"].startswith("./")
+        Path("plan.json").unlink()
+    assert main(["plan", "--model", "preset/Llama-3.2-1B", "--devices", "2"]) == 0
+    assert "preset/Llama-3.2-1B: 1.24 B parameters" in capsys.readouterr().out
+    (Path("Llama-3.2-1B") / "config.json").unlink()
+    assert main(["plan", "--model", "Llama-3.2-1B", "--devices", "2"]) == 2
+    assert beside in capsys.readouterr().err
 
 
 def test_search_on_the_command_line_writes_all_its_files(tmp_path, capsys):

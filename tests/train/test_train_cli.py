@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from jaxsys.cli import main
+from jaxsys.errors import UsageError
 from jaxsys.model import (
     ByteTokenizer,
     LinearRopeScaling,
@@ -17,6 +19,7 @@ from jaxsys.model import (
 )
 from jaxsys.model.peft import read_adapters
 from jaxsys.train import memory
+from jaxsys.train.start import start_of
 
 TEXT = "def add(a, b):\n    return a + b\n\n\n" * 120
 
@@ -53,6 +56,31 @@ def test_trains_stops_resumes_and_exports(text, tmp_path, capsys):
     assert "holds a run at step 6; resume it (--resume)" in capsys.readouterr().err
     assert main(options(text, *more, "--resume", "--seed", "7")) == 2
     assert "seed: 0 -> 7" in capsys.readouterr().err
+
+
+def test_a_folder_is_meant_before_a_preset_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = preset("tiny")
+    numbers = initial_parameters(config, seed=3)
+    save_safetensors(Path("Llama-3.2-1B"), config, numbers, ByteTokenizer())
+
+    def start(name: str):
+        return start_of(name, seed=0, float8=None, lora=None)
+
+    for name in ("Llama-3.2-1B", "./Llama-3.2-1B"):
+        found = start(name)
+        assert found.config.num_layers == 4 and found.settings == {"from": "Llama-3.2-1B"}
+        said = found.from_what or ""
+        assert ("the preset is --model preset/Llama-3.2-1B" in said) == (name == "Llama-3.2-1B")
+    asked = start("preset/Llama-3.2-1B")
+    assert asked.config.num_layers == 16 and "random weights" in (asked.from_what or "")
+    assert start("tiny").from_what is None
+    for name in ("./tiny", str(tmp_path / "Llama-3-8B")):  # as if somebody had weights there
+        with pytest.raises(UsageError, match="there is no such folder, file or preset; did you"):
+            start(name)
+    Path("tiny").mkdir()
+    with pytest.raises(UsageError, match="config.json.*; tiny is ./tiny, which lies here; the pre"):
+        start("tiny")
 
 
 def test_what_a_folder_asks_of_training_and_is_not_done_is_said(text, tmp_path, capsys):
