@@ -69,6 +69,7 @@ from jaxsys.serve.processes.fronts import Fronts
 from jaxsys.serve.processes.worker import WorkerSpec
 from jaxsys.serve.requests import SamplingParameters
 from jaxsys.serve.settings import with_settings
+from jaxsys.serve.weights import longest_served
 
 T = TypeVar("T")
 
@@ -96,7 +97,7 @@ def main(argv: Sequence[str], prog: str) -> int:
     path = default_model_path() if arguments.model is None else arguments.model
     max_length = arguments.max_length
     if max_length is None:
-        max_length = min(2048, read_face(path)[0].max_positions)
+        max_length = min(2048, longest_served(read_face(path)[0]))
     adapters = adapters_of(arguments.lora or (), arguments.model_name or model_name_of(path))
     max_loras, max_rank = lora_sizes(arguments, adapters)
     deployment = DeploymentConfig(

@@ -13,6 +13,7 @@ experts, V vocabulary, L layers, W devices of a mesh.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -357,6 +358,7 @@ __all__ = [
     "ServingWeights",
     "check_served",
     "fuse",
+    "longest_served",
     "matmul",
     "serving_weights",
 ]
@@ -429,16 +431,30 @@ def check_served(config: DecoderConfig, max_length: int | None = None) -> None:
     Args:
         max_length: tokens of the longest request; None does not ask.
     """
-    for kind in config.kinds:
-        rope = config.rope(kind)
-        if rope is None or not rope.depends_on_length:
-            continue
-        most: int = rope.scaling.original_max_positions  # type: ignore[union-attr]
-        if max_length is not None and max_length > most:
-            raise UsageError(
-                f"max_length={max_length} is past the {most} positions up to which this model's "
-                f"rotary scaling does not change with a request's length; use {most} or less"
-            )
+    most = _unchanged_positions(config)
+    if max_length is not None and max_length > most:
+        raise UsageError(
+            f"max_length={max_length} is past the {most} positions up to which this model's "
+            f"rotary scaling does not change with a request's length; use {most} or less"
+        )
+
+
+def longest_served(config: DecoderConfig) -> int:
+    """Tokens of the longest request that a server of the decoder takes."""
+    return int(min(config.max_positions, _unchanged_positions(config)))
+
+
+def _unchanged_positions(config: DecoderConfig) -> float:
+    """Positions up to which no rotary scaling changes with a request's length."""
+    ropes = [config.rope(kind) for kind in config.kinds]
+    return min(
+        (
+            rope.scaling.original_max_positions  # type: ignore[union-attr]
+            for rope in ropes
+            if rope is not None and rope.depends_on_length
+        ),
+        default=math.inf,
+    )
 
 
 def _place_layer(layer: LayerWeights, placement: Sharding | None) -> LayerWeights:

@@ -186,6 +186,8 @@ class ServedShape:
     active_parameters: float | None = None
     """What a token is multiplied with, where that is not all of them: experts are chosen. All of
     them are read in an iteration: many tokens choose many."""
+    max_positions: int | None = None
+    """Tokens of the longest request that the model takes; None where nothing is said of it."""
 
     @property
     def used_parameters(self) -> float:
@@ -226,6 +228,7 @@ def shape_from_sizes(
     vocabulary: int = 0,
     tensor_parallel: int = 1,
     bytes_per_value: float = 2.0,
+    max_positions: int | None = None,
 ) -> ServedShape:
     """The shape of any decoder with grouped-query attention.
 
@@ -243,6 +246,7 @@ def shape_from_sizes(
         tensor_parallel=tensor_parallel,
         embedding_parameters=float(vocabulary * hidden),
         attention_width=None if heads is None else heads * head_dim,
+        max_positions=max_positions,
     )
 
 
@@ -251,6 +255,7 @@ SHAPES: dict[str, ServedShape] = {
     for shape in (
         shape_from_sizes(
             name="llama-3-8b",
+            max_positions=8192,
             parameters=8.03e9,
             layers=32,
             hidden=4096,
@@ -260,6 +265,7 @@ SHAPES: dict[str, ServedShape] = {
         ),
         shape_from_sizes(
             name="llama-3-70b",
+            max_positions=8192,
             parameters=70.6e9,
             layers=80,
             hidden=8192,
@@ -271,6 +277,7 @@ SHAPES: dict[str, ServedShape] = {
         # 14 layers: what VoltanaLLM's cache of 1,210,369 tokens beside its weights leaves.
         shape_from_sizes(
             name="ministral-3b",
+            max_positions=131_072,
             parameters=3.32e9,
             layers=14,
             hidden=4096,
@@ -280,6 +287,7 @@ SHAPES: dict[str, ServedShape] = {
         ),
         shape_from_sizes(
             name="qwen3-32b",
+            max_positions=40_960,
             parameters=32.8e9,
             layers=64,
             hidden=5120,
@@ -291,6 +299,7 @@ SHAPES: dict[str, ServedShape] = {
         ),
         shape_from_sizes(
             name="smollm2-135m",
+            max_positions=8192,
             parameters=134.5e6,
             layers=30,
             hidden=576,

@@ -48,6 +48,7 @@ from jaxsys.serve.simulation.replay import (
     Setting,
     check_policies,
     figures,
+    note_unused,
     policy_named,
     routers_of,
     settle_made,
@@ -55,6 +56,7 @@ from jaxsys.serve.simulation.replay import (
     unmeetable,
 )
 from jaxsys.serve.simulation.traces import RequestTrace, read_trace, synthetic_trace
+from jaxsys.serve.weights import longest_served
 
 POLICIES_TRIED = ("max", "ahead", "sweet-spot")
 MOST_GPUS = 4096
@@ -421,7 +423,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     add("model", help="a preset such as Llama-3-8B, or a folder with a config.json")
     add("--gpus", default="h100=8", metavar="KIND=N,...",
         help=f"how many there are, of {', '.join(GPUS)} (default %(default)s)")  # fmt: skip
-    add("--trace", type=Path, help="CSV as `jaxsys replay` takes it (default: a synthetic one)")
+    add("--trace", type=Path, help="a file as `jaxsys replay` takes it (default: a synthetic one)")
     add("--rate", type=float, dest="rate_per_s", metavar="RATE",
         help="mean requests a second (default: the trace's own, or 10)")  # fmt: skip
     add("--duration", type=float, dest="duration_s", default=60.0, metavar="S",
@@ -487,6 +489,37 @@ def read_demand(options: argparse.Namespace) -> RequestTrace:
     return trace
 
 
+def within_positions(trace: RequestTrace, positions: int) -> RequestTrace:
+    """Without the requests that have more tokens than the model has positions: its server refuses
+    each of them.
+
+    Raises:
+        UsageError: if that is most of them, or what is left has no rate; what would be planned for
+            is not what was asked.
+    """
+    kept = int((trace.prompt_tokens + trace.output_tokens <= positions).sum())
+    too_long = len(trace) - kept
+    if not too_long:
+        return trace
+    what = (
+        f"{too_long} of {len(trace)} requests of trace {trace.name} are longer than the model's "
+        f"{positions} positions"
+    )
+    if 2 * kept < len(trace):
+        raise UsageError(
+            f"{what}, and its server would refuse them; ask for shorter ones (--prompt-mean and "
+            "--output-mean, or another --trace), or plan for a model that has more positions"
+        )
+    found = trace.clipped(positions)
+    if not math.isfinite(found.rate_per_s):
+        raise UsageError(
+            f"{what}, and the others come all at one moment, so that there is no rate; a demand is "
+            "needed that lasts"
+        )
+    _note(f"{what} and left out, as its server refuses them; planned for are the other {kept}")
+    return found
+
+
 def main(argv: Sequence[str], prog: str) -> int:
     """`jaxsys plan serve`."""
     options = parser(prog).parse_args(argv)
@@ -509,7 +542,9 @@ def main(argv: Sequence[str], prog: str) -> int:
             )
     config = read_model(options.model)
     ways = check_model(config, [int(w) for w in options.ways] if options.ways else WAYS)
-    trace = read_demand(options)
+    asked = read_demand(options)
+    note_unused(asked)
+    trace = within_positions(asked, longest_served(config))
     slo = targets_of(options)
     bounds = Bounds(config, demand_of(trace), slo)
     modelled = [
@@ -531,14 +566,14 @@ def main(argv: Sequence[str], prog: str) -> int:
     asked_per_s = options.rate_per_s
     if asked_per_s is None and options.trace is None:
         asked_per_s = RATE_PER_S
-    if asked_per_s is not None and abs(trace.rate_per_s / asked_per_s - 1) > 0.1:
+    if asked_per_s is not None and abs(asked.rate_per_s / asked_per_s - 1) > 0.1:
         _note(
-            f"the load replayed has {trace.rate_per_s:.3g} requests a second, not {asked_per_s:g}: "
-            f"{len(trace)} are few; a longer --duration comes nearer"
+            f"the load replayed has {asked.rate_per_s:.3g} requests a second, not {asked_per_s:g}: "
+            f"{len(asked)} are few; a longer --duration comes nearer"
         )
     if not known:
         raise RunError(_why_none(bounds, gpus, ways, options, trace))
-    longest = int((trace.prompt_tokens + trace.output_tokens).max())
+    longest = trace.longest
     fitting = [one for one in known if _capacity(bounds, one[0]) >= longest]
     if not fitting:
         least = max(_capacity(bounds, one[0]) for one in known)
@@ -567,7 +602,8 @@ def main(argv: Sequence[str], prog: str) -> int:
     )
     roomiest = functools.partial(_roomiest, bounds, gpus, ways, options.weights)
     took = {"wall_s": time.monotonic() - began_s, "cpu_s": time.process_time() - used_s}
-    return report(options, found, bounds, trace, slo, roomiest, took)
+    too_long = len(asked) - len(trace)
+    return report(options, found, bounds, trace, slo, roomiest, took, too_long=too_long)
 
 
 def report(
@@ -578,21 +614,25 @@ def report(
     slo: Slo,
     roomiest: Callable[[int], int | None],
     took: dict[str, float],
+    *,
+    too_long: int = 0,
 ) -> int:
     """Prints what was found, and writes it; 1 where nothing keeps the targets.
 
     Args:
+        too_long: requests that were left out of `trace`.
         took: bound and replays together, by the wall and by the processor.
     """
     best = frontier(found.judged)
     chosen = chosen_of(found.judged, options.attainment_pct)
-    longest = int((trace.prompt_tokens + trace.output_tokens).max())
+    longest = trace.longest
     content: dict[str, Any] = {
         "config": {
             "model": options.model,
             "gpus": options.gpus,
             "trace": trace.name,
             "requests": len(trace),
+            "requests_too_long": too_long,
             "rate_per_s": trace.rate_per_s,
             "slo_ttft_ms": 1e3 * slo.ttft_s,
             "slo_itl_ms": 1e3 * slo.itl_s,

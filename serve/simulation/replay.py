@@ -24,7 +24,15 @@ from jaxsys.files import check_writable
 from jaxsys.options import Parser, whole
 from jaxsys.results import hardware, versions, write_result
 from jaxsys.serve.energy.ecopred import EcoPred
-from jaxsys.serve.energy.gpu_model import ENGINES, GPUS, SHAPES, Load, SimulatedGpu, simulated_gpu
+from jaxsys.serve.energy.gpu_model import (
+    ENGINES,
+    GPUS,
+    SHAPES,
+    Load,
+    ServedShape,
+    SimulatedGpu,
+    simulated_gpu,
+)
 from jaxsys.serve.energy.predictors import ModelPredictor, Predictor
 from jaxsys.serve.energy.profile import simulated_profile
 from jaxsys.serve.energy.registry import CLOCK_POLICIES, ROUTERS, Situation
@@ -422,7 +430,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     add(
         "--trace",
         type=Path,
-        help="CSV (Azure, Mooncake, BurstGPT or plain form; default: a synthetic one)",
+        help="CSV or JSON lines (Azure, Mooncake, BurstGPT or plain; default: a synthetic one)",
     )
     add(
         "--policy",
@@ -586,11 +594,14 @@ def main(argv: Sequence[str], prog: str) -> int:
             cv=arguments.cv,
         )
     _check_count(len(trace))
-    given, most = len(trace), chosen.gpu.kv_capacity_tokens
+    note_unused(trace)
+    given = len(trace)
+    trace = _within_positions(trace, chosen.gpu.shape, made=arguments.agents is not None)
+    left, most = len(trace), chosen.gpu.kv_capacity_tokens
     trace = trace.clipped(most)
+    if left > len(trace):
+        _note(f"{left - len(trace)} of {given} requests are longer than {most} tokens and left out")
     too_long = given - len(trace)
-    if too_long:
-        _note(f"{too_long} of {given} requests are longer than {most} tokens and left out")
     for complaint in unmeetable(trace, chosen):
         _note(f"warning: {complaint}")
     _note(
@@ -616,6 +627,41 @@ def main(argv: Sequence[str], prog: str) -> int:
         for drawn in draw(path):
             _note(f"wrote {drawn}")
     return 0
+
+
+def note_unused(trace: RequestTrace) -> None:
+    """Says what a file knows of its prompts and no replay uses."""
+    if trace.unused is not None:
+        _note(
+            f"{trace.unused} of trace {trace.name} is not used: its prompts are replayed as if "
+            "they shared nothing"
+        )
+
+
+def _within_positions(trace: RequestTrace, shape: ServedShape, *, made: bool) -> RequestTrace:
+    """Without the requests that have more tokens than the model has positions: its server would
+    refuse them.
+
+    Args:
+        made: sessions of agents, which are longer than most models' positions and of which only
+            what they cost is asked. They are left as they are, and that is said.
+    """
+    most, given = shape.max_positions, len(trace)
+    if most is None or trace.longest <= most:
+        return trace
+    if made:
+        longer = int((trace.prompt_tokens + trace.output_tokens > most).sum())
+        _note(
+            f"{longer} of {given} requests are longer than the {most} positions of {shape.name}, "
+            "whose server would refuse them; they are replayed as if it had been trained for them"
+        )
+        return trace
+    kept = trace.clipped(most, f"positions of {shape.name}")
+    _note(
+        f"{given - len(kept)} of {given} requests are longer than the {most} positions of "
+        f"{shape.name} and left out, as its server would refuse them"
+    )
+    return kept
 
 
 def carried_turns_per_s(

@@ -1,24 +1,28 @@
 """Request traces: when each request arrives and how long its prompt and output are.
 
-Readers: the Azure 2023 form (TIMESTAMP, ContextTokens, GeneratedTokens), Mooncake's (timestamp_ms,
-input_length, output_length), BurstGPT's (Timestamp, Request tokens, Response tokens, perhaps a
-Session ID) and a plain one (arrival_s, prompt_tokens, output_tokens, perhaps session_id), told
-apart by their header. Requests of one session share their beginning: each prompt is taken to hold
-the one before it. Generators make the same record from rates and length distributions.
+Readers: the Azure 2023 form (TIMESTAMP, ContextTokens, GeneratedTokens), Mooncake's (timestamp in
+milliseconds, also as timestamp_ms, input_length, output_length), BurstGPT's (Timestamp, Request
+tokens, Response tokens, perhaps a Session ID) and a plain one (arrival_s, prompt_tokens,
+output_tokens, perhaps session_id), told apart by their names: a CSV's header, or those of the
+first object where each line is a JSON object. Requests of one session share their beginning: each
+prompt is taken to hold the one before it. Generators make the same record from rates and length
+distributions.
 """
 
 import csv
 import datetime
+import itertools
+import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from jaxsys.errors import UsageError
-from jaxsys.files import MIB, read_lines, shown
+from jaxsys.files import MIB, parse_json, read_lines, shown
 
 LONGEST_S = 366 * 86_400
 """Of a trace in a file."""
@@ -43,6 +47,8 @@ class RequestTrace:
     gap_s: np.ndarray | None = None
     """Where a turn waits for the answer to the one before it in its session: seconds between the
     two. Then `arrival_s` holds for each session's first turn, and orders the others."""
+    unused: str | None = None
+    """Column of a file that says what prompts share, which nothing here replays."""
 
     def __post_init__(self) -> None:
         sizes = {len(self.arrival_s), len(self.prompt_tokens), len(self.output_tokens)}
@@ -126,6 +132,7 @@ class RequestTrace:
             sessions=None if sessions is None else sessions[kept],
             common_tokens=self.common_tokens,
             gap_s=None if self.gap_s is None else np.tile(self.gap_s, times)[kept],
+            unused=self.unused,
         )
 
     def sampled(self, share: float, seed: int = 0) -> "RequestTrace":
@@ -137,11 +144,24 @@ class RequestTrace:
             raise UsageError(f"trace {self.name}: no request is left of {len(self)}")
         return self._take(kept)
 
-    def clipped(self, max_total_tokens: int) -> "RequestTrace":
-        """Without the requests longer than `max_total_tokens`, as an engine would refuse them."""
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request, prompt and output."""
+        return int((self.prompt_tokens + self.output_tokens).max())
+
+    def clipped(self, max_total_tokens: int, what: str = "tokens") -> "RequestTrace":
+        """Without the requests longer than `max_total_tokens`, as an engine would refuse them.
+
+        Args:
+            what: so many of what there are, as the error says it.
+        """
         kept = self.prompt_tokens + self.output_tokens <= max_total_tokens
         if not kept.any():
-            raise UsageError(f"trace {self.name}: no request fits {max_total_tokens} tokens")
+            shortest = int((self.prompt_tokens + self.output_tokens).min())
+            raise UsageError(
+                f"trace {self.name}: no request fits {max_total_tokens} {what}; the shortest has "
+                f"{shortest} tokens"
+            )
         return self._take(kept)
 
     def _take(self, which: slice | np.ndarray) -> "RequestTrace":
@@ -153,6 +173,7 @@ class RequestTrace:
             sessions=None if self.sessions is None else self.sessions[which],
             common_tokens=self.common_tokens,
             gap_s=None if self.gap_s is None else self.gap_s[which],
+            unused=self.unused,
         )
 
 
@@ -177,46 +198,127 @@ class _Form:
     arrival: Callable[[str], float]
     session: str | None = None
     """Column that tells conversations apart, where a file has it."""
+    shared: str | None = None
+    """Column that names the blocks prompts share, where a file has it; it is not replayed."""
+
+
+def _milliseconds(text: str) -> float:
+    return float(text) / 1e3
 
 
 _FORMS = (
     _Form(("TIMESTAMP", "ContextTokens", "GeneratedTokens"), _timestamp),
-    _Form(("timestamp_ms", "input_length", "output_length"), lambda text: float(text) / 1e3),
+    # As Mooncake's files are published, and with the unit in the name.
+    _Form(("timestamp", "input_length", "output_length"), _milliseconds, shared="hash_ids"),
+    _Form(("timestamp_ms", "input_length", "output_length"), _milliseconds, shared="hash_ids"),
     _Form(("Timestamp", "Request tokens", "Response tokens"), float, "Session ID"),
     _Form(("arrival_s", "prompt_tokens", "output_tokens"), float, "session_id"),
 )
 
 
 def read_trace(path: str | Path) -> RequestTrace:
-    """Reads a CSV trace of any known form; time starts at its first arrival.
+    """Reads a trace of any known form, as CSV or a JSON object a line; time starts at its first
+    arrival.
 
     Raises:
         UsageError: naming row and column where a value is malformed.
     """
     path = Path(path)
-    lines = (line for _, line in read_lines(path, what="trace", most_bytes=MIB))
+    lines = read_lines(path, what="trace", most_bytes=MIB)
+    # Rows are counted from the file's first line, blank ones too.
+    before: list[tuple[int, str]] = []
+    for number, line in lines:
+        before.append((number, line))
+        if line.removeprefix("\N{BOM}").strip():
+            break
+    begin = before[-1][1].removeprefix("\N{BOM}").lstrip() if before else ""
+    lines = itertools.chain(before, lines)
+    if begin.startswith("["):
+        raise UsageError(
+            f"trace {path} is one JSON list; write each request as a JSON object on a line of its "
+            "own, or as CSV"
+        )
+    if begin.startswith("{"):
+        return _read_objects(lines, path)
     try:
-        return _read(csv.reader(lines), path)
+        return _read_csv(csv.reader(line for _, line in lines), path)
     except csv.Error as error:
         raise UsageError(f"trace {path} is not CSV text: {error}") from None
 
 
-def _read(rows: Iterator[list[str]], path: Path) -> RequestTrace:
+def _form_of(names: Sequence[str], what: str, path: Path) -> _Form:
+    form = next((form for form in _FORMS if set(form.columns) <= set(names)), None)
+    if form is None:
+        known = "; ".join(", ".join(form.columns) for form in _FORMS)
+        raise UsageError(
+            f"trace {path}: {what} {shown(list(names))} are not known; use one of: {known}"
+        )
+    return form
+
+
+def _read_csv(rows: Iterator[list[str]], path: Path) -> RequestTrace:
     numbered = enumerate(rows, start=1)
     names = next((row for _, row in numbered if any(map(str.strip, row))), None)
     if names is None:
         raise UsageError(f"trace {path} is empty")
     header = [name.strip().removeprefix("\N{BOM}").strip() for name in names]
-    form = next((form for form in _FORMS if set(form.columns) <= set(header)), None)
-    if form is None:
-        known = "; ".join(", ".join(form.columns) for form in _FORMS)
-        raise UsageError(
-            f"trace {path}: columns {shown(header)} are not known; use one of: {known}"
-        )
+    form = _form_of(header, "columns", path)
     used = [*form.columns, *([form.session] if form.session else [])]
     twice = [column for column in used if header.count(column) > 1]
     if twice:
         raise UsageError(f"trace {path}: column {twice[0]} is there {header.count(twice[0])} times")
+    return _read(numbered, header, form, path)
+
+
+def _read_objects(lines: Iterator[tuple[int, str]], path: Path) -> RequestTrace:
+    """Of JSON lines: the first object's names say the form, and others may have more or fewer of
+    those that are not used."""
+    objects = (
+        (number, _object(line.removeprefix("\N{BOM}"), f"trace {path}, row {number}"))
+        for number, line in lines
+        if line.removeprefix("\N{BOM}").strip()
+    )
+    first = next(objects)
+    form = _form_of(list(first[1]), "names", path)
+    used = list(form.columns)
+    used += [name for name in (form.session,) if name in first[1]]
+
+    def texts(number: int, values: dict[str, Any]) -> list[str]:
+        where = f"trace {path}, row {number}"
+        for name in used:
+            if name not in values:
+                raise UsageError(f"{where}: there is no {name}")
+        return [_text(values[name], where, name) for name in used]
+
+    rows = ((number, texts(number, values)) for number, values in itertools.chain([first], objects))
+    trace = _read(rows, used, form, path)
+    return replace(trace, unused=form.shared if form.shared in first[1] else None)
+
+
+def _object(line: str, where: str) -> dict[str, Any]:
+    value = parse_json(line, name=where, unique=True)
+    if not isinstance(value, dict):
+        raise UsageError(f"{where} is {shown(value)}; a JSON object a line is needed")
+    return value
+
+
+def _text(value: Any, where: str, name: str) -> str:
+    """A JSON number or text as CSV would have it."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return json.dumps(value)
+    raise UsageError(f"{where}, column {name}: {shown(value)} is neither a number nor a text")
+
+
+def _read(
+    numbered: Iterator[tuple[int, list[str]]], header: Sequence[str], form: _Form, path: Path
+) -> RequestTrace:
+    """The trace of rows and their numbers.
+
+    Args:
+        header: names of a row's values.
+    """
     places = [header.index(column) for column in form.columns]
     session_place = header.index(form.session) if form.session in header else None
     numbers: dict[str, int] = {}
@@ -269,6 +371,7 @@ def _read(rows: Iterator[list[str]], path: Path) -> RequestTrace:
         # A request that yields nothing still yields its first token.
         output_tokens=np.maximum(1, np.array(sizes[1])),
         sessions=None if session_place is None else np.array(sessions),
+        unused=form.shared if form.shared in header else None,
     )
 
 

@@ -22,7 +22,7 @@ from jaxsys.serve import paged_model
 from jaxsys.serve.cache_groups import cache_groups
 from jaxsys.serve.expert_weights import grouped_over
 from jaxsys.serve.paged_attention import choose_kernels
-from jaxsys.serve.weights import HeldFused, check_served, serving_weights
+from jaxsys.serve.weights import HeldFused, check_served, longest_served, serving_weights
 
 ROOT = Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location("family_cases", ROOT / "tests/jaxsys/family_cases.py")
@@ -161,3 +161,5 @@ def test_lengths_past_a_changing_rotary_scale_are_refused():
     check_served(changed, 16)
     with pytest.raises(UsageError, match="max_length=17 is past the 16 positions"):
         check_served(changed, 17)
+    assert longest_served(changed) == 16 < changed.max_positions
+    assert longest_served(config) == config.max_positions

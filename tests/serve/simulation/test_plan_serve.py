@@ -266,6 +266,30 @@ def test_a_model_that_fits_no_gpu_is_said(capsys):
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("longer", "code", "said"),
+    [
+        (2, 0, "2 of 6 requests of trace trace are longer than the model's 256 positions"),
+        (4, 2, "4 of 6 requests of trace trace are longer than the model's 256 positions"),
+        (6, 2, "6 of 6 requests of trace trace are longer than the model's 256 positions"),
+    ],
+)
+def test_no_deployment_is_planned_past_the_positions(longer, code, said, tmp_path, capsys):
+    trace, manifest = tmp_path / "trace.csv", tmp_path / "plan.json"
+    lengths = [246 if row < 6 - longer else 247 for row in range(6)]  # 256 tokens, or one more
+    rows = "".join(f"{row},{length},10\n" for row, length in enumerate(lengths))
+    trace.write_text("arrival_s,prompt_tokens,output_tokens\n" + rows)
+    asked = ["--gpus", "h100=1", "--trace", str(trace), "--manifest", str(manifest), "--json"]
+    assert cli.main(["plan", "serve", "tiny", *asked, "--policy", "max"]) == code
+    text = capsys.readouterr()
+    assert said in text.err
+    assert manifest.exists() == (code == 0)
+    if code == 0:
+        record = json.loads(text.out)
+        assert record["config"]["requests"] == 4 and record["config"]["requests_too_long"] == 2
+        assert json.loads(manifest.read_text())["serve"]["max-length"] == 256
+
+
 def test_a_duration_that_leaves_one_moment_is_named(tmp_path, capsys):
     trace = tmp_path / "trace.csv"
     trace.write_text("arrival_s,prompt_tokens,output_tokens\n0,9,9\n1,9,9\n2,9,9\n")

@@ -173,10 +173,25 @@ def test_requests_that_fit_no_instance_are_counted(tmp_path, capsys):
     path.write_text("arrival_s,prompt_tokens,output_tokens\n0,100,5\n1,9000000,6\n")
     assert run("--trace", str(path), "--policy", "max", "--json") == 0
     text = capsys.readouterr()
-    most = setting("h100").gpu.kv_capacity_tokens
-    assert f"1 of 2 requests are longer than {most} tokens and left out\n" in text.err
+    said = "1 of 2 requests are longer than the 8192 positions of llama-3-8b and left out"
+    assert said in text.err
     config = json.loads(text.out)["config"]
     assert (config["requests"], config["requests_too_long"]) == (1, 1)
+
+
+def test_a_request_of_all_positions_is_served_and_one_more_is_not(tmp_path, capsys):
+    path = tmp_path / "moon.jsonl"
+    line = '{"timestamp": %d, "input_length": %d, "output_length": 10, "hash_ids": [0, 1]}\n'
+    path.write_text(line % (0, 8182) + line % (1500, 8183))
+    assert run("--trace", str(path), "--policy", "max", "--json") == 0
+    text = capsys.readouterr()
+    config = json.loads(text.out)["config"]
+    assert (config["requests"], config["requests_too_long"]) == (1, 1)
+    assert "hash_ids of trace moon is not used" in text.err
+    path.write_text(line % (0, 9000) + line % (1500, 9000))
+    assert run("--trace", str(path), "--policy", "max") == 2
+    error = capsys.readouterr().err
+    assert "no request fits 8192 positions of llama-3-8b; the shortest has 9010 tokens" in error
 
 
 @pytest.mark.parametrize(

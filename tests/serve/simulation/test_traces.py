@@ -56,6 +56,53 @@ def test_mooncake_and_plain_forms(tmp_path):
     assert read_trace(write(tmp_path, plain)).arrival_s.tolist() == [0.0, 0.5]
 
 
+def test_json_lines_are_read_by_the_same_names(tmp_path):
+    # As Mooncake's traces are published: milliseconds, and blocks that prompts share.
+    text = (
+        '{"timestamp": 0, "input_length": 6758, "output_length": 500, "hash_ids": [0, 1]}\n\n'
+        '{"timestamp": 3052, "output_length": 0, "input_length": 7234, "more": null}\n'
+    )
+    trace = read_trace(write(tmp_path, "\ufeff" + text))
+    assert trace.arrival_s.tolist() == [0.0, 3.052]
+    assert trace.prompt_tokens.tolist() == [6758, 7234]
+    assert trace.output_tokens.tolist() == [500, 1]
+    assert trace.unused == "hash_ids" and trace.head(1).unused == "hash_ids"
+    comma = "timestamp,input_length,output_length\n0,6758,500\n3052,7234,0\n"
+    same = read_trace(write(tmp_path, comma))
+    assert same.arrival_s.tolist() == [0.0, 3.052] and same.unused is None
+    azure = '{"TIMESTAMP": "2023-11-16 18:17:0%d", "ContextTokens": 5, "GeneratedTokens": 2}\n'
+    assert read_trace(write(tmp_path, azure % 3 + azure % 5)).arrival_s.tolist() == [0.0, 2.0]
+    plain = '{"arrival_s": %s, "prompt_tokens": 5, "output_tokens": 2, "session_id": "%s"}\n'
+    talks = read_trace(write(tmp_path, plain % (2.5, "a") + plain % (3, "b") + plain % (3.5, "a")))
+    assert talks.arrival_s.tolist() == [0.0, 0.5, 1.0]
+    assert talks.sessions is not None and talks.sessions.tolist() == [0, 1, 0]
+
+
+MOON = '{"timestamp": 0, "input_length": 5, "output_length": 2}\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (MOON + '{"timestamp": 5, "input_length": 5}\n', "row 2: there is no output_length"),
+        (MOON + "\n[1]\n", r"row 3 is \[1\]; a JSON object a line is needed"),
+        (MOON + "0,5,2\n", "row 2 is not JSON"),
+        (MOON.replace("5", "5.5"), "row 1, column input_length: '5.5' is not a whole number"),
+        (MOON.replace("5", "true"), "column input_length: True is neither a number nor a text"),
+        (MOON.replace("5", "null"), "column input_length: None is neither a number nor a text"),
+        (MOON.replace("5", "0"), "row 1, column input_length: 0 tokens"),
+        (MOON.replace(" 0", " NaN"), "column timestamp: 'NaN' is not a finite number"),
+        (MOON.replace(" 0", " 9") + MOON, "row 2, column timestamp: '0' lies before the row"),
+        (MOON.replace("{", '{"timestamp": 1, '), "row 1 is not JSON"),
+        ('{"when": 0, "tokens": 5}\n', r"names \['when', 'tokens'\] are not known; use one of"),
+        ("[" + MOON.strip() + "]\n", "is one JSON list; write each request as a JSON object"),
+    ],
+)
+def test_malformed_json_lines_are_named(tmp_path, text, message):
+    with pytest.raises(UsageError, match=message):
+        read_trace(write(tmp_path, text))
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
