@@ -114,8 +114,6 @@ class DeploymentConfig:
         if self.host_pages_gib and not self.prefix_caching:
             raise UsageError("host_pages_gib needs prefix_caching: nothing is found again without")
         _ = self.speculation  # refuses what it cannot be
-        if self.page_count is not None:  # on CPU a page may yet turn out to be smaller
-            _check_room(self.page_count, self.page_size or ACCELERATOR_PAGE, self.max_length)
 
     @property
     def speculation(self) -> SpeculationConfig | None:
@@ -216,7 +214,13 @@ def prefill_budget(config: DeploymentConfig, device: Device) -> int:
 def place_weights(
     model: LoadedModel, config: DeploymentConfig, group: tuple[Device, ...]
 ) -> ServingWeights:
-    """The model's weights as `group` serves them."""
+    """The model's weights as `group` serves them.
+
+    Raises:
+        UsageError: if the pages that `config` asks for hold no request of its `max_length`.
+    """
+    if config.page_count is not None:  # at once, not when all weights are read
+        _check_pages(model.config, config, group[0], config.page_count)
     weights = serving_weights(
         model.config,
         model.parameters,
@@ -446,7 +450,7 @@ def _scheduler_config(
 ) -> SchedulerConfig:
     device = group[0]
     on_cpu = device.platform == "cpu"
-    page_size = config.page_size or (16 if on_cpu else ACCELERATOR_PAGE)
+    page_size = _page_size(config, device)
     max_batch = config.max_batch or (16 if on_cpu else 128)
     check_served(shape, config.max_length)
     if config.max_length > shape.max_positions:
@@ -455,10 +459,7 @@ def _scheduler_config(
             f"use {shape.max_positions} or less"
         )
     groups = cache_groups(shape)
-    ahead = prefill_budget(config, device) + 1
-    longest = sum(
-        most_held(window, config.max_length, ahead, page_size) for window in groups.windows
-    )
+    longest = _most_pages(groups, config, device)
     page_count = config.page_count
     of_number = number_bytes(shape, dtype, config.cache_form)
     cache = layer_cache(shape, shape.kinds[0])
@@ -478,14 +479,7 @@ def _scheduler_config(
                     f"tokens, below the {longest} of max_length={config.max_length}; lower it or "
                     "use fewer instances a device"
                 )
-    if len(groups.windows) == 1:
-        _check_room(page_count, page_size, config.max_length)
-    elif page_count < longest:
-        raise UsageError(
-            f"page_count={page_count} is below the {longest} pages of {page_size} tokens that "
-            f"{len(groups.windows)} groups of layers need for max_length={config.max_length}; use "
-            f"page_count={longest} or more, or lower max_length"
-        )
+    _check_pages(shape, config, device, page_count)
     # Compiled steps are dear to make on CPU and padding is cheap; on accelerators the reverse.
     factor = 4 if on_cpu else 2
     buckets = [1]
@@ -537,10 +531,35 @@ def _token_numbers(shape: DecoderConfig) -> float:
     )
 
 
-def _check_room(page_count: int, page_size: int, max_length: int) -> None:
-    if page_count * page_size < max_length:
+def _page_size(config: DeploymentConfig, device: Device) -> int:
+    """Tokens a page holds there."""
+    return config.page_size or (16 if device.platform == "cpu" else ACCELERATOR_PAGE)
+
+
+def _most_pages(groups: CacheGroups, config: DeploymentConfig, device: Device) -> int:
+    """Pages that a request of `max_length` holds at most."""
+    ahead, size = prefill_budget(config, device) + 1, _page_size(config, device)
+    return sum(most_held(window, config.max_length, ahead, size) for window in groups.windows)
+
+
+def _check_pages(
+    shape: DecoderConfig, config: DeploymentConfig, device: Device, page_count: int
+) -> None:
+    """Raises UsageError if `page_count` pages are too few for a request of `max_length`."""
+    size, most, groups = _page_size(config, device), config.max_length, cache_groups(shape)
+    pages = f"{page_count} pages" if config.page_count is None else f"page_count={page_count}"
+    if len(groups.windows) > 1:
+        longest = _most_pages(groups, config, device)
+        if page_count < longest:
+            raise UsageError(
+                f"{pages} is below the {longest} pages of {size} tokens that "
+                f"{len(groups.windows)} groups of layers need for max_length={most}; use "
+                f"page_count={longest} or more, or lower max_length"
+            )
+    elif page_count * size < most:
+        # A size that nobody gave is not said as if somebody had.
+        tokens = f"{size} tokens a page" if config.page_size is None else f"page_size={size} tokens"
         raise UsageError(
-            f"page_count={page_count} x page_size={page_size} tokens hold "
-            f"{page_count * page_size} tokens, below max_length={max_length}; use "
-            f"page_count={-(-max_length // page_size)} or more, or lower max_length"
+            f"{pages} x {tokens} hold {page_count * size} tokens, below max_length={most}; use "
+            f"page_count={-(-most // size)} or more, or lower max_length"
         )

@@ -7,7 +7,7 @@ Masters are float32 and rest where the schedule keeps them; optimizer state rest
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -508,7 +508,8 @@ class Trainer:
             made = record.made_with
             notice(
                 f"resumed from step {step} in {store.folder} (saved under {made.get('schedule')} "
-                f"on {made.get('ring')} x {made.get('data')} devices)"
+                f"on {_devices_in_words(made)}; goes on under {self.schedule.name} on "
+                f"{_devices_in_words(self.mesh.shape)})"
             )
             return step
         if steps:
@@ -627,3 +628,17 @@ _AFTER_CHOICE = (
     "schedule", "state", "compute_dtype", "recompute", "unroll", "_lowered", "_rest", "_step"
 )  # fmt: skip
 """Attributes that `schedule="auto"` has after the first batch."""
+
+
+def _devices_in_words(sizes: Mapping[str, Any]) -> str:
+    """How many devices there are along each mesh axis of more than one, and in all."""
+    along = {RING: sizes.get(RING, 1), **{name: sizes.get(name, 1) for name in AROUND}}
+    total = math.prod(along.values())
+    parts = [
+        f"{name if name == RING else AROUND[name].asked} {size}"
+        for name, size in along.items()
+        if size != 1
+    ]
+    if len(parts) < 2 and along[RING] == total:
+        return f"{total} device{'s' if total > 1 else ''}"
+    return f"{total} devices: {' x '.join(parts)}"

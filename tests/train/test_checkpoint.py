@@ -24,6 +24,7 @@ from jaxsys.train import Batches, CheckpointStore, Trainer
 from jaxsys.train.checkpoint import Record, checksums_of
 from jaxsys.train.lock import RunLock
 from jaxsys.train.metrics import MetricsLog
+from jaxsys.train.trainer import _devices_in_words
 
 G = 8
 """Samples in a batch, however it is cut."""
@@ -106,6 +107,24 @@ def test_the_same_layout_goes_on_bit_for_bit(make, data, saved, tmp_path):
     resumed.fit(data, steps=6, folder=folder, resume=True, progress=False)
     assert errors_between(resumed.host_parameters(), whole.host_parameters()) == 0.0
     assert resumed.position == whole.position == 6 * G
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"ring": 1}, "1 device"),
+        ({"ring": 4, "data": 1}, "4 devices"),
+        ({"ring": 2, "data": 1, "expert": 2}, "4 devices: ring 2 x expert 2"),
+        ({"ring": 1, "data": 3}, "3 devices: replicas 3"),
+        ({"ring": 2, "data": 2, "tensor": 2, "context": 3, "member": 2}, "48 devices: ring 2 x "),
+    ],
+)
+def test_every_axis_of_a_saved_run_is_said(sizes, words):
+    said = _devices_in_words(sizes)
+    assert said.startswith(words)
+    named = {"data": "replicas", "member": "members"}
+    for name, size in sizes.items():
+        assert (f"{named.get(name, name)} {size}" in said) == (size > 1 and ": " in said)
 
 
 def biggest_file(folder):

@@ -47,6 +47,7 @@ def test_trains_stops_resumes_and_exports(text, tmp_path, capsys):
     assert main(options(text, *more, "--resume", "--export", str(exported))) == 0
     second = capsys.readouterr().err
     assert "resumed from step 3" in second and "held-out loss" in second
+    assert "(saved under dp on 1 device; goes on under dp on 1 device)" in second
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     losses = [record["loss"] for record in records if record["kind"] == "step"]
     assert len(losses) == 6 and losses[-1] < losses[0]
