@@ -225,12 +225,7 @@ class DecoderConfig:
             UsageError: if the family is unknown, a key is missing, or a feature is asked for that
                 is not computed.
         """
-        try:
-            return cls(**hf_config.read(config))
-        except UsageError:
-            raise
-        except (TypeError, ValueError, AttributeError, ArithmeticError, KeyError) as error:
-            raise UsageError(f"a value is of the wrong kind ({error})") from error
+        return cls(**hf_config.read(config))
 
     def to_hf(self) -> dict[str, Any]:
         """The keys of a `config.json` that transformers reads.

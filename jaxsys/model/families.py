@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jaxsys.errors import UsageError
+from jaxsys.files import shown
+from jaxsys.model.key_rules import COUNT, NUMBER, POSITIVE, SIZE, WHOLE, Rule
 
 Sizes = tuple[int, int, int, int, int, int | None, int | None, int]
 """Values for absent keys: V, D, F, L, N, G (None: N), K (None: D / N), positions."""
@@ -31,6 +33,10 @@ class Key:
     write: Callable[[Any], Any] | None = None
     also: tuple[str, ...] = ()
     """Other names for the same; the first present one counts."""
+    rule: Rule | None = None
+    """What it must be, checked before it is read."""
+    null: bool = False
+    """Whether it may be null all the same."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,23 +132,13 @@ def flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def number(value: Any) -> float:
-    """What a key that is a number says.
-
-    Raises:
-        TypeError: if it is something else, such as a text or true.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{value!r} is no number")
-    return float(value)
-
-
 def _cap(name: str, field: str, default: float | None) -> Key:
     return Key(
         name=name,
         fields=(field,),
         default=default,
-        read=lambda value: None if value is None else number(value),
+        rule=POSITIVE,
+        null=True,
     )
 
 
@@ -168,9 +164,9 @@ def _every(period: int, *, said: bool = False) -> Callable[[Mapping[str, Any], i
 
     def types(config: Mapping[str, Any], layers: int) -> list[bool]:
         size = config.get(PATTERN, period) if said else period
-        if not isinstance(size, int) or size < 1:
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise UsageError(
-                f"{PATTERN}={size!r} without layer_types is not understood; give layer_types"
+                f"{PATTERN}={shown(size)} without layer_types is not understood; give layer_types"
             )
         return [(index + 1) % size != 0 for index in range(layers)]
 
@@ -178,10 +174,7 @@ def _every(period: int, *, said: bool = False) -> Callable[[Mapping[str, Any], i
 
 
 def _max_window_layers(config: Mapping[str, Any]) -> int:
-    value = config.get("max_window_layers", 28)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise UsageError(f"max_window_layers={value!r} is of the wrong kind")
-    return value
+    return WHOLE.read("max_window_layers", config.get("max_window_layers", 28))
 
 
 def _after_first(config: Mapping[str, Any], layers: int) -> list[bool]:
@@ -208,7 +201,8 @@ QUERY_SCALAR = Key(
     name="query_pre_attn_scalar",
     fields=("attention_scale",),
     default=256,
-    read=lambda value: number(value) ** -0.5,
+    rule=POSITIVE,
+    read=lambda value: value**-0.5,
     write=lambda value: _inverted(value, lambda guess: guess**-0.5, value**-2),
 )
 FINAL_CAP = _cap("final_logit_softcapping", "logit_softcap", None)
@@ -228,12 +222,12 @@ def _experts(
     keys = [
         count,
         size,
-        Key(name="num_experts_per_tok", fields=("experts.active",), default=active),
+        Key(name="num_experts_per_tok", fields=("experts.active",), default=active, rule=SIZE),
         Key(
             name="router_aux_loss_coef",
             fields=("experts.balance",),
             default=more.get("balance", 0.001),
-            read=number,
+            rule=NUMBER,
         ),
     ]
     if renormalise is not None:
@@ -242,7 +236,12 @@ def _experts(
 
 
 def _moe_size(default: int) -> Key:
-    return Key(name="moe_intermediate_size", fields=("experts.intermediate_size",), default=default)
+    return Key(
+        name="moe_intermediate_size",
+        fields=("experts.intermediate_size",),
+        default=default,
+        rule=SIZE,
+    )
 
 
 GROUPED_SIGMOID = {
@@ -385,14 +384,17 @@ register(
         keys=(
             ATTENTION_BIAS,
             MLP_BIAS,
-            Key(name="embedding_multiplier", fields=("embedding_scale",), default=1.0, read=number),
-            Key(name="residual_multiplier", fields=("residual_scale",), default=1.0, read=number),
-            Key(name="attention_multiplier", fields=("attention_scale",), default=1.0, read=number),
+            Key(name="embedding_multiplier", fields=("embedding_scale",), default=1.0, rule=NUMBER),
+            Key(name="residual_multiplier", fields=("residual_scale",), default=1.0, rule=NUMBER),
+            Key(
+                name="attention_multiplier", fields=("attention_scale",), default=1.0, rule=POSITIVE
+            ),
             Key(
                 name="logits_scaling",
                 fields=("logit_scale",),
                 default=1.0,
-                read=lambda value: 1.0 / number(value),
+                rule=POSITIVE,
+                read=lambda value: 1.0 / value,
                 write=lambda value: _inverted(value, lambda guess: 1.0 / guess, 1.0 / value),
             ),
         ),
@@ -587,7 +589,7 @@ register(
         epsilon=("layer_norm_eps", 1e-5),
         keys=(
             ATTENTION_BIAS,
-            Key(name="logit_scale", fields=("logit_scale",), default=0.0625, read=number),
+            Key(name="logit_scale", fields=("logit_scale",), default=0.0625, rule=NUMBER),
             _norm_of_heads("use_qk_norm", "each"),
         ),
         fixed={"norm": "layer", "parallel": True, "rope_interleaved": True},
@@ -604,7 +606,7 @@ register(
         epsilon=("layer_norm_eps", 1e-5),
         keys=(
             ATTENTION_BIAS,
-            Key(name="logit_scale", fields=("logit_scale",), default=0.0625, read=number),
+            Key(name="logit_scale", fields=("logit_scale",), default=0.0625, rule=NUMBER),
         ),
         fixed={"norm": "layer", "parallel": True, "rope_interleaved": True},
         tied=True,
@@ -626,7 +628,8 @@ def listed_positions(config: Mapping[str, Any], layers: int) -> list[bool]:
     """Which layers have positions, by SmolLM3's keys."""
     listed = config.get("no_rope_layers")
     if listed is None:
-        interval = config.get("no_rope_layer_interval", 4)
+        name = "no_rope_layer_interval"
+        interval = SIZE.read(name, config.get(name, 4))
         return [(index + 1) % interval != 0 for index in range(layers)]
     if not isinstance(listed, list) or len(listed) < layers:
         raise UsageError(f"no_rope_layers must list each of {layers} layers")
@@ -647,10 +650,14 @@ register(
                 fields=("experts.count",),
                 default=8,
                 also=("num_experts",),
+                rule=SIZE,
             ),
             2,
             size=Key(
-                name="intermediate_size", fields=("experts.intermediate_size",), default=14336
+                name="intermediate_size",
+                fields=("experts.intermediate_size",),
+                default=14336,
+                rule=SIZE,
             ),
             renormalise=None,
         ),
@@ -680,6 +687,7 @@ register(
                     fields=("experts.count",),
                     default=60,
                     also=("num_local_experts",),
+                    rule=SIZE,
                 ),
                 4,
                 size=_moe_size(1408),
@@ -689,6 +697,7 @@ register(
                 name="shared_expert_intermediate_size",
                 fields=("experts.shared_size",),
                 default=5632,
+                rule=COUNT,
             ),
         ),
         fixed={"experts.shared_gate": True},
@@ -714,6 +723,7 @@ register(
                     fields=("experts.count",),
                     default=128,
                     also=("num_local_experts",),
+                    rule=SIZE,
                 ),
                 8,
                 size=_moe_size(768),
@@ -740,16 +750,23 @@ register(
                     fields=("experts.count",),
                     default=128,
                     also=("num_local_experts",),
+                    rule=SIZE,
                 ),
                 8,
                 size=_moe_size(1408),
                 renormalise=True,
                 balance=0.0,
             ),
-            Key(name="routed_scaling_factor", fields=("experts.scale",), default=1.0, read=number),
-            Key(name="n_group", fields=("experts.groups",), default=1),
-            Key(name="topk_group", fields=("experts.active_groups",), default=1),
-            Key(name="n_shared_experts", fields=("experts.shared_count",), default=1),
+            Key(name="routed_scaling_factor", fields=("experts.scale",), default=1.0, rule=NUMBER),
+            Key(name="n_group", fields=("experts.groups",), default=1, rule=SIZE),
+            Key(name="topk_group", fields=("experts.active_groups",), default=1, rule=SIZE),
+            Key(
+                name="n_shared_experts",
+                fields=("experts.shared_count",),
+                default=1,
+                rule=COUNT,
+                null=True,
+            ),
         ),
         fixed=GROUPED_SIGMOID,
         partial=0.5,
@@ -772,15 +789,19 @@ register(
                     fields=("experts.count",),
                     default=128,
                     also=("num_experts",),
+                    rule=SIZE,
                 ),
                 4,
                 size=Key(
-                    name="intermediate_size", fields=("experts.intermediate_size",), default=2880
+                    name="intermediate_size",
+                    fields=("experts.intermediate_size",),
+                    default=2880,
+                    rule=SIZE,
                 ),
                 renormalise=None,
             ),
-            Key(name="swiglu_limit", fields=("experts.clamp",), default=7.0, read=number),
-            Key(name="swiglu_alpha", fields=("experts.slope",), default=1.702, read=number),
+            Key(name="swiglu_limit", fields=("experts.clamp",), default=7.0, rule=POSITIVE),
+            Key(name="swiglu_alpha", fields=("experts.slope",), default=1.702, rule=NUMBER),
         ),
         fixed={"sinks": True, "experts.router": "chosen_softmax", "experts.bias": True},
         theta=150_000.0,
@@ -815,21 +836,34 @@ register(
                     fields=("experts.count",),
                     default=256,
                     also=("num_local_experts",),
+                    rule=SIZE,
                 ),
                 8,
                 size=_moe_size(2048),
                 renormalise=True,
                 balance=0.0,
             ),
-            Key(name="routed_scaling_factor", fields=("experts.scale",), default=2.5, read=number),
-            Key(name="n_group", fields=("experts.groups",), default=8),
-            Key(name="topk_group", fields=("experts.active_groups",), default=4),
-            Key(name="n_shared_experts", fields=("experts.shared_count",), default=1),
-            Key(name="q_lora_rank", fields=("latent.query_rank",), default=1536),
-            Key(name="kv_lora_rank", fields=("latent.rank",), default=512),
-            Key(name="qk_nope_head_dim", fields=("latent.plain_dim",), default=128),
-            Key(name="qk_rope_head_dim", fields=("latent.rotary_dim",), default=64),
-            Key(name="v_head_dim", fields=("latent.value_dim",), default=128),
+            Key(name="routed_scaling_factor", fields=("experts.scale",), default=2.5, rule=NUMBER),
+            Key(name="n_group", fields=("experts.groups",), default=8, rule=SIZE),
+            Key(name="topk_group", fields=("experts.active_groups",), default=4, rule=SIZE),
+            Key(
+                name="n_shared_experts",
+                fields=("experts.shared_count",),
+                default=1,
+                rule=COUNT,
+                null=True,
+            ),
+            Key(
+                name="q_lora_rank",
+                fields=("latent.query_rank",),
+                default=1536,
+                rule=SIZE,
+                null=True,
+            ),
+            Key(name="kv_lora_rank", fields=("latent.rank",), default=512, rule=SIZE),
+            Key(name="qk_nope_head_dim", fields=("latent.plain_dim",), default=128, rule=SIZE),
+            Key(name="qk_rope_head_dim", fields=("latent.rotary_dim",), default=64, rule=SIZE),
+            Key(name="v_head_dim", fields=("latent.value_dim",), default=128, rule=SIZE),
             ATTENTION_BIAS,
             _bias("rope_interleave", "rope_interleaved", default=True),
         ),
@@ -849,9 +883,10 @@ def _or_one(value: Any) -> Any:
 
 
 def _group_worth(method: Any) -> int:
-    if method not in GROUP_WORTH:
+    if not isinstance(method, str) or method not in GROUP_WORTH:
         raise UsageError(
-            f"topk_method={method!r} is not computed; known: {', '.join(map(repr, GROUP_WORTH))}"
+            f"topk_method={shown(method)} is not computed; known: "
+            f"{', '.join(map(repr, GROUP_WORTH))}"
         )
     return GROUP_WORTH[method]
 
@@ -867,12 +902,27 @@ register(
                 fields=("experts.count",),
                 default=64,
                 also=("num_experts",),
+                rule=SIZE,
             ),
             _moe_size(1407),
-            Key(name="num_experts_per_tok", fields=("experts.active",), default=None),
-            Key(name="routed_scaling_factor", fields=("experts.scale",), default=1.0, read=number),
-            Key(name="n_group", fields=("experts.groups",), default=None, read=_or_one),
-            Key(name="topk_group", fields=("experts.active_groups",), default=None, read=_or_one),
+            Key(name="num_experts_per_tok", fields=("experts.active",), default=None, rule=SIZE),
+            Key(name="routed_scaling_factor", fields=("experts.scale",), default=1.0, rule=NUMBER),
+            Key(
+                name="n_group",
+                fields=("experts.groups",),
+                default=None,
+                rule=SIZE,
+                null=True,
+                read=_or_one,
+            ),
+            Key(
+                name="topk_group",
+                fields=("experts.active_groups",),
+                default=None,
+                rule=SIZE,
+                null=True,
+                read=_or_one,
+            ),
             Key(
                 name="topk_method",
                 fields=("experts.group_worth",),
@@ -880,12 +930,24 @@ register(
                 read=_group_worth,
                 write=lambda worth: "group_limited_greedy" if worth else "greedy",
             ),
-            Key(name="n_shared_experts", fields=("experts.shared_count",), default=2),
-            Key(name="q_lora_rank", fields=("latent.query_rank",), default=1536),
-            Key(name="kv_lora_rank", fields=("latent.rank",), default=512),
-            Key(name="qk_nope_head_dim", fields=("latent.plain_dim",), default=128),
-            Key(name="qk_rope_head_dim", fields=("latent.rotary_dim",), default=64),
-            Key(name="v_head_dim", fields=("latent.value_dim",), default=128),
+            Key(
+                name="n_shared_experts",
+                fields=("experts.shared_count",),
+                default=2,
+                rule=COUNT,
+                null=True,
+            ),
+            Key(
+                name="q_lora_rank",
+                fields=("latent.query_rank",),
+                default=1536,
+                rule=SIZE,
+                null=True,
+            ),
+            Key(name="kv_lora_rank", fields=("latent.rank",), default=512, rule=SIZE),
+            Key(name="qk_nope_head_dim", fields=("latent.plain_dim",), default=128, rule=SIZE),
+            Key(name="qk_rope_head_dim", fields=("latent.rotary_dim",), default=64, rule=SIZE),
+            Key(name="v_head_dim", fields=("latent.value_dim",), default=128, rule=SIZE),
             ATTENTION_BIAS,
         ),
         fixed={"rope_interleaved": True},

@@ -87,8 +87,6 @@ def read_config(folder: Path) -> DecoderConfig:
         return DecoderConfig.from_hf(content)
     except UsageError as error:
         raise UsageError(f"{path}: {one_line(str(error))}") from error
-    except LookupError as error:
-        raise UsageError(f"{path}: a value is of the wrong kind ({error!r})") from error
 
 
 def open_parameters(folder: Path, config: DecoderConfig) -> Checkpoint:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from jaxsys.errors import UsageError
 from jaxsys.files import shown
 from jaxsys.model import quantised_settings
-from jaxsys.model.families import FAMILIES, Family, Key, flag, listed_positions, number
+from jaxsys.model.families import FAMILIES, Family, Key, flag, listed_positions
+from jaxsys.model.key_rules import NUMBER, PART, POSITIVE, SIZE, WHOLE, Rule, listed
 from jaxsys.model.kinds import Activation, BlockKind, Experts, Latent, Positions
 from jaxsys.model.rope import (
     DynamicRopeScaling,
@@ -152,11 +153,19 @@ class _Reader:
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
         self.asked: set[str] = set()
+        self.last = ""
+        """The key asked for last."""
 
     def get(self, name: str, default: Any = None) -> Any:
         """The value, or `default` where the key is absent; null is a value."""
         self.asked.add(name)
+        self.last = name
         return self.config.get(name, default)
+
+    def number(self, name: str, default: Any, rule: Rule) -> Any:
+        """The number that a key must be; `default` may be None, a key may not be null."""
+        value = self.get(name, default)
+        return value if name not in self.config else rule.read(name, value)
 
     def value(self, key: Key) -> Any:
         """What a family's key says, in the field's terms."""
@@ -170,31 +179,12 @@ class _Reader:
                     f"{given[0]}={found!r} and {other}={self.config[other]!r} are names of one "
                     "number and disagree; remove the one that is wrong"
                 )
-        if key.read is None:
-            return found
-        try:
-            return key.read(found)
-        except UsageError:  # it says more
-            raise
-        except (TypeError, ValueError, ArithmeticError):
-            raise _wrong_kind(given[0] if given else key.name, found) from None
-
-
-def _wrong_kind(name: str, value: Any) -> UsageError:
-    return UsageError(f"{name}={shown(value)} is of the wrong kind")
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        return number(value)
-    except TypeError:
-        raise _wrong_kind(name, value) from None
-
-
-def _whole(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise _wrong_kind(name, value)
-    return value
+        name = self.last = given[0] if given else key.name
+        if found is None and not given and key.rule is not None and not key.null:
+            raise UsageError(f"the configuration lacks {name}")
+        if key.rule is not None and not (found is None and key.null):
+            found = key.rule.read(name, found)
+        return found if key.read is None else key.read(found)
 
 
 MOST_LAYERS = 10_000
@@ -209,6 +199,20 @@ def read(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     family = _family_of(config)
     reader = _Reader(config)
+    try:
+        return _read(reader, family)
+    except UsageError:  # it says more
+        raise
+    except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError) as error:
+        name = reader.last
+        raise UsageError(
+            f"{name}={shown(config.get(name))}, or a number read with it, is not one that can be "
+            f"computed with in {family.name}; compare it with a published file of that family"
+        ) from error
+
+
+def _read(reader: _Reader, family: Family) -> dict[str, Any]:
+    config = reader.config
     reader.asked |= HARMLESS | set(NOT_DECODER) | set(family.ignored)
     _check_harmless(config)
     fields: dict[str, Any] = {"family": family.name}
@@ -220,10 +224,12 @@ def read(config: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in family.fixed.items():
         fields[name] = value(fields) if callable(value) else value
     name, default = family.epsilon
-    fields["rms_norm_eps"] = _number(name, reader.get(name, default))
+    fields["rms_norm_eps"] = reader.number(name, default, POSITIVE)
     name, default = family.activation
     named = reader.get(name, default)
-    fields["activation"] = _activation(name, family.activations.get(named, named))
+    if isinstance(named, str):
+        named = family.activations.get(named, named)
+    fields["activation"] = _activation(name, named)
     fields["tie_embeddings"] = flag(
         "tie_word_embeddings", reader.get("tie_word_embeddings", family.tied)
     )
@@ -237,7 +243,11 @@ def read(config: Mapping[str, Any]) -> dict[str, Any]:
 def _read_in_training(reader: _Reader, family: Family) -> tuple[tuple[str, float], ...]:
     """Those of the keys that change training alone which are not 0."""
     found = {name: reader.get(name, family.in_training.get(name)) for name in IN_TRAINING}
-    return tuple((name, value) for name, value in found.items() if value and _number(name, value))
+    return tuple(
+        (name, value)
+        for name, value in found.items()
+        if value is not None and value is not False and NUMBER.read(name, value)
+    )
 
 
 def _check_harmless(config: Mapping[str, Any]) -> None:
@@ -291,7 +301,15 @@ def _read_sizes(reader: _Reader, family: Family, fields: dict[str, Any]) -> None
     if missing:
         raise UsageError(f"the configuration lacks {', '.join(missing)}")
     refuse_many_layers("num_hidden_layers", values["num_hidden_layers"])
+    for name, value in values.items():
+        if value is not None and name not in family.ignored:
+            SIZE.read(name, value)
     heads = values["num_attention_heads"]
+    if values["head_dim"] is None and values["hidden_size"] < heads:
+        raise UsageError(
+            f"hidden_size={values['hidden_size']} holds no num_attention_heads={heads}; give "
+            "head_dim, or correct one of them"
+        )
     fields |= {
         "vocab_size": values["vocab_size"],
         "hidden_size": values["hidden_size"],
@@ -311,9 +329,9 @@ def refuse_many_layers(key: str, layers: Any) -> None:
 
 
 def _activation(key: str, name: Any) -> Activation:
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise UsageError(
-            f"{key}={name!r} is not computed; known: {', '.join(map(repr, ACTIVATIONS))}"
+            f"{key}={shown(name)} is not computed; known: {', '.join(map(repr, ACTIVATIONS))}"
         )
     return ACTIVATIONS[name]
 
@@ -344,6 +362,8 @@ def _read_rope(reader: _Reader, family: Family, fields: dict[str, Any]) -> Posit
     given = _mapping("rope_parameters", reader.get("rope_parameters"))
     scaling = _mapping("rope_scaling", reader.get("rope_scaling"))
     top = reader.get("rope_theta")
+    if top is not None:
+        POSITIVE.read("rope_theta", top)
     original = reader.config.get("original_max_position_embeddings")
     reader.asked.add("original_max_position_embeddings")
     partial = reader.get("partial_rotary_factor")
@@ -360,6 +380,8 @@ def _read_rope(reader: _Reader, family: Family, fields: dict[str, Any]) -> Posit
     _set_partial(family, fields, partial)
     thetas = family.by_type
     local = reader.get("rope_local_base_freq") if thetas[0] != thetas[1] else None
+    if local is not None:
+        POSITIVE.read("rope_local_base_freq", local)
     full = dict(_mapping("full_attention", given.get("full_attention")))
     named = full.get("rope_type", None if "full_attention" in given else "default")
     old = scaling.get("type")
@@ -393,7 +415,7 @@ def _mapping(name: str, value: Any) -> Mapping[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise UsageError(f"{name} is of the wrong kind: {value!r} is no JSON object")
+        raise UsageError(f"{name}={shown(value)} must be a JSON object of rotary settings")
     return value
 
 
@@ -402,7 +424,7 @@ def _first(*values: Any) -> Any:
 
 
 def _set_partial(family: Family, fields: dict[str, Any], partial: Any) -> None:
-    if partial is None or partial == 1.0:
+    if partial is None or PART.read("partial_rotary_factor", partial) == 1.0:
         return
     if family.partial is None:
         raise UsageError(
@@ -410,8 +432,6 @@ def _set_partial(family: Family, fields: dict[str, Any], partial: Any) -> None:
             "turned"
         )
     fields["rotary_dim"] = int(fields["head_dim"] * partial)
-    if not 0 < partial < 1:
-        raise UsageError(f"partial_rotary_factor={partial} must be above 0 and at most 1")
 
 
 def _positions(
@@ -420,7 +440,7 @@ def _positions(
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if family.name == "phi3" and kind in ("su", "yarn"):
         kind = "longrope"  # what its first files called it
-    theta = _number("rope_theta", theta)
+    theta = POSITIVE.read("rope_theta", theta)
     most = fields["max_positions"]
     asked = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
@@ -436,19 +456,22 @@ def _positions(
 
     def get_number(name: str) -> float | None:
         value = get(name)
-        return None if value is None else _number(name, value)
+        return None if value is None else NUMBER.read(f"rope setting {name}", value)
 
-    trained = get("original_max_position_embeddings")
+    trained = _positions_trained(get("original_max_position_embeddings"))
+    original = _positions_trained(original)
     scaling: RopeScaling | None = None
     if kind == "linear":
-        scaling = LinearRopeScaling(factor=_number("factor", need("factor")))
+        scaling = LinearRopeScaling(factor=NUMBER.read("rope setting factor", need("factor")))
     elif kind == "dynamic" and family.name == "hunyuan_v1_dense" and get("alpha"):
         # A fixed stretch of theta; the other keys beside it are not computed with.
         asked |= {"factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
         width = fields["head_dim"]
-        theta *= _number("alpha", rope["alpha"]) ** (width / (width - 2))
+        if width == 2:
+            raise UsageError("rope setting alpha needs head_dim=2 to be 4 or more; remove alpha")
+        theta *= POSITIVE.read("rope setting alpha", rope["alpha"]) ** (width / (width - 2))
     elif kind == "dynamic":
-        factor = _number("factor", need("factor"))
+        factor = NUMBER.read("rope setting factor", need("factor"))
         scaling = DynamicRopeScaling(factor=factor, original_max_positions=most)
     elif kind == "yarn":
         trained = _first(original, trained, most)
@@ -474,24 +497,26 @@ def _positions(
         factor = float(most / trained if factor is None else factor)
         magnitude = get_number("attention_factor")
         if magnitude is None:
+            if trained == 1 and factor > 1:
+                raise UsageError("original_max_position_embeddings=1 must be 2 or more in longrope")
             magnitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(trained))
         scaling = LongRopeScaling(
-            short_factor=tuple(_number("short_factor", one) for one in need("short_factor")),
-            long_factor=tuple(_number("long_factor", one) for one in need("long_factor")),
+            short_factor=tuple(listed("short_factor", need("short_factor"), POSITIVE)),
+            long_factor=tuple(listed("long_factor", need("long_factor"), POSITIVE)),
             original_max_positions=int(trained),
             attention_factor=float(magnitude),
         )
     elif kind == "llama3":
         scaling = Llama3RopeScaling(
-            factor=_number("factor", need("factor")),
-            low_freq_factor=_number("low_freq_factor", need("low_freq_factor")),
-            high_freq_factor=_number("high_freq_factor", need("high_freq_factor")),
+            factor=NUMBER.read("rope setting factor", need("factor")),
+            low_freq_factor=NUMBER.read("rope setting low_freq_factor", need("low_freq_factor")),
+            high_freq_factor=NUMBER.read("rope setting high_freq_factor", need("high_freq_factor")),
             original_max_positions=int(_first(original, trained, most)),
         )
     elif kind != "default":
         raise UsageError(
-            f"rope_type={kind!r} is not supported; known: default, linear, dynamic, yarn, longrope "
-            "and llama3"
+            f"rope_type={shown(kind)} is not supported; known: default, linear, dynamic, yarn, "
+            "longrope and llama3"
         )
     if kind == "default":
         asked.add("factor")  # without a type it does nothing, in transformers too
@@ -504,6 +529,13 @@ def _positions(
             f"understood in {family.name}; remove it if it changes nothing"
         )
     return Positions(theta=theta, scaling=scaling)
+
+
+def _positions_trained(value: Any) -> int | None:
+    """Of one of its two keys; 4096.0 is 4096, as it is for transformers."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return None if value is None else SIZE.read("original_max_position_embeddings", value)
 
 
 def _rope_keys(positions: Positions) -> dict[str, Any]:
@@ -620,7 +652,7 @@ def _read_windows(reader: _Reader, family: Family, layers: int) -> list[int | No
     if rule.how == "all":
         # transformers reads it of every layer alike here, whatever the file calls them.
         reader.asked.add("layer_types")
-        return [window] * layers
+        return [None if window is None else SIZE.read("sliding_window", window)] * layers
     types = reader.get("layer_types")
     if types is None:
         if window is None:
@@ -628,6 +660,8 @@ def _read_windows(reader: _Reader, family: Family, layers: int) -> list[int | No
         assert rule.types is not None
         with_window = rule.types({**reader.config, "num_hidden_layers": layers}, layers)
     else:
+        if not isinstance(types, list | tuple):
+            raise UsageError(f"layer_types={shown(types)} must be a list, a name for each layer")
         unknown = [one for one in types if one not in ("full_attention", "sliding_attention")]
         if unknown:
             raise UsageError(
@@ -641,6 +675,8 @@ def _read_windows(reader: _Reader, family: Family, layers: int) -> list[int | No
         with_window = [one == "sliding_attention" for one in types]
         if any(with_window) and window is None:
             raise UsageError("layer_types names sliding_attention, but there is no sliding_window")
+    if any(with_window):
+        SIZE.read("sliding_window", window)
     return [window if has else None for has in with_window]
 
 
@@ -650,15 +686,13 @@ def _read_dense(reader: _Reader, family: Family, layers: int) -> list[bool]:
         first = 0
         if family.dense_first or "first_k_dense_replace" not in family.ignored:
             name = "first_k_dense_replace"
-            first = _whole(name, reader.get(name, family.dense_first))
+            first = reader.number(name, family.dense_first, WHOLE)
         return [index < first for index in range(layers)]
     if family.dense_listed:
-        step = _whole("decoder_sparse_step", reader.get("decoder_sparse_step", 1))
-        listed = reader.get("mlp_only_layers")
-        if not isinstance(listed, list | None):
-            raise _wrong_kind("mlp_only_layers", listed)
-        listed = [_whole("mlp_only_layers", layer) for layer in listed or []]
-        return [index in listed or (index + 1) % step != 0 for index in range(layers)]
+        step = reader.number("decoder_sparse_step", 1, SIZE)
+        given = reader.get("mlp_only_layers")
+        dense = [] if given is None else listed("mlp_only_layers", given, WHOLE)
+        return [index in dense or (index + 1) % step != 0 for index in range(layers)]
     return [True] * layers
 
 

@@ -159,6 +159,8 @@ class Rope:
         if self.width < 2 or self.width % 2:
             raise UsageError(f"rotary width {self.width} must be even: rotary turns pairs")
         scaling = self.scaling
+        if isinstance(scaling, YarnRopeScaling) and self.theta == 1:
+            raise UsageError("rope_theta=1.0 must be another than 1 in yarn: no pair is slower")
         if isinstance(scaling, LongRopeScaling):
             for name in ("short_factor", "long_factor"):
                 found = len(getattr(scaling, name))

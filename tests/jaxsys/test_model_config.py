@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import pytest
 
 from jaxsys.errors import UsageError
-from jaxsys.model import BlockKind, DecoderConfig, abstract_parameters, layered, preset
+from jaxsys.model import BlockKind, DecoderConfig, abstract_parameters, hf_config, layered, preset
 from jaxsys.model.decoder import kind_of_blocks
+from jaxsys.model.families import FAMILIES
 from jaxsys.model.rope import LinearRopeScaling, Llama3RopeScaling
 from jaxsys.model.shapes import PRESETS, find_preset
 
@@ -189,11 +190,11 @@ def test_names_of_presets_are_apart():
         ({"num_key_value_heads": 3}, "num_kv_heads=3 does not divide num_heads=4"),
         ({"head_dim": 7}, "head_dim=7 must be even"),
         ({"vocab_size": "many"}, "vocab_size='many' must be a whole number"),
-        ({"hidden_size": "wide", "head_dim": None}, "of the wrong kind .*unsupported operand"),
-        ({"num_attention_heads": 0, "head_dim": None}, "of the wrong kind"),
-        ({"rope_parameters": {"rope_theta": "x"}}, "of the wrong kind"),
-        ({"rope_parameters": [1]}, "of the wrong kind"),
-        ({"rms_norm_eps": 0.0}, "rms_norm_eps=0.0 must be above 0"),
+        ({"hidden_size": "wide", "head_dim": None}, "hidden_size='wide' must be a whole number of"),
+        ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads=0 must be a whole"),
+        ({"rope_parameters": {"rope_theta": "x"}}, "rope_theta='x' must be a number above 0$"),
+        ({"rope_parameters": [1]}, "rope_parameters=.1. must be a JSON object"),
+        ({"rms_norm_eps": 0.0}, "rms_norm_eps=0.0 must be a number above 0"),
     ],
 )
 def test_what_is_not_computed_is_refused(change, message):
@@ -261,7 +262,7 @@ def test_what_is_asked_of_training_alone_is_kept_and_said(given, asked, caplog):
 
 @pytest.mark.parametrize("value", ["0.1", True, [0.1]])
 def test_dropout_is_a_number(value):
-    with pytest.raises(UsageError, match="attention_dropout=.* is of the wrong kind"):
+    with pytest.raises(UsageError, match="attention_dropout=.* must be a number"):
         DecoderConfig.from_hf({"model_type": "llama", "attention_dropout": value})
 
 
@@ -291,8 +292,70 @@ def test_numbers_are_numbers(family, key, value):
     """Neither texts nor truth: transformers takes none of them either."""
     sizes = {"use_sliding_window": True} if family == "qwen2" else {}
     name = "factor" if key == "rope_parameters" else key
-    with pytest.raises(UsageError, match=f"{name}=.* is of the wrong kind"):
+    with pytest.raises(UsageError, match=rf"{name}(\[0\])?=.* must be a (whole |list.*)?number"):
         DecoderConfig.from_hf({"model_type": family, key: value, **sizes})
+
+
+WRONG = (True, "2", "x", [2], {"a": 1}, 1.5, 0, -1, None, float("nan"), 10**400)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_number_of_a_file_fails_but_with_its_key_and_a_rule(family):
+    """Every number a family reads, each in turn something else; what loads is as good."""
+    entry = FAMILIES[family]
+    names = {*hf_config.SIZES, *(key.name for key in entry.keys), entry.epsilon[0]}
+    names |= {"rope_theta", "partial_rotary_factor", "sliding_window", "max_window_layers"}
+    names |= {"layer_types", "no_rope_layers", "no_rope_layer_interval", "sliding_window_pattern"}
+    names |= {"first_k_dense_replace", "decoder_sparse_step", "mlp_only_layers", "hidden_act"}
+    names |= {"rope_scaling", "rope_parameters", "attention_dropout", "rope_local_base_freq"}
+    base = {"model_type": family, "num_hidden_layers": 4}
+    if family == "deepseek_v2":
+        base["num_experts_per_tok"] = 2
+    if family == "glm4_moe":
+        base["head_dim"] = 128
+    DecoderConfig.from_hf(base)
+    for name in sorted(names):
+        for value in WRONG:
+            try:
+                DecoderConfig.from_hf({**base, name: value})
+            except UsageError as error:
+                said = str(error)
+                assert "computed with in" not in said, (name, value, said)
+                if isinstance(value, bool | str | list):
+                    assert said.startswith((name, "the configuration")), (name, value, said)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "yarn", "factor": 2.0, "beta_fast": 32, "beta_slow": 1, "mscale": 1}
+        | {"attention_factor": 1, "mscale_all_dim": 1, "original_max_position_embeddings": 64},
+        {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}
+        | {"original_max_position_embeddings": 4096.0},
+        {"rope_type": "longrope", "factor": 2, "short_factor": [1.0] * 64}
+        | {"long_factor": [1] * 64, "original_max_position_embeddings": 64},
+    ],
+)
+def test_numbers_of_rotary_settings_are_numbers(scaling):
+    base = {"model_type": "llama", "num_hidden_layers": 2}
+    DecoderConfig.from_hf({**base, "rope_scaling": scaling})
+    for name in set(scaling) - {"rope_type"}:
+        for value in ("2", True, {"a": 1}):
+            with pytest.raises(UsageError, match=f"{name}=.* must be a "):
+                DecoderConfig.from_hf({**base, "rope_scaling": {**scaling, name: value}})
+
+
+def test_a_number_in_another_form_is_said_how_to_write():
+    base = {"model_type": "llama"}
+    for name, value, words in (
+        ("num_hidden_layers", 2.0, "num_hidden_layers=2.0 must be a whole number of at least 1; "),
+        ("num_hidden_layers", "2", "write 2"),
+        ("rope_theta", "1e6", "rope_theta='1e6' must be a number above 0; write 1000000.0"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            DecoderConfig.from_hf({**base, name: value})
+    assert DecoderConfig.from_hf({**base, "rope_theta": 10000}).rope_theta == 10000.0
 
 
 @pytest.mark.parametrize(

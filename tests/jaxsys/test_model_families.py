@@ -221,7 +221,11 @@ def test_caches_and_products_say_what_layers_hold():
         ("stablelm", {"qk_layernorm": "no"}, "qk_layernorm='no' is neither true nor false"),
         ("qwen3", {"attention_bias": 0.0}, "attention_bias=0.0 is neither true nor false"),
         ("smollm3", {"no_rope_layers": ["0"] * 4}, "no_rope_layers='0' is neither true nor"),
-        ("mistral", {"num_key_value_heads": 0}, "num_kv_heads=0 must be a whole number of at"),
+        (
+            "mistral",
+            {"num_key_value_heads": 0},
+            "num_key_value_heads=0 must be a whole number of at",
+        ),
         ("gemma2", {"is_causal": False}, "is_causal=False is not computed; only true is"),
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not com"),
         ("qwen3_moe", {"num_experts": 8}, "num_experts=8 and num_local_experts=4 are names of"),
