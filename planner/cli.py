@@ -14,7 +14,7 @@ from jaxsys.errors import RunError, UsageError
 from jaxsys.files import check_writable, write_whole
 from jaxsys.hardware import GIB, gib
 from jaxsys.lowering.tables import buffers_of
-from jaxsys.model.shapes import path_of, preset_beside
+from jaxsys.model.shapes import lies_here, path_of, preset_beside
 from jaxsys.options import Parser, whole
 from jaxsys.planner import explain, report
 from jaxsys.planner.cluster import LARGEST_NODE, Cluster
@@ -169,7 +169,7 @@ def main(argv: Sequence[str], prog: str) -> int:
         print(text)
     request = {
         # A folder stays one, whatever its name, where it is read.
-        "model": path_of(options.model) if Path(options.model).is_dir() else options.model,
+        "model": path_of(options.model) if lies_here(options.model) else options.model,
         "devices": options.devices,
         "device": cluster.device.name,
         "link": cluster.link.name,
@@ -222,7 +222,7 @@ def main(argv: Sequence[str], prog: str) -> int:
         found_plan = plan_file(problem, found, request=request)
         write_whole(options.plan, json.dumps(found_plan, indent=1) + "\n")
         print(f"wrote {options.plan}")
-    if Path(options.model).is_dir() and (options.plan is not None or options.schedule is not None):
+    if lies_here(options.model) and (options.plan is not None or options.schedule is not None):
         print(
             f"`jaxsys train --model {options.model}` goes on from the folder's weights: they and "
             "its tokenizer must lie there"

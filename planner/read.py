@@ -5,7 +5,7 @@ from pathlib import Path
 from jaxsys.errors import UsageError
 from jaxsys.model.config import DecoderConfig
 from jaxsys.model.folder import read_whole_config
-from jaxsys.model.shapes import preset, telling_preset
+from jaxsys.model.shapes import lies_here, preset, telling_preset
 
 
 def read_model(name: str) -> DecoderConfig:
@@ -17,7 +17,7 @@ def read_model(name: str) -> DecoderConfig:
     if not name.strip():
         raise UsageError("model is empty; name a preset such as Llama-3-8B, or a model's folder")
     path = Path(name)
-    if not path.exists():
+    if not lies_here(name):
         return preset(name)
     with telling_preset(name):
         if path.is_dir():

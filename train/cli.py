@@ -43,7 +43,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     add = result.add_argument
     add(
         "--model",
-        default="byte-llama",
+        default="preset/byte-llama",
         help="model folder or .gguf file to train on, or a preset to train (default %(default)s)",
     )
     add("--data", help="text, .jsonl, .npy tokens or a folder (default: the standard library)")
@@ -299,7 +299,7 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
     )
     layout = lay_out(config, devices, asked)
     recipe = Recipe(
-        model=arguments.model,
+        model=start.name,
         steps=arguments.steps,
         batch_sequences=layout.rows * layout.microbatch_size,
         sequence_length=layout.sequence_length,

@@ -30,7 +30,7 @@ from jaxsys.model.load import open_model
 from jaxsys.model.peft import write_adapters
 from jaxsys.model.published import PUBLISHED
 from jaxsys.model.save import save_safetensors
-from jaxsys.model.shapes import find_preset, preset_beside, telling_preset
+from jaxsys.model.shapes import find_preset, lies_here, preset_beside, telling_preset
 from jaxsys.train.at_rest import Stored
 from jaxsys.train.lora import add_adapters, train_adapters
 from jaxsys.train.rules import shape_of
@@ -59,6 +59,8 @@ class Lora:
 class Start:
     """A model as training takes it, and the way back."""
 
+    name: str
+    """As a run's settings have it: a preset's own, or what was asked for."""
     config: DecoderConfig
     tokenizer: Tokenizer
     encode: Callable[[str], np.ndarray]
@@ -101,7 +103,7 @@ def start_of(
             a model without experts.
     """
     changed = {} if balance is None else {"balance": balance}
-    if not Path(model).exists():
+    if not lies_here(model):
         return _of_preset(model, seed, float8, lora, balance)
     with telling_preset(model):
         opened = open_model(model)
@@ -118,7 +120,8 @@ def start_of(
         return opened.checkpoint.parameters(jnp.float32, lambda path: _at(shardings, path))
 
     whole, shapes = layered(_quiet(config), float8=float8), abstract_parameters(config)
-    common: dict[str, Any] = {"config": config, "tokenizer": tokenizer, "encode": encode}
+    common: dict[str, Any] = {"name": model, "config": config}
+    common |= {"tokenizer": tokenizer, "encode": encode}
     common["not_applied"] = config.not_applied()
     common["from_what"] = preset_beside(model)
     if lora is None:
@@ -205,6 +208,7 @@ def _of_preset(
         return f"--model {folder}"
 
     return Start(
+        name=name.removeprefix("preset/"),
         config=config,
         tokenizer=tokenizer,
         encode=tokenizer.encode_array,

@@ -114,10 +114,21 @@ def _is_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
+def lies_here(name: str) -> bool:
+    """Whether a name means what lies here by it. That of a preset does where it is a model: a .gguf
+    file, or a folder with a config.json or weights; a run's folder may be called as its model is.
+    """
+    path = Path(name)
+    if find_preset(name) is None or not path.is_dir():
+        return path.exists() and (find_preset(name) is None or path.suffix == ".gguf")
+    found = ("config.json", "*.safetensors", "*.safetensors.index.json", "*.gguf", "*.bin")
+    return any(True for pattern in found for _ in path.glob(pattern))
+
+
 def preset_beside(name: str) -> str | None:
     """What to say where a plain name is that of a preset, and something else lies here by it."""
     found = find_preset(name)
-    if found is None or Path(name).name != name or not Path(name).exists():
+    if found is None or Path(name).name != name or not lies_here(name):
         return None
     return f"{name} is ./{name}, which lies here; the preset is --model preset/{found}"
 

@@ -23,7 +23,7 @@ from typing import Any
 from jaxsys import __version__
 from jaxsys.errors import RunError, UsageError, did_you_mean
 from jaxsys.model.config import DecoderConfig
-from jaxsys.model.shapes import find_preset, preset_beside
+from jaxsys.model.shapes import find_preset, lies_here, preset_beside
 from jaxsys.options import Parser, whole
 from jaxsys.planner.cli import refuse_to_overwrite
 from jaxsys.planner.read import read_model
@@ -297,7 +297,7 @@ def halving(
 
 def placeholder_of(model: str) -> str | None:
     """What stands for the folder of a preset's weights in a command; None for a folder."""
-    return None if Path(model).is_dir() else f"FOLDER_OF_{find_preset(model) or model}"
+    return None if lies_here(model) else f"FOLDER_OF_{find_preset(model) or model}"
 
 
 def limit_of(one: Judged) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from jaxsys.model import BlockKind, DecoderConfig, abstract_parameters, hf_confi
 from jaxsys.model.decoder import kind_of_blocks
 from jaxsys.model.families import FAMILIES
 from jaxsys.model.rope import LinearRopeScaling, Llama3RopeScaling
-from jaxsys.model.shapes import PRESETS, find_preset
+from jaxsys.model.shapes import PRESETS, find_preset, lies_here, preset_beside
 
 # Model cards on the Hugging Face Hub give these totals.
 PUBLISHED = {
@@ -413,3 +413,18 @@ def test_rope_scaling_bounds(change, message):
     }
     with pytest.raises(UsageError, match=message):
         Llama3RopeScaling(**(fields | change))
+
+
+def test_a_folder_named_like_a_preset_is_meant_where_it_is_a_model(tmp_path, monkeypatch):
+    """A run may be called as its model is, and going on with it must not take it for the model."""
+    monkeypatch.chdir(tmp_path)
+    assert not lies_here("tiny")
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "train.json").write_text("{}")
+    assert not lies_here("tiny") and preset_beside("tiny") is None
+    (tmp_path / "mine").mkdir()
+    assert lies_here("mine")  # no preset: what is missing there is said
+    (tmp_path / "tiny" / "model.safetensors").touch()
+    assert lies_here("tiny")
+    assert "preset/tiny" in (preset_beside("tiny") or "")
+    assert not lies_here("preset/tiny")

@@ -415,7 +415,7 @@ def test_a_folder_is_meant_before_a_preset_of_its_name(tmp_path, capsys, monkeyp
         Path("plan.json").unlink()
     assert main(["plan", "--model", "preset/Llama-3.2-1B", "--devices", "2"]) == 0
     assert "preset/Llama-3.2-1B: 1.24 B parameters" in capsys.readouterr().out
-    (Path("Llama-3.2-1B") / "config.json").unlink()
+    (Path("Llama-3.2-1B") / "config.json").rename("Llama-3.2-1B/model.safetensors")
     assert main(["plan", "--model", "Llama-3.2-1B", "--devices", "2"]) == 2
     assert beside in capsys.readouterr().err
 

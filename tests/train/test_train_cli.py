@@ -79,7 +79,9 @@ def test_a_folder_is_meant_before_a_preset_of_its_name(tmp_path, monkeypatch):
     for name in ("./tiny", str(tmp_path / "Llama-3-8B")):  # as if somebody had weights there
         with pytest.raises(UsageError, match="there is no such folder, file or preset; did you"):
             start(name)
-    Path("tiny").mkdir()
+    Path("tiny").mkdir()  # a run's, say
+    assert start("tiny").from_what is None and start("tiny").name == start("preset/tiny").name
+    (Path("tiny") / "model.safetensors").touch()
     with pytest.raises(UsageError, match="config.json.*; tiny is ./tiny, which lies here; the pre"):
         start("tiny")
 
