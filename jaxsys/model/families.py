@@ -235,15 +235,38 @@ def _experts(
     return tuple(keys)
 
 
-def _moe_size(default: int) -> Key:
+def _count(name: str, default: int, *, also: str) -> Key:
+    return Key(name=name, fields=("experts.count",), default=default, also=(also,), rule=SIZE)
+
+
+def _inner(name: str, default: int) -> Key:
+    return Key(name=name, fields=("experts.intermediate_size",), default=default, rule=SIZE)
+
+
+def _shared(default: int) -> Key:
     return Key(
-        name="moe_intermediate_size",
-        fields=("experts.intermediate_size",),
+        name="n_shared_experts",
+        fields=("experts.shared_count",),
         default=default,
-        rule=SIZE,
+        rule=COUNT,
+        null=True,
     )
 
 
+LATENT = (
+    Key(
+        name="q_lora_rank",
+        fields=("latent.query_rank",),
+        default=1536,
+        rule=SIZE,
+        null=True,
+    ),
+    Key(name="kv_lora_rank", fields=("latent.rank",), default=512, rule=SIZE),
+    Key(name="qk_nope_head_dim", fields=("latent.plain_dim",), default=128, rule=SIZE),
+    Key(name="qk_rope_head_dim", fields=("latent.rotary_dim",), default=64, rule=SIZE),
+    Key(name="v_head_dim", fields=("latent.value_dim",), default=128, rule=SIZE),
+)
+"""Of DeepSeek's attention."""
 GROUPED_SIGMOID = {
     "experts.router": "sigmoid",
     "experts.correction": True,
@@ -645,20 +668,9 @@ register(
         sizes=(32000, 4096, 14336, 32, 32, 8, None, 131072),
         epsilon=("rms_norm_eps", 1e-5),
         keys=_experts(
-            Key(
-                name="num_local_experts",
-                fields=("experts.count",),
-                default=8,
-                also=("num_experts",),
-                rule=SIZE,
-            ),
+            _count("num_local_experts", 8, also="num_experts"),
             2,
-            size=Key(
-                name="intermediate_size",
-                fields=("experts.intermediate_size",),
-                default=14336,
-                rule=SIZE,
-            ),
+            size=_inner("intermediate_size", 14336),
             renormalise=None,
         ),
         fixed={"experts.router": "softmax", "experts.renormalise": True},
@@ -682,15 +694,9 @@ register(
         keys=(
             _bias("qkv_bias", "qkv_bias", default=True),
             *_experts(
-                Key(
-                    name="num_experts",
-                    fields=("experts.count",),
-                    default=60,
-                    also=("num_local_experts",),
-                    rule=SIZE,
-                ),
+                _count("num_experts", 60, also="num_local_experts"),
                 4,
-                size=_moe_size(1408),
+                size=_inner("moe_intermediate_size", 1408),
                 renormalise=False,
             ),
             Key(
@@ -718,15 +724,9 @@ register(
         keys=(
             ATTENTION_BIAS,
             *_experts(
-                Key(
-                    name="num_experts",
-                    fields=("experts.count",),
-                    default=128,
-                    also=("num_local_experts",),
-                    rule=SIZE,
-                ),
+                _count("num_experts", 128, also="num_local_experts"),
                 8,
-                size=_moe_size(768),
+                size=_inner("moe_intermediate_size", 768),
                 renormalise=False,
             ),
         ),
@@ -745,28 +745,16 @@ register(
             _bias("attention_bias", "qkv_bias"),
             _norm_of_heads("use_qk_norm", "head"),
             *_experts(
-                Key(
-                    name="n_routed_experts",
-                    fields=("experts.count",),
-                    default=128,
-                    also=("num_local_experts",),
-                    rule=SIZE,
-                ),
+                _count("n_routed_experts", 128, also="num_local_experts"),
                 8,
-                size=_moe_size(1408),
+                size=_inner("moe_intermediate_size", 1408),
                 renormalise=True,
                 balance=0.0,
             ),
             Key(name="routed_scaling_factor", fields=("experts.scale",), default=1.0, rule=NUMBER),
             Key(name="n_group", fields=("experts.groups",), default=1, rule=SIZE),
             Key(name="topk_group", fields=("experts.active_groups",), default=1, rule=SIZE),
-            Key(
-                name="n_shared_experts",
-                fields=("experts.shared_count",),
-                default=1,
-                rule=COUNT,
-                null=True,
-            ),
+            _shared(1),
         ),
         fixed=GROUPED_SIGMOID,
         partial=0.5,
@@ -784,20 +772,9 @@ register(
         keys=(
             _bias("attention_bias", "qkv_bias", "out_bias", default=True),
             *_experts(
-                Key(
-                    name="num_local_experts",
-                    fields=("experts.count",),
-                    default=128,
-                    also=("num_experts",),
-                    rule=SIZE,
-                ),
+                _count("num_local_experts", 128, also="num_experts"),
                 4,
-                size=Key(
-                    name="intermediate_size",
-                    fields=("experts.intermediate_size",),
-                    default=2880,
-                    rule=SIZE,
-                ),
+                size=_inner("intermediate_size", 2880),
                 renormalise=None,
             ),
             Key(name="swiglu_limit", fields=("experts.clamp",), default=7.0, rule=POSITIVE),
@@ -831,39 +808,17 @@ register(
         sizes=(129280, 7168, 18432, 61, 128, 128, None, 4096),
         keys=(
             *_experts(
-                Key(
-                    name="n_routed_experts",
-                    fields=("experts.count",),
-                    default=256,
-                    also=("num_local_experts",),
-                    rule=SIZE,
-                ),
+                _count("n_routed_experts", 256, also="num_local_experts"),
                 8,
-                size=_moe_size(2048),
+                size=_inner("moe_intermediate_size", 2048),
                 renormalise=True,
                 balance=0.0,
             ),
             Key(name="routed_scaling_factor", fields=("experts.scale",), default=2.5, rule=NUMBER),
             Key(name="n_group", fields=("experts.groups",), default=8, rule=SIZE),
             Key(name="topk_group", fields=("experts.active_groups",), default=4, rule=SIZE),
-            Key(
-                name="n_shared_experts",
-                fields=("experts.shared_count",),
-                default=1,
-                rule=COUNT,
-                null=True,
-            ),
-            Key(
-                name="q_lora_rank",
-                fields=("latent.query_rank",),
-                default=1536,
-                rule=SIZE,
-                null=True,
-            ),
-            Key(name="kv_lora_rank", fields=("latent.rank",), default=512, rule=SIZE),
-            Key(name="qk_nope_head_dim", fields=("latent.plain_dim",), default=128, rule=SIZE),
-            Key(name="qk_rope_head_dim", fields=("latent.rotary_dim",), default=64, rule=SIZE),
-            Key(name="v_head_dim", fields=("latent.value_dim",), default=128, rule=SIZE),
+            _shared(1),
+            *LATENT,
             ATTENTION_BIAS,
             _bias("rope_interleave", "rope_interleaved", default=True),
         ),
@@ -897,14 +852,8 @@ register(
         architecture="DeepseekV2ForCausalLM",
         sizes=(102400, 4096, 11008, 32, 32, None, None, 2048),
         keys=(
-            Key(
-                name="n_routed_experts",
-                fields=("experts.count",),
-                default=64,
-                also=("num_experts",),
-                rule=SIZE,
-            ),
-            _moe_size(1407),
+            _count("n_routed_experts", 64, also="num_experts"),
+            _inner("moe_intermediate_size", 1407),
             Key(name="num_experts_per_tok", fields=("experts.active",), default=None, rule=SIZE),
             Key(name="routed_scaling_factor", fields=("experts.scale",), default=1.0, rule=NUMBER),
             Key(
@@ -930,24 +879,8 @@ register(
                 read=_group_worth,
                 write=lambda worth: "group_limited_greedy" if worth else "greedy",
             ),
-            Key(
-                name="n_shared_experts",
-                fields=("experts.shared_count",),
-                default=2,
-                rule=COUNT,
-                null=True,
-            ),
-            Key(
-                name="q_lora_rank",
-                fields=("latent.query_rank",),
-                default=1536,
-                rule=SIZE,
-                null=True,
-            ),
-            Key(name="kv_lora_rank", fields=("latent.rank",), default=512, rule=SIZE),
-            Key(name="qk_nope_head_dim", fields=("latent.plain_dim",), default=128, rule=SIZE),
-            Key(name="qk_rope_head_dim", fields=("latent.rotary_dim",), default=64, rule=SIZE),
-            Key(name="v_head_dim", fields=("latent.value_dim",), default=128, rule=SIZE),
+            _shared(2),
+            *LATENT,
             ATTENTION_BIAS,
         ),
         fixed={"rope_interleaved": True},
