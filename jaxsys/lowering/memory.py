@@ -251,6 +251,7 @@ def sharded_peak_bytes(
     group = group or schedule.devices
     # One turn reduces every sum once, when residuals of later chunks are gone. Copies of the edge's
     # weights are gone when blocks are gone back through, and none of its sums is there before.
+    turns = schedule.microbatches // schedule.devices
     growing = schedule.microbatches == schedule.devices and not looped
     counts = Counter((move.kind, move.block.chunk) for move in schedule.moves)
     shards = sum(
@@ -258,8 +259,7 @@ def sharded_peak_bytes(
             costs.block_bytes(Block(data=Data.WEIGHT, chunk=chunk)),
             costs.block_bytes(Block(data=Data.GRADIENT, chunk=chunk)),
             gathers=counts[MoveKind.ALL_GATHER, chunk],
-            reductions=counts[MoveKind.REDUCE_SCATTER, chunk],
-            turns=-1 if growing else schedule.microbatches // schedule.devices,
+            sums=not growing and counts[MoveKind.REDUCE_SCATTER, chunk] == turns,
             devices=group,
         )
         for chunk in range(schedule.chunks)
@@ -303,15 +303,14 @@ def shard_bytes(
     gradient_bytes: float,
     *,
     gathers: int,
-    reductions: int,
-    turns: int,
+    sums: bool,
     devices: int,
 ) -> float:
     """What a sharded chunk holds all step long beside its state, which no copy stands for.
 
     Weights that are gathered again and again come from a shard cast once; a single gather casts as
-    it goes. Reduced sums need a shard, but a gradient that is summed locally all step long gives
-    its room to its shard when it is reduced.
+    it goes. Sums that are reduced in every turn need a shard (`sums`), but a gradient that is
+    summed locally all step long gives its room to its shard when it is reduced.
     """
     held = weight_bytes / devices if gathers > 1 else 0.0
-    return held + (gradient_bytes / devices if reductions == turns else 0.0)
+    return held + (gradient_bytes / devices if sums else 0.0)

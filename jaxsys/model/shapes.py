@@ -119,10 +119,12 @@ def lies_here(name: str) -> bool:
     file, or a folder with a config.json or weights; a run's folder may be called as its model is.
     """
     path = Path(name)
-    if find_preset(name) is None or not path.is_dir():
-        return path.exists() and (find_preset(name) is None or path.suffix == ".gguf")
-    found = ("config.json", "*.safetensors", "*.safetensors.index.json", "*.gguf", "*.bin")
-    return any(True for pattern in found for _ in path.glob(pattern))
+    if find_preset(name) is None:
+        return path.exists()
+    if path.is_dir():
+        found = ("config.json", "*.safetensors", "*.safetensors.index.json", "*.gguf", "*.bin")
+        return any(any(path.glob(pattern)) for pattern in found)
+    return path.exists() and path.suffix == ".gguf"
 
 
 def preset_beside(name: str) -> str | None:
