@@ -78,6 +78,7 @@ def ring_trace(results: Sequence[Result]) -> str:
          number(row["beside_us"] / row["alone_us"], ".2f")]
         for result in results
         for row in result.rows
+        if "alone_us" in row
     ]  # fmt: skip
     return table(["kernel", "µs, no transfer beside it", "µs, one all the while", "times"], cells)
 
