@@ -50,6 +50,7 @@ from jaxsys.serve.sampling import (
     pack_rules,
     set_history,
 )
+from jaxsys.serve.spare_room import leave_room
 from jaxsys.serve.split import AXIS, cut
 from jaxsys.serve.steps import ADAPTED, COPIES, USUAL, ExecutorConfig, Steps
 from jaxsys.serve.verification import Verified
@@ -111,6 +112,8 @@ class JaxExecutor:
         self._table_owners: list[list[int] | None] = [None] * self.slots
         self._table_lengths = np.zeros(self.slots, np.int32)
         self._make_state()
+        self.room: list[jax.Array] = self.leave_room()
+        """What parts the free stretches that small buffers take."""
         self.steps = Steps(
             config,
             self.kernels,
@@ -141,6 +144,17 @@ class JaxExecutor:
         self._rows.forget()
         self._held: Held | None = None
         self._following.faults.clear()
+
+    def leave_room(self) -> list[jax.Array]:
+        """Leaves room for what comes and goes beside decode steps: their rows, a prompt's logits,
+        what grammars admit. The buffers that keep it; none but on GPUs."""
+        if next(iter(self._placement.device_set)).platform != "gpu":
+            return []
+        table = self._groups * self.shapes.table_buckets[-1]
+        rows = 4 * self.slots * (2 + table)
+        return leave_room(
+            (rows, 4 * self.config.vocab_size, 4 * self.slots * self._words), self._placement
+        )
 
     # --- running ------------------------------------------------------------------------------
 
