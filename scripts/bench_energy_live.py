@@ -442,8 +442,11 @@ def simulate(
         padded = next(size for size in buckets if size >= piece)
         alone_s += gpu.run(Load(padded, 1, start), 0).time_s
         start, left = start + piece, left - piece
-    # What requests sent before the replay took beyond the engine's own time.
+    # What requests sent before the replay took beyond the engine's own time. One that finds the
+    # instance idle takes longer than in the sweep, where it follows the last at once.
     dispatch_s = server["dispatch_s"]
+    if "lone_served_s" in found:
+        dispatch_s = max(0.0, found["lone_served_s"] - alone_s)
     found["prompt_s"] = alone_s + dispatch_s
     front_s = max(0.0, found["lone_ttft_s"] - found["prompt_s"])
     extra_s = {
@@ -468,6 +471,7 @@ def simulate(
         decode_buckets=tuple(server["decode_buckets"]),
         plan_ahead=True,
         dispatch_s=dispatch_s,
+        dispatch_times=found.get("dispatch_times") or profile.dispatch,
         plan_after_s=found["plan_after_s"],
         **hand_over_times(found.get("hand_overs"), found["prompt_s"]),
     )

@@ -4,6 +4,7 @@
     scripts/bench_energy_loads.py predict                  needs no GPU; writes what is to be met
     scripts/bench_energy_loads.py run                      two GPUs, about 260 s; clocks observed
     scripts/bench_energy_loads.py run --model tiny --seconds 4           on a CPU, to try it
+    scripts/bench_energy_loads.py again --one-gpu --logs FOLDER      a recorded run, without a GPU
 
 `predict` replays each load on one prefill and one decode instance modelled from the GPU's row and
 the model's shape alone: no profile and no request of the run goes into it. `run` takes a short
@@ -31,6 +32,7 @@ import httpx
 import numpy as np
 
 from jaxsys.errors import RunError, UsageError
+from jaxsys.files import write_whole
 from jaxsys.model.shapes import PRESETS, preset
 from jaxsys.results import read_result, table, write_result
 from jaxsys.serve.deployment import ACCELERATOR_PAGE
@@ -44,6 +46,7 @@ from jaxsys.serve.simulation.installation import ClusterConfig
 from jaxsys.serve.simulation.simulator import Simulator
 from jaxsys.serve.simulation.traces import RequestTrace, synthetic_trace
 from jaxsys.serve.steps import ExecutorConfig
+from studies.iteration_log import dispatch_times, lone_prompt_s
 
 LOADS: dict[str, dict[str, float]] = {
     "chat": {"rate_per_s": 4.0, "prompt_mean": 500, "prompt_sigma": 0.8, "output_mean": 150},
@@ -223,6 +226,7 @@ async def measure(
             live.note("before the loads")
             before = await live.look_before(client, port, options, PROBE, options.decode, gpus[1])
             await client.post("/take-log/before")
+            note_served(before, folder / "before.npz")
             content["found_before"] = before
             traces = [trace_of(name, options.seconds, options.max_length) for name in LOADS]
             content["predicted_from_profile"] = [
@@ -242,6 +246,17 @@ async def measure(
                     name = f"{trace.name} {microseconds}us"
                     again[trace.name] = await serve_load(client, port, options, trace, gpus, name)
                     save(options, content)
+
+
+def note_served(before: dict[str, Any], log: Path) -> np.ndarray:
+    """Adds to what was found before the loads how long the server itself took for a lone prompt;
+    the log's rows, an iteration of the one instance or of the first each."""
+    noted = np.load(log)
+    rows = next(noted[name] for name in noted.files if name.startswith(("instance", "prefill")))
+    served_s = lone_prompt_s(rows, before["lone_prompt"])
+    if served_s is not None:
+        before["lone_served_s"] = served_s
+    return rows
 
 
 def predict_from_profile(
@@ -274,7 +289,7 @@ def compare(
             measured = found[row["load"]].get(figure)
             error = live.error_pct(measured, said)
             again = live.error_pct(measured, other.get(figure))
-            goal = GOAL_PCT[figure.split("_")[0 if figure.startswith("energy") else 1]]
+            goal = goal_pct(figure)
             rows.append(
                 {
                     "load": row["load"],
@@ -352,12 +367,49 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def again(options: argparse.Namespace) -> int:
+    """Predicts a recorded run with the simulator as it is now, of the part before its loads: its
+    profile, its first requests, and how long each of their steps took to dispatch."""
+    recorded = read_result(options.out)
+    found = recorded["found_before"]
+    rows = note_served(found, options.logs / "before.npz")
+    found["itl_s"] = {int(count): itl_s for count, itl_s in found["itl_s"].items()}
+    found["dispatch_times"] = dispatch_times(rows)
+    predicted = {}
+    with tempfile.TemporaryDirectory() as name:
+        (Path(name) / "profile.json").write_text(json.dumps(recorded["profile"]))
+        for load in LOADS:
+            trace = trace_of(load, options.seconds, options.max_length)
+            predicted[load] = predict_from_profile(
+                options, trace, recorded["server"], Path(name), found
+            )
+    for row in recorded["rows"]:
+        row["again"] = predicted[row["load"]].get(row["figure"])
+        row["again_error_pct"] = error = live.error_pct(row["measured"], row["again"])
+        row["again_within_goal"] = None if error is None else abs(error) <= goal_pct(row["figure"])
+    recorded["again_within_goal"] = sum(bool(row["again_within_goal"]) for row in recorded["rows"])
+    times = found.pop("dispatch_times")
+    recorded["dispatch_before_s"] = None if times is None else dataclasses.asdict(times)
+    recorded["predicted_again_on"] = datetime.date.today().isoformat()
+    write_whole(options.out, json.dumps(recorded, indent=1) + "\n")
+    shown = {"load": "", **live.FORMATS, "profiled_error_pct": "+.1f", "again": ".3f"}
+    shown |= {"again_error_pct": "+.1f", "again_within_goal": ""}
+    print(table(recorded["rows"], shown))
+    print(f"of {recorded['judged']} figures {recorded['again_within_goal']} within the goal")
+    return 0
+
+
+def goal_pct(figure: str) -> float:
+    """How far a prediction of a figure may be off."""
+    return GOAL_PCT[figure.split("_")[0 if figure.startswith("energy") else 1]]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("action", choices=("predict", "run"))
+    add("action", choices=("predict", "run", "again"))
     add("--model", choices=list(PRESETS), default="Llama-3-8B", help="shape; weights are random")
     add("--gpu", choices=list(GPUS), default="h200", help="row that predicts (default h200)")
     add("--seconds", type=float, default=20.0, help="of arrivals, each load (default 20)")
@@ -367,7 +419,8 @@ def main() -> int:
     add("--one-gpu", action="store_true", help="one instance that does both, on one GPU")
     add("--out", type=Path, help="of `run` (default results/energy_loads.json)")
     add("--logs", type=Path, metavar="FOLDER",
-        help="of `run`: keep there when each iteration's parts and each token came")  # fmt: skip
+        help="of `run`: keep there when each iteration's parts and each token came; of `again`: "
+        "where they are")  # fmt: skip
     add("--load-seconds", type=float, default=0.4,
         help="of `run`: time of each load of the profile (default 0.4)")  # fmt: skip
     add("--most-seconds", type=float, default=270.0,
@@ -387,6 +440,10 @@ def main() -> int:
             return predict(options)
         one = "_one_gpu" if options.one_gpu else ""
         options.out = options.out or Path(f"results/energy_loads{one}.json")
+        if options.action == "again":
+            if options.logs is None:
+                raise UsageError("`again` needs the run's --logs")
+            return again(options)
         if options.logs is not None:
             options.logs.mkdir(parents=True, exist_ok=True)
         needed = 1 + options.decode

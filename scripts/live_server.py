@@ -206,6 +206,7 @@ def take_profile(
         samples=[dataclasses.replace(sample, clock_mhz=common) for sample in samples],
         buckets=instance.scheduler.config.decode_buckets,
         notes=(*notes, "at the default clock alone; nothing was set"),
+        dispatch=sweep.dispatch,
     )
     return profile, dispatch_s
 

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxsys.serve.energy.dispatch_times import DispatchTimes
 from jaxsys.serve.engine import Engine
 from jaxsys.serve.executor import JaxExecutor
 from jaxsys.serve.instance import Instance
@@ -45,6 +46,45 @@ COLUMNS = (
 )
 """Of a row: when a section began and ended, its CPU time, and what was computed. `sunk_s` is when
 tokens were given to the front; `landed` counts prompts whose pages were taken in since the last."""
+
+
+def dispatch_times(rows: np.ndarray) -> DispatchTimes | None:
+    """What planning and dispatching took in noted iterations; None where some kind never came.
+
+    Args:
+        rows: an iteration each, of `COLUMNS`. Batches of one size count as the same requests.
+    """
+    of = dict(zip(COLUMNS, rows.T, strict=True))
+    took_s = of["dispatched_s"] - of["turn_s"]
+    prompt = of["prefills"] > 0
+    alike = np.zeros(len(rows), bool)
+    alike[1:] = (of["batch"][1:] == of["batch"][:-1]) & ~prompt[1:] & ~prompt[:-1]
+    lone = prompt & (of["batch"] == 0)
+    return DispatchTimes.of(
+        {
+            "alike": took_s[alike].tolist(),
+            "changed": took_s[~alike & ~prompt].tolist(),
+            "piece": (took_s[lone] / of["prefills"][lone]).tolist(),
+        }
+    )
+
+
+def lone_prompt_s(rows: np.ndarray, prompt: int) -> float | None:
+    """Median seconds from plan to token of prompts of so many tokens that were alone; None without.
+
+    Args:
+        rows: an iteration each, of `COLUMNS`.
+    """
+    of = dict(zip(COLUMNS, rows.T, strict=True))
+    tokens = np.where((of["prefills"] == 1) & (of["batch"] == 0), of["prefill_tokens"], 0)
+    took_s, start, seen = [], 0, 0
+    for place, count in enumerate(tokens):  # a prompt's pieces follow one another
+        if not count or seen >= prompt:
+            start, seen = (place if count else place + 1), 0
+        seen += count
+        if seen == prompt:
+            took_s.append(of["collected_s"][place] - of["turn_s"][start])
+    return float(np.median(took_s)) if took_s else None
 
 
 class IterationLog:

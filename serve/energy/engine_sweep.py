@@ -11,11 +11,12 @@ power give the energy measured.
 import dataclasses
 import statistics
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 from typing import Any
 
 from jaxsys.errors import RunError
+from jaxsys.serve.energy.dispatch_times import DispatchTimes, Kind, kind_of_step
 from jaxsys.serve.energy.gpu_model import Load
 from jaxsys.serve.energy.profile import Sample
 from jaxsys.serve.instance import Instance
@@ -64,6 +65,13 @@ class EngineSweep:
         self.least_s = least_s
         self.energy_j = energy_j
         self._count = 0
+        self._dispatch_s: defaultdict[Kind, list[float]] = defaultdict(list)
+        self._before: Iteration | None = None
+
+    @property
+    def dispatch(self) -> DispatchTimes | None:
+        """What planning and dispatching took so far; None where some kind has not come yet."""
+        return DispatchTimes.of(self._dispatch_s)
 
     def sample(self, load: Load, clock_mhz: int) -> Sample:
         """Median seconds and mean watts of an iteration of this load.
@@ -105,7 +113,7 @@ class EngineSweep:
         for _ in range(self.repeats):
             time.sleep(REST_S)
             self._add(1, most_tokens=1)
-            in_flight = deque([self._dispatch(0.0)])
+            in_flight = deque([self._dispatch(0.0, note=True)])
             for _ in range(count):
                 self._add(length, most_tokens=1)
             last_s = ended_s = 0.0
@@ -154,7 +162,7 @@ class EngineSweep:
         room = self.scheduler.config.max_length - context
         requests = [self._add(context, most_tokens=room) for _ in range(load.batch)]
         while self.scheduler.waiting or self.scheduler.prefilling:
-            self._collect(deque([self._dispatch(0.0)]))
+            self._collect(deque([self._dispatch(0.0, note=True)]))
         if len(self.scheduler.running) != load.batch:
             raise RunError(f"{load} does not fit: {len(self.scheduler.running)} sequences run")
         in_flight: deque = deque()
@@ -164,10 +172,11 @@ class EngineSweep:
         # Those that came first have decoded since.
         most = min(MOST_STEPS, room - max(r.generated for r in requests) - 2)
         for step in range(most):
-            iteration = self.scheduler.next_iteration(ended_s)
-            if iteration is None:
+            planned = self._plan(ended_s, note=True)
+            if planned is None:
                 break
-            in_flight.append((iteration, self.executor.dispatch(iteration)))
+            iteration = planned[0]
+            in_flight.append(planned)
             if len(in_flight) < 2:
                 continue
             done_s = self._collect(in_flight)
@@ -204,11 +213,32 @@ class EngineSweep:
         self.scheduler.add(request)
         return request
 
-    def _dispatch(self, now_s: float) -> tuple[Iteration, Any]:
+    def _dispatch(self, now_s: float, *, note: bool = False) -> tuple[Iteration, Any]:
+        planned = self._plan(now_s, note=note)
+        if planned is None:
+            raise RunError("the sweep found nothing to compute; use smaller loads")
+        return planned
+
+    def _plan(self, now_s: float, *, note: bool) -> tuple[Iteration, Any] | None:
+        """Plans and dispatches an iteration, if there is one.
+
+        Args:
+            note: whether what it takes is noted: where so much is in flight that the device's queue
+                is full, it is the device that is waited for.
+        """
+        began_s = time.perf_counter()
         iteration = self.scheduler.next_iteration(now_s)
         if iteration is None:
-            raise RunError("the sweep found nothing to compute; use smaller loads")
-        return iteration, self.executor.dispatch(iteration)
+            return None
+        handle = self.executor.dispatch(iteration)
+        took_s = time.perf_counter() - began_s
+        if note and not iteration.decodes:
+            count = len(iteration.prefills)
+            self._dispatch_s["piece"] += [took_s / count] * count
+        elif note and not iteration.prefills:
+            self._dispatch_s[kind_of_step(iteration, self._before)].append(took_s)
+        self._before = iteration
+        return iteration, handle
 
     def _collect(self, in_flight: deque) -> float:
         """Completes the oldest iteration; returns when its tokens were known."""

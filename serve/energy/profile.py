@@ -19,6 +19,7 @@ from jaxsys.errors import UsageError
 from jaxsys.fields import Fields
 from jaxsys.files import read_json
 from jaxsys.model import DecoderConfig
+from jaxsys.serve.energy.dispatch_times import KINDS, DispatchTimes
 from jaxsys.serve.energy.gpu_model import Load, SimulatedGpu
 
 FORM = "jaxsys-profile-2"
@@ -146,6 +147,8 @@ class Profile:
     buckets: tuple[int, ...] = ()
     """Batch sizes that decode steps were compiled for; empty where batches are not padded."""
     notes: Sequence[str] = field(default_factory=tuple)
+    dispatch: DispatchTimes | None = None
+    """What the host took for each; None where it was not noted."""
 
     @property
     def clocks_mhz(self) -> tuple[int, ...]:
@@ -165,6 +168,7 @@ class Profile:
                 [*(getattr(s.load, n) for n in names), s.clock_mhz, s.time_s, s.power_w]
                 for s in self.samples
             ],
+            "dispatch_s": None if self.dispatch is None else asdict(self.dispatch),
         }
         Path(path).write_text(json.dumps(record))
 
@@ -196,7 +200,17 @@ def load_profile(path: str | Path) -> Profile:
         samples=samples,
         buckets=tuple(file.array("buckets", of=int)),
         notes=notes,
+        dispatch=_dispatch(file.fields("dispatch_s")) if "dispatch_s" in file else None,
     )
+
+
+def _dispatch(times: Fields) -> DispatchTimes:
+    """Dispatch times of a file."""
+    points = {kind: tuple(times.array(kind, of=float)) for kind in KINDS}
+    for kind, seconds in points.items():
+        if not seconds or seconds[0] < 0 or list(seconds) != sorted(seconds):
+            raise times.wrong(kind, "seconds of 0 or more, ascending", list(seconds[:3]))
+    return DispatchTimes(**points)
 
 
 def _sample(file: Fields, index: int, columns: list[str]) -> Sample:

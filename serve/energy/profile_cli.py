@@ -208,6 +208,7 @@ def measure(
         samples=samples,
         buckets=tuple(buckets),
         notes=tuple(notes),
+        dispatch=sweep.dispatch,
     )
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from jaxsys.errors import UsageError
+from jaxsys.serve.energy.dispatch_times import DispatchTimes
 from jaxsys.serve.energy.gpu_model import SimulatedGpu
 from jaxsys.serve.energy.sleep import SleepConfig
 
@@ -39,6 +40,10 @@ class ClusterConfig:
     dispatch_s: float = 0.0
     """Where planning ahead: what the host takes before an iteration that nothing runs ahead of;
     else this hides behind the iteration before."""
+    dispatch_times: DispatchTimes | None = None
+    """Where planning ahead: what the host takes to plan and dispatch each iteration, drawn of these
+    with a seed. The device waits for it, and so do the tokens of the iteration before. None: no
+    time, but for `dispatch_s`."""
     plan_after_s: float = 0.0
     """Where planning ahead: what the host takes from an iteration's end, to hand its tokens on and
     so forth, until it plans anew; the iteration in flight runs meanwhile."""

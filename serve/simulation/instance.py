@@ -1,5 +1,6 @@
 """A simulated instance: the live server's scheduler, turns and governor around a simulated body."""
 
+import random
 import zlib
 from typing import Protocol
 
@@ -144,6 +145,7 @@ class SimInstance:
         """On the device."""
         self.queued: Iteration | None = None
         """Dispatched behind it."""
+        self.queued_s = 0.0
         self.waits = False
         """Whether its loop waits for the device, or is busy itself, so that who comes must wait."""
         self.version = 0
@@ -152,6 +154,12 @@ class SimInstance:
         """Likewise of turns to come."""
         self.newcomers: list[Request] = []
         self.started_s = 0.0
+        """Since when who decodes in the iteration in flight waits for a token."""
+        self.dispatched: Iteration | None = None
+        """Last."""
+        self.host_until_s = 0.0
+        """When its host has dispatched that."""
+        self.host_random = random.Random(zlib.crc32(f"{name} host".encode()))
         self.asleep = False
         """Whether it takes no requests: it sleeps, or wakes and is not up yet."""
         self.waking = False
@@ -188,7 +196,9 @@ class SimInstance:
     @property
     def busy_until_s(self) -> float | None:
         """When the iteration in flight ends; None where idle. For queueing predictions."""
-        return self.executor.end_s if self.iteration is not None else None
+        if self.iteration is None:
+            return None
+        return max(self.executor.end_s, self.host_until_s)
 
     # --- of its turns -------------------------------------------------------------------------
 

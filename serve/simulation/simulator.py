@@ -217,7 +217,7 @@ class Simulator:
                 return
 
     def _began_s(self, instance: SimInstance) -> float:
-        return max(instance.executor.began_s, self.clock.now_s())
+        return max(instance.executor.began_s, self.clock.now_s(), instance.host_until_s)
 
     def _plan_at(self, instance: SimInstance, at_s: float) -> None:
         instance.waits = True  # for its host
@@ -231,28 +231,44 @@ class Simulator:
     def dispatched(self, instance: SimInstance, iteration: Iteration) -> None:
         """An iteration is planned and its clock set."""
         now_s = self.clock.now_s()
+        self._keep_host(instance, iteration, now_s)
         if instance.iteration is None:
-            self._begin(instance, iteration, now_s, ahead=False)
+            self._begin(instance, iteration, self._device_from_s(instance, iteration, now_s))
             return
         instance.queued = iteration
+        instance.queued_s = now_s
         if instance.clocks.next_change() is not None:  # it comes while another runs
             self._replan(instance, instance.executor.reclock(now_s))
 
-    def _begin(
-        self, instance: SimInstance, iteration: Iteration, now_s: float, *, ahead: bool
-    ) -> None:
+    def _keep_host(self, instance: SimInstance, iteration: Iteration, now_s: float) -> None:
+        """The host is at work until it has dispatched an iteration."""
+        times = self.config.dispatch_times
+        if times is not None and self.config.plan_ahead:
+            took_s = times.iteration_s(iteration, instance.dispatched, instance.host_random)
+            instance.host_until_s = now_s + took_s
+            instance.dispatched = iteration
+
+    def _device_from_s(self, instance: SimInstance, iteration: Iteration, now_s: float) -> float:
+        """When the device may begin an iteration that was planned at `now_s`: a prompt's first
+        piece does not wait until all is dispatched."""
+        if not self.config.plan_ahead:
+            return now_s
+        if self.config.dispatch_times is None or iteration.prefills:
+            return now_s + self.config.dispatch_s
+        return instance.host_until_s
+
+    def _begin(self, instance: SimInstance, iteration: Iteration, now_s: float) -> None:
         """The device begins an iteration."""
         held_up_s, instance.held_up_s = instance.held_up_s, 0.0
-        if self.config.plan_ahead and not ahead:
-            now_s += self.config.dispatch_s
-        instance.started_s = now_s
+        # Tokens of the iteration before may have come later than that.
+        instance.started_s = max(now_s, self.clock.now_s())
         now_s += held_up_s
         steps = iteration.steps
         load, after = self._loads(iteration)
         end_s = instance.executor.begin(load, steps, now_s, after=after)
         instance.iteration = iteration
         instance.version += 1
-        self._push(end_s, self._end, instance, instance.version)
+        self._push(max(end_s, self.clock.now_s()), self._end, instance, instance.version)
         alarm_s = now_s + instance.governor.patience_s(steps)
         if alarm_s < end_s:
             self._push(alarm_s, self._overrun, instance, instance.version)
@@ -298,7 +314,11 @@ class Simulator:
     def _end(self, now_s: float, instance: SimInstance, version: int) -> None:
         if version != instance.version or instance.iteration is None:
             return
+        if now_s < instance.host_until_s:  # the host hears of it when it has dispatched the next
+            self._push(instance.host_until_s, self._end, instance, version)
+            return
         instance.iteration = None
+        ended_s = instance.executor.end_s
         instance.executor.finish()
         instance.turns.end(None)
         if instance.scheduler.incoming:
@@ -309,7 +329,11 @@ class Simulator:
         if queued is None:
             self._turn(instance, now_s)
         else:
-            self._begin(instance, queued, now_s, ahead=True)
+            from_s = now_s
+            if self.config.dispatch_times is not None:
+                ready_s = self._device_from_s(instance, queued, instance.queued_s)
+                from_s = max(ended_s, ready_s)
+            self._begin(instance, queued, from_s)
             # The host hands tokens on before it plans anew.
             self._plan_at(instance, now_s + self.config.plan_after_s)
 

@@ -4,6 +4,7 @@ import time
 import types
 from typing import Any
 
+import numpy as np
 import pytest
 
 from jaxsys.serve.energy.engine_sweep import EngineSweep
@@ -65,3 +66,14 @@ def test_prompts_are_timed_one_by_one_where_many_in_a_row_are_slowed():
     assert sample.power_w is not None
     assert sample.power_w * sample.time_s == pytest.approx(100 * 1.5 * PIECE_S, rel=0.2)
     assert not instance.scheduler.requests
+
+
+def test_a_sweep_notes_what_dispatching_takes():
+    instance = an_instance(SleepingExecutor())
+    sweep = EngineSweep(instance, 100)
+    assert sweep.dispatch is None
+    sweep.sample(Load(batch=1, kv_tokens=64, bucket=4), 0)
+    times = sweep.dispatch
+    assert times is not None
+    for seconds in (times.alike, times.changed, times.piece):
+        assert np.median(seconds) == pytest.approx(HOST_S, rel=0.2)

@@ -36,6 +36,7 @@ def test_the_real_executor_is_swept_and_a_predictor_learns_from_it(model):
     assert profile.clocks_mhz == (0,)
     assert any("no GPU" in note for note in profile.notes)
     assert any("not swept" in note for note in profile.notes)
+    assert profile.dispatch is not None and profile.dispatch.alike[0] > 0
     predictor = EcoPred(profile)
     times, powers = predictor.what_if([Load(batch=2, kv_tokens=64, bucket=2)], (0,))
     assert 0 < times[0, 0] < 60 and powers[0, 0] != powers[0, 0]

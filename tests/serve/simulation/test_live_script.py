@@ -74,3 +74,12 @@ def test_loads_are_predicted_served_and_noted_part_by_part(tmp_path):
         order = ("turn_s", "dispatch_s", "dispatched_s", "turned_s", "collect_s", "collected_s")
         times_s = steps[:, [column[name] for name in (*order, "sunk_s", "ended_s")]]
         assert (np.diff(times_s, axis=1) >= 0).all()
+    # What was noted before the loads is enough to predict them again.
+    assert result["found_before"]["lone_served_s"] > 0 and result["profile"]["dispatch_s"]
+    line = [sys.executable, str(ROOT / "scripts/bench_energy_loads.py"), "again", "--model", "tiny"]
+    line += ["--seconds", "2", "--out", str(out), "--logs", str(tmp_path / "logs")]
+    done = subprocess.run(line, check=False, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-2000:]
+    again = json.loads(out.read_text())
+    assert all(row["again"] > 0 for row in again["rows"] if row["profiled"] is not None)
+    assert [row["profiled"] for row in again["rows"]] == [row["profiled"] for row in result["rows"]]

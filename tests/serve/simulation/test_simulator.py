@@ -7,6 +7,7 @@ import pytest
 
 from jaxsys.clocks import SimulatedClocks
 from jaxsys.errors import UsageError
+from jaxsys.serve.energy.dispatch_times import DispatchTimes
 from jaxsys.serve.energy.ecofreq import EcoFreq
 from jaxsys.serve.energy.ecoroute import (
     EnergyRouter,
@@ -233,6 +234,60 @@ def test_the_engine_pads_each_piece_and_serves_newcomers_an_iteration_later():
     assert result.itl_s.max() == pytest.approx(piece_s + step_s, rel=0.01)
 
 
+def same_s(seconds: float) -> DispatchTimes:
+    """Dispatching that always takes the same time."""
+    return DispatchTimes(alike=(seconds,), changed=(seconds,), piece=(seconds,))
+
+
+def test_dispatching_hides_behind_the_step_at_work_unless_it_is_longer():
+    trace = synthetic_trace(rate_per_s=6, duration_s=10, seed=6, prompt_mean=300)
+    result, _ = simulate(trace, **ENGINE)
+    at_once, _ = simulate(trace, **ENGINE, dispatch_times=same_s(0.0))
+    assert (at_once.itl_s == result.itl_s).all() and (at_once.ttft_s == result.ttft_s).all()
+    assert at_once.energy_j == result.energy_j
+    one = RequestTrace(
+        name="one",
+        arrival_s=np.array([0.0]),
+        prompt_tokens=np.array([100]),
+        output_tokens=np.array([100]),
+    )
+    step_s = GPU.run(Load(batch=1, kv_tokens=150, bucket=1), 1980).time_s
+    quick, _ = simulate(one, **ENGINE, dispatch_times=same_s(0.5 * step_s))
+    assert np.median(quick.itl_s) == pytest.approx(step_s, rel=0.01)
+    # Slower than a step: the host plans, dispatches, hears of the step before, and plans anew.
+    slow, simulator = simulate(
+        one, **ENGINE, dispatch_times=same_s(3 * step_s), plan_after_s=0.1 * step_s
+    )
+    assert np.median(slow.itl_s) == pytest.approx(3.1 * step_s, rel=1e-6)
+    (instance,) = simulator.instances
+    # The device idles meanwhile, and all of its time is booked.
+    assert instance.executor.busy_s == pytest.approx(quick.busy_s_by_role["both"])
+    assert instance.executor.busy_s + instance.executor.idle_s == pytest.approx(slow.duration_s)
+
+
+def test_a_first_piece_begins_while_the_rest_is_dispatched():
+    trace = RequestTrace(
+        name="one",
+        arrival_s=np.array([0.0]),
+        prompt_tokens=np.array([1000]),
+        output_tokens=np.array([2]),
+    )
+    result, _ = simulate(trace, **ENGINE, dispatch_s=0.002, dispatch_times=same_s(0.005))
+    piece_s = GPU.run(Load(2048, 1), 1980).time_s
+    assert piece_s > 0.005
+    assert result.ttft_s[0] == pytest.approx(0.002 + piece_s)
+
+
+def test_drawn_dispatch_times_are_the_same_in_every_replay():
+    times = DispatchTimes(alike=(0.001, 0.02), changed=(0.004, 0.03), piece=(0.003, 0.01))
+    trace = synthetic_trace(rate_per_s=6, duration_s=10, seed=6, prompt_mean=300)
+    first, _ = simulate(trace, **ENGINE, dispatch_times=times)
+    again, _ = simulate(trace, **ENGINE, dispatch_times=times)
+    assert (first.itl_s == again.itl_s).all() and first.energy_j == again.energy_j
+    assert len(np.unique(first.itl_s)) > 100
+    assert first.output_tokens == trace.output_tokens.sum()
+
+
 def test_a_hand_over_takes_time_and_holds_up_both_instances():
     """Request 0 decodes; 1 comes later, 2 while 1 is computed."""
     trace = RequestTrace(
@@ -256,7 +311,15 @@ def test_a_hand_over_takes_time_and_holds_up_both_instances():
     assert sending.duration_s == pytest.approx(result.duration_s)
 
 
-@pytest.mark.parametrize("changes", [{}, {"max_steps": 1}, {"plan_ahead": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"max_steps": 1},
+        {"plan_ahead": True},
+        {"plan_ahead": True, "dispatch_times": same_s(0.01)},
+    ],
+)
 def test_gaps_between_tokens_add_up_to_the_time_from_first_to_last(changes):
     outputs = np.full(len(TRACE), 60)
     trace = dataclasses.replace(TRACE, output_tokens=outputs)
