@@ -10,8 +10,7 @@
 the model's shape alone: no profile and no request of the run goes into it. `run` takes a short
 profile and sends a few requests, predicts the loads of that, serves them with random weights over
 HTTP, takes energy from the GPUs' counters (idle included), and sets measured and predicted side by
-side. Then it serves them again where threads may keep Python's interpreter for a tenth of the usual
-time: what changes is what they waited for one another.
+side. Then it serves them again where one thing is otherwise (`--second`), to see what that does.
 """
 
 import argparse
@@ -68,9 +67,9 @@ Hand-overs: landing as timed on a CPU, the rest assumed."""
 PREDICTED = Path("results/energy_loads_predicted.json")
 PROBE = 900
 """Tokens of the prompts sent before any load, one at a time and together."""
-SWITCH_US = (500,)
-"""How long a thread may keep the interpreter while others wait, where the loads are served again;
-Python's default is 5000."""
+SECOND = {"scratch-as-it-was": "/drop-room", "short-switch-interval": "/switch-interval/500"}
+"""How the loads may be served a second time: without the room that small buffers have on a GPU, or
+where threads keep the interpreter for 0.5 ms while others wait, not Python's usual 5."""
 TAIL = ("itl_mean_ms", "itl_p50_ms", "itl_p90_ms", "itl_p99_ms", "ttft_mean_ms", "ttft_p99_ms")
 SHOWN = {
     "load": "",
@@ -214,7 +213,7 @@ async def measure(
     options: argparse.Namespace, server: dict[str, Any], folder: Path, content: dict[str, Any]
 ) -> None:
     """Puts into `content` what is known as it becomes known: what was found before any load, what
-    is predicted from it, the loads, and the loads again where no thread keeps the interpreter."""
+    is predicted from it, the loads, and the loads a second time."""
     port, found = server["port"], content["measured"]
     with live.energy_logs(server["gpus"]) as gpus:
         url = f"http://127.0.0.1:{port}"
@@ -236,16 +235,16 @@ async def measure(
             for trace in traces:
                 found[trace.name] = await serve_load(client, port, options, trace, gpus, trace.name)
                 save(options, content)
-            for microseconds in SWITCH_US:
-                again = content["switch_interval_us"].setdefault(str(microseconds), {})
-                await client.post(f"/switch-interval/{microseconds}")
-                for trace in traces:
-                    if time.monotonic() + 1.2 * options.seconds > options.deadline_s:
-                        live.note(f"no time left for {trace.name} at {microseconds} us")
-                        continue
-                    name = f"{trace.name} {microseconds}us"
-                    again[trace.name] = await serve_load(client, port, options, trace, gpus, name)
-                    save(options, content)
+            second = content["second"] = {"by": options.second, "measured": {}}
+            await client.post(SECOND[options.second])
+            for trace in traces:
+                if time.monotonic() + 1.2 * options.seconds > options.deadline_s:
+                    live.note(f"no time left for {trace.name} with {options.second}")
+                    continue
+                name = f"{trace.name} {options.second}"
+                figures = await serve_load(client, port, options, trace, gpus, name)
+                second["measured"][trace.name] = figures
+                save(options, content)
 
 
 def note_served(before: dict[str, Any], log: Path) -> np.ndarray:
@@ -322,7 +321,7 @@ def run(options: argparse.Namespace) -> int:
         "config": mine | {"clocks": "default, observed"},
         "rows": [],
         "measured": {},
-        "switch_interval_us": {},
+        "second": {},
         "predicted_on": predicted["config"]["predicted_on"],
     }
     with tempfile.TemporaryDirectory() as name:
@@ -353,11 +352,10 @@ def run(options: argparse.Namespace) -> int:
     save(options, content)
     shown = [{key: str(v) if isinstance(v, bool) else v for key, v in r.items()} for r in rows]
     print(table(shown, {**live.FORMATS, **SHOWN}))
-    for label, others in content["switch_interval_us"].items():
-        for load, figures in others.items():
-            tail = ", ".join(f"{key} {figures[key]:.2f}" for key in TAIL)
-            was = ", ".join(f"{content['measured'][load][key]:.2f}" for key in TAIL)
-            print(f"{load}, threads keep the interpreter for {label} us: {tail} (before: {was})")
+    for load, figures in content["second"]["measured"].items():
+        tail = ", ".join(f"{key} {figures[key]:.2f}" for key in TAIL)
+        was = ", ".join(f"{content['measured'][load][key]:.2f}" for key in TAIL)
+        print(f"{load}, with {options.second}: {tail} (before: {was})")
     for load, figures in content["measured"].items():
         print(f"{load}: held up by {figures['held_up']}")
     print(
@@ -421,6 +419,8 @@ def main() -> int:
     add("--logs", type=Path, metavar="FOLDER",
         help="of `run`: keep there when each iteration's parts and each token came; of `again`: "
         "where they are")  # fmt: skip
+    add("--second", choices=list(SECOND), default="scratch-as-it-was",
+        help="of `run`: how the loads are served a second time (default %(default)s)")  # fmt: skip
     add("--load-seconds", type=float, default=0.4,
         help="of `run`: time of each load of the profile (default 0.4)")  # fmt: skip
     add("--most-seconds", type=float, default=270.0,
