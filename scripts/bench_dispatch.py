@@ -44,7 +44,8 @@ from jaxsys.serve.executor import JaxExecutor
 from jaxsys.serve.instance import Instance
 from jaxsys.serve.member import TokenEvent
 from jaxsys.serve.requests import Request, SamplingParameters
-from jaxsys.serve.simulation.traces import RequestTrace, synthetic_trace
+from jaxsys.serve.simulation.made_traces import synthetic_trace
+from jaxsys.serve.simulation.traces import RequestTrace
 from studies.iteration_log import COLUMNS, IterationLog
 from studies.random_weights import random_parameters
 

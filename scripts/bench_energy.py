@@ -50,19 +50,17 @@ from jaxsys.serve.energy.meters import CounterMeter
 from jaxsys.serve.energy.predictors import Predictor
 from jaxsys.serve.energy.profile import simulated_profile
 from jaxsys.serve.energy.slo import SharedSlo, Slo
-from jaxsys.serve.simulation.replay import (
+from jaxsys.serve.simulation.comparison import (
     Setting,
     compare,
     figures,
     make_predictor,
-    policy_named,
     setting,
     simulate,
 )
-from jaxsys.serve.simulation.traces import (
-    RequestTrace,
-    read_trace,
-)
+from jaxsys.serve.simulation.policies import policy_named
+from jaxsys.serve.simulation.trace_files import read_trace
+from jaxsys.serve.simulation.traces import RequestTrace
 from studies.calibration import (
     DATASETS,
     FITTED,

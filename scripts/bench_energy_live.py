@@ -52,9 +52,11 @@ from jaxsys.serve.hooks import FewestRequestsRouter
 from jaxsys.serve.iterations import SchedulerConfig
 from jaxsys.serve.processes.gpus import visible_gpus
 from jaxsys.serve.simulation.installation import ClusterConfig
+from jaxsys.serve.simulation.made_traces import synthetic_trace
 from jaxsys.serve.simulation.result import ReplayResult
 from jaxsys.serve.simulation.simulator import Simulator
-from jaxsys.serve.simulation.traces import RequestTrace, read_trace, synthetic_trace
+from jaxsys.serve.simulation.trace_files import read_trace
+from jaxsys.serve.simulation.traces import RequestTrace
 from jaxsys.serve.steps import ExecutorConfig
 from studies.measured_gpu import MeasuredGpu
 from studies.stream_client import Stream, stream

@@ -42,8 +42,9 @@ from jaxsys.serve.hooks import FewestRequestsRouter
 from jaxsys.serve.iterations import SchedulerConfig
 from jaxsys.serve.processes.gpus import visible_gpus
 from jaxsys.serve.simulation.installation import ClusterConfig
+from jaxsys.serve.simulation.made_traces import synthetic_trace
 from jaxsys.serve.simulation.simulator import Simulator
-from jaxsys.serve.simulation.traces import RequestTrace, synthetic_trace
+from jaxsys.serve.simulation.traces import RequestTrace
 from jaxsys.serve.steps import ExecutorConfig
 from studies.iteration_log import dispatch_times, lone_prompt_s
 

@@ -2,7 +2,7 @@
 
 `jaxsys serve` is the server. `build_engine(jaxsys.model.load(path), DeploymentConfig())` makes the
 engine behind it; `engine.generate(tokens, SamplingParameters())` is an iterator of `TokenEvent`s.
-`jaxsys.serve.simulation.replay` compares energy policies on simulated GPUs.
+`jaxsys.serve.simulation.comparison` compares energy policies on simulated GPUs.
 """
 
 from importlib import import_module

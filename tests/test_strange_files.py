@@ -35,7 +35,7 @@ from jaxsys.serve.energy.gpu_model import Load
 from jaxsys.serve.energy.profile import Fingerprint, Profile, Sample
 from jaxsys.serve.energy.profile import load_profile as load_serving_profile
 from jaxsys.serve.options import read_keys
-from jaxsys.serve.simulation.traces import read_trace
+from jaxsys.serve.simulation.trace_files import read_trace
 from jaxsys.train import corpus
 from jaxsys.train.metrics import MetricsLog
 from jaxsys.train.plan_file import devices_of, read_plan

@@ -30,10 +30,12 @@ from jaxsys.serve.energy.gpu_model import (
     served_shape,
 )
 from jaxsys.serve.energy.slo import Slo
+from jaxsys.serve.simulation.comparison import Setting, simulate
 from jaxsys.serve.simulation.installation import ClusterConfig
-from jaxsys.serve.simulation.replay import Policy, Setting, simulate
+from jaxsys.serve.simulation.made_traces import synthetic_trace
+from jaxsys.serve.simulation.policies import Policy
 from jaxsys.serve.simulation.result import ReplayResult
-from jaxsys.serve.simulation.traces import RequestTrace, synthetic_trace
+from jaxsys.serve.simulation.traces import RequestTrace
 
 SLO = Slo(ttft_s=0.6, itl_s=0.06, reserve=0.05)
 RUN_S = 120.0

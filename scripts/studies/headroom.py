@@ -16,7 +16,7 @@ from jaxsys.serve.energy.gpu_model import Load
 from jaxsys.serve.energy.policy import ClockPolicy, Clocks, Queue, Ran
 from jaxsys.serve.energy.registry import ROUTERS, Situation
 from jaxsys.serve.energy.slo import SharedSlo
-from jaxsys.serve.simulation.replay import Setting, figures, make_predictor
+from jaxsys.serve.simulation.comparison import Setting, figures, make_predictor
 from jaxsys.serve.simulation.result import ReplayResult
 from jaxsys.serve.simulation.simulator import Simulator
 from jaxsys.serve.simulation.traces import RequestTrace

@@ -8,12 +8,9 @@ import numpy as np
 
 from jaxsys.errors import UsageError
 from jaxsys.files import MIB, read_lines
-from jaxsys.serve.simulation.traces import (
-    MOST_TOKENS,
-    RequestTrace,
-    parsed,
-    poisson_arrivals,
-)
+from jaxsys.serve.simulation.made_traces import poisson_arrivals
+from jaxsys.serve.simulation.trace_files import MOST_TOKENS, parsed
+from jaxsys.serve.simulation.traces import RequestTrace
 
 
 def lengths_from_csv(

@@ -2,10 +2,7 @@
 
 Searched are GPUs an instance, numbers of prefill and decode instances, batch, form of the weights,
 and clock policy. A bound from means rules out what cannot do and orders the rest
-(`serve.simulation.deployments`); the judge is the replay of the trace on the modelled GPUs, with
-the server's own scheduler. Deployments are judged the smallest first, each at the highest clock;
-only one that keeps the targets there is replayed under the other policies, since none of them
-attains more than a clock that is always the highest.
+(`serve.simulation.deployments`); the others are replayed (`serve.simulation.plan_search`).
 """
 
 import argparse
@@ -16,14 +13,12 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jaxsys import __version__
 from jaxsys.errors import RunError, UsageError, did_you_mean
-from jaxsys.model.config import DecoderConfig
-from jaxsys.model.shapes import find_preset, lies_here, preset_beside
+from jaxsys.model.shapes import preset_beside
 from jaxsys.options import Parser, whole
 from jaxsys.planner.cli import refuse_to_overwrite
 from jaxsys.planner.read import read_model
@@ -31,10 +26,9 @@ from jaxsys.results import table, write_result
 from jaxsys.serve.energy.governors import VALUE_BYTES
 from jaxsys.serve.energy.gpu_model import GPUS
 from jaxsys.serve.energy.slo import Slo, add_targets, targets_of
-from jaxsys.serve.settings import SERVE
+from jaxsys.serve.simulation.comparison import Setting, unmeetable
 from jaxsys.serve.simulation.deployments import (
     WAYS,
-    Bound,
     Bounds,
     Deployment,
     candidates,
@@ -43,341 +37,27 @@ from jaxsys.serve.simulation.deployments import (
     lengths_summary,
 )
 from jaxsys.serve.simulation.installation import ClusterConfig
-from jaxsys.serve.simulation.replay import (
-    MOST_REQUESTS,
-    Setting,
-    check_policies,
-    figures,
-    note_unused,
-    policy_named,
-    routers_of,
-    settle_made,
-    simulate,
-    unmeetable,
+from jaxsys.serve.simulation.made_traces import synthetic_trace
+from jaxsys.serve.simulation.plan_search import (
+    POLICIES_TRIED,
+    Judged,
+    Search,
+    chosen_of,
+    frontier,
+    halving,
+    search,
 )
-from jaxsys.serve.simulation.traces import RequestTrace, read_trace, synthetic_trace
+from jaxsys.serve.simulation.plan_start import limit_of, manifest_of
+from jaxsys.serve.simulation.policies import check_policies, policy_named
+from jaxsys.serve.simulation.replay import MOST_REQUESTS, note_unused, settle_made
+from jaxsys.serve.simulation.trace_files import read_trace
+from jaxsys.serve.simulation.traces import RequestTrace
 from jaxsys.serve.weights import longest_served
 
-POLICIES_TRIED = ("max", "ahead", "sweet-spot")
 MOST_GPUS = 4096
+
 RATE_PER_S = 10.0
 """Of a synthetic load where none is asked for."""
-DTYPES = ("float32", "bfloat16")
-"""Forms of weights that `serve --dtype` takes; the others are those of `--quantise`."""
-NODE_GPUS = 8
-"""Of one machine; instances beyond it are processes of a cluster."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Judged:
-    """A deployment under a policy, replayed."""
-
-    deployment: Deployment
-    policy: str
-    bound: Bound
-    ttft_attainment_pct: float
-    itl_attainment_pct: float
-    ttft_p99_ms: float
-    itl_p99_ms: float
-    energy_j_per_token: float
-
-    @property
-    def attainment_pct(self) -> float:
-        """The lesser of the two."""
-        return min(self.ttft_attainment_pct, self.itl_attainment_pct)
-
-    def row(self) -> dict[str, Any]:
-        """Flat, named figures."""
-        one = self.deployment
-        return {
-            "gpus": one.gpus,
-            "gpu": one.gpu,
-            "tensor_parallel": one.tensor_parallel,
-            "prefill": one.prefill,
-            "decode": one.decode,
-            "max_batch": one.max_batch,
-            "weights": one.weights,
-            "policy": self.policy,
-            "energy_j_per_token": self.energy_j_per_token,
-            "bound_j_per_token": self.bound.energy_j_per_token,
-            "ttft_attainment_pct": self.ttft_attainment_pct,
-            "itl_attainment_pct": self.itl_attainment_pct,
-            "ttft_p99_ms": self.ttft_p99_ms,
-            "itl_p99_ms": self.itl_p99_ms,
-        }
-
-
-def judge(
-    config: DecoderConfig, deployment: Deployment, bounds: Bounds, trace: RequestTrace, policy: str
-) -> Judged:
-    """Replays `trace` on a deployment under one policy."""
-    gpu = bounds.gpu(deployment.gpu, deployment.tensor_parallel, deployment.weights)
-    if gpu is None:
-        raise UsageError(f"the model does not fit {deployment.label}")
-    setting = Setting(
-        gpu=gpu,
-        cluster=ClusterConfig(
-            gpu=gpu,
-            prefill_instances=deployment.prefill,
-            decode_instances=deployment.decode,
-            max_batch=deployment.max_batch,
-            max_prefill_tokens=bounds.prefill_budget,
-        ),
-        slo=bounds.slo,
-        clocks_mhz=gpu.spec.control_mhz,
-        predictor="model",
-    )
-    found = figures(simulate(trace, policy_named(policy), setting), bounds.slo)
-    return Judged(
-        deployment=deployment,
-        policy=policy,
-        bound=bounds.of(deployment),
-        ttft_attainment_pct=found["ttft_attainment_pct"],
-        itl_attainment_pct=found["itl_attainment_pct"],
-        ttft_p99_ms=found["ttft_p99_ms"],
-        itl_p99_ms=found["itl_p99_ms"],
-        energy_j_per_token=found["energy_j_per_token"],
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Search:
-    """What a search found."""
-
-    judged: list[Judged]
-    passed: int
-    """Deployments that the bound let pass."""
-    cut_short: bool
-    """Time was up, or replays were, before all of them were judged."""
-
-
-def search(
-    config: DecoderConfig,
-    trace: RequestTrace,
-    bounds: Bounds,
-    known: Sequence[tuple[Deployment, Bound]],
-    *,
-    target_pct: float,
-    policies: Sequence[str] = POLICIES_TRIED,
-    most: int = 40,
-    seconds: float = 240.0,
-    say: Callable[[Judged], None] = lambda found: None,
-) -> Search:
-    """Judges deployments, the smallest and least energetic first, within a budget.
-
-    Args:
-        target_pct: attainment to be kept.
-        most: replays.
-        say: is given each as it is judged.
-    """
-    judged: list[Judged] = []
-    ends_s = time.monotonic() + seconds
-    cut_short = False
-    ordered = sorted(known, key=lambda one: (one[0].gpus, one[1].energy_j_per_token))
-    for deployment, bound in ordered:
-        # As many GPUs that keep the target are better spent on a deployment of less energy.
-        best_j = min(
-            (
-                one.energy_j_per_token
-                for one in judged
-                if one.deployment.gpus <= deployment.gpus and one.attainment_pct >= target_pct
-            ),
-            default=math.inf,
-        )
-        if bound.energy_j_per_token >= best_j:
-            continue
-        for policy in policies:
-            if len(judged) >= most or time.monotonic() > ends_s:
-                cut_short = True
-                break
-            found = judge(config, deployment, bounds, trace, policy)
-            judged.append(found)
-            say(found)
-            if policy == policies[0] and found.attainment_pct < target_pct:
-                break
-        if cut_short:
-            break
-    return Search(judged=judged, passed=len(ordered), cut_short=cut_short)
-
-
-def frontier(judged: Sequence[Judged]) -> list[Judged]:
-    """Those than which none has as few GPUs, as little energy a token and as much attainment."""
-
-    def figures_of(one: Judged) -> tuple[float, float, float]:
-        return one.deployment.gpus, one.energy_j_per_token, -one.attainment_pct
-
-    kept = []
-    for one in judged:
-        mine = figures_of(one)
-        if not any(
-            all(a <= b for a, b in zip(figures_of(other), mine, strict=True))
-            and figures_of(other) != mine
-            for other in judged
-        ):
-            kept.append(one)
-    return sorted(kept, key=figures_of)
-
-
-def chosen_of(judged: Sequence[Judged], target_pct: float) -> Judged | None:
-    """Of those that keep the target the one of the fewest GPUs, then of the least energy."""
-    keeping = [one for one in judged if one.attainment_pct >= target_pct]
-    return min(keeping, key=lambda o: (o.deployment.gpus, o.energy_j_per_token), default=None)
-
-
-def halving(
-    chosen: Judged,
-    judged: Sequence[Judged],
-    bounds: Bounds,
-    *,
-    longest: int,
-    roomiest: Callable[[int], int | None],
-) -> list[str]:
-    """What it would take to halve the cost, the energy, and the share that comes too late.
-
-    Args:
-        longest: tokens of a request.
-        roomiest: the most tokens that an instance of at most so many GPUs holds, 0 where the model
-            does not fit, None where no instance so small was asked for.
-    """
-    lines = []
-    gpus = chosen.deployment.gpus
-    fewer = [one for one in judged if 2 * one.deployment.gpus <= gpus]
-    best = max(fewer, key=lambda one: one.attainment_pct, default=None)
-    if best is not None:
-        lines.append(
-            f"half the cost: {best.deployment.label} under {best.policy} attains "
-            f"{best.attainment_pct:.1f} %"
-        )
-    elif gpus < 2:
-        lines.append("half the cost: it is one GPU")
-    elif (room := roomiest(gpus // 2)) is None:
-        lines.append("half the cost: no instance so small is allowed (--tensor-parallel)")
-    elif room < longest:
-        held = f"{room} tokens of a request of {longest}" if room else "not even the weights"
-        lines.append(
-            f"half the cost: memory is the reason; an instance of {gpus // 2} GPUs at most holds "
-            f"{held}"
-        )
-    else:
-        share = min(1.0, bounds.least_rate(chosen.deployment) / 2)
-        lines.append(
-            f"half the cost: no deployment of {gpus // 2} GPUs passes the bound; they would serve "
-            f"about {100 * share:.0f} % of the rate"
-        )
-    least = min(judged, key=lambda one: one.energy_j_per_token)
-    half_j = chosen.energy_j_per_token / 2
-    if least.energy_j_per_token <= half_j:
-        lines.append(
-            f"half the energy: {least.deployment.label} under {least.policy}, at "
-            f"{least.energy_j_per_token:.3f} J a token and {least.attainment_pct:.1f} %"
-        )
-    else:
-        lines.append(
-            f"half the energy: none of {len(judged)} replays; the least is "
-            f"{least.energy_j_per_token:.3f} J a token, {least.deployment.label} under "
-            f"{least.policy}, and this deployment's bound {chosen.bound.energy_j_per_token:.3f}"
-        )
-    late_pct = 100 - chosen.attainment_pct
-    if late_pct < 0.05:
-        lines.append("half the late: next to nothing is late")
-        return lines
-    better = [one for one in judged if 100 - one.attainment_pct <= late_pct / 2]
-    cheapest = min(
-        better, key=lambda one: (one.deployment.gpus, one.energy_j_per_token), default=None
-    )
-    if cheapest is None:
-        lines.append(f"half the late ({late_pct:.1f} %): none of {len(judged)} replays")
-    else:
-        lines.append(
-            f"half the late ({late_pct:.1f} %): {cheapest.deployment.label} under "
-            f"{cheapest.policy}, {cheapest.energy_j_per_token:.3f} J a token"
-        )
-    return lines
-
-
-def placeholder_of(model: str) -> str | None:
-    """What stands for the folder of a preset's weights in a command; None for a folder."""
-    return None if lies_here(model) else f"FOLDER_OF_{find_preset(model) or model}"
-
-
-def limit_of(one: Judged) -> dict[str, Any] | None:
-    """The power limit that the operator must set, as the server sets none; None without one."""
-    cap_w = policy_named(one.policy).cap_w
-    if cap_w is None:
-        return None
-    return {
-        "watts_each": cap_w,
-        "gpu": one.deployment.gpu,
-        "gpus": one.deployment.gpus,
-        "set_by": "the operator, before the server starts",
-        "command": ["nvidia-smi", "-pl", f"{cap_w:.0f}"],
-    }
-
-
-def options_of(model: str, one: Judged, slo: Slo, longest: int) -> dict[str, str | int | float]:
-    """The options of `jaxsys serve` that start a deployment as it was replayed; a power limit is
-    none of them: see `limit_of`.
-
-    Args:
-        longest: tokens of a request, prompt and output.
-    """
-    deployment, policy = one.deployment, policy_named(one.policy)
-    options: dict[str, str | int | float] = {
-        "model": placeholder_of(model) or str(Path(model).absolute()),
-        "prefill": deployment.prefill,
-        "decode": deployment.decode,
-        "max-batch": deployment.max_batch,
-        "max-length": longest,
-        # As many again may wait, and be read, as are written at once.
-        "max-requests": max(
-            256, 2 * deployment.max_batch * (deployment.prefill + deployment.decode)
-        ),
-    }
-    if deployment.tensor_parallel > 1:
-        options["tensor-parallel"] = deployment.tensor_parallel
-    options["dtype" if deployment.weights in DTYPES else "quantise"] = deployment.weights
-    options |= {"ttft-ms": 1e3 * slo.ttft_s, "itl-ms": 1e3 * slo.itl_s}
-    options |= {"gpu": deployment.gpu, "policy": policy.clock}
-    options |= {"route-prompts": routers_of(policy)[0], "route": routers_of(policy)[1]}
-    options["clocks"] = "control"
-    if deployment.gpus > NODE_GPUS:
-        options["cluster"] = "auto"
-    return options
-
-
-def command_of(model: str, one: Judged, slo: Slo, longest: int) -> list[str]:
-    """The words that start a deployment."""
-    words = ["jaxsys", "serve"]
-    for name, value in options_of(model, one, slo, longest).items():
-        words += [f"--{name}", f"{value:g}" if isinstance(value, float) else str(value)]
-    return words
-
-
-def manifest_of(model: str, one: Judged, slo: Slo, longest: int) -> dict[str, Any]:
-    """What an orchestrator needs to start it: instances by role, and the server's options, which
-    `jaxsys serve --settings` reads off it."""
-    deployment = one.deployment
-    roles = {"prefill": deployment.prefill, "decode": deployment.decode}
-    if not deployment.decode:
-        roles = {"both": deployment.prefill}
-    limit, placeholder = limit_of(one), placeholder_of(model)
-    return {
-        "jaxsys": __version__,
-        "model": model,
-        **({} if placeholder is None else {"weights_needed": placeholder}),
-        **({} if limit is None else {"power_limit": limit}),
-        "instances": [
-            {"role": role, "count": count, "gpu": deployment.gpu,
-             "gpus_each": deployment.tensor_parallel}
-            for role, count in roles.items()
-        ],
-        SERVE: options_of(model, one, slo, longest),
-        "command": command_of(model, one, slo, longest),
-        "predicted": one.row(),
-    }  # fmt: skip
-
-
-# --- command line -----------------------------------------------------------------------------
 
 
 def parse_gpus(text: str) -> dict[str, int]:

@@ -12,7 +12,7 @@ from jaxsys.serve.energy.predictors import ModelPredictor
 from jaxsys.serve.energy.slo import SharedSlo, Slo
 from jaxsys.serve.iterations import PrefillPiece
 from jaxsys.serve.requests import Request, SamplingParameters
-from jaxsys.serve.simulation.traces import lognormal_lengths, poisson_arrivals
+from jaxsys.serve.simulation.made_traces import lognormal_lengths, poisson_arrivals
 
 GPU = simulated_gpu("a100-80g", "llama-3-8b")
 CLOCKS = GPU.spec.control_mhz

@@ -13,8 +13,9 @@ from jaxsys.serve.energy.prefix_route import PrefixIndex, PrefixRouter
 from jaxsys.serve.energy.slo import SharedSlo, Slo
 from jaxsys.serve.kv_cache import block_keys
 from jaxsys.serve.requests import Request, SamplingParameters
-from jaxsys.serve.simulation.replay import policy_named, setting, simulate
-from jaxsys.serve.simulation.traces import agent_trace
+from jaxsys.serve.simulation.comparison import setting, simulate
+from jaxsys.serve.simulation.made_traces import agent_trace
+from jaxsys.serve.simulation.policies import policy_named
 
 GPU = simulated_gpu("h100", "llama-3-8b")
 

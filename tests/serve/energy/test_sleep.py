@@ -8,7 +8,8 @@ import pytest
 
 from jaxsys.errors import UsageError
 from jaxsys.serve.energy.sleep import Change, SleepConfig, Sleeper
-from jaxsys.serve.simulation.replay import policy_named, setting, simulate
+from jaxsys.serve.simulation.comparison import setting, simulate
+from jaxsys.serve.simulation.policies import policy_named
 from jaxsys.serve.simulation.traces import RequestTrace
 
 

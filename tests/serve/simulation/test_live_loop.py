@@ -21,8 +21,8 @@ from jaxsys.serve.outcomes import Sampled
 from jaxsys.serve.requests import Request, SamplingParameters
 from jaxsys.serve.scheduler import Scheduler
 from jaxsys.serve.simulation.installation import ClusterConfig
+from jaxsys.serve.simulation.made_traces import synthetic_trace
 from jaxsys.serve.simulation.simulator import Simulator
-from jaxsys.serve.simulation.traces import synthetic_trace
 
 PIECES = (32, 128, 512, 2048)
 BATCHES = (1, 2, 4, 8, 16, 32, 64)

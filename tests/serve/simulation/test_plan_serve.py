@@ -12,19 +12,12 @@ from jaxsys.serve.cli import parser as serve_parser
 from jaxsys.serve.energy.governors import VALUE_BYTES
 from jaxsys.serve.energy.slo import Slo
 from jaxsys.serve.settings import with_settings
-from jaxsys.serve.simulation import plan_serve
+from jaxsys.serve.simulation import plan_search, plan_serve
 from jaxsys.serve.simulation.deployments import Bounds, Deployment, candidates, demand_of
-from jaxsys.serve.simulation.plan_serve import (
-    Judged,
-    chosen_of,
-    command_of,
-    frontier,
-    halving,
-    judge,
-    listed,
-    manifest_of,
-)
-from jaxsys.serve.simulation.traces import synthetic_trace
+from jaxsys.serve.simulation.made_traces import synthetic_trace
+from jaxsys.serve.simulation.plan_search import Judged, chosen_of, frontier, halving, judge
+from jaxsys.serve.simulation.plan_serve import listed
+from jaxsys.serve.simulation.plan_start import command_of, manifest_of
 
 CONFIG = preset("Llama-3-8B")
 TRACE = synthetic_trace(rate_per_s=25, duration_s=12, seed=1, prompt_mean=300, output_mean=120)
@@ -190,7 +183,7 @@ def test_a_power_limit_is_said_beside_the_command(capsys, tmp_path, monkeypatch)
     def capped(*arguments, **options):
         return replace(judged(1, 0.1, 100.0), policy="cap-400")
 
-    monkeypatch.setattr(plan_serve, "judge", capped)
+    monkeypatch.setattr(plan_search, "judge", capped)
     manifest = tmp_path / "manifest.json"
     assert run(*SHORT, "--gpus", "h100=1", "--policy", "cap-400", "--manifest", str(manifest)) == 0
     *_, limit, command, _ = capsys.readouterr().out.splitlines()
@@ -251,7 +244,7 @@ def test_a_load_far_from_the_rate_asked_for_is_said(factor, said, capsys, monkey
     monkeypatch.setattr(
         plan_serve, "synthetic_trace", lambda **asked: TRACE.at_rate(asked["rate_per_s"] * factor)
     )
-    monkeypatch.setattr(plan_serve, "judge", lambda *_, **__: judged(1, 0.1, 100.0))
+    monkeypatch.setattr(plan_search, "judge", lambda *_, **__: judged(1, 0.1, 100.0))
     assert run(*SHORT) == 0
     error = capsys.readouterr().err
     assert ("the load replayed has 24 requests a second, not 20" in error) == said

@@ -13,16 +13,10 @@ from jaxsys.serve.energy.gpu_model import simulated_gpu
 from jaxsys.serve.energy.predictors import ModelPredictor
 from jaxsys.serve.energy.slo import SharedSlo, Slo
 from jaxsys.serve.energy.window_control import WindowControl
-from jaxsys.serve.simulation.replay import (
-    POLICIES,
-    carried_turns_per_s,
-    compare,
-    parse_instances,
-    policy_named,
-    setting,
-    unmeetable,
-)
-from jaxsys.serve.simulation.traces import synthetic_trace
+from jaxsys.serve.simulation.comparison import compare, setting, unmeetable
+from jaxsys.serve.simulation.made_traces import synthetic_trace
+from jaxsys.serve.simulation.policies import POLICIES, policy_named
+from jaxsys.serve.simulation.replay import carried_turns_per_s, parse_instances
 from studies.calibration import (
     FITTED,
     dataset_trace,

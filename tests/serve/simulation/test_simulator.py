@@ -23,8 +23,9 @@ from jaxsys.serve.energy.window_control import WindowControl
 from jaxsys.serve.hooks import FewestRequestsRouter
 from jaxsys.serve.simulation.executor import SimExecutor
 from jaxsys.serve.simulation.installation import ClusterConfig
+from jaxsys.serve.simulation.made_traces import synthetic_trace
 from jaxsys.serve.simulation.simulator import Simulator
-from jaxsys.serve.simulation.traces import RequestTrace, synthetic_trace
+from jaxsys.serve.simulation.traces import RequestTrace
 
 GPU = simulated_gpu("h100", "llama-3-8b")
 TRACE = synthetic_trace(rate_per_s=12, duration_s=20, seed=5)

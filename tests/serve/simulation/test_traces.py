@@ -6,13 +6,9 @@ import numpy as np
 import pytest
 
 from jaxsys.errors import UsageError
-from jaxsys.serve.simulation.traces import (
-    RequestTrace,
-    lognormal_lengths,
-    poisson_arrivals,
-    read_trace,
-    synthetic_trace,
-)
+from jaxsys.serve.simulation.made_traces import lognormal_lengths, poisson_arrivals, synthetic_trace
+from jaxsys.serve.simulation.trace_files import read_trace
+from jaxsys.serve.simulation.traces import RequestTrace
 from studies.lengths import lengths_from_csv, trace_of_lengths
 
 DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
