@@ -34,7 +34,13 @@ FORMS = {
     "bfloat16": [],
     "float8": ["--float8"],
     "float8, blocks alone": ["--float8", "attention/.*", "mlp/.*"],
-}
+    "float8, gradients alone": ["--float8", "--float8-forward"],
+    "float8, head too": ["--float8", "--float8-forward", ".*"],
+    "float8, gate and up wide": [
+        "--float8", "--float8-forward", "attention/.*", "mlp/down",
+    ],
+}  # fmt: skip
+"""What `jaxsys train` is told."""
 
 
 def main() -> int:

@@ -151,6 +151,19 @@ def prepare_steps(options, config, dtype, mesh, optimizer, parameters, shapes):
         yield from compiled_together(prepare, cases, options.jobs)
 
 
+FORWARD: dict[str, dict[str, tuple[str, ...]]] = {
+    "": {},
+    "-all": {"forward": Float8().paths},
+    "-backward": {"forward": ()},
+}
+"""Forward products in float8, by what is written behind the form of what flows back."""
+
+
+def _float8(name: str) -> Float8:
+    form = next(one for one in BACKWARD if name.startswith(one))
+    return Float8(backward=form, **FORWARD[name.removeprefix(form)])
+
+
 def prepare_step(
     length,
     size,
@@ -174,7 +187,7 @@ def prepare_step(
     name = name[copies.end() :] if copies else name
     replicas = int(copies.group(1)) if copies else 1
     ways, members = int(parts or 1), int(each or 1)
-    model = layered(config, float8=None if float8 == "off" else Float8(backward=float8))
+    model = layered(config, float8=None if float8 == "off" else _float8(float8))
     flops = training_flops_per_token(
         parameters=config.active_parameter_count(),
         layers=config.num_layers,
@@ -317,9 +330,10 @@ def main() -> int:
     step.add_argument(
         "--float8",
         nargs="+",
-        choices=("off", *BACKWARD),
+        choices=("off", *(f"{form}{where}" for form in BACKWARD for where in FORWARD)),
         default=["off"],
-        help="products of blocks and head in float8, by the form of what flows back",
+        help="products of blocks and head in float8, by the form of what flows back; forward too "
+        "but for the head's, or all forward, or none",
     )
     step.add_argument("--label", default="run", help="names the result file")
     step.set_defaults(run=bench_step)

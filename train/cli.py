@@ -116,8 +116,15 @@ def parser(prog: str) -> argparse.ArgumentParser:
         "--float8",
         nargs="*",
         metavar="PATH",
-        help="multiply in float8, forward and backward: all products of blocks and head, or those "
-        "of matrices at these paths, regular expressions such as 'mlp/.*' (default: none)",
+        help="multiply in float8: all products of blocks and head but the head's forward one, or "
+        "those of matrices at these paths, regular expressions such as 'mlp/.*' (default: none)",
+    )
+    how.add_argument(
+        "--float8-forward",
+        nargs="*",
+        metavar="PATH",
+        help="of those matrices, the ones whose forward product is in float8 too, which costs loss "
+        "(default: all but the head; no PATH: none)",
     )
     how.add_argument(
         "--recompute",
@@ -271,9 +278,7 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
     if arguments.out is not None and not arguments.resume:
         check_unused(arguments.out)
     devices = choose_devices(arguments.devices, hosts)
-    float8 = None
-    if arguments.float8 is not None:
-        float8 = Float8(paths=tuple(arguments.float8)) if arguments.float8 else Float8()
+    float8 = _float8(arguments)
     start = start_of(
         arguments.model,
         seed=arguments.seed,
@@ -340,7 +345,11 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
         non_finite=arguments.non_finite,
         settings=recipe.settings(data=training.fingerprint(), held_out=held_out.fingerprint())
         | ({} if layout.gradient_dtype == DTYPE else {"gradient_dtype": layout.gradient_dtype})
-        | ({} if float8 is None else {"float8": list(float8.paths)})
+        | (
+            {}
+            if float8 is None
+            else {"float8": list(float8.paths), "float8_forward": list(float8.forward)}
+        )
         | start.settings,
         flops_per_token=decoder_flops_per_token(config, recipe.sequence_length),
     )
@@ -405,6 +414,16 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
                 ) from None
         say(f"exported to {arguments.export}; try: jaxsys serve {how}")
     return report
+
+
+def _float8(arguments: argparse.Namespace) -> Float8 | None:
+    forward = arguments.float8_forward
+    if arguments.float8 is None:
+        if forward is not None:
+            raise UsageError("--float8-forward is of products in float8; give --float8 too")
+        return None
+    given = {"paths": tuple(arguments.float8)} if arguments.float8 else {}
+    return Float8(**given, **({} if forward is None else {"forward": tuple(forward)}))
 
 
 def _lora(arguments: argparse.Namespace) -> Lora | None:

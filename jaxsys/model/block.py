@@ -138,9 +138,8 @@ class HeldTree(HeldWhole):
 
     def _times(self, x: jax.Array, kernel: jax.Array, *path: str) -> jax.Array:
         """x times the kernel that lies at `path`, without its bias."""
-        if self._float8 is None or not self._float8.takes(*path):
-            return x @ kernel
-        return multiply(x, kernel, self._float8.backward)
+        sides = None if self._float8 is None else self._float8.of(*path)
+        return x @ kernel if sides is None else multiply(x, kernel, sides)
 
     def heads_out(self, o: jax.Array) -> jax.Array:
         """Heads joined, then one product."""

@@ -10,6 +10,10 @@ with the summed axis last, and turn single bytes slowly, so an array that is nee
 cast twice, the second time from its 16-bit transpose. The cast x8 is what is kept for the backward
 pass: half the bytes.
 
+Rounding the forward product is what costs loss, most of all the head's, whose errors go straight
+into logits. So which products run forward in float8 is said apart: with y = x W in 16 bits a step's
+loss is what it is without float8, and two of three products still run in it.
+
 Legend: M rows, K inputs, N outputs.
 """
 
@@ -17,7 +21,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +46,8 @@ class Float8:
     paths: tuple[str, ...] = ("attention/.*", "mlp/.*", "shared/(gate|up|down)", "head/.*")
     """Regular expressions for whole paths of matrices, such as `mlp/down` or `head/kernel`. Experts
     and what chooses among them are not multiplied in float8."""
+    forward: tuple[str, ...] = ("attention/.*", "mlp/.*", "shared/(gate|up|down)")
+    """Of those, the ones whose forward product is in float8 too, not their gradients' alone."""
     backward: Backward = "e5m2"
     """Of gradients that flow back."""
 
@@ -49,21 +55,30 @@ class Float8:
         """Raises UsageError if an expression or a form is none."""
         if self.backward not in BACKWARD:
             raise UsageError(f"backward={self.backward!r} must be {' or '.join(BACKWARD)}")
-        for path in self.paths:
+        for path in (*self.paths, *self.forward):
             try:
                 re.compile(path)
             except re.error as error:
                 raise UsageError(f"float8 path {path!r} is no expression: {error}") from error
 
-    def takes(self, *path: str) -> bool:
-        """Whether the matrix at `path` is multiplied in float8."""
+    def of(self, *path: str) -> "Sides | None":
+        """How the matrix at `path` is multiplied; None where nothing of it is in float8."""
         name = "/".join(path)
-        return any(re.fullmatch(rule, name) for rule in self.paths)
+        if not _fits(self.paths, name):
+            return None
+        return Sides(_fits(self.forward, name), self.backward)
 
     def check(self, matrices: Iterable[Path]) -> None:
         """Raises UsageError for a rule that names nothing, if none of the rules names anything, or
         for one that names experts."""
         names = ["/".join(path) for path in matrices]
+        some = [name for name in names if _fits(self.paths, name)]
+        for rule in self.forward:
+            if rule not in DEFAULT.forward and not _fits_any(rule, some):
+                raise UsageError(
+                    f"float8 path {rule!r} of forward products names none of the matrices that are "
+                    f"multiplied in float8: {', '.join(some)}"
+                )
         for rule in self.paths:
             taken = [name for name in names if re.fullmatch(rule, name)]
             wrong = [name for name in taken if name.startswith("experts/") or "weight" in name]
@@ -76,41 +91,63 @@ class Float8:
                 raise UsageError(
                     f"float8 path {rule!r} names none of the model's matrices: {', '.join(names)}"
                 )
-        if not any(self.takes(*path) for path in matrices):
+        if not some:
             raise UsageError(f"float8 takes none of the model's matrices: {', '.join(names)}")
+
+
+class Sides(NamedTuple):
+    """Which products with one matrix are in float8: those of its gradients are."""
+
+    forward: bool = True
+    """Whether the forward one is too."""
+    backward: Backward = "e5m2"
+    """The form of gradients that flow back."""
+
+
+def _fits(rules: Iterable[str], name: str) -> bool:
+    return any(re.fullmatch(rule, name) for rule in rules)
+
+
+def _fits_any(rule: str, names: Iterable[str]) -> bool:
+    return any(re.fullmatch(rule, name) for name in names)
 
 
 DEFAULT = Float8()
 
 
 def multiply(
-    x: Float[Array, "*lead K"], kernel: Float[Array, "K N"], backward: Backward = "e5m2"
+    x: Float[Array, "*lead K"],
+    kernel: Float[Array, "K N"],
+    sides: Sides = Sides(),  # noqa: B008  (a tuple)
 ) -> Float[Array, "*lead N"]:
-    """x times a kernel, in the dtype of x, by float8 products both ways."""
+    """x times a kernel, in the dtype of x; which products are in float8 `sides` says."""
     rows, kernel = alike(x.reshape(-1, x.shape[-1]), kernel)
-    y: Any = _product(rows, kernel, backward)
+    y: Any = _product(rows, kernel, sides)
     return y.reshape(*x.shape[:-1], -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product(
-    x: Float[Array, "M K"], kernel: Float[Array, "K N"], backward: Backward
+    x: Float[Array, "M K"], kernel: Float[Array, "K N"], sides: Sides
 ) -> Float[Array, "M N"]:
-    return _forward(x, kernel, backward)[0]
+    return _forward(x, kernel, sides)[0]
 
 
-def _forward(x: jax.Array, kernel: jax.Array, backward: Backward):
+def _forward(x: jax.Array, kernel: jax.Array, sides: Sides):
     (x8, x8_turned), of_x = both_ways(x, float8.E4M3)
     (w8, w8_turned), of_w = both_ways(kernel, float8.E4M3)
-    y = scaled_dot(x8, w8_turned, of_x * of_w, x.dtype)
+    if sides.forward:
+        y = scaled_dot(x8, w8_turned, of_x * of_w, x.dtype)
+    else:
+        y = x @ kernel  # x8 and w8_turned are then not made
     # Empty arrays say the dtypes that gradients have.
     like = jnp.zeros((0,), x.dtype), jnp.zeros((0,), kernel.dtype)
     return y, (x8_turned, of_x, w8, of_w, like)
 
 
-def _backward(backward: Backward, kept, gradient: jax.Array):
+def _backward(sides: Sides, kept, gradient: jax.Array):
     x8_turned, of_x, w8, of_w, like = kept
-    (d8, d8_turned), of_d = both_ways(gradient, BACKWARD[backward])
+    (d8, d8_turned), of_d = both_ways(gradient, BACKWARD[sides.backward])
     to_x = scaled_dot(d8, w8, of_d * of_w, like[0].dtype)
     to_kernel = scaled_dot(x8_turned, d8_turned, of_x * of_d, like[1].dtype)
     return to_x, to_kernel

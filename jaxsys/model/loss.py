@@ -24,8 +24,8 @@ from jaxsys.model.config import DecoderConfig
 from jaxsys.model.decoder import bind_edge
 from jaxsys.model.float8_products import (
     BACKWARD,
-    Backward,
     Float8,
+    Sides,
     alike,
     both_ways,
     scaled_dot,
@@ -79,7 +79,7 @@ def head_loss(
         targets: int [B, T]; negative ones are ignored.
         chunk_tokens: tokens whose logits are held at once.
         axis: the mesh axis; `x` [B, T / devices, D] and `edge` are a device's parts then.
-        float8: whether the head's products run in float8.
+        float8: which of the head's products run in float8.
 
     Returns:
         (summed loss, number of counted tokens), float32 scalars.
@@ -109,11 +109,9 @@ def head_loss(
     kernel, hidden = alike(edge_module.head_kernel(), hidden)
     if config.logit_scale != 1.0:
         hidden = hidden * config.logit_scale
-    backward = None
-    if float8 is not None and float8.takes(*HEAD):
-        backward = float8.backward
+    sides = None if float8 is None else float8.of(*HEAD)
     softcap = config.logit_softcap
-    return linear_cross_entropy(kernel, hidden, goals, chunk, softcap, axis, backward), weight
+    return linear_cross_entropy(kernel, hidden, goals, chunk, softcap, axis, sides), weight
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
@@ -124,7 +122,7 @@ def linear_cross_entropy(
     chunk: int,
     softcap: float | None = None,
     axis: str | None = None,
-    float8: Backward | None = None,
+    float8: Sides | None = None,
 ) -> Float[Array, ""]:
     """Summed cross-entropy of hidden @ kernel, `chunk` tokens at a time; float32.
 
@@ -136,7 +134,7 @@ def linear_cross_entropy(
         softcap: c, logits become c tanh(logits / c).
         axis: a mesh axis whose devices have a part of the vocabulary each, in order: then this is
             one device's part of the loss and of the gradient of `hidden`.
-        float8: the form of errors in the products with them, where all run in float8.
+        float8: which of the products run in float8; none if None.
     """
     head = _head(kernel, float8)
     losses = jax.lax.map(
@@ -173,7 +171,7 @@ class _Head(NamedTuple):
     """(hidden [C, D], error [C, V]) -> float32 gradients of the kernel and of hidden."""
 
 
-def _head(kernel: jax.Array, float8: Backward | None) -> _Head:
+def _head(kernel: jax.Array, float8: Sides | None) -> _Head:
     wide = jnp.dtype(jnp.float32)
     if float8 is None:
 
@@ -190,12 +188,14 @@ def _head(kernel: jax.Array, float8: Backward | None) -> _Head:
     (w8, w8_turned), of_w = both_ways(kernel, E4M3)
 
     def logits(hidden: jax.Array) -> jax.Array:
+        if not float8.forward:
+            return jnp.matmul(hidden, kernel, preferred_element_type=wide)
         values, scale = scaled(hidden, E4M3)
         return scaled_dot(values, w8_turned, scale.reshape(()) * of_w, wide)
 
     def small_gradients(hidden: jax.Array, error: jax.Array) -> tuple[jax.Array, jax.Array]:
         (_, h8_turned), of_h = both_ways(hidden, E4M3)
-        (e8, e8_turned), of_e = both_ways(error.astype(kernel.dtype), BACKWARD[float8])
+        (e8, e8_turned), of_e = both_ways(error.astype(kernel.dtype), BACKWARD[float8.backward])
         to_kernel = scaled_dot(h8_turned, e8_turned, of_h * of_e, wide)
         return to_kernel, scaled_dot(e8, w8, of_e * of_w, wide)
 
@@ -213,7 +213,7 @@ def _loss_and_gradients(
     chunk: int,
     softcap: float | None,
     axis: str | None,
-    float8: Backward | None,
+    float8: Sides | None,
 ):
     head = _head(kernel, float8)
 
@@ -246,7 +246,7 @@ def _scaled(
     chunk: int,
     softcap: float | None,
     axis: str | None,
-    float8: Backward | None,
+    float8: Sides | None,
     kept,
     scale: jax.Array,
 ):

@@ -18,7 +18,7 @@ from jaxsys.layered import reference_loss
 from jaxsys.lowering import lower
 from jaxsys.mesh import make_mesh
 from jaxsys.model import DecoderConfig, initial_parameters, layered
-from jaxsys.model.float8_products import Float8, multiply
+from jaxsys.model.float8_products import Float8, Sides, multiply
 from jaxsys.model.loss import linear_cross_entropy
 from jaxsys.strategies import NAMES, for_layers
 
@@ -48,7 +48,7 @@ def apart(found, wanted):
 def test_each_product_is_that_of_two_rounded_factors(backward, form):
     keys = jax.random.split(jax.random.key(0), 3)
     x, w = jax.random.normal(keys[0], (2, 5, 24)), jax.random.normal(keys[1], (24, 16))
-    y, back = jax.vjp(functools.partial(multiply, backward=backward), x, w)
+    y, back = jax.vjp(functools.partial(multiply, sides=Sides(True, backward)), x, w)
     gradient = 1e-6 * jax.random.normal(keys[2], y.shape)
     to_x, to_w = back(gradient)
     x8, w8 = rounded(x, E4M3).reshape(10, 24), rounded(w, E4M3)
@@ -57,6 +57,10 @@ def test_each_product_is_that_of_two_rounded_factors(backward, form):
     assert apart(to_x.reshape(10, 24), d8 @ w8.T) < 1e-5
     assert apart(to_w, x8.T @ d8) < 1e-5
     assert 0.01 < apart(y.reshape(10, 16), x.reshape(10, 24) @ w) < 0.06
+    wide, back = jax.vjp(functools.partial(multiply, sides=Sides(False, backward)), x, w)
+    assert apart(wide, x @ w) < 1e-6
+    # Gradients are the same, whatever the forward product was.
+    assert all(apart(a, b) < 1e-6 for a, b in zip(back(gradient), (to_x, to_w), strict=True))
 
 
 def test_scales_hold_what_they_scale():
@@ -84,9 +88,14 @@ def test_a_head_in_float8_is_near_and_its_gradient_too():
         return jax.value_and_grad(of, argnums=(0, 1))(kernel, hidden)
 
     loss, gradients = run(None)
-    for form, most in (("e5m2", 0.15), ("e4m3", 0.1)):
-        found, other = run(form)
-        assert 0 < abs(float(found / loss) - 1) < 0.02
+    for sides, most in (
+        (Sides(True, "e5m2"), 0.15),
+        (Sides(True, "e4m3"), 0.1),
+        (Sides(False, "e5m2"), 0.15),
+    ):
+        found, other = run(sides)
+        assert sides.forward == (0 < abs(float(found / loss) - 1) < 0.02)
+        assert sides.forward or found == loss
         assert all(apart(a, b) < most for a, b in zip(other, gradients, strict=True))
 
 
@@ -193,9 +202,25 @@ def test_rules_take_what_they_name():
         )
         return text.count("f8_e4m3fn") > 0
 
-    assert rules.takes("mlp", "up") and not rules.takes("mlp", "down")
-    assert not rules.takes("head", "kernel")
+    assert rules.of("mlp", "up") == Sides(True) and rules.of("mlp", "down") is None
+    assert rules.of("head", "kernel") is None
     assert products(rules) and not products(None)
+
+
+def test_the_forward_product_of_the_head_is_wide_unless_asked_for():
+    """Nothing of a step's loss is in float8 where no forward product is."""
+    assert Float8().of("head", "kernel") == Sides(False)
+    assert Float8().of("mlp", "down") == Float8().of("attention", "query") == Sides(True)
+    assert Float8(forward=(".*",), backward="e4m3").of("head", "kernel") == Sides(True, "e4m3")
+    parameters, batch = initial_parameters(CONFIG, seed=1), batch_of(1)
+
+    def loss(rules):
+        return float(reference_loss(layered(CONFIG, float8=rules), parameters, batch))
+
+    assert loss(Float8(forward=())) == loss(None)
+    of_blocks = loss(Float8(paths=("attention/.*", "mlp/.*")))
+    assert loss(Float8()) == of_blocks != loss(None)
+    assert loss(Float8(forward=(".*",))) != of_blocks
 
 
 @pytest.mark.parametrize(
@@ -207,6 +232,11 @@ def test_rules_take_what_they_name():
         ),
         ({"paths": ()}, "float8 takes none of the model's matrices"),
         ({"paths": ("mlp/(",)}, r"float8 path 'mlp/\(' is no expression"),
+        (
+            {"paths": ("mlp/.*",), "forward": ("attention/.*", "head/.*", "mlp/side")},
+            "float8 path 'head/.*' of forward products names none of the matrices that are mult",
+        ),
+        ({"forward": ("mlp/(",)}, r"float8 path 'mlp/\(' is no expression"),
         ({"backward": "e3m4"}, "backward='e3m4' must be e5m2 or e4m3"),
     ],
 )

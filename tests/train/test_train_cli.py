@@ -139,6 +139,10 @@ def test_adapters_of_a_folder_are_trained_and_exported_as_peft_has_them(text, tm
         (("--tensorboard",), "--tensorboard needs --out"),
         (("--profile",), "--profile needs --out"),
         (("--clip-norm", "0"), "--clip-norm 0.0 must be above 0"),
+        (
+            ("--float8-forward", "mlp/.*"),
+            "--float8-forward is of products in float8; give --float8",
+        ),
         (("--dtype", "float8"), "--dtype: invalid choice: 'float8' (choose from"),
         (("--devices", "4", "--replicas", "3"), "--replicas 3 does not divide --devices 4"),
         (("--coordinator", "a:1"), "go together"),
