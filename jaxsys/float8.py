@@ -71,6 +71,7 @@ def scaled(
 
 
 def cast(x: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """float32 to the nearest number of a small form."""
+    """float32 to the nearest number of a small form; what is amid two integers goes up."""
     dtype = jnp.dtype(dtype)
-    return (jnp.round(x) if jnp.issubdtype(dtype, jnp.integer) else x).astype(dtype)
+    # Kernels of Triton have no rounding to the nearest integer.
+    return (jnp.floor(x + 0.5) if jnp.issubdtype(dtype, jnp.integer) else x).astype(dtype)

@@ -253,7 +253,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
         "--quantise-cache",
         choices=CACHE_FORMS,
         dest="cache_form",
-        help="form of keys and values in pages (default: that of --dtype)",
+        help="form of keys and values in pages, one byte each; int8 is closer (default: --dtype's)",
     )
     ahead = result.add_argument_group("tokens guessed ahead (speculation)")
     ahead.add_argument(

@@ -14,7 +14,7 @@ their log-sum-exp. On an H100 (32 query heads, 8 key/value heads of 128, 1024 to
 paged kernel took 1.02x the time of copying the keys and values at batch 128; JAX's Pallas kernel
 1.28x, gathering pages for cuDNN 3.0x, for XLA 3.3x, the portable walk 4.7x.
 
-Windows, caps, sinks, latent keys, and pages of float8 with a scale a token and head (`Scales`) are
+Windows, caps, sinks, latent keys, and pages of bytes with a scale a token and head (`Scales`) are
 beyond the kernels of cuDNN that JAX reaches: there our own attends (`paged_kernel`).
 
 Legend: B requests, T tokens of a prompt piece, W pages of a block table, P pages, S tokens a page,
@@ -78,7 +78,7 @@ PLAIN = Rule()
 
 
 Scales = tuple[Float[Array, "P S G"], Float[Array, "P S G"] | None] | None
-"""Of keys and values in float8; None where pages hold what is computed with."""
+"""Of keys and values in float8 or int8; None where pages hold what is computed with."""
 
 
 class DecodeAttention(Protocol):
@@ -189,7 +189,7 @@ def attend_pages(
         positions: int32 [B, T], where each query stands.
         rule: of this kind of layer.
         sinks: scores that take part in each head's softmax and add nothing.
-        scales: of pages in float8.
+        scales: of pages in float8 or int8.
 
     Returns:
         [B, T, G, R, K] in the dtype of `q`, K the width of values; softmax in float32.
@@ -250,7 +250,7 @@ def attend_pages(
 
 
 def _gathered(keys, values, scales: Scales, pages, dtype) -> tuple[Any, Any]:
-    """Keys and values (None as they are given) of pages, widened where they are float8."""
+    """Keys and values (None as they are given) of pages, widened where they have scales."""
     found = []
     for pool, of_pool in zip((keys, values), scales or (None, None), strict=True):
         part = None if pool is None else pool.at[pages].get(mode="clip")

@@ -73,7 +73,7 @@ def tile_for(rows: int, keys: jax.Array, apart: bool, device: Device) -> Tile | 
     page_size, width = keys.shape[1], keys.shape[3]
     narrow = keys.dtype.itemsize == 1
     whole = page_size >= 16 and page_size & (page_size - 1) == 0 and width % 16 == 0
-    if not whole or (narrow and not device.float8):
+    if not whole or (narrow and keys.dtype == float8.E4M3 and not device.float8):
         return None
     most = 128 if width <= 128 else 64 if width <= 256 else LEAST
     height = LEAST

@@ -1,7 +1,7 @@
 """The decoder's forward passes over a paged key-value cache: pure functions for `jax.jit`.
 
 Each layer keeps its keys and values in a pool [P, S, G, K] of P pages, or its latent vectors and
-their turning key in one [P, S, 1, C + R], in the weights' dtype or in float8 with a scale a token
+their turning key in one [P, S, 1, C + R], in the weights' dtype or of one byte with a scale a token
 and head. Layers that keep the same tokens are a group and share tables of pages; pools are shared
 by groups, a layer of each (`cache_groups`). A request's block table, one a group, lists its pages
 in order, so position p lies in page `table[p // S]` at offset `p % S`. Pools come in and go out of
@@ -36,15 +36,17 @@ from jaxsys.serve.paged_attention import AttentionKernels, Rule, Scales
 from jaxsys.serve.prompt_scores import Scores, score
 from jaxsys.serve.weights import HeldFused, LayerWeights, ServingWeights, matmul
 
-CacheForm = Literal["fp8"]
+CacheForm = Literal["int8", "fp8"]
 
 CACHE_FORMS: tuple[CacheForm, ...] = get_args(CacheForm)
+
+_KEPT = {"int8": jnp.int8, "fp8": float8.E4M3}
 
 
 class LayerPages(NamedTuple):
     """One layer's keys and values, each [P, S, G, K]; or its latent vectors and key as `keys`.
 
-    Scales [P, S, G] where they are float8.
+    Scales [P, S, G] where they are in a small form.
     """
 
     keys: jax.Array
@@ -88,7 +90,7 @@ Cache = tuple[LayerPages, ...]
 Contents = Float[Array, "N W S G K"]
 """What some pages hold: each pool of each layer in turn, N = 2 * layers, or layers where latent.
 One array: to send and receive N of them keeps the host from its next steps for longer than the data
-takes. Float8 goes as bytes, each head's scale in the four behind it: [N, W, S, G, K + 4]."""
+takes. Small forms go as bytes, each head's scale in the four behind it: [N, W, S, G, K + 4]."""
 
 _SCALE_BYTES = 4
 
@@ -114,7 +116,7 @@ def empty_cache(
         found: list[tuple[jax.Array, jax.Array | None]] = []
         for shape in layer_cache(config, config.kinds[0]).shapes:
             size = (page_count, page_size, *shape)
-            kept = dtype if form is None else float8.E4M3
+            kept = dtype if form is None else _KEPT[form]
             scales = None
             if form is not None:
                 scales = jnp.zeros(size[:-1], jnp.float32, device=placement)

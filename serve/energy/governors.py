@@ -97,7 +97,7 @@ class Served:
         if modelled:
             value_bytes, kv_bytes = min(value_bytes, 2.0), 2.0
         if cache:
-            kv_bytes = number_bytes(config, "bfloat16", "fp8")
+            kv_bytes = number_bytes(config, "bfloat16", "fp8")  # as wide as int8
         shape = shape_from_sizes(
             name="the served model",
             parameters=config.parameter_count(),
