@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jaxsys.errors import UsageError
-from jaxsys.layered import LayeredModel, PyTree, microbatch_keys, step_key
+from jaxsys.layered import LayeredModel, PyTree, microbatch_keys, seed_key, step_key
 
 
 class Keys:
@@ -35,7 +35,7 @@ class Keys:
     def of_step(self, step: int, rows: int) -> dict[str, np.ndarray]:
         """The leaf of a step's batch: raw keys uint32 [rows, ...]."""
         assert self._leaf is not None
-        keys = microbatch_keys(step_key(jax.random.key(self._seed), step), rows)
+        keys = microbatch_keys(step_key(seed_key(self._seed), step), rows)
         return {self._leaf: np.asarray(jax.random.key_data(keys))}
 
     def with_shape(self, microbatch: PyTree) -> Any:

@@ -16,7 +16,15 @@ import jax.numpy as jnp
 import optax
 
 from jaxsys.errors import UsageError
-from jaxsys.layered import BlockFunction, Layer, LayeredModel, Parameters, PyTree, each_form
+from jaxsys.layered import (
+    BlockFunction,
+    Layer,
+    LayeredModel,
+    Parameters,
+    PyTree,
+    each_form,
+    seed_key,
+)
 from jaxsys.model.peft import Adapters
 from jaxsys.train.state import path_names
 
@@ -60,7 +68,7 @@ def add_adapters(
         if leaf.ndim in (3, 4) and jnp.issubdtype(leaf.dtype, jnp.inexact)
     }
     chosen: dict[str, Adapters] = {kind: {} for kind in stacks}
-    key = jax.random.key(seed)
+    key = seed_key(seed)
     for target in targets:
         named = [place for place in kernels if f"/{place[1]}".endswith(f"/{target}")]
         if not named:

@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxsys.errors import UsageError
-from jaxsys.layered import Parameters, PyTree
+from jaxsys.layered import Parameters, PyTree, seed_key
 from jaxsys.model.attention import Implementation
 from jaxsys.model.block import BoundBlock, HeldTree, norm
 from jaxsys.model.config import DecoderConfig
@@ -141,7 +141,7 @@ def initial_parameters(
     config: DecoderConfig, *, seed: int = 0, dtype: DTypeLike = jnp.float32
 ) -> Parameters:
     """Fresh parameters: normal kernels, norms that change nothing, no biases."""
-    return _fresh(config, nnx.Rngs(seed), dtype)
+    return _fresh(config, nnx.Rngs(seed_key(seed)), dtype)
 
 
 def _fresh(config: DecoderConfig, rngs: nnx.Rngs, dtype: DTypeLike) -> Parameters:

@@ -19,6 +19,7 @@ from jaxsys.layered import (
     layer_key,
     microbatch_keys,
     reference_loss,
+    seed_key,
     step_key,
 )
 from jaxsys.lowering import lower
@@ -192,6 +193,15 @@ def test_streams_of_random_numbers_do_not_meet():
         assert len(data) == len(every)
     few, many = (microbatch_keys(jax.random.key(1), count) for count in (2, 6))
     np.testing.assert_array_equal(_raw(few), _raw(many)[:2])
+
+
+def test_every_bit_of_a_seed_counts():
+    """jax.random.key alone takes 1 and 2**32 + 1 for the same, unless 64-bit types are on."""
+    seeds = (0, 1, 2**32 - 1, 2**32, 2**32 + 1, 2**40 + 1, 2**63 - 1)
+    data = {tuple(np.asarray(_raw(seed_key(seed))).tolist()) for seed in seeds}
+    assert len(data) == len(seeds)
+    for seed in seeds[:3]:
+        np.testing.assert_array_equal(_raw(seed_key(seed)), _raw(jax.random.key(seed)))
 
 
 def _raw(key):

@@ -129,6 +129,13 @@ def test_module_and_pytree_are_one_model():
     )
 
 
+def test_parameters_of_seeds_32_bits_apart_differ():
+    shapes, kernels = preset("tiny"), []
+    for seed in (1, 2**32 + 1):
+        kernels.append(initial_parameters(shapes, seed=seed)["blocks"]["attention"]["query"])
+    assert jax.tree.all(jax.tree.map(lambda a, b: not jnp.array_equal(a, b), *kernels))
+
+
 def test_layers_start_out_different():
     query = initial_parameters(preset("tiny"))["blocks"]["attention"]["query"]
     assert not np.array_equal(query[0], query[1])
