@@ -62,12 +62,16 @@ def scaled(
         a scale's numbers are not all finite.
     """
     wide = x.astype(jnp.float32)
-    most = jnp.max(jnp.abs(wide), axis=axis, keepdims=True)
+    scale = scale_of(jnp.max(jnp.abs(wide), axis=axis, keepdims=True), dtype)
+    return cast(wide / scale, dtype), scale
+
+
+def scale_of(most: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """The float32 scale of numbers whose largest is `most`."""
     # A subnormal scale would divide to infinity where the device flushes it to zero.
     scale = jnp.where(most > 0, jnp.maximum(most / largest(dtype), 1e-30), 1.0)
     # NaN is above nothing: it must not take the scale of zeros.
-    scale = jnp.where(jnp.isnan(most), most, scale)
-    return cast(wide / scale, dtype), scale
+    return jnp.where(jnp.isnan(most), most, scale)
 
 
 def cast(x: jax.Array, dtype: DTypeLike) -> jax.Array:

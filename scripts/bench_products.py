@@ -118,7 +118,6 @@ def forms(rows: int) -> dict[str, tuple[Callable[[jax.Array], Any], Product]]:
                 summed,
             )
         found["fp8 one row"] = small("fp8", summed_row=True, one_row=True)
-        found["int4 one row"] = small("int4", one_row=True)
     if rows <= few_rows.MOST:
         found["int4 few rows"] = small("int4", few_rows=few_rows.MOST)
     return found
@@ -173,8 +172,8 @@ def bench_kernel(options: argparse.Namespace, reads: float | None) -> Iterator[R
     )
     weights = [made(key) for key in keys]
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights[0]))
-    for own, warps, stages in itertools.product((32, 64, 128), (2, 4, 8), (3, 5)):
-        settings: Any = {"outputs": own, "warps": warps, "stages": stages}
+    for own, turn, warps in itertools.product((2, 4, 8), (64, 128, 256), (1, 2)):
+        settings: Any = {"outputs": own, "turn": turn, "warps": warps}
 
         def product(x: jax.Array, m: Matrix, settings: Any = settings) -> jax.Array:
             assert m.scale is not None
@@ -216,10 +215,10 @@ def bench_pages(options: argparse.Namespace, reads: float | None) -> Iterator[Ro
         cases: list[tuple[Row, Callable, tuple, float]] = [
             ({"form": "bfloat16", "kernel": kernels.reason.split(":")[0]},
              kernels.decode, (q, k, v, tables, positions), 2.0 * k.nbytes)]  # fmt: skip
-        for programs, warps, stages in itertools.product(
-            options.programs, options.warps, options.stages
+        for programs, warps, stages, tokens in itertools.product(
+            options.programs, options.warps, options.stages, options.tokens
         ):
-            tile = Tile(paged_kernel.LEAST, warps, stages)
+            tile = Tile(paged_kernel.LEAST, warps, stages, tokens)
 
             def run(
                 q: jax.Array, k: Any, v: Any, scales: Any, tables: Any, at: Any,
@@ -231,7 +230,7 @@ def bench_pages(options: argparse.Namespace, reads: float | None) -> Iterator[Ro
                 )[:, 0]  # fmt: skip
 
             row = {"kernel": "paged_kernel", "programs": programs}
-            row |= {"warps": warps, "stages": stages}
+            row |= {"warps": warps, "stages": stages, "tokens": tokens}
             size = 2.0 * k8.nbytes + 2.0 * scales[0].nbytes
             cases += [
                 (row | {"form": "fp8"}, run, (q, k8, v8, scales, tables, positions), size),
@@ -278,8 +277,9 @@ def main() -> int:
     parser.add_argument("--forms", nargs="+", help="of part `serve`; all if not given")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 64, 128])
     parser.add_argument("--programs", nargs="+", type=int, default=[1, 2, 4, 16])
-    parser.add_argument("--warps", nargs="+", type=int, default=[4])
+    parser.add_argument("--warps", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--stages", nargs="+", type=int, default=[2, 3])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[32, 64], help="of a turn")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--bytes", type=float, default=1.5e9, help="of all matrices together")
     parser.add_argument("--interpret", action="store_true", help="kernels, where there is no GPU")

@@ -8,12 +8,12 @@ H200). Their scales:
 
     fp8   e4m3fn, one a row of outputs
     int8  one a row of outputs
-    int4  one a group of inputs of each output; two numbers a byte
+    int4  one a group of inputs of each output; eight numbers a word
 
 A product runs by the matrix's `Way`: values widened, exactly, to what the pass computes in; or
 both sides in float8, where x gets a scale for each of its rows; one row as a sum of numbers
 times numbers, which XLA makes one reading kernel of, or `one_row` does; int4's few rows by a kernel
-that unpacks them in registers (`few_rows`). The first is everywhere; the others are for devices
+that multiplies them as integers (`few_rows`). The first is everywhere; the others are for devices
 that compute them, chosen by `way` from what was measured (results/products_h200.json).
 
 Legend: M rows of x, N outputs, K inputs, E experts, g numbers that share a scale.
@@ -51,9 +51,9 @@ class Way:
     summed_row: bool = False
     """Whether one row of x is multiplied as a sum, not as a product."""
     one_row: bool = False
-    """Whether that sum is made by the kernel for one row, where a matrix is int4 or wide."""
+    """Whether that sum is made by the kernel for one row, where that is quicker."""
     few_rows: int = 0
-    """Up to so many rows of x, by the kernel for few rows, where a matrix is int4."""
+    """Up to so many rows of x are cast to int8, a scale a group, where a matrix is int4."""
     both: bool = False
     """Whether more rows are cast to float8, a scale each, where a matrix is."""
     reason: str = "values widened on their way into products"
@@ -73,8 +73,8 @@ def way(quantisation: Quantisation, device: Device) -> Way:
         both = f"both sides in fp8: {reason}"
         return Way(summed_row=True, one_row=True, both=True, reason=both)
     if quantisation == "int4":
-        widened = f"int4 widened past {few_rows.MOST} rows"
-        return Way(one_row=True, few_rows=few_rows.MOST, reason=widened)
+        widened = f"int4 with activations in int8, widened past {few_rows.MOST} rows"
+        return Way(few_rows=few_rows.MOST, reason=widened)
     # Activations in int8 too would be faster, and cost the most quality of all forms but int4.
     return Way(summed_row=True, reason="int8 values widened: activations keep their bits")
 
@@ -89,8 +89,8 @@ class Matrix:
     """Weights of one product; an expert's are [E, K, N] with scales [E, N]."""
 
     values: jax.Array
-    """[K, N], or [N, K] where outputs come first; int4 [N, K / g, g / 2], the lower half of a byte
-    the number g / 2 before that of the upper."""
+    """[K, N], or [N, K] where outputs come first; int4 as `few_rows.packed` has it, int32
+    [N, K / g, g / 8]."""
     scale: jax.Array | None = None
     """float32 [N], of int4 [N, K / g]."""
     outputs: tuple[int, ...] = ()
@@ -100,8 +100,8 @@ class Matrix:
 
     @property
     def packed(self) -> bool:
-        """Whether two numbers share a byte."""
-        return self.values.dtype == jnp.uint8
+        """Whether numbers share words."""
+        return self.values.dtype == jnp.int32
 
     def wide(self, dtype: jnp.dtype) -> jax.Array:
         """The values [N, K] or [K, N] without their scale of rows; of int4 with that of groups."""
@@ -147,11 +147,11 @@ def group_of(inputs: int, ways: int = 1) -> int:
             f"int4 weights of {inputs} inputs are not whole groups of {GROUPS[-1]} on each of "
             f"{ways} devices; use fewer devices, int8 or fp8"
         )
-    return fitting[0] if fitting else inputs + inputs % 2
+    return fitting[0] if fitting else inputs + -inputs % 8
 
 
 def _grouped(rows: Float[Array, "N K"], ways: int) -> tuple[jax.Array, jax.Array]:
-    """Packed int4 [N, K / g, g / 2] and scales [N, K / g]."""
+    """int4 as `few_rows.packed` has it, and scales [N, K / g]."""
     outputs, inputs = rows.shape
     group = group_of(inputs, ways)
     wide = jnp.pad(rows.astype(jnp.float32), ((0, 0), (0, -inputs % group)))
@@ -172,9 +172,7 @@ def _grouped(rows: Float[Array, "N K"], ways: int) -> tuple[jax.Array, jax.Array
             jnp.where(better, new, old)
             for new, old in zip(other, (error, scale, whole), strict=True)
         )
-    codes = (whole + 8).astype(jnp.uint8)
-    half = group // 2
-    return codes[..., :half] | (codes[..., half:] << 4), scale[..., 0]
+    return few_rows.packed(whole + 8), scale[..., 0]
 
 
 def matmul(
@@ -199,16 +197,13 @@ def _product(x: Float[Array, "M K"], matrix: Matrix, dtype: jnp.dtype) -> Float[
     scale, how = matrix.scale, matrix.way
     if scale is None:
         return _dot(x, matrix.values, matrix.outputs_first, dtype)
-    alone = how.one_row and x.shape[0] == 1 and one_row.fits(matrix.values)
     if matrix.packed:
-        if alone and x.shape[1] == 2 * math.prod(matrix.values.shape[1:]):
-            return one_row.packed_product(x, matrix.values, scale, dtype)
-        if x.shape[0] <= how.few_rows and few_rows.fits(matrix.values, x.dtype):
+        spare = 8 * math.prod(matrix.values.shape[1:]) - x.shape[1]
+        if x.shape[0] <= how.few_rows and few_rows.fits(matrix.values) and not spare:
             return few_rows.product(x, matrix.values, scale, dtype)
-        spare = matrix.values.shape[1] * matrix.values.shape[2] * 2 - x.shape[1]
         return _dot(jnp.pad(x, ((0, 0), (0, spare))), matrix.wide(x.dtype), True, dtype)
     if how.summed_row and x.shape[0] == 1:
-        if alone and x.shape[1] >= one_row.LONG:
+        if how.one_row and one_row.fits(matrix.values):
             return one_row.product(x, matrix.values, scale, dtype)
         return _summed(x, matrix.values, scale, dtype)
     if how.both and matrix.values.dtype == float8.E4M3:

@@ -26,9 +26,9 @@ from jaxsys.model.grouped_triton import load_block, span
 
 LONG = 8192
 """Inputs from which the kernel is quicker than XLA's sum of numbers that are not packed."""
-OUTPUTS = 4
-"""Of one program."""
-_NUMBERS, _PAIRS = 1024, 512
+OUTPUTS = 2
+"""Of one program, which is one warp."""
+_NUMBERS = 1024
 """Inputs of a turn."""
 
 
@@ -38,99 +38,54 @@ def product(
     scale: Float[Array, " N"],
     dtype: jnp.dtype,
     *,
+    outputs: int = OUTPUTS,
+    turn: int = _NUMBERS,
     interpret: bool = False,
 ) -> Float[Array, "1 N"]:
     """The product with numbers of one byte and a scale for each output.
 
     Args:
+        outputs: of one program.
+        turn: inputs of a turn.
         interpret: run it without a GPU, operation by operation.
     """
-    kernel = functools.partial(_of_numbers, inputs=values.shape[1])
-    return _call(kernel, x.reshape(-1), values, scale, dtype, interpret)
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
 
-
-def packed_product(
-    x: Float[Array, "1 K"],
-    values: jax.Array,
-    scale: Float[Array, "N K/g"],
-    dtype: jnp.dtype,
-    *,
-    interpret: bool = False,
-) -> Float[Array, "1 N"]:
-    """The product with int4 numbers [N, K / g, g / 2], as `few_rows` has them."""
-    size, groups, half = values.shape
-    halves = x.reshape(groups, 2, half).swapaxes(0, 1).reshape(2, -1)
-    kernel = functools.partial(_of_pairs, pairs=groups * half, half=half)
-    return _call(kernel, halves, values.reshape(size, -1), scale, dtype, interpret)
+    size, inputs = values.shape
+    return pl.pallas_call(
+        functools.partial(_kernel, outputs=outputs, step=turn, inputs=inputs),
+        grid=(size // outputs,),
+        out_shape=jax.ShapeDtypeStruct((size,), dtype),
+        compiler_params=triton.CompilerParams(num_warps=1, num_stages=2),
+        interpret=interpret,
+        name="one_row",
+    )(x.reshape(-1), values, scale)[None]
 
 
 def fits(values: jax.Array) -> bool:
-    """Whether the kernel takes these values: whole blocks of outputs, groups of powers of two."""
-    half = values.shape[-1]
-    packed = values.ndim == 3
-    whole = not packed or (16 <= half <= _PAIRS and half & (half - 1) == 0)
-    return whole and values.shape[0] % OUTPUTS == 0
+    """Whether the kernel takes these values [N, K], and is quicker than XLA's sum."""
+    outputs, inputs = values.shape
+    return outputs % OUTPUTS == 0 and (inputs >= LONG or outputs <= inputs)
 
 
-def _call(kernel: Any, x: Any, values: Any, scale: Any, dtype: Any, interpret: bool) -> jax.Array:
+def _kernel(
+    x_ref: Any, w_ref: Any, scale_ref: Any, o_ref: Any, *, outputs: int, step: int, inputs: int
+) -> None:
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
-    size = values.shape[0]
-    return pl.pallas_call(
-        kernel,
-        grid=(size // OUTPUTS,),
-        out_shape=jax.ShapeDtypeStruct((size,), dtype),
-        compiler_params=triton.CompilerParams(num_warps=2, num_stages=2),
-        interpret=interpret,
-        name="one_row",
-    )(x, values, scale)[None]
-
-
-def _of_numbers(x_ref: Any, w_ref: Any, scale_ref: Any, o_ref: Any, *, inputs: int) -> None:
-    row = _rows()
+    row = pl.program_id(0) * outputs + jnp.arange(outputs, dtype=jnp.int32)
 
     def turn(index: jax.Array, sums: jax.Array) -> jax.Array:
-        k, inside = span(index * _NUMBERS, _NUMBERS, inputs)
-        w = load_block(w_ref, row, k, inside[None]).astype(jnp.float32)
-        return sums + w * _part(x_ref, (k,), inside)[None]
+        k, inside = span(index * step, step, inputs)
+        if inputs % step:
+            w = load_block(w_ref, row, k, inside[None])
+            x = triton.load(x_ref.at[k], mask=inside, other=0.0)
+        else:
+            w, x = triton.load(w_ref.at[row[:, None], k[None]]), triton.load(x_ref.at[k])
+        return sums + w.astype(jnp.float32) * x.astype(jnp.float32)[None]
 
-    start = jnp.zeros((OUTPUTS, _NUMBERS), jnp.float32)
-    sums = jax.lax.fori_loop(0, -(-inputs // _NUMBERS), turn, start)
+    start = jnp.zeros((outputs, step), jnp.float32)
+    sums = jax.lax.fori_loop(0, -(-inputs // step), turn, start)
     o_ref[row] = (sums.sum(axis=1) * scale_ref[row]).astype(o_ref.dtype)
-
-
-def _of_pairs(x_ref: Any, w_ref: Any, scale_ref: Any, o_ref: Any, *, pairs: int, half: int) -> None:
-    row = _rows()
-    many = _PAIRS // half
-
-    def turn(index: jax.Array, sums: jax.Array) -> jax.Array:
-        k, inside = span(index * _PAIRS, _PAIRS, pairs)
-        codes = load_block(w_ref, row, k, inside[None]).astype(jnp.int32)
-        # 128 and a number from 0 to 15, written behind the point: no integer is converted.
-        low, high = (
-            jax.lax.bitcast_convert_type(bits | 0x43000000, jnp.float32) - 136.0
-            for bits in ((codes & 15) << 16, (codes & 0xF0) << 12)
-        )
-        found = low * _part(x_ref, (0, k), inside)[None]
-        found += high * _part(x_ref, (1, k), inside)[None]
-        group, there = span(index * many, many, pairs // half)
-        scale = load_block(scale_ref, row, group, there[None])
-        each = jax.lax.broadcast_in_dim(scale, (OUTPUTS, many, half), (0, 1))
-        return sums + found * each.reshape(found.shape)
-
-    start = jnp.zeros((OUTPUTS, _PAIRS), jnp.float32)
-    sums = jax.lax.fori_loop(0, -(-pairs // _PAIRS), turn, start)
-    o_ref[row] = sums.sum(axis=1).astype(o_ref.dtype)
-
-
-def _rows() -> jax.Array:
-    from jax.experimental import pallas as pl
-
-    return pl.program_id(0) * OUTPUTS + jnp.arange(OUTPUTS, dtype=jnp.int32)
-
-
-def _part(x_ref: Any, place: tuple[Any, ...], inside: jax.Array) -> jax.Array:
-    from jax.experimental.pallas import triton
-
-    return triton.load(x_ref.at[place], mask=inside, other=0.0).astype(jnp.float32)

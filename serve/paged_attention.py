@@ -141,6 +141,8 @@ class AttentionKernels:
     reason: str
     grouped: Grouped = used_by_walk
     several: SeveralAttention = dataclasses.field(default_factory=lambda: attend_pages)
+    writes: bool = False
+    """Whether new keys and values are put into pages by `page_writes`, in one kernel."""
 
 
 def choose_kernels(
@@ -154,8 +156,11 @@ def choose_kernels(
     """
     choice = choose_implementation(dtype=dtype, head_dim=head_dim, device=device)
     if choice.implementation == "cudnn":
-        own = functools.partial(_own_several, paged_kernel.device_of(device))
+        known = paged_kernel.device_of(device)
+        own = functools.partial(_own_several, known)
         kernels = AttentionKernels(
+            # A kernel sees one device's arrays, which no mesh splits for it.
+            writes=known is not None and known.float8 and mesh is None,
             decode=functools.partial(_cudnn_decode, own),
             prefill=functools.partial(_cudnn_prefill, own),
             several=functools.partial(_cudnn_several, own),
@@ -278,7 +283,8 @@ def portable_prefill(
 def _own_several(device, q, keys, values, tables, positions, rule=PLAIN, sinks=None, scales=None):
     """By the kernel for what cuDNN does not compute, where it takes these pages."""
     rows, apart = q.shape[1] * q.shape[3], values is not None
-    tile = None if device is None else paged_kernel.tile_for(rows, keys, apart, device)
+    heads = q.shape[0] * q.shape[2]
+    tile = None if device is None else paged_kernel.tile_for(rows, keys, apart, device, heads)
     if tile is None:
         return attend_pages(q, keys, values, tables, positions, rule, sinks, scales)
     return paged_kernel.attend(

@@ -27,6 +27,8 @@ LEAST = 16
 """Rows of a program: what tensor cores take at least."""
 PROGRAMS = 256
 """Enough to keep an H200's 132 multiprocessors reading: below, programs share a tile's pages."""
+MANY = 1024
+"""Programs that fill an H200 with one warp each."""
 _LOWEST = -1e30
 
 
@@ -36,6 +38,8 @@ class Tile(NamedTuple):
     rows: int
     warps: int
     stages: int
+    tokens: int | None = None
+    """Of a page that a turn looks at, a power of two; all of them if None."""
 
 
 SHARED_BYTES = {(8, 0): 163 << 10, (8, 7): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10}
@@ -64,8 +68,14 @@ def device_of(device: Any) -> Device | None:
     return Device(SHARED_BYTES.get(capability, OTHER_BYTES), float8.answer(device).computes)
 
 
-def tile_for(rows: int, keys: jax.Array, apart: bool, device: Device) -> Tile | None:
+def tile_for(
+    rows: int, keys: jax.Array, apart: bool, device: Device, heads: int = 1
+) -> Tile | None:
     """A program's sizes for N rows and pages [P, S, G, K]; None where it does not take them.
+
+    Args:
+        apart: whether values are other pages than keys.
+        heads: key/value heads of all requests, N rows each.
 
     It takes powers of two of tokens, and widths in multiples of 16, as long as a page's keys and,
     where they are `apart`, values fit into the device's shared memory.
@@ -83,7 +93,14 @@ def tile_for(rows: int, keys: jax.Array, apart: bool, device: Device) -> Tile | 
     stages = 3 if height == LEAST and width <= 128 else 2
     page_bytes = 2 * page_size * width * (2 if apart else 1)  # float8 is widened on its way
     room = (device.shared_bytes - 2 * height * (width + page_size)) // page_bytes
-    return Tile(height, 8 if wide else 4, min(stages, room)) if room else None
+    if not room:
+        return None
+    if narrow and height == LEAST and width <= 128:
+        # Few rows of few bytes: warps that wait for each other at every turn are the work.
+        if heads >= MANY:
+            return Tile(height, 1, min(stages, room), min(page_size, 32))
+        return Tile(height, 2, min(stages, room))
+    return Tile(height, 8 if wide else 4, min(stages, room))
 
 
 def programs_of(tiles: int, pages: int) -> int:
@@ -186,8 +203,8 @@ def attend(
 
     def kernel(*refs: Any) -> None:
         _kernel(
-            dict(zip(given, refs, strict=False)), refs[len(given) :], tile.rows, parts, scale,
-            window, softcap, channels,
+            dict(zip(given, refs, strict=False)), refs[len(given) :], tile.rows,
+            tile.tokens or page_size, parts, scale, window, softcap, channels,
         )  # fmt: skip
 
     output, *sums = pl.pallas_call(
@@ -202,21 +219,62 @@ def attend(
     )(*(array for array, _ in given.values()))
     if parts == 1:
         return output[:, 0]
-    highest, total = sums
-    top = highest.max(axis=1, keepdims=True)
-    sunk = None if sinks is None else sinks.astype(jnp.float32)[None, None, None]
-    if sunk is not None:
-        top = jnp.maximum(top, sunk)
+    return _joined(output, *sums, sinks, q.dtype, interpret)
+
+
+def _joined(
+    output: Float[Array, "B C T G R V"],
+    highest: Float[Array, "B C T G R"],
+    total: Float[Array, "B C T G R"],
+    sinks: Float[Array, "G R"] | None,
+    dtype: jnp.dtype,
+    interpret: bool,
+) -> Float[Array, "B T G R V"]:
+    """What programs found of a row, as one: a kernel, where XLA would make four of it."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
+    batch, parts, steps, groups, heads, channels = output.shape
+
+    def part(*last: int) -> Any:
+        rest = (0,) * len(last)
+        block = (None, parts, None, None, None, *last)
+        return pl.BlockSpec(block, lambda b, t, g, r: (b, 0, t, g, r, *rest))
+
+    of_sinks = pl.BlockSpec((None, None), lambda b, t, g, r: (g, r))
+    return pl.pallas_call(
+        functools.partial(_join_kernel, channels=channels),
+        grid=(batch, steps, groups, heads),
+        in_specs=[part(channels), part(), part(), *([] if sinks is None else [of_sinks])],
+        out_specs=pl.BlockSpec(
+            (None, None, None, None, channels), lambda b, t, g, r: (b, t, g, r, 0)
+        ),
+        out_shape=jax.ShapeDtypeStruct((batch, steps, groups, heads, channels), dtype),
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="join_attention",
+    )(output, highest, total, *([] if sinks is None else [sinks]))
+
+
+def _join_kernel(output_ref: Any, highest_ref: Any, total_ref: Any, *refs: Any, channels: int):
+    from jax.experimental import pallas as pl
+
+    *of_sinks, result_ref = refs
+    highest = highest_ref[...]
+    sunk = [ref[...].astype(jnp.float32) for ref in of_sinks]
+    top = functools.reduce(jnp.maximum, sunk, jnp.max(highest))
     share = jnp.exp(highest - top)
-    whole = (total * share).sum(axis=1)
-    if sunk is not None:
-        whole += jnp.exp(sunk - top)[:, 0]
-    return ((output * share[..., None]).sum(axis=1) / whole[..., None]).astype(q.dtype)
+    whole = functools.reduce(
+        jnp.add, [jnp.exp(one - top) for one in sunk], jnp.sum(total_ref[...] * share)
+    )
+    for at, wide in parts_of(channels):
+        found = jnp.sum(output_ref[:, pl.ds(at, wide)] * share[:, None], axis=0) / whole
+        result_ref[pl.ds(at, wide)] = found.astype(result_ref.dtype)
 
 
 def _kernel(
-    refs: dict[str, Any], results: Any, rows: int, parts: int, scale: float, window: int | None,
-    softcap: float | None, channels: int,
+    refs: dict[str, Any], results: Any, rows: int, size: int, parts: int, scale: float,
+    window: int | None, softcap: float | None, channels: int,
 ) -> None:  # fmt: skip
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
@@ -226,7 +284,7 @@ def _kernel(
     k_scale_ref = refs.get("key_scales")
     v_scale_ref = refs.get("value_scales", k_scale_ref)
     steps, heads, width = q_ref.shape
-    page_size = k_ref.shape[1]
+    turns_of_page = k_ref.shape[1] // size
     # Float8 becomes float16 by one instruction for two numbers, bfloat16 by several for one.
     dtype = q_ref.dtype if k_scale_ref is None else jnp.float16
     row = pl.program_id(2) * rows + jnp.arange(rows, dtype=jnp.int32)
@@ -235,32 +293,32 @@ def _kernel(
     # A row that pads a tile stands where the last one does.
     position = triton.load(refs["positions"].at[jnp.minimum(token, steps - 1)])
     furthest, nearest = jnp.max(position), jnp.min(position)
-    start = jnp.int32(0) if window is None else jnp.maximum(nearest - (window - 1), 0) // page_size
-    stop = jnp.minimum(furthest // page_size + 1, table_ref.shape[0])
+    start = jnp.int32(0) if window is None else jnp.maximum(nearest - (window - 1), 0) // size
+    stop = jnp.minimum(furthest // size + 1, table_ref.shape[0] * turns_of_page)
     share = (stop - start + parts - 1) // parts
     first = start + pl.program_id(3) * share
     last = jnp.minimum(first + share, stop)
     of_keys, of_values = parts_of(width), parts_of(channels)
-    offsets = jnp.arange(page_size, dtype=jnp.int32)
+    offsets = jnp.arange(size, dtype=jnp.int32)
 
-    def place(ref: Any, at: int, size: int) -> Any:
-        channel = at + jnp.arange(size, dtype=jnp.int32)
+    def place(ref: Any, at: int, wide: int) -> Any:
+        channel = at + jnp.arange(wide, dtype=jnp.int32)
         return ref.at[token[:, None], head[:, None], channel[None, :]]
 
     q = [
-        triton.load(place(q_ref, at, size), mask=there[:, None], other=0.0).astype(dtype)
-        for at, size in of_keys
+        triton.load(place(q_ref, at, wide), mask=there[:, None], other=0.0).astype(dtype)
+        for at, wide in of_keys
     ]
 
     def turn(masked: bool, index: jax.Array, carry: tuple[jax.Array, ...]):
         highest, total, *outputs = carry
-        page = table_ref[index]
-        where = index * page_size + offsets
-        k = [k_ref[page, :, pl.ds(at, size)].astype(dtype) for at, size in of_keys]
+        page, inside = table_ref[index // turns_of_page], pl.ds(index % turns_of_page * size, size)
+        where = index * size + offsets
+        k = [k_ref[page, inside, pl.ds(at, wide)].astype(dtype) for at, wide in of_keys]
         scores = functools.reduce(
             jnp.add, [_dot(mine, part, 1) for mine, part in zip(q, k, strict=True)]
         )
-        scores *= scale if k_scale_ref is None else (k_scale_ref[page] * scale)[None]
+        scores *= scale if k_scale_ref is None else (k_scale_ref[page, inside] * scale)[None]
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
         if masked:
@@ -279,15 +337,15 @@ def _kernel(
         whole = None
         if v_scale_ref is not None:
             # Over the largest of the page, so that weights stay within float16's numbers.
-            v_scale = v_scale_ref[page]
+            v_scale = v_scale_ref[page, inside]
             v_scale = jnp.where(written, v_scale, 0.0) if masked else v_scale
             whole = jnp.max(v_scale)
             weights *= (v_scale / jnp.where(whole > 0, whole, 1.0))[None]
         weights = weights.astype(dtype)
         held = dict(zip(of_keys, k, strict=True)) if v_ref is k_ref else {}
-        for n, (at, size) in enumerate(of_values):
-            v = held.get((at, size))
-            v = v_ref[page, :, pl.ds(at, size)].astype(dtype) if v is None else v
+        for n, (at, wide) in enumerate(of_values):
+            v = held.get((at, wide))
+            v = v_ref[page, inside, pl.ds(at, wide)].astype(dtype) if v is None else v
             fresh = _dot(weights, jnp.where(written[:, None], v, 0) if masked else v, 0)
             fresh = fresh if whole is None else fresh * whole
             outputs[n] = outputs[n] * fade[:, None] + fresh
@@ -296,12 +354,12 @@ def _kernel(
     carry = (
         jnp.full((rows,), _LOWEST, jnp.float32),
         jnp.zeros((rows,), jnp.float32),
-        *(jnp.zeros((rows, size), jnp.float32) for _, size in of_values),
+        *(jnp.zeros((rows, wide), jnp.float32) for _, wide in of_values),
     )
-    # Pages that every row sees whole need no mask: those within all windows, up to all positions.
-    begin, end = first, jnp.clip((nearest + 1) // page_size, first, last)
+    # Turns that every row sees whole need no mask: those within all windows, up to all positions.
+    begin, end = first, jnp.clip((nearest + 1) // size, first, last)
     if window is not None:
-        begin = jnp.clip((jnp.maximum(furthest - window, -1) + page_size) // page_size, first, last)
+        begin = jnp.clip((jnp.maximum(furthest - window, -1) + size) // size, first, last)
         end = jnp.maximum(begin, end)
         carry = jax.lax.fori_loop(first, begin, functools.partial(turn, True), carry)
     carry = jax.lax.fori_loop(begin, end, functools.partial(turn, False), carry)
@@ -317,9 +375,9 @@ def _kernel(
     else:
         for ref, value in zip(results[1:], (highest, total), strict=True):
             triton.store(ref.at[token, head], value, mask=there)
-    for (at, size), output in zip(of_values, outputs, strict=True):
+    for (at, wide), output in zip(of_values, outputs, strict=True):
         value = output.astype(results[0].dtype)
-        triton.store(place(results[0], at, size), value, mask=there[:, None])
+        triton.store(place(results[0], at, wide), value, mask=there[:, None])
 
 
 def _dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:

@@ -17,7 +17,7 @@ D width, G key/value heads, R query heads for each, K head width, V vocabulary.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -30,6 +30,7 @@ from jaxsys.model import BoundBlock, DecoderConfig
 from jaxsys.model.block import Turn, attention_scale, norm, turn
 from jaxsys.model.contract import layer_cache
 from jaxsys.model.decoder import finish_logits
+from jaxsys.serve import page_writes
 from jaxsys.serve.cache_groups import cache_groups
 from jaxsys.serve.lora import Adapted
 from jaxsys.serve.paged_attention import AttentionKernels, Rule, Scales
@@ -79,8 +80,16 @@ class LayerPages(NamedTuple):
             found.append((pool.at[pages, offsets].set(fresh, mode="drop"), scales))
         return _layer_cache(found)
 
+    def written_by_kernel(
+        self, pages: jax.Array, offsets: jax.Array, k: jax.Array, v: jax.Array | None
+    ) -> "LayerPages":
+        """As `written`, by `page_writes`, for GPUs."""
+        fresh = [x.reshape(-1, *x.shape[-2:]) for x in (k, v) if x is not None]
+        places = pages.reshape(-1), offsets.reshape(-1)
+        return _layer_cache(page_writes.write(list(self.pools), fresh, *places))
 
-def _layer_cache(pools: list[tuple[jax.Array, jax.Array | None]]) -> LayerPages:
+
+def _layer_cache(pools: Sequence[tuple[jax.Array, jax.Array | None]]) -> LayerPages:
     values, of_values = pools[1] if len(pools) > 1 else (None, None)
     return LayerPages(pools[0][0], values, pools[0][1], of_values)
 
@@ -169,9 +178,9 @@ def decode_pass(
     for index, layer in enumerate(weights.layers):
         block, rule, sinks = _bound(config, kernels, index, layer, adapted)
         group, place = groups.places[index]
-        q, k, v = block.project_kept(x, turns[block.kind.name])
-        kept = None if v is None else v[:, 0]
-        pool = pools[place] = pools[place].written(pages[group], offsets, k[:, 0], kept)
+        where = pages[group][:, None], offsets[:, None]
+        q, pool = _project_into(kernels, block, x, turns[block.kind.name], pools[place], *where)
+        pools[place] = pool
         o = kernels.decode(
             q[:, 0], pool.keys, pool.values, by_group[group], positions, rule, sinks, pool.scales
         )
@@ -217,8 +226,9 @@ def several_pass(
     for index, layer in enumerate(weights.layers):
         block, rule, sinks = _bound(config, kernels, index, layer, None)
         group, place = groups.places[index]
-        q, k, v = block.project_kept(x, turns[block.kind.name])
-        pool = pools[place] = pools[place].written(pages[group], offsets, k, v)
+        where = pages[group], offsets
+        q, pool = _project_into(kernels, block, x, turns[block.kind.name], pools[place], *where)
+        pools[place] = pool
         of_pages = (pool.keys, pool.values, by_group[group], positions)
         o = kernels.several(q, *of_pages, rule, sinks, pool.scales)
         x = block.finish(x, block.read_kept(o))[0]
@@ -333,11 +343,44 @@ def _piece(
         group, place = groups.places[index]
         q, k, v = block.project_kept(x, turns[block.kind.name])
         kept = None if v is None else v[0]
-        pool = pools[place] = pools[place].written(pages[group], offsets, k[0], kept)
+        own = pools[place]
+        put = own.written_by_kernel if kernels.writes else own.written
+        pool = pools[place] = put(pages[group], offsets, k[0], kept)
         of_pages = (pool.keys, pool.values, by_group[group], start, continued)
         o = kernels.prefill(q, k, v, *of_pages, rule, sinks, pool.scales)
         x = block.finish(x, block.read_kept(o))[0]
     return x, tuple(pools)
+
+
+def _project_into(
+    kernels: AttentionKernels,
+    block: BoundBlock,
+    x: Float[Array, "B T D"],
+    turn: Turn,
+    pool: LayerPages,
+    pages: Int[Array, "B T"],
+    offsets: Int[Array, "B T"],
+) -> tuple[jax.Array, LayerPages]:
+    """Queries [B, T, G, R, K] as attention over pages takes them, and their layer's pages with what
+    a cache keeps of each token."""
+    if not kernels.writes or turn is None or not block.turns_last:
+        q, k, v = block.project_kept(x, turn)
+        put = pool.written_by_kernel if kernels.writes else pool.written
+        return q, put(pages, offsets, k, v)
+    q, k, v = block.project(x, None)
+    fused = jnp.concatenate([q, k[..., None, :], v[..., None, :]], axis=-2)
+    tokens = pages.size
+    cosines, sines = (table.reshape(tokens, -1) for table in turn)
+    held, turned = page_writes.turn_and_write(
+        list(pool.pools),
+        fused.reshape(tokens, *fused.shape[2:]),
+        cosines,
+        sines,
+        pages.reshape(-1),
+        offsets.reshape(-1),
+        interleaved=block.config.rope_interleaved,
+    )
+    return turned.reshape(q.shape), _layer_cache(held)
 
 
 def copy_pages(cache: Cache, sources: Int[Array, " C"], targets: Int[Array, " C"]) -> Cache:

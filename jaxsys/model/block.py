@@ -212,6 +212,13 @@ class BoundBlock(NamedTuple):
         kept = jnp.concatenate([vector[..., None, :], key], axis=-1)
         return absorb(self.config, self.held, q)[..., None, :, :], kept, None
 
+    @property
+    def turns_last(self) -> bool:
+        """Whether turning queries and keys is the last that `project` does with them."""
+        return self.config.latent is None and not (
+            self.config.qk_norm is not None and self.config.qk_norm_after_rope
+        )
+
     def read_kept(self, o: jax.Array) -> jax.Array:
         """What attention over the kept form gives, as `finish` takes it."""
         if self.config.latent is None:

@@ -55,11 +55,12 @@ def plainly(q, k, v, scales):
     return np.stack(found)
 
 
-@pytest.mark.parametrize("programs", [1, 4])
-def test_the_kernel_attends_to_the_numbers_that_pages_stand_for(pages, programs):
+@pytest.mark.parametrize(("programs", "tokens"), [(1, None), (4, None), (4, 8)])
+def test_the_kernel_attends_to_the_numbers_that_pages_stand_for(pages, programs, tokens):
     q, k, v, scales = pages
     tile = paged_kernel.tile_for(4, k, True, H200)
     assert tile is not None
+    tile = tile._replace(tokens=tokens)
     found = paged_kernel.attend(
         q[:, None], k, v, TABLES, POSITIONS[:, None], scale=32**-0.5, scales=scales,
         tile=tile, programs=programs, interpret=True,
@@ -118,20 +119,21 @@ def test_the_kernel_lowers_for_a_gpu(width, values, form, rule, programs):
 
 
 def test_pages_that_a_device_has_no_room_for_are_walked():
-    def tile(page_size, width, dtype="bfloat16", capability="9.0", apart=True):
+    def tile(page_size, width, dtype="bfloat16", capability="9.0", apart=True, heads=1):
         device = paged_kernel.device_of(types.SimpleNamespace(
             platform="gpu", compute_capability=capability
         ))  # fmt: skip
         pages: Any = jax.ShapeDtypeStruct((10, page_size, 2, width), jnp.dtype(dtype))
-        return device and paged_kernel.tile_for(16, pages, apart, device)
+        return device and paged_kernel.tile_for(16, pages, apart, device, heads)
 
-    assert tile(64, 128) == (16, 4, 3)
-    assert tile(64, 256) == (16, 4, 2)
-    assert tile(64, 256, capability="8.6") == (16, 4, 1)
-    assert tile(64, 576, apart=False) == (16, 8, 2)
-    assert tile(64, 576, capability="8.9", apart=False) == (16, 8, 1)
+    assert tile(64, 128) == (16, 4, 3, None)
+    assert tile(64, 256) == (16, 4, 2, None)
+    assert tile(64, 256, capability="8.6") == (16, 4, 1, None)
+    assert tile(64, 576, apart=False) == (16, 8, 2, None)
+    assert tile(64, 576, capability="8.9", apart=False) == (16, 8, 1, None)
     assert tile(128, 256, capability="12.0") is None
-    assert tile(64, 128, "float8_e4m3fn", "8.9") == (16, 4, 2)
+    assert tile(64, 128, "float8_e4m3fn", "8.9") == (16, 2, 2, None)
+    assert tile(64, 128, "float8_e4m3fn", heads=1024) == (16, 1, 3, 32)
     assert tile(64, 128, "float8_e4m3fn", "8.0") is None
     assert tile(64, 128, "int8", "8.0") is not None
     assert tile(64, 128, capability="7.5") is None
