@@ -2,17 +2,16 @@
 
 A token of one request reads every matrix once and multiplies each number once, which is no work
 for tensor cores: a program takes a few outputs, walks over their inputs and adds up products in
-float32, number by number. XLA makes such a kernel too, but its own is slower where rows are long,
-and it unpacks int4 before it multiplies. On an H200, microseconds of one row:
+float32, number by number. XLA makes such a kernel too, which is slower where rows are long and
+where the matrix is small. On an H200, microseconds of one row in fp8, by the profiler
+(results/kernels_h200.json):
 
     outputs x inputs          6144 x 4096   4096 x 4096   28672 x 4096   4096 x 14336
-    fp8, XLA's sum                     14             9             35             27
-    fp8, this                          14             9             36             19
-    int4, this                         13             9             45             27
+    XLA's sum                         9.0           8.4             31             27
+    this                             10.4           6.8             36             18
+    reading, at 4.4 TB/s              5.7           3.8             27             13
 
-and int4 4096 x 14336 by tensor cores (`few_rows`) 37.
-
-Legend: N outputs, K inputs, g inputs that share a scale.
+Legend: N outputs, K inputs.
 """
 
 import functools
