@@ -90,7 +90,7 @@ def test_cudnn_passes_match_the_whole_model():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("batch", [1, 7, 160])
-@pytest.mark.parametrize(("form", "cached"), [("fp8", "fp8"), ("int4", None), (None, "fp8")])
+@pytest.mark.parametrize(("form", "cached"), [("fp8", "fp8"), ("int4", None), (None, "int8")])
 def test_kernels_of_small_forms_match_what_is_widened(form, cached, batch):
     """One prompt and a token behind it, the same for every request, by kernels and by XLA alone."""
     device = jax.devices()[0]
