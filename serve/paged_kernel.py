@@ -26,7 +26,8 @@ from jaxsys import float8
 LEAST = 16
 """Rows of a program: what tensor cores take at least."""
 PROGRAMS = 256
-"""Enough to keep an H200's 132 multiprocessors reading: below, programs share a tile's pages."""
+"""Of four warps, enough to keep an H200's 132 multiprocessors reading: below, programs share a
+tile's pages."""
 MANY = 1024
 """Programs that fill an H200 with one warp each."""
 _LOWEST = -1e30
@@ -103,10 +104,14 @@ def tile_for(
     return Tile(height, 8 if wide else 4, min(stages, room))
 
 
-def programs_of(tiles: int, pages: int) -> int:
-    """Programs that share the pages which a tile sees, of `tiles` in all."""
-    count = 1
-    while count < pages and tiles * count < PROGRAMS:
+def programs_of(tiles: int, pages: int, warps: int = 4) -> int:
+    """Programs that share the pages which a tile sees, of `tiles` in all.
+
+    At most 16 of a short table, whose pages most requests do not fill: what more of them find is
+    more to join.
+    """
+    count, wanted = 1, PROGRAMS * max(1, 4 // warps)
+    while count < min(pages, max(16, pages // 4)) and tiles * count < wanted:
         count *= 2
     return count
 
@@ -167,7 +172,7 @@ def attend(
     if window is not None:
         longest = window + -(-tile.rows // heads) - 1
         seen_pages = min(seen_pages, -(-longest // page_size) + 1)
-    parts = programs or programs_of(batch * groups * tiles, seen_pages)
+    parts = programs or programs_of(batch * groups * tiles, seen_pages, tile.warps)
 
     of_queries = pl.BlockSpec((None, steps, None, heads, width), lambda b, g, n, c: (b, 0, g, 0, 0))
     pool = pl.BlockSpec((page_count, page_size, None, width), lambda b, g, n, c: (0, 0, g, 0))

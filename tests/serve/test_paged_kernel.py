@@ -76,8 +76,10 @@ def test_the_portable_walk_attends_to_them_too(pages):
 
 def test_programs_fill_a_device_and_never_outnumber_pages():
     found = [paged_kernel.programs_of(batch * 8, 32) for batch in (1, 16, 64, 512)]
-    assert found == [32, 2, 1, 1]
-    assert paged_kernel.programs_of(8, 3) == 4
+    assert found == [16, 2, 1, 1]
+    assert paged_kernel.programs_of(8, 3) == 4 and paged_kernel.programs_of(8, 512) == 32
+    narrow = [paged_kernel.programs_of(batch * 8, 32, warps=2) for batch in (1, 8, 16, 64)]
+    assert narrow == [16, 8, 4, 1]
 
 
 @pytest.mark.parametrize("programs", [1, 4])
