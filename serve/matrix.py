@@ -22,26 +22,19 @@ Legend: M rows of x, N outputs, K inputs, E experts, g numbers that share a scal
 import dataclasses
 import functools
 import math
-from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxsys import float8
+from jaxsys import float8, forms
 from jaxsys.errors import UsageError
 from jaxsys.mesh import Device
 from jaxsys.serve import few_rows, one_row
 
-Quantisation = Literal["int8", "fp8", "int4"]
+Quantisation = forms.Form
 
-QUANTISATIONS: tuple[Quantisation, ...] = get_args(Quantisation)
-
-GROUPS = (128, 64, 32)
-"""Inputs that share a scale in int4: the largest that divides them."""
-_SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
-"""Parts of a group's largest number at which int4 may end; the one of least squared error is
-taken, since one outlier else costs all others their bits."""
+QUANTISATIONS = forms.FORMS
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,9 +122,10 @@ def quantised(
     if quantisation == "int4":
         small, scale = _grouped(values.T, devices)
     else:
-        form = float8.E4M3 if quantisation == "fp8" else jnp.int8
-        small, scale = float8.scaled(values.T, form, axis=1)
-        scale = scale[:, 0]
+        rows = values.T.astype(jnp.float32)
+        dtype = float8.E4M3 if quantisation == "fp8" else jnp.int8
+        scale = forms.scales(rows, quantisation)
+        small, scale = forms.nearest(rows / scale, quantisation).astype(dtype), scale[:, 0]
     return Matrix(small, scale, values.shape[1:], True, way)
 
 
@@ -141,13 +135,13 @@ def group_of(inputs: int, ways: int = 1) -> int:
     Raises:
         UsageError: if no group fits.
     """
-    fitting = [group for group in GROUPS if inputs % (group * ways) == 0]
-    if not fitting and ways > 1:
+    fits = inputs % (forms.GROUP * ways) == 0
+    if not fits and ways > 1:
         raise UsageError(
-            f"int4 weights of {inputs} inputs are not whole groups of {GROUPS[-1]} on each of "
+            f"int4 weights of {inputs} inputs are not whole groups of {forms.GROUP} on each of "
             f"{ways} devices; use fewer devices, int8 or fp8"
         )
-    return fitting[0] if fitting else inputs + -inputs % 8
+    return forms.GROUP if fits else inputs + -inputs % 8
 
 
 def _grouped(rows: Float[Array, "N K"], ways: int) -> tuple[jax.Array, jax.Array]:
@@ -156,22 +150,8 @@ def _grouped(rows: Float[Array, "N K"], ways: int) -> tuple[jax.Array, jax.Array
     group = group_of(inputs, ways)
     wide = jnp.pad(rows.astype(jnp.float32), ((0, 0), (0, -inputs % group)))
     wide = wide.reshape(outputs, -1, group)
-    most = jnp.max(jnp.abs(wide), axis=-1, keepdims=True)
-    most = jnp.where(most > 0, most, 1.0)
-
-    def tried(shrink: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-        scale = most * (shrink / 7.5)
-        whole = jnp.clip(jnp.round(wide / scale), -8, 7)
-        return jnp.sum((whole * scale - wide) ** 2, axis=-1, keepdims=True), scale, whole
-
-    error, scale, whole = tried(_SHRINKS[0])
-    for shrink in _SHRINKS[1:]:
-        other = tried(shrink)
-        better = other[0] < error
-        error, scale, whole = (
-            jnp.where(better, new, old)
-            for new, old in zip(other, (error, scale, whole), strict=True)
-        )
+    scale = forms.scales(wide, "int4")
+    whole = forms.nearest(wide / scale, "int4")
     return few_rows.packed(whole + 8), scale[..., 0]
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 
-from jaxsys import float8
+from jaxsys import float8, forms
 from jaxsys.errors import UsageError
 from jaxsys.layered import Parameters
 from jaxsys.model import DecoderConfig
@@ -35,7 +35,6 @@ from jaxsys.serve.expert_weights import ExpertWeights, Grouped, expert_weights, 
 from jaxsys.serve.expert_weights import placed as expert_weights_placed
 from jaxsys.serve.matrix import (
     QUANTISATIONS,
-    WIDENED,
     Matrix,
     Quantisation,
     Way,
@@ -105,7 +104,7 @@ def serving_weights(
             functions that give arrays.
         placement: one device's sharding, or a `NamedSharding` over a mesh of `jaxsys.serve.split`;
             where they lie if None.
-        how: matrices lie and multiply; what suits the form and the device if None.
+        how: matrices lie and multiply; what suits each one's form and the device if None.
 
     Raises:
         UsageError: if the mesh cannot divide the heads or the feed-forward evenly.
@@ -115,12 +114,7 @@ def serving_weights(
         check_tensor_parallel(config, placement.mesh)
         ways = devices_of(placement.mesh)
     blocks = parameters["blocks"]
-    if how is None:
-        how = WIDENED if quantisation is None else way(quantisation, _device(placement))
-        if ways > 1:
-            # Kernels for few rows see one device's arrays, which no mesh splits for them.
-            how = dataclasses.replace(how, one_row=False, few_rows=0)
-    form = _Form(quantisation, how, ways)
+    form = _Forms(quantisation, ways, how, _device(placement))
     layers = []
     first = None if placement is None else min(placement.device_set, key=lambda one: one.id)
     # Read, fused and quantised where they are to lie, and placed one by one: never more than one
@@ -137,7 +131,8 @@ def serving_weights(
         edge = _Found(parameters["edge"], [leaf.path for leaf in edge_leaves(config)], first)
         head = None
         if not config.tie_embeddings:
-            head = placed_as(form.of(edge.pop(("head", "kernel"))), "outputs", placement)
+            path = ("head", "kernel")
+            head = placed_as(form.of(edge.pop(path), path), "outputs", placement)
         bias = edge.pop(("norm", "bias"), None)
         return ServingWeights(
             embedding=placed_as(edge.pop(("embed", "table")), PartitionSpec(), placement),
@@ -165,23 +160,41 @@ class _Found(dict[tuple[str, ...], Any]):
 
 
 class _Form(NamedTuple):
-    """What matrices become."""
+    """What a matrix becomes."""
 
-    quantisation: Quantisation | None
+    quantisation: Quantisation
     way: Way
     devices: int
 
-    def of(self, kernel: jax.Array) -> Matrix:
-        """A kernel [K, N]."""
-        if self.quantisation is None:
+
+class _Forms:
+    """What matrices become, by their paths."""
+
+    def __init__(
+        self, asked: Quantisation | None, devices: int, how: Way | None, device: Any
+    ) -> None:
+        """`devices` share a matrix, of which `device` is one; they multiply by `how`, if given."""
+        self.asked, self.devices = asked, devices
+        self._how, self._device = how, device
+
+    def of(self, kernel: jax.Array, path: tuple[str, ...]) -> Matrix:
+        """The kernel [K, N] at a path."""
+        if self.asked is None:
             return plain(kernel)
-        return _in_parts(kernel, self)
+        form = forms.form_of(path, self.asked)
+        how = self._how
+        if how is None:
+            how = way(form, self._device)
+            if self.devices > 1:
+                # Kernels for few rows see one device's arrays, which no mesh splits for them.
+                how = dataclasses.replace(how, one_row=False, few_rows=0)
+        return _in_parts(kernel, _Form(form, how, self.devices))
 
     def of_experts(self, kernels: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """See `expert_weights.Quantise`; what would be int4 is int8, a scale an output."""
-        if self.quantisation is None:
+        if self.asked is None:
             return kernels, None
-        small = float8.E4M3 if self.quantisation == "fp8" else jnp.int8
+        small = float8.E4M3 if self.asked == "fp8" else jnp.int8
         return _scaled_experts(kernels, small)
 
 
@@ -206,7 +219,6 @@ def _in_parts(kernel: jax.Array, form: _Form) -> Matrix:
 def _part(
     form: _Form, step: int, kernel: jax.Array, first: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    assert form.quantisation is not None
     some = jax.lax.dynamic_slice_in_dim(kernel, first, step, 1)
     made = quantised(some, form.quantisation, form.way, form.devices)
     assert made.scale is not None
@@ -277,7 +289,7 @@ def _fused(
     config: DecoderConfig,
     leaves: tuple[Leaf, ...],
     found: _Found,
-    form: _Form,
+    form: _Forms,
 ) -> LayerWeights:
     """One layer's leaves, fused where they read the same input, and quantised.
 
@@ -296,11 +308,11 @@ def _fused(
         return fuse(config, name, parts, form.devices, jnp, outputs_first=outputs_first)
 
     def joined(name: str, where: list[tuple[str, ...]]) -> Matrix:
-        if form.quantisation is None:
+        if form.asked is None:
             kernels = fused(name, [found.pop(path) for path in where])
             return plain(kernels.reshape(kernels.shape[0], -1), kernels.shape[1:])
         # Each is small before it is put beside the others, of which no output knows.
-        small = [jax.block_until_ready(form.of(found.pop(path))) for path in where]
+        small = [jax.block_until_ready(form.of(found.pop(path), path)) for path in where]
         values = [one.values for one in small]
         scales = [one.scale for one in small if one.scale is not None]
         both = fused(name, values, outputs_first=True)
@@ -310,14 +322,15 @@ def _fused(
             fused(name, scales, outputs_first=True).reshape(-1, *scales[0].shape[1:]),
             outputs,
             True,
-            form.way,
+            small[0].way,
         )
 
     if latent is not None:
         unfolding = found.pop(("attention", "latent_up"))
         unfolding = unfolding.reshape(latent.rank, config.num_heads, -1)
         matrices["attention/latent_up"] = Matrix(unfolding, outputs=unfolding.shape[1:])
-    matrices["out"] = form.of(found.pop(("attention", "out")))
+    out = ("attention", "out")
+    matrices["out"] = form.of(found.pop(out), out)
     if (sinks := found.pop(("attention", "sinks"), None)) is not None:
         vectors["attention/sinks"] = sinks.reshape(groups, rows)
     for name in FUSED:
@@ -338,7 +351,9 @@ def _fused(
         else:
             # Routers and gates of one column decide: they keep their bits.
             decides = path[-1] in ("router", "weight")
-            matrices[name] = plain(value) if decides else jax.block_until_ready(form.of(value))
+            matrices[name] = (
+                plain(value) if decides else jax.block_until_ready(form.of(value, path))
+            )
     return LayerWeights(matrices, vectors, experts)
 
 

@@ -47,8 +47,8 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_POLICY = "ecofreq"
 
-VALUE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.53}
-"""Of one weight, by the form of the matrices; of int4 its part of a group's scale is counted."""
+VALUE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.67}
+"""Of one weight, by the form of the matrices; of int4 scales and what is int8 are counted."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
