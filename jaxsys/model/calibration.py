@@ -32,7 +32,7 @@ from jaxsys.model.leaves import Path, block_leaves, edge_leaves
 from jaxsys.model.packed import Packed
 from jaxsys.model.tokenizer import Tokenizer
 
-SEQUENCES, LENGTH = 32, 512
+SEQUENCES, LENGTH = 64, 512
 """Of the tokens that go through the layers."""
 DAMPING = 0.01
 """Of the mean of H's diagonal, added to it: what tokens say nothing of is not trusted."""
