@@ -1,13 +1,14 @@
 #!/usr/bin/env python
 """What the host takes to dispatch a step, where scratch memory moves and where it stays.
 
-    scripts/bench_dispatch.py                        one GPU, random weights of Llama-3-8B, 150 s
+    scripts/bench_dispatch.py                        one GPU, random weights of Llama-3-8B, 200 s
     scripts/bench_dispatch.py --model tiny --seconds 2                     on a CPU, to try it
 
-An instance serves the same requests three times: as XLA's pool allots scratch memory, with room
-left for small buffers (`jaxsys.serve.spare_room`), and, in a process of its own, with
-`--xla_gpu_temp_buffer_use_separate_color`, XLA's own allocator for scratch memory. The first
-tokens of all three must be the same.
+An instance serves the same requests three times, each in a process of its own: as XLA's pool allots
+scratch memory, with room left for small buffers (`jaxsys.serve.spare_room`), and with
+`--xla_gpu_temp_buffer_use_separate_color`, XLA's own allocator for scratch memory. The first tokens
+of all three must be the same. (Room that is given up again is no fourth way: what it leaves is one
+free stretch, from which small buffers are cut as well.)
 """
 
 import argparse
@@ -41,17 +42,17 @@ from jaxsys.serve.deployment import (
     place_weights,
 )
 from jaxsys.serve.executor import JaxExecutor
-from jaxsys.serve.instance import Instance
 from jaxsys.serve.member import TokenEvent
 from jaxsys.serve.requests import Request, SamplingParameters
 from jaxsys.serve.simulation.made_traces import synthetic_trace
 from jaxsys.serve.simulation.traces import RequestTrace
-from studies.iteration_log import COLUMNS, IterationLog
+from studies.iteration_log import COLUMNS, IterationLog, dispatch_figures
 from studies.random_weights import random_parameters
 
 SEPARATE = "--xla_gpu_temp_buffer_use_separate_color=true"
-ROOM = {"as it was": False, "room left": True}
-PERCENTS = (50, 90, 99)
+PHASES = {"as-it-was": "", "room-left": "", "separate-scratch": SEPARATE}
+"""How scratch memory lies, and XLA's flags for it."""
+ROOM = "room-left"
 SHOWN = (
     "slow_pct",
     "alike_p50_ms",
@@ -171,38 +172,13 @@ def places_seen(executor: JaxExecutor, serve: Callable[[], object]) -> dict[str,
     return {name: len(addresses) for name, addresses in seen.items()}
 
 
-def figures(rows: np.ndarray) -> dict[str, float | int]:
-    """Of one phase: dispatch times by what a step follows, and the time between steps' ends.
-
-    Args:
-        rows: an iteration each, of `COLUMNS`.
-    """
-    of = dict(zip(COLUMNS, rows.T, strict=True))
-    took_ms = 1e3 * (of["dispatched_s"] - of["dispatch_s"])
-    prompt = of["prefills"] > 0
-    alike = np.zeros(len(rows), bool)
-    alike[1:] = (of["batch"][1:] == of["batch"][:-1]) & ~prompt[1:] & ~prompt[:-1]
-    quick_ms = float(np.median(took_ms[alike]))
-    found: dict[str, float | int] = {"steps": len(rows)}
-    for name, chosen in (("alike", alike), ("new_batch", ~alike & ~prompt), ("prompt", prompt)):
-        found[f"{name}_steps"] = int(chosen.sum())
-        for percent in PERCENTS:
-            value = float(np.percentile(took_ms[chosen], percent)) if chosen.any() else np.nan
-            found[f"{name}_p{percent}_ms"] = value
-    found["slow_pct"] = 100 * float((took_ms > 1.8 * quick_ms).mean())
-    found["slow_alike_pct"] = 100 * float((took_ms[alike] > 1.8 * quick_ms).mean())
-    between_ms = 1e3 * np.diff(of["collected_s"])[~prompt[1:] & ~prompt[:-1]]
-    between_ms = between_ms[between_ms < 100]  # the others waited for a request
-    for percent in (50, 90, 95, 99):
-        found[f"step_p{percent}_ms"] = float(np.percentile(between_ms, percent))
-    found["step_mean_ms"] = float(between_ms.mean())
-    return found
-
-
-def serve_phases(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The phases of one process, in rows."""
+def serve_phase(options: argparse.Namespace) -> dict[str, Any]:
+    """One phase, as a row."""
+    phase = options.phase
+    if phase != ROOM:
+        JaxExecutor.leave_room = lambda self: []  # type: ignore[method-assign]
     served = Served(options)
-    instance: Instance = served.instance
+    instance = served.instance
     short = min(1.0, served.deployment.max_length / 4096)
     trace = synthetic_trace(
         rate_per_s=4.0,
@@ -214,43 +190,29 @@ def serve_phases(options: argparse.Namespace) -> list[dict[str, Any]]:
         output_sigma=0.5,
         most_tokens=served.deployment.max_length // 2 - 1,
     )
-    executor = instance.executor
-    assert isinstance(executor, JaxExecutor)
-    executor.room = []  # as it was: none
-    print(f"{options.name}: compiling", file=sys.stderr, flush=True)
+    print(f"{phase}: compiling", file=sys.stderr, flush=True)
     compile_greedy([instance])
     log = IterationLog(instance)
     instance.start()
-    rows = []
-    for phase, room in ROOM.items() if options.name is None else [(options.name, False)]:
-        if room:
-            executor.room = executor.leave_room()
-        few = trace.between(0.0, 2.0)
-        places = places_seen(executor, functools.partial(served.serve, few, f"{phase}, before"))
-        log.take()
-        print(f"{phase}: serving {len(trace)} requests", file=sys.stderr, flush=True)
-        checksum = served.serve(trace, phase)
-        noted = log.take()["instance-0"]
-        if options.logs is not None:
-            np.savez_compressed(options.logs / f"{phase}.npz", columns=COLUMNS, rows=noted)
-        row = {"phase": phase, "checksum": checksum, **figures(noted)}
-        rows.append(row | {"most_places": max(places.values()), "places": places})
+    executor = instance.executor
+    assert isinstance(executor, JaxExecutor)
+    few = trace.between(0.0, 2.0)
+    places = places_seen(executor, functools.partial(served.serve, few, f"{phase}, before"))
+    log.take()
+    print(f"{phase}: serving {len(trace)} requests", file=sys.stderr, flush=True)
+    checksum = served.serve(trace, phase)
+    noted = log.take()["instance-0"]
+    if options.logs is not None:
+        np.savez_compressed(options.logs / f"{phase}.npz", columns=COLUMNS, rows=noted)
     instance.stop(10.0)
-    return rows
+    row = {"phase": phase, "checksum": checksum, **dispatch_figures(noted)}
+    return row | {"most_places": max(places.values()), "places": places}
 
 
-def in_a_process(options: argparse.Namespace, name: str, flags: str, cache: str) -> list[dict]:
-    """`serve_phases` elsewhere: XLA reads its flags once."""
-    line = [
-        sys.executable,
-        __file__,
-        "--child",
-        "--model",
-        options.model,
-        "--seconds",
-        str(options.seconds),
-    ]
-    line += ["--name", name] if name else []
+def in_a_process(options: argparse.Namespace, phase: str, flags: str, cache: str) -> dict:
+    """`serve_phase` elsewhere: XLA reads its flags once, and a pool begins empty once."""
+    line = [sys.executable, __file__, "--phase", phase, "--model", options.model]
+    line += ["--seconds", str(options.seconds)]
     line += [] if options.logs is None else ["--logs", str(options.logs)]
     environment = os.environ | {
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip(),
@@ -258,7 +220,7 @@ def in_a_process(options: argparse.Namespace, name: str, flags: str, cache: str)
     }
     done = subprocess.run(line, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        return [{"phase": name or "both", "failed": f"ended with {done.returncode}"}]
+        return {"phase": phase, "failed": f"ended with {done.returncode}"}
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -271,18 +233,17 @@ def main() -> int:
     add("--seconds", type=float, default=15.0, help="of arrivals, each phase (default 15)")
     add("--out", type=Path, default=Path("results/dispatch.json"))
     add("--logs", type=Path, metavar="FOLDER", help="keep there what each iteration took")
-    add("--child", action="store_true", help=argparse.SUPPRESS)
-    add("--name", help=argparse.SUPPRESS)
+    add("--phase", choices=list(PHASES), help="this one alone, in this process")
     options = parser.parse_args()
     if options.logs is not None:
         options.logs.mkdir(parents=True, exist_ok=True)
-    if options.child:
-        print(json.dumps(serve_phases(options)), flush=True)
+    if options.phase is not None:
+        print(json.dumps(serve_phase(options)), flush=True)
         os._exit(0)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as cache:
-        for name, flags in (("", ""), ("separate scratch", SEPARATE)):
-            rows += in_a_process(options, name, flags, cache)
+        for phase, flags in PHASES.items():
+            rows.append(in_a_process(options, phase, flags, cache))
             write_result(
                 options.out,
                 benchmark="dispatch",

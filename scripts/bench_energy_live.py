@@ -30,7 +30,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -506,9 +506,16 @@ def hand_over_times(seen: dict[str, float] | None, prompt_s: float) -> dict[str,
 
 
 def predicted_figures(
-    simulated: ReplayResult, front_s: float, predicts_energy: bool
+    simulated: ReplayResult,
+    front_s: float,
+    predicts_energy: bool,
+    heard_late_s: Sequence[float] = (),
 ) -> dict[str, float]:
-    """What `compare` and a later prediction set beside the measured figures."""
+    """What `compare` and a later prediction set beside the measured figures.
+
+    Args:
+        heard_late_s: percentiles of what is added to the time between tokens, drawn with a seed.
+    """
     ttft_ms = (simulated.ttft_s + front_s) * 1e3
     figures = {
         "ttft_mean_ms": float(ttft_ms.mean()),
@@ -520,6 +527,11 @@ def predicted_figures(
         mean_s = float(np.average(simulated.itl_s, weights=simulated.itl_weight))
         figures["itl_mean_ms"] = 1e3 * mean_s
         figures |= {f"itl_p{p}_ms": 1e3 * simulated.itl_percentile(p) for p in PERCENTS}
+        if len(heard_late_s):
+            each_s = np.repeat(simulated.itl_s, simulated.itl_weight.astype(int))
+            draws = 100 * np.random.default_rng(0).random(len(each_s))
+            each_s = each_s + np.interp(draws, np.arange(101), heard_late_s)
+            figures |= {f"itl_p{p}_ms": 1e3 * float(np.percentile(each_s, p)) for p in PERCENTS}
     if predicts_energy:
         figures["energy_j_per_token"] = simulated.energy_per_token_j
     return figures

@@ -10,7 +10,7 @@
 the model's shape alone: no profile and no request of the run goes into it. `run` takes a short
 profile and sends a few requests, predicts the loads of that, serves them with random weights over
 HTTP, takes energy from the GPUs' counters (idle included), and sets measured and predicted side by
-side. Then it serves them again where one thing is otherwise (`--second`), to see what that does.
+side.
 """
 
 import argparse
@@ -46,7 +46,7 @@ from jaxsys.serve.simulation.made_traces import synthetic_trace
 from jaxsys.serve.simulation.simulator import Simulator
 from jaxsys.serve.simulation.traces import RequestTrace
 from jaxsys.serve.steps import ExecutorConfig
-from studies.iteration_log import dispatch_times, lone_prompt_s
+from studies.iteration_log import dispatch_figures, dispatch_times, heard_late_s, lone_prompt_s
 
 LOADS: dict[str, dict[str, float]] = {
     "chat": {"rate_per_s": 4.0, "prompt_mean": 500, "prompt_sigma": 0.8, "output_mean": 150},
@@ -68,9 +68,9 @@ Hand-overs: landing as timed on a CPU, the rest assumed."""
 PREDICTED = Path("results/energy_loads_predicted.json")
 PROBE = 900
 """Tokens of the prompts sent before any load, one at a time and together."""
-SECOND = {"scratch-as-it-was": "/drop-room", "short-switch-interval": "/switch-interval/500"}
-"""How the loads may be served a second time: without the room that small buffers have on a GPU, or
-where threads keep the interpreter for 0.5 ms while others wait, not Python's usual 5."""
+SHORT_US = 500
+"""How long a thread may keep the interpreter while others wait, where the loads are served a second
+time; Python's default is 5000."""
 TAIL = ("itl_mean_ms", "itl_p50_ms", "itl_p90_ms", "itl_p99_ms", "ttft_mean_ms", "ttft_p99_ms")
 SHOWN = {
     "load": "",
@@ -214,7 +214,7 @@ async def measure(
     options: argparse.Namespace, server: dict[str, Any], folder: Path, content: dict[str, Any]
 ) -> None:
     """Puts into `content` what is known as it becomes known: what was found before any load, what
-    is predicted from it, the loads, and the loads a second time."""
+    is predicted from it, the loads, and perhaps the loads a second time."""
     port, found = server["port"], content["measured"]
     with live.energy_logs(server["gpus"]) as gpus:
         url = f"http://127.0.0.1:{port}"
@@ -236,26 +236,29 @@ async def measure(
             for trace in traces:
                 found[trace.name] = await serve_load(client, port, options, trace, gpus, trace.name)
                 save(options, content)
-            second = content["second"] = {"by": options.second, "measured": {}}
-            await client.post(SECOND[options.second])
+            if not options.short_switch_interval:
+                return
+            second = content["short_switch_interval"] = {}
+            await client.post(f"/switch-interval/{SHORT_US}")
             for trace in traces:
                 if time.monotonic() + 1.2 * options.seconds > options.deadline_s:
-                    live.note(f"no time left for {trace.name} with {options.second}")
+                    live.note(f"no time left for {trace.name} at {SHORT_US} us")
                     continue
-                name = f"{trace.name} {options.second}"
-                figures = await serve_load(client, port, options, trace, gpus, name)
-                second["measured"][trace.name] = figures
+                name = f"{trace.name}-{SHORT_US}us"
+                second[trace.name] = await serve_load(client, port, options, trace, gpus, name)
                 save(options, content)
 
 
 def note_served(before: dict[str, Any], log: Path) -> np.ndarray:
-    """Adds to what was found before the loads how long the server itself took for a lone prompt;
-    the log's rows, an iteration of the one instance or of the first each."""
+    """Adds to what was found before the loads what the server's own notes say: how long it took for
+    a lone prompt, and how unevenly it hears of steps' ends. The log's rows, an iteration of the one
+    instance or of the first each."""
     noted = np.load(log)
     rows = next(noted[name] for name in noted.files if name.startswith(("instance", "prefill")))
     served_s = lone_prompt_s(rows, before["lone_prompt"])
     if served_s is not None:
         before["lone_served_s"] = served_s
+    before["heard_late_s"] = heard_late_s(rows)
     return rows
 
 
@@ -269,7 +272,8 @@ def predict_from_profile(
     """What the simulator says of a load, of the profile and of requests sent before it."""
     known = dict(before)
     simulated, front_s = live.simulate(options, trace, server, options.decode, folder, known)
-    figures = live.predicted_figures(simulated, front_s, "idle_w" in before)
+    late_s = before.get("heard_late_s", [])
+    figures = live.predicted_figures(simulated, front_s, "idle_w" in before, late_s)
     return {"load": trace.name, "requests": len(trace), **figures}
 
 
@@ -322,7 +326,7 @@ def run(options: argparse.Namespace) -> int:
         "config": mine | {"clocks": "default, observed"},
         "rows": [],
         "measured": {},
-        "second": {},
+        "short_switch_interval": {},
         "predicted_on": predicted["config"]["predicted_on"],
     }
     with tempfile.TemporaryDirectory() as name:
@@ -353,10 +357,10 @@ def run(options: argparse.Namespace) -> int:
     save(options, content)
     shown = [{key: str(v) if isinstance(v, bool) else v for key, v in r.items()} for r in rows]
     print(table(shown, {**live.FORMATS, **SHOWN}))
-    for load, figures in content["second"]["measured"].items():
+    for load, figures in content["short_switch_interval"].items():
         tail = ", ".join(f"{key} {figures[key]:.2f}" for key in TAIL)
         was = ", ".join(f"{content['measured'][load][key]:.2f}" for key in TAIL)
-        print(f"{load}, with {options.second}: {tail} (before: {was})")
+        print(f"{load}, threads keep the interpreter for {SHORT_US} us: {tail} (before: {was})")
     for load, figures in content["measured"].items():
         print(f"{load}: held up by {figures['held_up']}")
     print(
@@ -373,7 +377,8 @@ def again(options: argparse.Namespace) -> int:
     found = recorded["found_before"]
     rows = note_served(found, options.logs / "before.npz")
     found["itl_s"] = {int(count): itl_s for count, itl_s in found["itl_s"].items()}
-    found["dispatch_times"] = dispatch_times(rows)
+    if not recorded["profile"].get("dispatch_s"):
+        found["dispatch_times"] = dispatch_times(rows)
     predicted = {}
     with tempfile.TemporaryDirectory() as name:
         (Path(name) / "profile.json").write_text(json.dumps(recorded["profile"]))
@@ -387,8 +392,10 @@ def again(options: argparse.Namespace) -> int:
         row["again_error_pct"] = error = live.error_pct(row["measured"], row["again"])
         row["again_within_goal"] = None if error is None else abs(error) <= goal_pct(row["figure"])
     recorded["again_within_goal"] = sum(bool(row["again_within_goal"]) for row in recorded["rows"])
-    times = found.pop("dispatch_times")
-    recorded["dispatch_before_s"] = None if times is None else dataclasses.asdict(times)
+    times = found.pop("dispatch_times", None)
+    if times is not None:
+        recorded["dispatch_before_s"] = dataclasses.asdict(times)
+    recorded["dispatching"] = dispatching(options.logs)
     recorded["predicted_again_on"] = datetime.date.today().isoformat()
     write_whole(options.out, json.dumps(recorded, indent=1) + "\n")
     shown = {"load": "", **live.FORMATS, "profiled_error_pct": "+.1f", "again": ".3f"}
@@ -396,6 +403,16 @@ def again(options: argparse.Namespace) -> int:
     print(table(recorded["rows"], shown))
     print(f"of {recorded['judged']} figures {recorded['again_within_goal']} within the goal")
     return 0
+
+
+def dispatching(logs: Path) -> dict[str, dict[str, float | int]]:
+    """What dispatching took in each load, of the first instance."""
+    found = {}
+    for name in LOADS:
+        noted = np.load(logs / f"{name}.npz")
+        rows = next(noted[one] for one in noted.files if one.startswith(("instance", "decode")))
+        found[name] = dispatch_figures(rows)
+    return found
 
 
 def goal_pct(figure: str) -> float:
@@ -420,8 +437,9 @@ def main() -> int:
     add("--logs", type=Path, metavar="FOLDER",
         help="of `run`: keep there when each iteration's parts and each token came; of `again`: "
         "where they are")  # fmt: skip
-    add("--second", choices=list(SECOND), default="scratch-as-it-was",
-        help="of `run`: how the loads are served a second time (default %(default)s)")  # fmt: skip
+    add("--short-switch-interval", action="store_true",
+        help=f"of `run`: serve the loads a second time where threads keep the interpreter for "
+        f"{SHORT_US} us while others wait")  # fmt: skip
     add("--load-seconds", type=float, default=0.4,
         help="of `run`: time of each load of the profile (default 0.4)")  # fmt: skip
     add("--most-seconds", type=float, default=270.0,

@@ -354,16 +354,6 @@ def main() -> int:
         assert log is not None
         return log.save(arguments.folder / f"{name}.npz")
 
-    @app.post("/drop-room")
-    async def drop_room() -> dict[str, int]:
-        """Gives up the buffers that part the free stretches of small ones."""
-        dropped = 0
-        for instance in instances:
-            assert isinstance(instance.executor, JaxExecutor)
-            dropped += len(instance.executor.room)
-            instance.executor.room.clear()
-        return {"dropped": dropped}
-
     @app.post("/switch-interval/{microseconds}")
     async def switch_interval(microseconds: int) -> dict[str, float]:
         """How long a thread keeps the interpreter while another waits for it."""

@@ -364,6 +364,9 @@ class Scheduler:
             if request.state is RequestState.HANDING_OVER:
                 completion.handed_over.append(request)
         steps = iteration.steps
+        if tokens is None and not iteration.drafts:
+            self._take_planned(iteration, now_s, completion)
+            return self._without_finished(completion)
         for row, request in enumerate(iteration.decodes):
             run = None if tokens is None else [int(tokens[position])]
             if run is not None and more is not None:
@@ -376,6 +379,10 @@ class Scheduler:
             self._take(request, run, steps + drafted, now_s, completion, ends)
             if drafted and run is not None and self.speculation is not None:
                 self.speculation.verified(drafted, len(run) - 1)
+        return self._without_finished(completion)
+
+    def _without_finished(self, completion: Completion) -> Completion:
+        """Takes those that ended from who runs."""
         if completion.finished:
             gone = {id(request) for request in completion.finished}
             self.running = [request for request in self.running if id(request) not in gone]
@@ -448,11 +455,8 @@ class Scheduler:
         page_size = self.config.page_size
         decodes: list[Request] = []
         kv_tokens = 0
-        index = 0
-        # Preemption takes from the end of `running`, so the bound is read anew each time.
-        while index < len(self.running):
-            request = self.running[index]
-            index += 1
+        # Preemption takes from the end of `running`: those are not met any more.
+        for request in self.running:
             if request.generated + request.pending >= request.sampling.max_tokens:
                 continue  # its last token is in flight
             computed = request.computed + steps
@@ -662,6 +666,27 @@ class Scheduler:
             self.handing_over.pop(request.request_id, None)
             self._finish(request, reason, now_s)
             completion.finished.append(request)
+
+    def _take_planned(self, iteration: Iteration, now_s: float, completion: Completion) -> None:
+        """`_take` of all that decode in a replay, where each gains what was planned: most of the
+        time that a replay takes goes here."""
+        steps, emitted = iteration.steps, completion.emitted
+        before = len(emitted)
+        for request in iteration.decodes:
+            if request.pending == 0:  # ended or preempted since
+                continue
+            request.pending -= steps
+            request.generated = generated = request.generated + steps
+            timing = request.timing
+            timing.last_token_s = now_s
+            if timing.first_token_s is None:
+                timing.first_token_s = now_s
+            emitted.append(request)
+            if generated >= request.sampling.max_tokens:
+                self.handing_over.pop(request.request_id, None)
+                self._finish(request, "length", now_s)
+                completion.finished.append(request)
+        completion.gained += [steps] * (len(emitted) - before)
 
     def _finish(self, request: Request, reason: FinishReason, now_s: float) -> None:
         if (

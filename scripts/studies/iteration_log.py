@@ -69,6 +69,58 @@ def dispatch_times(rows: np.ndarray) -> DispatchTimes | None:
     )
 
 
+PERCENTS = (50, 90, 99)
+HEARD_S = 1.5e-4
+"""A host that waits for a step for longer than this was there before its end."""
+
+
+def dispatch_figures(rows: np.ndarray) -> dict[str, float | int]:
+    """Of what was served: dispatch times by what a step follows, and the time between steps' ends.
+
+    Args:
+        rows: an iteration each, of `COLUMNS`.
+    """
+    of = dict(zip(COLUMNS, rows.T, strict=True))
+    took_ms = 1e3 * (of["dispatched_s"] - of["dispatch_s"])
+    prompt = of["prefills"] > 0
+    alike = np.zeros(len(rows), bool)
+    alike[1:] = (of["batch"][1:] == of["batch"][:-1]) & ~prompt[1:] & ~prompt[:-1]
+    quick_ms = float(np.median(took_ms[alike]))
+    found: dict[str, float | int] = {"steps": len(rows)}
+    for name, chosen in (("alike", alike), ("new_batch", ~alike & ~prompt), ("prompt", prompt)):
+        found[f"{name}_steps"] = int(chosen.sum())
+        for percent in PERCENTS:
+            value = float(np.percentile(took_ms[chosen], percent)) if chosen.any() else np.nan
+            found[f"{name}_p{percent}_ms"] = value
+    found["slow_pct"] = 100 * float((took_ms > 1.8 * quick_ms).mean())
+    found["slow_alike_pct"] = 100 * float((took_ms[alike] > 1.8 * quick_ms).mean())
+    waited_s = of["collected_s"] - of["collect_s"]
+    found["host_late_pct"] = 100 * float((waited_s < HEARD_S).mean())
+    between_ms = 1e3 * np.diff(of["collected_s"])[~prompt[1:] & ~prompt[:-1]]
+    between_ms = between_ms[between_ms < 100]  # the others waited for a request
+    for percent in (50, 90, 95, 99):
+        found[f"step_p{percent}_ms"] = float(np.percentile(between_ms, percent))
+    found["step_mean_ms"] = float(between_ms.mean())
+    return found
+
+
+def heard_late_s(rows: np.ndarray) -> list[float]:
+    """By how much the time between two steps' tokens differs from its median where nothing else
+    does: percentiles of the difference, of steps of one request that the host waited for. The
+    thread that waits is woken now sooner, now later, so that they lie on both sides of nothing.
+
+    Args:
+        rows: an iteration each, of `COLUMNS`.
+    """
+    of = dict(zip(COLUMNS, rows.T, strict=True))
+    waited = of["collected_s"] - of["collect_s"] > HEARD_S
+    quiet = waited & (of["prefills"] == 0) & (of["batch"] == 1)
+    between_s = np.diff(of["sunk_s"])[quiet[1:] & quiet[:-1]]
+    if not len(between_s):
+        return []
+    return np.percentile(between_s - np.median(between_s), np.arange(101)).tolist()
+
+
 def lone_prompt_s(rows: np.ndarray, prompt: int) -> float | None:
     """Median seconds from plan to token of prompts of so many tokens that were alone; None without.
 
