@@ -122,7 +122,7 @@ class _Place(NamedTuple):
 class _Part(NamedTuple):
     """Some numbers of a head."""
 
-    index: jax.Array
+    at: jax.Array
     there: jax.Array
     values: jax.Array
 
@@ -164,7 +164,7 @@ def _turn_and_write(
             _put(parts, place, *pools[0])
             continue
         for part in parts:
-            triton.store(q_ref.at[row, part.index], part.values, mask=part.there)
+            triton.store(q_ref.at[row, part.at], part.values, mask=part.there)
     _put([_read(x_ref, (heads - 1,), 0, width)], place, *pools[1])
 
 
@@ -189,5 +189,5 @@ def _put(parts: Sequence[_Part], place: _Place, pool_ref: Any, scale_ref: Any) -
         triton.store(scale_ref.at[place.page, place.offset, place.head], scale, mask=real)
     for part, values in zip(parts, wide, strict=True):
         small = part.values if scale is None else float8.cast(values / scale, pool_ref.dtype)
-        at = pool_ref.at[place.page, place.offset, place.head, part.index]
+        at = pool_ref.at[place.page, place.offset, place.head, part.at]
         triton.store(at, small.astype(pool_ref.dtype), mask=part.there & real)

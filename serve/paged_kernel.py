@@ -224,7 +224,8 @@ def attend(
     )(*(array for array, _ in given.values()))
     if parts == 1:
         return output[:, 0]
-    return _joined(output, *sums, sinks, q.dtype, interpret)
+    highest, total = sums
+    return _joined(output, highest, total, sinks, q.dtype, interpret)
 
 
 def _joined(

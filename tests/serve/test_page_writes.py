@@ -11,9 +11,9 @@ from jaxsys import float8
 from jaxsys.model.rope import rotate
 from jaxsys.serve import page_writes
 
-PAGES = np.array([1, 5, 4], np.int32)
+PAGES = jnp.array([1, 5, 4], jnp.int32)
 """The second is past the last of five."""
-OFFSETS = np.array([3, 0, 2], np.int32)
+OFFSETS = jnp.array([3, 0, 2], jnp.int32)
 DTYPE = jnp.bfloat16
 
 
@@ -85,7 +85,7 @@ def test_keys_and_queries_are_turned_on_their_way(form, width, half, interleaved
         if form == "float8":
             scales = [np.asarray(s)[..., None] for s in (got[1], put(pool, new)[1])]
             wide = [a * s for a, s in zip(wide, scales, strict=True)]
-        np.testing.assert_allclose(*wide, atol=0.02 if form == "bfloat16" else 0.3)
+        np.testing.assert_allclose(wide[0], wide[1], atol=0.02 if form == "bfloat16" else 0.3)
     assert_same(found[1], put(pools[1], x[:, :, 4]))
 
 
