@@ -108,6 +108,25 @@ def check_unused(folder: Path) -> None:
         )
 
 
+def check_names(tree: PyTree) -> None:
+    """Raises UsageError if two arrays of a state would lie in one place of a checkpoint.
+
+    Orbax joins the names on the way to a leaf by dots, and writes what meets there over each other;
+    the checksums' names are joined by slashes.
+    """
+    there: dict[str, str] = {}
+    for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        names = path_names(path)
+        name = " / ".join(names)
+        for place in {".".join(names), "/".join(names)}:
+            if place in there:
+                raise UsageError(
+                    f"the arrays {there[place]} and {name} would both be {place!r} in a "
+                    "checkpoint, where names are joined by dots or slashes; rename one of them"
+                )
+            there[place] = name
+
+
 class CheckpointStore:
     """The checkpoints of one run, in one folder; every process of the run opens it.
 
@@ -177,9 +196,11 @@ class CheckpointStore:
 
         Raises:
             RunError: if the save before it failed.
+            UsageError: if two arrays would lie in one place.
         """
         if self._unsettled:
             self.wait()
+        check_names(tree)
         self._check_room(tree, record.step)
         self._unsettled = True
         self._guard(

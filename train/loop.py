@@ -19,7 +19,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxsys.errors import RunError, UsageError
 from jaxsys.layered import PyTree
-from jaxsys.train.checkpoint import FOLDER, CheckpointStore, check_unused, step_folders
+from jaxsys.train.checkpoint import (
+    FOLDER,
+    CheckpointStore,
+    check_names,
+    check_unused,
+    step_folders,
+)
 from jaxsys.train.energy import EnergyMeter
 from jaxsys.train.flops import CONVENTION, device_peak
 from jaxsys.train.interrupt import StopRequest, Watchdog
@@ -157,6 +163,7 @@ class _Loop:
                 stack.enter_context(RunLock(self.folder, wait_s=saving.wait_s, notice=_warn))
             if not saving.resume:
                 check_unused(self.folder)
+            check_names(trainer.state)  # now, not at the first save
             self.store = CheckpointStore(self.folder / FOLDER, keep=saving.keep, notice=self.say)
             stack.callback(self.store.release)
             if saving.resume:

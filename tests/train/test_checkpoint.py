@@ -389,6 +389,22 @@ def test_a_used_folder_is_not_overwritten_unasked(make, data, saved):
         make().fit(data, steps=5, folder=folder, progress=False)
 
 
+@pytest.mark.parametrize("flat", ["lora.a", "lora/a"])
+def test_arrays_that_a_checkpoint_would_not_keep_apart_are_refused(
+    make, data, small_parameters, tmp_path, flat
+):
+    """Orbax writes edge / lora.a and edge / lora / a into one array, and reads that for both."""
+    one = np.ones(4, np.float32)
+    edge = {**small_parameters["edge"], flat: one, "lora": {"a": 2 * one}}
+    trainer = make(parameters={**small_parameters, "edge": edge})
+    both = f"edge / lora / a and .* edge / {flat} would both be .*; rename one of them"
+    with pytest.raises(UsageError, match=both):
+        trainer.fit(data, steps=1, folder=tmp_path / "run", progress=False)
+    assert trainer.step_number == 0
+    with pytest.raises(UsageError, match=both):
+        trainer.save(CheckpointStore(tmp_path / "other"))
+
+
 @pytest.mark.parametrize(
     "optimizer",
     [
