@@ -73,6 +73,8 @@ def scales(
     def tried(end: float) -> tuple[jax.Array, jax.Array]:
         # A subnormal scale would divide to infinity where the device flushes it to zero.
         scale = jnp.where(most > 0, jnp.maximum(most / end, 1e-30), 1.0)
+        if form == "int4":  # so many scales are kept in bfloat16
+            scale = jax.lax.reduce_precision(scale, 8, 7)
         error = importance * (nearest(groups / scale, form) * scale - groups) ** 2
         return jnp.sum(error, axis=-1, keepdims=True), scale
 

@@ -6,13 +6,17 @@
 By the served passes over pages, on the language reference that comes with Python
 (`pydoc_data.topics`), in windows that begin anew. A form is weights, or weights+cache, and `both`
 behind it for products whose two sides are small, as GPUs multiply them: a CPU computes the same
-numbers. JSON after each row.
+numbers. `calibrated` behind it is a model that `jaxsys convert --round` has rounded by sources of
+Python's standard library, of which the text that is scored has none. Errors are those of means
+over 64 tokens. JSON after each row.
 """
 
 import argparse
 import functools
 import math
 import pydoc_data.topics
+import sysconfig
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsys.model import default_model_path, load
+from jaxsys.model import calibration, default_model_path, load
+from jaxsys.model.convert import convert
+from jaxsys.model.load import open_model
 from jaxsys.results import table, write_result
 from jaxsys.serve import paged_model
 from jaxsys.serve.matrix import Way
@@ -28,7 +34,9 @@ from jaxsys.serve.paged_attention import choose_kernels
 from jaxsys.serve.weights import serving_weights
 
 FORMS = (
-    "float32", "float32+fp8", "int8", "fp8", "fp8 both", "fp8+fp8 both", "int4", "int4+fp8",
+    "float32", "float32+fp8", "float32+int8", "int8", "fp8", "fp8 both", "fp8+int8 both", "int4",
+    "fp8 calibrated", "fp8 both calibrated", "fp8+int8 both calibrated", "int4 calibrated",
+    "int4+int8 calibrated",
 )  # fmt: skip
 PAGE = 64
 
@@ -40,9 +48,11 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--length", type=int, default=512, help="tokens of a window, in whole 64s")
     parser.add_argument("--forms", nargs="+", default=FORMS)
+    parser.add_argument("--sequences", type=int, default=32, help="of 512 tokens, to calibrate by")
     parser.add_argument("--out", type=Path, default=Path("results/quality_smollm2.json"))
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
+    exact = np.zeros(0)
     model = load(default_model_path(), jnp.float32)
     assert model.tokenizer is not None
     text = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
@@ -59,11 +69,15 @@ def main() -> int:
     )
     pages = options.length // PAGE
     for form in options.forms:
-        forms, _, both = form.partition(" ")
+        forms, *how = form.split()
         kept, _, cached = forms.partition("+")
         settings: Any = {"quantisation": None if kept == "float32" else kept}
         weights = serving_weights(
-            config, model.parameters, placement=place, how=Way(both=bool(both)), **settings
+            config,
+            rounded(kept, options.sequences) if "calibrated" in how else model.parameters,
+            placement=place,
+            how=Way(both="both" in how),
+            **settings,
         )
         losses = []
         for window in range(options.windows):
@@ -78,6 +92,7 @@ def main() -> int:
             )  # fmt: skip
             losses.append(-np.asarray(scores.logprobs, np.float64))
         loss = float(np.mean(losses))
+        means = np.reshape(losses, (-1, PAGE)).mean(axis=1)
         row = {
             "form": form,
             "tokens": int(np.size(losses)),
@@ -87,6 +102,10 @@ def main() -> int:
         }
         if rows:
             row["over_float32_pct"] = round(100 * (math.exp(loss - rows[0]["loss"]) - 1), 3)
+            error = np.std(means - exact) / math.sqrt(len(means))
+            row["error_pct"] = round(100 * float(error), 3)
+        else:
+            exact = means
         rows.append(row)
         print("  ".join(f"{name}={value}" for name, value in row.items()), flush=True)
         write_result(
@@ -98,6 +117,20 @@ def main() -> int:
         )
     print(table(rows))
     return 0
+
+
+@functools.cache
+def rounded(form: Any, sequences: int) -> Any:
+    """SmolLM2's parameters, rounded for a form."""
+    model = open_model(default_model_path())
+    assert model.tokenizer is not None
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[::4]
+    text = "\n".join(file.read_text(errors="replace") for file in files)
+    by = calibration.sequences(text, model.tokenizer, calibration.LENGTH, sequences)
+    leaves = calibration.Rounded(model.checkpoint, "float32", form, by)
+    with tempfile.TemporaryDirectory() as folder:
+        convert(model, Path(folder) / "model", "float32", leaves=leaves)
+        return load(Path(folder) / "model", jnp.float32).parameters
 
 
 if __name__ == "__main__":

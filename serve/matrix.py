@@ -85,7 +85,7 @@ class Matrix:
     """[K, N], or [N, K] where outputs come first; int4 as `few_rows.packed` has it, int32
     [N, K / g, g / 8]."""
     scale: jax.Array | None = None
-    """float32 [N], of int4 [N, K / g]."""
+    """float32 [N], of int4 bfloat16 [N, K / g]."""
     outputs: tuple[int, ...] = ()
     """The shape that N stands for."""
     outputs_first: bool = False
@@ -152,7 +152,7 @@ def _grouped(rows: Float[Array, "N K"], ways: int) -> tuple[jax.Array, jax.Array
     wide = wide.reshape(outputs, -1, group)
     scale = forms.scales(wide, "int4")
     whole = forms.nearest(wide / scale, "int4")
-    return few_rows.packed(whole + 8), scale[..., 0]
+    return few_rows.packed(whole + 8), scale[..., 0].astype(jnp.bfloat16)
 
 
 def matmul(

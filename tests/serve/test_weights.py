@@ -33,7 +33,7 @@ def whole(parameters):
 
 def meant(matrix):
     """The matrix [K, N] that quantised values stand for."""
-    scale = np.asarray(matrix.scale)
+    scale = np.asarray(matrix.scale, np.float32)
     if not matrix.packed:
         return (np.asarray(matrix.values.astype(jnp.float32)) * scale[:, None]).T
     codes = np.asarray(matrix.values).view(np.uint8).astype(np.int32)
@@ -71,7 +71,7 @@ def test_each_weight_is_the_nearest_of_its_column(parameters, whole, form):
         form = "int8" if name == "qkv" and asked == "int4" else asked
         exact = np.asarray(whole.layers[1].matrices[name].values)
         matrix = small.layers[1].matrices[name]
-        scale = np.asarray(matrix.scale)
+        scale = np.asarray(matrix.scale, np.float32)
         assert matrix.values.dtype.itemsize == (4 if form == "int4" else 1)
         assert matrix.values.shape[0] == exact.shape[1]
         error = np.abs(meant(matrix) - exact)
@@ -146,6 +146,7 @@ def test_numbers_that_a_form_has_come_back_as_they_are(form, dtype):
     generator = np.random.default_rng(0)
     scale = generator.uniform(1e-3, 1e-1, (64, 4, 1)).astype(np.float32)
     if form == "int4":
+        scale = scale.astype(ml_dtypes.bfloat16).astype(np.float32)
         codes = np.clip(generator.normal(size=(64, 4, 32)) * 2, -8, 7).round()
     else:
         scale = scale[:, :1]
