@@ -312,7 +312,9 @@ class Trainer:
         where = None if rows is None else {row: index for index, row in enumerate(rows)}
 
         def put(leaf: Any, sharding: Any) -> jax.Array:
-            leaf = np.asarray(leaf)
+            # Copied: CPU devices may share the memory they are given, and a caller may fill its
+            # buffer with the next batch while this step runs.
+            leaf = np.array(leaf)
             shape = (self.rows, *leaf.shape[1:])
             if rows is None and leaf.shape[:1] != (self.rows,):
                 raise UsageError(
@@ -618,7 +620,7 @@ class Trainer:
         everywhere = NamedSharding(self.mesh, PartitionSpec())
 
         def put(leaf: Any) -> jax.Array:
-            leaf = np.asarray(leaf)
+            leaf = np.array(leaf)  # as in `place`
             return jax.make_array_from_callback(leaf.shape, everywhere, lambda at: leaf[at])
 
         return jax.tree.map(put, batch)

@@ -281,6 +281,23 @@ def test_arrays_handed_over_stay_the_callers(small_model, small_parameters):
         np.testing.assert_array_equal(given["edge"]["table"], small_parameters["edge"]["table"])
 
 
+def test_a_buffer_may_be_filled_anew_once_a_step_has_begun(small_model, small_parameters):
+    """CPU devices share memory that begins at a multiple of 64 bytes, unless it is copied."""
+    trainer = Trainer(small_model, small_parameters, optax.sgd(0.1), devices=1, schedule="dp")
+    wanted = batch_of(0, rows=trainer.rows)
+    buffer = {}
+    for name, leaf in wanted.items():
+        memory = np.empty(leaf.nbytes + 64, np.uint8)
+        start = -memory.ctypes.data % 64
+        buffer[name] = memory[start : start + leaf.nbytes].view(leaf.dtype).reshape(leaf.shape)
+        buffer[name][:] = leaf
+    placed, spread = trainer.place(buffer), trainer._spread(buffer)
+    for leaf in buffer.values():
+        leaf[:] = 0
+    for there in (placed, spread):
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(there), wanted)
+
+
 def test_constants_among_the_parameters_stay(small_model, small_parameters):
     """Integers and booleans have no gradient, no optimizer state and no decay."""
     numbers = np.arange(4, dtype=np.int32) + 1
