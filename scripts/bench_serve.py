@@ -26,11 +26,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/bench_serve.py", description=__doc__)
     parser.add_argument("study", choices=benchmark.STUDIES)
     parser.add_argument("--forms", nargs="*", help="in place of the study's; weights+cache")
+    parser.add_argument("--batches", nargs="*", type=int, help="of forms, in place of the study's")
+    parser.add_argument("--prompts", nargs="*", type=int, help="likewise")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the JSON")
     arguments = parser.parse_args()
     study = benchmark.STUDIES[arguments.study]
     if arguments.forms is not None:
         study = dataclasses.replace(study, forms=tuple(arguments.forms))
+    if arguments.batches is not None:
+        study = dataclasses.replace(study, quantised_batches=tuple(arguments.batches))
+    if arguments.prompts is not None:
+        study = dataclasses.replace(study, quantised_prompts=tuple(arguments.prompts))
     path = arguments.out / f"serve_{arguments.study}.json"
 
     def kept(rows: list, figures: dict) -> None:
