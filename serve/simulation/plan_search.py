@@ -6,9 +6,10 @@ targets there is replayed under the other policies, since none of them attains m
 that is always the highest.
 """
 
+import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from jaxsys.model.config import DecoderConfig
 from jaxsys.serve.simulation.comparison import Setting, figures, simulate
 from jaxsys.serve.simulation.deployments import Bound, Bounds, Deployment
 from jaxsys.serve.simulation.installation import ClusterConfig
+from jaxsys.serve.simulation.plan_replays import replays
 from jaxsys.serve.simulation.policies import policy_named
 from jaxsys.serve.simulation.traces import RequestTrace
 
@@ -116,6 +118,7 @@ def search(
     policies: Sequence[str] = POLICIES_TRIED,
     most: int = 40,
     seconds: float = 240.0,
+    jobs: int = 1,
     say: Callable[[Judged], None] = lambda found: None,
 ) -> Search:
     """Judges deployments, the smallest and least energetic first, within a budget.
@@ -123,13 +126,15 @@ def search(
     Args:
         target_pct: attainment to be kept.
         most: replays.
+        jobs: processes that replay; what is found does not depend on them, but for what time cuts.
         say: is given each as it is judged.
     """
     judged: list[Judged] = []
     ends_s = time.monotonic() + seconds
     cut_short = False
     ordered = sorted(known, key=lambda one: (one[0].gpus, one[1].energy_j_per_token))
-    for deployment, bound in ordered:
+
+    def worth_judging(deployment: Deployment, bound: Bound) -> bool:
         # As many GPUs that keep the target are better spent on a deployment of less energy.
         best_j = min(
             (
@@ -139,20 +144,38 @@ def search(
             ),
             default=math.inf,
         )
-        if bound.energy_j_per_token >= best_j:
-            continue
-        for policy in policies:
-            if len(judged) >= most or time.monotonic() > ends_s:
-                cut_short = True
+        return bound.energy_j_per_token < best_j
+
+    def likely(place: int, number: int) -> Iterator[tuple[Deployment, str]]:
+        """What is asked for behind a deployment's policy of that number."""
+        if number:
+            yield from ((ordered[place][0], policy) for policy in policies[number + 1 :])
+        yield from ((one, policies[0]) for one, bound in ordered[place + 1 :]
+                    if worth_judging(one, bound))  # fmt: skip
+
+    answer = functools.partial(_judge, config, bounds, trace)
+    with replays(answer, jobs) as found_of:
+        for place, (deployment, bound) in enumerate(ordered):
+            if not worth_judging(deployment, bound):
+                continue
+            for number, policy in enumerate(policies):
+                if len(judged) >= most or time.monotonic() > ends_s:
+                    cut_short = True
+                    break
+                found = found_of.get((deployment, policy), likely(place, number))
+                judged.append(found)
+                say(found)
+                if not number and found.attainment_pct < target_pct:
+                    break
+            if cut_short:
                 break
-            found = judge(config, deployment, bounds, trace, policy)
-            judged.append(found)
-            say(found)
-            if policy == policies[0] and found.attainment_pct < target_pct:
-                break
-        if cut_short:
-            break
     return Search(judged=judged, passed=len(ordered), cut_short=cut_short)
+
+
+def _judge(
+    config: DecoderConfig, bounds: Bounds, trace: RequestTrace, key: tuple[Deployment, str]
+) -> Judged:
+    return judge(config, key[0], bounds, trace, key[1])
 
 
 def frontier(judged: Sequence[Judged]) -> list[Judged]:
