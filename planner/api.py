@@ -36,6 +36,7 @@ from jaxsys.planner.costs import Precision
 from jaxsys.planner.estimates import POLICY
 from jaxsys.planner.evaluate import Evaluator
 from jaxsys.planner.feature_axes import feature_split
+from jaxsys.planner.function_program import FunctionProgram, gathers
 from jaxsys.planner.function_workload import as_lowered, function_workload, layered_loss
 from jaxsys.planner.jaxpr_costs import (
     function_cost,
@@ -45,7 +46,7 @@ from jaxsys.planner.jaxpr_costs import (
 from jaxsys.planner.layers import Layers, find_layers, leaves_of, matrices_of
 from jaxsys.planner.lower import to_schedule
 from jaxsys.planner.named import USABLE_MEMORY
-from jaxsys.planner.plans import PATHS, Plan, Weights
+from jaxsys.planner.plans import PATHS, Plan
 from jaxsys.planner.problem import Problem
 from jaxsys.planner.recognise import describe, recognise
 from jaxsys.planner.runs import that_runs
@@ -97,8 +98,7 @@ class Planned:
     @property
     def gathers(self) -> bool:
         """Whether the plan counts on layers gathering weights that rest in shards."""
-        split = any(path.weights is not Weights.STAY for path in self.plan.layers)
-        return split and self.plan.group > 1
+        return gathers(self.plan)
 
     def checkpoint(
         self, layer: Callable[..., Any], mesh: Mesh | None = None, *, weights: int = -1
@@ -235,6 +235,7 @@ def plan(
         memory_bytes=limit,
         precision=precision or (_trained_precision if layered else _own_precision)(params),
         lowered=layered,
+        program=None if layered else FunctionProgram(closed, params, batch, layers).of,
     )
     sizes = [1] if layered else [n for n in range(1, examples + 1) if examples % n == 0]
     space = Space.of(problem, microbatch_sizes=sizes)

@@ -15,14 +15,12 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxsys.axes import parts_of_batch, parts_of_block
 from jaxsys.errors import UsageError
+from jaxsys.planner.function_program import all_but_gathered, resting_bytes
 from jaxsys.planner.plans import Plan, Residual, Weights
 from jaxsys.planner.problem import Problem
+from jaxsys.planner.program import GATHERED
 from jaxsys.planner.space import Space
-
-GATHERED = "gathered_weights"
-"""The name, for `jax.checkpoint` policies, of a layer's weights once they are whole."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,14 +69,7 @@ def wrapped(
 
     if again:
         return jax.checkpoint(gathered)
-    return jax.checkpoint(gathered, policy=_all_but_gathered)
-
-
-def _all_but_gathered(primitive: Any, *_: Any, **parameters: Any) -> bool:
-    """Everything is kept but what was gathered, under its name or before it had one."""
-    if primitive.name == "name":
-        return parameters["name"] != GATHERED
-    return primitive.name != "sharding_constraint"
+    return jax.checkpoint(gathered, policy=all_but_gathered)
 
 
 def _gather(tree: Any, leaves: Sequence[LayerLeaf], mesh: Mesh) -> Any:
@@ -141,26 +132,24 @@ class Promise:
 
 
 def promise_of(problem: Problem, plan: Plan, peak_bytes: float) -> Promise:
-    """What a plan for a function counts on."""
-    workload, precision = problem.workload(plan.microbatch_size), problem.precision
-    blocks = sum(block.parameters for block in workload.blocks) / parts_of_block(plan)
-    everything = blocks + workload.edge.parameters
-    copies = parts_of_batch(plan) * plan.shard
-    summed = everything * precision.gradient_bytes if copies > 1 else 0.0
-    if parts_of_block(plan) > 1:
-        for block, path in zip(workload.blocks, plan.layers, strict=True):
-            if block.joins is not None:
-                passes = 2 if path.residual is Residual.RECOMPUTE else 1
-                summed += passes * block.joins.forward_bytes + block.joins.backward_bytes
-    gathers = [path.weights is Weights.REFETCH for path in plan.layers]
-    gathered = 2 * precision.weight_bytes / parts_of_block(plan) if plan.shard > 1 else 0.0
-    gathered *= sum(b.parameters for b, each in zip(workload.blocks, gathers, strict=True) if each)
-    ways = plan.group
-    resting = precision.rest_bytes * everything / ways
-    layers = blocks / (ways if any(gathers) else 1)
-    arguments = precision.weight_bytes * (layers + workload.edge.parameters)
+    """What a plan for a function counts on.
+
+    Args:
+        problem: what was planned.
+        plan: the plan.
+        peak_bytes: what a device holds at its fullest, parameters and state included.
+
+    Raises:
+        UsageError: if the problem is a layered model's, whose steps say so themselves.
+    """
+    if problem.program is None:
+        raise UsageError(
+            "a promise is of functions that jax.jit partitions; a LayeredModel's plan says what it "
+            "sends and holds by itself (found.found.sent_bytes, found.found.peak_bytes)"
+        )
+    found = problem.program(plan)
     return Promise(
-        summed_bytes=summed,
-        gathered_bytes=gathered,
-        held_bytes=peak_bytes - resting - arguments,
+        summed_bytes=found.summed,
+        gathered_bytes=found.gathered,
+        held_bytes=peak_bytes - resting_bytes(problem, plan),
     )

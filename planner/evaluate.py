@@ -6,6 +6,7 @@ rest on owners one by one (`owned_plans`).
 Legend: B plans, L layers.
 """
 
+from collections import deque
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,9 @@ from jaxsys.planner.owned_plans import OwnedEvaluator
 from jaxsys.planner.plans import Plan
 from jaxsys.planner.problem import Problem
 from jaxsys.planner.sharded_plans import ShardedEvaluator
+
+TABLES = 16
+"""Common parts whose tables of what is alive are kept, a MiB each for 80 layers."""
 
 
 class Evaluator:
@@ -27,6 +31,7 @@ class Evaluator:
         self._owned = OwnedEvaluator(problem)
         self._counted = 0.0
         self._sharded: dict[Plan, ShardedEvaluator] = {}
+        self._recent: deque[ShardedEvaluator] = deque()
 
     @property
     def work(self) -> float:
@@ -57,7 +62,13 @@ class Evaluator:
         key = replace(base, layers=())
         if key not in self._sharded:
             self._sharded[key] = ShardedEvaluator(self.problem, base)
-        return self._sharded[key]
+        found = self._sharded[key]
+        if found in self._recent:
+            self._recent.remove(found)
+        self._recent.append(found)
+        if len(self._recent) > TABLES:
+            self._recent.popleft().forget_table()
+        return found
 
     def plan(self, plan: Plan) -> Estimates:
         """Estimates one plan, arrays [1]."""

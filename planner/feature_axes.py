@@ -235,7 +235,7 @@ class _Walk:
         elif name == "broadcast_in_dim":
             to = dict(enumerate(params["broadcast_dimensions"]))
         else:
-            to = {a: _through(old, new, a, self.ways) for a in range(len(old))}
+            to = {a: through(old, new, a, self.ways) for a in range(len(old))}
         axes: list[int | None] = [None] * len(new)
         for mine, place in to.items():
             if place is not None and one.leaf is not None:
@@ -285,7 +285,7 @@ class _Walk:
         self.found.forward_joins += times
 
 
-def _through(old: Sequence[int], new: Sequence[int], axis: int, ways: int) -> int | None:
+def through(old: Sequence[int], new: Sequence[int], axis: int, ways: int) -> int | None:
     """Where an axis that is cut stands after a reshape; None if its parts are torn apart."""
     before = np.cumprod([1, *old])[axis]
     for place, start in enumerate(np.cumprod([1, *new])[:-1]):

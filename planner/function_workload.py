@@ -107,7 +107,6 @@ def function_workload(
         model_flops=3 * cost.product_flops,
         ways={axis.name: ways for axis in CUT},
         splits_between=False,
-        stacked=layers.stacked,
     )
 
 
@@ -174,7 +173,6 @@ def as_lowered(workload: Workload, model: LayeredModel, params: PyTree, rows: Py
             for axis, counts in workload.ways.items()
         },
         splits_between=True,
-        stacked=False,
         blocks=tuple(
             dataclasses.replace(
                 block, traced=traced[index if model.pattern else 0], joins=None, cut_share=1.0

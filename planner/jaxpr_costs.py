@@ -51,6 +51,8 @@ class FunctionCost:
     """Input number -> FLOPs of products that read it directly, or through a reshape or cast."""
     scanned: dict[int, int] = field(default_factory=dict)
     """Input number -> length, for inputs that a scan takes apart along their leading axis."""
+    scans: list[tuple[int, frozenset[int]]] = field(default_factory=list)
+    """The same scan by scan: its length and the inputs that it takes apart."""
     carry_bytes: dict[int, float] = field(default_factory=dict)
     """Scan length -> bytes of what the longest such scan hands from step to step."""
 
@@ -164,9 +166,13 @@ def _scan(
         rank(mine) == rank(theirs)
         for mine, theirs in zip(body.invars, equation.invars, strict=True)
     ]
-    for variable, whole in zip(equation.invars, alike, strict=True):
-        if not whole and _known(variable, origins):
-            cost.scanned[origins[variable]] = length
+    taken = {
+        origins[variable]
+        for variable, whole in zip(equation.invars, alike, strict=True)
+        if not whole and _known(variable, origins)
+    }
+    cost.scanned.update(dict.fromkeys(taken, length))
+    cost.scans.append((length, frozenset(taken)))
     handed_on = sum(
         rank(mine) == rank(theirs)
         for mine, theirs in zip(body.outvars, equation.outvars, strict=True)

@@ -30,18 +30,22 @@ def leaves_of(tree: PyTree) -> list[jax.ShapeDtypeStruct]:
 
 
 def find_layers(params: PyTree, cost: FunctionCost, count: int) -> Layers:
-    """Stacked parameters that a scan takes apart, else the largest family of like subtrees."""
+    """Stacked parameters that one scan takes apart, else the largest family of like subtrees.
+
+    Of several scans, such as an encoder's and a decoder's, the one with most parameters is meant.
+    """
     leaves = jax.tree.leaves(shapes_of(params))
-    by_length: dict[int, list[int]] = defaultdict(list)
-    for index, length in cost.scanned.items():
-        if index < count and length > 1:
-            by_length[length].append(index)
-    if by_length:
-        weigh = lambda n: sum(leaves[i].size for i in by_length[n])  # noqa: E731
-        length = max(by_length, key=weigh)
+    scans = [
+        (length, [i for i in sorted(taken) if i < count and leaves[i].shape[:1] == (length,)])
+        for length, taken in cost.scans
+        if length > 1
+    ]
+    weigh = lambda scan: sum(leaves[i].size for i in scan[1])  # noqa: E731
+    length, taken = max(scans, key=weigh, default=(0, []))
+    if taken:
         return Layers(
             count=length,
-            leaves=tuple(sorted(by_length[length])),
+            leaves=tuple(taken),
             stacked=True,
             where=f"{length}, stacked, taken apart by a scan",
         )
@@ -54,9 +58,13 @@ def find_layers(params: PyTree, cost: FunctionCost, count: int) -> Layers:
 
 
 def _family(params: PyTree) -> Layers | None:
-    """The most of the parameters that sibling subtrees of one structure and shapes make up."""
+    """The most of the parameters that sibling subtrees of one structure and shapes make up.
+
+    Numbered ones before others, and those of several rows of them together: two towers of like
+    blocks are not two layers, and the layers of both are alike.
+    """
     paths = jax.tree_util.tree_leaves_with_path(shapes_of(params))
-    groups: dict[Any, list[list[int]]] = defaultdict(list)
+    groups: dict[Any, dict[Any, list[list[int]]]] = defaultdict(lambda: defaultdict(list))
     depth = max((len(path) for path, _ in paths), default=0)
     for level in range(1, depth):
         subtrees: dict[Any, list[int]] = defaultdict(list)
@@ -68,21 +76,38 @@ def _family(params: PyTree) -> Layers | None:
                 (str(paths[i][0][level:]), paths[i][1].shape, str(paths[i][1].dtype))
                 for i in members
             )
-            groups[prefix[:-1], shape].append(members)
+            groups[level, shape][prefix[:-1]].append(members)
     best: Layers | None = None
-    most = 0
-    for (prefix, _), families in groups.items():
-        size = sum(paths[i][1].size for members in families for i in members)
-        if len(families) > 1 and size > most:
-            most = size
-            parent = jax.tree_util.keystr(prefix) or "the parameters"
+    most = (False, 0)
+    for (level, _), by_parent in groups.items():
+        numbered = {
+            parent: families
+            for parent, families in by_parent.items()
+            if len(families) > 1 and all(_is_number(paths[m[0]][0][level - 1]) for m in families)
+        }
+        rows = [numbered] if numbered else [{p: f} for p, f in by_parent.items() if len(f) > 1]
+        for chosen in rows:
+            every = [members for families in chosen.values() for members in families]
+            rank = (bool(numbered), sum(paths[i][1].size for members in every for i in members))
+            if rank <= most:
+                continue
+            most = rank
+            parents = " and ".join(
+                jax.tree_util.keystr(parent) or "the parameters" for parent in chosen
+            )
             best = Layers(
-                count=len(families),
-                leaves=tuple(i for members in families for i in members),
+                count=len(every),
+                leaves=tuple(i for members in every for i in members),
                 stacked=False,
-                where=f"{len(families)} like subtrees of {parent}",
+                where=f"{len(every)} like subtrees of {parents}",
             )
     return best
+
+
+def _is_number(key: Any) -> bool:
+    """Whether a key of a tree is a place in a row, such as 3 or block_3."""
+    name = getattr(key, "idx", getattr(key, "key", getattr(key, "name", "")))
+    return isinstance(name, int) or (isinstance(name, str) and name[-1:].isdigit())
 
 
 def matrices_of(leaves: Sequence[Any], layers: Layers) -> list[int]:

@@ -9,6 +9,7 @@ from jaxsys.errors import UsageError
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.costs import Precision
 from jaxsys.planner.plans import Plan
+from jaxsys.planner.program import ProgramBytes
 from jaxsys.planner.workload import Workload
 
 
@@ -44,6 +45,10 @@ class Problem:
     lowered: bool = False
     """Count memory as the programs of `jaxsys.lowering` allocate it, buffers that are not always
     full included; else what a schedule has alive, as papers count it."""
+
+    program: Callable[[Plan], ProgramBytes] | None = field(default=None, repr=False)
+    """What a step of a function of the user's sends and holds on a device; None: steps are made by
+    `jaxsys.lowering`."""
 
     def __post_init__(self) -> None:
         if self.batch < 1:

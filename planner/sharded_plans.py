@@ -13,12 +13,13 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from jaxsys.axes import parts_of_block
+from jaxsys.axes import parts_of_batch, parts_of_block
 from jaxsys.lowering.memory import Around, tabled_bytes
 from jaxsys.lowering.tables import Buffers, buffers_of
 from jaxsys.planner.axes import Split, split_of_plan
 from jaxsys.planner.costs import BlockCost, block_cost, frame, head_held_bytes
 from jaxsys.planner.estimates import POLICY, Estimates, microbatches, schedule_link
+from jaxsys.planner.function_program import resting_bytes
 from jaxsys.planner.plans import PATHS, Gradient, Plan, Residual, State, Weights
 from jaxsys.planner.problem import Problem
 from jaxsys.schedule import Data, Placement, Schedule, trace
@@ -31,6 +32,8 @@ COMPILED = 8
 STEADY_TURNS, MOST_TURNS = 4, 64
 """Microbatches that are followed one by one, and of those whose turns do not repeat by then; what
 lies between is multiplied."""
+SUMS_BESIDE = 0.01
+"""Of all gradients, what sums beside them must be to be counted: a loss's own is not."""
 STEADY = 1e-11
 """By what share of a turn two may differ that are called the same."""
 
@@ -105,7 +108,7 @@ class ShardedEvaluator:
             split=split,
         )
         self.workspace_bytes = head_held_bytes(workload, between)
-        self.stacked = workload.stacked
+        self.problem, self.base = problem, base
         # A CPU, which has no such kernel, runs loops that have all reduced sums from the start.
         written_out = problem.lowered and problem.cluster.slowest.fused_attention
         self.growing = written_out and not self.whole and self.turns == 1
@@ -139,14 +142,18 @@ class ShardedEvaluator:
         residuals = _PATH_RESIDUALS[codes]
         index = np.arange(self.layers)
         backward = self.backward_s[residuals, index]
+        sent = self._sent(weights, gradients, residuals)
         step = self._time(weights, gradients, backward)
+        if self.problem.program is not None:
+            again_s, again_bytes = self._sent_again(codes)
+            step, sent = step + again_s, sent + again_bytes
         joins = self.join_s[residuals, index].sum(1)
         passes = self.forward_s.sum() + backward.sum(1) - joins
         compute = self.turns * (passes + 2 * self.frame.embed_s + self.frame.head_s)
         return Estimates(
             step_s=step,
             peak_bytes=self._peak(codes),
-            sent_bytes=self._sent(weights, gradients, residuals),
+            sent_bytes=sent,
             compute_s=compute,
         )
 
@@ -304,15 +311,16 @@ class ShardedEvaluator:
         work = self.work_bytes[residuals, np.arange(self.layers)].max(1)
         if self.tabled:
             return self._tabled_peak(residuals, work)
-        if self.stacked:
-            moving = self._all_at_once(weights, residuals)
-        else:
-            # One product gives the live bytes of every plan at every tick, in units of 2**20.
-            moving = (self._choices(codes) @ self.occupancy).max(1) * 2**20
+        if self.problem.program is not None:
+            of = self.problem.program
+            rows = [
+                (resting_bytes(self.problem, plan), of(plan).held) for plan in self._plans(codes)
+            ]
+            return np.array(rows).sum(1)
+        # One product gives the live bytes of every plan at every tick, in units of 2**20.
+        moving = (self._choices(codes) @ self.occupancy).max(1) * 2**20
         frame = self.frame
         sums = frame.edge_sum_bytes
-        if self.stacked and not self.whole:
-            sums /= self.devices
         if self.growing:
             task = np.maximum(work + sums, self.workspace_bytes + frame.edge_bytes)
         else:
@@ -326,12 +334,36 @@ class ShardedEvaluator:
                 held += (every * self.gradient_bytes).sum(1) / self.devices
         return frame.rest_bytes + held + task + moving
 
-    def _all_at_once(self, weights: np.ndarray, residuals: np.ndarray) -> np.ndarray:
-        """What loops over layers hold of them: all that they keep, and all gradients; those that
-        are summed to shards are counted with what rests."""
-        kept = self.residual_bytes[residuals, np.arange(self.layers)].sum(1)
-        gradients = self.gradient_bytes.sum() if self.whole else 0.0
-        return (weights == _STAY) @ self.weight_bytes + kept + gradients + self.activation_bytes
+    def _plans(self, codes: np.ndarray) -> list[Plan]:
+        return [replace(self.base, layers=tuple(PATHS[code] for code in row)) for row in codes]
+
+    def _sent_again(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Seconds and bytes of sums beside one of each gradient and those that features join.
+
+        Of weights that are used in several places, or in every turn of a loop over time, gradients
+        are added up for each use; examples that see each other add up what they share.
+        """
+        assert self.problem.program is not None
+        time_s, sent = np.zeros(len(codes)), np.zeros(len(codes))
+        workload = self.problem.work(self.base)
+        copies = parts_of_batch(self.base) * self.base.shard
+        if copies == 1:
+            return time_s, sent
+        ways = parts_of_block(self.base)
+        once = self.problem.precision.gradient_bytes * workload.parameters
+        once = once if ways == 1 else once - self.gradient_bytes.sum() * (ways - 1)
+        for index, plan in enumerate(self._plans(codes)):
+            joined = 0.0
+            for block, path in zip(workload.blocks, plan.layers, strict=True):
+                if ways > 1 and block.joins is not None:
+                    passes = 2 if path.residual is Residual.RECOMPUTE else 1
+                    joined += passes * block.joins.forward_bytes + block.joins.backward_bytes
+            beside = self.problem.program(plan).summed - once - joined
+            if beside > SUMS_BESIDE * once:
+                link = schedule_link(self.problem, self.base)
+                time_s[index] = link.collective_s(beside, devices=copies, rounds=2)
+                sent[index] = 2 * (copies - 1) / copies * beside
+        return time_s, sent
 
     def _tabled_peak(self, residuals: np.ndarray, work: np.ndarray) -> np.ndarray:
         """What programs with buffers allocate, whose parameters are whole on every device."""
@@ -356,6 +388,10 @@ class ShardedEvaluator:
             head=self.workspace_bytes,
         )
         return tabled_bytes(self.schedule, self.buffers, size, around)
+
+    def forget_table(self) -> None:
+        """Lets `occupancy` go, which is made again when it is asked for."""
+        self.__dict__.pop("occupancy", None)
 
     @cached_property
     def occupancy(self) -> np.ndarray:

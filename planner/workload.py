@@ -238,9 +238,6 @@ class Workload:
     """How its sequences can lie over several devices; None: each is whole on one."""
     part_of: Callable[[ContextSplit], "Workload"] | None = None
     """See `part`."""
-    stacked: bool = False
-    """Whether layers run in loops of a program of the user's, which have all their residuals and
-    gradients at once, from before the backward pass to its end."""
     keeps_attention: bool = False
     """Whether steps can keep what attention made and compute the rest of a block again."""
     matrices: tuple[tuple[int, ...], ...] = ()

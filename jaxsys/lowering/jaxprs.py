@@ -14,15 +14,15 @@ VIEWS = ("reshape", "transpose", "squeeze", "broadcast_in_dim", "expand_dims")
 """Primitives that only rearrange: cheaper done again than kept as a second copy."""
 
 
-def inlined(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
-    """The same jaxpr with the bodies of its calls written out."""
+def inlined(closed: core.ClosedJaxpr, calls: Sequence[str] = CALLS) -> core.ClosedJaxpr:
+    """The same jaxpr with the bodies of its calls written out, or of those named."""
 
     def evaluate(jaxpr: Any, consts: Any, args: Any) -> list[Any]:
         values = dict(zip(jaxpr.invars, args, strict=True))
         values.update(zip(jaxpr.constvars, consts, strict=True))
         for equation in jaxpr.eqns:
             inner = equation.params.get("jaxpr") or equation.params.get("call_jaxpr")
-            if equation.primitive.name in CALLS and inner is not None:
+            if equation.primitive.name in calls and inner is not None:
                 inputs = [value_of(v, values) for v in equation.invars]
                 body, inner_consts = (
                     (inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, ())
