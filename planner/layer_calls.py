@@ -100,8 +100,8 @@ def _scan(equation: Any, values: dict[Any, Any], weights: set[Any], wrap: Wrap) 
 
     def layer(own: Sequence[Any], rest: Sequence[Any]) -> list[Any]:
         fixed, carry, others = rest
-        own, others = iter(own), iter(others)
-        slices = [next(own) if is_mine else next(others) for is_mine in mine]
+        ours, theirs = iter(own), iter(others)
+        slices = [next(ours) if is_mine else next(theirs) for is_mine in mine]
         inside = dict(zip(body.invars, [*fixed, *carry, *slices], strict=True))
         inside.update(zip(body.constvars, closed.consts, strict=True))
         run(list(body.eqns), inside)

@@ -19,6 +19,7 @@ from jax.extend import core
 
 from jaxsys.lowering.jaxprs import bytes_of, inlined, is_literal
 from jaxsys.planner.feature_axes import through
+from jaxsys.planner.jaxpr_costs import rank
 
 Cut = tuple[str | None, ...]
 """For each axis of a value what cuts it."""
@@ -90,7 +91,8 @@ class _Walk:
     def cut(self, variable: Any) -> Cut:
         if is_literal(variable):
             return ()
-        return self.found.of.get(variable, (None,) * variable.aval.ndim)
+        found = self.found.of.get(variable)
+        return (None,) * variable.aval.ndim if found is None else found
 
     def put(self, variable: Any, cut: Sequence[str | None]) -> None:
         """Notes a cut, but of what its parts do not divide, and of a second axis by one label."""
@@ -169,9 +171,9 @@ class _Walk:
             if equation.primitive.name == "optimization_barrier":
                 self.put(out, self.cut(equation.invars[position]))
                 continue
-            rank, shape = out.aval.ndim, out.aval.shape
-            cut: list[str | None] = [None] * rank
-            alike = [v for v in equation.invars if not is_literal(v) and v.aval.ndim == rank]
+            shape = out.aval.shape
+            cut: list[str | None] = [None] * len(shape)
+            alike = [v for v in equation.invars if not is_literal(v) and rank(v) == len(shape)]
             for variable in alike:
                 for axis, label in enumerate(self.cut(variable)):
                     kept = variable.aval.shape[axis] == shape[axis]
@@ -416,7 +418,7 @@ class _Walk:
                 )
                 free[consts + index] &= is_free[index]
         for index, out in enumerate(equation.outvars):
-            cut = made[index] or (None,) * body.outvars[index].aval.ndim
+            cut = made[index] or (None,) * rank(body.outvars[index])
             self.put(out, given[consts + index] if index < carried else (None, *cut))
 
     def _while(self, equation: Any) -> None:
@@ -446,11 +448,11 @@ def scan_counts(equation: Any, body: core.Jaxpr) -> tuple[int, int]:
     more outside the body than in it.
     """
     whole = sum(
-        mine.aval.ndim == theirs.aval.ndim
+        rank(mine) == rank(theirs)
         for mine, theirs in zip(body.invars, equation.invars, strict=True)
     )
     carried = sum(
-        mine.aval.ndim == theirs.aval.ndim
+        rank(mine) == rank(theirs)
         for mine, theirs in zip(body.outvars, equation.outvars, strict=True)
     )
     return whole - carried, carried
