@@ -16,6 +16,7 @@ import re
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ from jaxsys.errors import UsageError
 from jaxsys.lowering import RECOMPUTE_POLICIES, lower
 from jaxsys.mesh import devices_ahead, make_mesh, own_cpu_devices, request_devices
 from jaxsys.model.decoder import initial_parameters
-from jaxsys.model.float8_products import BACKWARD, Float8
+from jaxsys.model.float8_products import BACKWARD, Backward, Float8
 from jaxsys.model.layers import layered
 from jaxsys.results import table, write_result
 from jaxsys.train.flops import training_flops_per_token
@@ -151,7 +152,7 @@ def prepare_steps(options, config, dtype, mesh, optimizer, parameters, shapes):
         yield from compiled_together(prepare, cases, options.jobs)
 
 
-FORWARD: dict[str, dict[str, tuple[str, ...]]] = {
+FORWARD: dict[str, dict[str, Any]] = {
     "": {},
     "-all": {"forward": Float8().paths},
     "-backward": {"forward": ()},
@@ -160,7 +161,7 @@ FORWARD: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def _float8(name: str) -> Float8:
-    form = next(one for one in BACKWARD if name.startswith(one))
+    form: Backward = "e5m2" if name.startswith("e5m2") else "e4m3"
     return Float8(backward=form, **FORWARD[name.removeprefix(form)])
 
 

@@ -174,7 +174,8 @@ class _Forms:
         self, asked: Quantisation | None, devices: int, how: Way | None, device: Any
     ) -> None:
         """`devices` share a matrix, of which `device` is one; they multiply by `how`, if given."""
-        self.asked, self.devices = asked, devices
+        self.asked: Quantisation | None = asked
+        self.devices = devices
         self._how, self._device = how, device
 
     def of(self, kernel: jax.Array, path: tuple[str, ...]) -> Matrix:

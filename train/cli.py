@@ -422,8 +422,11 @@ def _float8(arguments: argparse.Namespace) -> Float8 | None:
         if forward is not None:
             raise UsageError("--float8-forward is of products in float8; give --float8 too")
         return None
-    given = {"paths": tuple(arguments.float8)} if arguments.float8 else {}
-    return Float8(**given, **({} if forward is None else {"forward": tuple(forward)}))
+    whole = Float8()
+    return Float8(
+        paths=tuple(arguments.float8 or whole.paths),
+        forward=whole.forward if forward is None else tuple(forward),
+    )
 
 
 def _lora(arguments: argparse.Namespace) -> Lora | None:

@@ -106,7 +106,7 @@ class _Rounding(HeldTree):
 
     def __init__(self, config: DecoderConfig, tree: PyTree, form: Form) -> None:
         super().__init__(config, tree)
-        self._form = form
+        self._form: Form = form
         self._done: set[Path] = set()
         self._last: tuple[jax.Array, jax.Array] | None = None
 
@@ -150,7 +150,7 @@ class Rounded(Leaves):
     """Leaves of an open checkpoint, matrices rounded for a form; asked for layer after layer."""
 
     def __init__(
-        self, checkpoint: Checkpoint, dtype: DTypeLike, form: Form, tokens: Int[Array, "B T"]
+        self, checkpoint: Checkpoint, dtype: DTypeLike, form: Form, tokens: Int[np.ndarray, "B T"]
     ) -> None:
         """
         Args:
@@ -169,7 +169,8 @@ class Rounded(Leaves):
                 f"{config.family} of this folder has experts, which are not calibrated; leave "
                 "--round out and serve it with --quantise"
             )
-        self._config, self._form, self._exact = config, form, Leaves(checkpoint, jnp.float32)
+        self._form: Form = form
+        self._config, self._exact = config, Leaves(checkpoint, jnp.float32)
         self._x: jax.Array | None = None
         self._tokens, self._layer, self._tree = tokens, -1, {}
 

@@ -1,6 +1,7 @@
 """Matrices rounded by what they multiply lose less, and a server finds their numbers."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,8 +49,11 @@ def test_errors_are_made_good_input_by_input(form):
     x[:, 7] = 0
     scales = np.abs(rows).max(axis=1, keepdims=True) / (7.0 if form == "int4" else 448.0)
     scales, products = np.broadcast_to(scales, rows.shape), x.T @ x
-    given = [jnp.asarray(one, jnp.float32) for one in (rows, scales, products)]
-    found, wanted = np.asarray(compensated(*given, form)), plainly(rows, scales, products, form)
+    given = tuple(jnp.asarray(one, jnp.float32) for one in (rows, scales, products))
+    found, wanted = (
+        np.asarray(compensated(given[0], given[1], given[2], form)),
+        plainly(rows, scales, products, form),
+    )
     # A number halfway between two may be rounded to either, and then so may those behind it.
     assert (np.abs(found - wanted) < 1e-4).mean() > 0.9
 
@@ -124,9 +128,10 @@ def test_what_a_rounded_model_says_is_nearer(folder):
 
     blocks = jax.tree_util.tree_map_with_path(nearest, exact.parameters["blocks"])
     wanted = forward(CONFIG, exact.parameters, tokens)
+    plain: Any = {**exact.parameters, "blocks": blocks}
     far = [
         float(jnp.mean((forward(CONFIG, parameters, tokens) - wanted) ** 2))
-        for parameters in (careful.parameters, {**exact.parameters, "blocks": blocks})
+        for parameters in (careful.parameters, plain)
     ]
     assert 0 < far[0] < 0.7 * far[1]
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -124,7 +125,8 @@ def test_both_sides_in_float8_are_the_product_of_two_roundings(parameters):
 def test_what_errs_straight_into_logits_or_attention_is_int8(parameters):
     """The head in every form, queries, keys and values where the rest has four bits."""
     assert not CONFIG.tie_embeddings
-    for form, of_all in (("fp8", jnp.float8_e4m3fn), ("int8", jnp.int8)):
+    cases: Any = (("fp8", jnp.float8_e4m3fn), ("int8", jnp.int8))
+    for form, of_all in cases:
         small = serving_weights(CONFIG, parameters, quantisation=form)
         assert small.head is not None and small.head.values.dtype == jnp.int8
         assert {m.values.dtype for m in small.layers[0].matrices.values()} == {jnp.dtype(of_all)}
