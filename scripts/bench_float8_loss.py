@@ -35,6 +35,10 @@ FORMS = {
     "float8": ["--float8"],
     "float8, blocks alone": ["--float8", "attention/.*", "mlp/.*"],
     "float8, gradients alone": ["--float8", "--float8-forward"],
+    "float8, rows back": ["--float8", "--float8-backward", "e4m3-rows"],
+    "float8, rows back, gradients alone": [
+        "--float8", "--float8-forward", "--float8-backward", "e4m3-rows",
+    ],
     "float8, head too": ["--float8", "--float8-forward", ".*"],
     "float8, gate and up wide": [
         "--float8", "--float8-forward", "attention/.*", "mlp/down",

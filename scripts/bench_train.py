@@ -161,7 +161,9 @@ FORWARD: dict[str, dict[str, Any]] = {
 
 
 def _float8(name: str) -> Float8:
-    form: Backward = "e5m2" if name.startswith("e5m2") else "e4m3"
+    form: Backward = "e4m3"
+    form = "e5m2" if name.startswith("e5m2") else form
+    form = "e4m3-rows" if name.startswith("e4m3-rows") else form
     return Float8(backward=form, **FORWARD[name.removeprefix(form)])
 
 

@@ -18,7 +18,7 @@ from jaxsys.errors import RunError, UsageError
 from jaxsys.files import check_writable
 from jaxsys.lowering import RECOMPUTE_POLICIES, lacks
 from jaxsys.model import Tokenizer
-from jaxsys.model.float8_products import Float8
+from jaxsys.model.float8_products import BACKWARD, Float8
 from jaxsys.model.save import check_target
 from jaxsys.options import Parser, in_options, whole
 from jaxsys.strategies import STRATEGIES
@@ -125,6 +125,12 @@ def parser(prog: str) -> argparse.ArgumentParser:
         metavar="PATH",
         help="of those matrices, the ones whose forward product is in float8 too, which costs loss "
         "(default: all but the head; no PATH: none)",
+    )
+    how.add_argument(
+        "--float8-backward",
+        choices=tuple(BACKWARD),
+        help="form of gradients that flow back: e4m3-rows has a scale a token or output, and three "
+        "bits behind the point where e5m2 has two (default: e5m2)",
     )
     how.add_argument(
         "--recompute",
@@ -349,6 +355,7 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
             {}
             if float8 is None
             else {"float8": list(float8.paths), "float8_forward": list(float8.forward)}
+            | ({} if float8.backward == "e5m2" else {"float8_backward": float8.backward})
         )
         | start.settings,
         flops_per_token=decoder_flops_per_token(config, recipe.sequence_length),
@@ -417,15 +424,17 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
 
 
 def _float8(arguments: argparse.Namespace) -> Float8 | None:
-    forward = arguments.float8_forward
+    forward, backward = arguments.float8_forward, arguments.float8_backward
     if arguments.float8 is None:
-        if forward is not None:
-            raise UsageError("--float8-forward is of products in float8; give --float8 too")
+        for flag, given in (("forward", forward), ("backward", backward)):
+            if given is not None:
+                raise UsageError(f"--float8-{flag} is of products in float8; give --float8 too")
         return None
     whole = Float8()
     return Float8(
         paths=tuple(arguments.float8 or whole.paths),
         forward=whole.forward if forward is None else tuple(forward),
+        backward=backward or whole.backward,
     )
 
 

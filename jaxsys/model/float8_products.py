@@ -10,9 +10,11 @@ with the summed axis last, and turn single bytes slowly, so an array that is nee
 cast twice, the second time from its 16-bit transpose. The cast x8 is what is kept for the backward
 pass: half the bytes.
 
-Rounding the forward product is what costs loss, most of all the head's, whose errors go straight
-into logits. So which products run forward in float8 is said apart: with y = x W in 16 bits a step's
-loss is what it is without float8, and two of three products still run in it.
+Rounding the forward product is what a step's own loss rises by, most of all the head's, whose
+errors go straight into logits. So which products run forward in float8 is said apart: with y = x W
+in 16 bits that loss is what it is without float8, and two of three products still run in it. What
+flows back may have three bits (e4m3) and s_d a number for each row of d for dx, for each of its
+columns for dW: the axis that a product keeps.
 
 Legend: M rows, K inputs, N outputs.
 """
@@ -31,8 +33,8 @@ from jaxsys import float8
 from jaxsys.errors import UsageError
 from jaxsys.model.leaves import Path
 
-Backward = Literal["e5m2", "e4m3"]
-BACKWARD = {"e5m2": float8.E5M2, "e4m3": float8.E4M3}
+Backward = Literal["e5m2", "e4m3", "e4m3-rows"]
+BACKWARD = {"e5m2": float8.E5M2, "e4m3": float8.E4M3, "e4m3-rows": float8.E4M3}
 
 GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 """XLA tries each float8 product with kernels of its own beside cuBLAS's: on an H200 (JAX 0.11.2) a
@@ -49,12 +51,12 @@ class Float8:
     forward: tuple[str, ...] = ("attention/.*", "mlp/.*", "shared/(gate|up|down)")
     """Of those, the ones whose forward product is in float8 too, not their gradients' alone."""
     backward: Backward = "e5m2"
-    """Of gradients that flow back."""
+    """Of gradients that flow back; `e4m3-rows`: with a scale a token for dx, an output for dW."""
 
     def __post_init__(self) -> None:
         """Raises UsageError if an expression or a form is none."""
         if self.backward not in BACKWARD:
-            raise UsageError(f"backward={self.backward!r} must be {' or '.join(BACKWARD)}")
+            raise UsageError(f"backward={self.backward!r} must be one of {', '.join(BACKWARD)}")
         for path in (*self.paths, *self.forward):
             try:
                 re.compile(path)
@@ -147,9 +149,9 @@ def _forward(x: jax.Array, kernel: jax.Array, sides: Sides):
 
 def _backward(sides: Sides, kept, gradient: jax.Array):
     x8_turned, of_x, w8, of_w, like = kept
-    (d8, d8_turned), of_d = both_ways(gradient, BACKWARD[sides.backward])
-    to_x = scaled_dot(d8, w8, of_d * of_w, like[0].dtype)
-    to_kernel = scaled_dot(x8_turned, d8_turned, of_x * of_d, like[1].dtype)
+    (d8, d8_turned), (of_rows, of_columns) = flowing_back(gradient, sides.backward)
+    to_x = scaled_dot(d8, w8, of_rows * of_w, like[0].dtype)
+    to_kernel = scaled_dot(x8_turned, d8_turned, of_x * of_columns, like[1].dtype)
     return to_x, to_kernel
 
 
@@ -165,10 +167,23 @@ def both_ways(
     return (values, turned), scale.reshape(())
 
 
+def flowing_back(
+    d: Float[Array, "M N"], backward: Backward
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """d in float8 as it is [M, N] and turned [N, M], and what products with these are times."""
+    dtype = BACKWARD[backward]
+    if backward != "e4m3-rows":
+        both, scale = both_ways(d, dtype)
+        return both, (scale, scale)
+    # Scales go along with the axis that a product keeps: of each turn its own.
+    (rows, of_rows), (columns, of_columns) = (float8.scaled(one, dtype, axis=1) for one in (d, d.T))
+    return (rows, columns), (of_rows, of_columns.T)
+
+
 def scaled_dot(
     a: Float[Array, "M K"], b: Float[Array, "N K"], scale: jax.Array, dtype: jnp.dtype
 ) -> Float[Array, "M N"]:
-    """scale * a b^T, summed in float32."""
+    """scale * a b^T, summed in float32; one scale, or some [M, 1] or [1, N]."""
     sums = jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
     return (sums.astype(jnp.float32) * scale).astype(dtype)
 

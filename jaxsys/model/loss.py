@@ -23,11 +23,11 @@ from jaxsys.layered import PyTree
 from jaxsys.model.config import DecoderConfig
 from jaxsys.model.decoder import bind_edge
 from jaxsys.model.float8_products import (
-    BACKWARD,
     Float8,
     Sides,
     alike,
     both_ways,
+    flowing_back,
     scaled_dot,
 )
 
@@ -195,9 +195,10 @@ def _head(kernel: jax.Array, float8: Sides | None) -> _Head:
 
     def small_gradients(hidden: jax.Array, error: jax.Array) -> tuple[jax.Array, jax.Array]:
         (_, h8_turned), of_h = both_ways(hidden, E4M3)
-        (e8, e8_turned), of_e = both_ways(error.astype(kernel.dtype), BACKWARD[float8.backward])
-        to_kernel = scaled_dot(h8_turned, e8_turned, of_h * of_e, wide)
-        return to_kernel, scaled_dot(e8, w8, of_e * of_w, wide)
+        error = error.astype(kernel.dtype)
+        (e8, e8_turned), (of_rows, of_columns) = flowing_back(error, float8.backward)
+        to_kernel = scaled_dot(h8_turned, e8_turned, of_h * of_columns, wide)
+        return to_kernel, scaled_dot(e8, w8, of_rows * of_w, wide)
 
     return _Head(logits, small_gradients)
 
