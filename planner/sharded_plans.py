@@ -360,7 +360,7 @@ class ShardedEvaluator:
                     joined += passes * block.joins.forward_bytes + block.joins.backward_bytes
             beside = self.problem.program(plan).summed - once - joined
             if beside > SUMS_BESIDE * once:
-                link = schedule_link(self.problem, self.base)
+                link = self.problem.cluster.group(copies, ways)
                 time_s[index] = link.collective_s(beside, devices=copies, rounds=2)
                 sent[index] = 2 * (copies - 1) / copies * beside
         return time_s, sent

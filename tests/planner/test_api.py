@@ -410,6 +410,29 @@ def test_what_is_promised_is_compiled(case, how):
     assert promise.held_bytes == pytest.approx(held, rel=OFF.get((case, how), 0.15))
 
 
+def test_sums_of_loops_over_time_are_sent_in_every_turn():
+    """Counted in what is promised, and in the step's time, whatever stands around the group."""
+    width, turns = 64, 6
+
+    def loss(p, batch):
+        def step(x, _):
+            for w in p["layers"]:
+                x = jnp.tanh(x @ w["w"])
+            return x, None
+
+        x, _ = jax.lax.scan(step, batch["x"], None, length=turns)
+        return jnp.mean((x - batch["y"]) ** 2)
+
+    params = {"layers": [{"w": shape(width, width)} for _ in range(2)]}
+    batch = {"x": shape(32, width), "y": shape(32, width)}
+    whole = plan(loss, params, batch, narrow=PLANS["dp"], recompute=True)
+    gradients = 2 * width * width * 4
+    assert whole.promise.summed_bytes == pytest.approx(turns * gradients, rel=0.01)
+    assert whole.found.sent_bytes == pytest.approx(2 * 7 / 8 * turns * gradients, rel=0.01)
+    for narrow in (None, lambda s: s.split("features", 2), lambda s: s.domain("replicas", 4)):
+        assert plan(loss, params, batch, narrow=narrow).found.step_s > 0
+
+
 def bytes_sent(text: str) -> dict[str, float]:
     """Collective -> bytes that it brings in a run of a compiled program."""
     computations = parse(text)
