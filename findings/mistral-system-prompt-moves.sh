@@ -17,7 +17,7 @@ done
 [ -n "$python" ] || { echo "no Python 3.12 to 3.13 here"; exit 77; }
 "$python" -m venv "$work/venv"
 "$work/venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-    mistral-common==1.13.1 numpy==2.5.5 2>"$work/pip.log" || { cat "$work/pip.log"; exit 77; }
+    mistral-common==1.13.1 sentencepiece==0.2.3 numpy==2.3.5 2>"$work/pip.log" || { cat "$work/pip.log"; exit 77; }
 cat >"$work/see.py" <<'SEE'
 from pathlib import Path
 
