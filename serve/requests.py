@@ -107,6 +107,11 @@ class SamplingParameters:
         for name, rule, holds in (
             ("max_tokens", "at least 1", self.max_tokens >= 1),
             ("min_tokens", "from 0 to max_tokens", 0 <= self.min_tokens <= self.max_tokens),
+            (
+                "seed",
+                "of 64 bits: from -2**63 to 2**63 - 1",
+                self.seed is None or -(2**63) <= self.seed < 2**63,
+            ),
             ("stream", "0 or more", self.stream >= 0),
             ("temperature", "from 0 to 2", 0 <= self.temperature <= 2),
             ("top_k", "0 (all) or more", self.top_k >= 0),
@@ -130,7 +135,7 @@ class SamplingParameters:
             ("prompt_logprobs", "from 0 to 20", _few(self.prompt_logprobs)),
         ):
             if not holds:
-                raise FieldRefused(f"{name}={getattr(self, name)} must be {rule}", name)
+                raise FieldRefused(f"{name}={str(getattr(self, name))[:40]} must be {rule}", name)
 
     @property
     def places(self) -> int:

@@ -13,8 +13,9 @@ so the first that survives is the argmax over all that do, after a few passes ov
 A row that follows a grammar chooses among the tokens whose bits are set in its mask; its
 log-probabilities are then of those alone.
 
-Randomness is a function of the row's seed, its stream and the token's position alone, so that
-batch, bucket and preemption cannot change it; the choices of one request draw from a stream each.
+Randomness is a function of the row's seed, all its 64 bits, its stream and the token's position
+alone, so that batch, bucket and preemption cannot change it; the choices of one request draw from a
+stream each.
 
 A row whose logits are not finite before any rule has no token: NOTHING stands for it.
 
@@ -38,6 +39,8 @@ MAX_STOPS = 64
 """Most tokens that end an output, where it has a least length."""
 MAX_BIASED = 300
 """Most entries of a logit bias, as in the OpenAI API."""
+SEEDS = 0x53454544
+"""Folded in before a seed's upper 32 bits, as `layered.seed_key` does."""
 TOP_LOGPROBS = 20
 """Alternatives computed where any row asks for them."""
 
@@ -88,6 +91,9 @@ class Rules(NamedTuple):
     min_p: jax.Array
     top_k: jax.Array
     seed: jax.Array
+    """Its lower 32 bits."""
+    seed_upper: jax.Array
+    """Its upper 32 bits: two's complement below 0."""
     stream: jax.Array
     ends_from: jax.Array
     """Position from which the output may end; before, tokens that would end it are not chosen."""
@@ -138,12 +144,12 @@ def pack_rules(
     """
     floats = np.zeros((6, rows), np.float32)
     floats[1] = floats[3] = 1
-    integers = np.zeros((5, rows), np.int32)
+    integers = np.zeros((6, rows), np.int32)
     for row, (rule, seed) in enumerate(zip(parameters, seeds, strict=True)):
         if rule.min_tokens:
             assert prompt_lengths is not None
-            integers[3, row] = prompt_lengths[row] + rule.min_tokens
-        integers[4, row] = len(rule.logit_bias)
+            integers[4, row] = prompt_lengths[row] + rule.min_tokens
+        integers[5, row] = len(rule.logit_bias)
         floats[:, row] = (
             rule.temperature,
             rule.top_p,
@@ -152,7 +158,7 @@ def pack_rules(
             rule.presence_penalty,
             rule.frequency_penalty,
         )
-        integers[:3, row] = rule.top_k, _word(seed), _word(rule.stream)
+        integers[:4, row] = rule.top_k, _word(seed), _word(seed >> 32), _word(rule.stream)
     # Host rows, which become device arrays at the call that uses them.
     fields: Any = (*floats[:3], *integers, *floats[3:])
     return Rules(*fields)
@@ -224,7 +230,7 @@ def sample(
     if needs.random:
         temperature = jnp.where(rules.temperature > 0, rules.temperature, 1.0)
         scaled = logits / temperature[:, None]
-        noisy = scaled + _gumbel(rules.seed, rules.stream, positions, logits.shape[1])
+        noisy = scaled + _gumbel(rules, positions, logits.shape[1])
         drawn = _first_survivor(scaled, noisy, rules) if needs.cut else jnp.argmax(noisy, axis=-1)
         tokens = jnp.where(rules.temperature > 0, drawn.astype(jnp.int32), greedy)
     chosen = top_tokens = top_logprobs = None
@@ -307,12 +313,13 @@ def _first_survivor(scaled: jax.Array, noisy: jax.Array, rules: Rules) -> jax.Ar
     return token
 
 
-def _gumbel(
-    seeds: jax.Array, streams: jax.Array, positions: jax.Array, vocabulary: int
-) -> jax.Array:
-    def row(seed: jax.Array, stream: jax.Array, position: jax.Array) -> jax.Array:
+def _gumbel(rules: Rules, positions: jax.Array, vocabulary: int) -> jax.Array:
+    def row(seed: jax.Array, upper: jax.Array, stream: jax.Array, position: jax.Array) -> jax.Array:
+        key = jax.random.key(seed)  # takes 32 bits; the upper ones, where there are any, follow
+        wide = jax.random.fold_in(jax.random.fold_in(key, SEEDS), upper)
+        key = jnp.where(upper == 0, key, wide)
         # Always two folds: a key that is folded further is never drawn from itself.
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), position)
+        key = jax.random.fold_in(jax.random.fold_in(key, stream), position)
         return jax.random.gumbel(key, (vocabulary,), jnp.float32)
 
-    return jax.vmap(row)(seeds, streams, positions)
+    return jax.vmap(row)(rules.seed, rules.seed_upper, rules.stream, positions)

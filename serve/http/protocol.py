@@ -315,8 +315,6 @@ class _Sampled(pydantic.BaseModel):
             if not (key.isascii() and key.isdigit() and len(key) < 10):
                 raise FieldRefused(f"logit_bias key {key[:40]!r} is no token id", "logit_bias")
             bias[int(key)] = value
-        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
-            raise FieldRefused(f"seed={str(self.seed)[:40]} must fit 64 bits", "seed")
         ends = self.stop_token_ids or []
         if ends:
             check_tokens(tokenizer, ends, "stop_token_ids")

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxsys.serve.requests import SamplingParameters
+from jaxsys.layered import seed_key
+from jaxsys.serve.requests import FieldRefused, SamplingParameters
 from jaxsys.serve.sampling import (
     MAX_BIASED,
     MAX_STOPS,
@@ -96,6 +97,34 @@ def test_every_surviving_token_can_be_drawn():
     rule = SamplingParameters(top_p=0.65)
     sampled, _ = draw(np.tile(logits, (200, 1)), [rule] * 200)
     assert set(sampled.tokens.tolist()) == {0, 1}
+
+
+SEEDS = (7, 2**32 - 1, 2**32 + 7, 2**33 + 7, 2**63 - 1, -1, 7 - 2**32, -(2**63))
+
+
+def test_every_bit_of_a_seed_counts():
+    """Draws are by the key that training makes of a seed: `jax.random.key`'s below 2**32."""
+    rules, rows = [SamplingParameters(temperature=1.0, stream=3)], 24
+    logits, found = np.zeros((rows, VOCABULARY)), set()
+    for seed in SEEDS:
+        drawn, _ = draw(logits, rules * rows, seeds=[seed] * rows)
+        key = jax.random.fold_in(seed_key(seed), 3)
+        wanted = [
+            jnp.argmax(jax.random.gumbel(jax.random.fold_in(key, position), (VOCABULARY,)))
+            for position in range(rows)
+        ]
+        np.testing.assert_array_equal(drawn.tokens, jnp.stack(wanted))
+        found.add(tuple(drawn.tokens.tolist()))
+    assert len(found) == len(SEEDS)
+    low = jax.random.key_data(jax.random.key(2**32 - 1))
+    np.testing.assert_array_equal(low, jax.random.key_data(seed_key(2**32 - 1)))
+
+
+@pytest.mark.parametrize("seed", [2**63, -(2**63) - 1, 10**300])
+def test_seeds_of_more_bits_are_refused(seed):
+    with pytest.raises(FieldRefused, match=r"seed=.* must be of 64 bits: from -2\*\*63") as error:
+        SamplingParameters(seed=seed)
+    assert len(str(error.value)) < 120
 
 
 def test_a_draw_depends_on_seed_and_position_alone():
