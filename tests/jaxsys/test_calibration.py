@@ -83,6 +83,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "dtype"), [("int4", "bfloat16"), ("fp8", "float32")])
 def test_a_folder_is_rounded_for_a_server_which_finds_the_numbers(folder, capsys, form, dtype):
     command = ["convert", "--model", str(folder / "a"), "--out", str(folder / form)]
@@ -111,6 +112,7 @@ def test_a_folder_is_rounded_for_a_server_which_finds_the_numbers(folder, capsys
             assert form == "int4" or np.allclose(wide, kernel, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_a_rounded_model_says_is_nearer(folder):
     """Than of one whose numbers are each the nearest."""
     command = ["convert", "--model", str(folder / "a"), "--out", str(folder / "b"), "--round"]

@@ -4,6 +4,7 @@ As `function_cases`: each gives a loss, and shapes of parameters and batch.
 """
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ _cases: Any = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_cases)
 shape, ids, norm, attend = _cases.shape, _cases.ids, _cases.norm, _cases.attend
 matrices, cross_entropy = _cases.matrices, _cases.cross_entropy
-Case, Wrap = _cases.Case, _cases.Wrap
+Case = tuple[Callable[..., jax.Array], Any, Any]
+Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def encoder_and_decoder(wrap: Wrap) -> Case:
