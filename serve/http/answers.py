@@ -37,12 +37,14 @@ class Choice:
 
     @property
     def reason(self) -> str | None:
-        """Why it ended, as chats say it."""
-        called = self.finish_reason == "stop" and self.called
+        """Why it ended, as chats say it: with a call, unless that was the one thing asked for."""
+        called = self.finish_reason == "stop" and self.called and not self.named
         return "tool_calls" if called else self.finish_reason
 
     called: bool = False
     """Whether there were calls so far, all of them whole."""
+    named: bool = False
+    """Whether the request names the function that is called."""
 
 
 @dataclasses.dataclass(slots=True)

@@ -507,15 +507,15 @@ class _Face:
             )
         if going_on or (not use.callable and thinking == "no"):
             return Reads(grammar)
-        # One call only: what comes behind it is not waited for.
-        most = None if use.many or grammar is not None else 1
+        # One call only: what comes behind it, marks of a grammar too, is not waited for.
+        most = None if use.many else 1
 
         def reader() -> Reader:
             made = form.reader(use.callable, thinking)
             made.must_call = use.needed
             return made
 
-        return Reads(grammar, reader, most)
+        return Reads(grammar, reader, most, use.named)
 
     async def tokenize(self, request: fastapi.Request) -> Tokens:
         body = await self.bodies.read(TokenizeRequest, request)

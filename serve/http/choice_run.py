@@ -32,6 +32,8 @@ class Reads(NamedTuple):
     """Makes the reader of one choice; None where its text is all content."""
     most_calls: int | None = None
     """Calls that end the answer; None where nothing does."""
+    named: bool = False
+    """Whether the request names the function that is called."""
 
 
 class ChoiceRun:
@@ -76,6 +78,7 @@ class ChoiceRun:
         if self._reader is not None:
             usage.reasoning_tokens = usage.reasoning_tokens or 0
         self._most_calls = None if reads is None else reads.most_calls
+        self._named = reads is not None and reads.named
 
     def submit(
         self,
@@ -205,6 +208,7 @@ class ChoiceRun:
             prompt=prompt,
             said=said if said is not None or self._reader is None else Said(),
             called=self._reader is not None and self._reader.whole,
+            named=self._named,
         )
 
     def _prompt(

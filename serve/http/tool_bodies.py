@@ -62,6 +62,8 @@ class ToolUse:
     callable: Sequence[Tool] = ()
     """Those of them that may be called."""
     needed: bool = False
+    named: bool = False
+    """Whether the request names the one that is called."""
     many: bool = True
 
     def writing(self, answer: str | None) -> Writing:
@@ -130,4 +132,4 @@ def tool_use(tools: Sequence[ToolBody] | None, choice: Any, parallel: bool | Non
         raise FieldRefused(
             f"tool_choice names {name[:140]!r}, which is none of the tools", "tool_choice"
         )
-    return ToolUse(tools=every, callable=(found[name],), needed=True, many=False)
+    return ToolUse(tools=every, callable=(found[name],), needed=True, named=True, many=False)

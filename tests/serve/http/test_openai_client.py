@@ -101,6 +101,31 @@ def test_a_call_that_is_required_is_made(server, client):
     assert name == "clock" and arguments["days"] == 2
 
 
+NAMED = {"type": "function", "function": {"name": "clock"}}
+ONE_CALL = [
+    ({"tool_choice": NAMED}, "stop"),
+    ({"tool_choice": NAMED, "parallel_tool_calls": True}, "stop"),
+    ({"tool_choice": "required", "parallel_tool_calls": False}, "tool_calls"),
+]
+
+
+@pytest.mark.parametrize(("fields", "reason"), ONE_CALL)
+def test_one_call_ends_with_its_arguments(server, client, fields, reason):
+    """Marks behind it are not waited for: a limit that cuts them off takes nothing away."""
+    within = len(CALL) - len("}\n</tool_call>") + len("weather") - len("clock")
+    for temperature in (0, 1):
+        asked = {"tools": TOOLS, "max_tokens": within + 2, "temperature": temperature, **fields}
+        choice = ask(server, client, **asked)
+        ((_, arguments),) = calls(choice)
+        assert choice.finish_reason == reason and arguments["days"] == 2
+        usage = server.post("/v1/chat/completions", {"messages": USER, **asked}).json()["usage"]
+        assert usage["completion_tokens"] <= within
+    fields = {**fields, "tool_choice": {"type": "function", "name": "clock"}}
+    response = respond(server, client, tools=FLAT, max_output_tokens=within + 2, **fields)
+    assert [item.type for item in response.output] == ["function_call"]
+    assert response.usage.output_tokens <= within
+
+
 def test_a_call_that_a_stop_text_breaks_off_is_none(server):
     body = {"messages": USER, "tools": TOOLS, "tool_choice": "required", "max_tokens": 200}
     answer = server.post("/v1/chat/completions", body | {"stop": '"days"', "seed": 7})

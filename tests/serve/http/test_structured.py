@@ -9,9 +9,10 @@ import llguidance
 import numpy as np
 import pytest
 
+from jaxsys.model import ByteTokenizer
 from jaxsys.serve.deployment import DeploymentConfig
-from jaxsys.serve.grammars import Follower, of_json_schema
-from jaxsys.serve.http.structured import closed
+from jaxsys.serve.grammars import Follower, Grammars, of_json_schema
+from jaxsys.serve.http.structured import closed, grammar_of
 
 APART = DeploymentConfig(
     prefill=1,
@@ -33,6 +34,7 @@ SCHEMA = {
     "required": ["name", "size", "kind"],
     "additionalProperties": False,
 }
+JSON_SHORT = '{"name":"x","size":9,"kind":"a"}'
 FORM = {"type": "json_schema", "json_schema": {"name": "thing", "strict": True, "schema": SCHEMA}}
 
 
@@ -247,6 +249,31 @@ def test_reasons_hold_neither_advice_nor_state(servers):
 
     with pytest.raises(ValueError, match="cannot be followed: Too complex$"):
         Follower(Lost(), 1).follow([1])
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"response_format": FORM}, '{"name": "x", "size": 99, "kind": "a"}'),
+        ({"response_format": {"type": "json_object"}}, '{"a": 1}'),
+        ({"guided_json": SCHEMA, "guided_whitespace_pattern": r"\s*"}, JSON_SHORT),
+        ({"guided_json": {"enum": ["a", "b"]}}, '"a"'),
+        ({"guided_choice": ["yes", "no"]}, "no"),
+        ({"guided_regex": "[a-z]{3}"}, "abc"),
+        ({"guided_grammar": 'start: "a" "b"?'}, "ab"),
+    ],
+)
+def test_a_form_that_is_whole_ends_the_answer(fields, text):
+    """Nothing, not even space, may stand behind: no token of it is waited for."""
+    tokenizer = ByteTokenizer()
+    grammar = grammar_of(fields)
+    assert grammar is not None
+    follower = Grammars(tokenizer, tokenizer.backend.get_vocab_size()).begin(grammar)
+    tokens = tokenizer.encode(text, add_special=False)
+    follower.follow(tokens[:-1])
+    assert not follower.ended
+    follower.follow(tokens)
+    assert follower.ended
 
 
 def test_objects_are_closed_where_that_shuts_nothing_out():

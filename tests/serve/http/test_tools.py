@@ -216,6 +216,13 @@ def test_calls_that_must_be_are_written_in_the_familys_form(family):
     assert not admits(tokenizer, grammar(), call_of(family, OSLO).replace("weather", "other"))
     assert not admits(tokenizer, grammar(), "Hello")
     assert read(family, good, 1).calls[0].arguments == OSLO
+    for many, behind in ((False, ""), (True, "\n\n")):  # blanks cannot run on behind a call
+        follower = Grammars(tokenizer, tokenizer.backend.get_vocab_size()).begin(grammar(many=many))
+        follower.follow(tokenizers.Tokenizer.encode(tokenizer.backend, good).ids)
+        assert follower.ended or many
+        if behind:
+            with pytest.raises(ValueError, match="cannot be followed"):
+                follower.follow([0] * follower.count + [10] * len(behind))
     strict = dataclasses.replace(WEATHER, strict=True)
     free = Writing(tools=[strict, CLOCK], many=False, needed=False)
     kept = form.grammar(Marks(tokenizer), free, "no", template)
