@@ -171,7 +171,7 @@ def _scan(
         for variable, whole in zip(equation.invars, alike, strict=True)
         if not whole and _known(variable, origins)
     }
-    cost.scanned.update(dict.fromkeys(taken, length))
+    cost.scanned |= {index: length for index in taken}
     cost.scans.append((length, frozenset(taken)))
     handed_on = sum(
         rank(mine) == rank(theirs)

@@ -1,6 +1,11 @@
 """A language-model run in numbers: what `jaxsys train` is asked for, checked before JAX starts.
 
-AdamW with a warm-up and a cosine down to a tenth; weights but not norms decay.
+AdamW with a warm-up and a cosine down to a tenth; weights but not norms decay. Step k of S has
+
+    k / w * peak                                        while k <= w, the steps of the warm-up
+    (0.1 + 0.9 (1 + cos(pi (k - w) / (S - w))) / 2) * peak    after
+
+so the first step trains, and the last is at a tenth.
 """
 
 from dataclasses import asdict, dataclass
@@ -58,16 +63,23 @@ class Recipe:
         """
         return {**asdict(self), "data": data, "held_out": held_out}
 
-    def optimizer(self) -> optax.GradientTransformation:
-        """AdamW over the recipe's learning rates."""
-        rates = optax.warmup_cosine_decay_schedule(
+    def rates(self) -> optax.Schedule:
+        """The learning rate of a step, by how many steps came before it."""
+        rate = optax.warmup_cosine_decay_schedule(
             init_value=0.0,
             peak_value=self.learning_rate,
             warmup_steps=min(self.warm_up_steps, self.steps),
             decay_steps=max(self.steps, self.warm_up_steps + 1),
             end_value=self.learning_rate / 10,
         )
-        return optax.adamw(rates, b1=0.9, b2=0.95, weight_decay=self.weight_decay, mask=decays)
+        # optax counts from 0, where the warm-up's rate is 0: a step that would train nothing.
+        return lambda count: rate(count + 1)
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """AdamW over the recipe's learning rates."""
+        return optax.adamw(
+            self.rates(), b1=0.9, b2=0.95, weight_decay=self.weight_decay, mask=decays
+        )
 
 
 def decays(parameters: PyTree) -> PyTree:

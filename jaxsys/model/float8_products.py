@@ -41,14 +41,18 @@ GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 step of four layers was not compiled in 130 s, and one of sixteen took 18 s without them."""
 
 
+FORWARD = ("attention/.*", "mlp/.*", "shared/(gate|up|down)")
+PATHS = (*FORWARD, "head/.*")
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Float8:
     """Which products of a decoder train in float8."""
 
-    paths: tuple[str, ...] = ("attention/.*", "mlp/.*", "shared/(gate|up|down)", "head/.*")
+    paths: tuple[str, ...] = PATHS
     """Regular expressions for whole paths of matrices, such as `mlp/down` or `head/kernel`. Experts
     and what chooses among them are not multiplied in float8."""
-    forward: tuple[str, ...] = ("attention/.*", "mlp/.*", "shared/(gate|up|down)")
+    forward: tuple[str, ...] = FORWARD
     """Of those, the ones whose forward product is in float8 too, not their gradients' alone."""
     backward: Backward = "e5m2"
     """Of gradients that flow back; `e4m3-rows`: with a scale a token for dx, an output for dW."""
@@ -72,15 +76,13 @@ class Float8:
 
     def check(self, matrices: Iterable[Path]) -> None:
         """Raises UsageError for a rule that names nothing, if none of the rules names anything, or
-        for one that names experts."""
+        for one that names experts.
+
+        What was not asked for is made for every model and may name nothing of this one. That it was
+        not is seen by which tuple it is: the same rules, written out by a user, are asked for.
+        """
         names = ["/".join(path) for path in matrices]
         some = [name for name in names if _fits(self.paths, name)]
-        for rule in self.forward:
-            if rule not in DEFAULT.forward and not _fits_any(rule, some):
-                raise UsageError(
-                    f"float8 path {rule!r} of forward products names none of the matrices that are "
-                    f"multiplied in float8: {', '.join(some)}"
-                )
         for rule in self.paths:
             taken = [name for name in names if re.fullmatch(rule, name)]
             wrong = [name for name in taken if name.startswith("experts/") or "weight" in name]
@@ -89,12 +91,18 @@ class Float8:
                     f"float8 path {rule!r} names {wrong[0]}, which is not multiplied in float8; "
                     "use paths of attention, mlp, shared and head"
                 )
-            if not taken and rule not in DEFAULT.paths:
+            if not taken and self.paths is not PATHS:
                 raise UsageError(
                     f"float8 path {rule!r} names none of the model's matrices: {', '.join(names)}"
                 )
         if not some:
             raise UsageError(f"float8 takes none of the model's matrices: {', '.join(names)}")
+        for rule in self.forward:
+            if self.forward is not FORWARD and not _fits_any(rule, some):
+                raise UsageError(
+                    f"float8 path {rule!r} of forward products names none of the matrices that are "
+                    f"multiplied in float8: {', '.join(some)}"
+                )
 
 
 class Sides(NamedTuple):
@@ -112,9 +120,6 @@ def _fits(rules: Iterable[str], name: str) -> bool:
 
 def _fits_any(rule: str, names: Iterable[str]) -> bool:
     return any(re.fullmatch(rule, name) for name in names)
-
-
-DEFAULT = Float8()
 
 
 def multiply(

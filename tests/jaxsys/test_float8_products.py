@@ -254,8 +254,20 @@ def test_the_forward_product_of_the_head_is_wide_unless_asked_for():
         ({"paths": ()}, "float8 takes none of the model's matrices"),
         ({"paths": ("mlp/(",)}, r"float8 path 'mlp/\(' is no expression"),
         (
-            {"paths": ("mlp/.*",), "forward": ("attention/.*", "head/.*", "mlp/side")},
+            {"paths": ("mlp/.*",), "forward": ("mlp/up", "head/.*", "mlp/side")},
             "float8 path 'head/.*' of forward products names none of the matrices that are mult",
+        ),
+        (
+            {"paths": ("mlp/.*",), "forward": ("attention/.*",)},  # a default's text, but asked for
+            "float8 path 'attention/.*' of forward products names none",
+        ),
+        (
+            {"paths": ("mlp/.*", "shared/(gate|up|down)")},
+            r"float8 path 'shared/\(gate\|up\|down\)' names none of the model's matrices",
+        ),
+        (
+            {"forward": ("mlp/.*", "shared/(gate|up|down)")},
+            "down\\)' of forward products names none",
         ),
         ({"forward": ("mlp/(",)}, r"float8 path 'mlp/\(' is no expression"),
         ({"backward": "e3m4"}, "backward='e3m4' must be one of e5m2, e4m3, e4m3-rows"),
@@ -264,6 +276,13 @@ def test_the_forward_product_of_the_head_is_wide_unless_asked_for():
 def test_rules_that_name_nothing_are_refused(changes, message):
     with pytest.raises(UsageError, match=message):
         layered(CONFIG, float8=Float8(**changes))
+
+
+def test_what_was_not_asked_for_may_name_nothing():
+    layered(CONFIG, float8=Float8())  # has no shared experts
+    layered(CONFIG, float8=Float8(paths=("mlp/.*",)))
+    with pytest.raises(UsageError, match="names none of the model's matrices"):
+        layered(CONFIG, float8=Float8(paths=(*Float8().paths[:2], *Float8().paths[2:])))
 
 
 def test_experts_are_not_taken():

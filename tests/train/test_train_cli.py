@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -144,6 +145,10 @@ def test_adapters_of_a_folder_are_trained_and_exported_as_peft_has_them(text, tm
             "--float8-forward is of products in float8; give --float8",
         ),
         (
+            ("--float8", "mlp/.*", "--float8-forward", "attention/.*"),
+            "float8 path 'attention/.*' of forward products names none of the matrices",
+        ),
+        (
             ("--float8-backward", "e4m3"),
             "--float8-backward is of products in float8; give --float8",
         ),
@@ -191,12 +196,21 @@ def test_half_as_wide_a_dtype_is_named_where_it_would_fit(text, capsys):
 
 def test_a_model_whose_held_out_loss_is_not_finite_is_not_exported(text, tmp_path, capsys):
     exported = tmp_path / "model"
-    # The first step warms up at a rate of 0; the second is the last, and its loss is still good.
-    more = ("--devices", "1", "--steps", "2", "--learning-rate", "1e18", "--non-finite", "skip")
+    # The only step's own loss is that of the weights before it, and still good.
+    more = ("--devices", "1", "--steps", "1", "--learning-rate", "1e18", "--non-finite", "skip")
     assert main(options(text, *more, "--export", str(exported))) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "step 2: the held-out loss is nan; nothing was exported" in error
+    assert "step 1: the held-out loss is nan; nothing was exported" in error
     assert not exported.exists()
+
+
+def test_one_step_trains_what_it_exports(text, tmp_path):
+    exported = tmp_path / "model"
+    assert main(options(text, "--devices", "1", "--steps", "1", "--export", str(exported))) == 0
+    model = load(exported)
+    before = initial_parameters(model.config, seed=0)
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), model.parameters, before)
+    assert all(jax.tree.leaves(moved)), moved
 
 
 def test_what_no_config_says_is_refused_before_training(text, tmp_path, capsys, monkeypatch):
