@@ -52,6 +52,12 @@ def test_trains_stops_resumes_and_exports(text, tmp_path, capsys):
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     losses = [record["loss"] for record in records if record["kind"] == "step"]
     assert len(losses) == 6 and losses[-1] < losses[0]
+    unbroken = tmp_path / "unbroken"
+    more_of_it = ("--devices", "1", "--steps", "6", "--out", str(unbroken))
+    assert main(options(text, *more_of_it)) == 0
+    records = [json.loads(line) for line in (unbroken / "metrics.jsonl").read_text().splitlines()]
+    assert losses == [record["loss"] for record in records if record["kind"] == "step"]
+    capsys.readouterr()
     model = load(exported)
     assert model.config.num_layers == 4
     assert main(options(text, *more)) == 2
