@@ -156,6 +156,13 @@ def centred_in_groups(parameters, batch, groups=(-1, 2)):
     return jnp.mean(jnp.square(rows.reshape(-1)) + losses)
 
 
+def preferred_by_stride(parameters, batch, step=lambda rows: 2):
+    """Pairs in a row, taken apart by a step over all."""
+    losses = each(logits_of(parameters, batch["inputs"]), batch["targets"]).mean(1)
+    step = step(len(losses))
+    return -jax.nn.log_sigmoid(losses[::step] - losses[1::step]).mean()
+
+
 def by_numbers_of_samples(parameters, batch):
     """Each sample's own place, read and written by the numbers of samples."""
     logits, rows = logits_of(parameters, batch["inputs"]), jnp.arange(len(batch["inputs"]))
@@ -174,7 +181,14 @@ def by_matrices(parameters, batch):
 
 
 @pytest.mark.parametrize(
-    "loss", [put_into_places, centred_in_groups, by_numbers_of_samples, by_matrices]
+    "loss",
+    [
+        put_into_places,
+        centred_in_groups,
+        preferred_by_stride,
+        by_numbers_of_samples,
+        by_matrices,
+    ],
 )
 def test_places_groups_and_matrices_of_samples(loss):
     rows = data(2, 4)
@@ -191,6 +205,15 @@ def test_groups_that_grow_with_the_batch_are_refused(groups):
     with pytest.raises(UsageError, match="not seen to be a mean"):
         from_function(
             lambda p, b: centred_in_groups(p, b, groups), PARAMETERS, example, blocks="layers"
+        )
+
+
+@pytest.mark.parametrize("step", [lambda rows: rows // 2, lambda rows: 3])
+def test_steps_that_do_not_divide_or_grow_with_the_batch_are_refused(step):
+    example = jax.tree.map(lambda leaf: leaf[0], data(1, 4))
+    with pytest.raises((UsageError, TypeError)):
+        from_function(
+            lambda p, b: preferred_by_stride(p, b, step), PARAMETERS, example, blocks="layers"
         )
 
 

@@ -281,6 +281,14 @@ class Followed:
             return self._reshaped(first, shape, output)
         if {s.copies for s, _ in mine} != {copies}:
             return Mixed()
+        strides = parameters.get("strides") if name == "slice" else None
+        if copies == group == 1 and strides is not None and strides[axis] > 1:
+            # One of each so many in turn, as of rows (-1, stride) a column.
+            stride = strides[axis]
+            if shape[axis] % stride or output[axis] * stride != shape[axis]:
+                return Mixed()
+            self.groups.add(stride)
+            return Along(axis, 1, stride)
         if copies > 1 and name in ("slice", "split") and output[axis] != shape[axis]:
             rows = shape[axis] // copies
             start = parameters["start_indices"][axis] if name == "slice" else 0
