@@ -18,6 +18,9 @@ from jaxsys.errors import UsageError
 
 Domains = dict[str, tuple[Any, ...]]
 
+RULE = "rule: "
+"""How the label of a relation begins that the problem itself asks for."""
+
 
 class Conflict(UsageError):
     """No plan satisfies all constraints; `culprits` names a smallest set that conflicts."""
@@ -25,7 +28,10 @@ class Conflict(UsageError):
     def __init__(self, culprits: Sequence[str]) -> None:
         self.culprits = tuple(culprits)
         listed = "; ".join(f"({i}) {label}" for i, label in enumerate(culprits, 1))
-        super().__init__(f"no plan is left: these cannot hold together: {listed}. Drop one of them")
+        # Rules are what the problem is: what was asked for can be dropped.
+        asked = [f"({i})" for i, label in enumerate(culprits, 1) if not label.startswith(RULE)]
+        way = f"Drop {' or '.join(asked)}" if asked else "Change what they are of"
+        super().__init__(f"no plan is left: these cannot hold together: {listed}. {way}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

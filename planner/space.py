@@ -26,6 +26,7 @@ from jaxsys.axes import AROUND, AXES, BATCH, SHARERS, parts_of_batch
 from jaxsys.errors import UsageError, did_you_mean
 from jaxsys.planner.axes import PLANNED
 from jaxsys.planner.constraints import (
+    RULE,
     Conflict,
     Domains,
     Relation,
@@ -392,11 +393,11 @@ def _rules(problem: Problem, domains: Domains, *, whole: bool) -> Iterator[Relat
     workload = problem.workload(1)
 
     def rule(label: str, names: tuple[str, ...], allows: Callable[..., bool]) -> Relation:
-        return relation(f"rule: {label}", names, domains, allows)
+        return relation(f"{RULE}{label}", names, domains, allows)
 
     # Written out: of all there are, the ways that multiply to the devices are few.
     yield Relation(
-        label=f"rule: {' x '.join(WAYS)} = {devices} devices",
+        label=f"{RULE}{' x '.join(WAYS)} = {devices} devices",
         variables=WAYS,
         allowed=frozenset(
             found
@@ -411,7 +412,7 @@ def _rules(problem: Problem, domains: Domains, *, whole: bool) -> Iterator[Relat
     cuts = (*(AROUND[name].name for name in BATCH), "shard", "microbatch_size", "turns")
     product = " x ".join(cuts).replace("_", " ")
     yield Relation(
-        label=f"rule: {product} = {batch} sequences of a step",
+        label=f"{RULE}{product} = {batch} sequences of a step",
         variables=cuts,
         allowed=frozenset(_factorings(batch, [domains[name] for name in cuts])),
     )

@@ -234,6 +234,8 @@ class SharedBlocks(PlannedAxis):
 
     said: str
     """Its rule in words, with {} for the numbers of devices."""
+    whole: str
+    """The same where each device has all of a block, with the reason."""
 
     def ways(self, workload: "Workload") -> tuple[int, ...]:
         """Numbers of devices that can share a block."""
@@ -242,7 +244,7 @@ class SharedBlocks(PlannedAxis):
     def rules(self, problem: "Problem", domains: Domains, rule: Rule) -> Iterable[Relation]:
         del domains
         ways = self.ways(problem.workload(1))
-        said = self.said.format(", ".join(map(str, ways)))
+        said = self.said.format(", ".join(map(str, ways))) if ways != (1,) else self.whole
         yield rule(said, (self.name,), ways.__contains__)
 
     def ways_to_share(

@@ -25,6 +25,11 @@ class Experts(SharedBlocks):
 
     said = "experts shared by {} devices only"
 
+    whole = (
+        "experts are whole on each device, since the model has none or does not say how devices "
+        "share them"
+    )
+
     def joined(
         self,
         block: "BlockWork",

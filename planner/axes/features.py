@@ -23,6 +23,11 @@ class Features(SharedBlocks):
 
     said = "features split in {} parts only"
 
+    whole = (
+        "features are whole on each device, since the model does not say how devices share them, "
+        "or its heads, feed-forward, vocabulary and sequence divide by no number"
+    )
+
     def joined(
         self,
         block: "BlockWork",
