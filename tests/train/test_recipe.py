@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from jaxsys.train.recipe import Recipe
@@ -19,7 +20,7 @@ def rates(steps: int, warm_up: int) -> list[float]:
         warm_up_steps=warm_up,
     )
     rate = recipe.rates()
-    return [float(rate(count)) for count in range(steps)]
+    return [float(np.asarray(rate(count))) for count in range(steps)]
 
 
 @pytest.mark.parametrize(("steps", "warm_up"), [(40, 4), (10, 1), (2, 1)])
