@@ -127,23 +127,26 @@ def _kernel(
     def turn(index: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         group, there = span(index * many, many, groups)
 
-        def load(ref: Any, place: tuple[Any, ...], axis: int) -> jax.Array:
-            """Of groups along an axis of what is loaded; a mask costs where none is needed."""
+        def load(ref: Any, place: tuple[Any, ...], seen: jax.Array) -> jax.Array:
+            """A mask costs where none is needed."""
             if groups % many == 0:
                 return triton.load(ref.at[place])
-            seen = there.reshape([-1 if n == axis else 1 for n in range(max(_axes(place)))])
             return triton.load(ref.at[place], mask=seen, other=0)
 
-        w = load(w_ref, (output[:, None, None], group[None, :, None], word[None, None]), 1)
+        place = output[:, None, None], group[None, :, None], word[None, None]
+        w = load(w_ref, place, there[None, :, None])
         # Sixteen times each number, as signed bytes.
         low = ((w << 4) ^ _SIGNS) & _UPPER
         high = (w ^ _SIGNS) & _UPPER
-        scale = load(scale_ref, (output[:, None], group[None]), 1)
+        scale = load(scale_ref, (output[:, None], group[None]), there[None])
         found = []
         for row, before in enumerate(sums):
-            x = [load(x_ref, (row, group[:, None], part, word[None]), 0) for part in (0, 1)]
+            x = [
+                load(x_ref, (row, group[:, None], part, word[None]), there[:, None])
+                for part in (0, 1)
+            ]
             both = dot(high, x[1][None], dot(low, x[0][None], jnp.zeros(low.shape, jnp.int32)))
-            of_x = float8.scale_of(load(most_ref, (row, group), 0), jnp.int8) * (1 / 16)
+            of_x = float8.scale_of(load(most_ref, (row, group), there), jnp.int8) * (1 / 16)
             found.append(before + both.astype(jnp.float32) * (scale * of_x[None])[:, :, None])
         return tuple(found)
 
@@ -151,10 +154,6 @@ def _kernel(
     sums = jax.lax.fori_loop(0, -(-groups // many), turn, start)
     for row, one in enumerate(sums):
         o_ref[row, output] = one.sum(axis=2).sum(axis=1).astype(o_ref.dtype)
-
-
-def _axes(place: tuple[Any, ...]) -> list[int]:
-    return [index.ndim for index in place if isinstance(index, jax.Array)]
 
 
 def _by_cases(a: jax.Array, b: jax.Array, sums: jax.Array) -> jax.Array:

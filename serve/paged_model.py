@@ -68,9 +68,23 @@ class LayerPages(NamedTuple):
             yield self.values, self.value_scales
 
     def written(
-        self, pages: jax.Array, offsets: jax.Array, k: jax.Array, v: jax.Array | None
+        self,
+        pages: jax.Array,
+        offsets: jax.Array,
+        k: jax.Array,
+        v: jax.Array | None,
+        *,
+        by_kernel: bool = False,
     ) -> "LayerPages":
-        """With k and v [..., G, K] at their places [...]; those past the last page are dropped."""
+        """With k and v [..., G, K] at their places [...]; those past the last page are dropped.
+
+        Args:
+            by_kernel: whether `page_writes` does it, for GPUs.
+        """
+        if by_kernel:
+            many = [x.reshape(-1, *x.shape[-2:]) for x in (k, v) if x is not None]
+            places = pages.reshape(-1), offsets.reshape(-1)
+            return _layer_cache(page_writes.write(list(self.pools), many, *places))
         found = []
         for (pool, scales), fresh in zip(self.pools, (k, v), strict=False):
             assert fresh is not None
@@ -79,14 +93,6 @@ class LayerPages(NamedTuple):
                 scales = scales.at[pages, offsets].set(scale[..., 0], mode="drop")
             found.append((pool.at[pages, offsets].set(fresh, mode="drop"), scales))
         return _layer_cache(found)
-
-    def written_by_kernel(
-        self, pages: jax.Array, offsets: jax.Array, k: jax.Array, v: jax.Array | None
-    ) -> "LayerPages":
-        """As `written`, by `page_writes`, for GPUs."""
-        fresh = [x.reshape(-1, *x.shape[-2:]) for x in (k, v) if x is not None]
-        places = pages.reshape(-1), offsets.reshape(-1)
-        return _layer_cache(page_writes.write(list(self.pools), fresh, *places))
 
 
 def _layer_cache(pools: Sequence[tuple[jax.Array, jax.Array | None]]) -> LayerPages:
@@ -343,9 +349,9 @@ def _piece(
         group, place = groups.places[index]
         q, k, v = block.project_kept(x, turns[block.kind.name])
         kept = None if v is None else v[0]
-        own = pools[place]
-        put = own.written_by_kernel if kernels.writes else own.written
-        pool = pools[place] = put(pages[group], offsets, k[0], kept)
+        pool = pools[place] = pools[place].written(
+            pages[group], offsets, k[0], kept, by_kernel=kernels.writes
+        )
         of_pages = (pool.keys, pool.values, by_group[group], start, continued)
         o = kernels.prefill(q, k, v, *of_pages, rule, sinks, pool.scales)
         x = block.finish(x, block.read_kept(o))[0]
@@ -365,8 +371,7 @@ def _project_into(
     a cache keeps of each token."""
     if not kernels.writes or turn is None or not block.turns_last:
         q, k, v = block.project_kept(x, turn)
-        put = pool.written_by_kernel if kernels.writes else pool.written
-        return q, put(pages, offsets, k, v)
+        return q, pool.written(pages, offsets, k, v, by_kernel=kernels.writes)
     q, k, v = block.project(x, None)
     fused = jnp.concatenate([q, k[..., None, :], v[..., None, :]], axis=-2)
     tokens = pages.size
