@@ -390,14 +390,15 @@ def with_totals(model: LayeredModel, batch: PyTree) -> PyTree:
 # numbers would meet each other and a model's own splits, so each has a number of its own before.
 
 _STEPS, _MICROBATCHES, _LAYERS = 0x53544550, 0x4D494352, 0x4C415952
-_SEEDS = 0x53454544
+SEEDS = 0x53454544
+"""Folded in before the upper 32 bits of a seed, in training and in serving."""
 
 
 def seed_key(seed: int) -> jax.Array:
     """The key of a seed, of all its 64 bits: `jax.random.key` leaves out the upper 32."""
     upper = seed >> 32 & 0xFFFFFFFF
     key = jax.random.key(seed & 0xFFFFFFFF)
-    return _folded(key, _SEEDS, upper) if upper else key
+    return _folded(key, SEEDS, upper) if upper else key
 
 
 def step_key(key: jax.Array, step: jax.Array | int) -> jax.Array:

@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxsys.layered import SEEDS
 from jaxsys.serve.requests import SamplingParameters
 
 NOTHING = -1
@@ -39,8 +40,6 @@ MAX_STOPS = 64
 """Most tokens that end an output, where it has a least length."""
 MAX_BIASED = 300
 """Most entries of a logit bias, as in the OpenAI API."""
-SEEDS = 0x53454544
-"""Folded in before a seed's upper 32 bits, as `layered.seed_key` does."""
 TOP_LOGPROBS = 20
 """Alternatives computed where any row asks for them."""
 
