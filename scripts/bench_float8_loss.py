@@ -33,9 +33,17 @@ EVERY = 10
 FORMS = {
     "bfloat16": [],
     "float8": ["--float8"],
+    "float8, all sums exact": ["--float8", "--float8-exact", "all"],
+    "float8, no sums exact": ["--float8", "--float8-exact", "none"],
     "float8, blocks alone": ["--float8", "attention/.*", "mlp/.*"],
     "float8, gradients alone": ["--float8", "--float8-forward"],
+    "float8, gradients alone, no sums exact": [
+        "--float8", "--float8-forward", "--float8-exact", "none",
+    ],
     "float8, rows back": ["--float8", "--float8-backward", "e4m3-rows"],
+    "float8, rows back, all sums exact": [
+        "--float8", "--float8-backward", "e4m3-rows", "--float8-exact", "all",
+    ],
     "float8, rows back, gradients alone": [
         "--float8", "--float8-forward", "--float8-backward", "e4m3-rows",
     ],

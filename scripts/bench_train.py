@@ -156,8 +156,10 @@ FORWARD: dict[str, dict[str, Any]] = {
     "": {},
     "-all": {"forward": (".*",)},
     "-backward": {"forward": ()},
+    "-fast": {"exact": "none"},
+    "-exact": {"exact": "all"},
 }
-"""Forward products in float8, by what is written behind the form of what flows back."""
+"""Forward products in float8, and sums, by what is written behind the form of what flows back."""
 
 
 def _float8(name: str) -> Float8:

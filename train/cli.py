@@ -18,7 +18,7 @@ from jaxsys.errors import RunError, UsageError
 from jaxsys.files import check_writable
 from jaxsys.lowering import RECOMPUTE_POLICIES, lacks
 from jaxsys.model import Tokenizer
-from jaxsys.model.float8_products import BACKWARD, Float8
+from jaxsys.model.float8_products import BACKWARD, EXACT, Float8
 from jaxsys.model.save import check_target
 from jaxsys.options import Parser, in_options, whole
 from jaxsys.strategies import STRATEGIES
@@ -131,6 +131,12 @@ def parser(prog: str) -> argparse.ArgumentParser:
         choices=tuple(BACKWARD),
         help="form of gradients that flow back: e4m3-rows has a scale a token or output, and three "
         "bits behind the point where e5m2 has two (default: e5m2)",
+    )
+    how.add_argument(
+        "--float8-exact",
+        choices=EXACT,
+        help="products in float8 that are summed in float32 throughout: GPUs of Hopper's kind sum "
+        "the others in some 14 bits, which is quicker (default: backward)",
     )
     how.add_argument(
         "--recompute",
@@ -356,6 +362,7 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
             if float8 is None
             else {"float8": list(float8.paths), "float8_forward": list(float8.forward)}
             | ({} if float8.backward == "e5m2" else {"float8_backward": float8.backward})
+            | ({} if float8.exact == "backward" else {"float8_exact": float8.exact})
         )
         | start.settings,
         flops_per_token=decoder_flops_per_token(config, recipe.sequence_length),
@@ -425,8 +432,9 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
 
 def _float8(arguments: argparse.Namespace) -> Float8 | None:
     forward, backward = arguments.float8_forward, arguments.float8_backward
+    exact = arguments.float8_exact
     if arguments.float8 is None:
-        for flag, given in (("forward", forward), ("backward", backward)):
+        for flag, given in (("forward", forward), ("backward", backward), ("exact", exact)):
             if given is not None:
                 raise UsageError(f"--float8-{flag} is of products in float8; give --float8 too")
         return None
@@ -435,6 +443,7 @@ def _float8(arguments: argparse.Namespace) -> Float8 | None:
         paths=tuple(arguments.float8 or whole.paths),
         forward=whole.forward if forward is None else tuple(forward),
         backward=backward or whole.backward,
+        exact=exact or whole.exact,
     )
 
 

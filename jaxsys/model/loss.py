@@ -191,14 +191,16 @@ def _head(kernel: jax.Array, float8: Sides | None) -> _Head:
         if not float8.forward:
             return jnp.matmul(hidden, kernel, preferred_element_type=wide)
         values, scale = scaled(hidden, E4M3)
-        return scaled_dot(values, w8_turned, scale.reshape(()) * of_w, wide)
+        scale = scale.reshape(()) * of_w
+        return scaled_dot(values, w8_turned, scale, wide, exact=float8.exact == "all")
 
     def small_gradients(hidden: jax.Array, error: jax.Array) -> tuple[jax.Array, jax.Array]:
         (_, h8_turned), of_h = both_ways(hidden, E4M3)
         error = error.astype(kernel.dtype)
         (e8, e8_turned), (of_rows, of_columns) = flowing_back(error, float8.backward)
-        to_kernel = scaled_dot(h8_turned, e8_turned, of_h * of_columns, wide)
-        return to_kernel, scaled_dot(e8, w8, of_rows * of_w, wide)
+        exact = float8.exact != "none"
+        to_kernel = scaled_dot(h8_turned, e8_turned, of_h * of_columns, wide, exact=exact)
+        return to_kernel, scaled_dot(e8, w8, of_rows * of_w, wide, exact=exact)
 
     return _Head(logits, small_gradients)
 

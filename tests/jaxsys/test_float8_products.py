@@ -83,6 +83,35 @@ def test_gradients_with_a_scale_a_row_are_nearer():
     assert apart(back("e4m3")[0][5], exact[0][5]) > 0.9
 
 
+@pytest.mark.parametrize(("exact", "wanted"), [("none", 0), ("backward", 2), ("all", 3)])
+def test_products_are_summed_exactly_where_asked(exact, wanted):
+    """Precision is what XLA tells cuBLAS by to sum float8 in float32 throughout."""
+    sides = Float8(forward=(".*",), exact=exact).of("mlp", "up")
+
+    def count(jaxpr):
+        dots = [equation for equation in jaxpr.eqns if equation.primitive.name == "dot_general"]
+        return [
+            jax.lax.Precision.HIGHEST in (dot.params["precision"] or ())
+            for dot in dots
+            if dot.invars[0].aval.dtype in (E4M3, E5M2)
+        ]
+
+    def block(x, w):
+        y, back = jax.vjp(functools.partial(multiply, sides=sides), x, w)
+        return back(y)
+
+    def head(kernel, hidden):
+        targets = jnp.zeros(4, jnp.int32)
+        of = functools.partial(
+            linear_cross_entropy, targets=targets, chunk=4, softcap=None, axis=None, float8=sides
+        )
+        return jax.grad(lambda k, h: of(k, h), argnums=(0, 1))(kernel, hidden)
+
+    x, w = jnp.ones((4, 8)), jnp.ones((8, 6))
+    for found in (count(jax.make_jaxpr(block)(x, w)), count(jax.make_jaxpr(head)(w, x))):
+        assert len(found) == 3 and sum(found) == wanted
+
+
 def test_scales_hold_what_they_scale():
     """Zeros stay zero, the largest number is kept, and what is not finite stays so."""
     values, scale = float8.scaled(jnp.array([[0.0, 0, 0], [3, -7, 1e-9], [2e38, 1, 0]]), E4M3, 1)
@@ -232,7 +261,8 @@ def test_the_forward_product_of_the_head_is_wide_unless_asked_for():
     """Nothing of a step's loss is in float8 where no forward product is."""
     assert Float8().of("head", "kernel") == Sides(False)
     assert Float8().of("mlp", "down") == Float8().of("attention", "query") == Sides(True)
-    assert Float8(forward=(".*",), backward="e4m3").of("head", "kernel") == Sides(True, "e4m3")
+    rules = Float8(forward=(".*",), backward="e4m3", exact="all")
+    assert rules.of("head", "kernel") == Sides(True, "e4m3", "all")
     parameters, batch = initial_parameters(CONFIG, seed=1), batch_of(1)
 
     def loss(rules):
@@ -271,6 +301,7 @@ def test_the_forward_product_of_the_head_is_wide_unless_asked_for():
         ),
         ({"forward": ("mlp/(",)}, r"float8 path 'mlp/\(' is no expression"),
         ({"backward": "e3m4"}, "backward='e3m4' must be one of e5m2, e4m3, e4m3-rows"),
+        ({"exact": "forward"}, "exact='forward' must be one of none, backward, all"),
     ],
 )
 def test_rules_that_name_nothing_are_refused(changes, message):
