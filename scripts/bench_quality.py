@@ -6,12 +6,13 @@
 By the served passes over pages, on the language reference that comes with Python
 (`pydoc_data.topics`), in windows that begin anew. A form is weights, or weights+cache, and `both`
 behind it for products whose two sides are small, as GPUs multiply them: a CPU computes the same
-numbers. `calibrated` behind it is a model that `jaxsys convert --round` has rounded by sources of
-Python's standard library, of which the text that is scored has none. Errors are those of means
-over 64 tokens. JSON after each row.
+numbers. `calibrated` behind it is a model that `jaxsys convert --round` has rounded by the longer
+docstrings of Python's standard library: prose like the text that is scored, which has none of them.
+Errors are those of means over 64 tokens. JSON after each row.
 """
 
 import argparse
+import ast
 import functools
 import math
 import pydoc_data.topics
@@ -124,13 +125,21 @@ def rounded(form: Any, sequences: int) -> Any:
     """SmolLM2's parameters, rounded for a form."""
     model = open_model(default_model_path())
     assert model.tokenizer is not None
-    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[::4]
-    text = "\n".join(file.read_text(errors="replace") for file in files)
-    by = calibration.sequences(text, model.tokenizer, calibration.LENGTH, sequences)
+    by = calibration.sequences(docstrings(), model.tokenizer, calibration.LENGTH, sequences)
     leaves = calibration.Rounded(model.checkpoint, "float32", form, by)
     with tempfile.TemporaryDirectory() as folder:
         convert(model, Path(folder) / "model", "float32", leaves=leaves)
         return load(Path(folder) / "model", jnp.float32).parameters
+
+
+def docstrings(longer_than: int = 300) -> str:
+    """Those of the standard library's modules, classes and functions."""
+    found: list[str] = []
+    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_bytes())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                found.append(ast.get_docstring(node) or "")
+    return "\n\n".join(text for text in found if len(text) > longer_than)
 
 
 if __name__ == "__main__":

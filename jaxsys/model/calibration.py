@@ -8,7 +8,9 @@ yet make good (GPTQ, Frantar et al., 2210.17323): with U^T U = H^-1, U upper tri
     e = (w_i - q_i) / U_ii,   w_j -= e U_ij for all j behind i
 
 Tokens go through the layers once, each matrix being rounded when the tokens first reach it, so that
-it sees inputs as they will be.
+it sees inputs as they will be. Codes and scales of four bits are then refined by turns
+(`jaxsys.model.refining`). To round what makes of these inputs what the kernel makes of exact ones
+(GPTAQ, Li et al., 2504.02692) lost a third more of SmolLM2, by 6,144 tokens.
 
 Legend: T tokens, K inputs, N outputs, g inputs that share a scale.
 """
@@ -30,12 +32,15 @@ from jaxsys.model.config import DecoderConfig
 from jaxsys.model.decoder import bind_edge, nest
 from jaxsys.model.leaves import Path, block_leaves, edge_leaves
 from jaxsys.model.packed import Packed
+from jaxsys.model.refining import refined
 from jaxsys.model.tokenizer import Tokenizer
 
 SEQUENCES, LENGTH = 64, 512
 """Of the tokens that go through the layers."""
 DAMPING = 0.01
 """Of the mean of H's diagonal, added to it: what tokens say nothing of is not trusted."""
+TURNS = 4
+"""Of refining; the first gives half of what there is, eight hardly more than four."""
 _BLOCK = 128
 """Inputs whose errors meet those behind them at once."""
 
@@ -54,15 +59,18 @@ def compensated(
         products: H.
         form: of the numbers.
     """
-    used = jnp.diagonal(products)
-    order = jnp.argsort(-used)
-    damped = products + jnp.diag(jnp.where(used > 0, 0.0, 1.0) + DAMPING * jnp.mean(used))
-    damped = damped[order][:, order]
+    order = jnp.argsort(-jnp.diagonal(products))
+    damped = _damped(products)[order][:, order]
     # The inverse's upper factor by way of the lower one, as LAPACK has it.
     inverse = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(damped), True), jnp.eye(len(damped)))
     upper = jnp.linalg.cholesky((inverse + inverse.T) / 2).T
     found = _in_order(rows[:, order], scales[:, order], upper, form)
     return found[:, jnp.argsort(order)]
+
+
+def _damped(products: Float[Array, "K K"]) -> Float[Array, "K K"]:
+    used = jnp.diagonal(products)
+    return products + jnp.diag(jnp.where(used > 0, 0.0, 1.0) + DAMPING * jnp.mean(used))
 
 
 @functools.partial(jax.jit, static_argnums=3)
@@ -142,8 +150,12 @@ def rounded(
         scale = scales(groups, form)
         return (nearest(groups / scale, form) * scale).reshape(rows.shape).T
     used = jnp.diagonal(products).reshape(1, *groups.shape[1:])
-    scale = jnp.broadcast_to(scales(groups, form, used), groups.shape).reshape(rows.shape)
-    return (compensated(rows, scale, products, form) * scale).T
+    scale = scales(groups, form, used)[..., 0]
+    size = groups.shape[2]
+    codes = compensated(rows, jnp.repeat(scale, size, axis=1), products, form)
+    if form == "int4":
+        codes, scale = refined(rows, codes, scale, _damped(products), turns=TURNS)
+    return (codes * jnp.repeat(scale, size, axis=1)).T
 
 
 class Rounded(Leaves):

@@ -78,7 +78,7 @@ def test_each_weight_is_the_nearest_of_its_column(parameters, whole, form):
         error = np.abs(meant(matrix) - exact)
         if form == "int4":
             # Half a step, but for what lies past the end of a group's range.
-            scale = np.repeat(scale, exact.shape[0] // scale.shape[1], axis=1).T
+            scale = np.abs(np.repeat(scale, exact.shape[0] // scale.shape[1], axis=1)).T
             inside = np.abs(exact) <= 7.5 * scale
             assert inside.mean() > 0.95 and (error <= 0.501 * scale)[inside].all()
             continue
