@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, get_args
 
+from jaxsys.errors import did_you_mean
+
 RING = "ring"
 DATA = "data"
 TENSOR = "tensor"
@@ -36,6 +38,13 @@ device gives up tokens for heads, and back. `mixed`: heads are exchanged among n
 values go round a ring of such groups."""
 
 WAYS: tuple[Way, ...] = get_args(Way)
+
+Joining = Literal["gather", "ring"]
+"""How devices that share features join what each has or made. `gather`: activations are gathered
+before products and summed after them. `ring`: both in pieces, from device to device, beside the
+products."""
+
+JOININGS: tuple[Joining, ...] = get_args(Joining)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +129,8 @@ class DividedAround:
     features: int = 1
     """Devices that compute every task together, each a part of every block's features; the
     sequence is split alike between blocks."""
+    features_by: str = "gather"
+    """How devices that share features join them: one of `JOININGS`."""
 
     @property
     def joint(self) -> bool:
@@ -228,6 +239,14 @@ AXES: Mapping[str, Axis] = MappingProxyType(
                 asked="tensor",
                 help="devices that share every block's features and the sequence between blocks "
                 "(default 1, or as a plan says)",
+                more=(
+                    Option(
+                        name="features_by",
+                        choices=JOININGS,
+                        help="how they join them: gathered before products and summed after them, "
+                        "or piece by piece round a ring beside the products (default gather)",
+                    ),
+                ),
                 within=True,
                 block=True,
             ),
@@ -317,3 +336,27 @@ def parts_of_block(parts: DividedAround) -> int:
 def parts_of_batch(parts: DividedAround) -> int:
     """On how many parts of a batch a schedule runs, each with its own microbatches."""
     return math.prod(getattr(parts, AROUND[name].name) for name in BATCH)
+
+
+def joined_so(by: str, sizes: Mapping[str, int]) -> DividedAround:
+    """What a schedule says whose devices, so many along each mesh axis, join features so."""
+    return DividedAround(features=sizes.get(TENSOR, 1), features_by=by)
+
+
+def why_not_joined(parts: DividedAround) -> str | None:
+    """Why devices do not join features as a plan or schedule says; None if they do."""
+    by = parts.features_by
+    if by not in JOININGS:
+        near = did_you_mean(by, JOININGS)
+        return f"features_by={by!r} is not known{near}; use one of {', '.join(JOININGS)}"
+    if by != "gather" and parts.features == 1:
+        return (
+            f"features_by={by!r} is of devices that share features, and features=1; leave it out, "
+            "or split features over 2 devices or more"
+        )
+    return None
+
+
+def hops_along(parts: DividedAround) -> str:
+    """The mesh axis along which most permutes of a step go."""
+    return TENSOR if parts.features_by == "ring" else RING

@@ -8,7 +8,7 @@ functions are pure and see one microbatch at a time.
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypedDict
 
 import jax
@@ -254,6 +254,25 @@ class LayeredModel:
     """(mesh axis -> devices) -> the model as one of so many devices along each axis of
     `jaxsys.axes.INNER` computes it; raises UsageError where it cannot be split so. None: it is
     computed whole."""
+
+    in_parts_by: "Mapping[str, Callable[[Mapping[str, int]], Parts]]" = field(default_factory=dict)
+    """Of `jaxsys.axes.JOININGS` -> `in_parts` of devices that join features so. What is not there,
+    `gather` left aside, no step does."""
+
+    def joined_by(self, by: str) -> "LayeredModel":
+        """The model whose parts join features so.
+
+        Raises:
+            UsageError: if none do.
+        """
+        if by == "gather":
+            return self
+        if by not in self.in_parts_by:
+            raise UsageError(
+                f"features_by={by!r}: this model does not say how its parts join features so; "
+                "decoders of jaxsys.model.layered do, for others use features_by='gather'"
+            )
+        return replace(self, in_parts=self.in_parts_by[by])
 
     view: Callable[[Any], PyTree] | None = None
     """Parameters, blocks stacked in layer order -> the tree that optimizers see: the user's own.

@@ -75,6 +75,24 @@ class Joins:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BesideJoins:
+    """One block's products on a microbatch that pieces of joined features travel beside, forward.
+
+    0 where a join has none: experts' rows are sorted, and latent attention squeezes all tokens.
+    """
+
+    read_flops: tuple[float, float]
+    """That read what is gathered: for attention, and for the feed-forward part."""
+    made_flops: tuple[float, float]
+    """Whose results are added up, likewise."""
+    tokens: int
+    moved_bytes: float
+    """Read and written to put pieces in order and to take them."""
+    matrix_bytes: float
+    """Of these products, in the dtype of compute: their gradient is a sum over pieces."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertWork:
     """The experts of one block on one microbatch."""
 
@@ -135,8 +153,9 @@ class BlockWork:
     selective_join: bool = False
     """Whether it computes what a product writes to the residual again, likewise."""
     features_hidden: float = 0.0
-    """The share of what split features send that a program sends under its products; `jaxsys.train`
-    hides none of it."""
+    """The share of what split features send that a program of others sends under its products."""
+    beside_joins: BesideJoins | None = None
+    """What features that are joined round a ring travel beside; None: they are not joined so."""
 
     def memory(
         self, policy: str, activation_bytes: float, traced: Traced | None = None
@@ -512,6 +531,34 @@ def _block_work(
         selective_flops=2.0 * sum(leaf.size * leaf.active for leaf in again) * tokens,
         selective_attention=selective is not None and ATTENTION not in selective,
         selective_join=any(leaf.fill == "residual" for leaf in again),
+        beside_joins=_beside_joins(c, kind, tokens, dtype) if selective is None else None,
+    )
+
+
+def _beside_joins(
+    config: DecoderConfig, kind: BlockKind, tokens: int, dtype: np.dtype
+) -> BesideJoins:
+    """What `jaxsys.model.parts` makes of pieces."""
+    latent, mixed = config.latent is not None, kind.experts
+    sizes: dict[str, float] = dict.fromkeys(("attention", "heads", "mlp", "inner"), 0.0)
+    names = {"query": "attention", "key": "attention", "value": "attention", "out": "heads"}
+    names |= {"gate": "mlp", "up": "mlp", "down": "inner"}
+    for leaf in block_leaves(config, kind):
+        if leaf.reads is None or (mixed and leaf.path[0] != "attention"):
+            continue
+        name = names.get(leaf.path[-1])
+        if name is not None and not (latent and name == "attention"):
+            sizes[name] += leaf.size
+    queries, values = attention_widths(config)
+    heads, shared = attention_heads(config)
+    ordered = 0.0 if latent else queries + (queries + values) * shared / heads
+    attention, out, mlp, inner = (2.0 * size * tokens for size in sizes.values())
+    return BesideJoins(
+        read_flops=(attention, mlp),
+        made_flops=(out, inner),
+        tokens=tokens,
+        moved_bytes=2.0 * dtype.itemsize * tokens * (ordered + values),
+        matrix_bytes=dtype.itemsize * sum(sizes.values()),
     )
 
 

@@ -76,7 +76,8 @@ def parser(prog: str) -> argparse.ArgumentParser:
     how.add_argument(
         "--schedule",
         help=f"{', '.join(STRATEGIES)}, a plan's or schedule's .json, or auto: ask the planner "
-        "(default weipipe-interleave; dp on one device; zero-3 with --context)",
+        "(default weipipe-interleave; dp on one device; zero-3 with --context or --features-by "
+        "ring)",
     )
     how.add_argument(
         "--devices",
@@ -307,6 +308,7 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
         sequence_length=arguments.sequence_length,
         around=around,
         split=split,
+        features_by=arguments.features_by,
         microbatches=arguments.microbatches,
         microbatch_size=arguments.microbatch_size,
         recompute=arguments.recompute,

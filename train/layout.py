@@ -79,6 +79,8 @@ class AskedLayout:
     """In which gradients are summed and sent."""
     split: ContextSplit | None = None
     """How each sequence lies over devices."""
+    features_by: str | None = None
+    """How devices that share features join them."""
 
 
 def lay_out(config: DecoderConfig, devices: list[Any], asked: AskedLayout) -> Layout:
@@ -162,7 +164,8 @@ def lay_out(config: DecoderConfig, devices: list[Any], asked: AskedLayout) -> La
             f"devices={len(devices)}, but schedule {str(schedule)!r} is for {of_ring * of_each}; "
             f"use devices={of_ring * of_each}"
         )
-    usual = "zero-3" if split is not None else "weipipe-interleave" if ring > 1 else "dp"
+    sharded = split is not None or asked.features_by == "ring"
+    usual = "zero-3" if sharded else "weipipe-interleave" if ring > 1 else "dp"
     chosen: str | Schedule = schedule or usual
     known = STRATEGIES.get(chosen) if isinstance(chosen, str) else None
     if ring == 1 and of_each > 1 and known is not None and known.placement is Placement.OWNER:
@@ -202,6 +205,7 @@ def lay_out(config: DecoderConfig, devices: list[Any], asked: AskedLayout) -> La
     resolved = schedules.resolve(
         chosen, devices=ring, layers=config.num_layers, microbatches=microbatches
     )
+    resolved = schedules.joined_by(resolved, asked.features_by, sizes)
     return Layout(
         mesh=make_mesh(ring, **sizes, devices=devices),
         schedule=resolved,

@@ -134,6 +134,7 @@ def _with_adapters(model: LayeredModel, weight: float) -> LayeredModel:
         evaluation=None if model.evaluation is None else _with_adapters(model.evaluation, weight),
         across=None if across is None else lambda split: _with_adapters(across(split), weight),
         in_parts=None,
+        in_parts_by={},
         view=None,
     )
 

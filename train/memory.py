@@ -106,7 +106,7 @@ def step_bytes(step: StepShape) -> float:
         part = Sequences(model=step.model, split=split).part(step.microbatch)
         step = replace(step, model=step.model.over(split), microbatch=part)
         inner[split.axis] = split.parts
-    parts = parts_of(step.model, step.inner)
+    parts = parts_of(step.model.joined_by(step.schedule.features_by), step.inner)
     if parts is not None:
         mine = part_shapes(step.parameters, parts, step.inner)
         share = tree_bytes(mine) / tree_bytes(step.parameters)

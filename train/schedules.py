@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxsys.axes import AROUND, RING, Axis
+from jaxsys.axes import AROUND, CUT, RING, Axis, joined_so
 from jaxsys.context import ContextSplit, agreed_split, with_split
 from jaxsys.errors import UsageError, did_you_mean
 from jaxsys.files import MIB, read_text
 from jaxsys.lowering.refusal import why_not_lowered
 from jaxsys.mesh import inner_sizes, make_mesh, request_devices, sizes_around
-from jaxsys.schedule import Schedule, ScheduleError, check
+from jaxsys.schedule import Schedule, ScheduleError, check, why_not_divided
 from jaxsys.strategies import STRATEGIES, for_layers
 from jaxsys.train.options import Compute
 from jaxsys.train.plan_file import PlannedRun, is_plan_file, read_plan, run_of
@@ -30,7 +30,7 @@ USUAL = "weipipe-interleave"
 AUTO = "auto"
 _BYTES = {"compute_dtype": "weight_bytes", "gradient_dtype": "gradient_bytes"}
 """Field of `Compute` -> what of `jaxsys.planner.Precision` says so of a plan."""
-ASKED_AROUND = tuple(axis.asked for axis in AROUND.values())
+ASKED_AROUND = (*(axis.asked for axis in AROUND.values()), "features_by")
 """What `Trainer` takes by name for the axes around a ring and within its places."""
 
 
@@ -52,6 +52,8 @@ class Asked:
     compute: Compute
     named: frozenset[str]
     """Fields of `compute` that are asked for by name, be they what is usual."""
+    features_by: str | None = None
+    """How devices that share features join them, one of `jaxsys.axes.JOININGS`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,11 +99,44 @@ def choose(asked: Asked, *, layers: int) -> Chosen:
     resolved = resolve(
         read, devices=mesh.shape[RING], layers=layers, microbatches=asked.microbatches
     )
+    resolved = joined_by(resolved, asked.features_by, mesh.shape)
     return Chosen(schedule=resolved, mesh=mesh, compute=compute, split=asked.split)
+
+
+def joined_by(schedule: Schedule, by: str | None, sizes: Mapping[str, int]) -> Schedule:
+    """The schedule, whose devices join features as is asked for, or as it says.
+
+    Args:
+        schedule: of one ring.
+        by: what is asked for, one of `jaxsys.axes.JOININGS`; None: nothing.
+        sizes: mesh axis -> devices along it.
+
+    Raises:
+        UsageError: if it is none, no devices share features, or the schedule says otherwise.
+    """
+    if by is None:
+        return schedule
+    asked = joined_so(by, sizes)
+    planned = any(getattr(schedule, axis.name) > 1 for axis in CUT)
+    if planned and by != schedule.features_by:
+        raise UsageError(
+            f"features_by={by!r}, but schedule {schedule.name} is planned for "
+            f"features_by={schedule.features_by!r}; leave it out, or plan again"
+        )
+    refused = why_not_divided(asked)
+    if refused is not None:
+        raise UsageError(refused)
+    said = {axis.name: getattr(asked, axis.name) for axis in CUT}
+    return replace(schedule, features_by=by, **said)
 
 
 def mesh_of(asked: Asked) -> Mesh:
     """The mesh where a schedule is still to be chosen: as given, or one ring."""
+    if asked.features_by is not None:
+        raise UsageError(
+            f"schedule 'auto' chooses for devices that each compute whole blocks, not with "
+            f"features_by={asked.features_by!r}; leave it out, or name a schedule"
+        )
     mesh = _mesh(asked, None)
     for axis, count in sizes_around(mesh).items():
         said = f"{AROUND[axis].asked}={count}"

@@ -103,7 +103,8 @@ class Trainer:
                 `replicas=2` rings side by side, `tensor=2` devices that share every block's
                 features, `expert`, `members`, and `context`, which may be a
                 `jaxsys.context.ContextSplit` that says what travels. 1 if not given, or as a plan
-                or schedule says.
+                or schedule says. `features_by="ring"` has those that share features join them
+                piece by piece beside their products.
 
         Raises:
             UsageError: if schedule, devices, microbatches and model do not fit together, or the
@@ -121,6 +122,7 @@ class Trainer:
                 "optax.adamw(3e-4)"
             )
         around, split = schedules.taken_from(named)
+        features_by = named.pop("features_by", None)
         given: Any = (compute or Compute(), updates or Updates(), memory or Memory())
         groups: Any = with_fields((*given, about or About()), named, beside=schedules.ASKED_AROUND)
         chosen_compute, self._updates, self._memory, self._about = groups
@@ -135,6 +137,7 @@ class Trainer:
             microbatches=microbatches,
             compute=chosen_compute,
             named=frozenset(named),
+            features_by=features_by,
         )
         if callable(parameters) and are_typed(jax.eval_shape(parameters)):
             parameters = parameters()  # made on a mesh of explicit axes, it is traced on no other

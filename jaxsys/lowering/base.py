@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxsys.axes import ALWAYS, AROUND, RING
+from jaxsys.axes import ALWAYS, AROUND, RING, hops_along
 from jaxsys.context import ContextSplit
 from jaxsys.context.agreed import split_on
 from jaxsys.errors import UsageError
@@ -72,7 +72,8 @@ class Step:
         """XLA options for the jit around `loss_and_gradients`."""
         if self.platform == "cpu":
             return dict(CPU_COMPILER_OPTIONS)
-        return {**gpu_compiler_options(self.mesh), **self.model.gpu_options}
+        options = gpu_compiler_options(self.mesh, hops_along(self.schedule))
+        return {**options, **self.model.gpu_options}
 
     @property
     def platform(self) -> str:
@@ -87,7 +88,8 @@ class Step:
     @cached_property
     def parts(self) -> Parts | None:
         """How several devices compute a block together; None where none do."""
-        return parts_of(self.model.over(self.context), inner_sizes(self.mesh))
+        model = self.model.over(self.context).joined_by(self.schedule.features_by)
+        return parts_of(model, inner_sizes(self.mesh))
 
     @property
     def run_model(self) -> LayeredModel:
@@ -233,7 +235,7 @@ def check_fit(schedule: Schedule, model: LayeredModel, mesh: Mesh) -> None:
             f"mesh axis {RING!r} has {mesh.shape[RING]} devices but schedule {schedule.name} "
             f"has {schedule.devices}"
         )
-    parts_of(model, inner_sizes(mesh))
+    parts_of(model.joined_by(schedule.features_by), inner_sizes(mesh))
     for name, axis in AROUND.items():
         count, ways = getattr(schedule, axis.name), mesh.shape.get(name, 1)
         # Any number of copies may stand around; how sequences lie `context_on` has seen.

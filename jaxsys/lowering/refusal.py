@@ -1,5 +1,6 @@
 """What of a legal schedule is not lowered, and why."""
 
+from jaxsys.axes import DividedAround
 from jaxsys.context import ContextSplit
 from jaxsys.schedule import Data, MoveKind, Placement, Schedule
 from jaxsys.strategies.data_parallel import local_tasks
@@ -41,39 +42,55 @@ def why_not_shared_places(schedule: Schedule) -> str | None:
     )
 
 
-def why_not_cut(schedule: Schedule, split: ContextSplit) -> str | None:
-    """Why no step of a legal schedule cuts its sequences so; None if one does.
+def why_not_cut(schedule: Schedule, split: ContextSplit | None) -> str | None:
+    """Why no step of a legal schedule cuts sequences so, or joins features as it says; None if one
+    does.
 
     Where devices do not all have a task in a tick, those without pass over what it sends. That is
     well for collectives of one place's devices; a hop is one collective of all places.
     """
-    if schedule.placement is Placement.SHARDED or not _hops(split):
+    if schedule.placement is Placement.SHARDED or schedule.devices == 1:
         return None
-    everyone = schedule.devices == 1 or (
-        schedule.placement is Placement.REPLICATED and schedule.microbatches % schedule.devices == 0
-    )
-    if everyone:
-        return None
-    where = "context_by='gather' or 'ulysses'"
-    if schedule.placement is Placement.REPLICATED:
-        return (
-            f"schedule {schedule.name} has microbatches={schedule.microbatches} that do not divide "
-            f"evenly over {schedule.devices} devices, and context_by={split.by!r} has all devices "
-            f"send at once; use a multiple of {schedule.devices}, or {where}"
-        )
-    return f"schedule {schedule.name} {why_not_in_turn(split)}"
+    for said, instead in filter(None, (_hops(split), _features_hop(schedule))):
+        if schedule.placement is not Placement.REPLICATED:
+            return f"schedule {schedule.name} {_not_in_turn(said, instead)}"
+        if schedule.microbatches % schedule.devices:
+            return (
+                f"schedule {schedule.name} has microbatches={schedule.microbatches} that do not "
+                f"divide evenly over {schedule.devices} devices, and {said} has all devices send "
+                f"at once; use a multiple of {schedule.devices}, or {instead}"
+            )
+    return None
 
 
-def why_not_in_turn(split: ContextSplit) -> str | None:
+def why_not_in_turn(split: ContextSplit | None) -> str | None:
     """Why sequences are not cut so in stages or a ring; None if they are."""
-    if not _hops(split):
-        return None
+    hops = _hops(split)
+    return None if hops is None else _not_in_turn(*hops)
+
+
+def why_not_joined_in_turn(parts: DividedAround) -> str | None:
+    """Why features are not joined so in stages or a ring; None if they are."""
+    hops = _features_hop(parts)
+    return None if hops is None else _not_in_turn(*hops)
+
+
+def _not_in_turn(said: str, instead: str) -> str:
     return (
-        f"has devices without a task in some ticks, and context_by={split.by!r} has all devices "
-        "send at once; use context_by='gather' or 'ulysses', or a schedule whose parameters rest "
-        "in shards such as zero-3"
+        f"has devices without a task in some ticks, and {said} has all devices send at once; use "
+        f"{instead}, or a schedule whose parameters rest in shards such as zero-3"
     )
 
 
-def _hops(split: ContextSplit) -> bool:
-    return split.groups > 1 and split.by != "gather"
+def _hops(split: ContextSplit | None) -> tuple[str, str] | None:
+    """(what is sent by hops, what is not in its place); None where nothing is."""
+    if split is None or split.groups == 1 or split.by == "gather":
+        return None
+    return f"context_by={split.by!r}", "context_by='gather' or 'ulysses'"
+
+
+def _features_hop(parts: DividedAround) -> tuple[str, str] | None:
+    """Likewise."""
+    if parts.features_by != "ring":
+        return None
+    return f"features_by={parts.features_by!r}", "features_by='gather'"

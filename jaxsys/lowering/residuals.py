@@ -25,12 +25,13 @@ _CHOICES = (
 )
 _LAYOUT = (
     *("convert_element_type", "reduce_precision", "copy"),
-    *("slice", "concatenate", "pad", "rev", "iota"),
+    *("slice", "dynamic_slice", "concatenate", "pad", "rev", "iota"),
 )
 ELEMENTWISE = frozenset((*_ARITHMETIC, *_CHOICES, *_LAYOUT))
 """Primitives that a compiler fuses into the kernel that reads their result."""
-SENT_AGAIN = frozenset(("all_gather",))
-"""What devices gather from each other is gathered again: each keeps its own part."""
+SENT_AGAIN = frozenset(("all_gather", "ppermute"))
+"""What devices gather from each other is gathered again, be it hop by hop: each keeps its own
+part."""
 
 
 def what_to_keep(jaxpr: Any, wanted: list[Any], given: set[Any]) -> list[Any]:

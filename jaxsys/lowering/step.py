@@ -88,7 +88,7 @@ def lower(
             context=context,
         )
     split = context_on(mesh, model, schedule, context)
-    refused = None if split is None else why_not_cut(schedule, split)
+    refused = why_not_cut(schedule, split)
     if refused is not None:
         raise UsageError(refused)
     check_fit(schedule, model, mesh)

@@ -42,8 +42,13 @@ what `XLA_FLAGS` calls `peer`."""
 
 
 @functools.cache
-def gpu_compiler_options(mesh: Mesh) -> dict[str, Any]:
-    """XLA options for steps on GPUs: those that their compiler knows and that give right values."""
+def gpu_compiler_options(mesh: Mesh, axis: str = RING) -> dict[str, Any]:
+    """XLA options for steps on GPUs: those that their compiler knows and that give right values.
+
+    Args:
+        mesh: what the step runs on.
+        axis: of the mesh, along which the step's permutes go.
+    """
     devices = list(mesh.devices.flat)
     here = [device for device in devices if device.process_index == jax.process_index()]
     device = (here or devices)[0]  # a process compiles for its own; none is, of GPUs elsewhere
@@ -56,8 +61,8 @@ def gpu_compiler_options(mesh: Mesh) -> dict[str, Any]:
         pass
     # Peers are of one host, and only devices that are here can show what arrives.
     together = len(here) == len(devices) and _are_here(devices)
-    if mesh.shape[RING] > 1 and together and peer_access_is_allowed():
-        options |= PEER_COPIES if permutes_rightly(mesh, options | PEER_COPIES) else {}
+    if mesh.shape[axis] > 1 and together and peer_access_is_allowed():
+        options |= PEER_COPIES if permutes_rightly(mesh, options | PEER_COPIES, axis) else {}
     return options
 
 
@@ -81,20 +86,20 @@ def peer_access_is_allowed() -> bool:
     return not disabled and os.environ.get("NCCL_P2P_LEVEL", "").strip().upper() not in ("LOC", "0")
 
 
-def permutes_rightly(mesh: Mesh, compiler_options: Mapping[str, Any]) -> bool:
-    """Whether rings compiled with these options take them, and bring what was sent.
+def permutes_rightly(mesh: Mesh, compiler_options: Mapping[str, Any], axis: str = RING) -> bool:
+    """Whether rings along an axis compiled with these options take them, and bring what was sent.
 
     Three turns of an odd and a large array in two dtypes, so that what arrives is sent on.
     """
-    ring = mesh.shape[RING]
+    ring = mesh.shape[axis]
     onward = [(device, (device + 1) % ring) for device in range(ring)]
 
     def turn(values: list[jax.Array]) -> list[jax.Array]:
         for _ in range(3):
-            values = [lax.ppermute(value, RING, onward) for value in values]
+            values = [lax.ppermute(value, axis, onward) for value in values]
         return values
 
-    cut = PartitionSpec(RING)
+    cut = PartitionSpec(axis)
     run = jax.shard_map(turn, mesh=mesh, in_specs=(cut,), out_specs=cut, check_vma=False)
     random = np.random.default_rng(0)
     sent = [

@@ -10,7 +10,7 @@ float32 inside; the rest computes in the weights' dtype.
 Legend: B batch, T tokens, D width, F feed-forward, N heads, G key/value heads, K head width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -59,6 +59,10 @@ class Held(Protocol):
         """Gate (None where there is none) and up of a feed-forward: [..., D] -> [..., F] each."""
         ...
 
+    def feed(self, x: jax.Array, name: str, between: "Between") -> jax.Array:
+        """A whole feed-forward: up, what is `between`, and down; [..., D] -> [..., D]."""
+        ...
+
     def latent_up(self) -> jax.Array:
         """The matrix that unfolds latent vectors, heads split off: [C, N, P + V]."""
         ...
@@ -82,8 +86,16 @@ class Held(Protocol):
         ...
 
 
+Between = Callable[[jax.Array | None, jax.Array], jax.Array]
+"""(gate or None, up) -> what the last product of a feed-forward multiplies."""
+
+
 class HeldWhole:
     """What nobody shares: every token and every expert is here."""
+
+    def feed(self: "Held", x: jax.Array, name: str, between: Between) -> jax.Array:
+        """All tokens at once."""
+        return self.product(between(*self.up(x, name)), name, "down")
 
     def length(self, x: jax.Array) -> int:
         """All of x."""
@@ -521,9 +533,12 @@ def _head_norm(config: DecoderConfig, held: Held, name: str, heads: jax.Array) -
 
 def _dense(config: DecoderConfig, held: Held, n: jax.Array, name: str) -> jax.Array:
     """Down(act(Gate n) * Up n), or Down(act(Up n)). Shazeer, 2002.05202."""
-    gate, up = held.up(n, name)
-    inner = activation(config.activation, up if gate is None else gate)
-    return held.product(inner if gate is None else inner * up, name, "down")
+
+    def between(gate: jax.Array | None, up: jax.Array) -> jax.Array:
+        inner = activation(config.activation, up if gate is None else gate)
+        return inner if gate is None else inner * up
+
+    return held.feed(n, name, between)
 
 
 def activation(name: Activation, x: jax.Array) -> jax.Array:
@@ -552,6 +567,7 @@ def _latent(config: DecoderConfig) -> Latent:
 
 
 __all__ = [
+    "Between",
     "BoundBlock",
     "Held",
     "HeldTree",

@@ -6,6 +6,7 @@ x = {"residual": [B, T, D], "balance": []}, summed over layers.
 """
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from jaxsys.axes import JOININGS, Joining
 from jaxsys.context import ContextSplit
 from jaxsys.errors import UsageError
 from jaxsys.layered import BlockFunction, Layer, LayeredModel, Parts, PyTree, WithAgain
@@ -87,16 +89,18 @@ class _Asked:
     piece_tokens: int
     implementation: Implementation | None
     float8: Float8 | None
+    features_by: Joining = "gather"
+    """How devices that share features join them."""
 
 
 def _cuttable(config: DecoderConfig, asked: _Asked, context: ContextSplit | None) -> LayeredModel:
     """The model, on whole sequences or a device's pieces of them, that says how it is split."""
 
-    def in_parts(sizes: Mapping[str, int]) -> Parts:
+    def in_parts(sizes: Mapping[str, int], by: Joining = "gather") -> Parts:
         check_parts(config, sizes)
         if context is not None:
             context.check_heads(*attention_heads(config_of_part(config, sizes)))
-        part = _layered(config, asked, sizes, context)
+        part = _layered(config, dataclasses.replace(asked, features_by=by), sizes, context)
         return Parts(model=part, cuts=cuts(config, sizes), whole=model)
 
     def across(split: ContextSplit) -> LayeredModel:
@@ -114,6 +118,7 @@ def _cuttable(config: DecoderConfig, asked: _Asked, context: ContextSplit | None
         model,
         in_parts=in_parts,
         across=across,
+        in_parts_by={by: functools.partial(in_parts, by=by) for by in JOININGS},
         sequences={"inputs": 1, "targets": 1},
         gpu_options={} if asked.float8 is None else GPU_OPTIONS,
     )
@@ -139,7 +144,7 @@ def _layered(
     def block(kind: BlockKind) -> BlockFunction:
         def bind(weights: PyTree) -> BoundBlock:
             if sizes:
-                held = HeldPart(part, weights, sizes, float8)
+                held = HeldPart(part, weights, sizes, float8, asked.features_by)
             else:
                 held = HeldTree(config, weights, float8)
             return BoundBlock(part, kind, held)

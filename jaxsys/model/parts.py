@@ -8,6 +8,9 @@ sequence parallelism, Korthikanti et al., 2205.05198):
     g = all_gather(n)            [B, T, D], before products whose columns are cut
     y = psum_scatter(h W)        [B, T/t, D], after products whose rows are cut
 
+Where pieces go round a ring (`jaxsys.model.joins`) both are hops beside these products. Experts,
+whose rows are sorted, and latent attention, which squeezes whole sequences, gather as above.
+
 Embedding and head are cut over the vocabulary. Along `EXPERT` devices have different sequences and
 share the experts: rows go to their experts' device by all_to_all and come back. As nothing is
 dropped, each pair of devices has room for every row that could go that way.
@@ -28,14 +31,15 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jaxsys.axes import EXPERT, TENSOR
+from jaxsys.axes import EXPERT, TENSOR, Joining
 from jaxsys.errors import UsageError
 from jaxsys.layered import Parameters, PyTree
 from jaxsys.model import experts as mixture
-from jaxsys.model.block import HeldTree
+from jaxsys.model.block import Between, HeldTree
 from jaxsys.model.config import DecoderConfig
 from jaxsys.model.decoder import by_kind, nest
 from jaxsys.model.float8_products import Float8
+from jaxsys.model.joins import JoiningRing, Pieces
 from jaxsys.model.leaves import Leaf, block_leaves, edge_leaves
 
 
@@ -143,9 +147,16 @@ class HeldPart(HeldTree):
         tree: PyTree,
         sizes: Mapping[str, int],
         float8: Float8 | None = None,
+        by: Joining = "gather",
     ) -> None:
+        """
+        Args:
+            by: how the devices of `TENSOR` join what they share; see `jaxsys.model.joins`.
+        """
         super().__init__(config, tree, float8)
         self._ways, self._shares = sizes.get(TENSOR, 1), sizes.get(EXPERT, 1)
+        rings = by == "ring" and self._ways > 1
+        self._ring = JoiningRing(ways=self._ways, axis=TENSOR) if rings else None
 
     def length(self, x: jax.Array) -> int:
         """Of all devices' parts."""
@@ -153,7 +164,12 @@ class HeldPart(HeldTree):
 
     def query_key_value(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Of whole sequences [B, T/t, D], this device's heads."""
-        return super().query_key_value(self._gathered(x))
+        ring, heads = self._ring, super().query_key_value
+        if ring is None:
+            return heads(self._gathered(x))
+        made = [(offset, heads(piece)) for offset, piece in ring.gathered(x)]
+        q, k, v = (ring.in_order({o: three[n] for o, three in made}) for n in range(3))
+        return q, k, v
 
     def heads_out(self, o: jax.Array) -> jax.Array:
         """Heads of this device -> tokens of this device."""
@@ -162,6 +178,15 @@ class HeldPart(HeldTree):
     def up(self, x: jax.Array, name: str) -> tuple[jax.Array | None, jax.Array]:
         """This device's features of whole sequences."""
         return super().up(self._gathered(x), name)
+
+    def feed(self, x: jax.Array, name: str, between: Between) -> jax.Array:
+        """Piece by piece where pieces travel: no order of tokens matters to it. What is shared
+        beside experts is of what was gathered for them."""
+        ring, up = self._ring, super().up
+        if ring is None or name == "shared":
+            return super().feed(x, name, between)
+        inner = {offset: between(*up(piece, name)) for offset, piece in ring.gathered(x)}
+        return self._summed(ring, inner, name, "down")
 
     def product(self, x: jax.Array, *path: str) -> jax.Array:
         """As the matrix is cut. Latent attention squeezes whole sequences on every device."""
@@ -203,8 +228,21 @@ class HeldPart(HeldTree):
         return bias / self._ways if name == "down" else bias
 
     def _row_product(self, x: jax.Array, *path: str) -> jax.Array:
+        if self._ring is not None and path[0] != "shared":
+            return self._summed(self._ring, self._ring.in_pieces(x), *path)
+        return self._biased(self._scattered(self._times(x, self._kernel(*path), *path)), *path)
+
+    def _summed(self, ring: JoiningRing, pieces: Pieces, *path: str) -> jax.Array:
+        """Of every device's piece a product whose rows are cut; the sum over devices of its own."""
+        kernel = self._kernel(*path)
+        made = ring.summed(lambda offset: self._times(pieces[offset], kernel, *path))
+        return self._biased(made, *path)
+
+    def _kernel(self, *path: str) -> jax.Array:
+        return self._tree[path[0]][path[-1]]
+
+    def _biased(self, y: jax.Array, *path: str) -> jax.Array:
         node = self._tree[path[0]]
-        y = self._scattered(self._times(x, node[path[-1]], *path))
         bias = node.get(f"{path[-1]}_bias")
         return y if bias is None else y + bias[None, None]
 

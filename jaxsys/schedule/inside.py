@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from jaxsys.axes import WAYS, DividedAround
+from jaxsys.axes import WAYS, DividedAround, why_not_joined
 from jaxsys.errors import did_you_mean
 
 
@@ -33,6 +33,8 @@ class Carried(StrEnum):
     """Queries, keys and values, or their gradients: each device gives heads and gets tokens."""
     TOKENS = "tokens for heads"
     """Attention's output, or its gradient, on the way back."""
+    PIECES = "pieces of activations"
+    """Of devices that share features: each one's tokens, or sums that its products add to."""
 
 
 class Collective(StrEnum):
@@ -90,7 +92,10 @@ def why_not_shared(by: str, parts: int, exchange: int | None) -> str | None:
 
 
 def why_not_divided(parts: DividedAround) -> str | None:
-    """Likewise of a plan or schedule that says how its devices do."""
+    """Likewise of a plan or schedule that says how its devices do, and how they join features."""
+    joined = why_not_joined(parts)
+    if joined is not None:
+        return joined
     return why_not_shared(parts.context_by, parts.context, parts.context_exchange)
 
 
@@ -133,6 +138,27 @@ def attention_transfers(
         last = Carried.HEADS if backward else Carried.TOKENS
         send(Collective.EXCHANGE, last, end - 1, end)
     return tuple(found)
+
+
+def joining_transfers(ways: int, *, summed: bool) -> tuple[Transfer, ...]:
+    """The transfers of one join of devices that share features, where pieces go round a ring.
+
+    Its work is P products of a piece each. A piece that comes is what the next product reads; a sum
+    leaves when a product has been added to it, and comes while the next one is made.
+
+    Args:
+        ways: P.
+        summed: a sum after products; else a gather before them.
+    """
+    return tuple(
+        Transfer(
+            collective=Collective.HOP,
+            carries=Carried.PIECES,
+            after=step - 1 if summed else -1,
+            before=step + 1 if summed else step,
+        )
+        for step in range(1, ways)
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -103,9 +103,7 @@ class Context(PlannedAxis):
                 yield split.by, {self.name: parts, by: split.by, exchange: split.exchange}
 
     def why_not(self, plan: "Plan") -> str | None:
-        if plan.split is None or plan.owners == 1:
-            return None
-        return why_not_in_turn(plan.split)
+        return None if plan.owners == 1 else why_not_in_turn(plan.split)
 
     def link(self, cluster: "Cluster", plan: "Plan", near: int) -> ContextLinks:
         split = plan.split

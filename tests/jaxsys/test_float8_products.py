@@ -336,7 +336,9 @@ def test_gpus_compile_it_without_the_kernels_that_take_minutes_to_choose(monkeyp
         step = lower(schedule, model, make_mesh(1))
         on_cpu = step.compiler_options
         monkeypatch.setattr(type(step), "platform", "gpu")
-        monkeypatch.setattr("jaxsys.lowering.base.gpu_compiler_options", lambda mesh: {"an": 1})
+        monkeypatch.setattr(
+            "jaxsys.lowering.base.gpu_compiler_options", lambda mesh, axis: {"an": 1}
+        )
         found = step.compiler_options
         monkeypatch.undo()
         return on_cpu, found

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from jaxsys.axes import JOININGS
 from jaxsys.errors import UsageError
 from jaxsys.hardware import device, link
 from jaxsys.model.shapes import preset
@@ -76,10 +77,11 @@ def test_bases_equal_brute_force():
         if r * s * f * p * w != 4:
             continue
         for b, a, t in itertools.product((1, 2), (1, 2, 4), State):
-            for o, k, d, c in orders:
+            for (o, k, d, c), j in itertools.product(orders, JOININGS if f > 1 else ("gather",)):
                 plan = Plan(
                     replicas=r, shard=s, features=f, stages=p, ring=w, microbatch_size=b,
                     lookahead=a, state=t, order=o, backward=k, delay=d, chunks=c, layers=(),
+                    features_by=j,
                 )  # fmt: skip
                 if problem.batch % (r * s * b) == 0 and any(
                     _legal(replace(plan, layers=(path,) * 8), problem) for path in PATHS
@@ -105,6 +107,7 @@ def _legal(plan: Plan, problem: Problem) -> bool:
             or (plan.state is State.SPLIT and plan.shard > 1)
         )
         and _runs(plan, turns)
+        and (plan.features_by == "gather" or owners == 1)
         and (plan.lookahead == 1 or (plan.shard > 1 and plan.state is State.SPLIT))
         and (plain or (plan.state is State.SPLIT and plan.shard > 1))
         and (

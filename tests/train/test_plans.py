@@ -300,7 +300,7 @@ SPLITS = {
     "experts": plan_of("zero-3", experts=2),
     "context": plan_of("zero-3", context=4, context_by="mixed", context_exchange=2),
     "members": plan_of("weipipe-keep", members=2),
-    "features": plan_of("zero-3", features=2),
+    "features": plan_of("zero-3", features=2, features_by="ring"),
 }
 """A plan along each axis that stands around a schedule's devices or within its places."""
 

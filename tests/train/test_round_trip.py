@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxsys.axes import AXES
+from jaxsys.axes import AXES, JOININGS
 from jaxsys.context import WAYS
 from jaxsys.hardware import device, link
 from jaxsys.model import DecoderConfig, initial_parameters, layered
@@ -76,6 +76,7 @@ def bases_of(name: str) -> dict[tuple, list[Plan]]:
     for base in space_of(name).bases():
         ways = (base.replicas, base.experts, base.shard, base.features, base.stages, base.ring)
         ways += (base.context, base.context_by, base.context_exchange, base.members)
+        ways += (base.features_by,)
         found.setdefault(ways, []).append(base)
     return found
 
@@ -154,6 +155,7 @@ def test_what_is_drawn_reaches_every_axis():
     for axis in AXES:
         assert {getattr(plan, axis) for plan in plans} >= {1, 2, 4}, axis
     assert {plan.context_by for plan in plans} == set(WAYS)
+    assert {plan.features_by for plan in plans} == set(JOININGS)
     assert any(plan.context > 1 and plan.owners > 1 for plan in plans)
     assert {path.residual for plan in plans for path in plan.layers} == set(Residual)
 
