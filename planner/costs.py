@@ -380,8 +380,11 @@ def costs_around(
     split = split or Split()
     devices, placement = schedule.devices, schedule.placement
     policies = [recompute] * workload.layers if isinstance(recompute, str) else recompute
-    blocks = [
-        block_cost(
+    pairs = list(zip(workload.blocks, policies, strict=True))
+    # By what they are and not by their value, which takes longer to hash than to cost.
+    different = {(id(block), policy): (block, policy) for block, policy in pairs}
+    costs = {
+        key: block_cost(
             block,
             device,
             activation_bytes=workload.activation_bytes,
@@ -389,8 +392,9 @@ def costs_around(
             recompute=policy,
             split=split,
         )
-        for block, policy in zip(workload.blocks, policies, strict=True)
-    ]
+        for key, (block, policy) in different.items()
+    }
+    blocks = [costs[id(block), policy] for block, policy in pairs]
     # Layers of a stage or ring are stacked in chunks of one length, at rest and in motion; those
     # that the last chunks lack take room and no time.
     alike = placement is not Placement.SHARDED

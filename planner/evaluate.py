@@ -74,6 +74,10 @@ class Evaluator:
         """Estimates one plan, arrays [1]."""
         return self.evaluate(plan, np.array([plan.codes]))
 
+    def least_staged_step_s(self, plan: Plan) -> float:
+        """Seconds that a step of such a plan does not come below, found much faster."""
+        return self._owned.least_step_s(plan)
+
     def staged_step_s(self, plan: Plan) -> float:
         """Seconds of a step of a plan whose layers rest on owners; its memory takes longer."""
         return self._owned.step_s(plan)

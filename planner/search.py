@@ -14,6 +14,7 @@ an anytime best:
 No strategy is named or special anywhere in it.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -298,7 +299,8 @@ class _Search:
         """The best plan of a common part with all layers on one path; None if it is too slow.
 
         Layers that rest on owners take a step of their own for every path, and what they hold takes
-        longer to find than their time: so that comes first, of what keeps most and is fastest.
+        longer to find than their time: so that comes first, of what keeps most and is fastest, and
+        before it what no step of such a schedule takes less than.
         """
         key = replace(base, layers=())
         options = self.space.codes_of(base)
@@ -307,7 +309,8 @@ class _Search:
         if base.owners > 1:
             first = replace(base, layers=tuple(PATHS[code] for code in rows[0]))
             too_slow = self.best is not None and (
-                self.evaluator.staged_step_s(first) >= self.best.potential
+                self.evaluator.least_staged_step_s(first) >= self.best.potential
+                or self.evaluator.staged_step_s(first) >= self.best.potential
             )
             if too_slow:
                 self.skipped += 1
@@ -400,17 +403,32 @@ class _Search:
     def refine(self) -> None:
         promising = sorted(self.by_base().values(), key=lambda f: f.potential)
         chosen = [f for f in promising if not f.plan.recomputes_alike][: self.effort.refine]
+        searches: list[tuple[Found, Iterator[Found]]] = []
+        # What a descent finds of each comes first, so that those most is spent on are the best.
         for index, found in enumerate(chosen):
-            assert self.best is not None
-            if self.late:
-                return
-            if self.bound(found.plan) >= self.best.potential * (1 - self.effort.tolerance):
+            if self.late or self.ruled_out(found):
                 continue
             options = self.space.codes_of(found.plan)
             assert options is not None
-            for better in _LayerSearch(self, found, options).run():
-                self.seen[replace(better.plan, layers=())] = better
-                self.note(better, "layers", index, len(chosen))
+            search = _LayerSearch(self, found, options).run()
+            for better in itertools.islice(search, 1):
+                self.note_layers(better, index, len(chosen))
+                searches.append((better, search))
+        for index, (found, search) in enumerate(sorted(searches, key=lambda one: one[0].rank)):
+            if self.late or self.ruled_out(found):
+                continue
+            for better in search:
+                self.note_layers(better, index, len(searches))
+
+    def ruled_out(self, found: Found) -> bool:
+        """Whether nothing that is better enough has its common part."""
+        assert self.best is not None
+        return self.bound(found.plan) >= self.best.potential * (1 - self.effort.tolerance)
+
+    def note_layers(self, better: Found, done: int, total: int) -> None:
+        """Notes a common part's better plan."""
+        self.seen[replace(better.plan, layers=())] = better
+        self.note(better, "layers", done, total)
 
 
 class _LayerSearch:

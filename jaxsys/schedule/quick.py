@@ -150,9 +150,9 @@ class _Run:
     def __init__(self, quick: QuickSchedule, costs: Costs, link: Link) -> None:
         p = quick.devices
         self.quick, self.costs, self.link = quick, costs, link
-        self.work_s = _work_s(costs, quick.chunks)
-        self.around = _around(costs, quick.chunks)
-        self.size = _sizes(costs, quick.chunks)
+        self.work_s = work_seconds(costs, quick.chunks)
+        self.around = around_s(costs, quick.chunks)
+        self.size = sizes_of(costs, quick.chunks)
         self.transfer_s = [[link.transfer_s(one) for one in row] for row in self.size]
         self.head = [costs.before_s] * p
         self.send_free, self.receive_free = [0.0] * p, [0.0] * p
@@ -279,7 +279,7 @@ class _Moment:
         return all(abs(a - b) <= close for a, b in zip(self.seen, other.seen, strict=True))
 
 
-def _around(costs: Costs, chunks: int) -> list[list[tuple[float, float, float]]] | None:
+def around_s(costs: Costs, chunks: int) -> list[list[tuple[float, float, float]]] | None:
     """[kind][chunk], see `Costs.around`; None where no place has members."""
     if not any(_each(costs.join_s, 1) + _each(costs.cut_s, 1)):
         return None
@@ -292,7 +292,7 @@ def _around(costs: Costs, chunks: int) -> list[list[tuple[float, float, float]]]
     ]
 
 
-def _work_s(costs: Costs, chunks: int) -> list[list[float]]:
+def work_seconds(costs: Costs, chunks: int) -> list[list[float]]:
     """[kind][chunk]"""
     rows = []
     for kind, one in zip(
@@ -335,7 +335,7 @@ class QuickMemory:
 
     def alive_bytes(self, costs: Costs) -> float:
         """The most that any device has alive of the schedule's data, static bytes not included."""
-        size = np.array(_sizes(costs, self.chunks))[self.data, self.chunk]
+        size = np.array(sizes_of(costs, self.chunks))[self.data, self.chunk]
         width = self.ticks + 2
         places = self.devices * width
         change = np.bincount(self.device * width + self.first, weights=size, minlength=places)
@@ -344,7 +344,7 @@ class QuickMemory:
         return float(live.max(initial=0.0))
 
 
-def _sizes(costs: Costs, chunks: int) -> list[list[float]]:
+def sizes_of(costs: Costs, chunks: int) -> list[list[float]]:
     """[data][chunk]; an activation may be one past the last chunk, the head's."""
     return [
         _each(one, chunks + 1)

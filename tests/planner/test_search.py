@@ -13,7 +13,7 @@ from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.constraints import Conflict
 from jaxsys.planner.costs import Precision
 from jaxsys.planner.evaluate import Evaluator
-from jaxsys.planner.plans import Plan, data_parallel_plan
+from jaxsys.planner.plans import PATHS, Plan, data_parallel_plan
 from jaxsys.planner.problem import Problem
 from jaxsys.planner.search import Effort, _Search, _uniform, exhaustive, search
 from jaxsys.planner.space import Space
@@ -147,6 +147,10 @@ def test_no_plan_is_faster_than_the_bound_that_rules_it_out(layers, turns):
         assert options is not None
         times = outer.evaluator.evaluate(base, _uniform(base, options)).step_s
         assert times.min() >= outer.bound(base) * (1 - 1e-9), base
+        if base.owners > 1:
+            for row, time_s in zip(_uniform(base, options), times, strict=True):
+                plan = replace(base, layers=tuple(PATHS[code] for code in row))
+                assert time_s >= Evaluator(problem).least_staged_step_s(plan), plan
 
 
 def test_stages_that_do_not_divide_the_layers_win_where_they_should():
