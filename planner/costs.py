@@ -73,6 +73,10 @@ class BlockCost:
     """Held only while the block's B runs: what recompute brings back among it."""
     split_work_bytes: float
     """The same where B may be cut into I and W."""
+    freeing_bytes: float
+    """The same where B is given what it frees as it goes."""
+    forward_bytes: float
+    """Held only while the block's F runs."""
     sent_bytes: float
     """Sent by F and B together to join split features, experts and sequences."""
     join_s: float = 0.0
@@ -109,6 +113,8 @@ class Frame:
     """Copies of embedding and head, all step long."""
     edge_sum_bytes: float
     """Sums of their gradients, likewise."""
+    head_sum_bytes: float
+    """Of these the head's."""
     rest_bytes: float
     """Master weights and moments."""
     sent_bytes: float
@@ -199,6 +205,8 @@ def block_cost(
         tap_bytes=part(memory.tap),
         work_bytes=part(memory.work) + joined_bytes + in_place,
         split_work_bytes=part(memory.most_work) + joined_bytes + in_place,
+        freeing_bytes=part(memory.freeing_work) + joined_bytes + in_place,
+        forward_bytes=part(memory.forward) + joined_bytes,
         sent_bytes=joined.sent_bytes,
         join_s=joined.time_s,
         # Attention is drawn in the middle of its block, which is about where it is.
@@ -287,6 +295,7 @@ def frame(
         update_s=UPDATE_PASSES * 4 * parameters / share / device.memory_bytes_per_s,
         edge_bytes=edge_parameters * weight,
         edge_sum_bytes=edge_parameters * gradient,
+        head_sum_bytes=workload.edge.read_by_head / edge_ways * gradient,
         rest_bytes=precision.rest_bytes * parameters / share,
         sent_bytes=sent,
     )
@@ -474,6 +483,9 @@ def costs_around(
         block=max(cost.work_bytes for cost in blocks),
         head=head_held_bytes(workload, between),
         split_block=max(cost.split_work_bytes for cost in blocks),
+        freeing=[max((blocks[i].freeing_bytes for i in part), default=0.0) for part in parts],
+        forward=[max((blocks[i].forward_bytes for i in part), default=0.0) for part in parts],
+        head_sums=around.head_sum_bytes,
     )
     return costs_of_step, held
 

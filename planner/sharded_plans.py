@@ -82,6 +82,8 @@ class ShardedEvaluator:
         self.gradient_bytes = np.array([c.gradient_bytes for c in keep])
         self.residual_bytes = np.array([[c.residual_bytes for c in row] for row in costs])
         self.work_bytes = np.array([[c.work_bytes for c in row] for row in costs])
+        self.freeing_bytes = np.array([[c.freeing_bytes for c in row] for row in costs])
+        self.forward_bytes = np.array([[c.forward_bytes for c in row] for row in costs])
         self.joined_bytes = np.array([[c.sent_bytes for c in row] for row in costs])
         self.join_s = np.array([[c.join_s for c in row] for row in costs])
         between = parts_of_block(base) if workload.splits_between else 1
@@ -112,7 +114,8 @@ class ShardedEvaluator:
         # A CPU, which has no such kernel, runs loops that have all reduced sums from the start.
         written_out = problem.lowered and problem.cluster.slowest.fused_attention
         self.growing = written_out and not self.whole and self.turns == 1
-        """Whether shards of sums come one after another, each once."""
+        """Whether shards of sums come one after another, each once: see `_single_turn` of
+        `jaxsys.lowering.memory`."""
         self.tabled = problem.lowered and self.whole
         if self.tabled:  # slots are each device's own: two stand for any number
             some = min(base.shard, 2)
@@ -279,7 +282,8 @@ class ShardedEvaluator:
         """The tick at which one plan, codes [L], holds most, and by how much it overflows."""
         row = codes[None]
         peak = self.evaluate(row).peak_bytes[0]
-        return int((self._choices(row) @ self.occupancy)[0].argmax()), peak - memory_bytes
+        held = (self._choices(row) @ self.occupancy)[0] + self.beside
+        return int(held.argmax()), peak - memory_bytes
 
     def live_at(self, codes: np.ndarray, tick: int) -> np.ndarray:
         """MiB [B] that plans' layers hold in one tick."""
@@ -318,13 +322,9 @@ class ShardedEvaluator:
             ]
             return np.array(rows).sum(1)
         # One product gives the live bytes of every plan at every tick, in units of 2**20.
-        moving = (self._choices(codes) @ self.occupancy).max(1) * 2**20
+        moving = (self._choices(codes) @ self.occupancy + self.beside).max(1) * 2**20
         frame = self.frame
-        sums = frame.edge_sum_bytes
-        if self.growing:
-            task = np.maximum(work + sums, self.workspace_bytes + frame.edge_bytes)
-        else:
-            task = frame.edge_bytes + sums + np.maximum(self.workspace_bytes, work)
+        task = frame.edge_bytes + frame.edge_sum_bytes + np.maximum(self.workspace_bytes, work)
         held = np.zeros(plans)
         if not self.whole:
             again = (weights != _STAY) & ((self.turns > 1) | (weights != _WITHIN))
@@ -332,7 +332,7 @@ class ShardedEvaluator:
             if not self.growing:
                 every = (gradients != _ONCE) | (self.turns == 1)
                 held += (every * self.gradient_bytes).sum(1) / self.devices
-        return frame.rest_bytes + held + task + moving
+        return frame.rest_bytes + held + moving + (0.0 if self.growing else task)
 
     def _plans(self, codes: np.ndarray) -> list[Plan]:
         return [replace(self.base, layers=tuple(PATHS[code] for code in row)) for row in codes]
@@ -397,7 +397,9 @@ class ShardedEvaluator:
     def occupancy(self) -> np.ndarray:
         """float64 [L * CHOICES, T]: MiB that each choice of each layer holds in each tick.
 
-        Memory repeats itself from the second microbatch on, so three stand for all.
+        Memory repeats itself from the second microbatch on, so three stand for all. Of a single
+        microbatch what tasks hold is in it, and three ticks are added: the loss, and what is there
+        after the last F and the last B.
         """
         layers, ahead = self.layers, self.lookahead
         turns = min(self.turns, 3)
@@ -416,7 +418,9 @@ class ShardedEvaluator:
         passed = np.full(layers, self.activation_bytes)
         last_backward = 2 * layers * turns - 1 - layer
         hold(_STAY, 0 if self.whole else layer - ahead, last_backward, weight)
-        hold(4 + _ONCE, 2 * layers - 1 - layer, last_backward + ahead, gradient)
+        # Of a single microbatch it is among what its task holds in the tick in which it is made.
+        late = int(self.growing)
+        hold(4 + _ONCE, 2 * layers - 1 - layer + late, last_backward + ahead, gradient)
         for turn in range(turns):
             forward = 2 * layers * turn + layer
             backward = 2 * layers * (turn + 1) - 1 - layer
@@ -428,19 +432,43 @@ class ShardedEvaluator:
             if turn == 0:
                 hold(_BETWEEN, forward - ahead, forward, weight)
             hold(_BETWEEN, backward - ahead, backward if last else following, weight)
-            hold(4 + _EACH, backward, backward + ahead, gradient)
+            hold(4 + _EACH, backward + late, backward + ahead, gradient)
             until = backward + ahead if last else following + ahead - 1
-            hold(4 + _DEFERRED, backward, until, gradient)
+            hold(4 + _DEFERRED, backward + late, until, gradient)
             for choice in (_ONCE, _EACH, _DEFERRED) if self.growing else ():
                 hold(4 + choice, backward + 1, np.full(layers, ticks), gradient / self.devices)
             for choice in range(len(_RESIDUALS)):
                 hold(7 + choice, forward, backward, self.residual_bytes[choice])
                 # What passes on to the next layer and back, whatever is chosen.
                 hold(7 + choice, forward, forward + 1, passed)
-                made = backward + self.growing  # in its own tick it is among what the task holds
-                hold(7 + choice, made, backward + 1, np.where(layer > 0, passed, 0.0))
+                hold(7 + choice, backward + late, backward + 1, np.where(layer > 0, passed, 0.0))
         live = np.cumsum(change, axis=2)[:, :, :ticks]
-        return (live / 2**20).reshape(layers * CHOICES, ticks)
+        if self.growing:
+            last, end = layers - 1, 2 * layers - 1
+            made = np.zeros((layers, CHOICES))  # by the very last task
+            made[0, 4 : 4 + len(_GRADIENTS)] = gradient[0]
+            more = np.stack([live[:, :, layers], live[:, :, last], live[:, :, end] + made], axis=2)
+            results = gradient + np.where(layer > 0, passed, 0.0)
+            for choice in range(len(_RESIDUALS)):
+                live[layer, 7 + choice, layer] += self.forward_bytes[choice]
+                task = np.maximum(self.freeing_bytes[choice], results)
+                live[layer, 7 + choice, end - layer] += task
+            live = np.concatenate([live, more], axis=2)
+        return (live / 2**20).reshape(layers * CHOICES, -1)
+
+    @cached_property
+    def beside(self) -> np.ndarray:
+        """MiB [T] beside that of every plan: of a single microbatch the edge's, in the end none."""
+        if not self.growing:
+            return np.zeros(self.occupancy.shape[1])
+        frame, layers = self.frame, self.layers
+        held = np.full(self.occupancy.shape[1], frame.head_sum_bytes)
+        held[:layers] = frame.edge_bytes
+        held[2 * layers : -3] = 0.0
+        held[-3] = frame.edge_bytes + self.workspace_bytes
+        held[-2] = frame.edge_bytes
+        held[-1] = frame.edge_sum_bytes
+        return held / 2**20
 
 
 def _transfer(

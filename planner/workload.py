@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxsys.axes import AROUND
+from jaxsys.axes import AROUND, AXES
 from jaxsys.context import WAYS, ContextSplit, Way, splits_of
 from jaxsys.errors import UsageError, did_you_mean
 from jaxsys.layered import (
@@ -43,7 +43,7 @@ from jaxsys.model.config import DecoderConfig
 from jaxsys.model.contract import attended, attention_heads, attention_widths, products
 from jaxsys.model.kinds import BlockKind
 from jaxsys.model.leaves import Leaf, block_leaves
-from jaxsys.model.parts import ways_to_cut
+from jaxsys.model.parts import ways_to_cut, why_not_cut
 from jaxsys.planner.sharing import SharedSequences
 
 PLANNED_RECOMPUTE: tuple[Recompute, ...] = tuple(
@@ -203,6 +203,13 @@ class EdgeWork:
     """What the head and the loss hold at their peak."""
     trace: Callable[[], float] | None = None
     """Finds that when it is asked for."""
+    head_parameters: float | None = None
+    """Of the parameters those that head and loss read; all, if not given."""
+
+    @property
+    def read_by_head(self) -> float:
+        """Parameters that head and loss read."""
+        return self.parameters if self.head_parameters is None else self.head_parameters
 
     @property
     def held_bytes(self) -> float:
@@ -251,6 +258,9 @@ class Workload:
     ways: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Axis along which a block itself is split -> over how many devices: the legal counts, where
     there are more than one."""
+    unshared: Mapping[str, str] = field(default_factory=dict)
+    """Such an axis -> why no devices share its blocks along it, where the model says more than
+    nothing."""
     splits_between: bool = True
     """Whether split features also cut embedding and head, and the sequence between blocks."""
     sharing: Sharing | None = None
@@ -417,6 +427,7 @@ def decoder_workload(
         blocks=blocks,
         edge=EdgeWork(
             parameters=c.edge_parameter_count(),
+            head_parameters=c.head_parameter_count(),
             # The loss is computed with its gradient, in B.
             backward_flops=3 * head,
             workspace_bytes=head_held() if context is None else 0.0,
@@ -428,6 +439,7 @@ def decoder_workload(
         + 3 * head,
         matrices=tuple(matrices),
         ways=ways_of(c, sequence_length),
+        unshared=unshared_of(c, sequence_length),
         sharing=_sharing(c, sequence_length, fused_attention, shortest_piece),
         part_of=functools.lru_cache(maxsize=None)(
             lambda split: decoder_workload(
@@ -493,6 +505,16 @@ def ways_of(config: DecoderConfig, sequence_length: int) -> dict[str, tuple[int,
     for name, counts in ways_to_cut(config).items():
         axis = AROUND[name]
         found[axis.name] = tuple(n for n in counts if not axis.within or sequence_length % n == 0)
+    return found
+
+
+def unshared_of(config: DecoderConfig, sequence_length: int) -> dict[str, str]:
+    """Axis -> why no devices share a decoder's blocks along it, of those where that is so."""
+    found = {}
+    for name, counts in ways_of(config, sequence_length).items():
+        if counts == (1,):
+            why = why_not_cut(config, {str(AXES[name].mesh): 2})
+            found[name] = why or f"2 does not divide sequence_length={sequence_length}"
     return found
 
 
@@ -616,7 +638,7 @@ def _kept_by_name(
     again = sum(width[leaf.path[-1]] for leaf in _made_again(config, kind, kept))
     again += 0.0 if ATTENTION in kept else width[ATTENTION]
     whole = dict(traced)["selective"]
-    found = replace(whole, residual=residual, work=whole.work + bfloat16 * again)
+    found = replace(whole, residual=residual, work=whole.work + bfloat16 * again, freeing=None)
     return tuple((name, found if name == "selective" else one) for name, one in traced)
 
 

@@ -32,6 +32,7 @@ from jaxsys.lowering.memory import (
     Around,
     block_bytes,
     head_bytes,
+    head_sum_bytes,
     longest_block_bytes,
     longest_layer_bytes,
     sharded_peak_bytes,
@@ -197,6 +198,9 @@ def _step_bytes(step: StepShape) -> float:
         edge_sums=tree_bytes(floats(edge), step.gradient_dtype),
         block=max(each.work for each in found.values()) + again + in_place,
         head=head_bytes(model, edge, x, microbatch),
+        freeing=[max((found[pairs[i]].freeing_work for i in p), default=0.0) for p in parts],
+        forward=[max((found[pairs[i]].forward for i in p), default=0.0) for p in parts],
+        head_sums=head_sum_bytes(model, edge, x, microbatch, step.gradient_dtype),
     )
     live = check(schedule)
     if sharded:

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jaxsys.errors import UsageError
 from jaxsys.layered import ALIKE, Layer, LayeredModel, PyTree, form_of
 
+from .jaxprs import inlined, is_literal, slice_of
+
 Leaves = list[Any]
 """Arrays, or shapes and dtypes."""
 
@@ -175,6 +177,18 @@ def head_back(
     loss, vjp, found = jax.vjp(of_floats, floats(edge), floats(x), has_aux=True)
     d_edge, dx = vjp(jnp.ones_like(loss))
     return found, d_edge, dx
+
+
+def read_by_head(flat: FlatModel, edge: PyTree, x: Leaves, microbatch: PyTree) -> list[bool]:
+    """Of each of edge's floats whether head and loss read it; arguments may be shapes."""
+
+    def score(edge_floats: Leaves, x: Leaves, microbatch: PyTree) -> Any:
+        return flat.head(with_floats(edge, edge_floats), x, microbatch)
+
+    jaxpr = inlined(jax.make_jaxpr(score)(floats(edge), x, microbatch)).jaxpr
+    needed = slice_of(jaxpr, [v for v in jaxpr.outvars if not is_literal(v)])
+    read = {v for equation in needed for v in equation.invars if not is_literal(v)}
+    return [v in read for v in jaxpr.invars[: len(floats(edge))]]
 
 
 def is_float(leaf: Any) -> bool:

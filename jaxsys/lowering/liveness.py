@@ -6,7 +6,9 @@ counted, and what is read for the last time by a loop or an elementwise operatio
 the result.
 """
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,37 +20,58 @@ from .residuals import ELEMENTWISE
 LOOPS = ("scan", "while")
 BARRIER = "optimization_barrier"
 """Its results are what it is given, once all of that is there."""
+SENT = ("all_to_all", "ppermute", "all_gather", "psum_scatter", "reduce_scatter")
+"""What devices send each other while they compute."""
 KERNELS = ("pallas_call", "core_map", "custom_call", "ffi_call", "triton_kernel_call")
 """Their bodies work in a chip's registers and shared memory."""
 
 
-def peak_bytes(function: Callable[..., Any], *args: Any) -> float:
+def peak_bytes(function: Callable[..., Any], *args: Any, freed: Collection[int] = ()) -> float:
     """The most that `function` holds besides its arguments, results included.
 
     Args:
         function: a traceable function.
         *args: arrays, or shapes and dtypes.
+        freed: the places of arguments whose arrays are gone once they have been read for the last
+            time; others are there all along.
     """
-    return float(_peak(inlined(jax.make_jaxpr(function)(*args)).jaxpr))
+    jaxpr = inlined(jax.make_jaxpr(function)(*args)).jaxpr
+    inputs = iter(jaxpr.invars)
+    given = [
+        variable
+        for place, argument in enumerate(args)
+        for variable in itertools.islice(inputs, len(jax.tree.leaves(argument)))
+        if place in freed
+    ]
+    return float(_peak(jaxpr, given) - sum(map(bytes_of, given)))
 
 
-def _peak(jaxpr: Any) -> int:
+def _peak(jaxpr: Any, given: Sequence[Any] = ()) -> int:
+    """What it holds, of its inputs those `given`."""
     kernels = _kernels(jaxpr)
-    last = {v: index for index, (_, read) in enumerate(kernels) for v in read}
+    reads = [(index, v) for index, (_, read) in enumerate(kernels) for v in read]
+    first = {v: index for index, v in reversed(reads)}
+    last = {v: index for index, v in reads}
+    for equation, read in kernels:
+        if equation.primitive.name in SENT:
+            until = max((first[v] for v in equation.outvars if v in first), default=0)
+            last |= {v: max(last[v], until) for v in read}
     last |= dict.fromkeys(_results(jaxpr, kernels), len(kernels))
-    held: dict[Any, int] = {}
-    most = 0
+    ends: dict[int, list[Any]] = defaultdict(list)
+    for variable, index in last.items():
+        ends[index].append(variable)
+    held: dict[Any, int] = {v: bytes_of(v) for v in given}
+    most = sum(held.values())
     for index, (equation, read) in enumerate(kernels):
-        dying = [v for v in read if last[v] == index and v in held]
         if equation.primitive.name in ELEMENTWISE or equation.primitive.name in LOOPS:
-            for variable in dying:
-                del held[variable]
+            for variable in read.intersection(ends[index]):
+                held.pop(variable, None)
         held |= {v: bytes_of(v) for v in equation.outvars}
         inside = max((_peak(body) for body in _bodies(equation)), default=0)
         most = max(most, sum(held.values()) + inside)
-        for variable in [*dying, *equation.outvars]:
-            if last.get(variable, index) <= index:
-                held.pop(variable, None)
+        unread = (v for v in equation.outvars if last.get(v, index) <= index)
+        for variable in (*ends[index], *unread):
+            held.pop(variable, None)
     return most
 
 
@@ -58,7 +81,8 @@ def _kernels(jaxpr: Any) -> list[tuple[Any, set[Any]]]:
     for equation in reversed(jaxpr.eqns):
         name = equation.primitive.name
         passes_on = name in VIEWS and any(v in written for v in equation.outvars)
-        fuses = name in ELEMENTWISE or name in VIEWS or name.startswith("reduce_")
+        reduces = name.startswith("reduce_") and name not in SENT
+        fuses = name in ELEMENTWISE or name in VIEWS or reduces
         if passes_on or not fuses:
             written.update(v for v in equation.invars if not is_literal(v))
     made_from: dict[Any, set[Any]] = {v: {v} for v in [*jaxpr.invars, *jaxpr.constvars]}

@@ -8,7 +8,7 @@ what is alive, written out or nearly so in loops.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,11 +17,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsys.layered import ALIKE, LayeredModel, PyTree, WithAgain
-from jaxsys.schedule import Block, Costs, Data, MoveKind, Placement, Schedule, Trace
+from jaxsys.schedule import (
+    Block,
+    Costs,
+    Data,
+    MoveKind,
+    Placement,
+    Schedule,
+    TaskKind,
+    Trace,
+    alive_bytes,
+)
 from jaxsys.schedule.simulate import alive_by_tick
 
 from .apart import RESIDUALS, lie_apart
-from .flat import Leaves, flat_of, floats, head_back
+from .flat import Leaves, flat_of, floats, head_back, read_by_head
 from .kinds import Shared
 from .liveness import peak_bytes
 from .programs import INDEX, MADE_AGAIN, BlockProgram, Recompute, block_program
@@ -44,11 +54,21 @@ class BlockBytes:
     """The most that its backward pass holds beside what it is given."""
     split_work: float | None = None
     """The same where it is cut into I and W; None: as much."""
+    freeing: float | None = None
+    """`work` where what it keeps and the cotangent are gone once they have been read for the last
+    time, and not at the end; None: as much."""
+    forward: float = 0.0
+    """The most that its forward pass holds beside what it is given, keeps and returns."""
 
     @property
     def most_work(self) -> float:
         """What its backward pass holds, cut or not."""
         return max(self.work, self.split_work or 0.0)
+
+    @property
+    def freeing_work(self) -> float:
+        """What its backward pass holds beside the whole of what it is given, if it frees that."""
+        return self.work if self.freeing is None else self.freeing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +87,12 @@ class Around:
     """The most that head and loss hold, forward and backward."""
     split_block: Size = 0.0
     """`block` where backward passes are cut into I and W, if it is more."""
+    freeing: Sequence[float] = ()
+    """By chunk, `block` of a backward pass that frees what it is given, see `BlockBytes`."""
+    forward: Sequence[float] = ()
+    """By chunk, the most that a block's forward pass holds beside what it is given and makes."""
+    head_sums: Size = 0.0
+    """Of the sums of the edge's gradients those of what the head reads."""
 
 
 def tree_bytes(tree: PyTree, dtype: Any = None) -> float:
@@ -100,13 +126,12 @@ def block_bytes(
         split: whether backward may be cut into I and W; there are no taps otherwise.
         kind: of the block.
     """
-    residuals, taps, work = _traced(model, layer, x, microbatch, policy, split, kind)
-    found = BlockBytes(residual=tree_bytes(residuals), tap=tree_bytes(taps), work=work)
-    block = model.kinds[kind]
+    found = _traced(model, layer, x, microbatch, policy, split, kind)
+    block, held = model.kinds[kind], found.bytes
     if not (split and policy in MADE_AGAIN and isinstance(block, WithAgain) and block.differ(x)):
-        return found
-    *_, whole = _traced(model, layer, x, microbatch, policy, False, kind)
-    return replace(found, work=whole, split_work=work)
+        return held
+    whole = _traced(model, layer, x, microbatch, policy, False, kind).bytes
+    return replace(whole, residual=held.residual, tap=held.tap, split_work=held.work)
 
 
 def longest_block_bytes(
@@ -133,9 +158,9 @@ def longest_block_bytes(
         for kind, layer in layers.items()
     }
     return BlockBytes(
-        residual=tree_bytes(Shared({kind: each[0] for kind, each in found.items()}).specs),
-        tap=tree_bytes(Shared({kind: each[1] for kind, each in found.items()}).specs),
-        work=max(work for _, _, work in found.values()),
+        residual=tree_bytes(Shared({kind: each.residuals for kind, each in found.items()}).specs),
+        tap=tree_bytes(Shared({kind: each.taps for kind, each in found.items()}).specs),
+        work=max(each.bytes.work for each in found.values()),
     )
 
 
@@ -151,6 +176,15 @@ def longest_layer_bytes(layers: Mapping[str, PyTree]) -> tuple[float, float]:
     return whole, float(sum(n for dtype, n in rows.items() if jnp.issubdtype(dtype, jnp.floating)))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Traced:
+    """What a block keeps, leaf by leaf, and holds."""
+
+    residuals: Leaves
+    taps: Leaves
+    bytes: BlockBytes
+
+
 def _traced(
     model: LayeredModel,
     layer: PyTree,
@@ -159,13 +193,25 @@ def _traced(
     policy: Recompute,
     split: bool,
     kind: str,
-) -> tuple[Leaves, Leaves, float]:
-    """Residuals, taps, and the bytes that backward holds."""
+) -> _Traced:
     inner: Recompute = "none" if policy == "chunk" else policy
     found: BlockProgram = block_program(model, layer, x, microbatch, inner, kind, split=split)
     backward = found.backward, layer, found.residuals, floats(x), microbatch, INDEX
     taps = split_backward(*backward).taps if split else []
-    return found.residuals, taps, peak_bytes(*backward)
+    leaves = jax.tree.leaves(x)
+    made = found.forward, layer, leaves, microbatch, INDEX
+    returned = tree_bytes(jax.eval_shape(*made))
+    return _Traced(
+        residuals=found.residuals,
+        taps=taps,
+        bytes=BlockBytes(
+            residual=tree_bytes(found.residuals),
+            tap=tree_bytes(taps),
+            work=peak_bytes(*backward),
+            freeing=peak_bytes(*backward, freed=(1, 2)),  # residuals and the cotangent
+            forward=max(0.0, peak_bytes(*made) - returned),
+        ),
+    )
 
 
 def head_bytes(model: LayeredModel, edge: PyTree, x: PyTree, microbatch: PyTree) -> float:
@@ -173,6 +219,15 @@ def head_bytes(model: LayeredModel, edge: PyTree, x: PyTree, microbatch: PyTree)
 
     flat = flat_of(model, x)
     return peak_bytes(lambda e, v, m: head_back(flat, e, v, m)[1:], edge, flat.x, microbatch)
+
+
+def head_sum_bytes(
+    model: LayeredModel, edge: PyTree, x: PyTree, microbatch: PyTree, dtype: Any
+) -> float:
+    """Of the edge's floats those that head and loss read, in the dtype that sums have."""
+    flat = flat_of(model, x)
+    read = read_by_head(flat, edge, flat.x, microbatch)
+    return tree_bytes([leaf for leaf, mine in zip(floats(edge), read, strict=True) if mine], dtype)
 
 
 def tabled_bytes(
@@ -249,8 +304,6 @@ def sharded_peak_bytes(
         looped: chunks that are alike are a loop, whose reduced sums have their room all along.
     """
     group = group or schedule.devices
-    # One turn reduces every sum once, when residuals of later chunks are gone. Copies of the edge's
-    # weights are gone when blocks are gone back through, and none of its sums is there before.
     turns = schedule.microbatches // schedule.devices
     growing = schedule.microbatches == schedule.devices and not looped
     counts = Counter((move.kind, move.block.chunk) for move in schedule.moves)
@@ -264,38 +317,53 @@ def sharded_peak_bytes(
         )
         for chunk in range(schedule.chunks)
     )
-    alive = max(
-        max(row)
-        for row in (
-            _with_shards(schedule, costs, found, device, group if growing else None)
+    if growing:
+        alive = max(
+            _single_turn(schedule, costs, around, found, device, group)
             for device in range(schedule.devices)
         )
-    )
-    if growing:
-        task = max(around.block + around.edge_sums, around.head + around.edge)
-    else:
-        task = around.edge + around.edge_sums + max(around.block, around.head)
+        return around.rest + shards + alive
+    alive = max(alive_bytes(schedule, costs, found))
+    task = around.edge + around.edge_sums + max(around.block, around.head)
     return around.rest + shards + task + alive
 
 
-def _with_shards(
-    schedule: Schedule, costs: Costs, found: Trace, device: int, group: int | None
-) -> list[float]:
-    """What a device has alive in every tick.
+def _single_turn(
+    schedule: Schedule, costs: Costs, around: Around, found: Trace, device: int, group: int
+) -> float:
+    """The most that a device holds beside what rests, where it has a single microbatch.
 
-    With a `group` shards of sums since their B too, and of a tick's own cotangent nothing, which is
-    among what its task holds.
+    Every sum is reduced once, when residuals of later chunks are gone. Copies of the edge's weights
+    are gone when blocks are gone back through, and of its sums those of the head alone are there.
+    A backward pass frees what it is given as it goes; what it makes, the gradient and the
+    cotangent, is among what it holds.
     """
     rows = [sum(tick.values()) for tick in alive_by_tick(schedule, costs, found, device)]
-    if group is not None:
-        for copy in found.on_device(device):
-            size = costs.block_bytes(copy.block)
-            if copy.block.data is Data.COTANGENT and copy.made_at < len(rows):
-                rows[copy.made_at] -= size
-            if copy.block.data is Data.GRADIENT:
-                for tick in range(copy.made_at + 1, len(rows)):
-                    rows[tick] += size / group
-    return rows
+    rows += [0.0] * (schedule.ticks - len(rows))
+    made = [0.0] * len(rows)
+    for copy in found.on_device(device):
+        size = costs.block_bytes(copy.block)
+        if copy.block.data in (Data.COTANGENT, Data.GRADIENT) and copy.made_at < len(rows):
+            made[copy.made_at] += size
+        if copy.block.data is Data.GRADIENT:
+            for tick in range(copy.made_at + 1, len(rows)):
+                rows[tick] += size / group
+    most = [0.0]
+    for task in schedule.tasks:
+        if task.device != device:
+            continue
+        tick, chunk = task.tick, task.chunk
+        if task.kind is TaskKind.FORWARD:
+            inside = rows[tick] + around.edge + around.forward[chunk]
+        else:
+            held = rows[tick] - made[tick]
+            inside = held + around.head_sums + max(made[tick], around.freeing[chunk])
+            if chunk == schedule.chunks - 1:
+                inside = max(inside, held + around.edge + around.head)
+            if chunk == 0:
+                inside = max(inside, rows[tick] + around.edge_sums)
+        most.append(inside)
+    return max(most)
 
 
 def shard_bytes(

@@ -501,7 +501,11 @@ class Run:
             state.carrier = self.flat.embed(self.edge, microbatch)
         if task.kind is TaskKind.BACKWARD and task.chunk == self.schedule.chunks - 1:
             found, d_edge, dy = head_back(self.flat, self.edge, state.carrier, microbatch)
-            self.add_to_edge(d_edge)
+            # Before blocks are gone back through: sums over all tokens, as of a norm's scale, XLA
+            # would put off to the end of the step, and hold all that they are sums of.
+            vectors = {place: part for place, part in enumerate(d_edge) if part.ndim < 2}
+            vectors, dy = lax.optimization_barrier((vectors, dy))
+            self.add_to_edge([vectors.get(place, part) for place, part in enumerate(d_edge)])
             state.scores = jax.tree.map(jnp.add, state.scores, found)
             state.carrier = dy
         return microbatch

@@ -197,6 +197,11 @@ class DecoderConfig:
         """Parameters outside the blocks: embedding, final norm, and the head unless tied."""
         return sum(leaf.size for leaf in leaves.edge_leaves(self))
 
+    def head_parameter_count(self) -> int:
+        """Those of them that head and final norm read: all where the head is tied."""
+        own = [leaf for leaf in leaves.edge_leaves(self) if leaf.path[0] != "embed"]
+        return self.edge_parameter_count() if self.tie_embeddings else sum(x.size for x in own)
+
     def parameter_count(self) -> int:
         """All parameters; a tied head counts once."""
         blocks = sum(
