@@ -31,8 +31,8 @@ COMPILED_TASK, SIMULATED = 30.0, 1.5
 """Microseconds that a task takes, to be compiled and in each simulation."""
 BOUNDED = 8_000.0
 """Microseconds of a bound of a step's time."""
-COMPILED = 8
-"""Schedules that are kept, compiled; some MiB each."""
+COMPILED, WEIGHED = 32, 8
+"""Schedules that are kept, compiled to be timed and to be weighed; some MiB each."""
 REMEMBERED = 256
 """Of which arrays of ticks, or buffers, are kept; an MiB for 64 devices, less for fewer."""
 LEAST = 1.0 - 1e-9
@@ -322,7 +322,7 @@ def _in_buffers(ordered: Plan, count: int) -> _Held:
     return _held_of(schedule, found, buffers=buffers_of(schedule, found))
 
 
-@lru_cache(maxsize=COMPILED)
+@lru_cache(maxsize=WEIGHED)
 @_uncollected()
 def _alive(ordered: Plan, count: int) -> _Held:
     schedule = staged_schedule(ordered, count)

