@@ -20,7 +20,7 @@ from jaxsys.planner.jaxpr_costs import (
     trace_residuals,
     variable_bytes,
 )
-from jaxsys.planner.layers import Layers, feature_ways, find_layers, matrices_of
+from jaxsys.planner.layers import Layers, feature_ways, find_layers, matrices_of, why_whole
 from jaxsys.planner.workload import BlockWork, EdgeWork, Joins, Workload, traced_memory
 
 PyTree = Any
@@ -70,8 +70,11 @@ def function_workload(
     joins, cut_share = None, 1.0
     matrices = matrices_of(leaves, layers)
     split = feature_split(closed, matrices, ways[:2][-1], parameters=len(leaves))
-    if not split.axes:  # of kernels of convolutions, for one, nothing is cut
-        ways = (1,)
+    unshared = None
+    if len(ways) == 1:
+        unshared = why_whole(leaves, layers, cluster.devices)
+    elif not split.axes:  # of kernels of convolutions, for one, nothing is cut
+        ways, unshared = (1,), "no product of its layers has an axis that can be followed and cut"
     if len(ways) > 1:
         again = feature_split(residuals, matrices, ways[1], parameters=len(leaves), axes=split.axes)
         # What is cut is of layers: beside them there may be as much, such as an encoder's.
@@ -106,6 +109,7 @@ def function_workload(
         tokens=size,
         model_flops=3 * cost.product_flops,
         ways={axis.name: ways for axis in CUT},
+        unshared={} if unshared is None else {axis.name: unshared for axis in CUT},
         splits_between=False,
     )
 
@@ -162,16 +166,22 @@ def as_lowered(workload: Workload, model: LayeredModel, params: PyTree, rows: Py
     """The workload with what the programs of `jaxsys.lowering` keep and hold; rows [1, B, ...]."""
     microbatch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), rows)
     traced, head = traced_memory(model, shapes_of(params), microbatch)
+    refused = {
+        axis: {
+            n: _why_not_split(model, shapes_of(params), microbatch, {AXES[axis].mesh: n})
+            for n in counts
+        }
+        for axis, counts in workload.ways.items()
+    }
+    first = {axis: next(filter(None, why.values()), None) for axis, why in refused.items()}
+    own = {axis: why for axis, why in first.items() if why}
     return dataclasses.replace(
         workload,
         ways={
-            axis: tuple(
-                n
-                for n in counts
-                if _splits(model, shapes_of(params), microbatch, {AXES[axis].mesh: n})
-            )
-            for axis, counts in workload.ways.items()
+            axis: tuple(n for n, why in counts.items() if why is None)
+            for axis, counts in refused.items()
         },
+        unshared={**workload.unshared, **own} if model.in_parts is not None else {},
         splits_between=True,
         blocks=tuple(
             dataclasses.replace(
@@ -183,14 +193,16 @@ def as_lowered(workload: Workload, model: LayeredModel, params: PyTree, rows: Py
     )
 
 
-def _splits(model: LayeredModel, params: PyTree, microbatch: PyTree, asked: Any) -> bool:
-    """Whether the trainer splits such a model over so many devices along mesh axes."""
+def _why_not_split(
+    model: LayeredModel, params: PyTree, microbatch: PyTree, asked: Any
+) -> str | None:
+    """Why the trainer does not split such a model over so many devices along mesh axes."""
     sizes = {axis: count for axis, count in asked.items() if count > 1}
     try:
         parts = parts_of(model, sizes)
         if parts is not None:
             edge = part_shapes(params, parts, sizes)["edge"]
             inside_parts(sizes, lambda: jax.eval_shape(parts.model.embed, edge, microbatch))
-    except UsageError:
-        return False
-    return True
+    except UsageError as refused:
+        return str(refused).rpartition(";")[0]  # what may be asked for instead is left out
+    return None

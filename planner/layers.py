@@ -127,3 +127,19 @@ def feature_ways(leaves: Sequence[Any], layers: Layers, devices: int) -> tuple[i
         and (ways == 1 or matrices)
         and all(any(n % ways == 0 for n in shape) for shape in matrices)
     )
+
+
+def why_whole(leaves: Sequence[Any], layers: Layers, devices: int) -> str:
+    """Why `feature_ways` finds no devices that could share a layer."""
+    first = 1 if layers.stacked else 0
+    matrices = [leaves[i].shape[first:] for i in matrices_of(leaves, layers)]
+    if devices == 1:
+        return "there is one device"
+    if not matrices:
+        return "its layers have no matrix"
+    ways = next(n for n in range(2, devices + 1) if devices % n == 0)
+    whole = (shape for shape in matrices if all(n % ways for n in shape))
+    return next(
+        (f"{ways} divides no axis of a matrix {list(shape)}" for shape in whole),
+        "no number of devices divides an axis of every matrix of a layer",
+    )

@@ -64,6 +64,15 @@ def check_parts(config: DecoderConfig, sizes: Mapping[str, int]) -> None:
         _check_divides("expert", shares, {"experts count": config.experts.count})
 
 
+def why_not_cut(config: DecoderConfig, sizes: Mapping[str, int]) -> str | None:
+    """Why `check_parts` refuses to split a decoder so; None if it does not."""
+    try:
+        check_parts(config, sizes)
+    except UsageError as refused:
+        return str(refused).rpartition(";")[0]  # what may be asked for instead is left out
+    return None
+
+
 def ways_to_cut(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """`TENSOR`, `EXPERT` -> over how many devices `check_parts` lets a decoder be split.
 
@@ -72,14 +81,10 @@ def ways_to_cut(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     count = 1 if config.experts is None else config.experts.count
     wanted = {TENSOR: [2**n for n in range(7)], EXPERT: [n for n in range(1, count + 1)]}
 
-    def legal(axis: str, devices: int) -> bool:
-        try:
-            check_parts(config, {axis: devices})
-        except UsageError:
-            return False
-        return True
-
-    return {axis: tuple(n for n in counts if legal(axis, n)) for axis, counts in wanted.items()}
+    return {
+        axis: tuple(n for n in counts if why_not_cut(config, {axis: n}) is None)
+        for axis, counts in wanted.items()
+    }
 
 
 def split_sizes(config: DecoderConfig) -> dict[str, int]:

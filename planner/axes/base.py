@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from jaxsys.planner.workload import BlockWork, Traced, Workload
 
 NO_LINK = Link()
+UNSAID = "the model does not say how devices share them (LayeredModel.in_parts would)"
+"""Why no devices share a block, of a model that gives no other reason."""
 
 Rule = Callable[[str, tuple[str, ...], Callable[..., bool]], Relation]
 """(label, variables, predicate) -> a relation of the space."""
@@ -235,7 +237,7 @@ class SharedBlocks(PlannedAxis):
     said: str
     """Its rule in words, with {} for the numbers of devices."""
     whole: str
-    """The same where each device has all of a block, with the reason."""
+    """The same where each device has all of a block."""
 
     def ways(self, workload: "Workload") -> tuple[int, ...]:
         """Numbers of devices that can share a block."""
@@ -243,8 +245,11 @@ class SharedBlocks(PlannedAxis):
 
     def rules(self, problem: "Problem", domains: Domains, rule: Rule) -> Iterable[Relation]:
         del domains
-        ways = self.ways(problem.workload(1))
-        said = self.said.format(", ".join(map(str, ways))) if ways != (1,) else self.whole
+        workload = problem.workload(1)
+        ways = self.ways(workload)
+        said = self.said.format(", ".join(map(str, ways)))
+        if ways == (1,):
+            said = f"{self.whole}: {workload.unshared.get(self.name, UNSAID)}"
         yield rule(said, (self.name,), ways.__contains__)
 
     def ways_to_share(

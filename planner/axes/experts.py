@@ -25,10 +25,7 @@ class Experts(SharedBlocks):
 
     said = "experts shared by {} devices only"
 
-    whole = (
-        "experts are whole on each device, since the model has none or does not say how devices "
-        "share them"
-    )
+    whole = "experts are whole on each device"
 
     def joined(
         self,

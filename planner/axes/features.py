@@ -41,10 +41,7 @@ class Features(SharedBlocks):
 
     said = "features split in {} parts only"
 
-    whole = (
-        "features are whole on each device, since the model does not say how devices share them, "
-        "or its heads, feed-forward, vocabulary and sequence divide by no number"
-    )
+    whole = "features are whole on each device"
 
     def domains(self, problem: "Problem", ways: tuple[int, ...]) -> Domains:
         workload = problem.workload(1)

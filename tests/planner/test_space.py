@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 import time
 from dataclasses import replace
 
@@ -249,3 +250,32 @@ def test_a_large_space_is_pruned_in_seconds():
     bases = list(Space.of(problem).bases())
     assert len(bases) > 500
     assert time.monotonic() - start < 30
+
+
+@pytest.mark.parametrize(
+    ("changed", "length", "what", "why"),
+    [
+        ({}, 128, "experts", "expert=2, but llama has no experts"),
+        (
+            {"vocab_size": 257},
+            128,
+            "features",
+            "tensor=2 does not divide num_kv_heads=2, vocab_size=257 and intermediate_size=384",
+        ),
+        ({"qk_norm": "all"}, 128, "features", "tensor=2 splits heads, and llama normalises .*"),
+        ({}, 127, "features", "2 does not divide sequence_length=127"),
+    ],
+)
+def test_what_no_devices_share_has_one_cause(changed, length, what, why):
+    config = replace(preset("byte-llama"), **changed)
+    problem = replace(
+        small_problem(),
+        workload_of=lambda size: decoder_workload(
+            "m", config, sequence_length=length, microbatch_size=size
+        ),
+    )
+    with pytest.raises(Conflict) as caught:
+        _ = Space.of(problem).split(what, 2).left
+    said = f"rule: {what} are whole on each device: {why}"
+    assert re.fullmatch(said, caught.value.culprits[0])
+    assert str(caught.value).endswith("Drop (2)")
