@@ -72,7 +72,7 @@ def draw_nodes(nodes: int, microbatches: int, path: Path) -> None:
     legend = timeline.get_legend()  # below, where it covers nothing
     assert legend is not None
     legend.set_loc("upper right")
-    legend.set_bbox_to_anchor((1.0, -0.1))
+    legend.set_bbox_to_anchor((1.0, -0.2))
     figure.savefig(path, format="png", dpi=100, metadata={"Software": None})
 
 

@@ -134,16 +134,20 @@ def draw_timeline(simulation: Simulation, axes: "Axes") -> None:
     What devices that compute a task together send each other is drawn on it, and what the members
     of a place send each other before and after it beside it.
     """
+    from matplotlib.artist import Artist
+    from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     schedule = simulation.schedule
     bars: dict[tuple[int, str, str], list[tuple[float, float]]] = {}
     used: set[TaskKind] = set()
+    sent: set[Data] = set()
     for event in simulation.events:
         if isinstance(event.work, Task):
             used.add(event.work.kind)
             colour = TASK_COLOURS[event.work.kind]
         elif isinstance(event.work, Move):
+            sent.add(event.work.block.data)
             colour = DATA_COLOURS[event.work.block.data]
         else:
             colour = INSIDE_COLOUR
@@ -160,10 +164,16 @@ def draw_timeline(simulation: Simulation, axes: "Axes") -> None:
     axes.set_xlim(0, 1e3 * simulation.step_s)
     axes.set_ylim(schedule.devices - 0.45, -0.55)
     axes.set_yticks(range(schedule.devices), [f"{one} {d}" for d in range(schedule.devices)])
-    handles = [
+    handles: list[Artist] = [
         Patch(color=colour, label=TASK_NAMES[kind])
         for kind, colour in TASK_COLOURS.items()
         if kind in used
+    ]
+    # As thin as their bars, which may have a task's colour.
+    handles += [
+        Line2D([], [], color=colour, linewidth=3, label=f"{data} sent")
+        for data, colour in DATA_COLOURS.items()
+        if data in sent
     ]
     if names := sorted({e.work.name for e in simulation.events if isinstance(e.work, Inside)}):
         handles.append(Patch(color=INSIDE_COLOUR, label=" and ".join(names)))

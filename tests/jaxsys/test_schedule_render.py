@@ -2,11 +2,14 @@
 
 import json
 import struct
+from dataclasses import replace
 
 import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 
 from jaxsys.schedule import Costs, Link, simulate
-from jaxsys.schedule.render import GIB, chrome_trace, draw, write_chrome_trace
+from jaxsys.schedule.render import GIB, chrome_trace, draw, draw_timeline, write_chrome_trace
 from jaxsys.strategies.weipipe import interleave
 from jaxsys.strategies.zero import zero_4
 
@@ -53,3 +56,18 @@ def test_picture_is_a_png_of_some_size(simulation, tmp_path):
     width, height = struct.unpack(">II", raw[16:24])
     assert width > 800
     assert height > 300
+
+
+def test_every_colour_of_a_timeline_is_in_its_legend():
+    schedule = replace(interleave(4, 8), members=2)
+    costs = Costs(forward_s=1.0, backward_s=2.0, weight_bytes=1.0, gradient_bytes=1.0, join_s=0.1)
+    axes = Figure().subplots()
+    draw_timeline(simulate(schedule, costs, Link(bytes_per_s=2.0)), axes)
+    legend = axes.get_legend()
+    assert legend is not None
+    said = [text.get_text() for text in legend.get_texts()]
+    assert said == ["forward", "backward", "weight sent", "gradient sent", "pieces joined"]
+    shown = {to_hex(handle.get_color()) for handle in legend.get_lines()}
+    shown |= {to_hex(handle.get_facecolor()) for handle in legend.get_patches()}
+    drawn = {to_hex(colour) for bars in axes.collections for colour in bars.get_facecolor()}
+    assert drawn == shown
