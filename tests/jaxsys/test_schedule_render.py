@@ -3,6 +3,7 @@
 import json
 import struct
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from matplotlib.colors import to_hex
@@ -67,7 +68,8 @@ def test_every_colour_of_a_timeline_is_in_its_legend():
     assert legend is not None
     said = [text.get_text() for text in legend.get_texts()]
     assert said == ["forward", "backward", "weight sent", "gradient sent", "pieces joined"]
-    shown = {to_hex(handle.get_color()) for handle in legend.get_lines()}
-    shown |= {to_hex(handle.get_facecolor()) for handle in legend.get_patches()}
+    lines: list[Any] = [handle.get_color() for handle in legend.get_lines()]
+    patches: list[Any] = [handle.get_facecolor() for handle in legend.get_patches()]
+    shown = {to_hex(colour) for colour in (*lines, *patches)}
     drawn = {to_hex(colour) for bars in axes.collections for colour in bars.get_facecolor()}
     assert drawn == shown
