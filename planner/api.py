@@ -155,11 +155,14 @@ class Planned:
         return shardings_on(mesh, self.batch_specs)
 
     def __str__(self) -> str:
-        return (
-            f"{describe(self.plan)}; layers: {self.layers.where}\n"
-            f"{explain.table(self.result, self.problem.memory_bytes)}\n"
-            f"{explain.reasons(self.problem, self.result)}"
+        doubts = () if self.problem.program is None else self.promise.doubts
+        lines = (
+            f"{describe(self.plan)}; layers: {self.layers.where}",
+            *(f"promised: {doubt}" for doubt in doubts),
+            explain.table(self.result, self.problem.memory_bytes),
+            explain.reasons(self.problem, self.result),
         )
+        return "\n".join(lines)
 
 
 def plan(

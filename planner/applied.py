@@ -129,6 +129,8 @@ class Promise:
     """Results of all-gathers: weights, for each use."""
     held_bytes: float
     """Temporaries and results, gradients among them; parameters and batch are arguments."""
+    doubts: tuple[str, ...] = ()
+    """What of these may be low or high where the program is compiled, each with its cause."""
 
 
 def promise_of(problem: Problem, plan: Plan, peak_bytes: float) -> Promise:
@@ -152,4 +154,5 @@ def promise_of(problem: Problem, plan: Plan, peak_bytes: float) -> Promise:
         summed_bytes=found.summed,
         gathered_bytes=found.gathered,
         held_bytes=peak_bytes - resting_bytes(problem, plan),
+        doubts=found.doubts,
     )

@@ -1,7 +1,8 @@
 """What steps of a function of the user's send and hold, plan by plan, read from their jaxprs."""
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from dataclasses import replace
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from jax.extend import core
 from jaxsys.axes import parts_of_batch, parts_of_block
 from jaxsys.planner.feature_axes import feature_split
 from jaxsys.planner.jaxpr_costs import shapes_of
-from jaxsys.planner.layer_calls import with_layers
+from jaxsys.planner.layer_calls import loops_in_layers, runs_again, with_layers
 from jaxsys.planner.layers import Layers, matrices_of
 from jaxsys.planner.plans import Plan, Residual, State, Weights
 from jaxsys.planner.problem import Problem
@@ -23,6 +24,19 @@ EXAMPLES = "examples"
 """The label of what a batch is cut along."""
 FEATURES = "features"
 """Of what matrices are."""
+TORN = (
+    "what is sent and held may be low, or high: what a matrix makes whose columns are cut in "
+    "{features} is taken apart along them (queries, keys and values in one, or gates), and XLA "
+    "moves pieces between devices in its own ways; split such a matrix in one for each"
+)
+LOOPS = (
+    "what is held may be low, by up to a fifth: layers have loops of their own, as over time, and "
+    "of what those take apart and stack XLA makes copies as it orders its work"
+)
+ONE_RUN = (
+    "what is sent and held may be high: layers run more than once with the same weights, and each "
+    "run is counted, of which XLA keeps one where they are of the same"
+)
 
 
 def gathers(plan: Plan) -> bool:
@@ -56,11 +70,26 @@ class FunctionProgram:
         self._axes = lru_cache(maxsize=None)(self._split)
         self._bytes = lru_cache(maxsize=None)(self._counted)
 
+    @cached_property
+    def _loops(self) -> bool:
+        return loops_in_layers(self.closed, self.layers, len(self.leaves))
+
+    @cached_property
+    def _runs_again(self) -> bool:
+        return runs_again(self.closed, self.layers, len(self.leaves))
+
     def of(self, plan: Plan) -> ProgramBytes:
         """What a step of a plan sends and holds; parameters and batch are arguments."""
         cut_state = plan.state is State.SPLIT and plan.shard > 1
         around = parts_of_batch(plan) * plan.shard, parts_of_block(plan)
-        return self._bytes(again(plan), gathers(plan), *around, plan.shard if cut_state else 1)
+        around = (*around, plan.shard if cut_state else 1)
+        found = self._bytes(again(plan), gathers(plan), *around)
+        if self._loops and (again(plan) or gathers(plan)):
+            # Loops that are computed again run as early as the others, and what is gathered for
+            # them is there all along.
+            early = self._bytes(False, False, *around).held + found.gathered
+            found = replace(found, held=max(found.held, early))
+        return found
 
     def _counted(
         self, recompute: bool, gather: bool, examples: int, features: int, shards: int
@@ -85,7 +114,13 @@ class FunctionProgram:
             if self.layers.stacked and index in set(self.layers.leaves):
                 free = free[1:]  # layers are not cut apart
             results.append(size / ways / (shards if any(n % shards == 0 for n in free) else 1))
-        return program_bytes(jaxpr, cuts, results[-len(jaxpr.outvars) :])
+        found = program_bytes(jaxpr, cuts, results[-len(jaxpr.outvars) :])
+        doubts = [LOOPS] if self._loops else []
+        if FEATURES in cuts.torn:
+            doubts.append(TORN.format(features=features))
+        if self._runs_again and (gather or features > 1):
+            doubts.append(ONE_RUN)
+        return replace(found, doubts=tuple(doubts))
 
     def _split(self, features: int) -> dict[int, int]:
         if features == 1:

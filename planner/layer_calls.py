@@ -69,6 +69,30 @@ def with_layers(
     return loss
 
 
+def loops_in_layers(closed: core.ClosedJaxpr, layers: Layers, parameters: int) -> bool:
+    """Whether layers that are called one by one have loops of their own, as over time.
+
+    A compiler lets such a loop run as soon as what it reads is there, where it is computed again
+    too, and gathers its weights as early: nothing ties either to its turn.
+    """
+    if layers.stacked:
+        return False
+    jaxpr = inlined(closed, PLAIN_CALLS).jaxpr
+    return any(
+        equation.primitive.name in ("scan", "while")
+        for start, end in _stretches(jaxpr, layers, _origins(jaxpr, parameters))
+        for equation in jaxpr.eqns[start:end]
+    )
+
+
+def runs_again(closed: core.ClosedJaxpr, layers: Layers, parameters: int) -> bool:
+    """Whether a layer is called more than once with the same weights, others in between."""
+    if layers.stacked:
+        return False
+    jaxpr = inlined(closed, PLAIN_CALLS).jaxpr
+    return len(_stretches(jaxpr, layers, _origins(jaxpr, parameters))) > layers.count
+
+
 def _origins(jaxpr: core.Jaxpr, parameters: int) -> dict[Any, int]:
     """Variable -> the parameter that it is, in another shape or dtype at most."""
     origins: dict[Any, int] = {v: i for i, v in enumerate(jaxpr.invars[:parameters])}

@@ -43,6 +43,8 @@ class ProgramBytes:
     """Results of all-gathers."""
     held: float
     """The most of temporaries and results at a time."""
+    doubts: tuple[str, ...] = ()
+    """What may be lower or higher in a compiled program, and why."""
 
 
 def program_bytes(jaxpr: core.Jaxpr, cuts: Cuts, results: Sequence[float]) -> ProgramBytes:

@@ -43,6 +43,8 @@ class Cuts:
     """Variables that are partial sums where they are made, and added up at once."""
     gathered: dict[int, dict[Any, float]] = field(default_factory=dict)
     """Identity of an equation -> what it reads whole that is cut, and its bytes."""
+    torn: set[str] = field(default_factory=set)
+    """Labels along which a value is cut and taken apart: a compiler may move pieces instead."""
     bodies: dict[int, list[core.Jaxpr]] = field(default_factory=dict)
     """Identity of an equation -> the jaxprs that it runs, calls written out."""
 
@@ -204,7 +206,13 @@ class _Walk:
         self._along(equation)
 
     def _split(self, equation: Any) -> None:
+        self._tear(equation.invars[0], equation.params["axis"])
         self._along_results(equation, equation.params["axis"])
+
+    def _tear(self, variable: Any, axis: int) -> None:
+        label = self.cut(variable)[axis]
+        if label is not None:
+            self.found.torn.add(label)
 
     def _along_results(self, equation: Any, axis: int) -> None:
         cut = list(self.cut(equation.invars[0]))
@@ -265,6 +273,7 @@ class _Walk:
             return
         for axis, (old, new) in enumerate(zip(variable.aval.shape, out.aval.shape, strict=True)):
             if old != new:
+                self._tear(variable, axis)
                 self.whole(equation, variable, axis)
 
     _dynamic_slice = _slice
