@@ -11,6 +11,7 @@ from jaxsys.axes import AXES, CUT
 from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel, inside_parts, part_shapes, parts_of
 from jaxsys.lowering.flat import flat_model
+from jaxsys.lowering.memory import head_sum_bytes
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.feature_axes import feature_split
 from jaxsys.planner.jaxpr_costs import (
@@ -159,18 +160,21 @@ def _workload_of_kinds(
             axis: tuple(n for n in counts if all(n in one.ways[axis] for one in found.values()))
             for axis, counts in first.ways.items()
         },
+        unshared={}
+        if model.in_parts is None
+        else dict.fromkeys(first.ways, "blocks of several kinds are planned for one device each"),
     )
 
 
 def as_lowered(workload: Workload, model: LayeredModel, params: PyTree, rows: PyTree) -> Workload:
     """The workload with what the programs of `jaxsys.lowering` keep and hold; rows [1, B, ...]."""
     microbatch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), rows)
-    traced, head = traced_memory(model, shapes_of(params), microbatch)
+    shapes = shapes_of(params)
+    traced, head = traced_memory(model, shapes, microbatch)
+    x = jax.eval_shape(model.embed, shapes["edge"], microbatch)
+    head_floats = head_sum_bytes(model, shapes["edge"], x, microbatch, jnp.float32) / 4
     refused = {
-        axis: {
-            n: _why_not_split(model, shapes_of(params), microbatch, {AXES[axis].mesh: n})
-            for n in counts
-        }
+        axis: {n: _why_not_split(model, shapes, microbatch, {AXES[axis].mesh: n}) for n in counts}
         for axis, counts in workload.ways.items()
     }
     first = {axis: next(filter(None, why.values()), None) for axis, why in refused.items()}
@@ -189,7 +193,7 @@ def as_lowered(workload: Workload, model: LayeredModel, params: PyTree, rows: Py
             )
             for index, block in enumerate(workload.blocks)
         ),
-        edge=dataclasses.replace(workload.edge, workspace_bytes=head),
+        edge=dataclasses.replace(workload.edge, workspace_bytes=head, head_parameters=head_floats),
     )
 
 

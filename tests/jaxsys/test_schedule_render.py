@@ -71,5 +71,6 @@ def test_every_colour_of_a_timeline_is_in_its_legend():
     lines: list[Any] = [handle.get_color() for handle in legend.get_lines()]
     patches: list[Any] = [handle.get_facecolor() for handle in legend.get_patches()]
     shown = {to_hex(colour) for colour in (*lines, *patches)}
-    drawn = {to_hex(colour) for bars in axes.collections for colour in bars.get_facecolor()}
+    bars: list[Any] = [colour for one in axes.collections for colour in one.get_facecolor()]
+    drawn = {to_hex(colour) for colour in bars}
     assert drawn == shown
