@@ -49,7 +49,12 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--length", type=int, default=512, help="tokens of a window, in whole 64s")
     parser.add_argument("--forms", nargs="+", default=FORMS)
-    parser.add_argument("--sequences", type=int, default=32, help="of 512 tokens, to calibrate by")
+    parser.add_argument(
+        "--sequences",
+        type=int,
+        default=calibration.SEQUENCES,
+        help="of 512 tokens, to calibrate by",
+    )
     parser.add_argument("--out", type=Path, default=Path("results/quality_smollm2.json"))
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
@@ -101,6 +106,8 @@ def main() -> int:
             "perplexity": round(math.exp(loss), 4),
             "weights_mib": round(weights.step_bytes / 2**20, 1),
         }
+        if "calibrated" in how:
+            row["calibration_tokens"] = options.sequences * calibration.LENGTH
         if rows:
             row["over_float32_pct"] = round(100 * (math.exp(loss - rows[0]["loss"]) - 1), 3)
             error = np.std(means - exact) / math.sqrt(len(means))
