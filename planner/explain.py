@@ -37,7 +37,9 @@ def table(result: Result, memory_bytes: float) -> str:
 
 def reasons(problem: Problem, result: Result) -> str:
     """One sentence why the best plan wins, and one what would change that."""
-    best, others = result.best, [f for f in rivals(result)[1:] if f.potential > 0]
+    best, name = result.best, recognise(result.best.plan)
+    # A plan of another name may be as good, and stand before it.
+    others = [f for f in rivals(result) if f.potential > 0 and recognise(f.plan) != name]
     waits = max(0.0, best.step_s - best.compute_s)
     text = (
         f"{describe(best.plan)}: {seconds(best.step_s)} a step, of which transfers and waiting "
@@ -51,8 +53,7 @@ def reasons(problem: Problem, result: Result) -> str:
         )
     quicker = [f for f in others if f.step_s < best.step_s]
     if quicker:
-        name = recognise(quicker[0].plan)
-        text += f"; {name} would be faster with {gib(quicker[0].peak_bytes)}"
+        text += f"; {recognise(quicker[0].plan)} would be faster with {gib(quicker[0].peak_bytes)}"
     return f"{text}. {_change(problem, best, others[:RIVALS])}"
 
 

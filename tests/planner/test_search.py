@@ -13,9 +13,10 @@ from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.constraints import Conflict
 from jaxsys.planner.costs import Precision
 from jaxsys.planner.evaluate import Evaluator
-from jaxsys.planner.plans import PATHS, Plan, data_parallel_plan
+from jaxsys.planner.explain import reasons
+from jaxsys.planner.plans import PATHS, Plan, State, data_parallel_plan
 from jaxsys.planner.problem import Problem
-from jaxsys.planner.search import Effort, _Search, _uniform, exhaustive, search
+from jaxsys.planner.search import Effort, Found, Result, _Search, _uniform, exhaustive, search
 from jaxsys.planner.space import Space
 from jaxsys.planner.workload import BlockWork, EdgeWork, Workload, decoder_workload
 from studies.planner_regimes import limited, ratio_problem
@@ -227,3 +228,21 @@ def test_constraints_bind_the_search():
 def test_plans_survive_json():
     plan = search(Space.of(llama_problem("tiny")), effort=Effort(refine=1)).best.plan
     assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_a_plan_as_good_of_another_name_is_the_next_and_not_the_winner_itself():
+    problem = llama_problem("tiny", devices=4)
+    evaluator, plan = Evaluator(problem), data_parallel_plan(4, problem.layers)
+    time_s = float(evaluator.plan(plan).step_s[0])
+    named = {}
+    for name, one in (("dp", plan), ("zero-1", replace(plan, state=State.SPLIT))):
+        named[name] = Found(
+            plan=one, potential=time_s, step_s=time_s, peak_bytes=1.0, sent_bytes=1.0, compute_s=1.0
+        )
+    result = Result(
+        best=named["zero-1"], by_base=(named["dp"], named["zero-1"]), history=(), evaluated=2,
+        skipped=0, elapsed_s=0.0,
+    )  # fmt: skip
+    said = reasons(problem, result)
+    assert said.startswith("zero-1")
+    assert "the next that fits, dp, takes 0.0 % longer" in said
