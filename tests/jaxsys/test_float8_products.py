@@ -87,6 +87,7 @@ def test_gradients_with_a_scale_a_row_are_nearer():
 def test_products_are_summed_exactly_where_asked(exact, wanted):
     """Precision is what XLA tells cuBLAS by to sum float8 in float32 throughout."""
     sides = Float8(forward=(".*",), exact=exact).of("mlp", "up")
+    assert sides is not None
 
     def count(jaxpr):
         dots = [equation for equation in jaxpr.eqns if equation.primitive.name == "dot_general"]
