@@ -40,7 +40,8 @@ SEQUENCES, LENGTH = 64, 512
 DAMPING = 0.01
 """Of the mean of H's diagonal, added to it: what tokens say nothing of is not trusted."""
 TURNS = 4
-"""Of refining; the first gives half of what there is, eight hardly more than four."""
+"""Of refining; of random matrices the first gives over half of what there is, eight hardly more
+than four."""
 _BLOCK = 128
 """Inputs whose errors meet those behind them at once."""
 
