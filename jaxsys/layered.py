@@ -175,6 +175,10 @@ class LayeredModel:
     gpu_options: Mapping[str, Any] = field(default_factory=dict)
     """XLA options that a step of it wants where it is compiled for GPUs."""
 
+    travels_in_float8: Callable[..., bool] | None = None
+    """Names on the way to a leaf of a layer's parameters -> whether it goes from device to device
+    in e4m3 times a power of two of its own: its block reads nothing else of it. None: no leaf."""
+
     def __post_init__(self) -> None:
         """Raises UsageError if blocks, layers and pattern do not fit together."""
         blocks = {kind: _of_four(kind, block) for kind, block in self.kinds.items()}

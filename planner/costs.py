@@ -48,7 +48,9 @@ class Precision:
     """Bytes per parameter of each kind of copy."""
 
     weight_bytes: float = 2.0
-    """Weights in motion and in use."""
+    """Weights in use, and in motion where nothing else is said."""
+    sent_weight_bytes: float | None = None
+    """Of blocks on their way, on average, as where matrices travel in float8."""
     gradient_bytes: float = 4.0
     """Gradient sums, held and on the wire."""
     rest_bytes: float = 12.0
@@ -64,6 +66,8 @@ class BlockCost:
     """I, recompute included."""
     weight_gradient_s: float
     weight_bytes: float
+    sent_weight_bytes: float
+    """On their way."""
     gradient_bytes: float
     residual_bytes: float
     """Kept from F to B or I."""
@@ -189,6 +193,8 @@ def block_cost(
     parameters = split.parameters_of(block) / ways
     pieces, weight_bytes = split.pieces, parameters * precision.weight_bytes
     gradient_bytes = parameters * precision.gradient_bytes
+    each = precision.sent_weight_bytes
+    sent_weight_bytes = (weight_bytes if each is None else parameters * each) / pieces
     whole, cut = split.gathered(weight_bytes), split.gathered(gradient_bytes)
     # What is joined is whole while a product reads it, and its cotangent before it is cut.
     joined_bytes = 2 * activation_bytes if ways > 1 else 0.0
@@ -200,6 +206,7 @@ def block_cost(
         input_gradient_s=products + back.time_s + 2 * passes + up.time_s + again,
         weight_gradient_s=products + SUM_PASSES * gradient_bytes / device.memory_bytes_per_s,
         weight_bytes=weight_bytes,
+        sent_weight_bytes=sent_weight_bytes,
         gradient_bytes=gradient_bytes,
         residual_bytes=part(memory.residual),
         tap_bytes=part(memory.tap),
@@ -369,7 +376,9 @@ def lowered_peak_bytes(schedule: Schedule, buffers: Buffers, costs: Costs, aroun
         data: max(costs.block_bytes(Block(data=data, chunk=c)) for c in range(schedule.chunks))
         for data in Data
     }
-    return float(tabled_bytes(schedule, buffers, size, around))
+    sent = max(costs.moved_bytes(Block(data=Data.WEIGHT, chunk=c)) for c in range(schedule.chunks))
+    apart = None if costs.sent_weight_bytes is None else sent
+    return float(tabled_bytes(schedule, buffers, size, around, sent_weight=apart))
 
 
 def costs_around(
@@ -459,6 +468,9 @@ def costs_around(
         before_s=around.before_s,
         after_s=around.after_s,
         weight_bytes=total("weight_bytes"),
+        sent_weight_bytes=(
+            None if precision.sent_weight_bytes is None else total("sent_weight_bytes")
+        ),
         gradient_bytes=total("gradient_bytes"),
         activation_bytes=workload.activation_bytes / between,
         residual_bytes=total("residual_bytes"),

@@ -79,6 +79,7 @@ class ShardedEvaluator:
         self.forward_s = np.array([c.forward_s for c in keep])
         self.backward_s = np.array([[c.backward_s for c in row] for row in costs])  # [residuals, L]
         self.weight_bytes = np.array([c.weight_bytes for c in keep])
+        self.sent_weight_bytes = np.array([c.sent_weight_bytes for c in keep])
         self.gradient_bytes = np.array([c.gradient_bytes for c in keep])
         self.residual_bytes = np.array([[c.residual_bytes for c in row] for row in costs])
         self.work_bytes = np.array([[c.work_bytes for c in row] for row in costs])
@@ -92,7 +93,7 @@ class ShardedEvaluator:
         alone, group = self.devices == 1, self.devices
         rounds = 2 if self.whole else 1
         self.gather_s = np.array(
-            [0.0 if alone else link.collective_s(b, devices=group) for b in self.weight_bytes]
+            [0.0 if alone else link.collective_s(b, devices=group) for b in self.sent_weight_bytes]
         )
         self.reduce_s = np.array(
             [
@@ -274,7 +275,7 @@ class ShardedEvaluator:
         forward = np.where((weights == _REFETCH) | (weights == _WITHIN), turns, 1)
         backward = np.where((weights == _REFETCH) | (weights == _BETWEEN), turns, 0)
         reductions = np.where(gradients == _ONCE, 1, turns)
-        gathered = ((forward + backward) * self.weight_bytes).sum(1)
+        gathered = ((forward + backward) * self.sent_weight_bytes).sum(1)
         reduced = (reductions * self.gradient_bytes).sum(1)
         return ring * (gathered + reduced) + joined + self.frame.sent_bytes
 

@@ -6,9 +6,10 @@ CPU (cgroup quota), so that an idle host does not lend its time to a busy one. T
 form one JAX program over gloo. As sequences in a microbatch grow, GS / (18 H L/P) passes 1: there a
 weight ring sends as much as a pipeline's activations (3 streams of 12 H^2 L/P against 2 G S H).
 
-With --local-devices D a host is a node of D devices, a process each, whose own link is not limited:
-all that they send to others goes through the host's. NAME*D is then a ring of nodes, and RxNAME R
-replicas, as 4xzero-3 over 4 hosts splits inside each and sums between them.
+With --local-devices D a host is a node of D devices of one process, which meet in its memory: all
+that they send to others goes through the host's link. NAME*D is then a ring of nodes, and RxNAME R
+replicas, as 4xzero-3 over 4 hosts splits inside each and sums between them. `sent_mib` is what the
+busiest host sent in a step, as its link counts it, and `link_s` what its rate takes for that.
 
 Needs root, iproute2 and cgroups. JSON goes to results/network.json; --plot draws it.
 """
@@ -21,10 +22,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Self
+from typing import IO, Self
 
 from jaxsys.errors import RunError, UsageError
-from jaxsys.files import write_whole
+from jaxsys.files import MIB, write_whole
 from jaxsys.results import read_result, table, write_result
 from jaxsys.schedule import Costs, Link, simulate
 from jaxsys.strategies import NAMES
@@ -51,11 +52,6 @@ class Network:
 
     def __init__(self, hosts: int, cpu_share: float, local: int = 1) -> None:
         self.hosts, self.cpu_share, self.local = hosts, cpu_share, local
-
-    @property
-    def processes(self) -> int:
-        """One a device."""
-        return self.hosts * self.local
 
     def __enter__(self) -> Self:
         self.remove()
@@ -110,48 +106,58 @@ class Network:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             rounds = ("--rounds", str(len(rates)), "--meeting", name)
-            processes = [self.start(i, *words, *rounds) for i in range(self.processes)]
+            processes = [self.start(i, folder, *words, *rounds) for i in range(self.hosts)]
             deadline_s = time.monotonic() + timeout_s
             try:
                 for number, rate in enumerate(rates):
-                    while len(list(folder.glob(f"ready-{number}-*"))) < self.processes:
-                        self.look_after(processes, deadline_s)
+                    while len(list(folder.glob(f"ready-{number}-*"))) < self.hosts:
+                        self.look_after(processes, folder, deadline_s)
                     self.share_cpu(self.cpu_share)
                     self.limit(rate)
                     (folder / f"run-{number}").touch()
                 while any(process.poll() is None for process in processes):
-                    self.look_after(processes, deadline_s)
+                    self.look_after(processes, folder, deadline_s)
             finally:
                 for process in processes:
                     process.kill()
 
-    def look_after(self, processes: list[subprocess.Popen], deadline_s: float) -> None:
+    def look_after(
+        self, processes: list[subprocess.Popen], folder: Path, deadline_s: float
+    ) -> None:
         time.sleep(0.2)
-        if any(process.poll() for process in processes):
-            codes = [process.poll() for process in processes]
-            raise RunError(f"hosts ended with exit codes {codes}")
+        codes = [process.poll() for process in processes]
+        if any(codes):
+            first = next(host for host, code in enumerate(codes) if code)
+            said = (folder / f"log-{first}").read_text().strip().splitlines()[-5:]
+            raise RunError(
+                f"hosts ended with exit codes {codes}; host {first} said: {' | '.join(said)[:2000]}"
+            )
         if time.monotonic() > deadline_s:
             raise RunError("the hosts took too long; see --timeout")
 
-    def start(self, process: int, *words: str) -> subprocess.Popen:
-        host = process // self.local
-        where = ("--coordinator", f"host0:{PORT}", "--processes", str(self.processes))
+    def start(self, host: int, folder: Path, *words: str) -> subprocess.Popen:
+        where = ("--coordinator", f"host0:{PORT}", "--processes", str(self.hosts))
         line = [sys.executable, str(ROOT / "scripts/bench_train.py"), *words, *where]
-        line += ["--process", str(process)]
+        line += ["--process", str(host), "--local-devices", str(self.local)]
+        line += ["--link", f"jsn{host}"]
         # The quota first: inside, `ip netns exec` has mounted another /sys.
         script = f'echo $$ > {self.group(host)}/cgroup.procs; exec "$@"'
         inside = ["ip", "netns", "exec", f"{PREFIX}{host}", "unshare", "--uts", "sh", "-c"]
         inside += [f'hostname host{host}; exec "$@"', "sh", *line]
+        with (folder / f"log-{host}").open("w") as log:
+            return self._start(["sh", "-c", script, "sh", *inside], host, log)
+
+    def _start(self, line: list[str], host: int, log: IO[str]) -> subprocess.Popen:
         return subprocess.Popen(
-            ["sh", "-c", script, "sh", *inside],
+            line,
             env={
                 **os.environ,
                 "JAX_PLATFORMS": "cpu",
                 # Gloo matches collectives by order alone: hosts must run them one by one.
                 "XLA_FLAGS": "--xla_cpu_enable_concurrency_optimized_scheduler=false",
             },
-            stdout=None if process == 0 else subprocess.DEVNULL,
-            stderr=subprocess.STDOUT if process else None,
+            stdout=log if host else None,
+            stderr=log,
         )
 
     def remove(self) -> None:
@@ -193,9 +199,17 @@ def measure(options: argparse.Namespace) -> list[dict]:
                 raise
             print(f"bench_network: {error}; what has been measured is kept", file=sys.stderr)
         result = json.loads((Path(folder) / "train_step_n.json").read_text())
+        sent = [
+            json.loads((Path(folder) / f"sent_{host}.json").read_text())
+            for host in range(options.hosts)
+        ]
     rows = []
-    for row in result["rows"]:
+    for number, row in enumerate(result["rows"]):
         rate = rates[row.pop("round")]
+        row.pop("sent_bytes", None)
+        most = max((each[number] or 0 for each in sent if number < len(each)), default=0)
+        row["sent_mib"] = round(most / MIB, 3)
+        row["link_s"] = round(8e-6 * most / rate, 4) if rate else None
         tokens = row["microbatch_size"] * SEQUENCE
         ratio = tokens / (18 * HIDDEN * CHUNK_LAYERS)
         rows.append({"mbit_per_s": rate, "gs_over_18hlp": ratio, **row})
@@ -246,6 +260,7 @@ def predict(rows: list[dict], *, devices: int, microbatches: int) -> None:
 def summary(rows: list[dict]) -> str:
     columns = {"mbit_per_s": "g", "gs_over_18hlp": ".2f", "schedule": ""}
     columns |= {"members": "", "replicas": ""}
+    columns |= {"sent_mib": ".2f", "link_s": ".3f"}
     return table(rows, columns | {"step_s": ".3f", "predicted_s": ".3f"})
 
 

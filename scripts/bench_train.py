@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import functools
 import itertools
+import json
 import re
 import sys
 import time
@@ -40,6 +41,7 @@ from train_steps import (
 
 from jaxsys.axes import RING
 from jaxsys.errors import UsageError
+from jaxsys.files import write_whole
 from jaxsys.lowering import RECOMPUTE_POLICIES, lower
 from jaxsys.mesh import devices_ahead, make_mesh, own_cpu_devices, request_devices
 from jaxsys.model.decoder import initial_parameters
@@ -83,6 +85,9 @@ def bench_step(options: argparse.Namespace) -> None:
 
     def show(row: dict) -> None:
         rows.append(row)
+        if options.link is not None:
+            sent = [row.get("sent_bytes") for row in rows]
+            write_whole(options.out / f"sent_{jax.process_index()}.json", json.dumps(sent))
         if jax.process_index() != 0:
             return
         print(table([row]), flush=True)
@@ -99,7 +104,7 @@ def bench_step(options: argparse.Namespace) -> None:
             if options.compile_only:
                 show(row | (memory_of(ready) if ready else {}))
             else:
-                show(row | (time_step(ready, options.repeats) if ready else {}))
+                show(row | (time_step(ready, options.repeats, options.link) if ready else {}))
         except jax.errors.JaxRuntimeError as error:
             show(row | _failed(error))
 
@@ -329,6 +334,7 @@ def main() -> int:
     step.add_argument(
         "--jobs", type=int, default=1, help="compile so many at a time, before timing"
     )
+    step.add_argument("--link", help="network link whose sent bytes are counted, as eth0")
     step.add_argument("--compile-only", action="store_true", help="memory of --devices GPUs")
     step.add_argument("--gradient-dtype", default="float32")
     step.add_argument("--travel-dtype", help="of a ring's gradients on their way")

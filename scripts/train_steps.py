@@ -7,6 +7,7 @@ optimizer's, beside a jitted function that makes the parameters where they rest.
 import dataclasses
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -176,14 +177,15 @@ def compile_step(step, make, optimizer, batch, flops_per_token: float) -> Ready:
     )
 
 
-def time_step(ready: Ready, repeats: int) -> dict:
-    """Runs a step and reads memory."""
+def time_step(ready: Ready, repeats: int, link: str | None = None) -> dict:
+    """Runs a step and reads memory; with a network `link`, what left by it in a step."""
     ready.start()
     state, ready.state = ready.state, None
     batch, compiled = ready.batch, ready.compiled
     tokens = batch["inputs"].shape[1] * batch["inputs"].shape[2]
     samples: list[float] = []
     loss: Any = None
+    before = sent_bytes(link)
     for _ in range(repeats + 1):
         start = time.perf_counter()
         state, loss = compiled(state, batch)
@@ -191,6 +193,7 @@ def time_step(ready: Ready, repeats: int) -> dict:
         samples.append(time.perf_counter() - start)
     # What follows must not send while this is still sending: processes would meet in other orders.
     ready.state = jax.block_until_ready(state)
+    sent = None if link is None else (sent_bytes(link) - before) / len(samples)
     step_s = float(np.median(samples[1:]))
     analysis = compiled.memory_analysis()
     statistics = jax.local_devices()[0].memory_stats() or {}
@@ -208,7 +211,15 @@ def time_step(ready: Ready, repeats: int) -> dict:
         "compile_s": round(ready.compile_s, 1),
         "loss": round(float(loss), 4),  # after all these steps
         "steps": len(samples),
+        **({} if sent is None else {"sent_bytes": round(sent)}),
     }
+
+
+def sent_bytes(link: str | None) -> int:
+    """What has left this host by a network link since it came up."""
+    if link is None:
+        return 0
+    return int(Path(f"/sys/class/net/{link}/statistics/tx_bytes").read_text())
 
 
 def memory_of(ready: Ready) -> dict:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+import jax
 import jax.numpy as jnp
 
 from jaxsys import hardware
@@ -12,6 +13,7 @@ from jaxsys.axes import parts_around, parts_within
 from jaxsys.errors import UsageError
 from jaxsys.layered import LayeredModel, Parameters, PyTree
 from jaxsys.lowering import Recompute
+from jaxsys.lowering.eight_bits import encoded_bytes
 from jaxsys.planner.cluster import Cluster
 from jaxsys.planner.costs import Precision
 from jaxsys.planner.function_workload import layered_workload
@@ -20,6 +22,7 @@ from jaxsys.planner.workload import Workload
 from jaxsys.schedule import Schedule
 from jaxsys.strategies import for_layers
 from jaxsys.train.flops import preset_of
+from jaxsys.train.memory import in_dtype
 from jaxsys.train.options import Compute
 
 
@@ -73,6 +76,7 @@ def choose(
     link: str | None = None,
     memory_gib: float | None = None,
     weight_bytes: float = 2.0,
+    sent_weight_bytes: float | None = None,
     gradient_bytes: float = 4.0,
     recompute: Recompute | None = None,
 ) -> Choice:
@@ -86,6 +90,7 @@ def choose(
             host's memory between CPU devices if not given.
         memory_gib: the limit per device; most of the device's memory if not given.
         weight_bytes: of a parameter in compute.
+        sent_weight_bytes: of a block's on its way, as many if not given.
         gradient_bytes: of a parameter's gradient, summed and sent.
         recompute: the only policy to choose from, if there is one.
 
@@ -93,7 +98,11 @@ def choose(
         UsageError: if the devices have no preset, or nothing fits.
     """
     cluster = _cluster(devices, link)
-    precision = Precision(weight_bytes=weight_bytes, gradient_bytes=gradient_bytes)
+    precision = Precision(
+        weight_bytes=weight_bytes,
+        sent_weight_bytes=sent_weight_bytes,
+        gradient_bytes=gradient_bytes,
+    )
     return _fastest(workload, cluster, microbatches, memory_gib, precision, recompute)
 
 
@@ -129,11 +138,27 @@ def choose_layered(
     precision = Precision(
         weight_bytes=float(jnp.dtype(compute.compute_dtype).itemsize),
         gradient_bytes=float(jnp.dtype(compute.gradient_dtype).itemsize),
+        sent_weight_bytes=sent_bytes_each(model, parameters, compute.compute_dtype),
     )
     workload = layered_workload(model, parameters, microbatch, cluster)
     return _fastest(
         workload, cluster, microbatches, memory_gib, precision, recompute, shared=shared
     )
+
+
+def sent_bytes_each(
+    model: LayeredModel, parameters: Parameters, compute_dtype: Any
+) -> float | None:
+    """Bytes of a block's parameter on its way, on average; None where they are those of compute."""
+    if model.travels_in_float8 is None:
+        return None
+    sent = count = 0.0
+    for kind, stack in model.stacks(in_dtype(parameters["blocks"], compute_dtype)).items():
+        layer = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape[1:], p.dtype), stack)
+        layers = model.kind_of.count(kind)
+        sent += layers * encoded_bytes(model, layer)
+        count += layers * sum(leaf.size for leaf in jax.tree.leaves(layer))
+    return sent / count
 
 
 def _cluster(devices: list[Any], link: str | None) -> Cluster:

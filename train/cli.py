@@ -140,6 +140,12 @@ def parser(prog: str) -> argparse.ArgumentParser:
         "the others in some 14 bits, which is quicker (default: backward)",
     )
     how.add_argument(
+        "--float8-transfers",
+        action="store_true",
+        help="matrices of blocks that are multiplied in float8, forward too, also go from device "
+        "to device so, half the bytes of bfloat16; scales of matrices are then powers of two",
+    )
+    how.add_argument(
         "--recompute",
         choices=RECOMPUTE_POLICIES,
         help="what the backward pass computes again (default block, or as a plan says)",
@@ -315,6 +321,7 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
         memory_gib=arguments.memory_gib,
         dtype=arguments.compute_dtype,
         gradient_dtype=arguments.gradient_dtype,
+        model=start.model,
     )
     layout = lay_out(config, devices, asked)
     recipe = Recipe(
@@ -365,6 +372,7 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
             else {"float8": list(float8.paths), "float8_forward": list(float8.forward)}
             | ({} if float8.backward == "e5m2" else {"float8_backward": float8.backward})
             | ({} if float8.exact == "backward" else {"float8_exact": float8.exact})
+            | ({"float8_transfers": True} if float8.transfers else {})
         )
         | start.settings,
         flops_per_token=decoder_flops_per_token(config, recipe.sequence_length),
@@ -434,9 +442,10 @@ def train(arguments: argparse.Namespace, hosts: Hosts) -> Report:
 
 def _float8(arguments: argparse.Namespace) -> Float8 | None:
     forward, backward = arguments.float8_forward, arguments.float8_backward
-    exact = arguments.float8_exact
+    exact, transfers = arguments.float8_exact, arguments.float8_transfers or None
+    flags = {"forward": forward, "backward": backward, "exact": exact, "transfers": transfers}
     if arguments.float8 is None:
-        for flag, given in (("forward", forward), ("backward", backward), ("exact", exact)):
+        for flag, given in flags.items():
             if given is not None:
                 raise UsageError(f"--float8-{flag} is of products in float8; give --float8 too")
         return None
@@ -446,6 +455,7 @@ def _float8(arguments: argparse.Namespace) -> Float8 | None:
         forward=whole.forward if forward is None else tuple(forward),
         backward=backward or whole.backward,
         exact=exact or whole.exact,
+        transfers=bool(transfers),
     )
 
 

@@ -11,9 +11,10 @@ from jax.sharding import Mesh
 from jaxsys.axes import AROUND, BATCH, parts_around
 from jaxsys.context import ContextSplit, agreed_split
 from jaxsys.errors import UsageError
+from jaxsys.layered import LayeredModel
 from jaxsys.lowering import Recompute
 from jaxsys.mesh import make_mesh
-from jaxsys.model import DecoderConfig
+from jaxsys.model import DecoderConfig, abstract_parameters
 from jaxsys.planner.workload import decoder_workload
 from jaxsys.schedule import Placement, Schedule
 from jaxsys.strategies import STRATEGIES
@@ -77,6 +78,8 @@ class AskedLayout:
     """Of compute."""
     gradient_dtype: str | None = None
     """In which gradients are summed and sent."""
+    model: LayeredModel | None = None
+    """What is trained, of which "auto" asks what travels."""
     split: ContextSplit | None = None
     """How each sequence lies over devices."""
     features_by: str | None = None
@@ -194,6 +197,9 @@ def lay_out(config: DecoderConfig, devices: list[Any], asked: AskedLayout) -> La
             microbatches=microbatches or 2 * ring,
             memory_gib=asked.memory_gib,
             weight_bytes=jnp.dtype(dtype).itemsize,
+            sent_weight_bytes=None
+            if asked.model is None
+            else auto.sent_bytes_each(asked.model, abstract_parameters(config), dtype),
             gradient_bytes=jnp.dtype(gradient_dtype).itemsize,
             recompute=recompute if isinstance(recompute, str) else None,
         )

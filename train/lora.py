@@ -56,10 +56,16 @@ def add_adapters(
         several; and a function that merges trained ones back into parameters of the model given.
 
     Raises:
-        UsageError: if a target names no kernel.
+        UsageError: if a target names no kernel, or weights are to travel in float8: blocks would
+            add adapters to rounded ones.
     """
     if rank < 1:
         raise UsageError(f"rank={rank} must be at least 1")
+    if model.travels_in_float8 is not None:
+        raise UsageError(
+            "adapters are added to weights as they are, which float8 transfers would round first; "
+            "leave float8 transfers out"
+        )
     stacks = model.stacks(parameters["blocks"])
     kernels = {
         (kind, "/".join(path_names(path))): leaf

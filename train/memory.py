@@ -26,6 +26,7 @@ from jaxsys.layered import (
     parts_of,
 )
 from jaxsys.lowering import Recompute
+from jaxsys.lowering.eight_bits import encoded_bytes
 from jaxsys.lowering.flat import floats
 from jaxsys.lowering.kinds import RestOrder
 from jaxsys.lowering.memory import (
@@ -210,8 +211,14 @@ def _step_bytes(step: StepShape) -> float:
         data: max(costs.block_bytes(Block(data=data, chunk=c)) for c in range(schedule.chunks))
         for data in Data
     }
-    buffers = buffers_of(schedule, live)
-    return float(tabled_bytes(schedule, buffers, size, around, unroll=step.unroll))
+    buffers, sent_weight = buffers_of(schedule, live), None
+    if model.travels_in_float8 is not None:
+        # Rows that chunks share have room for the longest kind's of each form.
+        sent_of = [encoded_bytes(model, layer) for layer in layer_of.values()]
+        sent_weight = longest * max(sent_of) / step.pieces
+    return float(
+        tabled_bytes(schedule, buffers, size, around, sent_weight=sent_weight, unroll=step.unroll)
+    )
 
 
 def state_share(schedule: Schedule, around: Mapping[str, int]) -> int:

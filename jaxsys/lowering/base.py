@@ -35,6 +35,7 @@ from jaxsys.mesh import (
 from jaxsys.schedule import Placement, Schedule
 
 from .flat import Leaves, cast, floats, is_float
+from .order import after, by_order_alone
 from .place import by_places, gather_by_places, reduce_by_places
 from .sequences import Sequences
 from .xla import CPU_COMPILER_OPTIONS, gpu_compiler_options
@@ -172,15 +173,25 @@ class Step:
     def gather_edge(self, edge: PyTree, specs: PyTree) -> PyTree:
         """The edge's parameters at rest -> whole, in the compute dtype."""
 
+        last: list[jax.Array] = []
+
         def gather(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
             axis = ring_axis(spec)
             if axis is None:
                 return leaf
+            leaf = self.in_turn(leaf, last)
             if by_places(spec[axis]):
-                return gather_by_places(leaf, axis)
-            return lax.all_gather(leaf, spec[axis], axis=axis, tiled=True)
+                last[:] = [gather_by_places(leaf, axis)]
+            else:
+                last[:] = [lax.all_gather(leaf, spec[axis], axis=axis, tiled=True)]
+            return last[0]
 
         return jax.tree.map(gather, cast(edge, self.compute_dtype), specs)
+
+    def in_turn(self, value: PyTree, done: PyTree) -> PyTree:
+        """What a collective is given, once another has brought `done`, where that must be waited
+        for."""
+        return after(value, done) if by_order_alone(self.mesh) else value
 
     def empty_edge_gradient(self, edge: PyTree) -> Leaves:
         """Zeros for the sums of the gradients of a whole edge's floats."""
@@ -189,14 +200,20 @@ class Step:
     def reduce_edge(self, sums: Leaves, edge: PyTree, specs: PyTree, weight: jax.Array) -> PyTree:
         """Each device's sums over whole floats -> mean gradients like `edge` at rest."""
 
+        last: list[jax.Array] = [weight]
+
         def reduce(total: jax.Array, at_rest: jax.Array, spec: PartitionSpec) -> jax.Array:
-            total = self.over_others(total.astype(at_rest.dtype), spec)
+            total = self.in_turn(total.astype(at_rest.dtype), last)
+            total = self.over_others(total, spec)
             axis = ring_axis(spec)
             if axis is None:
-                return lax.psum(total, RING) / weight
-            if by_places(spec[axis]):
-                return reduce_by_places(total, axis, at_rest.shape[axis]) / weight
-            return lax.psum_scatter(total, spec[axis], scatter_dimension=axis, tiled=True) / weight
+                last[:] = [lax.psum(total, RING)]
+            elif by_places(spec[axis]):
+                last[:] = [reduce_by_places(total, axis, at_rest.shape[axis])]
+            else:
+                scattered = lax.psum_scatter(total, spec[axis], scatter_dimension=axis, tiled=True)
+                last[:] = [scattered]
+            return last[0] / weight
 
         rest = iter(sums)
         return jax.tree.map(

@@ -236,6 +236,7 @@ def tabled_bytes(
     size: Mapping[Data, Size],
     around: Around,
     *,
+    sent_weight: Size | None = None,
     unroll: bool = False,
 ) -> Size:
     """The most that a device holds of a step with buffers.
@@ -245,8 +246,13 @@ def tabled_bytes(
         buffers: `tables.buffers_of` it.
         size: kind of data -> bytes of the largest chunk's.
         around: what else there is.
+        sent_weight: bytes of the largest chunk's weights as they travel and lie in buffers, where
+            tasks read them in another form.
         unroll: a chunk's layers are written out.
     """
+    weight, read = size[Data.WEIGHT], 0.0
+    if sent_weight is not None:
+        size, read = {**size, Data.WEIGHT: sent_weight}, weight
     slots = sum(count * size[data] for (data, _), count in buffers.slots.items())
     apart = lie_apart(buffers.slots, schedule.chunks) if unroll else ()
     if unroll and buffers.slots[RESIDUALS] > 1 and RESIDUALS not in apart:
@@ -259,15 +265,16 @@ def tabled_bytes(
     if schedule.devices == schedule.microbatches == 1:
         slots -= size[Data.GRADIENT]  # nothing is summed, the update takes what backward made
     # A loop over layers stacks a chunk's weight gradients onto zeros of the same size.
-    gradients = size[Data.WEIGHT] * (1 if unroll else 2)
+    gradients = weight * (1 if unroll else 2)
     block = around.block
     if any(data is Data.TAP and count for (data, _), count in buffers.slots.items()):
         block = np.maximum(block, around.split_block)
     in_block = gradients + _in_flight(buffers, size) + block
     # The loss comes before, and arrivals after it; its branch returns sums beside those it was
     # given, and the zeros are there all step long.
-    in_head = size[Data.WEIGHT] + around.edge_sums + around.head
-    return around.rest + around.edge + around.edge_sums + slots + np.maximum(in_block, in_head)
+    in_head = weight + around.edge_sums + around.head
+    task = read + np.maximum(in_block, in_head)
+    return around.rest + around.edge + around.edge_sums + slots + task
 
 
 def _in_flight(buffers: Buffers, size: Mapping[Data, Size]) -> Size:

@@ -1,5 +1,9 @@
 """What of a legal schedule is not lowered, and why."""
 
+from typing import Any
+
+import jax.numpy as jnp
+
 from jaxsys.axes import DividedAround
 from jaxsys.context import ContextSplit
 from jaxsys.schedule import Data, MoveKind, Placement, Schedule
@@ -39,6 +43,22 @@ def why_not_shared_places(schedule: Schedule) -> str | None:
     return (
         f"schedule {schedule.name} sends no weights from place to place, which is what the members "
         "of a place share; use a ring such as weipipe-keep, or these devices as part of the ring"
+    )
+
+
+def why_not_in_float8(schedule: Schedule, compute_dtype: Any) -> str | None:
+    """Why no weights of a legal schedule travel in float8; None if they do."""
+    if jnp.finfo(compute_dtype).maxexp < jnp.finfo(jnp.bfloat16).maxexp:
+        return (
+            f"transfers in float8 are of numbers with float32's exponents, and compute_dtype is "
+            f"{jnp.dtype(compute_dtype)}; use bfloat16 or float32, or leave float8 transfers out"
+        )
+    moved = (MoveKind.PERMUTE, MoveKind.ALL_GATHER)
+    if any(move.kind in moved and move.block.data is Data.WEIGHT for move in schedule.moves):
+        return None
+    return (
+        f"schedule {schedule.name} sends no weights, which float8 transfers are of; leave them "
+        "out, or use one that gathers weights or sends them around, such as zero-3 or weipipe-keep"
     )
 
 

@@ -25,10 +25,11 @@ from jaxsys.schedule import Data, MoveKind, Placement, TaskKind
 from .apart import RESIDUALS, TAPS, in_slot, lie_apart
 from .base import LossAndGradients, Step, add_to, is_spec
 from .bodies import BufferKey, GroupSignature, Segment, TaskSignature, TickSignature
+from .eight_bits import EncodedRows
 from .flat import Leaves, cast, flat_model, floats, head_back, is_float, like, pull_back
-from .kinds import RestOrder
+from .kinds import Choice, RestOrder
 from .packing import Packing
-from .place import WITHIN, SharedPlace, shared_place
+from .place import WITHIN, SharedPlace, devices_of_place, shared_place
 from .programs import ChunkProgram, Recompute, SplitChunkProgram, chunk_program
 from .tables import Tables
 
@@ -89,6 +90,10 @@ class Run:
         self.batch: PyTree
         self.program: ChunkProgram
         self.packing: Packing | None = None
+        self.encoding: EncodedRows | None = None
+        """Of weights that travel in float8."""
+        self.chunk: PyTree
+        """Shapes and dtypes of a chunk's weights as tasks read them."""
 
     def step(self, rows: jax.Array, parameters: Parameters, batch: PyTree):
         """rows [1, T, columns], blocks [V K, ...], batch [M or M / P, B, ...]."""
@@ -111,9 +116,21 @@ class Run:
         if travel or any(other != first for other in others):
             self.packing = packing = Packing(layers, place=self.place)
             model = packing.packed(model)
-            stacks = {kind: packing.pack(kind, stack) for kind, stack in stacks.items()}
-        own = lowered.rest_order.by_position(stacks)
-        chunk = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape[1:], p.dtype), own)
+            packed = {kind: packing.pack(kind, stack) for kind, stack in stacks.items()}
+            if travel and model.travels_in_float8 is not None:
+                self.encoding = EncodedRows(model, layers, packing)
+                pieces = WITHIN if devices_of_place(lowered.mesh) > 1 else ()
+                sent = self.encoding.encode(stacks, pieces)
+            else:
+                sent = packed
+            stacks = packed
+        else:
+            sent = stacks
+        own = lowered.rest_order.by_position(sent)
+        self.chunk = chunk = jax.tree.map(
+            lambda p: jax.ShapeDtypeStruct((lowered.chunk_layers, *p.shape[2:]), p.dtype),
+            next(iter(stacks.values())),
+        )
         microbatch = jax.tree.map(lambda b: jax.ShapeDtypeStruct(b.shape[1:], b.dtype), batch)
         self.flat = flat_model(self.model, self.edge, microbatch)
         self.program = chunk_program(
@@ -142,7 +159,7 @@ class Run:
         lowered, slots = self.lowered, self.tables.slots
         gradient = [jax.ShapeDtypeStruct(w.shape, lowered.gradient_dtype) for w in floats(chunk)]
         shapes: dict[Data, PyTree] = {
-            Data.WEIGHT: chunk,
+            Data.WEIGHT: jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape[1:], p.dtype), own),
             Data.GRADIENT: gradient,
             Data.ACTIVATION: self.flat.x,
             Data.COTANGENT: self.flat.cotangents,
@@ -280,9 +297,10 @@ class Run:
         slots = self.tables.slots
 
         def run(buffers: dict[BufferKey, Buffer]) -> dict[BufferKey, Buffer]:
-            weights = _read(state.buffers[lane], slots[lane], cell[f"{kind}.in.weight"])
-            microbatch = self.microbatch(cell[f"{kind}.microbatch"])
             chunk = cell[f"{kind}.chunk"]
+            sent = _read(state.buffers[lane], slots[lane], cell[f"{kind}.in.weight"])
+            weights = self.as_read(sent, chunk)
+            microbatch = self.microbatch(cell[f"{kind}.microbatch"])
 
             def embed():
                 return self.flat.embed(self.edge, microbatch)
@@ -312,6 +330,13 @@ class Run:
             mine = run(mine)
         return _replace(state, buffers={**state.buffers, **mine})
 
+    def as_read(self, sent: PyTree, chunk: jax.Array) -> PyTree:
+        """A chunk's weights as they have come, as its task reads them."""
+        if self.encoding is None:
+            return sent
+        choice = Choice(self.model, self.lowered.chunk_layers, unroll=False)
+        return self.encoding.decode(sent, choice, chunk * self.lowered.chunk_layers)
+
     def backward(self, task: TaskSignature, cell: "_Cells", state: _State):
         """B, or I: both start at the head or at a cotangent and end at the embedding or at one.
 
@@ -325,7 +350,8 @@ class Run:
 
         def run(edge_gradient: Leaves, scores: PyTree, made: PyTree):
             cotangents, taps, kept = made
-            weights = _read(state.buffers[lane], slots[lane], cell[f"{kind}.in.weight"])
+            sent = _read(state.buffers[lane], slots[lane], cell[f"{kind}.in.weight"])
+            weights = self.as_read(sent, cell[f"{kind}.chunk"])
             microbatch = self.microbatch(cell[f"{kind}.microbatch"])
             chunk = cell[f"{kind}.chunk"]
 
@@ -380,10 +406,9 @@ class Run:
         if task.everyone:
             outcome = run(*carried)
         else:
-            weights = _read(state.buffers[lane], slots[lane], cell[f"{kind}.in.weight"])
 
             def skip(*carried):
-                return (*carried, self.no_gradient(weights) if whole else None)
+                return (*carried, self.no_gradient(self.chunk) if whole else None)
 
             outcome = lax.cond(cell[f"{kind}.valid"] == 1, run, skip, *carried)
         # The residuals are read by now: forward may write the slot that this frees.

@@ -18,12 +18,14 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jaxsys.axes import RING
+from jaxsys.errors import UsageError
 from jaxsys.layered import Parameters, PyTree
 from jaxsys.mesh import over, ring_axis
 from jaxsys.schedule import MoveKind, Task, TaskKind
 
 from .alike import Alike, Group, Held, Span
 from .base import LossAndGradients, add_to
+from .eight_bits import EncodedStack, Scale, all_decoded, scales_of, travelling
 from .flat import Leaves, cast, flat_model, floats, head_back, is_float, like, pull_back
 from .kinds import Shared
 from .programs import BlockProgram, Recompute, block_program
@@ -96,17 +98,14 @@ class Run:
         self.edge = lowered.gather_edge(parameters["edge"], self.specs["edge"])
         stacks = self.model.stacks(cast(parameters["blocks"], lowered.compute_dtype))
         self.stacks = {kind: Stack(stack, self.spec_of(kind)) for kind, stack in stacks.items()}
+        self.sent = self.encoded_stacks()
         self.parts = [self.parts_of(chunk) for chunk in lowered.chunk_layers]
         self.shards = [
             [p[rows.start : rows.stop] for kind, rows in parts for p in self.stacks[kind].leaves]
             for parts in self.parts
         ]
-        self.layouts = [
-            ChunkLayout(
-                shards, [a for kind, _ in parts for a in self.stacks[kind].axes], lowered.shards
-            )
-            for parts, shards in zip(self.parts, self.shards, strict=True)
-        ]
+        self.layouts = [self.laid_out(*pair) for pair in zip(self.parts, self.shards, strict=True)]
+        self.sent_layouts = [self.laid_out(parts, self.sent_rows(parts)[0]) for parts in self.parts]
         microbatch = jax.tree.map(lambda b: jax.ShapeDtypeStruct(b.shape[1:], b.dtype), batch)
         self.flat = flat_model(self.model, self.edge, microbatch)
         self.programs = self.block_programs(microbatch)
@@ -114,7 +113,7 @@ class Run:
         self.state = _State(
             edge_gradient=lowered.empty_edge_gradient(self.edge),
             scores=(jnp.float32(0), jnp.float32(0), self.flat.empty_metrics()),
-            carrier=[jnp.zeros((), lowered.compute_dtype)],
+            carrier=lowered.in_turn([jnp.zeros((), lowered.compute_dtype)], self.edge),
         )
         # A turn is B of a microbatch and F of the next; before the first comes F, after the last B.
         self.run_ticks(range(self.half), -1)
@@ -362,6 +361,66 @@ class Run:
         else:
             self.onto_shelf("room", chunk, self.rooms[group].put("weights", copy))
 
+    def laid_out(self, parts: list[tuple[str, range]], shards: Leaves) -> ChunkLayout:
+        """How the shards of a chunk lie in rows."""
+        axes = [axis for kind, _ in parts for axis in self.stacks[kind].axes]
+        return ChunkLayout(shards, axes, self.lowered.shards)
+
+    def encoded_stacks(self) -> dict[str, EncodedStack]:
+        """Shards as they are gathered: matrices that travel so in float8."""
+        small = {
+            kind: [
+                goes and axis is not None
+                for goes, axis in zip(
+                    travelling(self.model, stack.layer(self.lowered.shards)),
+                    stack.axes,
+                    strict=True,
+                )
+            ]
+            for kind, stack in self.stacks.items()
+        }
+        chosen = [
+            leaf
+            for kind, stack in self.stacks.items()
+            for leaf, goes in zip(stack.leaves, small[kind], strict=True)
+            if goes
+        ]
+        if self.model.travels_in_float8 is not None and not chosen:
+            raise UsageError(
+                f"{self.lowered.shards} devices divide no axis of the matrices that would travel "
+                "in float8, which rest whole; leave float8 transfers out, or use fewer devices"
+            )
+        scales = iter(scales_of(chosen, self.lowered.shard_axes) if chosen else ())
+        return {
+            kind: EncodedStack(
+                stack.leaves, [next(scales) if goes else None for goes in small[kind]]
+            )
+            for kind, stack in self.stacks.items()
+        }
+
+    def sent_rows(
+        self, parts: list[tuple[str, range]], first: Any = 0, *, looped: bool = False
+    ) -> tuple[Leaves, list[Scale]]:
+        """Shards [K, ...] of some rows of stacks as they are sent, and their scales.
+
+        Args:
+            parts: kinds, and which rows of their stacks.
+            first: in a loop, by how many times its rows each part is further on.
+            looped: whether it is one.
+        """
+        leaves, scales = [], []
+        for kind, rows in parts:
+
+            def take(leaf: jax.Array, rows: range = rows) -> jax.Array:
+                if not looped:
+                    return leaf[rows.start : rows.stop]
+                start = rows.start + len(rows) * first
+                return lax.dynamic_slice_in_dim(leaf, start, len(rows))
+
+            found = self.sent[kind].rows(take)
+            leaves, scales = leaves + found[0], scales + found[1]
+        return leaves, scales
+
     def spec_of(self, kind: str) -> PyTree:
         """The PartitionSpecs of a kind's stack."""
         return self.model.stacks(self.specs["blocks"])[kind]
@@ -399,30 +458,27 @@ class Run:
 
     def tie(self, value: PyTree) -> PyTree:
         """The value, but not before the carrier; what follows on the carrier comes after it."""
+        value = self.lowered.in_turn(value, self.state.carrier)
         value, self.state.carrier = lax.optimization_barrier((value, self.state.carrier))
         return value
 
-    def shards_of(self, chunk: int) -> Leaves:
-        """A chunk's shards [K, ...]."""
+    def shards_of(self, chunk: int) -> tuple[Leaves, list[Scale]]:
+        """A chunk's shards [K, ...] as they are sent, and their scales."""
         if self.looping is None:
-            return self.shards[chunk]
-        found, start = [], self.looping.chunks.start
-        for kind, rows in self.parts[start]:
-            first = rows.start + len(rows) * (chunk - start + self.ahead)
-            for leaf in self.stacks[kind].leaves:
-                found.append(lax.dynamic_slice_in_dim(leaf, first, len(rows)))
-        return found
+            return self.sent_rows(self.parts[chunk])
+        start = self.looping.chunks.start
+        return self.sent_rows(self.parts[start], chunk - start + self.ahead, looped=True)
 
     def depart(self, flight: _Flight, tick: int, valid: jax.Array | None) -> PyTree:
         chunk, group, state = flight.chunk, self.group(flight.chunk), self.state
-        layout = self.layout(chunk)
         if flight.kind is MoveKind.ALL_GATHER:
-            shards = self.tie(self.shards_of(chunk))
+            shards, scales = self.tie(self.shards_of(chunk))
             with jax.named_scope(f"gather_{chunk}_for_tick_{tick + flight.due}"):
-                packed = layout.pack(shards)
+                packed = self.sent_layout(chunk).pack(shards)
                 rows = _where(valid, lambda: [lax.all_gather(row, self.over) for row in packed])
-            return rows, shards
-        layout = layout.of_floats
+            self.state.carrier = self.lowered.in_turn(state.carrier, rows)
+            return rows, shards, scales
+        layout = self.layout(chunk).of_floats
         shelved = group.shelved and group.sums
         sums = self.from_shelf("gradients", chunk) if shelved else state.gradients.pop(chunk)
         gradient = self.tie(sums)
@@ -435,18 +491,27 @@ class Run:
             return layout.split(rows, gradient)
 
         with jax.named_scope(f"reduce_{chunk}_in_tick_{tick}"):
-            return _where(valid, reduced)
+            sums = _where(valid, reduced)
+        self.state.carrier = self.lowered.in_turn(state.carrier, sums)
+        return sums
 
     def layout(self, chunk: int) -> ChunkLayout:
         """How a chunk's shards lie."""
         return self.layouts[self.group(chunk).chunks.start]
+
+    def sent_layout(self, chunk: int) -> ChunkLayout:
+        """How they lie as they are sent."""
+        return self.sent_layouts[self.group(chunk).chunks.start]
 
     def land(self, flight: _Flight, value: PyTree) -> None:
         chunk = flight.chunk
         if flight.kind is MoveKind.ALL_GATHER:
             # One value: XLA would cut what a task reads now and what lives on after it from the
             # rows one by one, and hold both.
-            self.state.weights[chunk] = lax.optimization_barrier(self.layout(chunk).unpack(*value))
+            rows, shards, scales = value
+            whole = self.sent_layout(chunk).unpack(rows, shards)
+            whole = all_decoded(whole, scales, self.layout(chunk).whole)
+            self.state.weights[chunk] = lax.optimization_barrier(whole)
             return
         value = self.tie(value)
         value = jax.tree.map(lambda v: v.astype(jnp.float32), value)
@@ -598,7 +663,8 @@ class Run:
         self.state.edge_gradient = add_to(self.state.edge_gradient, part)
 
     def finish(self, parameters: Parameters) -> LossAndGradients:
-        loss, weight, metrics = self.lowered.over_all(self.state.scores)
+        scores = self.lowered.in_turn(self.state.scores, self.state.carrier)
+        loss, weight, metrics = self.lowered.over_all(scores)
         totals: dict[str, list[Leaves]] = {kind: [] for kind in self.stacks}
         for group in self.alike.groups:
             first = group.chunks.start

@@ -26,7 +26,7 @@ from jaxsys.schedule import Data, MoveKind, Placement, Schedule, check
 from .base import LossAndGradients, check_fit, context_on, sharded_spec, spec_of
 from .place import THROUGHOUT, WITHIN, devices_of_place
 from .programs import RECOMPUTE_POLICIES, Recompute
-from .refusal import why_not_cut, why_not_shared_places
+from .refusal import why_not_cut, why_not_in_float8, why_not_shared_places
 from .run import Run, TabledStep
 from .sharded import ShardedStep, lower_sharded
 from .tables import build_tables
@@ -63,7 +63,8 @@ def lower(
 
     Raises:
         ScheduleError: if the schedule is not legal.
-        UsageError: if the mesh, the layers or the options do not fit it.
+        UsageError: if the mesh, the layers or the options do not fit it, or weights are to travel
+            in float8 and none travel.
     """
     if travel_dtype is not None and not any(
         move.kind is MoveKind.PERMUTE and move.block.data is Data.GRADIENT
@@ -76,6 +77,10 @@ def lower(
     refused = why_not_shared_places(schedule) if devices_of_place(mesh) > 1 else None
     if refused is not None:
         raise UsageError(refused)
+    if model.travels_in_float8 is not None:
+        refused = why_not_in_float8(schedule, compute_dtype)
+        if refused is not None:
+            raise UsageError(refused)
     if schedule.placement is Placement.SHARDED:
         return lower_sharded(
             schedule,

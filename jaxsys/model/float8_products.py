@@ -22,6 +22,9 @@ that where a product's precision is HIGHEST. dW sums over all tokens and the hea
 vocabulary, so gradients are summed exactly unless told otherwise, as in Transformer Engine and
 Flax.
 
+With `transfers` the matrices of blocks travel in float8 as well (`jaxsys.lowering.eight_bits`), and
+s_w is a power of two.
+
 Legend: M rows, K inputs, N outputs.
 """
 
@@ -37,7 +40,7 @@ from jaxtyping import Array, Float
 
 from jaxsys import float8
 from jaxsys.errors import UsageError
-from jaxsys.model.leaves import Path
+from jaxsys.model.leaves import HEAD, Path
 
 Backward = Literal["e5m2", "e4m3", "e4m3-rows"]
 BACKWARD = {"e5m2": float8.E5M2, "e4m3": float8.E4M3, "e4m3-rows": float8.E4M3}
@@ -66,6 +69,10 @@ class Float8:
     """Of gradients that flow back; `e4m3-rows`: with a scale a token for dx, an output for dW."""
     exact: Exact = "backward"
     """Which products are summed in float32 throughout, on GPUs that would sum float8 in less."""
+    transfers: bool = False
+    """Whether the matrices of blocks whose forward product is in float8 go from device to device
+    so, a byte a number. Scales of all matrices are then powers of two, whether they travel or not
+    (`jaxsys.float8.power_of_two`): where a matrix arrives it is the one that was sent."""
 
     def __post_init__(self) -> None:
         """Raises UsageError if an expression or a form is none."""
@@ -84,7 +91,15 @@ class Float8:
         name = "/".join(path)
         if not _fits(self.paths, name):
             return None
-        return Sides(_fits(self.forward, name), self.backward, self.exact)
+        return Sides(_fits(self.forward, name), self.backward, self.exact, self.transfers)
+
+    def travels(self, *path: str) -> bool:
+        """Whether a block's matrix at `path` goes from device to device in float8.
+
+        One whose forward product is wide is needed wide.
+        """
+        sides = self.of(*path)
+        return self.transfers and sides is not None and sides.forward
 
     def check(self, matrices: Iterable[Path]) -> None:
         """Raises UsageError for a rule that names nothing, if none of the rules names anything, or
@@ -93,6 +108,7 @@ class Float8:
         What was not asked for is made for every model and may name nothing of this one. That it was
         not is seen by which tuple it is: the same rules, written out by a user, are asked for.
         """
+        matrices = list(matrices)
         names = ["/".join(path) for path in matrices]
         some = [name for name in names if _fits(self.paths, name)]
         for rule in self.paths:
@@ -115,6 +131,12 @@ class Float8:
                     f"float8 path {rule!r} of forward products names none of the matrices that are "
                     f"multiplied in float8: {', '.join(some)}"
                 )
+        blocks = [path for path in matrices if path != HEAD]
+        if self.transfers and not any(self.travels(*path) for path in blocks):
+            raise UsageError(
+                "transfers in float8 are of matrices whose forward product is in float8, which no "
+                f"block has; give forward paths such as {FORWARD[0]!r}, or leave transfers out"
+            )
 
 
 class Sides(NamedTuple):
@@ -126,6 +148,8 @@ class Sides(NamedTuple):
     """The form of gradients that flow back."""
     exact: Exact = "backward"
     """Which products are summed in float32 throughout."""
+    powers: bool = False
+    """Whether the matrix' scale is a power of two."""
 
 
 def _fits(rules: Iterable[str], name: str) -> bool:
@@ -156,7 +180,7 @@ def _product(
 
 def _forward(x: jax.Array, kernel: jax.Array, sides: Sides):
     (x8, x8_turned), of_x = both_ways(x, float8.E4M3)
-    (w8, w8_turned), of_w = both_ways(kernel, float8.E4M3)
+    (w8, w8_turned), of_w = both_ways(kernel, float8.E4M3, powers=sides.powers)
     if sides.forward:
         y = scaled_dot(x8, w8_turned, of_x * of_w, x.dtype, exact=sides.exact == "all")
     else:
@@ -179,10 +203,10 @@ _product.defvjp(_forward, _backward)
 
 
 def both_ways(
-    x: Float[Array, "M K"], dtype: jnp.dtype
+    x: Float[Array, "M K"], dtype: jnp.dtype, *, powers: bool = False
 ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
     """x in float8 as it is [M, K] and turned [K, M], and its scale, a scalar."""
-    values, scale = float8.scaled(x, dtype)
+    values, scale = float8.scaled(x, dtype, powers=powers)
     turned = float8.cast(x.T.astype(jnp.float32) / scale, dtype)
     return (values, turned), scale.reshape(())
 

@@ -25,8 +25,8 @@ from jaxsys.model.contract import attention_heads
 from jaxsys.model.decoder import bind_edge
 from jaxsys.model.float8_products import GPU_OPTIONS, Float8
 from jaxsys.model.kinds import BlockKind
-from jaxsys.model.leaves import Path, block_leaves
-from jaxsys.model.loss import HEAD, head_loss
+from jaxsys.model.leaves import HEAD, Path, block_leaves
+from jaxsys.model.loss import head_loss
 from jaxsys.model.parts import (
     HeldPart,
     check_parts,
@@ -195,11 +195,22 @@ def _layered(
         # Weighed as the tokens are, so that the step's loss is a mean of both.
         return loss + config.experts.balance * balance * weight, weight
 
+    travels = None if float8 is None or not float8.transfers else float8.travels
     if not config.pattern:
-        only = block(config.kinds[0])
-        return LayeredModel(embed=embed, block=only, head_loss=score, layers=config.num_layers)
-    blocks = {kind.name: block(kind) for kind in config.kinds}
-    return LayeredModel(embed=embed, block=blocks, head_loss=score, pattern=config.pattern)
+        return LayeredModel(
+            embed=embed,
+            block=block(config.kinds[0]),
+            head_loss=score,
+            layers=config.num_layers,
+            travels_in_float8=travels,
+        )
+    return LayeredModel(
+        embed=embed,
+        block={kind.name: block(kind) for kind in config.kinds},
+        head_loss=score,
+        pattern=config.pattern,
+        travels_in_float8=travels,
+    )
 
 
 def matrices(config: DecoderConfig) -> list[Path]:

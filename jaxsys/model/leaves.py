@@ -18,6 +18,9 @@ if TYPE_CHECKING:  # the configuration counts its leaves
 Path = tuple[str, ...]
 Fill = Literal["normal", "residual", "ones", "zeros"]
 
+HEAD: Path = ("head", "kernel")
+"""What rules on paths call the head, also where it is the embedding."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Leaf:
@@ -56,7 +59,7 @@ def edge_leaves(config: "DecoderConfig") -> list[Leaf]:
     table = (config.vocab_size, config.hidden_size)
     leaves = [Leaf(path=("embed", "table"), shape=table, split=0), *_norm(config, "norm")]
     if not config.tie_embeddings:
-        leaves.append(Leaf(path=("head", "kernel"), shape=table[::-1], reads="final", split=1))
+        leaves.append(Leaf(path=HEAD, shape=table[::-1], reads="final", split=1))
     return leaves
 
 

@@ -30,9 +30,7 @@ from jaxsys.model.float8_products import (
     flowing_back,
     scaled_dot,
 )
-
-HEAD = ("head", "kernel")
-"""What rules on paths call the head, also where it is the embedding."""
+from jaxsys.model.leaves import HEAD
 
 IGNORED = -1
 """A target that counts for nothing, as every negative one does: PyTorch's scripts write -100."""
@@ -185,7 +183,7 @@ def _head(kernel: jax.Array, float8: Sides | None) -> _Head:
             gradients,
         )
     # Once for all chunks.
-    (w8, w8_turned), of_w = both_ways(kernel, E4M3)
+    (w8, w8_turned), of_w = both_ways(kernel, E4M3, powers=float8.powers)
 
     def logits(hidden: jax.Array) -> jax.Array:
         if not float8.forward:

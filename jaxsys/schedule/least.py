@@ -56,7 +56,11 @@ class LeastSchedule:
             microbatches: its own and a multiple of its middle's more; its own, if not given.
         """
         transfer_s = np.array(
-            [link.transfer_s(size) for row in sizes_of(costs, self.chunks) for size in row]
+            [
+                link.transfer_s(size)
+                for row in sizes_of(costs, self.chunks, sent=True)
+                for size in row
+            ]
         )
         work_s = np.array([*np.array(work_seconds(costs, self.chunks)).ravel(), 0.0])
         computed = alone = work_s[self.work].sum(1)  # [ticks, devices]

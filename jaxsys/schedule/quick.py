@@ -152,7 +152,7 @@ class _Run:
         self.quick, self.costs, self.link = quick, costs, link
         self.work_s = work_seconds(costs, quick.chunks)
         self.around = around_s(costs, quick.chunks)
-        self.size = sizes_of(costs, quick.chunks)
+        self.size = sizes_of(costs, quick.chunks, sent=True)
         self.transfer_s = [[link.transfer_s(one) for one in row] for row in self.size]
         self.head = [costs.before_s] * p
         self.send_free, self.receive_free = [0.0] * p, [0.0] * p
@@ -344,12 +344,14 @@ class QuickMemory:
         return float(live.max(initial=0.0))
 
 
-def sizes_of(costs: Costs, chunks: int) -> list[list[float]]:
-    """[data][chunk]; an activation may be one past the last chunk, the head's."""
+def sizes_of(costs: Costs, chunks: int, *, sent: bool = False) -> list[list[float]]:
+    """[data][chunk], on their way if `sent`; an activation may be one past the last chunk, the
+    head's."""
+    weights = costs.sent_weight_bytes if sent else None
     return [
         _each(one, chunks + 1)
         for one in (
-            costs.weight_bytes,
+            costs.weight_bytes if weights is None else weights,
             costs.gradient_bytes,
             costs.activation_bytes,
             costs.activation_bytes,

@@ -89,7 +89,9 @@ class Costs:
     after_s: float = 0.0
     """Exposed work before the update, such as reducing the gradients of embedding and head."""
     weight_bytes: float | Sequence[float] = 0.0
-    """A chunk's weights in the dtype they travel in."""
+    """A chunk's weights in the dtype they are computed with."""
+    sent_weight_bytes: float | Sequence[float] | None = None
+    """The same on their way; None: they travel in that dtype."""
     gradient_bytes: float | Sequence[float] = 0.0
     activation_bytes: float = 0.0
     residual_bytes: float | Sequence[float] = 0.0
@@ -113,6 +115,8 @@ class Costs:
     def __post_init__(self) -> None:
         for name in _AMOUNTS:
             value = getattr(self, name)
+            if value is None:
+                continue
             least = min(value, default=0) if hasattr(value, "__len__") else value
             if not least >= 0:
                 raise UsageError(f"{name}={least!r} must not be below 0")
@@ -154,6 +158,12 @@ class Costs:
             Data.TAP: self.tap_bytes,
         }
         return _of(sizes[block.data], block.chunk)
+
+    def moved_bytes(self, block: Block) -> float:
+        """Bytes of a block on its way."""
+        if block.data is Data.WEIGHT and self.sent_weight_bytes is not None:
+            return _of(self.sent_weight_bytes, block.chunk)
+        return self.block_bytes(block)
 
 
 _AMOUNTS = tuple(one.name for one in fields(Costs) if one.name not in ("inside", "static_bytes"))
@@ -339,7 +349,7 @@ class _Run:
 
     def move(self, move: Move) -> float:
         devices = self.ends(move)
-        size = self.costs.block_bytes(move.block)
+        size = self.costs.moved_bytes(move.block)
         if move.kind is MoveKind.COPY:
             self.ready_s[move.landed, move.target] = self.head_s[move.source]
             return self.head_s[move.source]

@@ -159,6 +159,11 @@ def test_adapters_of_a_folder_are_trained_and_exported_as_peft_has_them(text, tm
             "--float8-backward is of products in float8; give --float8",
         ),
         (("--float8-exact", "all"), "--float8-exact is of products in float8; give --float8"),
+        (("--float8-transfers",), "--float8-transfers is of products in float8; give --float8"),
+        (
+            ("--float8", "--float8-transfers", "--devices", "1"),
+            "schedule dp sends no weights, which float8 transfers are of; leave them out",
+        ),
         (("--dtype", "float8"), "--dtype: invalid choice: 'float8' (choose from"),
         (("--devices", "4", "--replicas", "3"), "--replicas 3 does not divide --devices 4"),
         (("--coordinator", "a:1"), "go together"),
