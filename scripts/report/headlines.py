@@ -80,10 +80,10 @@ HEADLINES = (
                         "gspmd-fsdp --out results/network_8.json"
                     ),
                     (
-                        "scripts/bench_network.py --local-devices 2 --sizes 4 --repeats 1 "
-                        "--schedules 'weipipe-keep*2' 'weipipe-keep-weights*2' "
-                        "'weipipe-interleave*2' weipipe-keep weipipe-interleave zero-3 4xzero-3 "
-                        "zero-1 gspmd-fsdp --out results/network_nodes.json"
+                        "scripts/bench_network.py --local-devices 2 --rates 25 10 --sizes 1 "
+                        "--repeats 1 --cpu-share 0.5 --schedules 'weipipe-keep*2' zero-3 "
+                        "gspmd-fsdp 4xzero-3 zero-1 1f1b 'weipipe-keep-weights*2' "
+                        "--out results/network_nodes.json"
                     ),
                 ),
             ),
